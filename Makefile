@@ -1,0 +1,37 @@
+# Everything runs in .venv, which `make install` creates; PYTHON chooses the interpreter that makes it.
+PYTHON ?= python3
+BIN := .venv/bin
+ENV := FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 OMP_NUM_THREADS=1
+
+.PHONY: help install demo test test-all lint bench studies
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+install: .venv/.installed ## create .venv with fedgpt and its development tools
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,ray]"
+	touch $@
+
+demo: install ## train the default model on the State of the Union addresses (about two minutes)
+	$(BIN)/fedgpt run experiment=demo
+
+test: install ## the default test suite
+	$(ENV) $(BIN)/python -m pytest
+
+test-all: install ## the slow tests too: Ray, SuperLink, kill and resume
+	$(ENV) $(BIN)/python -m pytest -m ""
+
+lint: install ## style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: install ## speed and memory, as ratios against a reference measured in the same run
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/memory.py
+
+studies: install ## the studies in simulations/, one after the other
+	$(BIN)/python simulations/quickstart/run.py
