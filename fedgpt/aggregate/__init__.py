@@ -1,0 +1,1 @@
+"""Strategies: updates -> next global model."""

@@ -1,0 +1,35 @@
+"""FedAdam (Reddi et al. 2021, arXiv 2003.00295): Adam at the server, the paper's form.
+
+m <- b1 m + (1 - b1) D ; v <- b2 v + (1 - b2) D^2 ; theta <- theta - eta m / (sqrt(v) + tau), m0 = 0, v0 = tau^2,
+no bias correction. eta is an absolute step per weight: GPT weights start at 0.02, so it is small.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedgpt.aggregate.base import FRACTION, POSITIVE, Strategy, advance, check
+from fedgpt.core.messages import ServerState
+
+
+@dataclass(frozen=True)
+class FedAdam(Strategy):
+    """Adaptive server steps; remembers m and v."""
+
+    eta: float = 1e-3  # about the largest change of one weight in one step
+    beta1: float = 0.9  # decay of m
+    beta2: float = 0.99  # decay of v
+    tau: float = 1e-3  # floor of sqrt(v): coordinates with |D| far below it move little
+
+    def __post_init__(self) -> None:
+        check(self, eta=POSITIVE, beta1=FRACTION, beta2=FRACTION, tau=POSITIVE)
+
+    def step(self, d: np.ndarray, state: ServerState) -> ServerState:
+        """theta - eta m / (sqrt(v) + tau)."""
+        m = state.memory.get("momentum", 0.0)
+        v = state.memory.get("second_moment", self.tau**2)
+        m = self.beta1 * m + (1 - self.beta1) * d
+        v = self.beta2 * v + (1 - self.beta2) * d**2  # of D, not of m
+        return advance(state, state.params - self.eta * m / (np.sqrt(v) + self.tau), momentum=m, second_moment=v)

@@ -1,0 +1,1 @@
+"""Words shared by every room: the flat parameter vector, jobs and updates, seeds, options, errors."""

@@ -1,0 +1,94 @@
+"""Where and in which precision to compute, each choice with its reason."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Compute:
+    """A device and a dtype for forward and backward; the master weights are always float32."""
+
+    device: str
+    dtype: str  # fp32, bf16
+    reason: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch's."""
+        import torch
+
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype]
+
+
+def choose_compute(device: str = "auto", precision: str = "auto") -> Compute:
+    """Device and dtype for options `runtime.device` and `local.precision`; values are checked by the configuration."""
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if precision != "auto":
+        return Compute(device, precision, "local.precision asks for it")
+    if device == "cuda":
+        if torch.cuda.is_bf16_supported():
+            return Compute(device, "bf16", "the GPU has bf16 units")
+        return Compute(device, "fp32", "the GPU has no bf16 units")
+    known = _has_amx()
+    if known:
+        return Compute(device, "bf16", "this CPU has AMX bf16 units")
+    if known is None and _bf16_is_faster():
+        return Compute(device, "bf16", "a bf16 matrix product was more than twice as fast as fp32 here")
+    return Compute(device, "fp32", "this CPU has no fast bf16 units")
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def choose_workers(workers: int, threads: int, device: str, clients: int) -> tuple[int, int, str]:
+    """(worker processes, torch threads of each, reason) for `runtime.workers` and `runtime.threads`, 0 = choose.
+
+    One process per core with one thread each beats one process with many threads on small models, and
+    processes x threads above the number of cores collapses, because waiting threads spin. More processes than
+    `clients` at work would idle.
+    """
+    if device == "cuda":
+        import torch
+
+        gpus = max(1, torch.cuda.device_count())
+        chosen = min(clients, workers or gpus)
+        return chosen, threads or max(1, cores() // chosen), f"one process per GPU, {gpus} found"
+    available = cores()
+    chosen = min(clients, workers or max(1, available // max(threads, 1)))
+    each = threads or max(1, available // chosen)
+    return chosen, each, f"{available} cores, {'as asked' if workers or threads else 'one process per core'}"
+
+
+def _has_amx() -> bool | None:
+    """Whether the CPU has AMX tiles; None where this torch cannot say."""
+    import torch
+
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)  # private: absent in other torch versions
+    return None if probe is None else bool(probe())
+
+
+def _bf16_is_faster() -> bool:
+    """Time one bf16 against one fp32 product; used only where torch cannot tell what the CPU has."""
+    import torch
+
+    def seconds(dtype: torch.dtype) -> float:
+        a, b = torch.ones(1024, 384, dtype=dtype), torch.ones(384, 1536, dtype=dtype)
+        _ = a @ b
+        start = time.perf_counter()
+        for _ in range(5):
+            _ = a @ b
+        return time.perf_counter() - start
+
+    return seconds(torch.bfloat16) < 0.5 * seconds(torch.float32)

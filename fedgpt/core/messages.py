@@ -1,0 +1,79 @@
+"""What travels between server and client, and what the server holds.
+
+Sign: an update's delta is a pseudo-gradient, `delta = start - end`; every strategy subtracts it.
+Staleness counts server versions since the client's download.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a client shall do with one job, beyond the configuration it already has."""
+
+    run: str  # id of the run, random, made once and kept in its checkpoints
+    steps: int  # local optimiser steps
+    tokens_done: int  # tokens all clients together trained before this job: the schedule's clock
+    tokens_per_step: int  # by how many tokens that clock moves for each local step
+    tokens_total: int  # where the schedule ends
+    numbers: dict[str, float] = field(default_factory=dict)  # the strategy's client half, by name
+    state: int = -1  # task whose client state to start from; -1 starts fresh
+    keep: tuple[int, ...] = ()  # tasks whose client state a restart of the server could still ask for
+
+
+@dataclass(frozen=True)
+class Job:
+    """Server -> client: train `plan.steps` steps from `params`. A retry carries the same task number."""
+
+    client: str
+    task: int  # numbered per client from 0
+    version: int
+    params: np.ndarray  # (parameters,) float32, read-only
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Update:
+    """Client -> server, decoded and validated: finite, exact shape, positive weight."""
+
+    client: str
+    task: int
+    version: int  # server version the client started from
+    delta: np.ndarray  # (parameters,) float32, start - end
+    tokens: int  # tokens trained for this update
+    metrics: dict[str, float] = field(default_factory=dict)
+    base: np.ndarray | None = None  # the vector the client started from, where a strategy asks for it
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """The global model and what the strategy remembers; everything that must survive a restart."""
+
+    params: np.ndarray  # (parameters,) float32
+    version: int = 0
+    memory: dict[str, np.ndarray] = field(default_factory=dict)  # name -> array, 0-d allowed
+
+
+@dataclass(frozen=True)
+class ClientInfo:
+    """What the server knows of a client before it samples it."""
+
+    id: str  # stable over restarts and reconnections
+    tokens: int  # size of its shard
+
+
+@dataclass(frozen=True)
+class Reply:
+    """Client -> server as it arrives: a payload that nobody has looked at yet, or a failure."""
+
+    client: str
+    task: int
+    header: str = ""  # JSON, see update/codec.py
+    payload: Any = None  # the array as sent
+    error: str = ""  # reason when there is no payload
+    bytes: int = 0  # size of the encoded message

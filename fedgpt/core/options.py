@@ -1,0 +1,142 @@
+"""Every option of a run, with its unit and default: the schema behind `fedgpt run key=value`.
+
+Plain dataclasses, free of heavy imports. Hydra fills them from conf/ (see config.py, which also checks the
+combinations); `strategy` is the one open group, because a strategy is its own dataclass (aggregate/base.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class CorpusOptions:
+    """corpus=sotu|stdlib|files: where text comes from and who owns it."""
+
+    name: str = "sotu"
+    client: str = "president"  # sotu: president, address | stdlib: package | files: file, folder, or a JSONL field
+    path: str | None = None  # files: a folder of text files or a .jsonl file
+    text_field: str = "text"  # files, JSONL: the field that holds the text
+    label_field: str | None = None  # files, JSONL: the field that partition=dirichlet may use
+    document_bytes: int = 4096  # files: long texts are cut into documents of about this size at blank lines
+    public: float = 0.08  # share of the bytes, by document: trains the tokenizer, may be seen by everybody
+    held_out: float = 0.05  # share of the bytes, by document: central evaluation only
+
+
+@dataclass
+class TokenizerOptions:
+    """tokenizer=bpe|bytes."""
+
+    name: str = "bpe"
+    vocab_size: int = 4096  # bpe: entries before the end-of-text token is added
+
+
+@dataclass
+class PartitionOptions:
+    """partition=natural|grouped|iid|dirichlet|quantity: which client holds which text."""
+
+    name: str = "natural"
+    clients: int = 0  # natural: keep this many of the largest, 0 = all; others: how many to make
+    alpha: float = 0.5  # dirichlet: concentration over labels; smaller is more skewed
+    exponent: float = 1.0  # quantity: client i holds a share proportional to (i + 1) ** -exponent
+    piece: int = 1024  # tokens: the unit that iid, dirichlet and quantity hand out
+    min_tokens: int = 0  # tokens a client needs; 0 = one training window (block_size + 1)
+
+
+@dataclass
+class ModelOptions:
+    """model=nano|micro|mini|gpt2: a GPT, in nanoGPT's words."""
+
+    n_layer: int = 4
+    n_head: int = 4
+    n_embd: int = 128
+    block_size: int = 64  # tokens of context
+    dropout: float = 0.0
+    positions: str = "learned"  # learned, rotary
+    norm: str = "layernorm"  # layernorm (with bias), rmsnorm
+    bias: bool = True  # in the linear layers
+    gelu: str = "exact"  # exact (erf), tanh (what GPT-2 was trained with)
+    tie: bool = True  # the head shares the token embedding
+
+
+@dataclass
+class LocalOptions:
+    """local=adamw: what a client does between download and upload."""
+
+    steps: int = 40  # optimiser steps per job
+    batch_size: int = 8  # sequences of block_size tokens per micro-batch
+    accumulate: int = 1  # micro-batches per optimiser step
+    lr: float = 3e-3  # peak learning rate
+    min_lr: float = 3e-4  # learning rate at the end of the cosine
+    warmup: float = 0.05  # share of the run's tokens
+    beta1: float = 0.9
+    beta2: float = 0.99  # batches are small: 0.99 beat 0.95 by 2.5 % in bits per byte at the demo's size
+    weight_decay: float = 0.1  # on matrices and embeddings
+    grad_clip: float = 1.0  # norm over all parameters; 0 = off
+    moments: str = "keep"  # keep: Adam's moments stay at the client between its jobs; reset: fresh every job
+    precision: str = "auto"  # auto, fp32, bf16
+
+
+@dataclass
+class PaceOptions:
+    """pace=cohort: when a server step happens."""
+
+    name: str = "cohort"
+    clients: int = 0  # sampled for each version; 0 = all
+    rate: float | None = None  # instead of `clients`: each client joins with this probability
+    goal: int | None = None  # close a version once this many updates are in (over-selection); null = all sampled
+    deadline: float | None = None  # seconds until a version closes with what is there; null = wait for all
+    minimum: int = 1  # updates below which the run stops with a message
+
+
+@dataclass
+class RuntimeOptions:
+    """runtime=pool|ray|superlink: what carries messages and who runs the clients."""
+
+    name: str = "pool"
+    workers: int = 0  # client processes; 0 = one per core (or one per GPU)
+    threads: int = 0  # torch threads of each; 0 = cores / workers
+    device: str = "auto"  # auto, cpu, cuda
+
+
+@dataclass
+class EvaluateOptions:
+    """evaluate=held_out: the central evaluation stage."""
+
+    every: int = 1  # server versions between evaluations; 0 = only the first and the last
+    tokens: int = 0  # held-out tokens used, spread evenly; 0 = all
+    samples: int = 3  # how many versions get a written sample, first and last included; 0 = none
+    sample_tokens: int = 120
+    prompt: str | None = None  # what samples continue; null = the corpus' own
+
+
+@dataclass
+class CheckpointOptions:
+    """checkpoint=every: what a restart finds."""
+
+    every: int = 1  # server versions between checkpoints; 0 = none but the last
+    keep: int = 2  # newest checkpoints kept
+
+
+@dataclass
+class RunOptions:
+    """A whole run."""
+
+    name: str = "run"
+    seed: int = 0
+    rounds: int = 20  # server steps
+    run_dir: str = ""
+    resume: str | None = None  # folder of a run to continue; excludes every other option
+    cache_dir: str = ""
+    trusted_packages: list[str] = field(default_factory=list)  # whose classes `_target_` may name
+    corpus: CorpusOptions = field(default_factory=CorpusOptions)
+    tokenizer: TokenizerOptions = field(default_factory=TokenizerOptions)
+    partition: PartitionOptions = field(default_factory=PartitionOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    local: LocalOptions = field(default_factory=LocalOptions)
+    strategy: Any = None  # {_target_: class, its fields}
+    pace: PaceOptions = field(default_factory=PaceOptions)
+    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
+    evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)

@@ -1,0 +1,188 @@
+"""Text to token ids and back: byte-level BPE trained on public text, or raw bytes.
+
+Both are one class over one file, `tokenizer.json` in Hugging Face's format (raw bytes are a BPE without
+merges), so an exported model can be read by transformers. Every token stands for a known number of bytes,
+which bits per byte need; the end of a document is the last id and stands for none.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from fedgpt.core.errors import ConfigError, FedGPTError, nearest
+from fedgpt.core.files import write_text
+from fedgpt.core.options import TokenizerOptions
+
+END = "<|endoftext|>"
+KINDS = ("bpe", "bytes")
+PIECE = 4096  # characters handed to the library at once: time per character grows with a string's length
+BATCH = 512  # pieces per call: bounds the memory that the library's results take
+
+# Between a visible character and a space or line end GPT-2's pattern always starts a new word, so cutting
+# there changes no id.
+BOUNDARY = re.compile(r"(?<=\S)(?=[ \n])")
+
+
+def byte_characters() -> list[str]:
+    """The printable character that stands for each byte 0..255 in GPT-2's byte-level vocabulary."""
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+def tokenizer_problems(options: TokenizerOptions) -> list[str]:
+    """What is wrong with the options themselves."""
+    if options.name not in KINDS:
+        return [f"tokenizer.name={options.name}: allowed are {', '.join(KINDS)}{nearest(options.name, KINDS)}"]
+    if options.name == "bpe" and options.vocab_size < 256:
+        return [f"tokenizer.vocab_size={options.vocab_size}: bpe needs 256 entries for the bytes; use 256 or more"]
+    return []
+
+
+class Tokenizer:
+    """A byte-level vocabulary: any Unicode text round-trips exactly, and nothing is unknown.
+
+    A literal `<|endoftext|>` inside a text is encoded as ordinary characters, never as the end token.
+    """
+
+    def __init__(self, definition: str):
+        """Take the content of a `tokenizer.json`; raises ValueError where it is not byte-level BPE."""
+        from tokenizers import Tokenizer as Library
+
+        self._definition = definition
+        parsed = json.loads(definition)
+        try:
+            self._library = Library.from_str(definition)
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(str(error)) from error
+        self._library.encode_special_tokens = True  # as characters, see above
+        vocabulary = sorted(parsed["model"]["vocab"].items(), key=lambda entry: entry[1])
+        byte_of = {character: byte for byte, character in enumerate(byte_characters())}
+        ends = [token["id"] for token in parsed["added_tokens"] if token["content"] == END]
+        entries = [name for name, _ in vocabulary if name != END]
+        if ends != [len(entries)] or any(character not in byte_of for name in entries for character in name):
+            raise ValueError(f"not a byte-level vocabulary that ends with {END}")
+        self._table = [bytes(byte_of[character] for character in name) for name in entries] + [b""]
+        # "a b" in files of older library versions, ["a", "b"] in newer ones; a byte-level token holds no space
+        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in parsed["model"]["merges"]]
+        self._identity = json.dumps([entries, merges])
+        self._plain = not merges and self._table == [*(bytes([byte]) for byte in range(256)), b""]
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, the end token included."""
+        return len(self._table)
+
+    @property
+    def end(self) -> int:
+        """Id of the end of a document: the last one."""
+        return len(self._table) - 1
+
+    @property
+    def name(self) -> str:
+        """Bytes or bpe, as in `tokenizer=`."""
+        return "bytes" if self._plain else "bpe"
+
+    @cached_property
+    def token_bytes(self) -> np.ndarray:
+        """Bytes that each id stands for, (vocab_size,) int64; 0 for the end token."""
+        return np.array([len(entry) for entry in self._table], dtype=np.int64)
+
+    @cached_property
+    def digest(self) -> str:
+        """Short hash of vocabulary and merges that two sides compare before they exchange a model."""
+        return hashlib.sha256(self._identity.encode()).hexdigest()[:16]
+
+    def encode(self, text: str) -> np.ndarray:
+        """Ids of one text, (tokens,) int64, without an end token."""
+        return self.encode_many([text])[0]
+
+    def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Ids of each text, (tokens,) int64; uses all cores (RAYON_NUM_THREADS limits them)."""
+        if self._plain:
+            return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) for text in texts]
+        ids: list[list[int]] = [[] for _ in texts]
+        pieces = ((number, piece) for number, text in enumerate(texts) for piece in _pieces(text))
+        while batch := list(islice(pieces, BATCH)):
+            encoded = self._library.encode_batch_fast([piece for _, piece in batch], add_special_tokens=False)
+            for (number, _), encoding in zip(batch, encoded, strict=True):
+                ids[number].extend(encoding.ids)
+        return [np.array(each, dtype=np.int64) for each in ids]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of the ids; end tokens stand for nothing, bytes that are not UTF-8 become U+FFFD."""
+        return b"".join(self._table[int(token)] for token in ids).decode("utf-8", errors="replace")
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer reads."""
+        settings = {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": END,
+            "eos_token": END,
+            "unk_token": END,
+            "clean_up_tokenization_spaces": False,
+        }
+        write_text(Path(folder) / "tokenizer.json", self._definition)
+        write_text(Path(folder) / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """The tokenizer that `Tokenizer.save` wrote to `folder`; raises FedGPTError where there is none."""
+    path = Path(folder) / "tokenizer.json"
+    try:
+        return Tokenizer(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError) as error:
+        raise FedGPTError(f"{path}: no tokenizer that fedgpt can read ({error})") from error
+
+
+def make_tokenizer(options: TokenizerOptions, public_texts: Iterable[str]) -> Tokenizer:
+    """The tokenizer that the options ask for; bpe is trained on the given texts and on nothing else.
+
+    The vocabulary is smaller than asked where the text has no more pairs that occur twice. Same texts, same
+    tokenizer. Raises ConfigError for wrong options and for bpe without text.
+    """
+    if problems := tokenizer_problems(options):
+        raise ConfigError(problems)
+    from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as Library
+
+    if options.name == "bytes":
+        library = Library(models.BPE(vocab={name: byte for byte, name in enumerate(byte_characters())}, merges=[]))
+    else:
+        library = Library(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    if options.name == "bpe":
+        texts = [text for text in public_texts if text]
+        if not texts:
+            raise ConfigError(
+                "tokenizer.name=bpe: there is no public text to train it on; raise corpus.public or use tokenizer=bytes"
+            )
+        trainer = trainers.BpeTrainer(
+            vocab_size=options.vocab_size,
+            min_frequency=2,
+            initial_alphabet=sorted(byte_characters()),
+            show_progress=False,
+        )
+        library.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
+    # Added after training: as a `special_tokens` of the trainer it would take id 0.
+    library.add_special_tokens([AddedToken(END, special=True, normalized=False)])
+    return Tokenizer(library.to_str())
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Consecutive parts of about PIECE characters, cut where no token can lie across."""
+    start = 0
+    while start < len(text):
+        match = BOUNDARY.search(text, start + PIECE)
+        end = match.start() if match else len(text)
+        yield text[start:end]
+        start = end

@@ -1,0 +1,1 @@
+"""The central evaluation stage: held-out loss, perplexity, bits per byte."""

@@ -1,0 +1,79 @@
+"""Held-out loss, perplexity and bits per byte of a flat parameter vector."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+
+from fedgpt.core.device import Compute
+from fedgpt.core.flat import flatten
+from fedgpt.core.options import ModelOptions
+from fedgpt.data.batches import windows
+from fedgpt.model.generate import generate
+from fedgpt.model.gpt import GPT
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores of one model on the held-out text.
+
+    Bits per byte divide by the bytes of the text instead of by tokens, so models with different tokenizers compare.
+    """
+
+    loss: float  # nats per token
+    perplexity: float  # exp(loss)
+    bits_per_byte: float
+
+    def as_dict(self) -> dict[str, float]:
+        """As metrics.jsonl has it."""
+        return asdict(self)
+
+
+class HeldOut:
+    """The central evaluation stage: its own model, held-out tokens cut into windows of block_size.
+
+    Every token is predicted once, from at most block_size - 1 earlier ones of its window: a lower bound of what the
+    model can do. `tokens` > 0 takes that many, spread evenly over the held-out text.
+    """
+
+    def __init__(
+        self, model: ModelOptions, tokens: np.ndarray, token_bytes: np.ndarray, compute: Compute, limit: int = 0
+    ):
+        self.model = GPT(model, len(token_bytes)).to(device=compute.device, dtype=compute.torch_dtype).eval()
+        self.layout, self._working = flatten(self.model)
+        inputs, targets = windows(tokens, model.block_size)
+        if limit and limit < tokens.size:
+            rows = np.linspace(0, len(inputs) - 1, max(1, limit // model.block_size)).round().astype(np.int64)
+            rows = torch.from_numpy(np.unique(rows))
+            inputs, targets = inputs[rows], targets[rows]
+        self._inputs, self._targets = inputs, targets
+        scored = targets[targets >= 0].numpy()
+        self.tokens, self.bytes = int(scored.size), int(token_bytes[scored].sum())
+        self._batch = max(1, 512 // model.block_size)  # small batches keep their logits in the cache
+
+    def load(self, params: np.ndarray) -> None:
+        """Put a flat vector into the evaluation's model."""
+        host = torch.empty(params.size)
+        np.copyto(host.numpy(), params)
+        self._working.copy_(host)
+
+    @torch.inference_mode()
+    def __call__(self, params: np.ndarray) -> Evaluation:
+        """Score `params`, (parameters,) float32."""
+        self.load(params)
+        total = 0.0
+        device = self._working.device
+        for start in range(0, len(self._inputs), self._batch):
+            targets = self._targets[start : start + self._batch].to(device)
+            mean = self.model.loss(self._inputs[start : start + self._batch].to(device), targets)
+            total += float(mean) * int((targets >= 0).sum())
+        loss = total / self.tokens
+        perplexity = math.exp(loss) if loss < 700 else math.inf
+        return Evaluation(loss, perplexity, total / math.log(2) / max(self.bytes, 1))
+
+    def sample(self, prompt: list[int], length: int, seed: int, end: int) -> list[int]:
+        """Tokens that the model last loaded or evaluated writes after `prompt`."""
+        return generate(self.model, prompt, length, temperature=0.8, top_k=50, stop=end, seed=seed)[0]

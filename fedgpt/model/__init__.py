@@ -1,0 +1,1 @@
+"""The GPT, its generation and its Hugging Face form."""
