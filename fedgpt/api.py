@@ -1,0 +1,99 @@
+"""The Python side of the command line: run a configuration, open a run's folder, write text with its model."""
+
+from __future__ import annotations
+
+import json
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedgpt.core.errors import FedGPTError
+
+if TYPE_CHECKING:
+    from fedgpt.data.tokenizer import Tokenizer
+    from fedgpt.model.gpt import GPT
+
+
+def run(*overrides: str) -> Run:
+    """Run a configuration, typed as on the command line, to its end.
+
+    >>> run("model=nano", "rounds=5").summary["final"]["bits_per_byte"]  # doctest: +SKIP
+    """
+    from fedgpt import config
+    from fedgpt.flower.launch import launch
+
+    options = config.load(overrides)
+    launch(options)
+    return Run(options.run_dir)
+
+
+def open_run(folder: str | Path) -> Run:
+    """The run in `folder`; raises FedGPTError where there is none."""
+    path = Path(folder).expanduser()
+    if not (path / "config.yaml").exists():
+        raise FedGPTError(f"{folder} is not a run's folder: it has no config.yaml")
+    return Run(path)
+
+
+class Run:
+    """A run's folder as an object."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder).resolve()
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """summary.json: the end of a finished run."""
+        path = self.folder / "summary.json"
+        if not path.exists():
+            raise FedGPTError(f"{self.folder} has no summary yet; finish it with: fedgpt run resume={self.folder}")
+        return json.loads(path.read_text(encoding="utf-8"))
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """metrics.jsonl: one record per server version."""
+        from fedgpt.engine.run_folder import read_lines
+
+        return list(read_lines(self.folder / "metrics.jsonl"))
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The run's tokenizer."""
+        from fedgpt import config
+        from fedgpt.data.prepare import prepare
+        from fedgpt.data.tokenizer import load_tokenizer
+
+        if (self.folder / "model" / "tokenizer.json").is_file():  # the file that an export writes last but one
+            return load_tokenizer(self.folder / "model")
+        options = config.of_run(self.folder)
+        return prepare(options.corpus, options.tokenizer, options.cache_dir).tokenizer
+
+    @cached_property
+    def model(self) -> GPT:
+        """The run's newest model in float32: of its newest whole checkpoint."""
+        import numpy as np
+
+        from fedgpt import config
+        from fedgpt.core.flat import flatten
+        from fedgpt.engine.checkpoint import Checkpoints
+        from fedgpt.model.gpt import GPT
+
+        options = config.of_run(self.folder)
+        snapshot = Checkpoints(self.folder / "checkpoints", options.checkpoint.keep).load()
+        if snapshot is None:
+            raise FedGPTError(f"{self.folder} has no whole checkpoint; start it with: fedgpt run resume={self.folder}")
+        model = GPT(options.model, self.tokenizer.vocab_size).eval()
+        np.copyto(flatten(model)[1].numpy(), snapshot.state.params)
+        return model
+
+    def generate(self, prompt: str, tokens: int = 200, samples: int = 1, seed: int = 0, **sampling: Any) -> list[str]:
+        """Continuations of `prompt`; `sampling` is temperature, top_k and top_p of model/generate.py."""
+        from fedgpt.model.generate import generate
+
+        ids = list(self.tokenizer.encode(prompt)) or [self.tokenizer.end]
+        options = {"temperature": 0.8, "top_k": 50, **sampling}
+        try:
+            new = generate(self.model, ids, tokens, samples=samples, stop=self.tokenizer.end, seed=seed, **options)
+        except ValueError as error:
+            raise FedGPTError(str(error)) from error
+        return [self.tokenizer.decode([i for i in row if i != self.tokenizer.end]) for row in new]

@@ -1,0 +1,168 @@
+"""The commands: run, data, generate."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fedgpt.core.errors import ConfigError, FedGPTError, Interrupted, StoppedEarly, nearest
+
+
+def run(arguments: list[str]) -> int:
+    """`fedgpt run`: Hydra's command line (overrides, -m, --cfg job, --config-dir) over conf/."""
+    from fedgpt import config
+
+    overrides = [a for a in arguments if not a.startswith("-") and "=" in a]
+    resume = [o for o in overrides if o.startswith("resume=")]
+    if resume:
+        if len(arguments) > 1:
+            raise ConfigError(f"{resume[0]}: stands alone; the folder holds the run's own options")
+        return _resume(resume[0].removeprefix("resume="))
+    config_dir = _value_of(arguments, "--config-dir", "-cd")
+    words = [
+        a for a in arguments if not a.startswith("-") and a != config_dir and a != _value_of(arguments, "--cfg", "-c")
+    ]
+    if wrong := [word for word in words if "=" not in word and not word.startswith("~")]:
+        raise ConfigError(
+            f"{word}: options are typed key=value{nearest(word, ['rounds=20', 'model=nano'])}" for word in wrong
+        )
+    if "-m" in arguments or "--multirun" in arguments:
+        config.precheck(words, config_dir)
+    else:
+        config.load(words, config_dir)
+    return _hydra(arguments)
+
+
+def _hydra(arguments: list[str]) -> int:
+    """Hand over to Hydra, which composes, sweeps, prints; each job comes back to `job`."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from omegaconf import DictConfig
+
+    from fedgpt import config
+
+    failures: list[FedGPTError] = []
+
+    def job(cfg: DictConfig) -> float | None:
+        sys.argv = ["fedgpt", "run", *arguments]  # what command.txt holds: words that a shell takes
+        settings = HydraConfig.get()
+        if settings.mode == RunMode.MULTIRUN and not any(o.startswith("run_dir=") for o in settings.overrides.task):
+            cfg.run_dir = settings.runtime.output_dir
+        if any(isinstance(error, Interrupted) for error in failures):
+            return None
+        try:
+            return _start(config.to_options(cfg))
+        except FedGPTError as error:  # Hydra would print a traceback; and a sweep goes on after a failed job
+            print(f"fedgpt: {error}", file=sys.stderr)
+            failures.append(error)
+            return None
+
+    sys.argv = ["fedgpt run", *arguments]
+    hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="run")(job)()
+    return exit_code(failures[-1]) if failures else 0
+
+
+def _start(options: Any) -> float:
+    """Run one configuration; returns the held-out loss, which is what Hydra's sweepers minimise."""
+    import json
+
+    from fedgpt.flower.launch import launch
+
+    launch(options)
+    return json.loads((Path(options.run_dir) / "summary.json").read_text())["final"]["loss"]
+
+
+def _resume(folder: str) -> int:
+    from fedgpt import config
+
+    _start(config.of_run(Path(folder).expanduser()))
+    return 0
+
+
+def data(arguments: list[str]) -> int:
+    """`fedgpt data`: what a run with these options would use, without running it."""
+    from rich.console import Console
+
+    from fedgpt import config
+    from fedgpt.data.partition import partition
+    from fedgpt.data.prepare import prepare
+    from fedgpt.report.shards import data_report
+
+    options = config.load(arguments)
+    prepared = prepare(options.corpus, options.tokenizer, options.cache_dir)
+    shards = partition(prepared, options.partition, options.seed, options.model.block_size + 1)
+    data_report(prepared, shards, Console(highlight=False))
+    return 0
+
+
+def generate(arguments: list[str]) -> int:
+    """`fedgpt generate RUN --prompt TEXT`: text from the newest model of a run."""
+    parser = argparse.ArgumentParser("fedgpt generate", description="Write text with a run's newest model.")
+    parser.add_argument("run", help="folder of a run")
+    parser.add_argument("--prompt", default="", help="text to continue")
+    parser.add_argument("--tokens", type=int, default=200, help="at most this many new tokens (200)")
+    parser.add_argument("--samples", type=int, default=1, help="how many continuations (1)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 = greedy (0.8)")
+    parser.add_argument("--top-k", type=int, default=50, help="draw from this many likeliest tokens, 0 = all (50)")
+    parser.add_argument("--top-p", type=float, default=None, help="draw from the likeliest tokens of this total mass")
+    parser.add_argument("--seed", type=int, default=0)
+    chosen = parser.parse_args(arguments)
+
+    from fedgpt.api import open_run
+
+    texts = open_run(chosen.run).generate(
+        chosen.prompt,
+        tokens=chosen.tokens,
+        samples=chosen.samples,
+        temperature=chosen.temperature,
+        top_k=chosen.top_k or None,
+        top_p=chosen.top_p,
+        seed=chosen.seed,
+    )
+    for number, text in enumerate(texts):
+        if number:
+            print("-" * 40)
+        print(chosen.prompt + text)
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {"run": run, "data": data, "generate": generate}
+
+
+def dispatch(command: str, arguments: list[str]) -> int:
+    """Run a command; failures a user can act on are one message and an exit code, never a traceback."""
+    if command not in COMMANDS:
+        print(f"fedgpt: no command {command!r}{nearest(command, COMMANDS)} (fedgpt --help)", file=sys.stderr)
+        return 2
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # as `python -m fedgpt` has it: where a user's own strategy._target_=mine.Rule is
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stop request ends like Ctrl-C: checkpoint, 130
+    try:
+        return COMMANDS[command](arguments)
+    except FedGPTError as error:
+        print(f"fedgpt: {error}", file=sys.stderr)
+        return exit_code(error)
+    except KeyboardInterrupt:
+        print("fedgpt: interrupted", file=sys.stderr)
+        return 130
+
+
+def exit_code(error: FedGPTError) -> int:
+    """2 wrong usage, 3 stopped early for a stated reason, 130 interrupted and resumable, 1 anything else."""
+    kinds = ((ConfigError, 2), (StoppedEarly, 3), (Interrupted, 130))
+    return next((code for kind, code in kinds if isinstance(error, kind)), 1)
+
+
+def _value_of(arguments: list[str], *flags: str) -> str | None:
+    for at, argument in enumerate(arguments):
+        for flag in flags:
+            if argument.startswith(f"{flag}="):
+                return argument.partition("=")[2]
+            if argument == flag and at + 1 < len(arguments):
+                return arguments[at + 1]
+    return None

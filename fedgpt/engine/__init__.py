@@ -1,0 +1,1 @@
+"""The one server loop, pacing, client work, checkpoints."""

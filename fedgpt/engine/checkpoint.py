@@ -1,0 +1,117 @@
+"""Checkpoints: what a restart finds. Written beside, synced, renamed; the digest file is the commit mark."""
+
+from __future__ import annotations
+
+import json
+import logging
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from fedgpt.core.errors import FedGPTError
+from fedgpt.core.files import replacing, sha256_of, write_text
+from fedgpt.core.messages import ServerState
+
+FORMAT = 1
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Ledgers:
+    """The server's counters and tables beside the model: plain JSON values only."""
+
+    run: str
+    tokens_done: int = 0
+    bytes_up: int = 0
+    bytes_down: int = 0
+    wall_seconds: float = 0.0
+    next_task: dict[str, int] = field(default_factory=dict)  # client -> number of its next task
+    accepted: dict[str, int] = field(default_factory=dict)  # client -> its last accepted task
+    restorable: tuple[dict[str, int], ...] = ()  # `accepted` at the checkpoints a restart could load
+    rejected: dict[str, int] = field(default_factory=dict)  # reason -> count
+    record: dict[str, Any] = field(default_factory=dict)  # metrics of this version, its evaluation still open
+    unsaved: tuple[str, ...] = ()  # what the strategy remembers and no checkpoint holds: such a run cannot resume
+    environment: dict[str, Any] = field(default_factory=dict)  # what bit-identity depends on
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One consistent moment: right after a server step, before its version's first job."""
+
+    state: ServerState
+    ledgers: Ledgers
+
+
+class Checkpoints:
+    """The `checkpoints/` folder of a run: the newest `keep` that are whole."""
+
+    def __init__(self, folder: Path, keep: int):
+        self.folder, self.keep = folder, keep
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+
+    def save(self, snapshot: Snapshot) -> None:
+        """Start writing in the background; waits for the previous one first, and raises its error."""
+        self.wait()
+        self._pending = self._writer.submit(self._write, snapshot)
+
+    def wait(self) -> None:
+        """Return when the last checkpoint is committed; raises FedGPTError if it could not be."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            try:
+                pending.result()
+            except OSError as error:
+                raise FedGPTError(f"could not write a checkpoint in {self.folder}: {error}") from error
+
+    def close(self) -> None:
+        """Wait for the last write and end the writer."""
+        self.wait()
+        self._writer.shutdown()
+
+    def load(self) -> Snapshot | None:
+        """The newest checkpoint whose digest matches; damaged ones are skipped with a warning."""
+        for path in sorted(self.folder.glob("version-*.safetensors"), reverse=True):
+            try:
+                return self._read(path)
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                log.warning("checkpoint %s is damaged (%s); trying the one before", path.name, error)
+        return None
+
+    def _write(self, snapshot: Snapshot) -> None:
+        state = snapshot.state
+        tensors = {"params": state.params, **{f"memory/{name}": array for name, array in state.memory.items()}}
+        about = {"format": FORMAT, "version": state.version, **vars(snapshot.ledgers)}
+        path = self.folder / f"version-{state.version:08d}.safetensors"
+        with replacing(path) as temporary:
+            # one metadata key: safetensors keeps several in no fixed order, and equal states shall be equal files
+            tensors = {name: np.require(array, requirements="C") for name, array in tensors.items()}
+            save_file(tensors, temporary, metadata={"fedgpt": json.dumps(about)})
+        write_text(_mark(path), sha256_of(path) + "\n")
+        for old in sorted(self.folder.glob("version-*.safetensors"))[: -self.keep]:
+            _mark(old).unlink(missing_ok=True)
+            old.unlink()
+
+    def _read(self, path: Path) -> Snapshot:
+        if not _mark(path).exists():
+            raise ValueError("its digest file is missing")
+        if _mark(path).read_text().strip() != sha256_of(path):
+            raise ValueError("its digest does not match")
+        with safe_open(path, framework="numpy") as stored:
+            about = json.loads(stored.metadata()["fedgpt"])
+            arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118, not a dict
+        if about.pop("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT}")
+        memory = {n.removeprefix("memory/"): a for n, a in arrays.items() if n.startswith("memory/")}
+        about |= {name: tuple(about[name]) for name in ("restorable", "unsaved")}
+        state = ServerState(arrays["params"], about.pop("version"), memory)
+        return Snapshot(state, Ledgers(**about))
+
+
+def _mark(path: Path) -> Path:
+    return path.with_suffix(".sha256")

@@ -1,0 +1,74 @@
+"""What a client does with a job: find its shard and state, train, keep the new state, encode the update."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import numpy as np
+
+from fedgpt.core.device import choose_compute
+from fedgpt.core.messages import ClientInfo, Job, Update
+from fedgpt.core.options import RunOptions
+from fedgpt.core.seeds import derive_seed
+from fedgpt.data.batches import Batches
+from fedgpt.data.partition import Shard, partition
+from fedgpt.data.prepare import Prepared, prepare
+from fedgpt.engine.client_state import ClientStore
+from fedgpt.local.trainer import Trainer
+from fedgpt.update.codec import encode
+
+
+class ClientWork:
+    """The work of every client that this process plays; data and buffers are made once and reused."""
+
+    def __init__(self, options: RunOptions, state_root: str):
+        self.options, self.state_root = options, state_root
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        """The tokens, as every process of this machine shares them."""
+        return prepare(self.options.corpus, self.options.tokenizer, self.options.cache_dir)
+
+    @cached_property
+    def shards(self) -> list[Shard]:
+        """Who holds which text; the same list at every client and at the server."""
+        window = self.options.model.block_size + 1
+        return partition(self.prepared, self.options.partition, self.options.seed, window)
+
+    @cached_property
+    def trainer(self) -> Trainer:
+        """The buffers of this process."""
+        options = self.options
+        compute = choose_compute(options.runtime.device, options.local.precision)
+        return Trainer(options.model, self.prepared.tokenizer.vocab_size, options.local, compute)
+
+    def info(self, index: int) -> ClientInfo:
+        """Who the client with partition number `index` is."""
+        shard = self.shards[index]
+        return ClientInfo(shard.client, shard.size)
+
+    def train(self, job: Job, index: int) -> tuple[str, np.ndarray]:
+        """Do one job; returns the update's header and its array (a kept buffer: copy or send it at once).
+
+        The same job gives the same bits however often and wherever it is done.
+        """
+        shard, options = self.shards[index], self.options
+        if shard.client != job.client:
+            raise ValueError(f"the job is for client {job.client!r}, partition {index} is {shard.client!r}")
+        store = ClientStore(self.state_root, job.plan.run, job.client)
+        moments = store.load(job.plan.state) if options.local.moments == "keep" else None
+        batches = Batches(
+            shard.read(self.prepared.tokens),
+            options.model.block_size,
+            options.local.batch_size,
+            derive_seed(options.seed, "batches", job.client, job.task),
+        )
+        dropout = derive_seed(options.seed, "dropout", job.client, job.task)
+        trained = self.trainer.train(job.params, batches, job.plan, moments, dropout)
+        metrics = trained.metrics
+        if options.local.moments == "keep":
+            metrics["state_lost"] = float(moments is None and job.plan.state >= 0)
+            store.save(job.task, trained.moments)
+            store.keep({job.task, *job.plan.keep})
+        update = Update(job.client, job.task, job.version, trained.delta, trained.tokens, metrics)
+        return encode(job.plan.run, update)

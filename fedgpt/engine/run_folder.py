@@ -1,0 +1,86 @@
+"""A run's folder: who may write to it, and the line-by-line records in it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from fedgpt.core.errors import FedGPTError
+
+
+class RunFolder:
+    """Exclusive access to `runs/<name>/`; the kernel frees the lock however the process ends."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path).resolve()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = FileLock(self.path / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise FedGPTError(
+                f"run_dir={self.path}: another fedgpt process is running in this folder; "
+                "wait for it or name another run_dir"
+            ) from None
+        self.metrics = JsonLines(self.path / "metrics.jsonl")
+        self.events = JsonLines(self.path / "events.jsonl")
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where checkpoints are."""
+        path = self.path / "checkpoints"
+        path.mkdir(exist_ok=True)
+        return path
+
+    def close(self) -> None:
+        """Flush the records and give the folder back."""
+        self.metrics.close()
+        self.events.close()
+        self._lock.release()
+
+
+class JsonLines:
+    """One JSON object a line, appended as it happens."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._stream = None
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Write one record; the operating system has it when this returns, so that a killed process loses nothing."""
+        if self._stream is None:
+            self._stream = self.path.open("a", encoding="utf-8")
+        self._stream.write(json.dumps(record) + "\n")
+        self._stream.flush()
+
+    def read(self) -> list[dict[str, Any]]:
+        """All whole records; a line that a crash cut off is left out."""
+        return list(read_lines(self.path))
+
+    def keep(self, records: Iterable[dict[str, Any]]) -> None:
+        """Replace the file's content: a resumed run cuts what it will do again."""
+        self.close()
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        temporary.replace(self.path)
+
+    def close(self) -> None:
+        """Close the stream; a later append opens it again."""
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+
+def read_lines(path: Path) -> Iterable[dict[str, Any]]:
+    """Whole records of a JSON-lines file; none where there is no file."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            return

@@ -1,0 +1,1 @@
+"""Flower apps, runtimes and adapters: the only place that imports flwr."""

@@ -1,0 +1,124 @@
+"""The engine's Transport over any Flower Grid: pool, Ray simulation or SuperLink."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+
+from flwr.app import ArrayRecord, Message, MessageType, RecordDict
+from flwr.serverapp import Grid
+
+from fedgpt.core.errors import FedGPTError
+from fedgpt.core.messages import ClientInfo, Job, Reply
+from fedgpt.flower.messages import job_bytes, job_content, read_info, read_reply, vector_record
+
+POLL_SECONDS = 0.05  # for grids that cannot wait; Flower's own send_and_receive sleeps 3 s
+log = logging.getLogger(__name__)
+
+
+class GridTransport:
+    """Jobs out and replies in over a Grid's push and pull.
+
+    `known` maps node ids to clients where the caller knows them (the pool); otherwise every node is asked once.
+    `expected` clients must appear; `digest` is that of the server's prepared data, which each client's must equal.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        expected: int,
+        digest: str,
+        known: dict[int, ClientInfo] | None = None,
+        ttl: float | None = None,
+    ):
+        self.grid, self.expected, self.digest, self.ttl = grid, expected, digest, ttl
+        self._nodes: dict[str, int] = {}
+        self._known = known
+        self._pending: dict[str, tuple[str, int]] = {}  # message id -> (client, task)
+        self._refused: list[Reply] = []
+        self._broadcast: tuple[object, ArrayRecord] | None = None
+
+    def clients(self, timeout: float) -> list[ClientInfo]:
+        """Clients sorted by id; raises FedGPTError where one has other data than the server."""
+        infos = self._known if self._known is not None else self._ask(timeout)
+        self._nodes = {info.id: node for node, info in infos.items()}
+        if len(self._nodes) != len(infos):
+            raise FedGPTError("two nodes answered with one client id; give every node its own partition-id")
+        return sorted(infos.values(), key=lambda info: info.id)
+
+    def send(self, jobs: Sequence[Job]) -> None:
+        """Push one message per job; the params of a version travel once."""
+        messages = []
+        for job in jobs:
+            if self._broadcast is None or self._broadcast[0] is not job.params:
+                self._broadcast = (job.params, vector_record(job.params))
+            content = job_content(job, self._broadcast[1])
+            messages.append(Message(content, self._nodes[job.client], MessageType.TRAIN, ttl=self.ttl))
+        for job, message_id in zip(jobs, self.grid.push_messages(messages), strict=True):
+            if message_id is None:  # how a SuperLink grid says no
+                self._refused.append(Reply(job.client, job.task, error="the SuperLink refused the message"))
+            else:
+                self._pending[message_id] = (job.client, job.task)
+
+    def receive(self, timeout: float | None) -> list[Reply]:
+        """Replies that have come; waits up to `timeout` seconds for the first."""
+        deadline = None if timeout is None else self.now() + timeout
+        while True:
+            replies = self._pull()
+            left = None if deadline is None else deadline - self.now()
+            if replies or (left is not None and left <= 0):
+                return replies
+            self._wait(left)
+
+    def bytes_down(self, job: Job) -> int:
+        """Bytes of the vector and the plan."""
+        return job_bytes(job)
+
+    def now(self) -> float:
+        """The monotonic clock."""
+        return time.monotonic()
+
+    def close(self) -> None:
+        """Nothing of its own to free: who made the grid closes it."""
+
+    def _pull(self) -> list[Reply]:
+        replies, self._refused = self._refused, []
+        for message in self.grid.pull_messages(list(self._pending)):
+            client, task = self._pending.pop(message.metadata.reply_to_message_id)
+            replies.append(read_reply(message, client, task))
+        return replies
+
+    def _wait(self, seconds: float | None) -> None:
+        wait = getattr(self.grid, "wait", None)
+        if wait is not None:
+            wait(seconds)
+        else:
+            time.sleep(POLL_SECONDS if seconds is None else min(POLL_SECONDS, seconds))
+
+    def _ask(self, timeout: float) -> dict[int, ClientInfo]:
+        """Query every node for its client; waits until `expected` nodes are there."""
+        deadline = self.now() + timeout
+        while len(nodes := sorted(self.grid.get_node_ids())) < self.expected:
+            if self.now() > deadline:
+                raise FedGPTError(f"{len(nodes)} of {self.expected} clients connected within {timeout:.0f} s")
+            time.sleep(POLL_SECONDS)
+        nodes = nodes[: self.expected]
+        questions = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
+        waiting = dict(zip(self.grid.push_messages(questions), nodes, strict=True))
+        infos: dict[int, ClientInfo] = {}
+        while waiting:
+            for message in self.grid.pull_messages(list(waiting)):
+                node = waiting.pop(message.metadata.reply_to_message_id)
+                if message.has_error():
+                    raise FedGPTError(f"node {node} did not say who it is: {message.error.reason}")
+                infos[node], digest = read_info(message)
+                if digest != self.digest:
+                    raise FedGPTError(
+                        f"client {infos[node].id!r} prepared other data ({digest}) than the server ({self.digest}); "
+                        "corpus, tokenizer and their package versions must be the same"
+                    )
+            if waiting and self.now() > deadline:
+                raise FedGPTError(f"{len(waiting)} clients did not say who they are within {timeout:.0f} s")
+            self._wait(POLL_SECONDS)
+        return infos

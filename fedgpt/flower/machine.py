@@ -1,0 +1,35 @@
+"""What a run uses of this machine: the same answer for the server, the launcher and every client process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedgpt.core.device import Compute, choose_compute, choose_workers
+from fedgpt.core.options import RunOptions
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Device, dtype, processes and threads, each chosen or as asked."""
+
+    compute: Compute
+    workers: int
+    threads: int  # of each worker: bit-identity depends on it
+    reason: str
+
+    @property
+    def workers_text(self) -> str:
+        """Workers and threads with their reason, as the opening prints them."""
+        return f"{self.workers} worker{_s(self.workers)} x {self.threads} thread{_s(self.threads)} ({self.reason})"
+
+
+def machine_for(options: RunOptions, clients: int) -> Machine:
+    """The machine for a run with `clients` clients, of whom `pace.clients` train at the same time."""
+    runtime = options.runtime
+    compute = choose_compute(runtime.device, options.local.precision)
+    together = min(options.pace.clients or clients, clients)
+    return Machine(compute, *choose_workers(runtime.workers, runtime.threads, compute.device, together))
+
+
+def _s(count: int) -> str:
+    return "s" * (count != 1)

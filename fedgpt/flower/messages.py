@@ -1,0 +1,73 @@
+"""Jobs and updates as Flower messages: one array and one JSON text each way, because Flower's cost is per array."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from fedgpt.core.messages import ClientInfo, Job, Plan, Reply
+from fedgpt.flower.shared import array_record
+
+ARRAY = "flat"  # the one array of an ArrayRecord
+
+
+def vector_record(vector: np.ndarray) -> ArrayRecord:
+    """A record that holds `vector` without copying it; it must not change while a message uses it."""
+    return array_record({ARRAY: vector})
+
+
+def job_content(job: Job, params: ArrayRecord) -> RecordDict:
+    """A job as message content; `params` is shared by all jobs of one version."""
+    return RecordDict({"params": params, "job": ConfigRecord({"json": _job_json(job)})})
+
+
+def job_bytes(job: Job) -> int:
+    """Size of what a job puts on the wire: the vector and its JSON."""
+    return job.params.nbytes + len(_job_json(job))
+
+
+def read_job(message: Message) -> Job:
+    """The job in a message; its params may be a read-only view."""
+    about = json.loads(str(message.content.config_records["job"]["json"]))
+    plan = about.pop("plan")
+    plan["keep"] = tuple(plan["keep"])
+    params = message.content.array_records["params"][ARRAY].numpy()
+    return Job(**about, params=params, plan=Plan(**plan))
+
+
+def update_content(header: str, delta: np.ndarray) -> RecordDict:
+    """An encoded update as message content."""
+    return RecordDict({"update": ConfigRecord({"json": header}), "delta": vector_record(delta)})
+
+
+def read_reply(message: Message, client: str, task: int) -> Reply:
+    """A client's reply as it came; nothing in it is believed yet, and nothing it holds can raise here."""
+    if message.has_error():
+        return Reply(client, task, error=f"code {message.error.code}: {message.error.reason}")
+    try:
+        header = str(message.content.config_records["update"]["json"])
+        array = message.content.array_records["delta"][ARRAY]
+        payload = array.numpy()
+    except Exception as error:  # whatever a hostile payload raises while it is read
+        return Reply(client, task, error=f"unreadable reply ({type(error).__name__})")
+    return Reply(client, task, header, payload, bytes=payload.nbytes + len(header))
+
+
+def info_content(info: ClientInfo, digest: str) -> RecordDict:
+    """The answer to the first query: who the client is and which prepared data it has."""
+    about = MetricRecord({"tokens": info.tokens})
+    return RecordDict({"size": about, "who": ConfigRecord({"id": info.id, "digest": digest})})
+
+
+def read_info(message: Message) -> tuple[ClientInfo, str]:
+    """(client, digest of its data) from the answer to a query."""
+    who, size = message.content.config_records["who"], message.content.metric_records["size"]
+    return ClientInfo(str(who["id"]), int(str(size["tokens"]))), str(who["digest"])
+
+
+def _job_json(job: Job) -> str:
+    about = {"client": job.client, "task": job.task, "version": job.version, "plan": asdict(job.plan)}
+    return json.dumps(about)

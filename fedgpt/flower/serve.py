@@ -1,0 +1,203 @@
+"""One run on one Grid, put together: data, model, strategy, transport, evaluation, loop, report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import secrets
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import flwr
+import numpy as np
+import torch
+from flwr.serverapp import Grid
+
+from fedgpt import __version__
+from fedgpt.aggregate.base import Strategy
+from fedgpt.config import build_strategy, refuse_another_run, to_yaml
+from fedgpt.core.errors import FedGPTError
+from fedgpt.core.files import write_text
+from fedgpt.core.flat import flatten
+from fedgpt.core.messages import ClientInfo, ServerState
+from fedgpt.core.options import RunOptions
+from fedgpt.core.seeds import derive_seed
+from fedgpt.data.corpora import corpus_prompt
+from fedgpt.data.partition import Shard, partition
+from fedgpt.data.prepare import Prepared, prepare
+from fedgpt.engine.checkpoint import Checkpoints, Ledgers, Snapshot
+from fedgpt.engine.pace import Cohort
+from fedgpt.engine.run_folder import RunFolder
+from fedgpt.engine.server import Server
+from fedgpt.evaluate.held_out import HeldOut
+from fedgpt.flower.grid_transport import GridTransport
+from fedgpt.flower.machine import Machine, machine_for
+from fedgpt.flower.pool import PoolGrid
+from fedgpt.flower.strategy_adapter import FlowerStrategy
+from fedgpt.model.gpt import GPT
+from fedgpt.model.hf import export_model
+from fedgpt.report.figures import loss_figure
+from fedgpt.report.progress import ProgressDisplay
+from fedgpt.report.run_report import opening, samples_page, summary_text
+
+TTL_MARGIN = 10.0  # seconds past the deadline before a client that hangs is given up (the pool ends its worker)
+log = logging.getLogger(__name__)
+
+
+def serve(options: RunOptions, grid: Grid) -> dict[str, Any]:
+    """Run `options` to the last version, or continue it from its folder's newest checkpoint; returns the summary."""
+    folder = RunFolder(options.run_dir)
+    try:
+        _claim(folder, options)
+        prepared = prepare(options.corpus, options.tokenizer, options.cache_dir)
+        shards = partition(prepared, options.partition, options.seed, options.model.block_size + 1)
+        return _Run(options, folder, prepared, shards, grid).go()
+    finally:
+        folder.close()
+
+
+class _Run:
+    """The parts of one run and the order they come in."""
+
+    def __init__(self, options: RunOptions, folder: RunFolder, prepared: Prepared, shards: Sequence[Shard], grid: Grid):
+        self.options, self.folder, self.prepared, self.shards, self.grid = options, folder, prepared, shards, grid
+        self.machine = machine_for(options, len(shards))
+        self.compute = self.machine.compute
+        torch.set_num_threads(self.machine.threads)
+        self.environment = _environment(self.machine)
+        self._began = time.monotonic()
+
+    def go(self) -> dict[str, Any]:
+        o = self.options
+        snapshot = self._snapshot()
+        stage = self._held_out()
+        display = ProgressDisplay(o)
+        display.say(
+            opening(o, self.prepared, self.shards, snapshot, self.compute, self.machine.workers_text, stage.tokens)
+        )
+        write_text(self.folder.path / "environment.json", json.dumps(self.environment, indent=2) + "\n")
+        strategy = build_strategy(o.strategy, o.trusted_packages)
+        if not isinstance(strategy, Strategy):
+            strategy = FlowerStrategy(strategy)
+        with display:
+            server = Server(
+                o, strategy, Cohort(o.pace, o.seed), self._transport(), self._evaluator(stage), self.folder, snapshot,
+                (self._log_event, display),
+            )  # fmt: skip
+            summary = server.run()
+        self._finish(summary, server.state.params, display)
+        return summary
+
+    def _snapshot(self) -> Snapshot:
+        """Where the run stands: its newest whole checkpoint, or version 0."""
+        checkpoints = Checkpoints(self.folder.checkpoints, self.options.checkpoint.keep)
+        snapshot = checkpoints.load()
+        checkpoints.close()
+        if snapshot is None:
+            for records in (self.folder.metrics, self.folder.events):
+                records.keep([])
+            ledgers = Ledgers(run=secrets.token_hex(8), record=_first_record(), environment=self.environment)
+            return Snapshot(ServerState(self._initial_params()), ledgers)
+        if snapshot.ledgers.unsaved:
+            raise FedGPTError(
+                f"{self.folder.path} cannot be continued: its strategy remembers "
+                f"{', '.join(snapshot.ledgers.unsaved)}, which no checkpoint holds; start again with another run_dir"
+            )
+        version = snapshot.state.version
+        self.folder.metrics.keep(r for r in self.folder.metrics.read() if r["version"] < version)
+        if differing := _differing(snapshot.ledgers.environment, self.environment):
+            log.warning(
+                "resuming under other conditions (%s): statistically equivalent, not bit-identical",
+                differing,
+            )
+        return snapshot
+
+    def _initial_params(self) -> np.ndarray:
+        model = GPT(self.options.model, self.prepared.tokenizer.vocab_size)
+        model.init_weights(derive_seed(self.options.seed, "init"))
+        return flatten(model)[1].numpy()
+
+    def _held_out(self) -> HeldOut:
+        tokenizer, o = self.prepared.tokenizer, self.options
+        return HeldOut(o.model, self.prepared.held_out(), tokenizer.token_bytes, self.compute, o.evaluate.tokens)
+
+    def _evaluator(self, stage: HeldOut) -> Any:
+        o, tokenizer = self.options, self.prepared.tokenizer
+        prompt = o.evaluate.prompt if o.evaluate.prompt is not None else corpus_prompt(o.corpus)
+        ids = list(tokenizer.encode(prompt)) or [tokenizer.end]
+
+        def evaluate(version: int, params: np.ndarray, sample: bool) -> dict[str, Any]:
+            scores: dict[str, Any] = stage(params).as_dict()
+            if sample:
+                seed = derive_seed(o.seed, "sample", version)
+                written = stage.sample(ids, o.evaluate.sample_tokens, seed, tokenizer.end)
+                scores |= {"prompt": prompt, "sample": tokenizer.decode(written)}
+            return scores
+
+        return evaluate
+
+    def _transport(self) -> GridTransport:
+        """The pool knows its clients by partition; other runtimes are asked."""
+        known = None
+        if isinstance(self.grid, PoolGrid):
+            infos = [ClientInfo(shard.client, shard.size) for shard in self.shards]
+            known = dict(zip(self.grid.get_node_ids(), infos, strict=True))
+        deadline = self.options.pace.deadline
+        ttl = None if deadline is None else deadline + TTL_MARGIN
+        return GridTransport(self.grid, len(self.shards), self.prepared.digest, known, ttl)
+
+    def _log_event(self, event: str, about: dict[str, Any]) -> None:
+        if event in ("dispatch", "accept", "reject", "version"):
+            self.folder.events.append({"event": event, "seconds": round(time.monotonic() - self._began, 4), **about})
+
+    def _finish(self, summary: dict[str, Any], params: np.ndarray, display: ProgressDisplay) -> None:
+        """Everything a person or a script wants at the end: summary, model folder, samples, figure."""
+        path = self.folder.path
+        records = self.folder.metrics.read()
+        model = GPT(self.options.model, self.prepared.tokenizer.vocab_size)
+        np.copyto(flatten(model)[1].numpy(), params)
+        export_model(path / "model", model, self.prepared.folder, None)
+        write_text(path / "samples.md", samples_page(records))
+        loss_figure(records, path / "figures" / "loss.png")
+        write_text(path / "summary.json", json.dumps(summary, indent=2) + "\n")
+        display.say(summary_text(summary, records, path))
+
+
+def _claim(folder: RunFolder, options: RunOptions) -> None:
+    """Write the run's configuration, or check that the folder's run is this one."""
+    refuse_another_run(options)
+    path = folder.path / "config.yaml"
+    if not path.exists():
+        write_text(path, to_yaml(options))
+        write_text(folder.path / "command.txt", shlex.join(sys.argv) + "\n")
+
+
+def _environment(machine: Machine) -> dict[str, Any]:
+    """What bit-identity depends on, beside configuration and seed."""
+    return {
+        "fedgpt": __version__,
+        "torch": torch.__version__,
+        "flwr": flwr.__version__,
+        "numpy": np.__version__,
+        "python": sys.version.split()[0],
+        "device": machine.compute.device,
+        "dtype": machine.compute.dtype,
+        "threads": machine.threads,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _first_record() -> dict[str, Any]:
+    return {
+        "version": 0, "tokens": 0, "wall_seconds": 0.0, "bytes_up": 0, "bytes_down": 0, "accepted": 0,
+        "rejected": {}, "staleness": {}, "train_loss": None, "lr": None, "update_norm": None, "step_norm": 0.0,
+        "state_lost": 0,
+    }  # fmt: skip
+
+
+def _differing(before: dict[str, Any], now: dict[str, Any]) -> str:
+    keys = [k for k in now if before.get(k) != now[k]]
+    return ", ".join(f"{k} {before.get(k)} -> {now[k]}" for k in keys)

@@ -1,0 +1,200 @@
+"""Arrays in anonymous shared memory, and a Flower Array that holds an ndarray instead of its serialised copy.
+
+Server and workers of the pool exchange large arrays through `Memory`: memory that belongs to file descriptors
+only. It has no name (nothing is ever in /dev/shm), so the kernel frees all of it when the processes end, by
+kill -9 too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import mmap
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord
+from flwr.common.constant import SType
+
+ALIGN = 64  # bytes: a cache line, and enough for every vector load
+
+
+class Memory:
+    """Anonymous shared memory; closes its descriptor when dropped. Mappings made of it live on."""
+
+    def __init__(self, descriptor: int):
+        """Take over `descriptor`."""
+        self._descriptor = descriptor
+
+    @classmethod
+    def holding(cls, parts: Sequence[np.ndarray]) -> tuple[Memory, list[int]]:
+        """New memory with a copy of each array, and where each begins (bytes, multiples of 64)."""
+        offsets, end = [], 0
+        for part in parts:
+            offsets.append(end)
+            end += -(-part.nbytes // ALIGN) * ALIGN
+        memory = cls(_anonymous_file())
+        os.ftruncate(memory.fileno(), max(end, 1))  # an empty file cannot be mapped
+        for part, offset in zip(parts, offsets, strict=True):
+            # Written, not copied into a mapping: no page faults and no zeroing of pages that are filled anyway.
+            _write(memory.fileno(), np.ascontiguousarray(part).reshape(-1).view(np.uint8), offset)
+        _seal(memory.fileno())
+        return memory, offsets
+
+    def fileno(self) -> int:
+        """The descriptor; raises ValueError once closed."""
+        if self._descriptor < 0:
+            raise ValueError("this shared memory is closed")
+        return self._descriptor
+
+    def view(self) -> np.ndarray:
+        """All of it as read-only bytes, zero-copy; the view keeps the mapping alive."""
+        # Private, because older kernels refuse a shared mapping of sealed memory; the pages are shared all the same.
+        mapping = mmap.mmap(self.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
+        return np.frombuffer(mapping, np.uint8)
+
+    def close(self) -> None:
+        """Give the descriptor back; may be called twice."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(OSError):  # never at interpreter exit
+            self.close()
+
+
+def _anonymous_file() -> int:
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("fedgpt", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    with tempfile.TemporaryFile() as stream:  # elsewhere than Linux: already unlinked
+        return os.dup(stream.fileno())
+
+
+def _write(descriptor: int, data: np.ndarray, offset: int) -> None:
+    """Write all of `data` (bytes); one call moves at most 2 GiB."""
+    left = memoryview(data)  # type: ignore[arg-type]  # an ndarray has a buffer, its stubs do not say so before 3.12
+    while left:
+        written = os.pwrite(descriptor, left, offset)
+        left, offset = left[written:], offset + written
+
+
+def _seal(descriptor: int) -> None:
+    """Nobody changes or shrinks it from here on: readers get neither torn arrays nor SIGBUS."""
+    if hasattr(os, "memfd_create"):
+        seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
+
+
+class NdArray(Array):
+    """A Flower Array around an ndarray: no copy going in, none in `numpy()`; treat the array as read-only.
+
+    The np.save bytes (`data`) are made only when asked for, and then kept. It travels over a SuperLink as a plain
+    Array (the receiver looks the class name up) and over Ray as itself. Insert it with `record[key] = NdArray(a)`
+    or use `array_record`: `ArrayRecord({...})` rebuilds plain Arrays and serialises at once.
+    """
+
+    def __init__(self, ndarray: np.ndarray):
+        """Hold `ndarray`; raises TypeError for object and structured dtypes."""
+        if ndarray.dtype.hasobject or ndarray.dtype.names is not None:
+            raise TypeError(f"an array of dtype {ndarray.dtype} cannot be sent; plain numbers can")
+        fields = {"dtype": str(ndarray.dtype), "shape": tuple(ndarray.shape), "stype": SType.NUMPY}
+        self.__dict__.update(fields, _ndarray=ndarray)  # past Array.__init__, which would serialise
+
+    def numpy(self) -> np.ndarray:
+        """The array itself, not a copy."""
+        return self.__dict__["_ndarray"]
+
+    @property
+    def data(self) -> bytes:  # type: ignore[override]  # a field in the base, made on demand here
+        """The np.save bytes."""
+        return self._plain.data
+
+    @property
+    def _plain(self) -> Array:
+        """The same array as Flower's own class, made once."""
+        if "_plain" not in self.__dict__:
+            self.__dict__["_plain"] = Array.from_numpy_ndarray(self.numpy())
+        return self.__dict__["_plain"]
+
+    def deflate(self) -> bytes:
+        """The header and body of a plain Array."""
+        return self._plain.deflate()
+
+    def slice_array(self) -> list[tuple[str, Any]]:
+        """The chunks of a plain Array."""
+        return self._plain.slice_array()
+
+    @property
+    def object_id(self) -> str:
+        """The id of a plain Array."""
+        return self._plain.object_id
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Array):
+            return NotImplemented
+        mine = (self.dtype, self.shape, self.stype)
+        return mine == (other.dtype, tuple(other.shape), other.stype) and self.data == other.data
+
+    __hash__ = None  # type: ignore[assignment]  # like Array: equal by content
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return NdArray, (self.numpy(),)  # for Ray and copy.deepcopy: never the serialised copy
+
+    def __repr__(self) -> str:
+        return f"NdArray(dtype={self.dtype!r}, shape={self.shape})"
+
+
+def array_record(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
+    """An ArrayRecord over `arrays` without copying or serialising them.
+
+    Build one per version and share it between messages: the pool then writes it to shared memory once.
+    """
+    record = ArrayRecord()
+    for key, value in arrays.items():
+        record[key] = NdArray(value)
+    return record
+
+
+def share(arrays: Sequence[Array]) -> tuple[Memory, list[dict[str, Any]]]:
+    """Write Flower Arrays into one new memory; the specs (JSON) tell `attach` what lies where."""
+    parts, specs = [], []
+    for array in arrays:
+        part = _decoded(array)
+        if part is None:  # not ours to understand: its bytes travel as they are
+            part = np.frombuffer(array.data, np.uint8)
+            specs.append({"stype": array.stype, "dtype": array.dtype, "shape": list(array.shape), "bytes": part.nbytes})
+        else:
+            specs.append({"dtype": part.dtype.str, "shape": list(part.shape), "bytes": part.nbytes})
+        parts.append(part)
+    memory, offsets = Memory.holding(parts)
+    for spec, offset in zip(specs, offsets, strict=True):
+        spec["offset"] = offset
+    return memory, specs
+
+
+def attach(memory: Memory, specs: Sequence[Mapping[str, Any]]) -> list[Array]:
+    """The arrays of `share`, as zero-copy read-only views; `memory` may be closed afterwards."""
+    whole, arrays = memory.view(), []
+    for spec in specs:
+        part = whole[spec["offset"] : spec["offset"] + spec["bytes"]]
+        shape = tuple(spec["shape"])
+        if "stype" in spec:
+            arrays.append(Array(dtype=spec["dtype"], shape=shape, stype=spec["stype"], data=part.tobytes()))
+        else:
+            arrays.append(NdArray(part.view(spec["dtype"]).reshape(shape)))
+    return arrays
+
+
+def _decoded(array: Array) -> np.ndarray | None:
+    """The ndarray inside, or None where the bytes are of another kind or damaged (the receiver's to judge)."""
+    if isinstance(array, NdArray):
+        return array.numpy()
+    try:
+        value = array.numpy()
+    except Exception:  # fuzzed .npy bytes raise nearly anything; see flower.md, section 10
+        return None
+    return None if value.dtype.hasobject or value.dtype.names is not None else value

@@ -1,0 +1,160 @@
+"""Run through Flower's own tools on this machine: a loopback SuperLink with SuperNodes, or its Ray simulation.
+
+The same ServerApp and ClientApp as everywhere; only the processes around them are Flower's. All of them are children
+of this process, in process groups of their own, and are ended with it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import IO
+
+from fedgpt.config import to_yaml
+from fedgpt.core.errors import ConfigError, FedGPTError, StoppedEarly
+from fedgpt.core.options import RunOptions
+from fedgpt.flower.machine import Machine
+
+MOST_NODES = 16  # one SuperNode is two Python processes of some 340 MB while it trains
+APP = """[project]
+name = "fedgpt-run"
+version = "0.1.0"
+description = "One fedgpt run"
+license = "Apache-2.0"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "fedgpt"
+
+[tool.flwr.app.components]
+serverapp = "fedgpt.flower.server_app:app"
+clientapp = "fedgpt.flower.client_app:app"
+
+[tool.flwr.app.config]
+config = ""
+overrides = ""
+"""
+
+
+def launch_flwr(options: RunOptions, clients: int, machine: Machine, client_env: dict[str, str]) -> None:
+    """Start SuperLink (and SuperNodes), submit the run, stream its log, end everything."""
+    ray = options.runtime.name == "ray"
+    if ray and importlib.util.find_spec("ray") is None:
+        raise ConfigError('runtime=ray: Ray is not installed; pip install "fedgpt[ray]", or take runtime=pool')
+    if not ray and clients > MOST_NODES:
+        raise ConfigError(
+            f"runtime=superlink: starts one SuperNode per client, and there are {clients} clients; "
+            f"take at most {MOST_NODES} (partition.clients=2), or runtime=pool"
+        )
+    with ExitStack() as stack:
+        home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedgpt-flower-")))
+        env = {**os.environ, **client_env, "FLWR_HOME": str(home), "PYTHONUNBUFFERED": "1"}
+        # Flower starts its own programs by name: those beside this interpreter come first
+        env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
+        port = _free_port()
+        link = ["--insecure", "--host", "127.0.0.1", "--port", str(port), "--disable-runtime-dependency-installation"]
+        stack.enter_context(_child(["flower-superlink", *link, *(["--simulation"] if ray else [])], env, home))
+        _wait_healthy(port, home)
+        for index in [] if ray else range(clients):
+            node = ["--insecure", "--superlink", f"127.0.0.1:{port}"]
+            node += ["--host", "127.0.0.1", "--port", str(_free_port())]
+            who = ["--node-config", f"partition-id={index} num-partitions={clients}"]
+            stack.enter_context(_child(["flower-supernode", *node, "--max-retries", "60", *who], env, home))
+        _submit(options, home, env, port, _simulation(clients, machine) if ray else [])
+
+
+def _submit(options: RunOptions, home: Path, env: dict[str, str], port: int, extra: list[str]) -> None:
+    """`flwr run` our two apps with the whole configuration; the run folder tells how it ended."""
+    app = home / "app"
+    app.mkdir()
+    (app / "pyproject.toml").write_text(APP)
+    # a JSON string without escapes beyond the Basic Multilingual Plane is a TOML string
+    (home / "run.toml").write_text(f"config = {json.dumps(to_yaml(options), ensure_ascii=False)}\n", encoding="utf-8")
+    (home / "config.toml").write_text(f'[superlink.fedgpt]\naddress = "127.0.0.1:{port}"\ninsecure = true\n')
+    folder = Path(options.run_dir)
+    for name in ("summary.json", "failure.json"):
+        (folder / name).unlink(missing_ok=True)
+    submit = ["flwr", "run", str(app), "fedgpt", "--run-config", str(home / "run.toml"), "--stream", *extra]
+    with _child(submit, env, home, stream=True) as process:
+        while process.poll() is None:
+            time.sleep(0.1)
+    if (folder / "failure.json").exists():
+        failure = json.loads((folder / "failure.json").read_text())
+        kind = {"ConfigError": ConfigError, "StoppedEarly": StoppedEarly}.get(failure["kind"], FedGPTError)
+        raise kind(failure["message"])
+    if not (folder / "summary.json").exists():
+        raise FedGPTError(
+            f"Flower ended before the run did (its log is above); continue with: fedgpt run resume={folder}"
+        )
+
+
+def _simulation(clients: int, machine: Machine) -> list[str]:
+    """Flower's simulation settings: one Ray actor per worker, each holding its share of the CPUs."""
+    return [
+        "--federation-config",
+        f"num-supernodes={clients} client-resources-num-cpus={machine.threads} "
+        f"init-args-num-cpus={machine.workers * machine.threads}",
+    ]
+
+
+@contextmanager
+def _child(
+    command: list[str], env: dict[str, str], home: Path, stream: bool = False
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A child in a process group of its own, ended as a whole on leaving; its output goes to a log in `home`."""
+    log: IO[bytes] | None = None if stream else (home / f"{command[0]}-{time.monotonic_ns()}.log").open("wb")
+    program = str(Path(sys.executable).parent / command[0])
+    process = subprocess.Popen(
+        [program, *command[1:]], env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+    )
+    try:
+        yield process
+    finally:
+        _end_group(process)
+        if log is not None:
+            log.close()
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """SIGTERM to the group, SIGKILL to what is left of it after five seconds."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, sign)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(timeout=5)
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()
+
+
+def _wait_healthy(port: int, home: Path, seconds: float = 60) -> None:
+    """Return when the SuperLink answers; raises FedGPTError with the end of its log when it does not."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.1)
+    tail = "".join(path.read_text(errors="replace")[-2000:] for path in home.glob("flower-superlink-*.log"))
+    raise FedGPTError(f"the SuperLink did not answer within {seconds:.0f} s; its log ends:\n{tail}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,142 @@
+"""The run as it goes: a live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.text import Text
+
+from fedgpt.core.options import RunOptions
+
+
+class ProgressDisplay:
+    """Observer of the server loop: one line per finished version; on a terminal, a live bar below them."""
+
+    def __init__(self, options: RunOptions, console: Console | None = None):
+        self.options, self.console = options, console or Console(highlight=False)
+        self._began = time.monotonic()
+        self._first_version = 0
+        self._tokens_at_start: int | None = None  # in the first record: a resumed run has trained before
+        self._tokens = self._version = self._sent = self._back = 0
+        self._bytes = 0
+        self._live: Live | None = None
+        self._bar = Progress(
+            TextColumn("version"), MofNCompleteColumn(), BarColumn(bar_width=30), TextColumn("{task.fields[state]}")
+        )
+        self._task: TaskID = self._bar.add_task("run", total=options.rounds, state="starting")
+
+    def say(self, text: str) -> None:
+        """Print text above the live line."""
+        self.console.print(Text(text), soft_wrap=True)
+
+    def __enter__(self) -> ProgressDisplay:
+        if self.console.is_terminal:
+            self._live = Live(Group(self._bar), console=self.console, refresh_per_second=4, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def __call__(self, event: str, about: dict[str, Any]) -> None:
+        """Take one event of the loop."""
+        if event == "open":
+            self._first_version = self._version = about["version"]
+            self._began = time.monotonic()
+        elif event == "dispatch":
+            self._sent += 1
+        elif event in ("accept", "reject"):
+            self._back += 1
+            if event == "reject":
+                who = f"client {about.get('client')} task {about.get('task')}"
+                why = f" ({about['detail']})" if about.get("detail") else ""
+                self.say("  ! " + one_line(f"{who} rejected: {about['code']}{why}"))
+        elif event == "version":
+            self._version, self._tokens = about["version"], about["tokens"]
+            self._bytes = about["bytes_up"] + about["bytes_down"]
+            self._sent = self._back = 0
+        elif event == "record":
+            if self._tokens_at_start is None:
+                self._tokens_at_start = about["tokens"]
+            self.say(self.line(about))
+        self._bar.update(self._task, completed=self._version, state=self._state())
+
+    def line(self, record: dict[str, Any]) -> str:
+        """One finished version in words."""
+        parts = [f"version {record['version']:>{len(str(self.options.rounds))}}/{self.options.rounds}"]
+        parts.append(f"{count(record['tokens'])} tokens")
+        if record.get("train_loss") is not None:
+            parts.append(f"train {record['train_loss']:.3f}")
+        if "loss" in record:
+            parts.append(f"held-out {record['loss']:.3f} = {record['bits_per_byte']:.3f} bits/byte")
+        parts.append(f"up {size(record['bytes_up'])}, down {size(record['bytes_down'])}")
+        seconds = record["wall_seconds"]
+        if record["version"] and record["tokens"] and seconds:
+            parts.append(f"{count(record['tokens'] / seconds)} tok/s")
+            parts.append(f"{clock(seconds / record['version'] * (self.options.rounds - record['version']))} left")
+        return " | ".join(parts)
+
+    def _state(self) -> str:
+        seconds = time.monotonic() - self._began
+        done = self._version - self._first_version
+        parts = [f"{self._sent - self._back} clients in flight", f"{self._back} back"]
+        if done and seconds:
+            parts.append(f"{count((self._tokens - (self._tokens_at_start or 0)) / seconds)} tok/s")
+            parts.append(f"{size(self._bytes)} moved")
+            parts.append(f"{clock(seconds / done * (self.options.rounds - self._version))} left")
+        return ", ".join(parts)
+
+
+def one_line(text: str) -> str:
+    """`text` without line breaks and control codes: a client's words must not take over the terminal.
+
+    >>> one_line("no memory\\n  at\\x1b[2J step 3")
+    'no memory at [2J step 3'
+    """
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+def count(value: float) -> str:
+    """A count in three figures.
+
+    >>> count(1234567), count(950), count(41800), count(999999)
+    ('1.23M', '950', '41.8k', '1M')
+    """
+    return _three_figures(value, ("", "k", "M", "G", "T"))
+
+
+def size(value: float) -> str:
+    """Bytes in decimal units.
+
+    >>> size(0), size(5_300_000)
+    ('0 B', '5.3 MB')
+    """
+    return _three_figures(value, (" B", " kB", " MB", " GB", " TB"))
+
+
+def _three_figures(value: float, units: tuple[str, ...]) -> str:
+    for power in range(len(units) - 1, 0, -1):
+        if value >= 0.9995 * 1000**power:  # from here on it is rounded up to this unit
+            return f"{value / 1000**power:.3g}{units[power]}"
+    return f"{value:.0f}{units[0]}"
+
+
+def clock(seconds: float) -> str:
+    """A duration as minutes and seconds, or hours and minutes.
+
+    >>> clock(65), clock(7300)
+    ('1:05', '2h01')
+    """
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}"
+    return f"{whole // 60}:{whole % 60:02d}"

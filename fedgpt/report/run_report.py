@@ -1,0 +1,88 @@
+"""What a person reads before and after a run."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fedgpt.core.device import Compute
+from fedgpt.core.options import RunOptions
+from fedgpt.data.partition import Shard
+from fedgpt.data.prepare import Prepared
+from fedgpt.engine.checkpoint import Snapshot
+from fedgpt.report.progress import clock, count, size
+
+
+def opening(
+    options: RunOptions,
+    prepared: Prepared,
+    shards: Sequence[Shard],
+    snapshot: Snapshot,
+    compute: Compute,
+    workers: str,
+    held_out_tokens: int,
+) -> str:
+    """Every automatic choice with its reason, and the numbers that follow from the options."""
+    o, local, model = options, options.local, options.model
+    parameters = snapshot.state.params.size
+    asked = min(o.pace.clients or len(shards), len(shards))
+    job = local.steps * local.accumulate * local.batch_size * model.block_size
+    who = f"{asked} of {len(shards)} clients" if o.pace.rate is None else f"each of {len(shards)} with p={o.pace.rate}"
+    target = o.strategy["_target_"].rsplit(".", 1)[-1] if isinstance(o.strategy, dict) else str(o.strategy)
+    rows = [
+        ("run", o.run_dir),
+        ("text", f"{o.corpus.name}: {count(sum(s.size for s in shards))} tokens at {len(shards)} clients, "
+                 f"{held_out_tokens:,} held-out tokens"),
+        ("tokenizer", f"{o.tokenizer.name}, {prepared.tokenizer.vocab_size} entries, trained on the public part only"
+                      if o.tokenizer.name == "bpe" else f"{o.tokenizer.name}, {prepared.tokenizer.vocab_size} entries"),
+        ("model", f"{count(parameters)} parameters: {model.n_layer} layers, width {model.n_embd}, "
+                  f"context {model.block_size}"),
+        ("round", f"{target}: {who} x {local.steps} steps = {count(asked * job)} tokens, "
+                  f"{size(asked * parameters * 4)} each way"),
+        ("compute", f"{compute.device}, {compute.dtype} ({compute.reason}), {workers}"),
+    ]  # fmt: skip
+    if snapshot.state.version:
+        rows.append(("resume", f"from version {snapshot.state.version} of {o.rounds}"))
+    return "\n".join(f"{name:>10}  {text}" for name, text in rows)
+
+
+def summary_text(summary: dict[str, Any], records: list[dict[str, Any]], folder: Path) -> str:
+    """The end of a run in a few lines, with a text that the model wrote."""
+    first, last, best = summary["initial"], summary["final"], summary["best"]
+    speed = summary["tokens"] / summary["wall_seconds"] if summary["wall_seconds"] else 0.0
+    rejected = sum(summary["rejected"].values())
+    lines = [
+        "",
+        f"held-out bits per byte  {first['bits_per_byte']:.3f} -> {last['bits_per_byte']:.3f}"
+        f"   (perplexity {first['perplexity']:.0f} -> {last['perplexity']:.1f}; "
+        f"best {best['bits_per_byte']:.3f} at version {best['version']})",
+        f"trained                 {count(summary['tokens'])} tokens in {clock(summary['wall_seconds'])} "
+        f"= {count(speed)} tok/s",
+        f"traffic                 {size(summary['bytes_up'])} up, {size(summary['bytes_down'])} down, "
+        f"{rejected} updates rejected",
+        f"weights                 sha256 {summary['weights_sha256'][:16]}",
+    ]
+    sample = next((r for r in reversed(records) if "sample" in r), None)
+    if sample:
+        lines += ["", _text(sample).strip(), ""]
+    lines.append(f"everything is in {folder}: samples.md, figures/loss.png, metrics.jsonl, model/")
+    lines.append(f'more text: fedgpt generate {shlex.quote(str(folder))} --prompt "..."')
+    return "\n".join(lines)
+
+
+def samples_page(records: list[dict[str, Any]]) -> str:
+    """samples.md: what the model wrote at several versions."""
+    lines = ["# What the model wrote", ""]
+    for record in records:
+        if "sample" in record:
+            title = f"## Version {record['version']}: {record['bits_per_byte']:.3f} bits per byte"
+            lines += [title, "", "```text", _text(record).replace("```", "` ` `"), "```", ""]
+    return "\n".join(lines)
+
+
+def _text(record: dict[str, Any]) -> str:
+    """Prompt and sample; a young byte model writes control codes, which no terminal shall follow."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", f"{record['prompt']}{record['sample']}")

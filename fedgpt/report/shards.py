@@ -1,0 +1,112 @@
+"""What `fedgpt data` prints: the corpus, its split, and how many tokens each client holds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedgpt.data.partition import Shard, natural_owners
+from fedgpt.data.prepare import Prepared
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+BAR = 40  # characters of the longest bar
+NAMED = 5  # largest and smallest clients listed by name
+PART_NAMES = {"public": "public (trains the tokenizer)", "held_out": "held-out (evaluation)", "clients": "clients"}
+
+
+def data_report(prepared: Prepared, shards: Sequence[Shard], console: Console) -> None:
+    """Print what a run would use; plain text in ASCII where `console` is not a terminal."""
+    from rich.table import Table
+
+    manifest = prepared.manifest
+    kind = manifest["tokenizer"]
+    per_token = manifest["bytes"] / manifest["tokens"]
+    facts = {
+        "corpus": f"{manifest['source']}, owner of a text = {manifest['client']}",
+        "text": f"{manifest['documents']:,} documents, {manifest['bytes']:,} bytes",
+        "tokenizer": f"{kind['name']}, {kind['vocab_size']:,} ids, digest {kind['digest']}",
+        "tokens": f"{manifest['tokens']:,} ({per_token:.2f} bytes per token)",
+        "folder": str(prepared.folder),
+    }
+    for name, fact in facts.items():
+        _say(console, f"{name:<11}{fact}")
+    _say(console)
+    split = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold" if console.is_terminal else "")
+    split.add_column("part")
+    for name in ("documents", "tokens", "bytes", "share"):
+        split.add_column(name, justify="right")
+    for part, row in manifest["split"].items():
+        counts = [f"{row[name]:,}" for name in ("documents", "tokens", "bytes")]
+        split.add_row(PART_NAMES[part], *counts, f"{row['bytes'] / manifest['bytes']:.1%}")
+    console.print(split, highlight=False)
+    console.print()
+    _print_clients(prepared, shards, console)
+
+
+def _print_clients(prepared: Prepared, shards: Sequence[Shard], console: Console) -> None:
+    """Number of clients, what was left out, the histogram, and the ends of the range by name."""
+    sizes = np.array([shard.size for shard in shards])
+    _say(console, f"{_count(len(shards), 'client')}, tokens per client: {_range(sizes)}")
+    left = prepared.manifest["split"]["clients"]["tokens"] - int(sizes.sum())
+    if left:
+        owners = natural_owners(prepared) - len(shards)
+        _say(console, f"left out: {_count(owners, 'client')} with {left:,} tokens in all,")
+        _say(console, "below one training window or partition.min_tokens, or not among the largest partition.clients")
+    _say(console)
+    full = "█" if console.is_terminal and console.encoding.startswith("utf") else "#"
+    for line in histogram(sizes, full):
+        _say(console, line)
+    _say(console)
+    ordered = sorted(shards, key=lambda shard: (-shard.size, shard.client))
+    if len(ordered) <= 2 * NAMED:
+        _say(console, "clients   " + _named(ordered))
+    else:
+        _say(console, "largest   " + _named(ordered[:NAMED]))
+        _say(console, "smallest  " + _named(ordered[: -NAMED - 1 : -1]))
+
+
+def histogram(sizes: np.ndarray, full: str = "#") -> list[str]:
+    """One line per bin of tokens per client: range, number of clients, bar.
+
+    Bins double in width where the largest client has more than eight times the smallest's tokens (natural data
+    spans orders of magnitude, and equal bins would show one bar), and are equal otherwise.
+    """
+    low, high = int(sizes.min()), int(sizes.max())
+    if low == high:
+        edges = [low, high + 1]
+    elif high > 8 * max(low, 1):
+        edges = [2**power for power in range(max(low, 1).bit_length() - 1, high.bit_length() + 1)]
+    else:
+        edges = sorted({int(edge) for edge in np.linspace(low, high + 1, 9)})
+    counts = [int(((sizes >= first) & (sizes < last)).sum()) for first, last in pairwise(edges)]
+    counts[0] += int((sizes < edges[0]).sum())
+    labels = [(f"{first:,}", f"{last - 1:,}") for first, last in pairwise(edges)]
+    wide = max(len(text) for label in labels for text in label)
+    number = max(len("clients"), *(len(str(count)) for count in counts))
+    lines = [f"{'tokens':>{2 * wide + 3}}  {'clients':>{number}}"]
+    for (first, last), count in zip(labels, counts, strict=True):
+        bar = full * (max(1, round(BAR * count / max(counts))) if count else 0)
+        lines.append(f"{first:>{wide}} - {last:>{wide}}  {count:>{number}}  {bar}".rstrip())
+    return lines
+
+
+def _say(console: Console, text: str = "") -> None:
+    """One line of output; soft_wrap keeps a long one whole, so that a path in it can be copied."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _named(shards: Sequence[Shard]) -> str:
+    return ", ".join(f"{shard.client} {shard.size:,}" for shard in shards)
+
+
+def _range(sizes: np.ndarray) -> str:
+    return f"min {sizes.min():,}, median {int(np.median(sizes)):,}, max {sizes.max():,}, total {sizes.sum():,}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
