@@ -1,0 +1,99 @@
+"""What the benchmarks share: starting a run as a child process, and what the kernel says about it (Linux: /proc)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+TICK = os.sysconf("SC_CLK_TCK")
+
+
+@contextmanager
+def child(command: Sequence[str | Path], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process `python *command`, ended with the block; its output goes to `log` and is shown where it fails."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stop request ends like Ctrl-C: nothing is left behind
+    with log.open("wb") as out:
+        process = subprocess.Popen([sys.executable, *map(str, command)], stdout=out, stderr=subprocess.STDOUT)
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)  # both kinds of child take their own children along
+                signal_all(process.pid, signal.SIGCONT)
+                process.wait()
+    refuse_failure(process, log)
+
+
+def refuse_failure(process: subprocess.Popen[bytes], log: Path) -> None:
+    """End the benchmark with what a failed child wrote."""
+    if process.returncode:
+        raise SystemExit(f"{process.args} ended with {process.returncode}:\n{log.read_text()[-3000:]}")
+
+
+def family(pid: int) -> list[int]:
+    """A process and its living descendants."""
+    below = [int(i) for path in Path(f"/proc/{pid}/task").glob("*/children") for i in path.read_text().split()]
+    return [pid, *(i for child in below for i in family(child))]
+
+
+def signal_all(pid: int, number: signal.Signals) -> None:
+    """Send a signal to a process and its descendants."""
+    for i in family(pid):
+        with suppress(ProcessLookupError):
+            os.kill(i, number)
+
+
+def cpu_seconds(pid: int) -> float:
+    """CPU time of a process and its living descendants so far, user and system."""
+    stats = (Path(f"/proc/{i}/stat").read_text().rpartition(")")[2].split() for i in family(pid))
+    return sum(int(fields[11]) + int(fields[12]) for fields in stats) / TICK
+
+
+def fedgpt_run(folder: Path, options: Sequence[str]) -> list[str]:
+    """The command of the default pool run with `options` in `folder`."""
+    return ["-m", "fedgpt", "run", *options, f"run_dir={folder}"]
+
+
+class Versions:
+    """Counts the server steps that a run's events.jsonl tells of; reads each byte once: looking must cost nothing."""
+
+    def __init__(self, folder: Path):
+        self.path, self.count, self._offset = folder / "events.jsonl", 0, 0
+
+    def look(self) -> int:
+        """How many there are now."""
+        try:
+            if self.path.stat().st_size == self._offset:
+                return self.count
+        except FileNotFoundError:
+            return 0
+        with self.path.open("rb") as stream:
+            stream.seek(self._offset)
+            whole, end, _ = stream.read().rpartition(b"\n")
+        self._offset += len(whole + end)
+        self.count += sum(json.loads(line)["event"] == "version" for line in whole.splitlines())
+        return self.count
+
+
+def machine(precision: str = "auto") -> dict[str, Any]:
+    """What the figures depend on beside the code."""
+    import torch
+
+    from fedgpt.core.device import choose_compute, cores
+
+    compute = choose_compute("auto", precision)
+    return {
+        "cores": cores(),
+        "load_before": [round(x, 2) for x in os.getloadavg()],
+        "torch": torch.__version__,
+        "device": compute.device,
+        "dtype": compute.dtype,
+        "dtype_reason": compute.reason,
+    }

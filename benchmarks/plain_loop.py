@@ -1,0 +1,207 @@
+"""Federated averaging as one would write it without a framework: the reference of benchmarks/overhead.py.
+
+    python benchmarks/plain_loop.py FOLDER [key=value ...]      # the options of `fedgpt run`
+
+Persistent spawned processes, one pipe each, all vectors in shared memory. Nothing of fedgpt's engine or Flower side is
+used: no messages, digests, validation, exact sums, files, records or resuming. What a client does is the same: the
+same Trainer, the same shards, batches, seeds and learning rates, so that the weights end (nearly) the same too. Each
+round the parent deals the next client to the process that is idle, and adds a finished update in place, float32. Adam's
+moments of a client are parked in shared memory, one row for each client, because the next round may meet it in the
+other process.
+
+FOLDER gets events.jsonl, one line after each server step with the seconds so far, and params.npz, the `first` and
+`last` weights.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import multiprocessing
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from multiprocessing.reduction import DupFd
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+import torch
+
+from fedgpt import config
+from fedgpt.core.device import choose_compute, cores
+from fedgpt.core.flat import flatten
+from fedgpt.core.messages import Plan
+from fedgpt.core.options import RunOptions
+from fedgpt.core.seeds import derive_seed, numpy_generator
+from fedgpt.data.batches import Batches
+from fedgpt.data.partition import Shard, partition
+from fedgpt.data.prepare import Prepared, prepare
+from fedgpt.flower.launch import KEEP_HEAP  # two environment variables, no code: both sides' processes get them
+from fedgpt.local.optimizer import Moments
+from fedgpt.local.trainer import Trainer
+from fedgpt.model.gpt import GPT
+
+
+class SharedArray:
+    """A float32 array in anonymous memory that spawned processes get by descriptor (/dev/shm may be small)."""
+
+    def __init__(self, *shape: int):
+        self.shape, self._descriptor = shape, os.memfd_create("plain_loop")
+        os.ftruncate(self._descriptor, 4 * int(np.prod(shape)))
+        self._map()
+
+    def _map(self) -> None:
+        self.tensor = torch.frombuffer(mmap.mmap(self._descriptor, 0), dtype=torch.float32).view(self.shape)
+
+    def __getstate__(self) -> tuple[tuple[int, ...], Any]:
+        return self.shape, DupFd(self._descriptor)
+
+    def __setstate__(self, state: tuple[tuple[int, ...], Any]) -> None:
+        self.shape, self._descriptor = state[0], state[1].detach()
+        self._map()
+
+
+@dataclass(frozen=True)
+class Task:
+    """What goes down a pipe; the answer is its slot and the tokens trained."""
+
+    slot: int  # where the update goes
+    client: int
+    number: int  # how many tasks the client had before
+    plan: Plan
+
+
+@dataclass(frozen=True)
+class Memory:
+    """All vectors, shared by all processes."""
+
+    params: SharedArray  # (parameters,)
+    updates: SharedArray  # (clients of a round, parameters)
+    moments: SharedArray  # (clients, 2, parameters)
+
+
+def load(options: RunOptions) -> tuple[Prepared, list[Shard]]:
+    prepared = prepare(options.corpus, options.tokenizer, options.cache_dir)
+    return prepared, partition(prepared, options.partition, options.seed, options.model.block_size + 1)
+
+
+def work(pipe: Connection, memory: Memory, options: RunOptions, threads: int) -> None:
+    """A process: train one task after the other until the pipe brings None."""
+    torch.set_num_threads(threads)
+    prepared, shards = load(options)
+    compute = choose_compute(options.runtime.device, options.local.precision)
+    trainer = Trainer(options.model, prepared.tokenizer.vocab_size, options.local, compute)
+    params, updates, parked = (array.tensor for array in (memory.params, memory.updates, memory.moments))
+    while (task := pipe.recv()) is not None:
+        shard, done = shards[task.client], task.number * options.local.steps
+        seeds = [derive_seed(options.seed, purpose, shard.client, task.number) for purpose in ("batches", "dropout")]
+        tokens = shard.read(prepared.tokens)
+        batches = Batches(tokens, options.model.block_size, options.local.batch_size, seeds[0])
+        moments = Moments(parked[task.client, 0], parked[task.client, 1], done) if done else None
+        trained = trainer.train(params.numpy(), batches, task.plan, moments, seeds[1])
+        parked[task.client, 0].copy_(trained.moments.first)
+        parked[task.client, 1].copy_(trained.moments.second)
+        updates[task.slot].copy_(torch.from_numpy(trained.delta))
+        pipe.send((task.slot, trained.tokens))
+
+
+class Parent:
+    """The one loop: deal, add, step."""
+
+    def __init__(self, options: RunOptions):
+        self.options = options
+        prepared, shards = load(options)
+        self.numbers = [0] * len(shards)
+        self.cohort = min(options.pace.clients or len(shards), len(shards))
+        model = GPT(options.model, prepared.tokenizer.vocab_size)
+        model.init_weights(derive_seed(options.seed, "init"))
+        self.first = flatten(model)[1]
+        size = self.first.numel()
+        self.memory = Memory(SharedArray(size), SharedArray(self.cohort, size), SharedArray(len(shards), 2, size))
+        self.memory.params.tensor.copy_(self.first)
+        self.total = torch.zeros(size)
+        local = options.local
+        self.step_tokens = local.accumulate * local.batch_size * options.model.block_size * self.cohort
+        self.tokens_total = options.rounds * local.steps * self.step_tokens
+
+    def run(self, stamps: TextIO) -> None:
+        """Start the processes, do all rounds, end the processes."""
+        pipes, processes = self.start()
+        began = time.monotonic()
+        for version in range(self.options.rounds):
+            self.round(version, pipes)
+            about = {"event": "version", "version": version + 1, "wall_seconds": time.monotonic() - began}
+            print(json.dumps(about), file=stamps, flush=True)
+        for pipe in pipes:
+            pipe.send(None)
+        for process in processes:
+            process.join()
+
+    def start(self) -> tuple[list[Connection], list[SpawnProcess]]:
+        """As many processes as fedgpt's pool starts, in the same environment."""
+        workers, threads = self.options.runtime.workers or cores(), self.options.runtime.threads or 1
+        torch.set_num_threads(threads)
+        pools = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
+        os.environ.update({**KEEP_HEAP, **dict.fromkeys(pools, str(threads))})
+        spawn = multiprocessing.get_context("spawn")
+        pipes, processes = [], []
+        for _ in range(workers):
+            ours, theirs = spawn.Pipe()
+            process = spawn.Process(target=work, args=(theirs, self.memory, self.options, threads), daemon=True)
+            process.start()
+            theirs.close()
+            pipes.append(ours)
+            processes.append(process)
+        return pipes, processes
+
+    def round(self, version: int, pipes: list[Connection]) -> None:
+        """One round: the mean of the updates, weighted by tokens, comes off the weights."""
+        draw = numpy_generator(self.options.seed, "cohort", version)  # the same clients as in fedgpt's round
+        chosen = sorted(int(i) for i in draw.choice(len(self.numbers), self.cohort, replace=False))
+        tasks = deque(self.task(slot, client, version) for slot, client in enumerate(chosen))
+        busy = pipes[: len(tasks)]
+        for pipe in busy:
+            pipe.send(tasks.popleft())
+        weight = 0
+        self.total.zero_()
+        for pipe in self.answers(busy):
+            slot, tokens = pipe.recv()
+            if tasks:
+                pipe.send(tasks.popleft())
+                busy.append(pipe)
+            self.total.add_(self.memory.updates.tensor[slot], alpha=tokens)
+            weight += tokens
+        self.memory.params.tensor.sub_(self.total, alpha=1 / weight)
+
+    def answers(self, busy: list[Connection]) -> Iterator[Connection]:
+        """The pipes that have an answer, as they come; `busy` grows while one is handled."""
+        while busy:
+            for pipe in wait(busy):
+                assert isinstance(pipe, Connection)
+                busy.remove(pipe)
+                yield pipe
+
+    def task(self, slot: int, client: int, version: int) -> Task:
+        steps, number = self.options.local.steps, self.numbers[client]
+        self.numbers[client] += 1
+        done = version * steps * self.step_tokens
+        return Task(slot, client, number, Plan("plain", steps, done, self.step_tokens, self.tokens_total))
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    folder.mkdir(parents=True)
+    parent = Parent(config.load(sys.argv[2:]))
+    with (folder / "events.jsonl").open("w") as stamps:
+        parent.run(stamps)
+    np.savez(folder / "params.npz", first=parent.first.numpy(), last=parent.memory.params.tensor.numpy())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,89 @@
+"""The demo and its central twin: what does federation cost in two minutes on a laptop?
+
+    python simulations/quickstart/run.py            # about 8 minutes on 2 cores, both sides
+    python simulations/quickstart/run.py --quick    # a smoke run
+
+Federated: `fedgpt run experiment=demo`. Central twin: one client that holds the same text and trains the same tokens
+in as many steps, with batches as large as those of all sampled clients together.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+STUDY = Path(__file__).parent
+sys.path.insert(0, str(STUDY.parent))
+from common import arguments, run, runs_folder, write_results  # noqa: E402
+
+QUICK = ["rounds=2", "local.steps=2", "evaluate.tokens=4096", "corpus=stdlib", "tokenizer=bytes"]
+
+
+def main() -> None:
+    chosen = arguments(__doc__ or "")
+    seeds = [0]
+    extra = QUICK if chosen.quick else []
+    folder = runs_folder(chosen.runs)
+    sides = {"federated": ["experiment=demo"], "central_twin": ["experiment=central_twin"]}
+    runs = {
+        side: [run(folder / f"{side}-{seed}", *options, f"seed={seed}", *extra) for seed in seeds]
+        for side, options in sides.items()
+    }
+    figures = {side: figures_of([r.summary for r in of]) for side, of in runs.items()}
+    figures["gap"] = figures["federated"]["loss"] / figures["central_twin"]["loss"] - 1
+    print_table(figures)
+    if not chosen.quick:
+        draw({side: of[0].metrics for side, of in runs.items()}, STUDY / "loss.png")
+        write_results(STUDY, seeds, figures)
+
+
+def figures_of(summaries: list[dict]) -> dict:
+    """Mean over seeds, with the spread of the quantity that decides."""
+    final = [s["final"] for s in summaries]
+    bits = [f["bits_per_byte"] for f in final]
+    return {
+        "bits_per_byte": statistics.mean(bits),
+        "bits_per_byte_spread": max(bits) - min(bits),
+        "bits_per_byte_start": summaries[0]["initial"]["bits_per_byte"],
+        "loss": statistics.mean(f["loss"] for f in final),
+        "perplexity": statistics.mean(f["perplexity"] for f in final),
+        "tokens": summaries[0]["tokens"],
+        "bytes_up": summaries[0]["bytes_up"],
+        "bytes_down": summaries[0]["bytes_down"],
+        "wall_seconds": [s["wall_seconds"] for s in summaries],
+    }
+
+
+def print_table(figures: dict) -> None:
+    print(f"\n{'':14}{'bits/byte':>10}{'spread':>8}{'perplexity':>12}{'tokens':>10}{'seconds':>9}")
+    for side in ("federated", "central_twin"):
+        f = figures[side]
+        print(
+            f"{side:14}{f['bits_per_byte']:>10.3f}{f['bits_per_byte_spread']:>8.3f}{f['perplexity']:>12.1f}"
+            f"{f['tokens'] / 1e6:>9.2f}M{statistics.mean(f['wall_seconds']):>9.0f}"
+        )
+    print(f"loss of the federated run over the twin's: {figures['gap']:+.1%}")
+
+
+def draw(metrics: dict[str, list[dict]], path: Path) -> None:
+    figure, axis = pyplot.subplots(figsize=(6.5, 3.6), layout="constrained")
+    for (side, records), colour in zip(metrics.items(), ("#1f5fa8", "#c46210"), strict=True):
+        scored = [r for r in records if "bits_per_byte" in r and r["version"]]
+        label = f"{side.replace('_', ' ')}: {scored[-1]['bits_per_byte']:.3f}"
+        tokens = [r["tokens"] / 1e6 for r in scored]
+        axis.plot(tokens, [r["bits_per_byte"] for r in scored], marker="o", markersize=3, color=colour, label=label)
+    axis.set_xlabel("tokens trained (millions)")
+    axis.set_ylabel("held-out bits per byte")
+    axis.grid(alpha=0.3)
+    axis.legend(frameon=False)
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Automatic choices and their reasons, on machines that this one need not be."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedgpt.core import device
+from fedgpt.core.device import Compute, choose_compute, choose_workers, cores
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def no_probe() -> bool:
+    raise AssertionError("nothing is timed where torch knows what the CPU has")
+
+
+@pytest.mark.parametrize(
+    "amx, dtype, reason",
+    [(True, "bf16", "this CPU has AMX bf16 units"), (False, "fp32", "this CPU has no fast bf16 units")],
+)
+def test_what_torch_knows_of_the_cpu_decides(monkeypatch, amx, dtype, reason):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    monkeypatch.setattr(device, "_bf16_is_faster", no_probe)
+    assert choose_compute() == Compute("cpu", dtype, reason)
+
+
+@pytest.mark.parametrize("faster, dtype, part", [(True, "bf16", "more than twice as fast"), (False, "fp32", "no fast")])
+def test_where_torch_cannot_tell_a_product_is_timed(monkeypatch, faster, dtype, part):
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported", raising=False)
+    monkeypatch.setattr(device, "_bf16_is_faster", lambda: faster)
+    chosen = choose_compute()
+    assert (chosen.device, chosen.dtype) == ("cpu", dtype) and part in chosen.reason
+
+
+def test_the_timing_answers_and_leaves_the_random_state_alone():
+    before = torch.random.get_rng_state()
+    assert device._bf16_is_faster() in (True, False)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("amx", [True, False])
+def test_a_precision_that_is_asked_for_is_taken(monkeypatch, precision, amx):
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
+    assert choose_compute("cpu", precision) == Compute("cpu", precision, "local.precision asks for it")
+
+
+@pytest.mark.parametrize("units, dtype", [(True, "bf16"), (False, "fp32")])
+def test_a_gpu_is_taken_where_there_is_one(monkeypatch, units, dtype):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: units)
+    monkeypatch.setattr(device, "_bf16_is_faster", no_probe)
+    chosen = choose_compute()
+    assert (chosen.device, chosen.dtype) == ("cuda", dtype) and "GPU" in chosen.reason
+    assert choose_compute("cpu", "fp32").device == "cpu", "asked for beats found"
+
+
+def test_dtypes_are_torchs():
+    assert Compute("cpu", "fp32", "").torch_dtype is torch.float32
+    assert Compute("cpu", "bf16", "").torch_dtype is torch.bfloat16
+
+
+def test_cores_are_those_this_process_may_use(monkeypatch):
+    monkeypatch.setattr(device.os, "sched_getaffinity", lambda pid: {0, 3, 5}, raising=False)
+    assert cores() == 3
+    monkeypatch.delattr(device.os, "sched_getaffinity")
+    monkeypatch.setattr(device.os, "cpu_count", lambda: None)
+    assert cores() == 1
+
+
+@pytest.mark.parametrize(
+    "available, workers, threads, chosen",
+    [
+        (8, 0, 0, (8, 1, "8 cores, one process per core")),
+        (8, 3, 0, (3, 2, "8 cores, as asked")),
+        (8, 0, 3, (2, 3, "8 cores, as asked")),
+        (8, 16, 0, (16, 1, "8 cores, as asked")),
+        (8, 0, 16, (1, 16, "8 cores, as asked")),
+        (8, 5, 5, (5, 5, "8 cores, as asked")),
+        (1, 0, 0, (1, 1, "1 cores, one process per core")),
+    ],
+)
+def test_workers_and_threads_by_hand(monkeypatch, available, workers, threads, chosen):
+    monkeypatch.setattr(device, "cores", lambda: available)
+    assert choose_workers(workers, threads, "cpu", 1000) == chosen
+
+
+@given(st.integers(1, 256), st.integers(0, 300), st.integers(0, 300))
+def test_workers_times_threads_stay_within_the_cores_unless_asked_for_more(available, workers, threads):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "cores", lambda: available)
+        processes, each, reason = choose_workers(workers, threads, "cpu", 1000)
+    assert processes >= 1 and each >= 1 and str(available) in reason
+    assert processes == workers or not workers
+    assert each == threads or not threads
+    asked = max(workers, 1) * max(threads, 1)
+    assert processes * each <= max(available, asked)
+
+
+@pytest.mark.parametrize(
+    "gpus, workers, threads, chosen", [(1, 0, 0, (1, 16)), (4, 0, 0, (4, 4)), (1, 2, 0, (2, 8)), (2, 0, 3, (2, 3))]
+)
+def test_one_process_per_gpu(monkeypatch, gpus, workers, threads, chosen):
+    monkeypatch.setattr(device, "cores", lambda: 16)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    assert choose_workers(workers, threads, "cuda", 1000)[:2] == chosen
+    assert f"{gpus} found" in choose_workers(workers, threads, "cuda", 1000)[2]
+
+
+def test_processes_that_would_have_no_client_are_not_started(monkeypatch):
+    monkeypatch.setattr("fedgpt.core.device.cores", lambda: 8)
+    assert choose_workers(0, 0, "cpu", 3)[:2] == (3, 2)
+    assert choose_workers(0, 0, "cpu", 1)[:2] == (1, 8)
+    assert choose_workers(6, 1, "cpu", 2)[:2] == (2, 1)

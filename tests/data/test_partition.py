@@ -1,0 +1,225 @@
+import string
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedgpt.core.errors import ConfigError
+from fedgpt.core.options import PartitionOptions
+from fedgpt.data.partition import KINDS, Shard, natural_owners, partition, partition_problems
+from fedgpt.data.prepare import CLIENTS, HELD_OUT, PUBLIC
+
+
+def corpus(lengths, owners, labels, parts) -> Any:
+    """A prepared corpus of numbered tokens, so that a token tells where it came from."""
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    return SimpleNamespace(
+        tokens=np.arange(starts[-1], dtype=np.uint32),
+        starts=starts,
+        part=np.array(parts, dtype=np.int8),
+        clients=[string.ascii_lowercase[owner] for owner in owners],
+        labels=[f"label {label}" for label in labels],
+    )
+
+
+def tokens_of_the_part(prepared) -> np.ndarray:
+    return np.concatenate([prepared.tokens[prepared.starts[d] : prepared.starts[d + 1]] for d in of_clients(prepared)])
+
+
+def of_clients(prepared) -> np.ndarray:
+    return np.flatnonzero(prepared.part == CLIENTS)
+
+
+def owner_of(prepared, token: int) -> str:
+    return prepared.clients[int(np.searchsorted(prepared.starts, token, side="right")) - 1]
+
+
+@st.composite
+def corpora(draw):
+    documents = draw(st.integers(3, 30))
+    each = lambda values: draw(st.lists(values, min_size=documents, max_size=documents))  # noqa: E731
+    parts = each(st.sampled_from([CLIENTS, CLIENTS, CLIENTS, PUBLIC, HELD_OUT]))
+    parts[:2] = [CLIENTS, CLIENTS]
+    labels = each(st.integers(0, 3))
+    labels[:2] = [0, 1]
+    return corpus(each(st.integers(2, 60)), each(st.integers(0, 5)), labels, parts)
+
+
+options = st.builds(
+    PartitionOptions,
+    name=st.sampled_from(KINDS),
+    clients=st.integers(1, 6),
+    alpha=st.floats(0.01, 100),
+    exponent=st.floats(0, 3),
+    piece=st.integers(1, 20),
+    min_tokens=st.integers(0, 20),
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(corpora(), options, st.integers(0, 2**31), st.integers(1, 12))
+def test_every_token_once_and_enough_for_each_or_an_error(prepared, options, seed, window):
+    try:
+        shards = partition(prepared, options, seed, window)
+    except ConfigError as error:
+        assert "partition." in str(error)
+        return
+    assert [shard.client for shard in shards] == sorted({shard.client for shard in shards})
+    assert len(shards) == options.clients
+    dealt = np.concatenate([shard.read(prepared.tokens) for shard in shards])
+    assert len(np.unique(dealt)) == len(dealt)
+    assert np.isin(dealt, tokens_of_the_part(prepared)).all()
+    if options.name == "natural":
+        for shard in shards:
+            assert {owner_of(prepared, token) for token in shard.read(prepared.tokens)} == {shard.client}
+    else:
+        assert len(dealt) == len(tokens_of_the_part(prepared))
+    for shard in shards:
+        assert shard.size == len(shard.read(prepared.tokens)) >= max(window, options.min_tokens)
+        assert (shard.spans[1:, 0] > shard.spans[:-1, 1]).all()  # sorted and merged
+    again = partition(prepared, options, seed, window)
+    assert all(np.array_equal(a.spans, b.spans) for a, b in zip(shards, again, strict=True))
+
+
+@pytest.fixture
+def ten():
+    """Ten documents of 100 tokens in the clients' part, owned by a (4), b (3), c (2), d (1); two others between."""
+    parts = [CLIENTS] * 3 + [PUBLIC] + [CLIENTS] * 4 + [HELD_OUT] + [CLIENTS] * 3
+    owners = [0, 0, 0, 5, 0, 1, 1, 1, 5, 2, 2, 3]
+    return corpus([100] * 12, owners, [0, 1] * 6, parts)
+
+
+def test_natural_keeps_owners_and_merges_neighbours(ten):
+    shards = partition(ten, PartitionOptions(), 0, 10)
+    assert [(shard.client, shard.spans.tolist()) for shard in shards] == [
+        ("a", [[0, 300], [400, 500]]),
+        ("b", [[500, 800]]),
+        ("c", [[900, 1100]]),
+        ("d", [[1100, 1200]]),
+    ]
+
+
+def test_natural_keeps_the_largest_and_leaves_small_ones_out(ten):
+    largest = partition(ten, PartitionOptions(clients=2), 0, 10)
+    assert [shard.client for shard in largest] == ["a", "b"]
+    assert [shard.client for shard in partition(ten, PartitionOptions(), 0, 101)] == ["a", "b", "c"]
+    assert [shard.client for shard in partition(ten, PartitionOptions(min_tokens=300), 0, 10)] == ["a", "b"]
+    assert natural_owners(ten) == 4
+
+
+def test_natural_errors_name_what_to_change(ten):
+    with pytest.raises(ConfigError, match=r"partition\.clients=9: the corpus has 4 natural clients.*partition=iid"):
+        partition(ten, PartitionOptions(clients=9), 0, 10)
+    with pytest.raises(ConfigError, match=r"partition\.min_tokens=0: all 4 natural clients are below 500 .*has 400"):
+        partition(ten, PartitionOptions(), 0, 500)
+
+
+def test_iid_is_even_and_mixes_owners(ten):
+    shards = partition(ten, PartitionOptions(name="iid", clients=3, piece=10), 0, 10)
+    assert [shard.client for shard in shards] == ["client-000", "client-001", "client-002"]
+    assert sorted(shard.size for shard in shards) == [330, 330, 340]
+    assert all(len({owner_of(ten, token) for token in shard.read(ten.tokens)}) == 4 for shard in shards)
+
+
+def test_another_seed_deals_another_way(ten):
+    options = PartitionOptions(name="iid", clients=3, piece=10)
+    one, two = (partition(ten, options, seed, 10)[0].spans for seed in (0, 1))
+    assert not np.array_equal(one, two)
+
+
+def test_quantity_follows_the_power_law(ten):
+    sizes = [s.size for s in partition(ten, PartitionOptions(name="quantity", clients=4, exponent=1.0, piece=1), 0, 10)]
+    expected = 1000 / np.arange(1, 5) / (1 / np.arange(1, 5)).sum()
+    assert np.abs(np.array(sizes) - expected).max() <= 1
+    assert [
+        s.size for s in partition(ten, PartitionOptions(name="quantity", clients=4, exponent=0.0, piece=1), 0, 10)
+    ] == [250] * 4
+
+
+def label_shares(prepared, alpha: float, seeds: int) -> float:
+    """Mean over clients and seeds of how far a client's share of label 0 is from a half."""
+    label_of = np.repeat([name == "label 0" for name in prepared.labels], np.diff(prepared.starts))
+    options = PartitionOptions(name="dirichlet", clients=4, alpha=alpha, piece=5)
+    distances = []
+    for seed in range(seeds):
+        try:
+            shards = partition(prepared, options, seed, 1)
+        except ConfigError:
+            continue
+        distances += [abs(label_of[shard.read(prepared.tokens)].mean() - 0.5) for shard in shards]
+    return float(np.mean(distances))
+
+
+def test_a_smaller_alpha_is_more_skewed(ten):
+    even, skewed = label_shares(ten, 1000.0, 10), label_shares(ten, 0.3, 60)
+    assert even < 0.05
+    assert skewed > 0.2
+
+
+def test_dirichlet_needs_labels(ten):
+    ten.labels = ["x"] * len(ten.labels)
+    with pytest.raises(ConfigError, match=r"partition\.name=dirichlet.*corpus\.label_field.*partition=quantity"):
+        partition(ten, PartitionOptions(name="dirichlet", clients=2), 0, 10)
+
+
+def test_too_small_made_clients_name_the_count_and_the_smallest(ten):
+    options = PartitionOptions(name="quantity", clients=40, exponent=2.0, piece=5)
+    with pytest.raises(
+        ConfigError, match=r"\d+ of 40 clients have fewer than 65 tokens \(the smallest, client-\d+, has \d+"
+    ):
+        partition(ten, options, 0, 65)
+    with pytest.raises(ConfigError, match=r"lower partition\.clients.*raise partition\.alpha.*lower model\.block_size"):
+        partition(ten, PartitionOptions(name="dirichlet", clients=60, alpha=0.1), 0, 65)
+    with pytest.raises(ConfigError, match=r"fewer than 600 tokens.*lower partition\.min_tokens"):
+        partition(ten, PartitionOptions(name="iid", clients=2, min_tokens=600), 0, 65)
+
+
+@pytest.mark.parametrize("clients", [10, 1000, 1001])
+def test_made_names_sort_as_numbers(clients):
+    many = corpus([clients * 4], [0], [0], [CLIENTS])
+    names = [shard.client for shard in partition(many, PartitionOptions(name="iid", clients=clients, piece=4), 0, 4)]
+    assert [int(name.removeprefix("client-")) for name in names] == list(range(clients))
+    assert len({len(name) for name in names}) == 1
+
+
+def test_pieces_may_run_over_the_end_of_a_document():
+    prepared = corpus([7, 5, 9, 7], [0, 1, 2, 3], [0] * 4, [CLIENTS, PUBLIC, CLIENTS, CLIENTS])
+    shards = partition(prepared, PartitionOptions(name="iid", clients=2, piece=10), 0, 1)
+    dealt = np.sort(np.concatenate([shard.read(prepared.tokens) for shard in shards]))
+    assert dealt.tolist() == [*range(7), *range(12, 28)]
+    owner = next(shard for shard in shards if 6 in shard.read(prepared.tokens))
+    assert 12 in owner.read(prepared.tokens)  # the first piece is the first document and the next one's start
+
+
+def test_wrong_options_are_told_before_any_work():
+    wrong = PartitionOptions(name="dirichlet", clients=0, alpha=0.0, piece=0, min_tokens=-1)
+    text = "\n".join(partition_problems(wrong))
+    for option in ("clients=0", "alpha=0.0", "piece=0", "min_tokens=-1"):
+        assert f"partition.{option}" in text
+    assert "partition.exponent=-1" in partition_problems(PartitionOptions(name="quantity", clients=2, exponent=-1))[0]
+    assert "partition.clients=-1" in partition_problems(PartitionOptions(clients=-1))[0]
+    assert "did you mean 'natural'" in partition_problems(PartitionOptions(name="nature"))[0]
+    with pytest.raises(ConfigError, match=r"4 problems"):
+        partition(corpus([5], [0], [0], [CLIENTS]), wrong, 0, 1)
+
+
+def test_a_shard_reads_its_ranges_in_order():
+    shard = Shard("a", np.array([[1, 3], [5, 6]]))
+    assert shard.size == 3
+    assert shard.read(np.arange(10, 20)).tolist() == [11, 12, 15]
+
+
+def test_grouped_deals_whole_natural_clients_evenly(ten):
+    natural = {s.client: s for s in partition(ten, PartitionOptions(), 0, 1)}
+    groups = partition(ten, PartitionOptions(name="grouped", clients=2), 0, 1)
+    tokens = [set(s.read(np.arange(ten.tokens.size))) for s in groups]
+    for shard in natural.values():
+        held = set(shard.read(np.arange(ten.tokens.size)))
+        assert sum(held <= group for group in tokens) == 1, "an owner's text stays together"
+    sizes = sorted(s.size for s in groups)
+    assert sizes[1] - sizes[0] <= max(s.size for s in natural.values())
+    with pytest.raises(ConfigError, match="partition=grouped deals whole natural clients"):
+        partition(ten, PartitionOptions(name="grouped", clients=99), 0, 1)

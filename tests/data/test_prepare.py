@@ -1,0 +1,231 @@
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import fedgpt
+from fedgpt.core.errors import ConfigError, FedGPTError
+from fedgpt.core.options import CorpusOptions, TokenizerOptions
+from fedgpt.data import prepare as module
+from fedgpt.data.corpora import load_corpus
+from fedgpt.data.prepare import CLIENTS, HELD_OUT, PUBLIC, open_prepared, prepare, split_documents
+from fedgpt.data.tokenizer import make_tokenizer
+
+BPE = TokenizerOptions(name="bpe", vocab_size=300)
+BYTES = TokenizerOptions(name="bytes")
+
+
+@pytest.fixture
+def corpus(tmp_path) -> CorpusOptions:
+    """Thirty notes by three people, one note copied by all of them."""
+    folder = tmp_path / "text"
+    for owner in ("an", "bo", "季"):
+        (folder / owner).mkdir(parents=True)
+        for number in range(10):
+            text = f"笔记第{number}号,写的人是{owner}。\n" * 5 + f"note {number} of {owner}, kept for later\n" * 5
+            text = "the same words in three folders\n" if number == 0 else text
+            (folder / owner / f"{number}.txt").write_text(text, encoding="utf-8")
+    return CorpusOptions(name="files", client="folder", path=str(folder), public=0.2, held_out=0.2)
+
+
+def text_of(prepared, document: int) -> str:
+    return prepared.tokenizer.decode(prepared.tokens[prepared.starts[document] : prepared.starts[document + 1]])
+
+
+@pytest.mark.parametrize("tokenizer", [BPE, BYTES], ids=["bpe", "bytes"])
+def test_tokens_are_the_documents_each_with_its_end(corpus, tokenizer, tmp_path):
+    documents = load_corpus(corpus)
+    prepared = prepare(corpus, tokenizer, tmp_path / "cache")
+    assert prepared.tokens.dtype == np.uint16 and isinstance(prepared.tokens, np.memmap)
+    assert not prepared.tokens.flags.writeable
+    assert len(prepared.starts) == len(documents) + 1 and prepared.starts[-1] == len(prepared.tokens)
+    assert (prepared.tokens[prepared.starts[1:] - 1] == prepared.tokenizer.end).all()
+    assert (prepared.tokens == prepared.tokenizer.end).sum() == len(documents)
+    for number, document in enumerate(documents):
+        assert text_of(prepared, number) == document.text
+        assert prepared.bytes[number] == len(document.text.encode())
+    assert prepared.clients == [document.client for document in documents]
+    assert prepared.labels == [document.label for document in documents]
+    assert prepared.ids == [document.id for document in documents]
+
+
+def test_the_split_keeps_texts_apart_and_covers_all(corpus, tmp_path):
+    prepared = prepare(corpus, BPE, tmp_path / "cache")
+    texts = [text_of(prepared, number) for number in range(len(prepared.part))]
+    parts = {text: {int(p) for t, p in zip(texts, prepared.part, strict=True) if t == text} for text in texts}
+    assert all(len(where) == 1 for where in parts.values())
+    assert texts.count("the same words in three folders\n") == 3
+    assert {int(part) for part in prepared.part} == {PUBLIC, HELD_OUT, CLIENTS}
+    split = prepared.manifest["split"]
+    assert len(prepared.public()) == split["public"]["tokens"]
+    assert len(prepared.held_out()) == split["held_out"]["tokens"]
+    assert sum(part["tokens"] for part in split.values()) == len(prepared.tokens)
+    assert sum(part["bytes"] for part in split.values()) == prepared.bytes.sum() == prepared.manifest["bytes"]
+    held = "".join(text for text, part in zip(texts, prepared.part, strict=True) if part == HELD_OUT)
+    assert prepared.tokenizer.decode(prepared.held_out()) == held
+
+
+def test_the_tokenizer_sees_the_public_part_only(corpus, tmp_path, monkeypatch):
+    seen = []
+
+    def recording(options, texts):
+        seen.extend(texts)
+        return make_tokenizer(options, texts)
+
+    monkeypatch.setattr(module, "make_tokenizer", recording)
+    prepared = prepare(corpus, BPE, tmp_path / "cache")
+    assert seen == [text_of(prepared, int(number)) for number in np.flatnonzero(prepared.part == PUBLIC)]
+
+
+def test_the_second_time_comes_from_the_cache(corpus, tmp_path, monkeypatch):
+    first = prepare(corpus, BPE, tmp_path / "cache")
+    monkeypatch.setattr(module, "_build", lambda *_: pytest.fail("prepared again"))
+    second = prepare(corpus, BPE, tmp_path / "cache")
+    assert (second.folder, second.digest, second.manifest) == (first.folder, first.digest, first.manifest)
+    assert (second.tokens == first.tokens).all()
+    assert open_prepared(first.folder).digest == first.digest
+
+
+def test_what_changes_the_content_changes_the_digest_and_nothing_else_does(corpus, tmp_path):
+    cache = tmp_path / "cache"
+    digests = [prepare(corpus, BPE, cache).digest, prepare(corpus, BYTES, cache).digest]
+    assert prepare(corpus, TokenizerOptions(name="bytes", vocab_size=999), cache).digest == digests[-1]
+    corpus.held_out = 0.3
+    digests.append(prepare(corpus, BYTES, cache).digest)
+    corpus.client = "file"
+    digests.append(prepare(corpus, BYTES, cache).digest)
+    note = Path(str(corpus.path)) / "an" / "1.txt"
+    note.write_text(note.read_text(encoding="utf-8") + "one line more\n", encoding="utf-8")
+    digests.append(prepare(corpus, BYTES, cache).digest)
+    assert len(set(digests)) == len(digests)
+
+
+def test_a_cache_made_twice_is_the_same_to_the_byte(corpus, tmp_path):
+    folders = [prepare(corpus, BPE, tmp_path / name).folder for name in ("one", "two")]
+    names = sorted(file.name for file in folders[0].iterdir())
+    assert "manifest.json" in names and not any(name.endswith((".pkl", ".pickle", ".pt")) for name in names)
+    for name in names:
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "tokens.npy", "tokenizer.json"])
+def test_a_damaged_cache_is_made_again(corpus, tmp_path, name):
+    first = prepare(corpus, BPE, tmp_path / "cache")
+    expected = np.array(first.tokens)
+    data = (first.folder / name).read_bytes()
+    (first.folder / name).write_bytes(data[: len(data) // 2])
+    assert (prepare(corpus, BPE, tmp_path / "cache").tokens == expected).all()
+
+
+def test_a_failed_preparation_leaves_nothing_behind(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_encode", lambda *_: (_ for _ in ()).throw(RuntimeError("disk full")))
+    with pytest.raises(RuntimeError, match="disk full"):
+        prepare(corpus, BYTES, tmp_path / "cache")
+    assert [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"] == []
+
+
+def test_what_a_killed_process_left_is_removed(corpus, tmp_path):
+    folder = prepare(corpus, BYTES, tmp_path / "first").folder
+    left = tmp_path / "cache" / f".{folder.name}.abc"
+    (left / "new").mkdir(parents=True)
+    prepare(corpus, BYTES, tmp_path / "cache")
+    assert not left.exists()
+
+
+def test_threads_at_once_build_once(corpus, tmp_path, monkeypatch):
+    build, builds, results = module._build, [], []
+
+    def counting(*arguments):
+        builds.append(1)
+        return build(*arguments)
+
+    monkeypatch.setattr(module, "_build", counting)
+    run = lambda: results.append(prepare(corpus, BPE, tmp_path / "cache").digest)  # noqa: E731
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert len(builds) == 1 and len(results) == 4 and len(set(results)) == 1
+
+
+def test_two_processes_at_once_give_one_cache(corpus, tmp_path):
+    script = (
+        "import sys\n"
+        "from fedgpt.core.options import CorpusOptions, TokenizerOptions\n"
+        "from fedgpt.data.prepare import prepare\n"
+        "sys.stdin.readline()\n"  # both are imported before either starts
+        f"corpus = CorpusOptions(name='files', client='folder', path={corpus.path!r}, public=0.2, held_out=0.2)\n"
+        f"prepared = prepare(corpus, TokenizerOptions(vocab_size=300), {str(tmp_path / 'cache')!r})\n"
+        "print(prepared.folder, prepared.tokens.sum())\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(fedgpt.__file__).parents[1])}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    processes = [subprocess.Popen([sys.executable, "-c", script], env=environment, **pipes) for _ in range(2)]
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    answers = [process.communicate(timeout=60)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert answers[0] == answers[1] != ""
+    assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 1
+
+
+def test_waiting_for_the_lock_ends(corpus, tmp_path, monkeypatch):
+    from filelock import FileLock
+
+    folder = prepare(corpus, BYTES, tmp_path / "cache").folder
+    (folder / "manifest.json").unlink()
+    monkeypatch.setattr(module, "LOCK_SECONDS", 0.05)
+    with FileLock(f"{folder}.lock"), pytest.raises(FedGPTError, match="another process that prepares this corpus"):
+        prepare(corpus, BYTES, tmp_path / "cache")
+
+
+def test_too_little_text_says_which_part_is_empty(tmp_path):
+    (tmp_path / "one.txt").write_text("one document\n")
+    options = CorpusOptions(name="files", client="file", path=str(tmp_path))
+    with pytest.raises(
+        ConfigError, match=r"1 documents are too few, the held-out part is empty.*corpus\.document_bytes"
+    ):
+        prepare(options, BYTES, tmp_path / "cache")
+    options.public = 0.0
+    with pytest.raises(ConfigError, match=r"corpus\.public=0\.0.*tokenizer=bytes"):
+        prepare(options, BPE, tmp_path / "cache")
+    with pytest.raises(ConfigError, match=r"2 problems[\s\S]*corpus\.client=x[\s\S]*tokenizer\.vocab_size=3"):
+        prepare(CorpusOptions(client="x"), TokenizerOptions(vocab_size=3), tmp_path / "cache")
+
+
+def test_the_standard_library_is_prepared(tmp_path):
+    prepared = prepare(CorpusOptions(name="stdlib", client="package"), BYTES, tmp_path)
+    split = {name: part["bytes"] / prepared.manifest["bytes"] for name, part in prepared.manifest["split"].items()}
+    assert 0.08 <= split["public"] < 0.2 and 0.05 <= split["held_out"] < 0.2
+    assert prepared.manifest["source"].startswith("Python 3.")
+    json.dumps(prepared.manifest)
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(st.text(min_size=1, max_size=20), min_size=1, max_size=40),
+    st.floats(0, 0.5),
+    st.floats(0.01, 0.45),
+    st.randoms(use_true_random=False),
+)
+def test_the_split_depends_on_texts_alone(texts, public, held_out, random):
+    part = split_documents(texts, public, held_out)
+    where = dict(zip(texts, part, strict=True))
+    shuffled = random.sample(texts, len(texts))
+    assert [where[text] for text in shuffled] == list(split_documents(shuffled, public, held_out))
+    sizes = np.array([len(text.encode()) for text in texts])
+    last = {hashlib.sha256(text.encode()).digest(): int(where[text]) for text in texts}
+    assert [last[key] for key in sorted(last)] == sorted(last.values())  # parts are ranges in the order of hashes
+    if public > 0:
+        assert sizes[part == PUBLIC].sum() >= public * sizes.sum()

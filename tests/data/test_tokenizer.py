@@ -1,0 +1,132 @@
+import json
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Library
+
+from fedgpt.core.errors import ConfigError, FedGPTError
+from fedgpt.core.options import TokenizerOptions
+from fedgpt.data import tokenizer as module
+from fedgpt.data.tokenizer import END, byte_characters, load_tokenizer, make_tokenizer, tokenizer_problems
+
+CHINESE = "山下有一条小河。河边住着一位做灯笼的人,他做的灯笼又轻又亮。\n\n每到冬天,他就把灯笼挂满整条街。\n"
+ENGLISH = "The lamp maker lives by the river. In winter he hangs lamps along the street,\n    and nobody is lost.\n\n"
+TEXTS = [CHINESE * 20, ENGLISH * 60]
+BPE = TokenizerOptions(name="bpe", vocab_size=400)
+KINDS = {"bpe": make_tokenizer(BPE, TEXTS), "bytes": make_tokenizer(TokenizerOptions(name="bytes"), [])}
+both = pytest.mark.parametrize("kind", list(KINDS))
+# spaces, line ends and control characters more often than chance would have them
+any_text = st.text() | st.text(alphabet=st.sampled_from(list(" \n\t\r\x1c\x85\u3000ab1!'é雪\U0001f600")), max_size=60)
+
+
+@both
+@given(text=any_text)
+def test_round_trip_is_exact_and_bytes_add_up(kind, text):
+    tokenizer = KINDS[kind]
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.token_bytes[ids].sum() == len(text.encode())
+
+
+@both
+def test_round_trip_of_real_text(kind):
+    tokenizer = KINDS[kind]
+    for text in (CHINESE, ENGLISH, "", f"a literal {END} is ordinary text"):
+        ids = tokenizer.encode(text)
+        assert ids.dtype == np.int64 and ids.ndim == 1
+        assert tokenizer.end not in ids
+        assert tokenizer.decode(ids) == text
+
+
+@both
+def test_the_end_token_is_last_and_stands_for_nothing(kind):
+    tokenizer = KINDS[kind]
+    assert tokenizer.end == tokenizer.vocab_size - 1
+    assert tokenizer.token_bytes.shape == (tokenizer.vocab_size,)
+    assert tokenizer.token_bytes[tokenizer.end] == 0
+    assert (tokenizer.token_bytes[:-1] > 0).all()
+    assert tokenizer.decode([*tokenizer.encode("a"), tokenizer.end, *tokenizer.encode("b")]) == "ab"
+
+
+@both
+def test_saved_and_loaded_is_the_same(kind, tmp_path):
+    tokenizer = KINDS[kind]
+    tokenizer.save(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert (loaded.name, loaded.digest, loaded.vocab_size) == (kind, tokenizer.digest, tokenizer.vocab_size)
+    assert (loaded.encode(CHINESE) == tokenizer.encode(CHINESE)).all()
+
+
+@both
+def test_transformers_reads_the_saved_folder(kind, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    tokenizer = KINDS[kind]
+    tokenizer.save(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert isinstance(theirs, transformers.PreTrainedTokenizerFast)
+    assert theirs.eos_token_id == tokenizer.end and len(theirs) == tokenizer.vocab_size
+    for text in (CHINESE, ENGLISH):
+        assert theirs(text)["input_ids"] == tokenizer.encode(text).tolist()
+        assert theirs.decode(theirs(text)["input_ids"]) == text
+
+
+def test_bytes_are_the_bytes_by_both_ways(tmp_path):
+    tokenizer = KINDS["bytes"]
+    tokenizer.save(tmp_path)
+    assert tokenizer.vocab_size == 257
+    assert tokenizer.encode(CHINESE).tolist() == list(CHINESE.encode())
+    assert Library.from_file(str(tmp_path / "tokenizer.json")).encode(CHINESE).ids == list(CHINESE.encode())
+
+
+def test_cutting_into_pieces_changes_no_id(tmp_path, monkeypatch):
+    tokenizer = KINDS["bpe"]
+    tokenizer.save(tmp_path)
+    whole = Library.from_file(str(tmp_path / "tokenizer.json"))
+    texts = ["x  \n\n\n  y\t\n z\n" * 9, " \n \n", *TEXTS, "雪\x1c \n!\x1c\x85 a\u3000\n b" * 5]
+    for size in (1, 7, 4096):
+        monkeypatch.setattr(module, "PIECE", size)
+        assert [ids.tolist() for ids in tokenizer.encode_many(texts)] == [whole.encode(text).ids for text in texts]
+
+
+def test_training_is_deterministic_and_sees_only_what_it_is_given():
+    again = make_tokenizer(BPE, list(TEXTS))
+    assert again.digest == KINDS["bpe"].digest
+    assert make_tokenizer(BPE, [ENGLISH * 60]).digest != again.digest
+    assert again.vocab_size == 401
+    assert len(again.encode(ENGLISH)) < len(ENGLISH) / 2
+
+
+def test_little_text_gives_a_smaller_vocabulary():
+    tokenizer = make_tokenizer(TokenizerOptions(name="bpe", vocab_size=4096), ["abab cdcd\n"])
+    assert 257 < tokenizer.vocab_size < 270
+    assert tokenizer.decode(tokenizer.encode("雪 abab")) == "雪 abab"
+
+
+def test_byte_characters_are_those_of_gpt2():
+    characters = byte_characters()
+    assert len(set(characters)) == 256
+    assert (characters[ord("A")], characters[ord(" ")], characters[0]) == ("A", "Ġ", "Ā")
+
+
+def test_half_a_character_decodes_to_a_replacement():
+    assert KINDS["bytes"].decode("雪".encode()[:2]) == "�"
+
+
+def test_wrong_options_and_files_say_what_to_change(tmp_path):
+    assert "did you mean 'bytes'" in tokenizer_problems(TokenizerOptions(name="byte"))[0]
+    with pytest.raises(ConfigError, match=r"tokenizer\.vocab_size=100.*256 or more"):
+        make_tokenizer(TokenizerOptions(vocab_size=100), TEXTS)
+    with pytest.raises(ConfigError, match=r"raise corpus\.public or use tokenizer=bytes"):
+        make_tokenizer(TokenizerOptions(), [])
+    with pytest.raises(FedGPTError, match=re.escape(str(tmp_path))):
+        load_tokenizer(tmp_path)
+    KINDS["bytes"].save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    foreign = json.loads(path.read_text())
+    foreign["added_tokens"] = []
+    path.write_text(json.dumps(foreign))
+    with pytest.raises(FedGPTError, match="not a byte-level vocabulary"):
+        load_tokenizer(tmp_path)

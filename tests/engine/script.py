@@ -1,0 +1,64 @@
+"""A transport that plays a script in virtual time: what each client does, and when."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from fedgpt.core.messages import ClientInfo, Job, Reply, Update
+from fedgpt.update.codec import encode
+
+Behaviour = Callable[[Job], list[tuple[float, Reply]]]  # a job -> (seconds until it arrives, reply), any number
+
+
+def honest(job: Job, seconds: float = 1.0, scale: float = 0.1, tokens: int = 512) -> list[tuple[float, Reply]]:
+    """A client whose update depends on client, task and the model, and on nothing else."""
+    rng = np.random.default_rng([*job.client.encode(), job.task])
+    delta = (scale * rng.standard_normal(job.params.size)).astype(np.float32) + np.float32(0.01) * job.params
+    return [(seconds, reply_with(job, delta, tokens))]
+
+
+def reply_with(job: Job, delta: np.ndarray, tokens: int = 512, **metrics: float) -> Reply:
+    update = Update(job.client, job.task, job.version, delta, tokens, {"train_loss": 1.0, **metrics})
+    header, array = encode(job.plan.run, update)
+    return Reply(job.client, job.task, header, array, bytes=array.nbytes + len(header))
+
+
+class ScriptTransport:
+    """Clients by name; time moves only when the server waits."""
+
+    def __init__(self, behaviours: dict[str, Behaviour]):
+        self.behaviours = behaviours
+        self.time = 0.0
+        self.jobs: list[Job] = []
+        self._queue: list[tuple[float, int, Reply]] = []
+        self._order = itertools.count()
+
+    def clients(self, timeout: float) -> list[ClientInfo]:
+        return [ClientInfo(name, 10_000) for name in sorted(self.behaviours)]
+
+    def send(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            self.jobs.append(job)
+            for delay, reply in self.behaviours[job.client](job):
+                heapq.heappush(self._queue, (self.time + delay, next(self._order), reply))
+
+    def receive(self, timeout: float | None) -> list[Reply]:
+        if not self._queue or (timeout is not None and self._queue[0][0] > self.time + timeout):
+            assert timeout is not None, "the server would wait for ever"
+            self.time += timeout
+            return []
+        self.time, _, reply = heapq.heappop(self._queue)
+        return [reply]
+
+    def bytes_down(self, job: Job) -> int:
+        return job.params.nbytes
+
+    def now(self) -> float:
+        return self.time
+
+    def close(self) -> None:
+        pass

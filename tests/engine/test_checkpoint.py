@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import json
+import logging
+
+import numpy as np
+import pytest
+
+from fedgpt.core.errors import FedGPTError
+from fedgpt.core.messages import ServerState
+from fedgpt.engine.checkpoint import Checkpoints, Ledgers, Snapshot
+from fedgpt.engine.run_folder import RunFolder
+
+
+def snapshot(version: int) -> Snapshot:
+    rng = np.random.default_rng(version)
+    memory = {"m": rng.standard_normal(50).astype(np.float32), "count": np.array(version)}
+    ledgers = Ledgers(
+        "run", 10 * version, next_task={"a": version}, accepted={"a": version - 1}, restorable=({"a": 0},)
+    )
+    return Snapshot(ServerState(rng.standard_normal(50).astype(np.float32), version, memory), ledgers)
+
+
+def save(folder, *versions: int, keep: int = 3) -> None:
+    checkpoints = Checkpoints(folder, keep)
+    for version in versions:
+        checkpoints.save(snapshot(version))
+    checkpoints.close()
+
+
+def assert_same(a: Snapshot, b: Snapshot) -> None:
+    assert a.ledgers == b.ledgers and a.state.version == b.state.version
+    np.testing.assert_array_equal(a.state.params, b.state.params)
+    assert a.state.memory.keys() == b.state.memory.keys()
+    for name, array in a.state.memory.items():
+        np.testing.assert_array_equal(array, b.state.memory[name])
+        assert array.dtype == b.state.memory[name].dtype and array.shape == b.state.memory[name].shape
+
+
+def test_what_is_saved_is_loaded_and_only_the_newest_are_kept(tmp_path):
+    save(tmp_path, 1, 2, 3, 4, keep=2)
+    assert_same(Checkpoints(tmp_path, 2).load(), snapshot(4))
+    assert len(list(tmp_path.iterdir())) == 4  # two checkpoints, two digests, no temporary file
+
+
+def test_damaged_checkpoints_are_skipped_with_a_warning(tmp_path, caplog):
+    save(tmp_path, 1, 2, 3, 4, 5, keep=5)
+    paths = sorted(tmp_path.glob("*.safetensors"))
+    flipped = bytearray(paths[4].read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    paths[4].write_bytes(flipped)
+    paths[3].write_bytes(paths[3].read_bytes()[:100])
+    paths[2].with_suffix(".sha256").unlink()  # killed between the rename and the commit mark
+    with caplog.at_level(logging.WARNING):
+        assert_same(Checkpoints(tmp_path, 5).load(), snapshot(2))
+    assert caplog.text.count("is damaged") == 3
+
+
+def test_nothing_to_load_is_none(tmp_path):
+    assert Checkpoints(tmp_path, 1).load() is None
+
+
+def test_equal_states_are_equal_files(tmp_path):
+    save(tmp_path / "a", 3)
+    save(tmp_path / "b", 3)
+    assert (tmp_path / "a/version-00000003.safetensors").read_bytes() == (
+        tmp_path / "b/version-00000003.safetensors"
+    ).read_bytes()
+
+
+def test_a_checkpoint_that_cannot_be_written_is_a_clear_error(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    checkpoints = Checkpoints(tmp_path / "file", 1)
+    checkpoints.save(snapshot(1))
+    with pytest.raises(FedGPTError, match="could not write a checkpoint"):
+        checkpoints.wait()
+
+
+def test_a_second_process_is_refused_and_the_lock_ends_with_the_first(tmp_path):
+    folder = RunFolder(tmp_path)
+    with pytest.raises(FedGPTError, match="another fedgpt process"):
+        RunFolder(tmp_path)
+    folder.close()
+    RunFolder(tmp_path).close()
+
+
+def test_a_line_that_a_crash_cut_off_is_left_out(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.metrics.append({"version": 0})
+    folder.metrics.append({"version": 1})
+    folder.close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text()[:-5])
+    assert RunFolder(tmp_path).metrics.read() == [{"version": 0}]
+    assert json.loads(path.read_text().splitlines()[0]) == {"version": 0}

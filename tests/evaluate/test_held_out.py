@@ -1,0 +1,171 @@
+"""Scores against a slow second way: one window at a time, in float64, counted by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedgpt.core.device import Compute
+from fedgpt.core.flat import flatten
+from fedgpt.core.options import ModelOptions, TokenizerOptions
+from fedgpt.data.tokenizer import Tokenizer, make_tokenizer
+from fedgpt.evaluate.held_out import HeldOut
+from fedgpt.model.gpt import GPT
+
+BLOCK = 8
+MODEL = ModelOptions(n_layer=2, n_head=2, n_embd=32, block_size=BLOCK)
+FP32 = Compute("cpu", "fp32", "the reference")
+TEXT = "The river rose; 河水上涨了, and nobody in the town by the river was surprised. "
+
+
+def parameters(vocab: int, seed: int = 5, scale: float = 10.0) -> tuple[GPT, np.ndarray]:
+    """A model far from uniform, so that a token scored twice or never would show."""
+    model = GPT(MODEL, vocab).eval()
+    model.init_weights(seed)
+    vector = flatten(model)[1]
+    vector.mul_(scale)
+    return model, vector.numpy()
+
+
+def slow_nats(model: GPT, tokens: np.ndarray) -> list[float]:
+    """Minus log probability of tokens[1:], each from the tokens before it in its window, in float64."""
+    model = model.double()
+    nats = []
+    with torch.no_grad():
+        for start in range(0, len(tokens) - 1, BLOCK):
+            seen = torch.from_numpy(tokens[start : start + BLOCK].astype(np.int64))[: len(tokens) - 1 - start]
+            logits = model(seen[None])[0]  # (time, vocab)
+            for row, target in zip(logits.tolist(), tokens[start + 1 :], strict=False):
+                top = max(row)
+                nats.append(top + math.log(math.fsum(math.exp(x - top) for x in row)) - row[int(target)])
+    return nats
+
+
+@pytest.fixture(scope="module", params=["bytes", "bpe"])
+def tokenizer(request) -> Tokenizer:
+    return make_tokenizer(TokenizerOptions(name=request.param, vocab_size=280), [TEXT * 3])
+
+
+DOCUMENTS = (TEXT + TEXT, TEXT[21:] + TEXT)
+
+
+@pytest.fixture(scope="module")
+def tokens(tokenizer) -> np.ndarray:
+    """Two documents, each with its end token, of a length that leaves the last window part empty."""
+    stream = [token for text in DOCUMENTS for token in (*tokenizer.encode(text), tokenizer.end)]
+    assert (len(stream) - 1) % BLOCK
+    return np.array(stream, dtype=np.uint16)
+
+
+def test_loss_is_that_of_a_loop_over_windows_in_float64(tokenizer, tokens):
+    model, params = parameters(tokenizer.vocab_size)
+    held_out = HeldOut(MODEL, tokens, tokenizer.token_bytes, FP32)
+    scores = held_out(params)
+    nats = slow_nats(model, tokens)
+    assert len(nats) == len(tokens) - 1 == held_out.tokens
+    assert scores.loss == pytest.approx(math.fsum(nats) / len(nats), rel=1e-5)
+    assert scores.loss > 1.2 * math.log(tokenizer.vocab_size), "a model that is wrong in its own way"
+    assert scores.perplexity == math.exp(scores.loss)
+
+
+def test_bits_per_byte_divide_by_the_bytes_of_the_text(tokenizer, tokens):
+    model, params = parameters(tokenizer.vocab_size)
+    scores = HeldOut(MODEL, tokens, tokenizer.token_bytes, FP32)(params)
+    unpredicted = len(tokenizer.decode(tokens[:1]).encode())  # only the first token is nobody's target
+    text_bytes = sum(len(text.encode()) for text in DOCUMENTS) - unpredicted  # end tokens stand for no byte
+    bits = math.fsum(slow_nats(model, tokens)) / math.log(2)
+    assert scores.bits_per_byte == pytest.approx(bits / text_bytes, rel=1e-5)
+
+
+def test_bits_per_byte_of_three_bytes_by_hand():
+    """Uniform over 257 ids: ab<end> has two targets, b and the end, of which only b is a byte of text."""
+    tokenizer = make_tokenizer(TokenizerOptions(name="bytes"), [])
+    held_out = HeldOut(MODEL, np.array([97, 98, 256]), tokenizer.token_bytes, FP32)
+    assert (held_out.tokens, held_out.bytes) == (2, 1)
+    scores = held_out(np.zeros(held_out.layout.size, np.float32))
+    assert scores.bits_per_byte == pytest.approx(2 * math.log2(257), rel=1e-6)
+
+
+def test_a_uniform_model_needs_log2_of_the_vocabulary_for_every_token(tokenizer, tokens):
+    held_out = HeldOut(MODEL, tokens, tokenizer.token_bytes, FP32)
+    scores = held_out(np.zeros(held_out.layout.size, np.float32))
+    vocab = tokenizer.vocab_size
+    assert scores.loss == pytest.approx(math.log(vocab), rel=1e-6)
+    assert scores.perplexity == pytest.approx(vocab, rel=1e-5)
+    assert scores.bits_per_byte == pytest.approx(math.log2(vocab) * held_out.tokens / held_out.bytes, rel=1e-6)
+
+
+def test_batches_do_not_change_the_score(tokenizer, tokens):
+    _, params = parameters(tokenizer.vocab_size)
+    held_out = HeldOut(MODEL, tokens, tokenizer.token_bytes, FP32)
+    together = held_out(params)
+    held_out._batch = 3  # a last batch that is smaller and holds the padded window
+    assert held_out(params).loss == pytest.approx(together.loss, rel=1e-6)
+
+
+def predicted(held_out: HeldOut) -> np.ndarray:
+    return held_out._targets[held_out._targets >= 0].numpy()
+
+
+@given(st.integers(2, 200))
+def test_every_token_but_the_first_is_predicted_once(length):
+    tokens = np.arange(length)
+    held_out = HeldOut(ModelOptions(1, 1, 4, BLOCK), tokens, np.ones(length, np.int64), FP32)
+    assert sorted(predicted(held_out)) == list(range(1, length))
+    assert held_out.tokens == held_out.bytes == length - 1
+
+
+@given(st.integers(2, 400), st.integers(1, 500))
+def test_a_limit_spreads_over_the_text_and_is_kept(length, limit):
+    tokens = np.arange(length)
+    held_out = HeldOut(ModelOptions(1, 1, 4, BLOCK), tokens, np.ones(length, np.int64), FP32, limit)
+    seen = predicted(held_out)
+    assert len(set(seen)) == len(seen) == held_out.tokens
+    if limit >= length:
+        assert held_out.tokens == length - 1
+        return
+    assert held_out.tokens <= max(limit, BLOCK)
+    rows = sorted({(int(t) - 1) // BLOCK for t in seen})
+    assert len(rows) == max(1, limit // BLOCK)
+    if len(rows) > 1:
+        gaps = np.diff(rows)
+        assert rows[0] == 0 and rows[-1] == (length - 2) // BLOCK and gaps.max() - gaps.min() <= 1
+
+
+def test_a_score_depends_on_the_vector_given_and_on_nothing_before(tokenizer, tokens):
+    held_out = HeldOut(MODEL, tokens, tokenizer.token_bytes, FP32)
+    a, b = (parameters(tokenizer.vocab_size, seed)[1] for seed in (1, 2))
+    first, other = held_out(a), held_out(b)
+    kept = a.copy()
+    assert held_out(a) == first != other
+    np.testing.assert_array_equal(a, kept)
+
+
+def test_bf16_scores_are_near_those_of_fp32(tokenizer, tokens):
+    _, params = parameters(tokenizer.vocab_size, scale=1.0)
+    exact = HeldOut(MODEL, tokens, tokenizer.token_bytes, FP32)(params)
+    rough = HeldOut(MODEL, tokens, tokenizer.token_bytes, Compute("cpu", "bf16", ""))(params)
+    assert rough.loss == pytest.approx(exact.loss, rel=5e-3)
+
+
+def test_a_hopeless_model_has_infinite_perplexity_and_finite_loss(tokenizer, tokens):
+    model, params = parameters(tokenizer.vocab_size, scale=1.0)
+    views = dict(model.named_parameters())
+    with torch.no_grad():
+        views["transformer.ln_f.weight"].mul_(1e6)
+    scores = HeldOut(MODEL, tokens, tokenizer.token_bytes, FP32)(params)
+    assert scores.loss > 700 and math.isfinite(scores.loss) and scores.perplexity == math.inf
+
+
+def test_samples_are_seeded_and_stop_at_the_end(tokenizer, tokens):
+    held_out = HeldOut(MODEL, tokens, tokenizer.token_bytes, FP32)
+    held_out.load(parameters(tokenizer.vocab_size, scale=1.0)[1])
+    prompt = tokenizer.encode("The").tolist()
+    written = held_out.sample(prompt, 20, 3, tokenizer.end)
+    assert written == held_out.sample(prompt, 20, 3, tokenizer.end) != held_out.sample(prompt, 20, 4, tokenizer.end)
+    assert 0 < len(written) <= 20 and tokenizer.end not in written

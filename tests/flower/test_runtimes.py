@@ -1,0 +1,123 @@
+"""The same two apps on three runtimes, and by Flower's own command: one seed, one digest."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parent.parent.parent
+SMALL = [
+    "corpus=stdlib", "tokenizer=bytes", "partition=iid", "partition.clients=2", "model.n_layer=1", "model.n_embd=32",
+    "model.n_head=2", "model.block_size=32", "rounds=3", "local.steps=3", "pace.clients=2", "strategy=fedadam",
+    "runtime.threads=1", "local.precision=fp32", "evaluate.tokens=2048", "seed=11",
+]  # fmt: skip
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="pip install 'fedgpt[ray]'")
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def env(tmp_path_factory) -> dict[str, str]:
+    home = tmp_path_factory.mktemp("home")
+    return {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        "FEDGPT_CACHE": str(home / "cache"),
+        "FLWR_HOME": str(home / "flwr"),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "RAY_usage_stats_enabled": "0",
+    }
+
+
+def run(runtime: str, folder: Path, env: dict[str, str], *more: str) -> dict:
+    command = [sys.executable, "-m", "fedgpt", "run", f"runtime={runtime}", f"run_dir={folder}", *SMALL, *more]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return json.loads((folder / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory, env) -> dict:
+    return run("pool", tmp_path_factory.mktemp("pool") / "run", env)
+
+
+def assert_same_run(summary: dict, pool: dict) -> None:
+    assert summary["weights_sha256"] == pool["weights_sha256"]
+    assert summary["final"] == pool["final"] and summary["tokens"] == pool["tokens"]
+    assert summary["rejected"] == {}
+
+
+def test_superlink_with_two_stock_supernodes(tmp_path, env, pool):
+    assert_same_run(run("superlink", tmp_path / "run", env), pool)
+    assert not children_of_flower(), "the launcher ends what it started"
+
+
+@needs_ray
+def test_ray(tmp_path, env, pool):
+    assert_same_run(run("ray", tmp_path / "run", env), pool)
+    assert not children_of_flower(), "the launcher ends what it started"
+
+
+@needs_ray
+def test_flowers_own_command_from_the_repository(tmp_path, env, pool):
+    """`flwr run . -c 'overrides="..."'`: Flower bundles the app and composes the configuration on the server."""
+    folder = tmp_path / "run"
+    env = {**env, "FLWR_HOME": str(tmp_path / "flwr"), "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": "39391"}
+    overrides = " ".join([*SMALL, f"run_dir={folder}"])
+    command = [
+        "flwr", "run", str(REPOSITORY), "local", "--run-config", f'overrides="{overrides}"', "--stream",
+        "--federation-config", "num-supernodes=2 client-resources-num-cpus=1 init-args-num-cpus=2",
+    ]  # fmt: skip
+    try:
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400, check=False)
+        assert (folder / "summary.json").exists(), done.stdout[-3000:] + done.stderr[-3000:]
+        assert_same_run(json.loads((folder / "summary.json").read_text()), pool)
+    finally:
+        for pid in children_of_flower():  # Flower leaves its local SuperLink running
+            os.kill(pid, signal.SIGTERM)
+        deadline = time.monotonic() + 20
+        while children_of_flower() and time.monotonic() < deadline:
+            time.sleep(0.2)
+
+
+def test_superlink_with_too_many_clients_is_refused_with_what_to_change(tmp_path, env):
+    command = [sys.executable, "-m", "fedgpt", "run", "runtime=superlink", f"run_dir={tmp_path / 'r'}", *SMALL]
+    done = subprocess.run(
+        [*command, "partition.clients=17"], env=env, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 2
+    assert "partition.clients=2" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_client_that_fails_on_a_supernode_is_told_and_the_run_says_why_it_stopped(tmp_path, env):
+    """A failure crosses two processes as a reason and an exit code."""
+    command = [sys.executable, "-m", "fedgpt", "run", "runtime=superlink", f"run_dir={tmp_path / 'r'}", *SMALL]
+    done = subprocess.run(
+        [*command, "pace.deadline=0.01"], env=env, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 3, done.stdout[-2000:] + done.stderr[-2000:]
+    assert "pace.minimum=1" in done.stderr and "no_reply" in done.stderr
+    assert not children_of_flower()
+
+
+def children_of_flower() -> list[int]:
+    """Live processes of Flower's tools on this machine."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (path / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            state = (path / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:
+            continue
+        if state != "Z" and any(Path(w).name.startswith(("flower-su", "flwr-")) for w in words[:3]):
+            found.append(int(path.name))
+    return found

@@ -1,0 +1,178 @@
+"""Local training against a plain loop with torch's own optimiser and schedule."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from fedgpt.core.device import Compute
+from fedgpt.core.flat import FlatParams, flatten
+from fedgpt.core.messages import Plan
+from fedgpt.core.options import LocalOptions, ModelOptions
+from fedgpt.data.batches import Batches
+from fedgpt.local.schedule import learning_rate
+from fedgpt.local.trainer import Trainer
+from fedgpt.model.gpt import GPT
+
+MODEL = ModelOptions(n_layer=2, n_head=2, n_embd=32, block_size=16)
+VOCAB = 64
+FP32 = Compute("cpu", "fp32", "test")
+TOKENS = np.random.default_rng(0).integers(0, VOCAB, 4000)
+
+
+def local(**changes) -> LocalOptions:
+    return LocalOptions(**{"batch_size": 4, "steps": 6, "lr": 1e-2, "min_lr": 1e-3, "grad_clip": 0.0, **changes})
+
+
+def plan(steps=6, done=0, per_step=64, total=64 * 12, **more) -> Plan:
+    return Plan("run", steps, done, per_step, total, **more)
+
+
+def start(seed=1, **model) -> np.ndarray:
+    module = GPT(ModelOptions(**{**vars(MODEL), **model}), VOCAB)
+    module.init_weights(seed)
+    return flatten(module)[1].numpy()
+
+
+def plain_loop(o: LocalOptions, p: Plan, batches: Batches, dropout_seed: int | None = None, **model):
+    """nanoGPT's way: separate tensors, two parameter groups, torch's AdamW and clipping."""
+    module = GPT(ModelOptions(**{**vars(MODEL), **model}), VOCAB)
+    module.init_weights(1)
+    params = list(module.parameters())
+    groups = [
+        {"params": [q for q in params if q.dim() >= 2], "weight_decay": o.weight_decay},
+        {"params": [q for q in params if q.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(o.beta1, o.beta2), eps=1e-8, fused=True)
+    if dropout_seed is not None:
+        torch.manual_seed(dropout_seed)
+    for step in range(p.steps):
+        optimizer.zero_grad()
+        for _ in range(o.accumulate):
+            x, y = batches.next()
+            loss = module.loss(x, y)
+            (loss if o.accumulate == 1 else loss / o.accumulate).backward()
+        if o.grad_clip:
+            torch.nn.utils.clip_grad_norm_(params, o.grad_clip)
+        tokens = p.tokens_done + (step + 1) * p.tokens_per_step
+        lr = learning_rate(tokens, p.tokens_total, lr=o.lr, min_lr=o.min_lr, warmup=o.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    layout = FlatParams.of(module)
+    named = dict(module.named_parameters())
+    return torch.cat([named[name].detach().reshape(-1) for name in layout.names]).numpy()
+
+
+def batches(o: LocalOptions) -> Batches:
+    return Batches(TOKENS, MODEL.block_size, o.batch_size, seed=5)
+
+
+def test_a_client_with_all_text_ends_with_the_bits_of_plain_training():
+    o = local()
+    trainer = Trainer(MODEL, VOCAB, o, FP32)
+    trained = trainer.train(start(), batches(o), plan(), None)
+    expected = plain_loop(o, plan(), batches(o))
+    np.testing.assert_array_equal(trainer.params.numpy(), expected)  # at the client: bit for bit
+    np.testing.assert_allclose(start() - trained.delta, expected, rtol=1e-6, atol=1e-7)  # through the delta
+    assert trained.tokens == 6 * 4 * 16
+
+
+@pytest.mark.parametrize("changes", [{"grad_clip": 0.5}, {"accumulate": 3}, {"accumulate": 2, "grad_clip": 0.3}])
+def test_clipping_and_accumulation_are_torchs(changes):
+    """Sums in another order: Adam turns a rounded gradient near zero into a step, so compare the way as a whole."""
+    o = local(**changes)
+    trainer = Trainer(MODEL, VOCAB, o, FP32)
+    delta = trainer.train(start(), batches(o), plan(), None).delta
+    expected = start() - plain_loop(o, plan(), batches(o))
+    assert np.linalg.norm(delta - expected) < 1e-3 * np.linalg.norm(expected)
+
+
+def test_dropout_is_on_and_seeded():
+    o = local()
+    options = ModelOptions(**{**vars(MODEL), "dropout": 0.3})
+    trainer = Trainer(options, VOCAB, o, FP32)
+    trainer.train(start(), batches(o), plan(), None, dropout_seed=9)
+    np.testing.assert_allclose(
+        trainer.params.numpy(), plain_loop(o, plan(), batches(o), dropout_seed=9, dropout=0.3), rtol=1e-6
+    )
+
+
+def test_two_jobs_with_kept_moments_are_one_longer_job():
+    """The optimiser's state, the schedule and the data position are all that a round interrupts."""
+    o = local()
+    source = batches(o)
+    trainer = Trainer(MODEL, VOCAB, o, FP32)
+    trainer.train(start(), source, plan(steps=6), None)
+    half, moments = trainer.params.numpy().copy(), trainer.optimizer.moments()
+    moments = type(moments)(moments.first.clone(), moments.second.clone(), moments.steps)
+    other = Trainer(MODEL, VOCAB, o, FP32)
+    other.train(half, source, plan(steps=6, done=6 * 64), moments)
+    trainer.train(start(), batches(o), plan(steps=12), None)
+    np.testing.assert_array_equal(other.params.numpy(), trainer.params.numpy())
+    assert other.optimizer.moments().steps == 12
+
+
+def test_the_buffers_of_one_client_leave_no_trace_in_the_next():
+    o = local()
+    reused, fresh = Trainer(MODEL, VOCAB, o, FP32), Trainer(MODEL, VOCAB, o, FP32)
+    reused.train(start(seed=7), Batches(TOKENS[::-1].copy(), 16, 4, 3), plan(), None)
+    again = reused.train(start(), batches(o), plan(), None).delta
+    np.testing.assert_array_equal(again, fresh.train(start(), batches(o), plan(), None).delta)
+
+
+def test_the_proximal_term_is_mu_times_the_way_from_the_start():
+    """One step of FedProx: the gradient at the start has no proximal part; the second step's has."""
+    o = local(weight_decay=0.0)
+    near = Trainer(MODEL, VOCAB, o, FP32).train(start(), batches(o), plan(numbers={"proximal_mu": 1e3}), None)
+    far = Trainer(MODEL, VOCAB, o, FP32).train(start(), batches(o), plan(), None)
+    assert np.linalg.norm(near.delta) < 0.7 * np.linalg.norm(far.delta)
+    none = Trainer(MODEL, VOCAB, o, FP32).train(start(), batches(o), plan(numbers={"proximal_mu": 0.0}), None)
+    np.testing.assert_array_equal(none.delta, far.delta)
+
+
+def test_the_proximal_gradient_is_that_of_the_squared_norm():
+    o = local(weight_decay=0.0, lr=1e-3, min_lr=1e-3, warmup=0.0)
+    trainer = Trainer(MODEL, VOCAB, o, FP32)
+    trainer.train(start(), batches(o), plan(steps=1), None)
+    after_one = trainer.params.clone()
+    plain = Trainer(MODEL, VOCAB, o, FP32)
+    plain.train(start(), batches(o), plan(steps=2), None)
+    trainer.train(start(), batches(o), plan(steps=2, numbers={"proximal_mu": 0.5}), None)
+    expected = plain.grad + 0.5 * (after_one - torch.from_numpy(start()))
+    torch.testing.assert_close(trainer.grad, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_number_the_client_does_not_know_is_refused():
+    with pytest.raises(ValueError, match="momentum"):
+        Trainer(MODEL, VOCAB, local(), FP32).train(start(), batches(local()), plan(numbers={"momentum": 1.0}), None)
+
+
+def test_a_vector_of_another_model_is_refused():
+    with pytest.raises(ValueError, match="this model has"):
+        Trainer(MODEL, VOCAB, local(), FP32).train(start()[:-1], batches(local()), plan(), None)
+
+
+def test_bf16_follows_fp32():
+    o = local(steps=20, grad_clip=1.0)
+    long = plan(steps=20, total=64 * 20)
+    text = np.tile(np.arange(VOCAB), 60)  # a text that can be learnt
+    source = lambda: Batches(text, 16, 4, 2)  # noqa: E731
+    fp32 = Trainer(MODEL, VOCAB, o, FP32).train(start(), source(), long, None)
+    trainer = Trainer(MODEL, VOCAB, o, Compute("cpu", "bf16", "test"))
+    bf16 = trainer.train(start(), source(), long, None)
+    assert fp32.metrics["train_loss"] < math.log(VOCAB) - 0.5
+    assert bf16.metrics["train_loss"] == pytest.approx(fp32.metrics["train_loss"], rel=0.03)
+    assert trainer.working.dtype == torch.bfloat16
+    torch.testing.assert_close(trainer.working, trainer.params.bfloat16(), rtol=0, atol=0)
+    for view, parameter in zip(trainer.layout.views(trainer.working).values(), range(3), strict=False):
+        assert view.untyped_storage().data_ptr() == trainer.working.untyped_storage().data_ptr(), parameter
+
+
+def test_a_job_of_a_tied_model_trains_the_tied_weight_once():
+    trainer = Trainer(MODEL, VOCAB, local(), FP32)
+    assert trainer.layout.size == sum(p.numel() for p in trainer.model.parameters())
+    assert not any("lm_head" in name for name in trainer.layout.names)

@@ -1,0 +1,75 @@
+import ast
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedgpt.core.options import ModelOptions
+from fedgpt.model import shape
+from fedgpt.model.gpt import GPT
+from fedgpt.model.shape import check_model, count_parameters, flops_per_token
+
+PRESETS = {path.stem: path for path in sorted(Path("conf/model").glob("*.yaml"))}
+
+
+def preset(name: str) -> ModelOptions:
+    lines = [line for line in PRESETS[name].read_text().splitlines() if ":" in line and not line.startswith("#")]
+    values = dict(line.split(":") for line in lines)
+    texts = {key: value.split("#")[0].strip() for key, value in values.items()}
+    return ModelOptions(**{k: int(v) if v.isdigit() else {"true": True}.get(v, v) for k, v in texts.items()})
+
+
+@pytest.mark.parametrize("name", ["nano", "micro", "mini", "gpt2"])
+def test_presets_count_what_the_module_has(name, monkeypatch):
+    options, vocab = preset(name), 50_257 if name == "gpt2" else 4_097
+    assert check_model(options) == []
+    counted = count_parameters(options, vocab)
+    monkeypatch.setattr(GPT, "init_weights", lambda *_, **__: None)  # a second for nothing at gpt2
+    assert counted == GPT(options, vocab).num_parameters
+    assert f"{counted:,}" in PRESETS[name].read_text().splitlines()[0]
+
+
+def test_gpt2_has_the_published_size():
+    assert count_parameters(preset("gpt2"), 50_257) == 124_439_808
+
+
+@pytest.mark.parametrize("change", [{}, {"tie": False}, {"bias": False}, {"norm": "rmsnorm"}, {"positions": "rotary"}])
+def test_count_of_variants(change):
+    options = replace(ModelOptions(n_layer=2, n_head=2, n_embd=16, block_size=8), **change)
+    assert count_parameters(options, 11) == GPT(options, 11).num_parameters
+
+
+def test_flops_are_those_of_the_formula():
+    options = ModelOptions(n_layer=4, n_head=4, n_embd=128, block_size=64)
+    assert flops_per_token(options, 65) == 6 * (12 * 4 * 128**2 + 65 * 128) + 12 * 4 * 128 * 64
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_embd": 130}, "model.n_embd=130: must be a multiple of model.n_head=4; try 128 or 132"),
+        ({"n_embd": 3}, "model.n_embd=3: must be a multiple of model.n_head=4; try 4"),
+        (
+            {"n_embd": 132, "positions": "rotary"},
+            "model.n_embd=132: model.positions=rotary needs a multiple of 2 * model.n_head=8; try 128 or 136",
+        ),
+        ({"n_layer": 0}, "model.n_layer=0: must be at least 1"),
+        ({"dropout": 1.0}, "model.dropout=1.0: must be at least 0 and below 1"),
+        ({"norm": "rmsnrom"}, "model.norm=rmsnrom: must be layernorm or rmsnorm; did you mean 'rmsnorm'?"),
+    ],
+)
+def test_problems_name_the_option_as_typed(change, message):
+    problems = check_model(replace(ModelOptions(), **change))
+    assert len(problems) == 1
+    assert problems[0].startswith(message)
+
+
+def test_all_problems_are_told_at_once():
+    assert len(check_model(ModelOptions(n_layer=0, n_embd=130, gelu="x", positions="y", block_size=-1))) == 5
+    assert len(check_model(ModelOptions(n_head=0))) == 1
+
+
+def test_shape_is_free_of_torch():
+    tree = ast.parse(Path(shape.__file__).read_text())
+    imported = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    assert set(imported) == {"__future__", "fedgpt.core.errors", "fedgpt.core.options"}

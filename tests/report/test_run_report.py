@@ -1,0 +1,145 @@
+"""What a person reads before and after a run, and the page of samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fedgpt.core.device import Compute
+from fedgpt.core.messages import ServerState
+from fedgpt.core.options import (
+    CorpusOptions,
+    LocalOptions,
+    ModelOptions,
+    PaceOptions,
+    PartitionOptions,
+    RunOptions,
+    TokenizerOptions,
+)
+from fedgpt.data.partition import partition
+from fedgpt.data.prepare import prepare
+from fedgpt.engine.checkpoint import Ledgers, Snapshot
+from fedgpt.report.run_report import opening, samples_page, summary_text
+
+COMPUTE = Compute("cpu", "bf16", "this CPU has AMX bf16 units")
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    for name in ("ann", "bob", "eve", "joe"):
+        (folder / name).mkdir()
+        for page in range(5):
+            (folder / name / f"{page}.txt").write_text(f"{name} saw the river rise on page {page}. " * 10)
+    corpus = CorpusOptions(name="files", client="folder", path=str(folder), public=0.1, held_out=0.1)
+    return prepare(corpus, TokenizerOptions(name="bytes"), folder / "cache")
+
+
+def told(prepared, version=0, **pace) -> tuple[str, int]:
+    options = RunOptions(
+        run_dir="/runs/x",
+        rounds=9,
+        corpus=CorpusOptions(name="files"),
+        tokenizer=TokenizerOptions(name="bytes"),
+        model=ModelOptions(n_layer=2, n_embd=32, block_size=16),
+        local=LocalOptions(steps=10, batch_size=4, accumulate=2),
+        strategy={"_target_": "fedgpt.aggregate.fedadam.FedAdam", "eta": 0.1},
+        pace=PaceOptions(**pace),
+    )
+    shards = partition(prepared, PartitionOptions(), 0, 17)
+    snapshot = Snapshot(ServerState(np.zeros(25_000, np.float32), version), Ledgers("run"))
+    text = opening(options, prepared, shards, snapshot, COMPUTE, "2 workers x 1 thread (2 cores)", 4321)
+    return text, sum(shard.size for shard in shards)
+
+
+def test_the_opening_says_every_choice_and_what_follows_from_it(prepared):
+    text, tokens = told(prepared, clients=3)
+    assert 1000 < tokens < 10_000
+    assert text == "\n".join([
+        "       run  /runs/x",
+        f"      text  files: {tokens / 1000:.3g}k tokens at 4 clients, 4,321 held-out tokens",
+        " tokenizer  bytes, 257 entries",
+        "     model  25k parameters: 2 layers, width 32, context 16",
+        # 10 steps x 2 micro-batches x 4 sequences x 16 tokens x 3 clients; 3 vectors of 25,000 float32
+        "     round  FedAdam: 3 of 4 clients x 10 steps = 3.84k tokens, 300 kB each way",
+        "   compute  cpu, bf16 (this CPU has AMX bf16 units), 2 workers x 1 thread (2 cores)",
+    ])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "pace, part",
+    [({"clients": 0}, "4 of 4 clients"), ({"clients": 50}, "4 of 4 clients"), ({"rate": 0.5}, "each of 4 with p=0.5")],
+)
+def test_who_takes_part(prepared, pace, part):
+    assert part in told(prepared, **pace)[0]
+
+
+def test_a_resumed_run_says_where_it_is(prepared):
+    assert told(prepared, version=4)[0].splitlines()[-1] == "    resume  from version 4 of 9"
+
+
+def score(version: int, loss: float) -> dict:
+    return {"version": version, "loss": loss, "perplexity": 2.0**loss, "bits_per_byte": loss / 4}
+
+
+SUMMARY = {
+    "tokens": 384_000, "wall_seconds": 120.0, "bytes_up": 5_300_000, "bytes_down": 5_400_000,
+    "initial": score(0, 8.0), "final": score(2, 6.0), "best": score(1, 5.0),
+    "weights_sha256": "0123456789abcdef" * 4, "rejected": {"late": 2, "non_finite": 1},
+}  # fmt: skip
+RECORDS = [
+    {**score(0, 8.0), "prompt": "The river", "sample": " was first."},
+    score(1, 5.0),
+    {**score(2, 6.0), "prompt": "The river", "sample": " rose again.  "},
+]
+
+GOLDEN = """
+held-out bits per byte  2.000 -> 1.500   (perplexity 256 -> 64.0; best 1.250 at version 1)
+trained                 384k tokens in 2:00 = 3.2k tok/s
+traffic                 5.3 MB up, 5.4 MB down, 3 updates rejected
+weights                 sha256 0123456789abcdef
+
+The river rose again.
+
+everything is in /runs/x: samples.md, figures/loss.png, metrics.jsonl, model/
+more text: fedgpt generate /runs/x --prompt "..."
+"""
+
+
+def test_the_summary_is_before_and_after_speed_traffic_and_the_newest_sample():
+    assert summary_text(SUMMARY, RECORDS, Path("/runs/x")) + "\n" == GOLDEN
+
+
+def test_a_summary_without_samples_or_time():
+    text = summary_text({**SUMMARY, "wall_seconds": 0.0}, [score(0, 8.0)], Path("/runs/x"))
+    assert "0 tok/s" in text and "\n\n" not in text
+
+
+def test_the_command_for_more_text_can_be_pasted():
+    assert "fedgpt generate '/my runs/x' --prompt" in summary_text(SUMMARY, RECORDS, Path("/my runs/x"))
+
+
+def test_a_byte_model_cannot_write_control_codes_to_the_terminal():
+    wild = {**RECORDS[2], "sample": " rose\x1b[2J\x00 and\tfell\nagain"}
+    text = summary_text(SUMMARY, [wild], Path("/runs/x"))
+    assert "The river rose\ufffd[2J\ufffd and\tfell\nagain" in text
+    assert "\x1b" not in samples_page([wild]) and "\x00" not in samples_page([wild])
+
+
+def test_samples_are_one_section_a_version():
+    assert samples_page(RECORDS) == (
+        "# What the model wrote\n\n"
+        "## Version 0: 2.000 bits per byte\n\n```text\nThe river was first.\n```\n\n"
+        "## Version 2: 1.500 bits per byte\n\n```text\nThe river rose again.  \n```\n"
+    )
+
+
+def test_a_sample_cannot_end_its_own_block():
+    page = samples_page([{**RECORDS[0], "sample": "\n```\n# not a heading"}])
+    assert page.count("```") == 2
+
+
+def test_a_page_without_samples_is_only_its_title():
+    assert samples_page([score(0, 8.0)]) == "# What the model wrote\n"

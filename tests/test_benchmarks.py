@@ -1,0 +1,33 @@
+"""Each benchmark runs and ends with its line for scripts; how fast anything was is no test's business."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the benchmarks read /proc")
+@pytest.mark.parametrize(
+    "name, keys",
+    [
+        ("overhead", {"overhead", "overhead_cpu", "seconds_fedgpt", "seconds_plain", "rounds", "pairs", "clients"}),
+        ("memory", {"growth_model_copies", "model_bytes", "peak_8", "peak_64"}),
+    ],
+)
+def test_a_benchmark_ends_with_a_line_for_scripts(name, keys, tmp_path):
+    command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert keys | {"model", "cores", "torch"} <= figures.keys()
+    assert all(isinstance(figures[key], int | float) for key in keys)
+    if name == "overhead":
+        assert figures["distance"] < 0.2, "both sides train the same clients on the same batches"
+    assert not list(tmp_path.iterdir()), "nothing is left where the benchmark was started"

@@ -1,0 +1,136 @@
+"""Every wrong option is told at once, named as typed, before any work."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from fedgpt import config
+from fedgpt.core.errors import ConfigError
+from fedgpt.core.options import RunOptions
+
+CONF = Path(__file__).parent.parent / "conf"
+GROUPS = sorted({path.parent.name for path in CONF.glob("*/*.yaml")})
+CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
+
+
+def problems(*overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        config.load(overrides)
+    return caught.value.problems
+
+
+def test_the_defaults_are_valid():
+    options = config.load()
+    assert isinstance(options, RunOptions)
+    assert options.corpus.name == "sotu" and options.strategy["_target_"] == "fedgpt.aggregate.fedavg.FedAvg"
+
+
+@pytest.mark.parametrize("group, choice", CHOICES)
+def test_every_conf_file_composes_and_is_valid(group, choice, tmp_path):
+    needs = [f"corpus.path={tmp_path}"] if choice == "files" else []
+    options = config.load([f"{group}={choice}", *needs])
+    if group in ("corpus", "tokenizer", "partition", "pace", "runtime"):
+        assert getattr(options, group).name == choice.partition("_")[0]
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_conf_file_says_what_it_is(group):
+    for path in CONF.glob(f"{group}/*.yaml"):
+        assert "# " in path.read_text().split("\n\n")[0], path
+
+
+def test_yaml_carries_every_option(tmp_path):
+    options = config.load(["model=mini", "strategy=diloco", f"run_dir={tmp_path}", "pace.rate=0.5", "seed=7"])
+    assert asdict(config.from_yaml(config.to_yaml(options))) == asdict(options)
+
+
+def test_everything_wrong_is_in_one_list():
+    told = problems("ronds=3", "strategy=fedavgg", "rounds=many", "model.n_embd=130", "pace.clients=-1", "local.lr=0")
+    assert len(told) == 6
+    for part in (
+        "ronds=3: no option 'ronds'; did you mean 'rounds'",
+        "strategy=fedavgg: choose from",
+        "did you mean 'fedavg'",
+        "rounds=many: Value 'many'",
+        "model.n_embd=130: must be a multiple of model.n_head=4; try 128 or 132",
+        "pace.clients=-1: must be at least 0",
+        "local.lr=0",
+    ):
+        assert any(part in problem for problem in told), part
+
+
+@pytest.mark.parametrize(
+    "overrides, part",
+    [
+        (["strategy.bta=1"], "strategy.bta=1: no option 'strategy.bta'"),
+        (["+strategy.bta=1"], "strategy.bta=1: the options of FedAvg are eta"),
+        (["strategy.eta=-1"], "strategy.eta=-1"),
+        (["+extra=1"], "no option 'extra'"),
+        (["modle=mini"], "did you mean 'model'"),
+        (["local.stpes=3"], "did you mean 'local.steps'"),
+        (["rounds"], "rounds"),
+        (["tokenizer=bpe", "corpus.public=0"], "corpus.public=0: tokenizer=bpe is trained on the public part"),
+        (["corpus.public=0.6", "corpus.held_out=0.5"], "corpus.public=0.6"),
+        (["corpus=files"], "corpus.path"),
+        (["partition=iid", "partition.clients=0"], "partition.clients=0"),
+        (["partition=dirichlet", "partition.alpha=0"], "partition.alpha=0"),
+        (["local.min_lr=1"], "local.min_lr=1"),
+        (["pace.clients=4", "pace.goal=5"], "pace.goal=5: more than the pace.clients=4"),
+        (["pace.clients=4", "pace.minimum=5"], "pace.minimum=5"),
+        (["runtime.device=tpu"], "runtime.device=tpu: must be auto, cpu or cuda"),
+        (["local.precision=fp16"], "local.precision=fp16: must be auto, fp32 or bf16"),
+        (["model.gelu=relu"], "model.gelu=relu"),
+        (["strategy=null"], "strategy"),
+    ],
+)
+def test_one_wrong_option_is_named_with_what_is_allowed(overrides, part):
+    assert any(part in problem for problem in problems(*overrides)), problems(*overrides)
+
+
+@pytest.mark.parametrize("target", ["os.system", "os.getcwd", "pathlib.Path", "builtins.eval", "fedgptx.Evil"])
+def test_a_target_outside_the_allow_list_is_never_imported(target):
+    told = problems("strategy=flower", f"strategy._target_={target}")
+    assert any("only classes in fedgpt.aggregate, flwr.serverapp.strategy" in problem for problem in told)
+
+
+def test_a_trusted_package_may_bring_a_strategy(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from fedgpt.aggregate.base import Strategy, advance\n"
+        "@dataclass(frozen=True)\n"
+        "class Half(Strategy):\n"
+        "    share: float = 0.5\n"
+        "    def step(self, d, state):\n"
+        "        return advance(state, state.params - self.share * d)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    overrides = ["strategy=flower", "strategy._target_=mine.Half", "+strategy.share=0.25"]
+    assert any("trusted_packages=[mine]" in problem for problem in problems(*overrides))
+    options = config.load([*overrides, "trusted_packages=[mine]"])
+    assert config.build_strategy(options.strategy, options.trusted_packages).share == 0.25
+
+
+def test_a_users_folder_adds_choices(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/tiny.yaml").write_text("n_layer: 1\nn_head: 1\nn_embd: 8\nblock_size: 16\n")
+    assert config.load(["model=tiny"], str(tmp_path)).model.n_embd == 8
+    with pytest.raises(ConfigError, match="did you mean 'tiny'"):
+        config.load(["model=tiyn"], str(tmp_path))
+
+
+def test_sweeps_are_checked_choice_by_choice():
+    config.precheck(["strategy=fedavg,diloco", "seed=0,1,2"])
+    with pytest.raises(ConfigError, match=r"strategy=diloko: .*did you mean 'diloco'"):
+        config.precheck(["strategy=fedavg,diloko"])
+    with pytest.raises(ConfigError, match="seed=x"):
+        config.precheck(["seed=0,x"])
+
+
+def test_configuration_never_imports_torch():
+    code = "import sys; from fedgpt import config; config.load(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

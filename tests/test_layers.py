@@ -1,0 +1,86 @@
+"""The house's rules over its own source: imports point down, heavy libraries stay in their rooms, nothing unsafe."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "fedgpt"
+FLOORS = {
+    "core": 0,
+    "data": 1, "model": 1, "privacy": 1,
+    "local": 2, "update": 2, "aggregate": 2, "evaluate": 2,
+    "engine": 3, "report": 4, "config": 5, "flower": 6, "api": 7, "cli": 8, "__main__": 9, "__init__": 9,
+}  # fmt: skip
+ROOMS = {
+    "flwr": {"flower"},
+    "ray": set(),
+    "opacus": {"local", "privacy"},
+    "hydra": {"config", "cli"},
+    "omegaconf": {"config", "cli", "flower"},
+    "matplotlib": {"report"},
+    "transformers": set(),
+}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room(path: Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imports(path: Path) -> list[tuple[str, bool]]:
+    """(module, is it at the top level) for every import statement."""
+    tree = ast.parse(path.read_text())
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, node in tree.body) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "fedgpt" else []
+            found += [(name, node in tree.body) for name in names or [str(node.module)]]
+    return found
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_down_and_siblings_do_not_know_each_other(path):
+    here = room(path)
+    for name, _ in imports(path):
+        if not name.startswith("fedgpt."):
+            continue
+        there = name.split(".")[1]
+        if there in FLOORS and there != here:
+            assert FLOORS[there] < FLOORS[here], f"{here} imports {name}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_libraries_stay_in_their_rooms(path):
+    for name, _ in imports(path):
+        package = name.split(".")[0]
+        assert package not in ROOMS or room(path) in ROOMS[package], f"{path} imports {name}"
+
+
+def test_strategies_and_configuration_are_free_of_torch():
+    for path in [*PACKAGE.glob("aggregate/*.py"), PACKAGE / "config.py", *PACKAGE.glob("core/*.py")]:
+        top = {name.split(".")[0] for name, at_top in imports(path) if at_top}
+        assert "torch" not in top, path
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_nothing_unsafe_is_called(path):
+    banned = {"eval", "exec", "torch.load", "yaml.load", "pickle.load", "pickle.loads", "os.system"}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func) not in banned, f"{path}:{node.lineno}"
+            for keyword in node.keywords:
+                assert keyword.arg not in ("allow_pickle", "shell") or ast.unparse(keyword.value) == "False"
+    assert not {name.split(".")[0] for name, _ in imports(path)} & {"pickle", "dill", "cloudpickle", "marshal"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_a_module_can_be_read_in_one_sitting(path):
+    assert len(path.read_text().splitlines()) <= 400
+    assert ast.get_docstring(ast.parse(path.read_text())), "a module says its place in the flow"

@@ -1,0 +1,123 @@
+"""The door into aggregation: a valid update or a reason code, and nothing else."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedgpt.core.errors import UpdateRejected
+from fedgpt.core.messages import Reply, Update
+from fedgpt.update.codec import REASONS, Expected, decode, encode
+
+DELTA = np.linspace(-1, 1, 40, dtype=np.float32)
+EXPECTED = Expected("run", "alice", 3, 5, DELTA.size, 100, norm_limit=50.0)
+UPDATE = Update("alice", 3, 5, DELTA, 64, {"train_loss": 2.5})
+
+
+def reply(**changes) -> Reply:
+    header, payload = encode("run", UPDATE)
+    fields = json.loads(header) | changes.pop("header", {})
+    return Reply("alice", 3, json.dumps(fields), changes.pop("payload", payload), **changes)
+
+
+def code_of(bad: Reply) -> str:
+    with pytest.raises(UpdateRejected) as caught:
+        decode(bad, EXPECTED)
+    assert caught.value.code in REASONS
+    return caught.value.code
+
+
+def test_a_good_update_comes_back_as_it_was_with_its_norm():
+    update = decode(reply(), EXPECTED)
+    assert update.tokens == 64 and update.client == "alice"
+    assert update.metrics == {"train_loss": 2.5, "update_norm": pytest.approx(np.linalg.norm(DELTA), rel=1e-6)}
+    np.testing.assert_array_equal(update.delta, DELTA)
+
+
+def test_negative_zero_and_denormals_are_values_like_others():
+    delta = np.array([-0.0, 1e-45, *DELTA[2:]], np.float32)
+    header, payload = encode("run", replace(UPDATE, delta=delta))
+    np.testing.assert_array_equal(decode(Reply("alice", 3, header, payload), EXPECTED).delta, delta)
+
+
+@pytest.mark.parametrize(
+    "header, code",
+    [
+        ({"run": "other"}, "wrong_run"),
+        ({"client": "mallory"}, "wrong_sender"),
+        ({"task": 2}, "unknown_task"),
+        ({"task": 3.0}, "unknown_task"),
+        ({"version": 4}, "late"),
+        ({"size": 10**13}, "size_mismatch"),
+        ({"sha256": "0" * 64}, "digest_mismatch"),
+        ({"sha256": None}, "digest_mismatch"),
+        ({"format": 2}, "bad_encoding"),
+        *[({"tokens": t}, "bad_num_tokens") for t in (0, -1, 101, 1e12, 5.0, "5", [5], None, True, float("nan"))],
+        *[
+            ({"metrics": m}, "bad_metric")
+            for m in (None, [], {"a": "b"}, {"a": None}, {"a": True}, {"a": float("nan")})
+        ],
+    ],
+)
+def test_a_wrong_header_has_its_code(header, code):
+    assert code_of(reply(header=header)) == code
+
+
+@pytest.mark.parametrize(
+    "payload, code",
+    [
+        (None, "bad_encoding"),
+        (b"\x80\x04", "bad_encoding"),
+        (DELTA.tolist(), "bad_encoding"),
+        (np.array([object()] * 40), "wrong_dtype"),
+        (DELTA.astype(np.float64), "wrong_dtype"),
+        (DELTA.astype(np.int64), "wrong_dtype"),
+        (DELTA.astype(">f4"), "wrong_dtype"),
+        (DELTA[:-1], "wrong_shape"),
+        (DELTA[:1], "wrong_shape"),
+        (np.stack([DELTA, DELTA]), "wrong_shape"),
+        (DELTA[None], "wrong_shape"),
+        (DELTA * 2, "digest_mismatch"),
+    ],
+)
+def test_a_wrong_payload_has_its_code(payload, code):
+    assert code_of(reply(payload=payload)) == code
+
+
+@pytest.mark.parametrize(
+    "value, code",
+    [(np.nan, "non_finite"), (np.inf, "non_finite"), (-np.inf, "non_finite"), (3e38, "norm_limit"), (60, "norm_limit")],
+)
+def test_wrong_values_have_their_code_though_the_digest_fits(value, code):
+    delta = DELTA.copy()
+    delta[:10] = value
+    header, payload = encode("run", replace(UPDATE, delta=delta))
+    assert code_of(Reply("alice", 3, header, payload)) == code
+
+
+def test_an_error_reply_is_a_client_error_with_its_reason():
+    with pytest.raises(UpdateRejected, match="client_error: code 2: no disk"):
+        decode(Reply("alice", 3, error="code 2: no disk"), EXPECTED)
+
+
+@given(st.data())
+def test_any_mutation_is_valid_or_rejected_and_nothing_else(data):
+    header, payload = encode("run", UPDATE)
+    raw = bytearray(payload.tobytes())
+    for _ in range(data.draw(st.integers(0, 3))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    array = np.frombuffer(bytes(raw), np.float32)
+    text = data.draw(
+        st.one_of(st.just(header), st.text(max_size=40), st.just(header[: data.draw(st.integers(0, 300))]))
+    )
+    try:
+        update = decode(Reply("alice", 3, text, array), EXPECTED)
+    except UpdateRejected as rejection:
+        assert rejection.code in REASONS
+    else:
+        assert update.delta.tobytes() == payload.tobytes() and text == header
