@@ -1,6 +1,6 @@
 """The demo and its central twin: what does federation cost in two minutes on a laptop?
 
-    python simulations/quickstart/run.py            # about 8 minutes on 2 cores, both sides
+    python simulations/quickstart/run.py            # three seeds of both sides, about 15 minutes on 2 cores
     python simulations/quickstart/run.py --quick    # a smoke run
 
 Federated: `fedgpt run experiment=demo`. Central twin: one client that holds the same text and trains the same tokens
@@ -27,7 +27,7 @@ QUICK = ["rounds=2", "local.steps=2", "evaluate.tokens=4096", "corpus=stdlib", "
 
 def main() -> None:
     chosen = arguments(__doc__ or "")
-    seeds = [0]
+    seeds = [0] if chosen.quick else [0, 1, 2]
     extra = QUICK if chosen.quick else []
     folder = runs_folder(chosen.runs)
     sides = {"federated": ["experiment=demo"], "central_twin": ["experiment=central_twin"]}
