@@ -25,6 +25,8 @@ from fedgpt.core.options import RunOptions
 from fedgpt.data.corpora import corpus_problems
 from fedgpt.data.partition import partition_problems
 from fedgpt.data.tokenizer import tokenizer_problems
+from fedgpt.engine.fleet import NAMES, fleet_problems
+from fedgpt.engine.pace import make_pace, pace_problems
 from fedgpt.model.shape import check_model
 
 PACKAGE = Path(__file__).parent
@@ -49,21 +51,32 @@ _RANGES: dict[str, tuple[str, Any]] = {
     "local.grad_clip": ("at least 0 (0 = off)", lambda v: v >= 0),
     "local.moments": ("keep or reset", ("keep", "reset").__contains__),
     "local.precision": ("auto, fp32 or bf16", ("auto", "fp32", "bf16").__contains__),
-    "pace.name": ("cohort", ("cohort",).__contains__),
+    "tokens": ("at least 0 (0 = end after `rounds`)", lambda v: v >= 0),
+    "clock": ("real or virtual", ("real", "virtual").__contains__),
+    "pace.name": ("cohort or buffer", ("cohort", "buffer").__contains__),
     "pace.clients": ("at least 0 (0 = all)", lambda v: v >= 0),
     "pace.rate": ("above 0 and at most 1", lambda v: v is None or 0 < v <= 1),
     "pace.goal": ("at least 1", lambda v: v is None or v >= 1),
     "pace.deadline": ("above 0 seconds", lambda v: v is None or v > 0),
     "pace.minimum": ("at least 0", lambda v: v >= 0),
+    "pace.grace": ("at least 0 seconds", lambda v: v is None or v >= 0),
+    "pace.max_staleness": ("at least 0 versions", lambda v: v is None or v >= 0),
+    "fleet.name": (", ".join(NAMES), NAMES.__contains__),
+    "fleet.median": ("above 0 seconds", lambda v: v > 0),
+    "fleet.spread": ("at least 0", lambda v: v >= 0),
+    "fleet.down": ("at least 0 seconds per megabyte", lambda v: v >= 0),
+    "fleet.up": ("at least 0 seconds per megabyte", lambda v: v >= 0),
+    "fleet.jitter": ("at least 0", lambda v: v >= 0),
+    "fleet.dropout": ("from 0 to below 1", lambda v: 0 <= v < 1),
     "runtime.name": ("pool, ray or superlink", ("pool", "ray", "superlink").__contains__),
     "runtime.workers": ("at least 0 (0 = choose)", lambda v: v >= 0),
     "runtime.threads": ("at least 0 (0 = choose)", lambda v: v >= 0),
     "runtime.device": ("auto, cpu or cuda", ("auto", "cpu", "cuda").__contains__),
-    "evaluate.every": ("at least 0 (0 = first and last version)", lambda v: v >= 0),
+    "evaluate.every": ("at least 0 (0 = first and last version)", lambda v: v is None or v >= 0),
     "evaluate.tokens": ("at least 0 (0 = all)", lambda v: v >= 0),
     "evaluate.samples": ("at least 0", lambda v: v >= 0),
     "evaluate.sample_tokens": ("at least 1", lambda v: v >= 1),
-    "checkpoint.every": ("at least 0 (0 = only the last)", lambda v: v >= 0),
+    "checkpoint.every": ("at least 0 (0 = only the last)", lambda v: v is None or v >= 0),
     "checkpoint.keep": ("at least 1", lambda v: v >= 1),
 }
 
@@ -270,10 +283,8 @@ def _problems(o: RunOptions) -> Iterator[str]:
         yield "corpus.public=0: tokenizer=bpe is trained on the public part; raise it or take tokenizer=bytes"
     if o.local.min_lr > o.local.lr > 0:
         yield f"local.min_lr={o.local.min_lr}: must not be above local.lr={o.local.lr}; lower it"
-    if o.pace.goal is not None and 0 < o.pace.clients < o.pace.goal:
-        yield f"pace.goal={o.pace.goal}: more than the pace.clients={o.pace.clients} that are asked; raise pace.clients"
-    if 0 < o.pace.clients < o.pace.minimum:
-        yield f"pace.minimum={o.pace.minimum}: more than the pace.clients={o.pace.clients} that are asked; lower it"
+    yield from pace_problems(o.pace)
+    yield from fleet_problems(o)
     if o.resume is not None:
         yield f"resume={o.resume}: stands alone (fedgpt run resume=<folder>); the folder holds its own options"
     try:
@@ -281,9 +292,18 @@ def _problems(o: RunOptions) -> Iterator[str]:
     except ConfigError as error:
         yield from error.problems
     else:
-        paces = getattr(strategy, "paces", {"cohort"})
-        if o.pace.name not in paces:
-            yield f"pace={o.pace.name}: {type(strategy).__name__} is right for pace={' or '.join(sorted(paces))} only"
+        yield from _pacing_problems(o, strategy)
+
+
+def _pacing_problems(o: RunOptions, strategy: Any) -> Iterator[str]:
+    """Whether the strategy is right for the pacing."""
+    paces = getattr(strategy, "paces", {"cohort"})
+    if o.pace.name not in paces:
+        reason = getattr(strategy, "because", {}).get(o.pace.name, "")
+        only = f"{type(strategy).__name__} is right for pace={' or '.join(sorted(paces))} only"
+        yield f"pace={o.pace.name}: {only}{': ' if reason else ''}{reason}"
+    elif o.pace.clients and hasattr(strategy, "problems") and o.pace.name in ("cohort", "buffer"):
+        yield from strategy.problems(make_pace(o.pace, o.seed).pacing(o.pace.clients))
 
 
 def _first_line(error: BaseException) -> str:

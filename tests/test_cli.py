@@ -37,7 +37,7 @@ def test_version():
         (["run", "ronds=3"], "did you mean 'rounds'"),
         (["run", "model"], "model: options are typed key=value"),
         (["run", "--bogus"], "--bogus"),
-        (["run", "strategy=fedavgg"], "choose from diloco, fedadam, fedavg"),
+        (["run", "strategy=fedavgg"], "did you mean 'fedavg'"),
         (["run", "-m", "seed=0,x"], "seed=x"),
         (["run", "resume=nowhere"], "is not a run's folder"),
         (["run", "resume=nowhere", "rounds=3"], "stands alone"),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from fedgpt import config
 from fedgpt.core.errors import ConfigError
@@ -16,6 +18,13 @@ from fedgpt.core.options import RunOptions
 CONF = Path(__file__).parent.parent / "conf"
 GROUPS = sorted({path.parent.name for path in CONF.glob("*/*.yaml")})
 CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
+
+
+def strategy_paces(choice: str) -> frozenset[str]:
+    """The pacings that a strategy of conf/ is right for."""
+    target = OmegaConf.load(CONF / "strategy" / f"{choice}.yaml").get("_target_")
+    module, _, name = target.rpartition(".")
+    return getattr(getattr(importlib.import_module(module), name), "paces", frozenset({"cohort"}))
 
 
 def problems(*overrides: str) -> list[str]:
@@ -32,7 +41,13 @@ def test_the_defaults_are_valid():
 
 @pytest.mark.parametrize("group, choice", CHOICES)
 def test_every_conf_file_composes_and_is_valid(group, choice, tmp_path):
+    table = tmp_path / "fleet.csv"
+    table.write_text("client,step_seconds\na,1.0\n")
     needs = [f"corpus.path={tmp_path}"] if choice == "files" else []
+    if group == "fleet" and choice != "none":
+        needs = ["clock=virtual", *([f"fleet.path={table}"] if choice in ("trace", "replay") else [])]
+    if group == "strategy" and "cohort" not in strategy_paces(choice):
+        needs = ["pace=buffer", "strategy.period=8"] if choice == "delayed_nesterov" else ["pace=buffer"]
     options = config.load([f"{group}={choice}", *needs])
     if group in ("corpus", "tokenizer", "partition", "pace", "runtime"):
         assert getattr(options, group).name == choice.partition("_")[0]
@@ -57,7 +72,7 @@ def test_everything_wrong_is_in_one_list():
         "strategy=fedavgg: choose from",
         "did you mean 'fedavg'",
         "rounds=many: Value 'many'",
-        "model.n_embd=130: must be a multiple of model.n_head=4; try 128 or 132",
+        "model.n_embd=130: must be a multiple of model.n_head=4; try 128 or 136",
         "pace.clients=-1: must be at least 0",
         "local.lr=0",
     ):

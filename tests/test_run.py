@@ -188,7 +188,8 @@ def test_a_run_leaves_exactly_the_documented_files(finished):
     assert finished.files.keys() == {
         ".lock", "config.yaml", "command.txt", "environment.json", "metrics.jsonl",
         "events.jsonl", "summary.json", "samples.md",
-        "figures/loss.png", "model/config.json", "model/model.safetensors", "model/tokenizer.json",
+        "figures/loss.png", "figures/timeline.png", "figures/updates.png",
+        "model/config.json", "model/model.safetensors", "model/tokenizer.json",
         "model/tokenizer_config.json",
         *(f"checkpoints/version-0000000{v}.{end}" for v in (1, 2) for end in ("safetensors", "sha256")),
         *(f"clients/{run.name}/{writer}/task-{task}.safetensors" for writer in WRITERS for task in (0, 1)),
@@ -454,19 +455,24 @@ def test_a_sweep_makes_a_folder_for_each_run(world):
     assert done.stdout.count("version 1/1") == 2
 
 
-STRATEGIES = [
-    "fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "diloco",
+SYNCHRONOUS = [
+    "fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "diloco", "auto",
     "flower", "flower strategy._target_=flwr.serverapp.strategy.FedTrimmedAvg",
 ]  # fmt: skip
+ASYNCHRONOUS = ["delta_sgd", "fedbuff", "fedasync", "delayed_nesterov"]
+ROBUST = ["median", "trimmed_mean", "krum", "geometric_median", "norm_clip", "centred_clip", "fltrust"]  # want a crowd
 
 
 @pytest.mark.slow
 def test_every_strategy_of_conf_trains(world, finished):
     conf = {path.stem for path in (Path(__file__).parent.parent / "conf" / "strategy").glob("*.yaml")}
-    assert conf == {name.split()[0] for name in STRATEGIES}
+    assert conf == {name.split()[0] for name in SYNCHRONOUS + ASYNCHRONOUS + ROBUST}
+    buffer = ["pace=buffer", "pace.clients=2", "rounds=4"]
+    crowd = ["partition=iid", "partition.clients=5", "pace.clients=5"]
+    needs = {**dict.fromkeys(SYNCHRONOUS, []), **dict.fromkeys(ASYNCHRONOUS, buffer), **dict.fromkeys(ROBUST, crowd)}
     told = world.python(f"""
-for number, name in enumerate({STRATEGIES!r}):
-    run = fedgpt.run(*OPTIONS, f"run_dir=strategy-{{number}}", "runtime.workers=1", *f"strategy={{name}}".split())
+for number, (name, more) in enumerate({needs!r}.items()):
+    run = fedgpt.run(*OPTIONS, f"run_dir=strategy-{{number}}", "runtime.workers=1", *f"strategy={{name}}".split(), *more)
     told[name] = run.summary
 """)
     digests = {name: each["weights_sha256"] for name, each in told.items()}
@@ -474,7 +480,7 @@ for number, name in enumerate({STRATEGIES!r}):
     initial = finished.summary["initial"]
     for name, each in told.items():
         assert each["initial"] == initial, name
-        assert each["versions"] == 2 and each["rejected"] == {}, name
+        assert each["versions"] >= 2 and each["rejected"] == {}, name
         assert each["final"]["loss"] < initial["loss"], name
     ours = [digest for name, digest in digests.items() if not name.startswith("flower")]
     assert len(set(ours)) == len(ours), "each is a rule of its own"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedgpt.aggregate.base import FRACTION, POSITIVE, Strategy, advance, check
+from fedgpt.aggregate.refusals import MOMENTUM
 from fedgpt.core.messages import ServerState
 
 
@@ -21,6 +22,8 @@ class DiLoCo(Strategy):
     Defaults are the paper's, for hundreds of local steps and >= 50 server steps; try mu 0.5 to 0.6 on shorter runs.
     Cohort pacing only: on every arrival the momentum compounds (4 equal updates move 12.1 D) and diverges.
     """
+
+    because = MOMENTUM
 
     eta: float = 0.7  # server learning rate
     mu: float = 0.9  # momentum; 0 is federated averaging times eta

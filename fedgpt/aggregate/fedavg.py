@@ -7,12 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedgpt.aggregate.base import POSITIVE, Strategy, advance, check
+from fedgpt.aggregate.refusals import AVERAGE
 from fedgpt.core.messages import ServerState
 
 
 @dataclass(frozen=True)
 class FedAvg(Strategy):
     """Mean of the clients' models, weighted by tokens trained; eta 1 lands exactly on that mean. No memory."""
+
+    because = AVERAGE
 
     eta: float = 1.0  # server learning rate, a factor on the mean update
 

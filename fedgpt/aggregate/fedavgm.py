@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedgpt.aggregate.base import FRACTION, POSITIVE, Strategy, advance, check
+from fedgpt.aggregate.refusals import MOMENTUM
 from fedgpt.core.messages import ServerState
 
 
@@ -21,6 +22,8 @@ class FedAvgM(Strategy):
     mu 0.9, the paper's, multiplies a steady update by 10 and needs many server steps or a smaller eta; the default
     multiplies by 2.
     """
+
+    because = MOMENTUM
 
     eta: float = 1.0  # server learning rate
     mu: float = 0.5  # momentum; 0 is federated averaging

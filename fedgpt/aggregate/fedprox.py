@@ -10,11 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedgpt.aggregate.base import NOT_NEGATIVE, Strategy, check
+from fedgpt.aggregate.refusals import AVERAGE
 
 
 @dataclass(frozen=True)
 class FedProx(Strategy):
     """Federated averaging of clients with a proximal term; mu 0 is federated averaging. No memory."""
+
+    because = AVERAGE
 
     mu: float = 0.01  # strength of the pull to the received model, per unit of distance
 

@@ -12,12 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedgpt.aggregate.base import FRACTION, POSITIVE, Strategy, advance, check
+from fedgpt.aggregate.refusals import ADAPTIVE
 from fedgpt.core.messages import ServerState
 
 
 @dataclass(frozen=True)
 class FedYogi(Strategy):
     """Adaptive server steps, slower to grow again than FedAdam's; remembers m and v."""
+
+    because = ADAPTIVE
 
     eta: float = 1e-3  # about the largest change of one weight in one step
     beta1: float = 0.9  # decay of m

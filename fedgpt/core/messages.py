@@ -6,6 +6,7 @@ Staleness counts server versions since the client's download.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +25,7 @@ class Plan:
     numbers: dict[str, float] = field(default_factory=dict)  # the strategy's client half, by name
     state: int = -1  # task whose client state to start from; -1 starts fresh
     keep: tuple[int, ...] = ()  # tasks whose client state a restart of the server could still ask for
+    seconds: float = 0.0  # the least that the job shall take: a client of the simulated fleet waits until then
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Job:
     version: int
     params: np.ndarray  # (parameters,) float32, read-only
     plan: Plan
+    sent: float = 0.0  # the server's clock at dispatch
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,33 @@ class ServerState:
 
 
 @dataclass(frozen=True)
+class Pacing:
+    """How a run's jobs and server steps are timed, in numbers (engine/pace.py is the working half)."""
+
+    name: str  # cohort, buffer
+    clients: int  # that train at the same time: the cohort's size (expected, where coins decide), or jobs in flight
+    goal: int  # updates that one server step waits for
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What a strategy that may change the pacing decides from."""
+
+    pacing: str  # the present one
+    seconds: Mapping[str, float]  # client -> of a whole job; of one that is still at its first, those so far
+    record: Mapping[str, Any]  # metrics of the version that was just made; empty within a version
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A pacing, why, and what the rule wants to remember."""
+
+    pacing: str
+    reason: str = ""
+    memory: Mapping[str, np.ndarray] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class ClientInfo:
     """What the server knows of a client before it samples it."""
 
@@ -77,3 +107,4 @@ class Reply:
     payload: Any = None  # the array as sent
     error: str = ""  # reason when there is no payload
     bytes: int = 0  # size of the encoded message
+    seconds: float | None = None  # how long the job took by the virtual clock; None: as the client measured

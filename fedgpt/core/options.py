@@ -80,14 +80,38 @@ class LocalOptions:
 
 @dataclass
 class PaceOptions:
-    """pace=cohort: when a server step happens."""
+    """pace=cohort|buffer: when jobs start and when a server step happens."""
 
     name: str = "cohort"
-    clients: int = 0  # sampled for each version; 0 = all
-    rate: float | None = None  # instead of `clients`: each client joins with this probability
-    goal: int | None = None  # close a version once this many updates are in (over-selection); null = all sampled
-    deadline: float | None = None  # seconds until a version closes with what is there; null = wait for all
-    minimum: int = 1  # updates below which the run stops with a message
+    clients: int = 0  # cohort: sampled for each version; buffer: always in flight; 0 = all
+    rate: float | None = None  # cohort, instead of `clients`: each client joins with this probability
+    goal: int | None = None  # cohort: close a version at this many updates, null = all sampled; buffer: updates a step
+    grace: float | None = None  # seconds that the server waits for more updates once the goal is reached
+    deadline: float | None = (
+        None  # cohort: seconds until a version closes; buffer: until a job is given up; null = none
+    )
+    minimum: int = 1  # cohort: updates below which the run stops with a message
+    max_staleness: int | None = None  # server versions since its download beyond which an update is dropped
+    dylu: bool = False  # fewer local steps for slower clients, so that all jobs take as long (arXiv 2401.09135)
+
+
+@dataclass
+class FleetOptions:
+    """fleet=none|constant|published|lognormal|trace|replay: how fast the simulated clients are.
+
+    With clock=virtual time is modelled; with clock=real a client that is done too early waits.
+    """
+
+    name: str = "none"
+    step_seconds: list[float] = field(default_factory=lambda: [1.0])  # constant: of a local step, client by client
+    median: float = 1.0  # lognormal: seconds of a local step
+    spread: float = 0.5  # lognormal: sigma of its logarithm
+    down: float = 0.0  # seconds per megabyte to the client
+    up: float = 0.0  # seconds per megabyte from the client, of the message as encoded
+    jitter: float = 0.0  # sigma of the logarithm of each job's own factor
+    dropout: float = 0.0  # probability that a job is lost on the way
+    window: list[float] = field(default_factory=list)  # [seconds there, seconds away], each client with its own phase
+    path: str | None = None  # trace: CSV with client,step_seconds; replay: events.jsonl of a run
 
 
 @dataclass
@@ -104,7 +128,7 @@ class RuntimeOptions:
 class EvaluateOptions:
     """evaluate=held_out: the central evaluation stage."""
 
-    every: int = 1  # server versions between evaluations; 0 = only the first and the last
+    every: int | None = None  # server versions between evaluations; null = one round's updates, 0 = first and last
     tokens: int = 0  # held-out tokens used, spread evenly; 0 = all
     samples: int = 3  # how many versions get a written sample, first and last included; 0 = none
     sample_tokens: int = 120
@@ -115,7 +139,7 @@ class EvaluateOptions:
 class CheckpointOptions:
     """checkpoint=every: what a restart finds."""
 
-    every: int = 1  # server versions between checkpoints; 0 = none but the last
+    every: int | None = None  # server versions between checkpoints; null = one round's updates, 0 = only the last
     keep: int = 2  # newest checkpoints kept
 
 
@@ -126,6 +150,8 @@ class RunOptions:
     name: str = "run"
     seed: int = 0
     rounds: int = 20  # server steps
+    tokens: int = 0  # instead of `rounds`: the run ends with the version that has trained this many; 0 = off
+    clock: str = "real"  # real; virtual: modelled time of a fleet, deterministic and faster
     run_dir: str = ""
     resume: str | None = None  # folder of a run to continue; excludes every other option
     cache_dir: str = ""
@@ -137,6 +163,7 @@ class RunOptions:
     local: LocalOptions = field(default_factory=LocalOptions)
     strategy: Any = None  # {_target_: class, its fields}
     pace: PaceOptions = field(default_factory=PaceOptions)
+    fleet: FleetOptions = field(default_factory=FleetOptions)
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
     evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from fedgpt.core.errors import FedGPTError
 from fedgpt.core.files import replacing, sha256_of, write_text
 from fedgpt.core.messages import ServerState
 
-FORMAT = 1
+FORMAT = 2
 log = logging.getLogger(__name__)
 
 
@@ -30,13 +30,31 @@ class Ledgers:
     bytes_up: int = 0
     bytes_down: int = 0
     wall_seconds: float = 0.0
+    seconds: float = 0.0  # the run's clock, wall or virtual
+    dispatched: int = 0  # jobs sent
     next_task: dict[str, int] = field(default_factory=dict)  # client -> number of its next task
     accepted: dict[str, int] = field(default_factory=dict)  # client -> its last accepted task
     restorable: tuple[dict[str, int], ...] = ()  # `accepted` at the checkpoints a restart could load
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> count
+    speeds: dict[str, float] = field(default_factory=dict)  # client -> local steps a second, smoothed
+    trained: dict[str, int] = field(default_factory=dict)  # client -> tokens
+    busy: dict[str, float] = field(default_factory=dict)  # client -> seconds of its accepted jobs
+    pacing: str = ""  # the present one, where the strategy may change it
+    in_flight: tuple[dict[str, Any], ...] = ()  # jobs sent and not answered, without their vectors
     record: dict[str, Any] = field(default_factory=dict)  # metrics of this version, its evaluation still open
+    evaluation: dict[str, bool] = field(default_factory=lambda: {"score": True, "sample": True})  # what it gets
     unsaved: tuple[str, ...] = ()  # what the strategy remembers and no checkpoint holds: such a run cannot resume
     environment: dict[str, Any] = field(default_factory=dict)  # what bit-identity depends on
+
+    def credit(self, client: str, tokens: int, seconds: float) -> None:
+        """Note what a client has done for an accepted update."""
+        self.trained[client] = self.trained.get(client, 0) + tokens
+        self.busy[client] = self.busy.get(client, 0.0) + seconds
+
+    def frozen(self, **changes: Any) -> Ledgers:
+        """A copy whose tables later entries do not reach."""
+        tables = {name: dict(value) for name, value in vars(self).items() if isinstance(value, dict)}
+        return replace(self, **{**tables, **changes})
 
 
 @dataclass(frozen=True)
@@ -45,6 +63,7 @@ class Snapshot:
 
     state: ServerState
     ledgers: Ledgers
+    extra: dict[str, np.ndarray] = field(default_factory=dict)  # base/<version>: vectors that jobs in flight began from
 
 
 class Checkpoints:
@@ -85,7 +104,8 @@ class Checkpoints:
 
     def _write(self, snapshot: Snapshot) -> None:
         state = snapshot.state
-        tensors = {"params": state.params, **{f"memory/{name}": array for name, array in state.memory.items()}}
+        memory = {f"memory/{name}": array for name, array in state.memory.items()}
+        tensors = {"params": state.params, **memory, **{f"extra/{n}": a for n, a in snapshot.extra.items()}}
         about = {"format": FORMAT, "version": state.version, **vars(snapshot.ledgers)}
         path = self.folder / f"version-{state.version:08d}.safetensors"
         with replacing(path) as temporary:
@@ -107,10 +127,13 @@ class Checkpoints:
             arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118, not a dict
         if about.pop("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
-        memory = {n.removeprefix("memory/"): a for n, a in arrays.items() if n.startswith("memory/")}
-        about |= {name: tuple(about[name]) for name in ("restorable", "unsaved")}
+        memory, extra = (
+            {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
+            for prefix in ("memory/", "extra/")
+        )
+        about |= {name: tuple(about[name]) for name in ("restorable", "unsaved", "in_flight")}
         state = ServerState(arrays["params"], about.pop("version"), memory)
-        return Snapshot(state, Ledgers(**about))
+        return Snapshot(state, Ledgers(**about), extra)
 
 
 def _mark(path: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from functools import cached_property
 
 import numpy as np
@@ -16,6 +17,8 @@ from fedgpt.data.prepare import Prepared, prepare
 from fedgpt.engine.client_state import ClientStore
 from fedgpt.local.trainer import Trainer
 from fedgpt.update.codec import encode
+
+ROOT = "the server"  # under this name it keeps its own optimiser state, where a rule wants a root update
 
 
 class ClientWork:
@@ -52,23 +55,30 @@ class ClientWork:
 
         The same job gives the same bits however often and wherever it is done.
         """
-        shard, options = self.shards[index], self.options
+        shard = self.shards[index]
         if shard.client != job.client:
             raise ValueError(f"the job is for client {job.client!r}, partition {index} is {shard.client!r}")
-        store = ClientStore(self.state_root, job.plan.run, job.client)
+        began = time.monotonic()
+        update = self._do(job, job.client, shard.read(self.prepared.tokens))
+        time.sleep(max(0.0, began + job.plan.seconds - time.monotonic()))  # a slow client of a simulated fleet
+        return encode(job.plan.run, update)
+
+    def train_root(self, job: Job) -> Update:
+        """The server's own update: the same training, on the public text."""
+        return self._do(job, ROOT, self.prepared.public())
+
+    def _do(self, job: Job, name: str, tokens: np.ndarray) -> Update:
+        options = self.options
+        store = ClientStore(self.state_root, job.plan.run, name)
         moments = store.load(job.plan.state) if options.local.moments == "keep" else None
-        batches = Batches(
-            shard.read(self.prepared.tokens),
-            options.model.block_size,
-            options.local.batch_size,
-            derive_seed(options.seed, "batches", job.client, job.task),
+        seed = derive_seed(options.seed, "batches", name, job.task)
+        batches = Batches(tokens, options.model.block_size, options.local.batch_size, seed)
+        trained = self.trainer.train(
+            job.params, batches, job.plan, moments, derive_seed(options.seed, "dropout", name, job.task)
         )
-        dropout = derive_seed(options.seed, "dropout", job.client, job.task)
-        trained = self.trainer.train(job.params, batches, job.plan, moments, dropout)
         metrics = trained.metrics
         if options.local.moments == "keep":
             metrics["state_lost"] = float(moments is None and job.plan.state >= 0)
             store.save(job.task, trained.moments)
             store.keep({job.task, *job.plan.keep})
-        update = Update(job.client, job.task, job.version, trained.delta, trained.tokens, metrics)
-        return encode(job.plan.run, update)
+        return Update(job.client, job.task, job.version, trained.delta, trained.tokens, metrics)

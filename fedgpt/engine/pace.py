@@ -1,13 +1,19 @@
-"""Pacing: when jobs start and when a server step happens. Arithmetic is elsewhere (aggregate/)."""
+"""Pacing: when jobs start and when a server step happens. Arithmetic is elsewhere (aggregate/).
+
+`cohort` is rounds; `buffer` keeps k clients in flight and steps every K arrivals (K = 1: fully asynchronous).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from fedgpt.core.messages import Pacing
 from fedgpt.core.options import PaceOptions
 from fedgpt.core.seeds import numpy_generator
+
+DRAWS = 32  # of a refill before the idle clients are counted one by one
 
 
 @dataclass(frozen=True)
@@ -15,17 +21,34 @@ class Progress:
     """What a pacing decides from: counts since the last server step, and how long that is ago."""
 
     version: int
-    started: int  # jobs sent for this version
+    dispatched: int  # jobs of the whole run
+    asked: bool  # whether this version's clients have been chosen
+    in_flight: int
     accepted: int
-    failed: int  # rejected or without a reply
     seconds: float
+    at_goal: float | None = None  # seconds since the goal was reached
+
+
+@dataclass(frozen=True)
+class Roster:
+    """Who could get a job."""
+
+    clients: Sequence[str]
+    busy: Container[str]
+    there: Callable[[str], bool]
+
+    def free(self, client: str) -> bool:
+        """Whether `client` is connected and without a job."""
+        return client not in self.busy and self.there(client)
 
 
 class Pace(Protocol):
     """One loop asks these questions, whatever the pacing."""
 
-    def start(self, progress: Progress, clients: Sequence[str]) -> list[str]:
-        """Clients that get a job now."""
+    carries: bool  # whether jobs go on when the server steps; otherwise they are given up
+
+    def start(self, progress: Progress, roster: Roster) -> list[str] | None:
+        """Clients that get a job now; None: nobody can be asked yet."""
         ...
 
     def due(self, progress: Progress) -> bool:
@@ -37,8 +60,17 @@ class Pace(Protocol):
         ...
 
     def most(self, clients: int) -> int:
-        """The largest number of updates that one server step can have."""
+        """The largest number of updates that one server step can have, of jobs that were sent for it."""
         ...
+
+    def pacing(self, clients: int) -> Pacing:
+        """In numbers, for a strategy."""
+        ...
+
+
+def make_pace(options: PaceOptions, seed: int, name: str | None = None) -> Pace:
+    """The pacing that `options` name, or `name`."""
+    return {"cohort": Cohort, "buffer": Buffer}[name or options.name](options, seed)
 
 
 @dataclass(frozen=True)
@@ -47,32 +79,127 @@ class Cohort:
 
     options: PaceOptions
     seed: int
+    carries = False
 
-    def start(self, progress: Progress, clients: Sequence[str]) -> list[str]:
+    def start(self, progress: Progress, roster: Roster) -> list[str] | None:
         """The whole cohort at once, at the start of a version; stateless in the version, so a resumed run agrees."""
-        if progress.started:
+        if progress.asked:
             return []
+        clients = [client for client in roster.clients if roster.free(client)]
+        if not clients and not progress.in_flight:
+            return None
         draw = numpy_generator(self.seed, "cohort", progress.version)
         if self.options.rate is not None:
             coins = draw.random(len(clients))
             return [client for client, coin in zip(clients, coins, strict=True) if coin < self.options.rate]
-        count = self.options.clients or len(clients)
+        count = max(0, (self.options.clients or len(roster.clients)) - progress.in_flight)
         chosen = draw.choice(len(clients), size=min(count, len(clients)), replace=False)
         return [clients[int(i)] for i in sorted(chosen)]
 
     def due(self, progress: Progress) -> bool:
-        """When everybody has answered, the goal is reached or the deadline has passed."""
-        goal = self.options.goal
-        if progress.accepted + progress.failed >= progress.started:
-            return True
-        if goal is not None and progress.accepted >= goal:
+        """When everybody has answered, the goal is reached and its grace over, or the deadline has passed."""
+        if not progress.asked:
+            return False
+        if progress.in_flight == 0 or _goal_is_over(progress, self.options):
             return True
         return self.options.deadline is not None and progress.seconds >= self.options.deadline
 
     def patience(self, progress: Progress) -> float | None:
-        """Until the deadline."""
-        return None if self.options.deadline is None else max(0.0, self.options.deadline - progress.seconds)
+        """Until the deadline or the end of the grace."""
+        deadline = self.options.deadline
+        left = [] if deadline is None else [deadline - progress.seconds]
+        left += _grace_left(progress, self.options)
+        return max(0.0, min(left)) if left else None
 
     def most(self, clients: int) -> int:
         """The sample, or everybody where coins decide."""
         return clients if self.options.rate is not None else min(self.options.clients or clients, clients)
+
+    def pacing(self, clients: int) -> Pacing:
+        """The cohort's size is its expected one where coins decide."""
+        size = self.most(clients)
+        if self.options.rate is not None:
+            size = max(1, round(self.options.rate * clients))
+        return Pacing("cohort", size, min(self.options.goal or size, size))
+
+
+@dataclass(frozen=True)
+class Buffer:
+    """Keep `clients` jobs in flight; step every `goal` arrivals. Who is done gets the newest model at once."""
+
+    options: PaceOptions
+    seed: int
+    carries = True
+
+    def start(self, progress: Progress, roster: Roster) -> list[str] | None:
+        """Idle clients, drawn by the number of the job: whoever is free where all are in flight."""
+        chosen: dict[str, None] = {}
+        wanted = min(self.options.clients or len(roster.clients), len(roster.clients)) - progress.in_flight
+        for number in range(wanted):
+            client = self._draw(progress.dispatched + number, roster, chosen)
+            if client is None:
+                break
+            chosen[client] = None
+        return list(chosen)
+
+    def due(self, progress: Progress) -> bool:
+        """At the goal, when its grace is over."""
+        return _goal_is_over(progress, self.options, default=1)
+
+    def patience(self, progress: Progress) -> float | None:
+        """Until the end of the grace."""
+        left = _grace_left(progress, self.options)
+        return max(0.0, left[0]) if left else None
+
+    def most(self, clients: int) -> int:
+        """The goal, and what comes in while its grace runs."""
+        goal = self.options.goal or 1
+        return goal if self.options.grace is None else goal + min(self.options.clients or clients, clients)
+
+    def pacing(self, clients: int) -> Pacing:
+        """Clients in flight and updates per step."""
+        return Pacing("buffer", min(self.options.clients or clients, clients), self.options.goal or 1)
+
+    def _draw(self, number: int, roster: Roster, chosen: Container[str]) -> str | None:
+        draw = numpy_generator(self.seed, "refill", number)
+        count = len(roster.clients)
+        for index in draw.integers(count, size=DRAWS):  # cheap where most clients are idle
+            client = roster.clients[int(index)]
+            if client not in chosen and roster.free(client):
+                return client
+        idle = [client for client in roster.clients if client not in chosen and roster.free(client)]
+        return idle[int(draw.integers(len(idle)))] if idle else None
+
+
+def versions_per_round(pacing: Pacing) -> int:
+    """Versions that take as many updates as clients train at once."""
+    return max(1, pacing.clients // pacing.goal) if pacing.name == "buffer" else 1
+
+
+def _goal_is_over(progress: Progress, options: PaceOptions, default: int | None = None) -> bool:
+    goal = options.goal or default
+    if goal is None or progress.accepted < goal:
+        return False
+    return options.grace is None or (progress.at_goal is not None and progress.at_goal >= options.grace)
+
+
+def _grace_left(progress: Progress, options: PaceOptions) -> list[float]:
+    if options.grace is None or progress.at_goal is None:
+        return []
+    return [options.grace - progress.at_goal]
+
+
+def pace_problems(o: PaceOptions) -> Iterator[str]:
+    """Options that contradict each other."""
+    if o.name == "buffer":
+        if o.rate is not None:
+            yield f"pace.rate={o.rate}: coins choose cohorts; leave it out with pace=buffer"
+        return
+    if o.goal is not None and 0 < o.clients < o.goal:
+        yield f"pace.goal={o.goal}: more than the pace.clients={o.clients} that are asked; raise pace.clients"
+    if 0 < o.clients < o.minimum:
+        yield f"pace.minimum={o.minimum}: more than the pace.clients={o.clients} that are asked; lower it"
+    if o.grace is not None and o.goal is None:
+        yield f"pace.grace={o.grace}: runs from the moment the goal is reached; set pace.goal"
+    if o.max_staleness is not None:
+        yield f"pace.max_staleness={o.max_staleness}: updates of a cohort are never stale; leave it out"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol
@@ -24,34 +26,41 @@ class Evaluator(Protocol):
 class Stage:
     """At most one evaluation at a time; records are finished strictly in the order of versions."""
 
-    def __init__(self, options: EvaluateOptions, rounds: int, evaluator: Evaluator, done: Callable[[Record], None]):
-        self.options, self.rounds, self._evaluator, self._done = options, rounds, evaluator, done
-        count = min(options.samples, rounds + 1)
-        self.sampled = {round(v) for v in np.linspace(0, rounds, count)} if count > 1 else {rounds} if count else set()
+    def __init__(self, options: EvaluateOptions, evaluator: Evaluator, done: Callable[[Record], None]):
+        self.options, self._evaluator, self._done = options, evaluator, done
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="evaluate")
-        self._running: Future[None] | None = None
+        self._pending: deque[Future[None]] = deque()
 
-    def due(self, version: int) -> bool:
-        """Whether `version` is scored."""
-        every = self.options.every
-        return version in (0, self.rounds) or version in self.sampled or bool(every and version % every == 0)
+    def plan(self, version: int, before: float, after: float, every: int) -> dict[str, bool]:
+        """Whether a version is scored and sampled; `before` and `after` are the run's progress, from 0 to 1.
 
-    def finish(self, record: Record, params: np.ndarray) -> None:
-        """Complete a version's record, with its scores if they are due, and hand it to `done`; returns at once."""
-        self.wait()
-        self._running = self._thread.submit(self._finish, record, params)
+        Samples come at equal distances of progress, the first and the last version included.
+        """
+        intervals = self.options.samples - 1
+        passed = intervals > 0 and (version == 0 or math.floor(after * intervals) > math.floor(before * intervals))
+        last = after >= 1
+        sample = passed or (last and self.options.samples > 0)
+        return {"score": version == 0 or last or sample or bool(every and version % every == 0), "sample": sample}
+
+    def finish(self, record: Record, params: np.ndarray, score: bool, sample: bool) -> None:
+        """Complete a version's record, with its scores where it gets any, and hand it to `done`.
+
+        Returns at once unless an earlier version is still being scored and this one shall be, too: then only one
+        vector besides the present one is ever held.
+        """
+        if score:
+            self.wait()
+        self._pending.append(self._thread.submit(self._finish, record, params if score else None, sample))
 
     def wait(self) -> None:
-        """Return when the last record is done; raises what its evaluation raised."""
-        running, self._running = self._running, None
-        if running is not None:
-            running.result()
+        """Return when all records so far are done; raises what an evaluation raised."""
+        while self._pending:
+            self._pending.popleft().result()
 
     def close(self) -> None:
         """End the thread after its present work."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _finish(self, record: Record, params: np.ndarray) -> None:
-        version = record["version"]
-        scores = self._evaluator(version, params, version in self.sampled) if self.due(version) else {}
+    def _finish(self, record: Record, params: np.ndarray | None, sample: bool) -> None:
+        scores = {} if params is None else self._evaluator(record["version"], params, sample)
         self._done({**record, **scores})

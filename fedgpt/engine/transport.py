@@ -5,7 +5,7 @@ flower/ implements it over a Flower Grid; tests implement it over a script with 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 from fedgpt.core.messages import ClientInfo, Job, Reply
@@ -14,8 +14,14 @@ from fedgpt.core.messages import ClientInfo, Job, Reply
 class Transport(Protocol):
     """Clients, jobs out, replies in. Failures arrive as replies with an error, never as exceptions."""
 
+    virtual: bool  # whether `now` is modelled time
+
     def clients(self, timeout: float) -> list[ClientInfo]:
         """Everybody who can be sampled, sorted by id; waits up to `timeout` seconds for them to appear."""
+        ...
+
+    def there(self, client: str) -> bool:
+        """Whether a client takes jobs now."""
         ...
 
     def send(self, jobs: Sequence[Job]) -> None:
@@ -24,6 +30,10 @@ class Transport(Protocol):
 
     def receive(self, timeout: float | None) -> list[Reply]:
         """Replies that are there, each once; waits up to `timeout` seconds for the first (None: until one comes)."""
+        ...
+
+    def abandon(self, keys: Iterable[tuple[str, int]]) -> None:
+        """Nobody wants the replies of these (client, task) any more; what can be stopped is."""
         ...
 
     def bytes_down(self, job: Job) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -23,6 +23,8 @@ class GridTransport:
     `known` maps node ids to clients where the caller knows them (the pool); otherwise every node is asked once.
     `expected` clients must appear; `digest` is that of the server's prepared data, which each client's must equal.
     """
+
+    virtual = False
 
     def __init__(
         self,
@@ -71,6 +73,19 @@ class GridTransport:
                 return replies
             self._wait(left)
 
+    def there(self, client: str) -> bool:
+        """Always: a client that is gone answers with an error."""
+        return True
+
+    def abandon(self, keys: Iterable[tuple[str, int]]) -> None:
+        """Nothing can be stopped at a SuperNode: its late reply is refused. The pool drops what is still queued."""
+        wanted = set(keys)
+        ids = [message_id for message_id, key in self._pending.items() if key in wanted]
+        if discard := getattr(self.grid, "discard", None):
+            discard(ids)
+            for message_id in ids:
+                del self._pending[message_id]
+
     def bytes_down(self, job: Job) -> int:
         """Bytes of the vector and the plan."""
         return job_bytes(job)
@@ -83,8 +98,11 @@ class GridTransport:
         """Nothing of its own to free: who made the grid closes it."""
 
     def _pull(self) -> list[Reply]:
+        """What has come; one at a time where the grid can tell, as every reply is as large as the model."""
         replies, self._refused = self._refused, []
-        for message in self.grid.pull_messages(list(self._pending)):
+        ready = getattr(self.grid, "ready", None)
+        ids = list(self._pending) if ready is None else [i for i in ready() if i in self._pending][:1]
+        for message in self.grid.pull_messages(ids):
             client, task = self._pending.pop(message.metadata.reply_to_message_id)
             replies.append(read_reply(message, client, task))
         return replies

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from fedgpt.core.device import Compute, choose_compute, choose_workers
 from fedgpt.core.options import RunOptions
 
+MOST_WAITING = 32  # processes of clients that mostly sleep
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -28,6 +30,9 @@ def machine_for(options: RunOptions, clients: int) -> Machine:
     runtime = options.runtime
     compute = choose_compute(runtime.device, options.local.precision)
     together = min(options.pace.clients or clients, clients)
+    if options.clock == "real" and options.fleet.name != "none" and not runtime.workers:
+        reason = "one process per client in flight: a simulated fleet mostly waits"
+        return Machine(compute, min(together, MOST_WAITING), runtime.threads or 1, reason)
     return Machine(compute, *choose_workers(runtime.workers, runtime.threads, compute.device, together))
 
 

@@ -74,6 +74,9 @@ class PoolGrid(Grid):
     run at the same time. Array objects are written to shared memory when first pushed: share one record between
     messages, and make a new one per version, because a change in place is not seen.
 
+    Workers get no new job while as many replies as there are workers lie unread, unless somebody waits for another
+    one: a reader slower than its clients must not fill the memory with their replies.
+
     Failures come back as error replies: 2 the client raised, 3 expired in the queue, 4 expired while running (its
     worker is killed) or before the reply was pulled, 5 no such node, 8 the worker died. RuntimeError is raised only
     where no worker can start.
@@ -92,7 +95,8 @@ class PoolGrid(Grid):
         if num_clients < 1 or workers < 1 or threads < 1:
             raise ValueError(f"need at least 1 each of {num_clients=}, {workers=}, {threads=}")
         self._owner, self._closed = os.getpid(), False
-        self._num_clients = num_clients
+        self._num_clients, self._most_unread = num_clients, workers
+        self._starving = False  # somebody waits for a reply that is not among the unread ones
         self._queue: deque[str] = deque()  # message ids; those no longer in `_tasks` are passed over
         self._tasks: dict[str, _Task] = {}
         self._answers: dict[str, _Answer] = {}
@@ -171,6 +175,11 @@ class PoolGrid(Grid):
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         return self._wait(deadline, None if message_ids is None else set(message_ids))
 
+    def ready(self) -> list[str]:
+        """Ids of the replies that can be pulled now, oldest first."""
+        self._pump(0)
+        return list(self._answers)
+
     def discard(self, message_ids: Iterable[str]) -> None:
         """Forget messages: queued ones never run, a running one's reply is dropped when it comes."""
         for message_id in message_ids:
@@ -237,6 +246,8 @@ class PoolGrid(Grid):
 
     def _next_job(self) -> tuple[str, Frame] | None:
         """The oldest queued message, for an idle worker."""
+        if len(self._answers) >= self._most_unread and not self._starving:
+            return None
         while self._queue:
             message_id = self._queue.popleft()
             task = self._tasks.get(message_id)
@@ -253,11 +264,15 @@ class PoolGrid(Grid):
 
     def _wait(self, deadline: float, wanted: set[str] | None) -> bool:
         self._pump(0)
-        while not _overlap(self._answers, wanted):
-            left = deadline - time.monotonic()
-            if left <= 0 or not _overlap(self._tasks, wanted):
-                return False
-            self._pump(left)
+        try:
+            while not _overlap(self._answers, wanted):
+                left = deadline - time.monotonic()
+                if left <= 0 or not _overlap(self._tasks, wanted):
+                    return False
+                self._starving = True
+                self._pump(left)
+        finally:
+            self._starving = False
         return True
 
     def _pump(self, seconds: float) -> None:

@@ -7,7 +7,6 @@ import logging
 import secrets
 import shlex
 import sys
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,9 +28,13 @@ from fedgpt.data.corpora import corpus_prompt
 from fedgpt.data.partition import Shard, partition
 from fedgpt.data.prepare import Prepared, prepare
 from fedgpt.engine.checkpoint import Checkpoints, Ledgers, Snapshot
-from fedgpt.engine.pace import Cohort
+from fedgpt.engine.client import ClientWork
+from fedgpt.engine.fleet import Fleet, make_timing
+from fedgpt.engine.record import first_record
 from fedgpt.engine.run_folder import RunFolder
 from fedgpt.engine.server import Server
+from fedgpt.engine.transport import Transport
+from fedgpt.engine.virtual import VirtualTransport
 from fedgpt.evaluate.held_out import HeldOut
 from fedgpt.flower.grid_transport import GridTransport
 from fedgpt.flower.machine import Machine, machine_for
@@ -39,6 +42,7 @@ from fedgpt.flower.pool import PoolGrid
 from fedgpt.flower.strategy_adapter import FlowerStrategy
 from fedgpt.model.gpt import GPT
 from fedgpt.model.hf import export_model
+from fedgpt.report.diagnostics import timeline_figure, updates_figure
 from fedgpt.report.figures import loss_figure
 from fedgpt.report.progress import ProgressDisplay
 from fedgpt.report.run_report import opening, samples_page, summary_text
@@ -68,7 +72,6 @@ class _Run:
         self.compute = self.machine.compute
         torch.set_num_threads(self.machine.threads)
         self.environment = _environment(self.machine)
-        self._began = time.monotonic()
 
     def go(self) -> dict[str, Any]:
         o = self.options
@@ -83,9 +86,10 @@ class _Run:
         if not isinstance(strategy, Strategy):
             strategy = FlowerStrategy(strategy)
         with display:
+            slowed = Fleet(o.fleet, o.seed) if o.clock == "real" and o.fleet.name != "none" else None
             server = Server(
-                o, strategy, Cohort(o.pace, o.seed), self._transport(), self._evaluator(stage), self.folder, snapshot,
-                (self._log_event, display),
+                o, strategy, self._transport(snapshot), self._evaluator(stage), self.folder, snapshot,
+                (self._log_event, display), ClientWork(o, str(self.folder.path / "clients")).train_root, slowed,
             )  # fmt: skip
             summary = server.run()
         self._finish(summary, server.state.params, display)
@@ -99,7 +103,7 @@ class _Run:
         if snapshot is None:
             for records in (self.folder.metrics, self.folder.events):
                 records.keep([])
-            ledgers = Ledgers(run=secrets.token_hex(8), record=_first_record(), environment=self.environment)
+            ledgers = Ledgers(run=secrets.token_hex(8), record=first_record(), environment=self.environment)
             return Snapshot(ServerState(self._initial_params()), ledgers)
         if snapshot.ledgers.unsaved:
             raise FedGPTError(
@@ -108,6 +112,7 @@ class _Run:
             )
         version = snapshot.state.version
         self.folder.metrics.keep(r for r in self.folder.metrics.read() if r["version"] < version)
+        self.folder.events.keep(_until(version, self.folder.events.read()))
         if differing := _differing(snapshot.ledgers.environment, self.environment):
             log.warning(
                 "resuming under other conditions (%s): statistically equivalent, not bit-identical",
@@ -139,19 +144,20 @@ class _Run:
 
         return evaluate
 
-    def _transport(self) -> GridTransport:
-        """The pool knows its clients by partition; other runtimes are asked."""
+    def _transport(self, snapshot: Snapshot) -> Transport:
+        """The pool knows its clients by partition; other runtimes are asked. The virtual clock goes around either."""
         known = None
         if isinstance(self.grid, PoolGrid):
             infos = [ClientInfo(shard.client, shard.size) for shard in self.shards]
             known = dict(zip(self.grid.get_node_ids(), infos, strict=True))
-        deadline = self.options.pace.deadline
-        ttl = None if deadline is None else deadline + TTL_MARGIN
-        return GridTransport(self.grid, len(self.shards), self.prepared.digest, known, ttl)
+        virtual, deadline = self.options.clock == "virtual", self.options.pace.deadline
+        ttl = None if deadline is None or virtual else deadline + TTL_MARGIN
+        real = GridTransport(self.grid, len(self.shards), self.prepared.digest, known, ttl)
+        return VirtualTransport(real, make_timing(self.options), snapshot.ledgers.seconds) if virtual else real
 
     def _log_event(self, event: str, about: dict[str, Any]) -> None:
-        if event in ("dispatch", "accept", "reject", "version"):
-            self.folder.events.append({"event": event, "seconds": round(time.monotonic() - self._began, 4), **about})
+        if event in ("dispatch", "accept", "reject", "version", "pacing"):
+            self.folder.events.append({"event": event, **about})
 
     def _finish(self, summary: dict[str, Any], params: np.ndarray, display: ProgressDisplay) -> None:
         """Everything a person or a script wants at the end: summary, model folder, samples, figure."""
@@ -162,6 +168,8 @@ class _Run:
         export_model(path / "model", model, self.prepared.folder, None)
         write_text(path / "samples.md", samples_page(records))
         loss_figure(records, path / "figures" / "loss.png")
+        timeline_figure(self.folder.events.read(), path / "figures" / "timeline.png")
+        updates_figure(records, path / "figures" / "updates.png")
         write_text(path / "summary.json", json.dumps(summary, indent=2) + "\n")
         display.say(summary_text(summary, records, path))
 
@@ -190,12 +198,10 @@ def _environment(machine: Machine) -> dict[str, Any]:
     }
 
 
-def _first_record() -> dict[str, Any]:
-    return {
-        "version": 0, "tokens": 0, "wall_seconds": 0.0, "bytes_up": 0, "bytes_down": 0, "accepted": 0,
-        "rejected": {}, "staleness": {}, "train_loss": None, "lr": None, "update_norm": None, "step_norm": 0.0,
-        "state_lost": 0,
-    }  # fmt: skip
+def _until(version: int, events: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+    """What had happened when `version` was made; what came after it will happen again."""
+    ends = [i for i, event in enumerate(events) if event["event"] == "version" and event["version"] == version]
+    return events[: ends[-1] + 1] if ends else []
 
 
 def _differing(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -80,7 +80,7 @@ class FlowerStrategy(Strategy):
         mu = getattr(self.inner, "proximal_mu", None)
         return {} if mu is None else {"proximal_mu": float(mu)}
 
-    def combine(self, updates: Sequence[Update], state: ServerState) -> np.ndarray:
+    def combine(self, updates: Sequence[Update], state: ServerState, root: Update | None = None) -> np.ndarray:
         """One round of the strategy; raises FedGPTError where it fails or returns anything but a finite model.
 
         A strategy that skips a round (no update, too few for Bulyan) leaves the parameters as they are.

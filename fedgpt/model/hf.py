@@ -1,14 +1,16 @@
 """Hugging Face folders: config.json and model.safetensors, written and read without transformers.
 
-Options that GPT-2 can express become `model_type: gpt2`, which transformers loads; all others `model_type: fedgpt`
-with the model's own names. Only safetensors is read, never pickle.
+Options that GPT-2 can express become `model_type: gpt2`, rotary positions with layer norms `model_type: gpt_neox`; both
+load in transformers. All others become `model_type: fedgpt` with the model's own names. Only safetensors is read, never
+pickle.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict, fields
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +21,58 @@ from torch import Tensor
 from fedgpt.core.errors import ConfigError, FedGPTError
 from fedgpt.core.files import replacing, write_text
 from fedgpt.core.options import ModelOptions
-from fedgpt.model.gpt import GPT, NORM_EPS
+from fedgpt.model.gpt import GPT, NORM_EPS, ROTARY_BASE
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ACTIVATIONS = {"gelu": "exact", "gelu_python": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transformers' Conv1D stores (in, out)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
-# settings that change what GPT-2 computes, with the one value our model computes
-FIXED = {
+# settings that change what GPT-2 and GPT-NeoX compute, with the one value our model computes
+GPT2_FIXED = {
     "layer_norm_epsilon": NORM_EPS,
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
     "add_cross_attention": False,
 }
+NEOX_FIXED = {
+    "layer_norm_eps": NORM_EPS,
+    "use_parallel_residual": False,
+    "rotary_pct": 1.0,
+    "rotary_emb_base": ROTARY_BASE,
+}
+NEOX_DEFAULTS = {  # what transformers assumes where config.json is silent
+    "use_parallel_residual": True,
+    "rotary_pct": 0.25,
+    "attention_bias": True,
+    "hidden_act": "gelu",
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "tie_word_embeddings": False,
+}
+NEOX_NAMES = {  # parts of our parameter names -> parts of GPT-NeoX's
+    "transformer.wte.": "gpt_neox.embed_in.",
+    "transformer.h.": "gpt_neox.layers.",
+    "transformer.ln_f.": "gpt_neox.final_layer_norm.",
+    ".ln_1.": ".input_layernorm.",
+    ".ln_2.": ".post_attention_layernorm.",
+    ".attn.c_attn.": ".attention.query_key_value.",
+    ".attn.c_proj.": ".attention.dense.",
+    ".mlp.c_fc.": ".mlp.dense_h_to_4h.",
+    ".mlp.c_proj.": ".mlp.dense_4h_to_h.",
+    "lm_head.": "embed_out.",  # files keep this name; the module is called lm_head since transformers 5
+}
+NEOX_BUFFERS = (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")  # old files carry them
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Format:
+    """One model_type: what config.json and weights are for our options and parameters, and the way back."""
+
+    config: Callable[[ModelOptions, int], dict[str, Any]]  # options, vocab_size
+    options: Callable[[dict[str, Any]], ModelOptions]
+    to_file: Callable[[Weights, ModelOptions], Weights]
+    from_file: Callable[[Weights, ModelOptions], Weights]
 
 
 def export_model(
@@ -48,15 +89,13 @@ def export_model(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     end_of_text = model.vocab_size - 1 if end_of_text is None else end_of_text
-    as_gpt2 = is_gpt2(model.options)
+    form = FORMATS[model_type(model.options)]
     weights = {name: p.detach().cpu() for name, p in model.named_parameters()}  # a tied head stands once
-    if as_gpt2:
-        weights = {name: _transposed(name, p) for name, p in weights.items()}
+    weights = form.to_file(weights, model.options)
     with replacing(folder / WEIGHTS) as temporary:
         save_file({name: p.contiguous() for name, p in weights.items()}, temporary, metadata={"format": "pt"})
-    describe = gpt2_config if as_gpt2 else fedgpt_config
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    config = describe(model.options, model.vocab_size) | {
+    config = form.config(model.options, model.vocab_size) | {
         "bos_token_id": end_of_text,
         "eos_token_id": end_of_text,
         "dtype": dtype,
@@ -70,7 +109,7 @@ def export_model(
 
 
 def import_model(folder: str | Path) -> GPT:
-    """Read a folder that `export_model` or transformers (a GPT-2) wrote; the model has the dtype of its weights.
+    """Read a folder that `export_model` or transformers (a GPT-2 or a fitting GPT-NeoX) wrote; the model has the dtype of its weights.
 
     Raises FedGPTError naming file and reason for what is missing or unsupported.
     """
@@ -79,25 +118,31 @@ def import_model(folder: str | Path) -> GPT:
         raise FedGPTError(f"{folder}: no config.json; expected a Hugging Face folder with config.json and {WEIGHTS}")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     kind = config.get("model_type")
-    if kind not in ("gpt2", "fedgpt"):
-        raise FedGPTError(f"{folder}/config.json: model_type={kind!r} is not supported; allowed are gpt2 and fedgpt")
+    if kind not in FORMATS:
+        *others, last = FORMATS
+        allowed = f"{', '.join(others)} and {last}"
+        raise FedGPTError(f"{folder}/config.json: model_type={kind!r} is not supported; allowed are {allowed}")
     try:
-        options = _gpt2_options(config) if kind == "gpt2" else _fedgpt_options(config)
+        options = FORMATS[kind].options(config)
         model = GPT(options, int(config["vocab_size"]))
     except KeyError as missing:
         raise FedGPTError(f"{folder}/config.json: {missing} is missing") from None
     except (ConfigError, TypeError, ValueError) as problem:
         raise FedGPTError(f"{folder}/config.json is not supported: {problem}") from None
     weights = _read_weights(folder)
-    if kind == "gpt2":
-        weights = _from_gpt2(weights, options)
+    try:
+        weights = FORMATS[kind].from_file(weights, options)
+    except ValueError as problem:
+        raise FedGPTError(f"{folder}/{WEIGHTS} is not supported: {problem}") from None
     _fill(model, weights, folder)
     return model
 
 
-def is_gpt2(options: ModelOptions) -> bool:
-    """True where transformers' GPT2LMHeadModel computes the same function."""
-    return options.positions == "learned" and options.norm == "layernorm" and options.bias
+def model_type(options: ModelOptions) -> str:
+    """The format for `options`: gpt2 or gpt_neox where transformers' model computes the same function, else fedgpt."""
+    if options.norm == "layernorm" and options.positions == "rotary":
+        return "gpt_neox"
+    return "gpt2" if options.norm == "layernorm" and options.bias else "fedgpt"
 
 
 def gpt2_config(options: ModelOptions, vocab_size: int) -> dict[str, Any]:
@@ -117,11 +162,31 @@ def gpt2_config(options: ModelOptions, vocab_size: int) -> dict[str, Any]:
         "attn_pdrop": options.dropout,
         "initializer_range": 0.02,
         "tie_word_embeddings": options.tie,
-    } | FIXED
+    } | GPT2_FIXED
+
+
+def neox_config(options: ModelOptions, vocab_size: int) -> dict[str, Any]:
+    """config.json for transformers' GPTNeoXForCausalLM; its rotary positions turn the same channel pairs as ours."""
+    return {
+        "model_type": "gpt_neox",
+        "architectures": ["GPTNeoXForCausalLM"],
+        "vocab_size": vocab_size,
+        "max_position_embeddings": options.block_size,
+        "hidden_size": options.n_embd,
+        "num_hidden_layers": options.n_layer,
+        "num_attention_heads": options.n_head,
+        "intermediate_size": 4 * options.n_embd,
+        "hidden_act": "gelu" if options.gelu == "exact" else "gelu_new",
+        "hidden_dropout": options.dropout,
+        "attention_dropout": options.dropout,
+        "attention_bias": options.bias,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": options.tie,
+    } | NEOX_FIXED
 
 
 def fedgpt_config(options: ModelOptions, vocab_size: int) -> dict[str, Any]:
-    """config.json for what GPT-2 cannot express: every model option by its own name."""
+    """config.json for what the others cannot express: every model option by its own name."""
     return {"model_type": "fedgpt", "architectures": ["GPT"], "vocab_size": vocab_size} | asdict(options)
 
 
@@ -130,35 +195,68 @@ def _fedgpt_options(config: dict[str, Any]) -> ModelOptions:
 
 
 def _gpt2_options(config: dict[str, Any]) -> ModelOptions:
-    for name, needed in FIXED.items():
-        if config.get(name, needed) != needed:
-            raise ValueError(f"{name}={config[name]}: must be {needed}")
-    activation = config.get("activation_function", "gelu_new")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation_function={activation!r}: must be one of {', '.join(ACTIVATIONS)}")
+    _check_fixed(config, GPT2_FIXED)
     channels = config["n_embd"]
     if config.get("n_inner") not in (None, 4 * channels):
         raise ValueError(f"n_inner={config['n_inner']}: must be 4 * n_embd={4 * channels} or null")
-    rates = {config.get(name, 0.1) for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
-    if len(rates) > 1:
-        raise ValueError(f"resid_pdrop, embd_pdrop and attn_pdrop are {sorted(rates)}: must be one rate")
+    rates = {name: config.get(name, 0.1) for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
     return ModelOptions(
         n_layer=config["n_layer"],
         n_head=config["n_head"],
         n_embd=channels,
         block_size=config["n_positions"],
-        dropout=rates.pop(),
-        gelu=ACTIVATIONS[activation],
+        dropout=_one_rate(rates),
+        gelu=_gelu("activation_function", config.get("activation_function", "gelu_new")),
         tie=config.get("tie_word_embeddings", True),
     )
 
 
-def _read_weights(folder: Path) -> dict[str, Tensor]:
+def _neox_options(config: dict[str, Any]) -> ModelOptions:
+    config = NEOX_DEFAULTS | config
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # the former since transformers 5
+    renamed = {"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"}
+    config |= {old: rope[new] for old, new in renamed.items() if new in rope}
+    config["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
+    channels = config["hidden_size"]
+    _check_fixed(config, NEOX_FIXED | {"rope_type": "default", "intermediate_size": 4 * channels})
+    return ModelOptions(
+        n_layer=config["num_hidden_layers"],
+        n_head=config["num_attention_heads"],
+        n_embd=channels,
+        block_size=config["max_position_embeddings"],
+        dropout=_one_rate({name: config[name] for name in ("hidden_dropout", "attention_dropout")}),
+        positions="rotary",
+        bias=config["attention_bias"],
+        gelu=_gelu("hidden_act", config["hidden_act"]),
+        tie=config["tie_word_embeddings"],
+    )
+
+
+def _check_fixed(config: dict[str, Any], fixed: dict[str, Any]) -> None:
+    for name, needed in fixed.items():
+        if config.get(name, needed) != needed:
+            raise ValueError(f"{name}={config[name]}: must be {needed}")
+
+
+def _one_rate(rates: dict[str, float]) -> float:
+    if len(set(rates.values())) > 1:
+        *others, last = rates
+        raise ValueError(f"{', '.join(others)} and {last} are {sorted(set(rates.values()))}: must be one rate")
+    return next(iter(rates.values()))
+
+
+def _gelu(name: str, activation: str) -> str:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{name}={activation!r}: must be one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[activation]
+
+
+def _read_weights(folder: Path) -> Weights:
     if (folder / INDEX).is_file():
         shards = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
     else:
         shards = [WEIGHTS]
-    weights: dict[str, Tensor] = {}
+    weights: Weights = {}
     for shard in shards:
         path = folder / Path(shard).name  # a name with folders in it must not lead elsewhere
         if not path.is_file():
@@ -167,7 +265,11 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _from_gpt2(weights: dict[str, Tensor], options: ModelOptions) -> dict[str, Tensor]:
+def _to_gpt2(weights: Weights, options: ModelOptions) -> Weights:
+    return {name: _transposed(name, p) for name, p in weights.items()}
+
+
+def _from_gpt2(weights: Weights, options: ModelOptions) -> Weights:
     """Our names and orientation for GPT-2's weights, with or without the `transformer.` prefix."""
     ours = {}
     for name, p in weights.items():
@@ -184,8 +286,48 @@ def _transposed(name: str, p: Tensor) -> Tensor:
     return p.t() if name.endswith(TRANSPOSED) else p
 
 
+def _to_neox(weights: Weights, options: ModelOptions) -> Weights:
+    """GPT-NeoX's names and order; its MLP has biases always, so a model without gets zeros."""
+    if not options.bias:
+        mlp = {name: p for name, p in weights.items() if ".mlp." in name}
+        weights = weights | {name.replace(".weight", ".bias"): p.new_zeros(len(p)) for name, p in mlp.items()}
+    theirs = {}
+    for name, p in weights.items():
+        full = name
+        for ours, other in NEOX_NAMES.items():
+            full = full.replace(ours, other)
+        theirs[full] = _regrouped(name, p, 3, options.n_head)
+    return theirs
+
+
+def _from_neox(weights: Weights, options: ModelOptions) -> Weights:
+    """The way back from `_to_neox`; refuses MLP biases that the options have no place for."""
+    ours = {}
+    for theirs, p in weights.items():
+        if theirs.endswith(NEOX_BUFFERS):
+            continue
+        name = theirs
+        for our, other in NEOX_NAMES.items():
+            name = name.replace(other, our)
+        if not options.bias and ".mlp." in name and name.endswith(".bias"):
+            if p.any():
+                raise ValueError(f"{theirs} must be 0 where attention_bias is false")
+            continue
+        ours[name] = _regrouped(name, p, options.n_head, 3)
+    if options.tie:
+        ours.pop("lm_head.weight", None)
+    return ours
+
+
+def _regrouped(name: str, p: Tensor, outer: int, inner: int) -> Tensor:
+    """The rows of c_attn in the other order: ours are (q k v, heads, width), GPT-NeoX's (heads, q k v, width)."""
+    if ".c_attn." not in name or len(p) % (outer * inner):  # a wrong shape is named by _fill
+        return p
+    return p.unflatten(0, (outer, inner, -1)).transpose(0, 1).flatten(0, 2)
+
+
 @torch.no_grad()
-def _fill(model: GPT, weights: dict[str, Tensor], folder: Path) -> None:
+def _fill(model: GPT, weights: Weights, folder: Path) -> None:
     params = dict(model.named_parameters())
     missing, extra = sorted(params.keys() - weights.keys()), sorted(weights.keys() - params.keys())
     if missing or extra:
@@ -215,3 +357,14 @@ def _copy_tokenizer(source: Path, folder: Path, block_size: int, end_of_text: in
         if text is not None:
             config |= {"bos_token": text, "eos_token": text}
         write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+
+
+def _unchanged(weights: Weights, options: ModelOptions) -> Weights:
+    return weights
+
+
+FORMATS = {
+    "gpt2": Format(gpt2_config, _gpt2_options, _to_gpt2, _from_gpt2),
+    "gpt_neox": Format(neox_config, _neox_options, _to_neox, _from_neox),
+    "fedgpt": Format(fedgpt_config, _fedgpt_options, _unchanged, _unchanged),
+}

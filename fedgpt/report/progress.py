@@ -28,7 +28,9 @@ class ProgressDisplay:
         self._bar = Progress(
             TextColumn("version"), MofNCompleteColumn(), BarColumn(bar_width=30), TextColumn("{task.fields[state]}")
         )
-        self._task: TaskID = self._bar.add_task("run", total=options.rounds, state="starting")
+        # a run that ends after so many tokens has no known number of versions
+        total = None if options.tokens else options.rounds
+        self._task: TaskID = self._bar.add_task("run", total=total, state="starting")
 
     def say(self, text: str) -> None:
         """Print text above the live line."""
@@ -67,12 +69,14 @@ class ProgressDisplay:
         elif event == "record":
             if self._tokens_at_start is None:
                 self._tokens_at_start = about["tokens"]
-            self.say(self.line(about))
+            if "loss" in about or self.options.pace.name == "cohort":  # asynchronous steps are too many for a line each
+                self.say(self.line(about))
         self._bar.update(self._task, completed=self._version, state=self._state())
 
     def line(self, record: dict[str, Any]) -> str:
         """One finished version in words."""
-        parts = [f"version {record['version']:>{len(str(self.options.rounds))}}/{self.options.rounds}"]
+        total, version = self.options.rounds, record["version"]
+        parts = [f"version {version}" if self.options.tokens else f"version {version:>{len(str(total))}}/{total}"]
         parts.append(f"{count(record['tokens'])} tokens")
         if record.get("train_loss") is not None:
             parts.append(f"train {record['train_loss']:.3f}")
@@ -81,8 +85,10 @@ class ProgressDisplay:
         parts.append(f"up {size(record['bytes_up'])}, down {size(record['bytes_down'])}")
         seconds = record["wall_seconds"]
         if record["version"] and record["tokens"] and seconds:
+            if record.get("virtual_seconds") is not None:
+                parts.append(f"{clock(record['virtual_seconds'])} virtual")
             parts.append(f"{count(record['tokens'] / seconds)} tok/s")
-            parts.append(f"{clock(seconds / record['version'] * (self.options.rounds - record['version']))} left")
+            parts.append(f"{clock(seconds * self._to_do(version, record['tokens']))} left")
         return " | ".join(parts)
 
     def _state(self) -> str:
@@ -92,8 +98,16 @@ class ProgressDisplay:
         if done and seconds:
             parts.append(f"{count((self._tokens - (self._tokens_at_start or 0)) / seconds)} tok/s")
             parts.append(f"{size(self._bytes)} moved")
-            parts.append(f"{clock(seconds / done * (self.options.rounds - self._version))} left")
+            parts.append(f"{clock(seconds * self._to_do(self._version, self._tokens))} left")
         return ", ".join(parts)
+
+    def _to_do(self, version: int, tokens: int) -> float:
+        """What is left of the run, as a multiple of what is done; a resumed run counts from where it began."""
+        if self.options.tokens:
+            first, now, end = self._tokens_at_start or 0, tokens, self.options.tokens
+        else:
+            first, now, end = self._first_version, version, self.options.rounds
+        return max(0, end - now) / max(1, now - first)
 
 
 def one_line(text: str) -> str:

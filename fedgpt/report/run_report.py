@@ -40,13 +40,23 @@ def opening(
                       if o.tokenizer.name == "bpe" else f"{o.tokenizer.name}, {prepared.tokenizer.vocab_size} entries"),
         ("model", f"{count(parameters)} parameters: {model.n_layer} layers, width {model.n_embd}, "
                   f"context {model.block_size}"),
-        ("round", f"{target}: {who} x {local.steps} steps = {count(asked * job)} tokens, "
-                  f"{size(asked * parameters * 4)} each way"),
+        _pacing_row(o, f"{target}: {who}", asked, job, parameters),
         ("compute", f"{compute.device}, {compute.dtype} ({compute.reason}), {workers}"),
     ]  # fmt: skip
     if snapshot.state.version:
-        rows.append(("resume", f"from version {snapshot.state.version} of {o.rounds}"))
+        rows.append(("resume", f"from version {snapshot.state.version}" + ("" if o.tokens else f" of {o.rounds}")))
     return "\n".join(f"{name:>10}  {text}" for name, text in rows)
+
+
+def _pacing_row(o: RunOptions, who: str, asked: int, job: int, parameters: int) -> tuple[str, str]:
+    steps = f"{o.local.steps} steps" + (" at most (DyLU)" if o.pace.dylu else "")
+    clock_text = f"; virtual clock, fleet {o.fleet.name}" if o.clock == "virtual" else ""
+    if o.pace.name == "buffer":
+        goal = o.pace.goal or 1
+        every = "every arrival" if goal == 1 else f"every {goal} arrivals"
+        return "async", f"{who} always in flight x {steps}, a server step at {every}{clock_text}"
+    each_way = size(asked * parameters * 4)
+    return "round", f"{who} x {steps} = {count(asked * job)} tokens, {each_way} each way{clock_text}"
 
 
 def summary_text(summary: dict[str, Any], records: list[dict[str, Any]], folder: Path) -> str:
@@ -61,6 +71,7 @@ def summary_text(summary: dict[str, Any], records: list[dict[str, Any]], folder:
         f"best {best['bits_per_byte']:.3f} at version {best['version']})",
         f"trained                 {count(summary['tokens'])} tokens in {clock(summary['wall_seconds'])} "
         f"= {count(speed)} tok/s",
+        *([f"virtual time            {clock(summary['virtual_seconds'])}"] if summary["virtual_seconds"] else []),
         f"traffic                 {size(summary['bytes_up'])} up, {size(summary['bytes_down'])} down, "
         f"{rejected} updates rejected",
         f"weights                 sha256 {summary['weights_sha256'][:16]}",
@@ -68,7 +79,7 @@ def summary_text(summary: dict[str, Any], records: list[dict[str, Any]], folder:
     sample = next((r for r in reversed(records) if "sample" in r), None)
     if sample:
         lines += ["", _text(sample).strip(), ""]
-    lines.append(f"everything is in {folder}: samples.md, figures/loss.png, metrics.jsonl, model/")
+    lines.append(f"everything is in {folder}: samples.md, figures/, metrics.jsonl, model/")
     lines.append(f'more text: fedgpt generate {shlex.quote(str(folder))} --prompt "..."')
     return "\n".join(lines)
 

@@ -18,8 +18,8 @@ from fedgpt.core.messages import Reply, Update
 
 FORMAT = 1
 REASONS = (
-    "client_error", "no_reply", "unknown_task", "duplicate", "late", "wrong_sender", "wrong_run", "bad_encoding",
-    "size_mismatch", "wrong_dtype", "wrong_shape", "digest_mismatch", "non_finite", "norm_limit",
+    "client_error", "no_reply", "unknown_task", "duplicate", "late", "stale", "wrong_sender", "wrong_run",
+    "bad_encoding", "size_mismatch", "wrong_dtype", "wrong_shape", "digest_mismatch", "non_finite", "norm_limit",
     "bad_num_tokens", "bad_metric",
 )  # fmt: skip
 

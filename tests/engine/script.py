@@ -30,9 +30,11 @@ def reply_with(job: Job, delta: np.ndarray, tokens: int = 512, **metrics: float)
 class ScriptTransport:
     """Clients by name; time moves only when the server waits."""
 
-    def __init__(self, behaviours: dict[str, Behaviour]):
+    virtual = True
+
+    def __init__(self, behaviours: dict[str, Behaviour], now: float = 0.0):
         self.behaviours = behaviours
-        self.time = 0.0
+        self.time = now
         self.jobs: list[Job] = []
         self._queue: list[tuple[float, int, Reply]] = []
         self._order = itertools.count()
@@ -40,11 +42,17 @@ class ScriptTransport:
     def clients(self, timeout: float) -> list[ClientInfo]:
         return [ClientInfo(name, 10_000) for name in sorted(self.behaviours)]
 
+    def there(self, client: str) -> bool:
+        return True
+
+    def abandon(self, keys) -> None:
+        """As at a SuperNode: what is given up is done all the same, and comes too late."""
+
     def send(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
             self.jobs.append(job)
             for delay, reply in self.behaviours[job.client](job):
-                heapq.heappush(self._queue, (self.time + delay, next(self._order), reply))
+                heapq.heappush(self._queue, (job.sent + delay, next(self._order), reply))
 
     def receive(self, timeout: float | None) -> list[Reply]:
         if not self._queue or (timeout is not None and self._queue[0][0] > self.time + timeout):

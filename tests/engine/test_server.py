@@ -15,7 +15,6 @@ from fedgpt.core.errors import Interrupted, StoppedEarly
 from fedgpt.core.messages import Reply, ServerState
 from fedgpt.core.options import LocalOptions, ModelOptions, PaceOptions, RunOptions
 from fedgpt.engine.checkpoint import Checkpoints, Ledgers, Snapshot
-from fedgpt.engine.pace import Cohort
 from fedgpt.engine.run_folder import RunFolder
 from fedgpt.engine.server import Server
 
@@ -49,10 +48,10 @@ def serve(tmp_path, behaviours, strategy=None, seen=None, **pace):
         loss = float(np.abs(params).mean())
         return {"loss": loss, "perplexity": 1.0, "bits_per_byte": loss}
 
-    transport = ScriptTransport(behaviours)
+    transport = ScriptTransport(behaviours, snapshot.ledgers.seconds)
     events = [] if seen is None else seen
     observer = lambda event, about: events.append((event, about))  # noqa: E731
-    server = Server(o, strategy or FedAvg(), Cohort(o.pace, o.seed), transport, evaluate, folder, snapshot, [observer])
+    server = Server(o, strategy or FedAvg(), transport, evaluate, folder, snapshot, [observer])
     try:
         summary = server.run()
     finally:

@@ -85,7 +85,7 @@ def score(version: int, loss: float) -> dict:
 
 
 SUMMARY = {
-    "tokens": 384_000, "wall_seconds": 120.0, "bytes_up": 5_300_000, "bytes_down": 5_400_000,
+    "tokens": 384_000, "wall_seconds": 120.0, "virtual_seconds": None, "bytes_up": 5_300_000, "bytes_down": 5_400_000,
     "initial": score(0, 8.0), "final": score(2, 6.0), "best": score(1, 5.0),
     "weights_sha256": "0123456789abcdef" * 4, "rejected": {"late": 2, "non_finite": 1},
 }  # fmt: skip
@@ -103,7 +103,7 @@ weights                 sha256 0123456789abcdef
 
 The river rose again.
 
-everything is in /runs/x: samples.md, figures/loss.png, metrics.jsonl, model/
+everything is in /runs/x: samples.md, figures/, metrics.jsonl, model/
 more text: fedgpt generate /runs/x --prompt "..."
 """
 

@@ -1,0 +1,82 @@
+"""What rules that hold a cohort's updates share: a fixed order, and one block of parameters at a time.
+
+The largest thing beside the updates is a block, (updates, parameters of the block) in float64; results are float32.
+Rows are in the order of stable client ids, so the order of arrival does not change a bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+
+from fedgpt.aggregate.base import Strategy
+from fedgpt.core.errors import StoppedEarly
+from fedgpt.core.messages import Pacing, Update
+
+BLOCK = 1 << 17  # elements; 1 MiB of float64, so that several passes over a block stay in a second-level cache
+
+
+def shortage(rule: Strategy, needed: int, pacing: Pacing, option: str = "", change: str = "") -> Iterator[str]:
+    """For `problems`: the one of a cohort that is too small for `option`, or for the rule itself."""
+    if pacing.goal < needed:
+        yield (
+            f"{option or f'strategy={rule.name}'} needs at least {needed} updates a server step and "
+            f"pace={pacing.name} waits for {pacing.goal}: raise pace.clients{change}"
+        )
+
+
+def in_order(rule: Strategy, updates: Sequence[Update], needed: int = 1) -> list[Update]:
+    """The updates by stable client id; raises StoppedEarly where there are some, but fewer than the rule needs."""
+    if 0 < len(updates) < needed:
+        raise StoppedEarly(
+            f"strategy={rule.name} needs at least {needed} updates a server step, {len(updates)} came and the other "
+            "clients failed or were rejected: a result of so few would not be robust; raise pace.clients"
+        )
+    return sorted(updates, key=lambda update: (update.client, update.task))
+
+
+def parts(size: int, rows: int = 1) -> Iterator[slice]:
+    """Slices that cover `size` parameters, `rows` of each together at most a block."""
+    step = max(1, BLOCK // rows)
+    return (slice(start, min(start + step, size)) for start in range(0, size, step))
+
+
+def blocks(updates: Sequence[Update]) -> Iterator[tuple[slice, np.ndarray]]:
+    """Parameters and the updates' values there, (updates, parameters) float64; nothing for no updates."""
+    if updates:
+        for part in parts(updates[0].delta.size, len(updates)):
+            yield part, np.stack([update.delta[part] for update in updates], dtype=np.float64)
+
+
+def reduced(updates: Sequence[Update], params: np.ndarray, rule: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+    """D like params from a rule per block, (updates, parameters) -> (parameters,); zeros for no updates."""
+    out = np.zeros_like(params)
+    for part, block in blocks(updates):
+        out[part] = rule(block)
+    return out
+
+
+def weighted(updates: Sequence[Update], weights: np.ndarray, params: np.ndarray) -> np.ndarray:
+    """sum_i weights_i D_i, like params."""
+    return reduced(updates, params, lambda block: (weights[:, None] * block).sum(axis=0))
+
+
+def distances(updates: Sequence[Update], centre: np.ndarray | None = None) -> np.ndarray:
+    """(updates,) float64: ||D_i - centre||, or ||D_i||; from differences, so nothing cancels."""
+    squares = np.zeros(len(updates))
+    for part, block in blocks(updates):
+        apart = block if centre is None else block - centre[part]
+        squares += np.einsum("ij,ij->i", apart, apart)
+    return np.sqrt(squares)
+
+
+def ratio(numerator: np.ndarray | float, denominator: np.ndarray) -> np.ndarray:
+    """numerator / denominator, and 0 where the denominator is 0: a zero update has no direction."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(denominator > 0, np.divide(numerator, denominator), 0.0)
+
+
+def middle(block: np.ndarray, cut: int) -> np.ndarray:
+    """(parameters,): the mean of every column without its `cut` lowest and `cut` highest values."""
+    return np.sort(block, axis=0)[cut : len(block) - cut].mean(axis=0)

@@ -1,0 +1,48 @@
+"""Centred clipping (Karimireddy et al. 2020, arXiv 2012.10333): clip around the last aggregate instead of around 0.
+
+From v = the last D (0 at first), `passes` times v <- v + mean_i (D_i - v) min(1, tau / ||D_i - v||); D = v. An
+attacker moves v by at most tau / n in a pass. tau = 0 takes the median of the ||D_i - v|| in each pass: a number is
+right for one model, learning rate and number of local steps only, and the median follows honest clients while they
+are more than half.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedgpt.aggregate.base import COUNT, NOT_NEGATIVE, Strategy, advance, check
+from fedgpt.aggregate.blocks import distances, in_order, ratio, weighted
+from fedgpt.aggregate.refusals import ROBUST
+from fedgpt.core.messages import ServerState, Update
+
+
+@dataclass(frozen=True)
+class CentredClip(Strategy):
+    """Norm clipping that also stops updates of usual size that differ from what was agreed before; remembers v."""
+
+    because = ROBUST
+
+    tau: float = 0.0  # radius, on the scale of the updates' norms; 0: their median distance to v
+    passes: int = 5
+
+    def __post_init__(self) -> None:
+        check(self, tau=NOT_NEGATIVE, passes=COUNT)
+
+    def combine(self, updates: Sequence[Update], state: ServerState, root: Update | None = None) -> np.ndarray:
+        """v after the passes."""
+        ordered = in_order(self, updates)
+        if not ordered:
+            return np.zeros_like(state.params)
+        v = state.memory.get("centre", np.zeros_like(state.params))
+        for _ in range(self.passes):
+            away = distances(ordered, v)
+            share = np.minimum(1, ratio(self.tau or np.median(away), away))
+            v = float(1 - share.mean()) * v + weighted(ordered, share / len(ordered), state.params)
+        return v
+
+    def step(self, d: np.ndarray, state: ServerState) -> ServerState:
+        """theta - D; D becomes v, unless there was nothing to learn from."""
+        return advance(state, state.params - d, **({"centre": d} if d.any() else {}))

@@ -1,0 +1,72 @@
+"""Delayed Nesterov (Liu et al. 2024, arXiv 2401.09135, algorithm 3): momentum moves once in N arrivals.
+
+On arrival t = 0, 1, ... of update g: B <- B + g, and where N divides t + 1
+    m <- mu m + B / N ; theta <- theta - eta ((1 - c N + c) mu m + g / N) ; B <- 0
+else theta <- theta - eta (c mu m + g / N). m0 = B0 = 0, 0 <= c <= 1/N. With c = 0, N arrivals move like one step of
+Nesterov on their mean; c > 0 spreads the momentum over the arrivals between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedgpt.aggregate.base import COUNT, FRACTION, POSITIVE, Range, Strategy, advance, check
+from fedgpt.aggregate.refusals import BUFFERED
+from fedgpt.core.messages import Pacing, ServerState, Update
+
+
+@dataclass(frozen=True)
+class DelayedNesterov(Strategy):
+    """Nesterov for pace=buffer with pace.goal=1; remembers m, B and the number of arrivals.
+
+    Take a period of 2 x pace.clients, and mu 0.5 to 0.6, when training from scratch.
+    """
+
+    paces = frozenset({"buffer"})
+    because = BUFFERED
+
+    eta: float = 0.7  # server learning rate
+    mu: float = 0.9  # momentum; 0 is delta-SGD with eta / period
+    period: int = 8  # N, arrivals between two moves of the momentum
+    c: float = 0.0  # share of the momentum that an arrival between them moves
+
+    def __post_init__(self) -> None:
+        check(self, eta=POSITIVE, mu=FRACTION, period=COUNT)
+        check(self, c=Range(lambda c: 0 <= c * self.period <= 1, f"a number in [0, 1 / {self.period}]"))
+
+    def problems(self, pacing: Pacing) -> Iterator[str]:
+        """Every arrival is a server step, and the momentum must not move before all clients had a chance to come."""
+        if pacing.goal != 1:
+            yield (
+                f"pace.goal={pacing.goal}: strategy=delayed_nesterov counts single arrivals and allows pace.goal=1 "
+                "only; set it, or take strategy=fedbuff"
+            )
+        if self.period < pacing.clients:
+            yield (
+                f"strategy.period={self.period} must be at least pace.clients, {pacing.clients}: with less the "
+                f"momentum compounds; set strategy.period={2 * pacing.clients} (twice pace.clients is a good start)"
+            )
+
+    def weight(self, update: Update, staleness: int) -> float:
+        """1: the rule divides by N itself."""
+        return 1.0
+
+    def divisor(self, weights: Sequence[float], pacing: Pacing) -> float:
+        """1: D is the one update that arrived."""
+        return 1.0
+
+    def step(self, d: np.ndarray, state: ServerState) -> ServerState:
+        """One arrival."""
+        m = state.memory.get("momentum", np.zeros_like(d))
+        buffer = state.memory.get("buffer", np.zeros_like(d)) + d
+        arrivals = int(state.memory.get("arrivals", 0)) + 1
+        share = self.c
+        if arrivals % self.period == 0:
+            m = self.mu * m + buffer / self.period
+            buffer = np.zeros_like(d)
+            share = 1 - self.c * (self.period - 1)
+        params = state.params - self.eta * (share * self.mu * m + d / self.period)
+        return advance(state, params, momentum=m, buffer=buffer, arrivals=np.array(arrivals))

@@ -1,0 +1,33 @@
+"""Coordinate-wise median (Yin et al. 2018, arXiv 1803.01498): D_j = median_i D_ij.
+
+For an even number of updates it is the mean of the two in the middle (the lower one alone would be biased).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedgpt.aggregate.base import Strategy
+from fedgpt.aggregate.blocks import in_order, middle, reduced, shortage
+from fedgpt.aggregate.refusals import ROBUST
+from fedgpt.core.messages import Pacing, ServerState, Update
+
+
+@dataclass(frozen=True)
+class Median(Strategy):
+    """Withstands attackers up to half of the updates, without a number to set; every client counts the same."""
+
+    because = ROBUST
+    needed = 3  # of two the median is the mean
+
+    def problems(self, pacing: Pacing) -> Iterator[str]:
+        """At least three updates."""
+        yield from shortage(self, self.needed, pacing, change=", or take strategy=fedavg")
+
+    def combine(self, updates: Sequence[Update], state: ServerState, root: Update | None = None) -> np.ndarray:
+        """The median of every coordinate."""
+        ordered = in_order(self, updates, self.needed)
+        return reduced(ordered, state.params, lambda block: middle(block, (len(block) - 1) // 2))

@@ -1,0 +1,38 @@
+"""How much an update counts that started tau server versions ago: s(tau), shared by the rules of pace=buffer.
+
+constant 1 ; polynomial (1 + tau)^-power ; hinge 1 up to `grace`, then 1 / (slope (tau - grace) + 1) (FedAsync, Xie et
+al. 2019, arXiv 1903.03934, which calls power and slope `a` and grace `b`). tau is counted before the version rises, so
+a fresh update has s(0) = 1, and s never grows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedgpt.aggregate.base import NOT_NEGATIVE, POSITIVE, one_of
+
+
+@dataclass(frozen=True)
+class Discount:
+    """The options of s(tau), for a rule to inherit."""
+
+    staleness: str = "polynomial"  # constant, polynomial or hinge
+    power: float = 0.5  # polynomial: how fast s falls
+    slope: float = 10.0  # hinge: how fast s falls after `grace`
+    grace: float = 4.0  # hinge: versions that cost nothing
+
+    def discount(self, tau: int) -> float:
+        """s(tau), in (0, 1]."""
+        if self.staleness == "polynomial":
+            return float((1 + tau) ** -self.power)
+        if self.staleness == "hinge" and tau > self.grace:
+            return float(1 / (self.slope * (tau - self.grace) + 1))
+        return 1.0
+
+
+RANGES = {
+    "staleness": one_of("constant", "polynomial", "hinge"),
+    "power": POSITIVE,
+    "slope": POSITIVE,
+    "grace": NOT_NEGATIVE,
+}

@@ -1,0 +1,102 @@
+"""Jobs: how many steps, from which state, under which part of the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from fedgpt.core.messages import Job, Pacing, Plan, ServerState
+from fedgpt.core.options import RunOptions
+from fedgpt.engine.checkpoint import Ledgers
+from fedgpt.engine.fleet import Fleet
+
+SPEED_MEMORY = 0.5  # share of the old value in a client's smoothed speed
+
+
+class Planner:
+    """Makes the jobs of a run; everything that changes is in the ledgers."""
+
+    def __init__(self, options: RunOptions, fleet: Fleet | None = None, switches: bool = False):
+        """`fleet` slows the clients of a real clock down; `switches`: the pacing may change."""
+        self.options, self.fleet, self.switches = options, fleet, switches
+        local, model = options.local, options.model
+        self.step_tokens = local.accumulate * local.batch_size * model.block_size
+        self.job_tokens = local.steps * self.step_tokens  # of a whole job
+
+    def job(
+        self, client: str, state: ServerState, ledgers: Ledgers, pacing: Pacing, numbers: dict[str, float], now: float
+    ) -> Job:
+        """The client's next job; takes its number."""
+        task = ledgers.next_task.get(client, 0)
+        ledgers.next_task[client] = task + 1
+        accepted = ledgers.accepted.get(client, -1)
+        restorable = {table[client] for table in ledgers.restorable if client in table}
+        steps = self.steps(client, ledgers.speeds)
+        plan = Plan(
+            **self._schedule(ledgers, pacing),
+            steps=steps,
+            numbers=numbers,
+            state=accepted,
+            keep=tuple(sorted({accepted, *restorable} - {-1})),
+            seconds=0.0 if self.fleet is None else steps * self.fleet.step_seconds(client),
+        )
+        return Job(client, task, state.version, state.params, plan, now)
+
+    def root_job(self, state: ServerState, ledgers: Ledgers, pacing: Pacing, checkpoint_every: int) -> Job:
+        """The server's own job in a version, on public text; its task is the version."""
+        version = state.version
+        oldest = max(0, version - self.options.checkpoint.keep * max(1, checkpoint_every) - 2)
+        plan = Plan(
+            **self._schedule(ledgers, pacing),
+            steps=self.options.local.steps,
+            state=version - 1,
+            keep=tuple(range(oldest, version)),
+        )
+        return Job("", version, version, state.params, plan)
+
+    def restored(self, about: dict[str, Any], base: np.ndarray, sent: float) -> Job:
+        """A job that was in flight at a checkpoint, with the vector it began from."""
+        plan = Plan(**{**about["plan"], "keep": tuple(about["plan"]["keep"])})
+        return Job(about["client"], about["task"], about["version"], base, plan, sent)
+
+    def steps(self, client: str, speeds: dict[str, float]) -> int:
+        """Local steps; under DyLU in proportion to the client's speed: floor(H v_i / max v), at least 1."""
+        full = self.options.local.steps
+        if not self.options.pace.dylu or client not in speeds:
+            return full
+        return max(1, math.floor(full * speeds[client] / max(speeds.values()) + 1e-9))  # 0.29 * 100 is below 29
+
+    def measure(self, client: str, steps: int, seconds: float, speeds: dict[str, float]) -> None:
+        """Smooth a client's speed, in local steps a second as the server sees them; the first job counts in full."""
+        if seconds > 0:
+            old = speeds.get(client, steps / seconds)
+            speeds[client] = SPEED_MEMORY * old + (1 - SPEED_MEMORY) * steps / seconds
+
+    def job_seconds(
+        self, done: Iterable[str], in_flight: Iterable[Job], speeds: Mapping[str, float], now: float
+    ) -> dict[str, float]:
+        """Seconds of a whole job of the clients at work and of those who are `done`: measured, or so far."""
+        full = self.options.local.steps
+        seconds = {client: full / speeds[client] for client in sorted(done)}
+        for job in in_flight:
+            measured = full / speeds[job.client] if job.client in speeds else 0.0
+            seconds[job.client] = max(measured, now - job.sent)
+        return seconds
+
+    def tokens_total(self, pacing: Pacing) -> int:
+        """Where the schedule ends; a round has `pace.clients` jobs where the pacing may change."""
+        updates = pacing.clients if self.switches else pacing.goal
+        return self.options.tokens or self.options.rounds * updates * self.job_tokens
+
+    def _schedule(self, ledgers: Ledgers, pacing: Pacing) -> dict[str, Any]:
+        """Where a job stands in the run: all clients that train beside it move the clock of tokens, too."""
+        together = pacing.clients if pacing.name == "buffer" else pacing.goal
+        return {
+            "run": ledgers.run,
+            "tokens_done": ledgers.tokens_done,
+            "tokens_per_step": self.step_tokens * together,
+            "tokens_total": self.tokens_total(pacing),
+        }

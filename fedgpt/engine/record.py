@@ -1,0 +1,82 @@
+"""What is written of a version and of a run: the lines of metrics.jsonl and summary.json."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from fedgpt.core.messages import Job, Update
+from fedgpt.engine.checkpoint import Ledgers, Snapshot
+
+
+def first_record() -> dict[str, Any]:
+    """Version 0, before its evaluation."""
+    return {
+        "version": 0, "tokens": 0, "wall_seconds": 0.0, "virtual_seconds": None, "bytes_up": 0, "bytes_down": 0,
+        "accepted": 0, "rejected": {}, "staleness": {}, "train_loss": None, "lr": None, "update_norm": None,
+        "step_norm": 0.0, "cosine": None, "step_correlation": None, "mean_weight": None, "in_flight": 0, "bases": 0,
+        "state_lost": 0, "tokens_by_client": {}, "idle_share": {},
+    }  # fmt: skip
+
+
+def updates_record(
+    accepted: Sequence[Update], weights: Sequence[float], rejected: Mapping[str, int], in_flight: Iterable[Job]
+) -> dict[str, Any]:
+    """What came in for a version; `accepted` without vectors, with their staleness among the metrics."""
+    jobs = list(in_flight)
+    staleness = Counter(int(update.metrics["staleness"]) for update in accepted)
+    return {
+        "accepted": len(accepted),
+        "rejected": dict(rejected),
+        "staleness": {str(tau): count for tau, count in sorted(staleness.items())},
+        **{name: _mean(accepted, name) for name in ("train_loss", "lr", "update_norm")},
+        "mean_weight": math.fsum(weights) / len(weights) if weights else None,
+        "in_flight": len(jobs),
+        "bases": len({job.version for job in jobs}),
+        "state_lost": int(sum(update.metrics.get("state_lost", 0) for update in accepted)),
+    }
+
+
+def clients_record(accepted: Sequence[Update], ledgers: Ledgers, seconds: float) -> dict[str, Any]:
+    """Tokens trained and idle share so far, of the clients of this version."""
+    clients = sorted({update.client for update in accepted})
+    idle = {c: round(max(0.0, 1 - ledgers.busy[c] / seconds), 4) for c in clients} if seconds > 0 else {}
+    return {"tokens_by_client": {c: ledgers.trained[c] for c in clients}, "idle_share": idle}
+
+
+def summary(
+    records: Sequence[Mapping[str, Any]], snapshot: Snapshot, wall: float, virtual: float | None
+) -> dict[str, Any]:
+    """The machine-readable end of a run."""
+    score = [{k: r[k] for k in ("version", "loss", "perplexity", "bits_per_byte")} for r in records if "loss" in r]
+    ledgers, params = snapshot.ledgers, snapshot.state.params
+    return {
+        "versions": snapshot.state.version,
+        "tokens": ledgers.tokens_done,
+        "wall_seconds": round(wall, 3),
+        "virtual_seconds": virtual,
+        "bytes_up": ledgers.bytes_up,
+        "bytes_down": ledgers.bytes_down,
+        "initial": score[0],
+        "final": score[-1],
+        "best": min(score, key=lambda s: s["loss"]),
+        "weights_sha256": weights_digest(params),
+        "rejected": ledgers.rejected,
+        "epsilon": None,
+        "delta": None,
+    }
+
+
+def weights_digest(params: np.ndarray) -> str:
+    """sha256 of the flat float32 vector."""
+    return hashlib.sha256(params.tobytes()).hexdigest()
+
+
+def _mean(accepted: Sequence[Update], name: str) -> float | None:
+    values = [update.metrics[name] for update in accepted if name in update.metrics]
+    return math.fsum(values) / len(values) if values else None
