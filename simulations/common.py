@@ -6,9 +6,12 @@ import argparse
 import json
 import platform
 import shlex
+import statistics
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -19,22 +22,70 @@ import fedgpt
 from fedgpt.core.device import cores
 
 REPOSITORY = Path(__file__).parent.parent
+COLOURS = ("#1f5fa8", "#c46210", "#2e8b57", "#8b3a8b", "#b8860b", "#4d4d4d", "#c2185b", "#00838f", "#6d4c41")
 
 
 def arguments(description: str) -> argparse.Namespace:
     """`--quick` (a smoke run that leaves results.json alone) and `--runs FOLDER`."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(
+        description=description.splitlines()[0],
+        epilog=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--quick", action="store_true", help="a smoke run of less than a minute; results.json stays")
-    parser.add_argument("--runs", type=Path, help="keep the run folders here (default: a temporary folder)")
+    parser.add_argument("--runs", type=Path, help="keep the run folders here and reuse those that are finished")
     return parser.parse_args()
 
 
 def run(folder: Path, *overrides: str) -> fedgpt.Run:
     """One run into `folder`, in a process of its own, so that runs do not share memory or threads."""
-    command = [sys.executable, "-m", "fedgpt", "run", *overrides, f"run_dir={folder}"]
-    print("$ fedgpt", shlex.join(command[3:]), flush=True)
-    subprocess.run(command, check=True)
+    if not (folder / "summary.json").exists():
+        command = [sys.executable, "-m", "fedgpt", "run", *overrides, f"run_dir={folder}"]
+        print("$ fedgpt", shlex.join(command[3:]), flush=True)
+        began = time.monotonic()
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(
+                f"{done.stdout[-2000:]}\n{done.stderr}\nthe run in {folder} ended with exit code {done.returncode}"
+            )
+        final = fedgpt.open_run(folder).summary["final"]
+        print(f"  loss {final['loss']:.4f} after {time.monotonic() - began:.0f} s", flush=True)
     return fedgpt.open_run(folder)
+
+
+def run_arms(
+    folder: Path, arms: Mapping[str, Sequence[str]], seeds: Sequence[int], common: Sequence[str] = ()
+) -> dict[str, list[fedgpt.Run]]:
+    """Every arm with every seed; arm -> its runs in the order of the seeds."""
+    return {
+        name: [run(folder / f"{name}-seed{seed}", *common, *overrides, f"seed={seed}") for seed in seeds]
+        for name, overrides in arms.items()
+    }
+
+
+def scored(one: fedgpt.Run) -> list[dict[str, Any]]:
+    """The records that have a held-out loss."""
+    return [record for record in one.metrics if "loss" in record]
+
+
+def seconds_to(one: fedgpt.Run, loss: float) -> float | None:
+    """Virtual seconds until the held-out loss is `loss`, linear between evaluations; None where it never is."""
+    before = None
+    for record in scored(one):
+        now = record["virtual_seconds"] or 0.0
+        if record["loss"] <= loss:
+            if before is None or before["loss"] == record["loss"]:
+                return now
+            share = (before["loss"] - loss) / (before["loss"] - record["loss"])
+            earlier = before["virtual_seconds"] or 0.0
+            return earlier + share * (now - earlier)
+        before = record
+    return None
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Mean, least and largest."""
+    return {"mean": statistics.mean(values), "min": min(values), "max": max(values)}
 
 
 def runs_folder(chosen: Path | None) -> Path:
@@ -42,14 +93,22 @@ def runs_folder(chosen: Path | None) -> Path:
     return chosen if chosen is not None else Path(tempfile.mkdtemp(prefix="fedgpt-study-"))
 
 
-def write_results(study: Path, seeds: list[int], figures: dict[str, Any]) -> None:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, with columns as wide as they need."""
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]
+    lines.insert(1, " | ".join("-" * width for width in widths))
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def write_results(study: Path, seeds: Sequence[int], figures: Mapping[str, Any]) -> None:
     """results.json: the figures with command, seeds, machine and commit."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False
     ).stdout.strip()
     circumstances = {
         "command": f"python simulations/{study.name}/run.py",
-        "seeds": seeds,
+        "seeds": list(seeds),
         "machine": f"{cores()} cores, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, "
         f"Python {platform.python_version()}",
         "commit": commit,

@@ -467,12 +467,13 @@ ROBUST = ["median", "trimmed_mean", "krum", "geometric_median", "norm_clip", "ce
 def test_every_strategy_of_conf_trains(world, finished):
     conf = {path.stem for path in (Path(__file__).parent.parent / "conf" / "strategy").glob("*.yaml")}
     assert conf == {name.split()[0] for name in SYNCHRONOUS + ASYNCHRONOUS + ROBUST}
-    buffer = ["pace=buffer", "pace.clients=2", "rounds=4"]
-    crowd = ["partition=iid", "partition.clients=5", "pace.clients=5"]
-    needs = {**dict.fromkeys(SYNCHRONOUS, []), **dict.fromkeys(ASYNCHRONOUS, buffer), **dict.fromkeys(ROBUST, crowd)}
+    buffer = " pace=buffer pace.clients=2 rounds=4"
+    crowd = " partition=iid partition.clients=5 pace.clients=5"
+    needs = dict.fromkeys(SYNCHRONOUS, "") | dict.fromkeys(ASYNCHRONOUS, buffer) | dict.fromkeys(ROBUST, crowd)
     told = world.python(f"""
 for number, (name, more) in enumerate({needs!r}.items()):
-    run = fedgpt.run(*OPTIONS, f"run_dir=strategy-{{number}}", "runtime.workers=1", *f"strategy={{name}}".split(), *more)
+    chosen = f"run_dir=strategy-{{number}} runtime.workers=1 strategy={{name}}{{more}}"
+    run = fedgpt.run(*OPTIONS, *chosen.split())
     told[name] = run.summary
 """)
     digests = {name: each["weights_sha256"] for name, each in told.items()}

@@ -31,10 +31,10 @@ def job_bytes(job: Job) -> int:
 
 def read_job(message: Message) -> Job:
     """The job in a message; its params may be a read-only view."""
-    about = json.loads(str(message.content.config_records["job"]["json"]))
+    about = json.loads(_config_text(message.content, "job"))
     plan = about.pop("plan")
     plan["keep"] = tuple(plan["keep"])
-    params = message.content.array_records["params"][ARRAY].numpy()
+    params = _vector(message.content, "params")
     return Job(**about, params=params, plan=Plan(**plan))
 
 
@@ -48,9 +48,7 @@ def read_reply(message: Message, client: str, task: int) -> Reply:
     if message.has_error():
         return Reply(client, task, error=f"code {message.error.code}: {message.error.reason}")
     try:
-        header = str(message.content.config_records["update"]["json"])
-        array = message.content.array_records["delta"][ARRAY]
-        payload = array.numpy()
+        header, payload = _config_text(message.content, "update"), _vector(message.content, "delta")
     except Exception as error:  # whatever a hostile payload raises while it is read
         return Reply(client, task, error=f"unreadable reply ({type(error).__name__})")
     return Reply(client, task, header, payload, bytes=payload.nbytes + len(header))
@@ -66,6 +64,24 @@ def read_info(message: Message) -> tuple[ClientInfo, str]:
     """(client, digest of its data) from the answer to a query."""
     who, size = message.content.config_records["who"], message.content.metric_records["size"]
     return ClientInfo(str(who["id"]), int(str(size["tokens"]))), str(who["digest"])
+
+
+# Records are read by name: the properties of a RecordDict (`array_records` and the like) leave a reference cycle in
+# it, and then every vector that passed stays in memory until the garbage collector happens to come by.
+
+
+def _config_text(content: RecordDict, name: str) -> str:
+    record = content[name]
+    if not isinstance(record, ConfigRecord):
+        raise TypeError(f"{name} is a {type(record).__name__}")
+    return str(record["json"])
+
+
+def _vector(content: RecordDict, name: str) -> np.ndarray:
+    record = content[name]
+    if not isinstance(record, ArrayRecord):
+        raise TypeError(f"{name} is a {type(record).__name__}")
+    return record[ARRAY].numpy()
 
 
 def _job_json(job: Job) -> str:

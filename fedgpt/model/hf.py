@@ -43,6 +43,7 @@ NEOX_FIXED = {
 NEOX_DEFAULTS = {  # what transformers assumes where config.json is silent
     "use_parallel_residual": True,
     "rotary_pct": 0.25,
+    "intermediate_size": 24576,
     "attention_bias": True,
     "hidden_act": "gelu",
     "hidden_dropout": 0.0,
@@ -109,7 +110,7 @@ def export_model(
 
 
 def import_model(folder: str | Path) -> GPT:
-    """Read a folder that `export_model` or transformers (a GPT-2 or a fitting GPT-NeoX) wrote; the model has the dtype of its weights.
+    """Read a folder that `export_model` or transformers (a GPT-2 or GPT-NeoX) wrote; the dtype is that of its weights.
 
     Raises FedGPTError naming file and reason for what is missing or unsupported.
     """

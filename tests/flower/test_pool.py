@@ -349,3 +349,20 @@ def test_workers_end_with_the_server(environment, how, code):
     finally:
         server.kill()
         server.communicate(timeout=LONG)
+
+
+def test_workers_wait_for_a_reader_who_is_slower(grid):
+    """Replies as large as the model must not pile up unread; who waits for a certain one still gets it."""
+    ids = grid.push_messages([request(1000 + i) for i in range(12)])
+    assert grid.wait(LONG)
+    end = time.monotonic() + 1.0
+    while time.monotonic() < end:
+        unread = grid.ready()
+        assert len(unread) <= 2 * WORKERS, "as many as there are workers, and what these were at"
+    assert len(unread) < len(ids)
+    assert grid.wait(LONG, [ids[-1]]), "the last one comes, though nobody reads the others"
+    replies = []
+    while len(replies) < len(ids):
+        assert grid.wait(LONG)
+        replies += grid.pull_messages(grid.ready()[:1])
+    assert {reply.metadata.reply_to_message_id for reply in replies} == set(ids)

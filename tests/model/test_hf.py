@@ -1,4 +1,4 @@
-"""Folders that transformers reads and writes; the same logits and gradients as its GPT-2."""
+"""Folders that transformers reads and writes; the same logits and gradients as its GPT-2 and GPT-NeoX."""
 
 import json
 
@@ -8,11 +8,23 @@ from safetensors.torch import load_file, save_file
 from test_gpt import VARIANTS, VOCAB, small, tokens
 
 from fedgpt.core.errors import FedGPTError
+from fedgpt.core.flat import flatten
+from fedgpt.core.options import TokenizerOptions
+from fedgpt.data.tokenizer import END, make_tokenizer
+from fedgpt.model.generate import generate
 from fedgpt.model.hf import export_model, import_model
 
 transformers = pytest.importorskip("transformers")
 
 GPT2_VARIANTS = {"tied": {}, "untied": {"tie": False}, "tanh": {"gelu": "tanh"}, "dropout": {"dropout": 0.2}}
+NEOX_VARIANTS = {
+    "rotary": {},
+    "untied": {"tie": False},
+    "no bias": {"bias": False},
+    "tanh, dropout": {"gelu": "tanh", "dropout": 0.2},
+    "untied, no bias, tanh": {"tie": False, "bias": False, "gelu": "tanh"},
+}
+NEOX_VARIANTS = {name: {"positions": "rotary"} | change for name, change in NEOX_VARIANTS.items()}
 
 
 def load(folder):
@@ -49,7 +61,87 @@ def test_fp32_logits_equal_transformers(tmp_path):
         torch.testing.assert_close(model(tokens(2, 16)), load(tmp_path)(tokens(2, 16)).logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("change", [*VARIANTS.values(), *GPT2_VARIANTS.values()])
+@pytest.mark.parametrize("change", NEOX_VARIANTS.values(), ids=NEOX_VARIANTS.keys())
+def test_rotary_models_equal_transformers(tmp_path, change):
+    model = small(**change).eval()
+    export_model(tmp_path, model)
+    theirs = load(tmp_path)
+    assert isinstance(theirs, transformers.GPTNeoXForCausalLM)
+    for seed, time in enumerate((1, 7, 16)):  # 16 is block_size
+        ids = tokens(3, time, seed)
+        with torch.no_grad():
+            torch.testing.assert_close(model(ids), theirs(ids).logits, rtol=1e-4, atol=1e-5)
+        prompt, more = ids[:, :4], 16 - min(time, 4)
+        text = theirs.generate(
+            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=more, do_sample=False, eos_token_id=None
+        )
+        for row, expected in zip(prompt.tolist(), text.tolist(), strict=True):
+            assert row + generate(model, row, more, temperature=0)[0] == expected
+
+
+def test_rotary_gradients_equal_transformers(tmp_path):
+    model = small(positions="rotary")
+    export_model(tmp_path, model)
+    theirs, model = load(tmp_path).double(), model.double().eval()
+    ids, targets = tokens(3, 16), tokens(3, 16, seed=1)
+    torch.nn.functional.cross_entropy(theirs(ids).logits.flatten(0, 1), targets.flatten()).backward()
+    model.loss(ids, targets).backward()
+    layers = theirs.gpt_neox.layers
+    for ours, other in zip(model.blocks, layers, strict=True):
+        for a, b in (
+            (ours.mlp.c_fc, other.mlp.dense_h_to_4h),
+            (ours.attn.c_proj, other.attention.dense),
+            (ours.ln_1, other.input_layernorm),
+        ):
+            torch.testing.assert_close(a.weight.grad, b.weight.grad, rtol=1e-4, atol=1e-7)
+        by_head = other.attention.query_key_value.weight.grad.view(4, 3, 8, 32)  # (heads, q k v, width, channels)
+        for part, grad in enumerate(ours.attn.c_attn.weight.grad.chunk(3)):
+            torch.testing.assert_close(grad, by_head[:, part].reshape(32, 32), rtol=1e-4, atol=1e-7)
+
+
+def test_rotary_config_says_what_gpt_neox_needs(tmp_path):
+    export_model(tmp_path, small(positions="rotary", bias=False, gelu="tanh", dropout=0.2), end_of_text=7)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    expected = {
+        "model_type": "gpt_neox",
+        "architectures": ["GPTNeoXForCausalLM"],
+        "vocab_size": VOCAB,
+        "max_position_embeddings": 16,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "hidden_act": "gelu_new",
+        "hidden_dropout": 0.2,
+        "attention_dropout": 0.2,
+        "attention_bias": False,
+        "layer_norm_eps": 1e-5,
+        "use_parallel_residual": False,
+        "tie_word_embeddings": True,
+        "eos_token_id": 7,
+    }
+    assert {name: getattr(config, name) for name in expected} == expected
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert (written["rotary_pct"], written["rotary_emb_base"]) == (1.0, 10_000.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        ({}, "gpt2"),
+        ({"positions": "rotary"}, "gpt_neox"),
+        ({"positions": "rotary", "bias": False}, "gpt_neox"),
+        ({"bias": False}, "fedgpt"),
+        ({"norm": "rmsnorm"}, "fedgpt"),
+        ({"positions": "rotary", "norm": "rmsnorm"}, "fedgpt"),
+    ],
+)
+def test_model_type_follows_the_architecture(tmp_path, change, kind):
+    export_model(tmp_path, small(**change))
+    assert json.loads((tmp_path / "config.json").read_text())["model_type"] == kind
+
+
+@pytest.mark.parametrize("change", [*VARIANTS.values(), *GPT2_VARIANTS.values(), *NEOX_VARIANTS.values()])
 def test_round_trip_is_exact(tmp_path, change):
     model = small(**change)
     export_model(tmp_path, model, card="# A model\n", end_of_text=7)
@@ -58,13 +150,15 @@ def test_round_trip_is_exact(tmp_path, change):
     assert again.vocab_size == VOCAB
     assert [name for name, _ in again.named_parameters()] == [name for name, _ in model.named_parameters()]
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+    assert torch.equal(flatten(again)[1], flatten(model)[1])
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["eos_token_id"] == config["bos_token_id"] == 7
     assert (tmp_path / "README.md").read_text() == "# A model\n"
 
 
-def test_bf16_round_trip_keeps_the_dtype(tmp_path):
-    model = small().to(torch.bfloat16)
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+def test_bf16_round_trip_keeps_the_dtype(tmp_path, positions):
+    model = small(positions=positions).to(torch.bfloat16)
     export_model(tmp_path, model)
     again = import_model(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
@@ -87,6 +181,32 @@ def test_reads_what_transformers_saves(tmp_path, tie):
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
     sharded = import_model(tmp_path / "shards")
     assert all(torch.equal(a, b) for a, b in zip(sharded.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("tie", [True, False])
+def test_reads_what_transformers_saves_of_gpt_neox(tmp_path, tie, bias):
+    export_model(tmp_path / "ours", small(positions="rotary", tie=tie, bias=bias))
+    load(tmp_path / "ours").save_pretrained(tmp_path / "theirs")
+    again = import_model(tmp_path / "theirs")
+    assert again.options == small(positions="rotary", tie=tie, bias=bias).options
+    assert torch.equal(flatten(again)[1], flatten(import_model(tmp_path / "ours"))[1])
+
+
+def test_old_gpt_neox_buffers_are_skipped_and_mlp_biases_are_not(tmp_path):
+    model = small(positions="rotary", bias=False)
+    export_model(tmp_path, model)
+    weights = load_file(tmp_path / "model.safetensors")
+    layer = "gpt_neox.layers.1."
+    buffers = {"attention.bias": torch.ones(1, 1, 16, 16).bool(), "attention.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(weights | {layer + name: p for name, p in buffers.items()}, tmp_path / "model.safetensors")
+    assert torch.equal(flatten(import_model(tmp_path))[1], flatten(model)[1])
+    weights[layer + "mlp.dense_4h_to_h.bias"][3] = 1.0
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(
+        FedGPTError, match=r"layers\.1\.mlp\.dense_4h_to_h\.bias must be 0 where attention_bias is false"
+    ):
+        import_model(tmp_path)
 
 
 def test_reads_the_names_of_the_published_gpt2(tmp_path):
@@ -117,10 +237,24 @@ def test_tokenizer_goes_along(tmp_path):
         export_model(tmp_path / "other", small(), tokenizer_folder=tmp_path / "model" / "nowhere")
 
 
+@pytest.mark.parametrize("change", [{}, {"positions": "rotary"}], ids=["gpt2", "gpt_neox"])
+def test_our_tokenizer_reads_the_same_in_transformers(tmp_path, change):
+    ours = make_tokenizer(TokenizerOptions(name="bpe", vocab_size=300), ["the cat sat on the mat, naïve\n"] * 9)
+    ours.save(tmp_path)
+    export_model(tmp_path / "model", small(**change), tokenizer_folder=tmp_path, end_of_text=ours.end)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    for text in ("the cat sat", "  two  spaces\n\n", "na\u00efve cafe\u0301 \u2603"):
+        ids = theirs(text)["input_ids"]
+        assert ids == ours.encode(text).tolist()
+        assert theirs.decode(ids, clean_up_tokenization_spaces=False) == text
+    assert (theirs.eos_token, theirs.eos_token_id) == (END, ours.end)
+    assert len(theirs) == ours.vocab_size
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "model_type='llama' is not supported; allowed are gpt2 and fedgpt"),
+        ({"model_type": "llama"}, "model_type='llama' is not supported; allowed are gpt2, gpt_neox and fedgpt"),
         ({"activation_function": "relu"}, "activation_function='relu': must be one of"),
         ({"n_inner": 100}, "n_inner=100: must be 4"),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06: must be 1e-05"),
@@ -134,6 +268,32 @@ def test_tokenizer_goes_along(tmp_path):
 )
 def test_unsupported_folders_say_why(tmp_path, change, message):
     export_model(tmp_path, small())
+    config = json.loads((tmp_path / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(FedGPTError, match=message):
+        import_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"use_parallel_residual": True}, "use_parallel_residual=True: must be False"),
+        ({"rotary_pct": 0.25}, r"rotary_pct=0\.25: must be 1\.0"),
+        ({"rotary_emb_base": 500}, "rotary_emb_base=500: must be 10000"),
+        ({"rope_parameters": {"rope_theta": 500.0}}, r"rotary_emb_base=500\.0: must be 10000"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type=linear: must be default"),
+        ({"intermediate_size": 64}, "intermediate_size=64: must be 128"),
+        ({"hidden_act": "relu"}, "hidden_act='relu': must be one of"),
+        ({"hidden_dropout": 0.3}, "hidden_dropout and attention_dropout are .*: must be one rate"),
+        ({"num_hidden_layers": 3}, r"missing \['transformer\.h\.2"),
+        (
+            {"num_attention_heads": 1, "hidden_size": 34, "intermediate_size": 136},
+            r"has shape \(\d+, 32\), config\.json says \(\d+, 34\)",
+        ),
+    ],
+)
+def test_unsupported_gpt_neox_folders_say_why(tmp_path, change, message):
+    export_model(tmp_path, small(positions="rotary"))
     config = json.loads((tmp_path / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(FedGPTError, match=message):
