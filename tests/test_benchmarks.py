@@ -18,6 +18,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
     "name, keys",
     [
         ("overhead", {"overhead", "overhead_cpu", "seconds_fedgpt", "seconds_plain", "rounds", "pairs", "clients"}),
+        ("clock", {"events_per_second"}),
         ("memory", {"growth_model_copies", "model_bytes", "peak_8", "peak_64"}),
     ],
 )

@@ -65,7 +65,7 @@ class Fleet:
         self.options, self.seed = options, seed
         self._speeds: dict[str, float] = {}
         self._phases: dict[str, float] = {}
-        self._phase_array = np.zeros(0)
+        self._openings = np.zeros(0)  # when windows open, within one period, sorted
 
     def meet(self, clients: Sequence[str]) -> None:
         """Give every client its speed and its window's phase."""
@@ -85,7 +85,7 @@ class Fleet:
         if o.window:
             period = sum(o.window)
             self._phases = {c: period * numpy_generator(self.seed, "window", c).random() for c in clients}
-            self._phase_array = np.array(list(self._phases.values()))
+            self._openings = np.sort(-np.array(list(self._phases.values())) % period)
 
     def step_seconds(self, client: str) -> float:
         """Seconds of one local step."""
@@ -113,10 +113,11 @@ class Fleet:
         """The next moment at which a window opens."""
         if not self.options.window:
             return math.inf
-        period, on = sum(self.options.window), self.options.window[0]
-        position = (now + self._phase_array) % period
-        away = position[position >= on]
-        return now + float((period - away).min()) + 1e-6 if away.size else math.inf  # just past the edge
+        period = sum(self.options.window)
+        position = now % period
+        index = int(np.searchsorted(self._openings, position, side="right"))
+        following = self._openings[index] if index < self._openings.size else self._openings[0] + period
+        return now + float(following - position) + 1e-6  # just past the edge
 
     def _left(self, client: str, now: float) -> float:
         """Seconds until the client's window closes; 0 where it is closed."""

@@ -20,7 +20,7 @@ from matplotlib import pyplot
 
 STUDY = Path(__file__).parent
 sys.path.insert(0, str(STUDY.parent))
-from common import arguments, run, runs_folder, write_results  # noqa: E402
+from common import arguments, run, run_arms, runs_folder, write_results  # noqa: E402
 
 QUICK = ["rounds=2", "local.steps=2", "evaluate.tokens=4096", "corpus=stdlib", "tokenizer=bytes"]
 
@@ -30,11 +30,8 @@ def main() -> None:
     seeds = [0] if chosen.quick else [0, 1, 2]
     extra = QUICK if chosen.quick else []
     folder = runs_folder(chosen.runs)
-    sides = {"federated": ["experiment=demo"], "central_twin": ["experiment=central_twin"]}
-    runs = {
-        side: [run(folder / f"{side}-{seed}", *options, f"seed={seed}", *extra) for seed in seeds]
-        for side, options in sides.items()
-    }
+    federated = [run(folder / f"federated-{seed}", "experiment=demo", f"seed={seed}", *extra) for seed in seeds]
+    runs = {"federated": federated, **run_arms(folder, {"central_twin": ["experiment=central_twin"]}, seeds, extra)}
     figures = {side: figures_of([r.summary for r in of]) for side, of in runs.items()}
     figures["gap"] = figures["federated"]["loss"] / figures["central_twin"]["loss"] - 1
     print_table(figures)

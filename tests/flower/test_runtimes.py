@@ -67,6 +67,27 @@ def test_ray(tmp_path, env, pool):
     assert not children_of_flower(), "the launcher ends what it started"
 
 
+ASYNCHRONOUS = ["pace=buffer", "strategy=delta_sgd", "rounds=8"]
+
+
+@pytest.fixture(scope="module")
+def virtual_pool(tmp_path_factory, env) -> dict:
+    folder = tmp_path_factory.mktemp("virtual") / "run"
+    return run("pool", folder, env, *ASYNCHRONOUS, "clock=virtual", "fleet=published")
+
+
+@pytest.mark.parametrize("runtime", [pytest.param("ray", marks=needs_ray), "superlink"])
+def test_asynchronous_runs(runtime, tmp_path, env, virtual_pool):
+    """On the virtual clock to the bits of the pool; on the wall clock whoever is done goes on."""
+    summary = run(runtime, tmp_path / "virtual", env, *ASYNCHRONOUS, "clock=virtual", "fleet=published")
+    assert_same_run(summary, virtual_pool)
+    assert summary["virtual_seconds"] == virtual_pool["virtual_seconds"]
+    assert run(runtime, tmp_path / "real", env, *ASYNCHRONOUS)["versions"] == 8
+    records = [json.loads(line) for line in (tmp_path / "real" / "metrics.jsonl").read_text().splitlines()]
+    assert all(record["in_flight"] == 1 for record in records[1:]), "the other one is never waited for"
+    assert not children_of_flower()
+
+
 @needs_ray
 def test_flowers_own_command_from_the_repository(tmp_path, env, pool):
     """`flwr run . -c 'overrides="..."'`: Flower bundles the app and composes the configuration on the server."""
