@@ -32,6 +32,7 @@ lint: install ## style and types
 bench: install ## speed and memory, as ratios against a reference measured in the same run
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/memory.py
+	$(BIN)/python benchmarks/clock.py
 
 studies: install ## the studies in simulations/, one after the other
-	$(BIN)/python simulations/quickstart/run.py
+	for study in simulations/*/run.py; do $(BIN)/python $$study || exit 1; done

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Iterable, Iterator, Sequence
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from fedgpt.core.options import RunOptions
 from fedgpt.data.corpora import corpus_problems
 from fedgpt.data.partition import partition_problems
 from fedgpt.data.tokenizer import tokenizer_problems
-from fedgpt.engine.fleet import NAMES, fleet_problems
+from fedgpt.engine import attack, fleet
 from fedgpt.engine.pace import make_pace, pace_problems
 from fedgpt.model.shape import check_model
 
@@ -61,13 +62,16 @@ _RANGES: dict[str, tuple[str, Any]] = {
     "pace.minimum": ("at least 0", lambda v: v >= 0),
     "pace.grace": ("at least 0 seconds", lambda v: v is None or v >= 0),
     "pace.max_staleness": ("at least 0 versions", lambda v: v is None or v >= 0),
-    "fleet.name": (", ".join(NAMES), NAMES.__contains__),
+    "fleet.name": (", ".join(fleet.NAMES), fleet.NAMES.__contains__),
     "fleet.median": ("above 0 seconds", lambda v: v > 0),
     "fleet.spread": ("at least 0", lambda v: v >= 0),
     "fleet.down": ("at least 0 seconds per megabyte", lambda v: v >= 0),
     "fleet.up": ("at least 0 seconds per megabyte", lambda v: v >= 0),
     "fleet.jitter": ("at least 0", lambda v: v >= 0),
     "fleet.dropout": ("from 0 to below 1", lambda v: 0 <= v < 1),
+    "attack.name": (", ".join(attack.NAMES), attack.NAMES.__contains__),
+    "attack.clients": ("at least 0", lambda v: v >= 0),
+    "attack.strength": ("above 0 and finite", lambda v: 0 < v < inf),
     "runtime.name": ("pool, ray or superlink", ("pool", "ray", "superlink").__contains__),
     "runtime.workers": ("at least 0 (0 = choose)", lambda v: v >= 0),
     "runtime.threads": ("at least 0 (0 = choose)", lambda v: v >= 0),
@@ -284,7 +288,8 @@ def _problems(o: RunOptions) -> Iterator[str]:
     if o.local.min_lr > o.local.lr > 0:
         yield f"local.min_lr={o.local.min_lr}: must not be above local.lr={o.local.lr}; lower it"
     yield from pace_problems(o.pace)
-    yield from fleet_problems(o)
+    yield from fleet.fleet_problems(o)
+    yield from attack.attack_problems(o)
     if o.resume is not None:
         yield f"resume={o.resume}: stands alone (fedgpt run resume=<folder>); the folder holds its own options"
     try:

@@ -49,8 +49,8 @@ def test_every_conf_file_composes_and_is_valid(group, choice, tmp_path):
     if group == "strategy" and "cohort" not in strategy_paces(choice):
         needs = ["pace=buffer", "strategy.period=8"] if choice == "delayed_nesterov" else ["pace=buffer"]
     options = config.load([f"{group}={choice}", *needs])
-    if group in ("corpus", "tokenizer", "partition", "pace", "runtime"):
-        assert getattr(options, group).name == choice.partition("_")[0]
+    if group in ("corpus", "tokenizer", "partition", "pace", "attack", "runtime"):
+        assert choice.startswith(getattr(options, group).name)  # corpus=sotu_addresses is the corpus sotu
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -97,6 +97,11 @@ def test_everything_wrong_is_in_one_list():
         (["local.min_lr=1"], "local.min_lr=1"),
         (["pace.clients=4", "pace.goal=5"], "pace.goal=5: more than the pace.clients=4"),
         (["pace.clients=4", "pace.minimum=5"], "pace.minimum=5"),
+        (["attack.clients=2"], "attack.clients=2: attack=none has no attackers; choose attack=sign_flip|"),
+        (["attack=scale", "attack.clients=0"], "attack.clients=0: attack=scale needs attackers"),
+        (["attack=scale", "attack.strength=0"], "attack.strength=0.0: must be above 0"),
+        (["attack=scale", "partition=iid", "attack.clients=9"], "attack.clients=9: more than the partition.clients=8"),
+        (["attack=scal"], "did you mean 'scale'"),
         (["runtime.device=tpu"], "runtime.device=tpu: must be auto, cpu or cuda"),
         (["local.precision=fp16"], "local.precision=fp16: must be auto, fp32 or bf16"),
         (["model.gelu=relu"], "model.gelu=relu"),

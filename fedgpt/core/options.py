@@ -115,6 +115,15 @@ class FleetOptions:
 
 
 @dataclass
+class AttackOptions:
+    """attack=none|sign_flip|scale|gaussian: clients that lie, for research on robust rules."""
+
+    name: str = "none"
+    clients: int = 0  # attackers: the first clients in the order of their ids
+    strength: float = 1.0  # sign_flip, scale: factor on the update; gaussian: length of the noise over the update's
+
+
+@dataclass
 class RuntimeOptions:
     """runtime=pool|ray|superlink: what carries messages and who runs the clients."""
 
@@ -164,6 +173,7 @@ class RunOptions:
     strategy: Any = None  # {_target_: class, its fields}
     pace: PaceOptions = field(default_factory=PaceOptions)
     fleet: FleetOptions = field(default_factory=FleetOptions)
+    attack: AttackOptions = field(default_factory=AttackOptions)
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
     evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)

@@ -1,8 +1,9 @@
-"""What a client does with a job: find its shard and state, train, keep the new state, encode the update."""
+"""What a client does with a job: find its shard and state, train, keep the new state, lie if told to, encode."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -14,6 +15,7 @@ from fedgpt.core.seeds import derive_seed
 from fedgpt.data.batches import Batches
 from fedgpt.data.partition import Shard, partition
 from fedgpt.data.prepare import Prepared, prepare
+from fedgpt.engine.attack import attacked
 from fedgpt.engine.client_state import ClientStore
 from fedgpt.local.trainer import Trainer
 from fedgpt.update.codec import encode
@@ -60,6 +62,9 @@ class ClientWork:
             raise ValueError(f"the job is for client {job.client!r}, partition {index} is {shard.client!r}")
         began = time.monotonic()
         update = self._do(job, job.client, shard.read(self.prepared.tokens))
+        if index < self.options.attack.clients:
+            delta = attacked(update.delta, self.options.attack, self.options.seed, job.client, job.task)
+            update = replace(update, delta=delta)
         time.sleep(max(0.0, began + job.plan.seconds - time.monotonic()))  # a slow client of a simulated fleet
         return encode(job.plan.run, update)
 

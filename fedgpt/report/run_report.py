@@ -43,6 +43,9 @@ def opening(
         _pacing_row(o, f"{target}: {who}", asked, job, parameters),
         ("compute", f"{compute.device}, {compute.dtype} ({compute.reason}), {workers}"),
     ]  # fmt: skip
+    if o.attack.clients:
+        liars = f"{o.attack.clients} of {len(shards)} clients"
+        rows.append(("attack", f"{o.attack.name} of strength {o.attack.strength:g} by {liars}, for research only"))
     if snapshot.state.version:
         rows.append(("resume", f"from version {snapshot.state.version}" + ("" if o.tokens else f" of {o.rounds}")))
     return "\n".join(f"{name:>10}  {text}" for name, text in rows)

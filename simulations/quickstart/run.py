@@ -20,7 +20,7 @@ from matplotlib import pyplot
 
 STUDY = Path(__file__).parent
 sys.path.insert(0, str(STUDY.parent))
-from common import arguments, run, run_arms, runs_folder, write_results  # noqa: E402
+from common import arguments, run, run_arms, runs_folder, table, write_results  # noqa: E402
 
 QUICK = ["rounds=2", "local.steps=2", "evaluate.tokens=4096", "corpus=stdlib", "tokenizer=bytes"]
 
@@ -58,13 +58,12 @@ def figures_of(summaries: list[dict]) -> dict:
 
 
 def print_table(figures: dict) -> None:
-    print(f"\n{'':14}{'bits/byte':>10}{'spread':>8}{'perplexity':>12}{'tokens':>10}{'seconds':>9}")
-    for side in ("federated", "central_twin"):
-        f = figures[side]
-        print(
-            f"{side:14}{f['bits_per_byte']:>10.3f}{f['bits_per_byte_spread']:>8.3f}{f['perplexity']:>12.1f}"
-            f"{f['tokens'] / 1e6:>9.2f}M{statistics.mean(f['wall_seconds']):>9.0f}"
-        )
+    def row(side: str, f: dict) -> tuple[str, ...]:
+        loss = f"{f['bits_per_byte']:.3f}", f"{f['bits_per_byte_spread']:.3f}", f"{f['perplexity']:.1f}"
+        return side, *loss, f"{f['tokens'] / 1e6:.2f} M", f"{statistics.mean(f['wall_seconds']):.0f}"
+
+    rows = [row(side, figures[side]) for side in ("federated", "central_twin")]
+    print(table(("", "bits per byte", "spread", "perplexity", "tokens", "seconds"), rows))
     print(f"loss of the federated run over the twin's: {figures['gap']:+.1%}")
 
 

@@ -10,6 +10,7 @@ import pytest
 from fedgpt.core.device import Compute
 from fedgpt.core.messages import ServerState
 from fedgpt.core.options import (
+    AttackOptions,
     CorpusOptions,
     LocalOptions,
     ModelOptions,
@@ -37,7 +38,7 @@ def prepared(tmp_path_factory):
     return prepare(corpus, TokenizerOptions(name="bytes"), folder / "cache")
 
 
-def told(prepared, version=0, **pace) -> tuple[str, int]:
+def told(prepared, version=0, attack=None, **pace) -> tuple[str, int]:
     options = RunOptions(
         run_dir="/runs/x",
         rounds=9,
@@ -47,6 +48,7 @@ def told(prepared, version=0, **pace) -> tuple[str, int]:
         local=LocalOptions(steps=10, batch_size=4, accumulate=2),
         strategy={"_target_": "fedgpt.aggregate.fedadam.FedAdam", "eta": 0.1},
         pace=PaceOptions(**pace),
+        attack=attack or AttackOptions(),
     )
     shards = partition(prepared, PartitionOptions(), 0, 17)
     snapshot = Snapshot(ServerState(np.zeros(25_000, np.float32), version), Ledgers("run"))
@@ -74,6 +76,11 @@ def test_the_opening_says_every_choice_and_what_follows_from_it(prepared):
 )
 def test_who_takes_part(prepared, pace, part):
     assert part in told(prepared, **pace)[0]
+
+
+def test_an_attack_is_not_silent(prepared):
+    text = told(prepared, attack=AttackOptions("scale", clients=2, strength=10.0))[0]
+    assert text.splitlines()[-1] == "    attack  scale of strength 10 by 2 of 4 clients, for research only"
 
 
 def test_a_resumed_run_says_where_it_is(prepared):

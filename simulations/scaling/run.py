@@ -1,0 +1,120 @@
+"""What does a round of a thousand clients cost? Seconds, tokens a second and the server's memory, from 4 clients up.
+
+    python simulations/scaling/run.py            # about 4 minutes on 2 cores
+    python simulations/scaling/run.py --quick    # a smoke run
+
+All runs are `experiment=fleet` on the real clock: 1,000 iid clients, of which 4 to 1,000 are in each of 3 rounds, every
+one with 2 steps of 256 tokens from fresh moments. Runs follow each other, on one worker per core. Seconds a round are
+the mean of the rounds after the first, which also starts the workers. The server's memory is the kernel's peak of the
+resident set (VmHWM) of the process that holds the server, from its start to its end; this needs Linux.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+STUDY = Path(__file__).parent
+sys.path.insert(0, str(STUDY.parent))
+from common import COLOURS, arguments, run, runs_folder, table, write_results  # noqa: E402
+
+COMMON = [
+    "experiment=fleet", "clock=real", "fleet=none", "partition.clients=1000", "partition.piece=512",
+    "local=reset", "local.steps=2", "local.batch_size=4", "tokens=0", "rounds=3", "evaluate.every=0",
+]  # fmt: skip
+QUICK = ["partition.clients=16", "rounds=2", "evaluate.tokens=2048", "tokenizer=bytes"]
+CLIENTS = (4, 16, 64, 256, 1000)
+FIGURES = {
+    "seconds_a_round": "seconds a round", "tokens_a_second": "tokens a second", "server_peak_bytes": "server peak, MB",
+    "loss": "held-out loss",
+}  # fmt: skip
+
+
+def main() -> None:
+    chosen = arguments(__doc__ or "")
+    folder, common = runs_folder(chosen.runs), [*COMMON, *(QUICK if chosen.quick else [])]
+    figures = {clients: measure(folder, clients, common) for clients in (CLIENTS[:2] if chosen.quick else CLIENTS)}
+    print(table(("clients a round", *FIGURES.values()), [(f"{n:,}", *cells(f)) for n, f in figures.items()]))
+    draw(figures, (folder if chosen.quick else STUDY) / "figure.png")
+    if not chosen.quick:
+        write_results(STUDY, [0], {"clients_a_round": figures, "options": common})
+
+
+def measure(folder: Path, clients: int, common: list[str]) -> dict[str, float]:
+    """One run and what the table says of it; its peak is kept beside it, for a study that reuses its runs."""
+    here = folder / f"{clients}-clients"
+    peak = here / "server_peak_bytes"
+    if not peak.exists():
+        measured = watched(here, *common, f"pace.clients={clients}")
+        peak.write_text(str(measured))
+    done = run(here)
+    first, *_, last = done.metrics[1:]
+    seconds, tokens = last["wall_seconds"] - first["wall_seconds"], last["tokens"] - first["tokens"]
+    return {
+        "seconds_a_round": seconds / (last["version"] - first["version"]),
+        "tokens_a_second": tokens / seconds,
+        "server_peak_bytes": int(peak.read_text()),
+        "loss": done.summary["final"]["loss"],
+    }
+
+
+def watched(folder: Path, *options: str) -> int:
+    """Do the run; returns the peak of its resident set, in bytes."""
+    peak = 0
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run, folder, *options)
+        while not running.done():
+            peak = max(peak, *(high_water(int(pid)) for pid in children()), 0)
+            time.sleep(0.05)
+        running.result()
+    return peak
+
+
+def children() -> list[str]:
+    """Ids of the processes that this one has started."""
+    return [pid for listed in Path("/proc/self/task").glob("*/children") for pid in listed.read_text().split()]
+
+
+def high_water(pid: int) -> int:
+    """The kernel's peak of a process' resident set; 0 where it is gone."""
+    with suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    return 0
+
+
+def cells(f: dict[str, float]) -> tuple[str, ...]:
+    seconds, speed, peak, loss = (f[name] for name in FIGURES)
+    return f"{seconds:.2f}", f"{speed:,.0f}", f"{peak / 1e6:.0f}", f"{loss:.3f}"
+
+
+def draw(figures: dict[int, dict[str, float]], path: Path) -> None:
+    figure, axes = pyplot.subplots(1, 3, figsize=(10, 3.2), layout="constrained")
+    for axis, (name, label), colour in zip(axes, FIGURES.items(), COLOURS, strict=False):
+        scale = 1e-6 if name == "server_peak_bytes" else 1.0
+        values = [scale * f[name] for f in figures.values()]
+        axis.plot(list(figures), values, marker="o", markersize=4, color=colour)
+        axis.set_xscale("log")
+        axis.set_xticks(list(figures), [f"{clients:,}" for clients in figures])
+        axis.minorticks_off()
+        if name == "seconds_a_round":
+            axis.set_yscale("log")
+        else:
+            axis.set_ylim(0, 1.15 * max(values))
+        axis.set_xlabel("clients a round")
+        axis.set_ylabel(label)
+        axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()

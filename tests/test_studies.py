@@ -1,0 +1,41 @@
+"""Each study's smoke run ends with its table and leaves the study's own files alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SIMULATIONS = Path(__file__).parent.parent / "simulations"
+STUDIES = sorted(path.parent.name for path in SIMULATIONS.glob("*/run.py"))
+
+
+def files(study: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (SIMULATIONS / study).iterdir() if path.is_file()}
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_study_says_how_to_run_it_and_composes_runs_only(study):
+    command = f"python simulations/{study}/run.py"
+    source = (SIMULATIONS / study / "run.py").read_text()
+    assert command in source
+    assert "import torch" not in source
+    readme = SIMULATIONS / study / "README.md"
+    assert not readme.exists() or command in readme.read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("study", STUDIES)
+def test_a_smoke_run_prints_a_table_and_leaves_the_results_alone(study, tmp_path):
+    before = files(study)
+    command = [sys.executable, str(SIMULATIONS / study / "run.py"), "--quick", "--runs", str(tmp_path / "runs")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    head = next(i for i, line in enumerate(lines) if line.startswith("| "))
+    assert set(lines[head + 1]) <= set("|- ")
+    assert lines[head + 2].count("|") == lines[head].count("|")
+    assert files(study) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
