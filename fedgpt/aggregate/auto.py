@@ -2,7 +2,8 @@
 
 Time. With job times t_i, a round takes max t_i and brings k updates; k clients that never wait bring sum 1 / t_i a
 second. gain = max t_i * mean(1 / t_i) is how many times more updates asynchrony handles. A job that is not back yet
-counts with the time it has taken so far, so within a round `gain` only ever grows towards its true value.
+counts with the time it has taken so far, so within a round `gain` only ever grows towards its true value. A client's
+first job has a fifth of the steps: the first round is there to learn speeds, and waiting in it is lost.
 
     cohort -> buffer   gain >= `gain`, at any arrival: the sooner, the less is waited
     buffer -> cohort   gain < `back` (the clients have become alike), or staleness does harm:

@@ -14,6 +14,7 @@ from fedgpt.engine.checkpoint import Ledgers
 from fedgpt.engine.fleet import Fleet
 
 SPEED_MEMORY = 0.5  # share of the old value in a client's smoothed speed
+PROBE = 5  # parts of a job of which the first one has one, where the pacing may change
 
 
 class Planner:
@@ -63,8 +64,13 @@ class Planner:
         return Job(about["client"], about["task"], about["version"], base, plan, sent)
 
     def steps(self, client: str, speeds: dict[str, float]) -> int:
-        """Local steps; under DyLU in proportion to the client's speed: floor(H v_i / max v), at least 1."""
+        """Local steps; under DyLU in proportion to the client's speed: floor(H v_i / max v), at least 1.
+
+        Where the pacing may change, a client's first job is short: what is to be learned is how fast it is.
+        """
         full = self.options.local.steps
+        if self.switches and client not in speeds:
+            return max(1, full // PROBE)
         if not self.options.pace.dylu or client not in speeds:
             return full
         return max(1, math.floor(full * speeds[client] / max(speeds.values()) + 1e-9))  # 0.29 * 100 is below 29
@@ -83,7 +89,7 @@ class Planner:
         seconds = {client: full / speeds[client] for client in sorted(done)}
         for job in in_flight:
             measured = full / speeds[job.client] if job.client in speeds else 0.0
-            seconds[job.client] = max(measured, now - job.sent)
+            seconds[job.client] = max(measured, (now - job.sent) * full / job.plan.steps)
         return seconds
 
     def tokens_total(self, pacing: Pacing) -> int:
