@@ -33,6 +33,7 @@ bench: install ## speed and memory, as ratios against a reference measured in th
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/clock.py
+	$(BIN)/python benchmarks/compress.py
 
 studies: install ## the studies in simulations/, one after the other
 	for study in simulations/*/run.py; do $(BIN)/python $$study || exit 1; done

@@ -19,6 +19,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
     [
         ("overhead", {"overhead", "overhead_cpu", "seconds_fedgpt", "seconds_plain", "rounds", "pairs", "clients"}),
         ("clock", {"events_per_second"}),
+        ("compress", set()),
         ("memory", {"growth_model_copies", "model_bytes", "peak_8", "peak_64"}),
     ],
 )

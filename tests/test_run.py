@@ -487,3 +487,33 @@ for number, (name, more) in enumerate({needs!r}.items()):
     ours = [digest for name, digest in digests.items() if not name.startswith("flower")]
     assert len(set(ours)) == len(ours), "each is a rule of its own"
     assert told["flower"]["final"]["loss"] == pytest.approx(told["fedavg"]["final"]["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_every_way_of_an_update_trains_and_a_restart_keeps_what_was_left_out(world, finished):
+    ways = sorted(path.stem for path in (Path(__file__).parent.parent / "conf" / "update").glob("*.yaml"))
+    told = world.python(f"""
+for number, way in enumerate({ways!r} + ["none update.downlink=bf16"]):
+    chosen = f"runtime.workers=1 rounds=4 run_dir=way-{{number}} update={{way}}".split()
+    told[way] = fedgpt.run(*OPTIONS, *chosen).summary
+chosen = "runtime.workers=1 rounds=4 update=topk run_dir=cut-way".split()
+run = fedgpt.run(*OPTIONS, *chosen)
+for path in run.folder.glob("checkpoints/version-00000004*"):
+    path.unlink()  # as if it had been killed before its last checkpoint
+(run.folder / "summary.json").unlink()
+told["again"] = fedgpt.run(*OPTIONS, *chosen).summary
+""")
+    plain = told["none"]
+    for way, each in told.items():
+        assert each["versions"] == 4 and each["rejected"] == {}, way
+        assert each["final"]["loss"] < each["initial"]["loss"], way
+    vectors = 12 * 4 * PARAMETERS  # 3 clients, 4 versions
+    share = {way: (told[way]["bytes_up"] - plain["bytes_up"]) / vectors + 1 for way in ways}
+    assert share["bf16"] == pytest.approx(0.5, abs=0.01) and share["int8"] == pytest.approx(0.251, abs=0.01)
+    assert share["int4"] == pytest.approx(0.129, abs=0.01) == share["e3m0"]
+    assert share["topk"] < 0.05 and share["sparse_loco"] < 0.02
+    half = told["none update.downlink=bf16"]
+    assert half["bytes_down"] < 0.55 * plain["bytes_down"] and half["bytes_up"] == pytest.approx(
+        plain["bytes_up"], rel=1e-3
+    )
+    assert told["again"]["weights_sha256"] == told["topk"]["weights_sha256"]

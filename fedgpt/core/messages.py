@@ -26,6 +26,7 @@ class Plan:
     state: int = -1  # task whose client state to start from; -1 starts fresh
     keep: tuple[int, ...] = ()  # tasks whose client state a restart of the server could still ask for
     seconds: float = 0.0  # the least that the job shall take: a client of the simulated fleet waits until then
+    downlink: str = "fp32"  # how params travel: fp32, bf16 (then they are multiples of bf16 already: nothing is lost)
 
 
 @dataclass(frozen=True)

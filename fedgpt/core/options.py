@@ -115,6 +115,18 @@ class FleetOptions:
 
 
 @dataclass
+class UpdateOptions:
+    """update=none|bf16|int8|int4|e3m0|topk|sparse_loco: what an update goes through on its way."""
+
+    compress: str = "none"  # none, bf16, int8, int4, e3m0, topk, sparse_loco
+    block: int | None = None  # int8, int4, e3m0: elements that share a scale; null = the codec's own
+    density: float | None = None  # topk: share of the elements that is sent; null = the codec's own
+    error_feedback: bool = False  # what compression left out is added to the client's next update
+    decay: float = 0.95  # of what was left out, from one update to the next
+    downlink: str = "fp32"  # fp32, bf16: the model on its way to the clients
+
+
+@dataclass
 class AttackOptions:
     """attack=none|sign_flip|scale|gaussian: clients that lie, for research on robust rules."""
 
@@ -173,6 +185,7 @@ class RunOptions:
     strategy: Any = None  # {_target_: class, its fields}
     pace: PaceOptions = field(default_factory=PaceOptions)
     fleet: FleetOptions = field(default_factory=FleetOptions)
+    update: UpdateOptions = field(default_factory=UpdateOptions)
     attack: AttackOptions = field(default_factory=AttackOptions)
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
     evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)

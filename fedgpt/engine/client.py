@@ -16,9 +16,11 @@ from fedgpt.data.batches import Batches
 from fedgpt.data.partition import Shard, partition
 from fedgpt.data.prepare import Prepared, prepare
 from fedgpt.engine.attack import attacked
-from fedgpt.engine.client_state import ClientStore
+from fedgpt.engine.client_state import ClientState, ClientStore
 from fedgpt.local.trainer import Trainer
 from fedgpt.update.codec import encode
+from fedgpt.update.compress import compressor_of
+from fedgpt.update.feedback import feed, rest
 
 ROOT = "the server"  # under this name it keeps its own optimiser state, where a rule wants a root update
 
@@ -28,6 +30,7 @@ class ClientWork:
 
     def __init__(self, options: RunOptions, state_root: str):
         self.options, self.state_root = options, state_root
+        self.compressor = compressor_of(options.update)
 
     @cached_property
     def prepared(self) -> Prepared:
@@ -61,29 +64,60 @@ class ClientWork:
         if shard.client != job.client:
             raise ValueError(f"the job is for client {job.client!r}, partition {index} is {shard.client!r}")
         began = time.monotonic()
-        update = self._do(job, job.client, shard.read(self.prepared.tokens))
-        if index < self.options.attack.clients:
-            delta = attacked(update.delta, self.options.attack, self.options.seed, job.client, job.task)
-            update = replace(update, delta=delta)
+        lies = index < self.options.attack.clients
+        header, payload = self._do(job, job.client, shard.read(self.prepared.tokens), lies)
         time.sleep(max(0.0, began + job.plan.seconds - time.monotonic()))  # a slow client of a simulated fleet
-        return encode(job.plan.run, update)
+        return header, payload
 
     def train_root(self, job: Job) -> Update:
         """The server's own update: the same training, on the public text."""
-        return self._do(job, ROOT, self.prepared.public())
+        update, state = self._trained(job, ROOT, self.prepared.public(), self._state(job, ROOT))
+        self._keep(job, ROOT, state)
+        return update
 
-    def _do(self, job: Job, name: str, tokens: np.ndarray) -> Update:
+    def _do(self, job: Job, name: str, tokens: np.ndarray, lies: bool) -> tuple[str, np.ndarray]:
+        """Train, add what was left out before, compress, keep what is left out now, encode."""
+        options = self.options.update
+        before = self._state(job, name)
+        update, after = self._trained(job, name, tokens, before)
+        if lies:
+            delta = attacked(update.delta, self.options.attack, self.options.seed, job.client, job.task)
+            update = replace(update, delta=delta)
+        if options.error_feedback:
+            residual = None if before is None else before.residual
+            update = replace(update, delta=feed(update.delta, residual, options.decay))
+        header, payload = encode(job.plan.run, update, self.compressor)
+        if options.error_feedback:
+            sent = self.compressor.decode(payload, update.delta.size)
+            after = replace(after, residual=rest(update.delta, sent))
+        self._keep(job, name, after)
+        return header, payload
+
+    def _trained(
+        self, job: Job, name: str, tokens: np.ndarray, before: ClientState | None
+    ) -> tuple[Update, ClientState]:
         options = self.options
-        store = ClientStore(self.state_root, job.plan.run, name)
-        moments = store.load(job.plan.state) if options.local.moments == "keep" else None
         seed = derive_seed(options.seed, "batches", name, job.task)
         batches = Batches(tokens, options.model.block_size, options.local.batch_size, seed)
+        moments = None if before is None else before.moments
         trained = self.trainer.train(
             job.params, batches, job.plan, moments, derive_seed(options.seed, "dropout", name, job.task)
         )
         metrics = trained.metrics
-        if options.local.moments == "keep":
-            metrics["state_lost"] = float(moments is None and job.plan.state >= 0)
-            store.save(job.task, trained.moments)
+        if self._keeps:
+            metrics["state_lost"] = float(before is None and job.plan.state >= 0)
+        kept = ClientState(trained.moments if options.local.moments == "keep" else None)
+        return Update(job.client, job.task, job.version, trained.delta, trained.tokens, metrics), kept
+
+    @property
+    def _keeps(self) -> bool:
+        return self.options.local.moments == "keep" or self.options.update.error_feedback
+
+    def _state(self, job: Job, name: str) -> ClientState | None:
+        return ClientStore(self.state_root, job.plan.run, name).load(job.plan.state) if self._keeps else None
+
+    def _keep(self, job: Job, name: str, state: ClientState) -> None:
+        if self._keeps:
+            store = ClientStore(self.state_root, job.plan.run, name)
+            store.save(job.task, state)
             store.keep({job.task, *job.plan.keep})
-        return Update(job.client, job.task, job.version, trained.delta, trained.tokens, metrics)

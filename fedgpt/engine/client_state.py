@@ -8,13 +8,24 @@ from __future__ import annotations
 
 import hashlib
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from fedgpt.core.files import replacing
 from fedgpt.local.optimizer import Moments
+
+
+@dataclass(frozen=True)
+class ClientState:
+    """What a client's next job goes on from."""
+
+    moments: Moments | None = None  # of AdamW, where they are kept
+    residual: np.ndarray | None = None  # (parameters,) float32 that compression left out, where it is fed back
 
 
 class ClientStore:
@@ -23,23 +34,30 @@ class ClientStore:
     def __init__(self, root: str | Path, run: str, client: str):
         self.folder = Path(root) / safe_name(run) / safe_name(client)
 
-    def load(self, task: int) -> Moments | None:
-        """Moments as they were after `task`; None where there are none (a first job, or a lost file)."""
+    def load(self, task: int) -> ClientState | None:
+        """The state as it was after `task`; None where there is none (a first job, or a lost file)."""
         path = self._path(task)
         if task < 0 or not path.exists():
             return None
         try:
             with safe_open(path, framework="pt") as stored:
-                steps = int(stored.metadata()["steps"])
-                return Moments(stored.get_tensor("first"), stored.get_tensor("second"), steps)
+                names, steps = set(stored.keys()), int(stored.metadata()["steps"])
+                tensors = {name: stored.get_tensor(name) for name in names}
         except (SafetensorError, KeyError, ValueError, TypeError):
             return None  # damaged is as good as lost: the caller reports it
+        moments = Moments(tensors["first"], tensors["second"], steps) if {"first", "second"} <= names else None
+        return ClientState(moments, tensors["residual"].numpy() if "residual" in names else None)
 
-    def save(self, task: int, moments: Moments) -> None:
+    def save(self, task: int, state: ClientState) -> None:
         """Write the state after `task`; whole or absent, though not forced to the disk (a power cut may lose it)."""
-        tensors = {"first": moments.first.cpu(), "second": moments.second.cpu()}
+        tensors, steps = {}, 0
+        if state.moments is not None:
+            tensors |= {"first": state.moments.first.cpu(), "second": state.moments.second.cpu()}
+            steps = state.moments.steps
+        if state.residual is not None:
+            tensors["residual"] = torch.from_numpy(state.residual)
         with replacing(self._path(task), durable=False) as temporary:
-            save_file(tensors, temporary, metadata={"steps": str(moments.steps)})
+            save_file(tensors, temporary, metadata={"steps": str(steps)})
 
     def keep(self, tasks: set[int]) -> None:
         """Delete the state of every other task."""

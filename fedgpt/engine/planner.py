@@ -42,6 +42,7 @@ class Planner:
             numbers=numbers,
             state=accepted,
             keep=tuple(sorted({accepted, *restorable} - {-1})),
+            downlink=self.options.update.downlink,
             seconds=0.0 if self.fleet is None else steps * self.fleet.step_seconds(client),
         )
         return Job(client, task, state.version, state.params, plan, now)

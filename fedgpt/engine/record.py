@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from fedgpt.core.messages import Job, Update
-from fedgpt.engine.checkpoint import Ledgers, Snapshot
+from fedgpt.core.messages import Job, ServerState, Update
+from fedgpt.engine.checkpoint import Ledgers
 
 
 def first_record() -> dict[str, Any]:
@@ -50,13 +50,12 @@ def clients_record(accepted: Sequence[Update], ledgers: Ledgers, seconds: float)
 
 
 def summary(
-    records: Sequence[Mapping[str, Any]], snapshot: Snapshot, wall: float, virtual: float | None
+    records: Sequence[Mapping[str, Any]], state: ServerState, ledgers: Ledgers, wall: float, virtual: float | None
 ) -> dict[str, Any]:
     """The machine-readable end of a run."""
     score = [{k: r[k] for k in ("version", "loss", "perplexity", "bits_per_byte")} for r in records if "loss" in r]
-    ledgers, params = snapshot.ledgers, snapshot.state.params
     return {
-        "versions": snapshot.state.version,
+        "versions": state.version,
         "tokens": ledgers.tokens_done,
         "wall_seconds": round(wall, 3),
         "virtual_seconds": virtual,
@@ -65,7 +64,7 @@ def summary(
         "initial": score[0],
         "final": score[-1],
         "best": min(score, key=lambda s: s["loss"]),
-        "weights_sha256": weights_digest(params),
+        "weights_sha256": weights_digest(state.params),
         "rejected": ledgers.rejected,
         "epsilon": None,
         "delta": None,

@@ -25,7 +25,9 @@ from fedgpt.engine.record import clients_record, summary, updates_record
 from fedgpt.engine.run_folder import RunFolder
 from fedgpt.engine.stage import Evaluator, Stage
 from fedgpt.engine.transport import Transport
+from fedgpt.update.blockwise import bf16_rounded
 from fedgpt.update.codec import Expected, decode
+from fedgpt.update.compress import compressor_of
 
 Observer = Callable[[str, dict[str, Any]], None]
 RootTrainer = Callable[[Job], Update]
@@ -59,11 +61,12 @@ class Server:
         self.clients: list[str] = []
         self._began, self._wall_began = transport.now(), time.monotonic()
         self._earlier_seconds, self._earlier_wall = self.ledgers.seconds, self.ledgers.wall_seconds
+        self.compressor = compressor_of(options.update)
         self.planner = Planner(options, fleet, strategy.switches)
         self.diagnostics = Diagnostics(self.state.params.size, snapshot.extra)
         self.flight = InFlight()
         self._arrived: deque[Reply] = deque()
-        self._sum: ExactSum | None = None
+        self._sum = ExactSum(self.state.params.size, bound=1.0, count=1)  # untouched memory, if no rule adds to it
 
     # ---- the loop
 
@@ -82,8 +85,7 @@ class Server:
             self.stage.wait()
             self._save()
             virtual = self._seconds() if self.transport.virtual else None
-            final = Snapshot(self.state, self.ledgers)
-            return summary(self.folder.metrics.read(), final, self._wall_seconds(), virtual)
+            return summary(self.folder.metrics.read(), self.state, self.ledgers, self._wall_seconds(), virtual)
         except KeyboardInterrupt:
             self._save()
             raise Interrupted(str(self.folder.path)) from None
@@ -127,15 +129,15 @@ class Server:
         self._accepted: list[Update] = []  # without their vectors
         self._rejections: Counter[str] = Counter()
         self._version_began = self.transport.now()
+        self._start = self.state  # as clients get it
+        if self.options.update.downlink == "bf16":
+            self._start = replace(self.state, params=bf16_rounded(self.state.params))
         self.norm_limit = NORM_LIMIT * max(1.0, float(np.linalg.norm(self.state.params)))
         if self.strategy.linear:
             most = self.pace.most(len(self.clients)) + len(self.flight)
             whole = Update("", 0, self.state.version, self.state.params, self.planner.job_tokens)
             limits = (self.norm_limit, most, self.strategy.weight(whole, 0))  # no update can weigh more
-            if self._sum is None:
-                self._sum = ExactSum(self.state.params.size, *limits)
-            else:
-                self._sum.reset(*limits)
+            self._sum.reset(*limits)
 
     def _progress(self) -> Progress:
         now = self.transport.now()
@@ -160,7 +162,7 @@ class Server:
         pacing, now = self.pace.pacing(len(self.clients)), self.transport.now()
         numbers = self.strategy.client_numbers()
         self._count(dispatched=len(chosen))
-        self._send([self.planner.job(c, self.state, self.ledgers, pacing, numbers, now) for c in chosen])
+        self._send([self.planner.job(c, self._start, self.ledgers, pacing, numbers, now) for c in chosen])
 
     def _send(self, jobs: list[Job]) -> None:
         if not jobs:
@@ -210,7 +212,7 @@ class Server:
             tokens = job.plan.steps * self.planner.step_tokens
             expected = Expected(
                 self.ledgers.run, reply.client, reply.task, job.version,
-                self.state.params.size, tokens, self.norm_limit,
+                self.state.params.size, tokens, self.norm_limit, self.compressor,
             )  # fmt: skip
             self._accept(decode(reply, expected), job, reply.seconds)
             if not self.pace.carries:
@@ -235,7 +237,6 @@ class Server:
             raise UpdateRejected("stale", f"{staleness} versions old, pace.max_staleness={most}")
         weight = self.strategy.weight(update, staleness)
         if self.strategy.linear:
-            assert self._sum is not None, "the sum is made when a version begins"
             self._sum.add(update.delta, weight)
         else:
             self._updates.append(replace(update, base=job.params) if self.strategy.needs_base else update)
@@ -310,7 +311,6 @@ class Server:
         """The next state: D is the exact weighted sum over its divisor, or what a combining rule makes of it."""
         state = self.state
         if self.strategy.linear:
-            assert self._sum is not None, "the sum is made when a version begins"
             pacing = self.pace.pacing(len(self.clients))
             divisor = self.strategy.divisor(self._weights, pacing) if self._weights else 1.0
             return self.strategy.step(self._sum.mean(divisor), state)

@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 
 from fedgpt.core.errors import FedGPTError
 from fedgpt.core.messages import ClientInfo, Job, Reply
-from fedgpt.flower.messages import job_bytes, job_content, read_info, read_reply, vector_record
+from fedgpt.flower.messages import job_bytes, job_content, params_record, read_info, read_reply
 
 POLL_SECONDS = 0.05  # for grids that cannot wait; Flower's own send_and_receive sleeps 3 s
 log = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ class GridTransport:
         messages = []
         for job in jobs:
             if self._broadcast is None or self._broadcast[0] is not job.params:
-                self._broadcast = (job.params, vector_record(job.params))
+                self._broadcast = (job.params, params_record(job))
             content = job_content(job, self._broadcast[1])
             messages.append(Message(content, self._nodes[job.client], MessageType.TRAIN, ttl=self.ttl))
         for job, message_id in zip(jobs, self.grid.push_messages(messages), strict=True):

@@ -10,6 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 
 from fedgpt.core.messages import ClientInfo, Job, Plan, Reply
 from fedgpt.flower.shared import array_record
+from fedgpt.update.blockwise import BF16
 
 ARRAY = "flat"  # the one array of an ArrayRecord
 
@@ -24,9 +25,15 @@ def job_content(job: Job, params: ArrayRecord) -> RecordDict:
     return RecordDict({"params": params, "job": ConfigRecord({"json": _job_json(job)})})
 
 
+def params_record(job: Job) -> ArrayRecord:
+    """The vector of a job on its way to clients; shared by all jobs of one version."""
+    return vector_record(BF16().encode(job.params) if job.plan.downlink == "bf16" else job.params)
+
+
 def job_bytes(job: Job) -> int:
     """Size of what a job puts on the wire: the vector and its JSON."""
-    return job.params.nbytes + len(_job_json(job))
+    half = job.plan.downlink == "bf16"
+    return job.params.nbytes // (2 if half else 1) + len(_job_json(job))
 
 
 def read_job(message: Message) -> Job:
@@ -35,6 +42,8 @@ def read_job(message: Message) -> Job:
     plan = about.pop("plan")
     plan["keep"] = tuple(plan["keep"])
     params = _vector(message.content, "params")
+    if plan["downlink"] == "bf16":
+        params = BF16().decode(params, params.size // 2)
     return Job(**about, params=params, plan=Plan(**plan))
 
 

@@ -58,6 +58,12 @@ class BF16:
         return values
 
 
+def bf16_rounded(values: np.ndarray) -> np.ndarray:
+    """(n,) float32 rounded to bfloat16, as float32."""
+    codec = BF16()
+    return codec.decode(codec.encode(values), values.size)
+
+
 def round_bf16(values: np.ndarray) -> np.ndarray:
     """Nearest bfloat16, ties to even, as uint16 bits of the same shape; NaN and infinities become NaN."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)

@@ -1,4 +1,4 @@
-"""An update on the wire: one flat array and a JSON header with its digest.
+"""An update on the wire: one array, compressed or not, and a JSON header with its digest.
 
 `decode` is the only door into aggregation: it returns a valid Update or raises UpdateRejected with a reason code.
 Nothing that a client sends sizes a buffer or slices an array here; the checks run cheapest first.
@@ -15,8 +15,10 @@ import numpy as np
 
 from fedgpt.core.errors import UpdateRejected
 from fedgpt.core.messages import Reply, Update
+from fedgpt.update.compress import Compressor, Plain
 
-FORMAT = 1
+FORMAT = 2
+PLAIN = Plain()
 REASONS = (
     "client_error", "no_reply", "unknown_task", "duplicate", "late", "stale", "wrong_sender", "wrong_run",
     "bad_encoding", "size_mismatch", "wrong_dtype", "wrong_shape", "digest_mismatch", "non_finite", "norm_limit",
@@ -35,10 +37,12 @@ class Expected:
     size: int  # parameters
     tokens: int  # tokens of the job: more cannot have been trained
     norm_limit: float  # of the delta, frozen at the start of the version
+    compressor: Compressor = PLAIN
 
 
-def encode(run: str, update: Update) -> tuple[str, np.ndarray]:
-    """(header, array) of an update; the array is sent as it is, float32."""
+def encode(run: str, update: Update, compressor: Compressor = PLAIN) -> tuple[str, np.ndarray]:
+    """(header, array) of an update: its float32 delta as it is, or the uint8 payload of a codec."""
+    payload = update.delta if isinstance(compressor, Plain) else compressor.encode(update.delta)
     header = {
         "format": FORMAT,
         "run": run,
@@ -46,11 +50,12 @@ def encode(run: str, update: Update) -> tuple[str, np.ndarray]:
         "task": update.task,
         "version": update.version,
         "size": int(update.delta.size),
-        "sha256": digest(update.delta),
+        "compress": compressor.name,
+        "sha256": digest(payload),
         "tokens": update.tokens,
         "metrics": update.metrics,
     }
-    return json.dumps(header), update.delta
+    return json.dumps(header), payload
 
 
 def digest(array: np.ndarray) -> str:
@@ -79,21 +84,30 @@ def _decode(reply: Reply, expected: Expected) -> Update:
     _same(header, "task", expected.task, "unknown_task")
     _same(header, "version", expected.version, "late")
     _same(header, "size", expected.size, "size_mismatch")
-    array = reply.payload
-    if not isinstance(array, np.ndarray):
-        raise UpdateRejected("bad_encoding", f"payload is {type(array).__name__}, not an array")
-    if array.dtype != np.dtype("<f4"):
-        raise UpdateRejected("wrong_dtype", f"{array.dtype.str}, expected <f4")
-    if array.shape != (expected.size,):
-        raise UpdateRejected("wrong_shape", f"{array.shape}, expected ({expected.size},)")
-    if digest(array) != header.get("sha256"):
-        raise UpdateRejected("digest_mismatch")
+    _same(header, "compress", expected.compressor.name, "bad_encoding")
+    array = _array(reply.payload, header, expected)
     tokens = header.get("tokens")
     if type(tokens) is not int or not 0 < tokens <= expected.tokens:
         raise UpdateRejected("bad_num_tokens", f"{tokens!r:.40}, expected 1 to {expected.tokens}")
     metrics = _metrics(header.get("metrics"))
     metrics["update_norm"] = _checked_norm(array, expected.norm_limit)
     return Update(expected.client, expected.task, expected.version, array, tokens, metrics)
+
+
+def _array(payload: object, header: dict[str, object], expected: Expected) -> np.ndarray:
+    """(size,) float32 from a payload whose type, shape and digest are as announced."""
+    plain = isinstance(expected.compressor, Plain)
+    dtype = np.dtype("<f4") if plain else np.dtype(np.uint8)
+    shape = (expected.size if plain else expected.compressor.most_bytes(expected.size),)
+    if not isinstance(payload, np.ndarray):
+        raise UpdateRejected("bad_encoding", f"payload is {type(payload).__name__}, not an array")
+    if payload.dtype != dtype:
+        raise UpdateRejected("wrong_dtype", f"{payload.dtype.str}, expected {dtype.str}")
+    if payload.shape != shape:
+        raise UpdateRejected("wrong_shape", f"{payload.shape}, expected {shape}")
+    if digest(payload) != header.get("sha256"):
+        raise UpdateRejected("digest_mismatch")
+    return payload if plain else expected.compressor.decode(payload, expected.size)
 
 
 def _same(header: dict[str, object], key: str, value: object, code: str) -> None:

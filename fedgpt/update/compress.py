@@ -13,12 +13,14 @@ quantising a second time changes nothing, so that a delta that was decoded can b
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import ClassVar, Protocol
 
 import numpy as np
 
 from fedgpt.core.errors import ConfigError, nearest
+from fedgpt.core.options import UpdateOptions
 from fedgpt.update.blockwise import BF16, E3M0, Int4, Int8, received, refuse_non_finite
 from fedgpt.update.sparse import SparseLoCo, TopK
 
@@ -65,6 +67,26 @@ class Plain:
 COMPRESSORS: dict[str, type[Compressor]] = {
     codec.name: codec for codec in (Plain, BF16, Int8, Int4, E3M0, TopK, SparseLoCo)
 }
+
+
+def compressor_of(options: UpdateOptions) -> Compressor:
+    """The codec of a run, or ConfigError."""
+    chosen = {name: getattr(options, name) for name in ("block", "density")}
+    return make_compressor(options.compress, **{name: value for name, value in chosen.items() if value is not None})
+
+
+def update_problems(options: UpdateOptions) -> Iterator[str]:
+    """What is wrong with `update.*`."""
+    try:
+        compressor_of(options)
+    except ConfigError as error:
+        yield from error.problems
+    if options.compress == "none" and options.error_feedback:
+        yield "update.error_feedback=true: nothing is left out by update.compress=none; choose a codec or leave it out"
+    if not 0 < options.decay <= 1:
+        yield f"update.decay={options.decay}: must be above 0 and at most 1 (1 = nothing is ever lost)"
+    if options.downlink not in ("fp32", "bf16"):
+        yield f"update.downlink={options.downlink}: must be fp32 or bf16"
 
 
 def make_compressor(name: str, **options: object) -> Compressor:

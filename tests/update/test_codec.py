@@ -56,7 +56,8 @@ def test_negative_zero_and_denormals_are_values_like_others():
         ({"size": 10**13}, "size_mismatch"),
         ({"sha256": "0" * 64}, "digest_mismatch"),
         ({"sha256": None}, "digest_mismatch"),
-        ({"format": 2}, "bad_encoding"),
+        ({"format": 1}, "bad_encoding"),
+        ({"compress": "int8"}, "bad_encoding"),
         *[({"tokens": t}, "bad_num_tokens") for t in (0, -1, 101, 1e12, 5.0, "5", [5], None, True, float("nan"))],
         *[
             ({"metrics": m}, "bad_metric")

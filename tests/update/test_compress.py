@@ -28,7 +28,7 @@ FAMILY = [
 ]
 INTEGER = [codec for codec in FAMILY if codec.name in ("int8", "int4")]
 every_codec = pytest.mark.parametrize("codec", FAMILY, ids=repr)
-quickly = settings(max_examples=60, deadline=None)
+quickly = settings(max_examples=40, deadline=None)
 
 SIZES = [0, 1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 129, 255, 256, 257, 1023, 1025, 4095, 4096, 4097, 5000, 8192 + 65]
 KINDS = ("gaussian", "heavy", "any bits", "denormal", "huge", "zeros", "spike", "ties", "few")
@@ -168,7 +168,7 @@ def test_integers_are_off_by_half_a_scale_at_most(codec, delta):
     for where in blocks(codec, delta):
         x = delta[where].astype(np.float64)
         scale = max(abs(x).max() / codec.top, 2.0**-126)
-        assert abs(x - once[where]).max() <= scale / 2 * (1 + 1e-5)
+        assert abs(x - once[where]).max() <= scale / 2 * (1 + 2.0**-14)  # the quotient is a float32
 
 
 @given(codec=st.sampled_from([c for c in FAMILY if c.name == "e3m0"]), data=st.data())
@@ -245,13 +245,13 @@ def test_sparse_loco_is_two_means_of_the_head_of_each_chunk(delta):
 @pytest.mark.parametrize("reach", [1 << 16, (1 << 17) + 5, 1 << 19])
 def test_topk_finds_the_largest_wherever_its_sample_misleads(reach):
     rng = np.random.default_rng(0)
-    for x in (
+    for numbers in (
         np.sort(rng.standard_normal(reach)),
         np.where(np.arange(reach) % (reach >> 16) == 0, 5, rng.random(reach)),  # all that is sampled is large
         np.where(np.arange(reach) % (reach >> 16) == 0, 0, rng.random(reach)),
         rng.integers(0, 3, reach),
     ):
-        x = x.astype(np.float32)
+        x = numbers.astype(np.float32)
         expected = np.zeros_like(x)
         head = np.argsort(-abs(x), kind="stable")[: round(reach / 64)]
         expected[head] = x[head]
@@ -299,7 +299,7 @@ def test_bytes_may_lie_anywhere(codec):
 
 def code_of(codec: Compressor, payload: object, size: int) -> str:
     with pytest.raises(UpdateRejected) as caught:
-        codec.decode(payload, size)  # pyright: ignore[reportArgumentType]
+        codec.decode(payload, size)
     assert caught.value.code in REASONS
     return caught.value.code
 
@@ -312,7 +312,7 @@ def test_only_bytes_of_the_exact_length_are_read(codec):
     assert code_of(codec, good.tolist(), 1000) == "bad_encoding"
     for other in (good.view(np.int8), good.astype(np.float32), np.array([object()] * good.size), good.astype("U3")):
         assert code_of(codec, other, 1000) == "wrong_dtype"
-    for other in (good[None], good[:, None], np.uint8(3) + np.zeros((), np.uint8)[()] * good[:0].reshape(0, 1)):
+    for other in (good[None], good[:, None], np.zeros((), np.uint8)):
         assert code_of(codec, other, 1000) == "wrong_shape"
     for other in (good[:-1], good[:0], np.append(good, np.uint8(0)), np.zeros(10**6, np.uint8)):
         assert code_of(codec, other, 1000) == "size_mismatch"
@@ -353,7 +353,7 @@ def test_a_mutant_is_refused_or_finite(codec):
                 continue
             assert bad.size == good.size
             assert values.shape == (size,) and values.dtype == np.float32 and np.isfinite(values).all()
-            np.testing.assert_array_equal(through(codec, values).shape, values.shape)
+            assert through(codec, values).shape == (size,)
             taken += 1
     assert taken, "values may change without harm: that is the digest's business"
 
