@@ -139,6 +139,13 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
         except subprocess.TimeoutExpired:
             continue
     process.wait()
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:  # the others of the group are not our children: nobody else waits for them
+        try:
+            os.killpg(process.pid, 0)
+        except (ProcessLookupError, PermissionError):
+            return
+        time.sleep(0.02)
 
 
 def _wait_healthy(port: int, home: Path, seconds: float = 60) -> None:
