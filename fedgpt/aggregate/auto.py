@@ -8,8 +8,8 @@ first job has a fifth of the steps: the first round is there to learn speeds, an
     cohort -> buffer   gain >= `gain`, at any arrival: the sooner, the less is waited
     buffer -> cohort   gain < `back` (the clients have become alike), or staleness does harm:
                        the smoothed correlation of a server step with the one before is below `correlation` (steps take
-                       each other back), or the mean norm of the updates is above `growth` times its smoothed value;
-                       after harm the run stays synchronous for `rest` versions.
+                       each other back), or the mean norm of the updates, per token and learning rate, is above
+                       `growth` times its smoothed value; after harm the run stays synchronous for `rest` versions.
 """
 
 from __future__ import annotations
@@ -77,14 +77,16 @@ class Auto(DeltaSGD):
         return Choice("buffer", memory=memory)
 
     def _smoothed(self, observed: Observed, state: ServerState) -> tuple[float, float, float]:
-        """(correlation, update norm, how many times its old value the norm is), from the newest version's record."""
+        """(correlation, usual update norm, how many times that the norm is), from the newest version's record."""
         correlation = float(state.memory.get("auto_correlation", 0.0))
         usual = float(state.memory.get("auto_norm", 0.0))
-        lag, norm = observed.record.get("step_correlation"), observed.record.get("update_norm")
-        if lag is not None:
-            correlation = SMOOTH * correlation + (1 - SMOOTH) * lag
-        if norm is None:
+        record = observed.record
+        if record.get("step_correlation") is not None:
+            correlation = SMOOTH * correlation + (1 - SMOOTH) * record["step_correlation"]
+        if not record.get("update_norm"):
             return correlation, usual, 1.0
+        # an AdamW step is as long as the learning rate says: warm-up and shorter jobs are no divergence
+        norm = record["update_norm"] / ((record.get("lr") or 1.0) * (record.get("update_tokens") or 1.0))
         growth = norm / usual if usual > 0 else 1.0
         return correlation, SMOOTH * usual + (1 - SMOOTH) * norm if usual > 0 else norm, growth
 

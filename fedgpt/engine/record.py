@@ -19,8 +19,8 @@ def first_record() -> dict[str, Any]:
     return {
         "version": 0, "tokens": 0, "wall_seconds": 0.0, "virtual_seconds": None, "bytes_up": 0, "bytes_down": 0,
         "accepted": 0, "rejected": {}, "staleness": {}, "train_loss": None, "lr": None, "update_norm": None,
-        "step_norm": 0.0, "cosine": None, "step_correlation": None, "mean_weight": None, "in_flight": 0, "bases": 0,
-        "state_lost": 0, "tokens_by_client": {}, "idle_share": {},
+        "update_tokens": None, "step_norm": 0.0, "cosine": None, "step_correlation": None, "mean_weight": None,
+        "in_flight": 0, "bases": 0, "state_lost": 0, "tokens_by_client": {}, "idle_share": {},
     }  # fmt: skip
 
 
@@ -35,6 +35,7 @@ def updates_record(
         "rejected": dict(rejected),
         "staleness": {str(tau): count for tau, count in sorted(staleness.items())},
         **{name: _mean(accepted, name) for name in ("train_loss", "lr", "update_norm")},
+        "update_tokens": sum(update.tokens for update in accepted) / len(accepted) if accepted else None,
         "mean_weight": math.fsum(weights) / len(weights) if weights else None,
         "in_flight": len(jobs),
         "bases": len({job.version for job in jobs}),
