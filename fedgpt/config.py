@@ -29,6 +29,7 @@ from fedgpt.data.tokenizer import tokenizer_problems
 from fedgpt.engine import attack, fleet
 from fedgpt.engine.pace import make_pace, pace_problems
 from fedgpt.model.shape import check_model
+from fedgpt.update.compress import update_problems
 
 PACKAGE = Path(__file__).parent
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
@@ -116,6 +117,8 @@ def to_options(cfg: DictConfig) -> RunOptions:
         raise ConfigError(problems)
     options.run_dir = str(Path(options.run_dir).expanduser().resolve())
     options.cache_dir = str(Path(options.cache_dir).expanduser().resolve())
+    if options.fleet.path:
+        options.fleet.path = str(Path(options.fleet.path).expanduser().resolve())
     if options.corpus.path:
         options.corpus.path = str(Path(options.corpus.path).expanduser().resolve())
     return options
@@ -287,9 +290,9 @@ def _problems(o: RunOptions) -> Iterator[str]:
         yield "corpus.public=0: tokenizer=bpe is trained on the public part; raise it or take tokenizer=bytes"
     if o.local.min_lr > o.local.lr > 0:
         yield f"local.min_lr={o.local.min_lr}: must not be above local.lr={o.local.lr}; lower it"
-    yield from pace_problems(o.pace)
     yield from fleet.fleet_problems(o)
     yield from attack.attack_problems(o)
+    yield from update_problems(o.update)
     if o.resume is not None:
         yield f"resume={o.resume}: stands alone (fedgpt run resume=<folder>); the folder holds its own options"
     try:
@@ -297,6 +300,7 @@ def _problems(o: RunOptions) -> Iterator[str]:
     except ConfigError as error:
         yield from error.problems
     else:
+        yield from pace_problems(o.pace, getattr(strategy, "switches", False))
         yield from _pacing_problems(o, strategy)
 
 

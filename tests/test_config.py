@@ -82,6 +82,13 @@ def test_everything_wrong_is_in_one_list():
 @pytest.mark.parametrize(
     "overrides, part",
     [
+        (["update.downlink=fp16"], "update.downlink=fp16: must be fp32 or bf16"),
+        (["update.decay=7"], "update.decay=7"),
+        (["update.error_feedback=true"], "update.error_feedback=true"),
+        (["update=int8", "update.block=7"], "update.block=7"),
+        (["update=int8", "update.density=0.5"], "update.density=0.5: no option of update.compress=int8"),
+        (["strategy=auto", "pace.rate=0.5"], "pace.rate=0.5: the pacing may change"),
+        (["pace.goal=2", "pace.minimum=3"], "pace.minimum=3"),
         (["strategy.bta=1"], "strategy.bta=1: no option 'strategy.bta'"),
         (["+strategy.bta=1"], "strategy.bta=1: the options of FedAvg are eta"),
         (["strategy.eta=-1"], "strategy.eta=-1"),

@@ -44,6 +44,8 @@ class DelayedNesterov(Strategy):
                 f"pace.goal={pacing.goal}: strategy=delayed_nesterov counts single arrivals and allows pace.goal=1 "
                 "only; set it, or take strategy=fedbuff"
             )
+        if pacing.grace:
+            yield "pace.grace: strategy=delayed_nesterov counts single arrivals; leave it out, or take strategy=fedbuff"
         if self.period < pacing.clients:
             yield (
                 f"strategy.period={self.period} must be at least pace.clients, {pacing.clients}: with less the "

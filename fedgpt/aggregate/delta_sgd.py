@@ -36,8 +36,8 @@ class DeltaSGD(Discount, Strategy):
         return self.discount(staleness)
 
     def divisor(self, weights: Sequence[float], pacing: Pacing) -> float:
-        """k."""
-        return float(pacing.clients)
+        """k; in a cohort that closes at a goal, the goal."""
+        return float(pacing.goal if pacing.name == "cohort" else pacing.clients)
 
     def step(self, d: np.ndarray, state: ServerState) -> ServerState:
         """theta - eta D."""

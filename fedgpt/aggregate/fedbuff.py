@@ -1,7 +1,7 @@
 """FedBuff (Nguyen et al. 2021, arXiv 2106.06639): a server step for every K buffered updates.
 
 theta <- theta - eta (1 / K) sum_i s(tau_i) D_i, K = pace.goal: delta-SGD but for the divisor, which is K, not the sum
-of s: a stale buffer takes a smaller step, and so does one that a timer closed early.
+of s: a stale buffer takes a smaller step.
 """
 
 from __future__ import annotations
@@ -24,5 +24,5 @@ class FedBuff(DeltaSGD):
     staleness: str = "polynomial"  # constant, polynomial or hinge
 
     def divisor(self, weights: Sequence[float], pacing: Pacing) -> float:
-        """K."""
-        return float(pacing.goal)
+        """K, or as many as there are, where a grace let more of them in."""
+        return float(max(pacing.goal, len(weights)))

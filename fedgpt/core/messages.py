@@ -70,6 +70,7 @@ class Pacing:
     name: str  # cohort, buffer
     clients: int  # that train at the same time: the cohort's size (expected, where coins decide), or jobs in flight
     goal: int  # updates that one server step waits for
+    grace: bool = False  # whether it may take more of them, which come soon after
 
 
 @dataclass(frozen=True)

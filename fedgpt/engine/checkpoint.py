@@ -46,6 +46,12 @@ class Ledgers:
     unsaved: tuple[str, ...] = ()  # what the strategy remembers and no checkpoint holds: such a run cannot resume
     environment: dict[str, Any] = field(default_factory=dict)  # what bit-identity depends on
 
+    def stray(self, client: str, task: int) -> str:
+        """Why a reply that nobody waits for is refused."""
+        if task == self.accepted.get(client):
+            return "duplicate"
+        return "late" if 0 <= task < self.next_task.get(client, 0) else "unknown_task"
+
     def credit(self, client: str, tokens: int, seconds: float) -> None:
         """Note what a client has done for an accepted update."""
         self.trained[client] = self.trained.get(client, 0) + tokens
@@ -94,12 +100,26 @@ class Checkpoints:
         self._writer.shutdown()
 
     def load(self) -> Snapshot | None:
-        """The newest checkpoint whose digest matches; damaged ones are skipped with a warning."""
+        """The newest checkpoint whose digest matches; those that cannot be used are put aside with a warning.
+
+        None where none was ever committed; raises FedGPTError where all that were are damaged.
+        """
+        aside: list[Path] = []
+        damaged: list[str] = []
         for path in sorted(self.folder.glob("version-*.safetensors"), reverse=True):
             try:
-                return self._read(path)
+                snapshot = self._read(path)
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 log.warning("checkpoint %s is damaged (%s); trying the one before", path.name, error)
+                aside.append(path)
+                damaged += [f"{path.name}: {error}"] if _mark(path).exists() else []
+                continue
+            for unusable in aside:  # it must not count as the newest again
+                unusable.rename(unusable.with_suffix(".damaged"))
+            return snapshot
+        if damaged:
+            told = "; ".join(damaged)
+            raise FedGPTError(f"no checkpoint in {self.folder} can be used ({told}); start again with another run_dir")
         return None
 
     def _write(self, snapshot: Snapshot) -> None:

@@ -60,11 +60,11 @@ class ClientStore:
             save_file(tensors, temporary, metadata={"steps": str(steps)})
 
     def keep(self, tasks: set[int]) -> None:
-        """Delete the state of every other task."""
+        """Delete the state of every other task up to the newest of these; a later one is another job's."""
         if not self.folder.exists():
             return
         for path in self.folder.glob("task-*.safetensors"):
-            if int(path.stem.removeprefix("task-")) not in tasks:
+            if int(path.stem.removeprefix("task-")) < max(tasks) and int(path.stem.removeprefix("task-")) not in tasks:
                 path.unlink(missing_ok=True)
 
     def _path(self, task: int) -> Path:

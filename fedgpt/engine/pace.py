@@ -105,7 +105,9 @@ class Cohort:
         return self.options.deadline is not None and progress.seconds >= self.options.deadline
 
     def patience(self, progress: Progress) -> float | None:
-        """Until the deadline or the end of the grace."""
+        """Until the deadline, which runs from the moment the cohort is asked, or the end of the grace."""
+        if not progress.asked:
+            return None
         deadline = self.options.deadline
         left = [] if deadline is None else [deadline - progress.seconds]
         left += _grace_left(progress, self.options)
@@ -120,7 +122,7 @@ class Cohort:
         size = self.most(clients)
         if self.options.rate is not None:
             size = max(1, round(self.options.rate * clients))
-        return Pacing("cohort", size, min(self.options.goal or size, size))
+        return Pacing("cohort", size, min(self.options.goal or size, size), self.options.grace is not None)
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,8 @@ class Buffer:
 
     def pacing(self, clients: int) -> Pacing:
         """Clients in flight and updates per step."""
-        return Pacing("buffer", min(self.options.clients or clients, clients), self.options.goal or 1)
+        size = min(self.options.clients or clients, clients)
+        return Pacing("buffer", size, self.options.goal or 1, self.options.grace is not None)
 
     def _draw(self, number: int, roster: Roster, chosen: Container[str]) -> str | None:
         draw = numpy_generator(self.seed, "refill", number)
@@ -189,8 +192,10 @@ def _grace_left(progress: Progress, options: PaceOptions) -> list[float]:
     return [options.grace - progress.at_goal]
 
 
-def pace_problems(o: PaceOptions) -> Iterator[str]:
-    """Options that contradict each other."""
+def pace_problems(o: PaceOptions, switches: bool = False) -> Iterator[str]:
+    """Options that contradict each other; `switches`: the strategy may change the pacing."""
+    if switches and o.rate is not None:
+        yield f"pace.rate={o.rate}: the pacing may change to buffer, which has no coins; set pace.clients"
     if o.name == "buffer":
         if o.rate is not None:
             yield f"pace.rate={o.rate}: coins choose cohorts; leave it out with pace=buffer"
@@ -201,5 +206,7 @@ def pace_problems(o: PaceOptions) -> Iterator[str]:
         yield f"pace.minimum={o.minimum}: more than the pace.clients={o.clients} that are asked; lower it"
     if o.grace is not None and o.goal is None:
         yield f"pace.grace={o.grace}: runs from the moment the goal is reached; set pace.goal"
-    if o.max_staleness is not None:
+    if o.goal is not None and o.goal < o.minimum:
+        yield f"pace.minimum={o.minimum}: a version closes at pace.goal={o.goal} updates and would stop there; lower it"
+    if o.max_staleness is not None and not switches:
         yield f"pace.max_staleness={o.max_staleness}: updates of a cohort are never stale; leave it out"

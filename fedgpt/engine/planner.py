@@ -28,13 +28,20 @@ class Planner:
         self.job_tokens = local.steps * self.step_tokens  # of a whole job
 
     def job(
-        self, client: str, state: ServerState, ledgers: Ledgers, pacing: Pacing, numbers: dict[str, float], now: float
+        self,
+        client: str,
+        state: ServerState,
+        ledgers: Ledgers,
+        pacing: Pacing,
+        numbers: dict[str, float],
+        now: float,
+        saved: Mapping[str, int],
     ) -> Job:
-        """The client's next job; takes its number."""
+        """The client's next job; takes its number. `saved`: accepted tasks of the newest snapshot."""
         task = ledgers.next_task.get(client, 0)
         ledgers.next_task[client] = task + 1
         accepted = ledgers.accepted.get(client, -1)
-        restorable = {table[client] for table in ledgers.restorable if client in table}
+        restorable = {table[client] for table in (*ledgers.restorable, saved) if client in table}
         steps = self.steps(client, ledgers.speeds)
         plan = Plan(
             **self._schedule(ledgers, pacing),

@@ -72,6 +72,15 @@ def summary(
     }
 
 
+def counted(rejections: Mapping[str, int]) -> str:
+    """Reason codes with their counts, for a message.
+
+    >>> counted({"no_reply": 2, "stale": 1})
+    'no_reply x2, stale x1'
+    """
+    return ", ".join(f"{code} x{count}" for code, count in rejections.items())
+
+
 def weights_digest(params: np.ndarray) -> str:
     """sha256 of the flat float32 vector."""
     return hashlib.sha256(params.tobytes()).hexdigest()

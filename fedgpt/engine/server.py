@@ -21,7 +21,7 @@ from fedgpt.engine.fleet import Fleet
 from fedgpt.engine.flight import InFlight
 from fedgpt.engine.pace import Progress, Roster, make_pace, versions_per_round
 from fedgpt.engine.planner import Planner
-from fedgpt.engine.record import clients_record, summary, updates_record
+from fedgpt.engine.record import clients_record, counted, summary, updates_record
 from fedgpt.engine.run_folder import RunFolder
 from fedgpt.engine.stage import Evaluator, Stage
 from fedgpt.engine.transport import Transport
@@ -54,7 +54,10 @@ class Server:
         self.options, self.strategy, self.transport, self.root, self.fleet = options, strategy, transport, root, fleet
         self.folder, self.observers = folder, observers
         self.state, self.ledgers = snapshot.state, snapshot.ledgers
-        self.snapshot, self._saved = snapshot, -1
+        self.snapshot, self._saved = replace(snapshot, ledgers=snapshot.ledgers.frozen()), -1
+        # an interrupted server saved between its usual checkpoints: what that one needs is kept, too
+        self.ledgers = replace(self.ledgers, restorable=(*self.ledgers.restorable, dict(self.ledgers.accepted)))
+        self._failures = 0  # in a row
         self.pace = make_pace(options.pace, options.seed, self.ledgers.pacing or None)
         self.checkpoints = Checkpoints(folder.checkpoints, options.checkpoint.keep)
         self.stage = Stage(options.evaluate, evaluator, self._publish)
@@ -75,7 +78,7 @@ class Server:
         try:
             self._open()
             while self._part(self.state.version, self.ledgers.tokens_done) < 1:
-                if self.pace.due(self._progress()):
+                if self.pace.due(self._progress()) or len(self._weights) >= self._most:
                     self._advance()
                     continue
                 self._start_jobs()  # after the step: who is done gets the newest model
@@ -86,12 +89,10 @@ class Server:
             self._save()
             virtual = self._seconds() if self.transport.virtual else None
             return summary(self.folder.metrics.read(), self.state, self.ledgers, self._wall_seconds(), virtual)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, StoppedEarly) as stop:
+            self.stage.wait()
             self._save()
-            raise Interrupted(str(self.folder.path)) from None
-        except StoppedEarly:
-            self._save()
-            raise
+            raise Interrupted(str(self.folder.path)) if isinstance(stop, KeyboardInterrupt) else stop from None
         finally:
             self.stage.close()
             self.checkpoints.close()
@@ -133,10 +134,10 @@ class Server:
         if self.options.update.downlink == "bf16":
             self._start = replace(self.state, params=bf16_rounded(self.state.params))
         self.norm_limit = NORM_LIMIT * max(1.0, float(np.linalg.norm(self.state.params)))
+        self._most = self.pace.most(len(self.clients)) + len(self.flight)
         if self.strategy.linear:
-            most = self.pace.most(len(self.clients)) + len(self.flight)
             whole = Update("", 0, self.state.version, self.state.params, self.planner.job_tokens)
-            limits = (self.norm_limit, most, self.strategy.weight(whole, 0))  # no update can weigh more
+            limits = (self.norm_limit, self._most, self.strategy.weight(whole, 0))  # no update can weigh more
             self._sum.reset(*limits)
 
     def _progress(self) -> Progress:
@@ -158,11 +159,12 @@ class Server:
         chosen = self.pace.start(self._progress(), roster)
         if chosen is None:
             return
-        self._asked = True
+        if not self._asked:
+            self._asked, self._version_began = True, self.transport.now()
         pacing, now = self.pace.pacing(len(self.clients)), self.transport.now()
-        numbers = self.strategy.client_numbers()
+        numbers, saved = self.strategy.client_numbers(), self.snapshot.ledgers.accepted
         self._count(dispatched=len(chosen))
-        self._send([self.planner.job(c, self._start, self.ledgers, pacing, numbers, now) for c in chosen])
+        self._send([self.planner.job(c, self._start, self.ledgers, pacing, numbers, now, saved) for c in chosen])
 
     def _send(self, jobs: list[Job]) -> None:
         if not jobs:
@@ -197,8 +199,8 @@ class Server:
     def _give_up(self, keys: list[tuple[str, int]], why: str) -> None:
         for key in keys:
             self.flight.pop(*key)
-            self._failed += 1
             self._reject("no_reply", client=key[0], task=key[1], detail=why)
+            self._fail()
         self.transport.abandon(keys)
 
     def _receive(self, reply: Reply) -> None:
@@ -208,7 +210,7 @@ class Server:
         job = self.flight.pop(*key)
         try:
             if job is None:
-                raise UpdateRejected(self._stray(*key), "not in flight")
+                raise UpdateRejected(self.ledgers.stray(*key), "not in flight")
             tokens = job.plan.steps * self.planner.step_tokens
             expected = Expected(
                 self.ledgers.run, reply.client, reply.task, job.version,
@@ -218,15 +220,9 @@ class Server:
             if not self.pace.carries:
                 self._choose_pacing({})
         except UpdateRejected as rejection:
-            self._failed += job is not None
             self._reject(rejection.code, client=reply.client, task=reply.task, detail=rejection.detail)
-            self._refuse_only_failures()
-
-    def _stray(self, client: str, task: int) -> str:
-        """Why a reply that nobody waits for is refused."""
-        if task == self.ledgers.accepted.get(client):
-            return "duplicate"
-        return "late" if 0 <= task < self.ledgers.next_task.get(client, 0) else "unknown_task"
+            if job is not None:
+                self._fail()
 
     def _accept(self, update: Update, job: Job, seconds: float | None) -> None:
         staleness = self.state.version - update.version
@@ -237,10 +233,14 @@ class Server:
             raise UpdateRejected("stale", f"{staleness} versions old, pace.max_staleness={most}")
         weight = self.strategy.weight(update, staleness)
         if self.strategy.linear:
-            self._sum.add(update.delta, weight)
+            try:
+                self._sum.add(update.delta, weight)
+            except OverflowError as error:  # one element above the norm's limit, which float32's norm let pass
+                raise UpdateRejected("norm_limit", str(error)) from error
         else:
             self._updates.append(replace(update, base=job.params) if self.strategy.needs_base else update)
         self.diagnostics.update(update, self.pace.carries)
+        self._failures = 0
         self._weights.append(weight)
         metrics = {**update.metrics, "staleness": staleness}
         self._accepted.append(replace(update, delta=np.empty(0, np.float32), metrics=metrics))
@@ -253,12 +253,12 @@ class Server:
             staleness=staleness, train_seconds=seconds,
         )  # fmt: skip
 
-    def _refuse_only_failures(self) -> None:
-        """Under pace=buffer a version has no end but its goal: stop where nothing but failures comes."""
+    def _fail(self) -> None:
+        """Count a job that brought nothing; stop where nothing else comes."""
+        self._failed, self._failures = self._failed + 1, self._failures + 1
         pacing = self.pace.pacing(len(self.clients))
-        limit = FAILURES * max(pacing.clients, pacing.goal)
-        if self.pace.carries and not self._weights and self._failed >= limit:
-            raise StoppedEarly(f"{self._failed} jobs in a row failed: {self._reasons()}")
+        if self._failures >= FAILURES * max(pacing.clients, pacing.goal):
+            raise StoppedEarly(f"{self._failures} jobs in a row failed: {self._reasons()}")
 
     def _reject(self, code: str, **about: Any) -> None:
         self._rejections[code] += 1
@@ -282,6 +282,7 @@ class Server:
             raise StoppedEarly(f"version {self.state.version} has NaN or Inf weights; lower strategy.eta or local.lr")
         self._tally(before)
         self._choose_pacing(self.ledgers.record)
+        self._tell("version", **self.ledgers.record)  # before the snapshot: a restart cuts the events after it
         every = self._cadence(self.options.checkpoint.every)
         keep = bool(every and self.state.version % every == 0)
         self._take_snapshot(keep)
@@ -289,7 +290,6 @@ class Server:
             self.stage.wait()  # a checkpoint never runs ahead of metrics.jsonl
             self._save()
         self.stage.finish(dict(self.ledgers.record), self.state.params, **self.ledgers.evaluation)
-        self._tell("version", **self.ledgers.record)
         self._begin_version()
 
     def _choose_pacing(self, record: dict[str, Any]) -> None:
@@ -383,8 +383,7 @@ class Server:
         return self._earlier_wall + time.monotonic() - self._wall_began
 
     def _reasons(self) -> str:
-        counts = ", ".join(f"{code} x{count}" for code, count in self._rejections.items())
-        return f"{counts}; see events.jsonl in {self.folder.path}"
+        return f"{counted(self._rejections)}; see events.jsonl in {self.folder.path}"
 
     def _cadence(self, every: int | None) -> int:
         """Versions between evaluations or checkpoints; by default those that take as many updates as a round."""

@@ -69,6 +69,8 @@ class VirtualTransport:
     def receive(self, timeout: float | None) -> list[Reply]:
         """The next reply; [] where `timeout` seconds pass without one, or a client comes back that was missed."""
         until = math.inf if timeout is None else self._now + timeout
+        if timeout and until == self._now:
+            until = math.nextafter(self._now, math.inf)  # a wait shorter than the clock's last digit must end, too
         if self._someone_is_away:
             until = min(until, self.timing.opening(self._now))
         self._someone_is_away = False
@@ -117,6 +119,7 @@ class VirtualTransport:
             arrives = event.time + trip.per_byte * reply.bytes
             if arrives > trip.leaves:
                 self._trips[key] = replace(trip, lost="went away"), sent
+                del self._computed[key]
                 arrives = trip.leaves
             heapq.heappush(self._events, _Event(arrives, event.order, event.client, event.task, True))
             return None
@@ -129,5 +132,6 @@ class VirtualTransport:
             replies = self.inner.receive(None)
             if not replies:
                 raise FedGPTError(f"the job {key} vanished: no reply and nothing under way")
-            self._computed.update({(reply.client, reply.task): reply for reply in replies})
+            arrived = {(reply.client, reply.task): reply for reply in replies}
+            self._computed.update({known: reply for known, reply in arrived.items() if known in self._trips})
         return self._computed[key]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -33,7 +33,10 @@ def params_record(job: Job) -> ArrayRecord:
 def job_bytes(job: Job) -> int:
     """Size of what a job puts on the wire: the vector and its JSON."""
     half = job.plan.downlink == "bf16"
-    return job.params.nbytes // (2 if half else 1) + len(_job_json(job))
+    told = _job_json(
+        replace(job, plan=replace(job.plan, keep=()))
+    )  # what a restart left to keep is no traffic of the run
+    return job.params.nbytes // (2 if half else 1) + len(told)
 
 
 def read_job(message: Message) -> Job:

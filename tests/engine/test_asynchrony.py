@@ -148,7 +148,7 @@ def test_clients_that_only_fail_stop_the_run(tmp_path):
     def broken(job):
         return [(0.0, Reply(job.client, job.task, error="code 2: no text"))]
 
-    with pytest.raises(StoppedEarly, match="jobs in a row failed: client_error x40"):
+    with pytest.raises(StoppedEarly, match="40 jobs in a row failed: client_error x40"):
         serve(tmp_path, dict.fromkeys("abcd", broken), DeltaSGD(), rounds=10)
 
 
