@@ -18,7 +18,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -128,7 +128,8 @@ def _child(
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM to the group, SIGKILL to what is left of it after five seconds."""
+    """SIGTERM to the group, SIGKILL to what is left of it after five seconds, and to the groups that it had started."""
+    family = _descendants(process.pid)  # Flower's programs start others in sessions of their own
     for sign in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.killpg(process.pid, sign)
@@ -140,12 +141,35 @@ def _end_group(process: subprocess.Popen[bytes]) -> None:
             continue
     process.wait()
     deadline = time.monotonic() + 5
-    while time.monotonic() < deadline:  # the others of the group are not our children: nobody else waits for them
-        try:
-            os.killpg(process.pid, 0)
-        except (ProcessLookupError, PermissionError):
+    while family := [pid for pid in family if _alive(pid)]:
+        if time.monotonic() > deadline:
+            for pid in family:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             return
         time.sleep(0.02)
+
+
+def _descendants(pid: int) -> list[int]:
+    """Ids of all processes that come from `pid`; none where there is no /proc."""
+    parents = {int(path.name): _stat(int(path.name))[1] for path in Path("/proc").glob("[0-9]*")}
+    found = [pid]
+    for parent in found:  # grows as it goes
+        found += [child for child, of in parents.items() if of == parent]
+    return found[1:]
+
+
+def _alive(pid: int) -> bool:
+    return _stat(pid)[0] not in ("", "Z")
+
+
+def _stat(pid: int) -> tuple[str, int]:
+    """(state, parent) of a process; ("", 0) of one that is gone."""
+    try:
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    except OSError:
+        return "", 0
+    return state, int(parent)
 
 
 def _wait_healthy(port: int, home: Path, seconds: float = 60) -> None:
