@@ -67,7 +67,7 @@ def test_ray(tmp_path, env, pool):
     assert not children_of_flower(), "the launcher ends what it started"
 
 
-ASYNCHRONOUS = ["pace=buffer", "strategy=delta_sgd", "rounds=8"]
+ASYNCHRONOUS = ["pace=buffer", "strategy=delta_sgd", "rounds=5"]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def test_asynchronous_runs(runtime, tmp_path, env, virtual_pool):
     summary = run(runtime, tmp_path / "virtual", env, *ASYNCHRONOUS, "clock=virtual", "fleet=published")
     assert_same_run(summary, virtual_pool)
     assert summary["virtual_seconds"] == virtual_pool["virtual_seconds"]
-    assert run(runtime, tmp_path / "real", env, *ASYNCHRONOUS)["versions"] == 8
+    assert run(runtime, tmp_path / "real", env, *ASYNCHRONOUS)["versions"] == 5
     records = [json.loads(line) for line in (tmp_path / "real" / "metrics.jsonl").read_text().splitlines()]
     assert all(record["in_flight"] == 1 for record in records[1:]), "the other one is never waited for"
     assert not children_of_flower()
