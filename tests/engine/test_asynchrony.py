@@ -16,7 +16,6 @@ from fedgpt.aggregate.fedbuff import FedBuff
 from fedgpt.core.errors import FedGPTError, Interrupted, StoppedEarly
 from fedgpt.core.messages import Reply
 from fedgpt.core.options import FleetOptions
-from fedgpt.engine.fleet import PUBLISHED
 
 FOUR = dict.fromkeys("abcd", honest)
 # the note's trace for 10 local steps: (seconds, client, staleness)
@@ -194,10 +193,6 @@ def test_grace_takes_in_who_comes_soon_after(tmp_path):
     fleet = FleetOptions("constant", step_seconds=[1.0, 1.05, 1.1, 3.0])
     run = serve(tmp_path, FOUR, FedBuff(), rounds=5, fleet=fleet, goal=1, grace=1.5)
     assert run.records[1]["accepted"] == 3
-
-
-def test_the_fleet_is_what_its_name_says():
-    assert PUBLISHED == (0.58, 0.75, 1.51, 3.33)
 
 
 def test_virtual_time_orders_ties_by_client(tmp_path):
