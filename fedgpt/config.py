@@ -26,7 +26,7 @@ from fedgpt.core.options import RunOptions
 from fedgpt.data.corpora import corpus_problems
 from fedgpt.data.partition import partition_problems
 from fedgpt.data.tokenizer import tokenizer_problems
-from fedgpt.engine import attack, fleet
+from fedgpt.engine import attack, fleet, trust
 from fedgpt.engine.pace import make_pace, pace_problems
 from fedgpt.model.shape import check_model
 from fedgpt.update.compress import update_problems
@@ -34,6 +34,8 @@ from fedgpt.update.compress import update_problems
 PACKAGE = Path(__file__).parent
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
 TRUSTED = ("fedgpt.aggregate", "flwr.serverapp.strategy")
+
+FREE = ("cache_dir", "run_dir", "runtime.workers")  # where a run computes may change
 
 ConfigStore.instance().store(name="schema", node=RunOptions)
 
@@ -70,6 +72,10 @@ _RANGES: dict[str, tuple[str, Any]] = {
     "fleet.up": ("at least 0 seconds per megabyte", lambda v: v >= 0),
     "fleet.jitter": ("at least 0", lambda v: v >= 0),
     "fleet.dropout": ("from 0 to below 1", lambda v: 0 <= v < 1),
+    "validate.norm": ("at least 1, or 0 (off)", lambda v: v == 0 or 1 <= v < inf),
+    "validate.clip": ("above 0, or 0 (off)", lambda v: 0 <= v < inf),
+    "validate.strikes": ("at least 0 (0 = never)", lambda v: v >= 0),
+    "validate.rest": ("at least 1 round", lambda v: v >= 1),
     "attack.name": (", ".join(attack.NAMES), attack.NAMES.__contains__),
     "attack.clients": ("at least 0", lambda v: v >= 0),
     "attack.strength": ("above 0 and finite", lambda v: 0 < v < inf),
@@ -77,6 +83,8 @@ _RANGES: dict[str, tuple[str, Any]] = {
     "runtime.workers": ("at least 0 (0 = choose)", lambda v: v >= 0),
     "runtime.threads": ("at least 0 (0 = choose)", lambda v: v >= 0),
     "runtime.device": ("auto, cpu or cuda", ("auto", "cpu", "cuda").__contains__),
+    "runtime.watchdog": ("at least 0 seconds (0 = off)", lambda v: 0 <= v < inf),
+    "evaluate.rollback": ("at least 0 (a share of the best loss)", lambda v: v is None or 0 <= v < inf),
     "evaluate.every": ("at least 0 (0 = first and last version)", lambda v: v is None or v >= 0),
     "evaluate.tokens": ("at least 0 (0 = all)", lambda v: v >= 0),
     "evaluate.samples": ("at least 0", lambda v: v >= 0),
@@ -149,14 +157,26 @@ def of_run(folder: Path) -> RunOptions:
     return options
 
 
+def flat_options(options: RunOptions) -> dict[str, Any]:
+    """Dotted option -> value, of everything that a run's result depends on."""
+    flat = _flat(OmegaConf.create(to_yaml(options)))
+    return {key: value for key, value in flat.items() if key not in FREE}
+
+
+def changed_options(before: dict[str, Any], options: RunOptions) -> str:
+    """What differs between the options of a checkpoint and those of now, each as `name: old -> new`."""
+    now = flat_options(options)
+    keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    return ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys)
+
+
 def refuse_another_run(options: RunOptions) -> None:
     """Raise ConfigError, naming the options that differ, where `run_dir` holds a run of another configuration."""
     path = Path(options.run_dir) / "config.yaml"
     if not path.exists():
         return
-    free = ("cache_dir", "run_dir", "runtime.workers")  # where a run computes may change
-    before, now = (_flat(OmegaConf.create(text)) for text in (path.read_text(encoding="utf-8"), to_yaml(options)))
-    differing = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in free)
+    before, now = _flat(OmegaConf.create(path.read_text(encoding="utf-8"))), _flat(OmegaConf.create(to_yaml(options)))
+    differing = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in FREE)
     if differing:
         raise ConfigError(
             f"run_dir={options.run_dir}: holds another run, which differs in {', '.join(differing)}; "
@@ -293,6 +313,9 @@ def _problems(o: RunOptions) -> Iterator[str]:
     yield from fleet.fleet_problems(o)
     yield from attack.attack_problems(o)
     yield from update_problems(o.update)
+    yield from trust.validate_problems(o)
+    if o.checkpoint.journal and o.clock == "virtual":
+        yield "checkpoint.journal=true: clock=virtual repeats a run to the same bits without one; leave it out"
     if o.resume is not None:
         yield f"resume={o.resume}: stands alone (fedgpt run resume=<folder>); the folder holds its own options"
     try:

@@ -127,6 +127,16 @@ class UpdateOptions:
 
 
 @dataclass
+class ValidateOptions:
+    """validate=default|off: what the server thinks of an update before it counts."""
+
+    norm: float = 10.0  # one longer than this many times the running median is rejected; 0 = off
+    clip: float = 0.0  # one longer than this many times the running median is scaled down to that; 0 = off
+    strikes: int = 3  # misses or rejections in a row after which a client is not asked; 0 = never
+    rest: int = 10  # rounds for which it is not
+
+
+@dataclass
 class AttackOptions:
     """attack=none|sign_flip|scale|gaussian: clients that lie, for research on robust rules."""
 
@@ -143,6 +153,7 @@ class RuntimeOptions:
     workers: int = 0  # client processes; 0 = one per core (or one per GPU)
     threads: int = 0  # torch threads of each; 0 = cores / workers
     device: str = "auto"  # auto, cpu, cuda
+    watchdog: float = 3600.0  # seconds after which a job that hangs ends its client process; 0 = off
 
 
 @dataclass
@@ -154,6 +165,7 @@ class EvaluateOptions:
     samples: int = 3  # how many versions get a written sample, first and last included; 0 = none
     sample_tokens: int = 120
     prompt: str | None = None  # what samples continue; null = the corpus' own
+    rollback: float | None = None  # share above the best loss from which the best weights are restored; null = never
 
 
 @dataclass
@@ -162,6 +174,8 @@ class CheckpointOptions:
 
     every: int | None = None  # server versions between checkpoints; null = one round's updates, 0 = only the last
     keep: int = 2  # newest checkpoints kept
+    best: bool = True  # keep the weights with the lowest held-out loss, too
+    journal: bool | None = None  # keep replies on the disk until the next checkpoint; null = where it saves work
 
 
 @dataclass
@@ -186,6 +200,7 @@ class RunOptions:
     pace: PaceOptions = field(default_factory=PaceOptions)
     fleet: FleetOptions = field(default_factory=FleetOptions)
     update: UpdateOptions = field(default_factory=UpdateOptions)
+    validate: ValidateOptions = field(default_factory=ValidateOptions)
     attack: AttackOptions = field(default_factory=AttackOptions)
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
     evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)

@@ -1,9 +1,16 @@
-"""Checkpoints: what a restart finds. Written beside, synced, renamed; the digest file is the commit mark."""
+"""Checkpoints: what a restart finds. Written beside, synced, renamed; the digest file is the commit mark.
+
+checkpoints/version-00000012.safetensors    state, counters, base versions of jobs in flight
+checkpoints/version-00000012.sha256         its digest, written last: the commit
+checkpoints/best.safetensors                the weights with the lowest held-out loss
+checkpoints/starts.json                     how often in a row the newest one was loaded and nothing came of it
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,10 +21,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from fedgpt.core.errors import FedGPTError
+from fedgpt.core.faults import reach
 from fedgpt.core.files import replacing, sha256_of, write_text
 from fedgpt.core.messages import ServerState
 
-FORMAT = 2
+FORMAT = 3
+MOST_STARTS = 3  # from one checkpoint, without a version made: then it is put aside
 log = logging.getLogger(__name__)
 
 
@@ -36,6 +45,9 @@ class Ledgers:
     accepted: dict[str, int] = field(default_factory=dict)  # client -> its last accepted task
     restorable: tuple[dict[str, int], ...] = ()  # `accepted` at the checkpoints a restart could load
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> count
+    norms: tuple[float, ...] = ()  # of the latest accepted updates
+    strikes: dict[str, int] = field(default_factory=dict)  # client -> misses and rejections in a row
+    quarantine: dict[str, int] = field(default_factory=dict)  # client -> version at which it is asked again
     speeds: dict[str, float] = field(default_factory=dict)  # client -> local steps a second, smoothed
     trained: dict[str, int] = field(default_factory=dict)  # client -> tokens
     busy: dict[str, float] = field(default_factory=dict)  # client -> seconds of its accepted jobs
@@ -45,6 +57,7 @@ class Ledgers:
     evaluation: dict[str, bool] = field(default_factory=lambda: {"score": True, "sample": True})  # what it gets
     unsaved: tuple[str, ...] = ()  # what the strategy remembers and no checkpoint holds: such a run cannot resume
     environment: dict[str, Any] = field(default_factory=dict)  # what bit-identity depends on
+    options: dict[str, Any] = field(default_factory=dict)  # the run's, dotted
 
     def stray(self, client: str, task: int) -> str:
         """Why a reply that nobody waits for is refused."""
@@ -73,10 +86,11 @@ class Snapshot:
 
 
 class Checkpoints:
-    """The `checkpoints/` folder of a run: the newest `keep` that are whole."""
+    """The `checkpoints/` folder of a run: the newest `keep` that are whole, and the best weights."""
 
-    def __init__(self, folder: Path, keep: int):
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int, committed: Callable[[int], None] | None = None):
+        """`committed` is called, in the writing thread, with each version that is safely on the disk."""
+        self.folder, self.keep, self._committed = folder, keep, committed
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -105,8 +119,10 @@ class Checkpoints:
         None where none was ever committed; raises FedGPTError where all that were are damaged.
         """
         aside: list[Path] = []
+        tried: Snapshot | None = None  # whole, though starts from it came to nothing
         damaged: list[str] = []
-        for path in sorted(self.folder.glob("version-*.safetensors"), reverse=True):
+        paths = sorted(self.folder.glob("version-*.safetensors"), reverse=True)
+        for path in paths:
             try:
                 snapshot = self._read(path)
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -114,25 +130,81 @@ class Checkpoints:
                 aside.append(path)
                 damaged += [f"{path.name}: {error}"] if _mark(path).exists() else []
                 continue
+            if self._starts(path) >= MOST_STARTS and path is not paths[-1]:
+                log.warning("%d starts from %s came to nothing; trying the one before", MOST_STARTS, path.name)
+                aside.append(path)
+                tried = snapshot
+                continue
             for unusable in aside:  # it must not count as the newest again
                 unusable.rename(unusable.with_suffix(".damaged"))
             return snapshot
+        if tried is not None:
+            return tried
         if damaged:
             told = "; ".join(damaged)
             raise FedGPTError(f"no checkpoint in {self.folder} can be used ({told}); start again with another run_dir")
         return None
+
+    def started(self, version: int) -> None:
+        """Note that a server starts from `version`; `ended` and the next checkpoint take it back."""
+        starts = self._starts(self._path(version)) + 1
+        write_text(self.folder / "starts.json", json.dumps({"version": version, "starts": starts}))
+
+    def ended(self) -> None:
+        """The server has stopped by its own will."""
+        (self.folder / "starts.json").unlink(missing_ok=True)
+
+    def save_best(self, params: np.ndarray, version: int, loss: float) -> None:
+        """Replace the best weights; raises OSError where they cannot be written."""
+        with replacing(self._best) as temporary:
+            about = {"version": version, "loss": loss}
+            save_file({"params": params}, temporary, metadata={"fedgpt": json.dumps(about)})
+
+    def best_version(self) -> int | None:
+        """Which version the best weights are of; None where there are none, or none that can be read."""
+        try:
+            with safe_open(self._best, framework="numpy") as stored:
+                return int(json.loads(stored.metadata()["fedgpt"])["version"])
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+            return None
+
+    def forget_best(self) -> None:
+        """Delete the best weights."""
+        self._best.unlink(missing_ok=True)
+
+    @property
+    def _best(self) -> Path:
+        return self.folder / "best.safetensors"
+
+    def _path(self, version: int) -> Path:
+        return self.folder / f"version-{version:08d}.safetensors"
+
+    def _starts(self, path: Path) -> int:
+        try:
+            told = json.loads((self.folder / "starts.json").read_text())
+            return int(told["starts"]) if self._path(told["version"]) == path else 0
+        except (OSError, ValueError, KeyError, TypeError):
+            return 0
 
     def _write(self, snapshot: Snapshot) -> None:
         state = snapshot.state
         memory = {f"memory/{name}": array for name, array in state.memory.items()}
         tensors = {"params": state.params, **memory, **{f"extra/{n}": a for n, a in snapshot.extra.items()}}
         about = {"format": FORMAT, "version": state.version, **vars(snapshot.ledgers)}
-        path = self.folder / f"version-{state.version:08d}.safetensors"
+        path = self._path(state.version)
+        reach("checkpoint.begin")
         with replacing(path) as temporary:
             # one metadata key: safetensors keeps several in no fixed order, and equal states shall be equal files
             tensors = {name: np.require(array, requirements="C") for name, array in tensors.items()}
             save_file(tensors, temporary, metadata={"fedgpt": json.dumps(about)})
+            reach("checkpoint.written")
+        reach("checkpoint.renamed")
         write_text(_mark(path), sha256_of(path) + "\n")
+        reach("checkpoint.committed")
+        if self._starts(path) == 0:  # another version than the one that was started from
+            self.ended()
+        if self._committed is not None:
+            self._committed(state.version)
         for old in sorted(self.folder.glob("version-*.safetensors"))[: -self.keep]:
             _mark(old).unlink(missing_ok=True)
             old.unlink()
@@ -151,7 +223,7 @@ class Checkpoints:
             {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
             for prefix in ("memory/", "extra/")
         )
-        about |= {name: tuple(about[name]) for name in ("restorable", "unsaved", "in_flight")}
+        about |= {name: tuple(about[name]) for name in ("restorable", "unsaved", "in_flight", "norms")}
         state = ServerState(arrays["params"], about.pop("version"), memory)
         return Snapshot(state, Ledgers(**about), extra)
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import faulthandler
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
 
 from fedgpt.core.device import choose_compute
+from fedgpt.core.faults import reach
 from fedgpt.core.messages import ClientInfo, Job, Update
 from fedgpt.core.options import RunOptions
 from fedgpt.core.seeds import derive_seed
@@ -65,8 +69,12 @@ class ClientWork:
             raise ValueError(f"the job is for client {job.client!r}, partition {index} is {shard.client!r}")
         began = time.monotonic()
         lies = index < self.options.attack.clients
-        header, payload = self._do(job, job.client, shard.read(self.prepared.tokens), lies)
-        time.sleep(max(0.0, began + job.plan.seconds - time.monotonic()))  # a slow client of a simulated fleet
+        tokens = shard.read(self.prepared.tokens)
+        with watchdog(self.options.runtime.watchdog, job.plan.seconds):
+            reach("client.begin")
+            header, payload = self._do(job, job.client, tokens, lies)
+            time.sleep(max(0.0, began + job.plan.seconds - time.monotonic()))  # a slow client of a simulated fleet
+            reach("client.done")
         return header, payload
 
     def train_root(self, job: Job) -> Update:
@@ -121,3 +129,18 @@ class ClientWork:
             store = ClientStore(self.state_root, job.plan.run, name)
             store.save(job.task, state)
             store.keep({job.task, *job.plan.keep})
+
+
+@contextmanager
+def watchdog(seconds: float, slow: float = 0.0) -> Iterator[None]:
+    """End this process where the block hangs: its stack goes to stderr, the server is told and goes on.
+
+    `slow`: seconds that the job is meant to last. The timer is the interpreter's own thread, which needs no lock that a
+    hanging library could hold.
+    """
+    if seconds:
+        faulthandler.dump_traceback_later(seconds + slow, exit=True)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()

@@ -66,10 +66,10 @@ class Planner:
         )
         return Job("", version, version, state.params, plan)
 
-    def restored(self, about: dict[str, Any], base: np.ndarray, sent: float) -> Job:
+    def restored(self, about: dict[str, Any], base: np.ndarray) -> Job:
         """A job that was in flight at a checkpoint, with the vector it began from."""
         plan = Plan(**{**about["plan"], "keep": tuple(about["plan"]["keep"])})
-        return Job(about["client"], about["task"], about["version"], base, plan, sent)
+        return Job(about["client"], about["task"], about["version"], base, plan, about["sent"])
 
     def steps(self, client: str, speeds: dict[str, float]) -> int:
         """Local steps; under DyLU in proportion to the client's speed: floor(H v_i / max v), at least 1.

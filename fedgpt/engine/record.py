@@ -12,6 +12,7 @@ import numpy as np
 
 from fedgpt.core.messages import Job, ServerState, Update
 from fedgpt.engine.checkpoint import Ledgers
+from fedgpt.engine.intake import Intake
 
 
 def first_record() -> dict[str, Any]:
@@ -20,23 +21,37 @@ def first_record() -> dict[str, Any]:
         "version": 0, "tokens": 0, "wall_seconds": 0.0, "virtual_seconds": None, "bytes_up": 0, "bytes_down": 0,
         "accepted": 0, "rejected": {}, "staleness": {}, "train_loss": None, "lr": None, "update_norm": None,
         "update_tokens": None, "step_norm": 0.0, "cosine": None, "step_correlation": None, "mean_weight": None,
-        "in_flight": 0, "bases": 0, "state_lost": 0, "tokens_by_client": {}, "idle_share": {},
+        "in_flight": 0, "bases": 0, "state_lost": 0, "tokens_by_client": {}, "idle_share": {}, "clipped": 0,
+        "quarantined": 0, "restored": None,
     }  # fmt: skip
 
 
-def updates_record(
-    accepted: Sequence[Update], weights: Sequence[float], rejected: Mapping[str, int], in_flight: Iterable[Job]
-) -> dict[str, Any]:
-    """What came in for a version; `accepted` without vectors, with their staleness among the metrics."""
-    jobs = list(in_flight)
+def version_record(version: int, ledgers: Ledgers, virtual: bool) -> dict[str, Any]:
+    """Where the run stands."""
+    return {
+        "version": version,
+        "tokens": ledgers.tokens_done,
+        "wall_seconds": round(ledgers.wall_seconds, 3),
+        "virtual_seconds": round(ledgers.seconds, 6) if virtual else None,
+        "bytes_up": ledgers.bytes_up,
+        "bytes_down": ledgers.bytes_down,
+        "quarantined": len(ledgers.quarantine),
+        "restored": None,
+    }
+
+
+def updates_record(intake: Intake, in_flight: Iterable[Job]) -> dict[str, Any]:
+    """What came in for a version."""
+    accepted, jobs = intake.accepted, list(in_flight)
     staleness = Counter(int(update.metrics["staleness"]) for update in accepted)
     return {
         "accepted": len(accepted),
-        "rejected": dict(rejected),
+        "rejected": dict(intake.rejections),
+        "clipped": intake.clipped,
         "staleness": {str(tau): count for tau, count in sorted(staleness.items())},
         **{name: _mean(accepted, name) for name in ("train_loss", "lr", "update_norm")},
         "update_tokens": sum(update.tokens for update in accepted) / len(accepted) if accepted else None,
-        "mean_weight": math.fsum(weights) / len(weights) if weights else None,
+        "mean_weight": math.fsum(intake.weights) / len(accepted) if accepted else None,
         "in_flight": len(jobs),
         "bases": len({job.version for job in jobs}),
         "state_lost": int(sum(update.metrics.get("state_lost", 0) for update in accepted)),

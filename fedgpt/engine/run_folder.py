@@ -36,6 +36,11 @@ class RunFolder:
         path.mkdir(exist_ok=True)
         return path
 
+    @property
+    def wal(self) -> Path:
+        """Where the log of what came since the newest checkpoint is."""
+        return self.path / "wal"
+
     def close(self) -> None:
         """Flush the records and give the folder back."""
         self.metrics.close()

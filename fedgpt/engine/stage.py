@@ -10,9 +10,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from fedgpt.core.messages import ServerState
 from fedgpt.core.options import EvaluateOptions
 
 Record = dict[str, Any]
+Done = Callable[[Record, np.ndarray | None], None]  # of a finished record, and of the weights where it has scores
 
 
 class Evaluator(Protocol):
@@ -26,7 +28,7 @@ class Evaluator(Protocol):
 class Stage:
     """At most one evaluation at a time; records are finished strictly in the order of versions."""
 
-    def __init__(self, options: EvaluateOptions, evaluator: Evaluator, done: Callable[[Record], None]):
+    def __init__(self, options: EvaluateOptions, evaluator: Evaluator, done: Done):
         self.options, self._evaluator, self._done = options, evaluator, done
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="evaluate")
         self._pending: deque[Future[None]] = deque()
@@ -43,7 +45,7 @@ class Stage:
         return {"score": version == 0 or last or sample or bool(every and version % every == 0), "sample": sample}
 
     def finish(self, record: Record, params: np.ndarray, score: bool, sample: bool) -> None:
-        """Complete a version's record, with its scores where it gets any, and hand it to `done`.
+        """Complete a version's record, with its scores where it gets any, and hand it to `done` with what was scored.
 
         Returns at once unless an earlier version is still being scored and this one shall be, too: then only one
         vector besides the present one is ever held.
@@ -51,6 +53,11 @@ class Stage:
         if score:
             self.wait()
         self._pending.append(self._thread.submit(self._finish, record, params if score else None, sample))
+
+    def scores(self, state: ServerState, score: bool, sample: bool) -> Record:
+        """What a version scores, now: where the next step depends on it."""
+        self.wait()
+        return self._evaluator(state.version, state.params, sample) if score else {}
 
     def wait(self) -> None:
         """Return when all records so far are done; raises what an evaluation raised."""
@@ -63,4 +70,4 @@ class Stage:
 
     def _finish(self, record: Record, params: np.ndarray | None, sample: bool) -> None:
         scores = {} if params is None else self._evaluator(record["version"], params, sample)
-        self._done({**record, **scores})
+        self._done({**record, **scores}, params)

@@ -11,9 +11,10 @@ from flwr.serverapp import Grid
 
 from fedgpt.core.errors import FedGPTError
 from fedgpt.core.messages import ClientInfo, Job, Reply
-from fedgpt.flower.messages import job_bytes, job_content, params_record, read_info, read_reply
+from fedgpt.flower.messages import died, job_bytes, job_content, params_record, read_info, read_reply
 
 POLL_SECONDS = 0.05  # for grids that cannot wait; Flower's own send_and_receive sleeps 3 s
+ATTEMPTS = 3  # at a job whose client process dies; the same job gives the same bits, wherever it is done
 log = logging.getLogger(__name__)
 
 
@@ -33,11 +34,15 @@ class GridTransport:
         digest: str,
         known: dict[int, ClientInfo] | None = None,
         ttl: float | None = None,
+        now: float = 0.0,
     ):
+        """`ttl` in seconds; `now` is where the run's clock stands."""
         self.grid, self.expected, self.digest, self.ttl = grid, expected, digest, ttl
         self._nodes: dict[str, int] = {}
         self._known = known
-        self._pending: dict[str, tuple[str, int]] = {}  # message id -> (client, task)
+        self._began = time.monotonic() - now
+        self._pending: dict[str, tuple[Job, int]] = {}  # message id -> its job, and at which attempt
+        self._abandoned: set[str] = set()  # message ids that may still be answered
         self._refused: list[Reply] = []
         self._broadcast: tuple[object, ArrayRecord] | None = None
 
@@ -51,6 +56,9 @@ class GridTransport:
 
     def send(self, jobs: Sequence[Job]) -> None:
         """Push one message per job; the params of a version travel once."""
+        self._send(jobs, attempt=1)
+
+    def _send(self, jobs: Sequence[Job], attempt: int) -> None:
         messages = []
         for job in jobs:
             if self._broadcast is None or self._broadcast[0] is not job.params:
@@ -61,7 +69,7 @@ class GridTransport:
             if message_id is None:  # how a SuperLink grid says no
                 self._refused.append(Reply(job.client, job.task, error="the SuperLink refused the message"))
             else:
-                self._pending[message_id] = (job.client, job.task)
+                self._pending[message_id] = (job, attempt)
 
     def receive(self, timeout: float | None) -> list[Reply]:
         """Replies that have come; waits up to `timeout` seconds for the first."""
@@ -80,19 +88,21 @@ class GridTransport:
     def abandon(self, keys: Iterable[tuple[str, int]]) -> None:
         """Nothing can be stopped at a SuperNode: its late reply is refused. The pool drops what is still queued."""
         wanted = set(keys)
-        ids = [message_id for message_id, key in self._pending.items() if key in wanted]
+        ids = [i for i, (job, _) in self._pending.items() if (job.client, job.task) in wanted]
         if discard := getattr(self.grid, "discard", None):
             discard(ids)
             for message_id in ids:
                 del self._pending[message_id]
+        else:
+            self._abandoned.update(ids)
 
     def bytes_down(self, job: Job) -> int:
         """Bytes of the vector and the plan."""
         return job_bytes(job)
 
     def now(self) -> float:
-        """The monotonic clock."""
-        return time.monotonic()
+        """The run's clock: monotonic, and it stands still while no server runs."""
+        return time.monotonic() - self._began
 
     def close(self) -> None:
         """Nothing of its own to free: who made the grid closes it."""
@@ -103,8 +113,15 @@ class GridTransport:
         ready = getattr(self.grid, "ready", None)
         ids = list(self._pending) if ready is None else [i for i in ready() if i in self._pending][:1]
         for message in self.grid.pull_messages(ids):
-            client, task = self._pending.pop(message.metadata.reply_to_message_id)
-            replies.append(read_reply(message, client, task))
+            message_id = message.metadata.reply_to_message_id
+            job, attempt = self._pending.pop(message_id)
+            wanted = message_id not in self._abandoned
+            self._abandoned.discard(message_id)
+            if wanted and attempt < ATTEMPTS and died(message):
+                log.warning("client %s task %d is done again: %s", job.client, job.task, message.error.reason)
+                self._send([job], attempt + 1)
+            else:
+                replies.append(read_reply(message, job.client, job.task))
         return replies
 
     def _wait(self, seconds: float | None) -> None:

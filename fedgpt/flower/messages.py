@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.common.constant import ErrorCode
 
 from fedgpt.core.messages import ClientInfo, Job, Plan, Reply
 from fedgpt.flower.shared import array_record
@@ -64,6 +65,11 @@ def read_reply(message: Message, client: str, task: int) -> Reply:
     except Exception as error:  # whatever a hostile payload raises while it is read
         return Reply(client, task, error=f"unreadable reply ({type(error).__name__})")
     return Reply(client, task, header, payload, bytes=payload.nbytes + len(header))
+
+
+def died(message: Message) -> bool:
+    """Whether a reply only says that the client's process ended in the middle of its job."""
+    return message.has_error() and message.error.code == ErrorCode.CLIENT_APP_CRASHED
 
 
 def info_content(info: ClientInfo, digest: str) -> RecordDict:

@@ -17,7 +17,7 @@ from flwr.serverapp import Grid
 
 from fedgpt import __version__
 from fedgpt.aggregate.base import Strategy
-from fedgpt.config import build_strategy, refuse_another_run, to_yaml
+from fedgpt.config import build_strategy, changed_options, flat_options, refuse_another_run, to_yaml
 from fedgpt.core.errors import FedGPTError
 from fedgpt.core.files import write_text
 from fedgpt.core.flat import flatten
@@ -30,6 +30,7 @@ from fedgpt.data.prepare import Prepared, prepare
 from fedgpt.engine.checkpoint import Checkpoints, Ledgers, Snapshot
 from fedgpt.engine.client import ClientWork
 from fedgpt.engine.fleet import Fleet, make_timing
+from fedgpt.engine.journal import Journal, Journaled, wanted
 from fedgpt.engine.record import first_record
 from fedgpt.engine.run_folder import RunFolder
 from fedgpt.engine.server import Server
@@ -85,11 +86,13 @@ class _Run:
         strategy = build_strategy(o.strategy, o.trusted_packages)
         if not isinstance(strategy, Strategy):
             strategy = FlowerStrategy(strategy)
+        transport = self._transport(snapshot, Journal(self.folder.wal) if wanted(o, strategy.switches) else None)
         with display:
             slowed = Fleet(o.fleet, o.seed) if o.clock == "real" and o.fleet.name != "none" else None
             server = Server(
-                o, strategy, self._transport(snapshot), self._evaluator(stage), self.folder, snapshot,
-                (self._log_event, display), ClientWork(o, str(self.folder.path / "clients")).train_root, slowed,
+                o, strategy, transport, self._evaluator(stage), self.folder, snapshot, (self._log_event, display),
+                ClientWork(o, str(self.folder.path / "clients")).train_root, slowed,
+                transport if isinstance(transport, Journaled) else None,
             )  # fmt: skip
             summary = server.run()
         self._finish(summary, server.state.params, display)
@@ -103,8 +106,17 @@ class _Run:
         if snapshot is None:
             for records in (self.folder.metrics, self.folder.events):
                 records.keep([])
-            ledgers = Ledgers(run=secrets.token_hex(8), record=first_record(), environment=self.environment)
+            Journal(self.folder.wal).clear()
+            ledgers = Ledgers(
+                run=secrets.token_hex(8), record=first_record(), environment=self.environment,
+                options=flat_options(self.options),
+            )  # fmt: skip
             return Snapshot(ServerState(self._initial_params()), ledgers)
+        if changed := changed_options(snapshot.ledgers.options, self.options):
+            raise FedGPTError(
+                f"{self.folder.path} cannot be continued: its config.yaml was changed after its checkpoint was made "
+                f"({changed}); change it back, or start again with another run_dir"
+            )
         if snapshot.ledgers.unsaved:
             raise FedGPTError(
                 f"{self.folder.path} cannot be continued: its strategy remembers "
@@ -144,19 +156,22 @@ class _Run:
 
         return evaluate
 
-    def _transport(self, snapshot: Snapshot) -> Transport:
-        """The pool knows its clients by partition; other runtimes are asked. The virtual clock goes around either."""
+    def _transport(self, snapshot: Snapshot, journal: Journal | None) -> Transport:
+        """The pool knows its clients by partition; other runtimes are asked. Virtual clock or journal go around."""
         known = None
         if isinstance(self.grid, PoolGrid):
             infos = [ClientInfo(shard.client, shard.size) for shard in self.shards]
             known = dict(zip(self.grid.get_node_ids(), infos, strict=True))
         virtual, deadline = self.options.clock == "virtual", self.options.pace.deadline
         ttl = None if deadline is None or virtual else deadline + TTL_MARGIN
-        real = GridTransport(self.grid, len(self.shards), self.prepared.digest, known, ttl)
-        return VirtualTransport(real, make_timing(self.options), snapshot.ledgers.seconds) if virtual else real
+        now = snapshot.ledgers.seconds
+        real = GridTransport(self.grid, len(self.shards), self.prepared.digest, known, ttl, now)
+        if virtual:
+            return VirtualTransport(real, make_timing(self.options), now)
+        return real if journal is None else Journaled(real, journal, snapshot.state.version, now)
 
     def _log_event(self, event: str, about: dict[str, Any]) -> None:
-        if event in ("dispatch", "accept", "reject", "version", "pacing"):
+        if event in ("dispatch", "accept", "reject", "version", "pacing", "quarantine", "release"):
             self.folder.events.append({"event": event, **about})
 
     def _finish(self, summary: dict[str, Any], params: np.ndarray, display: ProgressDisplay) -> None:

@@ -3,7 +3,8 @@
     python simulations/robust/run.py            # about 12 minutes on 2 cores
     python simulations/robust/run.py --quick    # a smoke run
 
-All runs are `experiment=fleet` on the real clock with 10 iid clients, all of them in every round, equal tokens, seed 0.
+All runs are `experiment=fleet` on the real clock with 10 iid clients, all of them in every round, equal tokens, seed 0,
+without the server's own limits on length (validate=off).
 The attackers train as they are asked and send something else: -3 times their update (sign_flip), noise 10 times as
 long (gaussian), or 10 times the update (scale). The rules that need to know the number of attackers are told 2.
 The time of a server step is the median, without an attack, from a round's last update to the new model; FLTrust's
@@ -26,7 +27,7 @@ from dots import draw_dots  # noqa: E402
 
 COMMON = [
     "experiment=fleet", "clock=real", "fleet=none", "partition.clients=10", "pace.clients=10",
-    "local.steps=5", "tokens=256000",  # 10 rounds of 10 clients x 5 steps x 512 tokens
+    "validate=off", "local.steps=5", "tokens=256000",  # 10 rounds of 10 clients x 5 steps x 512 tokens
 ]  # fmt: skip
 QUICK = ["tokens=20480", "local.steps=2", "evaluate.tokens=2048", "corpus=stdlib", "tokenizer=bytes"]
 RULES = {

@@ -32,8 +32,9 @@ class ScriptTransport:
 
     virtual = True
 
-    def __init__(self, behaviours: dict[str, Behaviour], now: float = 0.0):
-        self.behaviours = behaviours
+    def __init__(self, behaviours: dict[str, Behaviour], now: float = 0.0, own_clock: bool = False):
+        """`own_clock`: jobs begin when they arrive here, whatever the server's clock says of that."""
+        self.behaviours, self.own_clock = behaviours, own_clock
         self.time = now
         self.jobs: list[Job] = []
         self._queue: list[tuple[float, int, Reply]] = []
@@ -52,12 +53,14 @@ class ScriptTransport:
         for job in jobs:
             self.jobs.append(job)
             for delay, reply in self.behaviours[job.client](job):
-                heapq.heappush(self._queue, (job.sent + delay, next(self._order), reply))
+                heapq.heappush(
+                    self._queue, ((self.time if self.own_clock else job.sent) + delay, next(self._order), reply)
+                )
 
     def receive(self, timeout: float | None) -> list[Reply]:
         if not self._queue or (timeout is not None and self._queue[0][0] > self.time + timeout):
             assert timeout is not None, "the server would wait for ever"
-            self.time += timeout
+            self.time += max(timeout, 1e-9)  # a clock that moves, as the real one does
             return []
         self.time, _, reply = heapq.heappop(self._queue)
         return [reply]

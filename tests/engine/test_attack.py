@@ -11,7 +11,7 @@ from fedgpt.core.messages import Job, Plan, Reply, Update
 from fedgpt.core.options import AttackOptions
 from fedgpt.engine.attack import attacked
 from fedgpt.engine.client import ClientWork
-from fedgpt.engine.server import NORM_LIMIT
+from fedgpt.engine.trust import ABSOLUTE
 from fedgpt.model.gpt import GPT
 from fedgpt.update.codec import Expected, decode
 
@@ -64,7 +64,7 @@ def train(tmp_path):
         params = flatten(GPT(options.model, 257))[1].numpy()
         job = Job(work.shards[index].client, 0, 0, params, Plan("run", STEPS, 0, TOKENS, 10 * TOKENS))
         header, array = work.train(job, index)
-        limit = NORM_LIMIT * max(1.0, float(np.linalg.norm(params)))
+        limit = ABSOLUTE * max(1.0, float(np.linalg.norm(params)))
         return decode(
             Reply(job.client, 0, header, array), Expected("run", job.client, 0, 0, params.size, TOKENS, limit)
         )

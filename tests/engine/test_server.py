@@ -13,7 +13,7 @@ from fedgpt.aggregate.fedadam import FedAdam
 from fedgpt.aggregate.fedavg import FedAvg
 from fedgpt.core.errors import Interrupted, StoppedEarly
 from fedgpt.core.messages import Reply, ServerState
-from fedgpt.core.options import LocalOptions, ModelOptions, PaceOptions, RunOptions
+from fedgpt.core.options import LocalOptions, ModelOptions, PaceOptions, RunOptions, ValidateOptions
 from fedgpt.engine.checkpoint import Checkpoints, Ledgers, Snapshot
 from fedgpt.engine.run_folder import RunFolder
 from fedgpt.engine.server import Server
@@ -29,6 +29,7 @@ def options(tmp_path, rounds=4, **pace) -> RunOptions:
         model=ModelOptions(block_size=64),
         local=LocalOptions(steps=4, batch_size=2),  # a job is 512 tokens
         pace=PaceOptions(**pace),
+        validate=ValidateOptions(strikes=0),  # quarantine has tests of its own
     )
 
 

@@ -342,7 +342,7 @@ def test_workers_end_with_the_server(environment, how, code):
             os.killpg(server.pid, signal.SIGINT)
         elif how == "terminate":
             server.terminate()
-        wait_until(lambda: not any(alive(pid) for pid in pids) and server.poll() is not None, 5)
+        wait_until(lambda: not any(alive(pid) for pid in pids) and server.poll() is not None)
         _, errors = server.communicate(timeout=LONG)
         assert server.returncode == code
         assert errors.count(b"KeyboardInterrupt") == (how == "interrupt")  # the server's, not the workers'

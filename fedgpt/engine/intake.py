@@ -1,0 +1,85 @@
+"""What comes in for the next version: replies decoded, validated, clipped, and summed as they arrive or held."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from fedgpt.aggregate.base import Strategy
+from fedgpt.aggregate.exact import ExactSum
+from fedgpt.core.errors import UpdateRejected
+from fedgpt.core.messages import Job, Pacing, Reply, ServerState, Update
+from fedgpt.core.options import RunOptions
+from fedgpt.engine.trust import clip_length, norm_limit
+from fedgpt.update.codec import Expected, decode
+from fedgpt.update.compress import compressor_of
+
+
+class Intake:
+    """The accepted updates of one version; a rejected one leaves nothing but its counter."""
+
+    def __init__(self, options: RunOptions, strategy: Strategy, size: int):
+        self.options, self.strategy = options, strategy
+        self.compressor = compressor_of(options.update)
+        self._sum = ExactSum(size, bound=1.0, count=1)  # untouched memory, if no rule adds to it
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def begin(self, state: ServerState, norms: tuple[float, ...], most: int, job_tokens: int) -> None:
+        """Forget the last version's updates and freeze what the next ones, at most `most`, are measured against."""
+        self.weights: list[float] = []
+        self.accepted: list[Update] = []  # without their vectors
+        self.rejections: Counter[str] = Counter()
+        self.clipped = 0
+        self._updates: list[Update] = []  # only rules that are not linear keep them
+        self.most = most
+        self.norm_limit = norm_limit(self.options.validate, norms, float(np.linalg.norm(state.params)))
+        self._clip = clip_length(self.options.validate, norms)
+        if self.strategy.linear:
+            whole = Update("", 0, state.version, state.params, job_tokens)
+            self._sum.reset(self.norm_limit, most, self.strategy.weight(whole, 0))  # no update can weigh more
+
+    def read(self, reply: Reply, job: Job, run: str, tokens: int) -> Update:
+        """The update in a reply to `job`, which was of `tokens` tokens; raises UpdateRejected."""
+        size = job.params.size
+        expected = Expected(
+            run, reply.client, reply.task, job.version, size, tokens, self.norm_limit, self.compressor
+        )  # fmt: skip
+        return decode(reply, expected)
+
+    def add(self, update: Update, job: Job, staleness: int) -> Update:
+        """Count an update, clipped where it is long; returns it as counted, raises UpdateRejected."""
+        norm = update.metrics["update_norm"]
+        clipped = self._clip is not None and norm > self._clip
+        if self._clip is not None and clipped:
+            update = replace(update, delta=update.delta * np.float32(self._clip / norm))
+        weight = self.strategy.weight(update, staleness)
+        if self.strategy.linear:
+            try:
+                self._sum.add(update.delta, weight)
+            except OverflowError as error:  # one element above the norm's limit, which float32's norm let pass
+                raise UpdateRejected("norm_limit", str(error)) from error
+        else:
+            self._updates.append(replace(update, base=job.params) if self.strategy.needs_base else update)
+        self.clipped += clipped
+        self.weights.append(weight)
+        metrics = {**update.metrics, "staleness": staleness}
+        self.accepted.append(replace(update, delta=np.empty(0, np.float32), metrics=metrics))
+        return update
+
+    def step(self, state: ServerState, pacing: Pacing, root: Callable[[], Update] | None) -> ServerState:
+        """The next state: D is the exact weighted sum over its divisor, or what a combining rule makes of it."""
+        rule = self.strategy
+        if rule.linear:
+            divisor = rule.divisor(self.weights, pacing) if self.weights else 1.0
+            return rule.step(self._sum.mean(divisor), state)
+        updates = self._updates
+        if pacing.name == "cohort":
+            updates = sorted(updates, key=lambda update: (update.client, update.task))
+        d = rule.combine(updates, state, None if root is None else root())
+        learned = rule.remember(updates, state)
+        return rule.step(d, replace(state, memory={**state.memory, **learned}) if learned else state)
