@@ -191,7 +191,7 @@ def test_a_run_leaves_exactly_the_documented_files(finished):
         "events.jsonl", "summary.json", "samples.md",
         "figures/loss.png", "figures/timeline.png", "figures/updates.png",
         "model/config.json", "model/model.safetensors", "model/tokenizer.json",
-        "model/tokenizer_config.json",
+        "model/tokenizer_config.json", "checkpoints/best.safetensors",
         *(f"checkpoints/version-0000000{v}.{end}" for v in (1, 2) for end in ("safetensors", "sha256")),
         *(f"clients/{run.name}/{writer}/task-{task}.safetensors" for writer in WRITERS for task in (0, 1)),
     }  # fmt: skip

@@ -105,8 +105,8 @@ class Checkpoints:
         if pending is not None:
             try:
                 pending.result()
-            except OSError as error:
-                raise FedGPTError(f"could not write a checkpoint in {self.folder}: {error}") from error
+            except (OSError, SafetensorError) as error:
+                raise self._unwritten(error) from error
 
     def close(self) -> None:
         """Wait for the last write and end the writer."""
@@ -155,10 +155,13 @@ class Checkpoints:
         (self.folder / "starts.json").unlink(missing_ok=True)
 
     def save_best(self, params: np.ndarray, version: int, loss: float) -> None:
-        """Replace the best weights; raises OSError where they cannot be written."""
-        with replacing(self._best) as temporary:
-            about = {"version": version, "loss": loss}
-            save_file({"params": params}, temporary, metadata={"fedgpt": json.dumps(about)})
+        """Replace the best weights; raises FedGPTError where they cannot be written."""
+        about = {"version": version, "loss": loss}
+        try:
+            with replacing(self._best) as temporary:
+                save_file({"params": params}, temporary, metadata={"fedgpt": json.dumps(about)})
+        except (OSError, SafetensorError) as error:
+            raise self._unwritten(error) from error
 
     def best_version(self) -> int | None:
         """Which version the best weights are of; None where there are none, or none that can be read."""
@@ -171,6 +174,10 @@ class Checkpoints:
     def forget_best(self) -> None:
         """Delete the best weights."""
         self._best.unlink(missing_ok=True)
+
+    def _unwritten(self, error: Exception) -> FedGPTError:
+        room = f"make room and continue with: fedgpt run resume={self.folder.parent}"
+        return FedGPTError(f"could not write a checkpoint in {self.folder}: {error}; {room}")
 
     @property
     def _best(self) -> Path:

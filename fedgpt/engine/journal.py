@@ -27,6 +27,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from fedgpt.core.errors import FedGPTError
 from fedgpt.core.faults import reach
 from fedgpt.core.files import sync
 from fedgpt.core.messages import ClientInfo, Job, Reply
@@ -78,7 +79,14 @@ class Journal:
         self._version = version
 
     def append(self, entry: Entry) -> None:
-        """Write one entry; on the disk for certain only after `flush`."""
+        """Write one entry; on the disk for certain only after `flush`. Raises FedGPTError where it cannot."""
+        try:
+            self._append(entry)
+        except OSError as error:
+            room = f"make room and continue with: fedgpt run resume={self.folder.parent}"
+            raise FedGPTError(f"could not write the log in {self.folder}: {error}; {room}") from error
+
+    def _append(self, entry: Entry) -> None:
         if self._stream is None:
             path = self._path(self._version)
             fresh = not path.exists()

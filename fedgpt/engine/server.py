@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fedgpt.aggregate.base import Strategy
-from fedgpt.core.errors import ConfigError, Interrupted, StoppedEarly, UpdateRejected
+from fedgpt.core.errors import ConfigError, FedGPTError, Interrupted, StoppedEarly, UpdateRejected
 from fedgpt.core.faults import reach
 from fedgpt.core.messages import Job, Observed, Reply, ServerState, Update
 from fedgpt.core.options import RunOptions
@@ -61,8 +61,7 @@ class Server:
         self.ledgers = replace(self.ledgers, restorable=(*self.ledgers.restorable, dict(self.ledgers.accepted)))
         self._failures = 0  # in a row
         self.pace = make_pace(options.pace, options.seed, self.ledgers.pacing or None)
-        drop = None if journal is None else journal.journal.drop
-        self.checkpoints = Checkpoints(folder.checkpoints, options.checkpoint.keep, drop)
+        self.checkpoints = Checkpoints(folder.checkpoints, options.checkpoint.keep, journal and journal.journal.drop)
         self.stage = Stage(options.evaluate, evaluator, self._publish)
         self.clients: list[str] = []
         self._wall_began, self._earlier_wall = time.monotonic(), self.ledgers.wall_seconds
@@ -89,11 +88,14 @@ class Server:
                 if not self.pace.due(progress) and (reply := self._next_reply(progress)):
                     self._receive(reply)
             self._end(over=True)
-            virtual = self.transport.now() if self.transport.virtual else None
-            return summary(self.folder.metrics.read(), self.state, self.ledgers, self._wall_seconds(), virtual)
+            now = self.transport.now() if self.transport.virtual else None
+            return summary(self.folder.metrics.read(), self.state, self.ledgers, self._wall_seconds(), now)
         except (KeyboardInterrupt, StoppedEarly) as stop:
             self._end(over=isinstance(stop, StoppedEarly))
             raise Interrupted(str(self.folder.path)) if isinstance(stop, KeyboardInterrupt) else stop from None
+        except FedGPTError:
+            self.checkpoints.ended()  # stopped with a message is not crashed
+            raise
         finally:
             self.stage.close()
             self.checkpoints.close()
@@ -292,10 +294,10 @@ class Server:
         """Trains the server's own update of this version, where the rule wants one."""
         if not self.strategy.needs_root:
             return None
-        assert self.root is not None, "a rule that needs a root update is given its trainer"
-        train, every = self.root, self._cadence(self.options.checkpoint.every)
-        job = self.planner.root_job(self.state, self.ledgers, self.pace.pacing(len(self.clients)), every)
-        return lambda: train(job)
+        train = self.root
+        assert train is not None, "a rule that needs a root update is given its trainer"
+        pacing, every = self.pace.pacing(len(self.clients)), self._cadence(self.options.checkpoint.every)
+        return lambda: train(self.planner.root_job(self.state, self.ledgers, pacing, every))
 
     def _keep_or_restore(self) -> None:
         """Score the new version now, as it decides; go back to the best weights where it is worse than allowed."""

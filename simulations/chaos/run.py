@@ -1,0 +1,207 @@
+"""What do kill -9 and restarts cost a run? Its time, and not one bit of its weights.
+
+    python simulations/chaos/run.py            # about 6 minutes on 2 cores
+    python simulations/chaos/run.py --quick    # a smoke run
+
+A run of 30 rounds is left alone once and disturbed once: at random moments its server or one of its workers gets
+SIGKILL, and whenever the server is gone the run is started again with `resume=`. This is done to rounds on the real
+clock and to an asynchronous run on the virtual clock, which must end in the weights of the undisturbed run, bit for
+bit; and to an asynchronous run on the real clock, whose weights depend on who comes first: there the log of accepted
+updates must have lost none and counted none twice. At the end no process of the run may live, no name may be left in
+shared memory, and the server must hold no more descriptors than before its workers died.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import fedgpt
+from fedgpt.engine.run_folder import read_lines
+
+STUDY = Path(__file__).parent
+sys.path.insert(0, str(STUDY.parent))
+from common import arguments, run, runs_folder, table, write_results  # noqa: E402
+
+COMMON = [
+    "experiment=fleet", "tokens=0", "tokenizer=bytes", "local.steps=4", "local.batch_size=4", "runtime.workers=2",
+    "runtime.threads=1", "evaluate.tokens=4096", "evaluate.every=5", "checkpoint.every=null",
+]  # fmt: skip
+ROUNDS = ["clock=real", "fleet=none", "partition.clients=8", "pace.clients=8"]
+ARMS = {
+    "rounds": [*ROUNDS, "rounds=30"],
+    "asynchronous, virtual clock": ["pace=buffer", "pace.clients=4", "rounds=120"],
+    "asynchronous, real clock": [*ROUNDS, "pace=buffer", "rounds=240"],
+}
+EXACT = ("rounds", "asynchronous, virtual clock")  # arms whose weights do not depend on time
+MARK = "FEDGPT_CHAOS_MARK"
+SECONDS = 5.0  # between two kills, on average
+SERVER = 0.4  # share of the kills that hit the server
+
+
+class Chaos:
+    """One run under attack."""
+
+    def __init__(self, folder: Path, options: list[str], seed: int, wanted: int):
+        """At most `wanted` kills."""
+        self.folder, self.options, self.wanted = folder, options, wanted
+        self.random, self.mark = random.Random(seed), uuid.uuid4().hex
+        self.kills: Counter[str] = Counter()
+        self.starts = 0
+        self.seen: list[dict[str, Any]] = []  # accept events, as they were before a kill
+        self.descriptors: list[int] = []  # how many more the server held after its workers had died
+        self.wrong: list[str] = []
+
+    def go(self) -> fedgpt.Run:
+        """Start the run again until it is at its end."""
+        code = None
+        while code != 0:
+            arguments = [*self.options, f"run_dir={self.folder}"] if self.starts == 0 else [f"resume={self.folder}"]
+            if self.starts and not (self.folder / "config.yaml").exists():
+                arguments = [*self.options, f"run_dir={self.folder}"]  # killed before it had written a line
+            code = self._one_life(arguments)
+            if self.starts > 200:
+                sys.exit(f"200 starts and no end; see {self.folder}")
+        return fedgpt.open_run(self.folder)
+
+    def leftovers(self) -> list[int]:
+        """Processes of this run that are still there after 10 s."""
+        end = time.monotonic() + 10
+        while (found := list(self._processes())) and time.monotonic() < end:
+            time.sleep(0.1)
+        return found
+
+    def _one_life(self, arguments: list[str]) -> int:
+        """From a start of the server to its end, however that comes; its exit code."""
+        self.starts += 1
+        environment = {**os.environ, MARK: self.mark}
+        command = [sys.executable, "-m", "fedgpt", "run", *arguments]
+        with (self.folder.parent / f"{self.folder.name}.log").open("ab") as log:
+            process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+            before = 0
+            while process.poll() is None:
+                with suppress(subprocess.TimeoutExpired):
+                    process.wait(self.random.expovariate(1 / SECONDS))
+                if process.poll() is None and sum(self.kills.values()) < self.wanted:
+                    workers = children(process.pid)
+                    before = before or (descriptors(process.pid) if len(workers) == 2 else 0)
+                    if self.random.random() < SERVER or not workers:
+                        self._remember()
+                        self._kill("server", process.pid)
+                    else:
+                        self._kill("worker", self.random.choice(workers))
+                        if before:
+                            self.descriptors.append(descriptors(process.pid) - before)
+            code = process.wait()
+        if code not in (0, -signal.SIGKILL):
+            sys.exit(f"exit code {code}; see {log.name}")
+        if left := self.leftovers():
+            self.wrong.append(f"processes {left} outlived their server")
+        return code
+
+    def _kill(self, who: str, pid: int) -> None:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            self.kills[who] += 1
+
+    def _remember(self) -> None:
+        """What has been accepted so far must still be there at the end."""
+        self.seen = [e for e in read_lines(self.folder / "events.jsonl") if e["event"] == "accept"]
+
+    def _processes(self) -> Iterator[int]:
+        entry = f"{MARK}={self.mark}".encode()
+        for path in Path("/proc").glob("[0-9]*/environ"):
+            with suppress(OSError):
+                if entry in path.read_bytes().split(b"\0"):
+                    yield int(path.parent.name)
+
+
+def main() -> None:
+    chosen = arguments(__doc__ or "")
+    folder = runs_folder(chosen.runs)
+    arms = {"rounds": [*ROUNDS, "rounds=4"]} if chosen.quick else ARMS
+    wanted = 2 if chosen.quick else 12
+    shared = names_in_shared_memory()
+    figures = {}
+    for number, (name, options) in enumerate(arms.items()):
+        slug = name.replace(", ", "-").replace(" ", "-")
+        calm = run(folder / f"{slug}-calm", *COMMON, *options) if name in EXACT else None
+        chaos = Chaos(folder / f"{slug}-chaos", [*COMMON, *options], seed=number, wanted=wanted)
+        figures[name] = measured(chaos, chaos.go(), calm)
+        print(f"{name}: {figures[name]}", flush=True)
+    left = sorted(names_in_shared_memory() - shared)
+    print(table(("run", "kills of the server", "of workers", "starts", "identical", "counted twice"), rows(figures)))
+    print(f"left in shared memory: {left or 'nothing'}")
+    if not chosen.quick:
+        write_results(STUDY, [0, 1, 2], {
+            "identical": all(figures[name]["identical"] for name in EXACT),
+            "kills": sum(sum(f["kills"].values()) for f in figures.values()),
+            "left_in_shared_memory": left, "arms": figures, "options": {n: [*COMMON, *o] for n, o in arms.items()},
+        })  # fmt: skip
+
+
+def measured(chaos: Chaos, disturbed: fedgpt.Run, calm: fedgpt.Run | None) -> dict[str, Any]:
+    """What became of a disturbed run."""
+    accepted = [e for e in read_lines(chaos.folder / "events.jsonl") if e["event"] == "accept"]
+    tasks = Counter((e["client"], e["task"]) for e in accepted)
+    before = [(e["client"], e["task"]) for e in chaos.seen]
+    return {
+        "kills": dict(chaos.kills),
+        "starts": chaos.starts,
+        "versions": disturbed.summary["versions"],
+        "identical": None if calm is None else same(calm.summary, disturbed.summary),
+        "counted_twice": sum(count - 1 for count in tasks.values()),
+        "lost": sum(task not in tasks for task in before),
+        "state_lost": sum(record["state_lost"] for record in disturbed.metrics),
+        "more_descriptors": max(chaos.descriptors, default=0),
+        "processes_left": chaos.leftovers(),
+        "wrong": chaos.wrong,
+    }
+
+
+def same(calm: dict[str, Any], disturbed: dict[str, Any]) -> bool:
+    """Whether all of two summaries is equal, weights, scores, bytes and rejections, but the time it took."""
+    return {**calm, "wall_seconds": 0} == {**disturbed, "wall_seconds": 0}
+
+
+def rows(figures: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
+    return [
+        (
+            name, str(f["kills"].get("server", 0)), str(f["kills"].get("worker", 0)), str(f["starts"]),
+            {True: "yes", False: "NO", None: "not defined"}[f["identical"]], str(f["counted_twice"]),
+        )
+        for name, f in figures.items()
+    ]  # fmt: skip
+
+
+def children(pid: int) -> list[int]:
+    """Direct children of a process, of all its threads."""
+    found: list[int] = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):
+            found += map(int, path.read_text().split())
+    return sorted(found)
+
+
+def descriptors(pid: int) -> int:
+    with suppress(OSError):
+        return len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    return 0
+
+
+def names_in_shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").iterdir()} if Path("/dev/shm").is_dir() else set()
+
+
+if __name__ == "__main__":
+    main()

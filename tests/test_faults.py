@@ -1,0 +1,106 @@
+"""Real processes that kill themselves at every named point, started again until the run is at its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from fedgpt.engine.run_folder import read_lines
+
+LONG = 240.0  # seconds; bounds every wait
+SMALL = [
+    "corpus=stdlib", "tokenizer=bytes", "partition=iid", "partition.clients=4", "model.n_layer=1", "model.n_embd=16",
+    "model.n_head=2", "model.block_size=16", "local.steps=2", "local.batch_size=2", "runtime.threads=1",
+    "local.precision=fp32", "evaluate.tokens=1024", "evaluate.samples=0", "seed=5",
+]  # fmt: skip
+SERVER = (
+    "open:1", "send:1", "accepted:3", "aggregate:2", "checkpoint.begin:4", "checkpoint.written:5",
+    "checkpoint.renamed:6", "checkpoint.committed:7", "evaluated:6",
+)  # fmt: skip
+WORKER = ("client.begin:3", "client.done:9")
+
+
+@pytest.fixture(scope="module")
+def env(tmp_path_factory) -> dict[str, str]:
+    home = tmp_path_factory.mktemp("home")
+    quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "OMP_NUM_THREADS": "1"}
+    return {**os.environ, **quiet, "FEDGPT_CACHE": str(home / "cache"), "FLWR_HOME": str(home / "flwr")}
+
+
+def start(env: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "fedgpt", "run", *options]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=LONG, check=False)
+
+
+def until_the_end(env: dict[str, str], faults: tuple[str, ...], folder: Path, options: list[str]) -> int:
+    """Start, and start again whatever kills the server; how often it died. Every fault must have fired."""
+    marks = folder.parent / f"{folder.name}-marks"
+    marks.mkdir()
+    env = {**env, "FEDGPT_FAULT": ",".join(f"{fault}:kill" for fault in faults), "FEDGPT_FAULT_MARKS": str(marks)}
+    deaths = 0
+    done = start(env, *options, f"run_dir={folder}")
+    while done.returncode != 0:
+        assert done.returncode == -signal.SIGKILL, done.stdout[-1000:] + done.stderr[-3000:]
+        deaths += 1
+        assert deaths <= len(faults), "it dies where no fault is"
+        done = start(env, f"resume={folder}")
+    for fault in faults:
+        point, _, time = fault.partition(":")
+        assert (marks / f"{point}.{time}").stat().st_size >= int(time), f"{fault} was never reached"
+    return deaths
+
+
+def summary(folder: Path) -> dict:
+    return {**json.loads((folder / "summary.json").read_text()), "wall_seconds": 0}
+
+
+def accepted(folder: Path) -> list[tuple[str, int]]:
+    return [(e["client"], e["task"]) for e in read_lines(folder / "events.jsonl") if e["event"] == "accept"]
+
+
+@pytest.mark.slow
+def test_killed_at_every_point_a_synchronous_run_is_the_same_run(tmp_path, env):
+    """The journal on, so that its points are passed, too; workers die in the middle of a job and after it."""
+    options = [*SMALL, "rounds=9", "checkpoint.journal=true"]
+    done = start(env, *options, f"run_dir={tmp_path / 'whole'}")
+    assert done.returncode == 0, done.stderr
+    faults = (*SERVER, "journal.half:9")
+    assert until_the_end(env, (*faults, *WORKER), tmp_path / "killed", options) == len(faults)
+    assert summary(tmp_path / "killed") == summary(tmp_path / "whole")
+    assert sorted(accepted(tmp_path / "killed")) == sorted(accepted(tmp_path / "whole"))
+
+
+@pytest.mark.slow
+def test_killed_an_asynchronous_run_on_the_real_clock_loses_and_repeats_nothing(tmp_path, env):
+    """Which update comes first is a matter of time; whatever came counts once."""
+    options = [*SMALL, "rounds=60", "pace=buffer", "pace.clients=4"]
+    folder = tmp_path / "killed"
+    faults = ("accepted:7", "send:20", "journal.half:44", "aggregate:33", "checkpoint.renamed:12", "accepted:52")
+    until_the_end(env, (*faults, "client.begin:17"), folder, options)
+    counts = Counter(accepted(folder))
+    assert sum(counts.values()) == 60 and max(counts.values()) == 1
+    assert summary(folder)["versions"] == 60
+    assert [r["version"] for r in read_lines(folder / "metrics.jsonl")] == list(range(61))
+    assert summary(folder)["rejected"] == {}, "the death of a worker is no failure of its client"
+
+
+def test_a_disk_that_is_full_is_a_clear_error_and_costs_no_checkpoint(tmp_path, env):
+    """No file may grow above 60 kB: the metrics fit, a checkpoint does not."""
+    options = [*SMALL, "rounds=2", "model.n_embd=32"]
+    folder = tmp_path / "run"
+    limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
+    limit += "import fedgpt.__main__ as it; sys.exit(it.main())"
+    command = [sys.executable, "-c", limit, "run", *options, f"run_dir={folder}"]
+    assert start(env, *options, "rounds=1", f"run_dir={tmp_path / 'cache'}").returncode == 0  # the tokens are there
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LONG, check=False)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "could not write" in done.stderr and "File too large" in done.stderr
+    assert not list((folder / "checkpoints").glob("*.s*a*")), "nothing that is not whole"
+    assert start(env, f"resume={folder}").returncode == 0, "with room on the disk it goes on"
