@@ -18,6 +18,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
     "name, keys",
     [
         ("overhead", {"overhead", "overhead_cpu", "seconds_fedgpt", "seconds_plain", "rounds", "pairs", "clients"}),
+        ("aggregate", {"exact_10m_x32", "median_x8", "trimmed_x8", "krum_x8", "exact_model_copies"}),
         ("clock", {"events_per_second"}),
         ("compress", set()),
         ("memory", {"growth_model_copies", "model_bytes", "peak_8", "peak_64"}),
@@ -30,6 +31,8 @@ def test_a_benchmark_ends_with_a_line_for_scripts(name, keys, tmp_path):
     figures = json.loads(done.stdout.splitlines()[-1])
     assert keys | {"model", "cores", "torch"} <= figures.keys()
     assert all(isinstance(figures[key], int | float) for key in keys)
+    if name == "aggregate":
+        assert max(figures[f"{key}_error"] for key in ("exact_10m_x32", "median_x8", "trimmed_x8", "krum_x8")) < 1e-6
     if name == "overhead":
         assert figures["distance"] < 0.2, "both sides train the same clients on the same batches"
     assert not list(tmp_path.iterdir()), "nothing is left where the benchmark was started"

@@ -1,20 +1,25 @@
 """Multi-Krum (Blanchard et al. 2017, arXiv 1703.02757): the mean of the updates with the closest neighbours.
 
-score_i = sum of the n - f - 2 smallest ||D_i - D_j||^2 over the others; D = mean of the m lowest scores. Distances come
-from differences of updates: |a|^2 + |b|^2 - 2 a b on float32 weights loses small updates (5 times too large at 0.01).
+score_i = sum of the n - f - 2 smallest ||D_i - D_j||^2 over the others; D = mean of the m lowest scores. Distances are
+|a|^2 + |b|^2 - 2 a b, products of pieces in float32 and their sums in float64: off by about 1e-7 of |a|^2 + |b|^2. On
+weights that would lose small updates (5 times too large at 0.01); on updates nothing larger is taken off.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from fedgpt.aggregate.base import COUNT, WHOLE, Strategy, check
-from fedgpt.aggregate.blocks import blocks, in_order, shortage, weighted
+from fedgpt.aggregate.blocks import in_order, middle, shortage
 from fedgpt.aggregate.refusals import ROBUST
+from fedgpt.aggregate.team import shared
 from fedgpt.core.messages import Pacing, ServerState, Update
+
+PIECE = 1 << 18  # elements of a product in float32: long enough that threads seldom meet
 
 
 @dataclass(frozen=True)
@@ -53,15 +58,24 @@ class Krum(Strategy):
         keep = min(len(ordered), self.keep or len(ordered) - self.attackers)
         lowest = np.argsort(self.scores(ordered), kind="stable")[:keep]
         kept = [ordered[i] for i in sorted(lowest)]
-        return weighted(kept, np.full(keep, 1 / keep), state.params)
+        return middle(kept, 0, state.params)
 
     def scores(self, updates: Sequence[Update]) -> np.ndarray:
         """(updates,) float64: sums of squared distances to the nearest others; low is trusted."""
-        count = len(updates)
-        squares = np.zeros((count, count))
-        for _, block in blocks(updates):
-            for i in range(count - 1):
-                apart = block[i + 1 :] - block[i]
-                squares[i, i + 1 :] += np.einsum("ij,ij->i", apart, apart)
-        squares += squares.T
-        return np.sort(squares, axis=1)[:, 1 : count - self.attackers - 1].sum(axis=1)  # column 0 is the update itself
+        gram = sum(shared(updates[0].delta.size, partial(_products, updates)))
+        lengths = np.diag(gram)
+        squares = np.maximum(lengths[:, None] + lengths - 2 * gram, 0.0)
+        np.fill_diagonal(squares, 0.0)
+        return np.sort(squares, axis=1)[:, 1 : len(updates) - self.attackers - 1].sum(
+            axis=1
+        )  # column 0 is the update itself
+
+
+def _products(updates: Sequence[Update], share: range) -> np.ndarray:
+    """(updates, updates) float64: inner products over a part of the parameters."""
+    gram = np.zeros((len(updates), len(updates)))
+    for start in share[::PIECE]:
+        pieces = [update.delta[start : min(start + PIECE, share.stop)] for update in updates]
+        for i, one in enumerate(pieces):
+            gram[i, i:] += [np.dot(one, other) for other in pieces[i:]]
+    return np.triu(gram) + np.triu(gram, 1).T

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedgpt.aggregate.base import Strategy
-from fedgpt.aggregate.blocks import in_order, middle, reduced, shortage
+from fedgpt.aggregate.blocks import in_order, middle, shortage
 from fedgpt.aggregate.refusals import ROBUST
 from fedgpt.core.messages import Pacing, ServerState, Update
 
@@ -30,4 +30,4 @@ class Median(Strategy):
     def combine(self, updates: Sequence[Update], state: ServerState, root: Update | None = None) -> np.ndarray:
         """The median of every coordinate."""
         ordered = in_order(self, updates, self.needed)
-        return reduced(ordered, state.params, lambda block: middle(block, (len(block) - 1) // 2))
+        return middle(ordered, (len(ordered) - 1) // 2, state.params)

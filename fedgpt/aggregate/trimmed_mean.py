@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedgpt.aggregate.base import COUNT, Strategy, check
-from fedgpt.aggregate.blocks import in_order, middle, reduced, shortage
+from fedgpt.aggregate.blocks import in_order, middle, shortage
 from fedgpt.aggregate.refusals import ROBUST
 from fedgpt.core.messages import Pacing, ServerState, Update
 
@@ -41,4 +41,4 @@ class TrimmedMean(Strategy):
 
     def combine(self, updates: Sequence[Update], state: ServerState, root: Update | None = None) -> np.ndarray:
         """The mean of what is left of every coordinate."""
-        return reduced(in_order(self, updates, self.needed), state.params, lambda block: middle(block, self.trim))
+        return middle(in_order(self, updates, self.needed), self.trim, state.params)

@@ -60,7 +60,7 @@ class Intake:
         weight = self.strategy.weight(update, staleness)
         if self.strategy.linear:
             try:
-                self._sum.add(update.delta, weight)
+                self._sum.add(update.delta, weight, norm)
             except OverflowError as error:  # one element above the norm's limit, which float32's norm let pass
                 raise UpdateRejected("norm_limit", str(error)) from error
         else:

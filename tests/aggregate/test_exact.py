@@ -1,3 +1,5 @@
+import hashlib
+import itertools
 from fractions import Fraction
 
 import numpy as np
@@ -5,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedgpt.aggregate import exact
+from fedgpt.aggregate import exact, team
 from fedgpt.aggregate.exact import ExactSum
 
 BOUND, MAX_WEIGHT = 2.0, 1000.0
@@ -141,3 +143,36 @@ def test_the_fast_rounding_is_rint():
     assert total.resolution == 1
     total.add(values)
     np.testing.assert_array_equal(total.mean(1), np.rint(values.astype(np.float64)))
+
+
+def test_all_24_orders_of_four_replies_are_one_digest():
+    rng = np.random.default_rng(0)
+    replies = [(rng.standard_normal(1000).astype(np.float32), weight) for weight in (512.0, 300.0, 7.0, 1.0)]
+    digests, floats = set(), set()
+    for order in itertools.permutations(replies):
+        total = ExactSum(1000, bound=10.0, count=4, max_weight=512)
+        for delta, weight in order:
+            total.add(delta, weight)
+        digests.add(hashlib.sha256(total.mean(820.0).tobytes()).hexdigest())
+        plain = sum((delta * np.float32(weight) for delta, weight in order), np.zeros(1000, np.float32))
+        floats.add(hashlib.sha256(plain.tobytes()).hexdigest())
+    assert len(digests) == 1 and len(floats) > 1, "in floating point the order shows"
+
+
+def test_cores_that_share_a_long_vector_find_the_bits_of_one(monkeypatch):
+    """Also where an element that is too large lies in the last part only: then nothing has changed in the others."""
+    size = team.ALONE + 12_345
+    rng = np.random.default_rng(1)
+    deltas = [rng.standard_normal(size).astype(np.float32) for _ in range(3)]
+    spoiled = deltas[0].copy()
+    spoiled[-1] = 100.0
+    means = []
+    for threads in (1, 2, 5):
+        monkeypatch.setattr(team, "cores", lambda threads=threads: threads)
+        total = ExactSum(size, bound=10.0, count=4, max_weight=2)
+        for number, delta in enumerate(deltas):
+            total.add(delta, 1.5, norm=9.0 if number else np.inf)
+            with pytest.raises(OverflowError, match="above bound"):
+                total.add(spoiled)
+        means.append(total.mean(4.5).tobytes())
+    assert len(set(means)) == 1
