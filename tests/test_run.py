@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -517,3 +518,14 @@ told["again"] = fedgpt.run(*OPTIONS, *chosen).summary
         plain["bytes_up"], rel=1e-3
     )
     assert told["again"]["weights_sha256"] == told["topk"]["weights_sha256"]
+
+
+def test_a_configuration_that_was_changed_is_refused_by_name(world, finished):
+    """config.yaml is the user's to read; what a checkpoint was made with is in the checkpoint."""
+    folder = world.root / "edited"
+    shutil.copytree(finished.folder, folder)
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("rounds: 2", "rounds: 3").replace("  lr: 0.003", "  lr: 0.004"))
+    (folder / "summary.json").unlink()
+    done = world.fedgpt("run", f"resume={folder}", code=1)
+    assert "local.lr: 0.003 -> 0.004, rounds: 2 -> 3" in done.stderr and "Traceback" not in done.stderr

@@ -19,9 +19,10 @@ from fedgpt.update.compress import Compressor, Plain
 
 FORMAT = 2
 PLAIN = Plain()
+MOST_HEADER = 1 << 16  # characters; ours has some hundred
 MOST_METRIC = 1e30  # sums over many clients stay finite
 REASONS = (
-    "client_error", "no_reply", "unknown_task", "duplicate", "late", "stale", "wrong_sender", "wrong_run",
+    "client_error", "no_reply", "too_large", "unknown_task", "duplicate", "late", "stale", "wrong_sender", "wrong_run",
     "bad_encoding", "size_mismatch", "wrong_dtype", "wrong_shape", "digest_mismatch", "non_finite", "norm_limit",
     "bad_num_tokens", "bad_metric",
 )  # fmt: skip
@@ -77,6 +78,8 @@ def decode(reply: Reply, expected: Expected) -> Update:
 
 
 def _decode(reply: Reply, expected: Expected) -> Update:
+    if len(reply.header) > MOST_HEADER:
+        raise UpdateRejected("too_large", f"a header of {len(reply.header)} characters, at most {MOST_HEADER}")
     header = json.loads(reply.header)
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise UpdateRejected("bad_encoding", f"header format is not {FORMAT}")

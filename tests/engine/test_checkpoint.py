@@ -93,3 +93,38 @@ def test_a_line_that_a_crash_cut_off_is_left_out(tmp_path):
     path.write_text(path.read_text()[:-5])
     assert RunFolder(tmp_path).metrics.read() == [{"version": 0}]
     assert json.loads(path.read_text().splitlines()[0]) == {"version": 0}
+
+
+def test_after_three_starts_that_came_to_nothing_the_one_before_is_used(tmp_path, caplog):
+    save(tmp_path, 1, 2)
+    for _ in range(3):
+        checkpoints = Checkpoints(tmp_path, 2)
+        assert checkpoints.load().state.version == 2
+        checkpoints.started(2)
+        checkpoints.close()
+    assert Checkpoints(tmp_path, 2).load().state.version == 1
+    assert "3 starts from version-00000002.safetensors came to nothing" in caplog.text
+    assert (tmp_path / "version-00000002.damaged").exists()
+
+
+@pytest.mark.parametrize("how", ["a new checkpoint", "an end by its own will"])
+def test_a_start_that_came_to_something_counts_no_more(tmp_path, how):
+    save(tmp_path, 1, 2)
+    for version in range(3, 8):
+        checkpoints = Checkpoints(tmp_path, 2)
+        checkpoints.started(checkpoints.load().state.version)
+        if how == "a new checkpoint":
+            checkpoints.save(snapshot(version))
+        else:
+            checkpoints.ended()
+        checkpoints.close()
+    assert Checkpoints(tmp_path, 2).load().state.version == (7 if how == "a new checkpoint" else 2)
+
+
+def test_the_only_checkpoint_is_used_however_often(tmp_path):
+    save(tmp_path, 1)
+    for _ in range(5):
+        checkpoints = Checkpoints(tmp_path, 2)
+        checkpoints.started(checkpoints.load().state.version)
+        checkpoints.close()
+    assert Checkpoints(tmp_path, 2).load().state.version == 1

@@ -1,0 +1,100 @@
+"""The transport over a grid that answers as it is told: jobs of processes that die are done again, others are not."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+
+import numpy as np
+import pytest
+from flwr.app import Error, Message, RecordDict
+from flwr.app.message import make_message
+from flwr.common.constant import ErrorCode
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedgpt.core.messages import ClientInfo, Job, Plan
+from fedgpt.flower.grid_transport import ATTEMPTS, GridTransport
+from fedgpt.flower.messages import read_job, update_content
+
+DIED, RAISED = ErrorCode.CLIENT_APP_CRASHED, ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+
+
+class Grid:
+    """Answers the messages to a node with its list of error codes, then with what a client sends."""
+
+    def __init__(self, codes: dict[int, list[int]]):
+        self.codes, self.numbers = codes, itertools.count()
+        self.pushed: list[Message] = []
+        self.answers: dict[str, Message] = {}
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids = []
+        for message in messages:
+            name = message.metadata.__dict__["_message_id"] = f"message {next(self.numbers)}"
+            ids.append(name)
+            self.pushed.append(message)
+            left = self.codes.get(message.metadata.dst_node_id, [])
+            if left:
+                error = Error(left.pop(0), "worker process 7 ended with signal SIGKILL")
+                self.answers[name] = Message(error, reply_to=make_message(message.metadata, RecordDict()))
+            else:
+                content = update_content('{"task": 0}', read_job(message).params + 1)
+                self.answers[name] = Message(content, reply_to=message)
+        return ids
+
+    def pull_messages(self, ids: Iterable[str]) -> list[Message]:
+        return [self.answers.pop(name) for name in ids if name in self.answers]
+
+
+@pytest.fixture(autouse=True)
+def inside_a_run(monkeypatch):
+    for name in ("run_id", "task_id", "node_id"):
+        monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
+
+
+def transport(codes: dict[int, list[int]]) -> tuple[GridTransport, Grid]:
+    grid = Grid(codes)
+    known = {7: ClientInfo("a", 10), 8: ClientInfo("b", 10)}
+    made = GridTransport(grid, 2, "digest", known, now=100.0)
+    made.clients(timeout=1)
+    return made, grid
+
+
+def job(client: str) -> Job:
+    return Job(client, 0, 3, np.arange(4, dtype=np.float32), Plan("run", 1, 0, 1, 1))
+
+
+def test_the_job_of_a_process_that_died_is_done_again(caplog):
+    made, grid = transport({7: [DIED] * (ATTEMPTS - 1)})
+    made.send([job("a"), job("b")])
+    replies = []
+    while len(replies) < 2:
+        replies += made.receive(1.0)
+    assert sorted((reply.client, reply.error) for reply in replies) == [("a", ""), ("b", "")]
+    asked = [read_job(message) for message in grid.pushed if message.metadata.dst_node_id == 7]
+    assert [(j.task, j.version, j.params.tolist()) for j in asked] == [(0, 3, [0.0, 1.0, 2.0, 3.0])] * ATTEMPTS
+    assert (
+        caplog.text.count("client a task 0 is done again: worker process 7 ended with signal SIGKILL") == ATTEMPTS - 1
+    )
+
+
+@pytest.mark.parametrize("codes, tries", [([DIED] * 9, ATTEMPTS), ([RAISED], 1), ([ErrorCode.NODE_UNAVAILABLE], 1)])
+def test_what_fails_again_and_again_or_by_itself_is_an_error(codes, tries):
+    made, grid = transport({7: list(codes)})
+    made.send([job("a")])
+    replies = []
+    while not replies:
+        replies = made.receive(1.0)
+    assert replies[0].error.startswith(f"code {codes[-1]}") and len(grid.pushed) == tries
+
+
+def test_a_job_that_was_given_up_is_not_done_again():
+    made, grid = transport({7: [DIED]})
+    made.send([job("a")])
+    made.abandon([("a", 0)])
+    assert [reply.client for reply in made.receive(0.0)] == ["a"] and len(grid.pushed) == 1
+
+
+def test_the_clock_goes_on_from_where_the_run_stood():
+    made, _ = transport({})
+    assert 100.0 <= made.now() <= made.now() < 110.0

@@ -1,0 +1,69 @@
+"""Coverage-guided fuzzing of what a restart reads: checkpoints and the log; needs `pip install atheris`.
+
+    PYTHONPATH=tests python tests/fuzz/fuzz_checkpoint.py -max_total_time=60
+
+The digest of a checkpoint is made to fit, so that its reader sees the damage; what is read must be whole or refused.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import tempfile
+from pathlib import Path
+
+import atheris
+
+with atheris.instrument_imports(include=["fedgpt.engine"]):
+    import numpy as np
+
+    from fedgpt.core.errors import FedGPTError
+    from fedgpt.core.files import sha256_of
+    from fedgpt.core.messages import Reply, ServerState
+    from fedgpt.engine.checkpoint import Checkpoints, Ledgers, Snapshot
+    from fedgpt.engine.journal import Entry, Journal
+
+logging.disable(logging.WARNING)
+FOLDER = Path(tempfile.mkdtemp(prefix="fedgpt-fuzz-"))
+CHECKPOINT, LOG = FOLDER / "version-00000004.safetensors", FOLDER / "version-00000004.log"
+
+
+def prepare() -> tuple[bytes, bytes]:
+    """A checkpoint and a log that are whole."""
+    checkpoints = Checkpoints(FOLDER, 2)
+    state = ServerState(np.arange(8, dtype=np.float32), 4, {"momentum": np.ones(8, np.float32)})
+    checkpoints.save(Snapshot(state, Ledgers("run", accepted={"a": 1}), {"base/3": np.zeros(8, np.float32)}))
+    checkpoints.close()
+    journal = Journal(FOLDER)
+    journal.begin(4)
+    journal.append(Entry("send", jobs=(("a", 2),), times=(1.0,), clients=1))
+    journal.append(Entry("receive", replies=(Reply("a", 2, "{}", np.arange(4, dtype=np.float32)),), clients=1))
+    journal.close()
+    return CHECKPOINT.read_bytes(), LOG.read_bytes()
+
+
+def one(data: bytes) -> None:
+    """Change, cut or replace what is read."""
+    source = atheris.FuzzedDataProvider(data)
+    for path, whole in ((CHECKPOINT, GOOD[0]), (LOG, GOOD[1])):
+        content = bytearray(whole)
+        for _ in range(source.ConsumeIntInRange(0, 4)):
+            content[source.ConsumeIntInRange(0, len(content) - 1)] = source.ConsumeIntInRange(0, 255)
+        if source.ConsumeBool():
+            content = content[: source.ConsumeIntInRange(0, len(content))] + source.ConsumeBytes(16)
+        path.write_bytes(content)
+    CHECKPOINT.with_suffix(".sha256").write_text(sha256_of(CHECKPOINT) + "\n")
+    checkpoints = Checkpoints(FOLDER, 2)
+    try:
+        checkpoints.load()
+    except FedGPTError:
+        pass
+    finally:
+        checkpoints.close()
+    assert len(list(Journal(FOLDER).read(4))) <= 2
+
+
+GOOD = prepare()
+if __name__ == "__main__":
+    atheris.Setup(sys.argv, one)
+    atheris.Fuzz()

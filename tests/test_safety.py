@@ -1,0 +1,105 @@
+"""What must hold of the whole package: no unsafe code, names that stay inside, one kind of clock, no installs."""
+
+from __future__ import annotations
+
+import ast
+import re
+import time
+from pathlib import Path
+
+import pytest
+from engine.script import honest
+from engine.scripted import options, run
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedgpt.engine.client_state import ClientStore, safe_name
+from fedgpt.engine.transport import Transport
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted([*(ROOT / "fedgpt").rglob("*.py"), *(ROOT / "simulations").rglob("*.py")])
+UNSAFE = {
+    "pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal",
+    "torch.load", "eval", "exec", "yaml.load", "os.system", "os.popen", "torch.save",
+}  # fmt: skip
+
+
+def dotted(node: ast.AST) -> str:
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def unsafe(tree: ast.AST) -> list[str]:
+    """What a source file imports or calls that it must not."""
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names if alias.name.split(".")[0] in UNSAFE]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in UNSAFE:
+            found.append(str(node.module))
+        elif isinstance(node, ast.Call):
+            keywords = {k.arg: k.value for k in node.keywords}
+            name = dotted(node.func)
+            truths = [
+                k for k in ("shell", "allow_pickle") if isinstance(v := keywords.get(k), ast.Constant) and v.value
+            ]
+            found += [name] * (name in UNSAFE) + truths
+    return found
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_unsafe_is_imported_or_called(source):
+    assert unsafe(ast.parse(source.read_text())) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import pickle",
+        "from dill import loads",
+        "torch.load(x)",
+        "eval('1')",
+        "f(shell=True)",
+        "f(a, allow_pickle=True)",
+    ],
+)
+def test_the_scan_finds_what_it_looks_for(text):
+    assert unsafe(ast.parse(text)) != []
+
+
+def test_deadlines_never_look_at_the_wall_clock():
+    """time.time() only where Flower's own wall-clock stamps are turned into monotonic seconds."""
+    users = {path.name for path in SOURCES if re.search(r"\btime\.time\(\)", path.read_text())}
+    assert users <= {"pool.py"}
+
+
+def test_an_hour_more_or_less_on_the_wall_clock_moves_no_deadline(tmp_path, monkeypatch):
+    clients = {**dict.fromkeys("abc", honest), "slow": lambda job: []}
+    plain = run(options(tmp_path / "plain", rounds=2, deadline=5.0), clients)
+    real = time.time
+    jumps = iter([3600.0, -3600.0] * 100_000)
+    monkeypatch.setattr(time, "time", lambda: real() + next(jumps))
+    jumping = run(options(tmp_path / "jumping", rounds=2, deadline=5.0), clients)
+    assert [m["virtual_seconds"] for m in jumping.metrics] == [m["virtual_seconds"] for m in plain.metrics]
+
+
+@given(st.text(max_size=300) | st.sampled_from(["..", ".", "/etc/passwd", "a/../../b", "\0", "x" * 5000, "", "C:\\x"]))
+def test_any_name_is_one_folder_inside(name):
+    folder = ClientStore("/root-of-states", "run", name).folder
+    assert folder.parent == Path("/root-of-states/run") or name == ""
+    assert "/" not in safe_name(name) and "\0" not in safe_name(name) and len(safe_name(name)) < 255
+    assert safe_name(name) not in ("..", ".")
+
+
+def test_nothing_is_installed_at_run_time():
+    """Flower would run an installer for an app's dependencies: every program of it that we start is told not to."""
+    texts = {path.name: path.read_text() for path in (ROOT / "fedgpt").rglob("*.py")}
+    assert not [name for name, text in texts.items() if re.search(r"[\"']pip[\"']|ensurepip|uv sync", text)]
+    assert "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION" in texts["superlink.py"] + texts["launch.py"]
+
+
+def test_the_protocol_of_a_transport_is_what_the_loop_uses():
+    source = (ROOT / "fedgpt" / "engine" / "server.py").read_text()
+    used = set(re.findall(r"self\.transport\.(\w+)", source))
+    assert used <= set(Transport.__annotations__) | set(vars(Transport))

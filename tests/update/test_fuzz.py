@@ -1,0 +1,42 @@
+"""Fifty thousand messages that went wrong: each is a valid update, or rejected with a code of the closed set."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from update.mutations import CODECS, GOOD, LIMIT, SIZE, TOKENS, check, message
+
+from fedgpt.core.messages import Reply
+from fedgpt.update.codec import REASONS, Expected
+
+MANY = 50_000
+TELLS = HealthCheck.too_slow, HealthCheck.data_too_large
+
+
+def test_messages_that_did_not_go_wrong_are_valid():
+    for codec, (header, payload) in zip(CODECS, GOOD, strict=True):
+        expected = Expected("run", "alice", 3, 5, SIZE, TOKENS, LIMIT, codec)
+        assert check(Reply("alice", 3, header, payload), expected) == "valid"
+
+
+@settings(max_examples=2000, deadline=None, suppress_health_check=TELLS)
+@given(data=st.data())
+def test_a_mutated_message_is_valid_or_rejected(data):
+    check(*message(lambda count: data.draw(st.integers(0, count - 1))))
+
+
+@pytest.mark.slow
+def test_fifty_thousand_mutated_messages_are_valid_or_rejected():
+    seen: Counter[str] = Counter()
+
+    @settings(max_examples=MANY, deadline=None, suppress_health_check=TELLS, database=None)
+    @given(random=st.randoms(use_true_random=True))
+    def many(random):
+        seen[check(*message(random.randrange))] += 1
+
+    many()
+    assert seen.total() >= MANY
+    assert seen["valid"] > 0 and len(seen) > 10 and seen.keys() <= {*REASONS, "valid"}, seen
