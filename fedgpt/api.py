@@ -27,19 +27,19 @@ def run(*overrides: str) -> Run:
     return Run(options.run_dir)
 
 
-def open_run(folder: str | Path) -> Run:
-    """The run in `folder`; raises FedGPTError where there is none."""
+def open_run(folder: str | Path, best: bool = False) -> Run:
+    """The run in `folder`, its model the newest, or the `best`; raises FedGPTError where there is none."""
     path = Path(folder).expanduser()
     if not (path / "config.yaml").exists():
         raise FedGPTError(f"{folder} is not a run's folder: it has no config.yaml")
-    return Run(path)
+    return Run(path, best)
 
 
 class Run:
     """A run's folder as an object."""
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder).resolve()
+    def __init__(self, folder: str | Path, best: bool = False):
+        self.folder, self.best = Path(folder).resolve(), best
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -70,7 +70,7 @@ class Run:
 
     @cached_property
     def model(self) -> GPT:
-        """The run's newest model in float32: of its newest whole checkpoint."""
+        """The run's newest model in float32, that of its newest whole checkpoint, or its best by held-out loss."""
         import numpy as np
 
         from fedgpt import config
@@ -79,11 +79,16 @@ class Run:
         from fedgpt.model.gpt import GPT
 
         options = config.of_run(self.folder)
-        snapshot = Checkpoints(self.folder / "checkpoints", options.checkpoint.keep).load()
-        if snapshot is None:
+        checkpoints = Checkpoints(self.folder / "checkpoints", options.checkpoint.keep)
+        params = checkpoints.load_best() if self.best else None
+        if self.best and params is None:
+            raise FedGPTError(f"{self.folder} has no best weights: checkpoint.best is off, or nothing is scored yet")
+        if params is None and (snapshot := checkpoints.load()) is not None:
+            params = snapshot.state.params
+        if params is None:
             raise FedGPTError(f"{self.folder} has no whole checkpoint; start it with: fedgpt run resume={self.folder}")
         model = GPT(options.model, self.tokenizer.vocab_size).eval()
-        np.copyto(flatten(model)[1].numpy(), snapshot.state.params)
+        np.copyto(flatten(model)[1].numpy(), params)
         return model
 
     def generate(self, prompt: str, tokens: int = 200, samples: int = 1, seed: int = 0, **sampling: Any) -> list[str]:

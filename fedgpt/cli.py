@@ -111,11 +111,12 @@ def generate(arguments: list[str]) -> int:
     parser.add_argument("--top-k", type=int, default=50, help="draw from this many likeliest tokens, 0 = all (50)")
     parser.add_argument("--top-p", type=float, default=None, help="draw from the likeliest tokens of this total mass")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--best", action="store_true", help="the weights with the lowest held-out loss, not the newest")
     chosen = parser.parse_args(arguments)
 
     from fedgpt.api import open_run
 
-    texts = open_run(chosen.run).generate(
+    texts = open_run(chosen.run, chosen.best).generate(
         chosen.prompt,
         tokens=chosen.tokens,
         samples=chosen.samples,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import subprocess
 import sys
@@ -9,6 +10,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from fedgpt import config
@@ -161,3 +164,33 @@ def test_sweeps_are_checked_choice_by_choice():
 def test_configuration_never_imports_torch():
     code = "import sys; from fedgpt import config; config.load(); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+LEAVES = sorted(config._flat(OmegaConf.structured(RunOptions)))
+ODD = [
+    "null", "true", "-1", "0", "1e999", "nan", "-inf", "1.5", "[]", "[1,2]", "{a:1}", "x", "'", "${seed}", "${no}",
+    "99999999999999999999", "../..", "\\0", "a=b", "[[[", "{", "é",
+]  # fmt: skip
+texts = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(LEAVES), st.sampled_from(ODD) | texts)
+def test_any_value_of_any_option_is_valid_or_a_named_problem(option, value):
+    """Never another exception, whatever is typed."""
+    try:
+        options = config.load([f"{option}={value}"])
+    except ConfigError as error:
+        assert error.problems and all(isinstance(problem, str) and problem for problem in error.problems)
+    else:
+        assert isinstance(options, RunOptions)
+        assert isinstance(config.from_yaml(config.to_yaml(options)), RunOptions), (
+            "what is valid can be written and read"
+        )
+
+
+@settings(max_examples=20, deadline=None)
+@given(texts)
+def test_any_text_as_an_override_is_valid_or_a_named_problem(text):
+    with contextlib.suppress(ConfigError):
+        config.load([text])

@@ -344,6 +344,17 @@ def test_generate_prints_the_prompt_and_is_seeded(world, finished, told):
     assert done.stdout == f"{first}\n{'-' * 40}\n{second}\n"
 
 
+def test_the_best_weights_can_be_opened_and_written_with(world, finished):
+    """This run only got better, so its best weights are its newest."""
+    arguments = ["--prompt", "The river", "--tokens", "8", "--seed", "3"]
+    newest = world.fedgpt("generate", str(finished.folder), *arguments)
+    assert world.fedgpt("generate", str(finished.folder), *arguments, "--best").stdout == newest.stdout
+    bare = world.root / "bare"
+    shutil.copytree(finished.folder, bare)
+    (bare / "checkpoints" / "best.safetensors").unlink()
+    assert "has no best weights" in world.fedgpt("generate", str(bare), *arguments, "--best", code=1).stderr
+
+
 # ---- runs that are stopped
 
 

@@ -163,6 +163,13 @@ class Checkpoints:
         except (OSError, SafetensorError) as error:
             raise self._unwritten(error) from error
 
+    def load_best(self) -> np.ndarray | None:
+        """The best weights, (parameters,) float32; None where there are none, or none that can be read."""
+        if self.best_version() is None:
+            return None
+        with safe_open(self._best, framework="numpy") as stored:
+            return stored.get_tensor("params")
+
     def best_version(self) -> int | None:
         """Which version the best weights are of; None where there are none, or none that can be read."""
         try:
