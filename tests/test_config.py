@@ -85,7 +85,7 @@ def test_everything_wrong_is_in_one_list():
 @pytest.mark.parametrize(
     "overrides, part",
     [
-        (["update.downlink=fp16"], "update.downlink=fp16: must be fp32 or bf16"),
+        (["update.downlink=fp16"], "update.downlink=fp16: must be fp32, bf16, int8 or int4"),
         (["update.decay=7"], "update.decay=7"),
         (["update.error_feedback=true"], "update.error_feedback=true"),
         (["update=int8", "update.block=7"], "update.block=7"),

@@ -505,7 +505,7 @@ for number, (name, more) in enumerate({needs!r}.items()):
 def test_every_way_of_an_update_trains_and_a_restart_keeps_what_was_left_out(world, finished):
     ways = sorted(path.stem for path in (Path(__file__).parent.parent / "conf" / "update").glob("*.yaml"))
     told = world.python(f"""
-for number, way in enumerate({ways!r} + ["none update.downlink=bf16"]):
+for number, way in enumerate({ways!r} + ["none update.downlink=bf16", "none update.downlink=int8"]):
     chosen = f"runtime.workers=1 rounds=4 run_dir=way-{{number}} update={{way}}".split()
     told[way] = fedgpt.run(*OPTIONS, *chosen).summary
 chosen = "runtime.workers=1 rounds=4 update=topk run_dir=cut-way".split()
@@ -528,6 +528,8 @@ told["again"] = fedgpt.run(*OPTIONS, *chosen).summary
     assert half["bytes_down"] < 0.55 * plain["bytes_down"] and half["bytes_up"] == pytest.approx(
         plain["bytes_up"], rel=1e-3
     )
+    steps = told["none update.downlink=int8"]  # the first of four versions is whole
+    assert steps["bytes_down"] - plain["bytes_down"] == pytest.approx(-0.75 * 0.749 * vectors, rel=0.01)
     assert told["again"]["weights_sha256"] == told["topk"]["weights_sha256"]
 
 

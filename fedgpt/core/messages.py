@@ -26,7 +26,8 @@ class Plan:
     state: int = -1  # task whose client state to start from; -1 starts fresh
     keep: tuple[int, ...] = ()  # tasks whose client state a restart of the server could still ask for
     seconds: float = 0.0  # the least that the job shall take: a client of the simulated fleet waits until then
-    downlink: str = "fp32"  # how params travel: fp32, bf16 (then they are multiples of bf16 already: nothing is lost)
+    downlink: str = "fp32"  # how params travel; nothing is lost, as they have been rounded to what can be sent
+    held: int = -1  # int8, int4: the version that the client has, from which params travel as steps; -1: whole
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Job:
     params: np.ndarray  # (parameters,) float32, read-only
     plan: Plan
     sent: float = 0.0  # the server's clock at dispatch
+    steps: tuple[np.ndarray, ...] = ()  # from version `plan.held` to this one, encoded: they travel instead of params
 
 
 @dataclass(frozen=True)

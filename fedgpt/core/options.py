@@ -123,7 +123,7 @@ class UpdateOptions:
     density: float | None = None  # topk: share of the elements that is sent; null = the codec's own
     error_feedback: bool = False  # what compression left out is added to the client's next update
     decay: float = 0.95  # of what was left out, from one update to the next
-    downlink: str = "fp32"  # fp32, bf16: the model on its way to the clients
+    downlink: str = "fp32"  # fp32, bf16: the whole model; int8, int4: what has changed since a client had it last
 
 
 @dataclass

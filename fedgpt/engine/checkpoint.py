@@ -43,6 +43,7 @@ class Ledgers:
     dispatched: int = 0  # jobs sent
     next_task: dict[str, int] = field(default_factory=dict)  # client -> number of its next task
     accepted: dict[str, int] = field(default_factory=dict)  # client -> its last accepted task
+    held: dict[str, int] = field(default_factory=dict)  # client -> version of the model that it has
     restorable: tuple[dict[str, int], ...] = ()  # `accepted` at the checkpoints a restart could load
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> count
     norms: tuple[float, ...] = ()  # of the latest accepted updates
@@ -149,6 +150,7 @@ class Checkpoints:
         """Note that a server starts from `version`; `ended` and the next checkpoint take it back."""
         starts = self._starts(self._path(version)) + 1
         write_text(self.folder / "starts.json", json.dumps({"version": version, "starts": starts}))
+        reach("open")
 
     def ended(self) -> None:
         """The server has stopped by its own will."""

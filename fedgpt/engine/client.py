@@ -24,6 +24,7 @@ from fedgpt.engine.client_state import ClientState, ClientStore
 from fedgpt.local.trainer import Trainer
 from fedgpt.update.codec import encode
 from fedgpt.update.compress import compressor_of
+from fedgpt.update.downlink import STEPS, rebuilt
 from fedgpt.update.feedback import feed, rest
 
 ROOT = "the server"  # under this name it keeps its own optimiser state, where a rule wants a root update
@@ -67,6 +68,7 @@ class ClientWork:
         shard = self.shards[index]
         if shard.client != job.client:
             raise ValueError(f"the job is for client {job.client!r}, partition {index} is {shard.client!r}")
+        job = self._received(job)
         began = time.monotonic()
         lies = index < self.options.attack.clients
         tokens = shard.read(self.prepared.tokens)
@@ -82,6 +84,21 @@ class ClientWork:
         update, state = self._trained(job, ROOT, self.prepared.public(), self._state(job, ROOT))
         self._keep(job, ROOT, state)
         return update
+
+    def _received(self, job: Job) -> Job:
+        """The job with its whole vector, which is kept where later ones may be steps from it."""
+        downlink = self.options.update.downlink
+        if downlink not in STEPS:
+            return job
+        store = ClientStore(self.state_root, job.plan.run, job.client)
+        if job.plan.held >= 0:
+            held = store.load_model(job.plan.held)
+            if held is None:  # the server sends the whole model then
+                raise LookupError(f"the model of version {job.plan.held} is not here any more")
+            payload = job.params if job.version > job.plan.held else np.empty(0, np.uint8)
+            job = replace(job, params=rebuilt(held, payload, downlink) if payload.size else held)
+        store.save_model(job.version, job.params)
+        return job
 
     def _do(self, job: Job, name: str, tokens: np.ndarray, lies: bool) -> tuple[str, np.ndarray]:
         """Train, add what was left out before, compress, keep what is left out now, encode."""

@@ -14,10 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
 
 from fedgpt.core.files import replacing
 from fedgpt.local.optimizer import Moments
+
+MODELS = 4  # versions of the model that a client keeps, where the server sends steps from one of them
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,21 @@ class ClientStore:
         with replacing(self._path(task), durable=False) as temporary:
             save_file(tensors, temporary, metadata={"steps": str(steps)})
 
+    def load_model(self, version: int) -> np.ndarray | None:
+        """The model of a version as the client got it; None where it is not kept (any more)."""
+        try:
+            with safe_open(self._model(version), framework="numpy") as stored:
+                return stored.get_tensor("params")
+        except (OSError, SafetensorError):
+            return None
+
+    def save_model(self, version: int, params: np.ndarray) -> None:
+        """Keep a version's model, and the few before it that a restarted server may think of."""
+        with replacing(self._model(version), durable=False) as temporary:
+            save_numpy({"params": np.ascontiguousarray(params)}, temporary)
+        for old in sorted(self.folder.glob("model-*.safetensors"))[:-MODELS]:
+            old.unlink(missing_ok=True)
+
     def keep(self, tasks: set[int]) -> None:
         """Delete the state of every other task up to the newest of these; a later one is another job's."""
         if not self.folder.exists():
@@ -66,6 +84,9 @@ class ClientStore:
         for path in self.folder.glob("task-*.safetensors"):
             if int(path.stem.removeprefix("task-")) < max(tasks) and int(path.stem.removeprefix("task-")) not in tasks:
                 path.unlink(missing_ok=True)
+
+    def _model(self, version: int) -> Path:
+        return self.folder / f"model-{version:08d}.safetensors"
 
     def _path(self, task: int) -> Path:
         return self.folder / f"task-{task}.safetensors"

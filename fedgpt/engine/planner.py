@@ -12,6 +12,7 @@ from fedgpt.core.messages import Job, Pacing, Plan, ServerState
 from fedgpt.core.options import RunOptions
 from fedgpt.engine.checkpoint import Ledgers
 from fedgpt.engine.fleet import Fleet
+from fedgpt.update.downlink import Published
 
 SPEED_MEMORY = 0.5  # share of the old value in a client's smoothed speed
 PROBE = 5  # parts of a job of which the first one has one, where the pacing may change
@@ -20,9 +21,9 @@ PROBE = 5  # parts of a job of which the first one has one, where the pacing may
 class Planner:
     """Makes the jobs of a run; everything that changes is in the ledgers."""
 
-    def __init__(self, options: RunOptions, fleet: Fleet | None = None, switches: bool = False):
+    def __init__(self, options: RunOptions, published: Published, fleet: Fleet | None = None, switches: bool = False):
         """`fleet` slows the clients of a real clock down; `switches`: the pacing may change."""
-        self.options, self.fleet, self.switches = options, fleet, switches
+        self.options, self.published, self.fleet, self.switches = options, published, fleet, switches
         local, model = options.local, options.model
         self.step_tokens = local.accumulate * local.batch_size * model.block_size
         self.job_tokens = local.steps * self.step_tokens  # of a whole job
@@ -43,6 +44,8 @@ class Planner:
         accepted = ledgers.accepted.get(client, -1)
         restorable = {table[client] for table in (*ledgers.restorable, saved) if client in table}
         steps = self.steps(client, ledgers.speeds)
+        held = ledgers.held.get(client, -1)
+        known = self.published.steps(held, state.version)
         plan = Plan(
             **self._schedule(ledgers, pacing),
             steps=steps,
@@ -50,9 +53,10 @@ class Planner:
             state=accepted,
             keep=tuple(sorted({accepted, *restorable} - {-1})),
             downlink=self.options.update.downlink,
+            held=-1 if known is None else held,
             seconds=0.0 if self.fleet is None else steps * self.fleet.step_seconds(client),
         )
-        return Job(client, task, state.version, state.params, plan, now)
+        return Job(client, task, state.version, state.params, plan, now, known or ())
 
     def root_job(self, state: ServerState, ledgers: Ledgers, pacing: Pacing, checkpoint_every: int) -> Job:
         """The server's own job in a version, on public text; its task is the version."""
@@ -66,10 +70,14 @@ class Planner:
         )
         return Job("", version, version, state.params, plan)
 
-    def restored(self, about: dict[str, Any], base: np.ndarray) -> Job:
-        """A job that was in flight at a checkpoint, with the vector it began from."""
-        plan = Plan(**{**about["plan"], "keep": tuple(about["plan"]["keep"])})
-        return Job(about["client"], about["task"], about["version"], base, plan, about["sent"])
+    def restored(self, ledgers: Ledgers, extra: Mapping[str, np.ndarray], params: np.ndarray) -> list[Job]:
+        """The jobs that were in flight at a checkpoint, with the vectors they began from; the newest is `params`."""
+        jobs = []
+        for about in ledgers.in_flight:
+            told = {**about["plan"], "keep": tuple(about["plan"]["keep"]), "held": -1}  # their steps may be gone
+            base = extra.get(f"base/{about['version']}", params)
+            jobs.append(Job(about["client"], about["task"], about["version"], base, Plan(**told), about["sent"]))
+        return jobs
 
     def steps(self, client: str, speeds: dict[str, float]) -> int:
         """Local steps; under DyLU in proportion to the client's speed: floor(H v_i / max v), at least 1.

@@ -66,7 +66,7 @@ def clients_record(accepted: Sequence[Update], ledgers: Ledgers, seconds: float)
 
 
 def summary(
-    records: Sequence[Mapping[str, Any]], state: ServerState, ledgers: Ledgers, wall: float, virtual: float | None
+    records: Sequence[Mapping[str, Any]], state: ServerState, ledgers: Ledgers, wall: float, virtual: bool
 ) -> dict[str, Any]:
     """The machine-readable end of a run."""
     score = [{k: r[k] for k in ("version", "loss", "perplexity", "bits_per_byte")} for r in records if "loss" in r]
@@ -74,7 +74,7 @@ def summary(
         "versions": state.version,
         "tokens": ledgers.tokens_done,
         "wall_seconds": round(wall, 3),
-        "virtual_seconds": virtual,
+        "virtual_seconds": ledgers.seconds if virtual else None,
         "bytes_up": ledgers.bytes_up,
         "bytes_down": ledgers.bytes_down,
         "initial": score[0],

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from fedgpt.engine.run_folder import RunFolder
 from fedgpt.engine.stage import Evaluator, Stage
 from fedgpt.engine.transport import Transport
 from fedgpt.engine.trust import Quarantine, remembered
-from fedgpt.update.blockwise import bf16_rounded
+from fedgpt.update.downlink import Published
 
 Observer = Callable[[str, dict[str, Any]], None]
 RootTrainer = Callable[[Job], Update]
@@ -59,19 +60,19 @@ class Server:
         self.snapshot, self._saved = replace(snapshot, ledgers=snapshot.ledgers.frozen()), -1
         # an interrupted server saved between its usual checkpoints: what that one needs is kept, too
         self.ledgers = replace(self.ledgers, restorable=(*self.ledgers.restorable, dict(self.ledgers.accepted)))
-        self._failures = 0  # in a row
         self.pace = make_pace(options.pace, options.seed, self.ledgers.pacing or None)
         self.checkpoints = Checkpoints(folder.checkpoints, options.checkpoint.keep, journal and journal.journal.drop)
         self.stage = Stage(options.evaluate, evaluator, self._publish)
         self.clients: list[str] = []
         self._wall_began, self._earlier_wall = time.monotonic(), self.ledgers.wall_seconds
-        self.planner = Planner(options, fleet, strategy.switches)
+        self.published = Published(options.update.downlink, snapshot.extra)
+        self.planner = Planner(options, self.published, fleet, strategy.switches)
         self.diagnostics = Diagnostics(self.state.params.size, snapshot.extra)
         self.quarantine = Quarantine(options.validate, self.ledgers.strikes, self.ledgers.quarantine)
         self.best = Best(options, self.checkpoints, snapshot, folder.metrics.read())
         self.flight = InFlight()
         self.intake = Intake(options, strategy, self.state.params.size)
-        self._arrived: deque[Reply] = deque()
+        self._arrived, self._failures = deque[Reply](), 0  # failures in a row
 
     # ---- the loop
 
@@ -88,8 +89,8 @@ class Server:
                 if not self.pace.due(progress) and (reply := self._next_reply(progress)):
                     self._receive(reply)
             self._end(over=True)
-            now = self.transport.now() if self.transport.virtual else None
-            return summary(self.folder.metrics.read(), self.state, self.ledgers, self._wall_seconds(), now)
+            records = self.folder.metrics.read()
+            return summary(records, self.state, self.ledgers, self._wall_seconds(), self.transport.virtual)
         except (KeyboardInterrupt, StoppedEarly) as stop:
             self._end(over=isinstance(stop, StoppedEarly))
             raise Interrupted(str(self.folder.path)) if isinstance(stop, KeyboardInterrupt) else stop from None
@@ -110,7 +111,6 @@ class Server:
     def _open(self) -> None:
         """Meet the clients, then publish the starting version: version 0, or the one that a checkpoint left open."""
         self.checkpoints.started(self.state.version)
-        reach("open")
         if self.options.checkpoint.every != 0:
             self._save()
         self.stage.finish(dict(self.ledgers.record), self.state.params, **self.ledgers.evaluation)
@@ -123,20 +123,15 @@ class Server:
         self._tell("open", clients=[asdict(info) for info in infos], version=self.state.version)
         if self.fleet is not None:
             self.fleet.meet(self.clients)
-        bases = self.snapshot.extra
-        open_jobs = self.ledgers.in_flight
-        restored = [self.planner.restored(j, bases.get(f"base/{j['version']}", self.state.params)) for j in open_jobs]
+        restored = self.planner.restored(self.ledgers, self.snapshot.extra, self.state.params)
         self.flight.add(restored)
         self.transport.send(restored)
         self._begin_version()
 
     def _begin_version(self) -> None:
         """Forget the last version's counts and freeze what its updates are measured against."""
-        self._asked, self._failed, self._at_goal = False, 0, None
-        self._version_began = self.transport.now()
-        self._start = self.state  # as clients get it
-        if self.options.update.downlink == "bf16":
-            self._start = replace(self.state, params=bf16_rounded(self.state.params))
+        self._asked, self._failed, self._at_goal, self._version_began = False, 0, None, self.transport.now()
+        self._start = replace(self.state, params=self.published.advance(self.state))  # as clients get it
         most = self.pace.most(len(self.clients)) + len(self.flight)
         self.intake.begin(self.state, self.ledgers.norms, most, self.planner.job_tokens)
         for client in self.quarantine.release(self.state.version):
@@ -210,6 +205,9 @@ class Server:
         key = (reply.client, reply.task)
         self._count(bytes_up=reply.bytes)
         job = self.flight.pop(*key)
+        if job is not None and reply.error and job.plan.held >= 0:  # what it had may be gone: the whole model, then
+            self._send([replace(job, plan=replace(job.plan, held=-1), steps=(), sent=self.transport.now())])
+            return
         try:
             if job is None:
                 raise UpdateRejected(self.ledgers.stray(*key), "not in flight")
@@ -234,6 +232,7 @@ class Server:
         self.quarantine.clear(update.client)
         self._failures = 0
         self.ledgers.accepted[update.client] = update.task
+        self.ledgers.held[update.client] = update.version
         self.ledgers.credit(update.client, update.tokens, seconds)
         if len(self.intake) == (self.options.pace.goal or 1):
             self._at_goal = self.transport.now()
@@ -294,10 +293,9 @@ class Server:
         """Trains the server's own update of this version, where the rule wants one."""
         if not self.strategy.needs_root:
             return None
-        train = self.root
-        assert train is not None, "a rule that needs a root update is given its trainer"
+        assert self.root is not None, "a rule that needs a root update is given its trainer"
         pacing, every = self.pace.pacing(len(self.clients)), self._cadence(self.options.checkpoint.every)
-        return lambda: train(self.planner.root_job(self.state, self.ledgers, pacing, every))
+        return partial(self.root, self.planner.root_job(self.state, self.ledgers, pacing, every))
 
     def _keep_or_restore(self) -> None:
         """Score the new version now, as it decides; go back to the best weights where it is worse than allowed."""
@@ -353,7 +351,9 @@ class Server:
             self.ledgers = replace(self.ledgers, restorable=tables)
         frozen = self.ledgers.frozen(unsaved=self.strategy.unsaved, in_flight=self.flight.as_json())
         bases = {f"base/{version}": base for version, base in self.flight.bases.items()}
-        self.snapshot = Snapshot(self.state, frozen, {**bases, **self.diagnostics.memory(), **self.best.memory()})
+        self.snapshot = Snapshot(
+            self.state, frozen, {**bases, **self.diagnostics.memory(), **self.best.memory(), **self.published.memory()}
+        )
         if self.journal is not None:
             self.journal.step(self.state.version)
 

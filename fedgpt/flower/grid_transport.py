@@ -44,7 +44,7 @@ class GridTransport:
         self._pending: dict[str, tuple[Job, int]] = {}  # message id -> its job, and at which attempt
         self._abandoned: set[str] = set()  # message ids that may still be answered
         self._refused: list[Reply] = []
-        self._broadcast: tuple[object, ArrayRecord] | None = None
+        self._broadcast: tuple[object, dict[int, ArrayRecord]] | None = None  # a version's params -> held -> as sent
 
     def clients(self, timeout: float) -> list[ClientInfo]:
         """Clients sorted by id; raises FedGPTError where one has other data than the server."""
@@ -62,8 +62,11 @@ class GridTransport:
         messages = []
         for job in jobs:
             if self._broadcast is None or self._broadcast[0] is not job.params:
-                self._broadcast = (job.params, params_record(job))
-            content = job_content(job, self._broadcast[1])
+                self._broadcast = (job.params, {})
+            records = self._broadcast[1]
+            if job.plan.held not in records:
+                records[job.plan.held] = params_record(job)
+            content = job_content(job, records[job.plan.held])
             messages.append(Message(content, self._nodes[job.client], MessageType.TRAIN, ttl=self.ttl))
         for job, message_id in zip(jobs, self.grid.push_messages(messages), strict=True):
             if message_id is None:  # how a SuperLink grid says no

@@ -12,6 +12,7 @@ from flwr.common.constant import ErrorCode
 from fedgpt.core.messages import ClientInfo, Job, Plan, Reply
 from fedgpt.flower.shared import array_record
 from fedgpt.update.blockwise import BF16
+from fedgpt.update.downlink import joined
 
 ARRAY = "flat"  # the one array of an ArrayRecord
 
@@ -27,21 +28,24 @@ def job_content(job: Job, params: ArrayRecord) -> RecordDict:
 
 
 def params_record(job: Job) -> ArrayRecord:
-    """The vector of a job on its way to clients; shared by all jobs of one version."""
+    """The vector of a job on its way to clients, or its steps; shared by all jobs of one version from one other."""
+    if job.plan.held >= 0:
+        return vector_record(joined(job.steps))
     return vector_record(BF16().encode(job.params) if job.plan.downlink == "bf16" else job.params)
 
 
 def job_bytes(job: Job) -> int:
     """Size of what a job puts on the wire: the vector and its JSON."""
-    half = job.plan.downlink == "bf16"
     told = _job_json(
         replace(job, plan=replace(job.plan, keep=()))
     )  # what a restart left to keep is no traffic of the run
-    return job.params.nbytes // (2 if half else 1) + len(told)
+    if job.plan.held >= 0:
+        return sum(step.nbytes for step in job.steps) + len(told)
+    return job.params.nbytes // (2 if job.plan.downlink == "bf16" else 1) + len(told)
 
 
 def read_job(message: Message) -> Job:
-    """The job in a message; its params may be a read-only view."""
+    """The job in a message; its params may be a read-only view, or the bytes of steps where `plan.held` says so."""
     about = json.loads(_config_text(message.content, "job"))
     plan = about.pop("plan")
     plan["keep"] = tuple(plan["keep"])

@@ -85,8 +85,8 @@ def update_problems(options: UpdateOptions) -> Iterator[str]:
         yield "update.error_feedback=true: nothing is left out by update.compress=none; choose a codec or leave it out"
     if not 0 < options.decay <= 1:
         yield f"update.decay={options.decay}: must be above 0 and at most 1 (1 = nothing is ever lost)"
-    if options.downlink not in ("fp32", "bf16"):
-        yield f"update.downlink={options.downlink}: must be fp32 or bf16"
+    if options.downlink not in ("fp32", "bf16", "int8", "int4"):
+        yield f"update.downlink={options.downlink}: must be fp32, bf16, int8 or int4"
 
 
 def make_compressor(name: str, **options: object) -> Compressor:

@@ -25,7 +25,7 @@ from common import COLOURS, arguments, run_arms, runs_folder, spread, table, wri
 
 COMMON = ["experiment=fleet", "pace=cohort", "strategy=fedavg"]
 QUICK = ["tokens=20480", "evaluate.tokens=2048", "corpus=stdlib", "tokenizer=bytes", "model.n_embd=32"]
-GRID = {f"decay {decay}, eta {eta}": (decay, eta) for decay in (0.9, 0.95, 1.0) for eta in (1.0, 1.5, 2.0)}
+GRID = {f"decay {decay}, eta {eta}": (decay, eta) for decay in (0.9, 0.95, 1.0) for eta in (1.0, 1.5, 2.0, 3.0, 4.0)}
 CODECS = {
     "none": ["update=none"],
     "bf16": ["update=bf16"],
