@@ -302,7 +302,8 @@ def test_an_app_that_cannot_be_loaded(environment, name, text):
 
 
 SERVER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would we
 from flwr.app import ConfigRecord, Message, RecordDict
 from fedgpt.flower.pool import PoolGrid
 
