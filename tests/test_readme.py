@@ -131,7 +131,7 @@ def user(tmp_path, monkeypatch):
             return []
 
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(api, "open_run", lambda folder: Quiet())
+    monkeypatch.setattr(api, "open_run", lambda folder, best=False: Quiet())
     yield
     for name, module in list(sys.modules.items()):
         if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
