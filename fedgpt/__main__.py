@@ -10,6 +10,8 @@ HELP = """fedgpt: federated training of small GPTs
                                       sweeps (-m seed=0,1,2), --cfg job to print without running
   fedgpt run resume=FOLDER            continue a run that was stopped
   fedgpt data [key=value ...]         show the text, tokens, clients and split that a run would use
+  fedgpt privacy plan [key=value ...] what a private run would cost, before anything runs
+  fedgpt audit [key=value ...]        attack the privacy that these options promise, and measure what leaks
   fedgpt generate FOLDER --prompt T   write text with a run's model (fedgpt generate --help)
   fedgpt --version
 

@@ -1,4 +1,4 @@
-"""The commands: run, data, generate."""
+"""The commands: run, data, privacy, audit, generate."""
 
 from __future__ import annotations
 
@@ -100,6 +100,38 @@ def data(arguments: list[str]) -> int:
     return 0
 
 
+def privacy(arguments: list[str]) -> int:
+    """`fedgpt privacy plan`: what a private run with these options would cost, before anything runs."""
+    from fedgpt import config
+    from fedgpt.data.partition import partition
+    from fedgpt.data.prepare import prepare
+    from fedgpt.report.privacy_plan import plan_text
+
+    if not arguments or arguments[0] != "plan":
+        raise ConfigError(f"fedgpt privacy {' '.join(arguments)}: the command is `fedgpt privacy plan [key=value ...]`")
+    options = config.load(arguments[1:])
+    prepared = prepare(options.corpus, options.tokenizer, options.cache_dir)
+    shards = partition(prepared, options.partition, options.seed, options.model.block_size + 1)
+    print(plan_text(options, [shard.size for shard in shards], prepared.tokenizer.vocab_size))
+    return 0
+
+
+def audit(arguments: list[str]) -> int:
+    """`fedgpt audit`: attack what these options promise; exit code 1 where the promise does not hold."""
+    from fedgpt import config
+    from fedgpt.data.partition import partition
+    from fedgpt.data.prepare import prepare
+    from fedgpt.report.privacy_audit import audit_report
+
+    options = config.load(arguments)
+    prepared = prepare(options.corpus, options.tokenizer, options.cache_dir)
+    shards = partition(prepared, options.partition, options.seed, options.model.block_size + 1)
+    strategy = config.build_strategy(options.strategy, options.trusted_packages)
+    text, holds = audit_report(options, strategy, prepared, shards)
+    print(text)
+    return 0 if holds else 1
+
+
 def generate(arguments: list[str]) -> int:
     """`fedgpt generate RUN --prompt TEXT`: text from the newest model of a run."""
     parser = argparse.ArgumentParser("fedgpt generate", description="Write text with a run's newest model.")
@@ -132,7 +164,9 @@ def generate(arguments: list[str]) -> int:
     return 0
 
 
-COMMANDS: dict[str, Callable[[list[str]], int]] = {"run": run, "data": data, "generate": generate}
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "run": run, "data": data, "privacy": privacy, "audit": audit, "generate": generate
+}  # fmt: skip
 
 
 def dispatch(command: str, arguments: list[str]) -> int:

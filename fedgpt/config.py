@@ -29,6 +29,7 @@ from fedgpt.data.tokenizer import tokenizer_problems
 from fedgpt.engine import attack, fleet, trust
 from fedgpt.engine.pace import make_pace, pace_problems
 from fedgpt.model.shape import check_model
+from fedgpt.privacy import problems as privacy
 from fedgpt.update.compress import update_problems
 
 PACKAGE = Path(__file__).parent
@@ -91,6 +92,7 @@ _RANGES: dict[str, tuple[str, Any]] = {
     "evaluate.sample_tokens": ("at least 1", lambda v: v >= 1),
     "checkpoint.every": ("at least 0 (0 = only the last)", lambda v: v is None or v >= 0),
     "checkpoint.keep": ("at least 1", lambda v: v >= 1),
+    **privacy.RANGES,
 }
 
 
@@ -325,6 +327,7 @@ def _problems(o: RunOptions) -> Iterator[str]:
     else:
         yield from pace_problems(o.pace, getattr(strategy, "switches", False))
         yield from _pacing_problems(o, strategy)
+        yield from privacy.privacy_problems(o, strategy)
 
 
 def _pacing_problems(o: RunOptions, strategy: Any) -> Iterator[str]:

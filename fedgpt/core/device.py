@@ -27,14 +27,18 @@ class Compute:
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype]
 
 
-def choose_compute(device: str = "auto", precision: str = "auto") -> Compute:
-    """Device and dtype for options `runtime.device` and `local.precision`; values are checked by the configuration."""
+def choose_compute(device: str = "auto", precision: str = "auto", private: bool = False) -> Compute:
+    """Device and dtype for options `runtime.device` and `local.precision`; values are checked by the configuration.
+
+    `private`: gradients are clipped one by one, in fp32.
+    """
     import torch
 
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if precision != "auto":
-        return Compute(device, precision, "local.precision asks for it")
+    if private or precision != "auto":
+        asked = "privacy=example clips gradients in fp32" if private else "local.precision asks for it"
+        return Compute(device, "fp32" if private else precision, asked)
     if device == "cuda":
         if torch.cuda.is_bf16_supported():
             return Compute(device, "bf16", "the GPU has bf16 units")

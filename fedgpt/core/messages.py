@@ -27,6 +27,9 @@ class Plan:
     keep: tuple[int, ...] = ()  # tasks whose client state a restart of the server could still ask for
     seconds: float = 0.0  # the least that the job shall take: a client of the simulated fleet waits until then
     downlink: str = "fp32"  # how params travel; nothing is lost, as they have been rounded to what can be sent
+    noise_multiplier: float = 0.0  # privacy=example, local: what the client checks against its own budget, then adds
+    participations: int = 0  # privacy=example, local: jobs that the client may do at most
+    delta: float = 0.0  # privacy=example, local: at which epsilon is meant
     held: int = -1  # int8, int4: the version that the client has, from which params travel as steps; -1: whole
 
 

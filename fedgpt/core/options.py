@@ -137,6 +137,24 @@ class ValidateOptions:
 
 
 @dataclass
+class PrivacyOptions:
+    """privacy=none|example|client|local: whose data nobody can tell from the model, and how surely."""
+
+    unit: str = "none"  # example: one block of text; client: all text of a client; local: one update, from the server
+    target_epsilon: float | None = None  # the noise follows from it, and the run stops before it costs more
+    noise_multiplier: float | None = None  # instead: noise over the clip (local: over twice the clip)
+    delta: float | None = None  # null = units^-1.1
+    clip: float = 1.0  # longest gradient of a block (example) or update (client, local)
+    participations: int | None = None  # releases (client) or jobs (else) of one client; null = as the rounds need
+    engine: str = "bookkeeping"  # example: bookkeeping, opacus
+    adaptive: bool = False  # client: the clip follows the median of the norms, privately
+    bands: int = 1  # client: releases over which noise is correlated; 1 = independent
+    separation: int = 1  # client: versions between two updates of one client, at least
+    single: bool = False  # client: allow server steps of one update
+    rng: str = "secure"  # secure; seeded: reproducible, and therefore NOT PRIVATE
+
+
+@dataclass
 class AttackOptions:
     """attack=none|sign_flip|scale|gaussian: clients that lie, for research on robust rules."""
 
@@ -201,6 +219,7 @@ class RunOptions:
     fleet: FleetOptions = field(default_factory=FleetOptions)
     update: UpdateOptions = field(default_factory=UpdateOptions)
     validate: ValidateOptions = field(default_factory=ValidateOptions)
+    privacy: PrivacyOptions = field(default_factory=PrivacyOptions)
     attack: AttackOptions = field(default_factory=AttackOptions)
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
     evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)

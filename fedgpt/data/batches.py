@@ -44,3 +44,26 @@ def windows(tokens: np.ndarray, block_size: int) -> tuple[torch.Tensor, torch.Te
     x = torch.nn.functional.pad(stream[:-1], (0, padding), value=0)
     y = torch.nn.functional.pad(stream[1:], (0, padding), value=IGNORE)
     return x.view(-1, block_size), y.view(-1, block_size)
+
+
+class Blocks:
+    """A shard cut once, from its start, into blocks of block_size + 1 tokens that share none: the units of privacy.
+
+    Random or overlapping windows would put one token into many units, and what protects a unit would not protect it.
+    """
+
+    def __init__(self, tokens: np.ndarray, block_size: int):
+        """Cut `tokens` (n,); the rest that fills no block is left out. Raises ValueError where there is no block."""
+        count = len(tokens) // (block_size + 1)
+        if not count:
+            raise ValueError(f"{len(tokens)} tokens are no block of block_size={block_size} and a target")
+        whole = np.asarray(tokens[: count * (block_size + 1)], dtype=np.int64)
+        self._blocks = torch.from_numpy(whole.reshape(count, block_size + 1))
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def take(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and targets of some blocks, each (len(indices), block_size) int64."""
+        chosen = self._blocks[torch.from_numpy(indices)]
+        return chosen[:, :-1].contiguous(), chosen[:, 1:].contiguous()

@@ -51,6 +51,8 @@ class Ledgers:
     quarantine: dict[str, int] = field(default_factory=dict)  # client -> version at which it is asked again
     speeds: dict[str, float] = field(default_factory=dict)  # client -> local steps a second, smoothed
     trained: dict[str, int] = field(default_factory=dict)  # client -> tokens
+    charged: dict[str, float] = field(default_factory=dict)  # client -> private steps or jobs asked for, or shares
+    last: dict[str, int] = field(default_factory=dict)  # privacy=client: client -> version that its last update is in
     busy: dict[str, float] = field(default_factory=dict)  # client -> seconds of its accepted jobs
     pacing: str = ""  # the present one, where the strategy may change it
     in_flight: tuple[dict[str, Any], ...] = ()  # jobs sent and not answered, without their vectors
@@ -59,6 +61,7 @@ class Ledgers:
     unsaved: tuple[str, ...] = ()  # what the strategy remembers and no checkpoint holds: such a run cannot resume
     environment: dict[str, Any] = field(default_factory=dict)  # what bit-identity depends on
     options: dict[str, Any] = field(default_factory=dict)  # the run's, dotted
+    privacy: dict[str, Any] = field(default_factory=dict)  # the statement of a private run
 
     def stray(self, client: str, task: int) -> str:
         """Why a reply that nobody waits for is refused."""

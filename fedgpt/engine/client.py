@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
+import torch
 
 from fedgpt.core.device import choose_compute
 from fedgpt.core.faults import reach
@@ -20,7 +21,9 @@ from fedgpt.data.batches import Batches
 from fedgpt.data.partition import Shard, partition
 from fedgpt.data.prepare import Prepared, prepare
 from fedgpt.engine.attack import attacked
+from fedgpt.engine.client_privacy import ClientPrivacy, digest
 from fedgpt.engine.client_state import ClientState, ClientStore
+from fedgpt.local.optimizer import Moments
 from fedgpt.local.trainer import Trainer
 from fedgpt.update.codec import encode
 from fedgpt.update.compress import compressor_of
@@ -52,8 +55,10 @@ class ClientWork:
     def trainer(self) -> Trainer:
         """The buffers of this process."""
         options = self.options
-        compute = choose_compute(options.runtime.device, options.local.precision)
-        return Trainer(options.model, self.prepared.tokenizer.vocab_size, options.local, compute)
+        private = options.privacy.unit == "example"
+        compute = choose_compute(options.runtime.device, options.local.precision, private)
+        engine = options.privacy.engine
+        return Trainer(options.model, self.prepared.tokenizer.vocab_size, options.local, compute, engine)
 
     def info(self, index: int) -> ClientInfo:
         """Who the client with partition number `index` is."""
@@ -104,7 +109,7 @@ class ClientWork:
         """Train, add what was left out before, compress, keep what is left out now, encode."""
         options = self.options.update
         before = self._state(job, name)
-        update, after = self._trained(job, name, tokens, before)
+        update, after = self._trained(job, name, tokens, before, self._privacy(job, tokens))
         if lies:
             delta = attacked(update.delta, self.options.attack, self.options.seed, job.client, job.task)
             update = replace(update, delta=delta)
@@ -118,17 +123,37 @@ class ClientWork:
         self._keep(job, name, after)
         return header, payload
 
+    def _privacy(self, job: Job, tokens: np.ndarray) -> ClientPrivacy | None:
+        """What makes a client's job private; the server's own, on public text, is not."""
+        if self.options.privacy.unit not in ("example", "local"):
+            return None
+        compute = self.trainer.compute
+        environment = {"device": compute.device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+        folder = ClientStore(self.state_root, job.plan.run, job.client).folder
+        return ClientPrivacy(self.options, folder, tokens, environment)
+
     def _trained(
-        self, job: Job, name: str, tokens: np.ndarray, before: ClientState | None
+        self,
+        job: Job,
+        name: str,
+        tokens: np.ndarray,
+        before: ClientState | None,
+        privacy: ClientPrivacy | None = None,
     ) -> tuple[Update, ClientState]:
         options = self.options
-        seed = derive_seed(options.seed, "batches", name, job.task)
-        batches = Batches(tokens, options.model.block_size, options.local.batch_size, seed)
         moments = None if before is None else before.moments
+        if privacy is not None and options.privacy.unit == "example":
+            batches = privacy.steps(job, _named(moments))
+        else:
+            seed = derive_seed(options.seed, "batches", name, job.task)
+            batches = Batches(tokens, options.model.block_size, options.local.batch_size, seed)
         trained = self.trainer.train(
             job.params, batches, job.plan, moments, derive_seed(options.seed, "dropout", name, job.task)
         )
-        metrics = trained.metrics
+        if privacy is not None and options.privacy.unit == "local":
+            trained = replace(trained, delta=privacy.hidden(job, trained.delta, _named(moments)))
+        # in a private run nothing leaves of what was measured on the text
+        metrics = trained.metrics if options.privacy.unit == "none" else {"lr": trained.metrics["lr"]}
         if self._keeps:
             metrics["state_lost"] = float(before is None and job.plan.state >= 0)
         kept = ClientState(trained.moments if options.local.moments == "keep" else None)
@@ -146,6 +171,13 @@ class ClientWork:
             store = ClientStore(self.state_root, job.plan.run, name)
             store.save(job.task, state)
             store.keep({job.task, *job.plan.keep})
+
+
+def _named(moments: Moments | None) -> str:
+    """A name of the moments that a job starts from, the same only for the same bits."""
+    if moments is None:
+        return "fresh"
+    return f"{digest(moments.first.cpu().numpy())} {digest(moments.second.cpu().numpy())} {moments.steps}"
 
 
 @contextmanager

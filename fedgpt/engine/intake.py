@@ -13,6 +13,8 @@ from fedgpt.aggregate.exact import ExactSum
 from fedgpt.core.errors import UpdateRejected
 from fedgpt.core.messages import Job, Pacing, Reply, ServerState, Update
 from fedgpt.core.options import RunOptions
+from fedgpt.engine.checkpoint import Ledgers
+from fedgpt.engine.privacy import PaidByServer, Privacy
 from fedgpt.engine.trust import clip_length, norm_limit
 from fedgpt.update.codec import Expected, decode
 from fedgpt.update.compress import compressor_of
@@ -21,8 +23,9 @@ from fedgpt.update.compress import compressor_of
 class Intake:
     """The accepted updates of one version; a rejected one leaves nothing but its counter."""
 
-    def __init__(self, options: RunOptions, strategy: Strategy, size: int):
+    def __init__(self, options: RunOptions, strategy: Strategy, size: int, privacy: Privacy):
         self.options, self.strategy = options, strategy
+        self.private = privacy if isinstance(privacy, PaidByServer) else None
         self.compressor = compressor_of(options.update)
         self._sum = ExactSum(size, bound=1.0, count=1)  # untouched memory, if no rule adds to it
 
@@ -39,7 +42,10 @@ class Intake:
         self.most = most
         self.norm_limit = norm_limit(self.options.validate, norms, float(np.linalg.norm(state.params)))
         self._clip = clip_length(self.options.validate, norms)
-        if self.strategy.linear:
+        if self.private is not None:
+            self.private.begin(state)
+            self._sum.reset(self.private.clip, most)
+        elif self.strategy.linear:
             whole = Update("", 0, state.version, state.params, job_tokens)
             self._sum.reset(self.norm_limit, most, self.strategy.weight(whole, 0))  # no update can weigh more
 
@@ -57,7 +63,10 @@ class Intake:
         clipped = self._clip is not None and norm > self._clip
         if self._clip is not None and clipped:
             update = replace(update, delta=update.delta * np.float32(self._clip / norm))
-        weight = self.strategy.weight(update, staleness)
+        if self.private is not None:
+            update, weight = self.private.take(update, self.strategy, staleness)
+        else:
+            weight = self.strategy.weight(update, staleness)
         if self.strategy.linear:
             try:
                 self._sum.add(update.delta, weight, norm)
@@ -68,12 +77,22 @@ class Intake:
         self.clipped += clipped
         self.weights.append(weight)
         metrics = {**update.metrics, "staleness": staleness}
+        if self.private is not None:
+            del metrics["update_norm"]  # of one client, and not noised
         self.accepted.append(replace(update, delta=np.empty(0, np.float32), metrics=metrics))
         return update
 
-    def step(self, state: ServerState, pacing: Pacing, root: Callable[[], Update] | None) -> ServerState:
-        """The next state: D is the exact weighted sum over its divisor, or what a combining rule makes of it."""
+    def step(
+        self, state: ServerState, pacing: Pacing, root: Callable[[], Update] | None, ledgers: Ledgers
+    ) -> ServerState:
+        """The next state: D is the exact weighted sum over its divisor, or what a combining rule makes of it.
+
+        With privacy=client the sum gets its noise first, which `ledgers` note; raises StoppedEarly over the budget.
+        """
         rule = self.strategy
+        if self.private is not None:
+            divisor = self.private.divisor(rule, pacing)
+            return rule.step(*self.private.release(self._sum.mean(divisor), divisor, state, ledgers))
         if rule.linear:
             divisor = rule.divisor(self.weights, pacing) if self.weights else 1.0
             return rule.step(self._sum.mean(divisor), state)

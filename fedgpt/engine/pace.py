@@ -9,6 +9,8 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from fedgpt.core.messages import Pacing
 from fedgpt.core.options import PaceOptions
 from fedgpt.core.seeds import numpy_generator
@@ -68,9 +70,14 @@ class Pace(Protocol):
         ...
 
 
-def make_pace(options: PaceOptions, seed: int, name: str | None = None) -> Pace:
-    """The pacing that `options` name, or `name`."""
-    return {"cohort": Cohort, "buffer": Buffer}[name or options.name](options, seed)
+Coins = Callable[[int, int], np.ndarray | None]  # (version, clients) -> a uniform value for each client
+
+
+def make_pace(options: PaceOptions, seed: int, name: str | None = None, coins: Coins | None = None) -> Pace:
+    """The pacing that `options` name, or `name`; secret `coins` choose a cohort instead of the seed's, where given."""
+    if (name or options.name) == "buffer":
+        return Buffer(options, seed)
+    return Cohort(options, seed, coins)
 
 
 @dataclass(frozen=True)
@@ -79,6 +86,7 @@ class Cohort:
 
     options: PaceOptions
     seed: int
+    secret: Coins | None = None
     carries = False
 
     def start(self, progress: Progress, roster: Roster) -> list[str] | None:
@@ -90,6 +98,11 @@ class Cohort:
             return None
         draw = numpy_generator(self.seed, "cohort", progress.version)
         if self.options.rate is not None:
+            # a coin for every client there is: who is away or resting must not change the others'
+            coins = None if self.secret is None else self.secret(progress.version, len(roster.clients))
+            if coins is not None:
+                tossed = zip(roster.clients, coins, strict=True)
+                return [client for client, coin in tossed if coin < self.options.rate and roster.free(client)]
             coins = draw.random(len(clients))
             return [client for client, coin in zip(clients, coins, strict=True) if coin < self.options.rate]
         count = max(0, (self.options.clients or len(roster.clients)) - progress.in_flight)

@@ -12,6 +12,7 @@ from fedgpt.core.messages import Job, Pacing, Plan, ServerState
 from fedgpt.core.options import RunOptions
 from fedgpt.engine.checkpoint import Ledgers
 from fedgpt.engine.fleet import Fleet
+from fedgpt.engine.privacy import Privacy
 from fedgpt.update.downlink import Published
 
 SPEED_MEMORY = 0.5  # share of the old value in a client's smoothed speed
@@ -21,9 +22,17 @@ PROBE = 5  # parts of a job of which the first one has one, where the pacing may
 class Planner:
     """Makes the jobs of a run; everything that changes is in the ledgers."""
 
-    def __init__(self, options: RunOptions, published: Published, fleet: Fleet | None = None, switches: bool = False):
+    def __init__(
+        self,
+        options: RunOptions,
+        published: Published,
+        fleet: Fleet | None = None,
+        switches: bool = False,
+        privacy: Privacy | None = None,
+    ):
         """`fleet` slows the clients of a real clock down; `switches`: the pacing may change."""
         self.options, self.published, self.fleet, self.switches = options, published, fleet, switches
+        self.privacy = privacy or Privacy()
         local, model = options.local, options.model
         self.step_tokens = local.accumulate * local.batch_size * model.block_size
         self.job_tokens = local.steps * self.step_tokens  # of a whole job
@@ -44,10 +53,12 @@ class Planner:
         accepted = ledgers.accepted.get(client, -1)
         restorable = {table[client] for table in (*ledgers.restorable, saved) if client in table}
         steps = self.steps(client, ledgers.speeds)
+        self.privacy.asked(client, steps, ledgers)
         held = ledgers.held.get(client, -1)
         known = self.published.steps(held, state.version)
         plan = Plan(
             **self._schedule(ledgers, pacing),
+            **self.privacy.job_numbers(),
             steps=steps,
             numbers=numbers,
             state=accepted,

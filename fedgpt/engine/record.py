@@ -22,11 +22,22 @@ def first_record() -> dict[str, Any]:
         "accepted": 0, "rejected": {}, "staleness": {}, "train_loss": None, "lr": None, "update_norm": None,
         "update_tokens": None, "step_norm": 0.0, "cosine": None, "step_correlation": None, "mean_weight": None,
         "in_flight": 0, "bases": 0, "state_lost": 0, "tokens_by_client": {}, "idle_share": {}, "clipped": 0,
-        "quarantined": 0, "restored": None,
+        "quarantined": 0, "restored": None, "epsilon": None,
     }  # fmt: skip
 
 
-def version_record(version: int, ledgers: Ledgers, virtual: bool) -> dict[str, Any]:
+def line_of_version(
+    version: int, ledgers: Ledgers, intake: Intake, in_flight: Iterable[Job], virtual: bool
+) -> dict[str, Any]:  # fmt: skip
+    """Where the run stands at a version, what came in for it, and what its clients have done so far."""
+    return {
+        **_version_record(version, ledgers, virtual),
+        **_updates_record(intake, in_flight),
+        **_clients_record(intake.accepted, ledgers, ledgers.seconds),
+    }
+
+
+def _version_record(version: int, ledgers: Ledgers, virtual: bool) -> dict[str, Any]:
     """Where the run stands."""
     return {
         "version": version,
@@ -40,7 +51,7 @@ def version_record(version: int, ledgers: Ledgers, virtual: bool) -> dict[str, A
     }
 
 
-def updates_record(intake: Intake, in_flight: Iterable[Job]) -> dict[str, Any]:
+def _updates_record(intake: Intake, in_flight: Iterable[Job]) -> dict[str, Any]:
     """What came in for a version."""
     accepted, jobs = intake.accepted, list(in_flight)
     staleness = Counter(int(update.metrics["staleness"]) for update in accepted)
@@ -58,7 +69,7 @@ def updates_record(intake: Intake, in_flight: Iterable[Job]) -> dict[str, Any]:
     }
 
 
-def clients_record(accepted: Sequence[Update], ledgers: Ledgers, seconds: float) -> dict[str, Any]:
+def _clients_record(accepted: Sequence[Update], ledgers: Ledgers, seconds: float) -> dict[str, Any]:
     """Tokens trained and idle share so far, of the clients of this version."""
     clients = sorted({update.client for update in accepted})
     idle = {c: round(max(0.0, 1 - ledgers.busy[c] / seconds), 4) for c in clients} if seconds > 0 else {}
@@ -82,8 +93,8 @@ def summary(
         "best": min(score, key=lambda s: s["loss"]),
         "weights_sha256": weights_digest(state.params),
         "rejected": ledgers.rejected,
-        "epsilon": None,
-        "delta": None,
+        "epsilon": records[-1].get("epsilon"),
+        "delta": ledgers.privacy.get("delta"),
     }
 
 

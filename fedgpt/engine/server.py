@@ -25,7 +25,8 @@ from fedgpt.engine.intake import Intake
 from fedgpt.engine.journal import Journaled
 from fedgpt.engine.pace import Progress, Roster, make_pace, versions_per_round
 from fedgpt.engine.planner import Planner
-from fedgpt.engine.record import clients_record, counted, summary, updates_record, version_record
+from fedgpt.engine.privacy import Privacy
+from fedgpt.engine.record import counted, line_of_version, summary
 from fedgpt.engine.run_folder import RunFolder
 from fedgpt.engine.stage import Evaluator, Stage
 from fedgpt.engine.transport import Transport
@@ -41,18 +42,10 @@ class Server:
     """A run from its first version, or from a snapshot, to its last."""
 
     def __init__(
-        self,
-        options: RunOptions,
-        strategy: Strategy,
-        transport: Transport,
-        evaluator: Evaluator,
-        folder: RunFolder,
-        snapshot: Snapshot,
-        observers: Sequence[Observer] = (),
-        root: RootTrainer | None = None,
-        fleet: Fleet | None = None,
-        journal: Journaled | None = None,
-    ):
+        self, options: RunOptions, strategy: Strategy, transport: Transport, evaluator: Evaluator, folder: RunFolder,
+        snapshot: Snapshot, observers: Sequence[Observer] = (), root: RootTrainer | None = None,
+        fleet: Fleet | None = None, journal: Journaled | None = None, privacy: Privacy | None = None,
+    ):  # fmt: skip
         """`root` trains the server's own update; `fleet` slows clients down; `journal` is `transport`, if it is one."""
         self.options, self.strategy, self.transport, self.root, self.fleet = options, strategy, transport, root, fleet
         self.folder, self.observers, self.journal = folder, observers, journal
@@ -60,18 +53,19 @@ class Server:
         self.snapshot, self._saved = replace(snapshot, ledgers=snapshot.ledgers.frozen()), -1
         # an interrupted server saved between its usual checkpoints: what that one needs is kept, too
         self.ledgers = replace(self.ledgers, restorable=(*self.ledgers.restorable, dict(self.ledgers.accepted)))
-        self.pace = make_pace(options.pace, options.seed, self.ledgers.pacing or None)
+        self.privacy = privacy or Privacy()
+        self.pace = make_pace(options.pace, options.seed, self.ledgers.pacing or None, self.privacy.coins)
         self.checkpoints = Checkpoints(folder.checkpoints, options.checkpoint.keep, journal and journal.journal.drop)
         self.stage = Stage(options.evaluate, evaluator, self._publish)
         self.clients: list[str] = []
         self._wall_began, self._earlier_wall = time.monotonic(), self.ledgers.wall_seconds
         self.published = Published(options.update.downlink, snapshot.extra)
-        self.planner = Planner(options, self.published, fleet, strategy.switches)
+        self.planner = Planner(options, self.published, fleet, strategy.switches, self.privacy)
         self.diagnostics = Diagnostics(self.state.params.size, snapshot.extra)
         self.quarantine = Quarantine(options.validate, self.ledgers.strikes, self.ledgers.quarantine)
         self.best = Best(options, self.checkpoints, snapshot, folder.metrics.read())
         self.flight = InFlight()
-        self.intake = Intake(options, strategy, self.state.params.size)
+        self.intake = Intake(options, strategy, self.state.params.size, self.privacy)
         self._arrived, self._failures = deque[Reply](), 0  # failures in a row
 
     # ---- the loop
@@ -120,6 +114,7 @@ class Server:
             raise StoppedEarly("no client appeared within 300 s")
         if problems := list(self.strategy.problems(self.pace.pacing(len(self.clients)))):
             raise ConfigError(problems)  # pace.clients=0 is a number only now
+        self.privacy.meet(infos)
         self._tell("open", clients=[asdict(info) for info in infos], version=self.state.version)
         if self.fleet is not None:
             self.fleet.meet(self.clients)
@@ -154,17 +149,22 @@ class Server:
     def _start_jobs(self) -> None:
         roster = Roster(self.clients, self.flight.busy, self._there)
         chosen = self.pace.start(self._progress(), roster)
+        if not chosen and not len(self.flight) and not any(map(self._allowed, self.clients)):
+            raise StoppedEarly("privacy: every client has taken part as often as it may; see privacy.participations")
         if chosen is None:
             return
         if not self._asked:
             self._asked, self._version_began = True, self.transport.now()
-        pacing, now = self.pace.pacing(len(self.clients)), self.transport.now()
-        numbers, saved = self.strategy.client_numbers(), self.snapshot.ledgers.accepted
         self._count(dispatched=len(chosen))
-        self._send([self.planner.job(c, self._start, self.ledgers, pacing, numbers, now, saved) for c in chosen])
+        pacing, now = self.pace.pacing(len(self.clients)), self.transport.now()
+        now_known = (self.strategy.client_numbers(), now, self.snapshot.ledgers.accepted)
+        self._send([self.planner.job(c, self._start, self.ledgers, pacing, *now_known) for c in chosen])
 
     def _there(self, client: str) -> bool:
-        return not self.quarantine.holds(client) and self.transport.there(client)
+        return self._allowed(client) and self.transport.there(client)
+
+    def _allowed(self, client: str) -> bool:
+        return not self.quarantine.holds(client) and self.privacy.may_ask(client, self.state.version, self.ledgers)
 
     def _send(self, jobs: list[Job]) -> None:
         if not jobs:
@@ -228,7 +228,8 @@ class Server:
         if most is not None and staleness > most:
             raise UpdateRejected("stale", f"{staleness} versions old, pace.max_staleness={most}")
         update = self.intake.add(update, job, staleness)
-        self.diagnostics.update(update, self.pace.carries)
+        if not self.privacy.sums:  # what is measured of single updates is not noised
+            self.diagnostics.update(update, self.pace.carries)
         self.quarantine.clear(update.client)
         self._failures = 0
         self.ledgers.accepted[update.client] = update.task
@@ -272,7 +273,7 @@ class Server:
             )
         reach("aggregate")
         before = self.state
-        self.state = self.intake.step(before, self.pace.pacing(len(self.clients)), self._root())
+        self.state = self.intake.step(before, self.pace.pacing(len(self.clients)), self._root(), self.ledgers)
         if not np.isfinite(self.state.params).all():
             raise StoppedEarly(f"version {self.state.version} has NaN or Inf weights; lower strategy.eta or local.lr")
         self._tally(before)
@@ -317,7 +318,7 @@ class Server:
             self.state = replace(self.state, memory={**self.state.memory, **choice.memory})
         if choice.pacing != observed.pacing:
             self.ledgers = replace(self.ledgers, pacing=choice.pacing)
-            self.pace = make_pace(self.options.pace, self.options.seed, choice.pacing)
+            self.pace = make_pace(self.options.pace, self.options.seed, choice.pacing, self.privacy.coins)
             self._tell("pacing", pacing=choice.pacing, reason=choice.reason, version=self.state.version)
 
     def _tally(self, before: ServerState) -> None:
@@ -330,13 +331,12 @@ class Server:
         seconds, wall = self.transport.now(), self._wall_seconds()
         every = self._cadence(self.options.evaluate.every)
         evaluation = self.stage.plan(self.state.version, part, now, every)
-        norms = remembered(self.ledgers.norms, accepted)
+        norms = () if self.privacy.sums else remembered(self.ledgers.norms, accepted)
         self.ledgers = replace(self.ledgers, seconds=seconds, wall_seconds=wall, evaluation=evaluation, norms=norms)
         step = before.params - self.state.params
         record = {
-            **version_record(self.state.version, self.ledgers, self.transport.virtual),
-            **updates_record(self.intake, self.flight),
-            **clients_record(accepted, self.ledgers, seconds),
+            **line_of_version(self.state.version, self.ledgers, self.intake, self.flight, self.transport.virtual),
+            **self.privacy.record(self.ledgers),
             "step_norm": float(np.linalg.norm(step)),
             **self.diagnostics.step(step),
         }

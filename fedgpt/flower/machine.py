@@ -28,7 +28,7 @@ class Machine:
 def machine_for(options: RunOptions, clients: int) -> Machine:
     """The machine for a run with `clients` clients, of whom `pace.clients` train at the same time."""
     runtime = options.runtime
-    compute = choose_compute(runtime.device, options.local.precision)
+    compute = choose_compute(runtime.device, options.local.precision, options.privacy.unit == "example")
     together = min(options.pace.clients or clients, clients)
     if options.clock == "real" and options.fleet.name != "none" and not runtime.workers:
         reason = "one process per client in flight: a simulated fleet mostly waits"

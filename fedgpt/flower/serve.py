@@ -31,6 +31,7 @@ from fedgpt.engine.checkpoint import Checkpoints, Ledgers, Snapshot
 from fedgpt.engine.client import ClientWork
 from fedgpt.engine.fleet import Fleet, make_timing
 from fedgpt.engine.journal import Journal, Journaled, wanted
+from fedgpt.engine.privacy import make_privacy
 from fedgpt.engine.record import first_record
 from fedgpt.engine.run_folder import RunFolder
 from fedgpt.engine.server import Server
@@ -43,10 +44,13 @@ from fedgpt.flower.pool import PoolGrid
 from fedgpt.flower.strategy_adapter import FlowerStrategy
 from fedgpt.model.gpt import GPT
 from fedgpt.model.hf import export_model
+from fedgpt.privacy.plan import make_plan
+from fedgpt.privacy.statement import statement
 from fedgpt.report.diagnostics import timeline_figure, updates_figure
 from fedgpt.report.figures import loss_figure
+from fedgpt.report.model_card import model_card
 from fedgpt.report.progress import ProgressDisplay
-from fedgpt.report.run_report import opening, samples_page, summary_text
+from fedgpt.report.run_report import opening, privacy_text, samples_page, summary_text
 
 TTL_MARGIN = 10.0  # seconds past the deadline before a client that hangs is given up (the pool ends its worker)
 log = logging.getLogger(__name__)
@@ -73,6 +77,9 @@ class _Run:
         self.compute = self.machine.compute
         torch.set_num_threads(self.machine.threads)
         self.environment = _environment(self.machine)
+        private = options.privacy.unit != "none"
+        self.privacy_plan = make_plan(options, [shard.size for shard in shards]) if private else None
+        self.statement = statement(options, self.privacy_plan, len(shards)) if self.privacy_plan else {}
 
     def go(self) -> dict[str, Any]:
         o = self.options
@@ -82,17 +89,21 @@ class _Run:
         display.say(
             opening(o, self.prepared, self.shards, snapshot, self.compute, self.machine.workers_text, stage.tokens)
         )
+        if self.statement:
+            display.say(privacy_text(self.statement))
         write_text(self.folder.path / "environment.json", json.dumps(self.environment, indent=2) + "\n")
         strategy = build_strategy(o.strategy, o.trusted_packages)
         if not isinstance(strategy, Strategy):
             strategy = FlowerStrategy(strategy)
+        fresh = snapshot.state.version == 0
+        privacy = make_privacy(o, self.privacy_plan, self.folder.path, self.prepared.digest, fresh)
         transport = self._transport(snapshot, Journal(self.folder.wal) if wanted(o, strategy.switches) else None)
         with display:
             slowed = Fleet(o.fleet, o.seed) if o.clock == "real" and o.fleet.name != "none" else None
             server = Server(
                 o, strategy, transport, self._evaluator(stage), self.folder, snapshot, (self._log_event, display),
                 ClientWork(o, str(self.folder.path / "clients")).train_root, slowed,
-                transport if isinstance(transport, Journaled) else None,
+                transport if isinstance(transport, Journaled) else None, privacy,
             )  # fmt: skip
             summary = server.run()
         self._finish(summary, server.state.params, display)
@@ -109,7 +120,7 @@ class _Run:
             Journal(self.folder.wal).clear()
             ledgers = Ledgers(
                 run=secrets.token_hex(8), record=first_record(), environment=self.environment,
-                options=flat_options(self.options),
+                options=flat_options(self.options), privacy=self.statement,
             )  # fmt: skip
             return Snapshot(ServerState(self._initial_params()), ledgers)
         if changed := changed_options(snapshot.ledgers.options, self.options):
@@ -180,7 +191,8 @@ class _Run:
         records = self.folder.metrics.read()
         model = GPT(self.options.model, self.prepared.tokenizer.vocab_size)
         np.copyto(flatten(model)[1].numpy(), params)
-        export_model(path / "model", model, self.prepared.folder, None)
+        card = model_card(self.options, summary, self.statement)
+        export_model(path / "model", model, self.prepared.folder, card)
         write_text(path / "samples.md", samples_page(records))
         loss_figure(records, path / "figures" / "loss.png")
         timeline_figure(self.folder.events.read(), path / "figures" / "timeline.png")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
@@ -18,6 +19,7 @@ from fedgpt.core.flat import flatten
 from fedgpt.core.messages import Plan
 from fedgpt.core.options import LocalOptions, ModelOptions
 from fedgpt.local.optimizer import FlatAdamW, Moments
+from fedgpt.local.private import PrivateGradient, PrivateSteps
 from fedgpt.local.schedule import learning_rate
 from fedgpt.model.gpt import GPT
 
@@ -45,8 +47,11 @@ class Trained:
 class Trainer:
     """One model's buffers and the loop over them; reused for every client that this process trains."""
 
-    def __init__(self, model: ModelOptions, vocab_size: int, local: LocalOptions, compute: Compute):
-        self.options, self.compute, self.block_size = local, compute, model.block_size
+    def __init__(
+        self, model: ModelOptions, vocab_size: int, local: LocalOptions, compute: Compute, engine: str = "bookkeeping"
+    ):
+        """`engine` makes the per-example gradients of private jobs: bookkeeping or opacus."""
+        self.options, self.compute, self.block_size, self.engine = local, compute, model.block_size, engine
         device = torch.device(compute.device)
         self.model = GPT(model, vocab_size).to(device=device, dtype=compute.torch_dtype)
         self.model.train()
@@ -61,10 +66,20 @@ class Trainer:
         self._start = torch.zeros_like(self.params)
         self._delta = torch.zeros(self.layout.size)
 
+    @cached_property
+    def private(self) -> PrivateGradient:
+        """The gradients of private jobs."""
+        return PrivateGradient(self.model, self.layout, self.engine, self.options.batch_size)
+
     def train(
-        self, start: np.ndarray, batches: BatchSource, plan: Plan, moments: Moments | None, dropout_seed: int = 0
+        self,
+        start: np.ndarray,
+        batches: BatchSource | PrivateSteps,
+        plan: Plan,
+        moments: Moments | None,
+        dropout_seed: int = 0,
     ) -> Trained:
-        """Train `plan.steps` steps from `start` and return `start - end`.
+        """Train `plan.steps` steps from `start` and return `start - end`; private ones tell nothing of their loss.
 
         Raises ValueError for a strategy number this client does not know.
         """
@@ -77,7 +92,10 @@ class Trainer:
         losses, norm = torch.zeros((), device=self.params.device), torch.zeros(())
         lr = 0.0
         for step in range(plan.steps):
-            losses += self._gradient(batches)
+            if isinstance(batches, PrivateSteps):
+                self.private.fill(self.grad, batches)
+            else:
+                losses += self._gradient(batches)
             if mu:
                 self.grad.add_(self.params, alpha=mu).sub_(self._start, alpha=mu)  # mu (w - start), FedProx
             norm = self._clip()
@@ -88,8 +106,9 @@ class Trainer:
             if self.working is not self.params:
                 self.working.copy_(self.params)
         tokens = plan.steps * self.options.accumulate * self.options.batch_size * self.block_size
-        loss = float(losses) / max(plan.steps, 1)
-        metrics = {"train_loss": loss, "lr": lr, "grad_norm": float(norm)}
+        metrics = {"lr": lr, "grad_norm": float(norm)}
+        if not isinstance(batches, PrivateSteps):
+            metrics["train_loss"] = float(losses) / max(plan.steps, 1)
         return Trained(self._send(), tokens, self.optimizer.moments(), metrics)
 
     def _gradient(self, batches: BatchSource) -> torch.Tensor:

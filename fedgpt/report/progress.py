@@ -82,6 +82,8 @@ class ProgressDisplay:
             parts.append(f"train {record['train_loss']:.3f}")
         if "loss" in record:
             parts.append(f"held-out {record['loss']:.3f} = {record['bits_per_byte']:.3f} bits/byte")
+        if record.get("epsilon") is not None:
+            parts.append(f"epsilon {record['epsilon']:.3g}")
         parts.append(f"up {size(record['bytes_up'])}, down {size(record['bytes_down'])}")
         seconds = record["wall_seconds"]
         if record["version"] and record["tokens"] and seconds:

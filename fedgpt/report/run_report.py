@@ -13,6 +13,7 @@ from fedgpt.core.options import RunOptions
 from fedgpt.data.partition import Shard
 from fedgpt.data.prepare import Prepared
 from fedgpt.engine.checkpoint import Snapshot
+from fedgpt.privacy.statement import rows
 from fedgpt.report.progress import clock, count, size
 
 
@@ -51,6 +52,11 @@ def opening(
     return "\n".join(f"{name:>10}  {text}" for name, text in rows)
 
 
+def privacy_text(told: dict[str, Any]) -> str:
+    """The promise of a private run."""
+    return "\n".join(f"{name:>12}  {text}" for name, text in rows(told))
+
+
 def _pacing_row(o: RunOptions, who: str, asked: int, job: int, parameters: int) -> tuple[str, str]:
     steps = f"{o.local.steps} steps" + (" at most (DyLU)" if o.pace.dylu else "")
     clock_text = f"; virtual clock, fleet {o.fleet.name}" if o.clock == "virtual" else ""
@@ -77,6 +83,7 @@ def summary_text(summary: dict[str, Any], records: list[dict[str, Any]], folder:
         *([f"virtual time            {clock(summary['virtual_seconds'])}"] if summary["virtual_seconds"] else []),
         f"traffic                 {size(summary['bytes_up'])} up, {size(summary['bytes_down'])} down, "
         f"{rejected} updates rejected",
+        *([_spent(summary)] if summary.get("epsilon") is not None else []),
         f"weights                 sha256 {summary['weights_sha256'][:16]}",
     ]
     sample = next((r for r in reversed(records) if "sample" in r), None)
@@ -85,6 +92,10 @@ def summary_text(summary: dict[str, Any], records: list[dict[str, Any]], folder:
     lines.append(f"everything is in {folder}: samples.md, figures/, metrics.jsonl, model/")
     lines.append(f'more text: fedgpt generate {shlex.quote(str(folder))} --prompt "..."')
     return "\n".join(lines)
+
+
+def _spent(summary: dict[str, Any]) -> str:
+    return f"privacy                 epsilon {summary['epsilon']:.4g} at delta {summary['delta']:.2g} (ledger.json)"
 
 
 def samples_page(records: list[dict[str, Any]]) -> str:

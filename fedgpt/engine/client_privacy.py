@@ -1,0 +1,97 @@
+"""The client's own side of privacy: its key, its ledger, and what it checks before it lets anything out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+
+from fedgpt.core.messages import Job
+from fedgpt.core.options import RunOptions
+from fedgpt.data.batches import Blocks
+from fedgpt.local.private import PrivateSteps
+from fedgpt.privacy.accounting import Event, epsilon_of
+from fedgpt.privacy.clipping import clipped
+from fedgpt.privacy.ledger import BudgetExhausted, Ledger
+from fedgpt.privacy.plan import sampling_probability
+from fedgpt.privacy.randomness import SecureStream, derive, secret_key
+
+
+class ClientPrivacy:
+    """What one client adds to one job, paid for in its own ledger first; nothing here trusts the server."""
+
+    def __init__(self, options: RunOptions, folder: Path, tokens: np.ndarray, environment: dict[str, Any]):
+        """`folder` is the client's own; `environment` is what the bits of its result depend on beside the job."""
+        self.options, self.folder, self.tokens, self.environment = options, folder, tokens, environment
+
+    def steps(self, job: Job, state: str) -> PrivateSteps:
+        """privacy=example: what makes the steps of `job` private; `state` names the moments that it starts from."""
+        o = self.options
+        blocks = Blocks(self.tokens, o.model.block_size)
+        probability = sampling_probability(o, len(blocks))
+        event = Event(job.plan.noise_multiplier, probability, job.plan.steps)
+        stream = self._paid(job, state, event, o.local.steps, len(blocks))
+        return PrivateSteps(blocks, stream, probability, job.plan.noise_multiplier, o.privacy.clip)
+
+    def hidden(self, job: Job, delta: np.ndarray, state: str) -> np.ndarray:
+        """privacy=local: the update, clipped and noised: one update may become any other, which moves it by 2 C."""
+        z, clip = job.plan.noise_multiplier, self.options.privacy.clip
+        stream = self._paid(job, f"{state} {digest(delta)}", Event(z, 1.0, 1), 1, units=1)
+        return clipped(delta, clip) + stream.normal(delta.size) * np.float32(2 * clip * z)
+
+    def _paid(self, job: Job, state: str, event: Event, per_job: int, units: int) -> SecureStream:
+        """Charge the ledger for `event`; returns the noise of this job, the same only for the very same job."""
+        o, plan = self.options.privacy, job.plan
+        if event.noise_multiplier <= 0:
+            raise BudgetExhausted(f"a job without noise, which privacy={o.unit} forbids")
+        if plan.delta >= 1 / max(2, units):
+            raise BudgetExhausted(f"delta {plan.delta:g} is not below one over the {units} units of this client")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.folder / ".ledger.lock"):
+            fresh = plan.state < 0
+            key = secret_key(self.folder / "privacy.key", fresh)
+            if o.rng == "seeded":
+                key = hashlib.sha256(f"{self.options.seed} {job.client}".encode()).digest()
+            tag = derive(key, "job", json.dumps(_told(job, state, self.environment), sort_keys=True))
+            ledger = Ledger(self.folder / "ledger.json", o.unit, digest(self.tokens), plan.delta, fresh)
+            planned = replace(event, count=plan.participations * per_job)
+            budget = None if self._as_planned(ledger, event, planned) else o.target_epsilon
+            ledger.charge(job.task, tag.hex(), event, budget)
+        return SecureStream(tag, "noise")
+
+    def _as_planned(self, ledger: Ledger, event: Event, planned: Event) -> bool:
+        """Whether the whole plan is within this client's budget and the job within the plan.
+
+        Then no epsilon need be computed for each job; and what a smaller shard pays, no larger one exceeds.
+        """
+        account, budget = ledger.account, self.options.privacy.target_epsilon
+        kind = (event.noise_multiplier, event.sampling_probability)
+        same = all((e.noise_multiplier, e.sampling_probability) == kind for e in account.events)
+        done = sum(e.count for e in account.events)
+        if budget is None or not same or done + event.count > planned.count:
+            return False
+        about = (planned.noise_multiplier, planned.count, account.delta, budget)
+        if planned.sampling_probability > _within.get(about, 0.0):
+            if epsilon_of((planned,), account.delta) > budget:
+                return False
+            _within[about] = planned.sampling_probability
+        return True
+
+
+_within: dict[tuple[float, int, float, float], float] = {}  # a plan -> the largest probability known to be in budget
+
+
+def _told(job: Job, state: str, environment: dict[str, Any]) -> list[Any]:
+    """All that the bits of a job's result depend on; not how the job came here, or what is kept for a restart."""
+    plan = {name: value for name, value in asdict(job.plan).items() if name not in ("keep", "seconds", "held")}
+    return [job.client, job.task, job.version, digest(job.params), plan, state, environment]
+
+
+def digest(array: np.ndarray) -> str:
+    """sha256 of an array's bytes."""
+    return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).data).hexdigest()

@@ -1,0 +1,49 @@
+"""Per-example gradients by Opacus' hooks: the reference that book-keeping is checked against, and a way without it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fedgpt.core.flat import FlatParams
+
+
+class OpacusHooks:
+    """As BookKeeping; Opacus makes the gradients, in its hooks mode, the one that is exact for tied weights."""
+
+    def __init__(self, model: nn.Module, layout: FlatParams):
+        from opacus.grad_sample import GradSampleModule
+
+        self.layout = layout
+        self._parameters = dict(model.named_parameters())
+        # "mean" would have Opacus multiply by the batch; each loss here is one example's own, and they are summed
+        self._hooked = GradSampleModule(model, batch_first=True, loss_reduction="sum")
+        self._hooked.disable_hooks()
+
+    def add_clipped(self, losses: Callable[[], Tensor], clip: float, total: Tensor) -> tuple[Tensor, Tensor]:
+        """As BookKeeping.add_clipped."""
+        self._hooked.enable_hooks()
+        try:
+            values = losses()
+            values.sum().backward()
+        finally:
+            self._hooked.disable_hooks()
+        with torch.no_grad():
+            rows = {name: self._taken(p).flatten(1) for name, p in self._parameters.items() if p.requires_grad}
+            norms = torch.stack([row.norm(dim=1) for row in rows.values()]).norm(dim=0)
+            finite = norms.isfinite()
+            factors = torch.where(finite, (clip / norms).clamp(max=1.0), 0.0)
+            views = self.layout.views(total)
+            for name, row in rows.items():
+                row[~finite] = 0
+                views[name].view(-1).add_(factors @ row)
+        return norms, values.detach()
+
+    def _taken(self, parameter: nn.Parameter) -> Tensor:
+        """The parameter's gradients, (batch, *shape); a tied weight has one from each of its uses."""
+        sample = getattr(parameter, "grad_sample")  # noqa: B009 - an attribute that Opacus adds
+        parameter.grad = None
+        parameter.grad_sample = None  # pyright: ignore[reportAttributeAccessIssue]
+        return torch.stack(sample).sum(0) if isinstance(sample, list) else sample

@@ -1,0 +1,141 @@
+"""How much privacy a list of noisy releases costs: epsilon at a delta.
+
+Sampled releases are composed by dp-accounting's privacy loss distributions (tight), under add-or-remove-one adjacency.
+Releases without sampling are Gaussian mechanisms, whose composition is a closed form: mu^2 adds up (Dong, Roth & Su,
+arXiv 1905.02383), and that also holds where a client's later updates depend on earlier releases.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+INTERVAL = 1e-4  # of the privacy losses; halving it changed no epsilon of the tests by more than 1e-4
+COARSE = 1e-3  # while noise is searched for: ten times as fast
+PRECISE = 1e-3  # relative, of a calibrated noise multiplier
+MOST_NOISE = 1e6
+
+
+@dataclass(frozen=True)
+class Event:
+    """`count` releases with noise of `noise_multiplier` sensitivities, each of a sample that everybody joins alike."""
+
+    noise_multiplier: float
+    sampling_probability: float
+    count: int
+
+
+def epsilon_of(events: Iterable[Event], delta: float) -> float:
+    """Epsilon of all these releases together; math.inf where one has no noise."""
+    events = [event for event in events if event.count]
+    if any(event.noise_multiplier <= 0 for event in events):
+        return math.inf
+    if all(event.sampling_probability == 1 for event in events):
+        return gaussian_epsilon(math.sqrt(sum(e.count / e.noise_multiplier**2 for e in events)), delta)
+    return _composed(tuple(events), delta)
+
+
+def gaussian_epsilon(mu: float, delta: float) -> float:
+    """Epsilon of a mu-GDP mechanism: delta = Phi(mu/2 - eps/mu) - e^eps Phi(-mu/2 - eps/mu), solved by bisection.
+
+    >>> round(gaussian_epsilon(1.0, 1e-5), 2)
+    4.38
+    """
+    if mu == 0:
+        return 0.0
+    low, high = 0.0, mu**2 / 2 + mu * (8 + math.sqrt(2 * math.log(1 / delta)))
+    if _gaussian_delta(mu, low) <= delta:
+        return 0.0
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _gaussian_delta(mu, middle) > delta else (low, middle)
+    return high
+
+
+def gaussian_mu(epsilon: float, delta: float) -> float:
+    """The largest mu whose epsilon is not above this one."""
+    low, high = 0.0, 1.0
+    while gaussian_epsilon(high, delta) < epsilon:
+        high *= 2
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (low, middle) if gaussian_epsilon(middle, delta) > epsilon else (middle, high)
+    return low
+
+
+def calibrate(target: float, sampling_probability: float, count: int, delta: float) -> float:
+    """The smallest noise multiplier, to 1e-3 of it, whose `count` releases stay within epsilon `target`."""
+    if sampling_probability == 1:
+        return math.sqrt(count) / gaussian_mu(target, delta)
+
+    from scipy.optimize import brentq
+
+    def cost(z: float, interval: float = INTERVAL) -> float:
+        return _composed((Event(z, sampling_probability, count),), delta, interval)
+
+    high = _bracket(lambda z: renyi_epsilon(Event(z, sampling_probability, count), delta), target)
+    low = high / 2
+    while cost(low, COARSE) <= target:
+        low /= 2
+    found = float(brentq(lambda z: math.log(cost(z, COARSE) / target), low, high, rtol=PRECISE))
+    while cost(found) > target:  # both intervals err on the safe side, the coarse one by more
+        found *= 1 + PRECISE
+    return found
+
+
+def renyi_epsilon(event: Event, delta: float) -> float:
+    """An upper bound by Renyi divergences (Mironov et al., arXiv 1908.10530): fast, and a check of the tight one."""
+    import absl.logging
+    import dp_accounting
+    from dp_accounting.rdp import RdpAccountant
+
+    absl.logging.set_verbosity(absl.logging.ERROR)  # it reports orders that it leaves out, which is harmless
+    accountant: Any = RdpAccountant()
+    gaussian = dp_accounting.GaussianDpEvent(event.noise_multiplier)
+    accountant.compose(dp_accounting.PoissonSampledDpEvent(event.sampling_probability, gaussian), event.count)
+    return float(accountant.get_epsilon(delta))
+
+
+@lru_cache(maxsize=256)
+def _composed(events: tuple[Event, ...], delta: float, interval: float = INTERVAL) -> float:
+    """By privacy loss distributions, each distinct kind of release composed with itself first."""
+    total: Any = None
+    for event in events:
+        loss = _single(event.noise_multiplier, event.sampling_probability, interval).self_compose(event.count)
+        total = loss if total is None else total.compose(loss)
+    return float(total.get_epsilon_for_delta(delta))
+
+
+@lru_cache(maxsize=64)
+def _single(noise_multiplier: float, sampling_probability: float, interval: float) -> Any:
+    from dp_accounting.pld import privacy_loss_distribution
+
+    return privacy_loss_distribution.from_gaussian_mechanism(
+        noise_multiplier, value_discretization_interval=interval, sampling_prob=sampling_probability
+    )
+
+
+def _bracket(cost: Callable[[float], float], target: float) -> float:
+    """A value, at most 2 % too large, at which a falling cost is within the target."""
+    high = 1.0
+    while cost(high) > target:
+        high *= 2
+        if high > MOST_NOISE:
+            raise ValueError(f"no noise up to {MOST_NOISE:g} keeps epsilon within {target}")
+    low = high / 2
+    while cost(low) <= target:
+        low, high = low / 2, low
+    while high > 1.02 * low:
+        middle = (low + high) / 2
+        low, high = (low, middle) if cost(middle) <= target else (middle, high)
+    return high
+
+
+def _gaussian_delta(mu: float, epsilon: float) -> float:
+    """Phi(mu/2 - eps/mu) - e^eps Phi(-mu/2 - eps/mu); the second term by logarithms, as e^eps overflows."""
+    from scipy.special import log_ndtr, ndtr
+
+    return float(ndtr(mu / 2 - epsilon / mu) - math.exp(min(0.0, epsilon + log_ndtr(-mu / 2 - epsilon / mu))))

@@ -1,0 +1,160 @@
+"""What has been paid: a file that is on the disk before anything is released, and that a restart must find again.
+
+A charge names its release by a tag, an HMAC of all that the release depends on. The same tag again is the same release
+made again after a crash: it costs nothing. Another tag under the same number is another release: both are paid for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fedgpt.core.errors import FedGPTError
+from fedgpt.core.files import write_text
+from fedgpt.privacy.accounting import Event, epsilon_of
+
+FORMAT = 1
+REMEMBERED = 256  # releases whose tags are kept; an older one that is made again is paid for again
+
+
+class BudgetExhausted(FedGPTError):
+    """The next release would cost more than there is; nothing was charged."""
+
+
+@dataclass(frozen=True)
+class Release:
+    """A charge that can still be recognised."""
+
+    number: int  # of the version or the task
+    tag: str
+    shares: dict[str, float] = field(default_factory=dict)  # client -> its part of one full charge, where clients pay
+
+
+@dataclass(frozen=True)
+class Account:
+    """The content of a ledger."""
+
+    unit: str
+    data: str  # fingerprint of what is protected
+    delta: float
+    events: tuple[Event, ...] = ()  # that everybody pays for
+    releases: tuple[Release, ...] = ()
+    spent: dict[str, float] = field(default_factory=dict)  # client -> full charges, where clients pay each for itself
+    noise_multiplier: float = 0.0  # of one full charge of a client
+
+    @property
+    def total(self) -> tuple[Event, ...]:
+        """All events; those of the client that has spent most, where each pays for itself."""
+        most = max(self.spent.values(), default=0.0)
+        own = () if not most else (_full_charges(self.noise_multiplier, most),)
+        return (*self.events, *own)
+
+    @property
+    def epsilon(self) -> float:
+        """What the releases so far cost at `delta`."""
+        return epsilon_of(self.total, self.delta)
+
+
+class Ledger:
+    """One ledger file."""
+
+    def __init__(self, path: Path, unit: str, data: str, delta: float, fresh: bool):
+        """Open the ledger of `data`, or begin one where `fresh`; raises FedGPTError where it is not what it must be."""
+        self.path = path
+        if path.exists():
+            self.account = _read(path)
+            expected = {"unit": unit, "data": data, "delta": delta}
+            for name, value in expected.items():
+                if (found := getattr(self.account, name)) != value:
+                    raise FedGPTError(f"{path} is the ledger of {name} {found}, not of {value}; start again elsewhere")
+        elif fresh:
+            self.account = Account(unit, data, delta)
+            self._write(self.account)
+        else:
+            raise FedGPTError(f"{path} is missing: what has been spent is unknown, so nothing more may be released")
+
+    def known(self, number: int, tag: str) -> bool:
+        """Whether this very release has been paid for."""
+        return any((release.number, release.tag) == (number, tag) for release in self.account.releases)
+
+    def charge(self, number: int, tag: str, event: Event, budget: float | None) -> None:
+        """Pay for a release before it is made; raises BudgetExhausted where that exceeds the `budget` epsilon."""
+        if self.known(number, tag):
+            return
+        events = _added(self.account.events, event)
+        account = replace(self.account, events=events, releases=self._noted(Release(number, tag)))
+        if budget is not None and (epsilon := epsilon_of(events, account.delta)) > budget:
+            raise BudgetExhausted(
+                f"the next release would bring epsilon from {self.account.epsilon:.4g} to {epsilon:.4g}, "
+                f"privacy.target_epsilon={budget:g}"
+            )
+        self._write(account)
+
+    def charge_clients(
+        self, number: int, tag: str, shares: Mapping[str, float], noise_multiplier: float, most: int
+    ) -> None:
+        """Pay for a release in which each client has a part of its own, up to 1, and `most` over the whole run."""
+        if self.known(number, tag):
+            return
+        spent = dict(self.account.spent)
+        for client, share in shares.items():
+            spent[client] = spent.get(client, 0.0) + share
+            if spent[client] > most + 1e-9:
+                raise BudgetExhausted(
+                    f"client {client} would pay for {spent[client]:.4g} releases, privacy.participations={most}"
+                )
+        releases = self._noted(Release(number, tag, dict(shares)))
+        self._write(replace(self.account, spent=spent, releases=releases, noise_multiplier=noise_multiplier))
+
+    def note(self, number: int, tag: str) -> None:
+        """Remember a release that is paid for as part of a series; raises BudgetExhausted where it was another one."""
+        if self.known(number, tag):
+            return
+        if any(release.number == number for release in self.account.releases):
+            raise BudgetExhausted(
+                f"release {number} of this series was made before, of another sum: correlated noise cannot go back"
+            )
+        self._write(replace(self.account, releases=self._noted(Release(number, tag))))
+
+    def _noted(self, release: Release) -> tuple[Release, ...]:
+        return (*self.account.releases, release)[-REMEMBERED:]
+
+    def _write(self, account: Account) -> None:
+        charged = {"charged": [asdict(event) for event in account.events]}
+        about = {"format": FORMAT, **asdict(account), **charged, "events": [asdict(e) for e in account.total]}
+        write_text(self.path, json.dumps(about, indent=1) + "\n")
+        self.account = account
+
+
+def _read(path: Path) -> Account:
+    try:
+        about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if about.pop("format") != FORMAT:
+            raise ValueError(f"its format is not {FORMAT}")
+        about["events"] = tuple(Event(**event) for event in about.pop("charged"))
+        about["releases"] = tuple(Release(**release) for release in about["releases"])
+        account = Account(**about)
+        if not all(event.count >= 0 and event.noise_multiplier >= 0 for event in account.events):
+            raise ValueError("it has negative numbers")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise FedGPTError(
+            f"{path} is damaged ({error}): what has been spent is unknown; start again elsewhere"
+        ) from error
+    return account
+
+
+def _added(events: tuple[Event, ...], more: Event) -> tuple[Event, ...]:
+    """The events with one more; those of the same kind are one."""
+    kind = (more.noise_multiplier, more.sampling_probability)
+    same = [event for event in events if (event.noise_multiplier, event.sampling_probability) == kind]
+    others = tuple(event for event in events if event not in same)
+    return (*others, replace(more, count=more.count + sum(event.count for event in same)))
+
+
+def _full_charges(noise_multiplier: float, charges: float) -> Event:
+    """`charges` full charges, not always whole, as whole ones with a little less noise in each: the same mu."""
+    count = max(1, int(-(-charges // 1)))
+    return Event(noise_multiplier * (count / charges) ** 0.5, 1.0, count)

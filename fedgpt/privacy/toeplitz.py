@@ -1,0 +1,53 @@
+"""Correlated noise for a series of releases: what one adds, later ones take back in part.
+
+The strategy matrix is the Toeplitz matrix of (1 - x)^(-1/2) cut to b bands (banded matrix factorisation, Choquette-Choo
+et al., arXiv 2306.08153). The noise of release t is y_t = xi_t - sum_{j=1}^{b-1} c_j y_{t-j}, scaled by the sensitivity
+of a client that takes part at most k times, at least b releases apart. The whole run is then ONE Gaussian mechanism.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+
+def coefficients(bands: int) -> np.ndarray:
+    """c_0 = 1, c_k = c_{k-1} (2k - 1) / (2k): (bands,) float64.
+
+    >>> coefficients(4).tolist()
+    [1.0, 0.5, 0.375, 0.3125]
+    """
+    k = np.arange(1, bands)
+    return np.concatenate(([1.0], np.cumprod((2 * k - 1) / (2 * k))))
+
+
+def sensitivity(bands: int, releases: int, separation: int, participations: int) -> float:
+    """|| sum_j column (j * separation) ||, j < participations: how far one client moves all releases, in clips.
+
+    Columns of a client that takes part `separation` >= `bands` releases apart do not overlap. Raises ValueError where
+    they could.
+    """
+    if separation < bands:
+        raise ValueError(f"separation={separation} is below bands={bands}")
+    c = coefficients(bands)
+    starts = range(0, releases, separation)[:participations]
+    return math.sqrt(sum(float(np.square(c[: releases - start]).sum()) for start in starts))
+
+
+def correlate(fresh: np.ndarray, earlier: list[np.ndarray], bands: int) -> np.ndarray:
+    """y_t from xi_t and the noise of the releases before, the newest first; writes into `fresh`."""
+    for c, y in zip(coefficients(bands)[1:], earlier, strict=False):
+        fresh -= np.float32(c) * y
+    return fresh
+
+
+def running_noise(bands: int, releases: int) -> float:
+    """Root mean square of the noise in the running sum of releases, for unit xi: what a model ends up with."""
+    y = np.zeros((releases, releases))  # y[t, s]: how much of xi_s is in y_t
+    c = coefficients(bands)
+    for t in range(releases):
+        y[t, t] = 1.0
+        for j in range(1, min(bands, t + 1)):
+            y[t] -= c[j] * y[t - j]
+    return float(np.sqrt(np.square(np.cumsum(y, axis=0)).sum(1).mean()))

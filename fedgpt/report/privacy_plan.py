@@ -1,0 +1,53 @@
+"""`fedgpt privacy plan`: the cost of a private run, and how it would change with rounds, noise and clients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from fedgpt.core.errors import ConfigError
+from fedgpt.core.options import RunOptions
+from fedgpt.model.shape import count_parameters
+from fedgpt.privacy.accounting import Event, epsilon_of, renyi_epsilon
+from fedgpt.privacy.plan import PrivacyPlan, make_plan
+from fedgpt.privacy.statement import rows, statement
+
+
+def plan_text(o: RunOptions, shards: Sequence[int], vocab_size: int) -> str:
+    """The statement, the noise beside the signal, and a table of what less or more of each would cost."""
+    if o.privacy.unit == "none":
+        raise ConfigError("privacy=none: there is nothing to plan; choose privacy=example, client or local")
+    plan = make_plan(o, shards)
+    told = [*rows(statement(o, plan, len(shards))), *_noise_rows(o, plan, vocab_size)]
+    lines = [f"{name:>12}  {text}" for name, text in told]
+    lines += ["", f"{'noise':>12}  {'planned':>10}  {'half as long':>12}  {'twice as long':>13}"]
+    for factor in (0.5, 1.0, 2.0):
+        z = plan.noise_multiplier * factor
+        costs = [_cost(plan, z, times) for times in (1.0, 0.5, 2.0)]
+        lines.append(f"{z:12.4g}  {costs[0]:10.3g}  {costs[1]:12.3g}  {costs[2]:13.3g}")
+    return "\n".join(lines)
+
+
+def _noise_rows(o: RunOptions, plan: PrivacyPlan, vocab_size: int) -> list[tuple[str, str]]:
+    parameters = count_parameters(o.model, vocab_size)
+    units = o.local.batch_size * o.local.accumulate if plan.unit == "example" else plan.cohort
+    ratio = plan.noise_multiplier * plan.scale * math.sqrt(parameters) / (1 if plan.unit == "local" else units)
+    found = [
+        (
+            "noise/clip",
+            f"{ratio:.3g} in one release, over {parameters:,} parameters and {units:g} units: keep it near 1",
+        )
+    ]
+    if 0 < plan.planned.sampling_probability < 1:
+        event = plan.planned
+        without = epsilon_of((replace(event, sampling_probability=1.0),), plan.delta)
+        found.append(("cross-check", f"{renyi_epsilon(event, plan.delta):.3g} by Renyi divergences, an upper bound"))
+        found.append(("unsampled", f"epsilon would be {without:.3g} if it were known who takes part"))
+    return found
+
+
+def _cost(plan: PrivacyPlan, noise: float, times: float) -> float:
+    planned = plan.planned
+    count = max(1, round(planned.count * times)) if plan.sampling != "correlated" else 1
+    return epsilon_of((Event(noise, planned.sampling_probability, count),), plan.delta)

@@ -1,0 +1,87 @@
+"""Epsilon against published figures, other libraries and closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from fedgpt.privacy.accounting import Event, calibrate, epsilon_of, gaussian_epsilon, gaussian_mu, renyi_epsilon
+
+# z, q, steps, delta -> dp-accounting's PLD and RDP, Opacus' PRV: computed with those libraries alone
+ROWS = [
+    (1.0, 0.01, 1000, 1e-5, 1.828, 2.101, 1.838),
+    (0.8, 0.016, 500, 1e-5, 3.749, 4.386, 3.759),
+    (0.6, 0.05, 200, 1e-4, 13.119, 15.227, 13.130),
+    (2.0, 0.1, 300, 1e-4, 3.597, 3.992, 3.607),
+    (0.5, 0.02, 20, 1e-3, 3.389, 4.863, 3.400),
+]
+
+
+@pytest.mark.parametrize(("z", "q", "steps", "delta", "pld", "rdp", "prv"), ROWS)
+def test_sampled_releases_cost_what_other_accountants_say(z, q, steps, delta, pld, rdp, prv):
+    event = Event(z, q, steps)
+    assert epsilon_of([event], delta) == pytest.approx(pld, abs=1e-3)
+    assert renyi_epsilon(event, delta) == pytest.approx(rdp, abs=2e-3)
+    assert 0 <= prv - epsilon_of([event], delta) < 0.012, "Opacus reports its estimate and an error on top"
+
+
+def test_opacus_agrees_today():
+    from opacus.accountants import PRVAccountant, RDPAccountant
+
+    z, q, steps, delta = 1.0, 0.02, 200, 1e-5
+    prv, rdp = PRVAccountant(), RDPAccountant()
+    prv.history = rdp.history = [(z, q, steps)]
+    ours = epsilon_of([Event(z, q, steps)], delta)
+    assert 0 <= prv.get_epsilon(delta=delta) - ours < 0.012
+    assert ours < rdp.get_epsilon(delta=delta) == pytest.approx(renyi_epsilon(Event(z, q, steps), delta), rel=2e-3)
+
+
+def test_dp_accounting_agrees_today_also_for_mixed_events():
+    import dp_accounting
+    from dp_accounting.pld import PLDAccountant
+
+    events, accountant = [Event(1.0, 0.05, 40), Event(2.0, 0.1, 30), Event(4.0, 1.0, 2)], PLDAccountant()
+    for e in events:
+        gaussian = dp_accounting.GaussianDpEvent(e.noise_multiplier)
+        accountant.compose(dp_accounting.PoissonSampledDpEvent(e.sampling_probability, gaussian), e.count)
+    assert epsilon_of(events, 1e-5) == pytest.approx(accountant.get_epsilon(1e-5), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("z", "participations", "epsilon"),
+    [(1, 1, 4.38), (1, 10, 17.86), (1, 50, 54.4), (2, 10, 7.51), (4, 10, 3.34), (4, 50, 8.60), (8, 50, 3.80)],
+)
+def test_bounded_participation_is_a_closed_form(z, participations, epsilon):
+    found = epsilon_of([Event(z, 1.0, participations)], 1e-5)
+    assert found == pytest.approx(epsilon, rel=2e-3)
+    assert found == gaussian_epsilon(math.sqrt(participations) / z, 1e-5)
+
+
+def test_the_closed_form_is_dp_accountings_composition():
+    from dp_accounting.pld import privacy_loss_distribution
+
+    loss = privacy_loss_distribution.from_gaussian_mechanism(3.0, value_discretization_interval=1e-4)
+    assert gaussian_epsilon(math.sqrt(7) / 3, 1e-5) == pytest.approx(
+        loss.self_compose(7).get_epsilon_for_delta(1e-5), abs=1e-3
+    )
+
+
+def test_nothing_costs_nothing_and_no_noise_costs_everything():
+    assert epsilon_of([], 1e-5) == 0
+    assert epsilon_of([Event(1.0, 0.1, 0)], 1e-5) == 0
+    assert epsilon_of([Event(0.0, 0.1, 1)], 1e-5) == math.inf
+    assert gaussian_epsilon(1e-9, 1e-5) == 0, "below delta for free"
+    assert gaussian_epsilon(60.0, 1e-6) > 1000, "e^eps overflows long before"
+
+
+@pytest.mark.parametrize(("q", "count"), [(0.05, 100), (1.0, 10)])
+@pytest.mark.parametrize("target", [0.5, 2.0, 8.0])
+def test_calibrated_noise_is_just_enough(target, q, count):
+    z = calibrate(target, q, count, 1e-5)
+    assert target * 0.995 < epsilon_of([Event(z, q, count)], 1e-5) <= target
+    assert epsilon_of([Event(z * 0.995, q, count)], 1e-5) > target
+
+
+def test_mu_and_epsilon_are_inverse():
+    assert gaussian_epsilon(gaussian_mu(3.0, 1e-5), 1e-5) == pytest.approx(3.0, abs=1e-6)

@@ -1,0 +1,108 @@
+"""The ledger: paid before, remembered after, and never guessed."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from fedgpt.core.errors import FedGPTError
+from fedgpt.privacy.accounting import Event, epsilon_of, gaussian_epsilon
+from fedgpt.privacy.ledger import BudgetExhausted, Ledger
+
+STEP = Event(1.0, 0.02, 100)
+
+
+def open_ledger(folder, fresh=False, data="d", delta=1e-5, unit="example"):
+    return Ledger(folder / "ledger.json", unit, data, delta, fresh)
+
+
+def test_a_fresh_process_each_round_adds_up_as_one_run_would(tmp_path):
+    open_ledger(tmp_path, fresh=True)
+    found = []
+    for number in range(5):
+        ledger = open_ledger(tmp_path)
+        ledger.charge(number, f"tag {number}", STEP, budget=3.0)
+        found.append(ledger.account.epsilon)
+    assert found == pytest.approx([1.427, 1.853, 2.198, 2.500, 2.773], abs=2e-3)
+    assert found[-1] == epsilon_of([Event(1.0, 0.02, 500)], 1e-5), "equal events are one event"
+    before = (tmp_path / "ledger.json").read_text()
+    with pytest.raises(BudgetExhausted, match=r"from 2\.77\d to 3\.02\d, privacy\.target_epsilon=3"):
+        open_ledger(tmp_path).charge(5, "tag 5", STEP, budget=3.0)
+    assert (tmp_path / "ledger.json").read_text() == before, "what was refused is not paid"
+
+
+def test_the_same_release_again_is_free_and_another_is_not(tmp_path):
+    ledger = open_ledger(tmp_path, fresh=True)
+    ledger.charge(0, "a", STEP, None)
+    once = ledger.account.epsilon
+    again = open_ledger(tmp_path)
+    again.charge(0, "a", STEP, None)
+    assert again.account.epsilon == once
+    again.charge(0, "b", STEP, None)
+    assert again.account.epsilon > once
+
+
+def test_clients_pay_each_for_itself_and_the_dearest_counts(tmp_path):
+    ledger = open_ledger(tmp_path, fresh=True, unit="client")
+    ledger.charge_clients(0, "a", {"x": 1.0, "y": 0.25}, 4.0, most=2)
+    ledger.charge_clients(1, "b", {"x": 0.5}, 4.0, most=2)
+    assert open_ledger(tmp_path, unit="client").account.spent == {"x": 1.5, "y": 0.25}
+    assert ledger.account.epsilon == pytest.approx(gaussian_epsilon((1.5**0.5) / 4, 1e-5), abs=1e-6)
+    (event,) = json.loads((tmp_path / "ledger.json").read_text())["events"]
+    assert event["count"] == 2 and event["sampling_probability"] == 1
+    assert event["count"] / event["noise_multiplier"] ** 2 == pytest.approx(1.5 / 16)
+    with pytest.raises(BudgetExhausted, match="client x would pay for 2.5 releases, privacy.participations=2"):
+        ledger.charge_clients(2, "c", {"x": 1.0}, 4.0, most=2)
+
+
+def test_a_series_cannot_go_back(tmp_path):
+    ledger = open_ledger(tmp_path, fresh=True, unit="client")
+    ledger.note(3, "a")
+    ledger.note(3, "a")
+    with pytest.raises(BudgetExhausted, match="release 3 of this series was made before"):
+        ledger.note(3, "b")
+
+
+def test_a_missing_ledger_is_no_empty_ledger(tmp_path):
+    with pytest.raises(FedGPTError, match="is missing: what has been spent is unknown"):
+        open_ledger(tmp_path)
+
+
+@pytest.mark.parametrize("about", [{"data": "other"}, {"unit": "client"}, {"delta": 1e-6}])
+def test_a_ledger_of_something_else_is_refused(tmp_path, about):
+    open_ledger(tmp_path, fresh=True)
+    with pytest.raises(FedGPTError, match=f"is the ledger of {next(iter(about))}"):
+        open_ledger(tmp_path, **about)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"format": 1}', '{"format": 9}', '{"format": 1, "events": 3, "charged": 3}']
+)
+def test_a_damaged_ledger_is_told_and_left_as_it_is(tmp_path, text):
+    (tmp_path / "ledger.json").write_text(text)
+    with pytest.raises(FedGPTError, match="is damaged"):
+        open_ledger(tmp_path, fresh=True)
+    assert (tmp_path / "ledger.json").read_text() == text
+
+
+def test_every_cut_of_a_ledger_is_damaged_and_no_other_text(tmp_path):
+    ledger = open_ledger(tmp_path, fresh=True)
+    ledger.charge(0, "a", STEP, None)
+    text = (tmp_path / "ledger.json").read_text()
+    for length in range(0, len(text) - 1, 7):
+        (tmp_path / "ledger.json").write_text(text[:length])
+        with pytest.raises(FedGPTError, match="is damaged"):
+            open_ledger(tmp_path)
+
+
+def test_what_is_on_the_disk_is_what_was_paid_when_the_charge_returns(tmp_path, monkeypatch):
+    ledger = open_ledger(tmp_path, fresh=True)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fedgpt.privacy.ledger.write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        ledger.charge(0, "a", STEP, None)
+    assert not ledger.known(0, "a") and ledger.account.epsilon == 0

@@ -1,0 +1,87 @@
+"""Noise: normal, unpredictable, never twice."""
+
+from __future__ import annotations
+
+import stat
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from fedgpt.core.errors import FedGPTError
+from fedgpt.privacy.randomness import SecureStream, derive, secret_key
+
+KEY = bytes(range(32))
+
+
+def test_it_is_a_standard_normal():
+    values = SecureStream(KEY, "a").normal(1_000_001)  # odd: pairs are made
+    assert stats.kstest(values, "norm").pvalue > 1e-3
+    assert abs(values.std() - 1) < 4 / np.sqrt(2 * values.size)
+    tail = np.abs(values) > 4
+    assert tail.sum() == pytest.approx(63.3, abs=4 * np.sqrt(63.3)), "the tail is there: 6.3e-5 of the values"
+
+
+def test_many_small_streams_have_the_right_spread():
+    scores = [(SecureStream(KEY, "spread", i).normal(2000).var() - 1) * np.sqrt(1000) for i in range(60)]
+    assert abs(np.mean(scores)) < 4 / np.sqrt(60)
+    assert 0.6 < np.std(scores) < 1.5
+
+
+def test_uniforms_are_uniform():
+    values = SecureStream(KEY, "u").uniform(100_000)
+    assert stats.kstest(values, "uniform").pvalue > 1e-3
+    assert 0 <= values.min() and values.max() < 1
+
+
+def test_another_word_another_key_another_stream():
+    one = SecureStream(KEY, "a", 1).normal(10_000)
+    np.testing.assert_array_equal(one, SecureStream(KEY, "a", 1).normal(10_000))
+    for other in (SecureStream(KEY, "a", 2), SecureStream(KEY, "a1"), SecureStream(bytes(32), "a", 1)):
+        assert abs(np.corrcoef(one, other.normal(10_000))[0, 1]) < 4 / 100
+    assert derive(KEY, "ab", "c") != derive(KEY, "a", "bc"), "where a word ends is part of it"
+
+
+def test_a_stream_goes_on_and_does_not_repeat_itself():
+    stream = SecureStream(KEY, "a")
+    first, second = stream.normal(10_000), stream.normal(10_000)
+    assert abs(np.corrcoef(first, second)[0, 1]) < 4 / 100
+
+
+def test_noise_is_added_in_place_in_any_length():
+    for size in (1, 2, 3, (1 << 20) + 5):
+        vector = torch.full((size,), 100.0)
+        SecureStream(KEY, size).add_normal(vector, 0.5)
+        assert vector.isfinite().all() and (vector != 100).any() and float((vector - 100).abs().max()) < 0.5 * 6.8
+
+
+def test_seeds_of_other_generators_have_no_say():
+    np.random.seed(0)
+    torch.manual_seed(0)
+    one = SecureStream(secret_key_bytes(), "a").normal(100)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    assert (one != SecureStream(secret_key_bytes(), "a").normal(100)).all()
+
+
+def secret_key_bytes() -> bytes:
+    import secrets
+
+    return secrets.token_bytes(32)
+
+
+def test_the_key_is_its_owners_alone_and_stays(tmp_path):
+    path = tmp_path / "run" / "privacy.key"
+    key = secret_key(path, fresh=True)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert secret_key(path, fresh=True) == secret_key(path, fresh=False) == key
+    assert secret_key(tmp_path / "other.key", fresh=True) != key
+
+
+def test_a_lost_or_damaged_key_is_told(tmp_path):
+    with pytest.raises(FedGPTError, match="privacy.key is missing"):
+        secret_key(tmp_path / "privacy.key", fresh=False)
+    (tmp_path / "privacy.key").write_bytes(b"short")
+    with pytest.raises(FedGPTError, match="has 5 bytes"):
+        secret_key(tmp_path / "privacy.key", fresh=True)

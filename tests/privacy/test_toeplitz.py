@@ -1,0 +1,62 @@
+"""Correlated noise: its sensitivity by brute force, its gain as computed elsewhere, its recursion as a matrix."""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations
+
+import numpy as np
+import pytest
+
+from fedgpt.privacy.accounting import gaussian_mu
+from fedgpt.privacy.toeplitz import coefficients, correlate, running_noise, sensitivity
+
+
+def matrix(bands: int, size: int) -> np.ndarray:
+    c, out = coefficients(bands), np.zeros((size, size))
+    for k in range(min(bands, size)):
+        out += np.diag(np.full(size - k, c[k]), -k)
+    return out
+
+
+def test_the_coefficients_are_those_of_one_over_the_root_of_1_minus_x():
+    np.testing.assert_allclose(np.convolve(coefficients(20), coefficients(20))[:20], np.ones(20), rtol=1e-12)
+
+
+@pytest.mark.parametrize(("bands", "size", "apart", "most"), [(3, 12, 3, 3), (2, 10, 4, 2), (4, 9, 4, 5), (1, 8, 1, 3)])
+def test_no_schedule_moves_the_series_further_than_the_sensitivity(bands, size, apart, most):
+    columns = matrix(bands, size)
+    worst = 0.0
+    for count in range(1, most + 1):
+        for times in combinations(range(size), count):
+            if all(b - a >= apart for a, b in zip(times, times[1:], strict=False)):
+                worst = max(worst, float(np.linalg.norm(columns[:, list(times)].sum(1))))
+    assert sensitivity(bands, size, apart, most) == pytest.approx(worst, rel=1e-12)
+
+
+def test_participations_that_could_overlap_are_refused():
+    with pytest.raises(ValueError, match="separation=3 is below bands=4"):
+        sensitivity(4, 10, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("flushes", "apart", "most", "delta", "bands", "noise"),
+    [
+        (200, 20, 10, 1e-5, 1, 19.0), (200, 20, 10, 1e-5, 10, 7.7), (200, 20, 10, 1e-5, 20, 6.2),
+        (200, 50, 4, 1e-5, 1, 12.0), (200, 50, 4, 1e-5, 50, 3.3), (100, 10, 10, 1e-4, 10, 5.2),
+    ],
+)  # fmt: skip
+def test_the_noise_in_the_model_at_epsilon_8(flushes, apart, most, delta, bands, noise):
+    found = sensitivity(bands, flushes, apart, most) / gaussian_mu(8.0, delta) * running_noise(bands, flushes)
+    assert found == pytest.approx(noise, abs=0.06)
+
+
+def test_the_recursion_is_the_inverse_of_the_matrix():
+    bands, size = 4, 12
+    rng = np.random.default_rng(0)
+    xi = rng.standard_normal((size, 5)).astype(np.float32)
+    series: list[np.ndarray] = []
+    for t in range(size):
+        series.append(correlate(xi[t].copy(), series[::-1][: bands - 1], bands))
+    np.testing.assert_allclose(np.stack(series), np.linalg.solve(matrix(bands, size), xi), atol=1e-5)
+    assert math.isclose(running_noise(1, size), math.sqrt((size + 1) / 2)), "independent noise is a random walk"
