@@ -19,11 +19,12 @@ import torch
 from fedgpt.aggregate.base import Strategy
 from fedgpt.core.device import choose_compute
 from fedgpt.core.messages import Job, Pacing, Plan, ServerState, Update
-from fedgpt.core.options import RunOptions
+from fedgpt.core.options import PrivacyOptions, RunOptions
 from fedgpt.data.batches import Batches, Blocks
 from fedgpt.engine.checkpoint import Ledgers
 from fedgpt.engine.intake import Intake
 from fedgpt.engine.privacy import PaidByServer
+from fedgpt.local.bookkeeping import BookKeeping
 from fedgpt.local.private import PrivateSteps, example_losses
 from fedgpt.local.trainer import Trainer
 from fedgpt.privacy.accounting import gaussian_epsilon
@@ -57,7 +58,9 @@ def audit_client(o: RunOptions, strategy: Strategy, plan: PrivacyPlan, seed: int
     canaries = rng.standard_normal((CANARIES, DIMENSIONS), dtype=np.float32)
     canaries /= np.linalg.norm(canaries, axis=1, keepdims=True)
     with tempfile.TemporaryDirectory() as folder:
-        privacy = PaidByServer(o, replace(plan, budget=None), Path(folder), "audit", fresh=True)
+        # a cohort of all canaries that are expected: what a build does with the sum, it does with many
+        alone = replace(plan, budget=None, cohort=CANARIES / 2)
+        privacy = PaidByServer(o, alone, Path(folder), "audit", fresh=True)
         intake = Intake(o, strategy, DIMENSIONS, privacy)
         state = ServerState(np.zeros(DIMENSIONS, np.float32))
         intake.begin(state, (), CANARIES, 1)
@@ -84,11 +87,13 @@ def audit_example(o: RunOptions, vocab_size: int, plan: PrivacyPlan, seed: int =
     there = Blocks(tokens[inside].reshape(-1), o.model.block_size)
     stream = SecureStream(np.random.default_rng().bytes(32), "audit")
     steps = PrivateSteps(there, stream, 1.0, plan.noise_multiplier, o.privacy.clip)
-    scores = np.zeros(BLOCKS)
+    attacker, scores = _trainer(replace(o, privacy=PrivacyOptions()), vocab_size), np.zeros(BLOCKS)
     for _ in range(STEPS):
-        own = _clipped_gradients(trainer, everything, o.privacy.clip)
+        before = trainer.params.clone()
         trainer.private.fill(trainer.grad, steps)
-        scores += (own - own.mean(0)) @ trainer.grad.cpu().numpy()
+        attacker.params.copy_(before)
+        own = _products(attacker, everything, o.privacy.clip, trainer.grad)
+        scores += own - own.mean()
         trainer.optimizer.step(o.local.lr)
     mu = math.sqrt(STEPS) / plan.noise_multiplier
     found = bounds(scores, inside, plan.delta)
@@ -150,15 +155,16 @@ def _source(o: RunOptions, tokens: np.ndarray, plan: PrivacyPlan | None) -> Batc
     return PrivateSteps(blocks, stream, sampling_probability(o, len(blocks)), plan.noise_multiplier, o.privacy.clip)
 
 
-def _clipped_gradients(trainer: Trainer, blocks: Blocks, clip: float) -> np.ndarray:
-    """(blocks, parameters): what each would add to a sum."""
-    rows = []
-    for i in range(len(blocks)):
-        inputs, targets = blocks.take(np.array([i]))
-        own = torch.zeros_like(trainer.grad)
-        trainer.private.engine.add_clipped(lambda x=inputs, y=targets: example_losses(trainer.model, x, y), clip, own)
-        rows.append(own.cpu().numpy())
-    return np.stack(rows)
+def _products(attacker: Trainer, blocks: Blocks, clip: float, released: torch.Tensor) -> np.ndarray:
+    """(blocks,): the clipped gradient of each, as the attacker makes it, times what was released."""
+    book, found = BookKeeping(attacker.model, attacker.layout), []
+    for part in np.array_split(np.arange(len(blocks)), -(-len(blocks) // attacker.private.examples)):
+        inputs, targets = blocks.take(part)
+        rows, _ = book.gradients(lambda x=inputs, y=targets: example_losses(attacker.model, x, y))
+        whole = torch.cat([rows[name].flatten(1) for name in attacker.layout.names], 1)
+        factors = (clip / whole.norm(dim=1)).clamp(max=1.0)
+        found.append((factors * (whole @ released)).cpu().numpy())
+    return np.concatenate(found)
 
 
 @torch.no_grad()

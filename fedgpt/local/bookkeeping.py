@@ -57,21 +57,26 @@ class BookKeeping:
         `losses` runs the model and returns each example's own loss, (batch,). An example whose gradient is not finite
         adds nothing. Returns the norms before clipping and the losses, (batch,) each.
         """
+        with torch.no_grad():
+            examples, values = self.gradients(losses)
+            norms = self._norms(examples)
+            factors = (clip / norms).clamp(max=1.0).nan_to_num(0.0, 0.0, 0.0) * norms.isfinite()
+            self._sum(examples, factors, total)
+        return norms, values
+
+    @torch.enable_grad()
+    def gradients(self, losses: Callable[[], Tensor]) -> tuple[dict[str, Tensor], Tensor]:
+        """Parameter -> (batch, *shape), every example's own gradient, in buffers that the next call overwrites; losses."""
         handles = [module.register_forward_hook(self._keep) for module in self._leaves]
         try:
             values = losses()
-            outputs = [use.output for use in self._uses]
-            grads = torch.autograd.grad(values.sum(), outputs)
+            grads = torch.autograd.grad(values.sum(), [use.output for use in self._uses])
             with torch.no_grad():
-                examples = self._examples(grads, len(values))
-                norms = self._norms(examples)
-                factors = (clip / norms).clamp(max=1.0).nan_to_num(0.0, 0.0, 0.0) * norms.isfinite()
-                self._sum(examples, factors, total)
+                return self._examples(grads, len(values)), values.detach()
         finally:
             for handle in handles:
                 handle.remove()
             self._uses.clear()
-        return norms, values.detach()
 
     def _keep(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         self._uses.append(Use(module, args[0].detach(), output))

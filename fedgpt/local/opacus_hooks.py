@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -27,7 +28,9 @@ class OpacusHooks:
         self._hooked.enable_hooks()
         try:
             values = losses()
-            values.sum().backward()
+            with warnings.catch_warnings():  # torch's, that an embedding's input has no gradient: it needs none
+                warnings.filterwarnings("ignore", "Full backward hook is firing")
+                values.sum().backward()
         finally:
             self._hooked.disable_hooks()
         with torch.no_grad():

@@ -45,7 +45,7 @@ def rank_bound(scores: np.ndarray, inside: np.ndarray, delta: float) -> float:
         low, high = 0.0, 20.0
         if _p_value(0.0, 2 * half, right, m, delta) > allowed:
             continue
-        for _ in range(50):
+        for _ in range(25):
             middle = (low + high) / 2
             low, high = (middle, high) if _p_value(middle, 2 * half, right, m, delta) <= allowed else (low, middle)
         best = max(best, low)
@@ -54,13 +54,15 @@ def rank_bound(scores: np.ndarray, inside: np.ndarray, delta: float) -> float:
 
 def _p_value(epsilon: float, guesses: int, right: int, m: int, delta: float) -> float:
     """How likely so many right guesses are at most, of an (epsilon, delta) mechanism."""
-    from scipy.stats import binom
+    from scipy.special import bdtr, bdtrc
 
-    at_least = binom(guesses, 1 / (1 + math.exp(-epsilon)))
-    beta = float(at_least.sf(right - 1))
-    i = np.arange(1, right + 1)
-    alpha = float(np.max((at_least.cdf(right - 1) - at_least.cdf(right - 1 - i)) / i)) if right else 0.0
-    return beta + 2 * m * delta * alpha
+    p = 1 / (1 + math.exp(-epsilon))
+    if right == 0:
+        return 1.0
+    below = bdtr(np.arange(right), guesses, p)  # P[Bin <= k] of k < right
+    fewer = np.concatenate([below[:-1][::-1], [0.0]])  # P[Bin < right - i] of i = 1 .. right
+    alpha = float(np.max((below[-1] - fewer) / np.arange(1, right + 1)))
+    return float(bdtrc(right - 1, guesses, p)) + 2 * m * delta * alpha
 
 
 def auc(positive: np.ndarray, negative: np.ndarray) -> float:
