@@ -336,7 +336,7 @@ class Server:
         step = before.params - self.state.params
         record = {
             **line_of_version(self.state.version, self.ledgers, self.intake, self.flight, self.transport.virtual),
-            **self.privacy.record(self.ledgers),
+            **(self.privacy.record(self.ledgers) if evaluation["score"] else {}),
             "step_norm": float(np.linalg.norm(step)),
             **self.diagnostics.step(step),
         }

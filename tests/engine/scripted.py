@@ -14,9 +14,11 @@ from fedgpt.core.messages import ServerState
 from fedgpt.core.options import LocalOptions, ModelOptions, PaceOptions, RunOptions
 from fedgpt.engine.checkpoint import Checkpoints, Ledgers, Snapshot
 from fedgpt.engine.journal import Journal, Journaled
+from fedgpt.engine.privacy import make_privacy
 from fedgpt.engine.record import first_record
 from fedgpt.engine.run_folder import RunFolder
 from fedgpt.engine.server import Server
+from fedgpt.privacy.plan import PrivacyPlan
 
 SIZE = 300
 STEP_TOKENS = 128  # 2 sequences of 64
@@ -63,6 +65,7 @@ def run(
     journal: bool = False,
     loss: dict[int, float] | None = None,
     outcomes: list[Outcome] | None = None,
+    plan: PrivacyPlan | None = None,
 ) -> Outcome:
     """One start of the server, from scratch or from what its folder holds; `loss` of versions is what is scored.
 
@@ -89,6 +92,7 @@ def run(
     server = Server(
         o, strategy or FedAvg(), log or script, evaluate, folder, snapshot,
         [lambda event, about: events.append((event, dict(about)))], journal=log,
+        privacy=make_privacy(o, plan, folder.path, "data", snapshot.state.version == 0),
     )  # fmt: skip
     try:
         server.run()
