@@ -127,6 +127,8 @@ def to_options(cfg: DictConfig) -> RunOptions:
         raise ConfigError(problems)
     options.run_dir = str(Path(options.run_dir).expanduser().resolve())
     options.cache_dir = str(Path(options.cache_dir).expanduser().resolve())
+    if options.init_from:
+        options.init_from = str(Path(options.init_from).expanduser().resolve())
     if options.fleet.path:
         options.fleet.path = str(Path(options.fleet.path).expanduser().resolve())
     if options.corpus.path:

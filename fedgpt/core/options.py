@@ -206,6 +206,7 @@ class RunOptions:
     tokens: int = 0  # instead of `rounds`: the run ends with the version that has trained this many; 0 = off
     clock: str = "real"  # real; virtual: modelled time of a fleet, deterministic and faster
     run_dir: str = ""
+    init_from: str | None = None  # folder of a run or of a Hugging Face model whose weights to start from
     resume: str | None = None  # folder of a run to continue; excludes every other option
     cache_dir: str = ""
     trusted_packages: list[str] = field(default_factory=list)  # whose classes `_target_` may name

@@ -35,6 +35,7 @@ from fedgpt.engine.privacy import make_privacy
 from fedgpt.engine.record import first_record
 from fedgpt.engine.run_folder import RunFolder
 from fedgpt.engine.server import Server
+from fedgpt.engine.start import start_params
 from fedgpt.engine.transport import Transport
 from fedgpt.engine.virtual import VirtualTransport
 from fedgpt.evaluate.held_out import HeldOut
@@ -122,7 +123,7 @@ class _Run:
                 run=secrets.token_hex(8), record=first_record(), environment=self.environment,
                 options=flat_options(self.options), privacy=self.statement,
             )  # fmt: skip
-            return Snapshot(ServerState(self._initial_params()), ledgers)
+            return Snapshot(ServerState(start_params(self.options, self.prepared.tokenizer)), ledgers)
         if changed := changed_options(snapshot.ledgers.options, self.options):
             raise FedGPTError(
                 f"{self.folder.path} cannot be continued: its config.yaml was changed after its checkpoint was made "
@@ -142,11 +143,6 @@ class _Run:
                 differing,
             )
         return snapshot
-
-    def _initial_params(self) -> np.ndarray:
-        model = GPT(self.options.model, self.prepared.tokenizer.vocab_size)
-        model.init_weights(derive_seed(self.options.seed, "init"))
-        return flatten(model)[1].numpy()
 
     def _held_out(self) -> HeldOut:
         tokenizer, o = self.prepared.tokenizer, self.options

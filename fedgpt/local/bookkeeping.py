@@ -66,7 +66,7 @@ class BookKeeping:
 
     @torch.enable_grad()
     def gradients(self, losses: Callable[[], Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        """Parameter -> (batch, *shape), every example's own gradient, in buffers that the next call overwrites; losses."""
+        """Each example's own gradient, parameter -> (batch, *shape), and loss, (batch,), until the next call."""
         handles = [module.register_forward_hook(self._keep) for module in self._leaves]
         try:
             values = losses()

@@ -80,7 +80,8 @@ def calibrate(target: float, sampling_probability: float, count: int, delta: flo
     low = high / 2
     while cost(low, COARSE) <= target:
         low /= 2
-    found = float(brentq(lambda z: math.log(cost(z, COARSE) / target), low, high, rtol=PRECISE))
+    solve: Any = brentq  # its annotations name numpy's floats
+    found = float(solve(lambda z: math.log(cost(z, COARSE) / target), low, high, rtol=PRECISE))
     while cost(found) > target:  # both intervals err on the safe side, the coarse one by more
         found *= 1 + PRECISE
     return found

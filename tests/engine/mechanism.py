@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from contextlib import contextmanager
-from dataclasses import replace
-
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
-
 
 from fedgpt.aggregate.base import Strategy
 from fedgpt.aggregate.fedavg import FedAvg
@@ -168,7 +165,7 @@ def wrong_sign():
 
 @contextmanager
 def wide_sum(max_weight: float = 1.0):
-    """A sum that takes longer vectors: the exact one refuses what a broken build lets through, which hides the break."""
+    """A sum that takes longer vectors: the exact one refuses what a broken build lets through, which hides it."""
     from fedgpt.aggregate.exact import ExactSum
 
     right = ExactSum.reset
@@ -178,5 +175,3 @@ def wide_sum(max_weight: float = 1.0):
 
     with patched("fedgpt.aggregate.exact.ExactSum.reset", reset):
         yield
-
-

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 
 import numpy as np
 import pytest
@@ -86,9 +85,9 @@ def test_a_server_that_asks_for_less_noise_or_longer_is_held_to_the_clients_own_
     o = options()
     with pytest.raises(BudgetExhausted, match="a job without noise"):
         client(o, tmp_path).steps(job(o, noise_multiplier=0.0), "fresh")
-    with pytest.raises(BudgetExhausted, match="privacy.target_epsilon=4"):
+    with pytest.raises(BudgetExhausted, match=r"privacy\.target_epsilon=4"):
         client(o, tmp_path).steps(job(o, noise_multiplier=0.2), "fresh")
-    with pytest.raises(BudgetExhausted, match="delta 0.5 is not below one over the 40 units"):
+    with pytest.raises(BudgetExhausted, match=r"delta 0\.5 is not below one over the 40 units"):
         client(o, tmp_path).steps(job(o, delta=0.5), "fresh")
     client(o, tmp_path).steps(job(o, participations=10_000), "fresh")  # one job is still within the budget
     assert events(tmp_path)[0]["count"] == 3
@@ -116,7 +115,7 @@ def test_a_damaged_ledger_and_one_of_other_text_are_refused(tmp_path):
 def test_files_are_the_owners_alone(tmp_path):
     o = options()
     client(o, tmp_path).steps(job(o), "fresh")
-    assert {oct(os.stat(tmp_path / name).st_mode & 0o777) for name in ("ledger.json", "privacy.key")} == {"0o600"}
+    assert {oct((tmp_path / name).stat().st_mode & 0o777) for name in ("ledger.json", "privacy.key")} == {"0o600"}
 
 
 def test_a_locally_private_update_is_clipped_and_as_noisy_as_promised(tmp_path):

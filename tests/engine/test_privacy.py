@@ -78,7 +78,9 @@ def clip_finds_the_median(folder: Path) -> bool:
         build = Mechanism(folder / f"{start}", 0.1, size=10, clip=start, adaptive=True)
         build.privacy.plan = m.plan(0.1)
         for _ in range(60):
-            build.release([(np.full(10, length / math.sqrt(10), np.float32), 1) for length in np.linspace(0.5, 1.5, 10)])
+            build.release(
+                [(np.full(10, length / math.sqrt(10), np.float32), 1) for length in np.linspace(0.5, 1.5, 10)]
+            )
         found.append(0.6 < build.privacy.clip < 1.6)
     return all(found)
 
@@ -154,7 +156,9 @@ def test_the_same_sum_again_is_the_same_release_and_another_sum_is_not(tmp_path)
     other = Mechanism(tmp_path, 1.0)
     different = other.release(deltas(5))
     assert other.privacy.ledger.account.epsilon > paid, "two releases were made of version 0"
-    without_noise = np.sum([d * np.float32(min(1, CLIP / np.linalg.norm(d))) for d, _ in deltas(6)[5:]], axis=0) / COHORT
+    without_noise = (
+        np.sum([d * np.float32(min(1, CLIP / np.linalg.norm(d))) for d, _ in deltas(6)[5:]], axis=0) / COHORT
+    )
     assert np.linalg.norm(released - different) > 5 * np.linalg.norm(without_noise), "the noise does not cancel"
 
 
@@ -199,7 +203,7 @@ def test_correlated_noise_is_taken_back(tmp_path):
     found = math.sqrt(np.mean(np.square(sums)))
     assert found == pytest.approx(running_noise(bands, versions), rel=0.05)
     assert found < 0.8 * running_noise(1, versions)
-    assert {name for name in build.state.memory} == {"privacy/noise/1", "privacy/noise/2", "privacy/noise/3"}
+    assert set(build.state.memory) == {"privacy/noise/1", "privacy/noise/2", "privacy/noise/3"}
 
 
 def test_a_series_is_paid_once(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -134,7 +135,7 @@ def test_clients_stay_as_many_versions_apart_as_they_must(tmp_path, bands):
     versions: dict[str, list[int]] = {}
     for e in done.told("accept"):
         versions.setdefault(e["client"], []).append(e["version"])
-    gaps = [b - a for times in versions.values() for a, b in zip(times, times[1:], strict=False)]
+    gaps = [b - a for times in versions.values() for a, b in pairwise(times)]
     assert gaps and min(gaps) >= 3
     assert max(len(times) for times in versions.values()) <= 3
 

@@ -21,7 +21,8 @@ from fedgpt.privacy.randomness import SecureStream
 VOCAB, TIME, BATCH = 64, 16, 7
 VARIANTS = {
     "default": {}, "untied": {"tie": False}, "rmsnorm": {"norm": "rmsnorm"}, "no bias": {"bias": False},
-    "rotary": {"positions": "rotary"}, "rmsnorm untied rotary": {"norm": "rmsnorm", "tie": False, "positions": "rotary"},
+    "rotary": {"positions": "rotary"},
+    "rmsnorm untied rotary": {"norm": "rmsnorm", "tie": False, "positions": "rotary"},
 }  # fmt: skip
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # torch.func's about speed, hooks' about embeddings
 
@@ -78,8 +79,9 @@ def test_the_sum_of_unclipped_gradients_is_the_batchs():
     total = torch.zeros_like(vector)
     BookKeeping(model, layout).add_clipped(lambda: example_losses(model, inputs, targets), 1e9, total)
     loss = model.loss(inputs, targets)
-    grads = dict(zip(layout.names, torch.autograd.grad(loss, [dict(model.named_parameters())[n] for n in layout.names])))
-    want = torch.cat([grads[name].flatten() for name in layout.names])
+    parameters = dict(model.named_parameters())
+    grads = torch.autograd.grad(loss, [parameters[name] for name in layout.names])
+    want = torch.cat([grad.flatten() for grad in grads])
     torch.testing.assert_close(total / BATCH, want, rtol=1e-4, atol=1e-7)
 
 

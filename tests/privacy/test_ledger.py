@@ -52,7 +52,7 @@ def test_clients_pay_each_for_itself_and_the_dearest_counts(tmp_path):
     (event,) = json.loads((tmp_path / "ledger.json").read_text())["events"]
     assert event["count"] == 2 and event["sampling_probability"] == 1
     assert event["count"] / event["noise_multiplier"] ** 2 == pytest.approx(1.5 / 16)
-    with pytest.raises(BudgetExhausted, match="client x would pay for 2.5 releases, privacy.participations=2"):
+    with pytest.raises(BudgetExhausted, match=r"client x would pay for 2\.5 releases, privacy\.participations=2"):
         ledger.charge_clients(2, "c", {"x": 1.0}, 4.0, most=2)
 
 

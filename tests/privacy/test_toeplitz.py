@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def test_no_schedule_moves_the_series_further_than_the_sensitivity(bands, size, 
     worst = 0.0
     for count in range(1, most + 1):
         for times in combinations(range(size), count):
-            if all(b - a >= apart for a, b in zip(times, times[1:], strict=False)):
+            if all(b - a >= apart for a, b in pairwise(times)):
                 worst = max(worst, float(np.linalg.norm(columns[:, list(times)].sum(1))))
     assert sensitivity(bands, size, apart, most) == pytest.approx(worst, rel=1e-12)
 
