@@ -44,7 +44,10 @@ class Best:
         allowed = self._loss * (1 + (self.options.evaluate.rollback or 0.0))
         if self._state is not None and not loss <= allowed:  # NaN is worse, too
             best = self._state
-            return replace(state, params=best.params, memory=best.memory), {"restored": best.version}
+            # what has been released has been released: correlated noise goes on from there
+            private = {name: array for name, array in state.memory.items() if name.startswith("privacy/")}
+            memory = {**best.memory, **private}
+            return replace(state, params=best.params, memory=memory), {"restored": best.version}
         if self._state is None or loss < self._loss:
             self._state, self._loss = state, loss
         return state, {}

@@ -74,6 +74,11 @@ class Ledgers:
         self.trained[client] = self.trained.get(client, 0) + tokens
         self.busy[client] = self.busy.get(client, 0.0) + seconds
 
+    def remembering(self, most: int | None = None) -> Ledgers:
+        """With the accepted tasks of now as one more table that a restart may ask for; the newest `most` of them."""
+        tables = (*self.restorable, dict(self.accepted))
+        return replace(self, restorable=tables if most is None else tables[-most:])
+
     def frozen(self, **changes: Any) -> Ledgers:
         """A copy whose tables later entries do not reach."""
         tables = {name: dict(value) for name, value in vars(self).items() if isinstance(value, dict)}

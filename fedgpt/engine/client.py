@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import secrets
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,11 +22,11 @@ from fedgpt.data.batches import Batches
 from fedgpt.data.partition import Shard, partition
 from fedgpt.data.prepare import Prepared, prepare
 from fedgpt.engine.attack import attacked
-from fedgpt.engine.client_privacy import ClientPrivacy, digest
+from fedgpt.engine.client_privacy import ClientPrivacy
 from fedgpt.engine.client_state import ClientState, ClientStore
 from fedgpt.local.optimizer import Moments
 from fedgpt.local.trainer import Trainer
-from fedgpt.update.codec import encode
+from fedgpt.update.codec import digest, encode
 from fedgpt.update.compress import compressor_of
 from fedgpt.update.downlink import STEPS, rebuilt
 from fedgpt.update.feedback import feed, rest
@@ -129,6 +130,8 @@ class ClientWork:
             return None
         compute = self.trainer.compute
         environment = {"device": compute.device, "threads": torch.get_num_threads(), "torch": torch.__version__}
+        if compute.device != "cpu":  # the same job does not give the same bits there: it is another one each time
+            environment["once"] = secrets.token_hex(8)
         folder = ClientStore(self.state_root, job.plan.run, job.client).folder
         return ClientPrivacy(self.options, folder, tokens, environment)
 
@@ -154,6 +157,8 @@ class ClientWork:
             trained = replace(trained, delta=privacy.hidden(job, trained.delta, _named(moments)))
         # in a private run nothing leaves of what was measured on the text
         metrics = trained.metrics if options.privacy.unit == "none" else {"lr": trained.metrics["lr"]}
+        if privacy is not None:
+            metrics["charged"] = privacy.charged
         if self._keeps:
             metrics["state_lost"] = float(before is None and job.plan.state >= 0)
         kept = ClientState(trained.moments if options.local.moments == "keep" else None)

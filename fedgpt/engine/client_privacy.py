@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from fedgpt.privacy.clipping import clipped
 from fedgpt.privacy.ledger import BudgetExhausted, Ledger
 from fedgpt.privacy.plan import sampling_probability
 from fedgpt.privacy.randomness import SecureStream, derive, secret_key
+from fedgpt.update.codec import digest
 
 
 class ClientPrivacy:
@@ -28,6 +30,7 @@ class ClientPrivacy:
     def __init__(self, options: RunOptions, folder: Path, tokens: np.ndarray, environment: dict[str, Any]):
         """`folder` is the client's own; `environment` is what the bits of its result depend on beside the job."""
         self.options, self.folder, self.tokens, self.environment = options, folder, tokens, environment
+        self.charged = 0.0  # releases paid for since the client's first job, those of the present one included
 
     def steps(self, job: Job, state: str) -> PrivateSteps:
         """privacy=example: what makes the steps of `job` private; `state` names the moments that it starts from."""
@@ -47,22 +50,27 @@ class ClientPrivacy:
     def _paid(self, job: Job, state: str, event: Event, per_job: int, units: int) -> SecureStream:
         """Charge the ledger for `event`; returns the noise of this job, the same only for the very same job."""
         o, plan = self.options.privacy, job.plan
-        if event.noise_multiplier <= 0:
-            raise BudgetExhausted(f"a job without noise, which privacy={o.unit} forbids")
-        if plan.delta >= 1 / max(2, units):
+        if not 0 < event.noise_multiplier < math.inf:
+            raise BudgetExhausted(f"a job with noise {event.noise_multiplier:g}, which privacy={o.unit} forbids")
+        if not 0 < plan.delta < 1 / max(2, units):
             raise BudgetExhausted(f"delta {plan.delta:g} is not below one over the {units} units of this client")
+        if not (event.count >= 1 and plan.participations >= 1):
+            raise BudgetExhausted(f"a job of {event.count} steps, one of {plan.participations}")
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / ".ledger.lock"):
-            fresh = plan.state < 0
-            key = secret_key(self.folder / "privacy.key", fresh)
+            path = self.folder / "privacy.key"
+            fresh = plan.state < 0 and not path.exists()  # it is made last: with it, there was a ledger
+            ledger = Ledger(self.folder / "ledger.json", o.unit, digest(self.tokens), plan.delta, fresh)
+            key = secret_key(path, fresh)
             if o.rng == "seeded":
                 key = hashlib.sha256(f"{self.options.seed} {job.client}".encode()).digest()
-            tag = derive(key, "job", json.dumps(_told(job, state, self.environment), sort_keys=True))
-            ledger = Ledger(self.folder / "ledger.json", o.unit, digest(self.tokens), plan.delta, fresh)
+            told = json.dumps(_told(job, state, self.environment), sort_keys=True)
+            tag = derive(key, "job", told).hex()  # stands in the ledger: names the noise, and does not tell it
             planned = replace(event, count=plan.participations * per_job)
             budget = None if self._as_planned(ledger, event, planned) else o.target_epsilon
-            ledger.charge(job.task, tag.hex(), event, budget)
-        return SecureStream(tag, "noise")
+            ledger.charge(job.task, tag, event, budget)
+            self.charged = float(sum(each.count for each in ledger.account.events))
+        return SecureStream(key, "noise", tag)
 
     def _as_planned(self, ledger: Ledger, event: Event, planned: Event) -> bool:
         """Whether the whole plan is within this client's budget and the job within the plan.
@@ -70,10 +78,7 @@ class ClientPrivacy:
         Then no epsilon need be computed for each job; and what a smaller shard pays, no larger one exceeds.
         """
         account, budget = ledger.account, self.options.privacy.target_epsilon
-        kind = (event.noise_multiplier, event.sampling_probability)
-        same = all((e.noise_multiplier, e.sampling_probability) == kind for e in account.events)
-        done = sum(e.count for e in account.events)
-        if budget is None or not same or done + event.count > planned.count:
+        if budget is None or not account.within(planned, event):
             return False
         about = (planned.noise_multiplier, planned.count, account.delta, budget)
         if planned.sampling_probability > _within.get(about, 0.0):
@@ -90,8 +95,3 @@ def _told(job: Job, state: str, environment: dict[str, Any]) -> list[Any]:
     """All that the bits of a job's result depend on; not how the job came here, or what is kept for a restart."""
     plan = {name: value for name, value in asdict(job.plan).items() if name not in ("keep", "seconds", "held")}
     return [job.client, job.task, job.version, digest(job.params), plan, state, environment]
-
-
-def digest(array: np.ndarray) -> str:
-    """sha256 of an array's bytes."""
-    return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).data).hexdigest()

@@ -31,15 +31,14 @@ class Diagnostics:
             self._updates.append(((update.client, update.task), sketch))
 
     def step(self, step: np.ndarray) -> dict[str, float | None]:
-        """`cosine`: mean over pairs of updates; `step_correlation`: of this server step with the last one."""
-        in_order = [
-            sketch for _, sketch in sorted(self._updates, key=lambda pair: pair[0])
-        ]  # bits, whatever arrives first
+        """Its norm; `cosine`: mean over pairs of updates; `step_correlation`: of this server step with the last one."""
+        by_client = sorted(self._updates, key=lambda pair: pair[0])  # the same bits, whatever arrives first
+        in_order = [sketch for _, sketch in by_client]
         mean = mean_pairwise_cosine(in_order or self._recent)
         sketch = self._sketch.of(step)
         lag = None if self._last_step is None else cosine(sketch, self._last_step)
         self._updates, self._last_step = [], sketch
-        return {"cosine": mean, "step_correlation": lag}
+        return {"step_norm": float(np.linalg.norm(step)), "cosine": mean, "step_correlation": lag}
 
     def memory(self) -> dict[str, np.ndarray]:
         """What a checkpoint keeps, so that a resumed run logs the same figures."""

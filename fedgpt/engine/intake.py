@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
@@ -52,10 +53,16 @@ class Intake:
     def read(self, reply: Reply, job: Job, run: str, tokens: int) -> Update:
         """The update in a reply to `job`, which was of `tokens` tokens; raises UpdateRejected."""
         size = job.params.size
-        expected = Expected(
-            run, reply.client, reply.task, job.version, size, tokens, self.norm_limit, self.compressor
-        )  # fmt: skip
-        return decode(reply, expected)
+        limit = self.norm_limit if self.private is None else math.inf
+        expected = Expected(run, reply.client, reply.task, job.version, size, tokens, limit, self.compressor)
+        try:
+            return decode(reply, expected)
+        except UpdateRejected as rejection:
+            if self.private is None or rejection.code != "non_finite":
+                raise
+            # refused, it would move other clients' places in sums; as zeros it is one that the promise speaks of
+            zeros = np.zeros(size, np.float32)
+            return Update(job.client, job.task, job.version, zeros, tokens, {"update_norm": 0.0})
 
     def add(self, update: Update, job: Job, staleness: int) -> Update:
         """Count an update, clipped where it is long; returns it as counted, raises UpdateRejected."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,14 @@ from fedgpt.privacy.toeplitz import correlate
 
 CLIP = "privacy/clip"  # names in the state's memory
 NOISE = "privacy/noise"
+OFTEN = ", the others have taken part as often as they may (privacy.participations) or too lately (privacy.separation)"
 
 
 class Privacy:
     """A run without privacy: everything passes. Those with privacy override what differs."""
 
     sums = False  # whether this stands between sum and model
+    told = ""  # why it may let nobody take part, for a message
 
     def job_numbers(self) -> dict[str, Any]:
         """What a client is told with each job."""
@@ -54,6 +56,13 @@ class Privacy:
     def asked(self, client: str, steps: int, ledgers: Ledgers) -> None:
         """A job has been given."""
 
+    def answered(self, update: Update, ledgers: Ledgers) -> None:
+        """A job's update has been accepted."""
+
+    def tokens(self, accepted: Sequence[Update], pacing: Pacing, job_tokens: int) -> int:
+        """By how many a version moves the schedule of learning rates."""
+        return sum(update.tokens for update in accepted)
+
     def coins(self, version: int, count: int) -> np.ndarray | None:
         """(count,) uniform values by which clients are chosen; None: those of the run's seed will do."""
         return None
@@ -65,6 +74,8 @@ class Privacy:
 
 class PaidByClients(Privacy):
     """privacy=example and local: every client keeps its own ledger, and the server counts along."""
+
+    told = OFTEN
 
     def __init__(self, options: RunOptions, plan: PrivacyPlan, folder: Path):
         self.options, self.plan, self.folder = options, plan, folder
@@ -86,13 +97,17 @@ class PaidByClients(Privacy):
             self.probability[info.id] = sampling_probability(self.options, max(1, blocks)) if example else 1.0
 
     def may_ask(self, client: str, version: int, ledgers: Ledgers) -> bool:
-        """As long as a whole job is within the plan, where there is a budget."""
-        most = self.plan.participations * self.per_job
-        return self.plan.budget is None or ledgers.charged.get(client, 0.0) + self.per_job <= most
+        """As long as a whole job is within the plan."""
+        return ledgers.charged.get(client, 0.0) + self.per_job <= self.plan.participations * self.per_job
 
     def asked(self, client: str, steps: int, ledgers: Ledgers) -> None:
         """The client pays when it begins; the server counts as if it always did."""
         ledgers.charged[client] = ledgers.charged.get(client, 0.0) + (steps if self.plan.unit == "example" else 1)
+
+    def answered(self, update: Update, ledgers: Ledgers) -> None:
+        """It says what it has paid in all: more than the server knows of, where a job was done again after a crash."""
+        paid = float(update.metrics.get("charged", 0.0))
+        ledgers.charged[update.client] = max(paid, ledgers.charged.get(update.client, 0.0))
 
     def record(self, ledgers: Ledgers) -> dict[str, Any]:
         """Epsilon of the client that has paid most: shards share no block, so the largest holds for all."""
@@ -114,10 +129,12 @@ class PaidByServer(Privacy):
     """privacy=client: the release of one noisy sum for each version."""
 
     sums = True
+    told = OFTEN
 
     def __init__(self, options: RunOptions, plan: PrivacyPlan, folder: Path, data: str, fresh: bool):
         """`folder` holds ledger and key; `data` names what is protected; `fresh`: the run begins, so they may too."""
         self.options, self.plan = options, plan
+        fresh = fresh and not (folder / "privacy.key").exists()  # which is made last: with it, there was a ledger
         self.ledger = Ledger(folder / "ledger.json", "client", data, plan.delta, fresh)
         self.key = secret_key(folder / "privacy.key", fresh)
         if options.privacy.rng == "seeded":
@@ -130,7 +147,7 @@ class PaidByServer(Privacy):
         if self.plan.sampling == "poisson":
             return True
         apart = version - ledgers.last.get(client, -self.options.privacy.separation)
-        paid = ledgers.charged.get(client, 0.0)
+        paid = self.ledger.spent_before(client, version)
         return client not in self.shares and apart >= self.options.privacy.separation and (
             paid + 1 <= self.plan.participations + 1e-9
         )  # fmt: skip
@@ -138,6 +155,10 @@ class PaidByServer(Privacy):
     def coins(self, version: int, count: int) -> np.ndarray | None:
         """Secret ones: the sample must not be guessed."""
         return SecureStream(self.key, "coins", version).uniform(count)
+
+    def tokens(self, accepted: Sequence[Update], pacing: Pacing, job_tokens: int) -> int:
+        """As many as were expected: who came must not show in the learning rates of others."""
+        return pacing.goal * job_tokens
 
     def begin(self, state: ServerState) -> None:
         """Forget the last version's updates; the clip stays the same until the next release."""
@@ -165,33 +186,39 @@ class PaidByServer(Privacy):
 
         Raises StoppedEarly where the budget does not allow the release.
         """
-        plan, version = self.plan, state.version
+        version = state.version
         words = ("release", version, hashlib.sha256(mean.data).hexdigest(), repr(self.bits), self.clip)
-        tag = derive(self.key, *words)
+        tag = derive(self.key, *words).hex()  # stands in the ledger: names the noise, and does not tell it
         try:
-            if plan.sampling == "poisson":
-                event = Event(plan.noise_multiplier, plan.planned.sampling_probability, 1)
-                self.ledger.charge(version, tag.hex(), event, plan.budget)
-            elif plan.sampling == "bounded":
-                most, z = plan.participations, plan.noise_multiplier
-                self.ledger.charge_clients(version, tag.hex(), self.shares, z, most)
-            else:
-                self._begin_series(version, tag.hex())
+            self._charge(version, tag)
         except BudgetExhausted as error:
             raise StoppedEarly(
                 f"privacy: {error}; the model of version {version} is the last that is paid for"
             ) from error
-        for client, share in self.shares.items():
-            ledgers.charged[client] = ledgers.charged.get(client, 0.0) + share
+        for client in self.shares:
             ledgers.last[client] = version
-        return self._noised(mean, divisor, SecureStream(tag, "noise"), state)
+        return self._noised(mean, divisor, SecureStream(self.key, "noise", tag), state)
 
-    def _begin_series(self, version: int, tag: str) -> None:
-        """Correlated noise is one release for the whole run; made otherwise than before, it is another run."""
-        if version == 0 and not self.ledger.account.events:
-            self.ledger.charge(0, tag, self.plan.planned, self.plan.budget)
-            return
-        self.ledger.note(version, tag)
+    def _charge(self, version: int, tag: str) -> None:
+        plan, ledger = self.plan, self.ledger
+        if plan.sampling == "poisson":
+            # of a version made again with another sum, the coins are those of before: that sample is no news
+            again = ledger.made(version)
+            event = Event(plan.noise_multiplier, 1.0 if again else plan.planned.sampling_probability, 1)
+            ledger.charge(version, tag, event, None if self._covered(event) else plan.budget)
+        elif plan.sampling == "bounded":
+            ledger.charge_clients(
+                version, tag, self.shares, plan.noise_multiplier, plan.participations, plan.budget
+            )  # fmt: skip
+        elif version == 0 and not ledger.account.events:  # one release for the whole run
+            ledger.charge(0, tag, plan.planned, plan.budget)
+        else:
+            ledger.note(version, tag)
+
+    def _covered(self, event: Event) -> bool:
+        """Whether the budget has room for the whole plan, and the plan for one release more."""
+        fits = self.plan.budget is None or self.plan.epsilon <= self.plan.budget
+        return fits and self.ledger.account.within(self.plan.planned, event)
 
     def _noised(
         self, mean: np.ndarray, divisor: float, stream: SecureStream, state: ServerState

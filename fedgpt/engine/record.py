@@ -33,7 +33,8 @@ def line_of_version(
     return {
         **_version_record(version, ledgers, virtual),
         **_updates_record(intake, in_flight),
-        **_clients_record(intake.accepted, ledgers, ledgers.seconds),
+        # who was in a sample, by which privacy is amplified, is not for everybody's eyes
+        **_clients_record([] if intake.private else intake.accepted, ledgers, ledgers.seconds),
     }
 
 

@@ -52,7 +52,7 @@ class Server:
         self.state, self.ledgers = snapshot.state, snapshot.ledgers
         self.snapshot, self._saved = replace(snapshot, ledgers=snapshot.ledgers.frozen()), -1
         # an interrupted server saved between its usual checkpoints: what that one needs is kept, too
-        self.ledgers = replace(self.ledgers, restorable=(*self.ledgers.restorable, dict(self.ledgers.accepted)))
+        self.ledgers = self.ledgers.remembering()
         self.privacy = privacy or Privacy()
         self.pace = make_pace(options.pace, options.seed, self.ledgers.pacing or None, self.privacy.coins)
         self.checkpoints = Checkpoints(folder.checkpoints, options.checkpoint.keep, journal and journal.journal.drop)
@@ -150,7 +150,7 @@ class Server:
         roster = Roster(self.clients, self.flight.busy, self._there)
         chosen = self.pace.start(self._progress(), roster)
         if not chosen and not len(self.flight) and not any(map(self._allowed, self.clients)):
-            raise StoppedEarly("privacy: every client has taken part as often as it may; see privacy.participations")
+            raise StoppedEarly(f"no client may be asked: {self.quarantine.told(self.clients)}{self.privacy.told}")
         if chosen is None:
             return
         if not self._asked:
@@ -230,6 +230,7 @@ class Server:
         update = self.intake.add(update, job, staleness)
         if not self.privacy.sums:  # what is measured of single updates is not noised
             self.diagnostics.update(update, self.pace.carries)
+        self.privacy.answered(update, self.ledgers)
         self.quarantine.clear(update.client)
         self._failures = 0
         self.ledgers.accepted[update.client] = update.task
@@ -266,10 +267,11 @@ class Server:
             enough = self._at_goal is not None and self.options.pace.goal is not None
             self._give_up(self.flight.keys(), "the version closed first", missed=not enough)
         accepted = len(self.intake)
-        if not self.pace.carries and accepted + self._failed and accepted < self.options.pace.minimum:
+        minimum = 0 if self.privacy.sums else self.options.pace.minimum  # how many came must not show
+        if not self.pace.carries and self._failed and accepted < minimum:
             raise StoppedEarly(
                 f"version {self.state.version + 1} got {accepted} valid updates of {accepted + self._failed} jobs, "
-                f"pace.minimum={self.options.pace.minimum}: {self._reasons()}"
+                f"pace.minimum={minimum}: {self._reasons()}"
             )
         reach("aggregate")
         before = self.state
@@ -324,7 +326,7 @@ class Server:
     def _tally(self, before: ServerState) -> None:
         """Bring the ledgers to the new version and open its record."""
         accepted = self.intake.accepted
-        trained = sum(update.tokens for update in accepted)
+        trained = self.privacy.tokens(accepted, self.pace.pacing(len(self.clients)), self.planner.job_tokens)
         part = self._part(before.version, self.ledgers.tokens_done)
         self._count(tokens_done=trained)
         now = self._part(self.state.version, self.ledgers.tokens_done)
@@ -333,12 +335,10 @@ class Server:
         evaluation = self.stage.plan(self.state.version, part, now, every)
         norms = () if self.privacy.sums else remembered(self.ledgers.norms, accepted)
         self.ledgers = replace(self.ledgers, seconds=seconds, wall_seconds=wall, evaluation=evaluation, norms=norms)
-        step = before.params - self.state.params
         record = {
             **line_of_version(self.state.version, self.ledgers, self.intake, self.flight, self.transport.virtual),
             **(self.privacy.record(self.ledgers) if evaluation["score"] else {}),
-            "step_norm": float(np.linalg.norm(step)),
-            **self.diagnostics.step(step),
+            **self.diagnostics.step(before.params - self.state.params),
         }
         self.ledgers = replace(self.ledgers, record=record)
 
@@ -347,8 +347,7 @@ class Server:
     def _take_snapshot(self, keep: bool) -> None:
         """Freeze state and tables as they are between two versions; jobs sent later do not change it."""
         if keep:  # one table more than checkpoints: the newest may still be on its way to the disk
-            tables = (*self.ledgers.restorable, dict(self.ledgers.accepted))[-(self.options.checkpoint.keep + 1) :]
-            self.ledgers = replace(self.ledgers, restorable=tables)
+            self.ledgers = self.ledgers.remembering(self.options.checkpoint.keep + 1)
         frozen = self.ledgers.frozen(unsaved=self.strategy.unsaved, in_flight=self.flight.as_json())
         bases = {f"base/{version}": base for version, base in self.flight.bases.items()}
         self.snapshot = Snapshot(

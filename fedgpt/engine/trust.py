@@ -9,7 +9,7 @@ slate. One client at least always stays: a federation cannot shut itself out.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from fedgpt.core.messages import Update
 from fedgpt.core.options import RunOptions, ValidateOptions
@@ -59,6 +59,10 @@ class Quarantine:
     def holds(self, client: str) -> bool:
         """Whether the client gets no job now."""
         return client in self.until
+
+    def told(self, clients: Collection[str]) -> str:
+        """How many of the clients it holds, for a message."""
+        return f"{sum(map(self.holds, clients))} of {len(clients)} are in quarantine"
 
     def release(self, version: int) -> list[str]:
         """Let go who has rested long enough; returns their names."""

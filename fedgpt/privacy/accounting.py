@@ -17,6 +17,7 @@ INTERVAL = 1e-4  # of the privacy losses; halving it changed no epsilon of the t
 COARSE = 1e-3  # while noise is searched for: ten times as fast
 PRECISE = 1e-3  # relative, of a calibrated noise multiplier
 MOST_NOISE = 1e6
+LEAST_NOISE = 0.2  # below it losses are so wide that their distributions fill the memory; Renyi's bound will do
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ def epsilon_of(events: Iterable[Event], delta: float) -> float:
         return math.inf
     if all(event.sampling_probability == 1 for event in events):
         return gaussian_epsilon(math.sqrt(sum(e.count / e.noise_multiplier**2 for e in events)), delta)
+    if any(event.noise_multiplier < LEAST_NOISE for event in events):
+        return renyi_epsilon(events, delta)
     return _composed(tuple(events), delta)
 
 
@@ -76,18 +79,18 @@ def calibrate(target: float, sampling_probability: float, count: int, delta: flo
     def cost(z: float, interval: float = INTERVAL) -> float:
         return _composed((Event(z, sampling_probability, count),), delta, interval)
 
-    high = _bracket(lambda z: renyi_epsilon(Event(z, sampling_probability, count), delta), target)
+    high = _bracket(lambda z: renyi_epsilon((Event(z, sampling_probability, count),), delta), target)
     low = high / 2
     while cost(low, COARSE) <= target:
         low /= 2
     solve: Any = brentq  # its annotations name numpy's floats
-    found = float(solve(lambda z: math.log(cost(z, COARSE) / target), low, high, rtol=PRECISE))
+    found = float(solve(lambda z: cost(z, COARSE) - target, low, high, rtol=PRECISE))
     while cost(found) > target:  # both intervals err on the safe side, the coarse one by more
         found *= 1 + PRECISE
     return found
 
 
-def renyi_epsilon(event: Event, delta: float) -> float:
+def renyi_epsilon(events: Iterable[Event], delta: float) -> float:
     """An upper bound by Renyi divergences (Mironov et al., arXiv 1908.10530): fast, and a check of the tight one."""
     import absl.logging
     import dp_accounting
@@ -95,8 +98,9 @@ def renyi_epsilon(event: Event, delta: float) -> float:
 
     absl.logging.set_verbosity(absl.logging.ERROR)  # it reports orders that it leaves out, which is harmless
     accountant: Any = RdpAccountant()
-    gaussian = dp_accounting.GaussianDpEvent(event.noise_multiplier)
-    accountant.compose(dp_accounting.PoissonSampledDpEvent(event.sampling_probability, gaussian), event.count)
+    for event in events:
+        gaussian = dp_accounting.GaussianDpEvent(event.noise_multiplier)
+        accountant.compose(dp_accounting.PoissonSampledDpEvent(event.sampling_probability, gaussian), event.count)
     return float(accountant.get_epsilon(delta))
 
 

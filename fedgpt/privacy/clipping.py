@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+SMALLEST = 2.0**-100  # factors that float32 holds in full
 MARGIN = 1 - 1e-6  # float32's rounding shall not carry a clipped vector over its clip
 
 
@@ -19,7 +20,12 @@ def clipped(delta: np.ndarray, clip: float) -> np.ndarray:
             norm = float(np.linalg.norm(delta.astype(np.float64)))
     if not math.isfinite(norm):
         return np.zeros_like(delta)
-    return delta if norm <= clip * MARGIN else delta * np.float32(clip / norm * MARGIN)
+    if norm <= clip * MARGIN:
+        return delta
+    factor = clip / norm * MARGIN
+    if factor < SMALLEST:
+        return (delta.astype(np.float64) * factor).astype(np.float32)
+    return delta * np.float32(factor)
 
 
 @dataclass(frozen=True)

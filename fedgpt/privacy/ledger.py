@@ -6,6 +6,7 @@ made again after a crash: it costs nothing. Another tag under the same number is
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -17,6 +18,7 @@ from fedgpt.core.files import write_text
 from fedgpt.privacy.accounting import Event, epsilon_of
 
 FORMAT = 1
+ROUNDING = 1e-9  # relative, of an epsilon that was calibrated to meet the budget
 REMEMBERED = 256  # releases whose tags are kept; an older one that is made again is paid for again
 
 
@@ -57,6 +59,13 @@ class Account:
         """What the releases so far cost at `delta`."""
         return epsilon_of(self.total, self.delta)
 
+    def within(self, planned: Event, more: Event) -> bool:
+        """Whether all that was paid and `more` are releases of `planned`, no more of them."""
+        kind = (planned.noise_multiplier, planned.sampling_probability)
+        events = (*self.events, more)
+        same = all((e.noise_multiplier, e.sampling_probability) == kind for e in events)
+        return same and sum(e.count for e in events) <= planned.count
+
 
 class Ledger:
     """One ledger file."""
@@ -80,25 +89,44 @@ class Ledger:
         """Whether this very release has been paid for."""
         return any((release.number, release.tag) == (number, tag) for release in self.account.releases)
 
+    def made(self, number: int) -> bool:
+        """Whether a release of this number has been paid for, of this or of another sum."""
+        return any(release.number == number for release in self.account.releases)
+
+    def spent_before(self, client: str, number: int) -> float:
+        """Full charges of a client without those of release `number` and later ones, which are made again now."""
+        later = sum(r.shares.get(client, 0.0) for r in self.account.releases if r.number >= number)
+        return self.account.spent.get(client, 0.0) - later
+
     def charge(self, number: int, tag: str, event: Event, budget: float | None) -> None:
         """Pay for a release before it is made; raises BudgetExhausted where that exceeds the `budget` epsilon."""
         if self.known(number, tag):
             return
         events = _added(self.account.events, event)
         account = replace(self.account, events=events, releases=self._noted(Release(number, tag)))
-        if budget is not None and (epsilon := epsilon_of(events, account.delta)) > budget:
-            raise BudgetExhausted(
-                f"the next release would bring epsilon from {self.account.epsilon:.4g} to {epsilon:.4g}, "
-                f"privacy.target_epsilon={budget:g}"
-            )
+        self._check(account, budget)
         self._write(account)
 
     def charge_clients(
-        self, number: int, tag: str, shares: Mapping[str, float], noise_multiplier: float, most: int
+        self,
+        number: int,
+        tag: str,
+        shares: Mapping[str, float],
+        noise_multiplier: float,
+        most: int,
+        budget: float | None = None,
     ) -> None:
-        """Pay for a release in which each client has a part of its own, up to 1, and `most` over the whole run."""
+        """Pay for a release in which each client has a part of its own, up to 1, and `most` over the whole run.
+
+        Raises BudgetExhausted where a client would pay for more, or the one that has paid most for more than `budget`.
+        """
         if self.known(number, tag):
             return
+        before = self.account.noise_multiplier
+        if before not in (0.0, noise_multiplier):
+            raise FedGPTError(
+                f"{self.path} is of noise {before:g}, this run has {noise_multiplier:g}; start again elsewhere"
+            )
         spent = dict(self.account.spent)
         for client, share in shares.items():
             spent[client] = spent.get(client, 0.0) + share
@@ -107,17 +135,26 @@ class Ledger:
                     f"client {client} would pay for {spent[client]:.4g} releases, privacy.participations={most}"
                 )
         releases = self._noted(Release(number, tag, dict(shares)))
-        self._write(replace(self.account, spent=spent, releases=releases, noise_multiplier=noise_multiplier))
+        account = replace(self.account, spent=spent, releases=releases, noise_multiplier=noise_multiplier)
+        self._check(account, budget)
+        self._write(account)
 
     def note(self, number: int, tag: str) -> None:
         """Remember a release that is paid for as part of a series; raises BudgetExhausted where it was another one."""
         if self.known(number, tag):
             return
-        if any(release.number == number for release in self.account.releases):
+        if any(release.number >= number for release in self.account.releases):  # older tags may be forgotten
             raise BudgetExhausted(
                 f"release {number} of this series was made before, of another sum: correlated noise cannot go back"
             )
         self._write(replace(self.account, releases=self._noted(Release(number, tag))))
+
+    def _check(self, account: Account, budget: float | None) -> None:
+        if budget is not None and (epsilon := account.epsilon) > budget * (1 + ROUNDING):
+            raise BudgetExhausted(
+                f"the next release would bring epsilon from {self.account.epsilon:.4g} to {epsilon:.4g}, "
+                f"privacy.target_epsilon={budget:g}"
+            )
 
     def _noted(self, release: Release) -> tuple[Release, ...]:
         return (*self.account.releases, release)[-REMEMBERED:]
@@ -125,13 +162,15 @@ class Ledger:
     def _write(self, account: Account) -> None:
         charged = {"charged": [asdict(event) for event in account.events]}
         about = {"format": FORMAT, **asdict(account), **charged, "events": [asdict(e) for e in account.total]}
-        write_text(self.path, json.dumps(about, indent=1) + "\n")
+        write_text(self.path, json.dumps({**about, "sha256": _digest(about)}, indent=1) + "\n")
         self.account = account
 
 
 def _read(path: Path) -> Account:
     try:
         about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if about.pop("sha256") != _digest(about):
+            raise ValueError("its digest is another")
         if about.pop("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
         about["events"] = tuple(Event(**event) for event in about.pop("charged"))
@@ -144,6 +183,10 @@ def _read(path: Path) -> Account:
             f"{path} is damaged ({error}): what has been spent is unknown; start again elsewhere"
         ) from error
     return account
+
+
+def _digest(about: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
 def _added(events: tuple[Event, ...], more: Event) -> tuple[Event, ...]:

@@ -28,7 +28,12 @@ RANGES: dict[str, tuple[str, Any]] = {
 def privacy_problems(o: RunOptions, strategy: Any) -> Iterator[str]:
     """What is wrong with `privacy` beside the other options; `strategy` is the rule of the run."""
     p = o.privacy
-    if p.unit not in UNITS or p.unit == "none":
+    if p.unit not in UNITS:
+        return
+    if p.unit == "none":
+        for option in ("target_epsilon", "noise_multiplier", "delta"):
+            if (value := getattr(p, option)) is not None:
+                yield f"privacy.{option}={value}: privacy=none protects nothing; choose example, client or local"
         return
     name = f"privacy={p.unit}"
     if p.target_epsilon is None and p.noise_multiplier is None:
@@ -47,6 +52,11 @@ def privacy_problems(o: RunOptions, strategy: Any) -> Iterator[str]:
 def _example(o: RunOptions, strategy: Any) -> Iterator[str]:
     if o.local.precision == "bf16":
         yield "local.precision=bf16: per-example gradients are computed in fp32; take local.precision=fp32"
+    if o.model.dropout:
+        yield (
+            f"model.dropout={o.model.dropout}: its masks go by the place in the batch, so that one block less would "
+            "change the gradients of others, too; take model.dropout=0"
+        )
 
 
 def _local(o: RunOptions, strategy: Any) -> Iterator[str]:
@@ -70,6 +80,16 @@ def _client(o: RunOptions, strategy: Any) -> Iterator[str]:
         yield (
             f"validate.clip={o.validate.clip}: its length follows other clients' norms, which privacy=client must not "
             "reveal; set privacy.adaptive=true for a clip that follows them privately, or leave it out"
+        )
+    if o.pace.dylu:
+        yield (
+            "pace.dylu=true: how many steps others take would follow one client's speed; under privacy=client all "
+            "take the same, leave it out"
+        )
+    if o.pace.rate is not None and p.participations is not None:
+        yield (
+            f"privacy.participations={p.participations}: with coins (pace.rate={o.pace.rate}) anybody may come each "
+            "time, and the accounting counts on it; leave it out"
         )
     if o.pace.name == "buffer":
         yield from _buffer(o)

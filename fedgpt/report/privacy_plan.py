@@ -42,7 +42,7 @@ def _noise_rows(o: RunOptions, plan: PrivacyPlan, vocab_size: int) -> list[tuple
     if 0 < plan.planned.sampling_probability < 1:
         event = plan.planned
         without = epsilon_of((replace(event, sampling_probability=1.0),), plan.delta)
-        found.append(("cross-check", f"{renyi_epsilon(event, plan.delta):.3g} by Renyi divergences, an upper bound"))
+        found.append(("cross-check", f"{renyi_epsilon((event,), plan.delta):.3g} by Renyi divergences, an upper bound"))
         found.append(("unsampled", f"epsilon would be {without:.3g} if it were known who takes part"))
     return found
 

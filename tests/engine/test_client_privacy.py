@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from fedgpt.engine.client_privacy import ClientPrivacy
 from fedgpt.privacy.accounting import Event, epsilon_of
 from fedgpt.privacy.ledger import BudgetExhausted
 from fedgpt.privacy.plan import make_plan
+from fedgpt.privacy.randomness import SecureStream
 
 TOKENS = np.random.default_rng(0).integers(64, size=40 * 17)
 
@@ -83,10 +85,15 @@ def test_another_job_of_the_same_number_is_paid_for_and_gets_other_noise(tmp_pat
 
 def test_a_server_that_asks_for_less_noise_or_longer_is_held_to_the_clients_own_budget(tmp_path):
     o = options()
-    with pytest.raises(BudgetExhausted, match="a job without noise"):
+    with pytest.raises(BudgetExhausted, match="a job with noise 0"):
         client(o, tmp_path).steps(job(o, noise_multiplier=0.0), "fresh")
     with pytest.raises(BudgetExhausted, match=r"privacy\.target_epsilon=4"):
         client(o, tmp_path).steps(job(o, noise_multiplier=0.2), "fresh")
+    with pytest.raises(BudgetExhausted, match="delta nan is not below"):
+        client(o, tmp_path).steps(job(o, delta=float("nan")), "fresh")
+    refund = job(o)
+    with pytest.raises(BudgetExhausted, match="a job of -3 steps"):
+        client(o, tmp_path).steps(replace(refund, plan=replace(refund.plan, steps=-3)), "fresh")
     with pytest.raises(BudgetExhausted, match=r"delta 0\.5 is not below one over the 40 units"):
         client(o, tmp_path).steps(job(o, delta=0.5), "fresh")
     client(o, tmp_path).steps(job(o, participations=10_000), "fresh")  # one job is still within the budget
@@ -100,6 +107,17 @@ def test_without_its_ledger_or_key_a_client_does_not_go_on(tmp_path, name):
     (tmp_path / name).unlink()
     with pytest.raises(FedGPTError, match=f"{name} is missing"):
         client(o, tmp_path).steps(job(o, 1), "fresh")
+    if name == "ledger.json":  # nor where none of its updates has been accepted yet
+        with pytest.raises(FedGPTError, match=f"{name} is missing"):
+            client(o, tmp_path).steps(job(o, 0), "fresh")
+
+
+def test_the_ledger_names_the_noise_and_does_not_tell_it(tmp_path):
+    o = options("local", clip=1.0)
+    noise = client(o, tmp_path).hidden(job(o), np.zeros(5000, np.float32), "fresh")
+    (told,) = json.loads((tmp_path / "ledger.json").read_text())["releases"]
+    guess = SecureStream(bytes.fromhex(told["tag"]), "noise").normal(5000)
+    assert abs(np.corrcoef(noise, guess)[0, 1]) < 0.07
 
 
 def test_a_damaged_ledger_and_one_of_other_text_are_refused(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,15 @@ from fedgpt.aggregate.fedadam import FedAdam
 from fedgpt.aggregate.fedavg import FedAvg
 from fedgpt.aggregate.fedavgm import FedAvgM
 from fedgpt.aggregate.fedbuff import FedBuff
-from fedgpt.core.errors import StoppedEarly
-from fedgpt.core.messages import ClientInfo, Pacing
-from fedgpt.engine.checkpoint import Ledgers
+from fedgpt.core.errors import FedGPTError, StoppedEarly
+from fedgpt.core.messages import ClientInfo, Pacing, Reply
+from fedgpt.core.options import RunOptions
+from fedgpt.engine.best import Best
+from fedgpt.engine.checkpoint import Checkpoints, Ledgers, Snapshot
 from fedgpt.engine.privacy import PaidByServer
 from fedgpt.privacy.accounting import Event, epsilon_of, gaussian_epsilon
+from fedgpt.privacy.randomness import SecureStream
+from fedgpt.update.codec import encode
 
 
 def deltas(count: int = 6, size: int = SIZE, scale: float = 1.0) -> list[tuple[np.ndarray, int]]:
@@ -155,7 +160,8 @@ def test_the_same_sum_again_is_the_same_release_and_another_sum_is_not(tmp_path)
     assert again.privacy.ledger.account.epsilon == paid
     other = Mechanism(tmp_path, 1.0)
     different = other.release(deltas(5))
-    assert other.privacy.ledger.account.epsilon > paid, "two releases were made of version 0"
+    twice = [Event(1.0, 0.1, 1), Event(1.0, 1.0, 1)]  # the same coins: who was in is known by then
+    assert other.privacy.ledger.account.epsilon == epsilon_of(twice, 1e-5) > paid
     without_noise = (
         np.sum([d * np.float32(min(1, CLIP / np.linalg.norm(d))) for d, _ in deltas(6)[5:]], axis=0) / COHORT
     )
@@ -173,13 +179,43 @@ def test_what_a_run_pays_is_what_dp_accounting_says(tmp_path):
 
 def test_the_budget_stops_a_run_before_the_release(tmp_path):
     build = Mechanism(tmp_path, 1.0)
-    build.privacy.plan = m.replace(build.privacy.plan, budget=epsilon_of([Event(1.0, 0.1, 3)], 1e-5) * 1.0001)
+    build.privacy.plan = replace(build.privacy.plan, budget=epsilon_of([Event(1.0, 0.1, 3)], 1e-5) * 1.0001)
     for _ in range(3):
         build.release(deltas())
     last = build.state
     with pytest.raises(StoppedEarly, match="the model of version 3 is the last that is paid for"):
         build.release(deltas())
     assert build.state is last
+
+
+def test_the_ledger_names_the_noise_and_does_not_tell_it(tmp_path):
+    build = Mechanism(tmp_path, 1.0)
+    released = build.release([])
+    (told,) = json.loads((tmp_path / "ledger.json").read_text())["releases"]
+    for words in ((), ("noise",), ("noise", told["tag"])):
+        guess = SecureStream(bytes.fromhex(told["tag"]), *words).normal(SIZE)
+        assert abs(np.corrcoef(released, guess)[0, 1]) < 5 / math.sqrt(SIZE)
+
+
+def test_a_ledger_that_is_gone_is_missed_from_the_first_release_on(tmp_path):
+    Mechanism(tmp_path, 1.0).release([])
+    (tmp_path / "ledger.json").unlink()
+    with pytest.raises(FedGPTError, match="what has been spent is unknown"):
+        Mechanism(tmp_path, 1.0)  # killed before its first checkpoint, it begins with version 0 again
+
+
+def test_an_update_that_is_not_finite_counts_as_zeros(tmp_path):
+    """Refused, it would be missed, and its client asked less often: others would take its places."""
+    build = Mechanism(tmp_path, QUIET)
+    build.intake.begin(build.state, (), 3, 10)
+    job = m.Job("a", 0, 0, build.state.params, m.Plan("run", 1, 0, 1, 1))
+    for scale in (np.nan, np.inf, 1e30):  # the last is longer than any limit on norms
+        delta = np.full(SIZE, scale, np.float32)
+        header, payload = encode("run", m.Update("a", 0, 0, delta, 10, {}))
+        update = build.intake.read(Reply("a", 0, header, payload), job, "run", 10)
+        counted = build.intake.add(update, job, 0)
+        assert np.linalg.norm(counted.delta) == pytest.approx(CLIP if scale == 1e30 else 0, rel=1e-5)
+    assert len(build.intake) == 3 and not build.intake.rejections
 
 
 def test_seeded_noise_repeats_itself_as_it_says(tmp_path):
@@ -208,7 +244,7 @@ def test_correlated_noise_is_taken_back(tmp_path):
 
 def test_a_series_is_paid_once(tmp_path):
     build = Mechanism(tmp_path, 1.0, bands=2, separation=2)
-    build.privacy.plan = m.replace(m.plan(1.0, "correlated"), planned=Event(1.0, 1.0, 1))
+    build.privacy.plan = replace(m.plan(1.0, "correlated"), planned=Event(1.0, 1.0, 1))
     for _ in range(4):
         build.release([])
         assert build.privacy.record(build.ledgers)["epsilon"] == gaussian_epsilon(1.0, 1e-5)
@@ -235,7 +271,7 @@ def test_a_client_comes_as_often_as_it_may_and_never_twice_for_one_sum(tmp_path)
         privacy.begin(state)
         _, weight = privacy.take(update, FedAvg(), 0)
         assert weight == 1 and not privacy.may_ask("a", version, ledgers) and privacy.may_ask("b", version, ledgers)
-        state = m.replace(state, version=version)
+        state = replace(state, version=version)
         privacy.release(np.zeros(4, np.float32), 10.0, state, ledgers)
         privacy.shares = {}
     assert not privacy.may_ask("a", 3, ledgers) and privacy.may_ask("b", 3, ledgers)
@@ -250,8 +286,39 @@ def test_a_stale_update_counts_and_costs_less(tmp_path):
     _, weight = privacy.take(update, FedBuff(), 3)
     assert weight == 0.5
     privacy.release(np.zeros(4, np.float32), 10.0, state, ledgers)
-    assert privacy.ledger.account.spent == {"a": 0.25} == ledgers.charged
+    assert privacy.ledger.account.spent == {"a": 0.25}
     assert privacy.record(ledgers)["epsilon"] == pytest.approx(gaussian_epsilon(0.5, 1e-5), abs=1e-6)
+
+
+def test_the_budget_holds_where_each_client_pays_for_itself(tmp_path):
+    privacy, ledgers = bounded(tmp_path, participations=9), Ledgers("test")
+    privacy.plan = replace(privacy.plan, budget=gaussian_epsilon(math.sqrt(2), 1e-5) * 1.001)
+    state = m.ServerState(np.zeros(4, np.float32))
+    update = m.Update("a", 0, 0, np.ones(4, np.float32), 1, {"update_norm": 2.0})
+    for version in range(3):
+        privacy.begin(state)
+        privacy.take(update, FedAvg(), 0)
+        if version == 2:
+            with pytest.raises(StoppedEarly, match="the model of version 2 is the last that is paid for"):
+                privacy.release(np.zeros(4, np.float32), 10.0, replace(state, version=version), ledgers)
+        else:
+            privacy.release(np.zeros(4, np.float32), 10.0, replace(state, version=version), ledgers)
+    assert privacy.record(ledgers)["epsilon"] == pytest.approx(gaussian_epsilon(math.sqrt(2), 1e-5))
+
+
+def test_going_back_to_the_best_weights_takes_no_noise_back(tmp_path):
+    build = Mechanism(tmp_path, 1.0, bands=3, separation=3)
+    build.privacy.plan = m.plan(1.0, "correlated", scale=2.0)
+    build.release([])
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 1)
+    best = Best(RunOptions(), checkpoints, Snapshot(build.state, build.ledgers), [])
+    best.decide(build.state, 1.0)
+    first = build.state
+    build.release([])
+    state, told = best.decide(build.state, 2.0)
+    checkpoints.close()
+    assert told and (state.params == first.params).all()
+    np.testing.assert_array_equal(state.memory["privacy/noise/1"], build.state.memory["privacy/noise/1"])
 
 
 def test_clients_stay_apart(tmp_path):
@@ -292,6 +359,8 @@ def test_the_client_that_paid_most_speaks_for_privacy_example(tmp_path):
     assert not privacy.may_ask("small", 0, ledgers)
     assert 3.9 < privacy.record(ledgers)["epsilon"] <= 4.0
     assert json.loads((tmp_path / "ledger.json").read_text())["events"][0]["count"] == 50
-    ledgers = m.replace(ledgers, charged={"small": 1.0, "large": 50.0})
+    ledgers = replace(ledgers, charged={"small": 1.0, "large": 50.0})
     costs = [epsilon_of([Event(plan.noise_multiplier, q, n)], plan.delta) for q, n in ((0.04, 1), (0.01, 50))]
     assert privacy.record(ledgers)["epsilon"] == max(costs)
+    privacy.answered(m.Update("small", 0, 0, np.zeros(1, np.float32), 1, {"charged": 60.0}), ledgers)
+    assert ledgers.charged["small"] == 60, "a job was done again after a crash, and paid for again"

@@ -47,6 +47,15 @@ def test_coins_choose_and_every_version_is_paid(tmp_path):
     assert last["update_norm"] is None and last["cosine"] is None, "nothing of single updates that is not noised"
 
 
+def test_who_came_shows_neither_in_the_schedule_nor_by_name(tmp_path):
+    """Learning rates follow tokens: with those of who came, one client would move the updates of all others."""
+    done = start(tmp_path, rounds=6)
+    assert {(job.version, job.plan.tokens_done) for job in done.jobs} <= {
+        (version, version * 4 * scripted.JOB_TOKENS) for version in range(6)
+    }
+    assert all(record["tokens_by_client"] == {} == record["idle_share"] for record in done.metrics)
+
+
 def test_an_empty_cohort_is_a_version_too(tmp_path):
     done = start(tmp_path, rounds=8, pace={"rate": 0.05, "clients": 0})
     assert any(record["accepted"] == 0 for record in done.metrics[1:])
@@ -98,7 +107,7 @@ BUFFER = {"name": "buffer", "clients": 4, "goal": 3}
 
 def test_in_a_buffer_nobody_is_twice_in_a_sum_or_too_often_in_the_run(tmp_path):
     """DP-FedBuff: 8 clients, at most 3 releases each, 3 updates in a release: 8 releases, then nobody is left."""
-    with pytest.raises(StoppedEarly, match="every client has taken part as often as it may"):
+    with pytest.raises(StoppedEarly, match="the others have taken part as often as they may"):
         start(tmp_path, FedBuff(staleness="constant"), rounds=20, pace=BUFFER, participations=3)
     found = ledger(tmp_path)
     assert all(len(set(release["shares"])) == 3 for release in found["releases"])

@@ -22,7 +22,7 @@ ROWS = [
 def test_sampled_releases_cost_what_other_accountants_say(z, q, steps, delta, pld, rdp, prv):
     event = Event(z, q, steps)
     assert epsilon_of([event], delta) == pytest.approx(pld, abs=1e-3)
-    assert renyi_epsilon(event, delta) == pytest.approx(rdp, abs=2e-3)
+    assert renyi_epsilon([event], delta) == pytest.approx(rdp, abs=2e-3)
     assert 0 <= prv - epsilon_of([event], delta) < 0.012, "Opacus reports its estimate and an error on top"
 
 
@@ -34,7 +34,7 @@ def test_opacus_agrees_today():
     prv.history = rdp.history = [(z, q, steps)]
     ours = epsilon_of([Event(z, q, steps)], delta)
     assert 0 <= prv.get_epsilon(delta=delta) - ours < 0.012
-    assert ours < rdp.get_epsilon(delta=delta) == pytest.approx(renyi_epsilon(Event(z, q, steps), delta), rel=2e-3)
+    assert ours < rdp.get_epsilon(delta=delta) == pytest.approx(renyi_epsilon([Event(z, q, steps)], delta), rel=2e-3)
 
 
 def test_dp_accounting_agrees_today_also_for_mixed_events():
@@ -85,3 +85,12 @@ def test_calibrated_noise_is_just_enough(target, q, count):
 
 def test_mu_and_epsilon_are_inverse():
     assert gaussian_epsilon(gaussian_mu(3.0, 1e-5), 1e-5) == pytest.approx(3.0, abs=1e-6)
+
+
+def test_noise_is_found_where_it_costs_nothing_at_the_delta_of_few_clients():
+    assert epsilon_of([Event(calibrate(0.5, 0.5, 1, 0.3), 0.5, 1)], 0.3) <= 0.5
+
+
+def test_next_to_no_noise_is_an_upper_bound_and_does_not_fill_the_memory():
+    tight = epsilon_of([Event(0.2, 0.1, 3)], 1e-3)
+    assert tight < epsilon_of([Event(0.199, 0.1, 3)], 1e-3) < epsilon_of([Event(0.001, 0.1, 3)], 1e-3)

@@ -6,13 +6,14 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from fedgpt.privacy.clipping import AdaptiveClip, clipped
 
 
+@example(np.float32([2.784899e37]), 0.015625)
 @given(
     arrays.arrays(np.float32, st.integers(1, 40), elements=st.floats(width=32, allow_nan=True, allow_infinity=True)),
     st.floats(1e-3, 1e3),

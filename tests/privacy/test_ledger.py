@@ -62,6 +62,8 @@ def test_a_series_cannot_go_back(tmp_path):
     ledger.note(3, "a")
     with pytest.raises(BudgetExhausted, match="release 3 of this series was made before"):
         ledger.note(3, "b")
+    with pytest.raises(BudgetExhausted, match="release 2 of this series was made before"):
+        ledger.note(2, "c")  # its tag may be forgotten
 
 
 def test_a_missing_ledger_is_no_empty_ledger(tmp_path):
@@ -94,6 +96,21 @@ def test_every_cut_of_a_ledger_is_damaged_and_no_other_text(tmp_path):
         (tmp_path / "ledger.json").write_text(text[:length])
         with pytest.raises(FedGPTError, match="is damaged"):
             open_ledger(tmp_path)
+
+
+def test_a_digit_that_has_changed_is_damage(tmp_path):
+    open_ledger(tmp_path, fresh=True).charge(0, "a", STEP, None)
+    path = tmp_path / "ledger.json"
+    path.write_text(path.read_text().replace('"count": 100', '"count": 1'))
+    with pytest.raises(FedGPTError, match="is damaged"):
+        open_ledger(tmp_path)
+
+
+def test_clients_cannot_go_on_with_other_noise(tmp_path):
+    ledger = open_ledger(tmp_path, fresh=True, unit="client")
+    ledger.charge_clients(0, "a", {"x": 1.0}, 4.0, most=2)
+    with pytest.raises(FedGPTError, match="is of noise 4, this run has 9"):
+        ledger.charge_clients(1, "b", {"x": 1.0}, 9.0, most=2)
 
 
 def test_what_is_on_the_disk_is_what_was_paid_when_the_charge_returns(tmp_path, monkeypatch):

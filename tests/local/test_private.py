@@ -1,0 +1,148 @@
+"""A step of DP-SGD: how far a block moves it, its noise, and a table of broken builds that must not pass."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from engine import mechanism as m
+from scipy import stats
+
+from fedgpt.core.flat import flatten
+from fedgpt.core.options import ModelOptions
+from fedgpt.data.batches import Blocks
+from fedgpt.local.bookkeeping import BookKeeping
+from fedgpt.local.private import PrivateGradient, PrivateSteps
+from fedgpt.model.gpt import GPT
+from fedgpt.privacy.randomness import SecureStream
+
+VOCAB, TIME, COUNT, CLIP, Q = 32, 8, 24, 0.01, 0.5
+
+
+class Chosen(SecureStream):
+    """A stream whose coins are known: the blocks in `inside` are in the batch."""
+
+    def __init__(self, inside: list[int]):
+        super().__init__(bytes(32), "test")
+        self.inside = inside
+
+    def uniform(self, count: int) -> np.ndarray:
+        return np.where(np.isin(np.arange(count), self.inside), 0.0, 1.0)
+
+
+class Step:
+    """The private gradient of a tiny model on random blocks, as the sum that its noise is made for."""
+
+    def __init__(self):
+        torch.manual_seed(0)
+        model = GPT(ModelOptions(n_layer=1, n_head=1, n_embd=16, block_size=TIME), VOCAB)
+        layout, vector = flatten(model)
+        self.gradient, self.grad = PrivateGradient(model, layout, "bookkeeping", 8), torch.zeros_like(vector)
+        tokens = np.random.default_rng(0).integers(VOCAB, size=COUNT * (TIME + 1))
+        self.blocks = Blocks(tokens, TIME)
+
+    def sum(self, inside: list[int], noise: float = 0.0, stream: SecureStream | None = None) -> np.ndarray:
+        steps = PrivateSteps(self.blocks, stream or Chosen(inside), Q, noise, CLIP)
+        self.gradient.fill(self.grad, steps)
+        return self.grad.double().numpy() * Q * COUNT
+
+
+def bounded_reach() -> bool:
+    """T1: one block more moves the sum by the clip, and no further, whoever else is in the batch."""
+    step = Step()
+    reach = [
+        float(np.linalg.norm(step.sum([*others, victim]) - step.sum(others)))
+        for others, victim in (([], 0), ([1], 0), ([1, 2], 3), (list(range(1, COUNT)), 0))
+    ]
+    return max(reach) <= CLIP * (1 + 1e-4) and min(reach) > 0.99 * CLIP
+
+
+def right_noise() -> bool:
+    """T2: over z and C it is a standard normal; an empty batch has it, too."""
+    found = Step().sum([], noise=2.0) / (2.0 * CLIP)
+    close = abs(found.std() - 1) < 4 / math.sqrt(2 * found.size)
+    return bool(found.any() and close and stats.kstest(found, "norm").pvalue > 1e-4)
+
+
+def fresh_noise() -> bool:
+    """T5: two steps of one job have nothing in common."""
+    step, stream = Step(), Chosen([])
+    one, two = step.sum([], 1.0, stream), step.sum([], 1.0, stream)
+    return bool(one.any() and abs(np.corrcoef(one, two)[0, 1]) < 4 / math.sqrt(one.size))
+
+
+def divided_by_who_came():
+    right = PrivateGradient.fill
+
+    def fill(self, grad, steps):
+        right(self, grad, steps)
+        grad.mul_(Q * COUNT / max(1, len(steps.stream.inside)))
+
+    return m.patched("fedgpt.local.private.PrivateGradient.fill", fill)
+
+
+def clipped_as(add):
+    return m.patched("fedgpt.local.bookkeeping.BookKeeping.add_clipped", add)
+
+
+def not_clipped():
+    right = BookKeeping.add_clipped
+    return clipped_as(lambda self, losses, clip, total: right(self, losses, 1e9, total))
+
+
+def clipped_after_averaging():
+    right = BookKeeping.add_clipped
+
+    def add(self, losses, clip, total):
+        found = right(self, losses, 1e9, total)
+        total.mul_((clip / total.norm()).clamp(max=1.0))
+        return found
+
+    return clipped_as(add)
+
+
+def clipped_by_layer():
+    @torch.no_grad()
+    def add(self, losses, clip, total):
+        examples, values = self.gradients(losses)
+        for name, gradients in examples.items():
+            rows = gradients.flatten(1)
+            factors = (clip / rows.norm(dim=1)).clamp(max=1.0)
+            self.layout.views(total)[name].view(-1).add_(factors @ rows)
+        return values, values
+
+    return clipped_as(add)
+
+
+def reused_noise():
+    right = SecureStream.add_normal
+    return m.patched(
+        "fedgpt.privacy.randomness.SecureStream.add_normal",
+        lambda self, out, std: right(SecureStream(bytes(32), "always"), out, std),
+    )
+
+
+LOOKS = (bounded_reach, right_noise, fresh_noise)
+BROKEN = {
+    "no noise": (m.no_noise, {right_noise, fresh_noise}),
+    "a tenth of the noise": (lambda: m.noise_times(0.1), {right_noise}),
+    "divided by who came": (divided_by_who_came, {bounded_reach, right_noise}),
+    "no clipping": (not_clipped, {bounded_reach}),
+    "clipped after averaging": (clipped_after_averaging, {bounded_reach}),
+    "clipped by layer": (clipped_by_layer, {bounded_reach}),
+    "reused noise": (reused_noise, {fresh_noise}),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS, ids=lambda look: look.__name__)
+def test_the_step_is_right(look):
+    assert look()
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_every_broken_step_is_caught(name):
+    broken, expected = BROKEN[name]
+    with broken():
+        assert {look for look in LOOKS if not look()} >= expected
