@@ -96,6 +96,7 @@ def summary(
         "rejected": ledgers.rejected,
         "epsilon": records[-1].get("epsilon"),
         "delta": ledgers.privacy.get("delta"),
+        "private": bool(ledgers.privacy.get("private")),
     }
 
 

@@ -72,7 +72,13 @@ def make_plan(o: RunOptions, shards: Sequence[int]) -> PrivacyPlan:
         )
     planned = Event(noise, probability, count)
     budget = o.privacy.target_epsilon
-    return PrivacyPlan(unit, sampling, planned, delta, budget, protected, participations, cohort, scale)
+    plan = PrivacyPlan(unit, sampling, planned, delta, budget, protected, participations, cohort, scale)
+    if unit != "client" and budget is not None and plan.epsilon > budget:
+        raise ConfigError(
+            f"privacy.noise_multiplier={noise:g}: {count} releases would cost epsilon {plan.epsilon:.3g}, and "
+            f"privacy.target_epsilon={budget:g}; leave the noise out, from which it follows, or lower rounds"
+        )
+    return plan
 
 
 def sampling_of(o: RunOptions) -> str:

@@ -15,16 +15,16 @@ UNIT = {
     "local": "all text of one client, against the server too",
 }
 ADJACENCY = {
-    ("example", "poisson"): "one block is added or removed",
-    ("client", "poisson"): "one client is added or removed",
-    ("client", "bounded"): "one client's updates become zero, while it keeps coming",
-    ("client", "correlated"): "one client's updates become zero, while it keeps coming",
-    ("local", "bounded"): "one client's updates become any others",
+    ("example", "poisson"): "against the same without its gradients",
+    ("client", "poisson"): "against the same without its updates",
+    ("client", "bounded"): "against the same with updates of zero, while it keeps coming",
+    ("client", "correlated"): "against the same with updates of zero, while it keeps coming",
+    ("local", "bounded"): "against any other updates of its own",
 }
 TRUST = {
-    "example": "nobody but the client itself: what leaves it is already noised",
+    "example": "the client itself and who sets its options; what leaves it is already noised",
     "client": "the server, which sees single updates and adds the noise; nobody who only has the model",
-    "local": "nobody",
+    "local": "the client itself and who sets its options",
 }
 NOT_COVERED = {
     "example": (
@@ -32,11 +32,12 @@ NOT_COVERED = {
         "how much text a client has, and when and how often it takes part",
     ),
     "client": (
-        "the server, and whoever reads its run folder: privacy.key, checkpoints, events.jsonl and ledger.json",
-        "how many clients there are",
+        "the server, and whoever reads in its folder: of it publish model/, samples.md and summary.json alone",
+        "how many clients there are, and how many took part in all",
     ),
     "local": ("how much text a client has, and when and how often it takes part",),
 }
+BOUNDED = "when and how often a client takes part"
 ALWAYS_OPEN = (
     "the public part, which trained the tokenizer, and the held-out part, on which the model is scored",
     "other runs on the same text: their epsilons add to this one",
@@ -60,13 +61,16 @@ def statement(o: RunOptions, plan: PrivacyPlan, clients: int) -> dict[str, Any]:
         "sampling": _sampling(o, plan, clients),
         "accountant": "closed form of Gaussian mechanisms" if closed else "dp-accounting, privacy loss distributions",
         "trust": TRUST[plan.unit],
-        "not_covered": [*NOT_COVERED[plan.unit], *ALWAYS_OPEN],
+        "not_covered": _open(o, plan),
     }
 
 
 def rows(told: dict[str, Any]) -> list[tuple[str, str]]:
     """The statement for a person: what, how much, how, for whom, and what not."""
-    budget = "" if told["target_epsilon"] is None else f", never above {told['target_epsilon']:g}"
+    budget = ""
+    if told["target_epsilon"] is not None:
+        fits = told["planned_epsilon"] <= told["target_epsilon"]
+        budget = f", {'never' if fits else 'but the run ends before it is'} above {told['target_epsilon']:g}"
     mark = (
         []
         if told["private"]
@@ -81,6 +85,13 @@ def rows(told: dict[str, Any]) -> list[tuple[str, str]]:
         ("trusts", told["trust"]),
         *(("not covered", text) for text in told["not_covered"]),
     ]
+
+
+def _open(o: RunOptions, plan: PrivacyPlan) -> list[str]:
+    """What the promise does not speak of."""
+    known = [BOUNDED] if plan.unit == "client" and plan.sampling != "poisson" else []
+    start = [] if o.init_from is None else [f"the weights that it starts from, init_from={o.init_from}"]
+    return [*NOT_COVERED[plan.unit], *known, *ALWAYS_OPEN, *start]
 
 
 def _sampling(o: RunOptions, plan: PrivacyPlan, clients: int) -> str:

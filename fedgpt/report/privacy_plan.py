@@ -9,7 +9,7 @@ from dataclasses import replace
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import RunOptions
 from fedgpt.model.shape import count_parameters
-from fedgpt.privacy.accounting import Event, epsilon_of, renyi_epsilon
+from fedgpt.privacy.accounting import epsilon_of, renyi_epsilon
 from fedgpt.privacy.plan import PrivacyPlan, make_plan
 from fedgpt.privacy.statement import rows, statement
 
@@ -23,16 +23,17 @@ def plan_text(o: RunOptions, shards: Sequence[int], vocab_size: int) -> str:
     lines = [f"{name:>12}  {text}" for name, text in told]
     lines += ["", f"{'noise':>12}  {'planned':>10}  {'half as long':>12}  {'twice as long':>13}"]
     for factor in (0.5, 1.0, 2.0):
-        z = plan.noise_multiplier * factor
-        costs = [_cost(plan, z, times) for times in (1.0, 0.5, 2.0)]
-        lines.append(f"{z:12.4g}  {costs[0]:10.3g}  {costs[1]:12.3g}  {costs[2]:13.3g}")
+        costs = [_cost(o, shards, plan, factor, times) for times in (1.0, 0.5, 2.0)]
+        lines.append(f"{plan.noise_multiplier * factor:12.4g}  {costs[0]:10.3g}  {costs[1]:12.3g}  {costs[2]:13.3g}")
     return "\n".join(lines)
 
 
 def _noise_rows(o: RunOptions, plan: PrivacyPlan, vocab_size: int) -> list[tuple[str, str]]:
     parameters = count_parameters(o.model, vocab_size)
     units = o.local.batch_size * o.local.accumulate if plan.unit == "example" else plan.cohort
-    ratio = plan.noise_multiplier * plan.scale * math.sqrt(parameters) / (1 if plan.unit == "local" else units)
+    reach = 2.0 if plan.unit == "local" else plan.scale  # how far a unit moves a release, in clips
+    units = 1 if plan.unit == "local" else units
+    ratio = plan.noise_multiplier * reach * math.sqrt(parameters) / units
     found = [
         (
             "noise/clip",
@@ -47,7 +48,9 @@ def _noise_rows(o: RunOptions, plan: PrivacyPlan, vocab_size: int) -> list[tuple
     return found
 
 
-def _cost(plan: PrivacyPlan, noise: float, times: float) -> float:
-    planned = plan.planned
-    count = max(1, round(planned.count * times)) if plan.sampling != "correlated" else 1
-    return epsilon_of((Event(noise, planned.sampling_probability, count),), plan.delta)
+def _cost(o: RunOptions, shards: Sequence[int], plan: PrivacyPlan, factor: float, times: float) -> float:
+    """Epsilon with so much more noise in a run that is so many times as long."""
+    noise = replace(o.privacy, noise_multiplier=plan.noise_multiplier, target_epsilon=None, adaptive=False)
+    other = make_plan(replace(o, rounds=max(1, round(o.rounds * times)), privacy=noise), shards)
+    z = plan.noise_multiplier * factor * plan.scale / other.scale  # the same noise in each release
+    return epsilon_of((replace(other.planned, noise_multiplier=z),), plan.delta)

@@ -95,7 +95,10 @@ def summary_text(summary: dict[str, Any], records: list[dict[str, Any]], folder:
 
 
 def _spent(summary: dict[str, Any]) -> str:
-    return f"privacy                 epsilon {summary['epsilon']:.4g} at delta {summary['delta']:.2g} (ledger.json)"
+    mark = "" if summary["private"] else "NOT PRIVATE (privacy.rng=seeded): with secret noise "
+    return (
+        f"privacy                 {mark}epsilon {summary['epsilon']:.4g} at delta {summary['delta']:.2g} (ledger.json)"
+    )
 
 
 def samples_page(records: list[dict[str, Any]]) -> str:
