@@ -8,6 +8,7 @@ tells which tokens its text has.
 from __future__ import annotations
 
 import math
+import secrets
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from fedgpt.local.private import PrivateSteps, example_losses
 from fedgpt.local.trainer import Trainer
 from fedgpt.privacy.accounting import gaussian_epsilon
 from fedgpt.privacy.audit import Bounds, auc, bounds, rate_at
+from fedgpt.privacy.clipping import clipped
 from fedgpt.privacy.plan import PrivacyPlan, sampling_probability
 from fedgpt.privacy.randomness import SecureStream
 
@@ -85,7 +87,7 @@ def audit_example(o: RunOptions, vocab_size: int, plan: PrivacyPlan, seed: int =
     trainer = _trainer(o, vocab_size)
     everything = Blocks(tokens.reshape(-1), o.model.block_size)
     there = Blocks(tokens[inside].reshape(-1), o.model.block_size)
-    stream = SecureStream(np.random.default_rng().bytes(32), "audit")
+    stream = SecureStream(secrets.token_bytes(32), "audit")
     steps = PrivateSteps(there, stream, 1.0, plan.noise_multiplier, o.privacy.clip)
     attacker, scores = _trainer(replace(o, privacy=PrivacyOptions()), vocab_size), np.zeros(BLOCKS)
     for _ in range(STEPS):
@@ -120,16 +122,31 @@ def membership(
 def token_leak(
     o: RunOptions, vocab_size: int, tokens: np.ndarray, plan: PrivacyPlan | None, steps: int
 ) -> dict[str, float]:
-    """How well one update of one client tells which tokens its text has: AUC over the vocabulary."""
+    """How well one update of one client tells which tokens its text has: AUC over the vocabulary.
+
+    Under privacy=client also what a release tells to whoever knows all other updates in it: `released_auc`.
+    """
     trainer = _trainer(o, vocab_size)
     trained = trainer.train(_start(o, vocab_size), _source(o, tokens, plan), _plan(o, steps), None)
-    delta = torch.from_numpy(trained.delta.copy())
-    rows = trainer.layout.views(delta)["transformer.wte.weight"].numpy()
-    # rows of tokens that are not there all move alike: away from what the head predicts
-    scores = np.linalg.norm(rows - np.median(rows, axis=0), axis=1)
+    delta = trained.delta.copy()
     there = np.zeros(vocab_size, bool)
     there[np.unique(tokens)] = True
-    return {"auc": auc(scores[there], scores[~there]), "present": float(there.sum()), "absent": float((~there).sum())}
+    found = {"auc": _told_by(trainer, delta, there), "present": float(there.sum()), "absent": float((~there).sum())}
+    if plan is not None and plan.unit == "client":
+        noise = SecureStream(secrets.token_bytes(32), "audit").normal(delta.size)
+        released = clipped(delta, o.privacy.clip) + noise * np.float32(
+            plan.noise_multiplier * plan.scale * o.privacy.clip
+        )
+        found["released_auc"] = _told_by(trainer, released, there)
+    return found
+
+
+def _told_by(trainer: Trainer, delta: np.ndarray, there: np.ndarray) -> float:
+    """AUC of the rows of the embedding, tokens that are there against the others."""
+    rows = trainer.layout.views(torch.from_numpy(delta))["transformer.wte.weight"].numpy()
+    # rows of tokens that are not there all move alike: away from what the head predicts
+    scores = np.linalg.norm(rows - np.median(rows, axis=0), axis=1)
+    return auc(scores[there], scores[~there])
 
 
 def _trainer(o: RunOptions, vocab_size: int) -> Trainer:
@@ -151,7 +168,7 @@ def _source(o: RunOptions, tokens: np.ndarray, plan: PrivacyPlan | None) -> Batc
     if plan is None or plan.unit != "example":
         return Batches(tokens, o.model.block_size, o.local.batch_size, seed=0)
     blocks = Blocks(tokens, o.model.block_size)
-    stream = SecureStream(np.random.default_rng().bytes(32), "audit")
+    stream = SecureStream(secrets.token_bytes(32), "audit")
     return PrivateSteps(blocks, stream, sampling_probability(o, len(blocks)), plan.noise_multiplier, o.privacy.clip)
 
 

@@ -52,5 +52,8 @@ def audit_report(o: RunOptions, strategy: Any, prepared: Prepared, shards: Seque
         f"  rows of the embedding tell them from the others: AUC {leak['auc']:.3f}",
     ]
     if o.privacy.unit == "client":
-        lines.append("  (the server sees single updates under privacy=client; who has only the model does not)")
+        lines.append(
+            f"  that is the update, which the server sees; a release tells, if all others in it are known: AUC "
+            f"{leak['released_auc']:.3f}"
+        )
     return "\n".join([*lines, json.dumps(told)]), holds

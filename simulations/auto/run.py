@@ -1,0 +1,78 @@
+"""Does the server choose its pacing as well as hindsight? strategy=auto against rounds and asynchrony, three fleets.
+
+    python simulations/auto/run.py            # about 25 minutes on 2 cores
+    python simulations/auto/run.py --quick    # a smoke run
+
+All runs are `experiment=fleet` with the same tokens and learning rate: 4 iid clients on the virtual clock, with the
+published speeds (0.58 to 3.33 seconds a step), equal ones, or log-normal ones, which differ by seed. The fixed
+choices are the arithmetic of auto (delta-SGD) under pace=cohort and pace=buffer. What counts is the virtual time to a
+held-out loss; times to three losses are averaged, as one evaluation is noisy. `over_better` is auto's mean time over
+that of whichever fixed choice is faster on that fleet, with the standard error of the mean of the seeds' ratios.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+from pathlib import Path
+
+STUDY = Path(__file__).parent
+sys.path.insert(0, str(STUDY.parent))
+from common import arguments, run_arms, runs_folder, seconds_to, table, write_results  # noqa: E402
+
+COMMON = ["experiment=fleet", "local.lr=6e-3", "local.min_lr=6e-4"]
+QUICK = ["tokens=20480", "evaluate.tokens=2048", "corpus=stdlib", "tokenizer=bytes", "model.n_embd=32"]
+FLEETS = ("published", "constant", "lognormal")
+CHOICES = {
+    "sync": ["pace=cohort", "strategy=delta_sgd"],
+    "async": ["pace=buffer", "strategy=delta_sgd"],
+    "auto": ["strategy=auto"],
+}
+TARGETS = (5.0, 4.75, 4.55)  # nats a token; all runs get there
+
+
+def main() -> None:
+    chosen = arguments(__doc__ or "")
+    seeds = [0] if chosen.quick else list(range(8))
+    targets = (5.5,) if chosen.quick else TARGETS
+    arms = {f"{fleet} {name}": [*options, f"fleet={fleet}"] for fleet in FLEETS for name, options in CHOICES.items()}
+    if chosen.quick:
+        arms = {name: arms[name] for name in ("published sync", "published async", "published auto")}
+    runs = run_arms(runs_folder(chosen.runs), arms, seeds, [*COMMON, *(QUICK if chosen.quick else [])])
+    seconds = {name: [mean_time(one, targets) for one in of] for name, of in runs.items()}
+    fleets = {fleet: figures_of(fleet, seconds) for fleet in FLEETS if f"{fleet} auto" in runs}
+    head = ("fleet", "sync, s", "async, s", "auto, s", "auto over the better", "standard error")
+    print(table(head, [row(fleet, f) for fleet, f in fleets.items()]))
+    if not chosen.quick:
+        options = {name: [*COMMON, *arm] for name, arm in arms.items()}
+        write_results(STUDY, seeds, {"fleets": fleets, "targets": TARGETS, "options": options})
+
+
+def mean_time(one, targets: tuple[float, ...]) -> float:
+    """Virtual seconds to the losses, on average; raises SystemExit where one is never reached."""
+    found = [seconds_to(one, loss) for loss in targets]
+    if None in found:
+        sys.exit(f"{one.folder} never gets to a loss of {targets[found.index(None)]}")
+    return statistics.mean(found)
+
+
+def figures_of(fleet: str, seconds: dict[str, list[float]]) -> dict:
+    """Mean times of the three, and auto's over the better of the fixed ones."""
+    means = {name: statistics.mean(seconds[f"{fleet} {name}"]) for name in CHOICES}
+    better = min(("sync", "async"), key=lambda name: means[name])
+    ratios = [a / b for a, b in zip(seconds[f"{fleet} auto"], seconds[f"{fleet} {better}"], strict=True)]
+    error = statistics.stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else None
+    by_seed = {name: seconds[f"{fleet} {name}"] for name in CHOICES}
+    return {
+        "better": better, "seconds": means, "over_better": means["auto"] / means[better] - 1,
+        "standard_error": error, "seconds_by_seed": by_seed,
+    }  # fmt: skip
+
+
+def row(fleet: str, f: dict) -> tuple[str, ...]:
+    error = "" if f["standard_error"] is None else f"{f['standard_error']:.1%}"
+    return fleet, *(f"{f['seconds'][name]:.1f}" for name in CHOICES), f"{f['over_better']:+.1%} ({f['better']})", error
+
+
+if __name__ == "__main__":
+    main()
