@@ -8,8 +8,8 @@ The text is the State of the Union addresses as bytes, dealt evenly; the model h
 sums of 50 updates of 4 steps of 8 windows, by secret coins or, asynchronously, from a buffer to which each client gives
 8 updates at most. Asynchronous runs are on the virtual clock with log-normal speeds. `public` starts from weights
 trained on the source of Python's standard library, which is no one's secret. The runs without privacy have the same
-federation and tokens, and a learning rate of their own. Learning rates and clips were chosen on seed 0 at epsilon 8.
-Synchronous runs at none, 8 and 2 have three seeds, the others one.
+clients and tokens, and steps and a learning rate of their own. Learning rates and clips were chosen on seed 0 at
+epsilon 8. Synchronous runs at none, 8 and 2 have three seeds, the others one.
 """
 
 from __future__ import annotations
@@ -52,9 +52,11 @@ PRIVATE = {
     ("client", "sync"): ["privacy=client"],
     ("client", "async"): ["privacy=client", "privacy.participations=8"],
 }
-SMALL_STEPS = ["local.steps=16", "local.batch_size=32"]
 TUNED = {  # (unit, start): (without privacy, with it)
-    ("example", "scratch"): ([*SMALL_STEPS, "local.lr=1e-2"], [*SMALL_STEPS, "local.lr=1e-2"]),
+    ("example", "scratch"): (
+        ["local.steps=32", "local.batch_size=16", "local.lr=4e-3"],
+        ["local.steps=16", "local.batch_size=32", "local.lr=1e-2"],
+    ),
     ("example", "public"): (["local.lr=5e-3"], ["local.lr=1e-2"]),
     ("client", "scratch"): (["local.lr=6e-3"], ["local.lr=6e-3", "privacy.clip=0.4"]),
     ("client", "public"): (["local.lr=3e-3"], ["local.lr=3e-3", "privacy.clip=0.2"]),
