@@ -7,7 +7,7 @@ client, and goes on live where the log ends. So no accepted update is lost and n
 ledger that charges before a release charges the same again.
 
     wal/version-00000012.log    what came after the server step that made version 12, one file a version
-    entry                       "FGJ1", length of the JSON, length of the payloads, CRC-32 of both; JSON; payloads
+    entry                       "FGJ2", length of the JSON, length of the payloads, CRC-32 of both; JSON; payloads
 
 A crash can cut the last entry off: what is whole before it counts, and nothing behind it. The files of versions before
 the newest committed checkpoint are deleted: an older checkpoint, should that one be damaged, asks the clients again.
@@ -35,7 +35,7 @@ from fedgpt.core.options import RunOptions
 from fedgpt.engine.transport import Transport
 
 HEAD = struct.Struct("<4sIQI")
-MAGIC = b"FGJ1"
+MAGIC = b"FGJ2"
 Key = tuple[str, int]  # (client, task)
 log = logging.getLogger(__name__)
 
@@ -247,6 +247,11 @@ class Journaled:
             self._times.append(self._last)
         return self._last
 
+    def over(self) -> None:
+        """Told the same again, the server would stop again; a log that nobody was told of is kept."""
+        if self._begun:
+            self.journal.clear()
+
     def close(self) -> None:
         """Close the log and the inner transport."""
         self.journal.close()
@@ -301,7 +306,7 @@ def _plain(reply: Reply) -> Reply:
     payload = reply.payload
     if payload is None or (isinstance(payload, np.ndarray) and payload.dtype.kind in "biufc"):
         return reply
-    return replace(reply, payload=None, error=f"unreadable payload ({type(payload).__name__})")
+    return replace(reply, payload=None, error=f"unreadable payload ({type(payload).__name__})", code="bad_encoding")
 
 
 def _bytes_of(payload: np.ndarray | None) -> memoryview:
@@ -312,7 +317,7 @@ def _as_json(entry: Entry) -> dict[str, Any]:
     replies = []
     for r in entry.replies:
         array = None if r.payload is None else [r.payload.dtype.str, list(r.payload.shape)]
-        replies.append([r.client, r.task, r.header, r.error, r.bytes, r.seconds, array])
+        replies.append([r.client, r.task, r.header, r.error, r.code, r.bytes, r.seconds, array])
     return {
         "call": entry.call, "jobs": entry.jobs, "replies": replies, "times": entry.times,
         "away": sorted(entry.away), "clients": entry.clients,
@@ -333,12 +338,12 @@ def _read_entry(stream: IO[bytes]) -> Entry | None:
         return None
     told = json.loads(about)
     replies, start = [], 0
-    for client, task, header, error, size, seconds, array in told["replies"]:
+    for client, task, header, error, code, size, seconds, array in told["replies"]:
         values = None
         if array is not None:
             values = np.ndarray(array[1], array[0], payload, start)
             start += values.nbytes
-        replies.append(Reply(client, task, header, values, error, size, seconds))
+        replies.append(Reply(client, task, header, values, error, code, size, seconds))
     jobs = tuple((client, task) for client, task in told["jobs"])
     return Entry(
         told["call"], jobs, tuple(replies), tuple(told["times"]), frozenset(told["away"]), told["clients"]

@@ -377,7 +377,7 @@ class Server:
         self.checkpoints.wait()
         self.checkpoints.ended()
         if over and self.journal is not None:
-            self.journal.journal.clear()
+            self.journal.over()
 
     # ---- small helpers
 

@@ -23,8 +23,8 @@ MOST_HEADER = 1 << 16  # characters; ours has some hundred
 MOST_METRIC = 1e30  # sums over many clients stay finite
 REASONS = (
     "client_error", "no_reply", "too_large", "unknown_task", "duplicate", "late", "stale", "wrong_sender", "wrong_run",
-    "bad_encoding", "size_mismatch", "wrong_dtype", "wrong_shape", "digest_mismatch", "non_finite", "norm_limit",
-    "bad_num_tokens", "bad_metric",
+    "missing_key", "extra_key", "pickle_refused", "bad_encoding", "size_mismatch", "wrong_dtype", "wrong_shape",
+    "digest_mismatch", "non_finite", "norm_limit", "bad_num_tokens", "bad_metric",
 )  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def digest(array: np.ndarray) -> str:
 def decode(reply: Reply, expected: Expected) -> Update:
     """The update in `reply`, or UpdateRejected(code, detail); no other exception leaves this function."""
     if reply.error:
-        raise UpdateRejected("client_error", reply.error)
+        raise UpdateRejected(reply.code, reply.error)
     try:
         return _decode(reply, expected)
     except UpdateRejected:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine.script import honest
+from engine.script import ScriptTransport, honest
 from engine.scripted import JOB_TOKENS, STEP_TOKENS, options, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +16,7 @@ from fedgpt.aggregate.delta_sgd import DeltaSGD
 from fedgpt.aggregate.fedasync import FedAsync
 from fedgpt.aggregate.fedavg import FedAvg
 from fedgpt.aggregate.median import Median
+from fedgpt.cli import exit_code
 from fedgpt.core.errors import Interrupted, StoppedEarly
 from fedgpt.core.faults import Injected, injected
 from fedgpt.core.messages import Reply
@@ -197,6 +198,23 @@ def test_a_run_that_stopped_for_a_reason_asks_again(tmp_path):
         run(o, {"a": honest, "b": never}, journal=True)
     again = run(o, {"a": honest, "b": honest}, journal=True)
     assert again.version == 2
+
+
+def test_clients_that_do_not_come_back_in_time_cost_no_log(tmp_path, monkeypatch):
+    """The run stops with code 3 before it is told anything; once they are there it goes on as if it had not."""
+    o = options(tmp_path, rounds=2)
+    with injected("accepted:2:raise"), pytest.raises(Injected):
+        run(o, dict.fromkeys("abc", honest), journal=True)
+
+    def nobody(transport, timeout):
+        raise StoppedEarly(f"0 of 3 clients connected within {timeout:.0f} s")
+
+    with monkeypatch.context() as patched, pytest.raises(StoppedEarly, match="connected within 300 s") as stopped:
+        patched.setattr(ScriptTransport, "clients", nobody)
+        run(o, dict.fromkeys("abc", honest), journal=True)
+    assert exit_code(stopped.value) == 3
+    again = run(o, dict.fromkeys("abc", honest), journal=True)
+    assert again.version == 2 and (again.jobs[0].client, again.jobs[0].version) == ("c", 0)
 
 
 def test_without_its_clients_the_log_is_of_no_use(tmp_path, caplog):
