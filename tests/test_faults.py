@@ -92,7 +92,7 @@ def test_killed_an_asynchronous_run_on_the_real_clock_loses_and_repeats_nothing(
 
 
 def test_a_disk_that_is_full_is_a_clear_error_and_costs_no_checkpoint(tmp_path, env):
-    """No file may grow above 60 kB: the metrics fit, a checkpoint does not."""
+    """No file may grow above 60 kB: the metrics fit, a checkpoint does not. Other files: flower/test_serve.py."""
     options = [*SMALL, "rounds=2", "model.n_embd=32"]
     folder = tmp_path / "run"
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
@@ -101,6 +101,8 @@ def test_a_disk_that_is_full_is_a_clear_error_and_costs_no_checkpoint(tmp_path, 
     assert start(env, *options, "rounds=1", f"run_dir={tmp_path / 'cache'}").returncode == 0  # the tokens are there
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LONG, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "could not write" in done.stderr and "File too large" in done.stderr
+    assert f"could not write a checkpoint in {folder}: " in done.stderr and "File too large" in done.stderr
+    assert done.stderr.endswith(f"make room and continue with: fedgpt run resume={folder}\n")
+    assert not (folder / "checkpoints" / "starts.json").exists(), "it did not crash"
     assert not list((folder / "checkpoints").glob("*.s*a*")), "nothing that is not whole"
     assert start(env, f"resume={folder}").returncode == 0, "with room on the disk it goes on"

@@ -9,8 +9,9 @@ ledger that charges before a release charges the same again.
     wal/version-00000012.log    what came after the server step that made version 12, one file a version
     entry                       "FGJ2", length of the JSON, length of the payloads, CRC-32 of both; JSON; payloads
 
-A crash can cut the last entry off: what is whole before it counts, and nothing behind it. The files of versions before
-the newest committed checkpoint are deleted: an older checkpoint, should that one be damaged, asks the clients again.
+A crash can cut the last entry off: what is whole before it counts, and nothing behind it. Only the files of versions
+before the oldest kept checkpoint are deleted: from each of them the log leads to where the run stood. Where a file is
+missing, or an entry does not fit the run, what follows is of a future that will not happen, and is deleted.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from typing import IO, Any
 
 import numpy as np
 
-from fedgpt.core.errors import FedGPTError
 from fedgpt.core.faults import reach
 from fedgpt.core.files import sync
 from fedgpt.core.messages import ClientInfo, Job, Reply
@@ -72,6 +72,7 @@ class Journal:
         folder.mkdir(exist_ok=True)
         self._version = 0
         self._stream: IO[bytes] | None = None
+        self._last = (0, 0)  # version and place in its file of the entry that was read last
 
     def begin(self, version: int) -> None:
         """What is appended from now on came after the server step that made `version`."""
@@ -79,14 +80,7 @@ class Journal:
         self._version = version
 
     def append(self, entry: Entry) -> None:
-        """Write one entry; on the disk for certain only after `flush`. Raises FedGPTError where it cannot."""
-        try:
-            self._append(entry)
-        except OSError as error:
-            room = f"make room and continue with: fedgpt run resume={self.folder.parent}"
-            raise FedGPTError(f"could not write the log in {self.folder}: {error}; {room}") from error
-
-    def _append(self, entry: Entry) -> None:
+        """Write one entry; on the disk for certain only after `flush`."""
         if self._stream is None:
             path = self._path(self._version)
             fresh = not path.exists()
@@ -111,33 +105,47 @@ class Journal:
             os.fsync(self._stream.fileno())
 
     def read(self, version: int) -> Iterator[Entry]:
-        """The entries from `version` on, each read when it is asked for; what follows a damaged one is deleted."""
-        paths = [path for path in self._paths() if _version_of(path) >= version]
-        for number, path in enumerate(paths):
-            with path.open("rb") as stream:
-                whole = 0
+        """The entries from `version` on, each read when it is asked for, as far as one leads to the next.
+
+        What follows a damaged entry, or a version whose end is missing, is deleted.
+        """
+        stepped = True  # whether what was read ends with a server step, so that the next version's file goes on
+        while stepped and self._path(version).exists():
+            stepped, whole = False, 0
+            with self._path(version).open("rb") as stream:
                 while (entry := _read_entry(stream)) is not None:
-                    whole = stream.tell()
+                    self._last, whole, stepped = (version, whole), stream.tell(), entry.call == "step"
                     yield entry
-                rest = path.stat().st_size - whole
+                rest = os.fstat(stream.fileno()).st_size - whole
             if rest:
-                log.warning("%s: the last %d bytes are not whole; they are left out", path.name, rest)
-                os.truncate(path, whole)
-                for later in paths[number + 1 :]:
-                    later.unlink()
-                return
+                log.warning("%s: the last %d bytes are not whole; they are left out", self._path(version).name, rest)
+                os.truncate(self._path(version), whole)
+                stepped = False
+            version += 1
+        self.forget(version)
+
+    def cut(self) -> None:
+        """Delete the entry that was read last, and all behind it."""
+        version, place = self._last
+        os.truncate(self._path(version), place)
+        self.forget(version + 1)
 
     def drop(self, before: int) -> None:
-        """Delete what a checkpoint of version `before` contains."""
+        """Delete what came before version `before`: no checkpoint that is kept needs it."""
         for path in self._paths():
             if _version_of(path) < before:
-                path.unlink()
+                path.unlink(missing_ok=True)
+
+    def forget(self, version: int) -> None:
+        """Delete what came after the server step that made `version`."""
+        for path in self._paths():
+            if _version_of(path) >= version:
+                path.unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Delete everything: the run is over, or shall ask its clients again."""
         self.close()
-        for path in self._paths():
-            path.unlink()
+        self.forget(0)
 
     def close(self) -> None:
         """Close the file; a later append opens it again."""
@@ -282,6 +290,7 @@ class Journaled:
         if (self._next.call, self._next.jobs) == (call, jobs):
             return True
         log.warning("the log does not fit the run from here on (was it made by another version?): going on without it")
+        self.journal.cut()
         self._go_live()
         return False
 

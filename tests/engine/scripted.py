@@ -72,7 +72,7 @@ def run(
     The outcome is added to `outcomes` also where the server raises.
     """
     folder = RunFolder(o.run_dir)
-    snapshot = Checkpoints(folder.checkpoints, o.checkpoint.keep).load()
+    snapshot = Checkpoints(folder.checkpoints, o.checkpoint.keep).recover()
     if snapshot is None:
         folder.metrics.keep([])
         params = np.linspace(-1, 1, SIZE, dtype=np.float32)

@@ -37,7 +37,7 @@ def serve(tmp_path, behaviours, strategy=None, seen=None, **pace):
     """Run the real server to its end over a script; returns it."""
     o = options(tmp_path, **pace)
     folder = RunFolder(tmp_path)
-    snapshot = Checkpoints(folder.checkpoints, 2).load()
+    snapshot = Checkpoints(folder.checkpoints, 2).recover()
     if snapshot is None:
         params = np.linspace(-1, 1, SIZE, dtype=np.float32)
         snapshot = Snapshot(ServerState(params), Ledgers("run", record={"version": 0, "tokens": 0}))
@@ -191,6 +191,17 @@ def test_diverged_weights_stop_the_run(tmp_path):
 
     with pytest.raises(StoppedEarly, match="NaN or Inf"), np.errstate(invalid="ignore"):
         serve(tmp_path, CLIENTS, Exploding())
+
+
+def test_weights_that_run_away_stop_the_run_with_what_to_change(tmp_path):
+    """Finite, though their squares are not in float32: no scale could be found for the next updates."""
+
+    class RunningAway(FedAvg):
+        def step(self, d, state):
+            return replace(super().step(d, state), params=state.params * np.float32(1e25))
+
+    with pytest.raises(StoppedEarly, match=r"version 1 has weights of length 1\S*e\+26: .*lower strategy.eta"):
+        serve(tmp_path, CLIENTS, RunningAway())
 
 
 @pytest.mark.parametrize("crash_at", range(1, 4))

@@ -1,0 +1,64 @@
+"""A whole run in this process, with a disk that has no more room for one of its files."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+import pytest
+from flower.here import run_here
+
+from fedgpt.core.errors import FedGPTError
+from fedgpt.engine import checkpoint
+from fedgpt.engine.run_folder import JsonLines, read_lines
+
+
+@pytest.fixture
+def options(tmp_path) -> list[str]:
+    for writer in ("ann", "bob"):
+        (tmp_path / "text" / writer).mkdir(parents=True)
+        for page in range(6):
+            text = "\n".join(f"{writer} wrote on page {page}, line {n}: the river rose again." for n in range(12))
+            (tmp_path / "text" / writer / f"{page}.txt").write_text(text)
+    return [
+        "corpus=files", "corpus.client=folder", f"corpus.path={tmp_path / 'text'}", "corpus.public=0.2",
+        "corpus.held_out=0.2", "tokenizer=bytes", "model.n_layer=1", "model.n_embd=16", "model.n_head=2",
+        "model.block_size=16", "local.steps=1", "local.batch_size=2", "rounds=3", "runtime.threads=1",
+        "local.precision=fp32", "evaluate.samples=0", f"run_dir={tmp_path / 'run'}", f"cache_dir={tmp_path / 'cache'}",
+    ]  # fmt: skip
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def full_for(name: str):
+    """`JsonLines.append` that has room for everything but the file `name`."""
+    append = JsonLines.append
+    return lambda lines, record: full() if lines.path.name == name else append(lines, record)
+
+
+PLACES = {
+    "events.jsonl": (JsonLines, "append", full_for("events.jsonl")),
+    "metrics.jsonl": (JsonLines, "append", full_for("metrics.jsonl")),
+    "starts.json": (checkpoint, "write_text", full),
+}
+
+
+@pytest.mark.parametrize("file", PLACES)
+def test_a_full_disk_is_one_clear_error_wherever_it_is_met(tmp_path, options, monkeypatch, file):
+    """And with room on the disk it goes on to the weights of a run that always had room."""
+    folder = tmp_path / "run"
+    owner, name, broken = PLACES[file]
+    with monkeypatch.context() as patched, pytest.raises(FedGPTError) as error:
+        patched.setattr(owner, name, broken)
+        run_here(*options)
+    assert str(error.value) == (
+        f"could not write a file in {folder}: [Errno {errno.ENOSPC}] No space left on device; "
+        f"make room and continue with: fedgpt run resume={folder}"
+    )
+    assert not (folder / "checkpoints" / "starts.json").exists(), "it did not crash"
+    summary = run_here(*options)
+    assert [r["version"] for r in read_lines(folder / "metrics.jsonl")] == [0, 1, 2, 3]
+    whole = run_here(*options[:-2], f"run_dir={tmp_path / 'whole'}", options[-1])
+    assert whole["weights_sha256"] == summary["weights_sha256"]
