@@ -44,7 +44,17 @@ class Expected:
 
 def encode(run: str, update: Update, compressor: Compressor = PLAIN) -> tuple[str, np.ndarray]:
     """(header, array) of an update: its float32 delta as it is, or the uint8 payload of a codec."""
-    payload = update.delta if isinstance(compressor, Plain) else compressor.encode(update.delta)
+    payload = compress(update.delta, compressor)
+    return header_of(run, update, payload, compressor), payload
+
+
+def compress(delta: np.ndarray, compressor: Compressor) -> np.ndarray:
+    """The array that travels for a (parameters,) float32 delta."""
+    return delta if isinstance(compressor, Plain) else compressor.encode(delta)
+
+
+def header_of(run: str, update: Update, payload: np.ndarray, compressor: Compressor) -> str:
+    """The header that belongs to a payload."""
     header = {
         "format": FORMAT,
         "run": run,
@@ -57,7 +67,7 @@ def encode(run: str, update: Update, compressor: Compressor = PLAIN) -> tuple[st
         "tokens": update.tokens,
         "metrics": update.metrics,
     }
-    return json.dumps(header), payload
+    return json.dumps(header)
 
 
 def digest(array: np.ndarray) -> str:

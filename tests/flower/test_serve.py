@@ -1,16 +1,18 @@
-"""A whole run in this process, with a disk that has no more room for one of its files."""
+"""A whole run in this process: what its records hold, and what becomes of it on a full disk."""
 
 from __future__ import annotations
 
 import errno
+import math
 import os
 
 import pytest
 from flower.here import run_here
 
 from fedgpt.core.errors import FedGPTError
-from fedgpt.engine import checkpoint
+from fedgpt.engine import checkpoint, client
 from fedgpt.engine.run_folder import JsonLines, read_lines
+from fedgpt.update import codec
 
 
 @pytest.fixture
@@ -62,3 +64,32 @@ def test_a_full_disk_is_one_clear_error_wherever_it_is_met(tmp_path, options, mo
     assert [r["version"] for r in read_lines(folder / "metrics.jsonl")] == [0, 1, 2, 3]
     whole = run_here(*options[:-2], f"run_dir={tmp_path / 'whole'}", options[-1])
     assert whole["weights_sha256"] == summary["weights_sha256"]
+
+
+@pytest.mark.parametrize("update, error", [("none", 0), ("int8", 0.01), ("int4", 0.1), ("topk", 1.0)])
+def test_what_a_codec_leaves_out_is_in_the_metrics(tmp_path, options, update, error):
+    run_here(*options, f"update={update}")
+    first, *later = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert first["compress_error"] is None and first["residual_norm"] is None
+    for record in later:
+        if update == "none":
+            assert record["compress_error"] is None and record["residual_norm"] is None
+        else:
+            assert error / 100 < record["compress_error"] < error
+            # of one update they are exactly proportional; of two alike ones nearly
+            whole = record["residual_norm"] / record["compress_error"]
+            assert math.isclose(whole, record["update_norm"], rel_tol=0.2) or update == "topk"
+
+
+@pytest.mark.parametrize("unit", ["client", "local"])
+def test_nothing_that_a_codec_measures_on_private_text_leaves_the_client(tmp_path, options, unit, monkeypatch):
+    sent = []
+
+    def noted(run, update, *more):
+        sent.append(update)
+        return codec.header_of(run, update, *more)
+
+    monkeypatch.setattr(client, "header_of", noted)
+    run_here(*options, "update=int8", f"privacy={unit}")
+    assert sent and {name for update in sent for name in update.metrics} <= {"lr", "state_lost"}
+    assert all(r["compress_error"] is None for r in read_lines(tmp_path / "run" / "metrics.jsonl"))
