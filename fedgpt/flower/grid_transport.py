@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import httpx
 from flwr.app import ArrayRecord, Message, MessageType, RecordDict
@@ -36,8 +37,13 @@ class GridTransport:
         known: dict[int, ClientInfo] | None = None,
         ttl: float | None = None,
         now: float = 0.0,
+        stop: Path | None = None,
     ):
-        """`ttl` in seconds; `now` is where the run's clock stands."""
+        """`ttl` in seconds; `now` is where the run's clock stands; where the file `stop` appears, waits end.
+
+        Flower runs a ServerApp in a process or a thread that gets no signal of ours.
+        """
+        self._stop = stop
         self.grid, self.expected, self.digest, self.ttl = grid, expected, digest, ttl
         self._nodes: dict[str, int] = {}
         self._known = known
@@ -152,6 +158,8 @@ class GridTransport:
         return [read_reply(message, job.client, job.task)]
 
     def _wait(self, seconds: float | None) -> None:
+        if self._stop is not None and self._stop.exists():
+            raise KeyboardInterrupt
         wait = getattr(self.grid, "wait", None)
         if wait is not None:
             wait(seconds)
@@ -165,7 +173,7 @@ class GridTransport:
         while len(nodes := sorted(self.grid.get_node_ids())) < self.expected:
             if self.now() > deadline:
                 raise StoppedEarly(f"{len(nodes)} of {self.expected} clients connected within {timeout:.0f} s")
-            time.sleep(POLL_SECONDS)
+            self._wait(POLL_SECONDS)
         nodes = nodes[: self.expected]
         questions = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
         waiting = dict(zip(self.grid.push_messages(questions), nodes, strict=True))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import secrets
 import shlex
 import sys
@@ -56,6 +57,7 @@ from fedgpt.report.progress import ProgressDisplay
 from fedgpt.report.run_report import opening, privacy_text, samples_page, summary_text
 
 TTL_MARGIN = 10.0  # seconds past the deadline before a client that hangs is given up (the pool ends its worker)
+STOP_FILE = "FEDGPT_STOP_FILE"  # names a file by which a launcher in another process asks a server to stop
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # no more room for a file
 log = logging.getLogger(__name__)
 
@@ -179,7 +181,8 @@ class _Run:
         virtual, deadline = self.options.clock == "virtual", self.options.pace.deadline
         ttl = None if deadline is None or virtual else deadline + TTL_MARGIN
         now = snapshot.ledgers.seconds
-        real = GridTransport(self.grid, len(self.shards), self.prepared.digest, known, ttl, now)
+        stop = Path(os.environ[STOP_FILE]) if STOP_FILE in os.environ else None
+        real = GridTransport(self.grid, len(self.shards), self.prepared.digest, known, ttl, now, stop)
         if virtual:
             return VirtualTransport(real, make_timing(self.options), now)
         return real if journal is None else Journaled(real, journal, snapshot.state.version, now)

@@ -182,3 +182,16 @@ def test_waiting_for_their_names_ends_too():
     made = GridTransport(Silent({7: RecordDict()}), 1, "digest")
     with pytest.raises(StoppedEarly, match=r"1 clients did not say who they are within 0 s"):
         made.clients(timeout=0.2)
+
+
+def test_a_file_ends_every_wait(tmp_path):
+    """How a launcher stops a server whose process or thread gets no signal of its own."""
+    stop = tmp_path / "stop"
+    known = {7: ClientInfo("a", 10)}
+    made = GridTransport(Asked({}), 1, "digest", stop=stop)
+    working = GridTransport(Grid({}), 1, "digest", known, stop=stop)
+    assert working.receive(0.1) == []
+    stop.touch()
+    for wait in (lambda: made.clients(timeout=60), lambda: working.receive(60.0)):
+        with pytest.raises(KeyboardInterrupt):
+            wait()
