@@ -78,6 +78,18 @@ def test_killed_at_every_point_a_synchronous_run_is_the_same_run(tmp_path, env):
 
 
 @pytest.mark.slow
+def test_three_crashes_right_after_a_start_go_back_to_the_checkpoint_before(tmp_path, env):
+    options = [*SMALL, "rounds=4"]
+    done = start(env, *options, f"run_dir={tmp_path / 'whole'}")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "killed"
+    faults = ("aggregate:3", "open:4", "open:3", "open:2")  # the last first: a fault that kills hides those behind it
+    assert until_the_end(env, faults, folder, options) == 4
+    assert [path.name for path in (folder / "checkpoints").glob("*.damaged")] == ["version-00000002.damaged"]
+    assert summary(folder) == summary(tmp_path / "whole")
+
+
+@pytest.mark.slow
 def test_killed_an_asynchronous_run_on_the_real_clock_loses_and_repeats_nothing(tmp_path, env):
     """Which update comes first is a matter of time; whatever came counts once."""
     options = [*SMALL, "rounds=60", "pace=buffer", "pace.clients=4"]

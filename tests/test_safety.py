@@ -5,12 +5,9 @@ from __future__ import annotations
 import ast
 import os
 import re
-import time
 from pathlib import Path
 
 import pytest
-from engine.script import honest
-from engine.scripted import options, run
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -73,16 +70,6 @@ def test_deadlines_never_look_at_the_wall_clock():
     """time.time() only where Flower's own wall-clock stamps are turned into monotonic seconds."""
     users = {path.name for path in SOURCES if re.search(r"\btime\.time\(\)", path.read_text())}
     assert users <= {"pool.py"}
-
-
-def test_an_hour_more_or_less_on_the_wall_clock_moves_no_deadline(tmp_path, monkeypatch):
-    clients = {**dict.fromkeys("abc", honest), "slow": lambda job: []}
-    plain = run(options(tmp_path / "plain", rounds=2, deadline=5.0), clients)
-    real = time.time
-    jumps = iter([3600.0, -3600.0] * 100_000)
-    monkeypatch.setattr(time, "time", lambda: real() + next(jumps))
-    jumping = run(options(tmp_path / "jumping", rounds=2, deadline=5.0), clients)
-    assert [m["virtual_seconds"] for m in jumping.metrics] == [m["virtual_seconds"] for m in plain.metrics]
 
 
 NAMES = st.text(st.characters(), max_size=300) | st.sampled_from(

@@ -169,6 +169,18 @@ def test_a_goal_closes_the_version_early(tmp_path):
     assert transport.time == 12.0
 
 
+def test_over_selection_ignores_who_is_late_and_counts_them(tmp_path):
+    """Ten are asked, eight are enough: the other two are given up when the version closes, and come too late."""
+    names = "abcdefghij"
+    clients = {name: partial(honest, seconds=1.0 if name < "i" else 1.4) for name in names}
+    _, transport, summary, metrics = serve(tmp_path / "all", clients, goal=8, rounds=3)
+    assert len(transport.jobs) == 30 and [m["accepted"] for m in metrics[1:]] == [8, 8, 8]
+    assert [m["rejected"] for m in metrics[1:]] == [{"no_reply": 2}, *[{"late": 2, "no_reply": 2}] * 2]
+    assert summary["rejected"] == {"no_reply": 6, "late": 4}
+    without = serve(tmp_path / "eight", {**clients, "i": lambda job: [], "j": lambda job: []}, goal=8, rounds=3)
+    assert without[2]["weights_sha256"] == summary["weights_sha256"]
+
+
 def test_too_few_updates_stop_the_run_with_the_reasons(tmp_path):
     def broken(job):
         return [(1.0, Reply(job.client, job.task, error="code 2: no text"))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from collections.abc import Iterable
 
 import numpy as np
@@ -195,3 +196,17 @@ def test_a_file_ends_every_wait(tmp_path):
     for wait in (lambda: made.clients(timeout=60), lambda: working.receive(60.0)):
         with pytest.raises(KeyboardInterrupt):
             wait()
+
+
+def test_a_wall_clock_that_jumps_moves_no_deadline(monkeypatch):
+    """By an hour at each look: waits are as long as asked for, and the run's clock goes on evenly."""
+    real, jumps = time.time, itertools.count()
+    monkeypatch.setattr(time, "time", lambda: real() + 3600 * next(jumps))
+    made, _ = transport({})
+    before, began = made.now(), time.monotonic()
+    for _ in range(3):
+        assert made.receive(0.2) == []
+    took = time.monotonic() - began
+    assert 0.6 <= took < 30 and made.now() - before == pytest.approx(took, abs=0.5)
+    with pytest.raises(StoppedEarly, match="connected within"):
+        GridTransport(Asked({}), 1, "digest").clients(timeout=0.2)

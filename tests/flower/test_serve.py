@@ -9,7 +9,7 @@ import os
 import pytest
 from flower.here import run_here
 
-from fedgpt.core.errors import FedGPTError
+from fedgpt.core.errors import FedGPTError, StoppedEarly
 from fedgpt.engine import checkpoint, client
 from fedgpt.engine.run_folder import JsonLines, read_lines
 from fedgpt.update import codec
@@ -93,3 +93,14 @@ def test_nothing_that_a_codec_measures_on_private_text_leaves_the_client(tmp_pat
     run_here(*options, "update=int8", f"privacy={unit}")
     assert sent and {name for update in sent for name in update.metrics} <= {"lr", "state_lost"}
     assert all(r["compress_error"] is None for r in read_lines(tmp_path / "run" / "metrics.jsonl"))
+
+
+def test_of_a_clients_exception_only_its_kind_is_told(tmp_path, options, monkeypatch):
+    def failing(work, job, index):
+        raise KeyError(f"the secret text of {job.client} in {tmp_path}")
+
+    monkeypatch.setattr(client.ClientWork, "train", failing)
+    with pytest.raises(StoppedEarly, match="client_error x2"):
+        run_here(*options)
+    events = (tmp_path / "run" / "events.jsonl").read_text()
+    assert "ClientFailed: KeyError" in events and "secret" not in events
