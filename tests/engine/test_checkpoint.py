@@ -102,7 +102,9 @@ def test_after_three_starts_that_came_to_nothing_the_one_before_is_used(tmp_path
         assert checkpoints.recover().state.version == 2
         checkpoints.started(2)
         checkpoints.close()
-    assert Checkpoints(tmp_path, 2).recover().state.version == 1
+    checkpoints = Checkpoints(tmp_path, 2)
+    assert checkpoints.load().state.version == 1, "as a reader has it"
+    assert checkpoints.recover().state.version == 1 and checkpoints.given_up == 2
     assert "3 starts from version-00000002.safetensors came to nothing" in caplog.text
     assert (tmp_path / "version-00000002.damaged").exists()
 

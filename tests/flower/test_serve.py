@@ -10,7 +10,9 @@ import pytest
 from flower.here import run_here
 
 from fedgpt.core.errors import FedGPTError, StoppedEarly
+from fedgpt.core.faults import Injected, injected
 from fedgpt.engine import checkpoint, client
+from fedgpt.engine.journal import Journal
 from fedgpt.engine.run_folder import JsonLines, read_lines
 from fedgpt.update import codec
 
@@ -104,3 +106,23 @@ def test_of_a_clients_exception_only_its_kind_is_told(tmp_path, options, monkeyp
         run_here(*options)
     events = (tmp_path / "run" / "events.jsonl").read_text()
     assert "ClientFailed: KeyError" in events and "secret" not in events
+
+
+def test_a_log_that_leads_to_a_crash_is_given_up_with_its_checkpoint(tmp_path, options, monkeypatch, caplog):
+    """Told again, it would lead there again: the clients are asked instead, and the run comes to its end."""
+    options = [*options, "pace=buffer", "pace.clients=2", "strategy=delta_sgd", "rounds=6", "checkpoint.every=1"]
+    for fault in ("aggregate:5", *["open:1"] * 3):
+        with injected(f"{fault}:raise"), pytest.raises(Injected):
+            run_here(*options)
+    wal = tmp_path / "run" / "wal"
+    assert (wal / "version-00000004.log").exists()
+    read, found = Journal.read, []
+
+    def noted(journal, version):
+        found.append((version, sorted(path.name for path in wal.iterdir())))
+        return read(journal, version)
+
+    monkeypatch.setattr(Journal, "read", noted)
+    assert run_here(*options)["versions"] == 6
+    assert found == [(3, ["version-00000003.log"])]
+    assert "3 starts from version-00000004.safetensors came to nothing" in caplog.text
