@@ -80,12 +80,14 @@ class Run:
 
         options = config.of_run(self.folder)
         checkpoints = Checkpoints(self.folder / "checkpoints", options.checkpoint.keep)
-        params = checkpoints.load_best() if self.best else None
-        if self.best and params is None:
-            raise FedGPTError(f"{self.folder} has no best weights: checkpoint.best is off, or nothing is scored yet")
-        if params is None and (snapshot := checkpoints.load()) is not None:
+        if self.best:
+            if (kept := checkpoints.load_best()) is None:
+                why = "checkpoint.best is off, nothing is scored yet, or the file is damaged"
+                raise FedGPTError(f"{self.folder} has no best weights: {why}")
+            params = kept[0]
+        elif (snapshot := checkpoints.load()) is not None:
             params = snapshot.state.params
-        if params is None:
+        else:
             raise FedGPTError(f"{self.folder} has no whole checkpoint; start it with: fedgpt run resume={self.folder}")
         model = GPT(options.model, self.tokenizer.vocab_size).eval()
         np.copyto(flatten(model)[1].numpy(), params)

@@ -78,6 +78,18 @@ def test_killed_at_every_point_a_synchronous_run_is_the_same_run(tmp_path, env):
 
 
 @pytest.mark.slow
+def test_three_crashes_right_after_a_start_go_back_to_the_checkpoint_before(tmp_path, env):
+    options = [*SMALL, "rounds=4"]
+    done = start(env, *options, f"run_dir={tmp_path / 'whole'}")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "killed"
+    faults = ("aggregate:3", "open:4", "open:3", "open:2")  # the last first: a fault that kills hides those behind it
+    assert until_the_end(env, faults, folder, options) == 4
+    assert [path.name for path in (folder / "checkpoints").glob("*.damaged")] == ["version-00000002.damaged"]
+    assert summary(folder) == summary(tmp_path / "whole")
+
+
+@pytest.mark.slow
 def test_killed_an_asynchronous_run_on_the_real_clock_loses_and_repeats_nothing(tmp_path, env):
     """Which update comes first is a matter of time; whatever came counts once."""
     options = [*SMALL, "rounds=60", "pace=buffer", "pace.clients=4"]
@@ -92,7 +104,7 @@ def test_killed_an_asynchronous_run_on_the_real_clock_loses_and_repeats_nothing(
 
 
 def test_a_disk_that_is_full_is_a_clear_error_and_costs_no_checkpoint(tmp_path, env):
-    """No file may grow above 60 kB: the metrics fit, a checkpoint does not."""
+    """No file may grow above 60 kB: the metrics fit, a checkpoint does not. Other files: flower/test_serve.py."""
     options = [*SMALL, "rounds=2", "model.n_embd=32"]
     folder = tmp_path / "run"
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
@@ -101,6 +113,8 @@ def test_a_disk_that_is_full_is_a_clear_error_and_costs_no_checkpoint(tmp_path, 
     assert start(env, *options, "rounds=1", f"run_dir={tmp_path / 'cache'}").returncode == 0  # the tokens are there
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LONG, check=False)
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert "could not write" in done.stderr and "File too large" in done.stderr
+    assert f"could not write a checkpoint in {folder}: " in done.stderr and "File too large" in done.stderr
+    assert done.stderr.endswith(f"make room and continue with: fedgpt run resume={folder}\n")
+    assert not (folder / "checkpoints" / "starts.json").exists(), "it did not crash"
     assert not list((folder / "checkpoints").glob("*.s*a*")), "nothing that is not whole"
     assert start(env, f"resume={folder}").returncode == 0, "with room on the disk it goes on"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import shlex
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class FedGPTError(Exception):
@@ -22,6 +23,14 @@ class ConfigError(FedGPTError):
         noun = "problem" if len(self.problems) == 1 else "problems"
         listing = "\n".join(f"  - {problem}" for problem in self.problems)
         super().__init__(f"{len(self.problems)} {noun} in the configuration:\n{listing}")
+
+
+class Unwritten(FedGPTError):
+    """A file of the run in `folder` that could not be written, most often as the disk is full."""
+
+    def __init__(self, what: str, folder: Path, error: Exception):
+        command = f"fedgpt run resume={shlex.quote(str(folder))}"
+        super().__init__(f"could not write {what} in {folder}: {error}; make room and continue with: {command}")
 
 
 class StoppedEarly(FedGPTError):

@@ -113,5 +113,6 @@ class Reply:
     header: str = ""  # JSON, see update/codec.py
     payload: Any = None  # the array as sent
     error: str = ""  # reason when there is no payload
+    code: str = "client_error"  # what an error counts as
     bytes: int = 0  # size of the encoded message
     seconds: float | None = None  # how long the job took by the virtual clock; None: as the client measured

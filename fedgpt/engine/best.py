@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -19,17 +19,11 @@ PREFIX = "best/"
 class Best:
     """Two things that a run may do with its best version; neither costs anything where it is not asked for."""
 
-    def __init__(
-        self, options: RunOptions, checkpoints: Checkpoints, snapshot: Snapshot, records: Sequence[Mapping[str, Any]]
-    ):
-        """`records`: the metrics up to the snapshot's version, which is not among them yet."""
+    def __init__(self, options: RunOptions, checkpoints: Checkpoints, snapshot: Snapshot):
+        """The file may be of a version after the snapshot's: its weights are as good as they were."""
         self.options, self.checkpoints = options, checkpoints
-        kept = checkpoints.best_version()
-        if kept is not None and kept >= snapshot.state.version:  # of a future that has not happened
-            checkpoints.forget_best()
-            kept = None
-        losses = [record["loss"] for record in records if "loss" in record]
-        self._lowest = min(losses, default=math.inf) if kept is not None else math.inf
+        kept = checkpoints.load_best() if options.checkpoint.best else None
+        self._lowest = math.inf if kept is None else kept[1]
         self._state, self._loss = _restored(snapshot.extra)
 
     def keep(self, record: Mapping[str, Any], params: np.ndarray | None) -> None:

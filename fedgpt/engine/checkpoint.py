@@ -2,12 +2,13 @@
 
 checkpoints/version-00000012.safetensors    state, counters, base versions of jobs in flight
 checkpoints/version-00000012.sha256         its digest, written last: the commit
-checkpoints/best.safetensors                the weights with the lowest held-out loss
+checkpoints/best.safetensors                the weights with the lowest held-out loss, their digest with them
 checkpoints/starts.json                     how often in a row the newest one was loaded and nothing came of it
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Callable
@@ -20,7 +21,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from fedgpt.core.errors import FedGPTError
+from fedgpt.core.errors import FedGPTError, Unwritten
 from fedgpt.core.faults import reach
 from fedgpt.core.files import replacing, sha256_of, write_text
 from fedgpt.core.messages import ServerState
@@ -98,8 +99,9 @@ class Checkpoints:
     """The `checkpoints/` folder of a run: the newest `keep` that are whole, and the best weights."""
 
     def __init__(self, folder: Path, keep: int, committed: Callable[[int], None] | None = None):
-        """`committed` is called, in the writing thread, with each version that is safely on the disk."""
+        """`committed` is called, in the writing thread, with the oldest version kept, once a new one is on the disk."""
         self.folder, self.keep, self._committed = folder, keep, committed
+        self.given_up: int | None = None  # a version that `recover` has put aside, as starts from it came to nothing
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -115,7 +117,7 @@ class Checkpoints:
             try:
                 pending.result()
             except (OSError, SafetensorError) as error:
-                raise self._unwritten(error) from error
+                raise Unwritten("a checkpoint", self.folder.parent, error) from error
 
     def close(self) -> None:
         """Wait for the last write and end the writer."""
@@ -123,10 +125,30 @@ class Checkpoints:
         self._writer.shutdown()
 
     def load(self) -> Snapshot | None:
-        """The newest checkpoint whose digest matches; those that cannot be used are put aside with a warning.
+        """The newest checkpoint whose digest matches; those that cannot be used are passed over with a warning.
 
-        None where none was ever committed; raises FedGPTError where all that were are damaged.
+        None where none was ever committed; raises FedGPTError where all that were are damaged. Changes nothing: a
+        reader may come while a run writes.
         """
+        return self._newest()[0]
+
+    def recover(self) -> Snapshot | None:
+        """What a run starts from, under its lock: as `load`, and what cannot be used is put aside for good.
+
+        So is a checkpoint from which start after start came to nothing; what a killed write left is deleted.
+        """
+        snapshot, aside = self._newest()
+        for unusable in aside:  # it must not count as the newest again
+            if self._starts(unusable) >= MOST_STARTS:
+                self.given_up = _version_of(unusable)
+            unusable.rename(unusable.with_suffix(".damaged"))
+            _mark(unusable).unlink(missing_ok=True)
+        for left in self.folder.glob(".*"):  # see core/files.py
+            left.unlink()
+        return snapshot
+
+    def _newest(self) -> tuple[Snapshot | None, list[Path]]:
+        """(the newest that can be used, those that cannot), as the files are."""
         aside: list[Path] = []
         tried: Snapshot | None = None  # whole, though starts from it came to nothing
         damaged: list[str] = []
@@ -144,15 +166,13 @@ class Checkpoints:
                 aside.append(path)
                 tried = snapshot
                 continue
-            for unusable in aside:  # it must not count as the newest again
-                unusable.rename(unusable.with_suffix(".damaged"))
-            return snapshot
+            return snapshot, aside
         if tried is not None:
-            return tried
+            return tried, []
         if damaged:
             told = "; ".join(damaged)
             raise FedGPTError(f"no checkpoint in {self.folder} can be used ({told}); start again with another run_dir")
-        return None
+        return None, []
 
     def started(self, version: int) -> None:
         """Note that a server starts from `version`; `ended` and the next checkpoint take it back."""
@@ -166,35 +186,22 @@ class Checkpoints:
 
     def save_best(self, params: np.ndarray, version: int, loss: float) -> None:
         """Replace the best weights; raises FedGPTError where they cannot be written."""
-        about = {"version": version, "loss": loss}
+        about = {"version": version, "loss": loss, "sha256": _digest(params)}
         try:
             with replacing(self._best) as temporary:
                 save_file({"params": params}, temporary, metadata={"fedgpt": json.dumps(about)})
         except (OSError, SafetensorError) as error:
-            raise self._unwritten(error) from error
+            raise Unwritten("the best weights", self.folder.parent, error) from error
 
-    def load_best(self) -> np.ndarray | None:
-        """The best weights, (parameters,) float32; None where there are none, or none that can be read."""
-        if self.best_version() is None:
-            return None
-        with safe_open(self._best, framework="numpy") as stored:
-            return stored.get_tensor("params")
-
-    def best_version(self) -> int | None:
-        """Which version the best weights are of; None where there are none, or none that can be read."""
+    def load_best(self) -> tuple[np.ndarray, float] | None:
+        """(the best weights, (parameters,) float32, their loss); None where there are none, or damaged ones."""
         try:
             with safe_open(self._best, framework="numpy") as stored:
-                return int(json.loads(stored.metadata()["fedgpt"])["version"])
+                about = json.loads(stored.metadata()["fedgpt"])
+                params = stored.get_tensor("params")
+            return (params, float(about["loss"])) if about["sha256"] == _digest(params) else None
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             return None
-
-    def forget_best(self) -> None:
-        """Delete the best weights."""
-        self._best.unlink(missing_ok=True)
-
-    def _unwritten(self, error: Exception) -> FedGPTError:
-        room = f"make room and continue with: fedgpt run resume={self.folder.parent}"
-        return FedGPTError(f"could not write a checkpoint in {self.folder}: {error}; {room}")
 
     @property
     def _best(self) -> Path:
@@ -227,11 +234,12 @@ class Checkpoints:
         reach("checkpoint.committed")
         if self._starts(path) == 0:  # another version than the one that was started from
             self.ended()
-        if self._committed is not None:
-            self._committed(state.version)
-        for old in sorted(self.folder.glob("version-*.safetensors"))[: -self.keep]:
+        paths = sorted(self.folder.glob("version-*.safetensors"))
+        for old in paths[: -self.keep]:
             _mark(old).unlink(missing_ok=True)
             old.unlink()
+        if self._committed is not None:
+            self._committed(_version_of(paths[-self.keep :][0]))
 
     def _read(self, path: Path) -> Snapshot:
         if not _mark(path).exists():
@@ -250,6 +258,14 @@ class Checkpoints:
         about |= {name: tuple(about[name]) for name in ("restorable", "unsaved", "in_flight", "norms")}
         state = ServerState(arrays["params"], about.pop("version"), memory)
         return Snapshot(state, Ledgers(**about), extra)
+
+
+def _digest(params: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(params).data).hexdigest()
+
+
+def _version_of(path: Path) -> int:
+    return int(path.stem.removeprefix("version-"))
 
 
 def _mark(path: Path) -> Path:

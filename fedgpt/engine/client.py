@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from fedgpt.core.device import choose_compute
+from fedgpt.core.errors import UpdateRejected
 from fedgpt.core.faults import reach
 from fedgpt.core.messages import ClientInfo, Job, Update
 from fedgpt.core.options import RunOptions
@@ -26,10 +27,10 @@ from fedgpt.engine.client_privacy import ClientPrivacy
 from fedgpt.engine.client_state import ClientState, ClientStore
 from fedgpt.local.optimizer import Moments
 from fedgpt.local.trainer import Trainer
-from fedgpt.update.codec import digest, encode
-from fedgpt.update.compress import compressor_of
+from fedgpt.update.codec import compress, digest, header_of
+from fedgpt.update.compress import Plain, compressor_of
 from fedgpt.update.downlink import STEPS, rebuilt
-from fedgpt.update.feedback import feed, rest
+from fedgpt.update.feedback import feed, measured, rest
 
 ROOT = "the server"  # under this name it keeps its own optimiser state, where a rule wants a root update
 
@@ -117,12 +118,23 @@ class ClientWork:
         if options.error_feedback:
             residual = None if before is None else before.residual
             update = replace(update, delta=feed(update.delta, residual, options.decay))
-        header, payload = encode(job.plan.run, update, self.compressor)
+        payload = compress(update.delta, self.compressor)
+        left = self._left_out(update.delta, payload)
         if options.error_feedback:
-            sent = self.compressor.decode(payload, update.delta.size)
-            after = replace(after, residual=rest(update.delta, sent))
+            after = replace(after, residual=left)
+        if left is not None and self.options.privacy.unit == "none":  # it is measured on the text
+            update = replace(update, metrics={**update.metrics, **measured(update.delta, left)})
         self._keep(job, name, after)
-        return header, payload
+        return header_of(job.plan.run, update, payload, self.compressor), payload
+
+    def _left_out(self, delta: np.ndarray, payload: np.ndarray) -> np.ndarray | None:
+        """What the server will not get of a delta; None where all of it travels, or no server takes it."""
+        if isinstance(self.compressor, Plain):
+            return None
+        try:
+            return rest(delta, self.compressor.decode(payload, delta.size))
+        except UpdateRejected:  # NaN or infinity: the server says so, too
+            return None
 
     def _privacy(self, job: Job, tokens: np.ndarray) -> ClientPrivacy | None:
         """What makes a client's job private; the server's own, on public text, is not."""

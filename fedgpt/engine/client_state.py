@@ -7,7 +7,6 @@ starts from the same bytes.
 from __future__ import annotations
 
 import hashlib
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,8 @@ from safetensors.torch import save_file
 from fedgpt.core.files import replacing
 from fedgpt.local.optimizer import Moments
 
+PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_- ")  # bytes that a name keeps
+MOST_NAME = 100  # bytes; file systems take 255
 MODELS = 4  # versions of the model that a client keeps, where the server sends steps from one of them
 
 
@@ -71,11 +72,15 @@ class ClientStore:
             return None
 
     def save_model(self, version: int, params: np.ndarray) -> None:
-        """Keep a version's model, and the few before it that a restarted server may think of."""
+        """Keep a version's model, and the few before it that a restarted server may think of.
+
+        Later ones are of a future that this server has left behind.
+        """
         with replacing(self._model(version), durable=False) as temporary:
             save_numpy({"params": np.ascontiguousarray(params)}, temporary)
-        for old in sorted(self.folder.glob("model-*.safetensors"))[:-MODELS]:
-            old.unlink(missing_ok=True)
+        kept = sorted(path for path in self.folder.glob("model-*.safetensors") if path <= self._model(version))
+        for path in set(self.folder.glob("model-*.safetensors")) - set(kept[-MODELS:]):
+            path.unlink(missing_ok=True)
 
     def keep(self, tasks: set[int]) -> None:
         """Delete the state of every other task up to the newest of these; a later one is another job's."""
@@ -95,9 +100,11 @@ class ClientStore:
 def safe_name(name: str) -> str:
     """A name as one path component that cannot leave its folder; distinct names stay distinct.
 
-    >>> safe_name("a/../b")
-    'a%2f%2e%2e%2fb'
+    >>> safe_name("a/../b"), safe_name("")
+    ('a%2f%2e%2e%2fb', '~')
     """
-    if len(name) > 100:
-        name = f"{name[:60]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
-    return re.sub(r"[^\w -]", lambda match: "".join(f"%{byte:02x}" for byte in match[0].encode()), name)
+    whole = name.encode("utf-8", "surrogatepass")
+    escaped = "".join(chr(byte) if byte in PLAIN else f"%{byte:02x}" for byte in whole)
+    if len(escaped) > MOST_NAME:
+        escaped = f"{escaped[:60]}~{hashlib.sha256(whole).hexdigest()[:32]}"
+    return escaped or "~"  # which is escaped where a name has it

@@ -11,7 +11,7 @@ import numpy as np
 
 from fedgpt.aggregate.base import Strategy
 from fedgpt.aggregate.exact import ExactSum
-from fedgpt.core.errors import UpdateRejected
+from fedgpt.core.errors import StoppedEarly, UpdateRejected
 from fedgpt.core.messages import Job, Pacing, Reply, ServerState, Update
 from fedgpt.core.options import RunOptions
 from fedgpt.engine.checkpoint import Ledgers
@@ -19,6 +19,8 @@ from fedgpt.engine.privacy import PaidByServer, Privacy
 from fedgpt.engine.trust import clip_length, norm_limit
 from fedgpt.update.codec import Expected, decode
 from fedgpt.update.compress import compressor_of
+
+LONGEST = 1e18  # of a model's weights: their squares still add up in float32, and none that learns is near
 
 
 class Intake:
@@ -41,7 +43,7 @@ class Intake:
         self.clipped = 0
         self._updates: list[Update] = []  # only rules that are not linear keep them
         self.most = most
-        self.norm_limit = norm_limit(self.options.validate, norms, float(np.linalg.norm(state.params)))
+        self.norm_limit = norm_limit(self.options.validate, norms, model_length(state))
         self._clip = clip_length(self.options.validate, norms)
         if self.private is not None:
             self.private.begin(state)
@@ -109,3 +111,12 @@ class Intake:
         d = rule.combine(updates, state, None if root is None else root())
         learned = rule.remember(updates, state)
         return rule.step(d, replace(state, memory={**state.memory, **learned}) if learned else state)
+
+
+def model_length(state: ServerState) -> float:
+    """L2 norm of the weights, in float64; raises StoppedEarly where they have run away."""
+    length = math.sqrt(float(np.einsum("i,i->", state.params, state.params, dtype=np.float64)))
+    if not length <= LONGEST:
+        weights = f"weights of length {length:.3g}" if math.isfinite(length) else "NaN or Inf weights"
+        raise StoppedEarly(f"version {state.version} has {weights}: it has diverged; lower strategy.eta or local.lr")
+    return length

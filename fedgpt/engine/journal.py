@@ -7,10 +7,11 @@ client, and goes on live where the log ends. So no accepted update is lost and n
 ledger that charges before a release charges the same again.
 
     wal/version-00000012.log    what came after the server step that made version 12, one file a version
-    entry                       "FGJ1", length of the JSON, length of the payloads, CRC-32 of both; JSON; payloads
+    entry                       "FGJ2", length of the JSON, length of the payloads, CRC-32 of both; JSON; payloads
 
-A crash can cut the last entry off: what is whole before it counts, and nothing behind it. The files of versions before
-the newest committed checkpoint are deleted: an older checkpoint, should that one be damaged, asks the clients again.
+A crash can cut the last entry off: what is whole before it counts, and nothing behind it. Only the files of versions
+before the oldest kept checkpoint are deleted: from each of them the log leads to where the run stood. Where a file is
+missing, or an entry does not fit the run, what follows is of a future that will not happen, and is deleted.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from typing import IO, Any
 
 import numpy as np
 
-from fedgpt.core.errors import FedGPTError
 from fedgpt.core.faults import reach
 from fedgpt.core.files import sync
 from fedgpt.core.messages import ClientInfo, Job, Reply
@@ -35,7 +35,7 @@ from fedgpt.core.options import RunOptions
 from fedgpt.engine.transport import Transport
 
 HEAD = struct.Struct("<4sIQI")
-MAGIC = b"FGJ1"
+MAGIC = b"FGJ2"
 Key = tuple[str, int]  # (client, task)
 log = logging.getLogger(__name__)
 
@@ -72,6 +72,7 @@ class Journal:
         folder.mkdir(exist_ok=True)
         self._version = 0
         self._stream: IO[bytes] | None = None
+        self._last = (0, 0)  # version and place in its file of the entry that was read last
 
     def begin(self, version: int) -> None:
         """What is appended from now on came after the server step that made `version`."""
@@ -79,14 +80,7 @@ class Journal:
         self._version = version
 
     def append(self, entry: Entry) -> None:
-        """Write one entry; on the disk for certain only after `flush`. Raises FedGPTError where it cannot."""
-        try:
-            self._append(entry)
-        except OSError as error:
-            room = f"make room and continue with: fedgpt run resume={self.folder.parent}"
-            raise FedGPTError(f"could not write the log in {self.folder}: {error}; {room}") from error
-
-    def _append(self, entry: Entry) -> None:
+        """Write one entry; on the disk for certain only after `flush`."""
         if self._stream is None:
             path = self._path(self._version)
             fresh = not path.exists()
@@ -111,33 +105,47 @@ class Journal:
             os.fsync(self._stream.fileno())
 
     def read(self, version: int) -> Iterator[Entry]:
-        """The entries from `version` on, each read when it is asked for; what follows a damaged one is deleted."""
-        paths = [path for path in self._paths() if _version_of(path) >= version]
-        for number, path in enumerate(paths):
-            with path.open("rb") as stream:
-                whole = 0
+        """The entries from `version` on, each read when it is asked for, as far as one leads to the next.
+
+        What follows a damaged entry, or a version whose end is missing, is deleted.
+        """
+        stepped = True  # whether what was read ends with a server step, so that the next version's file goes on
+        while stepped and self._path(version).exists():
+            stepped, whole = False, 0
+            with self._path(version).open("rb") as stream:
                 while (entry := _read_entry(stream)) is not None:
-                    whole = stream.tell()
+                    self._last, whole, stepped = (version, whole), stream.tell(), entry.call == "step"
                     yield entry
-                rest = path.stat().st_size - whole
+                rest = os.fstat(stream.fileno()).st_size - whole
             if rest:
-                log.warning("%s: the last %d bytes are not whole; they are left out", path.name, rest)
-                os.truncate(path, whole)
-                for later in paths[number + 1 :]:
-                    later.unlink()
-                return
+                log.warning("%s: the last %d bytes are not whole; they are left out", self._path(version).name, rest)
+                os.truncate(self._path(version), whole)
+                stepped = False
+            version += 1
+        self.forget(version)
+
+    def cut(self) -> None:
+        """Delete the entry that was read last, and all behind it."""
+        version, place = self._last
+        os.truncate(self._path(version), place)
+        self.forget(version + 1)
 
     def drop(self, before: int) -> None:
-        """Delete what a checkpoint of version `before` contains."""
+        """Delete what came before version `before`: no checkpoint that is kept needs it."""
         for path in self._paths():
             if _version_of(path) < before:
-                path.unlink()
+                path.unlink(missing_ok=True)
+
+    def forget(self, version: int) -> None:
+        """Delete what came after the server step that made `version`."""
+        for path in self._paths():
+            if _version_of(path) >= version:
+                path.unlink(missing_ok=True)
 
     def clear(self) -> None:
         """Delete everything: the run is over, or shall ask its clients again."""
         self.close()
-        for path in self._paths():
-            path.unlink()
+        self.forget(0)
 
     def close(self) -> None:
         """Close the file; a later append opens it again."""
@@ -247,6 +255,11 @@ class Journaled:
             self._times.append(self._last)
         return self._last
 
+    def over(self) -> None:
+        """Told the same again, the server would stop again; a log that nobody was told of is kept."""
+        if self._begun:
+            self.journal.clear()
+
     def close(self) -> None:
         """Close the log and the inner transport."""
         self.journal.close()
@@ -277,6 +290,7 @@ class Journaled:
         if (self._next.call, self._next.jobs) == (call, jobs):
             return True
         log.warning("the log does not fit the run from here on (was it made by another version?): going on without it")
+        self.journal.cut()
         self._go_live()
         return False
 
@@ -301,7 +315,7 @@ def _plain(reply: Reply) -> Reply:
     payload = reply.payload
     if payload is None or (isinstance(payload, np.ndarray) and payload.dtype.kind in "biufc"):
         return reply
-    return replace(reply, payload=None, error=f"unreadable payload ({type(payload).__name__})")
+    return replace(reply, payload=None, error=f"unreadable payload ({type(payload).__name__})", code="bad_encoding")
 
 
 def _bytes_of(payload: np.ndarray | None) -> memoryview:
@@ -312,7 +326,7 @@ def _as_json(entry: Entry) -> dict[str, Any]:
     replies = []
     for r in entry.replies:
         array = None if r.payload is None else [r.payload.dtype.str, list(r.payload.shape)]
-        replies.append([r.client, r.task, r.header, r.error, r.bytes, r.seconds, array])
+        replies.append([r.client, r.task, r.header, r.error, r.code, r.bytes, r.seconds, array])
     return {
         "call": entry.call, "jobs": entry.jobs, "replies": replies, "times": entry.times,
         "away": sorted(entry.away), "clients": entry.clients,
@@ -333,12 +347,12 @@ def _read_entry(stream: IO[bytes]) -> Entry | None:
         return None
     told = json.loads(about)
     replies, start = [], 0
-    for client, task, header, error, size, seconds, array in told["replies"]:
+    for client, task, header, error, code, size, seconds, array in told["replies"]:
         values = None
         if array is not None:
             values = np.ndarray(array[1], array[0], payload, start)
             start += values.nbytes
-        replies.append(Reply(client, task, header, values, error, size, seconds))
+        replies.append(Reply(client, task, header, values, error, code, size, seconds))
     jobs = tuple((client, task) for client, task in told["jobs"])
     return Entry(
         told["call"], jobs, tuple(replies), tuple(told["times"]), frozenset(told["away"]), told["clients"]

@@ -14,6 +14,8 @@ from fedgpt.core.messages import Job, ServerState, Update
 from fedgpt.engine.checkpoint import Ledgers
 from fedgpt.engine.intake import Intake
 
+STAGES = ("compress_error", "residual_norm")  # what the stages of an update's way tell; see update/feedback.py
+
 
 def first_record() -> dict[str, Any]:
     """Version 0, before its evaluation."""
@@ -22,7 +24,7 @@ def first_record() -> dict[str, Any]:
         "accepted": 0, "rejected": {}, "staleness": {}, "train_loss": None, "lr": None, "update_norm": None,
         "update_tokens": None, "step_norm": 0.0, "cosine": None, "step_correlation": None, "mean_weight": None,
         "in_flight": 0, "bases": 0, "state_lost": 0, "tokens_by_client": {}, "idle_share": {}, "clipped": 0,
-        "quarantined": 0, "restored": None, "epsilon": None,
+        "quarantined": 0, "restored": None, "epsilon": None, **dict.fromkeys(STAGES),
     }  # fmt: skip
 
 
@@ -61,7 +63,7 @@ def _updates_record(intake: Intake, in_flight: Iterable[Job]) -> dict[str, Any]:
         "rejected": dict(intake.rejections),
         "clipped": intake.clipped,
         "staleness": {str(tau): count for tau, count in sorted(staleness.items())},
-        **{name: _mean(accepted, name) for name in ("train_loss", "lr", "update_norm")},
+        **{name: _mean(accepted, name) for name in ("train_loss", "lr", "update_norm", *STAGES)},
         "update_tokens": sum(update.tokens for update in accepted) / len(accepted) if accepted else None,
         "mean_weight": math.fsum(intake.weights) / len(accepted) if accepted else None,
         "in_flight": len(jobs),

@@ -43,9 +43,17 @@ class RunFolder:
 
     def close(self) -> None:
         """Flush the records and give the folder back."""
-        self.metrics.close()
-        self.events.close()
-        self._lock.release()
+        try:
+            self.metrics.close()
+            self.events.close()
+        finally:
+            self._lock.release()
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
 class JsonLines:
@@ -75,9 +83,9 @@ class JsonLines:
 
     def close(self) -> None:
         """Close the stream; a later append opens it again."""
-        if self._stream is not None:
-            self._stream.close()
-            self._stream = None
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.close()
 
 
 def read_lines(path: Path) -> Iterable[dict[str, Any]]:

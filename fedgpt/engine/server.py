@@ -21,7 +21,7 @@ from fedgpt.engine.checkpoint import Checkpoints, Snapshot
 from fedgpt.engine.diagnostics import Diagnostics
 from fedgpt.engine.fleet import Fleet
 from fedgpt.engine.flight import InFlight
-from fedgpt.engine.intake import Intake
+from fedgpt.engine.intake import Intake, model_length
 from fedgpt.engine.journal import Journaled
 from fedgpt.engine.pace import Progress, Roster, make_pace, versions_per_round
 from fedgpt.engine.planner import Planner
@@ -63,7 +63,7 @@ class Server:
         self.planner = Planner(options, self.published, fleet, strategy.switches, self.privacy)
         self.diagnostics = Diagnostics(self.state.params.size, snapshot.extra)
         self.quarantine = Quarantine(options.validate, self.ledgers.strikes, self.ledgers.quarantine)
-        self.best = Best(options, self.checkpoints, snapshot, folder.metrics.read())
+        self.best = Best(options, self.checkpoints, snapshot)
         self.flight = InFlight()
         self.intake = Intake(options, strategy, self.state.params.size, self.privacy)
         self._arrived, self._failures = deque[Reply](), 0  # failures in a row
@@ -88,7 +88,7 @@ class Server:
         except (KeyboardInterrupt, StoppedEarly) as stop:
             self._end(over=isinstance(stop, StoppedEarly))
             raise Interrupted(str(self.folder.path)) if isinstance(stop, KeyboardInterrupt) else stop from None
-        except FedGPTError:
+        except (FedGPTError, OSError):  # a full disk, say
             self.checkpoints.ended()  # stopped with a message is not crashed
             raise
         finally:
@@ -223,11 +223,11 @@ class Server:
     def _accept(self, update: Update, job: Job, seconds: float | None) -> None:
         staleness = self.state.version - update.version
         seconds = self.transport.now() - job.sent if seconds is None else seconds
-        self.planner.measure(update.client, job.plan.steps, seconds, self.ledgers.speeds)
         most = self.options.pace.max_staleness
         if most is not None and staleness > most:
             raise UpdateRejected("stale", f"{staleness} versions old, pace.max_staleness={most}")
         update = self.intake.add(update, job, staleness)
+        self.planner.measure(update.client, job.plan.steps, seconds, self.ledgers.speeds)
         if not self.privacy.sums:  # what is measured of single updates is not noised
             self.diagnostics.update(update, self.pace.carries)
         self.privacy.answered(update, self.ledgers)
@@ -276,8 +276,7 @@ class Server:
         reach("aggregate")
         before = self.state
         self.state = self.intake.step(before, self.pace.pacing(len(self.clients)), self._root(), self.ledgers)
-        if not np.isfinite(self.state.params).all():
-            raise StoppedEarly(f"version {self.state.version} has NaN or Inf weights; lower strategy.eta or local.lr")
+        model_length(self.state)  # a run that has diverged ends here
         self._tally(before)
         self._choose_pacing(self.ledgers.record)
         if self.options.evaluate.rollback is not None:
@@ -376,7 +375,7 @@ class Server:
         self.checkpoints.wait()
         self.checkpoints.ended()
         if over and self.journal is not None:
-            self.journal.journal.clear()
+            self.journal.over()
 
     # ---- small helpers
 

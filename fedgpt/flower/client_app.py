@@ -8,11 +8,18 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from fedgpt.core.errors import FedGPTError
 from fedgpt.engine.client import ClientWork
 from fedgpt.flower.messages import info_content, read_job, update_content
 from fedgpt.flower.run_config import options_of
 
 app = ClientApp()
+
+
+class ClientFailed(Exception):
+    """What the server is told of an exception: its kind. Its words may hold text or paths: they stay in our own log."""
+
+
 _works: dict[str, ClientWork] = {}  # one per run configuration: buffers and data outlive a message
 
 
@@ -27,7 +34,12 @@ def query(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Do one job."""
     work, index = _work(context)
-    header, delta = work.train(read_job(message), index)
+    try:
+        header, delta = work.train(read_job(message), index)
+    except FedGPTError:  # its message is meant to be read
+        raise
+    except Exception as error:
+        raise ClientFailed(type(error).__name__) from error
     return Message(update_content(header, delta), reply_to=message)
 
 

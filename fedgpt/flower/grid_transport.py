@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
+import httpx
 from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fedgpt.core.errors import FedGPTError
+from fedgpt.core.errors import FedGPTError, StoppedEarly
 from fedgpt.core.messages import ClientInfo, Job, Reply
-from fedgpt.flower.messages import died, job_bytes, job_content, params_record, read_info, read_reply
+from fedgpt.flower.messages import died, job_bytes, job_content, params_record, read_info, read_reply, unreadable
 
 POLL_SECONDS = 0.05  # for grids that cannot wait; Flower's own send_and_receive sleeps 3 s
 ATTEMPTS = 3  # at a job whose client process dies; the same job gives the same bits, wherever it is done
@@ -35,8 +37,13 @@ class GridTransport:
         known: dict[int, ClientInfo] | None = None,
         ttl: float | None = None,
         now: float = 0.0,
+        stop: Path | None = None,
     ):
-        """`ttl` in seconds; `now` is where the run's clock stands."""
+        """`ttl` in seconds; `now` is where the run's clock stands; where the file `stop` appears, waits end.
+
+        Flower runs a ServerApp in a process or a thread that gets no signal of ours.
+        """
+        self._stop = stop
         self.grid, self.expected, self.digest, self.ttl = grid, expected, digest, ttl
         self._nodes: dict[str, int] = {}
         self._known = known
@@ -44,6 +51,7 @@ class GridTransport:
         self._pending: dict[str, tuple[Job, int]] = {}  # message id -> its job, and at which attempt
         self._abandoned: set[str] = set()  # message ids that may still be answered
         self._refused: list[Reply] = []
+        self._sweep = 0.0  # seconds that the last look at all messages took
         self._broadcast: tuple[object, dict[int, ArrayRecord]] | None = None  # a version's params -> held -> as sent
 
     def clients(self, timeout: float) -> list[ClientInfo]:
@@ -115,48 +123,86 @@ class GridTransport:
         replies, self._refused = self._refused, []
         ready = getattr(self.grid, "ready", None)
         ids = list(self._pending) if ready is None else [i for i in ready() if i in self._pending][:1]
-        for message in self.grid.pull_messages(ids):
-            message_id = message.metadata.reply_to_message_id
-            job, attempt = self._pending.pop(message_id)
-            wanted = message_id not in self._abandoned
-            self._abandoned.discard(message_id)
-            if wanted and attempt < ATTEMPTS and died(message):
-                log.warning("client %s task %d is done again: %s", job.client, job.task, message.error.reason)
-                self._send([job], attempt + 1)
-            else:
-                replies.append(read_reply(message, job.client, job.task))
+        began = time.monotonic()
+        for message_id in ids:
+            replies += self._taken(message_id)
+        self._sweep = time.monotonic() - began
         return replies
 
+    def _message(self, message_id: str) -> Message | Exception | None:
+        """The reply to one message, None where it is not there yet, or what Flower raised as it read it.
+
+        Asked for alone, a message that cannot be read takes no other along.
+        """
+        try:
+            return next(iter(self.grid.pull_messages([message_id])), None)
+        except httpx.HTTPError:  # the SuperLink is gone: not the message's fault
+            raise
+        except Exception as error:
+            return error
+
+    def _taken(self, message_id: str) -> list[Reply]:
+        """The reply to a job, if it is there."""
+        message = self._message(message_id)
+        if message is None:
+            return []
+        job, attempt = self._pending.pop(message_id)
+        wanted = message_id not in self._abandoned
+        self._abandoned.discard(message_id)
+        if isinstance(message, Exception):
+            return [unreadable(job.client, job.task, message)]
+        if wanted and attempt < ATTEMPTS and died(message):
+            log.warning("client %s task %d is done again: %s", job.client, job.task, message.error.reason)
+            self._send([job], attempt + 1)
+            return []
+        return [read_reply(message, job.client, job.task)]
+
     def _wait(self, seconds: float | None) -> None:
+        if self._stop is not None and self._stop.exists():
+            raise KeyboardInterrupt
         wait = getattr(self.grid, "wait", None)
         if wait is not None:
             wait(seconds)
         else:
-            time.sleep(POLL_SECONDS if seconds is None else min(POLL_SECONDS, seconds))
+            pause = max(POLL_SECONDS, self._sweep)  # questions take half of the time at most
+            time.sleep(pause if seconds is None else min(pause, seconds))
 
     def _ask(self, timeout: float) -> dict[int, ClientInfo]:
         """Query every node for its client; waits until `expected` nodes are there."""
         deadline = self.now() + timeout
         while len(nodes := sorted(self.grid.get_node_ids())) < self.expected:
             if self.now() > deadline:
-                raise FedGPTError(f"{len(nodes)} of {self.expected} clients connected within {timeout:.0f} s")
-            time.sleep(POLL_SECONDS)
+                raise StoppedEarly(f"{len(nodes)} of {self.expected} clients connected within {timeout:.0f} s")
+            self._wait(POLL_SECONDS)
         nodes = nodes[: self.expected]
         questions = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
         waiting = dict(zip(self.grid.push_messages(questions), nodes, strict=True))
         infos: dict[int, ClientInfo] = {}
         while waiting:
-            for message in self.grid.pull_messages(list(waiting)):
-                node = waiting.pop(message.metadata.reply_to_message_id)
-                if message.has_error():
-                    raise FedGPTError(f"node {node} did not say who it is: {message.error.reason}")
-                infos[node], digest = read_info(message)
+            for message_id, node in list(waiting.items()):
+                if (message := self._message(message_id)) is None:
+                    continue
+                del waiting[message_id]
+                infos[node], digest = _introduced(message, node)
                 if digest != self.digest:
                     raise FedGPTError(
                         f"client {infos[node].id!r} prepared other data ({digest}) than the server ({self.digest}); "
                         "corpus, tokenizer and their package versions must be the same"
                     )
             if waiting and self.now() > deadline:
-                raise FedGPTError(f"{len(waiting)} clients did not say who they are within {timeout:.0f} s")
+                raise StoppedEarly(f"{len(waiting)} clients did not say who they are within {timeout:.0f} s")
             self._wait(POLL_SECONDS)
         return infos
+
+
+def _introduced(message: Message | Exception, node: int) -> tuple[ClientInfo, str]:
+    """(client, digest of its data) that a node has answered; raises FedGPTError where it is no answer."""
+    try:
+        if isinstance(message, Exception):
+            raise message
+        if not message.has_error():
+            return read_info(message)
+        told = message.error.reason
+    except Exception as error:  # whatever a malformed answer raises
+        told = f"its answer cannot be read ({type(error).__name__})"
+    raise FedGPTError(f"node {node} did not say who it is: {told}")

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.common.constant import ErrorCode
+from flwr.common.constant import ErrorCode, SType
 
+from fedgpt.core.errors import UpdateRejected
 from fedgpt.core.messages import ClientInfo, Job, Plan, Reply
-from fedgpt.flower.shared import array_record
+from fedgpt.flower.shared import NdArray, array_record
 from fedgpt.update.blockwise import BF16
 from fedgpt.update.downlink import joined
+from fedgpt.update.npy import read_npy
 
 ARRAY = "flat"  # the one array of an ArrayRecord
+MOST_REASON = 500  # characters of a client's exception that are kept: they go to logs and messages
 
 
 def vector_record(vector: np.ndarray) -> ArrayRecord:
@@ -63,12 +67,19 @@ def update_content(header: str, delta: np.ndarray) -> RecordDict:
 def read_reply(message: Message, client: str, task: int) -> Reply:
     """A client's reply as it came; nothing in it is believed yet, and nothing it holds can raise here."""
     if message.has_error():
-        return Reply(client, task, error=f"code {message.error.code}: {message.error.reason}")
+        return Reply(client, task, error=f"code {message.error.code}: {message.error.reason}"[:MOST_REASON])
     try:
-        header, payload = _config_text(message.content, "update"), _vector(message.content, "delta")
-    except Exception as error:  # whatever a hostile payload raises while it is read
-        return Reply(client, task, error=f"unreadable reply ({type(error).__name__})")
-    return Reply(client, task, header, payload, bytes=payload.nbytes + len(header))
+        header, payload = _update(message.content)
+        return Reply(client, task, header, payload, bytes=payload.nbytes + len(header))
+    except UpdateRejected as rejection:
+        return Reply(client, task, error=rejection.detail or rejection.code, code=rejection.code)
+    except Exception as error:  # whatever a hostile message raises while it is read
+        return unreadable(client, task, error)
+
+
+def unreadable(client: str, task: int, error: Exception) -> Reply:
+    """A reply that raised `error` while it was read."""
+    return Reply(client, task, error=f"unreadable reply ({type(error).__name__})", code="bad_encoding")
 
 
 def died(message: Message) -> bool:
@@ -97,6 +108,31 @@ def _config_text(content: RecordDict, name: str) -> str:
     if not isinstance(record, ConfigRecord):
         raise TypeError(f"{name} is a {type(record).__name__}")
     return str(record["json"])
+
+
+def _update(content: RecordDict) -> tuple[str, np.ndarray]:
+    """(header, array) of an update, which is all that a reply may hold."""
+    _exactly(content, "update", "delta")
+    about, arrays = content["update"], content["delta"]
+    if not isinstance(about, ConfigRecord) or not isinstance(arrays, ArrayRecord):
+        raise UpdateRejected("bad_encoding", f"records of {type(about).__name__} and {type(arrays).__name__}")
+    _exactly(about, "json")
+    _exactly(arrays, ARRAY)
+    header, array = about["json"], arrays[ARRAY]
+    if not isinstance(header, str):
+        raise UpdateRejected("bad_encoding", f"a header of {type(header).__name__}")
+    if isinstance(array, NdArray):  # of this machine: memory, not bytes
+        return header, array.numpy()
+    if array.stype != SType.NUMPY:
+        raise UpdateRejected("bad_encoding", f"an array of stype {array.stype!r:.40}")
+    return header, read_npy(array.data)
+
+
+def _exactly(record: Mapping[str, object], *names: str) -> None:
+    if missing := sorted(set(names) - set(record)):
+        raise UpdateRejected("missing_key", ", ".join(missing))
+    if extra := set(record) - set(names):
+        raise UpdateRejected("extra_key", f"{len(extra)} of them, beside {', '.join(names)}")
 
 
 def _vector(content: RecordDict, name: str) -> np.ndarray:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import secrets
 import shlex
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import flwr
@@ -18,7 +21,7 @@ from flwr.serverapp import Grid
 from fedgpt import __version__
 from fedgpt.aggregate.base import Strategy
 from fedgpt.config import build_strategy, changed_options, flat_options, refuse_another_run, to_yaml
-from fedgpt.core.errors import FedGPTError
+from fedgpt.core.errors import FedGPTError, Unwritten
 from fedgpt.core.files import write_text
 from fedgpt.core.flat import flatten
 from fedgpt.core.messages import ClientInfo, ServerState
@@ -54,19 +57,23 @@ from fedgpt.report.progress import ProgressDisplay
 from fedgpt.report.run_report import opening, privacy_text, samples_page, summary_text
 
 TTL_MARGIN = 10.0  # seconds past the deadline before a client that hangs is given up (the pool ends its worker)
+STOP_FILE = "FEDGPT_STOP_FILE"  # names a file by which a launcher in another process asks a server to stop
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # no more room for a file
 log = logging.getLogger(__name__)
 
 
 def serve(options: RunOptions, grid: Grid) -> dict[str, Any]:
     """Run `options` to the last version, or continue it from its folder's newest checkpoint; returns the summary."""
-    folder = RunFolder(options.run_dir)
     try:
-        _claim(folder, options)
-        prepared = prepare(options.corpus, options.tokenizer, options.cache_dir)
-        shards = partition(prepared, options.partition, options.seed, options.model.block_size + 1)
-        return _Run(options, folder, prepared, shards, grid).go()
-    finally:
-        folder.close()
+        with RunFolder(options.run_dir) as folder:
+            _claim(folder, options)
+            prepared = prepare(options.corpus, options.tokenizer, options.cache_dir)
+            shards = partition(prepared, options.partition, options.seed, options.model.block_size + 1)
+            return _Run(options, folder, prepared, shards, grid).go()
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise Unwritten(str(error.filename or "a file"), Path(options.run_dir), error) from error
 
 
 class _Run:
@@ -113,8 +120,10 @@ class _Run:
     def _snapshot(self) -> Snapshot:
         """Where the run stands: its newest whole checkpoint, or version 0."""
         checkpoints = Checkpoints(self.folder.checkpoints, self.options.checkpoint.keep)
-        snapshot = checkpoints.load()
+        snapshot = checkpoints.recover()
         checkpoints.close()
+        if checkpoints.given_up is not None:  # the log leads to what came to nothing
+            Journal(self.folder.wal).forget(checkpoints.given_up)
         if snapshot is None:
             for records in (self.folder.metrics, self.folder.events):
                 records.keep([])
@@ -172,7 +181,8 @@ class _Run:
         virtual, deadline = self.options.clock == "virtual", self.options.pace.deadline
         ttl = None if deadline is None or virtual else deadline + TTL_MARGIN
         now = snapshot.ledgers.seconds
-        real = GridTransport(self.grid, len(self.shards), self.prepared.digest, known, ttl, now)
+        stop = Path(os.environ[STOP_FILE]) if STOP_FILE in os.environ else None
+        real = GridTransport(self.grid, len(self.shards), self.prepared.digest, known, ttl, now, stop)
         if virtual:
             return VirtualTransport(real, make_timing(self.options), now)
         return real if journal is None else Journaled(real, journal, snapshot.state.version, now)

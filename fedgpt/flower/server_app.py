@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 from flwr.app import Context
@@ -27,5 +28,6 @@ def main(grid: Grid, context: Context) -> None:
             raise
         # a launcher in another process learns the reason from the folder
         failure = {"kind": type(error).__name__, "message": str(error)}
-        write_text(Path(options.run_dir) / "failure.json", json.dumps(failure) + "\n")
+        with suppress(OSError):  # it may be that there is no room for it
+            write_text(Path(options.run_dir) / "failure.json", json.dumps(failure) + "\n")
         raise

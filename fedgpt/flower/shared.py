@@ -197,4 +197,6 @@ def _decoded(array: Array) -> np.ndarray | None:
         value = array.numpy()
     except Exception:  # fuzzed .npy bytes raise nearly anything; see flower.md, section 10
         return None
-    return None if value.dtype.hasobject or value.dtype.names is not None else value
+    if not isinstance(value, np.ndarray) or value.dtype.hasobject or value.dtype.names is not None:
+        return None  # np.load takes an archive for an array
+    return value

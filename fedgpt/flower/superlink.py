@@ -23,10 +23,12 @@ from pathlib import Path
 from typing import IO
 
 from fedgpt.config import to_yaml
-from fedgpt.core.errors import ConfigError, FedGPTError, StoppedEarly
+from fedgpt.core.errors import ConfigError, FedGPTError, Interrupted, StoppedEarly
 from fedgpt.core.options import RunOptions
 from fedgpt.flower.machine import Machine
+from fedgpt.flower.serve import STOP_FILE
 
+STOP_SECONDS = 60.0  # that a server has for its checkpoint, once it was asked to stop
 MOST_NODES = 16  # one SuperNode is two Python processes of some 340 MB while it trains
 APP = """[project]
 name = "fedgpt-run"
@@ -49,7 +51,19 @@ overrides = ""
 
 
 def launch_flwr(options: RunOptions, clients: int, machine: Machine, client_env: dict[str, str]) -> None:
-    """Start SuperLink (and SuperNodes), submit the run, stream its log, end everything."""
+    """Start SuperLink (and SuperNodes), submit the run, stream its log, end everything.
+
+    Raises Interrupted after SIGINT or SIGTERM, where there is something to resume.
+    """
+    try:
+        _launch(options, clients, machine, client_env)
+    except KeyboardInterrupt:
+        if (Path(options.run_dir) / "config.yaml").exists():
+            raise Interrupted(options.run_dir) from None
+        raise
+
+
+def _launch(options: RunOptions, clients: int, machine: Machine, client_env: dict[str, str]) -> None:
     ray = options.runtime.name == "ray"
     if ray and importlib.util.find_spec("ray") is None:
         raise ConfigError('runtime=ray: Ray is not installed; pip install "fedgpt[ray]", or take runtime=pool')
@@ -61,6 +75,7 @@ def launch_flwr(options: RunOptions, clients: int, machine: Machine, client_env:
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedgpt-flower-")))
         env = {**os.environ, **client_env, "FLWR_HOME": str(home), "PYTHONUNBUFFERED": "1"}
+        env[STOP_FILE] = str(home / "stop")
         # Flower starts its own programs by name: those beside this interpreter come first
         env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
         port = _free_port()
@@ -88,8 +103,16 @@ def _submit(options: RunOptions, home: Path, env: dict[str, str], port: int, ext
         (folder / name).unlink(missing_ok=True)
     submit = ["flwr", "run", str(app), "fedgpt", "--run-config", str(home / "run.toml"), "--stream", *extra]
     with _child(submit, env, home, stream=True) as process:
-        while process.poll() is None:
-            time.sleep(0.1)
+        try:
+            while process.poll() is None:
+                time.sleep(0.1)
+        except KeyboardInterrupt:  # Flower's processes are in sessions of their own: none of them has noticed
+            Path(env[STOP_FILE]).touch()
+            deadline = time.monotonic() + STOP_SECONDS
+            while process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.1)
+            if not (folder / "summary.json").exists():
+                raise
     if (folder / "failure.json").exists():
         failure = json.loads((folder / "failure.json").read_text())
         kind = {"ConfigError": ConfigError, "StoppedEarly": StoppedEarly}.get(failure["kind"], FedGPTError)

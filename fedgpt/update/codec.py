@@ -23,8 +23,8 @@ MOST_HEADER = 1 << 16  # characters; ours has some hundred
 MOST_METRIC = 1e30  # sums over many clients stay finite
 REASONS = (
     "client_error", "no_reply", "too_large", "unknown_task", "duplicate", "late", "stale", "wrong_sender", "wrong_run",
-    "bad_encoding", "size_mismatch", "wrong_dtype", "wrong_shape", "digest_mismatch", "non_finite", "norm_limit",
-    "bad_num_tokens", "bad_metric",
+    "missing_key", "extra_key", "pickle_refused", "bad_encoding", "size_mismatch", "wrong_dtype", "wrong_shape",
+    "digest_mismatch", "non_finite", "norm_limit", "bad_num_tokens", "bad_metric",
 )  # fmt: skip
 
 
@@ -44,7 +44,17 @@ class Expected:
 
 def encode(run: str, update: Update, compressor: Compressor = PLAIN) -> tuple[str, np.ndarray]:
     """(header, array) of an update: its float32 delta as it is, or the uint8 payload of a codec."""
-    payload = update.delta if isinstance(compressor, Plain) else compressor.encode(update.delta)
+    payload = compress(update.delta, compressor)
+    return header_of(run, update, payload, compressor), payload
+
+
+def compress(delta: np.ndarray, compressor: Compressor) -> np.ndarray:
+    """The array that travels for a (parameters,) float32 delta."""
+    return delta if isinstance(compressor, Plain) else compressor.encode(delta)
+
+
+def header_of(run: str, update: Update, payload: np.ndarray, compressor: Compressor) -> str:
+    """The header that belongs to a payload."""
     header = {
         "format": FORMAT,
         "run": run,
@@ -57,7 +67,7 @@ def encode(run: str, update: Update, compressor: Compressor = PLAIN) -> tuple[st
         "tokens": update.tokens,
         "metrics": update.metrics,
     }
-    return json.dumps(header), payload
+    return json.dumps(header)
 
 
 def digest(array: np.ndarray) -> str:
@@ -68,7 +78,7 @@ def digest(array: np.ndarray) -> str:
 def decode(reply: Reply, expected: Expected) -> Update:
     """The update in `reply`, or UpdateRejected(code, detail); no other exception leaves this function."""
     if reply.error:
-        raise UpdateRejected("client_error", reply.error)
+        raise UpdateRejected(reply.code, reply.error)
     try:
         return _decode(reply, expected)
     except UpdateRejected:

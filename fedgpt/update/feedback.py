@@ -47,3 +47,13 @@ def rest(fed: np.ndarray, sent: np.ndarray) -> np.ndarray:
     """
     with np.errstate(over="ignore"):
         return fed - sent
+
+
+def measured(fed: np.ndarray, left: np.ndarray) -> dict[str, float]:
+    """What a stage tells of u as fed and e as left out: how long e is, and which share of u's length that is.
+
+    >>> measured(np.array([0.0, 5.0]), np.array([3.0, 4.0]))
+    {'compress_error': 1.0, 'residual_norm': 5.0}
+    """
+    of, out = float(np.linalg.norm(fed)), float(np.linalg.norm(left))
+    return {"compress_error": out / of if of > 0 else 0.0, "residual_norm": out}

@@ -17,7 +17,7 @@ from fedgpt.engine.journal import Journal, Journaled
 from fedgpt.engine.privacy import make_privacy
 from fedgpt.engine.record import first_record
 from fedgpt.engine.run_folder import RunFolder
-from fedgpt.engine.server import Server
+from fedgpt.engine.server import RootTrainer, Server
 from fedgpt.privacy.plan import PrivacyPlan
 
 SIZE = 300
@@ -66,13 +66,14 @@ def run(
     loss: dict[int, float] | None = None,
     outcomes: list[Outcome] | None = None,
     plan: PrivacyPlan | None = None,
+    root: RootTrainer | None = None,
 ) -> Outcome:
     """One start of the server, from scratch or from what its folder holds; `loss` of versions is what is scored.
 
     The outcome is added to `outcomes` also where the server raises.
     """
     folder = RunFolder(o.run_dir)
-    snapshot = Checkpoints(folder.checkpoints, o.checkpoint.keep).load()
+    snapshot = Checkpoints(folder.checkpoints, o.checkpoint.keep).recover()
     if snapshot is None:
         folder.metrics.keep([])
         params = np.linspace(-1, 1, SIZE, dtype=np.float32)
@@ -91,7 +92,7 @@ def run(
     events: list[tuple[str, dict]] = []
     server = Server(
         o, strategy or FedAvg(), log or script, evaluate, folder, snapshot,
-        [lambda event, about: events.append((event, dict(about)))], journal=log,
+        [lambda event, about: events.append((event, dict(about)))], root, journal=log,
         privacy=make_privacy(o, plan, folder.path, "data", snapshot.state.version == 0),
     )  # fmt: skip
     try:

@@ -16,6 +16,7 @@ from fedgpt.aggregate.fedbuff import FedBuff
 from fedgpt.core.errors import FedGPTError, Interrupted, StoppedEarly
 from fedgpt.core.messages import Reply
 from fedgpt.core.options import FleetOptions
+from fedgpt.engine.planner import Planner
 
 FOUR = dict.fromkeys("abcd", honest)
 # the note's trace for 10 local steps: (seconds, client, staleness)
@@ -119,6 +120,20 @@ def test_a_replay_that_is_too_short_says_so(tmp_path):
     fleet = FleetOptions("replay", path=str(tmp_path / "a" / "events.jsonl"))
     with pytest.raises(FedGPTError, match="stands still"):
         serve(tmp_path / "b", FOUR, DeltaSGD(), rounds=30, fleet=fleet)
+
+
+def test_a_stale_update_changes_no_speed(tmp_path, monkeypatch):
+    measured = []
+    measure = Planner.measure
+
+    def noted(planner, client, steps, seconds, speeds):
+        measured.append(client)
+        measure(planner, client, steps, seconds, speeds)
+
+    monkeypatch.setattr(Planner, "measure", noted)
+    run = serve(tmp_path, FOUR, DeltaSGD(), rounds=60, max_staleness=4)
+    assert run.summary["rejected"]["stale"] > 0
+    assert len(measured) == sum(event == "accept" for event, _ in run.events)
 
 
 def test_max_staleness_drops_with_a_reason(tmp_path):

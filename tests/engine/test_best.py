@@ -70,3 +70,14 @@ def test_a_restart_goes_back_as_the_uninterrupted_run_does(tmp_path, fault):
     assert np.array_equal(again.params, whole.params)
     assert [m["restored"] for m in again.metrics] == [m["restored"] for m in whole.metrics]
     assert np.array_equal(kept(tmp_path / "parts"), kept(tmp_path / "whole"))
+
+
+def test_a_best_version_after_the_checkpoint_is_kept_with_its_loss(tmp_path):
+    """Its weights are as good as they were; a restart must not put worse ones in their place."""
+    o = options(tmp_path, rounds=4)
+    o.checkpoint = CheckpointOptions(every=9)
+    with injected("aggregate:4:raise"), pytest.raises(Injected):
+        run(o, CLIENTS, loss={0: 5.0, 1: 4.0, 2: 2.0, 3: 3.0})
+    before = kept(tmp_path)
+    run(o, CLIENTS, loss={0: 5.0, 1: 4.0, 2: 3.5, 3: 3.0, 4: 2.5})  # as if other clients had come first
+    assert np.array_equal(kept(tmp_path), before)

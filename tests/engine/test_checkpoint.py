@@ -99,10 +99,12 @@ def test_after_three_starts_that_came_to_nothing_the_one_before_is_used(tmp_path
     save(tmp_path, 1, 2)
     for _ in range(3):
         checkpoints = Checkpoints(tmp_path, 2)
-        assert checkpoints.load().state.version == 2
+        assert checkpoints.recover().state.version == 2
         checkpoints.started(2)
         checkpoints.close()
-    assert Checkpoints(tmp_path, 2).load().state.version == 1
+    checkpoints = Checkpoints(tmp_path, 2)
+    assert checkpoints.load().state.version == 1, "as a reader has it"
+    assert checkpoints.recover().state.version == 1 and checkpoints.given_up == 2
     assert "3 starts from version-00000002.safetensors came to nothing" in caplog.text
     assert (tmp_path / "version-00000002.damaged").exists()
 
@@ -112,19 +114,66 @@ def test_a_start_that_came_to_something_counts_no_more(tmp_path, how):
     save(tmp_path, 1, 2)
     for version in range(3, 8):
         checkpoints = Checkpoints(tmp_path, 2)
-        checkpoints.started(checkpoints.load().state.version)
+        checkpoints.started(checkpoints.recover().state.version)
         if how == "a new checkpoint":
             checkpoints.save(snapshot(version))
         else:
             checkpoints.ended()
         checkpoints.close()
-    assert Checkpoints(tmp_path, 2).load().state.version == (7 if how == "a new checkpoint" else 2)
+    assert Checkpoints(tmp_path, 2).recover().state.version == (7 if how == "a new checkpoint" else 2)
 
 
 def test_the_only_checkpoint_is_used_however_often(tmp_path):
     save(tmp_path, 1)
     for _ in range(5):
         checkpoints = Checkpoints(tmp_path, 2)
-        checkpoints.started(checkpoints.load().state.version)
+        checkpoints.started(checkpoints.recover().state.version)
         checkpoints.close()
-    assert Checkpoints(tmp_path, 2).load().state.version == 1
+    assert Checkpoints(tmp_path, 2).recover().state.version == 1
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_reader_changes_nothing_whatever_it_finds(tmp_path):
+    """A checkpoint between its rename and its mark looks damaged to who reads while a run writes."""
+    save(tmp_path, 1, 2, 3)
+    (tmp_path / "version-00000003.sha256").unlink()
+    (tmp_path / ".version-00000004.safetensors.abcd").write_bytes(b"half")
+    before = contents(tmp_path)
+    assert Checkpoints(tmp_path, 3).load().state.version == 2
+    assert contents(tmp_path) == before
+
+
+def test_a_run_puts_aside_what_it_cannot_use_and_removes_what_killed_writes_left(tmp_path):
+    save(tmp_path, 1, 2, 3)
+    (tmp_path / "version-00000003.safetensors").write_bytes(b"torn")
+    (tmp_path / ".version-00000004.safetensors.abcd").write_bytes(b"half")
+    assert Checkpoints(tmp_path, 3).recover().state.version == 2
+    names = {path.name for path in tmp_path.iterdir()}
+    whole = {f"version-0000000{v}.{end}" for v in (1, 2) for end in ("safetensors", "sha256")}
+    assert names == whole | {"version-00000003.damaged"}
+
+
+def test_the_log_is_kept_from_the_oldest_checkpoint_on(tmp_path):
+    told: list[int] = []
+    checkpoints = Checkpoints(tmp_path, 2, told.append)
+    for version in (3, 6, 9, 12):
+        checkpoints.save(snapshot(version))
+    checkpoints.close()
+    assert told == [3, 3, 6, 9]
+
+
+def test_best_weights_that_are_damaged_are_as_good_as_none(tmp_path):
+    checkpoints, params = Checkpoints(tmp_path, 2), np.arange(50, dtype=np.float32)
+    checkpoints.save_best(params, 4, 2.5)
+    kept, loss = checkpoints.load_best()
+    assert np.array_equal(kept, params) and loss == 2.5
+    path = tmp_path / "best.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 1  # within the weights: it is still a whole file of its kind
+    path.write_bytes(content)
+    assert checkpoints.load_best() is None
+    path.unlink()
+    assert checkpoints.load_best() is None

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine.script import honest
+from engine.script import ScriptTransport, honest
 from engine.scripted import JOB_TOKENS, STEP_TOKENS, options, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +16,7 @@ from fedgpt.aggregate.delta_sgd import DeltaSGD
 from fedgpt.aggregate.fedasync import FedAsync
 from fedgpt.aggregate.fedavg import FedAvg
 from fedgpt.aggregate.median import Median
+from fedgpt.cli import exit_code
 from fedgpt.core.errors import Interrupted, StoppedEarly
 from fedgpt.core.faults import Injected, injected
 from fedgpt.core.messages import Reply
@@ -27,12 +28,13 @@ from fedgpt.engine.journal import Entry, Journal, wanted
 def entries() -> list[Entry]:
     update = np.arange(5, dtype=np.float32)
     packed = np.arange(7, dtype=np.uint8)
-    replies = (Reply("b", 3, error="code 2: é"), Reply("c", 1, "{}", packed, bytes=7))
+    replies = (Reply("b", 3, error="code 2: é", code="bad_encoding"), Reply("c", 1, "{}", packed, bytes=7))
     return [
         Entry("send", jobs=(("a", 0), ("b", 3)), times=(0.5, 1.5), away=frozenset({"c"}), clients=3),
         Entry("receive", replies=(Reply("a", 0, '{"x": 1}', update, bytes=20, seconds=2.0),), times=(2.0,), clients=3),
-        Entry("receive", replies=replies, clients=3),
         Entry("step", times=(9.25,), clients=3),
+        Entry("receive", replies=replies, clients=3),
+        Entry("step", times=(10.5,), clients=3),
     ]
 
 
@@ -41,8 +43,8 @@ def same(one: Entry, other: Entry) -> bool:
         return False
     pairs = list(zip(one.replies, other.replies, strict=True))
     plain = all(
-        (a.client, a.task, a.header, a.error, a.bytes, a.seconds)
-        == (b.client, b.task, b.header, b.error, b.bytes, b.seconds)
+        (a.client, a.task, a.header, a.error, a.code, a.bytes, a.seconds)
+        == (b.client, b.task, b.header, b.error, b.code, b.bytes, b.seconds)
         for a, b in pairs
     )
     return plain and all(
@@ -53,11 +55,11 @@ def same(one: Entry, other: Entry) -> bool:
 
 
 def written(folder: Path) -> Path:
-    """A log with two entries after version 4 and two after version 5."""
+    """A log with three entries after version 4 and two after version 5."""
     journal = Journal(folder)
-    for version, two in ((4, entries()[:2]), (5, entries()[2:])):
+    for version, some in ((4, entries()[:3]), (5, entries()[3:])):
         journal.begin(version)
-        for entry in two:
+        for entry in some:
             journal.append(entry)
     journal.close()
     return folder
@@ -65,7 +67,7 @@ def written(folder: Path) -> Path:
 
 def test_what_is_written_is_read(tmp_path):
     read = list(Journal(written(tmp_path)).read(4))
-    assert len(read) == 4 and all(same(a, b) for a, b in zip(read, entries(), strict=True))
+    assert len(read) == 5 and all(same(a, b) for a, b in zip(read, entries(), strict=True))
     assert len(list(Journal(tmp_path).read(5))) == 2
 
 
@@ -91,17 +93,35 @@ def test_any_cut_and_any_flipped_byte_leave_a_prefix(tmp_path_factory, data):
         content[at] ^= data.draw(st.integers(1, 255))
     path.write_bytes(content)
     read = list(Journal(folder).read(4))
-    before = 0 if path.name == "version-00000004.log" else 2
-    # a file that was cut off between two entries is whole in itself: what follows it is another version's
-    assert all(any(same(entry, known) for known in entries()) for entry in read)
-    assert len(read) >= before and all(same(a, b) for a, b in zip(read[:before], entries(), strict=False))
-    assert len(read) < 4
+    before = 0 if path.name == "version-00000004.log" else 3
+    assert before <= len(read) < 5 and all(same(a, b) for a, b in zip(read, entries(), strict=False))
 
     journal = Journal(folder)  # and it can be gone on with
-    journal.begin(9)
+    journal.begin(4 + sum(entry.call == "step" for entry in read))
     journal.append(entries()[0])
     journal.close()
-    assert same(list(journal.read(4))[-1], entries()[0])
+    again = list(journal.read(4))
+    assert len(again) == len(read) + 1 and same(again[-1], entries()[0])
+
+
+def test_a_version_that_is_missing_ends_the_log(tmp_path):
+    """What is behind it is of a future that another checkpoint began."""
+    journal = Journal(written(tmp_path))
+    journal.begin(7)
+    journal.append(entries()[0])
+    journal.close()
+    assert len(list(Journal(tmp_path).read(4))) == 5
+    assert not (tmp_path / "version-00000007.log").exists()
+    assert list(Journal(tmp_path).read(3)) == [] and not list(tmp_path.iterdir())
+
+
+def test_a_log_can_be_left_behind_at_the_entry_that_does_not_fit(tmp_path):
+    journal = Journal(written(tmp_path))
+    read = journal.read(4)
+    for _ in range(2):
+        next(read)
+    journal.cut()
+    assert len(list(Journal(tmp_path).read(4))) == 1 and not (tmp_path / "version-00000005.log").exists()
 
 
 def uneven(hurry: float):
@@ -197,6 +217,59 @@ def test_a_run_that_stopped_for_a_reason_asks_again(tmp_path):
         run(o, {"a": honest, "b": never}, journal=True)
     again = run(o, {"a": honest, "b": honest}, journal=True)
     assert again.version == 2
+
+
+def damaged(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def test_past_a_damaged_checkpoint_the_log_leads_to_where_the_run_stood(tmp_path):
+    """Nobody is asked again for what was accepted after the older checkpoint."""
+    o = options(tmp_path, rounds=20, **BUFFER)
+    o.checkpoint = CheckpointOptions(every=6, keep=2)
+    outcomes = []
+    with injected("accepted:15:raise"), pytest.raises(Injected):
+        run(o, uneven(1.0), DeltaSGD(), journal=True, outcomes=outcomes)
+    damaged(tmp_path / "checkpoints" / "version-00000012.safetensors")
+    again = run(o, uneven(-1.0), DeltaSGD(), journal=True)
+    first, begun = outcomes[0].accepted, outcomes[0].accepted_until(6)  # which the older checkpoint is of
+    assert not {(job.client, job.task) for job in again.jobs} & {(c, task) for c, task, _ in first}
+    assert again.accepted[: len(first) - begun] == first[begun:] and again.version == 20
+
+
+def test_a_log_that_does_not_fit_is_replaced_from_there_on(tmp_path, caplog):
+    """What is written after it is found by the next restart, too."""
+    o = options(tmp_path, rounds=20, **BUFFER)
+    o.checkpoint = CheckpointOptions(every=30)
+    with injected("accepted:12:raise"), pytest.raises(Injected):
+        run(o, uneven(1.0), DeltaSGD(), journal=True)
+    o.local.steps = 2  # jobs of other lengths, as of another version of the program: its steps are not those of the log
+    o.pace.clients = 3
+    outcomes = []
+    with injected("accepted:9:raise"), pytest.raises(Injected):
+        run(o, uneven(-1.0), DeltaSGD(), journal=True, outcomes=outcomes)
+    assert "the log does not fit" in caplog.text
+    caplog.clear()
+    again = run(o, uneven(1.0), DeltaSGD(), journal=True)
+    assert "the log does not fit" not in caplog.text
+    assert again.accepted[: len(outcomes[0].accepted)] == outcomes[0].accepted and again.version == 20
+
+
+def test_clients_that_do_not_come_back_in_time_cost_no_log(tmp_path, monkeypatch):
+    """The run stops with code 3 before it is told anything; once they are there it goes on as if it had not."""
+    o = options(tmp_path, rounds=2)
+    with injected("accepted:2:raise"), pytest.raises(Injected):
+        run(o, dict.fromkeys("abc", honest), journal=True)
+
+    def nobody(transport, timeout):
+        raise StoppedEarly(f"0 of 3 clients connected within {timeout:.0f} s")
+
+    with monkeypatch.context() as patched, pytest.raises(StoppedEarly, match="connected within 300 s") as stopped:
+        patched.setattr(ScriptTransport, "clients", nobody)
+        run(o, dict.fromkeys("abc", honest), journal=True)
+    assert exit_code(stopped.value) == 3
+    again = run(o, dict.fromkeys("abc", honest), journal=True)
+    assert again.version == 2 and (again.jobs[0].client, again.jobs[0].version) == ("c", 0)
 
 
 def test_without_its_clients_the_log_is_of_no_use(tmp_path, caplog):

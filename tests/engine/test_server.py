@@ -37,7 +37,7 @@ def serve(tmp_path, behaviours, strategy=None, seen=None, **pace):
     """Run the real server to its end over a script; returns it."""
     o = options(tmp_path, **pace)
     folder = RunFolder(tmp_path)
-    snapshot = Checkpoints(folder.checkpoints, 2).load()
+    snapshot = Checkpoints(folder.checkpoints, 2).recover()
     if snapshot is None:
         params = np.linspace(-1, 1, SIZE, dtype=np.float32)
         snapshot = Snapshot(ServerState(params), Ledgers("run", record={"version": 0, "tokens": 0}))
@@ -169,6 +169,18 @@ def test_a_goal_closes_the_version_early(tmp_path):
     assert transport.time == 12.0
 
 
+def test_over_selection_ignores_who_is_late_and_counts_them(tmp_path):
+    """Ten are asked, eight are enough: the other two are given up when the version closes, and come too late."""
+    names = "abcdefghij"
+    clients = {name: partial(honest, seconds=1.0 if name < "i" else 1.4) for name in names}
+    _, transport, summary, metrics = serve(tmp_path / "all", clients, goal=8, rounds=3)
+    assert len(transport.jobs) == 30 and [m["accepted"] for m in metrics[1:]] == [8, 8, 8]
+    assert [m["rejected"] for m in metrics[1:]] == [{"no_reply": 2}, *[{"late": 2, "no_reply": 2}] * 2]
+    assert summary["rejected"] == {"no_reply": 6, "late": 4}
+    without = serve(tmp_path / "eight", {**clients, "i": lambda job: [], "j": lambda job: []}, goal=8, rounds=3)
+    assert without[2]["weights_sha256"] == summary["weights_sha256"]
+
+
 def test_too_few_updates_stop_the_run_with_the_reasons(tmp_path):
     def broken(job):
         return [(1.0, Reply(job.client, job.task, error="code 2: no text"))]
@@ -191,6 +203,17 @@ def test_diverged_weights_stop_the_run(tmp_path):
 
     with pytest.raises(StoppedEarly, match="NaN or Inf"), np.errstate(invalid="ignore"):
         serve(tmp_path, CLIENTS, Exploding())
+
+
+def test_weights_that_run_away_stop_the_run_with_what_to_change(tmp_path):
+    """Finite, though their squares are not in float32: no scale could be found for the next updates."""
+
+    class RunningAway(FedAvg):
+        def step(self, d, state):
+            return replace(super().step(d, state), params=state.params * np.float32(1e25))
+
+    with pytest.raises(StoppedEarly, match=r"version 1 has weights of length 1\S*e\+26: .*lower strategy.eta"):
+        serve(tmp_path, CLIENTS, RunningAway())
 
 
 @pytest.mark.parametrize("crash_at", range(1, 4))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from engine.script import honest, reply_with
@@ -9,6 +12,7 @@ from engine.scripted import SIZE, options, run
 
 from fedgpt.aggregate.centred_clip import CentredClip
 from fedgpt.aggregate.fedavg import FedAvg
+from fedgpt.aggregate.fltrust import FLTrust
 from fedgpt.aggregate.geometric_median import GeometricMedian
 from fedgpt.aggregate.krum import Krum
 from fedgpt.aggregate.median import Median
@@ -18,7 +22,7 @@ from fedgpt.core.messages import Reply, Update
 from fedgpt.core.options import ValidateOptions
 from fedgpt.engine.trust import ENOUGH, REMEMBERED, Quarantine, clip_length, norm_limit, remembered
 
-RULES = [FedAvg(), Median(), TrimmedMean(), Krum(attackers=1), GeometricMedian(), NormClip(), CentredClip()]
+RULES = [FedAvg(), Median(), TrimmedMean(), Krum(attackers=1), GeometricMedian(), NormClip(), CentredClip(), FLTrust()]
 HONEST = dict.fromkeys("abcdef", honest)
 
 
@@ -57,36 +61,89 @@ def test_one_client_always_stays():
     assert quarantine.strike("b", 0, 1, ["a", "b"]) is None and not quarantine.holds("b")
 
 
+def spoiled(spoil, **header):
+    """A client whose honest update is changed: its array by `spoil`, its header by fields."""
+
+    def client(job):
+        ((seconds, reply),) = honest(job)
+        about = {**json.loads(reply.header), **header}
+        return [(seconds, replace(reply, payload=spoil(reply.payload), header=json.dumps(about)))]
+
+    return client
+
+
+def resent(spoil, **how):
+    """As `spoiled`, with the digest of what is sent."""
+
+    def client(job):
+        ((seconds, reply),) = honest(job)
+        return [(seconds, reply_with(job, spoil(reply.payload), **how))]
+
+    return client
+
+
+def read_as(code):
+    """What `read_reply` makes of bytes that are no update; tests/flower/test_messages.py has the bytes."""
+    return lambda job: [(1.0, Reply(job.client, job.task, error="no array", code=code))]
+
+
+def same(array):
+    return array
+
+
+GARBAGE = {  # reason code -> a client that earns it
+    "bad_encoding": lambda job: [(1.0, replace(honest(job)[0][1], header="{not json"))],
+    "missing_key": read_as("missing_key"),
+    "extra_key": read_as("extra_key"),
+    "pickle_refused": read_as("pickle_refused"),
+    "too_large": spoiled(same, padding="x" * 100_000),
+    "wrong_run": spoiled(same, run="another"),
+    "wrong_sender": spoiled(same, client="a"),
+    "unknown_task": spoiled(same, task=10**6),
+    "size_mismatch": resent(lambda array: array[:-1]),
+    "wrong_shape": resent(lambda array: array.reshape(-1, 1)),
+    "wrong_dtype": resent(lambda array: array.astype(np.float64)),
+    "digest_mismatch": spoiled(lambda array: array + np.float32(1)),
+    "bad_num_tokens": resent(same, tokens=10**13),
+    "bad_metric": resent(same, accuracy=float("nan")),
+    "non_finite": resent(lambda array: array * np.float32(np.nan)),
+    "norm_limit": resent(lambda array: array * np.float32(1e30)),
+}
+
+
 def garbage(job):
     """Something else in every round, and never an update."""
-    size, kind = job.params.size, job.task % 5
-    if kind == 0:
-        return [(1.0, Reply(job.client, job.task, "{not json", np.zeros(size, np.float32), bytes=4 * size))]
-    if kind == 1:
-        return [(1.0, reply_with(job, np.full(size, np.nan, np.float32)))]
-    if kind == 2:
-        return [(1.0, reply_with(job, np.full(size, 1e30, np.float32)))]
-    if kind == 3:
-        return [(1.0, reply_with(job, np.zeros(size + 1, np.float32)))]
-    return [(1.0, reply_with(job, np.zeros(size, np.float32), tokens=10**12))]
+    return list(GARBAGE.values())[job.task % len(GARBAGE)](job)
 
 
 def silent(job):
     return [(1.0, Reply(job.client, job.task, error="no memory"))]
 
 
+def root(job):
+    """What the server trains by itself, where a rule wants that."""
+    delta = honest(replace(job, client="a"))[0][1].payload
+    return Update("server", job.task, job.version, delta, 512)
+
+
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 def test_garbage_in_every_round_is_as_if_the_client_never_answered(tmp_path, rule):
-    """The run reaches its end with the weights of the run in which that client only fails."""
+    """The run reaches its end with the weights of the run in which that client only fails; each kind came once."""
     outcomes = []
     for name, client in (("garbage", garbage), ("silent", silent)):
-        o = options(tmp_path / name, rounds=8)
-        outcomes.append(run(o, {**HONEST, "mallory": client}, rule))
+        o = options(tmp_path / name, rounds=len(GARBAGE))
+        o.validate = ValidateOptions(strikes=0)  # no quarantine: it is asked in every round
+        outcomes.append(run(o, {**HONEST, "mallory": client}, rule, root=root))
     bad, without = outcomes
-    assert np.array_equal(bad.params, without.params)
-    assert bad.version == 8 and bad.server.ledgers.rejected.keys() <= {"bad_encoding", "non_finite", "norm_limit"}
+    assert np.array_equal(bad.params, without.params) and bad.version == len(GARBAGE)
+    assert bad.server.ledgers.rejected == dict.fromkeys(GARBAGE, 1)
     assert {e["client"] for e in bad.told("accept")} == set(HONEST)
-    (told,) = bad.told("quarantine")
+    assert {e["client"] for e in bad.told("reject")} == {"mallory"}
+
+
+def test_garbage_three_times_in_a_row_is_quarantined(tmp_path):
+    outcome = run(options(tmp_path, rounds=8), {**HONEST, "mallory": garbage})
+    (told,) = outcome.told("quarantine")
     assert told["client"] == "mallory" and told["until"] == 3 + 10
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
@@ -97,10 +98,10 @@ def test_checkpoints_that_are_all_damaged_are_never_started_over(tmp_path):
 
 
 def test_a_damaged_checkpoint_does_not_outlive_the_ones_after_it(tmp_path):
-    serve(tmp_path, FOUR, DeltaSGD(), rounds=9)
+    first = serve(tmp_path, FOUR, DeltaSGD(), rounds=9)
     newest = max((tmp_path / "checkpoints").glob("*.safetensors"))
     newest.write_bytes(b"torn")
-    assert serve(tmp_path, FOUR, DeltaSGD(), rounds=9).summary["versions"] == 9
+    assert serve(tmp_path, FOUR, DeltaSGD(), rounds=9).summary == {**first.summary, "wall_seconds": ANY}
     assert newest.with_suffix(".damaged").exists()
     checkpoints = Checkpoints(tmp_path / "checkpoints", 2)
     assert checkpoints.load().state.version == 9

@@ -94,7 +94,7 @@ def serve(
         checkpoint=CheckpointOptions(every=checkpoint),
     )
     run_folder = RunFolder(folder)
-    snapshot = Checkpoints(run_folder.checkpoints, 2).load()
+    snapshot = Checkpoints(run_folder.checkpoints, 2).recover()
     if snapshot is None:
         params = np.linspace(-1, 1, SIZE, dtype=np.float32)
         snapshot = Snapshot(ServerState(params), Ledgers("run", record=first_record()))

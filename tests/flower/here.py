@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from flwr.app import Context, Message, RecordDict
-from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
@@ -48,7 +48,11 @@ class HereGrid(Grid):
             message.metadata._message_id = ids[-1]  # as a SuperLink would
             node = message.metadata.dst_node_id
             about = {"partition-id": node - FIRST_NODE, "state-dir": self.state}
-            reply = app(message, Context(1, node, about, RecordDict(), self.run_config))
+            try:
+                reply = app(message, Context(1, node, about, RecordDict(), self.run_config))
+            except Exception as error:  # as a SuperNode has it
+                reason = f"{type(error).__name__}: {error}"
+                reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
             for record in reply.content.array_records.values() if reply.has_content() else ():
                 for key, array in list(record.items()):
                     record[key] = NdArray(array.numpy().copy())  # the app's next job overwrites what it sent

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import json
+import time
 from collections.abc import Iterable
 
 import numpy as np
 import pytest
-from flwr.app import Error, Message, RecordDict
+from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.app.message import make_message
 from flwr.common.constant import ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedgpt.core.errors import FedGPTError, StoppedEarly
 from fedgpt.core.messages import ClientInfo, Job, Plan
 from fedgpt.flower.grid_transport import ATTEMPTS, GridTransport
-from fedgpt.flower.messages import read_job, update_content
+from fedgpt.flower.messages import info_content, read_job, update_content
 
 DIED, RAISED = ErrorCode.CLIENT_APP_CRASHED, ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
@@ -98,3 +101,112 @@ def test_a_job_that_was_given_up_is_not_done_again():
 def test_the_clock_goes_on_from_where_the_run_stood():
     made, _ = transport({})
     assert 100.0 <= made.now() <= made.now() < 110.0
+
+
+class Broken(Grid):
+    """Flower cannot read the answers to these nodes, and raises; other answers are taken from where they lie."""
+
+    def __init__(self, nodes: set[int], raised: Exception):
+        super().__init__({})
+        self.nodes, self.raised = nodes, raised
+
+    def pull_messages(self, ids: Iterable[str]) -> list[Message]:
+        found = super().pull_messages(ids)  # they are gone from here on, as with a SuperLink
+        if any(message.metadata.src_node_id in self.nodes for message in found):
+            raise self.raised
+        return found
+
+
+@pytest.mark.parametrize("raised", [KeyError("x"), json.JSONDecodeError("", "", 0), MemoryError()], ids=repr)
+def test_a_message_that_flower_cannot_read_is_the_error_of_its_client_and_takes_no_other_along(raised):
+    made = GridTransport(Broken({7}, raised), 2, "digest", {7: ClientInfo("a", 10), 8: ClientInfo("b", 10)})
+    made.clients(timeout=1)
+    made.send([job("a"), job("b")])
+    replies = {}
+    while len(replies) < 2:
+        replies |= {reply.client: reply for reply in made.receive(1.0)}
+    assert replies["a"].code == "bad_encoding" and type(raised).__name__ in replies["a"].error
+    assert replies["b"].error == "" and replies["b"].payload.tolist() == [1.0, 2.0, 3.0, 4.0]
+    made.send([job("a")])  # and it goes on
+
+
+class Asked(Grid):
+    """Nodes that answer the first query with what they are told to."""
+
+    def __init__(self, answers: dict[int, RecordDict]):
+        super().__init__({})
+        self.contents = answers
+
+    def get_node_ids(self) -> list[int]:
+        return list(self.contents)
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        ids = []
+        for message in messages:
+            name = message.metadata.__dict__["_message_id"] = f"message {next(self.numbers)}"
+            ids.append(name)
+            self.answers[name] = Message(self.contents[message.metadata.dst_node_id], reply_to=message)
+        return ids
+
+
+def test_nodes_say_who_they_are():
+    made = GridTransport(Asked({n: info_content(ClientInfo(f"c{n}", n), "digest") for n in (7, 8)}), 2, "digest")
+    assert made.clients(timeout=1) == [ClientInfo("c7", 7), ClientInfo("c8", 8)]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        RecordDict(),
+        RecordDict({"who": ConfigRecord({"id": "a", "digest": "digest"}), "size": MetricRecord({})}),
+        RecordDict({"who": ConfigRecord({"id": "a", "digest": "digest"}), "size": MetricRecord({"tokens": 0.5})}),
+    ],
+    ids=["empty", "without tokens", "half a token"],
+)
+def test_an_answer_that_does_not_say_who_it_is_is_told_by_its_node(answer):
+    made = GridTransport(Asked({8: answer}), 1, "digest")
+    with pytest.raises(FedGPTError, match=r"node 8 did not say who it is: its answer cannot be read"):
+        made.clients(timeout=1)
+
+
+def test_waiting_for_clients_ends_with_how_many_came():
+    made = GridTransport(Asked({7: info_content(ClientInfo("a", 1), "digest")}), 3, "digest")
+    with pytest.raises(StoppedEarly, match=r"1 of 3 clients connected within 0 s"):
+        made.clients(timeout=0.2)
+
+
+def test_waiting_for_their_names_ends_too():
+    class Silent(Asked):
+        def pull_messages(self, ids: Iterable[str]) -> list[Message]:
+            return []
+
+    made = GridTransport(Silent({7: RecordDict()}), 1, "digest")
+    with pytest.raises(StoppedEarly, match=r"1 clients did not say who they are within 0 s"):
+        made.clients(timeout=0.2)
+
+
+def test_a_file_ends_every_wait(tmp_path):
+    """How a launcher stops a server whose process or thread gets no signal of its own."""
+    stop = tmp_path / "stop"
+    known = {7: ClientInfo("a", 10)}
+    made = GridTransport(Asked({}), 1, "digest", stop=stop)
+    working = GridTransport(Grid({}), 1, "digest", known, stop=stop)
+    assert working.receive(0.1) == []
+    stop.touch()
+    for wait in (lambda: made.clients(timeout=60), lambda: working.receive(60.0)):
+        with pytest.raises(KeyboardInterrupt):
+            wait()
+
+
+def test_a_wall_clock_that_jumps_moves_no_deadline(monkeypatch):
+    """By an hour at each look: waits are as long as asked for, and the run's clock goes on evenly."""
+    real, jumps = time.time, itertools.count()
+    monkeypatch.setattr(time, "time", lambda: real() + 3600 * next(jumps))
+    made, _ = transport({})
+    before, began = made.now(), time.monotonic()
+    for _ in range(3):
+        assert made.receive(0.2) == []
+    took = time.monotonic() - began
+    assert 0.6 <= took < 30 and made.now() - before == pytest.approx(took, abs=0.5)
+    with pytest.raises(StoppedEarly, match="connected within"):
+        GridTransport(Asked({}), 1, "digest").clients(timeout=0.2)

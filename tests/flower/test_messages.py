@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import gc
+import io
+import pickle
 import weakref
 
 import numpy as np
 import pytest
-from flwr.app import ArrayRecord, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageType, RecordDict
+from flwr.common.constant import ErrorCode, SType
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedgpt.core.messages import Job, Plan
-from fedgpt.flower.messages import job_content, read_job, read_reply, update_content, vector_record
+from fedgpt.flower.messages import MOST_REASON, job_content, read_job, read_reply, update_content, vector_record
+from fedgpt.update.codec import REASONS
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +57,83 @@ def test_a_job_that_was_read_keeps_no_vector_alive():
     assert about == ("a", 3, 2, plan)
 
 
-@pytest.mark.parametrize("content", [RecordDict(), RecordDict({"update": ArrayRecord(), "delta": ArrayRecord()})])
-def test_a_reply_of_another_kind_is_unreadable(content):
-    reply = read_reply(Message(content, 5, MessageType.TRAIN), "a", 0)
-    assert reply.error.startswith("unreadable reply") and reply.payload is None
+# ---- what a stranger may send in the place of an array
+
+
+def npy(array: np.ndarray, **how) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, **how)
+    return buffer.getvalue()
+
+
+def npz(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.savez(buffer, flat=array)
+    return buffer.getvalue()
+
+
+NUMBERS = np.arange(64, dtype=np.float32)
+GOOD = npy(NUMBERS)
+
+
+def wire(data: bytes, stype: str = SType.NUMPY, **more: Array) -> ArrayRecord:
+    return ArrayRecord({"flat": Array("float32", (64,), stype, data), **more})
+
+
+def content(delta: object = None, update: object = None, **more: object) -> RecordDict:
+    header = ConfigRecord({"json": "{}"})
+    delta = wire(GOOD) if delta is None else delta
+    return RecordDict({"update": update or header, "delta": delta, **more})
+
+
+def test_an_array_from_the_wire_is_read():
+    reply = read_reply(Message(content(), 5, MessageType.TRAIN), "a", 0)
+    assert not reply.error and reply.header == "{}" and reply.bytes == NUMBERS.nbytes + 2
+    np.testing.assert_array_equal(reply.payload, NUMBERS)
+    assert reply.payload.dtype == np.float32
+
+
+FIRST = GOOD.index(b"(64,)")
+BOMB = GOOD[:FIRST] + b"(9999999999999,), }" + GOOD[FIRST + 19 :]  # of the same length, so that the data begins there
+CONTENTS = {
+    "npz": (content(wire(npz(NUMBERS))), "bad_encoding"),
+    "zip": (content(wire(b"PK\x03\x04" + GOOD)), "bad_encoding"),
+    "pickle": (content(wire(pickle.dumps([1.0]))), "bad_encoding"),
+    "pickled objects": (content(wire(npy(np.array([{}, "x"], object)))), "pickle_refused"),
+    "bomb": (content(wire(BOMB)), "size_mismatch"),
+    "header of 4 GB": (content(wire(b"\x93NUMPY\x02\x00\xff\xff\xff\xff" + GOOD)), "bad_encoding"),
+    "no header": (content(wire(GOOD[:40])), "bad_encoding"),
+    "truncated": (content(wire(GOOD[:-1])), "size_mismatch"),
+    "trailing": (content(wire(GOOD + b"\0")), "size_mismatch"),
+    "twice": (content(wire(GOOD + GOOD)), "size_mismatch"),
+    "columns first": (content(wire(npy(np.asfortranarray(NUMBERS.reshape(8, 8))))), "bad_encoding"),
+    "garbage": (content(wire(bytes(range(256)))), "bad_encoding"),
+    "empty": (content(wire(b"")), "bad_encoding"),
+    "other stype": (content(wire(GOOD, "torch.Tensor")), "bad_encoding"),
+    "renamed array": (content(ArrayRecord({"flat2": Array(NUMBERS)})), "missing_key"),
+    "no array": (content(ArrayRecord({})), "missing_key"),
+    "two arrays": (content(wire(GOOD, more=Array(NUMBERS))), "extra_key"),
+    "more of the header": (content(update=ConfigRecord({"json": "{}", "x": 1})), "extra_key"),
+    "renamed header": (content(update=ConfigRecord({"text": "{}"})), "missing_key"),
+    "header of bytes": (content(update=ConfigRecord({"json": b"{}"})), "bad_encoding"),
+    "one record more": (content(more=ConfigRecord({})), "extra_key"),
+    "nothing": (RecordDict(), "missing_key"),
+    "arrays for a header": (RecordDict({"update": wire(GOOD), "delta": wire(GOOD)}), "bad_encoding"),
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_whatever_a_reply_holds_is_an_update_or_an_error_with_a_documented_code(name):
+    message, code = CONTENTS[name]
+    reply = read_reply(Message(message, 5, MessageType.TRAIN), "a", 0)
+    assert reply.code == code and code in REASONS and reply.payload is None
+    assert 0 < len(reply.error) < 200, "names and numbers for a line of a log"
+
+
+def test_of_a_clients_exception_only_so_much_is_kept():
+    asked = Message(RecordDict(), 5, MessageType.TRAIN)
+    asked.metadata.__dict__["_message_id"] = "1"
+    message = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "private text " * 10_000), reply_to=asked)
+    reply = read_reply(message, "a", 0)
+    assert reply.error.startswith("code 2: private") and len(reply.error) == MOST_REASON
+    assert reply.code == "client_error"

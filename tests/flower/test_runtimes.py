@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from fedgpt.engine.checkpoint import Checkpoints
+from fedgpt.engine.run_folder import read_lines
+
 REPOSITORY = Path(__file__).parent.parent.parent
 SMALL = [
     "corpus=stdlib", "tokenizer=bytes", "partition=iid", "partition.clients=2", "model.n_layer=1", "model.n_embd=32",
@@ -108,6 +111,39 @@ def test_flowers_own_command_from_the_repository(tmp_path, env, pool):
         deadline = time.monotonic() + 20
         while children_of_flower() and time.monotonic() < deadline:
             time.sleep(0.2)
+
+
+STOPPED = ["rounds=5", "checkpoint.every=0"]  # the only checkpoint is that of the interrupt
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, env) -> dict:
+    return run("pool", tmp_path_factory.mktemp("whole") / "run", env, *STOPPED)
+
+
+@pytest.mark.parametrize(
+    "runtime, number", [pytest.param("ray", signal.SIGTERM, marks=needs_ray), ("superlink", signal.SIGINT)]
+)
+def test_interrupted_it_writes_a_checkpoint_and_says_how_to_go_on(runtime, number, tmp_path, env, whole):
+    """Like the pool: exit code 130, the command, and then the same run."""
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "fedgpt", "run", f"runtime={runtime}", f"run_dir={folder}", *SMALL, *STOPPED]
+    with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        deadline = time.monotonic() + 200
+        while not any(e["event"] == "version" for e in read_lines(folder / "events.jsonl")):
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=100)
+    assert process.returncode == 130, errors[-3000:]
+    assert errors.endswith(f"fedgpt: interrupted; continue with: fedgpt run resume={folder}\n")
+    assert not children_of_flower()
+    assert Checkpoints(folder / "checkpoints", 2).load().state.version in range(1, 5)
+    done = subprocess.run(
+        [*command[:4], f"resume={folder}"], env=env, capture_output=True, text=True, timeout=400, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same_run(json.loads((folder / "summary.json").read_text()), whole)
 
 
 def test_superlink_with_too_many_clients_is_refused_with_what_to_change(tmp_path, env):

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import io
 import os
 import pickle
 import socket
@@ -77,11 +78,14 @@ def test_plain_and_foreign_arrays():
     good = Array(np.arange(6.0).reshape(2, 3))
     foreign = Array(dtype="bf16", shape=(2,), stype="mine", data=b"1234")
     damaged = Array(dtype="float32", shape=(2,), stype="numpy.ndarray", data=b"not an npy file")
-    memory, specs = share([good, foreign, damaged])
+    buffer = io.BytesIO()
+    np.savez(buffer, x=np.ones(2))
+    archive = Array(dtype="float32", shape=(2,), stype="numpy.ndarray", data=buffer.getvalue())
+    memory, specs = share([good, foreign, damaged, archive])
     back = attach(memory, specs)
     assert back[0] == good
     assert back[1] == foreign
-    assert back[2] == damaged
+    assert back[2] == damaged and back[3] == archive
 
 
 def test_ndarray_neither_copies_nor_serialises_until_asked():

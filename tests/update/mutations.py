@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from fedgpt.core.errors import UpdateRejected
 from fedgpt.core.messages import Reply, Update
 from fedgpt.update.codec import REASONS, Expected, decode, digest, encode
 from fedgpt.update.compress import COMPRESSORS, Compressor, make_compressor
+from fedgpt.update.npy import read_npy
 
 SIZE, TOKENS, LIMIT = 5000, 640, 50.0
 DELTA = np.random.default_rng(0).standard_normal(SIZE).astype(np.float32) / 10
@@ -28,7 +31,15 @@ JUNK: list[Any] = [
 ]  # fmt: skip
 DTYPES = ("<f4", ">f4", "<f8", "<f2", "<i8", "<u4", "u1", "i1", "?", "<c8", "<M8[s]", "S4", "V4")
 VALUES = np.array([np.nan, np.inf, -np.inf, 3e38, -3e38, 1e-45, -0.0, 60.0], np.float32)
+HEADERS = (
+    b"PK\x03\x04", b"\x80\x04\x95", b"\x93NUMPY\x01\x00", b"\x93NUMPY\x02\x00\xff\xff\xff\xff", b"(9999999999999,)",
+    b"|O", b">f4", b"(" * 200, b"-1", b"True", b"'descr'", b"[('a', '<f4')]", b"1.5", b"\x00", b"",
+)  # fmt: skip
 Choose = Callable[[int], int]
+
+
+class Npy(bytes):
+    """A payload as the wire has it."""
 
 
 def message(choose: Choose) -> tuple[Reply, Expected]:
@@ -52,6 +63,8 @@ def message(choose: Choose) -> tuple[Reply, Expected]:
 def check(reply: Reply, expected: Expected) -> str:
     """The reason code, or `valid` where every promise of a valid update holds; anything else is a failed assertion."""
     try:
+        if isinstance(reply.payload, Npy):
+            reply = replace(reply, payload=read_npy(reply.payload))
         update = decode(reply, expected)
     except UpdateRejected as rejection:
         assert rejection.code in REASONS
@@ -123,6 +136,21 @@ def _missing(choose: Choose, payload: Any, fields: Any) -> tuple[Any, Any]:
     return payload, fields
 
 
+def _npy(choose: Choose, payload: Any, fields: Any) -> tuple[Any, Any]:
+    """As `.npy`, and changed there: most of all in the first 128 bytes, which are its header."""
+    if not _numbers(payload):
+        return payload, fields
+    buffer = io.BytesIO()
+    np.save(buffer, payload)
+    data = bytearray(buffer.getvalue())
+    for _ in range(choose(4)):
+        at, part = choose(min(len(data), (128, len(data))[choose(2)]) + 1), HEADERS[choose(len(HEADERS))]
+        data[at : at + choose(len(part) + 2)] = part
+    if choose(4) == 0:
+        data = data[: choose(len(data) + 1)]
+    return Npy(data), fields
+
+
 def _header(choose: Choose, payload: Any, fields: Any) -> tuple[Any, Any]:
     bombs = ("[" * 100_000, "9" * 10_000, "{" * 50, "", "null", "1e999", '{"format": ' + "9" * 5000 + "}", "\ud800")
     return payload, bombs[choose(len(bombs))]
@@ -142,4 +170,6 @@ MUTATIONS = (
     _field,
     _missing,
     _header,
+    _npy,
+    _npy,
 )

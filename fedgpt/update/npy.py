@@ -1,0 +1,42 @@
+"""The bytes of an array as Flower sends it (`.npy`), read strictly: the header first, and nothing that it says is
+believed before it agrees with the bytes that follow it.
+
+`np.load` is not for bytes of strangers: it takes an archive for an array, ignores what follows the data, and makes room
+for whatever the header claims.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import warnings
+
+import numpy as np
+from numpy.lib import format as npy
+
+from fedgpt.core.errors import UpdateRejected
+
+READERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+
+
+def read_npy(data: bytes) -> np.ndarray:
+    """The array in `data`, a read-only view of it, or UpdateRejected and nothing else.
+
+    >>> buffer = io.BytesIO(); np.save(buffer, np.arange(3)); read_npy(buffer.getvalue()).tolist()
+    [0, 1, 2]
+    """
+    stream = io.BytesIO(data)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # odd headers make Python's parser warn
+            shape, fortran, dtype = READERS[npy.read_magic(stream)](stream)
+    except Exception as error:  # a hostile header raises nearly anything
+        raise UpdateRejected("bad_encoding", f"no header of an array ({type(error).__name__})") from error
+    if dtype.hasobject:
+        raise UpdateRejected("pickle_refused", "an array of objects")
+    if fortran or min(shape, default=0) < 0 or not dtype.itemsize:
+        raise UpdateRejected("bad_encoding", f"order, shape or dtype {dtype.str:.40} of no array of ours")
+    claimed, left = math.prod(shape) * dtype.itemsize, len(data) - stream.tell()
+    if claimed != left:
+        raise UpdateRejected("size_mismatch", f"the header claims {claimed:.3g} bytes, {left} follow")
+    return np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape)

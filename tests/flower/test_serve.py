@@ -1,0 +1,128 @@
+"""A whole run in this process: what its records hold, and what becomes of it on a full disk."""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+
+import pytest
+from flower.here import run_here
+
+from fedgpt.core.errors import FedGPTError, StoppedEarly
+from fedgpt.core.faults import Injected, injected
+from fedgpt.engine import checkpoint, client
+from fedgpt.engine.journal import Journal
+from fedgpt.engine.run_folder import JsonLines, read_lines
+from fedgpt.update import codec
+
+
+@pytest.fixture
+def options(tmp_path) -> list[str]:
+    for writer in ("ann", "bob"):
+        (tmp_path / "text" / writer).mkdir(parents=True)
+        for page in range(6):
+            text = "\n".join(f"{writer} wrote on page {page}, line {n}: the river rose again." for n in range(12))
+            (tmp_path / "text" / writer / f"{page}.txt").write_text(text)
+    return [
+        "corpus=files", "corpus.client=folder", f"corpus.path={tmp_path / 'text'}", "corpus.public=0.2",
+        "corpus.held_out=0.2", "tokenizer=bytes", "model.n_layer=1", "model.n_embd=16", "model.n_head=2",
+        "model.block_size=16", "local.steps=1", "local.batch_size=2", "rounds=3", "runtime.threads=1",
+        "local.precision=fp32", "evaluate.samples=0", f"run_dir={tmp_path / 'run'}", f"cache_dir={tmp_path / 'cache'}",
+    ]  # fmt: skip
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def full_for(name: str):
+    """`JsonLines.append` that has room for everything but the file `name`."""
+    append = JsonLines.append
+    return lambda lines, record: full() if lines.path.name == name else append(lines, record)
+
+
+PLACES = {
+    "events.jsonl": (JsonLines, "append", full_for("events.jsonl")),
+    "metrics.jsonl": (JsonLines, "append", full_for("metrics.jsonl")),
+    "starts.json": (checkpoint, "write_text", full),
+}
+
+
+@pytest.mark.parametrize("file", PLACES)
+def test_a_full_disk_is_one_clear_error_wherever_it_is_met(tmp_path, options, monkeypatch, file):
+    """And with room on the disk it goes on to the weights of a run that always had room."""
+    folder = tmp_path / "run"
+    owner, name, broken = PLACES[file]
+    with monkeypatch.context() as patched, pytest.raises(FedGPTError) as error:
+        patched.setattr(owner, name, broken)
+        run_here(*options)
+    assert str(error.value) == (
+        f"could not write a file in {folder}: [Errno {errno.ENOSPC}] No space left on device; "
+        f"make room and continue with: fedgpt run resume={folder}"
+    )
+    assert not (folder / "checkpoints" / "starts.json").exists(), "it did not crash"
+    summary = run_here(*options)
+    assert [r["version"] for r in read_lines(folder / "metrics.jsonl")] == [0, 1, 2, 3]
+    whole = run_here(*options[:-2], f"run_dir={tmp_path / 'whole'}", options[-1])
+    assert whole["weights_sha256"] == summary["weights_sha256"]
+
+
+@pytest.mark.parametrize("update, error", [("none", 0), ("int8", 0.01), ("int4", 0.1), ("topk", 1.0)])
+def test_what_a_codec_leaves_out_is_in_the_metrics(tmp_path, options, update, error):
+    run_here(*options, f"update={update}")
+    first, *later = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert first["compress_error"] is None and first["residual_norm"] is None
+    for record in later:
+        if update == "none":
+            assert record["compress_error"] is None and record["residual_norm"] is None
+        else:
+            assert error / 100 < record["compress_error"] < error
+            # of one update they are exactly proportional; of two alike ones nearly
+            whole = record["residual_norm"] / record["compress_error"]
+            assert math.isclose(whole, record["update_norm"], rel_tol=0.2) or update == "topk"
+
+
+@pytest.mark.parametrize("unit", ["client", "local"])
+def test_nothing_that_a_codec_measures_on_private_text_leaves_the_client(tmp_path, options, unit, monkeypatch):
+    sent = []
+
+    def noted(run, update, *more):
+        sent.append(update)
+        return codec.header_of(run, update, *more)
+
+    monkeypatch.setattr(client, "header_of", noted)
+    run_here(*options, "update=int8", f"privacy={unit}")
+    assert sent and {name for update in sent for name in update.metrics} <= {"lr", "state_lost"}
+    assert all(r["compress_error"] is None for r in read_lines(tmp_path / "run" / "metrics.jsonl"))
+
+
+def test_of_a_clients_exception_only_its_kind_is_told(tmp_path, options, monkeypatch):
+    def failing(work, job, index):
+        raise KeyError(f"the secret text of {job.client} in {tmp_path}")
+
+    monkeypatch.setattr(client.ClientWork, "train", failing)
+    with pytest.raises(StoppedEarly, match="client_error x2"):
+        run_here(*options)
+    events = (tmp_path / "run" / "events.jsonl").read_text()
+    assert "ClientFailed: KeyError" in events and "secret" not in events
+
+
+def test_a_log_that_leads_to_a_crash_is_given_up_with_its_checkpoint(tmp_path, options, monkeypatch, caplog):
+    """Told again, it would lead there again: the clients are asked instead, and the run comes to its end."""
+    options = [*options, "pace=buffer", "pace.clients=2", "strategy=delta_sgd", "rounds=6", "checkpoint.every=1"]
+    for fault in ("aggregate:5", *["open:1"] * 3):
+        with injected(f"{fault}:raise"), pytest.raises(Injected):
+            run_here(*options)
+    wal = tmp_path / "run" / "wal"
+    assert (wal / "version-00000004.log").exists()
+    read, found = Journal.read, []
+
+    def noted(journal, version):
+        found.append((version, sorted(path.name for path in wal.iterdir())))
+        return read(journal, version)
+
+    monkeypatch.setattr(Journal, "read", noted)
+    assert run_here(*options)["versions"] == 6
+    assert found == [(3, ["version-00000003.log"])]
+    assert "3 starts from version-00000004.safetensors came to nothing" in caplog.text
