@@ -10,6 +10,8 @@ from __future__ import annotations
 import math
 import secrets
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -122,31 +124,49 @@ def membership(
 def token_leak(
     o: RunOptions, vocab_size: int, tokens: np.ndarray, plan: PrivacyPlan | None, steps: int
 ) -> dict[str, float]:
-    """How well one update of one client tells which tokens its text has: AUC over the vocabulary.
+    """How well one update tells the tokens that it was trained on from those that its client's text does not have.
 
-    Under privacy=client also what a release tells to whoever knows all other updates in it: `released_auc`.
+    AUC over the vocabulary. Under privacy=client also what a release tells to whoever knows all other updates in it:
+    `released_auc`.
     """
-    trainer = _trainer(o, vocab_size)
-    trained = trainer.train(_start(o, vocab_size), _source(o, tokens, plan), _plan(o, steps), None)
-    delta = trained.delta.copy()
-    there = np.zeros(vocab_size, bool)
-    there[np.unique(tokens)] = True
-    found = {"auc": _told_by(trainer, delta, there), "present": float(there.sum()), "absent": float((~there).sum())}
+    trainer, source = _trainer(o, vocab_size), _source(o, tokens, plan)
+    seen, absent = np.zeros(vocab_size, bool), np.ones(vocab_size, bool)
+    absent[np.unique(tokens)] = False
+    with _watched(source, seen):
+        delta = trainer.train(_start(o, vocab_size), source, _plan(o, steps), None).delta.copy()
+    found = {"auc": _told_by(trainer, delta, seen, absent), "present": float(seen.sum()), "absent": float(absent.sum())}
     if plan is not None and plan.unit == "client":
         noise = SecureStream(secrets.token_bytes(32), "audit").normal(delta.size)
         released = clipped(delta, o.privacy.clip) + noise * np.float32(
             plan.noise_multiplier * plan.scale * o.privacy.clip
         )
-        found["released_auc"] = _told_by(trainer, released, there)
+        found["released_auc"] = _told_by(trainer, released, seen, absent)
     return found
 
 
-def _told_by(trainer: Trainer, delta: np.ndarray, there: np.ndarray) -> float:
-    """AUC of the rows of the embedding, tokens that are there against the others."""
+def _told_by(trainer: Trainer, delta: np.ndarray, seen: np.ndarray, absent: np.ndarray) -> float:
+    """AUC of the rows of the embedding; seen and absent, (vocabulary,) bool."""
     rows = trainer.layout.views(torch.from_numpy(delta))["transformer.wte.weight"].numpy()
-    # rows of tokens that are not there all move alike: away from what the head predicts
-    scores = np.linalg.norm(rows - np.median(rows, axis=0), axis=1)
-    return auc(scores[there], scores[~there])
+    # the head pushes the rows of all tokens that do not come one way; those that come are pulled back
+    scores = -(rows @ np.median(rows, axis=0))
+    return auc(scores[seen], scores[absent])
+
+
+@contextmanager
+def _watched(source: Batches | PrivateSteps, seen: np.ndarray) -> Iterator[None]:
+    """Mark in `seen` the tokens of whatever the source hands out."""
+    owner, name = (source, "next") if isinstance(source, Batches) else (source.blocks, "take")
+    handed = getattr(owner, name)
+
+    def watched(*asked: Any) -> Any:
+        batch = handed(*asked)
+        for part in batch:
+            seen[part.numpy()] = True
+        return batch
+
+    setattr(owner, name, watched)
+    yield
+    delattr(owner, name)
 
 
 def _trainer(o: RunOptions, vocab_size: int) -> Trainer:

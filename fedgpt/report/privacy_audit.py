@@ -47,9 +47,9 @@ def audit_report(o: RunOptions, strategy: Any, prepared: Prepared, shards: Seque
         f"membership: {MEMBER_STEPS} steps on half of the blocks of client {shard.client}",
         f"  a lower loss tells members from others: AUC {inside['auc']:.3f}, "
         f"{inside['tpr_at_1_percent_fpr']:.1%} found at 1 % false alarms",
-        f"token leak: one update of {o.local.steps} steps of client {shard.client}, {leak['present']:.0f} of {vocab} "
-        "tokens in its text",
-        f"  rows of the embedding tell them from the others: AUC {leak['auc']:.3f}",
+        f"token leak: one update of {o.local.steps} steps of client {shard.client}, on {leak['present']:.0f} different "
+        f"tokens; {leak['absent']:.0f} are not in its text",
+        f"  rows of the embedding tell the ones from the others: AUC {leak['auc']:.3f}",
     ]
     if o.privacy.unit == "client":
         lines.append(

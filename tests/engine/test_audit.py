@@ -104,5 +104,6 @@ def test_members_are_found_where_a_model_knows_its_text_by_heart():
     o = replace(o, local=LocalOptions(steps=8, batch_size=16, lr=1e-2))
     tokens = np.random.default_rng(0).integers(VOCAB, size=40 * 17)  # nothing to learn but by heart
     assert membership(o, VOCAB, tokens, None, 300)["auc"] > 0.9
-    hidden = membership(o, VOCAB, tokens, replace(plan, planned=Event(30.0, 1.0, 300)), 300)
-    assert hidden["auc"] < 0.75 and hidden["blocks"] == 20
+    noisy = replace(plan, planned=Event(30.0, 1.0, 300))
+    hidden = [membership(o, VOCAB, tokens, noisy, 300) for _ in range(3)]
+    assert np.mean([each["auc"] for each in hidden]) < 0.7 and hidden[0]["blocks"] == 20

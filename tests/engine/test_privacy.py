@@ -311,7 +311,7 @@ def test_going_back_to_the_best_weights_takes_no_noise_back(tmp_path):
     build.privacy.plan = m.plan(1.0, "correlated", scale=2.0)
     build.release([])
     checkpoints = Checkpoints(tmp_path / "checkpoints", 1)
-    best = Best(RunOptions(), checkpoints, Snapshot(build.state, build.ledgers), [])
+    best = Best(RunOptions(), checkpoints, Snapshot(build.state, build.ledgers))
     best.decide(build.state, 1.0)
     first = build.state
     build.release([])
