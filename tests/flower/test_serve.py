@@ -83,8 +83,8 @@ def test_what_a_codec_leaves_out_is_in_the_metrics(tmp_path, options, update, er
             assert math.isclose(whole, record["update_norm"], rel_tol=0.2) or update == "topk"
 
 
-@pytest.mark.parametrize("unit", ["client", "local"])
-def test_nothing_that_a_codec_measures_on_private_text_leaves_the_client(tmp_path, options, unit, monkeypatch):
+@pytest.mark.parametrize("unit", ["client", "local", "example"])
+def test_nothing_that_is_measured_on_private_text_leaves_the_client(tmp_path, options, unit, monkeypatch):
     sent = []
 
     def noted(run, update, *more):
@@ -93,7 +93,7 @@ def test_nothing_that_a_codec_measures_on_private_text_leaves_the_client(tmp_pat
 
     monkeypatch.setattr(client, "header_of", noted)
     run_here(*options, "update=int8", f"privacy={unit}")
-    assert sent and {name for update in sent for name in update.metrics} <= {"lr", "state_lost"}
+    assert sent and {name for update in sent for name in update.metrics} <= {"lr", "state_lost", "charged"}
     assert all(r["compress_error"] is None for r in read_lines(tmp_path / "run" / "metrics.jsonl"))
 
 
