@@ -63,6 +63,9 @@ def check(words: list[str], folder: Path, readme: str) -> None:
         check_python(arguments)
     elif arguments[0] in ("run", "data"):
         check_options(arguments[0], [_filled(word, folder) for word in arguments[1:]], folder, readme)
+    elif arguments[0] in ("privacy", "audit"):  # what they print is tested in tests/flower/test_private_run.py
+        assert arguments[:2] == ["privacy", "plan"] or arguments[0] == "audit"
+        config.load([word for word in arguments[1:] if word != "plan"])
     elif arguments[0] == "generate":
         cli.generate([_filled(word, folder) for word in arguments[1:]])
     else:

@@ -30,6 +30,7 @@ class Intake:
         self.options, self.strategy = options, strategy
         self.private = privacy if isinstance(privacy, PaidByServer) else None
         self.compressor = compressor_of(options.update)
+        self.noise_length = privacy.longest(size)
         self._sum = ExactSum(size, bound=1.0, count=1)  # untouched memory, if no rule adds to it
 
     def __len__(self) -> int:
@@ -43,7 +44,8 @@ class Intake:
         self.clipped = 0
         self._updates: list[Update] = []  # only rules that are not linear keep them
         self.most = most
-        self.norm_limit = norm_limit(self.options.validate, norms, model_length(state))
+        limit = norm_limit(self.options.validate, norms, model_length(state))
+        self.norm_limit = max(limit, self.noise_length)
         self._clip = clip_length(self.options.validate, norms)
         if self.private is not None:
             self.private.begin(state)

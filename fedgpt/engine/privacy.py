@@ -59,6 +59,10 @@ class Privacy:
     def answered(self, update: Update, ledgers: Ledgers) -> None:
         """A job's update has been accepted."""
 
+    def longest(self, size: int) -> float:
+        """How long an update of so many parameters may be by its noise alone."""
+        return 0.0
+
     def tokens(self, accepted: Sequence[Update], pacing: Pacing, job_tokens: int) -> int:
         """By how many a version moves the schedule of learning rates."""
         return sum(update.tokens for update in accepted)
@@ -103,6 +107,11 @@ class PaidByClients(Privacy):
     def asked(self, client: str, steps: int, ledgers: Ledgers) -> None:
         """The client pays when it begins; the server counts as if it always did."""
         ledgers.charged[client] = ledgers.charged.get(client, 0.0) + (steps if self.plan.unit == "example" else 1)
+
+    def longest(self, size: int) -> float:
+        """privacy=local: the noise of an update of length 2 C, twice, as some are longer than most."""
+        local = self.plan.unit == "local"
+        return 2 * 2 * self.options.privacy.clip * self.plan.noise_multiplier * size**0.5 if local else 0.0
 
     def answered(self, update: Update, ledgers: Ledgers) -> None:
         """It says what it has paid in all: more than the server knows of, where a job was done again after a crash."""

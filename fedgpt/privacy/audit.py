@@ -66,9 +66,11 @@ def _p_value(epsilon: float, guesses: int, right: int, m: int, delta: float) -> 
 
 
 def auc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """Probability that a random positive scores above a random negative; 0.5 tells nothing."""
+    """Probability that a random positive scores above a random negative; 0.5 tells nothing, as where there are none."""
     from scipy.stats import rankdata
 
+    if not len(positive) or not len(negative):
+        return 0.5
     ranks = rankdata(np.concatenate([positive, negative]))
     n = len(positive)
     return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * len(negative)))

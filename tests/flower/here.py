@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, Error, Message, RecordDict
@@ -80,3 +81,18 @@ def run_here(*overrides: str) -> dict[str, Any]:
     prepared = prepare(options.corpus, options.tokenizer, options.cache_dir)
     clients = len(partition(prepared, options.partition, options.seed, options.model.block_size + 1))
     return serve(options, HereGrid(clients, {"config": config.to_yaml(options)}, f"{options.run_dir}/clients"))
+
+
+def tiny_run(folder: Path) -> list[str]:
+    """Options of the smallest run there is: two writers of text as clients, 3 rounds, everything below `folder`."""
+    for writer in ("ann", "bob"):
+        (folder / "text" / writer).mkdir(parents=True)
+        for page in range(6):
+            text = "\n".join(f"{writer} wrote on page {page}, line {n}: the river rose again." for n in range(12))
+            (folder / "text" / writer / f"{page}.txt").write_text(text)
+    return [
+        "corpus=files", "corpus.client=folder", f"corpus.path={folder / 'text'}", "corpus.public=0.2",
+        "corpus.held_out=0.2", "tokenizer=bytes", "model.n_layer=1", "model.n_embd=16", "model.n_head=2",
+        "model.block_size=16", "local.steps=1", "local.batch_size=2", "rounds=3", "runtime.threads=1",
+        "local.precision=fp32", "evaluate.samples=0", f"run_dir={folder / 'run'}", f"cache_dir={folder / 'cache'}",
+    ]  # fmt: skip

@@ -7,7 +7,7 @@ import math
 import os
 
 import pytest
-from flower.here import run_here
+from flower.here import run_here, tiny_run
 
 from fedgpt.core.errors import FedGPTError, StoppedEarly
 from fedgpt.core.faults import Injected, injected
@@ -19,17 +19,7 @@ from fedgpt.update import codec
 
 @pytest.fixture
 def options(tmp_path) -> list[str]:
-    for writer in ("ann", "bob"):
-        (tmp_path / "text" / writer).mkdir(parents=True)
-        for page in range(6):
-            text = "\n".join(f"{writer} wrote on page {page}, line {n}: the river rose again." for n in range(12))
-            (tmp_path / "text" / writer / f"{page}.txt").write_text(text)
-    return [
-        "corpus=files", "corpus.client=folder", f"corpus.path={tmp_path / 'text'}", "corpus.public=0.2",
-        "corpus.held_out=0.2", "tokenizer=bytes", "model.n_layer=1", "model.n_embd=16", "model.n_head=2",
-        "model.block_size=16", "local.steps=1", "local.batch_size=2", "rounds=3", "runtime.threads=1",
-        "local.precision=fp32", "evaluate.samples=0", f"run_dir={tmp_path / 'run'}", f"cache_dir={tmp_path / 'cache'}",
-    ]  # fmt: skip
+    return tiny_run(tmp_path)
 
 
 def full(*_: object, **__: object) -> None:

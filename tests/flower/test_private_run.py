@@ -1,0 +1,91 @@
+"""Whole private runs in this process, and the commands around them: what a user reads, and what is left on the disk."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from flower.here import run_here, tiny_run
+
+from fedgpt import cli
+from fedgpt.engine.checkpoint import Checkpoints
+from fedgpt.engine.run_folder import read_lines
+from fedgpt.privacy.accounting import Event, epsilon_of
+
+COINS = ["privacy=client", "pace.rate=0.5", "pace.clients=0"]
+BUFFER = [
+    "privacy=client", "pace=buffer", "strategy=fedbuff", "pace.clients=2", "pace.goal=2", "privacy.participations=3"
+]  # fmt: skip
+FIXED = ["privacy=client", "pace.clients=2"]
+CHOICES = {
+    "example": ["privacy=example"], "opacus": ["privacy=example", "privacy.engine=opacus"], "coins": COINS,
+    "fixed": FIXED, "buffer": BUFFER, "local": ["privacy=local"],
+}  # fmt: skip
+
+
+@pytest.fixture
+def options(tmp_path) -> list[str]:
+    # the watchdog writes to the real stderr, which a test that reads what was printed has not
+    return [*tiny_run(tmp_path), "privacy.delta=0.004", "runtime.watchdog=0"]
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_private_run_says_what_it_promises_and_what_it_spent(tmp_path, options, name, capsys):
+    summary = run_here(*options, *CHOICES[name], "privacy.noise_multiplier=3", "privacy.target_epsilon=null")
+    printed = capsys.readouterr().out
+    ledger = json.loads((tmp_path / "run" / "ledger.json").read_text())
+    spent = epsilon_of([Event(**event) for event in ledger["events"]], 0.004)
+    assert summary["epsilon"] == pytest.approx(spent) and 0 < spent < 20 and summary["delta"] == 0.004
+    assert summary["private"] and f"epsilon {summary['epsilon']:.4g}" in printed
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    for words in ("protects", "trusts", "not covered", "held-out part"):
+        assert words in printed and words in card
+    kept = Checkpoints(tmp_path / "run" / "checkpoints", 1).load().ledgers.privacy
+    assert kept["delta"] == 0.004 and kept["not_covered"]
+    last = list(read_lines(tmp_path / "run" / "metrics.jsonl"))[-1]
+    assert last["epsilon"] == summary["epsilon"] and last["train_loss"] is None
+
+
+def test_seeded_noise_is_called_not_private_wherever_an_epsilon_stands(tmp_path, options, capsys):
+    summary = run_here(*options, *FIXED, "privacy.rng=seeded")
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    assert not summary["private"]
+    for text in (capsys.readouterr().out, card):
+        assert all("NOT PRIVATE" in line for line in text.splitlines() if "epsilon" in line and "spent" in line)
+        assert text.count("NOT PRIVATE") >= 2
+
+
+@pytest.mark.parametrize("name", [*CHOICES, "correlated"])
+def test_the_plan_of_longer_and_noisier_runs(options, name, capsys):
+    correlated = [*FIXED, "pace.clients=1", "privacy.bands=2", "privacy.separation=2"]
+    chosen = correlated if name == "correlated" else CHOICES[name]
+    noise = ["privacy.noise_multiplier=2", "privacy.target_epsilon=null"]
+    code = cli.privacy(["plan", *options, *chosen, *noise, "rounds=4"])
+    table = [[float(cell) for cell in line.split()] for line in capsys.readouterr().out.splitlines()[-3:]]
+    assert code == 0 and [row[0] for row in table] == [1.0, 2.0, 4.0]
+    for noise, planned, half, twice in table:
+        assert noise > 0 and half <= planned <= twice
+        assert half < twice or name == "buffer", "there the number of updates of a client is given"
+    assert table[0][1] > table[1][1] > table[2][1]
+
+
+@pytest.mark.parametrize("name", ["none", "example", "coins"])
+def test_an_audit_ends_with_a_line_for_scripts(options, name, capsys, monkeypatch):
+    monkeypatch.setattr("fedgpt.report.privacy_audit.MEMBER_STEPS", 3)
+    chosen = ["privacy.delta=null"] if name == "none" else [
+        *CHOICES[name], "privacy.noise_multiplier=4", "privacy.target_epsilon=null"
+    ]  # fmt: skip
+    code = cli.audit([*options, *chosen])
+    lines = capsys.readouterr().out.splitlines()
+    told = json.loads(lines[-1])
+    assert code == (0 if told.get("holds", True) else 1)
+    assert 0 <= told["membership"]["auc"] <= 1 and 0 <= told["token_leak"]["auc"] <= 1
+    assert ("released_auc" in told["token_leak"]) == (name == "coins")
+    assert ("claimed_mu" in told) == (name != "none")
+
+
+def test_noise_that_its_budget_does_not_allow_is_refused_before_a_client_is_asked(options):
+    from fedgpt.core.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="leave the noise out, from which it follows, or lower rounds"):
+        run_here(*options, "privacy=example", "privacy.noise_multiplier=0.5", "privacy.target_epsilon=1")
