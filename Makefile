@@ -30,10 +30,7 @@ lint: install ## style and types
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: install ## speed and memory, as ratios against a reference measured in the same run
-	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/memory.py
-	$(BIN)/python benchmarks/clock.py
-	$(BIN)/python benchmarks/compress.py
+	for name in overhead memory clock compress aggregate privacy; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 studies: install ## the studies in simulations/, one after the other
 	for study in simulations/*/run.py; do $(BIN)/python $$study || exit 1; done

@@ -90,6 +90,27 @@ def test_three_crashes_right_after_a_start_go_back_to_the_checkpoint_before(tmp_
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("unit", "faults"),
+    [
+        (["privacy=client", "pace.rate=0.5", "pace.clients=0"], ("checkpoint.begin:3",)),
+        (["privacy=example"], ("client.done:5",)),
+    ],
+    ids=["client", "example"],
+)
+def test_killed_a_private_run_pays_for_every_release_once(tmp_path, env, unit, faults):
+    """Between payment and release, and after a job that its client has paid for; the noise is seeded, to compare."""
+    noise = ["privacy.noise_multiplier=1.5", "privacy.target_epsilon=null", "privacy.rng=seeded"]
+    options = [*SMALL, *unit, *noise, "rounds=3"]
+    done = start(env, *options, f"run_dir={tmp_path / 'whole'}")
+    assert done.returncode == 0, done.stderr
+    until_the_end(env, faults, tmp_path / "killed", options)
+    assert summary(tmp_path / "killed") == summary(tmp_path / "whole")
+    paid = [json.loads((tmp_path / name / "ledger.json").read_text())["events"] for name in ("whole", "killed")]
+    assert paid[0] == paid[1] and sum(event["count"] for event in paid[0]) >= 3
+
+
+@pytest.mark.slow
 def test_killed_an_asynchronous_run_on_the_real_clock_loses_and_repeats_nothing(tmp_path, env):
     """Which update comes first is a matter of time; whatever came counts once."""
     options = [*SMALL, "rounds=60", "pace=buffer", "pace.clients=4"]

@@ -226,7 +226,7 @@ def test_the_summary_has_its_keys_and_agrees_with_metrics_and_checkpoint(finishe
     told, records = summary(folder), list(read_lines(folder / "metrics.jsonl"))
     assert told.keys() == {
         "versions", "tokens", "wall_seconds", "virtual_seconds", "bytes_up", "bytes_down", "initial", "final", "best",
-        "weights_sha256", "rejected", "epsilon", "delta",
+        "weights_sha256", "rejected", "epsilon", "delta", "private",
     }  # fmt: skip
     assert told["versions"] == 2 and told["tokens"] == records[-1]["tokens"] and told["wall_seconds"] > 0
     for name, record in (
