@@ -84,11 +84,13 @@ def middle(updates: Sequence[Update], cut: int, params: np.ndarray) -> np.ndarra
     Columns are ordered by a sorting network over the updates, a minimum and a maximum of two rows at a time: rows of a
     block stay in the second-level cache, and nothing is moved within a row.
     """
-    out = np.zeros_like(params)
     if not updates:
-        return out
+        return np.zeros_like(params)
     count = len(updates)
+    if count == 1:
+        return updates[0].delta.copy()
     steps = comparators(count, range(cut, count - cut)) if cut else ()
+    out = np.empty_like(params)
     buffer = np.empty((count + 1, max(1, min(params.size, BLOCK // count))), updates[0].delta.dtype)
     for part in parts(params.size, count):
         *rows, spare = (row[: part.stop - part.start] for row in buffer)
