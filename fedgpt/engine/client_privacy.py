@@ -92,6 +92,9 @@ _within: dict[tuple[float, int, float, float], float] = {}  # a plan -> the larg
 
 
 def _told(job: Job, state: str, environment: dict[str, Any]) -> list[Any]:
-    """All that the bits of a job's result depend on; not how the job came here, or what is kept for a restart."""
-    plan = {name: value for name, value in asdict(job.plan).items() if name not in ("keep", "seconds", "held")}
+    """All that the bits of a job's result depend on; not how the job came here, or what is kept for a restart.
+
+    Nor the run, which has a key of its own: with seeded noise another run is to repeat this one.
+    """
+    plan = {name: value for name, value in asdict(job.plan).items() if name not in ("run", "keep", "seconds", "held")}
     return [job.client, job.task, job.version, digest(job.params), plan, state, environment]
