@@ -35,7 +35,7 @@ FIRST = 2  # seeds after which the slower fixed choice of a fleet is known
 def main() -> None:
     chosen = arguments(__doc__ or "")
     seeds = [0] if chosen.quick else list(range(8))
-    targets = (5.5,) if chosen.quick else TARGETS
+    targets = (5.2,) if chosen.quick else TARGETS
     arms = {f"{fleet} {name}": [*options, f"fleet={fleet}"] for fleet in FLEETS for name, options in CHOICES.items()}
     if chosen.quick:
         arms = {name: arms[name] for name in ("published sync", "published async", "published auto")}
