@@ -1,0 +1,54 @@
+"""The codecs and the deltas that tests of the compress stage go through."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fedgpt.update.blockwise import MAX
+from fedgpt.update.compress import Compressor, make_compressor
+
+FAMILY = [
+    make_compressor("none"),
+    make_compressor("bf16"),
+    *[make_compressor("int8", block=block) for block in (16, 256, 1024)],
+    *[make_compressor("int4", block=block) for block in (16, 64, 256)],
+    *[make_compressor("e3m0", block=block) for block in (16, 256)],
+    *[make_compressor("topk", density=density) for density in (1 / 64, 0.3, 1.0)],
+    make_compressor("sparse_loco"),
+]
+INTEGER = [codec for codec in FAMILY if codec.name in ("int8", "int4")]
+every_codec = pytest.mark.parametrize("codec", FAMILY, ids=repr)
+
+SIZES = [0, 1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 129, 255, 256, 257, 1023, 1025, 4095, 4096, 4097, 5000, 8192 + 65]
+KINDS = ("gaussian", "heavy", "any bits", "denormal", "huge", "zeros", "spike", "ties", "few")
+
+
+def delta_of(size: int, kind: str, seed: int) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal(size).astype(np.float32)
+    if kind == "heavy":
+        x = rng.standard_t(1.5, size).astype(np.float32)
+    elif kind == "any bits":
+        x = rng.integers(0, 2**32, size, dtype=np.uint32).view(np.float32)
+        x[~np.isfinite(x)] = -0.0
+    elif kind == "denormal":
+        x = (rng.integers(0, 2**20, size, dtype=np.uint32) >> rng.integers(0, 20, size, dtype=np.uint32)).view(
+            np.float32
+        )
+    elif kind == "huge":
+        x = np.sign(x) * MAX * rng.choice(np.array([1, 1, 0.99, 0.5], np.float32), size)
+    elif kind == "zeros":
+        x = np.zeros(size, np.float32)
+    elif kind == "spike":
+        x *= np.float32(1e-3)
+        x[size // 2 : size // 2 + 1] = -1e6
+    elif kind == "ties":
+        x = np.round(x)
+    elif kind == "few":
+        x[rng.random(size) < 0.995] = 0
+    return x.astype(np.float32)
+
+
+def through(codec: Compressor, delta: np.ndarray) -> np.ndarray:
+    return codec.decode(codec.encode(delta), delta.size)

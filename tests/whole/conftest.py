@@ -1,0 +1,82 @@
+"""One folder with text and one finished run for all tests of whole runs."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from typing import Any
+
+import pytest
+from whole.world import STOPPED, WRITERS, Finished, World, files, shared_memory, summary, untimed, wait_until
+
+from fedgpt.core.files import sha256_of
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> World:
+    root = tmp_path_factory.mktemp("world")
+    for writer in WRITERS:
+        (root / "text" / writer).mkdir(parents=True)
+        for page in range(6):
+            lines = (f"{writer} wrote on page {page}, line {n}: the river rose and fell again." for n in range(12))
+            (root / "text" / writer / f"{page}.txt").write_text("\n".join(lines))
+    env = os.environ | {
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_HOME": str(root / "flwr"),
+        "FEDGPT_CACHE": str(root / "cache"),
+        "FEDGPT_TEST_MARK": uuid.uuid4().hex,
+        "OMP_NUM_THREADS": "1",
+    }
+    options = [
+        "corpus=files", "corpus.client=folder", f"corpus.path={root / 'text'}", "corpus.public=0.2",
+        "corpus.held_out=0.2", "tokenizer=bytes", "model.n_layer=1", "model.n_embd=16", "model.n_head=2",
+        "model.block_size=16", "local.steps=2", "local.batch_size=2", "rounds=2", "seed=11", "runtime.threads=1",
+        "local.precision=fp32", "evaluate.sample_tokens=8", "evaluate.prompt=The river",
+    ]  # fmt: skip
+    return World(root, env, options)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(world):
+    """Neither a process nor a name in /dev/shm, whatever a test did to its run."""
+    before = shared_memory()
+    yield
+    wait_until(lambda: not world.processes(), 30)
+    wait_until(lambda: shared_memory() <= before, 30)
+
+
+@pytest.fixture(scope="session")
+def finished(world) -> Finished:
+    folder = world.root / "finished"
+    done = world.fedgpt("run", *world.options, f"run_dir={folder}", "runtime.workers=2")
+    assert done.stderr == ""
+    content = {name: sha256_of(folder / name) for name in files(folder)}
+    return Finished(folder, done.stdout, summary(folder), untimed(folder), content)
+
+
+@pytest.fixture(scope="session")
+def told(world, finished) -> dict[str, Any]:
+    """What the Python API does in one process: several runs, one after the other."""
+    return world.python(f"""
+from fedgpt.core.errors import FedGPTError
+alone = fedgpt.run(*OPTIONS, "run_dir=alone", "runtime.workers=1")
+told["alone"], told["folder"] = alone.summary, str(alone.folder)
+told["reset"] = fedgpt.run(*OPTIONS, "run_dir=reset", "runtime.workers=1", "local.moments=reset").summary
+told["repeated"] = fedgpt.run(*OPTIONS, "run_dir=finished", "runtime.workers=1").summary
+told["whole"] = fedgpt.run(*OPTIONS, *{STOPPED!r}, "run_dir=whole").summary
+try:
+    fedgpt.run(*OPTIONS, "run_dir=finished", "runtime.workers=1", "seed=12", "local.lr=0.001")
+except FedGPTError as error:
+    told["refused"] = str(error)
+opened = fedgpt.open_run("finished")
+told["opened"], told["metrics"] = opened.summary, opened.metrics
+told["texts"] = opened.generate("The river", tokens=12, samples=2, seed=3)
+told["again"] = opened.generate("The river", tokens=12, samples=2, seed=3)
+told["other"] = opened.generate("The river", tokens=12, samples=2, seed=4)
+told["empty"] = opened.generate("", tokens=3)
+try:
+    fedgpt.open_run("text")
+except FedGPTError as error:
+    told["no run"] = str(error)
+""")

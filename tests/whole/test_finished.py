@@ -1,0 +1,188 @@
+"""A whole run on the pool and the same through Python: what they leave behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import shlex
+import shutil
+from pathlib import Path
+
+import pytest
+from whole.world import PARAMETERS, WRITERS, files, summary, untimed
+
+from fedgpt.core.files import sha256_of
+from fedgpt.engine.checkpoint import Checkpoints
+from fedgpt.engine.run_folder import read_lines
+
+
+def test_a_run_leaves_exactly_the_documented_files(finished):
+    folder = finished.folder
+    (run,) = (folder / "clients").iterdir()
+    assert finished.files.keys() == {
+        ".lock", "config.yaml", "command.txt", "environment.json", "metrics.jsonl",
+        "events.jsonl", "summary.json", "samples.md",
+        "figures/loss.png", "figures/timeline.png", "figures/updates.png",
+        "model/config.json", "model/model.safetensors", "model/tokenizer.json",
+        "model/tokenizer_config.json", "model/README.md", "checkpoints/best.safetensors",
+        *(f"checkpoints/version-0000000{v}.{end}" for v in (1, 2) for end in ("safetensors", "sha256")),
+        *(f"clients/{run.name}/{writer}/task-{task}.safetensors" for writer in WRITERS for task in (0, 1)),
+    }  # fmt: skip
+
+
+def test_every_version_is_a_line_of_metrics(finished):
+    records = list(read_lines(finished.folder / "metrics.jsonl"))
+    assert [r["version"] for r in records] == [0, 1, 2]
+    tokens = len(WRITERS) * 2 * 2 * 16
+    for r in records:
+        assert {
+            "version", "tokens", "wall_seconds", "bytes_up", "bytes_down", "accepted", "rejected", "staleness",
+            "train_loss", "lr", "update_norm", "step_norm", "loss", "perplexity", "bits_per_byte",
+        } <= r.keys()  # fmt: skip
+        assert r["tokens"] == tokens * r["version"]
+        assert r["perplexity"] == pytest.approx(math.exp(r["loss"]))
+        assert r["rejected"] == {} and r["state_lost"] == 0
+    for r in records[1:]:
+        assert r["accepted"] == 3 and r["staleness"] == {"0": 3} and 0 < r["step_norm"] <= r["update_norm"]
+        vector = 4 * PARAMETERS
+        assert 3 * vector < r["bytes_up"] / r["version"] < 3 * vector + 3000
+        assert 3 * vector < r["bytes_down"] / r["version"] < 3 * vector + 3000
+    assert records[2]["loss"] < records[0]["loss"] - 0.01, "it learned"
+
+
+def test_the_summary_has_its_keys_and_agrees_with_metrics_and_checkpoint(finished):
+    folder = finished.folder
+    told, records = summary(folder), list(read_lines(folder / "metrics.jsonl"))
+    assert told.keys() == {
+        "versions", "tokens", "wall_seconds", "virtual_seconds", "bytes_up", "bytes_down", "initial", "final", "best",
+        "weights_sha256", "rejected", "epsilon", "delta", "private",
+    }  # fmt: skip
+    assert told["versions"] == 2 and told["tokens"] == records[-1]["tokens"] and told["wall_seconds"] > 0
+    for name, record in (
+        ("initial", records[0]),
+        ("final", records[2]),
+        ("best", min(records, key=lambda r: r["loss"])),
+    ):
+        assert told[name] == {key: record[key] for key in ("version", "loss", "perplexity", "bits_per_byte")}
+    assert (told["virtual_seconds"], told["epsilon"], told["delta"], told["rejected"]) == (None, None, None, {})
+    snapshot = Checkpoints(folder / "checkpoints", 2).load()
+    assert snapshot.state.version == 2
+    assert hashlib.sha256(snapshot.state.params.tobytes()).hexdigest() == told["weights_sha256"]
+    assert snapshot.state.params.size == PARAMETERS
+
+
+def test_what_bit_identity_depends_on_is_recorded(finished):
+    environment = Checkpoints(finished.folder / "checkpoints", 2).load().ledgers.environment
+    assert environment.keys() == {"fedgpt", "torch", "flwr", "numpy", "python", "device", "dtype", "threads", "cpu"}
+    assert (environment["threads"], environment["dtype"], environment["device"]) == (1, "fp32", "cpu")
+    assert json.loads((finished.folder / "environment.json").read_text()) == environment
+    assert "threads: 1" in (finished.folder / "config.yaml").read_text()
+
+
+def test_the_command_is_kept_as_a_shell_takes_it(finished, world):
+    words = shlex.split((finished.folder / "command.txt").read_text())
+    assert words[:2] == ["fedgpt", "run"] and set(world.options) < set(words)
+
+
+def test_events_tell_who_was_asked_and_who_answered(finished):
+    events = list(read_lines(finished.folder / "events.jsonl"))
+    for kind in ("dispatch", "accept"):
+        named = {(e["client"], e["task"], e["version"]) for e in events if e["event"] == kind}
+        assert named == {(writer, version, version) for writer in WRITERS for version in (0, 1)}
+    assert [e["version"] for e in events if e["event"] == "version"] == [1, 2]
+    seconds = [e["seconds"] for e in events]
+    assert seconds == sorted(seconds)
+
+
+def test_samples_and_figure_are_of_this_run(finished):
+    folder, out = finished.folder, finished.out
+    page = (folder / "samples.md").read_text(encoding="utf-8")
+    assert [line.split(":")[0] for line in page.splitlines() if line.startswith("## ")] == [
+        "## Version 0", "## Version 1", "## Version 2",
+    ]  # fmt: skip
+    assert page.count("```text\nThe river") == 3
+    import matplotlib.image
+
+    assert matplotlib.image.imread(folder / "figures" / "loss.png").std() > 0
+    assert "version 0/2" in out and "version 2/2" in out and "2 workers x 1 thread" in out
+    assert f"sha256 {summary(folder)['weights_sha256'][:16]}" in out and f"fedgpt generate {folder}" in out
+
+
+def test_transformers_loads_the_model_and_computes_the_same(finished):
+    transformers = pytest.importorskip("transformers")
+    import torch
+
+    from fedgpt.api import open_run
+
+    ours = open_run(finished.folder)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        finished.folder / "model", local_files_only=True, dtype=torch.float32
+    ).eval()
+    ids = torch.tensor([ours.tokenizer.encode("The river rose").tolist()])
+    with torch.no_grad():
+        torch.testing.assert_close(ours.model(ids), theirs(ids).logits, rtol=1e-5, atol=1e-5)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(finished.folder / "model", local_files_only=True)
+    assert tokenizer("The river rose")["input_ids"] == ids[0].tolist()
+
+
+# ---- the same through Python
+
+
+def test_the_number_of_workers_changes_no_bit(finished, told, world):
+    assert told["alone"] | {"wall_seconds": 0} == finished.summary | {"wall_seconds": 0}
+    assert untimed(Path(told["folder"])) == finished.records
+    assert told["folder"] == str(world.root / "alone")
+
+
+def test_a_finished_run_started_again_is_the_same_run(finished, told):
+    assert told["repeated"] | {"wall_seconds": 0} == finished.summary | {"wall_seconds": 0}
+    assert untimed(finished.folder) == finished.records
+    now = {name: sha256_of(finished.folder / name) for name in files(finished.folder) if name != "failure.json"}
+    assert now.keys() == finished.files.keys()
+    assert {name for name, digest in now.items() if finished.files[name] != digest} <= {
+        "summary.json", "metrics.jsonl", "figures/loss.png",
+    }, "beside clocks, every byte is as it was"  # fmt: skip
+
+
+def test_moments_that_stay_at_the_client_matter(told):
+    assert told["reset"]["weights_sha256"] != told["alone"]["weights_sha256"]
+    assert told["reset"]["initial"] == told["alone"]["initial"]
+    assert math.isfinite(told["reset"]["final"]["loss"])
+
+
+def test_another_configuration_in_the_folder_is_refused_by_name(finished, told):
+    assert f"run_dir={finished.folder}: holds another run, which differs in local.lr, seed" in told["refused"]
+    assert f"fedgpt run resume={finished.folder}" in told["refused"]
+    assert told["opened"] == told["repeated"], "nothing in the folder changed"
+
+
+def test_a_refusal_leaves_no_file_in_the_other_runs_folder(finished, told):
+    assert not (finished.folder / "failure.json").exists()
+
+
+def test_a_run_is_opened_and_writes_text(told, finished):
+    assert told["opened"]["final"].items() <= told["metrics"][-1].items()
+    assert [r["version"] for r in told["metrics"]] == [0, 1, 2]
+    assert told["texts"] == told["again"] != told["other"]
+    assert len(told["texts"]) == 2 and all(0 < len(text) <= 12 for text in told["texts"])
+    assert len(told["empty"]) == 1
+    assert "is not a run's folder" in told["no run"]
+
+
+def test_generate_prints_the_prompt_and_is_seeded(world, finished, told):
+    arguments = ["--prompt", "The river", "--tokens", "12", "--samples", "2", "--seed", "3"]
+    done = world.fedgpt("generate", str(finished.folder), *arguments)
+    first, second = (f"The river{text}" for text in told["texts"])
+    assert done.stdout == f"{first}\n{'-' * 40}\n{second}\n"
+
+
+def test_the_best_weights_can_be_opened_and_written_with(world, finished):
+    """This run only got better, so its best weights are its newest."""
+    arguments = ["--prompt", "The river", "--tokens", "8", "--seed", "3"]
+    newest = world.fedgpt("generate", str(finished.folder), *arguments)
+    assert world.fedgpt("generate", str(finished.folder), *arguments, "--best").stdout == newest.stdout
+    bare = world.root / "bare"
+    shutil.copytree(finished.folder, bare)
+    (bare / "checkpoints" / "best.safetensors").unlink()
+    assert "has no best weights" in world.fedgpt("generate", str(bare), *arguments, "--best", code=1).stderr

@@ -1,0 +1,126 @@
+"""Runs that are stopped, refused or changed: what becomes of them."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from whole.world import ROUNDS, STOPPED, World, summary, untimed, wait_until
+
+from fedgpt.engine.checkpoint import Checkpoints
+from fedgpt.engine.run_folder import read_lines
+
+
+def stop(world: World, arguments: list[str], folder: Path, version: int, how: Callable[[int], None]) -> tuple[int, str]:
+    """Start a run, call `how` with its process id once the jobs of `version` are out; (exit code, stderr)."""
+    with (world.root / "stderr").open("w+") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fedgpt", "run", *arguments],
+            env=world.env, cwd=world.root, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True,
+        )  # fmt: skip
+        try:
+
+            def dispatched() -> bool:
+                assert process.poll() is None, "the run ended before it could be stopped"
+                events = read_lines(folder / "events.jsonl")
+                return any(e["event"] == "dispatch" and e["version"] == version for e in events)
+
+            wait_until(dispatched)
+            how(process.pid)
+            process.wait(60)
+        finally:
+            process.kill()
+            process.wait(60)
+        errors.seek(0)
+        return process.returncode, errors.read()
+
+
+def assert_like_the_whole(world: World, folder: Path, told: dict[str, Any]) -> None:
+    """Every number of the stopped run is that of the run that was never stopped."""
+    whole, resumed = told["whole"], summary(folder)
+    assert resumed["weights_sha256"] == whole["weights_sha256"]
+    assert {**resumed, "wall_seconds": 0} == {**whole, "wall_seconds": 0}
+    assert untimed(folder) == untimed(world.root / "whole")
+    assert [r["state_lost"] for r in untimed(folder)] == [0] * (ROUNDS + 1)
+
+
+def test_killed_resumed_terminated_and_resumed_is_the_same_run(world, told):
+    """kill -9 loses a version and a half (a checkpoint every second version), SIGTERM loses a round."""
+    folder = world.root / "killed"
+    start = [*world.options, *STOPPED, f"run_dir={folder}"]
+    code, _ = stop(world, start, folder, 3, lambda pid: os.kill(pid, signal.SIGKILL))
+    assert code == -signal.SIGKILL
+    wait_until(lambda: not world.processes(), 30)
+    assert not (folder / "summary.json").exists()
+    assert Checkpoints(folder / "checkpoints", 2).load().state.version in (0, 2)
+
+    code, errors = stop(world, [f"resume={folder}"], folder, 4, lambda pid: os.kill(pid, signal.SIGTERM))
+    assert code == 130 and "Traceback" not in errors
+    assert errors == f"fedgpt: interrupted; continue with: fedgpt run resume={folder}\n"
+    assert Checkpoints(folder / "checkpoints", 2).load().state.version == 4
+    assert not (folder / "summary.json").exists()
+
+    words = shlex.split(errors.rpartition("fedgpt run ")[2])
+    done = world.fedgpt("run", *words)
+    assert f"from version 4 of {ROUNDS}" in done.stdout and done.stderr == ""
+    assert_like_the_whole(world, folder, told)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "number, version",
+    [(signal.SIGINT, 1), (signal.SIGTERM, 0), (signal.SIGKILL, 0), (signal.SIGKILL, ROUNDS - 1)],
+    ids=["SIGINT", "SIGTERM in the first", "SIGKILL in the first", "SIGKILL in the last"],
+)
+def test_stopped_once_and_resumed_is_the_same_run(world, told, number, version):
+    """SIGINT comes as from a terminal: to all processes of the run at once."""
+    folder = world.root / f"{number.name}-{version}"
+    send = os.killpg if number == signal.SIGINT else os.kill
+    code, errors = stop(
+        world, [*world.options, *STOPPED, f"run_dir={folder}"], folder, version, lambda pid: send(pid, number)
+    )
+    if number == signal.SIGKILL:
+        assert code == -signal.SIGKILL
+    else:
+        assert code == 130 and f"fedgpt run resume={folder}" in errors and "Traceback" not in errors
+    wait_until(lambda: not world.processes(), 30)
+    world.fedgpt("run", f"resume={folder}")
+    assert_like_the_whole(world, folder, told)
+
+
+def test_too_few_updates_end_the_run_with_3_and_the_reason(world):
+    folder = world.root / "hurried"
+    done = world.fedgpt(
+        "run", *world.options, f"run_dir={folder}", "pace.deadline=0.01", "pace.minimum=2", "runtime.workers=1", code=3
+    )
+    assert "version 1 got 0 valid updates of 3 jobs, pace.minimum=2: no_reply x3" in done.stderr
+    assert done.stdout.count("rejected: no_reply (the version closed first)") == 3
+    assert not (folder / "summary.json").exists()
+    snapshot = Checkpoints(folder / "checkpoints", 2).load()
+    assert snapshot.state.version == 0 and snapshot.ledgers.accepted == {}
+
+
+def test_a_wrong_option_ends_with_2_before_any_work(world):
+    done = world.fedgpt("run", *world.options, "run_dir=never", "local.stpes=3", "model.n_head=3", code=2)
+    assert "local.stpes=3: no option 'local.stpes'; did you mean 'local.steps'" in done.stderr
+    assert "model.n_embd=16: must be a multiple of model.n_head=3" in done.stderr
+    assert not (world.root / "never").exists()
+
+
+def test_a_configuration_that_was_changed_is_refused_by_name(world, finished):
+    """config.yaml is the user's to read; what a checkpoint was made with is in the checkpoint."""
+    folder = world.root / "edited"
+    shutil.copytree(finished.folder, folder)
+    config = folder / "config.yaml"
+    config.write_text(config.read_text().replace("rounds: 2", "rounds: 3").replace("  lr: 0.003", "  lr: 0.004"))
+    (folder / "summary.json").unlink()
+    done = world.fedgpt("run", f"resume={folder}", code=1)
+    assert "local.lr: 0.003 -> 0.004, rounds: 2 -> 3" in done.stderr and "Traceback" not in done.stderr
