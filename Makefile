@@ -2,8 +2,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ENV := FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 OMP_NUM_THREADS=1
+# tests that run at once, each with a share of the files; whoever is done takes over what the other has left
+JOBS ?= 2
+TEST := $(ENV) $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
-.PHONY: help install demo test test-all lint bench studies
+.PHONY: help install demo test test-slow test-all lint bench studies
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -19,10 +22,13 @@ demo: install ## train the default model on the State of the Union addresses (ab
 	$(BIN)/fedgpt run experiment=demo
 
 test: install ## the default test suite
-	$(ENV) $(BIN)/python -m pytest
+	$(TEST)
 
-test-all: install ## the slow tests too: Ray, SuperLink, kill and resume
-	$(ENV) $(BIN)/python -m pytest -m ""
+test-slow: install ## the other tests: Ray, SuperLink, kill and resume, each study's smoke run
+	$(TEST) -m slow
+
+test-all: install ## both
+	$(TEST) -m ""
 
 lint: install ## style and types
 	$(BIN)/ruff check .

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ def env(tmp_path_factory) -> dict[str, str]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "RAY_usage_stats_enabled": "0",
+        "FEDGPT_TEST_MARK": uuid.uuid4().hex,
     }
 
 
@@ -61,16 +63,16 @@ def assert_same_run(summary: dict, pool: dict) -> None:
 
 def test_superlink_with_two_stock_supernodes(tmp_path, env, pool):
     assert_same_run(run("superlink", tmp_path / "run", env), pool)
-    assert not children_of_flower(), "the launcher ends what it started"
+    assert not children_of_flower(env), "the launcher ends what it started"
 
 
 @needs_ray
 def test_ray(tmp_path, env, pool):
     assert_same_run(run("ray", tmp_path / "run", env), pool)
-    assert not children_of_flower(), "the launcher ends what it started"
+    assert not children_of_flower(env), "the launcher ends what it started"
 
 
-ASYNCHRONOUS = ["pace=buffer", "strategy=delta_sgd", "rounds=5"]
+ASYNCHRONOUS = ["pace=buffer", "strategy=delta_sgd", "rounds=4"]
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +87,10 @@ def test_asynchronous_runs(runtime, tmp_path, env, virtual_pool):
     summary = run(runtime, tmp_path / "virtual", env, *ASYNCHRONOUS, "clock=virtual", "fleet=published")
     assert_same_run(summary, virtual_pool)
     assert summary["virtual_seconds"] == virtual_pool["virtual_seconds"]
-    assert run(runtime, tmp_path / "real", env, *ASYNCHRONOUS)["versions"] == 5
+    assert run(runtime, tmp_path / "real", env, *ASYNCHRONOUS)["versions"] == 4
     records = [json.loads(line) for line in (tmp_path / "real" / "metrics.jsonl").read_text().splitlines()]
     assert all(record["in_flight"] == 1 for record in records[1:]), "the other one is never waited for"
-    assert not children_of_flower()
+    assert not children_of_flower(env)
 
 
 @needs_ray
@@ -106,10 +108,10 @@ def test_flowers_own_command_from_the_repository(tmp_path, env, pool):
         assert (folder / "summary.json").exists(), done.stdout[-3000:] + done.stderr[-3000:]
         assert_same_run(json.loads((folder / "summary.json").read_text()), pool)
     finally:
-        for pid in children_of_flower():  # Flower leaves its local SuperLink running
+        for pid in children_of_flower(env):  # Flower leaves its local SuperLink running
             os.kill(pid, signal.SIGTERM)
         deadline = time.monotonic() + 20
-        while children_of_flower() and time.monotonic() < deadline:
+        while children_of_flower(env) and time.monotonic() < deadline:
             time.sleep(0.2)
 
 
@@ -137,7 +139,7 @@ def test_interrupted_it_writes_a_checkpoint_and_says_how_to_go_on(runtime, numbe
         _, errors = process.communicate(timeout=100)
     assert process.returncode == 130, errors[-3000:]
     assert errors.endswith(f"fedgpt: interrupted; continue with: fedgpt run resume={folder}\n")
-    assert not children_of_flower()
+    assert not children_of_flower(env)
     assert Checkpoints(folder / "checkpoints", 2).load().state.version in range(1, 5)
     done = subprocess.run(
         [*command[:4], f"resume={folder}"], env=env, capture_output=True, text=True, timeout=400, check=False
@@ -163,18 +165,20 @@ def test_a_client_that_fails_on_a_supernode_is_told_and_the_run_says_why_it_stop
     )
     assert done.returncode == 3, done.stdout[-2000:] + done.stderr[-2000:]
     assert "pace.minimum=1" in done.stderr and "no_reply" in done.stderr
-    assert not children_of_flower()
+    assert not children_of_flower(env)
 
 
-def children_of_flower() -> list[int]:
-    """Live processes of Flower's tools on this machine."""
+def children_of_flower(env: dict[str, str]) -> list[int]:
+    """Live processes of Flower's tools that were started, however indirectly, with this environment."""
+    mark = f"FEDGPT_TEST_MARK={env['FEDGPT_TEST_MARK']}".encode()
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
             words = (path / "cmdline").read_bytes().decode(errors="replace").split("\0")
             state = (path / "stat").read_text().rpartition(")")[2].split()[0]
+            ours = mark in (path / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if state != "Z" and any(Path(w).name.startswith(("flower-su", "flwr-")) for w in words[:3]):
+        if ours and state != "Z" and any(Path(w).name.startswith(("flower-su", "flwr-")) for w in words[:3]):
             found.append(int(path.name))
     return found
