@@ -8,6 +8,7 @@ import importlib
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -171,6 +172,17 @@ def test_python_blocks_compile():
         examples = doctest.DocTestParser().get_examples(code)
         for source in [example.source for example in examples] or [code]:
             compile(source, "README.md", "exec")
+
+
+@written
+def test_the_answer_to_a_typo_is_the_one_that_is_printed(tmp_path):
+    (shown,) = [body for body in blocks(README, "text") if body.startswith("$ fedgpt ")]
+    command, _, answer = shown.partition("\n")
+    done = subprocess.run(
+        [sys.executable, "-m", *shlex.split(command)[1:]], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert doctest.OutputChecker().check_output(answer, done.stderr, doctest.ELLIPSIS), done.stderr
 
 
 @written
