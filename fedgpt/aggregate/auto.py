@@ -1,21 +1,26 @@
 """Synchronous or asynchronous, chosen by the server while the run goes on. The arithmetic is delta-SGD's under both.
 
-Time. With job times t_i, a round takes max t_i and brings k updates; k clients that never wait bring sum 1 / t_i a
-second. gain = max t_i * mean(1 / t_i) is how many times more updates asynchrony handles. A job that is not back yet
-counts with the time it has taken so far, so within a round `gain` only ever grows towards its true value. A client's
-first job has a fifth of the steps: the first round is there to learn speeds, and waiting in it is lost.
+Waits. With job times t_i, a round takes max t_i and brings k updates; k clients that never wait bring sum 1 / t_i a
+second. gain = max t_i * mean(1 / t_i) is how many times more updates asynchrony handles. It is looked at whenever a
+reply arrives and, in a round, as time goes by: a job that is still out counts as if it came back now, and a client of
+which nothing is known as the slowest that is. So within the first round `gain` only grows towards its true value.
 
-    cohort -> buffer   gain >= `gain`, at any arrival: the sooner, the less is waited
-    buffer -> cohort   gain < `back` (the clients have become alike), or staleness does harm:
-                       the smoothed correlation of a server step with the one before is below `correlation` (steps take
-                       each other back), or the mean norm of the updates, per token and learning rate, is above
-                       `growth` times its smoothed value; after harm the run stays synchronous for `rest` versions.
+    cohort -> buffer   gain >= `gain`: the sooner, the less is waited; or a client that is out for ENDLESS times the
+                       usual time, however recent the last change
+    buffer -> cohort   gain < `back` in all versions of STAY rounds: the clients have become alike; the next STAY
+                       rounds are synchronous in any case. Or asynchrony does harm: the smoothed correlation (cosine)
+                       of a server step with the one before is below `correlation` (steps take each other back), or
+                       the mean norm of the updates, per token and learning rate, is above `growth` times its smoothed
+                       value; after harm the run stays synchronous for `rest` versions
+
+Staleness is judged by that harm and not by its size: with k jobs in flight its mean is k - 1 on every fleet.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 
@@ -25,6 +30,8 @@ from fedgpt.aggregate.staleness import RANGES
 from fedgpt.core.messages import Choice, Observed, Pacing, ServerState
 
 SMOOTH = 0.9  # share of the old value in smoothed statistics
+STAY = 2  # rounds for which clients must be alike before rounds come back, and that these then last
+ENDLESS = 10  # times the median job: nobody waits for that long
 AT_LEAST_ONE = Range(lambda value: value >= 1, "a number of at least 1")
 
 
@@ -56,25 +63,28 @@ class Auto(DeltaSGD):
 
     def choose_pacing(self, observed: Observed, state: ServerState) -> Choice:
         """The rule of the module's docstring."""
-        gain = updates_gained(list(observed.seconds.values()))
+        seconds = list(observed.seconds.values())
+        gain = updates_gained(seconds)
         if observed.pacing == "cohort":
-            resting = state.version < int(state.memory.get("auto_rest", 0))
-            if gain >= self.gain and not resting:
+            if seconds and observed.waited >= ENDLESS * median(seconds):
+                return Choice("buffer", f"a client has been out for {observed.waited:.1f} s")
+            if gain >= self.gain and state.version >= int(state.memory.get("auto_rest", 0)):
                 return Choice("buffer", f"asynchrony handles {gain:.2f} times as many updates a second")
             return Choice("cohort")
         correlation, norm, growth = self._smoothed(observed, state)
-        memory = {"auto_correlation": np.array(correlation), "auto_norm": np.array(norm)}
-        harm = ""
+        alike = int(state.memory.get("auto_alike", 0)) + 1 if gain < self.back else 0
+        memory = {"auto_correlation": np.array(correlation), "auto_norm": np.array(norm), "auto_alike": np.array(alike)}
+        why, rest = "", self.rest
         if correlation < self.correlation:
-            harm = f"server steps undo each other (smoothed correlation {correlation:.2f})"
+            why = f"server steps undo each other (smoothed correlation {correlation:.2f})"
         elif growth > self.growth:
-            harm = f"updates have grown to {growth:.1f} times their usual norm"
-        if harm:
-            memory |= {"auto_rest": np.array(state.version + self.rest), "auto_correlation": np.array(0.0)}
-            return Choice("cohort", harm, memory)
-        if gain < self.back:
-            return Choice("cohort", f"the clients are alike: asynchrony handles {gain:.2f} times the updates", memory)
-        return Choice("buffer", memory=memory)
+            why = f"updates have grown to {growth:.1f} times their usual norm"
+        elif alike >= STAY * max(1, len(seconds)):
+            why, rest = f"the clients are alike: asynchrony handles {gain:.2f} times the updates", STAY
+        if not why:
+            return Choice("buffer", memory=memory)
+        back = {"auto_rest": state.version + rest, "auto_correlation": 0.0, "auto_alike": 0}
+        return Choice("cohort", why, memory | {name: np.array(value) for name, value in back.items()})
 
     def _smoothed(self, observed: Observed, state: ServerState) -> tuple[float, float, float]:
         """(correlation, usual update norm, how many times that the norm is), from the newest version's record."""

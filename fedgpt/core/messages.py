@@ -83,8 +83,9 @@ class Observed:
     """What a strategy that may change the pacing decides from."""
 
     pacing: str  # the present one
-    seconds: Mapping[str, float]  # client -> of a whole job; of one that is still at its first, those so far
+    seconds: Mapping[str, float]  # client -> of a whole job, as far as is known (engine/switch.py)
     record: Mapping[str, Any]  # metrics of the version that was just made; empty within a version
+    waited: float = 0.0  # seconds that the oldest job has been out
 
 
 @dataclass(frozen=True)
@@ -115,4 +116,4 @@ class Reply:
     error: str = ""  # reason when there is no payload
     code: str = "client_error"  # what an error counts as
     bytes: int = 0  # size of the encoded message
-    seconds: float | None = None  # how long the job took by the virtual clock; None: as the client measured
+    seconds: float | None = None  # that its client was at the job, where known; None: all since the job was sent

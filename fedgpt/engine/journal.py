@@ -168,7 +168,7 @@ class Journaled:
 
     def __init__(self, inner: Transport, journal: Journal, version: int, now: float):
         """Continue from the snapshot of `version`, taken at `now` on the run's clock."""
-        self.inner, self.journal = inner, journal
+        self.inner, self.journal, self.at_once = inner, journal, inner.at_once
         journal.begin(version)
         self._begun = False  # whether what was in flight at the snapshot is on its way again
         self._entries = journal.read(version)

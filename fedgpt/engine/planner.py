@@ -16,7 +16,6 @@ from fedgpt.engine.privacy import Privacy
 from fedgpt.update.downlink import Published
 
 SPEED_MEMORY = 0.5  # share of the old value in a client's smoothed speed
-PROBE = 5  # parts of a job of which the first one has one, where the pacing may change
 
 
 class Planner:
@@ -91,38 +90,47 @@ class Planner:
         return jobs
 
     def steps(self, client: str, speeds: dict[str, float]) -> int:
-        """Local steps; under DyLU in proportion to the client's speed: floor(H v_i / max v), at least 1.
-
-        Where the pacing may change, a client's first job is short: what is to be learned is how fast it is.
-        """
+        """Local steps; under DyLU in proportion to the client's speed: floor(H v_i / max v), at least 1."""
         full = self.options.local.steps
-        if self.switches and client not in speeds:
-            return max(1, full // PROBE)
         if not self.options.pace.dylu or client not in speeds:
             return full
         return max(1, math.floor(full * speeds[client] / max(speeds.values()) + 1e-9))  # 0.29 * 100 is below 29
 
-    def measure(self, client: str, steps: int, seconds: float, speeds: dict[str, float]) -> None:
+    def measure(self, job: Job, seconds: float, speeds: dict[str, float]) -> None:
         """Smooth a client's speed, in local steps a second as the server sees them; the first job counts in full."""
         if seconds > 0:
-            old = speeds.get(client, steps / seconds)
-            speeds[client] = SPEED_MEMORY * old + (1 - SPEED_MEMORY) * steps / seconds
+            speeds[job.client] = self._smoothed(speeds.get(job.client), job.plan.steps / seconds)
 
     def job_seconds(
-        self, done: Iterable[str], in_flight: Iterable[Job], speeds: Mapping[str, float], now: float
+        self, done: Iterable[str], in_flight: Iterable[Job], speeds: Mapping[str, float], now: float, queue: bool
     ) -> dict[str, float]:
-        """Seconds of a whole job of the clients at work and of those who are `done`: measured, or so far."""
+        """Seconds of a whole job of those who are `done` and of the clients at work, as if these came back now.
+
+        One of which nothing is known counts as the slowest that is, unless it is out for longer. `queue`: jobs wait
+        for a worker, so how long one is out says nothing of its client.
+        """
         full = self.options.local.steps
-        seconds = {client: full / speeds[client] for client in sorted(done)}
+        known = {client: speeds[client] for client in sorted(done)}
+        new = {}
         for job in in_flight:
-            measured = full / speeds[job.client] if job.client in speeds else 0.0
-            seconds[job.client] = max(measured, (now - job.sent) * full / job.plan.steps)
-        return seconds
+            before = speeds.get(job.client)
+            so_far = job.plan.steps / max(now - job.sent, 1e-9)
+            if before is not None:
+                known[job.client] = before if queue else min(before, self._smoothed(before, so_far))
+            elif not queue:
+                new[job.client] = so_far
+        slowest = min(known.values(), default=math.inf)
+        return {client: full / speed for client, speed in known.items()} | {
+            client: full / min(speed, slowest) for client, speed in new.items()
+        }
 
     def tokens_total(self, pacing: Pacing) -> int:
         """Where the schedule ends; a round has `pace.clients` jobs where the pacing may change."""
         updates = pacing.clients if self.switches else pacing.goal
         return self.options.tokens or self.options.rounds * updates * self.job_tokens
+
+    def _smoothed(self, old: float | None, new: float) -> float:
+        return new if old is None else SPEED_MEMORY * old + (1 - SPEED_MEMORY) * new
 
     def _schedule(self, ledgers: Ledgers, pacing: Pacing) -> dict[str, Any]:
         """Where a job stands in the run: all clients that train beside it move the clock of tokens, too."""

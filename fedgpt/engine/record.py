@@ -24,7 +24,7 @@ def first_record() -> dict[str, Any]:
         "accepted": 0, "rejected": {}, "staleness": {}, "train_loss": None, "lr": None, "update_norm": None,
         "update_tokens": None, "step_norm": 0.0, "cosine": None, "step_correlation": None, "mean_weight": None,
         "in_flight": 0, "bases": 0, "state_lost": 0, "tokens_by_client": {}, "idle_share": {}, "clipped": 0,
-        "quarantined": 0, "restored": None, "epsilon": None, **dict.fromkeys(STAGES),
+        "quarantined": 0, "restored": None, "epsilon": None, "pacing": None, **dict.fromkeys(STAGES),
     }  # fmt: skip
 
 

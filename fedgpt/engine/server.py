@@ -14,7 +14,7 @@ import numpy as np
 from fedgpt.aggregate.base import Strategy
 from fedgpt.core.errors import ConfigError, FedGPTError, Interrupted, StoppedEarly, UpdateRejected
 from fedgpt.core.faults import reach
-from fedgpt.core.messages import Job, Observed, Reply, ServerState, Update
+from fedgpt.core.messages import Job, Reply, ServerState, Update
 from fedgpt.core.options import RunOptions
 from fedgpt.engine.best import Best
 from fedgpt.engine.checkpoint import Checkpoints, Snapshot
@@ -29,6 +29,7 @@ from fedgpt.engine.privacy import Privacy
 from fedgpt.engine.record import counted, line_of_version, summary
 from fedgpt.engine.run_folder import RunFolder
 from fedgpt.engine.stage import Evaluator, Stage
+from fedgpt.engine.switch import Switch
 from fedgpt.engine.transport import Transport
 from fedgpt.engine.trust import Quarantine, remembered
 from fedgpt.update.downlink import Published
@@ -61,6 +62,7 @@ class Server:
         self._wall_began, self._earlier_wall = time.monotonic(), self.ledgers.wall_seconds
         self.published = Published(options.update.downlink, snapshot.extra)
         self.planner = Planner(options, self.published, fleet, strategy.switches, self.privacy)
+        self.switch = Switch(strategy, self.planner, transport.at_once)
         self.diagnostics = Diagnostics(self.state.params.size, snapshot.extra)
         self.quarantine = Quarantine(options.validate, self.ledgers.strikes, self.ledgers.quarantine)
         self.best = Best(options, self.checkpoints, snapshot)
@@ -83,8 +85,8 @@ class Server:
                 if not self.pace.due(progress) and (reply := self._next_reply(progress)):
                     self._receive(reply)
             self._end(over=True)
-            records = self.folder.metrics.read()
-            return summary(records, self.state, self.ledgers, self._wall_seconds(), self.transport.virtual)
+            wall, records = self._wall_seconds(), self.folder.metrics.read()
+            return summary(records, self.state, self.ledgers, wall, self.transport.virtual)
         except (KeyboardInterrupt, StoppedEarly) as stop:
             self._end(over=isinstance(stop, StoppedEarly))
             raise Interrupted(str(self.folder.path)) if isinstance(stop, KeyboardInterrupt) else stop from None
@@ -156,9 +158,9 @@ class Server:
         if not self._asked:
             self._asked, self._version_began = True, self.transport.now()
         self._count(dispatched=len(chosen))
-        pacing, now = self.pace.pacing(len(self.clients)), self.transport.now()
-        now_known = (self.strategy.client_numbers(), now, self.snapshot.ledgers.accepted)
-        self._send([self.planner.job(c, self._start, self.ledgers, pacing, *now_known) for c in chosen])
+        about = (self.ledgers, self.pace.pacing(len(self.clients)), self.strategy.client_numbers())
+        known = (*about, self.transport.now(), self.snapshot.ledgers.accepted)
+        self._send([self.planner.job(client, self._start, *known) for client in chosen])
 
     def _there(self, client: str) -> bool:
         return self._allowed(client) and self.transport.there(client)
@@ -172,8 +174,7 @@ class Server:
         self.flight.add(jobs)
         for job in jobs:
             self._count(bytes_down=self.transport.bytes_down(job))
-            steps = job.plan.steps
-            self._tell("dispatch", client=job.client, task=job.task, version=job.version, steps=steps)
+            self._tell("dispatch", client=job.client, task=job.task, version=job.version, steps=job.plan.steps)
         self.transport.send(jobs)
 
     # ---- in
@@ -181,21 +182,24 @@ class Server:
     def _next_reply(self, progress: Progress) -> Reply | None:
         """One reply; None where the pacing's patience, or that with a single job, is over."""
         if not self._arrived:
-            patience, now = self.pace.patience(progress), self.transport.now()
+            waits = [self.pace.patience(progress), None if self.pace.carries else self.switch.patience]
             deadline = self.options.pace.deadline if self.pace.carries else None
             if deadline is not None and (oldest := self.flight.oldest()):
-                left = oldest.sent + deadline - now
+                waits.append(left := oldest.sent + deadline - self.transport.now())
                 if left <= 0:
                     self._give_up([(oldest.client, oldest.task)], f"no reply within pace.deadline={deadline:g} s", True)
                     return None
-                patience = left if patience is None else min(patience, left)
-            self._arrived.extend(self.transport.receive(patience))
+            self._arrived.extend(self.transport.receive(min((s for s in waits if s is not None), default=None)))
+            if not self._arrived:
+                self._choose_pacing({})
         return self._arrived.popleft() if self._arrived else None
 
     def _give_up(self, keys: list[tuple[str, int]], why: str, missed: bool) -> None:
         """Wait for these jobs no longer; `missed`: their clients had the time."""
         for key in keys:
-            self.flight.pop(*key)
+            job = self.flight.pop(*key)
+            if missed and job is not None:  # at least as slow as this
+                self.planner.measure(job, self.transport.now() - job.sent, self.ledgers.speeds)
             self._reject("no_reply", client=key[0], task=key[1], detail=why)
             self._fail(key[0] if missed else None)
         self.transport.abandon(keys)
@@ -213,8 +217,7 @@ class Server:
                 raise UpdateRejected(self.ledgers.stray(*key), "not in flight")
             update = self.intake.read(reply, job, self.ledgers.run, job.plan.steps * self.planner.step_tokens)
             self._accept(update, job, reply.seconds)
-            if not self.pace.carries:
-                self._choose_pacing({})
+            self._choose_pacing({})
         except UpdateRejected as rejection:
             self._reject(rejection.code, client=reply.client, task=reply.task, detail=rejection.detail)
             if job is not None:
@@ -227,7 +230,7 @@ class Server:
         if most is not None and staleness > most:
             raise UpdateRejected("stale", f"{staleness} versions old, pace.max_staleness={most}")
         update = self.intake.add(update, job, staleness)
-        self.planner.measure(update.client, job.plan.steps, seconds, self.ledgers.speeds)
+        self.planner.measure(job, seconds, self.ledgers.speeds)
         if not self.privacy.sums:  # what is measured of single updates is not noised
             self.diagnostics.update(update, self.pace.carries)
         self.privacy.answered(update, self.ledgers)
@@ -309,15 +312,13 @@ class Server:
 
     def _choose_pacing(self, record: dict[str, Any]) -> None:
         """Ask a strategy that may change the pacing; `record` is that of a new version, or empty within one."""
-        if not self.strategy.switches:
+        if not self.strategy.switches or (self.pace.carries and not record):
             return
-        done = {update.client for update in self.intake.accepted}
-        seconds = self.planner.job_seconds(done, self.flight, self.ledgers.speeds, self.transport.now())
-        observed = Observed(self.ledgers.pacing or self.options.pace.name, seconds, record)
-        choice = self.strategy.choose_pacing(observed, self.state)
+        pacing, done = self.ledgers.pacing or self.options.pace.name, {u.client for u in self.intake.accepted}
+        choice = self.switch.ask(pacing, done, self.flight, self.ledgers, self.state, record, self.transport.now())
         if choice.memory:
             self.state = replace(self.state, memory={**self.state.memory, **choice.memory})
-        if choice.pacing != observed.pacing:
+        if choice.pacing != pacing:
             self.ledgers = replace(self.ledgers, pacing=choice.pacing)
             self.pace = make_pace(self.options.pace, self.options.seed, choice.pacing, self.privacy.coins)
             self._tell("pacing", pacing=choice.pacing, reason=choice.reason, version=self.state.version)
@@ -338,6 +339,7 @@ class Server:
             **line_of_version(self.state.version, self.ledgers, self.intake, self.flight, self.transport.virtual),
             **(self.privacy.record(self.ledgers) if evaluation["score"] else {}),
             **self.diagnostics.step(before.params - self.state.params),
+            "pacing": self.ledgers.pacing or self.options.pace.name,
         }
         self.ledgers = replace(self.ledgers, record=record)
 

@@ -34,6 +34,7 @@ class VirtualTransport:
     """Time moves only in `receive`, from one arrival to the next."""
 
     virtual = True
+    at_once: int | None = None
 
     def __init__(self, inner: Transport, timing: Timing, now: float = 0.0):
         self.inner, self.timing, self._now = inner, timing, now

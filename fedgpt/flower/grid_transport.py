@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
@@ -44,6 +45,7 @@ class GridTransport:
         Flower runs a ServerApp in a process or a thread that gets no signal of ours.
         """
         self._stop = stop
+        self.at_once: int | None = getattr(grid, "workers", None)
         self.grid, self.expected, self.digest, self.ttl = grid, expected, digest, ttl
         self._nodes: dict[str, int] = {}
         self._known = known
@@ -143,6 +145,7 @@ class GridTransport:
 
     def _taken(self, message_id: str) -> list[Reply]:
         """The reply to a job, if it is there."""
+        took = getattr(self.grid, "seconds_of", lambda _: None)(message_id)  # only the pool knows
         message = self._message(message_id)
         if message is None:
             return []
@@ -155,7 +158,7 @@ class GridTransport:
             log.warning("client %s task %d is done again: %s", job.client, job.task, message.error.reason)
             self._send([job], attempt + 1)
             return []
-        return [read_reply(message, job.client, job.task)]
+        return [replace(read_reply(message, job.client, job.task), seconds=took)]
 
     def _wait(self, seconds: float | None) -> None:
         if self._stop is not None and self._stop.exists():

@@ -55,6 +55,7 @@ class _Task:
     expires: float  # monotonic seconds
     running: bool = False
     wanted: bool = True
+    began: float = math.nan  # monotonic seconds, when a worker took it
 
 
 @dataclass(eq=False)
@@ -64,6 +65,7 @@ class _Answer:
     request: Metadata
     outcome: Frame | Error
     expires: float
+    seconds: float | None = None  # that a worker was at it
 
 
 class PoolGrid(Grid):
@@ -95,7 +97,7 @@ class PoolGrid(Grid):
         if num_clients < 1 or workers < 1 or threads < 1:
             raise ValueError(f"need at least 1 each of {num_clients=}, {workers=}, {threads=}")
         self._owner, self._closed = os.getpid(), False
-        self._num_clients, self._most_unread = num_clients, workers
+        self._num_clients, self._most_unread, self.workers = num_clients, workers, workers
         self._starving = False  # somebody waits for a reply that is not among the unread ones
         self._queue: deque[str] = deque()  # message ids; those no longer in `_tasks` are passed over
         self._tasks: dict[str, _Task] = {}
@@ -180,6 +182,11 @@ class PoolGrid(Grid):
         self._pump(0)
         return list(self._answers)
 
+    def seconds_of(self, message_id: str) -> float | None:
+        """How long a worker was at a message whose reply is ready, without its time in the queue; None: unknown."""
+        answer = self._answers.get(message_id)
+        return None if answer is None else answer.seconds
+
     def discard(self, message_ids: Iterable[str]) -> None:
         """Forget messages: queued ones never run, a running one's reply is dropped when it comes."""
         for message_id in message_ids:
@@ -252,7 +259,7 @@ class PoolGrid(Grid):
             message_id = self._queue.popleft()
             task = self._tasks.get(message_id)
             if task and task.expires > time.monotonic():
-                task.running = True
+                task.running, task.began = True, time.monotonic()
                 memory = task.broadcast.memory if task.broadcast else None
                 return message_id, Frame(task.header, task.body, memory)
         return None
@@ -260,7 +267,8 @@ class PoolGrid(Grid):
     def _answer(self, message_id: str, outcome: Frame | Error) -> None:
         task = self._tasks.pop(message_id)
         if task.wanted:
-            self._answers[message_id] = _Answer(task.metadata, outcome, task.expires)
+            seconds = time.monotonic() - task.began if task.running else None
+            self._answers[message_id] = _Answer(task.metadata, outcome, task.expires, seconds)
 
     def _wait(self, deadline: float, wanted: set[str] | None) -> bool:
         self._pump(0)

@@ -31,6 +31,7 @@ class ScriptTransport:
     """Clients by name; time moves only when the server waits."""
 
     virtual = True
+    at_once: int | None = None
 
     def __init__(self, behaviours: dict[str, Behaviour], now: float = 0.0, own_clock: bool = False):
         """`own_clock`: jobs begin when they arrive here, whatever the server's clock says of that."""

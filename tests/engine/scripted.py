@@ -67,6 +67,7 @@ def run(
     outcomes: list[Outcome] | None = None,
     plan: PrivacyPlan | None = None,
     root: RootTrainer | None = None,
+    kind: type[ScriptTransport] = ScriptTransport,
 ) -> Outcome:
     """One start of the server, from scratch or from what its folder holds; `loss` of versions is what is scored.
 
@@ -86,7 +87,7 @@ def run(
         value = float(np.abs(params).mean()) if loss is None else loss[version]
         return {"loss": value, "perplexity": 1.0, "bits_per_byte": value}
 
-    script = ScriptTransport(behaviours, snapshot.ledgers.seconds, own_clock=journal)
+    script = kind(behaviours, snapshot.ledgers.seconds, own_clock=journal)
     now = snapshot.ledgers.seconds
     log = Journaled(script, Journal(folder.wal), snapshot.state.version, now) if journal else None
     events: list[tuple[str, dict]] = []

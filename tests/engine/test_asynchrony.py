@@ -126,9 +126,9 @@ def test_a_stale_update_changes_no_speed(tmp_path, monkeypatch):
     measured = []
     measure = Planner.measure
 
-    def noted(planner, client, steps, seconds, speeds):
-        measured.append(client)
-        measure(planner, client, steps, seconds, speeds)
+    def noted(planner, job, seconds, speeds):
+        measured.append(job.client)
+        measure(planner, job, seconds, speeds)
 
     monkeypatch.setattr(Planner, "measure", noted)
     run = serve(tmp_path, FOUR, DeltaSGD(), rounds=60, max_staleness=4)

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import heapq
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from engine.script import honest, reply_with
+from engine import scripted
+from engine.script import ScriptTransport, honest, reply_with
 from engine.virtual_run import serve
 
 from fedgpt.aggregate.auto import Auto, updates_gained
 from fedgpt.aggregate.delta_sgd import DeltaSGD
 from fedgpt.core.errors import Interrupted
-from fedgpt.core.messages import Observed, ServerState
-from fedgpt.core.options import FleetOptions
+from fedgpt.core.messages import Job, Observed, Plan, ServerState
+from fedgpt.core.options import FleetOptions, LocalOptions, RunOptions
+from fedgpt.engine.planner import Planner
+from fedgpt.update.downlink import Published
 
 
 def trained(job):
-    """A client that does what the job says: its first one is short."""
+    """A client that does what the job says."""
     return honest(job, tokens=64 * job.plan.steps)
 
 
@@ -37,32 +43,106 @@ def test_gain_is_what_the_note_says():
 
 
 def test_unequal_clients_make_it_asynchronous_within_the_first_round(tmp_path):
-    """At 3.0 s three are back and one is not: it takes at least as long, and the others could have gone on."""
+    """Two are back after 5.8 and 7.5 s; at 9.2 s the two that are not must be so slow that rounds do not pay."""
     run = auto_run(tmp_path)
-    assert switches(run) == [(3.0, "buffer")]
-    steps = [about["steps"] for event, about in run.events if event == "dispatch"]
-    assert steps[:4] == [2] * 4 and set(steps[4:]) == {10}
-    assert run.records[1]["accepted"] == 3 and all(record["accepted"] == 1 for record in run.records[2:])
+    ((seconds, pacing),) = switches(run)
+    assert pacing == "buffer" and 9.16 <= seconds < 9.16 + 0.02 * 9.3 + 0.1
+    assert [about["steps"] for event, about in run.events if event == "dispatch"] == [10] * len(run.pool.jobs)
+    assert run.records[1]["accepted"] == 2 and all(record["accepted"] == 1 for record in run.records[2:])
+    assert [record["pacing"] for record in run.records] == [None, *["buffer"] * (len(run.records) - 1)]
     assert run.summary["tokens"] >= 20 * 4 * 640, "its length is counted in rounds of the cohort"
 
 
-def test_equal_clients_keep_it_synchronous(tmp_path):
-    run = auto_run(tmp_path, fleet=EQUAL)
+def test_equal_clients_keep_it_synchronous_to_the_bits_of_rounds(tmp_path):
+    run = auto_run(tmp_path / "auto", fleet=EQUAL)
     assert switches(run) == [] and {record["accepted"] for record in run.records[1:]} == {4}
+    same = serve(tmp_path / "rounds", FOUR, DeltaSGD(), name="cohort", rounds=20, fleet=EQUAL)
+    assert run.summary["weights_sha256"] == same.summary["weights_sha256"]
 
 
-def test_synchronous_it_is_the_uniform_mean(tmp_path):
-    jobs = {"local": {"steps": 1}, "fleet": EQUAL, "tokens": 20 * 4 * 64}  # of one step, which cannot be shorter
-    same = serve(tmp_path / "b", FOUR, DeltaSGD(), name="cohort", **jobs).summary["weights_sha256"]
-    assert auto_run(tmp_path / "a", **jobs).summary["weights_sha256"] == same
+@pytest.mark.parametrize("fleet", [{"up": 500.0, "down": 500.0}, {"jitter": 0.05}], ids=["slow network", "jitter"])
+def test_what_all_clients_bear_changes_nothing(tmp_path, fleet):
+    run = auto_run(tmp_path, fleet=FleetOptions("constant", step_seconds=[1.0], **fleet), rounds=40)
+    assert switches(run) == []
 
 
-def test_clients_that_become_alike_bring_the_rounds_back():
-    state = ServerState(np.zeros(3, np.float32), 9)
+def test_it_does_not_flap(tmp_path):
+    """Jitter that makes rounds a fifth longer than their mean job is about where both choices are as good."""
+    run = auto_run(tmp_path, fleet=FleetOptions("constant", step_seconds=[1.0], jitter=0.2), rounds=40)
+    assert len(switches(run)) <= 4
+
+
+def test_a_client_that_never_answers_is_not_waited_for(tmp_path):
+    """The fourth would take 1,000 s for its first job, and nobody set a deadline."""
+    run = auto_run(tmp_path, fleet=FleetOptions("constant", step_seconds=[1.0, 1.0, 1.0, 100.0]))
+    ((seconds, pacing),) = switches(run)
+    assert pacing == "buffer" and seconds < 14
+
+
+def test_with_a_deadline_who_missed_it_is_known_to_be_slow(tmp_path):
+    """Three times in a row bring it into quarantine: then the others are alike, until it comes back."""
+    fleet = FleetOptions("constant", step_seconds=[1.0, 1.0, 1.0, 100.0])
+    run = auto_run(tmp_path, fleet=fleet, deadline=50.0, rounds=40)
+    assert [pacing for _, pacing in switches(run)] == ["buffer", "cohort", "buffer"]
+    (quarantine,) = [about for event, about in run.events if event == "quarantine"]
+    assert quarantine["seconds"] < switches(run)[1][0]
+    assert run.server.ledgers.speeds["d"] <= 10 / 50
+
+
+def test_after_harm_a_client_that_never_answers_is_still_not_waited_for():
+    state = ServerState(np.zeros(3, np.float32), 9, {"auto_rest": np.array(30)})
+    seconds = {"a": 10.0, "b": 10.0, "c": 20.0}
+    assert Auto().choose_pacing(Observed("cohort", seconds, {}, waited=99.0), state).pacing == "cohort"
+    choice = Auto().choose_pacing(Observed("cohort", seconds, {}, waited=100.0), state)
+    assert choice.pacing == "buffer" and "has been out for 100.0 s" in choice.reason
+
+
+def test_clients_that_become_alike_for_two_rounds_bring_the_rounds_back_for_two():
     alike, apart = dict.fromkeys("abcd", 10.0), {"a": 10.0, "b": 10.0, "c": 10.0, "d": 40.0}
-    assert Auto().choose_pacing(Observed("buffer", apart, {}), state).pacing == "buffer"
-    choice = Auto().choose_pacing(Observed("buffer", alike, {}), state)
-    assert choice.pacing == "cohort" and "alike" in choice.reason
+
+    def after(*observed):
+        state, pacing = ServerState(np.zeros(3, np.float32), 9), "buffer"
+        for seconds in observed:
+            choice = Auto().choose_pacing(Observed(pacing, seconds, {}), state)
+            pacing = choice.pacing
+            state = ServerState(state.params, state.version + 1, {**state.memory, **choice.memory})
+        return pacing, choice.reason, state
+
+    assert after(*[apart] * 20)[0] == after(*[alike] * 7)[0] == "buffer"
+    assert after(*[alike] * 7, apart, *[alike] * 7)[0] == "buffer"
+    pacing, reason, state = after(*[alike] * 8)
+    assert pacing == "cohort" and "alike" in reason and int(state.memory["auto_rest"]) == 16 + 2
+    assert [after(*[alike] * 8, *[apart] * more)[0] for more in (1, 2)] == ["cohort", "buffer"]
+
+
+def test_jobs_that_queue_for_a_worker_say_nothing_of_their_clients():
+    planner = Planner(RunOptions(local=LocalOptions(steps=10)), Published("fp32", {}))
+    jobs = [Job(name, 0, 0, np.zeros(1, np.float32), Plan("r", 10, 0, 1, 1), 0.0) for name in "bcd"]
+    speeds = {"a": 5.0, "c": 5.0}
+    assert planner.job_seconds("a", jobs, speeds, 8.0, queue=True) == {"a": 2.0, "c": 2.0}
+    free = planner.job_seconds("a", jobs, speeds, 8.0, queue=False)
+    assert free == {"a": 2.0, "b": 8.0, "c": pytest.approx(10 / (0.5 * 5 + 0.5 * 1.25)), "d": 8.0}
+    assert planner.job_seconds("a", jobs, speeds, 1.0, queue=False) == dict.fromkeys("abcd", 2.0), "no faster than a"
+
+
+def test_more_clients_than_workers_are_no_reason_to_go_asynchronous(tmp_path):
+    """Eight equal clients share two workers: whoever queues is asked later, and is not slower."""
+
+    class TwoWorkers(ScriptTransport):
+        virtual, at_once = False, 2
+
+        def send(self, jobs):
+            self.free = [max(t, self.time) for t in getattr(self, "free", [0.0, 0.0])]
+            for job in jobs:
+                began = min(self.free)
+                self.free[self.free.index(began)] = began + 1.0
+                (reply,) = trained(job)
+                heapq.heappush(self._queue, (began + 1.0, next(self._order), replace(reply[1], seconds=1.0)))
+
+    o = scripted.options(tmp_path, rounds=12)
+    run = scripted.run(o, dict.fromkeys("abcdefgh", trained), Auto(), kind=TwoWorkers)
+    assert run.told("pacing") == [] and {record["accepted"] for record in run.metrics[1:]} == {8}
+    assert set(run.server.ledgers.speeds.values()) == {4.0}
 
 
 def test_updates_that_grow_bring_the_rounds_back_and_keep_them(tmp_path):

@@ -28,6 +28,7 @@ class LatePool:
     """Real clients, as the virtual clock sees them: done in an order that means nothing."""
 
     virtual = False
+    at_once: int | None = None
 
     def __init__(self, behaviours: dict[str, Behaviour], shuffle: int = 0):
         self.behaviours, self.random = behaviours, random.Random(shuffle)

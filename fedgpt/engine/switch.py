@@ -1,0 +1,42 @@
+"""Asks a strategy that may change the pacing: at each arrival, at each version, and when time alone has told more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from fedgpt.aggregate.base import Strategy
+from fedgpt.core.messages import Choice, Observed, ServerState
+from fedgpt.engine.checkpoint import Ledgers
+from fedgpt.engine.flight import InFlight
+from fedgpt.engine.planner import Planner
+
+GROWTH = 0.02  # of the longest wait, after which a round that goes on is looked at again
+
+
+class Switch:
+    """What the server knows of its clients' times, for `Strategy.choose_pacing`."""
+
+    def __init__(self, strategy: Strategy, planner: Planner, at_once: int | None):
+        """`at_once`: jobs that can run at the same time; None: each client has a machine of its own."""
+        self.strategy, self.planner, self.at_once = strategy, planner, at_once
+        self._again: float | None = None
+
+    def ask(
+        self, pacing: str, done: Iterable[str], flight: InFlight, ledgers: Ledgers, state: ServerState,
+        record: Mapping[str, Any], now: float,
+    ) -> Choice:  # fmt: skip
+        """The strategy's choice; `done` have been accepted since the last version, `record` is empty within one."""
+        done, oldest = list(done), flight.oldest()
+        queue = self.at_once is not None and len(flight) + len(done) > self.at_once
+        seconds = self.planner.job_seconds(done, flight, ledgers.speeds, now, queue)
+        waited = 0.0 if oldest is None or queue else now - oldest.sent
+        choice = self.strategy.choose_pacing(Observed(pacing, seconds, record, waited), state)
+        waits = choice.pacing == "cohort" and done and oldest is not None and not queue
+        self._again = GROWTH * max(seconds.values()) if waits else None
+        return choice
+
+    @property
+    def patience(self) -> float | None:
+        """Seconds without an arrival after which the answer may be another; None: only an arrival can change it."""
+        return self._again
