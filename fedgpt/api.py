@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedgpt.core.errors import FedGPTError
+from fedgpt.core.errors import ConfigError, FedGPTError
 
 if TYPE_CHECKING:
+    from fedgpt.core.options import RunOptions
     from fedgpt.data.tokenizer import Tokenizer
     from fedgpt.model.gpt import GPT
 
 
 def run(*overrides: str) -> Run:
-    """Run a configuration, typed as on the command line, to its end.
+    """Run a configuration, typed as on the command line, to its end; `resume=FOLDER` alone continues that run.
 
     >>> run("model=nano", "rounds=5").summary["final"]["bits_per_byte"]  # doctest: +SKIP
     """
     from fedgpt import config
     from fedgpt.flower.launch import launch
 
-    options = config.load(overrides)
+    options = resumed(overrides) or config.load(overrides)
     launch(options)
     return Run(options.run_dir)
+
+
+def resumed(arguments: Sequence[str]) -> RunOptions | None:
+    """Options of the run that `resume=FOLDER` names, or None; raises ConfigError where it does not stand alone."""
+    from fedgpt import config
+
+    resume = next((a for a in arguments if a.startswith("resume=")), None)
+    if resume is None:
+        return None
+    if len(arguments) > 1:
+        raise ConfigError(f"{resume}: stands alone; the folder holds the run's own options")
+    return config.of_run(Path(resume.removeprefix("resume=")).expanduser())
 
 
 def open_run(folder: str | Path, best: bool = False) -> Run:

@@ -15,13 +15,11 @@ from fedgpt.core.errors import ConfigError, FedGPTError, Interrupted, StoppedEar
 def run(arguments: list[str]) -> int:
     """`fedgpt run`: Hydra's command line (overrides, -m, --cfg job, --config-dir) over conf/."""
     from fedgpt import config
+    from fedgpt.api import resumed
 
-    overrides = [a for a in arguments if not a.startswith("-") and "=" in a]
-    resume = [o for o in overrides if o.startswith("resume=")]
-    if resume:
-        if len(arguments) > 1:
-            raise ConfigError(f"{resume[0]}: stands alone; the folder holds the run's own options")
-        return _resume(resume[0].removeprefix("resume="))
+    if options := resumed(arguments):
+        _start(options)
+        return 0
     config_dir = _value_of(arguments, "--config-dir", "-cd")
     words = [
         a for a in arguments if not a.startswith("-") and a != config_dir and a != _value_of(arguments, "--cfg", "-c")
@@ -75,13 +73,6 @@ def _start(options: Any) -> float:
 
     launch(options)
     return json.loads((Path(options.run_dir) / "summary.json").read_text())["final"]["loss"]
-
-
-def _resume(folder: str) -> int:
-    from fedgpt import config
-
-    _start(config.of_run(Path(folder).expanduser()))
-    return 0
 
 
 def data(arguments: list[str]) -> int:

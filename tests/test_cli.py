@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from fedgpt import __version__
+from fedgpt.__main__ import main
 
 
 def fedgpt(*arguments: str, cwd=None) -> subprocess.CompletedProcess[str]:
@@ -24,6 +25,14 @@ def test_help_imports_nothing_heavy_and_lists_the_groups():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     for word in ("fedgpt run", "fedgpt data", "fedgpt generate", "strategy", "diloco", "superlink", "resume=FOLDER"):
         assert word in done.stdout
+
+
+@pytest.mark.parametrize("command", ["run", "data", "audit", "privacy", "privacy plan", "audit privacy=example"])
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_every_command_has_help(command, flag, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fedgpt", *command.split(), flag])
+    assert main() == 0
+    assert f"fedgpt {command.split()[0]} " in capsys.readouterr().out
 
 
 def test_version():

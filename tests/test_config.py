@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from fedgpt import config
+from fedgpt.core import options as options_module
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import RunOptions
 
@@ -54,6 +55,16 @@ def test_every_conf_file_composes_and_is_valid(group, choice, tmp_path):
     options = config.load([f"{group}={choice}", *needs])
     if group in ("corpus", "tokenizer", "partition", "pace", "attack", "runtime"):
         assert choice.startswith(getattr(options, group).name)  # corpus=sotu_addresses is the corpus sotu
+
+
+def test_the_schema_names_the_choices_of_every_group():
+    told = {}
+    for field in fields(RunOptions):
+        if (schema := getattr(options_module, f"{field.name.capitalize()}Options", None)) is not None:
+            name, _, choices = schema.__doc__.partition(":")[0].rstrip(".").partition("=")
+            told[name] = sorted(choices.split("|"))
+    choices = {group: sorted(choice for of, choice in CHOICES if of == group) for group in GROUPS}
+    assert told == {group: choices[group] for group in GROUPS if group not in ("strategy", "experiment")}
 
 
 @pytest.mark.parametrize("group", GROUPS)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -61,6 +65,21 @@ def test_libraries_stay_in_their_rooms(path):
     for name, _ in imports(path):
         package = name.split(".")[0]
         assert package not in ROOMS or room(path) in ROOMS[package], f"{path} imports {name}"
+
+
+def test_every_library_is_declared():
+    """What another package happens to bring today is gone when it changes its mind."""
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    lines = [*project["dependencies"], *extras["ray"], *extras["hf"]]
+    declared = {canonical(re.match(r"[\w.-]+", line)[0]) for line in lines}
+    brings = packages_distributions()
+    used = {name.split(".")[0] for path in MODULES for name, _ in imports(path)} - {"fedgpt"} - sys.stdlib_module_names
+    assert not [name for name in sorted(used) if not declared & {canonical(d) for d in brings.get(name, [name])}]
+
+
+def canonical(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
 def test_strategies_and_configuration_are_free_of_torch():

@@ -1,4 +1,4 @@
-"""What the README says works: commands, options, targets, links and code are those of this repository."""
+"""What the documents say works: commands, options, targets, links and code are those of this repository."""
 
 from __future__ import annotations
 
@@ -10,18 +10,27 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import click
 import pytest
+from flower.here import run_here
+from flwr.common.config import parse_config_args
 
 from fedgpt import api, cli, config
+from fedgpt.flower.run_config import options_of
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+DOCUMENTS += sorted(ROOT.glob("simulations/*/README.md"))
+TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in DOCUMENTS}
+README = TEXTS["README.md"]
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```\s*$", re.M | re.S)
 PROGRAMS = ("fedgpt", "python", "make")
-
-written = pytest.mark.skipif(not README.strip(), reason="README.md is still empty")
+FLOWER = ("flwr run", "--node-config")  # what is typed for Flower's own programs starts with it
+NUMBER = re.compile(r" *\d[\d.,:]*( ?[kMGT]?B\b|[kMGT]\b)?")
 
 
 def blocks(text: str, *languages: str) -> list[str]:
@@ -29,24 +38,30 @@ def blocks(text: str, *languages: str) -> list[str]:
     return [body for _, language, body in FENCE.findall(text) if language in languages]
 
 
-def commands(text: str) -> list[list[str]]:
-    """Words of every command that starts with one of our programs, wherever it is installed.
-
-    They stand in shell blocks, in indented lines and as inline code.
-    """
+def typed(text: str) -> list[str]:
+    """Everything that may be typed: it stands in shell blocks, in indented lines and as inline code."""
     prose = FENCE.sub("", text)
     shell = [re.sub(r"\\\n\s*", " ", body) for body in blocks(text, "sh", "bash", "shell", "console")]
     lines = [line for body in shell for line in body.splitlines()]
     lines += re.findall(r"^ {4,}(\S.*)$", prose, re.M) + re.findall(r"`([^`\n]+)`", prose)
+    return [re.sub(r"<[\w ./-]+>", "PLACEHOLDER", line).removeprefix("$ ") for line in lines]  # <the folder of a run>
+
+
+def commands(text: str) -> list[list[str]]:
+    """Words of every command that starts with one of our programs, wherever it is installed."""
     found = []
-    for typed in lines:
-        line = re.sub(r"<[\w ./-]+>", "PLACEHOLDER", typed).removeprefix("$ ")  # <the folder of a run>
+    for line in typed(text):
         if re.match(rf"([A-Z_]+=\S* )*(\S*/)?({'|'.join(PROGRAMS)}) ", line):
             words = shlex.split(line, comments=True)
             while re.fullmatch(r"[A-Z_]+=.*", words[0]):  # PYTHONPATH=. fedgpt run
                 words.pop(0)
             found.append([Path(words[0]).name, *words[1:]])
     return found
+
+
+def for_flower(text: str) -> list[str]:
+    """What is typed for Flower's own programs."""
+    return [line for line in typed(text) if line.startswith(FLOWER)]
 
 
 def make_targets() -> set[str]:
@@ -66,11 +81,22 @@ def check(words: list[str], folder: Path, readme: str) -> None:
         check_options(arguments[0], [_filled(word, folder) for word in arguments[1:]], folder, readme)
     elif arguments[0] in ("privacy", "audit"):  # what they print is tested in tests/flower/test_private_run.py
         assert arguments[:2] == ["privacy", "plan"] or arguments[0] == "audit"
-        config.load([word for word in arguments[1:] if word != "plan"])
+        config.load([_filled(word, folder) for word in arguments[1:] if word != "plan"])
     elif arguments[0] == "generate":
         cli.generate([_filled(word, folder) for word in arguments[1:]])
     else:
         assert arguments[0] in ("--help", "-h", "--version"), words
+
+
+def check_flower(line: str, folder: Path) -> None:
+    """Raise where Flower could not read its configuration, or we not ours in it."""
+    words = shlex.split(line)
+    told = parse_config_args([_filled(words[1 + words.index("-c" if words[0] == "flwr" else "--node-config")], folder)])
+    if words[0] == "flwr":
+        assert "run_dir=/" in str(told["overrides"]), "the server works in a folder of Flower's"
+        options_of(told)
+    else:
+        assert told.keys() <= {"partition-id", "num-partitions", "state-dir"}
 
 
 def check_python(arguments: list[str]) -> None:
@@ -120,10 +146,11 @@ def bring_choices(overrides: list[str], conf: Path) -> str:
 
 
 def _filled(word: str, folder: Path) -> str:
-    """Placeholders and the user's own text as something that exists."""
-    if word.startswith("corpus.path="):
-        return f"corpus.path={folder}"
-    return word.replace("PLACEHOLDER", str(folder))
+    """Placeholders, the variables that a shell fills in and the record of an earlier run, as something that exists."""
+    if word.startswith("fleet.path="):
+        (folder / "events.jsonl").touch()
+        return f"fleet.path={folder}/events.jsonl"
+    return re.sub(r"PLACEHOLDER|\$HOME|\$PWD", str(folder), word)
 
 
 @pytest.fixture(autouse=True)
@@ -149,32 +176,37 @@ def links(text: str) -> list[str]:
     return [t.partition("#")[0] for t in targets if not re.match(r"[a-z]+:|#", t)]
 
 
-@written
-@pytest.mark.parametrize("words", commands(README), ids=shlex.join)
-def test_every_command_works(words, tmp_path):
-    check(words, tmp_path, README)
+def each(find: Callable[[str], list[Any]], name: Callable[[Any], str]) -> list[Any]:
+    """Parameters (document, what was found in it) of a test over all documents."""
+    return [pytest.param(at, f, id=f"{at}: {name(f)}") for at, text in TEXTS.items() for f in find(text)]
 
 
-@written
+@pytest.mark.parametrize("document, words", each(commands, shlex.join))
+def test_every_command_works(document, words, tmp_path):
+    check(words, tmp_path, TEXTS[document])
+
+
+@pytest.mark.parametrize("document, line", each(for_flower, str))
+def test_flower_can_read_what_is_typed_for_it(document, line, tmp_path):
+    check_flower(line, tmp_path)
+
+
 def test_there_are_commands_to_check():
     assert {tuple(words[:2]) for words in commands(README)} >= {("make", "demo"), ("make", "test"), ("fedgpt", "run")}
 
 
-@written
 def test_every_link_points_at_a_file():
-    missing = [target for target in links(README) if not (ROOT / target).exists()]
-    assert not missing
+    found = [(ROOT / at, link) for at, text in TEXTS.items() for link in links(text)]
+    assert not [(at, link) for at, link in found if not (at.parent / link).exists()]
 
 
-@written
-def test_python_blocks_compile():
-    for code in blocks(README, "python", "py", "pycon"):
-        examples = doctest.DocTestParser().get_examples(code)
-        for source in [example.source for example in examples] or [code]:
-            compile(source, "README.md", "exec")
+@pytest.mark.parametrize("document, code", each(lambda text: blocks(text, "python", "py", "pycon"), lambda _: "python"))
+def test_python_blocks_compile(document, code):
+    examples = doctest.DocTestParser().get_examples(code)
+    for source in [example.source for example in examples] or [code]:
+        compile(source, document, "exec")
 
 
-@written
 def test_the_answer_to_a_typo_is_the_one_that_is_printed(tmp_path):
     (shown,) = [body for body in blocks(README, "text") if body.startswith("$ fedgpt ")]
     command, _, answer = shown.partition("\n")
@@ -185,7 +217,23 @@ def test_the_answer_to_a_typo_is_the_one_that_is_printed(tmp_path):
     assert doctest.OutputChecker().check_output(answer, done.stderr, doctest.ELLIPSIS), done.stderr
 
 
-@written
+def test_the_demo_prints_what_is_shown(tmp_path, capfd):
+    """Line by line, but for numbers, the machine and what the model writes."""
+    (shown,) = [body for body in blocks(README, "text") if " bits/byte " in body]
+    run_here(
+        "experiment=demo", "rounds=6", "tokenizer.vocab_size=300", "local.steps=1", "local.batch_size=1",
+        "evaluate.tokens=512", "evaluate.sample_tokens=8", f"run_dir={tmp_path}",
+    )  # fmt: skip
+    printed = capfd.readouterr().out
+    assert doctest.OutputChecker().check_output(shape(shown), shape(printed), doctest.ELLIPSIS), printed
+
+
+def shape(printed: str) -> str:
+    """Lines of a run with # for every number and ... for what differs from machine to machine and model to model."""
+    alike = re.sub(r"^( *(?:compute|Fellow citizens)).*", r"\1...", printed, flags=re.M)
+    return NUMBER.sub(" #", alike)
+
+
 def test_it_is_read_in_one_sitting():
     assert len(README.splitlines()) <= 150
 
@@ -222,6 +270,19 @@ Then `make demo` and `fedgpt data`; not `fedgpt`, `makefile x` or `run=1`:
 """
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--node-config 'partition-id=0 state-dir=/var/lib/fedgpt'", "--node-config 'partition=0'",
+        "flwr run . -c 'overrides=\"rounds=5\"'", "flwr run . -c 'overrides=\"ronds=5 run_dir=/x\"'",
+    ],
+)  # fmt: skip
+def test_wrong_words_for_flower_are_noticed(line, tmp_path):
+    assert for_flower(f"`{line}`") == [line]
+    with pytest.raises((AssertionError, config.ConfigError, click.ClickException)):
+        check_flower(line, tmp_path)
+
+
 def test_commands_are_found_with_their_continued_lines():
     assert [words[:2] for words in commands(SAMPLE)] == [
         ["make", "install"], ["fedgpt", "run"], ["fedgpt", "run"], ["fedgpt", "data"], ["python", "benchmarks/none.py"],
@@ -237,7 +298,8 @@ def test_commands_are_found_with_their_continued_lines():
     [
         "fedgpt run rounds=5 resume=x", "fedgpt run model=huge", "fedgpt data local.stpes=3", "fedgpt train",
         "fedgpt run -m seed=0,x", "fedgpt run --bogus", "fedgpt generate RUN --promt x", "make coffee",
-        "python no/such.py", "fedgpt run strategy._target_=mine.Other trusted_packages=[mine]",
+        "python no/such.py", "fedgpt data corpus=files corpus.path=~/notes",
+        "fedgpt run strategy._target_=mine.Other trusted_packages=[mine]",
     ],
 )  # fmt: skip
 def test_wrong_commands_are_noticed(line, tmp_path, capsys):

@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass
 class CorpusOptions:
-    """corpus=sotu|stdlib|files: where text comes from and who owns it."""
+    """corpus=sotu|sotu_addresses|stdlib|files: where text comes from and who owns it."""
 
     name: str = "sotu"
     client: str = "president"  # sotu: president, address | stdlib: package | files: file, folder, or a JSONL field
@@ -62,7 +62,7 @@ class ModelOptions:
 
 @dataclass
 class LocalOptions:
-    """local=adamw: what a client does between download and upload."""
+    """local=adamw|reset: what a client does between download and upload."""
 
     steps: int = 40  # optimiser steps per job
     batch_size: int = 8  # sequences of block_size tokens per micro-batch
@@ -176,7 +176,7 @@ class RuntimeOptions:
 
 @dataclass
 class EvaluateOptions:
-    """evaluate=held_out: the central evaluation stage."""
+    """evaluate=held_out|ends: the central evaluation stage."""
 
     every: int | None = None  # server versions between evaluations; null = one round's updates, 0 = first and last
     tokens: int = 0  # held-out tokens used, spread evenly; 0 = all
@@ -188,7 +188,7 @@ class EvaluateOptions:
 
 @dataclass
 class CheckpointOptions:
-    """checkpoint=every: what a restart finds."""
+    """checkpoint=default|none: what a restart finds."""
 
     every: int | None = None  # server versions between checkpoints; null = one round's updates, 0 = only the last
     keep: int = 2  # newest checkpoints kept

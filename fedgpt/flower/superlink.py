@@ -66,7 +66,7 @@ def launch_flwr(options: RunOptions, clients: int, machine: Machine, client_env:
 def _launch(options: RunOptions, clients: int, machine: Machine, client_env: dict[str, str]) -> None:
     ray = options.runtime.name == "ray"
     if ray and importlib.util.find_spec("ray") is None:
-        raise ConfigError('runtime=ray: Ray is not installed; pip install "fedgpt[ray]", or take runtime=pool')
+        raise ConfigError('runtime=ray: Ray is not installed; pip install ".[ray]" in a clone, or take runtime=pool')
     if not ray and clients > MOST_NODES:
         raise ConfigError(
             f"runtime=superlink: starts one SuperNode per client, and there are {clients} clients; "

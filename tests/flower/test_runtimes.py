@@ -23,7 +23,7 @@ SMALL = [
     "model.n_head=2", "model.block_size=32", "rounds=3", "local.steps=3", "pace.clients=2", "strategy=fedadam",
     "runtime.threads=1", "local.precision=fp32", "evaluate.tokens=2048", "seed=11",
 ]  # fmt: skip
-needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="pip install 'fedgpt[ray]'")
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="pip install '.[ray]'")
 pytestmark = pytest.mark.slow
 
 

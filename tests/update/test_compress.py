@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from fedgpt.core.errors import ConfigError, UpdateRejected
 from fedgpt.update.blockwise import MAX
 from fedgpt.update.compress import COMPRESSORS, make_compressor
 
+ROOT = Path(__file__).parents[2]
 quickly = settings(max_examples=40, deadline=None)
 deltas = st.builds(delta_of, st.sampled_from(SIZES), st.sampled_from(KINDS), st.integers(0, 2**32)) | hnp.arrays(
     np.float32, st.integers(0, 70), elements=st.floats(width=32, allow_nan=False, allow_infinity=False)
@@ -111,6 +113,13 @@ def test_the_error_on_gaussians_is_the_published_one(name, options, error):
     assert np.linalg.norm(q - x) / np.linalg.norm(x) == pytest.approx(error, rel=0.01)
     if name == "sparse_loco":
         assert np.linalg.norm((q - x)[q != 0]) / np.linalg.norm(x[q != 0]) == pytest.approx(0.066, rel=0.02)
+
+
+def test_int8_is_told_with_the_error_that_it_has():
+    x = delta_of(1 << 18, "gaussian", 0)
+    error = np.linalg.norm(through(make_compressor("int8"), x) - x) / np.linalg.norm(x)
+    for path in ("docs/runs.md", "conf/update/int8.yaml", "fedgpt/update/blockwise.py"):
+        assert f"{100 * error:.2f} %" in (ROOT / path).read_text(encoding="utf-8"), path
 
 
 @pytest.mark.parametrize("codec", INTEGER, ids=repr)

@@ -69,6 +69,11 @@ try:
     fedgpt.run(*OPTIONS, "run_dir=finished", "runtime.workers=1", "seed=12", "local.lr=0.001")
 except FedGPTError as error:
     told["refused"] = str(error)
+told["resumed"] = fedgpt.run("resume=alone").summary
+try:
+    fedgpt.run("resume=alone", "rounds=3")
+except FedGPTError as error:
+    told["resumed with more"] = str(error)
 opened = fedgpt.open_run("finished")
 told["opened"], told["metrics"] = opened.summary, opened.metrics
 told["texts"] = opened.generate("The river", tokens=12, samples=2, seed=3)

@@ -145,6 +145,11 @@ def test_a_finished_run_started_again_is_the_same_run(finished, told):
     }, "beside clocks, every byte is as it was"  # fmt: skip
 
 
+def test_a_run_is_resumed_from_python(told):
+    assert told["resumed"] | {"wall_seconds": 0} == told["alone"] | {"wall_seconds": 0}
+    assert "resume=alone: stands alone" in told["resumed with more"]
+
+
 def test_moments_that_stay_at_the_client_matter(told):
     assert told["reset"]["weights_sha256"] != told["alone"]["weights_sha256"]
     assert told["reset"]["initial"] == told["alone"]["initial"]
