@@ -53,6 +53,7 @@ from fedgpt.privacy.statement import statement
 from fedgpt.report.diagnostics import timeline_figure, updates_figure
 from fedgpt.report.figures import loss_figure
 from fedgpt.report.model_card import model_card
+from fedgpt.report.page import report_page
 from fedgpt.report.progress import ProgressDisplay
 from fedgpt.report.run_report import opening, privacy_text, samples_page, summary_text
 
@@ -192,7 +193,7 @@ class _Run:
             self.folder.events.append({"event": event, **about})
 
     def _finish(self, summary: dict[str, Any], params: np.ndarray, display: ProgressDisplay) -> None:
-        """Everything a person or a script wants at the end: summary, model folder, samples, figure."""
+        """Everything a person or a script wants at the end: summary, model folder, samples, figures, one page."""
         path = self.folder.path
         records = self.folder.metrics.read()
         model = GPT(self.options.model, self.prepared.tokenizer.vocab_size)
@@ -203,6 +204,7 @@ class _Run:
         loss_figure(records, path / "figures" / "loss.png")
         timeline_figure(self.folder.events.read(), path / "figures" / "timeline.png")
         updates_figure(records, path / "figures" / "updates.png")
+        write_text(path / "report.html", report_page(summary, records, path))
         write_text(path / "summary.json", json.dumps(summary, indent=2) + "\n")
         display.say(summary_text(summary, records, path))
 

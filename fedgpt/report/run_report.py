@@ -89,7 +89,7 @@ def summary_text(summary: dict[str, Any], records: list[dict[str, Any]], folder:
     sample = next((r for r in reversed(records) if "sample" in r), None)
     if sample:
         lines += ["", _text(sample).strip(), ""]
-    lines.append(f"everything is in {folder}: samples.md, figures/, metrics.jsonl, model/")
+    lines.append(f"everything is in {folder}: report.html, samples.md, figures/, metrics.jsonl, model/")
     lines.append(f'more text: fedgpt generate {shlex.quote(str(folder))} --prompt "..."')
     return "\n".join(lines)
 

@@ -22,6 +22,7 @@ from fedgpt.core.options import (
 from fedgpt.data.partition import partition
 from fedgpt.data.prepare import prepare
 from fedgpt.engine.checkpoint import Ledgers, Snapshot
+from fedgpt.report.page import report_page
 from fedgpt.report.run_report import opening, samples_page, summary_text
 
 COMPUTE = Compute("cpu", "bf16", "this CPU has AMX bf16 units")
@@ -110,7 +111,7 @@ weights                 sha256 0123456789abcdef
 
 The river rose again.
 
-everything is in /runs/x: samples.md, figures/, metrics.jsonl, model/
+everything is in /runs/x: report.html, samples.md, figures/, metrics.jsonl, model/
 more text: fedgpt generate /runs/x --prompt "..."
 """
 
@@ -150,3 +151,14 @@ def test_a_sample_cannot_end_its_own_block():
 
 def test_a_page_without_samples_is_only_its_title():
     assert samples_page([score(0, 8.0)]) == "# What the model wrote\n"
+
+
+def test_the_report_shows_text_and_never_runs_it(tmp_path):
+    (tmp_path / "figures").mkdir()
+    (tmp_path / "command.txt").write_text("fedgpt run 'evaluate.prompt=<b>'\n")
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    records = [{**score(v, 4.0), "tokens": v, "bytes_up": 1, "bytes_down": 1} for v in range(100)]
+    records[-1] |= {"prompt": "Once", "sample": "<script>alert(1)</script>"}
+    page = report_page(SUMMARY, records, tmp_path)
+    assert "<script>" not in page and "&lt;script&gt;" in page and "=&lt;b&gt;" in page
+    assert page.count("<tr>") == 1 + 34 + 0 and "<td>0</td>" in page and "<td>99</td>" in page

@@ -22,7 +22,7 @@ def test_a_run_leaves_exactly_the_documented_files(finished):
     (run,) = (folder / "clients").iterdir()
     assert finished.files.keys() == {
         ".lock", "config.yaml", "command.txt", "environment.json", "metrics.jsonl",
-        "events.jsonl", "summary.json", "samples.md",
+        "events.jsonl", "summary.json", "samples.md", "report.html",
         "figures/loss.png", "figures/timeline.png", "figures/updates.png",
         "model/config.json", "model/model.safetensors", "model/tokenizer.json",
         "model/tokenizer_config.json", "model/README.md", "checkpoints/best.safetensors",
@@ -109,6 +109,15 @@ def test_samples_and_figure_are_of_this_run(finished):
     assert f"sha256 {summary(folder)['weights_sha256'][:16]}" in out and f"fedgpt generate {folder}" in out
 
 
+def test_the_report_is_one_page_that_needs_no_other_file(finished):
+    page = (finished.folder / "report.html").read_text(encoding="utf-8")
+    told = summary(finished.folder)
+    assert page.count("data:image/png;base64,") == 3 and "http" not in page and 'src="figures' not in page
+    assert f"sha256 {told['weights_sha256'][:16]}" in page and "seed: 11" in page
+    assert page.count("<tr>") == 1 + 3
+    assert f"<td>2</td><td>{told['tokens']}</td><td>{told['final']['loss']:.4f}</td>" in page
+
+
 def test_transformers_loads_the_model_and_computes_the_same(finished):
     transformers = pytest.importorskip("transformers")
     import torch
@@ -141,7 +150,7 @@ def test_a_finished_run_started_again_is_the_same_run(finished, told):
     now = {name: sha256_of(finished.folder / name) for name in files(finished.folder) if name != "failure.json"}
     assert now.keys() == finished.files.keys()
     assert {name for name, digest in now.items() if finished.files[name] != digest} <= {
-        "summary.json", "metrics.jsonl", "figures/loss.png",
+        "summary.json", "metrics.jsonl", "report.html", "figures/loss.png",
     }, "beside clocks, every byte is as it was"  # fmt: skip
 
 
