@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fedgpt import checks
 from fedgpt.core.errors import ConfigError, nearest
 from fedgpt.core.options import RunOptions
+from fedgpt.engine.fleet import replay_problems
 from fedgpt.engine.pace import make_pace, pace_problems
 from fedgpt.privacy.problems import privacy_problems
 
@@ -311,7 +312,9 @@ def _problems(o: RunOptions, here: bool) -> Iterator[str]:
     except ConfigError as error:
         yield from error.problems
     else:
-        yield from pace_problems(o.pace, getattr(strategy, "switches", False))
+        switches = getattr(strategy, "switches", False)
+        yield from pace_problems(o.pace, switches)
+        yield from replay_problems(o, switches)
         yield from _pacing_problems(o, strategy)
         yield from privacy_problems(o, strategy)
 

@@ -162,6 +162,26 @@ def test_sweeps_are_checked_choice_by_choice():
         config.precheck(["seed=0,x"])
 
 
+@pytest.mark.parametrize(
+    "overrides, part",
+    [
+        (
+            ["pace.goal=2", "pace.grace=1.5"],
+            "pace.grace=1.5: fleet=replay: a record holds when replies arrived, not when",
+        ),
+        (["pace.deadline=30"], "pace.deadline=30: fleet=replay: a record holds when replies arrived, not when"),
+        (["strategy=auto"], "strategy=auto: fleet=replay: a record holds when replies arrived, not how long"),
+    ],
+)
+def test_what_a_record_cannot_repeat_is_refused_before_it_is_replayed(overrides, part, tmp_path):
+    (tmp_path / "events.jsonl").touch()
+    replay = ["clock=virtual", "fleet=replay", f"fleet.path={tmp_path}/events.jsonl"]
+    [told] = problems(*replay, *overrides)
+    assert part in told and "in both" in told
+    config.load([*replay, "pace=buffer", "pace.dylu=true", "pace.max_staleness=4"])
+    config.load(["clock=virtual", "fleet=published", *overrides])
+
+
 def swept(*overrides: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         config.precheck(overrides)
@@ -187,7 +207,7 @@ def test_every_job_of_a_sweep_is_checked_before_the_first_one_runs(overrides, pa
 
 def test_of_a_large_sweep_every_choice_of_its_short_lists_is_checked(monkeypatch):
     monkeypatch.setattr(config, "MOST_JOBS", 10)
-    [told] = swept("local.lr=1e-3,0", "seed=range(0,1000)")
+    [told] = swept("local.lr=1e-3,0", "seed=range(0,100)")
     assert told.endswith("(in the job local.lr=0 seed=0 and 4 more)")
 
 

@@ -104,12 +104,15 @@ def test_resume_in_the_middle_equals_not_stopping(tmp_path, strategy, every, cra
     ]
 
 
-def test_replaying_the_events_of_a_run_gives_its_weights(tmp_path):
-    """Arrival by arrival, with DyLU, whose steps follow from measured times."""
+@pytest.mark.parametrize("most", [None, 3])
+def test_replaying_the_events_of_a_run_gives_its_weights(tmp_path, most):
+    """Arrival by arrival, with DyLU, whose steps follow from measured times; what is too stale measures nothing."""
     rough = FleetOptions("lognormal", median=1.0, spread=1.0, jitter=0.3)
-    first = serve(tmp_path / "a", FOUR, DeltaSGD(), rounds=60, fleet=rough, dylu=True)
+    first = serve(tmp_path / "a", FOUR, DeltaSGD(), rounds=60, fleet=rough, dylu=True, max_staleness=most)
     fleet = FleetOptions("replay", path=str(tmp_path / "a" / "events.jsonl"))
-    again = serve(tmp_path / "b", FOUR, DeltaSGD(), rounds=60, fleet=fleet, dylu=True)
+    again = serve(tmp_path / "b", FOUR, DeltaSGD(), rounds=60, fleet=fleet, dylu=True, max_staleness=most)
+    assert again.summary["rejected"] == first.summary["rejected"]
+    assert most is None or first.summary["rejected"]["stale"] > 0
     assert again.summary["weights_sha256"] == first.summary["weights_sha256"]
     order = [(a["client"], a["task"]) for a in accepted(first)]
     assert [(a["client"], a["task"]) for a in accepted(again)] == order
