@@ -93,6 +93,10 @@ def test_everything_wrong_is_in_one_list():
         (["update=int8", "update.density=0.5"], "update.density=0.5: no option of update.compress=int8"),
         (["strategy=auto", "pace.rate=0.5"], "pace.rate=0.5: the pacing may change"),
         (["pace.goal=2", "pace.minimum=3"], "pace.minimum=3"),
+        (
+            ["strategy=diloco", "pace=buffer"],
+            "momentum compounds on every arrival (Nesterov, mu 0.9: 4 equal updates D",
+        ),
         (["strategy.bta=1"], "strategy.bta=1: no option 'strategy.bta'"),
         (["+strategy.bta=1"], "strategy.bta=1: the options of FedAvg are eta"),
         (["strategy.eta=-1"], "strategy.eta=-1"),
