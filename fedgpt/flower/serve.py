@@ -113,6 +113,7 @@ class _Run:
                 ClientWork(o, str(self.folder.path / "clients")).train_root, slowed,
                 transport if isinstance(transport, Journaled) else None, privacy,
             )  # fmt: skip
+            del snapshot  # the server says how long the vectors in it are kept
             summary = server.run()
         self._finish(summary, server.state.params, display)
         return summary
