@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
-from math import inf
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache, partial
+from itertools import product
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,92 +18,40 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fedgpt import checks
 from fedgpt.core.errors import ConfigError, nearest
 from fedgpt.core.options import RunOptions
-from fedgpt.data.corpora import corpus_problems
-from fedgpt.data.partition import partition_problems
-from fedgpt.data.tokenizer import tokenizer_problems
-from fedgpt.engine import attack, fleet, trust
+from fedgpt.engine.fleet import replay_problems
 from fedgpt.engine.pace import make_pace, pace_problems
-from fedgpt.model.shape import check_model
-from fedgpt.privacy import problems as privacy
-from fedgpt.update.compress import update_problems
+from fedgpt.privacy.problems import privacy_problems
 
 PACKAGE = Path(__file__).parent
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
 TRUSTED = ("fedgpt.aggregate", "flwr.serverapp.strategy")
+MOST_JOBS = 300  # of a sweep, that are checked before its first one runs
 
 FREE = ("cache_dir", "run_dir", "runtime.workers")  # where a run computes may change
 
 ConfigStore.instance().store(name="schema", node=RunOptions)
 
-# option -> (what is allowed, test); a number that a user could get wrong has its line here
-_RANGES: dict[str, tuple[str, Any]] = {
-    "seed": ("a whole number from 0", lambda v: v >= 0),
-    "rounds": ("at least 1", lambda v: v >= 1),
-    "local.steps": ("at least 1", lambda v: v >= 1),
-    "local.batch_size": ("at least 1", lambda v: v >= 1),
-    "local.accumulate": ("at least 1", lambda v: v >= 1),
-    "local.lr": ("above 0 and at most 1", lambda v: 0 < v <= 1),
-    "local.min_lr": ("from 0 to 1", lambda v: 0 <= v <= 1),
-    "local.warmup": ("from 0 to below 1 (a share of the run's tokens)", lambda v: 0 <= v < 1),
-    "local.beta1": ("from 0 to below 1", lambda v: 0 <= v < 1),
-    "local.beta2": ("from 0 to below 1", lambda v: 0 <= v < 1),
-    "local.weight_decay": ("at least 0", lambda v: v >= 0),
-    "local.grad_clip": ("at least 0 (0 = off)", lambda v: v >= 0),
-    "local.moments": ("keep or reset", ("keep", "reset").__contains__),
-    "local.precision": ("auto, fp32 or bf16", ("auto", "fp32", "bf16").__contains__),
-    "tokens": ("at least 0 (0 = end after `rounds`)", lambda v: v >= 0),
-    "clock": ("real or virtual", ("real", "virtual").__contains__),
-    "pace.name": ("cohort or buffer", ("cohort", "buffer").__contains__),
-    "pace.clients": ("at least 0 (0 = all)", lambda v: v >= 0),
-    "pace.rate": ("above 0 and at most 1", lambda v: v is None or 0 < v <= 1),
-    "pace.goal": ("at least 1", lambda v: v is None or v >= 1),
-    "pace.deadline": ("above 0 seconds", lambda v: v is None or v > 0),
-    "pace.minimum": ("at least 0", lambda v: v >= 0),
-    "pace.grace": ("at least 0 seconds", lambda v: v is None or v >= 0),
-    "pace.max_staleness": ("at least 0 versions", lambda v: v is None or v >= 0),
-    "fleet.name": (", ".join(fleet.NAMES), fleet.NAMES.__contains__),
-    "fleet.median": ("above 0 seconds", lambda v: v > 0),
-    "fleet.spread": ("at least 0", lambda v: v >= 0),
-    "fleet.down": ("at least 0 seconds per megabyte", lambda v: v >= 0),
-    "fleet.up": ("at least 0 seconds per megabyte", lambda v: v >= 0),
-    "fleet.jitter": ("at least 0", lambda v: v >= 0),
-    "fleet.dropout": ("from 0 to below 1", lambda v: 0 <= v < 1),
-    "validate.norm": ("at least 1, or 0 (off)", lambda v: v == 0 or 1 <= v < inf),
-    "validate.clip": ("above 0, or 0 (off)", lambda v: 0 <= v < inf),
-    "validate.strikes": ("at least 0 (0 = never)", lambda v: v >= 0),
-    "validate.rest": ("at least 1 round", lambda v: v >= 1),
-    "attack.name": (", ".join(attack.NAMES), attack.NAMES.__contains__),
-    "attack.clients": ("at least 0", lambda v: v >= 0),
-    "attack.strength": ("above 0 and finite", lambda v: 0 < v < inf),
-    "runtime.name": ("pool, ray or superlink", ("pool", "ray", "superlink").__contains__),
-    "runtime.workers": ("at least 0 (0 = choose)", lambda v: v >= 0),
-    "runtime.threads": ("at least 0 (0 = choose)", lambda v: v >= 0),
-    "runtime.device": ("auto, cpu or cuda", ("auto", "cpu", "cuda").__contains__),
-    "runtime.watchdog": ("at least 0 seconds (0 = off)", lambda v: 0 <= v < inf),
-    "evaluate.rollback": ("at least 0 (a share of the best loss)", lambda v: v is None or 0 <= v < inf),
-    "evaluate.every": ("at least 0 (0 = first and last version)", lambda v: v is None or v >= 0),
-    "evaluate.tokens": ("at least 0 (0 = all)", lambda v: v >= 0),
-    "evaluate.samples": ("at least 0", lambda v: v >= 0),
-    "evaluate.sample_tokens": ("at least 1", lambda v: v >= 1),
-    "checkpoint.every": ("at least 0 (0 = only the last)", lambda v: v is None or v >= 0),
-    "checkpoint.keep": ("at least 1", lambda v: v >= 1),
-    **privacy.RANGES,
-}
-
 
 def load(overrides: Sequence[str] = (), config_dir: str | None = None) -> RunOptions:
     """Options for `fedgpt run <overrides>`; raises ConfigError with every problem that was found."""
     problems, good = _check_overrides(overrides, config_dir)
+    parser = OverridesParser.create()
+    swept = [text for text in good if parser.parse_override(text).is_sweep_override()]
+    problems += [
+        f"{text}: is a sweep, which is typed with -m (fedgpt run -m {text}); a text with commas is typed in quotes"
+        for text in swept
+    ]
     options = None
     try:
-        options = to_options(_compose(good, config_dir))
+        options = to_options(_compose([text for text in good if text not in swept], config_dir), here=True)
     except ConfigError as error:
         problems += [problem for problem in error.problems if problem not in problems]
     if problems or options is None:
@@ -110,20 +60,38 @@ def load(overrides: Sequence[str] = (), config_dir: str | None = None) -> RunOpt
 
 
 def precheck(overrides: Sequence[str], config_dir: str | None = None) -> None:
-    """Like load, but sweeps (`seed=0,1,2`) are allowed: each of their choices is checked by itself."""
-    problems, _ = _check_overrides(overrides, config_dir)
+    """Like load, for a sweep (`seed=0,1,2`), all of whose jobs are checked; of more than MOST_JOBS, that many.
+
+    What is wrong with every job is told as such, the rest with the first job that it is wrong with.
+    """
+    problems, good = _check_overrides(overrides, config_dir)
+    found: dict[str, list[str]] = {}  # problem -> jobs that have it
+    jobs = list(_sweep(good, config_dir))
+    for job, composed in jobs:
+        try:
+            to_options(composed(), here=True)
+        except ConfigError as error:
+            for problem in error.problems:
+                found.setdefault(problem, []).append(job)
+    for problem, where in found.items():
+        more = f" and {len(where) - 1} more" if len(where) > 1 else ""
+        told = problem if len(where) == len(jobs) else f"{problem} (in the job {where[0]}{more})"
+        problems += [told] if problem not in problems else []
     if problems:
         raise ConfigError(problems)
 
 
-def to_options(cfg: DictConfig) -> RunOptions:
-    """Typed options of a composed configuration, checked one by one and against each other."""
+def to_options(cfg: DictConfig, here: bool = False) -> RunOptions:
+    """Typed options of a composed configuration, checked one by one and against each other.
+
+    `here`: a run shall start on this machine. A run's folder is read elsewhere, too, where Ray may be missing.
+    """
     try:
         options = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or 'configuration'}: {_first_line(error)}") from error
     assert isinstance(options, RunOptions), "the schema is the root of run.yaml"
-    if problems := list(_problems(options)):
+    if problems := list(_problems(options, here)):
         raise ConfigError(problems)
     options.run_dir = str(Path(options.run_dir).expanduser().resolve())
     options.cache_dir = str(Path(options.cache_dir).expanduser().resolve())
@@ -251,8 +219,8 @@ def _check_overrides(overrides: Sequence[str], config_dir: str | None) -> tuple[
         problems += found
         if not found:
             good.append(str(override.input_line))
-    single = [text for text in good if not parser.parse_override(text).is_sweep_override()]
-    cfg = _compose(single, config_dir)
+    # options are looked up beside the first choice of every group; what is wrong beside others, their jobs tell
+    cfg = _compose([text for line in good for text in _choices(parser.parse_override(line), groups)[:1]], config_dir)
     for override in [o for o in parsed if o.key_or_group not in groups]:
         found = list(_value_problems(override, cfg))
         problems += found
@@ -263,7 +231,7 @@ def _check_overrides(overrides: Sequence[str], config_dir: str | None) -> tuple[
 
 def _group_problems(override: Override, groups: dict[str, list[str]]) -> Iterator[str]:
     group, known = override.key_or_group, groups[override.key_or_group]
-    for choice in _choices(override):
+    for choice in _values(override, groups):
         if choice is None and group == "experiment":
             continue
         for name in choice if isinstance(choice, list) else [choice]:
@@ -282,54 +250,73 @@ def _value_problems(override: Override, cfg: DictConfig) -> Iterator[str]:
         hint = "; a new field of a strategy is typed with a plus: +" + key if parent == "strategy" else ""
         yield f"{override.input_line}: no option {key!r}{hint}{nearest(key, _keys(cfg))}"
         return
-    for value in _choices(override):
-        trial = cfg.copy()
-        OmegaConf.set_struct(trial, False)
+    for value in _values(override, {}):
         try:
-            OmegaConf.update(trial, key, value)
+            _updated(cfg, {key: value})
         except OmegaConfBaseException as error:
             yield f"{key}={value}: {_first_line(error)}"
 
 
-def _choices(override: Override) -> list[Any]:
-    """The value of an override, or each value of a sweep over listed choices."""
+def _choices(override: Override, groups: dict[str, list[str]]) -> list[str]:
+    """The override as typed, or an override for each value of a sweep over listed choices."""
     if not override.is_sweep_override():
-        return [override.value()]
-    return list(override.sweep_iterator()) if override.is_discrete_sweep() else []
+        return [str(override.input_line)]
+    value = override.value()
+    if isinstance(value, Glob):
+        values = value.filter(groups.get(override.key_or_group, []))
+    else:
+        values = list(override.sweep_string_iterator()) if override.is_discrete_sweep() else []
+    return [f"{override.get_key_element()}={value}" for value in values]
 
 
-def _problems(o: RunOptions) -> Iterator[str]:
-    """Everything wrong with the values, alone and together."""
-    for option, (allowed, test) in _RANGES.items():
-        value: Any = o
-        for part in option.split("."):
-            value = getattr(value, part)
-        if not test(value):
-            yield f"{option}={value}: must be {allowed}"
-    yield from check_model(o.model)
-    yield from corpus_problems(o.corpus)
-    yield from tokenizer_problems(o.tokenizer)
-    yield from partition_problems(o.partition)
-    if o.corpus.public == 0 and o.tokenizer.name == "bpe":
-        yield "corpus.public=0: tokenizer=bpe is trained on the public part; raise it or take tokenizer=bytes"
-    if o.local.min_lr > o.local.lr > 0:
-        yield f"local.min_lr={o.local.min_lr}: must not be above local.lr={o.local.lr}; lower it"
-    yield from fleet.fleet_problems(o)
-    yield from attack.attack_problems(o)
-    yield from update_problems(o.update)
-    yield from trust.validate_problems(o)
-    if o.checkpoint.journal and o.clock == "virtual":
-        yield "checkpoint.journal=true: clock=virtual repeats a run to the same bits without one; leave it out"
-    if o.resume is not None:
-        yield f"resume={o.resume}: stands alone (fedgpt run resume=<folder>); the folder holds its own options"
+def _values(override: Override, groups: dict[str, list[str]]) -> list[Any]:
+    parser = OverridesParser.create()
+    return [parser.parse_override(text).value() for text in _choices(override, groups)]
+
+
+def _updated(cfg: DictConfig, values: dict[str, Any]) -> DictConfig:
+    changed = cfg.copy()
+    OmegaConf.set_struct(changed, False)
+    for key, value in values.items():
+        OmegaConf.update(changed, key, value)
+    return changed
+
+
+def _sweep(overrides: Sequence[str], config_dir: str | None) -> Iterator[tuple[str, Callable[[], DictConfig]]]:
+    """(its choices as typed, how to compose it) of every job of a sweep; at most MOST_JOBS."""
+    parser, groups = OverridesParser.create(), _groups(config_dir)
+    parsed = [parser.parse_override(text) for text in overrides]
+    fixed = [str(o.input_line) for o in parsed if not o.is_sweep_override()]
+    axes = [choices for o in parsed if o.is_sweep_override() and (choices := _choices(o, groups))]
+    while prod(map(len, axes)) > MOST_JOBS:
+        max(axes, key=len).pop()
+    composed = cache(lambda chosen: _compose([*fixed, *chosen], config_dir))  # takes longer than to change values
+
+    def compose_job(texts: tuple[str, ...]) -> DictConfig:
+        chosen = [parser.parse_override(text) for text in texts]
+        values = {o.key_or_group: o.value() for o in chosen if o.key_or_group not in groups}
+        cfg = composed(tuple(str(o.input_line) for o in chosen if o.key_or_group in groups))
+        return _updated(cfg, {key: value for key, value in values.items() if not key.startswith("hydra.")})
+
+    for texts in product(*axes):
+        yield " ".join(texts), partial(compose_job, texts)
+
+
+def _problems(o: RunOptions, here: bool) -> Iterator[str]:
+    """Everything wrong with the values, alone and together; `here`: also with starting a run on this machine."""
+    yield from checks.problems(o)
+    if here:
+        yield from checks.runtime_problems(o.runtime.name, o.partition.clients if o.partition.name != "natural" else 0)
     try:
         strategy = build_strategy(o.strategy, o.trusted_packages)
     except ConfigError as error:
         yield from error.problems
     else:
-        yield from pace_problems(o.pace, getattr(strategy, "switches", False))
+        switches = getattr(strategy, "switches", False)
+        yield from pace_problems(o.pace, switches)
+        yield from replay_problems(o, switches)
         yield from _pacing_problems(o, strategy)
-        yield from privacy.privacy_problems(o, strategy)
+        yield from privacy_problems(o, strategy)
 
 
 def _pacing_problems(o: RunOptions, strategy: Any) -> Iterator[str]:

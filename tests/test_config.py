@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from fedgpt import config
+from fedgpt import checks, config
 from fedgpt.core import options as options_module
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import RunOptions
@@ -44,7 +44,8 @@ def test_the_defaults_are_valid():
 
 
 @pytest.mark.parametrize("group, choice", CHOICES)
-def test_every_conf_file_composes_and_is_valid(group, choice, tmp_path):
+def test_every_conf_file_composes_and_is_valid(group, choice, tmp_path, monkeypatch):
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: True)  # whether Ray is installed or not
     table = tmp_path / "fleet.csv"
     table.write_text("client,step_seconds\na,1.0\n")
     needs = [f"corpus.path={tmp_path}"] if choice == "files" else []
@@ -103,6 +104,10 @@ def test_everything_wrong_is_in_one_list():
         (["update=int8", "update.density=0.5"], "update.density=0.5: no option of update.compress=int8"),
         (["strategy=auto", "pace.rate=0.5"], "pace.rate=0.5: the pacing may change"),
         (["pace.goal=2", "pace.minimum=3"], "pace.minimum=3"),
+        (
+            ["strategy=diloco", "pace=buffer"],
+            "momentum compounds on every arrival (Nesterov, mu 0.9: 4 equal updates D",
+        ),
         (["strategy.bta=1"], "strategy.bta=1: no option 'strategy.bta'"),
         (["+strategy.bta=1"], "strategy.bta=1: the options of FedAvg are eta"),
         (["strategy.eta=-1"], "strategy.eta=-1"),
@@ -170,6 +175,89 @@ def test_sweeps_are_checked_choice_by_choice():
         config.precheck(["strategy=fedavg,diloko"])
     with pytest.raises(ConfigError, match="seed=x"):
         config.precheck(["seed=0,x"])
+
+
+@pytest.mark.parametrize(
+    "overrides, part",
+    [
+        (
+            ["pace.goal=2", "pace.grace=1.5"],
+            "pace.grace=1.5: fleet=replay: a record holds when replies arrived, not when",
+        ),
+        (["pace.deadline=30"], "pace.deadline=30: fleet=replay: a record holds when replies arrived, not when"),
+        (["strategy=auto"], "strategy=auto: fleet=replay: a record holds when replies arrived, not how long"),
+    ],
+)
+def test_what_a_record_cannot_repeat_is_refused_before_it_is_replayed(overrides, part, tmp_path):
+    (tmp_path / "events.jsonl").touch()
+    replay = ["clock=virtual", "fleet=replay", f"fleet.path={tmp_path}/events.jsonl"]
+    [told] = problems(*replay, *overrides)
+    assert part in told and "in both" in told
+    config.load([*replay, "pace=buffer", "pace.dylu=true", "pace.max_staleness=4"])
+    config.load(["clock=virtual", "fleet=published", *overrides])
+
+
+def swept(*overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        config.precheck(overrides)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize(
+    "overrides, part",
+    [
+        (["model.n_embd=128,130"], "try 128 or 136 (in the job model.n_embd=130)"),
+        (["pace.clients=4,-1", "seed=0,1"], "(in the job pace.clients=-1 seed=0 and 1 more)"),
+        (
+            ["strategy=fedavg,fedbuff"],
+            "take pace=buffer, or strategy=delta_sgd, fedavg or diloco (in the job strategy=",
+        ),
+        (["strategy=diloco,fedavg", "strategy.mu=0.5"], "strategy.mu'. (in the job strategy=fedavg)"),
+    ],
+)
+def test_every_job_of_a_sweep_is_checked_before_the_first_one_runs(overrides, part):
+    [told] = swept(*overrides)
+    assert part in told
+
+
+def test_of_a_large_sweep_every_choice_of_its_short_lists_is_checked(monkeypatch):
+    monkeypatch.setattr(config, "MOST_JOBS", 10)
+    [told] = swept("local.lr=1e-3,0", "seed=range(0,100)")
+    assert told.endswith("(in the job local.lr=0 seed=0 and 4 more)")
+
+
+def test_what_is_wrong_with_every_job_is_told_once_and_beside_the_rest():
+    told = swept("rounds=3", "local.lr=0", "ronds=2", "pace.clients=4,-1", "seed=0,1,2")
+    assert len(told) == 3
+    assert told[0].startswith("ronds=2: no option") and told[1] == "local.lr=0.0: must be above 0 and at most 1"
+    assert told[2].endswith("(in the job pace.clients=-1 seed=0 and 2 more)")
+
+
+def test_sweeps_that_are_right_pass():
+    config.precheck(["strategy=diloco,fedavgm", "strategy.mu=0.5", "name='a,b','c'"])
+    config.precheck(["model=glob(m*)", "pace.clients=range(1,4)", "hydra.sweep.dir=runs/x"])
+
+
+def test_a_sweep_without_m_is_told_how_it_is_typed():
+    told = problems("seed=1,2", "strategy=fedavg,diloco", "ronds=3")
+    assert len(told) == 3 and "typed with -m (fedgpt run -m seed=1,2)" in " ".join(told)
+    assert config.load(["name='a,b'"]).name == "a,b"
+
+
+def test_what_this_machine_cannot_start_is_in_the_list(monkeypatch, tmp_path):
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: True)
+    (tmp_path / "config.yaml").write_text(config.to_yaml(config.load(["runtime=ray"])))
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    told = problems("runtime=ray", "rounds=0")
+    assert len(told) == 2 and any('pip install ".[ray]"' in problem for problem in told)
+    assert config.of_run(tmp_path).runtime.name == "ray", "a run's folder is read without Ray, too"
+
+
+def test_more_made_clients_than_supernodes_fit_is_in_the_list():
+    [told] = problems("runtime=superlink", "partition=iid", "partition.clients=17")
+    assert "there are 17 clients; take at most 16" in told
+    config.load(["runtime=superlink", "partition=iid", "partition.clients=16"])
+    config.load(["runtime=superlink", "partition.clients=17"])  # of the largest: there may be fewer
 
 
 def test_configuration_never_imports_torch():

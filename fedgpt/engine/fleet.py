@@ -202,6 +202,24 @@ def fleet_problems(options: RunOptions) -> Iterator[str]:
             yield f"fleet.path={f.path}: fleet={f.name} needs {kind}"
 
 
+def replay_problems(options: RunOptions, switches: bool) -> Iterator[str]:
+    """What a record cannot repeat: it holds arrivals, not moments between them; `switches`: the pacing may change."""
+    if options.fleet.name != "replay":
+        return
+    why = "fleet=replay: a record holds when replies arrived"
+    for name in ("grace", "deadline"):
+        if (value := getattr(options.pace, name)) is not None:
+            yield (
+                f"pace.{name}={value:g}: {why}, not when the server stopped waiting for others; only runs without "
+                f"pace.{name} can be replayed: leave it out in both"
+            )
+    if switches:
+        yield (
+            f"strategy=auto: {why}, not how long the others had been at work when it chose the pacing; only runs of "
+            "one pacing can be replayed: name it, e.g. pace=buffer strategy=delta_sgd, in both"
+        )
+
+
 def nothing_left(waiting: int) -> FedGPTError:
     """The virtual clock has no event any more."""
     return FedGPTError(f"the virtual clock stands still: {waiting} jobs in flight and none of them ever arrives")

@@ -67,6 +67,7 @@ def _updates_record(intake: Intake, in_flight: Iterable[Job]) -> dict[str, Any]:
         "update_tokens": sum(update.tokens for update in accepted) / len(accepted) if accepted else None,
         "mean_weight": math.fsum(intake.weights) / len(accepted) if accepted else None,
         "in_flight": len(jobs),
+        # versions that jobs in flight began from, before the newest is sent: a model is kept for each of them
         "bases": len({job.version for job in jobs}),
         "state_lost": int(sum(update.metrics.get("state_lost", 0) for update in accepted)),
     }

@@ -94,16 +94,16 @@ class _Run:
         o = self.options
         snapshot = self._snapshot()
         stage = self._held_out()
-        display = ProgressDisplay(o)
+        strategy = build_strategy(o.strategy, o.trusted_packages)
+        if not isinstance(strategy, Strategy):
+            strategy = FlowerStrategy(strategy)
+        display = ProgressDisplay(o, switches=strategy.switches, pacing=snapshot.ledgers.pacing or None)
         display.say(
             opening(o, self.prepared, self.shards, snapshot, self.compute, self.machine.workers_text, stage.tokens)
         )
         if self.statement:
             display.say(privacy_text(self.statement))
         write_text(self.folder.path / "environment.json", json.dumps(self.environment, indent=2) + "\n")
-        strategy = build_strategy(o.strategy, o.trusted_packages)
-        if not isinstance(strategy, Strategy):
-            strategy = FlowerStrategy(strategy)
         fresh = snapshot.state.version == 0
         privacy = make_privacy(o, self.privacy_plan, self.folder.path, self.prepared.digest, fresh)
         transport = self._transport(snapshot, Journal(self.folder.wal) if wanted(o, strategy.switches) else None)
@@ -114,6 +114,7 @@ class _Run:
                 ClientWork(o, str(self.folder.path / "clients")).train_root, slowed,
                 transport if isinstance(transport, Journaled) else None, privacy,
             )  # fmt: skip
+            del snapshot  # the server says how long the vectors in it are kept
             summary = server.run()
         self._finish(summary, server.state.params, display)
         return summary

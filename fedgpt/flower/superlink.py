@@ -6,7 +6,6 @@ of this process, in process groups of their own, and are ended with it.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -22,6 +21,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
+from fedgpt.checks import runtime_problems
 from fedgpt.config import to_yaml
 from fedgpt.core.errors import ConfigError, FedGPTError, Interrupted, StoppedEarly
 from fedgpt.core.options import RunOptions
@@ -29,7 +29,6 @@ from fedgpt.flower.machine import Machine
 from fedgpt.flower.serve import STOP_FILE
 
 STOP_SECONDS = 60.0  # that a server has for its checkpoint, once it was asked to stop
-MOST_NODES = 16  # one SuperNode is two Python processes of some 340 MB while it trains
 APP = """[project]
 name = "fedgpt-run"
 version = "0.1.0"
@@ -65,13 +64,8 @@ def launch_flwr(options: RunOptions, clients: int, machine: Machine, client_env:
 
 def _launch(options: RunOptions, clients: int, machine: Machine, client_env: dict[str, str]) -> None:
     ray = options.runtime.name == "ray"
-    if ray and importlib.util.find_spec("ray") is None:
-        raise ConfigError('runtime=ray: Ray is not installed; pip install ".[ray]" in a clone, or take runtime=pool')
-    if not ray and clients > MOST_NODES:
-        raise ConfigError(
-            f"runtime=superlink: starts one SuperNode per client, and there are {clients} clients; "
-            f"take at most {MOST_NODES} (partition.clients=2), or runtime=pool"
-        )
+    if problems := list(runtime_problems(options.runtime.name, clients)):
+        raise ConfigError(problems)  # of natural clients the number is known only now
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedgpt-flower-")))
         env = {**os.environ, **client_env, "FLWR_HOME": str(home), "PYTHONUNBUFFERED": "1"}

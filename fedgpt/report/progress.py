@@ -12,25 +12,41 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 from fedgpt.core.options import RunOptions
+from fedgpt.engine.pace import make_pace
+from fedgpt.engine.planner import Planner
+from fedgpt.update.downlink import Published
+
+STRAY = ("late", "duplicate", "unknown_task")  # replies to what is not in flight
 
 
 class ProgressDisplay:
     """Observer of the server loop: one line per finished version; on a terminal, a live bar below them."""
 
-    def __init__(self, options: RunOptions, console: Console | None = None):
+    def __init__(
+        self, options: RunOptions, console: Console | None = None, switches: bool = False, pacing: str | None = None
+    ):
+        """`switches`: the strategy may change the pacing; `pacing`: what it had come to in an earlier sitting."""
         self.options, self.console = options, console or Console(highlight=False)
+        self._switches, self._pacing = switches, pacing or options.pace.name
+        self._end = options.tokens  # where the run ends; 0: after `rounds` versions, or not known before "open"
         self._began = time.monotonic()
         self._first_version = 0
-        self._tokens_at_start: int | None = None  # in the first record: a resumed run has trained before
-        self._tokens = self._version = self._sent = self._back = 0
+        self._first: dict[str, Any] | None = None  # the first record: a resumed run has trained before
+        self._flying: set[tuple[str, int]] = set()  # (client, task) that were sent and have not come back
+        self._earlier = 0  # jobs in flight that an earlier sitting sent
+        self._tokens = self._version = self._back = 0
         self._bytes = 0
         self._live: Live | None = None
         self._bar = Progress(
             TextColumn("version"), MofNCompleteColumn(), BarColumn(bar_width=30), TextColumn("{task.fields[state]}")
         )
         # a run that ends after so many tokens has no known number of versions
-        total = None if options.tokens else options.rounds
+        total = None if self._by_tokens else options.rounds
         self._task: TaskID = self._bar.add_task("run", total=total, state="starting")
+
+    @property
+    def _by_tokens(self) -> bool:
+        return bool(self.options.tokens or self._switches)
 
     def say(self, text: str) -> None:
         """Print text above the live line."""
@@ -54,30 +70,38 @@ class ProgressDisplay:
         if event == "open":
             self._first_version = self._version = about["version"]
             self._began = time.monotonic()
+            self._end = self._tokens_total(len(about["clients"])) if self._by_tokens else 0
         elif event == "dispatch":
-            self._sent += 1
-        elif event in ("accept", "reject"):
-            self._back += 1
-            if event == "reject":
-                who = f"client {about.get('client')} task {about.get('task')}"
-                why = f" ({about['detail']})" if about.get("detail") else ""
-                self.say("  ! " + one_line(f"{who} rejected: {about['code']}{why}"))
+            self._flying.add((about["client"], about["task"]))
+        elif event == "accept":
+            self._landed(about, back=True)
+        elif event == "reject":
+            if about["code"] not in STRAY:
+                self._landed(about, back=about["code"] != "no_reply")
+            who = f"client {about.get('client')} task {about.get('task')}"
+            why = f" ({about['detail']})" if about.get("detail") else ""
+            self.say("  ! " + one_line(f"{who} rejected: {about['code']}{why}"))
+        elif event == "pacing":
+            self._pacing = about["pacing"]
+            self.say(f"  pace={about['pacing']} from version {about['version']} on: {about['reason']}")
         elif event == "version":
             self._version, self._tokens = about["version"], about["tokens"]
             self._bytes = about["bytes_up"] + about["bytes_down"]
-            self._sent = self._back = 0
+            self._back = 0
         elif event == "record":
-            if self._tokens_at_start is None:
-                self._tokens_at_start = about["tokens"]
-            if "loss" in about or self.options.pace.name == "cohort":  # asynchronous steps are too many for a line each
+            if self._first is None:
+                self._first = about
+                self._earlier += about.get("in_flight", 0)
+            if "loss" in about or self._pacing == "cohort":  # asynchronous steps are too many for a line each
                 self.say(self.line(about))
         self._bar.update(self._task, completed=self._version, state=self._state())
 
     def line(self, record: dict[str, Any]) -> str:
         """One finished version in words."""
         total, version = self.options.rounds, record["version"]
-        parts = [f"version {version}" if self.options.tokens else f"version {version:>{len(str(total))}}/{total}"]
-        parts.append(f"{count(record['tokens'])} tokens")
+        parts = [f"version {version}" if self._by_tokens else f"version {version:>{len(str(total))}}/{total}"]
+        of = f"/{count(self._end)}" if self._end and record["tokens"] else ""
+        parts.append(f"{count(record['tokens'])}{of} tokens")
         if record.get("train_loss") is not None:
             parts.append(f"train {record['train_loss']:.3f}")
         if "loss" in record:
@@ -90,23 +114,43 @@ class ProgressDisplay:
             if record.get("virtual_seconds") is not None:
                 parts.append(f"{clock(record['virtual_seconds'])} virtual")
             parts.append(f"{count(record['tokens'] / seconds)} tok/s")
-            parts.append(f"{clock(seconds * self._to_do(version, record['tokens']))} left")
+            here = seconds - (self._first["wall_seconds"] if self._first else 0.0)
+            if here > 0:  # the version that a resumed run began with says nothing of this sitting's speed
+                parts.append(f"{clock(here * self._to_do(version, record['tokens']))} left")
         return " | ".join(parts)
+
+    def _landed(self, about: dict[str, Any], back: bool) -> None:
+        """A job is no longer in flight; `back`: its client has answered."""
+        key = about["client"], about["task"]
+        if key not in self._flying:
+            self._earlier -= 1  # may come before the first record, which tells how many there were
+        self._flying.discard(key)
+        self._back += back
+
+    def _tokens_total(self, clients: int) -> int:
+        """Where a run that ends by tokens ends, as the server counts."""
+        options = self.options
+        planner = Planner(options, Published(options.update.downlink, {}), switches=self._switches)
+        return planner.tokens_total(make_pace(options.pace, options.seed).pacing(clients))
 
     def _state(self) -> str:
         seconds = time.monotonic() - self._began
         done = self._version - self._first_version
-        parts = [f"{self._sent - self._back} clients in flight", f"{self._back} back"]
+        parts = [f"{max(0, len(self._flying) + self._earlier)} clients in flight", f"{self._back} back"]
         if done and seconds:
-            parts.append(f"{count((self._tokens - (self._tokens_at_start or 0)) / seconds)} tok/s")
+            parts.append(f"{count((self._tokens - self._tokens_before) / seconds)} tok/s")
             parts.append(f"{size(self._bytes)} moved")
             parts.append(f"{clock(seconds * self._to_do(self._version, self._tokens))} left")
         return ", ".join(parts)
 
+    @property
+    def _tokens_before(self) -> int:
+        return self._first["tokens"] if self._first else 0
+
     def _to_do(self, version: int, tokens: int) -> float:
         """What is left of the run, as a multiple of what is done; a resumed run counts from where it began."""
-        if self.options.tokens:
-            first, now, end = self._tokens_at_start or 0, tokens, self.options.tokens
+        if self._by_tokens:
+            first, now, end = self._tokens_before, tokens, self._end
         else:
             first, now, end = self._first_version, version, self.options.rounds
         return max(0, end - now) / max(1, now - first)

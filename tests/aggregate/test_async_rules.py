@@ -231,6 +231,25 @@ def test_nesterov_on_every_arrival_moves_far_more_than_on_the_mean(k, far):
     assert moved([1.0]) == pytest.approx(1.9)  # one step on the mean
 
 
+def asynchronous(rule, rounds=100, k=4):
+    """Distance from the optimum after `rounds` arrivals of each of k clients, all with the loss |x|^2 / 2, in turn.
+
+    A client's D is 0.2 x for the x that it downloaded k - 1 arrivals ago: local steps that go a fifth of the way.
+    """
+    state, divisor = ServerState(np.ones(1)), rule.divisor([1.0], Pacing("buffer", k, 1))
+    bases = [state.params] * k
+    for arrival in range(rounds * k):
+        state = rule.step(0.2 * bases[arrival % k] / divisor, state)
+        bases[arrival % k] = state.params
+    return abs(state.params.item())
+
+
+def test_on_equal_quadratics_nesterov_on_every_arrival_diverges_where_delta_sgd_arrives():
+    assert asynchronous(DeltaSGD(eta=0.7)) < 1e-3
+    assert asynchronous(DiLoCo(eta=0.7, mu=0.9)) > 1e9
+    assert asynchronous(DelayedNesterov(eta=0.7, mu=0.6, period=8)) < 1e-3, "what it is refused in favour of"
+
+
 def test_smaller_weights_do_not_mend_it():
     assert moved([1 / 4] * 4) == pytest.approx(3.036, abs=1e-3)
     assert moved([2 / 4] * 4) == pytest.approx(6.072, abs=1e-3)  # sqrt(k) / k

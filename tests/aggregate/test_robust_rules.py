@@ -169,10 +169,10 @@ def mean_of(rows):
     return np.mean(rows, axis=0)
 
 
-@given(matrices)
+@given(matrices, st.integers(0, 2**32 - 1), st.sampled_from([0.0, 1.0, 100.0]))
 @settings(max_examples=50, deadline=None)
-def test_rules_with_nothing_to_refuse_are_the_mean(rows):
-    n, centre = len(rows), np.linspace(-1, 1, rows.shape[1])
+def test_rules_with_nothing_to_refuse_are_the_mean(rows, seed, length):
+    n, centre = len(rows), length * np.random.default_rng(seed).standard_normal(rows.shape[1])  # any v
     np.testing.assert_allclose(
         blocks.middle(update_of(*rows), 0, zeros(rows).params), mean_of(rows), rtol=0, atol=1e-14
     )

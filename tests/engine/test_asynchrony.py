@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 
 import numpy as np
 import pytest
 from engine.script import honest
-from engine.virtual_run import serve
+from engine.virtual_run import LatePool, serve
 
 from fedgpt.aggregate.delayed_nesterov import DelayedNesterov
 from fedgpt.aggregate.delta_sgd import DeltaSGD
@@ -15,7 +16,7 @@ from fedgpt.aggregate.fedasync import FedAsync
 from fedgpt.aggregate.fedbuff import FedBuff
 from fedgpt.core.errors import FedGPTError, Interrupted, StoppedEarly
 from fedgpt.core.messages import Reply
-from fedgpt.core.options import FleetOptions
+from fedgpt.core.options import EvaluateOptions, FleetOptions
 from fedgpt.engine.planner import Planner
 
 FOUR = dict.fromkeys("abcd", honest)
@@ -56,7 +57,16 @@ def test_dylu_makes_jobs_as_long_as_each_other(tmp_path):
     assert Counter(late).most_common(1)[0][0] == 3 and max(late) <= 4  # k - 1 nearly everywhere
 
 
-@pytest.mark.parametrize("steps, expected", [(10, [10, 7, 3, 1]), (30, [30, 23, 11, 5]), (500, [500, 386, 192, 87])])
+@pytest.mark.parametrize(
+    "steps, expected",
+    [
+        (10, [10, 7, 3, 1]),
+        (30, [30, 23, 11, 5]),
+        (100, [100, 77, 38, 17]),
+        (128, [128, 98, 49, 22]),
+        (500, [500, 386, 192, 87]),
+    ],
+)
 def test_dylu_steps_of_the_note(tmp_path, steps, expected):
     run = serve(tmp_path, FOUR, DeltaSGD(), rounds=30, local={"steps": steps}, dylu=True)
     last = {about["client"]: about["steps"] for event, about in run.events if event == "dispatch"}
@@ -104,12 +114,15 @@ def test_resume_in_the_middle_equals_not_stopping(tmp_path, strategy, every, cra
     ]
 
 
-def test_replaying_the_events_of_a_run_gives_its_weights(tmp_path):
-    """Arrival by arrival, with DyLU, whose steps follow from measured times."""
+@pytest.mark.parametrize("most", [None, 3])
+def test_replaying_the_events_of_a_run_gives_its_weights(tmp_path, most):
+    """Arrival by arrival, with DyLU, whose steps follow from measured times; what is too stale measures nothing."""
     rough = FleetOptions("lognormal", median=1.0, spread=1.0, jitter=0.3)
-    first = serve(tmp_path / "a", FOUR, DeltaSGD(), rounds=60, fleet=rough, dylu=True)
+    first = serve(tmp_path / "a", FOUR, DeltaSGD(), rounds=60, fleet=rough, dylu=True, max_staleness=most)
     fleet = FleetOptions("replay", path=str(tmp_path / "a" / "events.jsonl"))
-    again = serve(tmp_path / "b", FOUR, DeltaSGD(), rounds=60, fleet=fleet, dylu=True)
+    again = serve(tmp_path / "b", FOUR, DeltaSGD(), rounds=60, fleet=fleet, dylu=True, max_staleness=most)
+    assert again.summary["rejected"] == first.summary["rejected"]
+    assert most is None or first.summary["rejected"]["stale"] > 0
     assert again.summary["weights_sha256"] == first.summary["weights_sha256"]
     order = [(a["client"], a["task"]) for a in accepted(first)]
     assert [(a["client"], a["task"]) for a in accepted(again)] == order
@@ -193,8 +206,31 @@ def test_the_upload_takes_its_time_and_may_come_too_late(tmp_path):
 def test_base_versions_are_bounded_by_jobs_in_flight_and_freed(tmp_path):
     run = serve(tmp_path, FOUR, DeltaSGD(), rounds=60)
     assert all(record["bases"] <= record["in_flight"] <= 4 for record in run.records)
-    alive = {id(job.params) for job in run.server.flight}
-    assert len(alive) <= 4
+
+
+def test_a_base_version_is_freed_with_the_last_job_on_it(tmp_path):
+    vectors: dict[int, weakref.ref] = {}  # version -> what its jobs began from
+    flying: dict[str, int] = {}  # client -> version
+    counts = []
+
+    def client(job):
+        vectors.setdefault(job.version, weakref.ref(job.params))
+        flying[job.client] = job.version  # asked again: the job that it had is over
+        assert {v for v, vector in vectors.items() if vector() is not None} == set(flying.values())
+        counts.append(len(set(flying.values())))
+        return honest(job)
+
+    class Forgetful(LatePool):
+        def send(self, jobs):
+            super().send(jobs)
+            self.jobs.clear()
+
+    unscored = EvaluateOptions(every=0, samples=0)  # a version that is being scored is held for that
+    clients = dict.fromkeys("abcd", client)
+    run = serve(tmp_path, clients, DeltaSGD(), rounds=60, checkpoint=0, evaluate=unscored, pool=Forgetful)
+    assert len(counts) == 4 + 59 and max(counts) == 4 and len(vectors) == 60
+    # a record is made before who is done gets the newest model: that one is not counted yet
+    assert [record["bases"] for record in run.records[1:60]] == [count - 1 for count in counts[4:]]
 
 
 def test_a_run_may_be_counted_in_tokens(tmp_path):

@@ -13,7 +13,15 @@ from engine.script import Behaviour
 
 from fedgpt.aggregate.base import Strategy
 from fedgpt.core.messages import ClientInfo, Job, Reply, ServerState
-from fedgpt.core.options import CheckpointOptions, FleetOptions, LocalOptions, ModelOptions, PaceOptions, RunOptions
+from fedgpt.core.options import (
+    CheckpointOptions,
+    EvaluateOptions,
+    FleetOptions,
+    LocalOptions,
+    ModelOptions,
+    PaceOptions,
+    RunOptions,
+)
 from fedgpt.engine.checkpoint import Checkpoints, Ledgers, Snapshot
 from fedgpt.engine.fleet import make_timing
 from fedgpt.engine.record import first_record
@@ -79,7 +87,7 @@ class VirtualRun:
 def serve(
     folder: Path, behaviours: dict[str, Behaviour], strategy: Strategy, *, rounds: int = 10, tokens: int = 0,
     fleet: FleetOptions | None = None, local: dict[str, Any] | None = None, checkpoint: int = 1, shuffle: int = 0,
-    **pace: Any,
+    evaluate: EvaluateOptions | None = None, pool: type[LatePool] = LatePool, **pace: Any,
 ) -> VirtualRun:  # fmt: skip
     """One run from its folder's checkpoint, or from version 0, to its end."""
     options = RunOptions(
@@ -92,6 +100,7 @@ def serve(
         local=LocalOptions(**{"steps": 10, "batch_size": 1, **(local or {})}),
         pace=PaceOptions(**{"name": "buffer", **pace}),
         fleet=fleet or FleetOptions("published"),
+        evaluate=evaluate or EvaluateOptions(),
         checkpoint=CheckpointOptions(every=checkpoint),
     )
     run_folder = RunFolder(folder)
@@ -103,21 +112,22 @@ def serve(
     run_folder.metrics.keep(r for r in run_folder.metrics.read() if r["version"] < version)
     run_folder.events.keep([])
 
-    def evaluate(version, params, sample):
+    def score(version, params, sample):
         loss = float(np.abs(params).mean())
         return {"loss": loss, "perplexity": 1.0, "bits_per_byte": loss}
 
-    pool, events = LatePool(behaviours, shuffle), []
+    clients, events = pool(behaviours, shuffle), []
 
     def observe(event, about):
         events.append((event, dict(about)))
         if event in ("dispatch", "accept", "reject"):
             run_folder.events.append({"event": event, **about})
 
-    transport = VirtualTransport(pool, make_timing(options), snapshot.ledgers.seconds)
-    server = Server(options, strategy, transport, evaluate, run_folder, snapshot, [observe])
+    transport = VirtualTransport(clients, make_timing(options), snapshot.ledgers.seconds)
+    server = Server(options, strategy, transport, score, run_folder, snapshot, [observe])
+    snapshot = params = None  # the server alone says how long the vector of its start is kept
     try:
         summary = server.run()
     finally:
         run_folder.close()
-    return VirtualRun(server, pool, summary, run_folder.metrics.read(), events)
+    return VirtualRun(server, clients, summary, run_folder.metrics.read(), events)

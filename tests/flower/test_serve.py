@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import math
 import os
+import weakref
 
 import pytest
 from flower.here import run_here, tiny_run
@@ -14,6 +15,7 @@ from fedgpt.core.faults import Injected, injected
 from fedgpt.engine import checkpoint, client
 from fedgpt.engine.journal import Journal
 from fedgpt.engine.run_folder import JsonLines, read_lines
+from fedgpt.flower import serve
 from fedgpt.update import codec
 
 
@@ -96,6 +98,24 @@ def test_of_a_clients_exception_only_its_kind_is_told(tmp_path, options, monkeyp
         run_here(*options)
     events = (tmp_path / "run" / "events.jsonl").read_text()
     assert "ClientFailed: KeyError" in events and "secret" not in events
+
+
+def test_the_model_that_a_run_began_with_is_freed_once_nobody_trains_on_it(tmp_path, options, monkeypatch):
+    """After a resume it has company: the base versions of all jobs that were in flight."""
+    kept = []
+
+    class Watched(serve.Server):
+        def __init__(self, *parts, **more):
+            super().__init__(*parts, **more)
+            self.began = weakref.ref(self.state.params)
+
+        def _end(self, over):
+            super()._end(over)
+            kept.append(self.began() is not None)
+
+    monkeypatch.setattr(serve, "Server", Watched)
+    run_here(*options)
+    assert kept == [False]
 
 
 def test_a_log_that_leads_to_a_crash_is_given_up_with_its_checkpoint(tmp_path, options, monkeypatch, caplog):

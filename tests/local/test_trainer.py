@@ -37,8 +37,25 @@ def start(seed=1, **model) -> np.ndarray:
     return flatten(module)[1].numpy()
 
 
-def plain_loop(o: LocalOptions, p: Plan, batches: Batches, dropout_seed: int | None = None, **model):
-    """nanoGPT's way: separate tensors, two parameter groups, torch's AdamW and clipping."""
+def torch_clip(module: GPT, limit: float) -> None:
+    torch.nn.utils.clip_grad_norm_(module.parameters(), limit)
+
+
+def flat_clip(module: GPT, limit: float) -> None:
+    """The trainer's way: one norm over all gradients in a row, whose sum torch rounds otherwise, tensor by tensor."""
+    grads = dict(module.named_parameters())
+    flat = torch.cat([grads[name].grad.reshape(-1) for name in FlatParams.of(module).names])
+    for parameter in grads.values():
+        parameter.grad.mul_((limit / (torch.linalg.vector_norm(flat) + 1e-6)).clamp(max=1.0))
+
+
+def plain_loop(
+    o: LocalOptions, p: Plan, batches: Batches, dropout_seed: int | None = None, clip=torch_clip, average=False, **model
+):
+    """nanoGPT's way: separate tensors, two parameter groups, torch's AdamW and clipping.
+
+    `average`: micro-batches are added up and then divided, not divided one by one.
+    """
     module = GPT(ModelOptions(**{**vars(MODEL), **model}), VOCAB)
     module.init_weights(1)
     params = list(module.parameters())
@@ -54,9 +71,12 @@ def plain_loop(o: LocalOptions, p: Plan, batches: Batches, dropout_seed: int | N
         for _ in range(o.accumulate):
             x, y = batches.next()
             loss = module.loss(x, y)
-            (loss if o.accumulate == 1 else loss / o.accumulate).backward()
+            (loss if o.accumulate == 1 or average else loss / o.accumulate).backward()
+        if average and o.accumulate > 1:
+            for parameter in params:
+                parameter.grad.div_(o.accumulate)
         if o.grad_clip:
-            torch.nn.utils.clip_grad_norm_(params, o.grad_clip)
+            clip(module, o.grad_clip)
         tokens = p.tokens_done + (step + 1) * p.tokens_per_step
         lr = learning_rate(tokens, p.tokens_total, lr=o.lr, min_lr=o.min_lr, warmup=o.warmup)
         for group in optimizer.param_groups:
@@ -79,6 +99,26 @@ def test_a_client_with_all_text_ends_with_the_bits_of_plain_training():
     np.testing.assert_array_equal(trainer.params.numpy(), expected)  # at the client: bit for bit
     np.testing.assert_allclose(start() - trained.delta, expected, rtol=1e-6, atol=1e-7)  # through the delta
     assert trained.tokens == 6 * 4 * 16
+
+
+@pytest.mark.parametrize("changes", [{}, {"accumulate": 3, "grad_clip": 0.3}], ids=["defaults", "accumulate"])
+def test_so_it_does_with_the_default_clipping_and_with_accumulation(changes):
+    """Bit for bit, where the plain loop adds up in the same order; torch's own order is the next test."""
+    o = LocalOptions(steps=30, batch_size=4, **changes)
+    per_step = 64 * o.accumulate
+    whole = plan(steps=30, per_step=per_step, total=30 * per_step)
+    clipped = []
+
+    def clip(module: GPT, limit: float) -> None:
+        before = next(module.parameters()).grad.clone()
+        flat_clip(module, limit)
+        clipped.append(not torch.equal(before, next(module.parameters()).grad))
+
+    trainer = Trainer(MODEL, VOCAB, o, FP32)
+    trainer.train(start(), batches(o), whole, None)
+    expected = plain_loop(o, whole, batches(o), clip=clip, average=True)
+    np.testing.assert_array_equal(trainer.params.numpy(), expected)
+    assert any(clipped)
 
 
 @pytest.mark.parametrize("changes", [{"grad_clip": 0.5}, {"accumulate": 3}, {"accumulate": 2, "grad_clip": 0.3}])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from fedgpt.core.options import RunOptions
+from fedgpt.core.options import LocalOptions, PaceOptions, RunOptions
 from fedgpt.report.progress import ProgressDisplay, clock, count, size
 
 
@@ -51,9 +51,25 @@ version  2/10 | 2.56k tokens | train 7.000 | held-out 7.250 = 3.625 bits/byte | 
 def shown(events, **console) -> str:
     stream = io.StringIO()
     with ProgressDisplay(RunOptions(rounds=10), Console(file=stream, width=60, **console)) as display:
-        for event, about in events:
-            display(event, about)
+        tell(display, events)
     return stream.getvalue()
+
+
+def tell(display, events) -> None:
+    for event, about in events:
+        display(event, about)
+
+
+def silent(options: RunOptions, **more) -> ProgressDisplay:
+    return ProgressDisplay(options, Console(file=io.StringIO(), width=200), **more)
+
+
+def printed(display: ProgressDisplay) -> list[str]:
+    return display.console.file.getvalue().splitlines()
+
+
+def job(event: str, client: str, task: int = 0, **more) -> tuple[str, dict]:
+    return event, {"client": client, "task": task, **more}
 
 
 def test_without_a_terminal_there_is_one_plain_line_a_version():
@@ -102,12 +118,92 @@ def test_the_bar_counts_clients_and_the_rate_of_this_sitting_only(monkeypatch):
         display("dispatch", {"client": client, "task": 9, "version": 6})
     display("accept", {"client": "a", "task": 9, "version": 6, "tokens": 640})
     assert display._state() == "2 clients in flight, 1 back"
+    tell(display, [job("accept", "b", 9), job("reject", "c", 9, code="no_reply")])
     now[0] += 4.0
     display("version", record(7))
     assert display._state() == "0 clients in flight, 0 back, 320 tok/s, 74.3 MB moved, 0:12 left"
     now[0] += 4.0
     display("version", record(8))
     assert "320 tok/s" in display._state() and "0:08 left" in display._state()
+
+
+def test_what_is_left_of_a_resumed_run_follows_from_this_sitting():
+    """Resumed at version 6 of 10: 600 s were before, version 7 took 100 s, so three more take 300 s."""
+    display = silent(RunOptions(rounds=10))
+    tell(display, [("record", record(6, wall_seconds=600.0)), ("open", {"version": 6, "clients": []})])
+    display("record", record(7, wall_seconds=700.0))
+    first, second = printed(display)
+    assert " left" not in first, "nothing is done in this sitting: no speed is known"
+    assert second.endswith("13 tok/s | 5:00 left")
+
+
+def test_jobs_that_never_wait_stay_in_flight_when_a_version_is_made():
+    """pace=buffer with four clients: every arrival is a version, and its client is asked again."""
+    display = silent(RunOptions(pace=PaceOptions("buffer", clients=4)))
+    tell(display, [("open", {"version": 0, "clients": []}), *(job("dispatch", c) for c in "abcd")])
+    assert display._state() == "4 clients in flight, 0 back"
+    tell(display, [job("accept", "a"), ("version", record(1)), job("dispatch", "a", 1)])
+    assert display._state().startswith("4 clients in flight, 0 back")
+    for task, code in enumerate(("stale", "non_finite")):
+        tell(display, [job("reject", "b", task, code=code), job("dispatch", "b", task + 1)])
+        display("reject", {"client": "b", "task": 0, "code": "late"})  # of a job that is not in flight
+        display("reject", {"client": "a", "task": 0, "code": "duplicate"})
+        display("reject", {"client": "a", "task": 9, "code": "unknown_task"})
+    assert display._state().startswith("4 clients in flight, 2 back")
+    display("reject", {"client": "c", "task": 0, "code": "no_reply"})
+    assert display._state().startswith("3 clients in flight, 2 back"), "who is given up has not come back"
+
+
+def test_jobs_of_an_earlier_sitting_are_in_flight_too():
+    display = silent(RunOptions(pace=PaceOptions("buffer", clients=3)))
+    tell(display, [("open", {"version": 6, "clients": []}), job("accept", "a", 5)])  # before the first record
+    display("record", record(6, in_flight=3))
+    assert display._state() == "2 clients in flight, 1 back"
+    tell(display, [job("dispatch", "a", 6), job("accept", "b", 5)])
+    assert display._state() == "2 clients in flight, 2 back"
+
+
+AUTO = RunOptions(rounds=5, local=LocalOptions(steps=4, batch_size=2), pace=PaceOptions(clients=4))
+
+
+def test_a_switch_of_the_pacing_is_one_line_and_followed(monkeypatch):
+    """A run that may switch ends after the tokens of `rounds` rounds of four jobs of 512, however many versions."""
+    now = [0.0]
+    monkeypatch.setattr("fedgpt.report.progress.time.monotonic", lambda: now[0])
+    display = silent(AUTO, switches=True)
+    clients = [{"id": c, "tokens": 9} for c in "abcdef"]
+    tell(display, [("open", {"version": 0, "clients": clients}), ("record", record(0, **scores(8.0)))])
+    display("record", record(1, tokens=2048))
+    display("pacing", {"pacing": "buffer", "reason": "asynchrony handles 3.35 times as many", "version": 1})
+    for version in range(2, 12):
+        display("record", record(version, tokens=2048 + 512 * version))
+    display("record", record(12, tokens=8192, **scores(7.0)))
+    now[0] = 24.0
+    display("version", record(12, tokens=8192))
+    assert display._state().endswith("0:06 left")
+    display("pacing", {"pacing": "cohort", "reason": "the clients are alike", "version": 12})
+    display("record", record(13, tokens=10240))
+    lines = printed(display)
+    assert [line.split(" | ")[0].strip() for line in lines] == [
+        "version 0", "version 1", "pace=buffer from version 1 on: asynchrony handles 3.35 times as many", "version 12",
+        "pace=cohort from version 12 on: the clients are alike", "version 13",
+    ]  # fmt: skip
+    assert "| 2.05k/10.2k tokens |" in lines[1] and lines[1].endswith("0:08 left")
+    assert lines[3].endswith("0:06 left") and lines[-1].endswith("0:00 left")
+    assert display._bar.tasks[0].total is None
+
+
+def test_a_resumed_run_goes_on_with_the_pacing_that_it_had_come_to():
+    display = silent(AUTO, switches=True, pacing="buffer")
+    tell(display, [("open", {"version": 6, "clients": []}), ("record", record(6)), ("record", record(7))])
+    assert printed(display) == []
+
+
+def test_a_run_of_so_many_tokens_counts_tokens():
+    display = silent(RunOptions(rounds=3, tokens=12800))
+    tell(display, [("open", {"version": 0, "clients": []}), ("record", record(0)), ("record", record(4))])
+    assert printed(display)[1].startswith("version 4 | 5.12k/12.8k tokens |")
+    assert printed(display)[1].endswith("0:12 left")
 
 
 @pytest.mark.parametrize(
