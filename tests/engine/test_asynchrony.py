@@ -216,7 +216,8 @@ def test_a_base_version_is_freed_with_the_last_job_on_it(tmp_path):
     def client(job):
         vectors.setdefault(job.version, weakref.ref(job.params))
         flying[job.client] = job.version  # asked again: the job that it had is over
-        assert {v for v, vector in vectors.items() if vector() is not None} == set(flying.values())
+        alive = {v for v, vector in vectors.items() if vector() is not None}
+        assert alive - {0} == set(flying.values()) - {0}, "version 0 may still be with the evaluation thread"
         counts.append(len(set(flying.values())))
         return honest(job)
 
@@ -225,10 +226,10 @@ def test_a_base_version_is_freed_with_the_last_job_on_it(tmp_path):
             super().send(jobs)
             self.jobs.clear()
 
-    unscored = EvaluateOptions(every=0, samples=0)  # a version that is being scored is held for that
+    unscored = EvaluateOptions(every=0, samples=0)  # but for the first and the last
     clients = dict.fromkeys("abcd", client)
     run = serve(tmp_path, clients, DeltaSGD(), rounds=60, checkpoint=0, evaluate=unscored, pool=Forgetful)
-    assert len(counts) == 4 + 59 and max(counts) == 4 and len(vectors) == 60
+    assert len(counts) == 4 + 59 and max(counts) == 4 and len(vectors) == 60 and vectors[0]() is None
     # a record is made before who is done gets the newest model: that one is not counted yet
     assert [record["bases"] for record in run.records[1:60]] == [count - 1 for count in counts[4:]]
 
