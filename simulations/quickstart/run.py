@@ -20,7 +20,7 @@ from matplotlib import pyplot
 
 STUDY = Path(__file__).parent
 sys.path.insert(0, str(STUDY.parent))
-from common import arguments, run, run_arms, runs_folder, table, write_results  # noqa: E402
+from common import arguments, run, run_arms, runs_folder, spread, table, write_results  # noqa: E402
 
 QUICK = ["rounds=2", "local.steps=2", "evaluate.tokens=4096", "corpus=stdlib", "tokenizer=bytes"]
 
@@ -43,10 +43,8 @@ def main() -> None:
 def figures_of(summaries: list[dict]) -> dict:
     """Mean over seeds, with the spread of the quantity that decides."""
     final = [s["final"] for s in summaries]
-    bits = [f["bits_per_byte"] for f in final]
     return {
-        "bits_per_byte": statistics.mean(bits),
-        "bits_per_byte_spread": max(bits) - min(bits),
+        "bits_per_byte": spread([f["bits_per_byte"] for f in final]),
         "bits_per_byte_start": summaries[0]["initial"]["bits_per_byte"],
         "loss": statistics.mean(f["loss"] for f in final),
         "perplexity": statistics.mean(f["perplexity"] for f in final),
@@ -59,11 +57,12 @@ def figures_of(summaries: list[dict]) -> dict:
 
 def print_table(figures: dict) -> None:
     def row(side: str, f: dict) -> tuple[str, ...]:
-        loss = f"{f['bits_per_byte']:.3f}", f"{f['bits_per_byte_spread']:.3f}", f"{f['perplexity']:.1f}"
-        return side, *loss, f"{f['tokens'] / 1e6:.2f} M", f"{statistics.mean(f['wall_seconds']):.0f}"
+        bits, traffic = f["bits_per_byte"], (f["bytes_up"] + f["bytes_down"]) / 1e6
+        loss = f"{bits['mean']:.3f}", f"[{bits['min']:.3f}, {bits['max']:.3f}]", f"{f['perplexity']:.1f}"
+        return side, *loss, f"{f['tokens'] / 1e6:.2f} M", f"{traffic:,.0f}"
 
     rows = [row(side, figures[side]) for side in ("federated", "central_twin")]
-    print(table(("", "bits per byte", "spread", "perplexity", "tokens", "seconds"), rows))
+    print(table(("", "bits per byte", "[min, max]", "perplexity", "tokens", "MB up + down"), rows))
     print(f"loss of the federated run over the twin's: {figures['gap']:+.1%}")
 
 
