@@ -145,17 +145,15 @@ def test_more_clients_than_workers_are_no_reason_to_go_asynchronous(tmp_path):
     assert set(run.server.ledgers.speeds.values()) == {4.0}
 
 
-def test_updates_that_grow_bring_the_rounds_back_and_keep_them(tmp_path):
-    def growing(job):
-        scale = 0.01 if job.task < 6 else 0.08  # below the norm limit, which is 10 times the usual
-        rng = np.random.default_rng([*job.client.encode(), job.task])
-        return [
-            (
-                0.0,
-                reply_with(job, (scale * rng.standard_normal(job.params.size)).astype(np.float32), 64 * job.plan.steps),
-            )
-        ]
+def growing(job):
+    """A client whose updates are suddenly 8 times as long: below the norm limit, which is 10 times the usual."""
+    scale = 0.01 if job.task < 6 else 0.08
+    rng = np.random.default_rng([*job.client.encode(), job.task])
+    delta = (scale * rng.standard_normal(job.params.size)).astype(np.float32)
+    return [(0.0, reply_with(job, delta, 64 * job.plan.steps))]
 
+
+def test_updates_that_grow_bring_the_rounds_back_and_keep_them(tmp_path):
     run = auto_run(tmp_path, dict.fromkeys("abcd", growing), Auto(rest=5), rounds=30)
     told = [about for event, about in run.events if event == "pacing"]
     assert [about["pacing"] for about in told[:3]] == ["buffer", "cohort", "buffer"]
@@ -173,17 +171,24 @@ def test_steps_that_undo_each_other_bring_the_rounds_back():
     assert "undo" in choice.reason and int(state.memory["auto_rest"]) > state.version
 
 
-@pytest.mark.parametrize("crash_at", [1, 8, 33])
-def test_a_restart_goes_on_with_the_pacing_it_had(tmp_path, crash_at):
-    whole = auto_run(tmp_path / "whole")
+@pytest.mark.parametrize(
+    "client, where",
+    [(trained, 1), (trained, 8), (trained, 33), (growing, "rest"), (growing, "back")],
+)
+def test_a_restart_goes_on_with_the_pacing_it_had(tmp_path, client, where):
+    """Early and late, in the rest after harm, and after the switch that follows it."""
+    strategy = Auto(rest=5)
+    whole = auto_run(tmp_path / "whole", dict.fromkeys("abcd", client), strategy)
+    versions = [about["version"] for event, about in whole.events if event == "pacing"]
+    crash_at = {"rest": versions[1] + 2, "back": versions[2] + 2}[where] if isinstance(where, str) else where
 
     def dies(job):
         if job.version == crash_at:
             raise KeyboardInterrupt
-        return trained(job)
+        return client(job)
 
     with pytest.raises(Interrupted):
-        auto_run(tmp_path / "cut", dict.fromkeys("abcd", dies))
-    again = auto_run(tmp_path / "cut")
+        auto_run(tmp_path / "cut", dict.fromkeys("abcd", dies), strategy)
+    again = auto_run(tmp_path / "cut", dict.fromkeys("abcd", client), strategy)
     assert again.summary["weights_sha256"] == whole.summary["weights_sha256"]
     assert again.server.pace.pacing(4) == whole.server.pace.pacing(4)

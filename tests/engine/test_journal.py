@@ -12,6 +12,7 @@ from engine.scripted import JOB_TOKENS, STEP_TOKENS, options, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedgpt.aggregate.auto import Auto
 from fedgpt.aggregate.delta_sgd import DeltaSGD
 from fedgpt.aggregate.fedasync import FedAsync
 from fedgpt.aggregate.fedavg import FedAvg
@@ -169,6 +170,23 @@ def test_a_server_that_fails_anywhere_loses_nothing_and_repeats_nothing(tmp_path
     if not pace.get("dylu"):
         assert again.server.ledgers.tokens_done == sum(m["accepted"] for m in again.metrics[1:]) * JOB_TOKENS
     assert not list((tmp_path / "wal").iterdir()), "a run that is over has no log"
+
+
+@pytest.mark.parametrize("fault", ["accepted:2", "accepted:4", "send:3", "send:9", "aggregate:1", "aggregate:9"])
+def test_a_pacing_that_changed_by_the_clock_changes_again_at_the_same_moment(tmp_path, fault):
+    """auto looks at the real clock while it waits: after a restart the log has those moments."""
+    o = options(tmp_path, rounds=8)
+    o.checkpoint = CheckpointOptions(every=6, keep=2)
+    outcomes = []
+    with injected(f"{fault}:raise"), pytest.raises(Injected):
+        run(o, uneven(1.0), Auto(), journal=True, outcomes=outcomes)
+    from_version = Checkpoints(tmp_path / "checkpoints", 2).load().state.version
+    again = run(o, uneven(-1.0), Auto(), journal=True)
+    first, begun = outcomes[0].accepted, outcomes[0].accepted_until(from_version)
+    assert again.accepted[: len(first) - begun] == first[begun:]
+    switched = [about for about in outcomes[0].told("pacing") if about["version"] >= from_version]
+    assert again.told("pacing")[: len(switched)] == switched
+    assert switched or from_version or len(first) < 3, "or nothing was tested"
 
 
 def test_an_interrupted_server_goes_on_in_the_middle_of_a_version(tmp_path):
