@@ -116,4 +116,4 @@ class Reply:
     error: str = ""  # reason when there is no payload
     code: str = "client_error"  # what an error counts as
     bytes: int = 0  # size of the encoded message
-    seconds: float | None = None  # that its client was at the job, where known; None: all since the job was sent
+    seconds: float | None = None  # at the job; None: all since it was sent; nan: with a start, so nothing is learnt

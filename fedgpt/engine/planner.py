@@ -96,29 +96,33 @@ class Planner:
             return full
         return max(1, math.floor(full * speeds[client] / max(speeds.values()) + 1e-9))  # 0.29 * 100 is below 29
 
-    def measure(self, job: Job, seconds: float, speeds: dict[str, float]) -> None:
-        """Smooth a client's speed, in local steps a second as the server sees them; the first job counts in full."""
-        if seconds > 0:
-            speeds[job.client] = self._smoothed(speeds.get(job.client), job.plan.steps / seconds)
+    def measure(self, job: Job, now: float, speeds: dict[str, float], seconds: float | None = None) -> float:
+        """Smooth a client's speed, in local steps a second as the server sees them; returns how long the job took.
+
+        `seconds` as in `Reply`. The first job that is measured counts in full.
+        """
+        took = now - job.sent if seconds is None or math.isnan(seconds) else seconds
+        if took > 0 and (seconds is None or not math.isnan(seconds)):
+            speeds[job.client] = self._smoothed(speeds.get(job.client), job.plan.steps / took)
+        return took
 
     def job_seconds(
-        self, done: Iterable[str], in_flight: Iterable[Job], speeds: Mapping[str, float], now: float, queue: bool
+        self, done: Iterable[str], in_flight: Iterable[Job], speeds: Mapping[str, float], now: float
     ) -> dict[str, float]:
         """Seconds of a whole job of those who are `done` and of the clients at work, as if these came back now.
 
-        One of which nothing is known counts as the slowest that is, unless it is out for longer. `queue`: jobs wait
-        for a worker, so how long one is out says nothing of its client.
+        One of which nothing is known counts as the slowest that is, unless it is out for longer.
         """
         full = self.options.local.steps
-        known = {client: speeds[client] for client in sorted(done)}
+        known = {client: speeds[client] for client in sorted(done) if client in speeds}
         new = {}
         for job in in_flight:
             before = speeds.get(job.client)
             so_far = job.plan.steps / max(now - job.sent, 1e-9)
-            if before is not None:
-                known[job.client] = before if queue else min(before, self._smoothed(before, so_far))
-            elif not queue:
+            if before is None:
                 new[job.client] = so_far
+            else:
+                known[job.client] = min(before, self._smoothed(before, so_far))
         slowest = min(known.values(), default=math.inf)
         return {client: full / speed for client, speed in known.items()} | {
             client: full / min(speed, slowest) for client, speed in new.items()

@@ -199,7 +199,7 @@ class Server:
         for key in keys:
             job = self.flight.pop(*key)
             if missed and job is not None:  # at least as slow as this
-                self.planner.measure(job, self.transport.now() - job.sent, self.ledgers.speeds)
+                self.planner.measure(job, self.transport.now(), self.ledgers.speeds)
             self._reject("no_reply", client=key[0], task=key[1], detail=why)
             self._fail(key[0] if missed else None)
         self.transport.abandon(keys)
@@ -225,12 +225,11 @@ class Server:
 
     def _accept(self, update: Update, job: Job, seconds: float | None) -> None:
         staleness = self.state.version - update.version
-        seconds = self.transport.now() - job.sent if seconds is None else seconds
         most = self.options.pace.max_staleness
         if most is not None and staleness > most:
             raise UpdateRejected("stale", f"{staleness} versions old, pace.max_staleness={most}")
         update = self.intake.add(update, job, staleness)
-        self.planner.measure(job, seconds, self.ledgers.speeds)
+        seconds = self.planner.measure(job, self.transport.now(), self.ledgers.speeds, seconds)
         if not self.privacy.sums:  # what is measured of single updates is not noised
             self.diagnostics.update(update, self.pace.carries)
         self.privacy.answered(update, self.ledgers)

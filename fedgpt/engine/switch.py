@@ -27,13 +27,14 @@ class Switch:
         record: Mapping[str, Any], now: float,
     ) -> Choice:  # fmt: skip
         """The strategy's choice; `done` have been accepted since the last version, `record` is empty within one."""
-        done, oldest = list(done), flight.oldest()
-        queue = self.at_once is not None and len(flight) + len(done) > self.at_once
-        seconds = self.planner.job_seconds(done, flight, ledgers.speeds, now, queue)
-        waited = 0.0 if oldest is None or queue else now - oldest.sent
+        done, oldest, self._again = list(done), flight.oldest(), None
+        if self.at_once is not None and len(flight) + len(done) > self.at_once:
+            return Choice(pacing)  # jobs queue for workers, and these never wait: no pacing would handle more
+        seconds = self.planner.job_seconds(done, flight, ledgers.speeds, now)
+        waited = 0.0 if oldest is None else now - oldest.sent
         choice = self.strategy.choose_pacing(Observed(pacing, seconds, record, waited), state)
-        waits = choice.pacing == "cohort" and done and oldest is not None and not queue
-        self._again = GROWTH * max(seconds.values()) if waits else None
+        if choice.pacing == "cohort" and done and oldest is not None:
+            self._again = GROWTH * max(seconds.values())
         return choice
 
     @property

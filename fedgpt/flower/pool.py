@@ -55,7 +55,6 @@ class _Task:
     expires: float  # monotonic seconds
     running: bool = False
     wanted: bool = True
-    began: float = math.nan  # monotonic seconds, when a worker took it
 
 
 @dataclass(eq=False)
@@ -65,7 +64,6 @@ class _Answer:
     request: Metadata
     outcome: Frame | Error
     expires: float
-    seconds: float | None = None  # that a worker was at it
 
 
 class PoolGrid(Grid):
@@ -183,9 +181,9 @@ class PoolGrid(Grid):
         return list(self._answers)
 
     def seconds_of(self, message_id: str) -> float | None:
-        """How long a worker was at a message whose reply is ready, without its time in the queue; None: unknown."""
+        """How long a worker was at a message whose reply is ready, nan for its first; None where there is no reply."""
         answer = self._answers.get(message_id)
-        return None if answer is None else answer.seconds
+        return answer.outcome.header["seconds"] if answer and isinstance(answer.outcome, Frame) else None
 
     def discard(self, message_ids: Iterable[str]) -> None:
         """Forget messages: queued ones never run, a running one's reply is dropped when it comes."""
@@ -259,7 +257,7 @@ class PoolGrid(Grid):
             message_id = self._queue.popleft()
             task = self._tasks.get(message_id)
             if task and task.expires > time.monotonic():
-                task.running, task.began = True, time.monotonic()
+                task.running = True
                 memory = task.broadcast.memory if task.broadcast else None
                 return message_id, Frame(task.header, task.body, memory)
         return None
@@ -267,8 +265,7 @@ class PoolGrid(Grid):
     def _answer(self, message_id: str, outcome: Frame | Error) -> None:
         task = self._tasks.pop(message_id)
         if task.wanted:
-            seconds = time.monotonic() - task.began if task.running else None
-            self._answers[message_id] = _Answer(task.metadata, outcome, task.expires, seconds)
+            self._answers[message_id] = _Answer(task.metadata, outcome, task.expires)
 
     def _wait(self, deadline: float, wanted: set[str] | None) -> bool:
         self._pump(0)

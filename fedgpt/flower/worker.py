@@ -7,11 +7,13 @@ pipe whose other end only the server holds: when it closes, the process ends at 
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from typing import Any
@@ -48,9 +50,15 @@ def main(descriptor: int, lifeline: int) -> None:
         torch.set_num_threads(setup.header["threads"])
     _restore_stderr(setup)
     channel.send(Frame({"kind": "ready"}))
+    fresh = True
     for job in frames:
-        channel.send(answer(app, job, setup.header["run_config"]))
-        del job  # its arrays shall not stay while we wait
+        began = time.monotonic()
+        reply = answer(app, job, setup.header["run_config"])
+        # the first job also imports, reads and warms up: how long it took says nothing of the next
+        reply.header["seconds"] = math.nan if fresh else time.monotonic() - began
+        channel.send(reply)
+        fresh = False
+        del job, reply  # their arrays shall not stay while we wait
         sys.stdout.flush()
 
 

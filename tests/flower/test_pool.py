@@ -1,6 +1,7 @@
 """The pool's Grid contract, and that nothing outlives it: no process, no descriptor, no shared memory."""
 
 import gc
+import math
 import os
 import signal
 import subprocess
@@ -367,3 +368,20 @@ def test_workers_wait_for_a_reader_who_is_slower(grid):
         assert grid.wait(LONG)
         replies += grid.pull_messages(grid.ready()[:1])
     assert {reply.metadata.reply_to_message_id for reply in replies} == set(ids)
+
+
+def test_a_job_takes_as_long_as_a_worker_is_at_it_and_not_its_time_in_the_queue(environment):
+    with PoolGrid("toy_app:app", 3, 1, 1, {}, environment) as grid:
+        ids = grid.push_messages([request(1000 + i, do="sleep", seconds=0.4) for i in range(3)])
+        assert math.isnan(seconds_of(grid, ids[0])), "the first has the start of its worker in it"
+        for later in ids[1:]:
+            assert 0.4 <= seconds_of(grid, later) < 0.8
+        assert grid.seconds_of(ids[0]) is None, "it has been pulled"
+
+
+def seconds_of(grid: PoolGrid, message_id: str) -> float:
+    assert grid.wait(LONG, [message_id])
+    seconds = grid.seconds_of(message_id)
+    grid.pull_messages([message_id])
+    assert seconds is not None
+    return seconds
