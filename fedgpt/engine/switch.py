@@ -20,24 +20,20 @@ class Switch:
     def __init__(self, strategy: Strategy, planner: Planner, at_once: int | None):
         """`at_once`: jobs that can run at the same time; None: each client has a machine of its own."""
         self.strategy, self.planner, self.at_once = strategy, planner, at_once
-        self._again: float | None = None
+        # seconds without an arrival after which the answer may be another; None: only an arrival can change it
+        self.patience: float | None = None
 
     def ask(
         self, pacing: str, done: Iterable[str], flight: InFlight, ledgers: Ledgers, state: ServerState,
         record: Mapping[str, Any], now: float,
     ) -> Choice:  # fmt: skip
         """The strategy's choice; `done` have been accepted since the last version, `record` is empty within one."""
-        done, oldest, self._again = list(done), flight.oldest(), None
+        done, oldest, self.patience = list(done), flight.oldest(), None
         if self.at_once is not None and len(flight) + len(done) > self.at_once:
             return Choice(pacing)  # jobs queue for workers, and these never wait: no pacing would handle more
         seconds = self.planner.job_seconds(done, flight, ledgers.speeds, now)
         waited = 0.0 if oldest is None else now - oldest.sent
         choice = self.strategy.choose_pacing(Observed(pacing, seconds, record, waited), state)
         if choice.pacing == "cohort" and done and oldest is not None:
-            self._again = GROWTH * max(seconds.values())
+            self.patience = GROWTH * max(seconds.values())
         return choice
-
-    @property
-    def patience(self) -> float | None:
-        """Seconds without an arrival after which the answer may be another; None: only an arrival can change it."""
-        return self._again
