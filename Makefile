@@ -36,7 +36,7 @@ lint: install ## style and types
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: install ## speed and memory, as ratios against a reference measured in the same run
-	for name in overhead memory clock compress aggregate privacy; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	for name in train overhead memory clock compress aggregate privacy; do $(BIN)/python benchmarks/$$name.py || exit 1; done
 
 studies: install ## the studies in simulations/, one after the other
 	for study in simulations/*/run.py; do $(BIN)/python $$study || exit 1; done

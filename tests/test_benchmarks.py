@@ -21,6 +21,7 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
         ("aggregate", {"exact_10m_x32", "median_x8", "trimmed_x8", "krum_x8", "exact_model_copies"}),
         ("clock", {"events_per_second"}),
         ("compress", set()),
+        ("train", {"nano_plain_over_fedgpt", "nano_tokens_per_second"}),
         ("memory", {"growth_model_copies", "model_bytes", "peak_8", "peak_64"}),
     ],
 )

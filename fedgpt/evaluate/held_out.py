@@ -52,7 +52,8 @@ class HeldOut:
         self._inputs, self._targets = inputs, targets
         scored = targets[targets >= 0].numpy()
         self.tokens, self.bytes = int(scored.size), int(token_bytes[scored].sum())
-        self._batch = max(1, 512 // model.block_size)  # small batches keep their logits in the cache
+        together = 512 if compute.device == "cpu" else 8192  # tokens: a CPU's cache shall keep their logits
+        self._batch = max(1, together // model.block_size)
 
     def load(self, params: np.ndarray) -> None:
         """Put a flat vector into the evaluation's model."""
@@ -64,15 +65,16 @@ class HeldOut:
     def __call__(self, params: np.ndarray) -> Evaluation:
         """Score `params`, (parameters,) float32."""
         self.load(params)
-        total = 0.0
         device = self._working.device
+        total = torch.zeros((), dtype=torch.float64, device=device)  # read at the end: a GPU need not be waited for
         for start in range(0, len(self._inputs), self._batch):
             targets = self._targets[start : start + self._batch].to(device)
             mean = self.model.loss(self._inputs[start : start + self._batch].to(device), targets)
-            total += float(mean) * int((targets >= 0).sum())
-        loss = total / self.tokens
+            total += mean.double() * (targets >= 0).sum()
+        nats = float(total)
+        loss = nats / self.tokens
         perplexity = math.exp(loss) if loss < 700 else math.inf
-        return Evaluation(loss, perplexity, total / math.log(2) / max(self.bytes, 1))
+        return Evaluation(loss, perplexity, nats / math.log(2) / max(self.bytes, 1))
 
     def sample(self, prompt: list[int], length: int, seed: int, end: int) -> list[int]:
         """Tokens that the model last loaded or evaluated writes after `prompt`."""

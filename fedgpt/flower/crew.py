@@ -8,7 +8,7 @@ import selectors
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from flwr.app import Error
@@ -34,9 +34,10 @@ class Crew:
         environment: Mapping[str, str],
         next_job: Callable[[], tuple[str, Frame] | None],
         finished: Callable[[str, Frame | Error], None],
+        gpus: Sequence[str] = (),
     ):
-        """Start all processes without waiting for them."""
-        self._setup, self._environment = setup, environment
+        """Start all processes without waiting for them; each sees one of the `gpus`, where there are any."""
+        self._setup, self._environment, self._gpus = setup, environment, gpus
         self._next_job, self._finished = next_job, finished
         self._failed_starts, self._failure = 0, ""
         self._lifeline_read, self._lifeline = os.pipe()
@@ -152,7 +153,10 @@ class Crew:
         self._start()
 
     def _start(self) -> None:
+        used = [worker.gpu for worker in self._workers]
+        gpu = min(self._gpus, key=used.count, default=None)
         # sys.path as it is now: a script may have added to it.
-        worker = WorkerProcess({**self._setup, "path": sys.path}, self._lifeline_read, self._environment)
+        setup = {**self._setup, "path": sys.path}
+        worker = WorkerProcess(setup, self._lifeline_read, self._environment, gpu)
         self._workers.append(worker)
         self._selector.register(worker.channel, selectors.EVENT_READ, worker)

@@ -53,5 +53,6 @@ def _launch_pool(options: RunOptions, clients: int, machine: Machine, environmen
 
     run_config: dict[str, Any] = {"config": to_yaml(options)}
     client_app = "fedgpt.flower.client_app:app"
-    with PoolGrid(client_app, clients, machine.workers, machine.threads, run_config, environment) as grid:
+    sizes = clients, machine.workers, machine.threads
+    with PoolGrid(client_app, *sizes, run_config, environment, machine.gpus) as grid:
         app(grid, Context(grid.run.run_id, 1, {}, RecordDict(), run_config))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedgpt.core.device import Compute, choose_compute, choose_workers
+from fedgpt.core.device import Compute, choose_compute, choose_workers, visible_gpus
 from fedgpt.core.options import RunOptions
 
 MOST_WAITING = 32  # processes of clients that mostly sleep
@@ -18,6 +18,7 @@ class Machine:
     workers: int
     threads: int  # of each worker: bit-identity depends on it
     reason: str
+    gpus: tuple[str, ...] = ()  # which the workers share, by the names of CUDA_VISIBLE_DEVICES
 
     @property
     def workers_text(self) -> str:
@@ -29,11 +30,12 @@ def machine_for(options: RunOptions, clients: int) -> Machine:
     """The machine for a run with `clients` clients, of whom `pace.clients` train at the same time."""
     runtime = options.runtime
     compute = choose_compute(runtime.device, options.local.precision, options.privacy.unit == "example")
+    gpus = visible_gpus() if compute.device == "cuda" else ()
     together = min(options.pace.clients or clients, clients)
     if options.clock == "real" and options.fleet.name != "none" and not runtime.workers:
         reason = "one process per client in flight: a simulated fleet mostly waits"
-        return Machine(compute, min(together, MOST_WAITING), runtime.threads or 1, reason)
-    return Machine(compute, *choose_workers(runtime.workers, runtime.threads, compute.device, together))
+        return Machine(compute, min(together, MOST_WAITING), runtime.threads or 1, reason, gpus)
+    return Machine(compute, *choose_workers(runtime.workers, runtime.threads, len(gpus), together), gpus)
 
 
 def _s(count: int) -> str:

@@ -90,8 +90,12 @@ class PoolGrid(Grid):
         threads: int,
         run_config: Mapping[str, Any],
         env: Mapping[str, str] | None = None,
+        gpus: Sequence[str] = (),
     ):
-        """Start the workers; `client_app` is `module:attribute`, `env` is added to their environment."""
+        """Start the workers; `client_app` is `module:attribute`, `env` is added to their environment.
+
+        Each worker sees one of the `gpus`, by its name in CUDA_VISIBLE_DEVICES: the one that fewest others have.
+        """
         if num_clients < 1 or workers < 1 or threads < 1:
             raise ValueError(f"need at least 1 each of {num_clients=}, {workers=}, {threads=}")
         self._owner, self._closed = os.getpid(), False
@@ -106,7 +110,7 @@ class PoolGrid(Grid):
         TaskIdentity.task_id, TaskIdentity.node_id = _TASK, SUPERLINK_NODE_ID
         _allow_descriptors(2 * num_clients + 8 * workers)
         setup = {"app": client_app, "threads": threads, "run_config": dict(run_config)}
-        self._crew = Crew(workers, setup, worker_environment(threads, env), self._next_job, self._answer)
+        self._crew = Crew(workers, setup, worker_environment(threads, env), self._next_job, self._answer, gpus)
         _OPEN.add(self)
 
     # Flower's Grid

@@ -25,9 +25,12 @@ _GRACE = 1.0  # seconds between the steps of `end`, each harder than the last
 class WorkerProcess:
     """One running worker; `ready` once it has imported the ClientApp."""
 
-    def __init__(self, setup: Mapping[str, Any], lifeline: int, environment: Mapping[str, str]):
-        """Start it and return at once. `lifeline` is the read end of the pipe that only the server holds open."""
-        self.ready = False
+    def __init__(self, setup: Mapping[str, Any], lifeline: int, environment: Mapping[str, str], gpu: str | None = None):
+        """Start it and return at once. `lifeline` is the read end of the pipe that only the server holds open.
+
+        `gpu` is the one that it may see, by its name in CUDA_VISIBLE_DEVICES; None leaves that as it is.
+        """
+        self.ready, self.gpu = False, gpu
         self.start_deadline = time.monotonic() + START_LIMIT
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # stderr until ready: quoted when a start fails
         ours, theirs = socket.socketpair()
@@ -40,7 +43,7 @@ class WorkerProcess:
                 stdin=subprocess.DEVNULL,
                 stderr=self._errors,
                 pass_fds=(theirs.fileno(), lifeline),
-                env=dict(environment),
+                env={**environment, **({} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})},
             )
         ours.setblocking(False)
         self.channel.send(Frame(dict(setup), memory=_standard_error()))

@@ -7,6 +7,7 @@ of this process, in process groups of their own, and are ended with it.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import socket
@@ -80,7 +81,8 @@ def _launch(options: RunOptions, clients: int, machine: Machine, client_env: dic
             node = ["--insecure", "--superlink", f"127.0.0.1:{port}"]
             node += ["--host", "127.0.0.1", "--port", str(_free_port())]
             who = ["--node-config", f"partition-id={index} num-partitions={clients}"]
-            stack.enter_context(_child(["flower-supernode", *node, "--max-retries", "60", *who], env, home))
+            gpu = {"CUDA_VISIBLE_DEVICES": machine.gpus[index % len(machine.gpus)]} if machine.gpus else {}
+            stack.enter_context(_child(["flower-supernode", *node, "--max-retries", "60", *who], env | gpu, home))
         _submit(options, home, env, port, _simulation(clients, machine) if ray else [])
 
 
@@ -118,12 +120,20 @@ def _submit(options: RunOptions, home: Path, env: dict[str, str], port: int, ext
 
 
 def _simulation(clients: int, machine: Machine) -> list[str]:
-    """Flower's simulation settings: one Ray actor per worker, each holding its share of the CPUs."""
-    return [
-        "--federation-config",
-        f"num-supernodes={clients} client-resources-num-cpus={machine.threads} "
-        f"init-args-num-cpus={machine.workers * machine.threads}",
-    ]
+    """Flower's simulation settings: one Ray actor per worker, each holding its share of the CPUs and GPUs."""
+    settings = {
+        "num-supernodes": clients,
+        "client-resources-num-cpus": machine.threads,
+        "init-args-num-cpus": machine.workers * machine.threads,
+    }
+    if gpus := len(machine.gpus):  # Ray hides them from an actor that asks for none
+        settings |= {"client-resources-num-gpus": _share(gpus, machine.workers), "init-args-num-gpus": gpus}
+    return ["--federation-config", " ".join(f"{name}={value}" for name, value in settings.items())]
+
+
+def _share(gpus: int, workers: int) -> float:
+    """Of a GPU for each worker, so that all find a place: whole ones, or as many to a GPU as the fullest has."""
+    return float(gpus // workers) if workers <= gpus else 1 / math.ceil(workers / gpus)
 
 
 @contextmanager

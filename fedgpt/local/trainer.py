@@ -14,10 +14,11 @@ from typing import Protocol
 import numpy as np
 import torch
 
-from fedgpt.core.device import Compute
+from fedgpt.core.device import Compute, repeat_exactly
 from fedgpt.core.flat import flatten
 from fedgpt.core.messages import Plan
 from fedgpt.core.options import LocalOptions, ModelOptions
+from fedgpt.local.gradient import BatchGradient, RecordedGradient
 from fedgpt.local.optimizer import FlatAdamW, Moments
 from fedgpt.local.private import PrivateGradient, PrivateSteps
 from fedgpt.local.schedule import learning_rate
@@ -53,18 +54,24 @@ class Trainer:
         """`engine` makes the per-example gradients of private jobs: bookkeeping or opacus."""
         self.options, self.compute, self.block_size, self.engine = local, compute, model.block_size, engine
         device = torch.device(compute.device)
+        repeat_exactly(device.type)
         self.model = GPT(model, vocab_size).to(device=device, dtype=compute.torch_dtype)
         self.model.train()
         self.layout, self.working = flatten(self.model)
         self.params = self.working if compute.dtype == "fp32" else torch.zeros_like(self.working, dtype=torch.float32)
         self.grad = torch.zeros_like(self.params)
         self.optimizer = FlatAdamW(self.params, self.grad, self.layout.decayed, local)
-        self._leaves = list(self.model.parameters())
-        by_name = self.layout.views(self.grad)
-        names = {id(p): name for name, p in self.model.named_parameters()}
-        self._grad_views = [by_name[names[id(p)]] for p in self._leaves]
+        views = self.layout.views(self.grad)
+        self._grad_views = [views[name] for name, _ in self.model.named_parameters()]
         self._start = torch.zeros_like(self.params)
-        self._delta = torch.zeros(self.layout.size)
+        self._delta = torch.zeros(self.layout.size, pin_memory=device.type == "cuda")
+
+    @cached_property
+    def gradient(self) -> BatchGradient:
+        """The gradients of other jobs."""
+        if self.params.device.type == "cuda":
+            return RecordedGradient(self.model, self.options.batch_size)
+        return BatchGradient(self.model)
 
     @cached_property
     def private(self) -> PrivateGradient:
@@ -116,15 +123,13 @@ class Trainer:
         total = torch.zeros((), device=self.params.device)
         count = self.options.accumulate
         for micro in range(count):
-            inputs, targets = batches.next()
-            loss = self.model.loss(inputs.to(self.params.device), targets.to(self.params.device))
-            grads = torch.autograd.grad(loss, self._leaves)
+            loss, grads = self.gradient(*batches.next())
             if micro == 0:
                 torch._foreach_copy_(self._grad_views, grads)  # pyright: ignore[reportPrivateImportUsage]  # no public form
             else:
                 for view, grad in zip(self._grad_views, grads, strict=True):
                     view.add_(grad)
-            total += loss.detach()
+            total += loss
         if count > 1:
             self.grad.div_(count)
         return total / count

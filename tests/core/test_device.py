@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedgpt.core import device
-from fedgpt.core.device import Compute, choose_compute, choose_workers, cores
+from fedgpt.core.device import Compute, choose_compute, choose_workers, cores, visible_gpus
 
 
 @pytest.fixture(autouse=True)
@@ -88,14 +88,14 @@ def test_cores_are_those_this_process_may_use(monkeypatch):
 )
 def test_workers_and_threads_by_hand(monkeypatch, available, workers, threads, chosen):
     monkeypatch.setattr(device, "cores", lambda: available)
-    assert choose_workers(workers, threads, "cpu", 1000) == chosen
+    assert choose_workers(workers, threads, 0, 1000) == chosen
 
 
 @given(st.integers(1, 256), st.integers(0, 300), st.integers(0, 300))
 def test_workers_times_threads_stay_within_the_cores_unless_asked_for_more(available, workers, threads):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device, "cores", lambda: available)
-        processes, each, reason = choose_workers(workers, threads, "cpu", 1000)
+        processes, each, reason = choose_workers(workers, threads, 0, 1000)
     assert processes >= 1 and each >= 1 and str(available) in reason
     assert processes == workers or not workers
     assert each == threads or not threads
@@ -108,13 +108,25 @@ def test_workers_times_threads_stay_within_the_cores_unless_asked_for_more(avail
 )
 def test_one_process_per_gpu(monkeypatch, gpus, workers, threads, chosen):
     monkeypatch.setattr(device, "cores", lambda: 16)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    assert choose_workers(workers, threads, "cuda", 1000)[:2] == chosen
-    assert f"{gpus} found" in choose_workers(workers, threads, "cuda", 1000)[2]
+    *numbers, reason = choose_workers(workers, threads, gpus, 1000)
+    assert tuple(numbers) == chosen and f"{gpus} GPU" in reason
+
+
+@pytest.mark.parametrize(
+    "visible, count, names",
+    [(None, 2, ("0", "1")), ("3,5", 2, ("3", "5")), ("GPU-1a, GPU-2b", 2, ("GPU-1a", "GPU-2b")),
+     ("1,7", 1, ("1",)), ("-1", 0, ())],
+)  # fmt: skip
+def test_gpus_keep_the_names_that_this_process_knows_them_by(monkeypatch, visible, count, names):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert visible_gpus() == names
 
 
 def test_processes_that_would_have_no_client_are_not_started(monkeypatch):
     monkeypatch.setattr("fedgpt.core.device.cores", lambda: 8)
-    assert choose_workers(0, 0, "cpu", 3)[:2] == (3, 2)
-    assert choose_workers(0, 0, "cpu", 1)[:2] == (1, 8)
-    assert choose_workers(6, 1, "cpu", 2)[:2] == (2, 1)
+    assert choose_workers(0, 0, 0, 3)[:2] == (3, 2)
+    assert choose_workers(0, 0, 0, 1)[:2] == (1, 8)
+    assert choose_workers(6, 1, 0, 2)[:2] == (2, 1)

@@ -107,6 +107,21 @@ def test_metadata_of_replies(grid):
     assert 0 < reply.metadata.ttl < message.metadata.ttl
 
 
+def test_workers_share_the_gpus_and_one_that_follows_another_takes_its_place(environment):
+    with PoolGrid("toy_app:app", 4, 4, 1, {}, environment, gpus=["5", "7"]) as grid:
+
+        def gpus() -> list[int]:
+            seen: dict[int, int] = {}
+            while len(seen) < 4:  # some are starting still
+                replies = ask(grid, *(request(node, do="sleep", seconds=0.2) for node in grid.get_node_ids()))
+                seen = {metric(reply, "pid"): metric(reply, "gpu") for reply in replies}
+            return sorted(seen.values())
+
+        assert gpus() == [5, 5, 7, 7]
+        (reply,) = ask(grid, request(do="die"))
+        assert reply.has_error() and gpus() == [5, 5, 7, 7]
+
+
 def test_context_and_records_of_other_types(grid):
     for _ in range(2):
         (reply,) = ask(grid, request(1005, kind=MessageType.QUERY))

@@ -31,6 +31,7 @@ def train(message: Message, context: Context) -> Message:
             return None
     metrics = {"pid": os.getpid(), "partition": context.node_config["partition-id"]}
     metrics["threads"] = int(os.environ["OMP_NUM_THREADS"])
+    metrics["gpu"] = int(os.environ.get("CUDA_VISIBLE_DEVICES") or -1)
     content = RecordDict({"metrics": MetricRecord(metrics)})
     for name, record in message.content.array_records.items():
         arrays = {key: array.numpy() for key, array in record.items()}

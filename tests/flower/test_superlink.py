@@ -1,0 +1,32 @@
+"""What Flower's own tools are told of a machine."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedgpt.core.device import Compute
+from fedgpt.flower.machine import Machine
+from fedgpt.flower.superlink import _simulation
+
+
+def settings(workers: int, gpus: int) -> dict[str, float]:
+    compute = Compute("cuda" if gpus else "cpu", "fp32", "test")
+    flag, text = _simulation(8, Machine(compute, workers, 3, "test", tuple(map(str, range(gpus)))))
+    assert flag == "--federation-config"
+    return {name: float(value) for name, _, value in (part.partition("=") for part in text.split())}
+
+
+def test_without_gpus_ray_divides_the_cpus():
+    assert settings(2, 0) == {"num-supernodes": 8, "client-resources-num-cpus": 3, "init-args-num-cpus": 6}
+
+
+@given(st.integers(1, 40), st.integers(1, 9))
+def test_every_worker_finds_a_place_on_a_gpu(workers, gpus):
+    told = settings(workers, gpus)
+    share = told["client-resources-num-gpus"]
+    assert told["init-args-num-gpus"] == gpus and share > 0
+    places = gpus // int(share) if share >= 1 else gpus * int(1 / share + 1e-9)  # Ray: parts of ONE GPU, or whole ones
+    assert places >= workers
+    assert share >= 1 or share == pytest.approx(1 / round(1 / share))
