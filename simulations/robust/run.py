@@ -1,6 +1,6 @@
 """Which rules withstand clients that lie? Eight rules against three attacks by 2 of 10 clients, and against none.
 
-    python simulations/robust/run.py            # about 12 minutes on 2 cores
+    python simulations/robust/run.py            # about 8 minutes on 2 cores
     python simulations/robust/run.py --quick    # a smoke run
 
 All runs are `experiment=fleet` on the real clock with 10 iid clients, all of them in every round, equal tokens, seed 0,
