@@ -7,6 +7,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fedgpt.core.errors import ConfigError
+
 if TYPE_CHECKING:
     import torch
 
@@ -30,10 +32,13 @@ class Compute:
 def choose_compute(device: str = "auto", precision: str = "auto", private: bool = False) -> Compute:
     """Device and dtype for options `runtime.device` and `local.precision`; values are checked by the configuration.
 
-    `private`: gradients are clipped one by one, in fp32.
+    `private`: gradients are clipped one by one, in fp32. Raises ConfigError for a GPU where there is none.
     """
     import torch
 
+    if device == "cuda" and not torch.cuda.is_available():
+        has = "is built without CUDA" if torch.version.cuda is None else "finds none"
+        raise ConfigError([f"runtime.device=cuda: no GPU here, torch {torch.__version__} {has}; take auto or cpu"])
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if private or precision != "auto":

@@ -114,10 +114,12 @@ class Server:
         self.clients = [info.id for info in infos]
         if not self.clients:
             raise StoppedEarly("no client appeared within 300 s")
-        if problems := list(self.strategy.problems(self.pace.pacing(len(self.clients)))):
-            raise ConfigError(problems)  # pace.clients=0 is a number only now
+        pacing = self.pace.pacing(len(self.clients))  # pace.clients=0 is a number only now
+        if problems := list(self.strategy.problems(pacing)):
+            raise ConfigError(problems)
         self.privacy.meet(infos)
-        self._tell("open", clients=[asdict(info) for info in infos], version=self.state.version)
+        about = {"version": self.state.version, "tokens_total": self.planner.tokens_total(pacing)}
+        self._tell("open", clients=[asdict(info) for info in infos], **about)
         if self.fleet is not None:
             self.fleet.meet(self.clients)
         restored = self.planner.restored(self.ledgers, self.snapshot.extra, self.state.params)
@@ -330,8 +332,7 @@ class Server:
         self._count(tokens_done=trained)
         now = self._part(self.state.version, self.ledgers.tokens_done)
         seconds, wall = self.transport.now(), self._wall_seconds()
-        every = self._cadence(self.options.evaluate.every)
-        evaluation = self.stage.plan(self.state.version, part, now, every)
+        evaluation = self.stage.plan(self.state.version, part, now, self._cadence(self.options.evaluate.every))
         norms = () if self.privacy.sums else remembered(self.ledgers.norms, accepted)
         self.ledgers = replace(self.ledgers, seconds=seconds, wall_seconds=wall, evaluation=evaluation, norms=norms)
         record = {

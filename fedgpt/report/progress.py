@@ -12,9 +12,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.text import Text
 
 from fedgpt.core.options import RunOptions
-from fedgpt.engine.pace import make_pace
-from fedgpt.engine.planner import Planner
-from fedgpt.update.downlink import Published
 
 STRAY = ("late", "duplicate", "unknown_task")  # replies to what is not in flight
 
@@ -70,7 +67,7 @@ class ProgressDisplay:
         if event == "open":
             self._first_version = self._version = about["version"]
             self._began = time.monotonic()
-            self._end = self._tokens_total(len(about["clients"])) if self._by_tokens else 0
+            self._end = about["tokens_total"] if self._by_tokens else 0
         elif event == "dispatch":
             self._flying.add((about["client"], about["task"]))
         elif event == "accept":
@@ -126,12 +123,6 @@ class ProgressDisplay:
             self._earlier -= 1  # may come before the first record, which tells how many there were
         self._flying.discard(key)
         self._back += back
-
-    def _tokens_total(self, clients: int) -> int:
-        """Where a run that ends by tokens ends, as the server counts."""
-        options = self.options
-        planner = Planner(options, Published(options.update.downlink, {}), switches=self._switches)
-        return planner.tokens_total(make_pace(options.pace, options.seed).pacing(clients))
 
     def _state(self) -> str:
         seconds = time.monotonic() - self._began

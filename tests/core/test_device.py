@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from fedgpt.core import device
 from fedgpt.core.device import Compute, choose_compute, choose_workers, cores, visible_gpus
+from fedgpt.core.errors import ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -59,6 +60,13 @@ def test_a_gpu_is_taken_where_there_is_one(monkeypatch, units, dtype):
     chosen = choose_compute()
     assert (chosen.device, chosen.dtype) == ("cuda", dtype) and "GPU" in chosen.reason
     assert choose_compute("cpu", "fp32").device == "cpu", "asked for beats found"
+
+
+@pytest.mark.parametrize("built, why", [(None, "is built without CUDA"), ("13.0", "finds none")])
+def test_a_gpu_that_is_not_there_is_a_wrong_option(monkeypatch, built, why):
+    monkeypatch.setattr(torch.version, "cuda", built)
+    with pytest.raises(ConfigError, match=rf"runtime.device=cuda: no GPU here, torch .* {why}; take auto or cpu"):
+        choose_compute("cuda")
 
 
 def test_dtypes_are_torchs():

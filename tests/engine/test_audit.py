@@ -79,9 +79,10 @@ def test_a_right_client_passes(engine):
     "broken", [m.no_noise, lambda: m.noise_times(0.25), no_clip], ids=["no noise", "a quarter", "no clip"]
 )
 def test_a_broken_client_does_not(broken):
+    """The noise is fresh: one audit of a quarter of it in fifteen sees too little, four of four do not."""
     o, plan = tiny()
     with broken():
-        assert not audit_example(o, VOCAB, plan).holds
+        assert not all(audit_example(o, VOCAB, plan, seed).holds for seed in range(4))
 
 
 def text(seed: int, words: int, length: int) -> np.ndarray:

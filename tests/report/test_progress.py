@@ -171,8 +171,7 @@ def test_a_switch_of_the_pacing_is_one_line_and_followed(monkeypatch):
     now = [0.0]
     monkeypatch.setattr("fedgpt.report.progress.time.monotonic", lambda: now[0])
     display = silent(AUTO, switches=True)
-    clients = [{"id": c, "tokens": 9} for c in "abcdef"]
-    tell(display, [("open", {"version": 0, "clients": clients}), ("record", record(0, **scores(8.0)))])
+    tell(display, [("open", {"version": 0, "tokens_total": 10_240}), ("record", record(0, **scores(8.0)))])
     display("record", record(1, tokens=2048))
     display("pacing", {"pacing": "buffer", "reason": "asynchrony handles 3.35 times as many", "version": 1})
     for version in range(2, 12):
@@ -195,13 +194,13 @@ def test_a_switch_of_the_pacing_is_one_line_and_followed(monkeypatch):
 
 def test_a_resumed_run_goes_on_with_the_pacing_that_it_had_come_to():
     display = silent(AUTO, switches=True, pacing="buffer")
-    tell(display, [("open", {"version": 6, "clients": []}), ("record", record(6)), ("record", record(7))])
+    tell(display, [("open", {"version": 6, "tokens_total": 9}), ("record", record(6)), ("record", record(7))])
     assert printed(display) == []
 
 
 def test_a_run_of_so_many_tokens_counts_tokens():
     display = silent(RunOptions(rounds=3, tokens=12800))
-    tell(display, [("open", {"version": 0, "clients": []}), ("record", record(0)), ("record", record(4))])
+    tell(display, [("open", {"version": 0, "tokens_total": 12800}), ("record", record(0)), ("record", record(4))])
     assert printed(display)[1].startswith("version 4 | 5.12k/12.8k tokens |")
     assert printed(display)[1].endswith("0:12 left")
 

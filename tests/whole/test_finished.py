@@ -91,6 +91,8 @@ def test_events_tell_who_was_asked_and_who_answered(finished):
         named = {(e["client"], e["task"], e["version"]) for e in events if e["event"] == kind}
         assert named == {(writer, version, version) for writer in WRITERS for version in (0, 1)}
     assert [e["version"] for e in events if e["event"] == "version"] == [1, 2]
+    (opened,) = (e for e in events if e["event"] == "open")
+    assert opened["tokens_total"] == finished.summary["tokens"], "where the run will end"
     seconds = [e["seconds"] for e in events]
     assert seconds == sorted(seconds)
 
