@@ -316,6 +316,11 @@ def _problems(o: RunOptions, here: bool) -> Iterator[str]:
         yield from pace_problems(o.pace, switches)
         yield from replay_problems(o, switches)
         yield from _pacing_problems(o, strategy)
+        if o.corpus.public == 0 and getattr(strategy, "needs_root", False):
+            yield (
+                f"corpus.public=0: strategy={strategy.name} trains the server's own update on the public part; "
+                "raise it, or take another rule, such as strategy=median"
+            )
         yield from privacy_problems(o, strategy)
 
 

@@ -69,6 +69,20 @@ def test_clients_of_different_real_speed_never_wait_and_the_run_can_be_replayed(
     ]
 
 
+def test_a_run_of_dylu_can_be_replayed_too(tmp_path, env):
+    """Slower clients take fewer steps, by measured time; a worker's first job, which also starts it up, is not."""
+    real, again = tmp_path / "real", tmp_path / "again"
+    pace = ["rounds=40", "local.steps=8", "pace.dylu=true"]
+    finish(env, *SMALL, *pace, "fleet=constant", "fleet.step_seconds=[0.03,0.12]", f"run_dir={real}")
+    taken = [event for event in events(real) if event["event"] == "accept"]
+    assert {event["task"] for event in taken if not event["measured"]} == {0}
+    steps = {event["client"]: event["steps"] for event in events(real) if event["event"] == "dispatch"}
+    assert len(set(steps.values())) > 1
+    record = f"fleet.path={real / 'events.jsonl'}"
+    finish(env, *SMALL, *pace, "clock=virtual", "fleet=replay", record, f"run_dir={again}")
+    assert summary(again)["weights_sha256"] == summary(real)["weights_sha256"]
+
+
 def test_killed_in_the_middle_of_a_virtual_run_and_resumed_is_the_same_run(tmp_path, env):
     options = [*SMALL, "clock=virtual", "fleet=published", "rounds=120", "checkpoint.every=3", "strategy=fedasync"]
     finish(env, *options, f"run_dir={tmp_path / 'whole'}", "runtime.workers=1")

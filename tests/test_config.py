@@ -161,6 +161,12 @@ def test_a_trusted_package_may_bring_a_strategy(tmp_path, monkeypatch):
     assert config.build_strategy(options.strategy, options.trusted_packages).share == 0.25
 
 
+def test_a_rule_that_learns_from_public_text_needs_some():
+    [told] = problems("strategy=fltrust", "corpus.public=0", "tokenizer=bytes")
+    assert told.startswith("corpus.public=0: strategy=fltrust trains the server's own update on the public part; raise")
+    config.load(["strategy=median", "corpus.public=0", "tokenizer=bytes"])
+
+
 def test_a_users_folder_adds_choices(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model/tiny.yaml").write_text("n_layer: 1\nn_head: 1\nn_embd: 8\nblock_size: 16\n")
@@ -185,6 +191,10 @@ def test_sweeps_are_checked_choice_by_choice():
             "pace.grace=1.5: fleet=replay: a record holds when replies arrived, not when",
         ),
         (["pace.deadline=30"], "pace.deadline=30: fleet=replay: a record holds when replies arrived, not when"),
+        (
+            ["privacy=client"],
+            "privacy=client: fleet=replay: a record holds when replies arrived, and noise that nobody",
+        ),
         (["strategy=auto"], "strategy=auto: fleet=replay: a record holds when replies arrived, not how long"),
     ],
 )
@@ -194,6 +204,7 @@ def test_what_a_record_cannot_repeat_is_refused_before_it_is_replayed(overrides,
     [told] = problems(*replay, *overrides)
     assert part in told and "in both" in told
     config.load([*replay, "pace=buffer", "pace.dylu=true", "pace.max_staleness=4"])
+    config.load([*replay, "privacy=client", "privacy.rng=seeded"])
     config.load(["clock=virtual", "fleet=published", *overrides])
 
 

@@ -117,7 +117,8 @@ def test_jobs_leave_no_memory_behind():
 
 def test_scores_and_text_are_those_of_a_cpu():
     lengths = np.ones(VOCAB, np.int64)
-    there, here = (HeldOut(MODEL, TOKENS[:3000], lengths, Compute(d, "fp32", "test")) for d in ("cuda", "cpu"))
+    there, here = (HeldOut(MODEL, TOKENS[:18_000], lengths, Compute(d, "fp32", "test")) for d in ("cuda", "cpu"))
+    assert len(there._inputs) > 2 * there._batch and len(there._inputs) % there._batch, "several batches, one ragged"
     vector = 5 * start()
     assert there(vector).loss == pytest.approx(here(vector).loss, rel=1e-5)
     texts = [generate(side.model, [1, 2, 3], 20, samples=2, top_k=20, seed=4) for side in (there, here)]
@@ -150,7 +151,7 @@ def test_a_run_reaches_its_end(tmp_path, more):
     told = run.summary
     assert np.isfinite(told["final"]["loss"]) and not told["rejected"]
     environment = json.loads((tmp_path / "run/environment.json").read_text())
-    assert environment["device"] == "cuda"
+    assert environment["device"] == "cuda" and environment["gpu"] == torch.cuda.get_device_name()
     if not any(option.startswith("privacy") for option in more):
         assert told["final"]["loss"] < told["initial"]["loss"]
 

@@ -55,7 +55,8 @@ class Krum(Strategy):
         ordered = in_order(self, updates, self.needed)
         if not ordered:
             return np.zeros_like(state.params)
-        keep = min(len(ordered), self.keep or len(ordered) - self.attackers)
+        most = len(ordered) - self.attackers  # where clients have failed `keep` may be more
+        keep = min(self.keep or most, most)
         lowest = np.argsort(self.scores(ordered), kind="stable")[:keep]
         kept = [ordered[i] for i in sorted(lowest)]
         return middle(kept, 0, state.params)

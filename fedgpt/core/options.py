@@ -111,7 +111,7 @@ class FleetOptions:
     jitter: float = 0.0  # sigma of the logarithm of each job's own factor
     dropout: float = 0.0  # probability that a job is lost on the way
     window: list[float] = field(default_factory=list)  # [seconds there, seconds away], each client with its own phase
-    path: str | None = None  # trace: CSV with client,step_seconds; replay: events.jsonl of a run
+    path: str | None = None  # trace: CSV with client,step_seconds[,down,up]; replay: events.jsonl of a run
 
 
 @dataclass

@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -35,7 +35,7 @@ class Trip:
     per_byte: float = 0.0  # seconds per byte of the reply
     leaves: float = math.inf  # the client goes away then
     order: int = 0  # of arrivals at one time, before client and task
-    seconds: float | None = None  # how long the client was at it, where a record says so
+    seconds: float | None = None  # how long the client was at it, where a record says so; as in Reply
 
 
 class Timing(Protocol):
@@ -58,30 +58,37 @@ class Timing(Protocol):
         ...
 
 
+class Device(NamedTuple):
+    """What a client computes and sends with."""
+
+    step: float  # seconds of a local step
+    down: float  # seconds per megabyte to it
+    up: float  # and from it
+
+
 class Fleet:
     """Modelled clients: constant, published or log-normal speeds, or a table of them."""
 
     def __init__(self, options: FleetOptions, seed: int):
         self.options, self.seed = options, seed
-        self._speeds: dict[str, float] = {}
+        self._devices: dict[str, Device] = {}
         self._phases: dict[str, float] = {}
         self._openings = np.zeros(0)  # when windows open, within one period, sorted
 
     def meet(self, clients: Sequence[str]) -> None:
-        """Give every client its speed and its window's phase."""
+        """Give every client its device and its window's phase."""
         o = self.options
         table = _trace(o) if o.name == "trace" else {}
+        if missing := [client for client in clients if client not in table and o.name == "trace"]:
+            some = ", ".join(map(repr, missing[:3])) + (", ..." if missing[3:] else "")
+            raise ConfigError(f"fleet.path={o.path}: has no line for {len(missing)} of {len(clients)} clients: {some}")
         listed = PUBLISHED if o.name == "published" else tuple(o.step_seconds)
         for index, client in enumerate(clients):
-            if o.name == "trace":
-                if client not in table:
-                    raise ConfigError(f"fleet.path={o.path}: has no line for client {client!r}")
-                self._speeds[client] = table[client]
-            elif o.name == "lognormal":
+            step = listed[index % len(listed)]
+            if o.name == "lognormal":
                 draw = numpy_generator(self.seed, "speed", client)
-                self._speeds[client] = o.median * math.exp(o.spread * draw.standard_normal())
-            else:
-                self._speeds[client] = listed[index % len(listed)]
+                step = o.median * math.exp(o.spread * draw.standard_normal())
+            self._devices[client] = table.get(client, Device(step, o.down, o.up))
         if o.window:
             period = sum(o.window)
             self._phases = {c: period * numpy_generator(self.seed, "window", c).random() for c in clients}
@@ -89,21 +96,21 @@ class Fleet:
 
     def step_seconds(self, client: str) -> float:
         """Seconds of one local step."""
-        return self._speeds[client]
+        return self._devices[client].step
 
     def trip(self, job: Job, bytes_down: int) -> Trip:
         """Download, local steps, upload; a job is lost by chance, or when its client's window closes."""
-        o = self.options
+        o, device = self.options, self._devices[job.client]
         draw = numpy_generator(self.seed, "trip", job.client, job.task)
         factor = math.exp(o.jitter * draw.standard_normal())
         coin, part = draw.random(2)
         leaves = job.sent + self._left(job.client, job.sent)
-        work = bytes_down * o.down / MEGABYTE + job.plan.steps * self._speeds[job.client] * factor
+        work = bytes_down * device.down / MEGABYTE + job.plan.steps * device.step * factor
         if coin < o.dropout:
             return Trip(min(job.sent + part * work, leaves), lost="dropped out")
         if job.sent + work > leaves:
             return Trip(leaves, lost="went away")
-        return Trip(job.sent + work, per_byte=o.up / MEGABYTE, leaves=leaves)
+        return Trip(job.sent + work, per_byte=device.up / MEGABYTE, leaves=leaves)
 
     def there(self, client: str, now: float) -> bool:
         """Whether the client's window is open."""
@@ -138,7 +145,8 @@ class Replay:
                 continue
             key = event["client"], event["task"]
             lost = event.get("detail", "") if event.get("code") == "client_error" else ""
-            self._trips[key] = Trip(event["seconds"], lost, order=order, seconds=event.get("train_seconds"))
+            seconds = event.get("train_seconds") if event.get("measured", True) else math.nan
+            self._trips[key] = Trip(event["seconds"], lost, order=order, seconds=seconds)
 
     def meet(self, clients: Sequence[str]) -> None:
         """Nothing to learn: the record names them."""
@@ -162,25 +170,32 @@ def make_timing(options: RunOptions) -> Timing:
     return Replay(str(fleet.path)) if fleet.name == "replay" else Fleet(fleet, options.seed)
 
 
-def _trace(options: FleetOptions) -> dict[str, float]:
-    """client -> seconds per step of a CSV file; raises ConfigError with the line that is wrong."""
-    speeds: dict[str, float] = {}
-    with Path(str(options.path)).open(encoding="utf-8", newline="") as stream:
-        rows = csv.DictReader(stream)
-        if missing := {"client", "step_seconds"} - set(rows.fieldnames or ()):
-            raise ConfigError(f"fleet.path={options.path}: its first line lacks {', '.join(sorted(missing))}")
-        for row in rows:
-            try:
-                seconds = float(row["step_seconds"])
-            except (TypeError, ValueError):
-                seconds = math.nan
-            if not 0 < seconds < math.inf:
-                raise ConfigError(
-                    f"fleet.path={options.path} line {rows.line_num}: step_seconds={row['step_seconds']} "
-                    "must be a number above 0"
-                )
-            speeds[row["client"]] = seconds
-    return speeds
+def _trace(options: FleetOptions) -> dict[str, Device]:
+    """client -> device of a CSV file; raises ConfigError with the line that is wrong."""
+    named, devices = f"fleet.path={options.path}", {}
+    try:
+        text = Path(str(options.path)).read_text(encoding="utf-8-sig")  # a spreadsheet begins it with a mark
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{named}: is no text in UTF-8 ({error.reason}); save it as CSV") from None
+    rows = csv.DictReader(text.splitlines())
+    found = rows.fieldnames or []
+    if missing := [name for name in ("client", "step_seconds") if name not in found]:
+        raise ConfigError(f"{named}: its first line lacks {', '.join(missing)}; it has {', '.join(found) or 'nothing'}")
+    for row in rows:
+        step = _number(row["step_seconds"])
+        down, up = (_number(row.get(name, getattr(options, name))) for name in ("down", "up"))
+        if not (0 < step < math.inf and 0 <= down < math.inf and 0 <= up < math.inf):
+            told = ", ".join(f"{name}={row[name]}" for name in ("step_seconds", "down", "up") if name in row)
+            raise ConfigError(f"{named} line {rows.line_num}: {told}: must be above 0, down and up at least 0")
+        devices[row["client"]] = Device(step, down, up)
+    return devices
+
+
+def _number(value: object) -> float:
+    try:
+        return float(str(value))
+    except ValueError:
+        return math.nan
 
 
 def fleet_problems(options: RunOptions) -> Iterator[str]:
@@ -200,6 +215,18 @@ def fleet_problems(options: RunOptions) -> Iterator[str]:
         kind = "a CSV file with client,step_seconds" if f.name == "trace" else "a run's events.jsonl"
         if not f.path or not Path(f.path).is_file():
             yield f"fleet.path={f.path}: fleet={f.name} needs {kind}"
+        elif f.name == "trace":
+            yield from _trace_problems(options)
+
+
+def _trace_problems(options: RunOptions) -> Iterator[str]:
+    try:
+        devices = _trace(options.fleet).values()
+    except ConfigError as error:
+        yield from error.problems
+    else:
+        if options.clock == "real" and any(device.down or device.up for device in devices):
+            yield f"fleet.path={options.fleet.path}: down and up are modelled by clock=virtual only; leave them out"
 
 
 def replay_problems(options: RunOptions, switches: bool) -> Iterator[str]:
@@ -213,6 +240,11 @@ def replay_problems(options: RunOptions, switches: bool) -> Iterator[str]:
                 f"pace.{name}={value:g}: {why}, not when the server stopped waiting for others; only runs without "
                 f"pace.{name} can be replayed: leave it out in both"
             )
+    if options.privacy.unit != "none" and options.privacy.rng == "secure":
+        yield (
+            f"privacy={options.privacy.unit}: {why}, and noise that nobody can know does not come again; only runs "
+            "without privacy, or with privacy.rng=seeded in both, can be replayed"
+        )
     if switches:
         yield (
             f"strategy=auto: {why}, not how long the others had been at work when it chose the pacing; only runs of "

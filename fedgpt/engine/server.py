@@ -151,7 +151,7 @@ class Server:
     # ---- out
 
     def _start_jobs(self) -> None:
-        roster = Roster(self.clients, self.flight.busy, self._there)
+        roster = Roster(self.clients, self.flight.busy, lambda c: self._allowed(c) and self.transport.there(c))
         chosen = self.pace.start(self._progress(), roster)
         if not chosen and not len(self.flight) and not any(map(self._allowed, self.clients)):
             raise StoppedEarly(f"no client may be asked: {self.quarantine.told(self.clients)}{self.privacy.told}")
@@ -163,9 +163,6 @@ class Server:
         about = (self.ledgers, self.pace.pacing(len(self.clients)), self.strategy.client_numbers())
         known = (*about, self.transport.now(), self.snapshot.ledgers.accepted)
         self._send([self.planner.job(client, self._start, *known) for client in chosen])
-
-    def _there(self, client: str) -> bool:
-        return self._allowed(client) and self.transport.there(client)
 
     def _allowed(self, client: str) -> bool:
         return not self.quarantine.holds(client) and self.privacy.may_ask(client, self.state.version, self.ledgers)
@@ -231,7 +228,7 @@ class Server:
         if most is not None and staleness > most:
             raise UpdateRejected("stale", f"{staleness} versions old, pace.max_staleness={most}")
         update = self.intake.add(update, job, staleness)
-        seconds = self.planner.measure(job, self.transport.now(), self.ledgers.speeds, seconds)
+        took = self.planner.measure(job, self.transport.now(), self.ledgers.speeds, seconds)
         if not self.privacy.sums:  # what is measured of single updates is not noised
             self.diagnostics.update(update, self.pace.carries)
         self.privacy.answered(update, self.ledgers)
@@ -239,12 +236,12 @@ class Server:
         self._failures = 0
         self.ledgers.accepted[update.client] = update.task
         self.ledgers.held[update.client] = update.version
-        self.ledgers.credit(update.client, update.tokens, seconds)
+        self.ledgers.credit(update.client, update.tokens, took)
         if len(self.intake) == (self.options.pace.goal or 1):
             self._at_goal = self.transport.now()
         self._tell(
             "accept", client=update.client, task=update.task, version=update.version, tokens=update.tokens,
-            staleness=staleness, train_seconds=seconds,
+            staleness=staleness, train_seconds=took, measured=seconds in (None, took),
         )  # fmt: skip
         reach("accepted")
 
@@ -300,6 +297,7 @@ class Server:
         if not self.strategy.needs_root:
             return None
         assert self.root is not None, "a rule that needs a root update is given its trainer"
+        self.stage.wait()  # both compute on the server's device: one at a time
         pacing, every = self.pace.pacing(len(self.clients)), self._cadence(self.options.checkpoint.every)
         return partial(self.root, self.planner.root_job(self.state, self.ledgers, pacing, every))
 

@@ -15,6 +15,8 @@ from fedgpt.data.batches import windows
 from fedgpt.model.generate import generate
 from fedgpt.model.gpt import GPT
 
+MOST_LOGITS = 1 << 26  # at a time on a GPU: 256 MB in float32
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -52,7 +54,8 @@ class HeldOut:
         self._inputs, self._targets = inputs, targets
         scored = targets[targets >= 0].numpy()
         self.tokens, self.bytes = int(scored.size), int(token_bytes[scored].sum())
-        together = 512 if compute.device == "cpu" else 8192  # tokens: a CPU's cache shall keep their logits
+        # tokens at a time: a CPU's cache shall keep their logits, and a GPU has room for clients, too
+        together = 512 if compute.device == "cpu" else min(8192, MOST_LOGITS // len(token_bytes))
         self._batch = max(1, together // model.block_size)
 
     def load(self, params: np.ndarray) -> None:

@@ -21,7 +21,7 @@ from flwr.serverapp import Grid
 from fedgpt import __version__
 from fedgpt.aggregate.base import Strategy
 from fedgpt.config import build_strategy, changed_options, flat_options, refuse_another_run, to_yaml
-from fedgpt.core.errors import FedGPTError, Unwritten
+from fedgpt.core.errors import ConfigError, FedGPTError, Unwritten
 from fedgpt.core.files import write_text
 from fedgpt.core.flat import flatten
 from fedgpt.core.messages import ClientInfo, ServerState
@@ -97,6 +97,11 @@ class _Run:
         strategy = build_strategy(o.strategy, o.trusted_packages)
         if not isinstance(strategy, Strategy):
             strategy = FlowerStrategy(strategy)
+        if strategy.needs_root and self.prepared.public().size <= o.model.block_size:
+            raise ConfigError(
+                f"corpus.public={o.corpus.public}: {self.prepared.public().size} tokens are public, and the server's "
+                f"own update needs more than model.block_size={o.model.block_size}; raise it"
+            )
         display = ProgressDisplay(o, switches=strategy.switches, pacing=snapshot.ledgers.pacing or None)
         display.say(
             opening(o, self.prepared, self.shards, snapshot, self.compute, self.machine.workers_text, stage.tokens)
@@ -231,6 +236,7 @@ def _environment(machine: Machine) -> dict[str, Any]:
         "dtype": machine.compute.dtype,
         "threads": machine.threads,
         "cpu": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if machine.compute.device == "cuda" else None,
     }
 
 

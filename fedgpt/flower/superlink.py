@@ -127,13 +127,9 @@ def _simulation(clients: int, machine: Machine) -> list[str]:
         "init-args-num-cpus": machine.workers * machine.threads,
     }
     if gpus := len(machine.gpus):  # Ray hides them from an actor that asks for none
-        settings |= {"client-resources-num-gpus": _share(gpus, machine.workers), "init-args-num-gpus": gpus}
+        share = 1 / math.ceil(machine.workers / gpus)  # parts of one GPU: Ray puts no actor across two
+        settings |= {"client-resources-num-gpus": share, "init-args-num-gpus": gpus}
     return ["--federation-config", " ".join(f"{name}={value}" for name, value in settings.items())]
-
-
-def _share(gpus: int, workers: int) -> float:
-    """Of a GPU for each worker, so that all find a place: whole ones, or as many to a GPU as the fullest has."""
-    return float(gpus // workers) if workers <= gpus else 1 / math.ceil(workers / gpus)
 
 
 @contextmanager

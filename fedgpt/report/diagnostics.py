@@ -19,20 +19,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.ticker import Locator
 
-BLUE, ORANGE, PALE, GREY = "#1f5fa8", "#c46210", "#9dbbdc", "#a8b0b8"
+BLUE, ORANGE, PALE, GREY, FAINT = "#1f5fa8", "#c46210", "#9dbbdc", "#a8b0b8", "#e4e6e8"
 MOST_ROWS, MOST_SPANS, MOST_STEPS, MOST_HEADERS = 24, 400, 60, 3  # what a page can show
 HEADER = 0.9  # rows that the words of a switch of pacing take
 OUTCOMES = {
     "accepted": (BLUE, "update accepted"),
     "rejected": (ORANGE, "rejected or no reply"),
     "open": (PALE, "still at work at the end"),
+    "waiting": (FAINT, "sent, waits for a worker"),
 }
 TRAINING = ("dispatch", "accept", "reject", "version")
 Panel = tuple[str, Callable[["Axes"], None]]
 
 
 class Span(NamedTuple):
-    """One job: from its dispatch to what became of it, on the run's clock."""
+    """A job or a part of it, up to what became of it, on the run's clock."""
 
     start: float
     end: float
@@ -64,7 +65,7 @@ def activity(events: Sequence[dict[str, Any]]) -> dict[str, Activity]:
         if kind == "dispatch":
             began[key] = event["seconds"]  # a job sent again after a restart begins again
         elif kind in ("accept", "reject") and key in began:
-            spans[client].append(Span(began.pop(key), event["seconds"], f"{kind}ed"))
+            spans[client] += _spans(began.pop(key), event["seconds"], f"{kind}ed", event.get("train_seconds"))
             tokens[client] += event["tokens"] if kind == "accept" else 0
     end = max((event["seconds"] for event in training), default=0.0)
     for (client, _), start in began.items():
@@ -76,8 +77,16 @@ def activity(events: Sequence[dict[str, Any]]) -> dict[str, Activity]:
     }
 
 
+def _spans(start: float, end: float, outcome: str, seconds: float | None) -> list[Span]:
+    """A job that its client was at for the last `seconds`; before that it waited, as where clients share workers."""
+    begins = start if seconds is None else max(start, end - seconds)
+    if begins - start < 0.01 * (end - start):
+        return [Span(start, end, outcome)]
+    return [Span(start, begins, "waiting"), Span(begins, end, outcome)]
+
+
 def _activity(spans: tuple[Span, ...], tokens: int, seconds: float) -> Activity:
-    busy = math.fsum(span.end - span.start for span in spans)
+    busy = math.fsum(span.end - span.start for span in spans if span.outcome != "waiting")
     outcomes = Counter(span.outcome for span in spans)
     idle = max(0.0, 1 - busy / seconds) if seconds > 0 else 0.0
     return Activity(spans, tokens, busy, idle, outcomes["accepted"], outcomes["rejected"])

@@ -34,7 +34,7 @@ QUICK = ["partition.clients=16", "rounds=2", "evaluate.tokens=2048", "tokenizer=
 CLIENTS = (4, 16, 64, 256, 1000)
 FIGURES = {
     "seconds_a_round": "seconds a round", "tokens_a_second": "tokens a second", "server_peak_bytes": "server peak, MB",
-    "loss": "held-out loss",
+    "megabytes_up": "MB up", "loss": "held-out loss",
 }  # fmt: skip
 
 
@@ -62,6 +62,7 @@ def measure(folder: Path, clients: int, common: list[str]) -> dict[str, float]:
         "seconds_a_round": seconds / (last["version"] - first["version"]),
         "tokens_a_second": tokens / seconds,
         "server_peak_bytes": int(peak.read_text()),
+        "megabytes_up": done.summary["bytes_up"] / 1e6,
         "loss": done.summary["final"]["loss"],
     }
 
@@ -93,8 +94,8 @@ def high_water(pid: int) -> int:
 
 
 def cells(f: dict[str, float]) -> tuple[str, ...]:
-    seconds, speed, peak, loss = (f[name] for name in FIGURES)
-    return f"{seconds:.2f}", f"{speed:,.0f}", f"{peak / 1e6:.0f}", f"{loss:.3f}"
+    seconds, speed, peak, sent, loss = (f[name] for name in FIGURES)
+    return f"{seconds:.2f}", f"{speed:,.0f}", f"{peak / 1e6:.0f}", f"{sent:,.0f}", f"{loss:.3f}"
 
 
 def draw(figures: dict[int, dict[str, float]], path: Path) -> None:

@@ -172,12 +172,11 @@ def mean_of(rows):
 @given(matrices, st.integers(0, 2**32 - 1), st.sampled_from([0.0, 1.0, 100.0]))
 @settings(max_examples=50, deadline=None)
 def test_rules_with_nothing_to_refuse_are_the_mean(rows, seed, length):
-    n, centre = len(rows), length * np.random.default_rng(seed).standard_normal(rows.shape[1])  # any v
+    centre = length * np.random.default_rng(seed).standard_normal(rows.shape[1])  # any v
     np.testing.assert_allclose(
         blocks.middle(update_of(*rows), 0, zeros(rows).params), mean_of(rows), rtol=0, atol=1e-14
     )
     for rule, memory in (
-        (Krum(keep=n), {}),
         (NormClip(), {"norms": np.array([np.inf])}),
         (CentredClip(tau=HUGE, passes=1), {"centre": centre}),
     ):
@@ -250,6 +249,13 @@ def test_krum_by_hand():
     assert combined(Krum(keep=1), LINE).tolist() == [1.0]
     assert combined(Krum(keep=3), LINE)[0] == pytest.approx((0 + 1 + 2.1) / 3)
     assert combined(Krum(), LINE)[0] == pytest.approx((0 + 1 + 2.1 + 3.3) / 4)  # n - f
+
+
+def test_krum_keeps_no_attacker_where_a_client_has_failed():
+    """Eight were asked, seven have answered, two of them lie: to keep six would be to keep one that lies."""
+    rows = [[1.0], [1.1], [0.9], [1.2], [0.8], [-100.0], [-100.0]]
+    assert list(Krum(attackers=2, keep=6).problems(Pacing("cohort", 8, 8))) == []
+    assert combined(Krum(attackers=2, keep=6), rows)[0] == pytest.approx(1.0)
 
 
 def test_krum_measures_small_updates_of_large_models():

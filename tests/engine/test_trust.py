@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -139,6 +141,26 @@ def test_garbage_in_every_round_is_as_if_the_client_never_answered(tmp_path, rul
     assert bad.server.ledgers.rejected == dict.fromkeys(GARBAGE, 1)
     assert {e["client"] for e in bad.told("accept")} == set(HONEST)
     assert {e["client"] for e in bad.told("reject")} == {"mallory"}
+
+
+def test_the_servers_own_update_and_an_evaluation_never_compute_at_once(tmp_path):
+    """They share a device; a step that is being recorded on a GPU does not bear another thread's work."""
+    scoring, met = threading.Event(), []
+
+    class Slow(dict):
+        def __missing__(self, version):
+            scoring.set()
+            time.sleep(0.1)
+            scoring.clear()
+            return 1.0
+
+    def watching(job):
+        met.append(scoring.is_set())
+        return root(job)
+
+    outcome = run(options(tmp_path, rounds=4), HONEST, FLTrust(), loss=Slow(), root=watching)
+    records = outcome.server.folder.metrics.read()
+    assert met == [False] * 4 and [record.get("loss") for record in records] == [1.0] * 5
 
 
 def test_garbage_three_times_in_a_row_is_quarantined(tmp_path):

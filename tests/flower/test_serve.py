@@ -10,7 +10,7 @@ import weakref
 import pytest
 from flower.here import run_here, tiny_run
 
-from fedgpt.core.errors import FedGPTError, StoppedEarly
+from fedgpt.core.errors import ConfigError, FedGPTError, StoppedEarly
 from fedgpt.core.faults import Injected, injected
 from fedgpt.engine import checkpoint, client
 from fedgpt.engine.journal import Journal
@@ -32,6 +32,15 @@ def full_for(name: str):
     """`JsonLines.append` that has room for everything but the file `name`."""
     append = JsonLines.append
     return lambda lines, record: full() if lines.path.name == name else append(lines, record)
+
+
+def test_too_little_public_text_for_the_servers_own_update_is_told_before_a_round(tmp_path, options):
+    few = ["corpus.public=1e-9", "tokenizer=bytes", "strategy=fltrust", "model.block_size=1000"]
+    with pytest.raises(
+        ConfigError, match=r"corpus.public=1e-09: \d+ tokens are public, .* model.block_size=1000; raise"
+    ):
+        run_here(*options, *few, "evaluate.tokens=64")
+    assert not list((tmp_path / "run" / "clients").glob("*"))
 
 
 PLACES = {

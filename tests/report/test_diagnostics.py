@@ -93,6 +93,17 @@ def test_a_job_that_is_sent_again_after_a_restart_is_one_job():
     assert found.spans == ((5.0, 8.0, "accepted"),)
 
 
+def test_a_job_in_the_queue_is_no_work():
+    """Four clients share one worker, a second each: three quarters of the time every one of them is idle."""
+    clients = "abcd"
+    done = [accept(1.0 + i, client) | {"train_seconds": 1.0} for i, client in enumerate(clients)]
+    found = activity([*(dispatch(0.0, client) for client in clients), *done])
+    assert [did.idle_share for did in found.values()] == [0.75] * 4
+    assert found["a"].spans == ((0.0, 1.0, "accepted"),)
+    assert found["d"].spans == ((0.0, 3.0, "waiting"), (3.0, 4.0, "accepted"))
+    assert all(did.accepted == 1 for did in found.values())
+
+
 def test_a_run_without_jobs_or_without_length():
     assert activity([]) == {} == activity([version(3.0)])
     assert activity([dispatch(1.0, "a")])["a"].idle_share == 0.0

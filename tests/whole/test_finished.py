@@ -74,7 +74,9 @@ def test_the_summary_has_its_keys_and_agrees_with_metrics_and_checkpoint(finishe
 
 def test_what_bit_identity_depends_on_is_recorded(finished):
     environment = Checkpoints(finished.folder / "checkpoints", 2).load().ledgers.environment
-    assert environment.keys() == {"fedgpt", "torch", "flwr", "numpy", "python", "device", "dtype", "threads", "cpu"}
+    assert environment.keys() == {
+        "fedgpt", "torch", "flwr", "numpy", "python", "device", "dtype", "threads", "cpu", "gpu",
+    }  # fmt: skip
     assert (environment["threads"], environment["dtype"], environment["device"]) == (1, "fp32", "cpu")
     assert json.loads((finished.folder / "environment.json").read_text()) == environment
     assert "threads: 1" in (finished.folder / "config.yaml").read_text()
@@ -91,8 +93,6 @@ def test_events_tell_who_was_asked_and_who_answered(finished):
         named = {(e["client"], e["task"], e["version"]) for e in events if e["event"] == kind}
         assert named == {(writer, version, version) for writer in WRITERS for version in (0, 1)}
     assert [e["version"] for e in events if e["event"] == "version"] == [1, 2]
-    (opened,) = (e for e in events if e["event"] == "open")
-    assert opened["tokens_total"] == finished.summary["tokens"], "where the run will end"
     seconds = [e["seconds"] for e in events]
     assert seconds == sorted(seconds)
 
