@@ -37,7 +37,8 @@ from common import (  # noqa: E402
 
 COMMON = ["experiment=fleet"]
 QUICK = ["tokens=20480", "evaluate.tokens=2048", "corpus=stdlib", "tokenizer=bytes", "model.n_embd=32"]
-GRID = {f"lr{lr}-eta{eta}": (lr, eta) for lr in (3e-3, 4.5e-3, 6e-3, 8e-3, 1.2e-2) for eta in (0.7, 1.0, 1.4)}
+LEARNING_RATES, SERVER_RATES = (3e-3, 4.5e-3, 6e-3, 8e-3, 1.2e-2), (0.7, 1.0, 1.4)
+GRID = {f"lr{lr}-eta{eta}": (lr, eta) for lr in LEARNING_RATES for eta in SERVER_RATES}
 SYNC, ASYNC = ["pace=cohort", "strategy=fedavg"], ["pace=buffer"]
 TWIN = ["pace=cohort", "strategy=fedavg", "partition.clients=1", "pace.clients=1"]
 ARMS = {
