@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +28,23 @@ def test_a_study_says_how_to_run_it_and_composes_runs_only(study):
     assert "import torch" not in source
     readme = SIMULATIONS / study / "README.md"
     assert not readme.exists() or command in readme.read_text()
+
+
+@pytest.mark.parametrize("study", STUDIES)
+def test_every_loss_of_a_readmes_tables_is_in_the_results_beside_it(study):
+    results, readme = SIMULATIONS / study / "results.json", SIMULATIONS / study / "README.md"
+    recorded = {f"{number:.3f}" for number in numbers(json.loads(results.read_text()))}
+    rows = [line for line in readme.read_text().splitlines() if line.startswith("|")]
+    shown = [number for row in rows for number in re.findall(r"(?<![\d.,])[1-9]\d*\.\d{3}(?!\d)", row)]
+    assert [number for number in shown if number not in recorded] == []
+
+
+def numbers(tree: Any) -> Iterator[float]:
+    if isinstance(tree, dict | list):
+        for part in tree.values() if isinstance(tree, dict) else tree:
+            yield from numbers(part)
+    elif isinstance(tree, int | float):
+        yield float(tree)
 
 
 @pytest.mark.slow
