@@ -1,6 +1,6 @@
 """When does asynchrony pay? Loss against virtual time, tokens and bytes, for four clients of published speeds.
 
-    python simulations/async_vs_sync/run.py            # about 16 minutes on 2 cores
+    python simulations/async_vs_sync/run.py            # about 20 minutes on 2 cores
     python simulations/async_vs_sync/run.py --quick    # a smoke run
 
 All runs are `experiment=fleet`: the State of the Union addresses, 4 iid clients of 0.58, 0.75, 1.51 and 3.33 seconds

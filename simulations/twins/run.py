@@ -29,10 +29,9 @@ RULES = {"fedavg": ["strategy=fedavg"]} | {
     for eta, mu in ((1.0, 0.3), (1.0, 0.5), (0.7, 0.6), (0.6, 0.8))
 }
 GRID = [
-    ("fedavg", 3e-3), ("fedavg", 6e-3), ("fedavg", 9e-3), ("fedavg", 1.2e-2), ("fedavg", 1.6e-2),
-    ("diloco 1.0/0.3", 6e-3),
-    ("diloco 1.0/0.3", 8e-3), ("diloco 1.0/0.5", 4.5e-3), ("diloco 1.0/0.5", 6e-3), ("diloco 0.7/0.6", 6e-3),
-    ("diloco 0.7/0.6", 9e-3), ("diloco 0.7/0.6", 1.2e-2), ("diloco 0.6/0.8", 6e-3), ("diloco 0.6/0.8", 9e-3),
+    *(("fedavg", lr) for lr in (3e-3, 6e-3, 9e-3, 1.2e-2, 1.6e-2)), ("diloco 1.0/0.3", 6e-3), ("diloco 1.0/0.3", 8e-3),
+    ("diloco 1.0/0.5", 4.5e-3), ("diloco 1.0/0.5", 6e-3), ("diloco 0.7/0.6", 6e-3), ("diloco 0.7/0.6", 9e-3),
+    ("diloco 0.7/0.6", 1.2e-2), ("diloco 0.6/0.8", 6e-3), ("diloco 0.6/0.8", 9e-3),
 ]  # fmt: skip
 TWIN = [("twin", lr) for lr in (3e-3, 4.5e-3, 6e-3, 9e-3, 1.2e-2, 1.6e-2)]
 Setting = tuple[str, float]  # (rule, learning rate)
