@@ -142,7 +142,7 @@ class ClientWork:
             return None
         compute = self.trainer.compute
         environment = {"device": compute.device, "threads": torch.get_num_threads(), "torch": torch.__version__}
-        if compute.device != "cpu":  # the same job does not give the same bits there: it is another one each time
+        if compute.device != "cpu":  # whose bits hang on more than we record: there a job is another one each time
             environment["once"] = secrets.token_hex(8)
         folder = ClientStore(self.state_root, job.plan.run, job.client).folder
         return ClientPrivacy(self.options, folder, tokens, environment)
