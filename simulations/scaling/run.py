@@ -1,6 +1,6 @@
 """What does a round of a thousand clients cost? Seconds, tokens a second and the server's memory, from 4 clients up.
 
-    python simulations/scaling/run.py            # about 4 minutes on 2 cores
+    python simulations/scaling/run.py            # about 2 minutes on 2 cores
     python simulations/scaling/run.py --quick    # a smoke run
 
 All runs are `experiment=fleet` on the real clock: 1,000 iid clients, of which 4 to 1,000 are in each of 3 rounds, every
