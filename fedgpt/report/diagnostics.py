@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from fedgpt.report.figures import save
 from fedgpt.report.progress import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
     from matplotlib.ticker import Locator
 
 BLUE, ORANGE, PALE, GREY, FAINT = "#1f5fa8", "#c46210", "#9dbbdc", "#a8b0b8", "#e4e6e8"
@@ -123,7 +123,7 @@ def timeline_figure(events: Sequence[dict[str, Any]], path: Path) -> None:
     jobs.set_title(_headline(len(shown), len(everyone), window, last), loc="left", fontsize=10)
     legend = {label: handle for handle, label in zip(*jobs.get_legend_handles_labels(), strict=True)}
     figure.legend(list(legend.values()), list(legend), loc="outside lower left", ncols=5, fontsize=8, frameon=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _headline(shown: int, everyone: int, window: tuple[float, float], last: float) -> str:
@@ -214,7 +214,7 @@ def updates_figure(records: Sequence[dict[str, Any]], path: Path) -> None:
         axis.xaxis.label.set_size(9)
         axis.yaxis.label.set_size(9)
     figure.align_ylabels()
-    _save(figure, path)
+    save(figure, path)
 
 
 def _norms(records: list[dict[str, Any]]) -> Panel | None:
@@ -359,8 +359,3 @@ def _unit(seconds: float) -> tuple[float, str]:
     """(seconds in it, name) of the unit in which a duration is a handy number."""
     units = ((3600.0, "hours"), (60.0, "minutes"))
     return next((unit for unit in units if seconds >= 5 * unit[0]), (1.0, "seconds"))
-
-
-def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)

@@ -49,16 +49,6 @@ RUN = [
 ]
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """The figures that were saved."""
-    from matplotlib.figure import Figure
-
-    kept, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **more: (kept.append(figure), save(figure, *a, **more)))
-    return kept
-
-
 def is_a_picture(path) -> bool:
     pixels = matplotlib.image.imread(path)
     return min(pixels.shape[:2]) > 200 and pixels[..., :3].std() > 0.01

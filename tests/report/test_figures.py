@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import matplotlib.image
 import pytest
 
@@ -25,16 +29,10 @@ def test_a_png_that_can_be_read_is_drawn(tmp_path):
     assert pixels[..., :3].std() > 0.01, "not an empty page"
 
 
-def test_it_shows_what_was_scored_and_nothing_else(tmp_path, monkeypatch):
-    from matplotlib import pyplot
-
-    kept = []
-    monkeypatch.setattr(pyplot, "close", kept.append)
+def test_it_shows_what_was_scored_and_nothing_else(tmp_path, drawn):
     loss_figure(RECORDS, tmp_path / "loss.png")
-    monkeypatch.undo()
-    (figure,) = kept
+    (figure,) = drawn
     lines = [axis.lines[0] for axis in figure.axes]
-    pyplot.close(figure)
     assert [list(line.get_xdata()) for line in lines] == [[0, 2, 3], [0, 4, 6], [3, 3, 3]]
     assert all(list(line.get_ydata()) == [8.0, 6.5, 6.25] for line in lines)
     assert [axis.get_xlabel() for axis in figure.axes] == [
@@ -50,12 +48,36 @@ def test_nothing_is_drawn_without_an_evaluation(tmp_path, records):
     assert not list(tmp_path.iterdir())
 
 
-def test_figures_are_closed_and_an_old_one_is_replaced(tmp_path):
-    from matplotlib import pyplot
-
+def test_an_old_figure_is_replaced(tmp_path):
     path = tmp_path / "loss.png"
     loss_figure(RECORDS[:1], path)
     before = path.read_bytes()
     loss_figure(RECORDS, path)
     assert path.read_bytes() != before
-    assert pyplot.get_fignums() == []
+
+
+NOTEBOOK = """
+from pathlib import Path
+
+import matplotlib
+from matplotlib import pyplot
+
+from fedgpt.report.diagnostics import timeline_figure, updates_figure
+from fedgpt.report.figures import loss_figure
+
+pyplot.figure(7)
+record = {"version": 1, "tokens": 1, "bytes_up": 1, "bytes_down": 1, "bits_per_byte": 8.0, "step_norm": 1.0}
+loss_figure([record], Path("loss.png"))
+updates_figure([record], Path("updates.png"))
+timeline_figure([{"event": "dispatch", "seconds": 0.0, "client": "a", "task": 0}], Path("timeline.png"))
+print(matplotlib.get_backend(), pyplot.get_fignums(), len(list(Path().glob("*.png"))))
+"""
+
+
+def test_drawing_leaves_the_backend_and_the_open_figures_of_a_notebook_alone(tmp_path):
+    """In a process of its own, whose backend is none that draws PNG."""
+    done = subprocess.run(
+        [sys.executable, "-c", NOTEBOOK], cwd=tmp_path, env={**os.environ, "MPLBACKEND": "svg"},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout == "svg [7] 3\n"
