@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -49,11 +48,12 @@ def choose_compute(device: str = "auto", precision: str = "auto", private: bool 
             return Compute(device, "bf16", "the GPU has bf16 units")
         return Compute(device, "fp32", "the GPU has no bf16 units")
     known = _has_amx()
+    if known is None:
+        # a timing would differ from process to process, and server and clients must choose the same dtype
+        return Compute(device, "fp32", "this torch cannot tell whether the CPU has bf16 units")
     if known:
         return Compute(device, "bf16", "this CPU has AMX bf16 units")
-    if known is None and _bf16_is_faster():
-        return Compute(device, "bf16", "a bf16 matrix product was more than twice as fast as fp32 here")
-    return Compute(device, "fp32", "this CPU has no fast bf16 units")
+    return Compute(device, "fp32", "this CPU has no AMX bf16 units")
 
 
 def repeat_exactly(device: str) -> None:
@@ -107,18 +107,3 @@ def _has_amx() -> bool | None:
 
     probe = getattr(torch.cpu, "_is_amx_tile_supported", None)  # private: absent in other torch versions
     return None if probe is None else bool(probe())
-
-
-def _bf16_is_faster() -> bool:
-    """Time one bf16 against one fp32 product; used only where torch cannot tell what the CPU has."""
-    import torch
-
-    def seconds(dtype: torch.dtype) -> float:
-        a, b = torch.ones(1024, 384, dtype=dtype), torch.ones(384, 1536, dtype=dtype)
-        _ = a @ b
-        start = time.perf_counter()
-        for _ in range(5):
-            _ = a @ b
-        return time.perf_counter() - start
-
-    return seconds(torch.bfloat16) < 0.5 * seconds(torch.float32)
