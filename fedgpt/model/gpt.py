@@ -160,11 +160,6 @@ class GPT(nn.Module):
         assert isinstance(blocks, nn.ModuleList)
         return blocks
 
-    @property
-    def num_parameters(self) -> int:
-        """Trainable parameters; a tied head counts once."""
-        return sum(p.numel() for p in self.parameters())
-
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """GPT-2's start, a function of `seed` alone: N(0, 0.02), projections into the residual smaller with depth."""

@@ -1,4 +1,4 @@
-"""What a model's options mean in numbers: validity, parameters, flops. Free of torch, so `--help` stays fast."""
+"""What a model's options mean in numbers: validity and parameters. Free of torch, so `--help` stays fast."""
 
 from __future__ import annotations
 
@@ -53,10 +53,3 @@ def count_parameters(options: ModelOptions, vocab_size: int) -> int:
     embeddings = vocab_size * channels * (1 if options.tie else 2)
     positions = options.block_size * channels if options.positions == "learned" else 0
     return embeddings + positions + options.n_layer * block + norm
-
-
-def flops_per_token(options: ModelOptions, vocab_size: int) -> int:
-    """Floating-point operations of one training token, forward and backward, at full context (PaLM's formula)."""
-    layers, channels = options.n_layer, options.n_embd
-    matrices = 12 * layers * channels**2 + vocab_size * channels
-    return 6 * matrices + 12 * layers * channels * options.block_size

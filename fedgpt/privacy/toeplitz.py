@@ -40,14 +40,3 @@ def correlate(fresh: np.ndarray, earlier: list[np.ndarray], bands: int) -> np.nd
     for c, y in zip(coefficients(bands)[1:], earlier, strict=False):
         fresh -= np.float32(c) * y
     return fresh
-
-
-def running_noise(bands: int, releases: int) -> float:
-    """Root mean square of the noise in the running sum of releases, for unit xi: what a model ends up with."""
-    y = np.zeros((releases, releases))  # y[t, s]: how much of xi_s is in y_t
-    c = coefficients(bands)
-    for t in range(releases):
-        y[t, t] = 1.0
-        for j in range(1, min(bands, t + 1)):
-            y[t] -= c[j] * y[t - j]
-    return float(np.sqrt(np.square(np.cumsum(y, axis=0)).sum(1).mean()))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from engine import mechanism as m
 from engine.mechanism import CLIP, COHORT, QUIET, SIZE, Mechanism
+from privacy.correlated import running_noise
 from scipy import stats
 
 from fedgpt.aggregate.fedadam import FedAdam
@@ -227,8 +228,6 @@ def test_seeded_noise_repeats_itself_as_it_says(tmp_path):
 
 
 def test_correlated_noise_is_taken_back(tmp_path):
-    from fedgpt.privacy.toeplitz import running_noise
-
     bands, versions = 4, 30
     build = Mechanism(tmp_path, 1.0, bands=bands, separation=bands)
     build.privacy.plan = m.plan(1.0, "correlated", scale=2.0)

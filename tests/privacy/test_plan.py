@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from privacy.correlated import running_noise
 
 from fedgpt import config
 from fedgpt.core.errors import ConfigError
@@ -119,8 +120,6 @@ def test_correlated_noise_is_one_event_of_a_series():
     assert found.sampling == "correlated" and found.planned.count == 1 and found.participations == 10
     assert found.epsilon == pytest.approx(8.0, abs=0.02)
     alone = plan(MANY, *CLIENT, "rounds=200", "privacy.separation=20")
-    from fedgpt.privacy.toeplitz import running_noise
-
     correlated = found.noise_multiplier * found.scale * running_noise(10, 200)
     assert 2.2 < alone.noise_multiplier * running_noise(1, 200) / correlated < 2.7, "19.0 / 7.7 of the table"
 

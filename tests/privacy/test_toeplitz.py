@@ -7,16 +7,10 @@ from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
+from privacy.correlated import matrix, running_noise
 
 from fedgpt.privacy.accounting import gaussian_mu
-from fedgpt.privacy.toeplitz import coefficients, correlate, running_noise, sensitivity
-
-
-def matrix(bands: int, size: int) -> np.ndarray:
-    c, out = coefficients(bands), np.zeros((size, size))
-    for k in range(min(bands, size)):
-        out += np.diag(np.full(size - k, c[k]), -k)
-    return out
+from fedgpt.privacy.toeplitz import coefficients, correlate, sensitivity
 
 
 def test_the_coefficients_are_those_of_one_over_the_root_of_1_minus_x():
