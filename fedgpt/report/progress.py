@@ -156,6 +156,11 @@ def one_line(text: str) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
+def rule(options: RunOptions) -> str:
+    """The name of the strategy's class."""
+    return options.strategy["_target_"].rsplit(".", 1)[-1]
+
+
 def count(value: float) -> str:
     """A count in three figures.
 

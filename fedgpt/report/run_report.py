@@ -14,7 +14,7 @@ from fedgpt.data.partition import Shard
 from fedgpt.data.prepare import Prepared
 from fedgpt.engine.checkpoint import Snapshot
 from fedgpt.privacy.statement import rows
-from fedgpt.report.progress import clock, count, size
+from fedgpt.report.progress import clock, count, rule, size
 
 
 def opening(
@@ -32,8 +32,7 @@ def opening(
     asked = min(o.pace.clients or len(shards), len(shards))
     job = local.steps * local.accumulate * local.batch_size * model.block_size
     who = f"{asked} of {len(shards)} clients" if o.pace.rate is None else f"each of {len(shards)} with p={o.pace.rate}"
-    target = o.strategy["_target_"].rsplit(".", 1)[-1] if isinstance(o.strategy, dict) else str(o.strategy)
-    rows = [
+    told = [
         ("run", o.run_dir),
         ("text", f"{o.corpus.name}: {count(sum(s.size for s in shards))} tokens at {len(shards)} clients, "
                  f"{held_out_tokens:,} held-out tokens"),
@@ -41,15 +40,15 @@ def opening(
                       if o.tokenizer.name == "bpe" else f"{o.tokenizer.name}, {prepared.tokenizer.vocab_size} entries"),
         ("model", f"{count(parameters)} parameters: {model.n_layer} layers, width {model.n_embd}, "
                   f"context {model.block_size}"),
-        _pacing_row(o, f"{target}: {who}", asked, job, parameters),
+        _pacing_row(o, f"{rule(o)}: {who}", asked, job, parameters),
         ("compute", f"{compute.device}, {compute.dtype} ({compute.reason}), {workers}"),
     ]  # fmt: skip
     if o.attack.clients:
         liars = f"{o.attack.clients} of {len(shards)} clients"
-        rows.append(("attack", f"{o.attack.name} of strength {o.attack.strength:g} by {liars}, for research only"))
+        told.append(("attack", f"{o.attack.name} of strength {o.attack.strength:g} by {liars}, for research only"))
     if snapshot.state.version:
-        rows.append(("resume", f"from version {snapshot.state.version}" + ("" if o.tokens else f" of {o.rounds}")))
-    return "\n".join(f"{name:>10}  {text}" for name, text in rows)
+        told.append(("resume", f"from version {snapshot.state.version}" + ("" if o.tokens else f" of {o.rounds}")))
+    return "\n".join(f"{name:>10}  {text}" for name, text in told)
 
 
 def privacy_text(told: dict[str, Any]) -> str:
