@@ -34,11 +34,15 @@ def _noise_rows(o: RunOptions, plan: PrivacyPlan, vocab_size: int) -> list[tuple
     reach = 2.0 if plan.unit == "local" else plan.scale  # how far a unit moves a release, in clips
     units = 1 if plan.unit == "local" else units
     ratio = plan.noise_multiplier * reach * math.sqrt(parameters) / units
+    release, signal, more = {
+        "example": ("step", "gradient", f"larger batches (now {units}), "),
+        "client": ("release", "update", f"more clients a round (now {units:g}), "),
+        "local": ("update", "update", ""),
+    }[plan.unit]
+    times = f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.3g}"
     found = [
-        (
-            "noise/clip",
-            f"{ratio:.3g} in one release, over {parameters:,} parameters and {units:g} units: keep it near 1",
-        )
+        ("noise/clip", f"{times}: the noise of one {release} is so many times as long as the longest clipped {signal}"),
+        ("lower with", f"{more}fewer parameters (now {parameters:,}), a larger epsilon"),
     ]
     if 0 < plan.planned.sampling_probability < 1:
         event = plan.planned

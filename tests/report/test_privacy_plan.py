@@ -1,0 +1,66 @@
+"""What `fedgpt privacy plan` says of the noise, and that what it says lowers it does."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+
+from fedgpt import config
+from fedgpt.model.shape import count_parameters
+from fedgpt.report import privacy_plan
+
+SHARDS, VOCABULARY = [2000] * 200, 257
+EXAMPLE, CLIENT, LOCAL = ["privacy=example"], ["privacy=client", "pace.clients=50"], ["privacy=local"]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Epsilons take seconds, and are not what these tests look at."""
+    for name in ("_cost", "epsilon_of", "renyi_epsilon"):
+        monkeypatch.setattr(privacy_plan, name, lambda *_: 1.0)
+
+
+def told(*chosen: str) -> dict[str, str]:
+    """The rows of the plan, by name."""
+    text = privacy_plan.plan_text(config.load(["rounds=20", "privacy.target_epsilon=2", *chosen]), SHARDS, VOCABULARY)
+    return dict(re.findall(r"^ *(\S.*?)  (\S.*)$", text, re.M))
+
+
+def ratio(*chosen: str) -> float:
+    return float(told(*chosen)["noise/clip"].partition(":")[0].replace(",", ""))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "units", "words"),
+    [
+        (EXAMPLE, 8, "one step is so many times as long as the longest clipped gradient"),
+        (CLIENT, 50, "one release is so many times as long as the longest clipped update"),
+        # an update may become any other, two clips away
+        (LOCAL, 0.5, "one update is so many times as long as the longest clipped update"),
+    ],
+    ids=str,
+)
+def test_the_ratio_is_the_length_of_the_noise_in_clips(chosen, units, words):
+    noise = ["privacy.target_epsilon=null", "privacy.noise_multiplier=1.5"]
+    parameters = count_parameters(config.load([]).model, VOCABULARY)
+    assert ratio(*chosen, *noise) == pytest.approx(1.5 * math.sqrt(parameters) / units, rel=0.01)
+    assert words in told(*chosen, *noise)["noise/clip"]
+    assert f"fewer parameters (now {parameters:,})" in told(*chosen, *noise)["lower with"]
+
+
+@pytest.mark.parametrize(
+    ("chosen", "more", "words"),
+    [
+        (EXAMPLE, ["local.batch_size=16"], "larger batches (now 8), "),
+        (CLIENT, ["pace.clients=100"], "more clients a round (now 50), "),
+        (LOCAL, None, "fewer parameters"),
+    ],
+    ids=str,
+)
+def test_what_is_said_to_lower_it_does(chosen, more, words):
+    assert told(*chosen)["lower with"].startswith(words)
+    before = ratio(*chosen)
+    for change in (more, ["model.n_layer=1"], ["privacy.target_epsilon=4"]):
+        assert change is None or ratio(*chosen, *change) < before, change
