@@ -19,11 +19,15 @@ if TYPE_CHECKING:
 def run(*overrides: str) -> Run:
     """Run a configuration, typed as on the command line, to its end; `resume=FOLDER` alone continues that run.
 
+    Raises ConfigError for what `fedgpt run` would refuse.
+
     >>> run("model=nano", "rounds=5").summary["final"]["bits_per_byte"]  # doctest: +SKIP
     """
     from fedgpt import config
     from fedgpt.flower.launch import launch
 
+    if wrong := [o for o in overrides if not isinstance(o, str) or o.startswith("-")]:
+        raise ConfigError(f"fedgpt.run({wrong[0]!r}): takes options as on the command line, as in run('rounds=5')")
     options = resumed(overrides) or config.load(overrides)
     launch(options)
     return Run(options.run_dir)
@@ -36,16 +40,22 @@ def resumed(arguments: Sequence[str]) -> RunOptions | None:
     resume = next((a for a in arguments if a.startswith("resume=")), None)
     if resume is None:
         return None
+    folder = resume.removeprefix("resume=")
     if len(arguments) > 1:
-        raise ConfigError(f"{resume}: stands alone; the folder holds the run's own options")
-    return config.of_run(Path(resume.removeprefix("resume=")).expanduser())
+        raise ConfigError(
+            f"{resume}: stands alone, as the folder holds the run's own options; to train a finished run further, "
+            f"start another from its weights: init_from={folder or 'FOLDER'} run_dir=NEW"
+        )
+    if not (Path(folder).expanduser() / "config.yaml").is_file() or not folder:
+        raise ConfigError(f"{resume}: is not a run's folder, as it has no config.yaml; name one below runs/")
+    return config.of_run(Path(folder).expanduser())
 
 
 def open_run(folder: str | Path, best: bool = False) -> Run:
-    """The run in `folder`, its model the newest, or the `best`; raises FedGPTError where there is none."""
+    """The run in `folder`, its model the newest, or the `best`; raises ConfigError where there is none."""
     path = Path(folder).expanduser()
-    if not (path / "config.yaml").exists():
-        raise FedGPTError(f"{folder} is not a run's folder: it has no config.yaml")
+    if not (path / "config.yaml").is_file():
+        raise ConfigError(f"{folder}: is not a run's folder, as it has no config.yaml; name one below runs/")
     return Run(path, best)
 
 

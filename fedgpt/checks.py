@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
-from math import inf
+import os
+from collections.abc import Iterator, Mapping
+from math import inf, isfinite
+from pathlib import Path
 from typing import Any
 
 from fedgpt.core.options import RunOptions
@@ -20,13 +22,16 @@ MOST_NODES = 16  # one SuperNode is two Python processes of some 340 MB while it
 
 # option -> (what is allowed, test); a number that a user could get wrong has its line here
 RANGES: dict[str, tuple[str, Any]] = {
+    "name": ("a name without a slash", lambda v: v != "" and "/" not in v),
+    "run_dir": ("a folder", lambda v: v != ""),
+    "cache_dir": ("a folder", lambda v: v != ""),
     "seed": ("a whole number from 0", lambda v: v >= 0),
     "rounds": ("at least 1", lambda v: v >= 1),
     "local.steps": ("at least 1", lambda v: v >= 1),
     "local.batch_size": ("at least 1", lambda v: v >= 1),
     "local.accumulate": ("at least 1", lambda v: v >= 1),
     "local.lr": ("above 0 and at most 1", lambda v: 0 < v <= 1),
-    "local.min_lr": ("from 0 to 1", lambda v: 0 <= v <= 1),
+    "local.min_lr": ("from 0 to 1", lambda v: v is None or 0 <= v <= 1),
     "local.warmup": ("from 0 to below 1 (a share of the run's tokens)", lambda v: 0 <= v < 1),
     "local.beta1": ("from 0 to below 1", lambda v: 0 <= v < 1),
     "local.beta2": ("from 0 to below 1", lambda v: 0 <= v < 1),
@@ -46,10 +51,10 @@ RANGES: dict[str, tuple[str, Any]] = {
     "pace.max_staleness": ("at least 0 versions", lambda v: v is None or v >= 0),
     "fleet.name": (", ".join(fleet.NAMES), fleet.NAMES.__contains__),
     "fleet.median": ("above 0 seconds", lambda v: v > 0),
-    "fleet.spread": ("at least 0", lambda v: v >= 0),
+    "fleet.spread": ("from 0 to 10", lambda v: 0 <= v <= 10),
     "fleet.down": ("at least 0 seconds per megabyte", lambda v: v >= 0),
     "fleet.up": ("at least 0 seconds per megabyte", lambda v: v >= 0),
-    "fleet.jitter": ("at least 0", lambda v: v >= 0),
+    "fleet.jitter": ("from 0 to 10", lambda v: 0 <= v <= 10),
     "fleet.dropout": ("from 0 to below 1", lambda v: 0 <= v < 1),
     "validate.norm": ("at least 1, or 0 (off)", lambda v: v == 0 or 1 <= v < inf),
     "validate.clip": ("above 0, or 0 (off)", lambda v: 0 <= v < inf),
@@ -74,13 +79,44 @@ RANGES: dict[str, tuple[str, Any]] = {
 }
 
 
+# option -> the group and its choices that it belongs to; typed beside another choice it would do nothing
+BELONGS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "corpus.text_field": ("corpus", ("files",)),
+    "corpus.label_field": ("corpus", ("files",)),
+    "corpus.document_bytes": ("corpus", ("files",)),
+    "tokenizer.vocab_size": ("tokenizer", ("bpe",)),
+    "partition.alpha": ("partition", ("dirichlet",)),
+    "partition.exponent": ("partition", ("quantity",)),
+    "partition.piece": ("partition", ("iid", "dirichlet", "quantity")),
+    "attack.strength": ("attack", attack.NAMES[1:]),
+    "fleet.step_seconds": ("fleet", ("constant",)),
+    "fleet.median": ("fleet", ("lognormal",)),
+    "fleet.spread": ("fleet", ("lognormal",)),
+    "fleet.path": ("fleet", ("trace", "replay")),
+    **{f"fleet.{name}": ("fleet", fleet.NAMES[1:5]) for name in ("down", "up", "jitter", "dropout", "window")},
+}
+
+
+def idle(typed: Mapping[str, str], o: RunOptions) -> Iterator[str]:
+    """What was typed (option -> as typed) and has no effect beside the choices that were made."""
+    for option, text in typed.items():
+        group, choices = BELONGS.get(option, ("", ()))
+        if group and getattr(o, group).name not in choices:
+            takes = " or ".join(f"{group}={choice}" for choice in choices)
+            yield f"{text}: does nothing with {group}={getattr(o, group).name}; add {takes}, or leave it out"
+    if "rounds" in typed and o.tokens:
+        yield f"{typed['rounds']}: tokens={o.tokens} decides where the run ends; add tokens=0, or leave rounds out"
+
+
 def problems(o: RunOptions) -> Iterator[str]:
     """What is wrong with single values, and with values together where no strategy has to be asked."""
     for option, (allowed, test) in RANGES.items():
         value: Any = o
         for part in option.split("."):
             value = getattr(value, part)
-        if not test(value):
+        if isinstance(value, float) and not isfinite(value):
+            yield f"{option}={value}: must be a finite number, {allowed}"
+        elif not test(value):
             yield f"{option}={value}: must be {allowed}"
     yield from check_model(o.model)
     yield from corpus_problems(o.corpus)
@@ -88,8 +124,8 @@ def problems(o: RunOptions) -> Iterator[str]:
     yield from partition_problems(o.partition)
     if o.corpus.public == 0 and o.tokenizer.name == "bpe":
         yield "corpus.public=0: tokenizer=bpe is trained on the public part; raise it or take tokenizer=bytes"
-    if o.local.min_lr > o.local.lr > 0:
-        yield f"local.min_lr={o.local.min_lr}: must not be above local.lr={o.local.lr}; lower it"
+    if o.local.min_lr is not None and o.local.min_lr > o.local.lr > 0:
+        yield f"local.min_lr={o.local.min_lr}: must not be above local.lr={o.local.lr}; lower it, or leave it out"
     yield from fleet.fleet_problems(o)
     yield from attack.attack_problems(o)
     yield from update_problems(o.update)
@@ -98,6 +134,20 @@ def problems(o: RunOptions) -> Iterator[str]:
         yield "checkpoint.journal=true: clock=virtual repeats a run to the same bits without one; leave it out"
     if o.resume is not None:
         yield f"resume={o.resume}: stands alone (fedgpt run resume=<folder>); the folder holds its own options"
+
+
+def folder_problems(o: RunOptions) -> Iterator[str]:
+    """Folders that a run on this machine could not write to, or start from; paths are absolute."""
+    for option in ("run_dir", "cache_dir"):
+        path = Path(getattr(o, option))
+        there = next(p for p in (path, *path.parents) if p.exists())
+        if not there.is_dir():
+            yield f"{option}={path}: {there} is a file; name a folder"
+        elif not os.access(there, os.W_OK) or there == Path("/proc"):
+            yield f"{option}={path}: nothing can be written in {there}; name another folder"
+    if o.init_from and not any((Path(o.init_from) / f"{at}config.json").is_file() for at in ("", "model/")):
+        what = "has no config.json, nor model/config.json" if Path(o.init_from).is_dir() else "is no folder"
+        yield f"init_from={o.init_from}: {what}; name the folder of a finished run, or of a Hugging Face model"
 
 
 def runtime_problems(runtime: str, clients: int) -> Iterator[str]:

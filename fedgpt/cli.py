@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import sys
 from collections.abc import Callable
@@ -14,35 +15,42 @@ from fedgpt.core.errors import ConfigError, FedGPTError, Interrupted, StoppedEar
 
 def run(arguments: list[str]) -> int:
     """`fedgpt run`: Hydra's command line (overrides, -m, --cfg job, --config-dir) over conf/."""
-    from fedgpt import config
+    from fedgpt import config, overrides
     from fedgpt.api import resumed
 
     if options := resumed(arguments):
         _start(options)
         return 0
-    config_dir = _value_of(arguments, "--config-dir", "-cd")
-    words = [
-        a for a in arguments if not a.startswith("-") and a != config_dir and a != _value_of(arguments, "--cfg", "-c")
-    ]
+    words, config_dir = _words(arguments)
+    sweep = "-m" in arguments or "--multirun" in arguments
+    if sweep and _value_of(arguments, "--cfg", "-c"):
+        raise ConfigError("--cfg: prints one configuration, and -m asks for several; leave one of them out")
+    if sweep:
+        config.precheck(words, config_dir)
+    else:
+        config.load(words, config_dir)
+    return _hydra(arguments, [overrides.readable(word, sweep) if word in words else word for word in arguments])
+
+
+def _words(arguments: list[str]) -> tuple[list[str], str | None]:
+    """(options as typed, the user's folder of groups); raises ConfigError for what is neither."""
+    config_dir, shown = _value_of(arguments, "--config-dir", "-cd"), _value_of(arguments, "--cfg", "-c")
+    words = [a for a in arguments if not a.startswith("-") and a not in (config_dir, shown)]
     if wrong := [word for word in words if "=" not in word and not word.startswith("~")]:
         raise ConfigError(
             f"{word}: options are typed key=value{nearest(word, ['rounds=20', 'model=nano'])}" for word in wrong
         )
-    if "-m" in arguments or "--multirun" in arguments:
-        config.precheck(words, config_dir)
-    else:
-        config.load(words, config_dir)
-    return _hydra(arguments)
+    return words, config_dir
 
 
-def _hydra(arguments: list[str]) -> int:
+def _hydra(arguments: list[str], readable: list[str]) -> int:
     """Hand over to Hydra, which composes, sweeps, prints; each job comes back to `job`."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
     from omegaconf import DictConfig
 
-    from fedgpt import config
+    from fedgpt import config, overrides
 
     failures: list[FedGPTError] = []
 
@@ -60,8 +68,8 @@ def _hydra(arguments: list[str]) -> int:
             failures.append(error)
             return None
 
-    sys.argv = ["fedgpt run", *arguments]
-    hydra.main(version_base="1.3", config_path=str(config.CONF), config_name="run")(job)()
+    sys.argv = ["fedgpt run", *readable]
+    hydra.main(version_base="1.3", config_path=str(overrides.CONF), config_name="run")(job)()
     return exit_code(failures[-1]) if failures else 0
 
 
@@ -84,7 +92,7 @@ def data(arguments: list[str]) -> int:
     from fedgpt.data.prepare import prepare
     from fedgpt.report.shards import data_report
 
-    options = config.load(arguments)
+    options = config.load(*_words(arguments))
     prepared = prepare(options.corpus, options.tokenizer, options.cache_dir)
     shards = partition(prepared, options.partition, options.seed, options.model.block_size + 1)
     data_report(prepared, shards, Console(highlight=False))
@@ -100,7 +108,7 @@ def privacy(arguments: list[str]) -> int:
 
     if not arguments or arguments[0] != "plan":
         raise ConfigError(f"fedgpt privacy {' '.join(arguments)}: the command is `fedgpt privacy plan [key=value ...]`")
-    options = config.load(arguments[1:])
+    options = config.load(*_words(arguments[1:]))
     prepared = prepare(options.corpus, options.tokenizer, options.cache_dir)
     shards = partition(prepared, options.partition, options.seed, options.model.block_size + 1)
     print(plan_text(options, [shard.size for shard in shards], prepared.tokenizer.vocab_size))
@@ -114,7 +122,7 @@ def audit(arguments: list[str]) -> int:
     from fedgpt.data.prepare import prepare
     from fedgpt.report.privacy_audit import audit_report
 
-    options = config.load(arguments)
+    options = config.load(*_words(arguments))
     prepared = prepare(options.corpus, options.tokenizer, options.cache_dir)
     shards = partition(prepared, options.partition, options.seed, options.model.block_size + 1)
     strategy = config.build_strategy(options.strategy, options.trusted_packages)
@@ -136,6 +144,13 @@ def generate(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--best", action="store_true", help="the weights with the lowest held-out loss, not the newest")
     chosen = parser.parse_args(arguments)
+    ranges = {"tokens": (0, math.inf), "samples": (1, math.inf), "temperature": (0, math.inf), "top_k": (0, math.inf),
+              "top_p": (0, 1), "seed": (0, 2**63 - 1)}  # fmt: skip
+    for name, (low, high) in ranges.items():
+        value = getattr(chosen, name)
+        if value is not None and not low <= value <= high:
+            most = "" if high == math.inf else f" and at most {high}"
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least {low}{most}")
 
     from fedgpt.api import open_run
 

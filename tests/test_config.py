@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from fedgpt import checks, config
+from fedgpt import checks, config, overrides
 from fedgpt.core import options as options_module
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import RunOptions
@@ -47,7 +47,7 @@ def test_the_defaults_are_valid():
 def test_every_conf_file_composes_and_is_valid(group, choice, tmp_path, monkeypatch):
     monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: True)  # whether Ray is installed or not
     table = tmp_path / "fleet.csv"
-    table.write_text("client,step_seconds\na,1.0\n")
+    table.write_text('{"event": "open"}\n' if choice == "replay" else "client,step_seconds\na,1.0\n")
     needs = [f"corpus.path={tmp_path}"] if choice == "files" else []
     if group == "fleet" and choice != "none":
         needs = ["clock=virtual", *([f"fleet.path={table}"] if choice in ("trace", "replay") else [])]
@@ -79,6 +79,36 @@ def test_yaml_carries_every_option(tmp_path):
     assert asdict(config.from_yaml(config.to_yaml(options))) == asdict(options)
 
 
+def test_the_schedule_ends_at_a_tenth_unless_told():
+    assert config.load(["local.lr=2e-3"]).local.last_lr == 2e-4 and config.load().local.last_lr == 3e-4
+    assert config.load(["local.min_lr=0"]).local.last_lr == 0
+
+
+def test_folders_that_no_run_could_write_are_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    for option in ("run_dir", "cache_dir"):
+        for path in (tmp_path / "file", tmp_path / "file" / "below"):
+            [problem] = problems(f"{option}={path}")
+            assert problem == f"{option}={path}: {tmp_path / 'file'} is a file; name a folder"
+    [problem] = problems(f"init_from={tmp_path / 'nowhere'}")
+    assert problem.startswith(f"init_from={tmp_path / 'nowhere'}: is no folder; name the folder of a finished run")
+    [problem] = problems(f"init_from={tmp_path}")
+    assert "has no config.json, nor model/config.json" in problem
+
+
+@pytest.mark.parametrize("text", ["a: [1,\n b: {", "\tx: 1", "", "- 1\n", b"\xff\xfe\x00", None])
+def test_a_damaged_config_yaml_is_told_by_its_path(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.mkdir() if text is None else path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError) as error:
+        config.of_run(tmp_path)
+    assert str(path) in error.value.problems[0]
+    options = config.load()
+    options.run_dir = str(tmp_path)
+    with pytest.raises(ConfigError, match=r"its config.yaml is damaged"):
+        config.refuse_another_run(options)
+
+
 def test_everything_wrong_is_in_one_list():
     told = problems("ronds=3", "strategy=fedavgg", "rounds=many", "model.n_embd=130", "pace.clients=-1", "local.lr=0")
     assert len(told) == 6
@@ -86,7 +116,7 @@ def test_everything_wrong_is_in_one_list():
         "ronds=3: no option 'ronds'; did you mean 'rounds'",
         "strategy=fedavgg: choose from",
         "did you mean 'fedavg'",
-        "rounds=many: Value 'many'",
+        "rounds=many: must be a whole number, at least 1",
         "model.n_embd=130: must be a multiple of model.n_head=4; try 128 or 136",
         "pace.clients=-1: must be at least 0",
         "local.lr=0",
@@ -199,7 +229,7 @@ def test_sweeps_are_checked_choice_by_choice():
     ],
 )
 def test_what_a_record_cannot_repeat_is_refused_before_it_is_replayed(overrides, part, tmp_path):
-    (tmp_path / "events.jsonl").touch()
+    (tmp_path / "events.jsonl").write_text('{"event": "dispatch"}\n')
     replay = ["clock=virtual", "fleet=replay", f"fleet.path={tmp_path}/events.jsonl"]
     [told] = problems(*replay, *overrides)
     assert part in told and "in both" in told
@@ -232,7 +262,7 @@ def test_every_job_of_a_sweep_is_checked_before_the_first_one_runs(overrides, pa
 
 
 def test_of_a_large_sweep_every_choice_of_its_short_lists_is_checked(monkeypatch):
-    monkeypatch.setattr(config, "MOST_JOBS", 10)
+    monkeypatch.setattr(overrides, "MOST_JOBS", 10)
     [told] = swept("local.lr=1e-3,0", "seed=range(0,100)")
     assert told.endswith("(in the job local.lr=0 seed=0 and 4 more)")
 

@@ -16,14 +16,15 @@ FLOORS = {
     "core": 0,
     "data": 1, "model": 1, "privacy": 1,
     "local": 2, "update": 2, "aggregate": 2, "evaluate": 2,
-    "engine": 3, "report": 4, "checks": 4, "config": 5, "flower": 6, "api": 7, "cli": 8, "__main__": 9, "__init__": 9,
+    "engine": 3, "report": 4, "checks": 4, "overrides": 5, "config": 6, "flower": 7, "api": 8, "cli": 9, "__main__": 10,
+    "__init__": 10,
 }  # fmt: skip
 ROOMS = {
     "flwr": {"flower"},
     "ray": set(),
     "opacus": {"local", "privacy"},
-    "hydra": {"config", "cli"},
-    "omegaconf": {"config", "cli", "flower"},
+    "hydra": {"overrides", "config", "cli"},
+    "omegaconf": {"overrides", "config", "cli", "flower"},
     "matplotlib": {"report"},
     "transformers": set(),
 }

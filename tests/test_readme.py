@@ -21,6 +21,7 @@ from flwr.common.config import parse_config_args
 
 from fedgpt import api, cli, config
 from fedgpt.flower.run_config import options_of
+from fedgpt.overrides import CONF
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -138,7 +139,7 @@ def bring_choices(overrides: list[str], conf: Path) -> str:
     """A user's conf folder with the choices that ours has not."""
     conf.mkdir(exist_ok=True)
     for group, _, choice in (word.partition("=") for word in overrides):
-        known = sorted((config.CONF / group).glob("*.yaml"))
+        known = sorted((CONF / group).glob("*.yaml"))
         if known and choice not in {path.stem for path in known}:
             (conf / group).mkdir(exist_ok=True)
             shutil.copy(known[0], conf / group / f"{choice}.yaml")
@@ -298,7 +299,7 @@ def test_commands_are_found_with_their_continued_lines():
     [
         "fedgpt run rounds=5 resume=x", "fedgpt run model=huge", "fedgpt data local.stpes=3", "fedgpt train",
         "fedgpt run -m seed=0,x", "fedgpt run --bogus", "fedgpt generate RUN --promt x", "make coffee",
-        "python no/such.py", "fedgpt data corpus=files corpus.path=~/notes",
+        "python no/such.py", "fedgpt data corpus=files corpus.path=$HOME/no such folder",
         "fedgpt run strategy._target_=mine.Other trusted_packages=[mine]",
     ],
 )  # fmt: skip

@@ -57,5 +57,6 @@ class UpdateRejected(Exception):
 
 def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
     """A `; did you mean ...` ending for an error about an unknown name, or an empty string."""
-    close = difflib.get_close_matches(word, list(known), n=count, cutoff=0.5)
-    return f"; did you mean {' or '.join(repr(name) for name in close)}?" if close else ""
+    names = list(known)
+    close = [name for name in names if name.endswith(f".{word}")] or difflib.get_close_matches(word, names, count, 0.5)
+    return f"; did you mean {' or '.join(repr(name) for name in close[:count])}?" if close else ""

@@ -68,7 +68,7 @@ class LocalOptions:
     batch_size: int = 8  # sequences of block_size tokens per micro-batch
     accumulate: int = 1  # micro-batches per optimiser step
     lr: float = 3e-3  # peak learning rate
-    min_lr: float = 3e-4  # learning rate at the end of the cosine
+    min_lr: float | None = None  # learning rate at the end of the cosine; null = a tenth of lr
     warmup: float = 0.05  # share of the run's tokens
     beta1: float = 0.9
     beta2: float = 0.99  # batches are small: 0.99 beat 0.95 by 2.5 % in bits per byte at the demo's size
@@ -76,6 +76,11 @@ class LocalOptions:
     grad_clip: float = 1.0  # norm over all parameters; 0 = off
     moments: str = "keep"  # keep: Adam's moments stay at the client between its jobs; reset: fresh every job
     precision: str = "auto"  # auto, fp32, bf16
+
+    @property
+    def last_lr(self) -> float:
+        """Where the cosine ends."""
+        return float(f"{self.lr / 10:g}") if self.min_lr is None else self.min_lr
 
 
 @dataclass

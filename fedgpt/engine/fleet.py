@@ -217,6 +217,16 @@ def fleet_problems(options: RunOptions) -> Iterator[str]:
             yield f"fleet.path={f.path}: fleet={f.name} needs {kind}"
         elif f.name == "trace":
             yield from _trace_problems(options)
+        elif not _is_a_record(Path(f.path)):
+            yield f"fleet.path={f.path}: fleet=replay needs {kind}, and this is none"
+
+
+def _is_a_record(path: Path) -> bool:
+    try:
+        first = next(iter(read_lines(path)), None)
+    except ValueError:
+        return False
+    return isinstance(first, dict) and "event" in first
 
 
 def _trace_problems(options: RunOptions) -> Iterator[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fedgpt.core.errors import ConfigError
+from fedgpt.core.errors import ConfigError, FedGPTError
 from fedgpt.core.flat import flatten
 from fedgpt.core.options import RunOptions
 from fedgpt.core.seeds import derive_seed
@@ -29,7 +29,10 @@ def start_params(o: RunOptions, tokenizer: Tokenizer) -> np.ndarray:
         return flatten(model)[1].numpy()
     folder = Path(o.init_from)
     folder = folder / "model" if (folder / "model" / "config.json").is_file() else folder
-    found = import_model(folder)
+    try:
+        found = import_model(folder)
+    except FedGPTError as error:
+        raise ConfigError(f"init_from={o.init_from}: {error}") from error
     if problems := _differences(o, found, model, folder, tokenizer):
         raise ConfigError(problems)
     return flatten(found.float())[1].numpy()

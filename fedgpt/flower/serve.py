@@ -67,7 +67,7 @@ def serve(options: RunOptions, grid: Grid) -> dict[str, Any]:
     """Run `options` to the last version, or continue it from its folder's newest checkpoint; returns the summary."""
     try:
         with RunFolder(options.run_dir) as folder:
-            _claim(folder, options)
+            refuse_another_run(options)
             prepared = prepare(options.corpus, options.tokenizer, options.cache_dir)
             shards = partition(prepared, options.partition, options.seed, options.model.block_size + 1)
             return _Run(options, folder, prepared, shards, grid).go()
@@ -102,6 +102,7 @@ class _Run:
                 f"corpus.public={o.corpus.public}: {self.prepared.public().size} tokens are public, and the server's "
                 f"own update needs more than model.block_size={o.model.block_size}; raise it"
             )
+        _claim(self.folder, o)  # nothing is wrong with it so far: what is refused leaves no run behind
         display = ProgressDisplay(o, switches=strategy.switches, pacing=snapshot.ledgers.pacing or None)
         display.say(
             opening(o, self.prepared, self.shards, snapshot, self.compute, self.machine.workers_text, stage.tokens)
@@ -216,8 +217,7 @@ class _Run:
 
 
 def _claim(folder: RunFolder, options: RunOptions) -> None:
-    """Write the run's configuration, or check that the folder's run is this one."""
-    refuse_another_run(options)
+    """Write the run's configuration into a new folder."""
     path = folder.path / "config.yaml"
     if not path.exists():
         write_text(path, to_yaml(options))

@@ -108,7 +108,7 @@ class Trainer:
             norm = self._clip()
             tokens_done = plan.tokens_done + (step + 1) * plan.tokens_per_step
             o = self.options
-            lr = learning_rate(tokens_done, plan.tokens_total, lr=o.lr, min_lr=o.min_lr, warmup=o.warmup)
+            lr = learning_rate(tokens_done, plan.tokens_total, lr=o.lr, min_lr=o.last_lr, warmup=o.warmup)
             self.optimizer.step(lr)
             if self.working is not self.params:
                 self.working.copy_(self.params)

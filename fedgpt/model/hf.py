@@ -117,8 +117,11 @@ def import_model(folder: str | Path) -> GPT:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise FedGPTError(f"{folder}: no config.json; expected a Hugging Face folder with config.json and {WEIGHTS}")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    kind = config.get("model_type")
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as damage:  # no JSON, or no text
+        raise FedGPTError(f"{folder}/config.json is damaged: {damage}") from None
+    kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in FORMATS:
         *others, last = FORMATS
         allowed = f"{', '.join(others)} and {last}"

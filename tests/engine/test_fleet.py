@@ -90,6 +90,16 @@ def test_links_on_the_real_clock_are_told(table):
     assert told(table("client,step_seconds,up\na,1,0\n"), clock="real") == []
 
 
+@pytest.mark.parametrize(
+    "text, good", [('{"event": "open"}\n', True), ('{"a": 1}\n', False), ("5\n", False), ("", False)]
+)
+def test_what_is_no_record_of_a_run_is_not_replayed(table, text, good):
+    path = table(text)
+    options = RunOptions(clock="virtual", fleet=FleetOptions("replay", path=path))
+    told = f"fleet.path={path}: fleet=replay needs a run's events.jsonl, and this is none"
+    assert list(fleet_problems(options)) == ([] if good else [told])
+
+
 def test_clients_without_a_line_are_named(table):
     fleet = Fleet(FleetOptions("trace", path=table("client,step_seconds\na,1\n")), seed=0)
     with pytest.raises(ConfigError, match=r"has no line for 4 of 5 clients: 'b', 'c', 'd', \.\.\."):

@@ -43,6 +43,16 @@ def test_too_little_public_text_for_the_servers_own_update_is_told_before_a_roun
     assert not list((tmp_path / "run" / "clients").glob("*"))
 
 
+def test_a_run_that_cannot_start_leaves_its_folder_to_another(tmp_path, options):
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (weights / "config.json").write_text("[1, 2]")
+    with pytest.raises(ConfigError, match=r"init_from=.*/config.json: model_type=None is not supported"):
+        run_here(*options, f"init_from={weights}")
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    assert run_here(*options)["versions"] == 3
+
+
 PLACES = {
     "events.jsonl": (JsonLines, "append", full_for("events.jsonl")),
     "metrics.jsonl": (JsonLines, "append", full_for("metrics.jsonl")),

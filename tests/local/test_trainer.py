@@ -78,7 +78,7 @@ def plain_loop(
         if o.grad_clip:
             clip(module, o.grad_clip)
         tokens = p.tokens_done + (step + 1) * p.tokens_per_step
-        lr = learning_rate(tokens, p.tokens_total, lr=o.lr, min_lr=o.min_lr, warmup=o.warmup)
+        lr = learning_rate(tokens, p.tokens_total, lr=o.lr, min_lr=o.last_lr, warmup=o.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()

@@ -300,6 +300,16 @@ def test_unsupported_gpt_neox_folders_say_why(tmp_path, change, message):
         import_model(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "text, message", [("{", "config.json is damaged"), ("[1]", "model_type=None is not supported")]
+)
+def test_a_config_that_is_no_mapping_is_told(tmp_path, text, message):
+    export_model(tmp_path, small())
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(FedGPTError, match=message):
+        import_model(tmp_path)
+
+
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(FedGPTError, match=r"no config\.json"):
         import_model(tmp_path)

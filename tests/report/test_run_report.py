@@ -162,3 +162,16 @@ def test_the_report_shows_text_and_never_runs_it(tmp_path):
     page = report_page(SUMMARY, records, tmp_path)
     assert "<script>" not in page and "&lt;script&gt;" in page and "=&lt;b&gt;" in page
     assert page.count("<tr>") == 1 + 34 + 0 and "<td>0</td>" in page and "<td>99</td>" in page
+
+
+def test_the_report_of_a_private_run_does_not_show_who_took_part_when(tmp_path):
+    (tmp_path / "figures").mkdir()
+    for name in ("loss", "timeline", "updates"):
+        (tmp_path / "figures" / f"{name}.png").write_bytes(name.encode())
+    for name in ("command.txt", "config.yaml"):
+        (tmp_path / name).write_text("seed: 1\n")
+    open_run, private = (
+        report_page({**SUMMARY, "epsilon": e, "delta": e, "private": True}, [], tmp_path) for e in (None, 1e-3)
+    )
+    assert [f'alt="{name}"' in open_run for name in ("loss", "timeline", "updates")] == [True, True, True]
+    assert [f'alt="{name}"' in private for name in ("loss", "timeline", "updates")] == [True, False, False]
