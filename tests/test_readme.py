@@ -149,7 +149,7 @@ def bring_choices(overrides: list[str], conf: Path) -> str:
 def _filled(word: str, folder: Path) -> str:
     """Placeholders, the variables that a shell fills in and the record of an earlier run, as something that exists."""
     if word.startswith("fleet.path="):
-        (folder / "events.jsonl").touch()
+        (folder / "events.jsonl").write_text('{"event": "open"}\n')
         return f"fleet.path={folder}/events.jsonl"
     return re.sub(r"PLACEHOLDER|\$HOME|\$PWD", str(folder), word)
 
