@@ -49,7 +49,8 @@ def _types(cls: type, prefix: str = "") -> Iterator[tuple[str, tuple[Any, ...]]]
 
 
 TYPES = dict(_types(RunOptions))
-TEXTS = {key for key, kinds in TYPES.items() if str in kinds and key not in RANGES and not key.endswith("name")}
+CHOICES = {key for key in RANGES if key not in ("name", "run_dir", "cache_dir")}  # among what is a text by its type
+TEXTS = {key for key, kinds in TYPES.items() if str in kinds and key not in CHOICES and not key.endswith(".name")}
 
 
 def readable(word: str, sweep: bool = False) -> str:

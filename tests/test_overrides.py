@@ -82,9 +82,15 @@ def test_one_mistake_is_told_once(typed, only):
     ],
 )
 def test_paths_and_prompts_need_no_quotes_beside_the_shells(value):
-    options = config.load(["corpus=files", f"corpus.path={value}", f"evaluate.prompt={value}"])
-    assert options.corpus.path == str(Path(value).expanduser()) and options.evaluate.prompt == value
+    options = config.load(["corpus=files", f"corpus.path={value}", f"run_dir={value}", f"evaluate.prompt={value}"])
+    assert options.corpus.path == options.run_dir == str(Path(value).expanduser()) and options.evaluate.prompt == value
     assert config.load([overrides.readable(f"evaluate.prompt={value}")]).evaluate.prompt == value, "as Hydra gets it"
+
+
+def test_a_name_may_be_any_but_a_choice_is_no_text():
+    assert config.load(["name=münchen 2"]).name == "münchen 2"
+    [problem] = problems("clock=real,virtual")
+    assert problem.startswith("clock=real,virtual: is a sweep, which is typed with -m")
 
 
 def test_a_sweep_over_texts_stays_one():
