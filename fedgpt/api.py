@@ -46,17 +46,20 @@ def resumed(arguments: Sequence[str]) -> RunOptions | None:
             f"{resume}: stands alone, as the folder holds the run's own options; to train a finished run further, "
             f"start another from its weights: init_from={folder or 'FOLDER'} run_dir=NEW"
         )
-    if not (Path(folder).expanduser() / "config.yaml").is_file() or not folder:
-        raise ConfigError(f"{resume}: is not a run's folder, as it has no config.yaml; name one below runs/")
-    return config.of_run(Path(folder).expanduser())
+    return config.of_run(_found(folder, resume))
 
 
 def open_run(folder: str | Path, best: bool = False) -> Run:
     """The run in `folder`, its model the newest, or the `best`; raises ConfigError where there is none."""
+    return Run(_found(folder, str(folder)), best)
+
+
+def _found(folder: str | Path, typed: str) -> Path:
+    """A run's folder; the error names it as `typed`. An empty name is no folder, least of all the present one."""
     path = Path(folder).expanduser()
-    if not (path / "config.yaml").is_file():
-        raise ConfigError(f"{folder}: is not a run's folder, as it has no config.yaml; name one below runs/")
-    return Run(path, best)
+    if not str(folder) or not (path / "config.yaml").is_file():
+        raise ConfigError(f"{typed}: is not a run's folder, as it has no config.yaml; name one below runs/")
+    return path
 
 
 class Run:

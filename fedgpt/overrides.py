@@ -69,7 +69,8 @@ def readable(word: str, sweep: bool = False) -> str:
     except HydraException:
         pass
     mark = "'" if '"' in value else '"'
-    return f"{key}={mark}{value.replace(mark, chr(92) + mark)}{mark}"
+    escaped = value.replace(mark, "\\" + mark)
+    return f"{key}={mark}{escaped}{mark}"
 
 
 def check(overrides: Sequence[str], config_dir: str | None) -> tuple[list[str], list[str]]:

@@ -68,7 +68,7 @@ class Trainer:
 
     @cached_property
     def gradient(self) -> BatchGradient:
-        """The gradients of other jobs."""
+        """The gradients of jobs that are not private; on a GPU a recording, made when first asked for."""
         if self.params.device.type == "cuda":
             return RecordedGradient(self.model, self.options.batch_size)
         return BatchGradient(self.model)

@@ -25,11 +25,12 @@ def report_page(summary: dict[str, Any], records: Sequence[dict[str, Any]], fold
     scored = [record for record in records if "loss" in record]
     step = max(1, -(-len(scored) // MOST_ROWS))
     shown = [record for i, record in enumerate(scored) if i % step == 0 or i == len(scored) - 1]
+    figures = "*.png" if summary.get("epsilon") is None else "loss.png"
     parts = [
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(folder.name)}</title>',
         f"<style>{STYLE}</style><h1>{escape(folder.name)}</h1>",
         f"<pre>{escape(summary_text(summary, list(records), folder).strip())}</pre>",
-        *(_picture(path) for path in sorted((folder / "figures").glob("*.png")) if path.name in _figures(summary)),
+        *(_picture(path) for path in sorted((folder / "figures").glob(figures))),
         "<h2>Versions that were evaluated</h2><table>",
         _row("th", HEAD),
         *(_row("td", _cells(record)) for record in shown),
@@ -39,11 +40,6 @@ def report_page(summary: dict[str, Any], records: Sequence[dict[str, Any]], fold
         text = (folder / name).read_text(encoding="utf-8")
         parts.append(f"<h2>{name}</h2><pre>{escape(text.strip())}</pre>")
     return "\n".join([*parts, "</html>", ""])
-
-
-def _figures(summary: dict[str, Any]) -> tuple[str, ...]:
-    """The figures that a page may show."""
-    return ("loss.png",) if summary.get("epsilon") is not None else ("loss.png", "timeline.png", "updates.png")
 
 
 def _picture(path: Path) -> str:
