@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from refused import problems
 
 from fedgpt import checks, config, overrides
 from fedgpt.core import options as options_module
@@ -29,12 +30,6 @@ def strategy_paces(choice: str) -> frozenset[str]:
     target = OmegaConf.load(CONF / "strategy" / f"{choice}.yaml").get("_target_")
     module, _, name = target.rpartition(".")
     return getattr(getattr(importlib.import_module(module), name), "paces", frozenset({"cohort"}))
-
-
-def problems(*overrides: str) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        config.load(overrides)
-    return caught.value.problems
 
 
 def test_the_defaults_are_valid():

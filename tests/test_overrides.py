@@ -5,15 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from refused import problems
 
 from fedgpt import config, overrides
-from fedgpt.core.errors import ConfigError
-
-
-def problems(*overrides: str) -> list[str]:
-    with pytest.raises(ConfigError) as caught:
-        config.load(overrides)
-    return caught.value.problems
 
 
 @pytest.mark.parametrize(
