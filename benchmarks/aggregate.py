@@ -36,7 +36,7 @@ from fedgpt.aggregate.exact import ExactSum
 from fedgpt.aggregate.krum import Krum
 from fedgpt.aggregate.median import Median
 from fedgpt.aggregate.trimmed_mean import TrimmedMean
-from fedgpt.config import load
+from fedgpt.config.compose import load
 from fedgpt.core.flat import flatten
 from fedgpt.core.messages import ServerState, Update
 from fedgpt.model.gpt import GPT

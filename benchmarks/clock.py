@@ -21,10 +21,10 @@ from common import machine
 
 from fedgpt.core.messages import ClientInfo, Job, Plan, Reply
 from fedgpt.core.options import FleetOptions, PaceOptions
-from fedgpt.engine.fleet import Fleet
-from fedgpt.engine.flight import InFlight
-from fedgpt.engine.pace import Buffer, Progress, Roster
-from fedgpt.engine.virtual import VirtualTransport
+from fedgpt.server.in_flight import InFlight
+from fedgpt.server.pacing import Buffer, Progress, Roster
+from fedgpt.simulate.fleet import Fleet
+from fedgpt.simulate.virtual_clock import VirtualTransport
 
 NOTHING = np.zeros(0, np.float32)
 FLEETS = {

@@ -39,7 +39,7 @@ import numpy as np
 from common import Versions, child, cpu_seconds, fedgpt_run, machine, refuse_failure, signal_all
 from safetensors.numpy import load_file
 
-from fedgpt import config
+from fedgpt.config import compose
 from fedgpt.core.device import cores
 
 OPTIONS = (
@@ -166,7 +166,7 @@ def distance(a: Path, b: Path) -> float:
 
 def describe(options: list[str]) -> dict[str, object]:
     """What is compared, and where."""
-    o = config.load(options)
+    o = compose.load(options)
     return {
         "model": "nano",
         "corpus": o.corpus.name,

@@ -33,7 +33,7 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
-from fedgpt import config
+from fedgpt.config import compose
 from fedgpt.core.device import choose_compute, cores
 from fedgpt.core.flat import flatten
 from fedgpt.core.messages import Plan
@@ -197,7 +197,7 @@ class Parent:
 def main() -> None:
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True)
-    parent = Parent(config.load(sys.argv[2:]))
+    parent = Parent(compose.load(sys.argv[2:]))
     with (folder / "events.jsonl").open("w") as stamps:
         parent.run(stamps)
     np.savez(folder / "params.npz", first=parent.first.numpy(), last=parent.memory.params.tensor.numpy())

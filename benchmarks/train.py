@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from common import machine
 
-from fedgpt import config
+from fedgpt.config import compose
 from fedgpt.core.device import Compute, choose_compute
 from fedgpt.core.messages import Plan
 from fedgpt.core.options import LocalOptions, ModelOptions
@@ -58,7 +58,7 @@ def main() -> None:
     compute, about, figures = choose_compute(), machine(), {}
     print(f"{'model':<8}{'A: ms a step':>14}{'B over A':>10}{'C over A':>10}")
     for name in chosen.models.split(","):
-        model, local = config.load([f"model={name}"]).model, LocalOptions(batch_size=chosen.batch)
+        model, local = compose.load([f"model={name}"]).model, LocalOptions(batch_size=chosen.batch)
         jobs = {"fedgpt": fedgpt_job(model, local, compute, chosen.steps)}
         for kind in ("plain", "compiled")[: 2 if chosen.compile else 1]:
             jobs[kind] = plain_job(model, local, compute, chosen.steps, kind == "compiled")

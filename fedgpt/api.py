@@ -23,19 +23,19 @@ def run(*overrides: str) -> Run:
 
     >>> run("model=nano", "rounds=5").summary["final"]["bits_per_byte"]  # doctest: +SKIP
     """
-    from fedgpt import config
+    from fedgpt.config import compose
     from fedgpt.flower.launch import launch
 
     if wrong := [o for o in overrides if not isinstance(o, str) or o.startswith("-")]:
         raise ConfigError(f"fedgpt.run({wrong[0]!r}): takes options as on the command line, as in run('rounds=5')")
-    options = resumed(overrides) or config.load(overrides)
+    options = resumed(overrides) or compose.load(overrides)
     launch(options)
     return Run(options.run_dir)
 
 
 def resumed(arguments: Sequence[str]) -> RunOptions | None:
     """Options of the run that `resume=FOLDER` names, or None; raises ConfigError where it does not stand alone."""
-    from fedgpt import config
+    from fedgpt.config import compose
 
     resume = next((a for a in arguments if a.startswith("resume=")), None)
     if resume is None:
@@ -46,7 +46,7 @@ def resumed(arguments: Sequence[str]) -> RunOptions | None:
             f"{resume}: stands alone, as the folder holds the run's own options; to train a finished run further, "
             f"start another from its weights: init_from={folder or 'FOLDER'} run_dir=NEW"
         )
-    return config.of_run(_found(folder, resume))
+    return compose.of_run(_found(folder, resume))
 
 
 def open_run(folder: str | Path, best: bool = False) -> Run:
@@ -79,20 +79,20 @@ class Run:
     @property
     def metrics(self) -> list[dict[str, Any]]:
         """metrics.jsonl: one record per server version."""
-        from fedgpt.engine.run_folder import read_lines
+        from fedgpt.storage.run_folder import read_lines
 
         return list(read_lines(self.folder / "metrics.jsonl"))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The run's tokenizer."""
-        from fedgpt import config
+        from fedgpt.config import compose
         from fedgpt.data.prepare import prepare
         from fedgpt.data.tokenizer import load_tokenizer
 
         if (self.folder / "model" / "tokenizer.json").is_file():  # the file that an export writes last but one
             return load_tokenizer(self.folder / "model")
-        options = config.of_run(self.folder)
+        options = compose.of_run(self.folder)
         return prepare(options.corpus, options.tokenizer, options.cache_dir).tokenizer
 
     @cached_property
@@ -100,12 +100,12 @@ class Run:
         """The run's newest model in float32, that of its newest whole checkpoint, or its best by held-out loss."""
         import numpy as np
 
-        from fedgpt import config
+        from fedgpt.config import compose
         from fedgpt.core.flat import flatten
-        from fedgpt.engine.checkpoint import Checkpoints
         from fedgpt.model.gpt import GPT
+        from fedgpt.storage.checkpoint import Checkpoints
 
-        options = config.of_run(self.folder)
+        options = compose.of_run(self.folder)
         checkpoints = Checkpoints(self.folder / "checkpoints", options.checkpoint.keep)
         if self.best:
             if (kept := checkpoints.load_best()) is None:

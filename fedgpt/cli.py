@@ -15,8 +15,8 @@ from fedgpt.core.errors import ConfigError, FedGPTError, Interrupted, StoppedEar
 
 def run(arguments: list[str]) -> int:
     """`fedgpt run`: Hydra's command line (overrides, -m, --cfg job, --config-dir) over conf/."""
-    from fedgpt import config, overrides
     from fedgpt.api import resumed
+    from fedgpt.config import compose, overrides
 
     if options := resumed(arguments):
         _start(options)
@@ -26,9 +26,9 @@ def run(arguments: list[str]) -> int:
     if sweep and _value_of(arguments, "--cfg", "-c"):
         raise ConfigError("--cfg: prints one configuration, and -m asks for several; leave one of them out")
     if sweep:
-        config.precheck(words, config_dir)
+        compose.precheck(words, config_dir)
     else:
-        config.load(words, config_dir)
+        compose.load(words, config_dir)
     return _hydra(arguments, [overrides.readable(word, sweep) if word in words else word for word in arguments])
 
 
@@ -50,7 +50,7 @@ def _hydra(arguments: list[str], readable: list[str]) -> int:
     from hydra.types import RunMode
     from omegaconf import DictConfig
 
-    from fedgpt import config, overrides
+    from fedgpt.config import compose, overrides
 
     failures: list[FedGPTError] = []
 
@@ -62,7 +62,7 @@ def _hydra(arguments: list[str], readable: list[str]) -> int:
         if any(isinstance(error, Interrupted) for error in failures):
             return None
         try:
-            return _start(config.to_options(cfg))
+            return _start(compose.to_options(cfg))
         except FedGPTError as error:  # Hydra would print a traceback; and a sweep goes on after a failed job
             print(f"fedgpt: {error}", file=sys.stderr)
             failures.append(error)
@@ -87,12 +87,12 @@ def data(arguments: list[str]) -> int:
     """`fedgpt data`: what a run with these options would use, without running it."""
     from rich.console import Console
 
-    from fedgpt import config
+    from fedgpt.config import compose
     from fedgpt.data.partition import partition
     from fedgpt.data.prepare import prepare
     from fedgpt.report.shards import data_report
 
-    options = config.load(*_words(arguments))
+    options = compose.load(*_words(arguments))
     prepared = prepare(options.corpus, options.tokenizer, options.cache_dir)
     shards = partition(prepared, options.partition, options.seed, options.model.block_size + 1)
     data_report(prepared, shards, Console(highlight=False))
@@ -101,14 +101,14 @@ def data(arguments: list[str]) -> int:
 
 def privacy(arguments: list[str]) -> int:
     """`fedgpt privacy plan`: what a private run with these options would cost, before anything runs."""
-    from fedgpt import config
+    from fedgpt.config import compose
     from fedgpt.data.partition import partition
     from fedgpt.data.prepare import prepare
     from fedgpt.report.privacy_plan import plan_text
 
     if not arguments or arguments[0] != "plan":
         raise ConfigError(f"fedgpt privacy {' '.join(arguments)}: the command is `fedgpt privacy plan [key=value ...]`")
-    options = config.load(*_words(arguments[1:]))
+    options = compose.load(*_words(arguments[1:]))
     prepared = prepare(options.corpus, options.tokenizer, options.cache_dir)
     shards = partition(prepared, options.partition, options.seed, options.model.block_size + 1)
     print(plan_text(options, [shard.size for shard in shards], prepared.tokenizer.vocab_size))
@@ -117,15 +117,15 @@ def privacy(arguments: list[str]) -> int:
 
 def audit(arguments: list[str]) -> int:
     """`fedgpt audit`: attack what these options promise; exit code 1 where the promise does not hold."""
-    from fedgpt import config
+    from fedgpt.audit.report import audit_report
+    from fedgpt.config import compose
     from fedgpt.data.partition import partition
     from fedgpt.data.prepare import prepare
-    from fedgpt.report.privacy_audit import audit_report
 
-    options = config.load(*_words(arguments))
+    options = compose.load(*_words(arguments))
     prepared = prepare(options.corpus, options.tokenizer, options.cache_dir)
     shards = partition(prepared, options.partition, options.seed, options.model.block_size + 1)
-    strategy = config.build_strategy(options.strategy, options.trusted_packages)
+    strategy = compose.build_strategy(options.strategy, options.trusted_packages)
     text, holds = audit_report(options, strategy, prepared, shards)
     print(text)
     return 0 if holds else 1

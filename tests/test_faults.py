@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from fedgpt.engine.run_folder import read_lines
+from fedgpt.storage.run_folder import read_lines
 
 LONG = 240.0  # seconds; bounds every wait
 SMALL = [

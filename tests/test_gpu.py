@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from whole.world import summary, wait_until
+from support.world import summary, wait_until
 
 import fedgpt
 from fedgpt.core.device import Compute
@@ -19,7 +19,6 @@ from fedgpt.core.flat import flatten
 from fedgpt.core.messages import Plan
 from fedgpt.core.options import LocalOptions, ModelOptions
 from fedgpt.data.batches import Batches, Blocks
-from fedgpt.engine.run_folder import read_lines
 from fedgpt.evaluate.held_out import HeldOut
 from fedgpt.local.gradient import BatchGradient
 from fedgpt.local.private import PrivateSteps
@@ -27,6 +26,7 @@ from fedgpt.local.trainer import Trainer
 from fedgpt.model.generate import generate
 from fedgpt.model.gpt import GPT
 from fedgpt.privacy.randomness import SecureStream
+from fedgpt.storage.run_folder import read_lines
 
 pytestmark = [
     pytest.mark.gpu,

@@ -16,12 +16,14 @@ from typing import Any
 
 import click
 import pytest
-from flower.here import run_here
 from flwr.common.config import parse_config_args
+from support.here import run_here
 
-from fedgpt import api, cli, config
+from fedgpt import api, cli
+from fedgpt.config import compose
+from fedgpt.config.overrides import CONF
+from fedgpt.core.errors import ConfigError
 from fedgpt.flower.run_config import options_of
-from fedgpt.overrides import CONF
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -82,7 +84,7 @@ def check(words: list[str], folder: Path, readme: str) -> None:
         check_options(arguments[0], [_filled(word, folder) for word in arguments[1:]], folder, readme)
     elif arguments[0] in ("privacy", "audit"):  # what they print is tested in tests/flower/test_private_run.py
         assert arguments[:2] == ["privacy", "plan"] or arguments[0] == "audit"
-        config.load([_filled(word, folder) for word in arguments[1:] if word != "plan"])
+        compose.load([_filled(word, folder) for word in arguments[1:] if word != "plan"])
     elif arguments[0] == "generate":
         cli.generate([_filled(word, folder) for word in arguments[1:]])
     else:
@@ -122,7 +124,7 @@ def check_options(command: str, words: list[str], folder: Path, readme: str) -> 
         if word.startswith("strategy._target_="):
             bring_strategy(word.partition("=")[2], folder, readme)
     config_dir = bring_choices(chosen.overrides, folder / "conf") if chosen.config_dir else None
-    (config.precheck if chosen.multirun else config.load)(chosen.overrides, config_dir)
+    (compose.precheck if chosen.multirun else compose.load)(chosen.overrides, config_dir)
 
 
 def bring_strategy(target: str, folder: Path, readme: str) -> None:
@@ -280,7 +282,7 @@ Then `make demo` and `fedgpt data`; not `fedgpt`, `makefile x` or `run=1`:
 )  # fmt: skip
 def test_wrong_words_for_flower_are_noticed(line, tmp_path):
     assert for_flower(f"`{line}`") == [line]
-    with pytest.raises((AssertionError, config.ConfigError, click.ClickException)):
+    with pytest.raises((AssertionError, ConfigError, click.ClickException)):
         check_flower(line, tmp_path)
 
 
@@ -304,7 +306,7 @@ def test_commands_are_found_with_their_continued_lines():
     ],
 )  # fmt: skip
 def test_wrong_commands_are_noticed(line, tmp_path, capsys):
-    with pytest.raises((AssertionError, config.ConfigError, SystemExit, ValueError)):
+    with pytest.raises((AssertionError, ConfigError, SystemExit, ValueError)):
         check(shlex.split(line), tmp_path, SAMPLE)
 
 

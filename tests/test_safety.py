@@ -11,8 +11,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from fedgpt.engine.client_state import ClientStore, safe_name
-from fedgpt.engine.transport import Transport
+from fedgpt.client.state import ClientStore, safe_name
+from fedgpt.core.transport import Transport
 
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*(ROOT / "fedgpt").rglob("*.py"), *(ROOT / "simulations").rglob("*.py")])

@@ -2,7 +2,7 @@
 
 A strategy is a frozen dataclass that overrides what differs from federated averaging. Its place in the flow:
 validated updates -> weight -> exact sum (or `combine`) -> / divisor -> `step` -> next `ServerState`.
-When a step happens is not its business (pacing, engine/); `paces` names the pacings it is right for.
+When a step happens is not its business (pacing, server/); `paces` names the pacings it is right for.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from fedgpt.aggregate.team import shared
+from fedgpt.aggregate.parallel import shared
 
 CHUNK = 1 << 17  # elements; with shorter chunks threads wait for the interpreter more than they gain from the cache
 PIECE = 1 << 13  # elements divided at a time, once a version: small, as a copy of the model waits for the result

@@ -15,8 +15,8 @@ import numpy as np
 
 from fedgpt.aggregate.base import COUNT, WHOLE, Strategy, check
 from fedgpt.aggregate.blocks import in_order, middle, shortage
+from fedgpt.aggregate.parallel import shared
 from fedgpt.aggregate.refusals import ROBUST
-from fedgpt.aggregate.team import shared
 from fedgpt.core.messages import Pacing, ServerState, Update
 
 PIECE = 1 << 16  # elements of a product in float32: pieces of eight updates lie in the second-level cache

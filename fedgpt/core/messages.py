@@ -70,7 +70,7 @@ class ServerState:
 
 @dataclass(frozen=True)
 class Pacing:
-    """How a run's jobs and server steps are timed, in numbers (engine/pace.py is the working half)."""
+    """How a run's jobs and server steps are timed, in numbers (server/pacing.py is the working half)."""
 
     name: str  # cohort, buffer
     clients: int  # that train at the same time: the cohort's size (expected, where coins decide), or jobs in flight
@@ -83,7 +83,7 @@ class Observed:
     """What a strategy that may change the pacing decides from."""
 
     pacing: str  # the present one
-    seconds: Mapping[str, float]  # client -> of a whole job, as far as is known (engine/switch.py)
+    seconds: Mapping[str, float]  # client -> of a whole job, as far as is known (server/pacing_advisor.py)
     record: Mapping[str, Any]  # metrics of the version that was just made; empty within a version
     waited: float = 0.0  # seconds that the oldest job has been out
 

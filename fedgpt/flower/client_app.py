@@ -8,8 +8,8 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from fedgpt.client.work import ClientWork
 from fedgpt.core.errors import FedGPTError
-from fedgpt.engine.client import ClientWork
 from fedgpt.flower.messages import info_content, read_job, update_content
 from fedgpt.flower.run_config import options_of
 

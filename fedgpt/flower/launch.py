@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from fedgpt.config import refuse_another_run, to_yaml
+from fedgpt.config.compose import refuse_another_run, to_yaml
 from fedgpt.core.options import RunOptions
 from fedgpt.data.partition import partition
 from fedgpt.data.prepare import prepare
-from fedgpt.flower.machine import Machine, machine_for
+from fedgpt.flower.pool.resources import Machine, machine_for
 
 FLOWER_ENV = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -48,7 +48,7 @@ def client_environment(options: RunOptions, machine: Machine) -> dict[str, str]:
 def _launch_pool(options: RunOptions, clients: int, machine: Machine, environment: dict[str, str]) -> None:
     from flwr.app import Context, RecordDict
 
-    from fedgpt.flower.pool import PoolGrid
+    from fedgpt.flower.pool.grid import PoolGrid
     from fedgpt.flower.server_app import app
 
     run_config: dict[str, Any] = {"config": to_yaml(options)}

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
-from fedgpt import config
+from fedgpt.config import compose
 from fedgpt.core.options import RunOptions
 
 
@@ -14,5 +14,5 @@ def options_of(run_config: Mapping[str, Any]) -> RunOptions:
     """Options of a run: `config` is resolved YAML (what our launcher sends); else `overrides` are composed here."""
     text = str(run_config.get("config", ""))
     if text.strip():
-        return config.from_yaml(text)
-    return config.load(shlex.split(str(run_config.get("overrides", ""))))
+        return compose.from_yaml(text)
+    return compose.load(shlex.split(str(run_config.get("overrides", ""))))

@@ -20,31 +20,22 @@ from flwr.serverapp import Grid
 
 from fedgpt import __version__
 from fedgpt.aggregate.base import Strategy
-from fedgpt.config import build_strategy, changed_options, flat_options, refuse_another_run, to_yaml
+from fedgpt.client.work import ClientWork
+from fedgpt.config.compose import build_strategy, changed_options, flat_options, refuse_another_run, to_yaml
 from fedgpt.core.errors import ConfigError, FedGPTError, Unwritten
 from fedgpt.core.files import write_text
 from fedgpt.core.flat import flatten
 from fedgpt.core.messages import ClientInfo, ServerState
 from fedgpt.core.options import RunOptions
 from fedgpt.core.seeds import derive_seed
+from fedgpt.core.transport import Transport
 from fedgpt.data.corpora import corpus_prompt
 from fedgpt.data.partition import Shard, partition
 from fedgpt.data.prepare import Prepared, prepare
-from fedgpt.engine.checkpoint import Checkpoints, Ledgers, Snapshot
-from fedgpt.engine.client import ClientWork
-from fedgpt.engine.fleet import Fleet, make_timing
-from fedgpt.engine.journal import Journal, Journaled, wanted
-from fedgpt.engine.privacy import make_privacy
-from fedgpt.engine.record import first_record
-from fedgpt.engine.run_folder import RunFolder
-from fedgpt.engine.server import Server
-from fedgpt.engine.start import start_params
-from fedgpt.engine.transport import Transport
-from fedgpt.engine.virtual import VirtualTransport
 from fedgpt.evaluate.held_out import HeldOut
 from fedgpt.flower.grid_transport import GridTransport
-from fedgpt.flower.machine import Machine, machine_for
-from fedgpt.flower.pool import PoolGrid
+from fedgpt.flower.pool.grid import PoolGrid
+from fedgpt.flower.pool.resources import Machine, machine_for
 from fedgpt.flower.strategy_adapter import FlowerStrategy
 from fedgpt.model.gpt import GPT
 from fedgpt.model.hf import export_model
@@ -56,6 +47,15 @@ from fedgpt.report.model_card import model_card
 from fedgpt.report.page import report_page
 from fedgpt.report.progress import ProgressDisplay
 from fedgpt.report.run_report import opening, privacy_text, samples_page, summary_text
+from fedgpt.server.loop import Server
+from fedgpt.server.metrics import first_record
+from fedgpt.server.privacy import make_privacy
+from fedgpt.simulate.fleet import Fleet, make_timing
+from fedgpt.simulate.virtual_clock import VirtualTransport
+from fedgpt.storage.checkpoint import Checkpoints, Ledgers, Snapshot
+from fedgpt.storage.initial_weights import start_params
+from fedgpt.storage.journal import Journal, Journaled, wanted
+from fedgpt.storage.run_folder import RunFolder
 
 TTL_MARGIN = 10.0  # seconds past the deadline before a client that hangs is given up (the pool ends its worker)
 STOP_FILE = "FEDGPT_STOP_FILE"  # names a file by which a launcher in another process asks a server to stop

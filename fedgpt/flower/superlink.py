@@ -22,11 +22,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
-from fedgpt.checks import runtime_problems
-from fedgpt.config import to_yaml
+from fedgpt.config.checks import runtime_problems
+from fedgpt.config.compose import to_yaml
 from fedgpt.core.errors import ConfigError, FedGPTError, Interrupted, StoppedEarly
 from fedgpt.core.options import RunOptions
-from fedgpt.flower.machine import Machine
+from fedgpt.flower.pool.resources import Machine
 from fedgpt.flower.serve import STOP_FILE
 
 STOP_SECONDS = 60.0  # that a server has for its checkpoint, once it was asked to stop

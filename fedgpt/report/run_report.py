@@ -12,9 +12,9 @@ from fedgpt.core.device import Compute
 from fedgpt.core.options import RunOptions
 from fedgpt.data.partition import Shard
 from fedgpt.data.prepare import Prepared
-from fedgpt.engine.checkpoint import Snapshot
 from fedgpt.privacy.statement import rows
 from fedgpt.report.progress import clock, count, rule, size
+from fedgpt.storage.checkpoint import Snapshot
 
 
 def opening(

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import fedgpt
-from fedgpt.engine.run_folder import read_lines
+from fedgpt.storage.run_folder import read_lines
 
 STUDY = Path(__file__).parent
 sys.path.insert(0, str(STUDY.parent))

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 import fedgpt
-from fedgpt.engine.run_folder import read_lines
+from fedgpt.storage.run_folder import read_lines
 
 STUDY = Path(__file__).parent
 sys.path.insert(0, str(STUDY.parent))

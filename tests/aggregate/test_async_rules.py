@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from cohorts import d_of, run, setup_e, start, turn, updates
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
+from support.cohorts import d_of, run, setup_e, start, turn, updates
 
 from fedgpt.aggregate.delayed_nesterov import DelayedNesterov
 from fedgpt.aggregate.delta_sgd import DeltaSGD

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from cohorts import ready, start, update_of
+from support.cohorts import ready, start, update_of
 
 from fedgpt.aggregate.centred_clip import CentredClip
 from fedgpt.aggregate.fltrust import FLTrust

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedgpt.aggregate import exact, team
+from fedgpt.aggregate import exact, parallel
 from fedgpt.aggregate.exact import ExactSum
 
 BOUND, MAX_WEIGHT = 2.0, 1000.0
@@ -164,14 +164,14 @@ def test_all_24_orders_of_four_replies_are_one_digest():
 
 def test_cores_that_share_a_long_vector_find_the_bits_of_one(monkeypatch):
     """Also where an element that is too large lies in the last part only: then nothing has changed in the others."""
-    size = team.ALONE + 12_345
+    size = parallel.ALONE + 12_345
     rng = np.random.default_rng(1)
     deltas = [rng.standard_normal(size).astype(np.float32) for _ in range(3)]
     spoiled = deltas[0].copy()
     spoiled[-1] = 100.0
     means = []
     for threads in (1, 2, 5):
-        monkeypatch.setattr(team, "cores", lambda threads=threads: threads)
+        monkeypatch.setattr(parallel, "cores", lambda threads=threads: threads)
         total = ExactSum(size, bound=10.0, count=4, max_weight=2)
         for number, delta in enumerate(deltas):
             total.add(delta, 1.5, norm=9.0 if number else np.inf)

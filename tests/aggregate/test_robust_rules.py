@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from cohorts import d_of, root_of, start, turn, update_of, updates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from support.cohorts import d_of, root_of, start, turn, update_of, updates
 
 from fedgpt.aggregate import blocks
 from fedgpt.aggregate.centred_clip import CentredClip

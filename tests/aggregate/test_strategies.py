@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cohorts import d_of, every_strategy, ready, start, turn, updates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
+from support.cohorts import d_of, every_strategy, ready, start, turn, updates
 
 from fedgpt.aggregate.base import Strategy, advance
 from fedgpt.aggregate.fedadam import FedAdam

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from cohorts import d_of, run, setup_e, start, torch_history, turn, updates
+from support.cohorts import d_of, run, setup_e, start, torch_history, turn, updates
 
 from fedgpt.aggregate.diloco import DiLoCo
 from fedgpt.aggregate.fedadam import FedAdam

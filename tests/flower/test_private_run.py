@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from flower.here import run_here, tiny_run
+from support.here import run_here, tiny_run
 
 from fedgpt import cli
-from fedgpt.engine.checkpoint import Checkpoints
-from fedgpt.engine.run_folder import read_lines
 from fedgpt.privacy.accounting import Event, epsilon_of
+from fedgpt.storage.checkpoint import Checkpoints
+from fedgpt.storage.run_folder import read_lines
 
 COINS = ["privacy=client", "pace.rate=0.5", "pace.clients=0"]
 BUFFER = [
@@ -71,7 +71,7 @@ def test_the_plan_of_longer_and_noisier_runs(options, name, capsys):
 
 @pytest.mark.parametrize("name", ["none", "example", "coins"])
 def test_an_audit_ends_with_a_line_for_scripts(options, name, capsys, monkeypatch):
-    monkeypatch.setattr("fedgpt.report.privacy_audit.MEMBER_STEPS", 3)
+    monkeypatch.setattr("fedgpt.audit.report.MEMBER_STEPS", 3)
     chosen = ["privacy.delta=null"] if name == "none" else [
         *CHOICES[name], "privacy.noise_multiplier=4", "privacy.target_epsilon=null"
     ]  # fmt: skip

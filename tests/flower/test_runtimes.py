@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from fedgpt.engine.checkpoint import Checkpoints
-from fedgpt.engine.run_folder import read_lines
+from fedgpt.storage.checkpoint import Checkpoints
+from fedgpt.storage.run_folder import read_lines
 
 REPOSITORY = Path(__file__).parent.parent.parent
 SMALL = [

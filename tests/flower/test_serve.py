@@ -8,14 +8,15 @@ import os
 import weakref
 
 import pytest
-from flower.here import run_here, tiny_run
+from support.here import run_here, tiny_run
 
+from fedgpt.client import work
 from fedgpt.core.errors import ConfigError, FedGPTError, StoppedEarly
 from fedgpt.core.faults import Injected, injected
-from fedgpt.engine import checkpoint, client
-from fedgpt.engine.journal import Journal
-from fedgpt.engine.run_folder import JsonLines, read_lines
 from fedgpt.flower import serve
+from fedgpt.storage import checkpoint
+from fedgpt.storage.journal import Journal
+from fedgpt.storage.run_folder import JsonLines, read_lines
 from fedgpt.update import codec
 
 
@@ -102,7 +103,7 @@ def test_nothing_that_is_measured_on_private_text_leaves_the_client(tmp_path, op
         sent.append(update)
         return codec.header_of(run, update, *more)
 
-    monkeypatch.setattr(client, "header_of", noted)
+    monkeypatch.setattr(work, "header_of", noted)
     run_here(*options, "update=int8", f"privacy={unit}")
     assert sent and {name for update in sent for name in update.metrics} <= {"lr", "state_lost", "charged"}
     assert all(r["compress_error"] is None for r in read_lines(tmp_path / "run" / "metrics.jsonl"))
@@ -112,7 +113,7 @@ def test_of_a_clients_exception_only_its_kind_is_told(tmp_path, options, monkeyp
     def failing(work, job, index):
         raise KeyError(f"the secret text of {job.client} in {tmp_path}")
 
-    monkeypatch.setattr(client.ClientWork, "train", failing)
+    monkeypatch.setattr(work.ClientWork, "train", failing)
     with pytest.raises(StoppedEarly, match="client_error x2"):
         run_here(*options)
     events = (tmp_path / "run" / "events.jsonl").read_text()

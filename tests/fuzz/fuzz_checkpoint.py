@@ -14,14 +14,14 @@ from pathlib import Path
 
 import atheris
 
-with atheris.instrument_imports(include=["fedgpt.engine"]):
+with atheris.instrument_imports(include=["fedgpt.storage"]):
     import numpy as np
 
     from fedgpt.core.errors import FedGPTError
     from fedgpt.core.files import sha256_of
     from fedgpt.core.messages import Reply, ServerState
-    from fedgpt.engine.checkpoint import Checkpoints, Ledgers, Snapshot
-    from fedgpt.engine.journal import Entry, Journal
+    from fedgpt.storage.checkpoint import Checkpoints, Ledgers, Snapshot
+    from fedgpt.storage.journal import Entry, Journal
 
 logging.disable(logging.WARNING)
 FOLDER = Path(tempfile.mkdtemp(prefix="fedgpt-fuzz-"))

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from engine import mechanism as m
 from scipy import stats
+from support import mechanism as m
 
 from fedgpt.core.flat import flatten
 from fedgpt.core.options import ModelOptions

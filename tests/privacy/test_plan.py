@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from privacy.correlated import running_noise
+from support.correlated import running_noise
 
-from fedgpt import config
+from fedgpt.config import compose
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import RunOptions
 from fedgpt.privacy.accounting import Event, epsilon_of, gaussian_epsilon
@@ -19,13 +19,13 @@ BUFFER = ["privacy=client", "pace=buffer", "strategy=fedbuff", "pace.goal=4", "p
 
 def refused(*overrides: str) -> str:
     with pytest.raises(ConfigError) as error:
-        config.load(overrides)
+        compose.load(overrides)
     return str(error.value)
 
 
 @pytest.mark.parametrize("chosen", [CLIENT, COINS, BUFFER, ["privacy=example"], ["privacy=local"]], ids=str)
 def test_what_is_right_is_taken(chosen):
-    assert config.load(chosen).privacy.unit in chosen[0]
+    assert compose.load(chosen).privacy.unit in chosen[0]
 
 
 @pytest.mark.parametrize(
@@ -69,11 +69,11 @@ def test_what_has_no_correct_accounting_is_refused(chosen, option, why):
 
 
 def test_a_single_update_in_a_step_can_be_asked_for():
-    assert config.load([*BUFFER, "pace.goal=1", "privacy.single=true"]).privacy.single
+    assert compose.load([*BUFFER, "pace.goal=1", "privacy.single=true"]).privacy.single
 
 
 def plan(shards: list[int], *overrides: str):
-    return make_plan(config.load(overrides), shards)
+    return make_plan(compose.load(overrides), shards)
 
 
 MANY = [2000] * 200
@@ -138,7 +138,7 @@ def test_who_comes_by_chance_has_room_for_luck():
 
 def test_the_statement_says_what_and_what_not():
     for chosen in (["privacy=example"], CLIENT, COINS, BUFFER, ["privacy=local"], [*COINS, "privacy.rng=seeded"]):
-        o = config.load(chosen)
+        o = compose.load(chosen)
         told = statement(o, make_plan(o, MANY), len(MANY))
         text = "\n".join(f"{name} {words}" for name, words in rows(told))
         for word in ("protects", "epsilon", "delta", "noise", "accountant", "trusts", "not covered"):
@@ -148,4 +148,4 @@ def test_the_statement_says_what_and_what_not():
 
 
 def test_no_privacy_has_no_options_to_refuse():
-    assert isinstance(config.load(["privacy=none"]), RunOptions)
+    assert isinstance(compose.load(["privacy=none"]), RunOptions)

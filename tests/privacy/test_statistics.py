@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from fedgpt.privacy.audit import auc, bounds, rank_bound, rate_at
+from fedgpt.audit.statistics import auc, bounds, rank_bound, rate_at
 
 
 def scores(mu: float, m: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ from itertools import combinations, pairwise
 
 import numpy as np
 import pytest
-from privacy.correlated import matrix, running_noise
+from support.correlated import matrix, running_noise
 
 from fedgpt.privacy.accounting import gaussian_mu
 from fedgpt.privacy.toeplitz import coefficients, correlate, sensitivity

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from fedgpt import config
+from fedgpt.config import compose
 from fedgpt.model.shape import count_parameters
 from fedgpt.report import privacy_plan
 
@@ -24,7 +24,7 @@ def quick(monkeypatch):
 
 def told(*chosen: str) -> dict[str, str]:
     """The rows of the plan, by name."""
-    text = privacy_plan.plan_text(config.load(["rounds=20", "privacy.target_epsilon=2", *chosen]), SHARDS, VOCABULARY)
+    text = privacy_plan.plan_text(compose.load(["rounds=20", "privacy.target_epsilon=2", *chosen]), SHARDS, VOCABULARY)
     return dict(re.findall(r"^ *(\S.*?)  (\S.*)$", text, re.M))
 
 
@@ -44,7 +44,7 @@ def ratio(rows: dict[str, str]) -> float:
 )
 def test_the_ratio_is_the_length_of_the_noise_in_clips(chosen, units, words):
     rows = told(*chosen, "privacy.target_epsilon=null", "privacy.noise_multiplier=1.5")
-    parameters = count_parameters(config.load([]).model, VOCABULARY)
+    parameters = count_parameters(compose.load([]).model, VOCABULARY)
     assert ratio(rows) == pytest.approx(1.5 * math.sqrt(parameters) / units, rel=0.01)
     assert words in rows["noise/clip"] and f"fewer parameters (now {parameters:,})" in rows["lower with"]
 

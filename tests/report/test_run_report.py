@@ -21,9 +21,9 @@ from fedgpt.core.options import (
 )
 from fedgpt.data.partition import partition
 from fedgpt.data.prepare import prepare
-from fedgpt.engine.checkpoint import Ledgers, Snapshot
 from fedgpt.report.page import report_page
 from fedgpt.report.run_report import opening, samples_page, summary_text
+from fedgpt.storage.checkpoint import Ledgers, Snapshot
 
 COMPUTE = Compute("cpu", "bf16", "this CPU has AMX bf16 units")
 

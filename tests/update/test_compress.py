@@ -11,7 +11,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from update.codecs import FAMILY, INTEGER, KINDS, SIZES, delta_of, every_codec, through
+from support.codecs import FAMILY, INTEGER, KINDS, SIZES, delta_of, every_codec, through
 
 from fedgpt.core.errors import ConfigError, UpdateRejected
 from fedgpt.update.blockwise import MAX

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from engine.script import honest
-from engine.scripted import options, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.fake_transport import honest
+from support.harness import options, run
 
+from fedgpt.client.state import MODELS, ClientStore
 from fedgpt.core.errors import UpdateRejected
 from fedgpt.core.messages import Job, Reply, ServerState
-from fedgpt.engine.client_state import MODELS, ClientStore
 from fedgpt.flower.messages import job_bytes, params_record
 from fedgpt.update.downlink import STEPS, Published, joined, rebuilt, step_codec
 

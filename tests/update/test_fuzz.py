@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from update.mutations import CODECS, GOOD, LIMIT, SIZE, TOKENS, check, message
+from support.mutations import CODECS, GOOD, LIMIT, SIZE, TOKENS, check, message
 
 from fedgpt.core.messages import Reply
 from fedgpt.update.codec import REASONS, Expected

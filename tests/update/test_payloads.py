@@ -6,7 +6,7 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from update.codecs import delta_of, every_codec, through
+from support.codecs import delta_of, every_codec, through
 
 from fedgpt.core.errors import UpdateRejected
 from fedgpt.update.codec import REASONS

@@ -7,7 +7,7 @@ import uuid
 from typing import Any
 
 import pytest
-from whole.world import STOPPED, WRITERS, Finished, World, files, shared_memory, summary, untimed, wait_until
+from support.world import STOPPED, WRITERS, Finished, World, files, shared_memory, summary, untimed, wait_until
 
 from fedgpt.core.files import sha256_of
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from whole.world import summary
+from support.world import summary
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from whole.world import PARAMETERS, TESTS, summary
+from support.world import PARAMETERS, TESTS, summary
 
 
 @pytest.mark.slow

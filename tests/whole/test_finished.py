@@ -10,11 +10,11 @@ import shutil
 from pathlib import Path
 
 import pytest
-from whole.world import PARAMETERS, WRITERS, files, summary, untimed
+from support.world import PARAMETERS, WRITERS, files, summary, untimed
 
 from fedgpt.core.files import sha256_of
-from fedgpt.engine.checkpoint import Checkpoints
-from fedgpt.engine.run_folder import read_lines
+from fedgpt.storage.checkpoint import Checkpoints
+from fedgpt.storage.run_folder import read_lines
 
 
 def test_a_run_leaves_exactly_the_documented_files(finished):

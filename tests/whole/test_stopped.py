@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from whole.world import ROUNDS, STOPPED, World, summary, untimed, wait_until
+from support.world import ROUNDS, STOPPED, World, summary, untimed, wait_until
 
-from fedgpt.engine.checkpoint import Checkpoints
-from fedgpt.engine.run_folder import read_lines
+from fedgpt.storage.checkpoint import Checkpoints
+from fedgpt.storage.run_folder import read_lines
 
 
 def stop(world: World, arguments: list[str], folder: Path, version: int, how: Callable[[int], None]) -> tuple[int, str]:

@@ -1,0 +1,1 @@
+"""Attacks on what a private run promises, with the statistics that turn them into bounds."""

@@ -1,0 +1,1 @@
+"""Configuration: what a user types, composed by Hydra, checked, every mistake reported at once."""

@@ -1,0 +1,258 @@
+"""Configuration: Hydra composes conf/, this module checks it and says everything that is wrong at once.
+
+Free of torch, so a typo is answered at once. `_target_` is resolved only inside an allow-list.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from fedgpt.config import checks, overrides
+from fedgpt.core.errors import ConfigError, nearest
+from fedgpt.core.options import RunOptions
+from fedgpt.privacy.problems import privacy_problems
+from fedgpt.server.pacing import make_pace, pace_problems
+from fedgpt.simulate.fleet import replay_problems
+
+TRUSTED = ("fedgpt.aggregate", "flwr.serverapp.strategy")
+FREE = ("cache_dir", "run_dir", "runtime.workers")  # where a run computes may change
+
+
+def load(words: Sequence[str] = (), config_dir: str | None = None) -> RunOptions:
+    """Options for `fedgpt run <words>`; raises ConfigError with every problem that was found."""
+    texts = [overrides.readable(word) for word in words]
+    problems, good = overrides.check(texts, config_dir)
+    dropped = [text.partition("=")[0].lstrip("+~") for text in texts if text not in good]
+    parsed = [OverridesParser.create().parse_override(text) for text in good]
+    swept = [str(one.input_line) for one in parsed if one.is_sweep_override()]
+    problems += [
+        f"{text}: is a sweep, which is typed with -m (fedgpt run -m {text}); a text with commas is typed in quotes"
+        for text in swept
+    ]
+    options, told = None, []
+    try:
+        options = to_options(overrides.composed([text for text in good if text not in swept], config_dir), here=True)
+        told = list(checks.idle({one.key_or_group: str(one.input_line) for one in parsed}, options))
+    except ConfigError as error:
+        told = error.problems
+    problems += [p for p in told if p not in problems and not any(overrides.follows(p, name) for name in dropped)]
+    if problems or options is None:
+        raise ConfigError(problems)
+    return options
+
+
+def precheck(words: Sequence[str], config_dir: str | None = None) -> None:
+    """Like load, for a sweep (`seed=0,1,2`), all of whose jobs are checked; of more than MOST_JOBS, that many.
+
+    What is wrong with every job is told as such, the rest with the first job that it is wrong with.
+    """
+    problems, good = overrides.check([overrides.readable(word, sweep=True) for word in words], config_dir)
+    found: dict[str, list[str]] = {}  # problem -> jobs that have it
+    jobs = list(overrides.jobs(good, config_dir))
+    for job, composed in jobs:
+        try:
+            to_options(composed(), here=True)
+        except ConfigError as error:
+            for problem in error.problems:
+                found.setdefault(problem, []).append(job)
+    for problem, where in found.items():
+        more = f" and {len(where) - 1} more" if len(where) > 1 else ""
+        told = problem if len(where) == len(jobs) else f"{problem} (in the job {where[0]}{more})"
+        problems += [told] if problem not in problems else []
+    if problems:
+        raise ConfigError(problems)
+
+
+def to_options(cfg: DictConfig, here: bool = False) -> RunOptions:
+    """Typed options of a composed configuration, checked one by one and against each other.
+
+    `here`: a run shall start on this machine. A run's folder is read elsewhere, too, where Ray may be missing.
+    """
+    try:
+        options = OmegaConf.to_object(cfg)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or 'configuration'}: {overrides.first_line(error)}") from error
+    assert isinstance(options, RunOptions), "the schema is the root of run.yaml"
+    for place, name in ((options, "run_dir"), (options, "cache_dir"), (options, "init_from"), (options.fleet, "path"),
+                        (options.corpus, "path")):  # fmt: skip
+        if path := getattr(place, name):
+            setattr(place, name, str(Path(path).expanduser().resolve()))
+    if problems := list(_problems(options, here)):
+        raise ConfigError(problems)
+    return options
+
+
+def to_yaml(options: RunOptions) -> str:
+    """The resolved options as YAML: what config.yaml holds and what travels to clients."""
+    return OmegaConf.to_yaml(OmegaConf.structured(options))
+
+
+def from_yaml(text: str) -> RunOptions:
+    """Options from to_yaml's text; raises ConfigError where they do not fit this version's schema."""
+    try:
+        cfg = OmegaConf.merge(OmegaConf.structured(RunOptions), _mapping(text))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{error.full_key or 'configuration'}: {overrides.first_line(error)}") from error
+    assert isinstance(cfg, DictConfig), "as the schema is one"
+    return to_options(cfg)
+
+
+def _mapping(text: str) -> DictConfig:
+    try:
+        cfg = OmegaConf.create(text)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"configuration: is no YAML ({overrides.first_line(error)})") from error
+    if not isinstance(cfg, DictConfig) or not cfg:
+        raise ConfigError("configuration: is no YAML mapping of options to values")
+    return cfg
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from error
+
+
+def of_run(folder: Path) -> RunOptions:
+    """The options that a run's folder holds; raises ConfigError where it is none."""
+    path = folder / "config.yaml"
+    if not path.exists():
+        raise ConfigError(f"{folder} is not a run's folder: it has no config.yaml")
+    try:
+        options = from_yaml(_text_of(path))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {problem}" for problem in error.problems) from error
+    options.run_dir = str(folder.resolve())
+    return options
+
+
+def flat_options(options: RunOptions) -> dict[str, Any]:
+    """Dotted option -> value, of everything that a run's result depends on."""
+    flat = _flat(OmegaConf.create(to_yaml(options)))
+    return {key: value for key, value in flat.items() if key not in FREE}
+
+
+def changed_options(before: dict[str, Any], options: RunOptions) -> str:
+    """What differs between the options of a checkpoint and those of now, each as `name: old -> new`."""
+    now = flat_options(options)
+    keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    return ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys)
+
+
+def refuse_another_run(options: RunOptions) -> None:
+    """Raise ConfigError, naming the options that differ, where `run_dir` holds a run of another configuration."""
+    path = Path(options.run_dir) / "config.yaml"
+    if not path.exists():
+        return
+    try:
+        before, now = _flat(_mapping(_text_of(path))), _flat(_mapping(to_yaml(options)))
+    except ConfigError as error:
+        raise ConfigError(f"run_dir={options.run_dir}: its config.yaml is damaged ({error.problems[0]})") from error
+    differing = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in FREE)
+    if differing:
+        raise ConfigError(
+            f"run_dir={options.run_dir}: holds another run, which differs in {', '.join(differing)}; "
+            f"continue that one with `fedgpt run resume={options.run_dir}`, or name another run_dir"
+        )
+
+
+def build_strategy(node: Any, trusted: Iterable[str] = ()) -> Any:
+    """The object that `strategy` names: its `_target_` class called with the other keys.
+
+    Only classes inside fedgpt, Flower's strategies and `trusted_packages` are ever imported.
+    """
+    if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
+        raise ConfigError(f"strategy={node!r}: a strategy needs `_target_`, the full name of its class")
+    target = node["_target_"]
+    allowed = (*TRUSTED, *trusted)
+    if not any(target.startswith(f"{package}.") for package in allowed):
+        raise ConfigError(
+            f"strategy._target_={target}: only classes in {', '.join(allowed)} are used; "
+            f"to trust another package add trusted_packages=[{target.split('.')[0]}]"
+        )
+    module_name, _, class_name = target.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(f"strategy._target_={target}: cannot import {module_name} ({error})") from error
+    cls = getattr(module, class_name, None)
+    if not inspect.isclass(cls):
+        names = [name for name, member in vars(module).items() if inspect.isclass(member)]
+        raise ConfigError(
+            f"strategy._target_={target}: {module_name} has no class {class_name}{nearest(class_name, names)}"
+        )
+    return _call(cls, {key: value for key, value in node.items() if key != "_target_"})
+
+
+def _call(cls: type, arguments: dict[str, Any]) -> Any:
+    known = inspect.signature(cls).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    if not takes_any and (unknown := [name for name in arguments if name not in known]):
+        allowed = ", ".join(known) or "none"
+        raise ConfigError(
+            f"strategy.{name}={arguments[name]}: the options of {cls.__name__} are {allowed}{nearest(name, known)}"
+            for name in unknown
+        )
+    try:
+        return cls(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"strategy: {cls.__name__} refused its options: {error}") from error
+
+
+def _problems(o: RunOptions, here: bool) -> Iterator[str]:
+    """Everything wrong with the values, alone and together; `here`: also with starting a run on this machine."""
+    wrong = list(checks.problems(o))
+    yield from wrong
+    if here:
+        yield from checks.folder_problems(o)
+        yield from checks.runtime_problems(o.runtime.name, o.partition.clients if o.partition.name != "natural" else 0)
+    try:
+        strategy = build_strategy(o.strategy, o.trusted_packages)
+    except ConfigError as error:
+        yield from error.problems
+    else:
+        switches = getattr(strategy, "switches", False)
+        yield from pace_problems(o.pace, switches)
+        yield from replay_problems(o, switches)
+        if not any(problem.startswith("pace.") for problem in wrong):  # which sizes follow from
+            yield from _pacing_problems(o, strategy)
+        if o.corpus.public == 0 and getattr(strategy, "needs_root", False):
+            yield (
+                f"corpus.public=0: strategy={strategy.name} trains the server's own update on the public part; "
+                "raise it, or take another rule, such as strategy=median"
+            )
+        yield from privacy_problems(o, strategy)
+
+
+def _pacing_problems(o: RunOptions, strategy: Any) -> Iterator[str]:
+    """Whether the strategy is right for the pacing."""
+    paces = getattr(strategy, "paces", {"cohort"})
+    if o.pace.name not in paces:
+        reason = getattr(strategy, "because", {}).get(o.pace.name, "")
+        only = f"{type(strategy).__name__} is right for pace={' or '.join(sorted(paces))} only"
+        yield f"pace={o.pace.name}: {only}{': ' if reason else ''}{reason}"
+    elif o.pace.clients and hasattr(strategy, "problems") and o.pace.name in ("cohort", "buffer"):
+        yield from strategy.problems(make_pace(o.pace, o.seed).pacing(o.pace.clients))
+
+
+def _flat(cfg: Any) -> dict[str, Any]:
+    """Dotted option -> value."""
+
+    def walk(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+        if not isinstance(node, dict):
+            yield prefix.rstrip("."), node
+            return
+        for name, child in node.items():
+            yield from walk(child, f"{prefix}{name}.")
+
+    return dict(walk(OmegaConf.to_container(cfg), ""))

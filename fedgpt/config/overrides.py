@@ -1,0 +1,242 @@
+"""What is typed, override by override: each against the groups and options that there are, all mistakes at once."""
+
+from __future__ import annotations
+
+import re
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import is_dataclass
+from functools import cache, partial
+from itertools import product
+from math import prod
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fedgpt.config.checks import RANGES
+from fedgpt.core.errors import ConfigError, nearest
+from fedgpt.core.options import RunOptions
+
+PACKAGE = Path(__file__).parents[1]
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
+MOST_JOBS = 300  # of a sweep, that are checked before its first one runs
+WORDS = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "a text",
+    list[float]: "a list of numbers, such as [1,2]", list[str]: "a list of texts, such as [a,b]",
+}  # fmt: skip
+
+ConfigStore.instance().store(name="schema", node=RunOptions)
+
+
+def _types(cls: type, prefix: str = "") -> Iterator[tuple[str, tuple[Any, ...]]]:
+    """Dotted option -> what its value may be, None among it where null is allowed."""
+    for name, hint in typing.get_type_hints(cls).items():
+        if is_dataclass(hint):
+            yield from _types(typing.cast(type, hint), f"{prefix}{name}.")
+        elif hint in WORDS:
+            yield f"{prefix}{name}", (hint,)
+        elif NoneType in typing.get_args(hint):
+            yield f"{prefix}{name}", typing.get_args(hint)
+
+
+TYPES = dict(_types(RunOptions))
+CHOICES = {key for key in RANGES if key not in ("name", "run_dir", "cache_dir")}  # among what is a text by its type
+TEXTS = {key for key, kinds in TYPES.items() if str in kinds and key not in CHOICES and not key.endswith(".name")}
+
+
+def readable(word: str, sweep: bool = False) -> str:
+    """A word as Hydra's grammar takes it: a path with blanks, `~` or `=`, or a prompt, is quoted where it is not yet.
+
+    >>> readable("corpus.path=~/my notes"), readable("seed=0,1")
+    ('corpus.path="~/my notes"', 'seed=0,1')
+    """
+    key, equals, value = word.partition("=")
+    if not equals or key not in TEXTS:
+        return word
+    try:
+        override = OverridesParser.create().parse_override(word)
+        if sweep or not override.is_sweep_override():
+            return word
+    except HydraException:
+        pass
+    mark = "'" if '"' in value else '"'
+    escaped = value.replace(mark, "\\" + mark)
+    return f"{key}={mark}{escaped}{mark}"
+
+
+def check(overrides: Sequence[str], config_dir: str | None) -> tuple[list[str], list[str]]:
+    """(problems, overrides without any): each override is tried by itself, so all mistakes are told at once."""
+    problems: list[str] = []
+    good: list[str] = []
+    parsed: list[Override] = []
+    parser = OverridesParser.create()
+    for text in overrides:
+        try:
+            parsed.append(parser.parse_override(text))
+        except HydraException:
+            key, equals, value = text.partition("=")
+            how = f"; a value with signs of its own is quoted within the shell's quotes: '{key}=\"{value}\"'"
+            problems.append(f"{text}: not of the form key=value{how if equals else ''}")
+    groups = _groups(config_dir)
+    for override in [o for o in parsed if o.key_or_group in groups]:
+        found = list(_group_problems(override, groups))
+        problems += found
+        if not found:
+            good.append(str(override.input_line))
+    # options are looked up beside the first choice of every group; what is wrong beside others, their jobs tell
+    cfg = composed([text for line in good for text in _choices(parser.parse_override(line), groups)[:1]], config_dir)
+    for override in [o for o in parsed if o.key_or_group not in groups]:
+        found = list(_value_problems(override, cfg))
+        problems += found
+        if not found:
+            good.append(str(override.input_line))
+    return problems, good
+
+
+def _group_problems(override: Override, groups: dict[str, list[str]]) -> Iterator[str]:
+    group, known = override.key_or_group, groups[override.key_or_group]
+    for choice in _values(override, groups):
+        if choice is None and group == "experiment":
+            continue
+        for name in choice if isinstance(choice, list) else [choice]:
+            if str(name) not in known:
+                yield f"{group}={name}: choose from {', '.join(known)}{nearest(str(name), known)}"
+
+
+def _value_problems(override: Override, cfg: DictConfig) -> Iterator[str]:
+    key = override.key_or_group
+    if key.startswith(("hydra.", "hydra/")):
+        return
+    if override.is_delete():
+        yield f"{override.input_line}: an option can be set, not deleted"
+        return
+    parent, _, leaf = key.rpartition(".")
+    node = OmegaConf.select(cfg, parent, default=None) if parent else cfg
+    exists = isinstance(node, DictConfig) and leaf in node
+    if not exists and not (override.is_add() and parent.split(".")[0] == "strategy"):
+        hint = "; a new field of a strategy is typed with a plus: +" + key if parent == "strategy" else ""
+        yield f"{override.input_line}: no option {key!r}{hint}{nearest(key, _keys(cfg))}"
+        return
+    for value in _values(override, {}):
+        try:
+            _updated(cfg, {key: value})
+        except OmegaConfBaseException as error:
+            typed = f"{key}={value}" if override.is_sweep_override() else override.input_line
+            yield f"{typed}: {_wanted(key, value) or first_line(error)}"
+
+
+def _wanted(key: str, value: Any) -> str:
+    """What an option's value must be, in words; empty for an option of a strategy, whose class alone knows."""
+    if key not in TYPES:
+        return ""
+    kinds = [WORDS[kind] if kind is not NoneType else "null" for kind in TYPES[key]]
+    allowed = f", {RANGES[key][0]}" if key in RANGES else ""
+    whole = f"; type {value:.0f}" if int in TYPES[key] and isinstance(value, float) and value.is_integer() else ""
+    return f"must be {' or '.join(kinds)}{allowed}{whole}"
+
+
+def _choices(override: Override, groups: dict[str, list[str]]) -> list[str]:
+    """The override as typed, or an override for each value of a sweep over listed choices."""
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    value = override.value()
+    if isinstance(value, Glob):
+        values = value.filter(groups.get(override.key_or_group, []))
+    else:
+        values = list(override.sweep_string_iterator()) if override.is_discrete_sweep() else []
+    return [f"{override.get_key_element()}={value}" for value in values]
+
+
+def _values(override: Override, groups: dict[str, list[str]]) -> list[Any]:
+    parser = OverridesParser.create()
+    return [parser.parse_override(text).value() for text in _choices(override, groups)]
+
+
+def _updated(cfg: DictConfig, values: dict[str, Any]) -> DictConfig:
+    changed = cfg.copy()
+    OmegaConf.set_struct(changed, False)
+    for key, value in values.items():
+        OmegaConf.update(changed, key, value)
+    return changed
+
+
+def jobs(overrides: Sequence[str], config_dir: str | None) -> Iterator[tuple[str, Callable[[], DictConfig]]]:
+    """(its choices as typed, how to compose it) of every job of a sweep; at most MOST_JOBS."""
+    parser, groups = OverridesParser.create(), _groups(config_dir)
+    parsed = [parser.parse_override(text) for text in overrides]
+    fixed = [str(o.input_line) for o in parsed if not o.is_sweep_override()]
+    axes = [choices for o in parsed if o.is_sweep_override() and (choices := _choices(o, groups))]
+    while prod(map(len, axes)) > MOST_JOBS:
+        max(axes, key=len).pop()
+    kept = cache(lambda chosen: composed([*fixed, *chosen], config_dir))  # takes longer than to change values
+
+    def compose_job(texts: tuple[str, ...]) -> DictConfig:
+        chosen = [parser.parse_override(text) for text in texts]
+        values = {o.key_or_group: o.value() for o in chosen if o.key_or_group not in groups}
+        cfg = kept(tuple(str(o.input_line) for o in chosen if o.key_or_group in groups))
+        return _updated(cfg, {key: value for key, value in values.items() if not key.startswith(("hydra.", "hydra/"))})
+
+    for texts in product(*axes):
+        yield " ".join(texts), partial(compose_job, texts)
+
+
+def composed(overrides: Sequence[str], config_dir: str | None) -> DictConfig:
+    """The configuration that Hydra makes of overrides; raises ConfigError where it cannot."""
+    if config_dir is not None and not Path(config_dir).is_dir():
+        raise ConfigError(f"--config-dir {config_dir}: no such folder; it holds groups of your own, such as model/")
+    searchpath = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
+    GlobalHydra.instance().clear()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        try:
+            return compose("run", [*overrides, *searchpath])
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            raise ConfigError(first_line(error)) from error
+
+
+def follows(problem: str, dropped: str) -> bool:
+    """Whether a problem speaks of an option or group that was dropped as wrong: it may only follow from that.
+
+    >>> follows("privacy.delta=1: privacy=none protects nothing", "privacy"), follows("rounds=0: ...", "privacy")
+    (True, False)
+    """
+    end = r"(?!\w)" if "." in dropped else "[.=]"
+    return re.search(rf"(?<![\w.]){re.escape(dropped)}{end}", problem) is not None
+
+
+def first_line(error: BaseException) -> str:
+    """What a library's error says, without its context lines; the cause's words where it has none of its own."""
+    text = str(getattr(error, "msg", None) or error).strip()
+    if not text and error.__cause__ is not None:
+        return first_line(error.__cause__)
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _groups(config_dir: str | None) -> dict[str, list[str]]:
+    """Group -> its choices, from the packaged conf/ and from the user's folder."""
+    groups: dict[str, list[str]] = {}
+    for root in [CONF, *([Path(config_dir)] if config_dir else [])]:
+        for path in sorted(root.glob("*/*.yaml")):
+            groups.setdefault(path.parent.name, []).append(path.stem)
+    return groups
+
+
+def _keys(cfg: DictConfig) -> list[str]:
+    """Every option as typed."""
+
+    def walk(node: DictConfig, prefix: str) -> Iterator[str]:
+        for name in node:
+            yield f"{prefix}{name}"
+            child = node._get_node(name)
+            if isinstance(child, DictConfig) and not child._is_none():
+                yield from walk(child, f"{prefix}{name}.")
+
+    return list(walk(cfg, ""))

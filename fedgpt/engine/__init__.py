@@ -1,1 +1,0 @@
-"""The one server loop, pacing, client work, checkpoints."""

@@ -1,0 +1,147 @@
+"""One worker process of the pool: `python -m fedgpt.flower.pool.worker SOCKET LIFELINE` (two inherited descriptors).
+
+It imports the ClientApp once, says ready and answers jobs until the server closes the socket. The lifeline is a
+pipe whose other end only the server holds: when it closes, the process ends at once, in the middle of a job too.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+from flwr.app import Context, Error, Message, Metadata, RecordDict
+from flwr.app.message import make_message
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedgpt.flower.pool.channel import Channel, Frame, content_of, metadata_to_json, take_apart
+from fedgpt.flower.pool.shared_memory import share
+
+_REASON = 2000  # characters of an exception's text that are sent
+
+
+def main(descriptor: int, lifeline: int) -> None:
+    """Serve jobs that arrive on the socket `descriptor`."""
+    # A copy is used and the descriptor itself never closed: the server sees the end of the socket when this process
+    # is gone, not when an interpreter that shuts down closes its sockets.
+    sock = socket.socket(fileno=os.dup(descriptor))
+    os.set_inheritable(descriptor, False)
+    # A forked child (a DataLoader's) that held the socket would hide our end from the server.
+    os.register_at_fork(after_in_child=lambda: (os.close(descriptor), sock.close()))
+    _attend(lifeline)
+    channel = Channel(sock)
+    frames = _frames(channel)
+    setup = next(frames, None)
+    if setup is None:
+        return
+    sys.path.extend(entry for entry in setup.header["path"] if entry not in sys.path)
+    app = load_app(setup.header["app"])
+    if torch := sys.modules.get("torch"):  # otherwise OMP_NUM_THREADS holds when a job imports it
+        torch.set_num_threads(setup.header["threads"])
+    _restore_stderr(setup)
+    channel.send(Frame({"kind": "ready"}))
+    fresh = True
+    for job in frames:
+        began = time.monotonic()
+        reply = answer(app, job, setup.header["run_config"])
+        # the first job also imports, reads and warms up: how long it took says nothing of the next
+        reply.header["seconds"] = math.nan if fresh else time.monotonic() - began
+        channel.send(reply)
+        fresh = False
+        del job, reply  # their arrays shall not stay while we wait
+        sys.stdout.flush()
+
+
+def load_app(name: str) -> ClientApp:
+    """The ClientApp named `module:attribute`; raises ImportError, AttributeError or TypeError."""
+    module, _, attribute = name.partition(":")
+    app = importlib.import_module(module)
+    for part in attribute.split("."):
+        app = getattr(app, part)
+    if not isinstance(app, ClientApp):
+        raise TypeError(f"{name} is a {type(app).__name__}, not a ClientApp")
+    return app
+
+
+def answer(app: ClientApp, job: Frame, run_config: dict[str, Any]) -> Frame:
+    """Run one job; an exception of the client becomes an error reply, its traceback stays on this stderr."""
+    metadata = Metadata(**job.header["metadata"])
+    TaskIdentity.run_id, TaskIdentity.node_id = metadata.run_id, metadata.dst_node_id
+    TaskIdentity.task_id = metadata.dst_task_id or 0
+    request = make_message(metadata, RecordDict())
+    try:
+        request.content = content_of(job)
+        node_config = job.header["node_config"]
+        context = Context(metadata.run_id, metadata.dst_node_id, node_config, RecordDict(), dict(run_config))
+        return _reply_frame(_checked(app(request, context), metadata.message_id))
+    except Exception as error:
+        traceback.print_exc()
+        reason = f"{type(error).__name__}: {error}"[:_REASON]
+        return _reply_frame(Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=request))
+
+
+def _checked(reply: object, message_id: str) -> Message:
+    if not isinstance(reply, Message):
+        raise TypeError(f"the ClientApp returned a {type(reply).__name__}, not a Message")
+    if reply.metadata.reply_to_message_id != message_id:
+        raise ValueError("the ClientApp's Message is no reply to the one it was given (Message(..., reply_to=msg))")
+    return reply
+
+
+def _reply_frame(reply: Message) -> Frame:
+    header: dict[str, Any] = {"kind": "reply", "metadata": metadata_to_json(reply.metadata)}
+    if reply.has_error():
+        return Frame(header | {"error": [reply.error.code, reply.error.reason]})
+    content = take_apart(reply.content)
+    memory, specs = share(content.arrays) if content.arrays else (None, [])
+    return Frame(header | {"records": content.records, "arrays": specs}, content.body, memory)
+
+
+def _frames(channel: Channel) -> Iterator[Frame]:
+    """Frames as they come, until the server closes the socket."""
+    while True:
+        try:
+            received = channel.receive()
+        except EOFError:
+            return
+        while received:
+            yield received.pop(0)  # popped: a generator that kept the list would keep the frame's memory
+
+
+def _attend(lifeline: int) -> None:
+    """Ignore Ctrl-C, which the server handles; end with the server."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # blocked since before this process existed
+    os.set_inheritable(lifeline, False)
+    threading.Thread(target=_end_with_server, args=(lifeline,), daemon=True).start()
+
+
+def _end_with_server(lifeline: int) -> None:
+    os.read(lifeline, 1)  # nobody ever writes: this returns when the last holder of the other end is gone
+    os._exit(1)
+
+
+def _restore_stderr(setup: Frame) -> None:
+    """Up to here stderr was a file that the server quotes when the start fails; repeat it on the real one."""
+    if setup.memory is None:
+        return
+    sys.stderr.flush()
+    begun = os.pread(2, os.fstat(2).st_size, 0)
+    os.dup2(setup.memory.fileno(), 2)
+    setup.memory.close()
+    if begun:
+        os.write(2, begun)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))

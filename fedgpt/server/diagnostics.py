@@ -1,0 +1,46 @@
+"""What is logged about updates after they are gone: how they agree with each other, and steps with the step before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from fedgpt.core.messages import Update
+from fedgpt.server.count_sketch import Sketch, cosine, mean_pairwise_cosine
+
+WINDOW = 8  # newest updates that are compared under pace=buffer, where a step may have one
+
+
+class Diagnostics:
+    """Sketches of the present updates and of the last server step."""
+
+    def __init__(self, size: int, extra: Mapping[str, np.ndarray]):
+        """`extra` holds what an earlier `memory` returned."""
+        self._sketch = Sketch(size)
+        self._updates: list[tuple[tuple[str, int], np.ndarray]] = []
+        self._recent = list(extra["sketch/updates"]) if "sketch/updates" in extra else []
+        self._last_step = extra.get("sketch/step")
+
+    def update(self, update: Update, carries: bool) -> None:
+        """Note an accepted update; with `carries` it is compared with those of earlier versions, too."""
+        sketch = self._sketch.of(update.delta)
+        if carries:
+            self._recent = [*self._recent, sketch][-WINDOW:]
+        else:
+            self._updates.append(((update.client, update.task), sketch))
+
+    def step(self, step: np.ndarray) -> dict[str, float | None]:
+        """Its norm; `cosine`: mean over pairs of updates; `step_correlation`: of this server step with the last one."""
+        by_client = sorted(self._updates, key=lambda pair: pair[0])  # the same bits, whatever arrives first
+        in_order = [sketch for _, sketch in by_client]
+        mean = mean_pairwise_cosine(in_order or self._recent)
+        sketch = self._sketch.of(step)
+        lag = None if self._last_step is None else cosine(sketch, self._last_step)
+        self._updates, self._last_step = [], sketch
+        return {"step_norm": float(np.linalg.norm(step)), "cosine": mean, "step_correlation": lag}
+
+    def memory(self) -> dict[str, np.ndarray]:
+        """What a checkpoint keeps, so that a resumed run logs the same figures."""
+        kept = {} if self._last_step is None else {"sketch/step": self._last_step}
+        return {**kept, "sketch/updates": np.array(self._recent)} if self._recent else kept

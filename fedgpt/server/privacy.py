@@ -1,0 +1,272 @@
+"""The server's side of privacy: who may take part how often, and what stands between a sum and the model.
+
+privacy=client: each decoded update is clipped to C, counts once with a weight of at most 1, and the sum gets noise
+before anything is made of it: D = (sum_i s_i clip(D_i) + N(0, (z C)^2)) / K, K a constant. Every release is paid for in
+`ledger.json` before its noise is drawn. privacy=example and local: clients pay for themselves; the server counts, asks
+nobody beyond the plan and reports the client that has paid most.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedgpt.aggregate.base import Strategy
+from fedgpt.core.errors import StoppedEarly
+from fedgpt.core.files import write_text
+from fedgpt.core.messages import ClientInfo, Pacing, ServerState, Update
+from fedgpt.core.options import RunOptions
+from fedgpt.privacy.accounting import Event, epsilon_of
+from fedgpt.privacy.clipping import AdaptiveClip, clipped
+from fedgpt.privacy.ledger import BudgetExhausted, Ledger
+from fedgpt.privacy.plan import PrivacyPlan, count_blocks, sampling_probability
+from fedgpt.privacy.randomness import SecureStream, derive, secret_key
+from fedgpt.privacy.toeplitz import correlate
+from fedgpt.storage.checkpoint import Ledgers
+
+CLIP = "privacy/clip"  # names in the state's memory
+NOISE = "privacy/noise"
+OFTEN = ", the others have taken part as often as they may (privacy.participations) or too lately (privacy.separation)"
+
+
+class Privacy:
+    """A run without privacy: everything passes. Those with privacy override what differs."""
+
+    sums = False  # whether this stands between sum and model
+    told = ""  # why it may let nobody take part, for a message
+
+    def job_numbers(self) -> dict[str, Any]:
+        """What a client is told with each job."""
+        return {}
+
+    def meet(self, infos: Iterable[ClientInfo]) -> None:
+        """Who takes part in this run."""
+
+    def may_ask(self, client: str, version: int, ledgers: Ledgers) -> bool:
+        """Whether a client may take part in a version that is still to be made."""
+        return True
+
+    def asked(self, client: str, steps: int, ledgers: Ledgers) -> None:
+        """A job has been given."""
+
+    def answered(self, update: Update, ledgers: Ledgers) -> None:
+        """A job's update has been accepted."""
+
+    def longest(self, size: int) -> float:
+        """How long an update of so many parameters may be by its noise alone."""
+        return 0.0
+
+    def tokens(self, accepted: Sequence[Update], pacing: Pacing, job_tokens: int) -> int:
+        """By how many a version moves the schedule of learning rates."""
+        return sum(update.tokens for update in accepted)
+
+    def coins(self, version: int, count: int) -> np.ndarray | None:
+        """(count,) uniform values by which clients are chosen; None: those of the run's seed will do."""
+        return None
+
+    def record(self, ledgers: Ledgers) -> dict[str, Any]:
+        """What the line of a version that is scored says of privacy: an epsilon takes half a second to compute."""
+        return {"epsilon": None}
+
+
+class PaidByClients(Privacy):
+    """privacy=example and local: every client keeps its own ledger, and the server counts along."""
+
+    told = OFTEN
+
+    def __init__(self, options: RunOptions, plan: PrivacyPlan, folder: Path):
+        self.options, self.plan, self.folder = options, plan, folder
+        self.per_job = options.local.steps if plan.unit == "example" else 1
+        self.probability: dict[str, float] = {}
+
+    def job_numbers(self) -> dict[str, Any]:
+        """The noise, the number of jobs that it is meant for, and delta."""
+        plan = self.plan
+        return {
+            "noise_multiplier": plan.noise_multiplier, "participations": plan.participations, "delta": plan.delta
+        }  # fmt: skip
+
+    def meet(self, infos: Iterable[ClientInfo]) -> None:
+        """Smaller shards are sampled more often and pay more."""
+        example = self.plan.unit == "example"
+        for info in infos:
+            blocks = count_blocks(info.tokens, self.options)
+            self.probability[info.id] = sampling_probability(self.options, max(1, blocks)) if example else 1.0
+
+    def may_ask(self, client: str, version: int, ledgers: Ledgers) -> bool:
+        """As long as a whole job is within the plan."""
+        return ledgers.charged.get(client, 0.0) + self.per_job <= self.plan.participations * self.per_job
+
+    def asked(self, client: str, steps: int, ledgers: Ledgers) -> None:
+        """The client pays when it begins; the server counts as if it always did."""
+        ledgers.charged[client] = ledgers.charged.get(client, 0.0) + (steps if self.plan.unit == "example" else 1)
+
+    def longest(self, size: int) -> float:
+        """privacy=local: the noise of an update of length 2 C, twice, as some are longer than most."""
+        local = self.plan.unit == "local"
+        return 2 * 2 * self.options.privacy.clip * self.plan.noise_multiplier * size**0.5 if local else 0.0
+
+    def answered(self, update: Update, ledgers: Ledgers) -> None:
+        """It says what it has paid in all: more than the server knows of, where a job was done again after a crash."""
+        paid = float(update.metrics.get("charged", 0.0))
+        ledgers.charged[update.client] = max(paid, ledgers.charged.get(update.client, 0.0))
+
+    def record(self, ledgers: Ledgers) -> dict[str, Any]:
+        """Epsilon of the client that has paid most: shards share no block, so the largest holds for all."""
+        z, worst, most = self.plan.noise_multiplier, None, 0.0
+        paid = {(self.probability[client], int(count)) for client, count in ledgers.charged.items()}
+        for probability, count in paid:
+            if any(p >= probability and c >= count and (p, c) != (probability, count) for p, c in paid):
+                continue  # another one pays more in any case
+            event = Event(z, probability, count)
+            if (epsilon := epsilon_of((event,), self.plan.delta)) >= most:
+                worst, most = event, epsilon
+        about = {"unit": self.plan.unit, "delta": self.plan.delta, "epsilon": most, "clients": ledgers.charged}
+        events = [] if worst is None else [asdict(worst)]
+        write_text(self.folder / "ledger.json", json.dumps({**about, "events": events}, indent=1) + "\n")
+        return {"epsilon": most}
+
+
+class PaidByServer(Privacy):
+    """privacy=client: the release of one noisy sum for each version."""
+
+    sums = True
+    told = OFTEN
+
+    def __init__(self, options: RunOptions, plan: PrivacyPlan, folder: Path, data: str, fresh: bool):
+        """`folder` holds ledger and key; `data` names what is protected; `fresh`: the run begins, so they may too."""
+        self.options, self.plan = options, plan
+        fresh = fresh and not (folder / "privacy.key").exists()  # which is made last: with it, there was a ledger
+        self.ledger = Ledger(folder / "ledger.json", "client", data, plan.delta, fresh)
+        self.key = secret_key(folder / "privacy.key", fresh)
+        if options.privacy.rng == "seeded":
+            self.key = hashlib.sha256(f"{options.seed}".encode()).digest()
+        self.adaptive = AdaptiveClip() if options.privacy.adaptive else None
+        self.clip, self.bits, self.shares = options.privacy.clip, 0.0, dict[str, float]()
+
+    def may_ask(self, client: str, version: int, ledgers: Ledgers) -> bool:
+        """So often at most, and never twice for one sum; by coins anybody, as the accounting has them all."""
+        if self.plan.sampling == "poisson":
+            return True
+        apart = version - ledgers.last.get(client, -self.options.privacy.separation)
+        paid = self.ledger.spent_before(client, version)
+        return client not in self.shares and apart >= self.options.privacy.separation and (
+            paid + 1 <= self.plan.participations + 1e-9
+        )  # fmt: skip
+
+    def coins(self, version: int, count: int) -> np.ndarray | None:
+        """Secret ones: the sample must not be guessed."""
+        return SecureStream(self.key, "coins", version).uniform(count)
+
+    def tokens(self, accepted: Sequence[Update], pacing: Pacing, job_tokens: int) -> int:
+        """As many as were expected: who came must not show in the learning rates of others."""
+        return pacing.goal * job_tokens
+
+    def begin(self, state: ServerState) -> None:
+        """Forget the last version's updates; the clip stays the same until the next release."""
+        self.clip = float(state.memory.get(CLIP, self.options.privacy.clip))
+        self.bits, self.shares = 0.0, {}
+
+    def take(self, update: Update, rule: Strategy, staleness: int) -> tuple[Update, float]:
+        """The clipped update and its weight, at most 1: how many tokens a client has must not count."""
+        whole = update.metrics["update_norm"] <= self.clip
+        share = discount_of(rule, staleness)
+        self.bits += (0.5 if whole else -0.5) * share
+        self.shares[update.client] = share**2
+        return replace(update, delta=clipped(update.delta, self.clip)), share
+
+    def divisor(self, rule: Strategy, pacing: Pacing) -> float:
+        """K: never how many came, nor the sum of their weights."""
+        if pacing.name == "buffer" and hasattr(rule, "discount"):
+            return rule.divisor([1.0] * pacing.goal, pacing)
+        return self.plan.cohort
+
+    def release(
+        self, mean: np.ndarray, divisor: float, state: ServerState, ledgers: Ledgers
+    ) -> tuple[np.ndarray, ServerState]:
+        """Add the noise of one release, paid for before it is drawn, to the clipped sum over `divisor`; changes `mean`.
+
+        Raises StoppedEarly where the budget does not allow the release.
+        """
+        version = state.version
+        words = ("release", version, hashlib.sha256(mean.data).hexdigest(), repr(self.bits), self.clip)
+        tag = derive(self.key, *words).hex()  # stands in the ledger: names the noise, and does not tell it
+        try:
+            self._charge(version, tag)
+        except BudgetExhausted as error:
+            raise StoppedEarly(
+                f"privacy: {error}; the model of version {version} is the last that is paid for"
+            ) from error
+        for client in self.shares:
+            ledgers.last[client] = version
+        return self._noised(mean, divisor, SecureStream(self.key, "noise", tag), state)
+
+    def _charge(self, version: int, tag: str) -> None:
+        plan, ledger = self.plan, self.ledger
+        if plan.sampling == "poisson":
+            # of a version made again with another sum, the coins are those of before: that sample is no news
+            again = ledger.made(version)
+            event = Event(plan.noise_multiplier, 1.0 if again else plan.planned.sampling_probability, 1)
+            ledger.charge(version, tag, event, None if self._covered(event) else plan.budget)
+        elif plan.sampling == "bounded":
+            ledger.charge_clients(
+                version, tag, self.shares, plan.noise_multiplier, plan.participations, plan.budget
+            )  # fmt: skip
+        elif version == 0 and not ledger.account.events:  # one release for the whole run
+            ledger.charge(0, tag, plan.planned, plan.budget)
+        else:
+            ledger.note(version, tag)
+
+    def _covered(self, event: Event) -> bool:
+        """Whether the budget has room for the whole plan, and the plan for one release more."""
+        fits = self.plan.budget is None or self.plan.epsilon <= self.plan.budget
+        return fits and self.ledger.account.within(self.plan.planned, event)
+
+    def _noised(
+        self, mean: np.ndarray, divisor: float, stream: SecureStream, state: ServerState
+    ) -> tuple[np.ndarray, ServerState]:
+        plan, memory = self.plan, dict(state.memory)
+        z = plan.noise_multiplier * plan.scale
+        if self.adaptive is not None:
+            z = self.adaptive.release_noise(z, plan.cohort)
+            draw = float(stream.normal(1)[0])
+            memory[CLIP] = np.array(self.adaptive.next(self.clip, self.bits, plan.cohort, draw))
+        std = z * self.clip / divisor
+        if plan.sampling != "correlated":
+            stream.add_normal(torch.from_numpy(mean), std)
+            return mean, replace(state, memory=memory)
+        bands = self.options.privacy.bands
+        names = [f"{NOISE}/{age}" for age in range(1, bands)]
+        earlier = [memory[name] for name in names if name in memory]
+        noise = correlate(stream.normal(mean.size), earlier, bands)
+        memory |= dict(zip(names, [noise, *earlier], strict=False))
+        mean += np.float32(std) * noise
+        return mean, replace(state, memory=memory)
+
+    def record(self, ledgers: Ledgers) -> dict[str, Any]:
+        """Epsilon so far and the clip; nothing that was not released with noise."""
+        return {"epsilon": self.ledger.account.epsilon, "privacy_clip": self.clip}
+
+
+def discount_of(rule: Strategy, staleness: int) -> float:
+    """s(tau) of a rule that discounts stale updates, else 1."""
+    discount = getattr(rule, "discount", None)
+    return 1.0 if discount is None else min(1.0, float(discount(staleness)))
+
+
+def make_privacy(
+    options: RunOptions, plan: PrivacyPlan | None, folder: Path, data: str, fresh: bool
+) -> Privacy:  # fmt: skip
+    """The server's side for `plan`; raises FedGPTError where what has been spent is not known."""
+    if plan is None:
+        return Privacy()
+    if plan.unit == "client":
+        return PaidByServer(options, plan, folder, data, fresh)
+    return PaidByClients(options, plan, folder)

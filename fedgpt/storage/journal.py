@@ -1,0 +1,363 @@
+"""The write-ahead log of a run on the real clock: what came from outside since the newest checkpoint.
+
+The server's loop is a function of its snapshot and of what its transport tells it: replies, the time, who is there.
+`Journaled` writes all of that down, in order, and forces it to the disk before the next job leaves. A restarted
+server loads the snapshot and is told the same again: it takes the same steps to the same bits, without asking a
+client, and goes on live where the log ends. So no accepted update is lost and none counts twice, and a privacy
+ledger that charges before a release charges the same again.
+
+    wal/version-00000012.log    what came after the server step that made version 12, one file a version
+    entry                       "FGJ2", length of the JSON, length of the payloads, CRC-32 of both; JSON; payloads
+
+A crash can cut the last entry off: what is whole before it counts, and nothing behind it. Only the files of versions
+before the oldest kept checkpoint are deleted: from each of them the log leads to where the run stood. Where a file is
+missing, or an entry does not fit the run, what follows is of a future that will not happen, and is deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import struct
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from fedgpt.core.faults import reach
+from fedgpt.core.files import sync
+from fedgpt.core.messages import ClientInfo, Job, Reply
+from fedgpt.core.options import RunOptions
+from fedgpt.core.transport import Transport
+
+HEAD = struct.Struct("<4sIQI")
+MAGIC = b"FGJ2"
+Key = tuple[str, int]  # (client, task)
+log = logging.getLogger(__name__)
+
+
+def wanted(options: RunOptions, switches: bool) -> bool:
+    """Whether a run keeps a journal: as `checkpoint.journal` says, else where work done again is not the same work.
+
+    A cohort of simulated clients repeats its jobs to the same bits, and the virtual clock repeats everything. A buffer
+    on the real clock does not (`switches`: the strategy may change to one), and real clients have better things to do.
+    """
+    if options.checkpoint.journal is not None:
+        return options.checkpoint.journal
+    asynchronous = options.pace.name == "buffer" or switches
+    return options.clock == "real" and (asynchronous or options.runtime.name == "superlink")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One call of the transport, and what the loop had asked since the entry before."""
+
+    call: str  # send, receive, or step: the end of a version
+    jobs: tuple[Key, ...] = ()  # that were sent
+    replies: tuple[Reply, ...] = ()  # that were received
+    times: tuple[float, ...] = ()  # readings of the clock
+    away: frozenset[str] = frozenset()  # clients that were not there
+    clients: int = 0  # how many the run has
+
+
+class Journal:
+    """The files of the log."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        folder.mkdir(exist_ok=True)
+        self._version = 0
+        self._stream: IO[bytes] | None = None
+        self._last = (0, 0)  # version and place in its file of the entry that was read last
+
+    def begin(self, version: int) -> None:
+        """What is appended from now on came after the server step that made `version`."""
+        self.close()
+        self._version = version
+
+    def append(self, entry: Entry) -> None:
+        """Write one entry; on the disk for certain only after `flush`."""
+        if self._stream is None:
+            path = self._path(self._version)
+            fresh = not path.exists()
+            self._stream = path.open("ab")
+            if fresh:
+                sync(self.folder)
+        payloads = [_bytes_of(reply.payload) for reply in entry.replies]
+        about = json.dumps(_as_json(entry)).encode()
+        checksum = zlib.crc32(about)
+        for payload in payloads:
+            checksum = zlib.crc32(payload, checksum)
+        self._stream.write(HEAD.pack(MAGIC, len(about), sum(map(len, payloads)), checksum))
+        self._stream.write(about)
+        reach("journal.half")
+        for payload in payloads:
+            self._stream.write(payload)
+        self._stream.flush()
+
+    def flush(self) -> None:
+        """Return when everything appended is on the disk."""
+        if self._stream is not None:
+            os.fsync(self._stream.fileno())
+
+    def read(self, version: int) -> Iterator[Entry]:
+        """The entries from `version` on, each read when it is asked for, as far as one leads to the next.
+
+        What follows a damaged entry, or a version whose end is missing, is deleted.
+        """
+        stepped = True  # whether what was read ends with a server step, so that the next version's file goes on
+        while stepped and self._path(version).exists():
+            stepped, whole = False, 0
+            with self._path(version).open("rb") as stream:
+                while (entry := _read_entry(stream)) is not None:
+                    self._last, whole, stepped = (version, whole), stream.tell(), entry.call == "step"
+                    yield entry
+                rest = os.fstat(stream.fileno()).st_size - whole
+            if rest:
+                log.warning("%s: the last %d bytes are not whole; they are left out", self._path(version).name, rest)
+                os.truncate(self._path(version), whole)
+                stepped = False
+            version += 1
+        self.forget(version)
+
+    def cut(self) -> None:
+        """Delete the entry that was read last, and all behind it."""
+        version, place = self._last
+        os.truncate(self._path(version), place)
+        self.forget(version + 1)
+
+    def drop(self, before: int) -> None:
+        """Delete what came before version `before`: no checkpoint that is kept needs it."""
+        for path in self._paths():
+            if _version_of(path) < before:
+                path.unlink(missing_ok=True)
+
+    def forget(self, version: int) -> None:
+        """Delete what came after the server step that made `version`."""
+        for path in self._paths():
+            if _version_of(path) >= version:
+                path.unlink(missing_ok=True)
+
+    def clear(self) -> None:
+        """Delete everything: the run is over, or shall ask its clients again."""
+        self.close()
+        self.forget(0)
+
+    def close(self) -> None:
+        """Close the file; a later append opens it again."""
+        if self._stream is not None:
+            self.flush()
+            self._stream.close()
+            self._stream = None
+
+    def _path(self, version: int) -> Path:
+        return self.folder / f"version-{version:08d}.log"
+
+    def _paths(self) -> list[Path]:
+        return sorted(self.folder.glob("version-*.log"))
+
+
+class Journaled:
+    """A Transport that writes down what the inner one says, or says again what was written down."""
+
+    virtual = False
+
+    def __init__(self, inner: Transport, journal: Journal, version: int, now: float):
+        """Continue from the snapshot of `version`, taken at `now` on the run's clock."""
+        self.inner, self.journal, self.at_once = inner, journal, inner.at_once
+        journal.begin(version)
+        self._begun = False  # whether what was in flight at the snapshot is on its way again
+        self._entries = journal.read(version)
+        self._next: Entry | None = None  # to be told again; None: live
+        self._told = 0  # how many of its clock readings have been
+        self._times: list[float] = []  # live: readings since the last entry
+        self._there: dict[str, bool] = {}  # live: answers since the last entry
+        self._open: dict[Key, Job] = {}  # jobs sent again that the log has no reply to
+        self._last, self._offset = now, now - inner.now()
+        self._clients = 0
+
+    def clients(self, timeout: float) -> list[ClientInfo]:
+        """The inner transport's clients, all of whom must be back for the log to be of use."""
+        infos = self.inner.clients(timeout)
+        self._clients = len(infos)
+        return infos
+
+    def there(self, client: str) -> bool:
+        """As the inner transport says, the same until something is sent or received."""
+        if self._next is not None:
+            return client not in self._next.away
+        if client not in self._there:
+            self._there[client] = self.inner.there(client)
+        return self._there[client]
+
+    def send(self, jobs: Sequence[Job]) -> None:
+        """Write down that the jobs leave, with all before it, then let them.
+
+        The first call is of what was in flight at the snapshot, none for a new run: there the log begins.
+        """
+        keys = tuple((job.client, job.task) for job in jobs)
+        if not self._begun:
+            self._begin(dict(zip(keys, jobs, strict=True)))
+        elif self._replays("send", keys):
+            self._open.update(zip(keys, jobs, strict=True))
+            self._advance()
+        else:
+            self._write("send", jobs=keys)
+            self.journal.flush()
+            reach("send")
+            self.inner.send(jobs)
+
+    def receive(self, timeout: float | None) -> list[Reply]:
+        """The inner transport's replies, written down."""
+        if (entry := self._next) and self._replays("receive"):
+            for reply in entry.replies:
+                self._open.pop((reply.client, reply.task), None)
+            self._advance()
+            return list(entry.replies)
+        replies = [_plain(reply) for reply in self.inner.receive(timeout)]
+        self.now()  # when they came: the clock goes on from here, should this be the last entry
+        self._write("receive", replies=tuple(replies))
+        return replies
+
+    def step(self, version: int) -> None:
+        """The server has made `version`: a snapshot of it contains all that is written up to here."""
+        if self._replays("step"):
+            self.journal.begin(version)
+            self._advance()
+        else:
+            self._write("step")
+            self.journal.begin(version)
+
+    def abandon(self, keys: Iterable[Key]) -> None:
+        """Nobody wants these replies."""
+        keys = list(keys)
+        for key in keys:
+            self._open.pop(key, None)
+        if self._next is None:
+            self.inner.abandon(keys)
+
+    def bytes_down(self, job: Job) -> int:
+        """As the inner transport counts."""
+        return self.inner.bytes_down(job)
+
+    def now(self) -> float:
+        """Seconds on the run's clock, which stands still while no server runs."""
+        if self._next is not None:
+            if self._told < len(self._next.times):
+                self._last = self._next.times[self._told]
+                self._told += 1
+        else:
+            self._last = max(self._last, self._offset + self.inner.now())
+            self._times.append(self._last)
+        return self._last
+
+    def over(self) -> None:
+        """Told the same again, the server would stop again; a log that nobody was told of is kept."""
+        if self._begun:
+            self.journal.clear()
+
+    def close(self) -> None:
+        """Close the log and the inner transport."""
+        self.journal.close()
+        self.inner.close()
+
+    def _begin(self, jobs: dict[Key, Job]) -> None:
+        """Send what was in flight, or wait with that until the log is told."""
+        self._begun, self._times, self._there, self._open = True, [], {}, jobs
+        first = next(self._entries, None)
+        if first is not None and first.clients != self._clients:
+            log.warning("the log is of %d clients, %d are there: they are asked again", first.clients, self._clients)
+            self.journal.clear()
+            first = None
+        self._next = first
+        if first is None:
+            self._go_live()
+
+    def _write(self, call: str, **about: Any) -> None:
+        away = frozenset(client for client, there in self._there.items() if not there)
+        entry = Entry(call, times=tuple(self._times), away=away, clients=self._clients, **about)
+        self._times, self._there = [], {}
+        self.journal.append(entry)
+
+    def _replays(self, call: str, jobs: tuple[Key, ...] = ()) -> bool:
+        """Whether the next entry is of this call; a log that does not fit the run is left behind."""
+        if self._next is None:
+            return False
+        if (self._next.call, self._next.jobs) == (call, jobs):
+            return True
+        log.warning("the log does not fit the run from here on (was it made by another version?): going on without it")
+        self.journal.cut()
+        self._go_live()
+        return False
+
+    def _advance(self) -> None:
+        assert self._next is not None, "only an entry that is there can be passed"
+        self._last = self._next.times[-1] if self._next.times else self._last
+        self._next, self._told = next(self._entries, None), 0
+        if self._next is None:
+            self._go_live()
+
+    def _go_live(self) -> None:
+        """Send what the log leaves open; the clock goes on from its last reading."""
+        self._next, self._times = None, []
+        self._offset = self._last - self.inner.now()
+        jobs, self._open = list(self._open.values()), {}
+        if jobs:
+            self.inner.send(jobs)
+
+
+def _plain(reply: Reply) -> Reply:
+    """The reply with a payload that the log can hold: an array of numbers, or none."""
+    payload = reply.payload
+    if payload is None or (isinstance(payload, np.ndarray) and payload.dtype.kind in "biufc"):
+        return reply
+    return replace(reply, payload=None, error=f"unreadable payload ({type(payload).__name__})", code="bad_encoding")
+
+
+def _bytes_of(payload: np.ndarray | None) -> memoryview:
+    return memoryview(b"") if payload is None else np.ascontiguousarray(payload).reshape(-1).view(np.uint8).data
+
+
+def _as_json(entry: Entry) -> dict[str, Any]:
+    replies = []
+    for r in entry.replies:
+        array = None if r.payload is None else [r.payload.dtype.str, list(r.payload.shape)]
+        replies.append([r.client, r.task, r.header, r.error, r.code, r.bytes, r.seconds, array])
+    return {
+        "call": entry.call, "jobs": entry.jobs, "replies": replies, "times": entry.times,
+        "away": sorted(entry.away), "clients": entry.clients,
+    }  # fmt: skip
+
+
+def _read_entry(stream: IO[bytes]) -> Entry | None:
+    """The next entry; None at the end, and where it is not whole."""
+    head = stream.read(HEAD.size)
+    if len(head) < HEAD.size:
+        return None
+    magic, about_size, payload_size, checksum = HEAD.unpack(head)
+    left = os.fstat(stream.fileno()).st_size - stream.tell()
+    if magic != MAGIC or about_size + payload_size > left:  # a damaged length must not size a buffer
+        return None
+    about, payload = stream.read(about_size), stream.read(payload_size)
+    if zlib.crc32(payload, zlib.crc32(about)) != checksum:
+        return None
+    told = json.loads(about)
+    replies, start = [], 0
+    for client, task, header, error, code, size, seconds, array in told["replies"]:
+        values = None
+        if array is not None:
+            values = np.ndarray(array[1], array[0], payload, start)
+            start += values.nbytes
+        replies.append(Reply(client, task, header, values, error, code, size, seconds))
+    jobs = tuple((client, task) for client, task in told["jobs"])
+    return Entry(
+        told["call"], jobs, tuple(replies), tuple(told["times"]), frozenset(told["away"]), told["clients"]
+    )  # fmt: skip
+
+
+def _version_of(path: Path) -> int:
+    return int(path.stem.removeprefix("version-"))

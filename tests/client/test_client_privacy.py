@@ -1,0 +1,148 @@
+"""The client's own side: it pays before it trains, once for one job, and refuses what its options do not allow."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from fedgpt.client.privacy import ClientPrivacy
+from fedgpt.core.errors import FedGPTError
+from fedgpt.core.messages import Job, Plan
+from fedgpt.core.options import LocalOptions, ModelOptions, PrivacyOptions, RunOptions
+from fedgpt.privacy.accounting import Event, epsilon_of
+from fedgpt.privacy.ledger import BudgetExhausted
+from fedgpt.privacy.plan import make_plan
+from fedgpt.privacy.randomness import SecureStream
+
+TOKENS = np.random.default_rng(0).integers(64, size=40 * 17)
+
+
+def options(unit: str = "example", **privacy) -> RunOptions:
+    return RunOptions(
+        rounds=5,
+        model=ModelOptions(n_layer=1, n_head=1, n_embd=8, block_size=16),
+        local=LocalOptions(steps=3, batch_size=4),
+        privacy=PrivacyOptions(**{"unit": unit, "target_epsilon": 4.0, **privacy}),
+    )
+
+
+def job(o: RunOptions, task: int = 0, **plan) -> Job:
+    planned = make_plan(o, [TOKENS.size])
+    told = {
+        "noise_multiplier": planned.noise_multiplier, "participations": planned.participations,
+        "delta": planned.delta, "state": task - 1, "tokens_done": 0, "tokens_per_step": 64, **plan,
+    }  # fmt: skip
+    params = np.full(10, task, np.float32)
+    return Job("alice", task, task, params, Plan("run", o.local.steps, tokens_total=1000, **told))
+
+
+def client(o: RunOptions, folder, tokens=TOKENS, **environment) -> ClientPrivacy:
+    return ClientPrivacy(o, folder, tokens, environment)
+
+
+def events(folder) -> list[dict]:
+    return json.loads((folder / "ledger.json").read_text())["events"]
+
+
+def test_a_run_as_planned_is_within_its_budget_and_the_next_job_is_refused(tmp_path):
+    o = options()
+    for task in range(5):
+        client(o, tmp_path).steps(job(o, task), "fresh")
+    planned = make_plan(o, [TOKENS.size])
+    assert events(tmp_path) == [
+        {"noise_multiplier": planned.noise_multiplier, "sampling_probability": 0.1, "count": 15}
+    ]
+    cost = epsilon_of([Event(planned.noise_multiplier, 0.1, 15)], planned.delta)
+    assert 3.9 < cost == planned.epsilon <= 4.0
+    with pytest.raises(BudgetExhausted, match=r"to 4\.\d+, privacy\.target_epsilon=4"):
+        client(o, tmp_path).steps(job(o, 5), "fresh")
+    assert events(tmp_path)[0]["count"] == 15
+
+
+def test_the_very_same_job_again_is_free_and_gets_the_same_noise(tmp_path):
+    o = options()
+    first = client(o, tmp_path).steps(job(o), "fresh").stream.normal(50)
+    again = client(o, tmp_path).steps(job(o, keep=(3, 4), seconds=2.0, held=-1), "fresh").stream.normal(50)
+    np.testing.assert_array_equal(first, again)
+    assert events(tmp_path)[0]["count"] == 3
+
+
+@pytest.mark.parametrize("what", ["moments", "params", "schedule", "environment"])
+def test_another_job_of_the_same_number_is_paid_for_and_gets_other_noise(tmp_path, what):
+    o = options()
+    first = client(o, tmp_path).steps(job(o), "fresh").stream.normal(1000)
+    other = job(o, tokens_done=64) if what == "schedule" else job(o)
+    if what == "params":
+        other = Job("alice", 0, 0, np.ones(10, np.float32), other.plan)
+    environment = {"threads": 7} if what == "environment" else {}
+    steps = client(o, tmp_path, **environment).steps(other, "moments of 3" if what == "moments" else "fresh")
+    assert abs(np.corrcoef(first, steps.stream.normal(1000))[0, 1]) < 0.13
+    assert events(tmp_path)[0]["count"] == 6
+
+
+def test_a_server_that_asks_for_less_noise_or_longer_is_held_to_the_clients_own_budget(tmp_path):
+    o = options()
+    with pytest.raises(BudgetExhausted, match="a job with noise 0"):
+        client(o, tmp_path).steps(job(o, noise_multiplier=0.0), "fresh")
+    with pytest.raises(BudgetExhausted, match=r"privacy\.target_epsilon=4"):
+        client(o, tmp_path).steps(job(o, noise_multiplier=0.2), "fresh")
+    with pytest.raises(BudgetExhausted, match="delta nan is not below"):
+        client(o, tmp_path).steps(job(o, delta=float("nan")), "fresh")
+    refund = job(o)
+    with pytest.raises(BudgetExhausted, match="a job of -3 steps"):
+        client(o, tmp_path).steps(replace(refund, plan=replace(refund.plan, steps=-3)), "fresh")
+    with pytest.raises(BudgetExhausted, match=r"delta 0\.5 is not below one over the 40 units"):
+        client(o, tmp_path).steps(job(o, delta=0.5), "fresh")
+    client(o, tmp_path).steps(job(o, participations=10_000), "fresh")  # one job is still within the budget
+    assert events(tmp_path)[0]["count"] == 3
+
+
+@pytest.mark.parametrize("name", ["ledger.json", "privacy.key"])
+def test_without_its_ledger_or_key_a_client_does_not_go_on(tmp_path, name):
+    o = options()
+    client(o, tmp_path).steps(job(o), "fresh")
+    (tmp_path / name).unlink()
+    with pytest.raises(FedGPTError, match=f"{name} is missing"):
+        client(o, tmp_path).steps(job(o, 1), "fresh")
+    if name == "ledger.json":  # nor where none of its updates has been accepted yet
+        with pytest.raises(FedGPTError, match=f"{name} is missing"):
+            client(o, tmp_path).steps(job(o, 0), "fresh")
+
+
+def test_the_ledger_names_the_noise_and_does_not_tell_it(tmp_path):
+    o = options("local", clip=1.0)
+    noise = client(o, tmp_path).hidden(job(o), np.zeros(5000, np.float32), "fresh")
+    (told,) = json.loads((tmp_path / "ledger.json").read_text())["releases"]
+    guess = SecureStream(bytes.fromhex(told["tag"]), "noise").normal(5000)
+    assert abs(np.corrcoef(noise, guess)[0, 1]) < 0.07
+
+
+def test_a_damaged_ledger_and_one_of_other_text_are_refused(tmp_path):
+    o = options()
+    client(o, tmp_path).steps(job(o), "fresh")
+    with pytest.raises(FedGPTError, match="is the ledger of data"):
+        client(o, tmp_path, tokens=TOKENS[::-1].copy()).steps(job(o, 1), "fresh")
+    (tmp_path / "ledger.json").write_text("{")
+    with pytest.raises(FedGPTError, match="is damaged"):
+        client(o, tmp_path).steps(job(o, 1), "fresh")
+
+
+def test_files_are_the_owners_alone(tmp_path):
+    o = options()
+    client(o, tmp_path).steps(job(o), "fresh")
+    assert {oct((tmp_path / name).stat().st_mode & 0o777) for name in ("ledger.json", "privacy.key")} == {"0o600"}
+
+
+def test_a_locally_private_update_is_clipped_and_as_noisy_as_promised(tmp_path):
+    o = options("local", clip=0.5, target_epsilon=None, noise_multiplier=2.0)
+    delta = np.random.default_rng(0).standard_normal(20_000).astype(np.float32)
+    hidden = client(o, tmp_path).hidden(job(o), delta, "fresh")
+    noise = hidden - 0.5 * delta / np.linalg.norm(delta)
+    assert noise.std() == pytest.approx(2 * 0.5 * 2.0, rel=0.02)
+    np.testing.assert_array_equal(hidden, client(o, tmp_path).hidden(job(o), delta, "fresh"))
+    other = client(o, tmp_path).hidden(job(o), delta + np.float32(1e-3), "fresh")
+    assert abs(np.corrcoef(hidden, other)[0, 1]) < 0.03, "another update of the same job has other noise"
+    assert events(tmp_path) == [{"noise_multiplier": 2.0, "sampling_probability": 1.0, "count": 2}]

@@ -1,0 +1,30 @@
+"""A client's job that hangs ends its process, with a stack that says where; one that is slow on purpose does not."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+
+def process(seconds: float, slow: float, sleep: float) -> tuple[int, str, float]:
+    script = f"import time\nfrom fedgpt.client.work import watchdog\nwith watchdog({seconds}, {slow}):\n"
+    script += f"    began = time.monotonic(); time.sleep({sleep})\nprint('through')"
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    return done.returncode, done.stdout + done.stderr, time.monotonic() - began
+
+
+def test_a_job_that_hangs_ends_its_process():
+    code, told, seconds = process(0.5, 0.0, 100.0)
+    assert code == 1 and "Timeout" in told and "<module>" in told and "through" not in told
+    assert seconds < 90, "long before it would have ended by itself"
+
+
+def test_a_slow_client_of_a_simulated_fleet_is_left_alone():
+    code, told, _ = process(0.2, 60.0, 1.0)
+    assert code == 0 and told == "through\n"
+
+
+def test_zero_is_off():
+    assert process(0.0, 0.0, 0.5)[0] == 0

@@ -1,0 +1,331 @@
+"""Every wrong option is told at once, named as typed, before any work."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import subprocess
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+from support.refused import problems
+
+from fedgpt.config import checks, compose, overrides
+from fedgpt.core import options as options_module
+from fedgpt.core.errors import ConfigError
+from fedgpt.core.options import RunOptions
+
+CONF = Path(__file__).parents[2] / "conf"
+GROUPS = sorted({path.parent.name for path in CONF.glob("*/*.yaml")})
+CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
+
+
+def strategy_paces(choice: str) -> frozenset[str]:
+    """The pacings that a strategy of conf/ is right for."""
+    target = OmegaConf.load(CONF / "strategy" / f"{choice}.yaml").get("_target_")
+    module, _, name = target.rpartition(".")
+    return getattr(getattr(importlib.import_module(module), name), "paces", frozenset({"cohort"}))
+
+
+def test_the_defaults_are_valid():
+    options = compose.load()
+    assert isinstance(options, RunOptions)
+    assert options.corpus.name == "sotu" and options.strategy["_target_"] == "fedgpt.aggregate.fedavg.FedAvg"
+
+
+@pytest.mark.parametrize("group, choice", CHOICES)
+def test_every_conf_file_composes_and_is_valid(group, choice, tmp_path, monkeypatch):
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: True)  # whether Ray is installed or not
+    table = tmp_path / "fleet.csv"
+    table.write_text('{"event": "open"}\n' if choice == "replay" else "client,step_seconds\na,1.0\n")
+    needs = [f"corpus.path={tmp_path}"] if choice == "files" else []
+    if group == "fleet" and choice != "none":
+        needs = ["clock=virtual", *([f"fleet.path={table}"] if choice in ("trace", "replay") else [])]
+    if group == "strategy" and "cohort" not in strategy_paces(choice):
+        needs = ["pace=buffer", "strategy.period=8"] if choice == "delayed_nesterov" else ["pace=buffer"]
+    options = compose.load([f"{group}={choice}", *needs])
+    if group in ("corpus", "tokenizer", "partition", "pace", "attack", "runtime"):
+        assert choice.startswith(getattr(options, group).name)  # corpus=sotu_addresses is the corpus sotu
+
+
+def test_the_schema_names_the_choices_of_every_group():
+    told = {}
+    for field in fields(RunOptions):
+        if (schema := getattr(options_module, f"{field.name.capitalize()}Options", None)) is not None:
+            name, _, choices = schema.__doc__.partition(":")[0].rstrip(".").partition("=")
+            told[name] = sorted(choices.split("|"))
+    choices = {group: sorted(choice for of, choice in CHOICES if of == group) for group in GROUPS}
+    assert told == {group: choices[group] for group in GROUPS if group not in ("strategy", "experiment")}
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_conf_file_says_what_it_is(group):
+    for path in CONF.glob(f"{group}/*.yaml"):
+        assert "# " in path.read_text().split("\n\n")[0], path
+
+
+def test_yaml_carries_every_option(tmp_path):
+    options = compose.load(["model=mini", "strategy=diloco", f"run_dir={tmp_path}", "pace.rate=0.5", "seed=7"])
+    assert asdict(compose.from_yaml(compose.to_yaml(options))) == asdict(options)
+
+
+def test_the_schedule_ends_at_a_tenth_unless_told():
+    assert compose.load(["local.lr=2e-3"]).local.last_lr == 2e-4 and compose.load().local.last_lr == 3e-4
+    assert compose.load(["local.min_lr=0"]).local.last_lr == 0
+
+
+def test_folders_that_no_run_could_write_are_told(tmp_path):
+    (tmp_path / "file").write_text("")
+    for option in ("run_dir", "cache_dir"):
+        for path in (tmp_path / "file", tmp_path / "file" / "below"):
+            [problem] = problems(f"{option}={path}")
+            assert problem == f"{option}={path}: {tmp_path / 'file'} is a file; name a folder"
+    [problem] = problems(f"init_from={tmp_path / 'nowhere'}")
+    assert problem.startswith(f"init_from={tmp_path / 'nowhere'}: is no folder; name the folder of a finished run")
+    [problem] = problems(f"init_from={tmp_path}")
+    assert "has no config.json, nor model/config.json" in problem
+
+
+@pytest.mark.parametrize("text", ["a: [1,\n b: {", "\tx: 1", "", "- 1\n", b"\xff\xfe\x00", None])
+def test_a_damaged_config_yaml_is_told_by_its_path(tmp_path, text):
+    path = tmp_path / "config.yaml"
+    path.mkdir() if text is None else path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(ConfigError) as error:
+        compose.of_run(tmp_path)
+    assert str(path) in error.value.problems[0]
+    options = compose.load()
+    options.run_dir = str(tmp_path)
+    with pytest.raises(ConfigError, match=r"its config.yaml is damaged"):
+        compose.refuse_another_run(options)
+
+
+def test_everything_wrong_is_in_one_list():
+    told = problems("ronds=3", "strategy=fedavgg", "rounds=many", "model.n_embd=130", "pace.clients=-1", "local.lr=0")
+    assert len(told) == 6
+    for part in (
+        "ronds=3: no option 'ronds'; did you mean 'rounds'",
+        "strategy=fedavgg: choose from",
+        "did you mean 'fedavg'",
+        "rounds=many: must be a whole number, at least 1",
+        "model.n_embd=130: must be a multiple of model.n_head=4; try 128 or 136",
+        "pace.clients=-1: must be at least 0",
+        "local.lr=0",
+    ):
+        assert any(part in problem for problem in told), part
+
+
+@pytest.mark.parametrize(
+    "overrides, part",
+    [
+        (["update.downlink=fp16"], "update.downlink=fp16: must be fp32, bf16, int8 or int4"),
+        (["update.decay=7"], "update.decay=7"),
+        (["update.error_feedback=true"], "update.error_feedback=true"),
+        (["update=int8", "update.block=7"], "update.block=7"),
+        (["update=int8", "update.density=0.5"], "update.density=0.5: no option of update.compress=int8"),
+        (["strategy=auto", "pace.rate=0.5"], "pace.rate=0.5: the pacing may change"),
+        (["pace.goal=2", "pace.minimum=3"], "pace.minimum=3"),
+        (
+            ["strategy=diloco", "pace=buffer"],
+            "momentum compounds on every arrival (Nesterov, mu 0.9: 4 equal updates D",
+        ),
+        (["strategy.bta=1"], "strategy.bta=1: no option 'strategy.bta'"),
+        (["+strategy.bta=1"], "strategy.bta=1: the options of FedAvg are eta"),
+        (["strategy.eta=-1"], "strategy.eta=-1"),
+        (["+extra=1"], "no option 'extra'"),
+        (["modle=mini"], "did you mean 'model'"),
+        (["local.stpes=3"], "did you mean 'local.steps'"),
+        (["rounds"], "rounds"),
+        (["tokenizer=bpe", "corpus.public=0"], "corpus.public=0: tokenizer=bpe is trained on the public part"),
+        (["corpus.public=0.6", "corpus.held_out=0.5"], "corpus.public=0.6"),
+        (["corpus=files"], "corpus.path"),
+        (["partition=iid", "partition.clients=0"], "partition.clients=0"),
+        (["partition=dirichlet", "partition.alpha=0"], "partition.alpha=0"),
+        (["local.min_lr=1"], "local.min_lr=1"),
+        (["pace.clients=4", "pace.goal=5"], "pace.goal=5: more than the pace.clients=4"),
+        (["pace.clients=4", "pace.minimum=5"], "pace.minimum=5"),
+        (["attack.clients=2"], "attack.clients=2: attack=none has no attackers; choose attack=sign_flip|"),
+        (["attack=scale", "attack.clients=0"], "attack.clients=0: attack=scale needs attackers"),
+        (["attack=scale", "attack.strength=0"], "attack.strength=0.0: must be above 0"),
+        (["attack=scale", "partition=iid", "attack.clients=9"], "attack.clients=9: more than the partition.clients=8"),
+        (["attack=scal"], "did you mean 'scale'"),
+        (["runtime.device=tpu"], "runtime.device=tpu: must be auto, cpu or cuda"),
+        (["local.precision=fp16"], "local.precision=fp16: must be auto, fp32 or bf16"),
+        (["model.gelu=relu"], "model.gelu=relu"),
+        (["strategy=null"], "strategy"),
+    ],
+)
+def test_one_wrong_option_is_named_with_what_is_allowed(overrides, part):
+    assert any(part in problem for problem in problems(*overrides)), problems(*overrides)
+
+
+@pytest.mark.parametrize("target", ["os.system", "os.getcwd", "pathlib.Path", "builtins.eval", "fedgptx.Evil"])
+def test_a_target_outside_the_allow_list_is_never_imported(target):
+    told = problems("strategy=flower", f"strategy._target_={target}")
+    assert any("only classes in fedgpt.aggregate, flwr.serverapp.strategy" in problem for problem in told)
+
+
+def test_a_trusted_package_may_bring_a_strategy(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text(
+        "from dataclasses import dataclass\n"
+        "from fedgpt.aggregate.base import Strategy, advance\n"
+        "@dataclass(frozen=True)\n"
+        "class Half(Strategy):\n"
+        "    share: float = 0.5\n"
+        "    def step(self, d, state):\n"
+        "        return advance(state, state.params - self.share * d)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    overrides = ["strategy=flower", "strategy._target_=mine.Half", "+strategy.share=0.25"]
+    assert any("trusted_packages=[mine]" in problem for problem in problems(*overrides))
+    options = compose.load([*overrides, "trusted_packages=[mine]"])
+    assert compose.build_strategy(options.strategy, options.trusted_packages).share == 0.25
+
+
+def test_a_rule_that_learns_from_public_text_needs_some():
+    [told] = problems("strategy=fltrust", "corpus.public=0", "tokenizer=bytes")
+    assert told.startswith("corpus.public=0: strategy=fltrust trains the server's own update on the public part; raise")
+    compose.load(["strategy=median", "corpus.public=0", "tokenizer=bytes"])
+
+
+def test_a_users_folder_adds_choices(tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/tiny.yaml").write_text("n_layer: 1\nn_head: 1\nn_embd: 8\nblock_size: 16\n")
+    assert compose.load(["model=tiny"], str(tmp_path)).model.n_embd == 8
+    with pytest.raises(ConfigError, match="did you mean 'tiny'"):
+        compose.load(["model=tiyn"], str(tmp_path))
+
+
+def test_sweeps_are_checked_choice_by_choice():
+    compose.precheck(["strategy=fedavg,diloco", "seed=0,1,2"])
+    with pytest.raises(ConfigError, match=r"strategy=diloko: .*did you mean 'diloco'"):
+        compose.precheck(["strategy=fedavg,diloko"])
+    with pytest.raises(ConfigError, match="seed=x"):
+        compose.precheck(["seed=0,x"])
+
+
+@pytest.mark.parametrize(
+    "overrides, part",
+    [
+        (
+            ["pace.goal=2", "pace.grace=1.5"],
+            "pace.grace=1.5: fleet=replay: a record holds when replies arrived, not when",
+        ),
+        (["pace.deadline=30"], "pace.deadline=30: fleet=replay: a record holds when replies arrived, not when"),
+        (
+            ["privacy=client"],
+            "privacy=client: fleet=replay: a record holds when replies arrived, and noise that nobody",
+        ),
+        (["strategy=auto"], "strategy=auto: fleet=replay: a record holds when replies arrived, not how long"),
+    ],
+)
+def test_what_a_record_cannot_repeat_is_refused_before_it_is_replayed(overrides, part, tmp_path):
+    (tmp_path / "events.jsonl").write_text('{"event": "dispatch"}\n')
+    replay = ["clock=virtual", "fleet=replay", f"fleet.path={tmp_path}/events.jsonl"]
+    [told] = problems(*replay, *overrides)
+    assert part in told and "in both" in told
+    compose.load([*replay, "pace=buffer", "pace.dylu=true", "pace.max_staleness=4"])
+    compose.load([*replay, "privacy=client", "privacy.rng=seeded"])
+    compose.load(["clock=virtual", "fleet=published", *overrides])
+
+
+def swept(*overrides: str) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        compose.precheck(overrides)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize(
+    "overrides, part",
+    [
+        (["model.n_embd=128,130"], "try 128 or 136 (in the job model.n_embd=130)"),
+        (["pace.clients=4,-1", "seed=0,1"], "(in the job pace.clients=-1 seed=0 and 1 more)"),
+        (
+            ["strategy=fedavg,fedbuff"],
+            "take pace=buffer, or strategy=delta_sgd, fedavg or diloco (in the job strategy=",
+        ),
+        (["strategy=diloco,fedavg", "strategy.mu=0.5"], "strategy.mu'. (in the job strategy=fedavg)"),
+    ],
+)
+def test_every_job_of_a_sweep_is_checked_before_the_first_one_runs(overrides, part):
+    [told] = swept(*overrides)
+    assert part in told
+
+
+def test_of_a_large_sweep_every_choice_of_its_short_lists_is_checked(monkeypatch):
+    monkeypatch.setattr(overrides, "MOST_JOBS", 10)
+    [told] = swept("local.lr=1e-3,0", "seed=range(0,100)")
+    assert told.endswith("(in the job local.lr=0 seed=0 and 4 more)")
+
+
+def test_what_is_wrong_with_every_job_is_told_once_and_beside_the_rest():
+    told = swept("rounds=3", "local.lr=0", "ronds=2", "pace.clients=4,-1", "seed=0,1,2")
+    assert len(told) == 3
+    assert told[0].startswith("ronds=2: no option") and told[1] == "local.lr=0.0: must be above 0 and at most 1"
+    assert told[2].endswith("(in the job pace.clients=-1 seed=0 and 2 more)")
+
+
+def test_sweeps_that_are_right_pass():
+    compose.precheck(["strategy=diloco,fedavgm", "strategy.mu=0.5", "name='a,b','c'"])
+    compose.precheck(["model=glob(m*)", "pace.clients=range(1,4)", "hydra.sweep.dir=runs/x"])
+
+
+def test_a_sweep_without_m_is_told_how_it_is_typed():
+    told = problems("seed=1,2", "strategy=fedavg,diloco", "ronds=3")
+    assert len(told) == 3 and "typed with -m (fedgpt run -m seed=1,2)" in " ".join(told)
+    assert compose.load(["name='a,b'"]).name == "a,b"
+
+
+def test_what_this_machine_cannot_start_is_in_the_list(monkeypatch, tmp_path):
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: True)
+    (tmp_path / "config.yaml").write_text(compose.to_yaml(compose.load(["runtime=ray"])))
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    told = problems("runtime=ray", "rounds=0")
+    assert len(told) == 2 and any('pip install ".[ray]"' in problem for problem in told)
+    assert compose.of_run(tmp_path).runtime.name == "ray", "a run's folder is read without Ray, too"
+
+
+def test_more_made_clients_than_supernodes_fit_is_in_the_list():
+    [told] = problems("runtime=superlink", "partition=iid", "partition.clients=17")
+    assert "there are 17 clients; take at most 16" in told
+    compose.load(["runtime=superlink", "partition=iid", "partition.clients=16"])
+    compose.load(["runtime=superlink", "partition.clients=17"])  # of the largest: there may be fewer
+
+
+def test_configuration_never_imports_torch():
+    code = "import sys; from fedgpt import config; compose.load(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+LEAVES = sorted(compose._flat(OmegaConf.structured(RunOptions)))
+ODD = [
+    "null", "true", "-1", "0", "1e999", "nan", "-inf", "1.5", "[]", "[1,2]", "{a:1}", "x", "'", "${seed}", "${no}",
+    "99999999999999999999", "../..", "\\0", "a=b", "[[[", "{", "é",
+]  # fmt: skip
+texts = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=12)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(LEAVES), st.sampled_from(ODD) | texts)
+def test_any_value_of_any_option_is_valid_or_a_named_problem(option, value):
+    """Never another exception, whatever is typed."""
+    try:
+        options = compose.load([f"{option}={value}"])
+    except ConfigError as error:
+        assert error.problems and all(isinstance(problem, str) and problem for problem in error.problems)
+    else:
+        assert isinstance(options, RunOptions)
+        assert isinstance(compose.from_yaml(compose.to_yaml(options)), RunOptions), (
+            "what is valid can be written and read"
+        )
+
+
+@settings(max_examples=20, deadline=None)
+@given(texts)
+def test_any_text_as_an_override_is_valid_or_a_named_problem(text):
+    with contextlib.suppress(ConfigError):
+        compose.load([text])

@@ -1,0 +1,92 @@
+"""What is typed: values told as typed with what is allowed, each mistake once, and paths without quotes of quotes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.refused import problems
+
+from fedgpt.config import compose, overrides
+
+
+@pytest.mark.parametrize(
+    "typed, told",
+    [
+        ("tokens=1e6", "tokens=1e6: must be a whole number, at least 0 (0 = end after `rounds`); type 1000000"),
+        ("tokens=1.5", "tokens=1.5: must be a whole number, at least 0 (0 = end after `rounds`)"),
+        ("rounds=true", "rounds=true: must be a whole number, at least 1"),
+        ("pace.goal=x", "pace.goal=x: must be a whole number or null, at least 1"),
+        ("evaluate.samples=null", "evaluate.samples=null: must be a whole number, at least 0"),
+        ("fleet.step_seconds=1", "fleet.step_seconds=1: must be a list of numbers, such as [1,2]"),
+        ("trusted_packages=mine", "trusted_packages=mine: must be a list of texts, such as [a,b]"),
+        ("local.lr=fast", "local.lr=fast: must be a number, above 0 and at most 1"),
+        ("model.bias=perhaps", "model.bias=perhaps: must be true or false"),
+        ("local.weight_decay=inf", "local.weight_decay=inf: must be a finite number, at least 0"),
+        ("pace.deadline=nan", "pace.deadline=nan: must be a finite number, above 0 seconds"),
+        (
+            "rounds==5",
+            "rounds==5: not of the form key=value; a value with signs of its own is quoted within the shell's",
+        ),
+        ("~local.lr", "~local.lr: an option can be set, not deleted"),
+        ("run_dir=", "run_dir=: must be a folder"),
+        ("name=a/b", "name=a/b: must be a name without a slash"),
+        ("lr=0.1", "lr=0.1: no option 'lr'; did you mean 'local.lr'"),
+        (
+            "partition.alpha=0.1",
+            "partition.alpha=0.1: does nothing with partition=natural; add partition=dirichlet, or",
+        ),
+        ("attack.strength=3", "attack.strength=3: does nothing with attack=none; add attack=sign_flip or"),
+    ],
+)
+def test_a_wrong_value_is_told_as_typed_with_what_is_allowed(typed, told):
+    [problem] = problems(typed)
+    assert problem.startswith(told)
+
+
+@pytest.mark.parametrize(
+    "typed, only",
+    [
+        (["privacy=clients", "privacy.target_epsilon=3"], "privacy=clients: choose from"),
+        (["corpus=file", "corpus.path=/x"], "corpus=file: choose from"),
+        (["pace=bufer", "strategy=fedbuff"], "pace=bufer: choose from"),
+        (
+            ["tokenizer=bytes", "tokenizer.vocab_size=300"],
+            "tokenizer.vocab_size=300: does nothing with tokenizer=bytes",
+        ),
+        (["tokens=100000", "rounds=5"], "rounds=5: tokens=100000 decides where the run ends"),
+    ],
+)
+def test_one_mistake_is_told_once(typed, only):
+    [problem] = problems(*typed)
+    assert problem.startswith(only)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "~/my notes",
+        "/tmp/ünïcödé 日本",
+        "/tmp/notes (1)",
+        "/tmp/it's",
+        "/tmp/a=b",
+        '/tmp/a "b"',
+        "/tmp/a,b",
+        "/tmp/plain",
+    ],
+)
+def test_paths_and_prompts_need_no_quotes_beside_the_shells(value):
+    options = compose.load(["corpus=files", f"corpus.path={value}", f"run_dir={value}", f"evaluate.prompt={value}"])
+    assert options.corpus.path == options.run_dir == str(Path(value).expanduser()) and options.evaluate.prompt == value
+    assert compose.load([overrides.readable(f"evaluate.prompt={value}")]).evaluate.prompt == value, "as Hydra gets it"
+
+
+def test_a_name_may_be_any_but_a_choice_is_no_text():
+    assert compose.load(["name=münchen 2"]).name == "münchen 2"
+    [problem] = problems("clock=real,virtual")
+    assert problem.startswith("clock=real,virtual: is a sweep, which is typed with -m")
+
+
+def test_a_sweep_over_texts_stays_one():
+    assert overrides.readable("evaluate.prompt=a,b", sweep=True) == "evaluate.prompt=a,b"
+    compose.precheck(["evaluate.prompt=a,b", "local.lr=1e-4,1e-3"])

@@ -1,0 +1,286 @@
+"""The loop with pace=buffer on the virtual clock: the golden trace, staleness, DyLU, deadlines, resume, replay."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from support.fake_transport import honest
+from support.virtual_run import LatePool, serve
+
+from fedgpt.aggregate.delayed_nesterov import DelayedNesterov
+from fedgpt.aggregate.delta_sgd import DeltaSGD
+from fedgpt.aggregate.fedasync import FedAsync
+from fedgpt.aggregate.fedbuff import FedBuff
+from fedgpt.core.errors import FedGPTError, Interrupted, StoppedEarly
+from fedgpt.core.messages import Reply
+from fedgpt.core.options import EvaluateOptions, FleetOptions
+from fedgpt.server.jobs import Planner
+from fedgpt.simulate.virtual_clock import VirtualTransport
+
+FOUR = dict.fromkeys("abcd", honest)
+# the note's trace for 10 local steps: (seconds, client, staleness)
+GOLDEN = [
+    (5.8, 0, 0), (7.5, 1, 1), (11.6, 0, 1), (15.0, 1, 1), (15.1, 2, 4), (17.4, 0, 2), (22.5, 1, 2), (23.2, 0, 1),
+    (29.0, 0, 0), (30.0, 1, 2), (30.2, 2, 5), (33.3, 3, 11), (34.8, 0, 3),
+]  # fmt: skip
+
+
+def accepted(run):
+    return [about for event, about in run.events if event == "accept"]
+
+
+def test_the_published_workers_arrive_as_in_the_golden_trace(tmp_path):
+    run = serve(tmp_path, FOUR, DeltaSGD(), rounds=96)
+    trace = [(a["seconds"], "abcd".index(a["client"]), a["staleness"]) for a in accepted(run)]
+    for (seconds, client, tau), golden in zip(trace, GOLDEN, strict=False):
+        assert (pytest.approx(seconds), client, tau) == golden
+    assert run.summary["virtual_seconds"] == pytest.approx(241.6)
+    assert np.mean([tau for *_, tau in trace]) == 2.9375
+    histogram = {0: 5, 1: 32, 2: 24, 3: 12, 4: 5, 5: 6, 6: 5, 11: 2, 12: 2, 13: 2, 14: 1}
+    assert Counter(tau for *_, tau in trace) == histogram
+    steps = Counter(a["client"] for a in accepted(run))
+    assert [10 * steps[c] for c in "abcd"] == [410, 320, 160, 70]
+
+
+def test_fedbuff_counts_staleness_in_flushes(tmp_path):
+    run = serve(tmp_path, FOUR, FedBuff(), rounds=24, goal=4)
+    assert Counter(a["staleness"] for a in accepted(run)) == {0: 46, 1: 39, 2: 5, 3: 4, 4: 2}
+
+
+def test_dylu_makes_jobs_as_long_as_each_other(tmp_path):
+    run = serve(tmp_path, FOUR, DeltaSGD(), rounds=170, local={"steps": 50}, dylu=True)
+    steps = {about["client"]: about["steps"] for event, about in run.events if event == "dispatch"}
+    assert [steps[c] for c in "abcd"] == [50, 38, 19, 8]  # after one measured job each
+    late = [a["staleness"] for a in accepted(run)][-100:]
+    assert Counter(late).most_common(1)[0][0] == 3 and max(late) <= 4  # k - 1 nearly everywhere
+
+
+@pytest.mark.parametrize(
+    "steps, expected",
+    [
+        (10, [10, 7, 3, 1]),
+        (30, [30, 23, 11, 5]),
+        (100, [100, 77, 38, 17]),
+        (128, [128, 98, 49, 22]),
+        (500, [500, 386, 192, 87]),
+    ],
+)
+def test_dylu_steps_of_the_note(tmp_path, steps, expected):
+    run = serve(tmp_path, FOUR, DeltaSGD(), rounds=30, local={"steps": steps}, dylu=True)
+    last = {about["client"]: about["steps"] for event, about in run.events if event == "dispatch"}
+    assert [last[c] for c in "abcd"] == expected
+
+
+def test_dylu_with_equal_speeds_changes_nothing(tmp_path):
+    equal = FleetOptions("constant", step_seconds=[1.0])
+    run = serve(tmp_path, FOUR, DeltaSGD(), rounds=20, fleet=equal, dylu=True)
+    assert {about["steps"] for event, about in run.events if event == "dispatch"} == {10}
+
+
+@pytest.mark.parametrize(
+    "strategy", [DeltaSGD(), FedAsync(), FedBuff(), DelayedNesterov(period=4)], ids=lambda s: s.name
+)
+def test_the_order_of_computing_never_changes_a_bit(tmp_path, strategy):
+    digests = {
+        serve(tmp_path / str(seed), FOUR, strategy, rounds=40, shuffle=seed).summary["weights_sha256"]
+        for seed in range(4)
+    }
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("strategy", [DeltaSGD(), FedAsync(), DelayedNesterov(period=4)], ids=lambda s: s.name)
+@pytest.mark.parametrize("every", [1, 7])
+@pytest.mark.parametrize("crash_at", [3, 20, 33])
+def test_resume_in_the_middle_equals_not_stopping(tmp_path, strategy, every, crash_at):
+    """A dead server's jobs in flight are sent again, from the versions that they began with."""
+    whole = serve(tmp_path / "whole", FOUR, strategy, rounds=40, checkpoint=every)
+
+    def dies(job):
+        if job.version == crash_at:
+            raise KeyboardInterrupt
+        return honest(job)
+
+    with pytest.raises(Interrupted):
+        serve(tmp_path / "cut", dict.fromkeys("abcd", dies), strategy, rounds=40, checkpoint=every)
+    again = serve(tmp_path / "cut", FOUR, strategy, rounds=40, checkpoint=every)
+    wall = {"wall_seconds"}
+    assert {k: v for k, v in again.summary.items() if k not in wall} == {
+        k: v for k, v in whole.summary.items() if k not in wall
+    }
+    assert [{k: v for k, v in r.items() if k not in wall} for r in again.records] == [
+        {k: v for k, v in r.items() if k not in wall} for r in whole.records
+    ]
+
+
+@pytest.mark.parametrize("warm", [True, False])
+@pytest.mark.parametrize("most", [None, 3])
+def test_replaying_the_events_of_a_run_gives_its_weights(tmp_path, monkeypatch, most, warm):
+    """Arrival by arrival, with DyLU, whose steps follow from measured times; what is too stale measures nothing.
+
+    Not `warm`: as on the pool, whose workers cannot tell how long their first job took.
+    """
+    rough = FleetOptions("lognormal", median=1.0, spread=1.0, jitter=0.3)
+    if not warm:
+        arrival = VirtualTransport._arrival
+
+        def untimed(transport, event):
+            reply = arrival(transport, event)
+            return replace(reply, seconds=math.nan) if reply and event.task == 0 else reply
+
+        monkeypatch.setattr(VirtualTransport, "_arrival", untimed)
+    first = serve(tmp_path / "a", FOUR, DeltaSGD(), rounds=60, fleet=rough, dylu=True, max_staleness=most)
+    monkeypatch.undo()
+    fleet = FleetOptions("replay", path=str(tmp_path / "a" / "events.jsonl"))
+    again = serve(tmp_path / "b", FOUR, DeltaSGD(), rounds=60, fleet=fleet, dylu=True, max_staleness=most)
+    assert again.summary["rejected"] == first.summary["rejected"]
+    assert most is None or first.summary["rejected"]["stale"] > 0
+    assert again.summary["weights_sha256"] == first.summary["weights_sha256"]
+    order = [(a["client"], a["task"]) for a in accepted(first)]
+    assert [(a["client"], a["task"]) for a in accepted(again)] == order
+
+
+def test_a_replay_that_is_too_short_says_so(tmp_path):
+    serve(tmp_path / "a", FOUR, DeltaSGD(), rounds=10)
+    fleet = FleetOptions("replay", path=str(tmp_path / "a" / "events.jsonl"))
+    with pytest.raises(FedGPTError, match="stands still"):
+        serve(tmp_path / "b", FOUR, DeltaSGD(), rounds=30, fleet=fleet)
+
+
+def test_a_stale_update_changes_no_speed(tmp_path, monkeypatch):
+    measured = []
+    measure = Planner.measure
+
+    def noted(planner, job, *about):
+        measured.append(job.client)
+        return measure(planner, job, *about)
+
+    monkeypatch.setattr(Planner, "measure", noted)
+    run = serve(tmp_path, FOUR, DeltaSGD(), rounds=60, max_staleness=4)
+    assert run.summary["rejected"]["stale"] > 0
+    assert len(measured) == sum(event == "accept" for event, _ in run.events)
+
+
+def test_max_staleness_drops_with_a_reason(tmp_path):
+    run = serve(tmp_path, FOUR, DeltaSGD(), rounds=60, max_staleness=4)
+    assert max(a["staleness"] for a in accepted(run)) <= 4
+    assert set(run.summary["rejected"]) == {"stale"}
+    free = serve(tmp_path / "free", FOUR, DeltaSGD(), rounds=60)
+    assert max(a["staleness"] for a in accepted(free)) > 4
+
+
+def test_the_state_of_a_dropped_update_is_not_gone_on_from(tmp_path):
+    run = serve(tmp_path, FOUR, DeltaSGD(), rounds=60, max_staleness=4)
+    taken = {(a["client"], a["task"]) for a in accepted(run)}
+    assert all(j.plan.state == -1 or (j.client, j.plan.state) in taken for j in run.pool.jobs)
+
+
+def test_a_job_without_an_answer_is_given_up_and_its_client_asked_again(tmp_path):
+    slow = FleetOptions("constant", step_seconds=[1.0, 1.0, 1.0, 100.0])
+    run = serve(tmp_path, FOUR, DeltaSGD(), rounds=30, fleet=slow, deadline=25.0)
+    given_up = [about for event, about in run.events if event == "reject"]
+    assert {about["client"] for about in given_up} == {"d"} and {about["code"] for about in given_up} == {"no_reply"}
+    assert len({about["task"] for about in given_up}) == len(given_up) >= 2
+
+
+def test_clients_that_only_fail_stop_the_run(tmp_path):
+    def broken(job):
+        return [(0.0, Reply(job.client, job.task, error="code 2: no text"))]
+
+    with pytest.raises(StoppedEarly, match="40 jobs in a row failed: client_error x40"):
+        serve(tmp_path, dict.fromkeys("abcd", broken), DeltaSGD(), rounds=10)
+
+
+def test_dropouts_and_windows_delay_and_never_block(tmp_path):
+    fleet = FleetOptions("published", dropout=0.3, window=[100.0, 60.0], jitter=0.2)
+    run = serve(tmp_path, FOUR, DeltaSGD(), rounds=60, fleet=fleet)
+    lost = Counter(about["detail"] for event, about in run.events if event == "reject")
+    assert run.summary["versions"] == 60 and {"dropped out", "went away"} <= set(lost)
+
+
+def test_everybody_away_means_waiting_for_the_first_who_returns(tmp_path):
+    fleet = FleetOptions("constant", step_seconds=[1.0], window=[15.0, 500.0])
+    run = serve(tmp_path, dict.fromkeys("ab", honest), DeltaSGD(), rounds=4, fleet=fleet)
+    assert run.summary["versions"] == 4 and run.summary["virtual_seconds"] > 500
+
+
+def test_the_upload_takes_its_time_and_may_come_too_late(tmp_path):
+    plain = serve(tmp_path / "a", FOUR, DeltaSGD(), rounds=8, fleet=FleetOptions("published"))
+    heavy = FleetOptions("published", up=1000.0, down=1000.0)
+    slow = serve(tmp_path / "b", FOUR, DeltaSGD(), rounds=8, fleet=heavy)
+    first = accepted(slow)[0]
+    sent = slow.pool.jobs[0]
+    expected = 5.8 + 1000e-6 * (sent.params.nbytes + slow.pool.sizes[first["client"], first["task"]])
+    assert first["seconds"] == pytest.approx(expected)
+    assert slow.summary["virtual_seconds"] > plain.summary["virtual_seconds"]
+
+
+def test_with_checkpoints_being_written_one_model_more_is_kept_than_jobs_in_flight(tmp_path):
+    """A snapshot holds the versions that jobs began from, and a writer may be at it; neither keeps older ones."""
+    vectors: dict[int, weakref.ref] = {}
+    most = 0
+
+    def client(job):
+        nonlocal most
+        vectors.setdefault(job.version, weakref.ref(job.params))
+        most = max(most, sum(vector() is not None for version, vector in vectors.items() if version))
+        return honest(job)
+
+    class Forgetful(LatePool):
+        def send(self, jobs):
+            super().send(jobs)
+            self.jobs.clear()
+
+    unscored = EvaluateOptions(every=0, samples=0)
+    run = serve(tmp_path, dict.fromkeys("abcd", client), DeltaSGD(), rounds=60, evaluate=unscored, pool=Forgetful)
+    assert len(vectors) > 40 and max(record["bases"] for record in run.records) == 3, "without the newest"
+    assert most <= 4 + 1
+
+
+def test_a_base_version_is_freed_with_the_last_job_on_it(tmp_path):
+    vectors: dict[int, weakref.ref] = {}  # version -> what its jobs began from
+    flying: dict[str, int] = {}  # client -> version
+    counts = []
+
+    def client(job):
+        vectors.setdefault(job.version, weakref.ref(job.params))
+        flying[job.client] = job.version  # asked again: the job that it had is over
+        alive = {v for v, vector in vectors.items() if vector() is not None}
+        assert alive - {0} == set(flying.values()) - {0}, "version 0 may still be with the evaluation thread"
+        counts.append(len(set(flying.values())))
+        return honest(job)
+
+    class Forgetful(LatePool):
+        def send(self, jobs):
+            super().send(jobs)
+            self.jobs.clear()
+
+    unscored = EvaluateOptions(every=0, samples=0)  # but for the first and the last
+    clients = dict.fromkeys("abcd", client)
+    run = serve(tmp_path, clients, DeltaSGD(), rounds=60, checkpoint=0, evaluate=unscored, pool=Forgetful)
+    assert len(counts) == 4 + 59 and max(counts) == 4 and len(vectors) == 60 and vectors[0]() is None
+    # a record is made before who is done gets the newest model: that one is not counted yet
+    assert [record["bases"] for record in run.records[1:60]] == [count - 1 for count in counts[4:]]
+
+
+def test_a_run_may_be_counted_in_tokens(tmp_path):
+    run = serve(tmp_path, FOUR, DeltaSGD(), rounds=3, tokens=10_000)  # a job is 512: rounds do not matter
+    assert run.summary["tokens"] == 10_240 and run.summary["versions"] == 20
+    assert run.pool.jobs[-1].plan.tokens_total == 10_000
+    assert "loss" in run.records[-1]
+
+
+def test_grace_takes_in_who_comes_soon_after(tmp_path):
+    fleet = FleetOptions("constant", step_seconds=[1.0, 1.05, 1.1, 3.0])
+    run = serve(tmp_path, FOUR, FedBuff(), rounds=5, fleet=fleet, goal=1, grace=1.5)
+    assert run.records[1]["accepted"] == 3
+
+
+def test_virtual_time_orders_ties_by_client(tmp_path):
+    equal = FleetOptions("constant", step_seconds=[1.0])
+    run = serve(tmp_path, FOUR, DeltaSGD(), rounds=8, fleet=equal, shuffle=5)
+    assert [a["client"] for a in accepted(run)] == list("abcdabcd")

@@ -1,0 +1,245 @@
+"""What the server learns of its clients: the usual length of updates, quarantine; bad updates change nothing."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from support.fake_transport import honest, reply_with
+from support.harness import SIZE, options, run
+
+from fedgpt.aggregate.centred_clip import CentredClip
+from fedgpt.aggregate.fedavg import FedAvg
+from fedgpt.aggregate.fltrust import FLTrust
+from fedgpt.aggregate.geometric_median import GeometricMedian
+from fedgpt.aggregate.krum import Krum
+from fedgpt.aggregate.median import Median
+from fedgpt.aggregate.norm_clip import NormClip
+from fedgpt.aggregate.trimmed_mean import TrimmedMean
+from fedgpt.core.messages import Reply, Update
+from fedgpt.core.options import ValidateOptions
+from fedgpt.server.limits import ENOUGH, REMEMBERED, Quarantine, clip_length, norm_limit, remembered
+
+RULES = [FedAvg(), Median(), TrimmedMean(), Krum(attackers=1), GeometricMedian(), NormClip(), CentredClip(), FLTrust()]
+HONEST = dict.fromkeys("abcdef", honest)
+
+
+def test_the_limit_is_a_multiple_of_the_running_median():
+    o = ValidateOptions(norm=10.0, clip=2.0)
+    few, many = (3.0,) * (ENOUGH - 1), (1.0, 1.0, 1.0, 3.0, 3.0, 3.0, 3.0, 100.0)
+    assert norm_limit(o, few, 2.0) == 20.0 and clip_length(o, few) is None
+    assert norm_limit(o, many, 50.0) == 30.0 and clip_length(o, many) == 6.0
+    assert norm_limit(o, many, 0.5) == 10.0, "never above ten times the model, or ten"
+    assert norm_limit(ValidateOptions(norm=0.0), many, 50.0) == 500.0
+
+
+def test_norms_are_remembered_in_an_order_that_does_not_depend_on_arrival():
+    def accepted(client, norm):
+        return Update(client, 0, 0, np.empty(0, np.float32), 1, {"update_norm": norm})
+
+    one, two = accepted("a", 1.0), accepted("b", 2.0)
+    assert remembered((0.5,), [one, two]) == remembered((0.5,), [two, one]) == (0.5, 1.0, 2.0)
+    assert len(remembered((1.0,) * REMEMBERED, [one])) == REMEMBERED
+    assert remembered((), [accepted("a", 0.0)]) == (), "clients that have learned nothing would make the limit zero"
+
+
+def test_three_failures_in_a_row_are_one_too_many():
+    quarantine = Quarantine(ValidateOptions(strikes=3, rest=2), {}, {})
+    assert quarantine.strike("a", 5, 1, ["a", "b"]) is None
+    quarantine.clear("a")
+    assert [quarantine.strike("a", 5, 4, ["a", "b"]) for _ in range(3)] == [None, None, 5 + 1 + 2 * 4]
+    assert quarantine.holds("a") and not quarantine.holds("b")
+    assert quarantine.release(13) == [] and quarantine.release(14) == ["a"]
+    assert not quarantine.holds("a") and quarantine.strikes == {}
+
+
+def test_one_client_always_stays():
+    quarantine = Quarantine(ValidateOptions(strikes=1, rest=9), {}, {})
+    assert quarantine.strike("a", 0, 1, ["a", "b"]) == 10
+    assert quarantine.strike("b", 0, 1, ["a", "b"]) is None and not quarantine.holds("b")
+
+
+def spoiled(spoil, **header):
+    """A client whose honest update is changed: its array by `spoil`, its header by fields."""
+
+    def client(job):
+        ((seconds, reply),) = honest(job)
+        about = {**json.loads(reply.header), **header}
+        return [(seconds, replace(reply, payload=spoil(reply.payload), header=json.dumps(about)))]
+
+    return client
+
+
+def resent(spoil, **how):
+    """As `spoiled`, with the digest of what is sent."""
+
+    def client(job):
+        ((seconds, reply),) = honest(job)
+        return [(seconds, reply_with(job, spoil(reply.payload), **how))]
+
+    return client
+
+
+def read_as(code):
+    """What `read_reply` makes of bytes that are no update; tests/flower/test_messages.py has the bytes."""
+    return lambda job: [(1.0, Reply(job.client, job.task, error="no array", code=code))]
+
+
+def same(array):
+    return array
+
+
+GARBAGE = {  # reason code -> a client that earns it
+    "bad_encoding": lambda job: [(1.0, replace(honest(job)[0][1], header="{not json"))],
+    "missing_key": read_as("missing_key"),
+    "extra_key": read_as("extra_key"),
+    "pickle_refused": read_as("pickle_refused"),
+    "too_large": spoiled(same, padding="x" * 100_000),
+    "wrong_run": spoiled(same, run="another"),
+    "wrong_sender": spoiled(same, client="a"),
+    "unknown_task": spoiled(same, task=10**6),
+    "size_mismatch": resent(lambda array: array[:-1]),
+    "wrong_shape": resent(lambda array: array.reshape(-1, 1)),
+    "wrong_dtype": resent(lambda array: array.astype(np.float64)),
+    "digest_mismatch": spoiled(lambda array: array + np.float32(1)),
+    "bad_num_tokens": resent(same, tokens=10**13),
+    "bad_metric": resent(same, accuracy=float("nan")),
+    "non_finite": resent(lambda array: array * np.float32(np.nan)),
+    "norm_limit": resent(lambda array: array * np.float32(1e30)),
+}
+
+
+def garbage(job):
+    """Something else in every round, and never an update."""
+    return list(GARBAGE.values())[job.task % len(GARBAGE)](job)
+
+
+def silent(job):
+    return [(1.0, Reply(job.client, job.task, error="no memory"))]
+
+
+def root(job):
+    """What the server trains by itself, where a rule wants that."""
+    delta = honest(replace(job, client="a"))[0][1].payload
+    return Update("server", job.task, job.version, delta, 512)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
+def test_garbage_in_every_round_is_as_if_the_client_never_answered(tmp_path, rule):
+    """The run reaches its end with the weights of the run in which that client only fails; each kind came once."""
+    outcomes = []
+    for name, client in (("garbage", garbage), ("silent", silent)):
+        o = options(tmp_path / name, rounds=len(GARBAGE))
+        o.validate = ValidateOptions(strikes=0)  # no quarantine: it is asked in every round
+        outcomes.append(run(o, {**HONEST, "mallory": client}, rule, root=root))
+    bad, without = outcomes
+    assert np.array_equal(bad.params, without.params) and bad.version == len(GARBAGE)
+    assert bad.server.ledgers.rejected == dict.fromkeys(GARBAGE, 1)
+    assert {e["client"] for e in bad.told("accept")} == set(HONEST)
+    assert {e["client"] for e in bad.told("reject")} == {"mallory"}
+
+
+def test_the_servers_own_update_and_an_evaluation_never_compute_at_once(tmp_path):
+    """They share a device; a step that is being recorded on a GPU does not bear another thread's work."""
+    scoring, met = threading.Event(), []
+
+    class Slow(dict):
+        def __missing__(self, version):
+            scoring.set()
+            time.sleep(0.1)
+            scoring.clear()
+            return 1.0
+
+    def watching(job):
+        met.append(scoring.is_set())
+        return root(job)
+
+    outcome = run(options(tmp_path, rounds=4), HONEST, FLTrust(), loss=Slow(), root=watching)
+    records = outcome.server.folder.metrics.read()
+    assert met == [False] * 4 and [record.get("loss") for record in records] == [1.0] * 5
+
+
+def test_garbage_three_times_in_a_row_is_quarantined(tmp_path):
+    outcome = run(options(tmp_path, rounds=8), {**HONEST, "mallory": garbage})
+    (told,) = outcome.told("quarantine")
+    assert told["client"] == "mallory" and told["until"] == 3 + 10
+
+
+def test_quarantine_ends_and_survives_a_restart(tmp_path):
+    """Three misses, two rounds of rest, then back; a run in two parts rests as long as one in one part."""
+
+    def ill(job):
+        return silent(job) if job.task < 3 else honest(job)
+
+    def two_rounds(folder):
+        o = options(folder, rounds=8)
+        o.validate = ValidateOptions(rest=2)
+        return o
+
+    whole = run(two_rounds(tmp_path / "whole"), {**HONEST, "z": ill})
+    assert [e["version"] for e in whole.told("release")] == [5]
+    asked = [job.version for job in whole.jobs if job.client == "z"]
+    assert asked == [0, 1, 2, 5, 6, 7]
+    assert [m["quarantined"] for m in whole.metrics[1:]] == [0, 0, 1, 1, 1, 0, 0, 0]
+
+    first = two_rounds(tmp_path / "parts")
+    first.rounds = 4
+    run(first, {**HONEST, "z": ill})
+    second = run(two_rounds(tmp_path / "parts"), {**HONEST, "z": ill})
+    assert np.array_equal(second.params, whole.params)
+
+
+def test_a_client_that_hangs_is_left_in_peace_after_three_deadlines(tmp_path):
+    o = options(tmp_path, rounds=8, deadline=5.0)
+    outcome = run(o, {**HONEST, "sleepy": lambda job: []})
+    assert len([job for job in outcome.jobs if job.client == "sleepy"]) == 3
+    assert outcome.server.ledgers.rejected == {"no_reply": 3}
+    assert outcome.metrics[-1]["virtual_seconds"] == 3 * 5.0 + 5 * 1.0, "no later version waits for it"
+
+
+def test_being_too_late_for_a_goal_is_no_failure(tmp_path):
+    o = options(tmp_path, rounds=8, goal=5)
+    outcome = run(o, {**HONEST, "slow": lambda job: honest(job, 3.0)})
+    assert outcome.told("quarantine") == [] and len([j for j in outcome.jobs if j.client == "slow"]) == 8
+
+
+def test_an_update_far_longer_than_usual_is_rejected_and_a_long_one_is_scaled(tmp_path):
+    def big(factor):
+        def client(job):
+            ((seconds, reply),) = honest(job)
+            return [(seconds, reply_with(job, reply.payload * np.float32(factor if job.task == 3 else 1)))]
+
+        return client
+
+    o = options(tmp_path / "limit", rounds=5)
+    limited = run(o, {**HONEST, "z": big(30)})
+    assert [m["rejected"] for m in limited.metrics[1:]] == [{}, {}, {}, {"norm_limit": 1}, {}]
+
+    o = options(tmp_path / "clip", rounds=5)
+    o.validate = ValidateOptions(clip=2.0)
+    clipped = run(o, {**HONEST, "z": big(6)})
+    assert [m["clipped"] for m in clipped.metrics[1:]] == [0, 0, 0, 1, 0]
+    assert [m["rejected"] for m in clipped.metrics[1:]] == [{}] * 5
+    plain = run(options(tmp_path / "plain", rounds=5), {**HONEST, "z": big(6)})
+    steps = [m["step_norm"] for m in clipped.metrics]
+    assert steps[4] < plain.metrics[4]["step_norm"] and np.isclose(steps[3], plain.metrics[3]["step_norm"])
+
+
+def test_a_clipped_update_is_as_long_as_the_clip(tmp_path):
+    o = options(tmp_path, rounds=3, clients=1)
+    o.validate = ValidateOptions(clip=2.0, norm=0.0)
+
+    def client(job):
+        delta = np.zeros(SIZE, np.float32)
+        delta[0] = 1.0 if job.task < 9 else 7.0
+        return [(1.0, reply_with(job, delta))]
+
+    o.rounds = 10
+    outcome = run(o, {"a": client})
+    assert outcome.metrics[10]["step_norm"] == pytest.approx(2.0) and outcome.metrics[9]["step_norm"] == pytest.approx(
+        1
+    )

@@ -1,0 +1,160 @@
+"""The real loop with privacy=client over a script: who is asked, what is paid, what a restart finds."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import harness as scripted
+from support.fake_transport import honest
+
+from fedgpt.aggregate.fedbuff import FedBuff
+from fedgpt.core.errors import FedGPTError, StoppedEarly
+from fedgpt.core.faults import Injected, injected
+from fedgpt.core.options import PrivacyOptions, RunOptions
+from fedgpt.privacy.accounting import Event, epsilon_of, gaussian_epsilon
+from fedgpt.privacy.plan import PrivacyPlan, make_plan
+
+CLIENTS = {name: partial(honest, seconds=1.0 + index / 8) for index, name in enumerate("abcdefgh")}
+
+
+def private(folder: Path, rounds: int = 6, pace: dict | None = None, **privacy) -> tuple[RunOptions, PrivacyPlan]:
+    o = scripted.options(folder, rounds, **(pace or {"rate": 0.5, "clients": 0}))
+    o.privacy = PrivacyOptions(**{"unit": "client", "noise_multiplier": 1.0, "clip": 0.1, "rng": "seeded", **privacy})
+    return o, make_plan(o, [10_000] * len(CLIENTS))
+
+
+def start(folder: Path, strategy=None, **about):
+    o, plan = private(folder, **about)
+    return scripted.run(o, CLIENTS, strategy, plan=plan)
+
+
+def ledger(folder: Path) -> dict:
+    return json.loads((folder / "ledger.json").read_text())
+
+
+def test_coins_choose_and_every_version_is_paid(tmp_path):
+    done = start(tmp_path, rounds=12)
+    sizes = [len([e for e in done.told("accept") if e["version"] == version]) for version in range(12)]
+    assert 2 < np.mean(sizes) < 6 and len(set(sizes)) > 2
+    assert ledger(tmp_path)["events"] == [{"noise_multiplier": 1.0, "sampling_probability": 0.5, "count": 12}]
+    last = done.metrics[-1]
+    assert last["epsilon"] == epsilon_of([Event(1.0, 0.5, 12)], 8**-1.1)
+    assert last["update_norm"] is None and last["cosine"] is None, "nothing of single updates that is not noised"
+
+
+def test_who_came_shows_neither_in_the_schedule_nor_by_name(tmp_path):
+    """Learning rates follow tokens: with those of who came, one client would move the updates of all others."""
+    done = start(tmp_path, rounds=6)
+    assert {(job.version, job.plan.tokens_done) for job in done.jobs} <= {
+        (version, version * 4 * scripted.JOB_TOKENS) for version in range(6)
+    }
+    assert all(record["tokens_by_client"] == {} == record["idle_share"] for record in done.metrics)
+
+
+def test_an_empty_cohort_is_a_version_too(tmp_path):
+    done = start(tmp_path, rounds=8, pace={"rate": 0.05, "clients": 0})
+    assert any(record["accepted"] == 0 for record in done.metrics[1:])
+    assert done.version == 8 and ledger(tmp_path)["events"][0]["count"] == 8
+
+
+def test_a_run_that_is_killed_pays_no_more_and_ends_in_the_same_weights(tmp_path):
+    whole = start(tmp_path / "whole")
+    with injected("accepted:9:raise"), pytest.raises(Injected):
+        start(tmp_path / "cut")
+    again = start(tmp_path / "cut")
+    np.testing.assert_array_equal(again.params, whole.params)
+    assert again.metrics[-1]["epsilon"] == whole.metrics[-1]["epsilon"]
+    assert ledger(tmp_path / "cut") == ledger(tmp_path / "whole")
+
+
+def test_killed_between_payment_and_checkpoint_the_same_release_is_made_again(tmp_path):
+    """The worst moment: it is paid, the noise is drawn, the new model is nowhere yet."""
+    whole = start(tmp_path / "whole")
+    with injected("checkpoint.begin:4:raise"), pytest.raises(Injected):
+        start(tmp_path / "cut")
+    paid = ledger(tmp_path / "cut")["events"][0]["count"]
+    assert paid >= 3
+    again = start(tmp_path / "cut")
+    np.testing.assert_array_equal(again.params, whole.params)
+    assert ledger(tmp_path / "cut") == ledger(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["ledger.json", "privacy.key"])
+def test_a_run_without_its_ledger_or_key_does_not_go_on(tmp_path, name):
+    with injected("accepted:9:raise"), pytest.raises(Injected):
+        start(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(FedGPTError, match=f"{name} is missing"):
+        start(tmp_path)
+
+
+def test_a_budget_below_the_plan_ends_the_run_with_the_last_paid_model(tmp_path):
+    budget = epsilon_of([Event(1.0, 0.5, 4)], 8**-1.1) + 1e-6
+    with pytest.raises(StoppedEarly, match="the model of version 4 is the last that is paid for"):
+        start(tmp_path, rounds=9, target_epsilon=budget)
+    from fedgpt.storage.checkpoint import Checkpoints
+
+    assert Checkpoints(tmp_path / "checkpoints", 2).load().state.version == 4
+
+
+BUFFER = {"name": "buffer", "clients": 4, "goal": 3}
+
+
+def test_in_a_buffer_nobody_is_twice_in_a_sum_or_too_often_in_the_run(tmp_path):
+    """DP-FedBuff: 8 clients, at most 3 releases each, 3 updates in a release: 8 releases, then nobody is left."""
+    with pytest.raises(StoppedEarly, match="the others have taken part as often as they may"):
+        start(tmp_path, FedBuff(staleness="constant"), rounds=20, pace=BUFFER, participations=3)
+    found = ledger(tmp_path)
+    assert all(len(set(release["shares"])) == 3 for release in found["releases"])
+    assert max(found["spent"].values()) == 3.0
+    assert epsilon_of([Event(**event) for event in found["events"]], 8**-1.1) == pytest.approx(
+        gaussian_epsilon(3**0.5, 8**-1.1)
+    )
+
+
+def test_stale_updates_cost_less_so_clients_may_come_more_often(tmp_path):
+    done = start(tmp_path, FedBuff(), rounds=9, pace=BUFFER, participations=3)
+    staleness = [e["staleness"] for e in done.told("accept")]
+    assert max(staleness) > 0
+    spent = ledger(tmp_path)["spent"]
+    counts = {client: sum(e["client"] == client for e in done.told("accept")) for client in spent}
+    assert all(spent[client] <= 3 + 1e-9 for client in spent) and any(counts[c] > spent[c] + 0.4 for c in spent)
+    assert done.metrics[-1]["epsilon"] == pytest.approx(gaussian_epsilon(max(spent.values()) ** 0.5, 8**-1.1), abs=1e-6)
+
+
+def test_an_asynchronous_run_that_is_killed_ends_in_the_same_weights_at_the_same_price(tmp_path):
+    about = {"rounds": 7, "pace": BUFFER, "participations": 5}
+    whole = start(tmp_path / "whole", FedBuff(), **about)
+    with injected("accepted:11:raise"), pytest.raises(Injected):
+        start(tmp_path / "cut", FedBuff(), **about)
+    again = start(tmp_path / "cut", FedBuff(), **about)
+    np.testing.assert_array_equal(again.params, whole.params)
+    assert ledger(tmp_path / "cut")["spent"] == ledger(tmp_path / "whole")["spent"]
+
+
+@pytest.mark.parametrize("bands", [1, 2])
+def test_clients_stay_as_many_versions_apart_as_they_must(tmp_path, bands):
+    pace = {"name": "cohort", "clients": 2}
+    done = start(tmp_path, rounds=8, pace=pace, separation=3, bands=bands, participations=3)
+    versions: dict[str, list[int]] = {}
+    for e in done.told("accept"):
+        versions.setdefault(e["client"], []).append(e["version"])
+    gaps = [b - a for times in versions.values() for a, b in pairwise(times)]
+    assert gaps and min(gaps) >= 3
+    assert max(len(times) for times in versions.values()) <= 3
+
+
+def test_what_the_server_has_learned_of_norms_does_not_reach_the_next_version(tmp_path):
+    """The median of others' norms would decide who is rejected, and with that tell of them."""
+
+    def long(job):
+        return honest(job, scale=5.0 if job.task == 2 else 0.01)
+
+    o, plan = private(tmp_path, pace={"clients": 8})
+    done = scripted.run(o, {**CLIENTS, "a": long}, plan=plan)
+    assert not done.told("reject") and done.server.ledgers.norms == ()

@@ -1,0 +1,365 @@
+"""The server's side of privacy: sensitivity, noise, participation, and a table of broken builds that must not pass."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+from support import mechanism as m
+from support.correlated import running_noise
+from support.mechanism import CLIP, COHORT, QUIET, SIZE, Mechanism
+
+from fedgpt.aggregate.fedadam import FedAdam
+from fedgpt.aggregate.fedavg import FedAvg
+from fedgpt.aggregate.fedavgm import FedAvgM
+from fedgpt.aggregate.fedbuff import FedBuff
+from fedgpt.core.errors import FedGPTError, StoppedEarly
+from fedgpt.core.messages import ClientInfo, Pacing, Reply
+from fedgpt.core.options import RunOptions
+from fedgpt.privacy.accounting import Event, epsilon_of, gaussian_epsilon
+from fedgpt.privacy.randomness import SecureStream
+from fedgpt.server.privacy import PaidByServer
+from fedgpt.storage.best_weights import Best
+from fedgpt.storage.checkpoint import Checkpoints, Ledgers, Snapshot
+from fedgpt.update.codec import encode
+
+
+def deltas(count: int = 6, size: int = SIZE, scale: float = 1.0) -> list[tuple[np.ndarray, int]]:
+    rng = np.random.default_rng(7)
+    return [((scale * rng.standard_normal(size)).astype(np.float32), 100) for _ in range(count)]
+
+
+# ---- four looks at a build, each True where it is right
+
+
+def bounded_reach(folder: Path) -> bool:
+    """T1: whoever joins, and with whatever, the sum moves by the clip at most; and by all of it where it can."""
+    others = deltas()
+    total = np.sum([delta for delta, _ in others], axis=0)
+    victims = [
+        (-total * 100, 1), (total * 1e4, 100), (deltas(9)[-1][0], 1000), (np.zeros(SIZE, np.float32), 100),
+        (np.float32(1e-3) * others[0][0], 100),
+    ]  # fmt: skip
+    reach = []
+    for number, victim in enumerate(victims):
+        released = [
+            Mechanism(folder / f"{number}-{kind}", QUIET).release(updates)
+            for kind, updates in (("without", others), ("with", [*others, victim]))
+        ]
+        reach.append(float(np.linalg.norm((released[1] - released[0]).astype(np.float64))) * COHORT)
+    return bool(max(reach) <= CLIP * (1 + 1e-5) and reach[0] > 0.99 * CLIP)
+
+
+def right_noise(folder: Path) -> bool:
+    """T2: over K and C it is a standard normal, whoever came."""
+    found = []
+    for count in (0, 3):
+        empty = [(np.zeros(SIZE, np.float32), 1)] * count
+        released = Mechanism(folder / f"{count}", 2.0).release(empty) * COHORT / (2.0 * CLIP)
+        if not released.any():
+            return False
+        close = abs(released.std() - 1) < 4 / math.sqrt(2 * SIZE)
+        found.append(close and stats.kstest(released, "norm").pvalue > 1e-4)
+    return all(found)
+
+
+def fresh_noise(folder: Path) -> bool:
+    """T5: releases of the same nothing have nothing in common: over versions, over runs of one seed."""
+    nothing = [(np.zeros(SIZE, np.float32), 1)]
+    first, other = Mechanism(folder / "a", 1.0), Mechanism(folder / "b", 1.0)
+    released = [first.release(nothing), first.release(nothing), other.release(nothing)]
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    return all(abs(np.corrcoef(released[i], released[j])[0, 1]) < 4 / math.sqrt(SIZE) for i, j in pairs)
+
+
+def clip_finds_the_median(folder: Path) -> bool:
+    """From far above and far below, the adaptive clip ends near the median of the norms."""
+    found = []
+    for start in (0.05, 20.0):
+        build = Mechanism(folder / f"{start}", 0.1, size=10, clip=start, adaptive=True)
+        build.privacy.plan = m.plan(0.1)
+        for _ in range(60):
+            build.release(
+                [(np.full(10, length / math.sqrt(10), np.float32), 1) for length in np.linspace(0.5, 1.5, 10)]
+            )
+        found.append(0.6 < build.privacy.clip < 1.6)
+    return all(found)
+
+
+LOOKS = (bounded_reach, right_noise, fresh_noise, clip_finds_the_median)
+BROKEN = {
+    "no noise": (m.no_noise, {right_noise, fresh_noise}),
+    "a tenth of the noise": (lambda: m.noise_times(0.1), {right_noise}),
+    "noise a tenth too small": (lambda: m.noise_times(0.9), {right_noise}),
+    "divided by who came": (m.divided_by_who_came, {bounded_reach, right_noise}),
+    "noise divided twice": (m.noise_divided_twice, {right_noise}),
+    "no clipping": (m.not_clipped, {bounded_reach}),
+    "clipped after averaging": (m.clipped_after_averaging, {bounded_reach}),
+    "clipped by layer": (m.clipped_by_layer, {bounded_reach}),
+    "weighted sums": (m.weighted_by_tokens, {bounded_reach}),
+    "reused noise": (m.reused_noise, {fresh_noise}),
+    "wrong sign of the adaptive clip": (m.wrong_sign, {clip_finds_the_median}),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS, ids=lambda look: look.__name__)
+def test_the_build_is_right(tmp_path, look):
+    assert look(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", BROKEN)
+def test_every_broken_build_is_caught(tmp_path, name):
+    broken, expected = BROKEN[name]
+    with broken():
+        caught = set()
+        for look in expected:
+            try:
+                right = look(tmp_path / look.__name__)
+            except (ZeroDivisionError, OverflowError, ValueError, FloatingPointError):
+                right = False
+            if not right:
+                caught.add(look)
+    assert caught == expected
+
+
+# ---- what is released
+
+
+def test_a_release_is_the_clipped_sum_over_a_constant(tmp_path):
+    updates = deltas(4, scale=1e-3)  # shorter than the clip
+    released = Mechanism(tmp_path, QUIET).release(updates)
+    np.testing.assert_allclose(released, np.sum([d for d, _ in updates], axis=0) / COHORT, atol=1e-7)
+
+
+def test_nobody_came_and_the_model_moves_all_the_same(tmp_path):
+    assert Mechanism(tmp_path, 1.0).release([]).any()
+
+
+@pytest.mark.parametrize("rule", [FedAvgM(), FedAdam()], ids=lambda r: r.name)
+def test_server_optimisers_see_the_noised_sum_only(tmp_path, rule):
+    """Post-processing: the same released sum gives the same model, whatever the updates were."""
+    build = Mechanism(tmp_path / "a", 1.0, strategy=rule)
+    build.release(deltas())
+    plain = Mechanism(tmp_path / "b", 1.0)
+    plain.privacy.key = build.privacy.key
+    d = plain.release(deltas())
+    assert (build.state.params == rule.step(d, m.ServerState(np.zeros(SIZE, np.float32))).params).all()
+
+
+def test_the_same_sum_again_is_the_same_release_and_another_sum_is_not(tmp_path):
+    first = Mechanism(tmp_path, 1.0)
+    released = first.release(deltas())
+    paid = first.privacy.ledger.account.epsilon
+    again = Mechanism(tmp_path, 1.0)  # started again from version 0
+    np.testing.assert_array_equal(again.release(deltas()), released)
+    assert again.privacy.ledger.account.epsilon == paid
+    other = Mechanism(tmp_path, 1.0)
+    different = other.release(deltas(5))
+    twice = [Event(1.0, 0.1, 1), Event(1.0, 1.0, 1)]  # the same coins: who was in is known by then
+    assert other.privacy.ledger.account.epsilon == epsilon_of(twice, 1e-5) > paid
+    without_noise = (
+        np.sum([d * np.float32(min(1, CLIP / np.linalg.norm(d))) for d, _ in deltas(6)[5:]], axis=0) / COHORT
+    )
+    assert np.linalg.norm(released - different) > 5 * np.linalg.norm(without_noise), "the noise does not cancel"
+
+
+def test_what_a_run_pays_is_what_dp_accounting_says(tmp_path):
+    build = Mechanism(tmp_path, 1.0)
+    for _ in range(5):
+        build.release(deltas())
+    assert build.privacy.record(build.ledgers)["epsilon"] == epsilon_of([Event(1.0, 0.1, 5)], 1e-5)
+    (event,) = json.loads((tmp_path / "ledger.json").read_text())["events"]
+    assert event == {"noise_multiplier": 1.0, "sampling_probability": 0.1, "count": 5}
+
+
+def test_the_budget_stops_a_run_before_the_release(tmp_path):
+    build = Mechanism(tmp_path, 1.0)
+    build.privacy.plan = replace(build.privacy.plan, budget=epsilon_of([Event(1.0, 0.1, 3)], 1e-5) * 1.0001)
+    for _ in range(3):
+        build.release(deltas())
+    last = build.state
+    with pytest.raises(StoppedEarly, match="the model of version 3 is the last that is paid for"):
+        build.release(deltas())
+    assert build.state is last
+
+
+def test_the_ledger_names_the_noise_and_does_not_tell_it(tmp_path):
+    build = Mechanism(tmp_path, 1.0)
+    released = build.release([])
+    (told,) = json.loads((tmp_path / "ledger.json").read_text())["releases"]
+    for words in ((), ("noise",), ("noise", told["tag"])):
+        guess = SecureStream(bytes.fromhex(told["tag"]), *words).normal(SIZE)
+        assert abs(np.corrcoef(released, guess)[0, 1]) < 5 / math.sqrt(SIZE)
+
+
+def test_a_ledger_that_is_gone_is_missed_from_the_first_release_on(tmp_path):
+    Mechanism(tmp_path, 1.0).release([])
+    (tmp_path / "ledger.json").unlink()
+    with pytest.raises(FedGPTError, match="what has been spent is unknown"):
+        Mechanism(tmp_path, 1.0)  # killed before its first checkpoint, it begins with version 0 again
+
+
+def test_an_update_that_is_not_finite_counts_as_zeros(tmp_path):
+    """Refused, it would be missed, and its client asked less often: others would take its places."""
+    build = Mechanism(tmp_path, QUIET)
+    build.intake.begin(build.state, (), 3, 10)
+    job = m.Job("a", 0, 0, build.state.params, m.Plan("run", 1, 0, 1, 1))
+    for scale in (np.nan, np.inf, 1e30):  # the last is longer than any limit on norms
+        delta = np.full(SIZE, scale, np.float32)
+        header, payload = encode("run", m.Update("a", 0, 0, delta, 10, {}))
+        update = build.intake.read(Reply("a", 0, header, payload), job, "run", 10)
+        counted = build.intake.add(update, job, 0)
+        assert np.linalg.norm(counted.delta) == pytest.approx(CLIP if scale == 1e30 else 0, rel=1e-5)
+    assert len(build.intake) == 3 and not build.intake.rejections
+
+
+def test_seeded_noise_repeats_itself_as_it_says(tmp_path):
+    one, two = (Mechanism(tmp_path / name, 1.0, rng="seeded").release(deltas()) for name in "ab")
+    np.testing.assert_array_equal(one, two)
+
+
+# ---- correlated noise
+
+
+def test_correlated_noise_is_taken_back(tmp_path):
+    bands, versions = 4, 30
+    build = Mechanism(tmp_path, 1.0, bands=bands, separation=bands)
+    build.privacy.plan = m.plan(1.0, "correlated", scale=2.0)
+    sums = []
+    for _ in range(versions):
+        build.release([])
+        sums.append(build.state.params * COHORT / (2.0 * CLIP))
+    found = math.sqrt(np.mean(np.square(sums)))
+    assert found == pytest.approx(running_noise(bands, versions), rel=0.05)
+    assert found < 0.8 * running_noise(1, versions)
+    assert set(build.state.memory) == {"privacy/noise/1", "privacy/noise/2", "privacy/noise/3"}
+
+
+def test_a_series_is_paid_once(tmp_path):
+    build = Mechanism(tmp_path, 1.0, bands=2, separation=2)
+    build.privacy.plan = replace(m.plan(1.0, "correlated"), planned=Event(1.0, 1.0, 1))
+    for _ in range(4):
+        build.release([])
+        assert build.privacy.record(build.ledgers)["epsilon"] == gaussian_epsilon(1.0, 1e-5)
+    other = Mechanism(tmp_path, 1.0, bands=2, separation=2)
+    other.privacy.plan = build.privacy.plan
+    with pytest.raises(StoppedEarly, match="correlated noise cannot go back"):
+        other.release(deltas())
+
+
+# ---- who may take part
+
+
+def bounded(folder: Path, participations: int = 3, **privacy) -> PaidByServer:
+    o = m.options(**privacy)
+    return PaidByServer(o, m.plan(1.0, "bounded", participations), folder, "data", fresh=True)
+
+
+def test_a_client_comes_as_often_as_it_may_and_never_twice_for_one_sum(tmp_path):
+    privacy, ledgers = bounded(tmp_path), Ledgers("test")
+    state = m.ServerState(np.zeros(4, np.float32))
+    update = m.Update("a", 0, 0, np.ones(4, np.float32), 1, {"update_norm": 2.0})
+    for version in range(3):
+        assert privacy.may_ask("a", version, ledgers)
+        privacy.begin(state)
+        _, weight = privacy.take(update, FedAvg(), 0)
+        assert weight == 1 and not privacy.may_ask("a", version, ledgers) and privacy.may_ask("b", version, ledgers)
+        state = replace(state, version=version)
+        privacy.release(np.zeros(4, np.float32), 10.0, state, ledgers)
+        privacy.shares = {}
+    assert not privacy.may_ask("a", 3, ledgers) and privacy.may_ask("b", 3, ledgers)
+    assert privacy.record(ledgers)["epsilon"] == pytest.approx(gaussian_epsilon(math.sqrt(3), 1e-5))
+
+
+def test_a_stale_update_counts_and_costs_less(tmp_path):
+    privacy, ledgers = bounded(tmp_path), Ledgers("test")
+    state = m.ServerState(np.zeros(4, np.float32))
+    privacy.begin(state)
+    update = m.Update("a", 0, 0, np.ones(4, np.float32), 1000, {"update_norm": 2.0})
+    _, weight = privacy.take(update, FedBuff(), 3)
+    assert weight == 0.5
+    privacy.release(np.zeros(4, np.float32), 10.0, state, ledgers)
+    assert privacy.ledger.account.spent == {"a": 0.25}
+    assert privacy.record(ledgers)["epsilon"] == pytest.approx(gaussian_epsilon(0.5, 1e-5), abs=1e-6)
+
+
+def test_the_budget_holds_where_each_client_pays_for_itself(tmp_path):
+    privacy, ledgers = bounded(tmp_path, participations=9), Ledgers("test")
+    privacy.plan = replace(privacy.plan, budget=gaussian_epsilon(math.sqrt(2), 1e-5) * 1.001)
+    state = m.ServerState(np.zeros(4, np.float32))
+    update = m.Update("a", 0, 0, np.ones(4, np.float32), 1, {"update_norm": 2.0})
+    for version in range(3):
+        privacy.begin(state)
+        privacy.take(update, FedAvg(), 0)
+        if version == 2:
+            with pytest.raises(StoppedEarly, match="the model of version 2 is the last that is paid for"):
+                privacy.release(np.zeros(4, np.float32), 10.0, replace(state, version=version), ledgers)
+        else:
+            privacy.release(np.zeros(4, np.float32), 10.0, replace(state, version=version), ledgers)
+    assert privacy.record(ledgers)["epsilon"] == pytest.approx(gaussian_epsilon(math.sqrt(2), 1e-5))
+
+
+def test_going_back_to_the_best_weights_takes_no_noise_back(tmp_path):
+    build = Mechanism(tmp_path, 1.0, bands=3, separation=3)
+    build.privacy.plan = m.plan(1.0, "correlated", scale=2.0)
+    build.release([])
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 1)
+    best = Best(RunOptions(), checkpoints, Snapshot(build.state, build.ledgers))
+    best.decide(build.state, 1.0)
+    first = build.state
+    build.release([])
+    state, told = best.decide(build.state, 2.0)
+    checkpoints.close()
+    assert told and (state.params == first.params).all()
+    np.testing.assert_array_equal(state.memory["privacy/noise/1"], build.state.memory["privacy/noise/1"])
+
+
+def test_clients_stay_apart(tmp_path):
+    privacy, ledgers = bounded(tmp_path, separation=3), Ledgers("test")
+    ledgers.last["a"] = 4
+    assert [privacy.may_ask("a", version, ledgers) for version in (5, 6, 7)] == [False, False, True]
+
+
+def test_the_divisor_is_a_constant(tmp_path):
+    privacy = bounded(tmp_path)
+    assert privacy.divisor(FedAvg(), Pacing("cohort", 5, 5)) == COHORT
+    assert privacy.divisor(FedBuff(), Pacing("buffer", 8, 4)) == 4
+
+
+def test_the_coins_are_secret_and_stay_when_a_version_is_made_again(tmp_path):
+    one, two = bounded(tmp_path / "a"), bounded(tmp_path / "b")
+    np.testing.assert_array_equal(one.coins(3, 50), bounded(tmp_path / "a").coins(3, 50))
+    assert (one.coins(3, 50) != two.coins(3, 50)).all() and (one.coins(4, 50) != one.coins(3, 50)).all()
+
+
+def test_the_client_that_paid_most_speaks_for_privacy_example(tmp_path):
+    from fedgpt.core.options import LocalOptions, ModelOptions, PrivacyOptions, RunOptions
+    from fedgpt.privacy.plan import make_plan
+    from fedgpt.server.privacy import PaidByClients
+
+    o = RunOptions(
+        rounds=10, model=ModelOptions(block_size=9), local=LocalOptions(steps=5, batch_size=4),
+        privacy=PrivacyOptions(unit="example", target_epsilon=4.0),
+    )  # fmt: skip
+    plan = make_plan(o, [1000, 4000])
+    assert plan.planned.sampling_probability == 0.04 and plan.planned.count == 50
+    privacy, ledgers = PaidByClients(o, plan, tmp_path), Ledgers("test")
+    privacy.meet([ClientInfo("small", 1000), ClientInfo("large", 4000)])
+    for _ in range(10):
+        for client in ("small", "large"):
+            assert privacy.may_ask(client, 0, ledgers)
+            privacy.asked(client, 5, ledgers)
+    assert not privacy.may_ask("small", 0, ledgers)
+    assert 3.9 < privacy.record(ledgers)["epsilon"] <= 4.0
+    assert json.loads((tmp_path / "ledger.json").read_text())["events"][0]["count"] == 50
+    ledgers = replace(ledgers, charged={"small": 1.0, "large": 50.0})
+    costs = [epsilon_of([Event(plan.noise_multiplier, q, n)], plan.delta) for q, n in ((0.04, 1), (0.01, 50))]
+    assert privacy.record(ledgers)["epsilon"] == max(costs)
+    privacy.answered(m.Update("small", 0, 0, np.zeros(1, np.float32), 1, {"charged": 60.0}), ledgers)
+    assert ledgers.charged["small"] == 60, "a job was done again after a crash, and paid for again"

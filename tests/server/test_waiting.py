@@ -1,0 +1,137 @@
+"""No wait without an end, and nothing lost where a wait ends early: deadlines, grace, windows, failures, interrupts."""
+
+from __future__ import annotations
+
+import json
+from unittest.mock import ANY
+
+import numpy as np
+import pytest
+from support.fake_transport import honest, reply_with
+from support.virtual_run import serve
+
+from fedgpt.aggregate.delta_sgd import DeltaSGD
+from fedgpt.aggregate.fedavg import FedAvg
+from fedgpt.aggregate.fedbuff import FedBuff
+from fedgpt.core.errors import FedGPTError, Interrupted, StoppedEarly
+from fedgpt.core.messages import Reply
+from fedgpt.core.options import FleetOptions
+from fedgpt.storage.checkpoint import Checkpoints
+
+FOUR = dict.fromkeys("abcd", honest)
+
+
+@pytest.mark.parametrize("deadline", [10.1, 12.3, 25.7])
+@pytest.mark.parametrize("jitter", [0.0, 0.2])
+def test_a_deadline_ends_though_the_clock_has_few_digits(tmp_path, deadline, jitter):
+    """30.3 - 20.2 is below 10.1, and 30.3 plus what is missing is 30.3."""
+    fleet = FleetOptions("published", jitter=jitter)
+    run = serve(tmp_path, FOUR, FedAvg(), name="cohort", rounds=12, fleet=fleet, deadline=deadline)
+    assert run.summary["versions"] == 12
+
+
+def test_a_grace_ends_too(tmp_path):
+    run = serve(tmp_path, FOUR, FedBuff(), rounds=60, goal=2, grace=0.3, fleet=FleetOptions("published", jitter=0.2))
+    assert run.summary["versions"] == 60
+
+
+def test_a_long_grace_takes_in_as_many_as_there_can_be(tmp_path):
+    """Who was refilled may come again; a step never takes more than was planned for."""
+    run = serve(tmp_path, FOUR, FedBuff(), rounds=10, goal=2, grace=300.0)
+    assert all(2 <= record["accepted"] <= 10 for record in run.records[1:])
+
+
+def test_a_deadline_begins_when_somebody_is_asked(tmp_path):
+    fleet = FleetOptions("constant", step_seconds=[1.0], window=[30.0, 200.0])
+    two = dict.fromkeys("ab", honest)
+    run = serve(tmp_path, two, FedAvg(), name="cohort", rounds=3, fleet=fleet, deadline=20.0, minimum=0)
+    assert run.summary["versions"] == 3
+
+
+@pytest.mark.parametrize("pace", [{"name": "buffer"}, {"name": "cohort", "minimum": 0}])
+def test_replies_that_never_come_stop_the_run(tmp_path, pace):
+    with pytest.raises(StoppedEarly, match="40 jobs in a row failed: no_reply"):
+        serve(tmp_path, FOUR, DeltaSGD(), rounds=100, deadline=1.0, **pace)
+
+
+def test_failures_after_a_good_update_stop_the_run(tmp_path):
+    def once(job):
+        good = job.client == "a" and job.task == 0
+        return honest(job) if good else [(0.0, Reply(job.client, job.task, error="code 2: no text"))]
+
+    with pytest.raises(StoppedEarly, match="40 jobs in a row failed"):
+        serve(tmp_path, dict.fromkeys("abcd", once), FedBuff(), rounds=10, goal=2)
+
+
+@pytest.mark.parametrize("every", [0, 1, 4])
+@pytest.mark.parametrize("crash_at", [0, 2, 9])
+def test_interrupted_anywhere_and_resumed_is_the_same_run(tmp_path, every, crash_at):
+    """Also in the first version, and between two checkpoints; every line of metrics is there."""
+    whole = serve(tmp_path / "whole", FOUR, FedBuff(), rounds=12, goal=2, checkpoint=every)
+    calls = []
+
+    def dies(job):
+        calls.append(job)
+        if job.version == crash_at and len(calls) > 3:
+            raise KeyboardInterrupt
+        return honest(job)
+
+    with pytest.raises(Interrupted):
+        serve(tmp_path / "cut", dict.fromkeys("abcd", dies), FedBuff(), rounds=12, goal=2, checkpoint=every)
+    again = serve(tmp_path / "cut", FOUR, FedBuff(), rounds=12, goal=2, checkpoint=every)
+    assert again.summary["weights_sha256"] == whole.summary["weights_sha256"]
+    assert [record["version"] for record in again.records] == list(range(13))
+
+
+def test_jobs_keep_the_state_that_an_interrupted_server_would_ask_for(tmp_path):
+    run = serve(tmp_path, FOUR, FedBuff(), rounds=30, goal=4, checkpoint=4)
+    for job in run.pool.jobs:
+        assert job.plan.state == -1 or job.plan.state in job.plan.keep
+
+
+def test_checkpoints_that_are_all_damaged_are_never_started_over(tmp_path):
+    serve(tmp_path, FOUR, DeltaSGD(), rounds=4)
+    for path in (tmp_path / "checkpoints").glob("*.safetensors"):
+        path.write_bytes(path.read_bytes()[:-1] + b"torn")
+    with pytest.raises(FedGPTError, match=r"no checkpoint in .* can be used"):
+        serve(tmp_path, FOUR, DeltaSGD(), rounds=4)
+
+
+def test_a_damaged_checkpoint_does_not_outlive_the_ones_after_it(tmp_path):
+    first = serve(tmp_path, FOUR, DeltaSGD(), rounds=9)
+    newest = max((tmp_path / "checkpoints").glob("*.safetensors"))
+    newest.write_bytes(b"torn")
+    assert serve(tmp_path, FOUR, DeltaSGD(), rounds=9).summary == {**first.summary, "wall_seconds": ANY}
+    assert newest.with_suffix(".damaged").exists()
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 2)
+    assert checkpoints.load().state.version == 9
+    checkpoints.close()
+
+
+def test_the_virtual_clock_forgets_replies_that_nobody_gets(tmp_path):
+    fleet = FleetOptions("constant", step_seconds=[1.0], up=20_000.0, window=[40.0, 5.0])
+    run = serve(tmp_path, FOUR, DeltaSGD(), rounds=40, fleet=fleet)
+    assert run.summary["rejected"]["client_error"] > 5
+    assert len(run.server.transport._computed) <= 4
+
+
+def test_metrics_that_cannot_be_added_up_are_refused(tmp_path):
+    def liar(job):
+        [(seconds, reply)] = honest(job)
+        header = json.loads(reply.header)
+        header["metrics"]["train_loss"] = 1.7e308
+        return [(seconds, Reply(job.client, job.task, json.dumps(header), reply.payload, bytes=reply.bytes))]
+
+    run = serve(tmp_path, {**FOUR, "a": liar, "b": liar}, FedAvg(), name="cohort", rounds=2)
+    assert run.summary["rejected"] == {"bad_metric": 4}
+
+
+def test_an_element_above_the_norm_limit_is_refused_whatever_float32_says(tmp_path):
+    def spike(job):
+        delta = np.zeros(job.params.size, np.float32)
+        limit = 10.0 * max(1.0, float(np.linalg.norm(job.params)))
+        delta[0] = np.nextafter(np.float32(limit), np.float32(np.inf))
+        return [(0.0, reply_with(job, delta))]
+
+    run = serve(tmp_path, {**FOUR, "a": spike}, FedAvg(), name="cohort", rounds=3)
+    assert run.summary["rejected"] == {"norm_limit": 3}

@@ -1,0 +1,83 @@
+"""The best weights: kept in a file, gone back to after a regress, the same after a restart."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from support.fake_transport import honest
+from support.harness import options, run
+
+from fedgpt.aggregate.fedavgm import FedAvgM
+from fedgpt.core.faults import Injected, injected
+from fedgpt.core.options import CheckpointOptions
+
+CLIENTS = dict.fromkeys("abc", honest)
+LOSS = {0: 5.0, 1: 4.0, 2: 3.0, 3: 3.5, 4: 2.9, 5: 9.0, 6: 2.95}
+
+
+def kept(folder) -> np.ndarray:
+    return load_file(folder / "checkpoints" / "best.safetensors")["params"]
+
+
+def test_the_file_holds_the_version_with_the_lowest_loss(tmp_path):
+    until_4 = run(options(tmp_path / "four", rounds=4), CLIENTS, loss=LOSS)
+    run(options(tmp_path / "six", rounds=6), CLIENTS, loss=LOSS)
+    assert np.array_equal(kept(tmp_path / "six"), until_4.params)
+
+
+def test_it_is_not_written_where_it_is_not_wanted(tmp_path):
+    o = options(tmp_path, rounds=2)
+    o.checkpoint = CheckpointOptions(best=False)
+    run(o, CLIENTS, loss=LOSS)
+    assert not (tmp_path / "checkpoints" / "best.safetensors").exists()
+
+
+def regretting(folder, rounds=6, share=0.0):
+    o = options(folder, rounds=rounds)
+    o.evaluate.rollback = share
+    return o
+
+
+def test_a_regress_goes_back_to_the_best_weights_and_their_momentum(tmp_path):
+    outcome = run(regretting(tmp_path / "a"), CLIENTS, FedAvgM(), loss=LOSS)
+    assert [m["restored"] for m in outcome.metrics] == [None, None, None, 2, None, 4, 4]
+    assert outcome.version == 6, "versions go on"
+    four = run(regretting(tmp_path / "b", rounds=4), CLIENTS, FedAvgM(), loss=LOSS)
+    assert np.array_equal(outcome.params, four.params)
+    here, there = outcome.server.state.memory, four.server.state.memory
+    assert here.keys() == there.keys() and all(np.array_equal(here[name], there[name]) for name in there)
+    assert [m["loss"] for m in outcome.metrics] == list(LOSS.values()), "what was scored stays in the record"
+
+
+def test_a_share_allows_small_regresses(tmp_path):
+    outcome = run(regretting(tmp_path, share=0.2), CLIENTS, loss=LOSS)
+    assert [m["restored"] for m in outcome.metrics] == [None] * 5 + [4, None]
+
+
+def test_nan_is_a_regress(tmp_path):
+    outcome = run(regretting(tmp_path, rounds=2), CLIENTS, loss={0: 5.0, 1: 4.0, 2: float("nan")})
+    assert outcome.metrics[2]["restored"] == 1
+
+
+@pytest.mark.parametrize("fault", ["evaluated:4", "aggregate:4", "aggregate:6", "checkpoint.committed:6"])
+def test_a_restart_goes_back_as_the_uninterrupted_run_does(tmp_path, fault):
+    whole = run(regretting(tmp_path / "whole"), CLIENTS, FedAvgM(), loss=LOSS)
+    o = regretting(tmp_path / "parts")
+    with injected(f"{fault}:raise"), pytest.raises(Injected):
+        run(o, CLIENTS, FedAvgM(), loss=LOSS)
+    again = run(o, CLIENTS, FedAvgM(), loss=LOSS)
+    assert np.array_equal(again.params, whole.params)
+    assert [m["restored"] for m in again.metrics] == [m["restored"] for m in whole.metrics]
+    assert np.array_equal(kept(tmp_path / "parts"), kept(tmp_path / "whole"))
+
+
+def test_a_best_version_after_the_checkpoint_is_kept_with_its_loss(tmp_path):
+    """Its weights are as good as they were; a restart must not put worse ones in their place."""
+    o = options(tmp_path, rounds=4)
+    o.checkpoint = CheckpointOptions(every=9)
+    with injected("aggregate:4:raise"), pytest.raises(Injected):
+        run(o, CLIENTS, loss={0: 5.0, 1: 4.0, 2: 2.0, 3: 3.0})
+    before = kept(tmp_path)
+    run(o, CLIENTS, loss={0: 5.0, 1: 4.0, 2: 3.5, 3: 3.0, 4: 2.5})  # as if other clients had come first
+    assert np.array_equal(kept(tmp_path), before)

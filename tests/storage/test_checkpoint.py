@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import json
+import logging
+
+import numpy as np
+import pytest
+
+from fedgpt.core.errors import FedGPTError
+from fedgpt.core.messages import ServerState
+from fedgpt.storage.checkpoint import Checkpoints, Ledgers, Snapshot
+from fedgpt.storage.run_folder import RunFolder
+
+
+def snapshot(version: int) -> Snapshot:
+    rng = np.random.default_rng(version)
+    memory = {"m": rng.standard_normal(50).astype(np.float32), "count": np.array(version)}
+    ledgers = Ledgers(
+        "run", 10 * version, next_task={"a": version}, accepted={"a": version - 1}, restorable=({"a": 0},)
+    )
+    return Snapshot(ServerState(rng.standard_normal(50).astype(np.float32), version, memory), ledgers)
+
+
+def save(folder, *versions: int, keep: int = 3) -> None:
+    checkpoints = Checkpoints(folder, keep)
+    for version in versions:
+        checkpoints.save(snapshot(version))
+    checkpoints.close()
+
+
+def assert_same(a: Snapshot, b: Snapshot) -> None:
+    assert a.ledgers == b.ledgers and a.state.version == b.state.version
+    np.testing.assert_array_equal(a.state.params, b.state.params)
+    assert a.state.memory.keys() == b.state.memory.keys()
+    for name, array in a.state.memory.items():
+        np.testing.assert_array_equal(array, b.state.memory[name])
+        assert array.dtype == b.state.memory[name].dtype and array.shape == b.state.memory[name].shape
+
+
+def test_what_is_saved_is_loaded_and_only_the_newest_are_kept(tmp_path):
+    save(tmp_path, 1, 2, 3, 4, keep=2)
+    assert_same(Checkpoints(tmp_path, 2).load(), snapshot(4))
+    assert len(list(tmp_path.iterdir())) == 4  # two checkpoints, two digests, no temporary file
+
+
+def test_damaged_checkpoints_are_skipped_with_a_warning(tmp_path, caplog):
+    save(tmp_path, 1, 2, 3, 4, 5, keep=5)
+    paths = sorted(tmp_path.glob("*.safetensors"))
+    flipped = bytearray(paths[4].read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    paths[4].write_bytes(flipped)
+    paths[3].write_bytes(paths[3].read_bytes()[:100])
+    paths[2].with_suffix(".sha256").unlink()  # killed between the rename and the commit mark
+    with caplog.at_level(logging.WARNING):
+        assert_same(Checkpoints(tmp_path, 5).load(), snapshot(2))
+    assert caplog.text.count("is damaged") == 3
+
+
+def test_nothing_to_load_is_none(tmp_path):
+    assert Checkpoints(tmp_path, 1).load() is None
+
+
+def test_equal_states_are_equal_files(tmp_path):
+    save(tmp_path / "a", 3)
+    save(tmp_path / "b", 3)
+    assert (tmp_path / "a/version-00000003.safetensors").read_bytes() == (
+        tmp_path / "b/version-00000003.safetensors"
+    ).read_bytes()
+
+
+def test_a_checkpoint_that_cannot_be_written_is_a_clear_error(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    checkpoints = Checkpoints(tmp_path / "file", 1)
+    checkpoints.save(snapshot(1))
+    with pytest.raises(FedGPTError, match="could not write a checkpoint"):
+        checkpoints.wait()
+
+
+def test_a_second_process_is_refused_and_the_lock_ends_with_the_first(tmp_path):
+    folder = RunFolder(tmp_path)
+    with pytest.raises(FedGPTError, match="another fedgpt process"):
+        RunFolder(tmp_path)
+    folder.close()
+    RunFolder(tmp_path).close()
+
+
+def test_a_line_that_a_crash_cut_off_is_left_out(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.metrics.append({"version": 0})
+    folder.metrics.append({"version": 1})
+    folder.close()
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text()[:-5])
+    assert RunFolder(tmp_path).metrics.read() == [{"version": 0}]
+    assert json.loads(path.read_text().splitlines()[0]) == {"version": 0}
+
+
+def test_after_three_starts_that_came_to_nothing_the_one_before_is_used(tmp_path, caplog):
+    save(tmp_path, 1, 2)
+    for _ in range(3):
+        checkpoints = Checkpoints(tmp_path, 2)
+        assert checkpoints.recover().state.version == 2
+        checkpoints.started(2)
+        checkpoints.close()
+    checkpoints = Checkpoints(tmp_path, 2)
+    assert checkpoints.load().state.version == 1, "as a reader has it"
+    assert checkpoints.recover().state.version == 1 and checkpoints.given_up == 2
+    assert "3 starts from version-00000002.safetensors came to nothing" in caplog.text
+    assert (tmp_path / "version-00000002.damaged").exists()
+
+
+@pytest.mark.parametrize("how", ["a new checkpoint", "an end by its own will"])
+def test_a_start_that_came_to_something_counts_no_more(tmp_path, how):
+    save(tmp_path, 1, 2)
+    for version in range(3, 8):
+        checkpoints = Checkpoints(tmp_path, 2)
+        checkpoints.started(checkpoints.recover().state.version)
+        if how == "a new checkpoint":
+            checkpoints.save(snapshot(version))
+        else:
+            checkpoints.ended()
+        checkpoints.close()
+    assert Checkpoints(tmp_path, 2).recover().state.version == (7 if how == "a new checkpoint" else 2)
+
+
+def test_the_only_checkpoint_is_used_however_often(tmp_path):
+    save(tmp_path, 1)
+    for _ in range(5):
+        checkpoints = Checkpoints(tmp_path, 2)
+        checkpoints.started(checkpoints.recover().state.version)
+        checkpoints.close()
+    assert Checkpoints(tmp_path, 2).recover().state.version == 1
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_reader_changes_nothing_whatever_it_finds(tmp_path):
+    """A checkpoint between its rename and its mark looks damaged to who reads while a run writes."""
+    save(tmp_path, 1, 2, 3)
+    (tmp_path / "version-00000003.sha256").unlink()
+    (tmp_path / ".version-00000004.safetensors.abcd").write_bytes(b"half")
+    before = contents(tmp_path)
+    assert Checkpoints(tmp_path, 3).load().state.version == 2
+    assert contents(tmp_path) == before
+
+
+def test_a_run_puts_aside_what_it_cannot_use_and_removes_what_killed_writes_left(tmp_path):
+    save(tmp_path, 1, 2, 3)
+    (tmp_path / "version-00000003.safetensors").write_bytes(b"torn")
+    (tmp_path / ".version-00000004.safetensors.abcd").write_bytes(b"half")
+    assert Checkpoints(tmp_path, 3).recover().state.version == 2
+    names = {path.name for path in tmp_path.iterdir()}
+    whole = {f"version-0000000{v}.{end}" for v in (1, 2) for end in ("safetensors", "sha256")}
+    assert names == whole | {"version-00000003.damaged"}
+
+
+def test_the_log_is_kept_from_the_oldest_checkpoint_on(tmp_path):
+    told: list[int] = []
+    checkpoints = Checkpoints(tmp_path, 2, told.append)
+    for version in (3, 6, 9, 12):
+        checkpoints.save(snapshot(version))
+    checkpoints.close()
+    assert told == [3, 3, 6, 9]
+
+
+def test_best_weights_that_are_damaged_are_as_good_as_none(tmp_path):
+    checkpoints, params = Checkpoints(tmp_path, 2), np.arange(50, dtype=np.float32)
+    checkpoints.save_best(params, 4, 2.5)
+    kept, loss = checkpoints.load_best()
+    assert np.array_equal(kept, params) and loss == 2.5
+    path = tmp_path / "best.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 1  # within the weights: it is still a whole file of its kind
+    path.write_bytes(content)
+    assert checkpoints.load_best() is None
+    path.unlink()
+    assert checkpoints.load_best() is None

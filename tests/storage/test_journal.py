@@ -1,0 +1,313 @@
+"""The write-ahead log: what it holds after any cut, and that a server that is told it again loses nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.fake_transport import ScriptTransport, honest
+from support.harness import JOB_TOKENS, STEP_TOKENS, options, run
+
+from fedgpt.aggregate.auto import Auto
+from fedgpt.aggregate.delta_sgd import DeltaSGD
+from fedgpt.aggregate.fedasync import FedAsync
+from fedgpt.aggregate.fedavg import FedAvg
+from fedgpt.aggregate.median import Median
+from fedgpt.cli import exit_code
+from fedgpt.core.errors import Interrupted, StoppedEarly
+from fedgpt.core.faults import Injected, injected
+from fedgpt.core.messages import Reply
+from fedgpt.core.options import CheckpointOptions, RunOptions, RuntimeOptions
+from fedgpt.storage.checkpoint import Checkpoints
+from fedgpt.storage.journal import Entry, Journal, wanted
+
+
+def entries() -> list[Entry]:
+    update = np.arange(5, dtype=np.float32)
+    packed = np.arange(7, dtype=np.uint8)
+    replies = (Reply("b", 3, error="code 2: é", code="bad_encoding"), Reply("c", 1, "{}", packed, bytes=7))
+    return [
+        Entry("send", jobs=(("a", 0), ("b", 3)), times=(0.5, 1.5), away=frozenset({"c"}), clients=3),
+        Entry("receive", replies=(Reply("a", 0, '{"x": 1}', update, bytes=20, seconds=2.0),), times=(2.0,), clients=3),
+        Entry("step", times=(9.25,), clients=3),
+        Entry("receive", replies=replies, clients=3),
+        Entry("step", times=(10.5,), clients=3),
+    ]
+
+
+def same(one: Entry, other: Entry) -> bool:
+    if replace(one, replies=()) != replace(other, replies=()):
+        return False
+    pairs = list(zip(one.replies, other.replies, strict=True))
+    plain = all(
+        (a.client, a.task, a.header, a.error, a.code, a.bytes, a.seconds)
+        == (b.client, b.task, b.header, b.error, b.code, b.bytes, b.seconds)
+        for a, b in pairs
+    )
+    return plain and all(
+        (a.payload is None) == (b.payload is None)
+        and (a.payload is None or (a.payload.dtype == b.payload.dtype and np.array_equal(a.payload, b.payload)))
+        for a, b in pairs
+    )
+
+
+def written(folder: Path) -> Path:
+    """A log with three entries after version 4 and two after version 5."""
+    journal = Journal(folder)
+    for version, some in ((4, entries()[:3]), (5, entries()[3:])):
+        journal.begin(version)
+        for entry in some:
+            journal.append(entry)
+    journal.close()
+    return folder
+
+
+def test_what_is_written_is_read(tmp_path):
+    read = list(Journal(written(tmp_path)).read(4))
+    assert len(read) == 5 and all(same(a, b) for a, b in zip(read, entries(), strict=True))
+    assert len(list(Journal(tmp_path).read(5))) == 2
+
+
+def test_a_checkpoint_makes_what_came_before_it_needless(tmp_path):
+    journal = Journal(written(tmp_path))
+    journal.drop(5)
+    assert [path.name for path in tmp_path.iterdir()] == ["version-00000005.log"]
+    journal.clear()
+    assert not list(tmp_path.iterdir())
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_cut_and_any_flipped_byte_leave_a_prefix(tmp_path_factory, data):
+    folder = written(tmp_path_factory.mktemp("wal"))
+    path = folder / f"version-{data.draw(st.sampled_from(('00000004', '00000005')))}.log"
+    content = bytearray(path.read_bytes())
+    at = data.draw(st.integers(0, len(content) - 1))
+    cut = data.draw(st.booleans())
+    if cut:
+        content = content[:at]
+    else:
+        content[at] ^= data.draw(st.integers(1, 255))
+    path.write_bytes(content)
+    read = list(Journal(folder).read(4))
+    before = 0 if path.name == "version-00000004.log" else 3
+    assert before <= len(read) < 5 and all(same(a, b) for a, b in zip(read, entries(), strict=False))
+
+    journal = Journal(folder)  # and it can be gone on with
+    journal.begin(4 + sum(entry.call == "step" for entry in read))
+    journal.append(entries()[0])
+    journal.close()
+    again = list(journal.read(4))
+    assert len(again) == len(read) + 1 and same(again[-1], entries()[0])
+
+
+def test_a_version_that_is_missing_ends_the_log(tmp_path):
+    """What is behind it is of a future that another checkpoint began."""
+    journal = Journal(written(tmp_path))
+    journal.begin(7)
+    journal.append(entries()[0])
+    journal.close()
+    assert len(list(Journal(tmp_path).read(4))) == 5
+    assert not (tmp_path / "version-00000007.log").exists()
+    assert list(Journal(tmp_path).read(3)) == [] and not list(tmp_path.iterdir())
+
+
+def test_a_log_can_be_left_behind_at_the_entry_that_does_not_fit(tmp_path):
+    journal = Journal(written(tmp_path))
+    read = journal.read(4)
+    for _ in range(2):
+        next(read)
+    journal.cut()
+    assert len(list(Journal(tmp_path).read(4))) == 1 and not (tmp_path / "version-00000005.log").exists()
+
+
+def uneven(hurry: float):
+    """Clients of unequal speed; another `hurry` is another order of arrival."""
+
+    def client(at: int):
+        return lambda job: honest(job, (1 + at + 0.37 * (job.task % 3)) ** hurry, tokens=job.plan.steps * STEP_TOKENS)
+
+    return {name: client(at) for at, name in enumerate("abcde")}
+
+
+BUFFER = {"name": "buffer", "clients": 4}
+
+
+@pytest.mark.parametrize(
+    "strategy, pace",
+    [
+        (DeltaSGD(), BUFFER),
+        (FedAsync(), {**BUFFER, "max_staleness": 2}),
+        (DeltaSGD(), {**BUFFER, "goal": 3, "grace": 0.4, "dylu": True}),
+        (FedAvg(), {"clients": 3, "goal": 2, "deadline": 6.5}),
+        (Median(), {"clients": 4}),
+    ],
+    ids=["async", "fedasync", "grace and dylu", "cohort with a deadline", "median"],
+)
+@pytest.mark.parametrize("fault", ["accepted:7", "accepted:10", "send:3", "send:9", "aggregate:4", "journal.half:20"])
+def test_a_server_that_fails_anywhere_loses_nothing_and_repeats_nothing(tmp_path, strategy, pace, fault):
+    """After the restart clients are fast where they were slow: only the log can bring the first part back."""
+    o = options(tmp_path, rounds=20, **pace)
+    o.checkpoint = CheckpointOptions(every=6, keep=2)
+    outcomes = []
+    with injected(f"{fault}:raise") as faults, pytest.raises(Injected):
+        run(o, uneven(1.0), strategy, journal=True, outcomes=outcomes)
+    assert faults[0].fired, "the run ended before the fault"
+    from_version = Checkpoints(tmp_path / "checkpoints", 2).load().state.version
+    again = run(o, uneven(-1.0), strategy, journal=True)
+    assert again.version == 20
+    first, second = outcomes[0].accepted, again.accepted
+    begun = outcomes[0].accepted_until(from_version)
+    assert second[: len(first) - begun] == first[begun:], "what was accepted is accepted again, at the same time"
+    tasks = [(client, task) for client, task, _ in first[:begun] + second]
+    assert len(tasks) == len(set(tasks)), "no update counts twice"
+    asked_again = {(job.client, job.task) for job in again.jobs}
+    assert not asked_again & {(client, task) for client, task, _ in first[begun:]}, "nobody does accepted work again"
+    if not pace.get("dylu"):
+        assert again.server.ledgers.tokens_done == sum(m["accepted"] for m in again.metrics[1:]) * JOB_TOKENS
+    assert not list((tmp_path / "wal").iterdir()), "a run that is over has no log"
+
+
+@pytest.mark.parametrize("fault", ["accepted:2", "accepted:4", "send:3", "send:9", "aggregate:1", "aggregate:9"])
+def test_a_pacing_that_changed_by_the_clock_changes_again_at_the_same_moment(tmp_path, fault):
+    """auto looks at the real clock while it waits: after a restart the log has those moments."""
+    o = options(tmp_path, rounds=8)
+    o.checkpoint = CheckpointOptions(every=6, keep=2)
+    outcomes = []
+    with injected(f"{fault}:raise"), pytest.raises(Injected):
+        run(o, uneven(1.0), Auto(), journal=True, outcomes=outcomes)
+    from_version = Checkpoints(tmp_path / "checkpoints", 2).load().state.version
+    again = run(o, uneven(-1.0), Auto(), journal=True)
+    first, begun = outcomes[0].accepted, outcomes[0].accepted_until(from_version)
+    assert again.accepted[: len(first) - begun] == first[begun:]
+    switched = [about for about in outcomes[0].told("pacing") if about["version"] >= from_version]
+    assert again.told("pacing")[: len(switched)] == switched
+    assert switched or from_version or len(first) < 3, "or nothing was tested"
+
+
+def test_an_interrupted_server_goes_on_in_the_middle_of_a_version(tmp_path):
+    """Ctrl-C after two of five: after the restart only the other three are asked."""
+    calls = []
+
+    def interrupting(job):
+        calls.append(job)
+        return honest(job, 3.0)
+
+    def stop(job):
+        raise KeyboardInterrupt
+
+    o = options(tmp_path, rounds=1)
+    patient = {"a": lambda job: honest(job, 1.0), "b": lambda job: honest(job, 2.0), "c": interrupting}
+    outcomes = []
+    with injected("accepted:2:raise"), pytest.raises(Injected):
+        run(o, {**patient, "d": interrupting}, journal=True, outcomes=outcomes)
+    again = run(o, {**patient, "d": interrupting}, journal=True)
+    assert sorted(job.client for job in again.jobs) == ["c", "d"]
+    whole = run(options(tmp_path / "whole", rounds=1), {**patient, "d": interrupting})
+    assert np.array_equal(again.params, whole.params)
+    assert [a[:2] for a in again.accepted] == [("a", 0), ("b", 0), ("c", 0), ("d", 0)]
+
+
+def test_sigint_keeps_the_log(tmp_path):
+    def interrupt(job):
+        if job.task == 1:
+            raise KeyboardInterrupt
+        return honest(job)
+
+    o = options(tmp_path, rounds=3, **BUFFER)
+    clients = {**uneven(1.0), "a": interrupt}
+    with pytest.raises(Interrupted):
+        run(o, clients, DeltaSGD(), journal=True)
+    again = run(o, uneven(1.0), DeltaSGD(), journal=True)
+    assert again.version == 3
+
+
+def test_a_run_that_stopped_for_a_reason_asks_again(tmp_path):
+    def never(job):
+        return [(1.0, Reply(job.client, job.task, error="no"))]
+
+    o = options(tmp_path, rounds=2, minimum=2)
+    with pytest.raises(StoppedEarly):
+        run(o, {"a": honest, "b": never}, journal=True)
+    again = run(o, {"a": honest, "b": honest}, journal=True)
+    assert again.version == 2
+
+
+def damaged(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def test_past_a_damaged_checkpoint_the_log_leads_to_where_the_run_stood(tmp_path):
+    """Nobody is asked again for what was accepted after the older checkpoint."""
+    o = options(tmp_path, rounds=20, **BUFFER)
+    o.checkpoint = CheckpointOptions(every=6, keep=2)
+    outcomes = []
+    with injected("accepted:15:raise"), pytest.raises(Injected):
+        run(o, uneven(1.0), DeltaSGD(), journal=True, outcomes=outcomes)
+    damaged(tmp_path / "checkpoints" / "version-00000012.safetensors")
+    again = run(o, uneven(-1.0), DeltaSGD(), journal=True)
+    first, begun = outcomes[0].accepted, outcomes[0].accepted_until(6)  # which the older checkpoint is of
+    assert not {(job.client, job.task) for job in again.jobs} & {(c, task) for c, task, _ in first}
+    assert again.accepted[: len(first) - begun] == first[begun:] and again.version == 20
+
+
+def test_a_log_that_does_not_fit_is_replaced_from_there_on(tmp_path, caplog):
+    """What is written after it is found by the next restart, too."""
+    o = options(tmp_path, rounds=20, **BUFFER)
+    o.checkpoint = CheckpointOptions(every=30)
+    with injected("accepted:12:raise"), pytest.raises(Injected):
+        run(o, uneven(1.0), DeltaSGD(), journal=True)
+    o.local.steps = 2  # jobs of other lengths, as of another version of the program: its steps are not those of the log
+    o.pace.clients = 3
+    outcomes = []
+    with injected("accepted:9:raise"), pytest.raises(Injected):
+        run(o, uneven(-1.0), DeltaSGD(), journal=True, outcomes=outcomes)
+    assert "the log does not fit" in caplog.text
+    caplog.clear()
+    again = run(o, uneven(1.0), DeltaSGD(), journal=True)
+    assert "the log does not fit" not in caplog.text
+    assert again.accepted[: len(outcomes[0].accepted)] == outcomes[0].accepted and again.version == 20
+
+
+def test_clients_that_do_not_come_back_in_time_cost_no_log(tmp_path, monkeypatch):
+    """The run stops with code 3 before it is told anything; once they are there it goes on as if it had not."""
+    o = options(tmp_path, rounds=2)
+    with injected("accepted:2:raise"), pytest.raises(Injected):
+        run(o, dict.fromkeys("abc", honest), journal=True)
+
+    def nobody(transport, timeout):
+        raise StoppedEarly(f"0 of 3 clients connected within {timeout:.0f} s")
+
+    with monkeypatch.context() as patched, pytest.raises(StoppedEarly, match="connected within 300 s") as stopped:
+        patched.setattr(ScriptTransport, "clients", nobody)
+        run(o, dict.fromkeys("abc", honest), journal=True)
+    assert exit_code(stopped.value) == 3
+    again = run(o, dict.fromkeys("abc", honest), journal=True)
+    assert again.version == 2 and (again.jobs[0].client, again.jobs[0].version) == ("c", 0)
+
+
+def test_without_its_clients_the_log_is_of_no_use(tmp_path, caplog):
+    o = options(tmp_path, rounds=2)
+    with injected("accepted:2:raise"), pytest.raises(Injected):
+        run(o, dict.fromkeys("abc", honest), journal=True)
+    again = run(o, dict.fromkeys("abcd", honest), journal=True)
+    assert "the log is of 3 clients, 4 are there" in caplog.text
+    assert again.version == 2 and len(again.jobs) == 8
+
+
+@pytest.mark.parametrize(
+    "clock, pace, runtime, journal, kept",
+    [
+        ("real", "cohort", "pool", None, False), ("real", "buffer", "pool", None, True),
+        ("virtual", "buffer", "pool", None, False), ("real", "cohort", "superlink", None, True),
+        ("real", "cohort", "pool", True, True), ("real", "buffer", "pool", False, False),
+    ],
+)  # fmt: skip
+def test_where_a_log_is_kept(clock, pace, runtime, journal, kept):
+    o = RunOptions(clock=clock, runtime=RuntimeOptions(name=runtime), checkpoint=CheckpointOptions(journal=journal))
+    o.pace.name = pace
+    assert wanted(o, switches=False) == kept
