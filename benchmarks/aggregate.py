@@ -48,11 +48,15 @@ MANY, FEW = 32, 8  # updates
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5, help="of which medians are taken (5)")
-    parser.add_argument("--quick", action="store_true", help="the nano model, two rounds: no figures")
+    parser.add_argument(
+        "--quick", action="store_true", help="the nano model, two rounds: no figures"
+    )
     chosen = parser.parse_args()
     rounds, name = (2, "nano") if chosen.quick else (chosen.rounds, "mini")
     logging.getLogger("flwr").setLevel(logging.WARNING)
-    TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1  # Flower wants them for a message
+    TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = (
+        1  # Flower wants them for a message
+    )
     start, shapes = model(name)
     rng = np.random.default_rng(0)
     deltas = [(0.01 * rng.standard_normal(start.size)).astype(np.float32) for _ in range(MANY)]
@@ -73,11 +77,19 @@ def main() -> None:
         errors = [far(start - results[0], want), far(results[1], want)]
         figures[key] = round(times[0] / times[1], 2)
         figures[f"{key}_seconds"], figures[f"{key}_error"] = round(times[1], 4), errors[1]
-        print(f"{key:<16}{times[0]:>10.3f}{times[1]:>10.3f}{figures[key]:>8}{errors[1]:>10.1e}{errors[0]:>14.1e}")
+        print(
+            f"{key:<16}{times[0]:>10.3f}{times[1]:>10.3f}{figures[key]:>8}{errors[1]:>10.1e}{errors[0]:>14.1e}"
+        )
         del weights
     figures["exact_model_copies"] = round(peak(work(None, deltas, state)) / start.nbytes, 2)
-    print(f"the sum of {MANY} updates adds {figures['exact_model_copies']} copies of the model at its peak")
-    print(json.dumps({**figures, "parameters": start.size, "rounds": rounds, "model": name, **machine()}))
+    print(
+        f"the sum of {MANY} updates adds {figures['exact_model_copies']} copies of the model at its peak"
+    )
+    print(
+        json.dumps(
+            {**figures, "parameters": start.size, "rounds": rounds, "model": name, **machine()}
+        )
+    )
 
 
 def model(name: str) -> tuple[np.ndarray, list[tuple[str, tuple[int, ...]]]]:
@@ -97,11 +109,15 @@ def reply(weights: np.ndarray, shapes: Sequence[tuple[str, tuple[int, ...]]], no
         begin = end
     request = Message(RecordDict(), dst_node_id=node + 1, message_type="train")
     request.metadata.__dict__["_message_id"] = str(node)
-    content = RecordDict({"arrays": ArrayRecord(arrays), "metrics": MetricRecord({"num-examples": int(TOKENS)})})
+    content = RecordDict(
+        {"arrays": ArrayRecord(arrays), "metrics": MetricRecord({"num-examples": int(TOKENS)})}
+    )
     return Message(content, reply_to=request)
 
 
-def work(rule: Strategy | None, deltas: Sequence[np.ndarray], state: ServerState) -> Callable[[], np.ndarray]:
+def work(
+    rule: Strategy | None, deltas: Sequence[np.ndarray], state: ServerState
+) -> Callable[[], np.ndarray]:
     """Our side: a rule over held updates, or the exact sum of updates as they arrive."""
     norms = [float(np.linalg.norm(delta)) for delta in deltas]  # a decoded update comes with it
     updates = [
@@ -148,9 +164,13 @@ def turns(
 def reference(key: str, deltas: Sequence[np.ndarray]) -> np.ndarray:
     """The rule's D in float64, written as its definition says."""
     if key.startswith("exact"):
-        return sum((delta.astype(np.float64) for delta in deltas), np.zeros(deltas[0].size)) / len(deltas)
+        return sum((delta.astype(np.float64) for delta in deltas), np.zeros(deltas[0].size)) / len(
+            deltas
+        )
     if key.startswith("krum"):
-        apart = np.array([[np.sum((a.astype(np.float64) - b) ** 2) for b in deltas] for a in deltas])
+        apart = np.array(
+            [[np.sum((a.astype(np.float64) - b) ** 2) for b in deltas] for a in deltas]
+        )
         nearest = np.sort(apart, axis=1)[:, 1 : len(deltas) - 2 - 1].sum(axis=1)  # n - f - 2 others
         return deltas[int(np.argmin(nearest))].astype(np.float64)
     columns = np.sort(np.stack(deltas).astype(np.float64), axis=0)
@@ -168,7 +188,9 @@ def peak(do: Callable[[], np.ndarray]) -> float:
     tracemalloc.start()
     try:
         do()
-        return tracemalloc.get_traced_memory()[1] + 2 * 4 * do().size  # the int64 accumulator was there before
+        return (
+            tracemalloc.get_traced_memory()[1] + 2 * 4 * do().size
+        )  # the int64 accumulator was there before
     finally:
         tracemalloc.stop()
 

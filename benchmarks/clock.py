@@ -50,7 +50,7 @@ class Instant:
         return True
 
     def send(self, jobs: Sequence[Job]) -> None:
-        self._done += [Reply(job.client, job.task) for job in jobs]
+        self._done += [Reply(job.client, job.number) for job in jobs]
 
     def receive(self, timeout: float | None) -> list[Reply]:
         done, self._done = self._done, []
@@ -71,16 +71,28 @@ class Instant:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="1,000 clients, 50 in flight: no figures")
+    parser.add_argument(
+        "--quick", action="store_true", help="1,000 clients, 50 in flight: no figures"
+    )
     chosen = parser.parse_args()
     clients, in_flight, events = (1_000, 50, 200) if chosen.quick else (100_000, 1_000, 4_000)
-    print(f"{clients:,} clients, {in_flight:,} in flight\nfleet                             events/s")
+    print(
+        f"{clients:,} clients, {in_flight:,} in flight\nfleet                             events/s"
+    )
     speeds = {}
     for name, fleet in FLEETS.items():
         speeds[name] = statistics.median(rounds(fleet, clients, in_flight, events))
         print(f"{name:<32} {speeds[name]:>9,.0f}", flush=True)
-    about = {"clients": clients, "in_flight": in_flight, "events": events, "model": "none", **machine()}
-    print(json.dumps({"events_per_second": round(min(speeds.values())), "by_fleet": speeds, **about}))
+    about = {
+        "clients": clients,
+        "in_flight": in_flight,
+        "events": events,
+        "model": "none",
+        **machine(),
+    }
+    print(
+        json.dumps({"events_per_second": round(min(speeds.values())), "by_fleet": speeds, **about})
+    )
 
 
 def rounds(fleet: FleetOptions, clients: int, in_flight: int, events: int) -> list[float]:
@@ -89,7 +101,7 @@ def rounds(fleet: FleetOptions, clients: int, in_flight: int, events: int) -> li
     clock, flight = VirtualTransport(Instant(names), Fleet(fleet, seed=0)), InFlight()
     clock.clients(0)
     pace = Buffer(PaceOptions("buffer", clients=in_flight), seed=0)
-    plan = Plan("run", steps=40, tokens_done=0, tokens_per_step=1, tokens_total=1)
+    plan = Plan("run", local_steps=40, tokens_done=0, tokens_per_step=1, tokens_total=1)
     roster = Roster(names, flight.busy, clock.there)
     dispatched = version = 0
     speeds = []
@@ -98,12 +110,15 @@ def rounds(fleet: FleetOptions, clients: int, in_flight: int, events: int) -> li
         while handled < count:
             progress = Progress(version, dispatched, True, len(flight), 0, 0.0)
             chosen = pace.start(progress, roster) or []
-            jobs = [Job(client, dispatched + i, version, NOTHING, plan, clock.now()) for i, client in enumerate(chosen)]
+            jobs = [
+                Job(client, dispatched + i, version, NOTHING, plan, clock.now())
+                for i, client in enumerate(chosen)
+            ]
             flight.add(jobs)
             clock.send(jobs)
             dispatched += len(jobs)
             for reply in clock.receive(None):
-                flight.pop(reply.client, reply.task)
+                flight.pop(reply.client, reply.number)
                 handled, version = handled + 1, version + 1
         speeds.append(count / (time.perf_counter() - began))
     return speeds[1:]

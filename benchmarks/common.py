@@ -18,14 +18,20 @@ TICK = os.sysconf("SC_CLK_TCK")
 @contextmanager
 def child(command: Sequence[str | Path], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process `python *command`, ended with the block; its output goes to `log` and is shown where it fails."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stop request ends like Ctrl-C: nothing is left behind
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # a stop request ends like Ctrl-C: nothing is left behind
     with log.open("wb") as out:
-        process = subprocess.Popen([sys.executable, *map(str, command)], stdout=out, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            [sys.executable, *map(str, command)], stdout=out, stderr=subprocess.STDOUT
+        )
         try:
             yield process
         finally:
             if process.poll() is None:
-                process.send_signal(signal.SIGTERM)  # both kinds of child take their own children along
+                process.send_signal(
+                    signal.SIGTERM
+                )  # both kinds of child take their own children along
                 signal_all(process.pid, signal.SIGCONT)
                 process.wait()
     refuse_failure(process, log)
@@ -34,12 +40,18 @@ def child(command: Sequence[str | Path], log: Path) -> Iterator[subprocess.Popen
 def refuse_failure(process: subprocess.Popen[bytes], log: Path) -> None:
     """End the benchmark with what a failed child wrote."""
     if process.returncode:
-        raise SystemExit(f"{process.args} ended with {process.returncode}:\n{log.read_text()[-3000:]}")
+        raise SystemExit(
+            f"{process.args} ended with {process.returncode}:\n{log.read_text()[-3000:]}"
+        )
 
 
 def family(pid: int) -> list[int]:
     """A process and its living descendants."""
-    below = [int(i) for path in Path(f"/proc/{pid}/task").glob("*/children") for i in path.read_text().split()]
+    below = [
+        int(i)
+        for path in Path(f"/proc/{pid}/task").glob("*/children")
+        for i in path.read_text().split()
+    ]
     return [pid, *(i for child in below for i in family(child))]
 
 

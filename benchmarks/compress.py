@@ -31,16 +31,29 @@ CODECS: tuple[tuple[str, dict[str, object]], ...] = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--size", type=int, default=10_000_000, help="elements of the delta (10,000,000)")
+    parser.add_argument(
+        "--size", type=int, default=10_000_000, help="elements of the delta (10,000,000)"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="of which medians are taken (5)")
-    parser.add_argument("--quick", action="store_true", help="200,000 elements, two rounds: no figures")
+    parser.add_argument(
+        "--quick", action="store_true", help="200,000 elements, two rounds: no figures"
+    )
     chosen = parser.parse_args()
     size, rounds = (200_000, 2) if chosen.quick else (chosen.size, chosen.rounds)
     about = {"elements": size, "rounds": rounds, "model": "none", **machine()}
     delta = np.random.default_rng(0).standard_normal(size).astype(np.float32)
     copy = np.empty_like(delta)
     lines, copies = [], []
-    header = ("codec", "% of fp32", "error", "sent", "encode", "decode GB/s", "encode", "decode / copy")
+    header = (
+        "codec",
+        "% of fp32",
+        "error",
+        "sent",
+        "encode",
+        "decode GB/s",
+        "encode",
+        "decode / copy",
+    )
     print(("{:<30}" + "{:>14}" * 7).format(*header))
     for name, options in CODECS:
         codec = make_compressor(name, **options)
@@ -48,7 +61,15 @@ def main() -> None:
         copies += seconds
         lines.append(figures)
         print(("{:<30}" + "{:>14.4g}" * 7).format(*figures.values()))
-    print(json.dumps({"codecs": lines, "copy_gb_per_second": 4e-9 * size / statistics.median(copies), **about}))
+    print(
+        json.dumps(
+            {
+                "codecs": lines,
+                "copy_gb_per_second": 4e-9 * size / statistics.median(copies),
+                **about,
+            }
+        )
+    )
 
 
 def measured(

@@ -51,7 +51,9 @@ class Peak:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the nano model and one round: no figures")
+    parser.add_argument(
+        "--quick", action="store_true", help="the nano model and one round: no figures"
+    )
     parser.add_argument("options", nargs="*", help="more options of fedgpt run")
     chosen = parser.parse_args()
     model, about = "nano" if chosen.quick else "mini", machine()
@@ -59,8 +61,13 @@ def main() -> None:
     print(f"clients a round   resident MB   held unmapped MB   peak MB   ({model} model)")
     peaks = {}
     for cohort in COHORTS:
-        peaks[cohort] = p = measure([*OPTIONS, f"model={model}", f"pace.clients={cohort}", *extra, *chosen.options])
-        print(f"{cohort:<15} {p.resident / 1e6:>13.1f} {p.unmapped / 1e6:>18.1f} {p.total / 1e6:>9.1f}", flush=True)
+        peaks[cohort] = p = measure(
+            [*OPTIONS, f"model={model}", f"pace.clients={cohort}", *extra, *chosen.options]
+        )
+        print(
+            f"{cohort:<15} {p.resident / 1e6:>13.1f} {p.unmapped / 1e6:>18.1f} {p.total / 1e6:>9.1f}",
+            flush=True,
+        )
     few, many = (peaks[cohort] for cohort in COHORTS)
     growth = (many.total - few.total) / many.model
     print(f"growth: {growth:.2f} copies of the model, {many.model / 1e6:.1f} MB each")
@@ -78,18 +85,24 @@ def measure(options: list[str]) -> Peak:
     """The server's peak in one run."""
     with tempfile.TemporaryDirectory(prefix="memory-") as name:
         folder = Path(name, "run")
-        rounds = next(int(o.removeprefix("rounds=")) for o in reversed(options) if o.startswith("rounds="))
+        rounds = next(
+            int(o.removeprefix("rounds=")) for o in reversed(options) if o.startswith("rounds=")
+        )
         with child(fedgpt_run(folder, options), folder.with_suffix(".log")) as process:
             events = folder / "events.jsonl"
             while process.poll() is None and not (events.exists() and events.stat().st_size):
                 time.sleep(SAMPLE)
             resident = unmapped = 0
             if process.poll() is None:
-                Path(f"/proc/{process.pid}/clear_refs").write_text("5")  # forget the peak of the start
+                Path(f"/proc/{process.pid}/clear_refs").write_text(
+                    "5"
+                )  # forget the peak of the start
                 resident, unmapped = watch(process.pid, folder, rounds)
             process.wait()
         # past the block, so that a run which failed has said so
-        with safe_open(next((folder / "checkpoints").glob("*.safetensors")), framework="numpy") as stored:
+        with safe_open(
+            next((folder / "checkpoints").glob("*.safetensors")), framework="numpy"
+        ) as stored:
             model = 4 * stored.get_slice("params").get_shape()[0]
     return Peak(resident, unmapped, model)
 
@@ -123,7 +136,11 @@ def held_unmapped(pid: int) -> int:
             if "memfd:" in str(path.readlink()):
                 about = path.stat()
                 held[about.st_ino] = 512 * about.st_blocks
-    mapped = {int(text.split()[4]) for text in Path(f"/proc/{pid}/maps").read_text().splitlines() if "memfd:" in text}
+    mapped = {
+        int(text.split()[4])
+        for text in Path(f"/proc/{pid}/maps").read_text().splitlines()
+        if "memfd:" in text
+    }
     return sum(size for inode, size in held.items() if inode not in mapped)
 
 

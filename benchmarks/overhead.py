@@ -59,7 +59,9 @@ class Side:
     folder: Path
     clock: float = 0.0  # seconds in which it was not stopped
     stamps: list[float] = field(default_factory=list)  # the clock at the end of each server step
-    cpu_stamps: list[float] = field(default_factory=list)  # CPU seconds of all its processes, likewise
+    cpu_stamps: list[float] = field(
+        default_factory=list
+    )  # CPU seconds of all its processes, likewise
 
     def __post_init__(self) -> None:
         self.versions = Versions(self.folder)
@@ -100,18 +102,31 @@ class Side:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--pairs", type=int, default=20, help="timed rounds of each side (20)")
-    parser.add_argument("--quick", action="store_true", help="2 pairs with 2 local steps: no figures")
-    parser.add_argument("options", nargs="*", help="more options of fedgpt run, e.g. local.precision=fp32")
+    parser.add_argument(
+        "--quick", action="store_true", help="2 pairs with 2 local steps: no figures"
+    )
+    parser.add_argument(
+        "options", nargs="*", help="more options of fedgpt run, e.g. local.precision=fp32"
+    )
     chosen = parser.parse_args()
     pairs = 2 if chosen.quick else chosen.pairs
-    options = [*OPTIONS, f"rounds={pairs + 1}", *(["local.steps=2"] if chosen.quick else []), *chosen.options]
+    options = [
+        *OPTIONS,
+        f"rounds={pairs + 1}",
+        *(["local.steps=2"] if chosen.quick else []),
+        *chosen.options,
+    ]
     about = describe(options)
     print(json.dumps(about))
     with tempfile.TemporaryDirectory(prefix="overhead-") as name:
         a, b = Path(name, "fedgpt"), Path(name, "plain")
         ours, plain = compare(a, fedgpt_run(a, options), b, [str(PLAIN), str(b), *options], pairs)
         apart = distance(a, b)
-    print(json.dumps({**figures(ours, plain), "distance": apart, "pairs": pairs, "rounds": pairs, **about}))
+    print(
+        json.dumps(
+            {**figures(ours, plain), "distance": apart, "pairs": pairs, "rounds": pairs, **about}
+        )
+    )
 
 
 def compare(a: Path, ours: list[str], b: Path, plain: list[str], pairs: int) -> tuple[Side, Side]:

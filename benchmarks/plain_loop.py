@@ -42,7 +42,9 @@ from fedgpt.core.seeds import derive_seed, numpy_generator
 from fedgpt.data.batches import Batches
 from fedgpt.data.partition import Shard, partition
 from fedgpt.data.prepare import Prepared, prepare
-from fedgpt.flower.launch import KEEP_HEAP  # two environment variables, no code: both sides' processes get them
+from fedgpt.flower.launch import (
+    KEEP_HEAP,
+)  # two environment variables, no code: both sides' processes get them
 from fedgpt.local.optimizer import Moments
 from fedgpt.local.trainer import Trainer
 from fedgpt.model.gpt import GPT
@@ -57,7 +59,9 @@ class SharedArray:
         self._map()
 
     def _map(self) -> None:
-        self.tensor = torch.frombuffer(mmap.mmap(self._descriptor, 0), dtype=torch.float32).view(self.shape)
+        self.tensor = torch.frombuffer(mmap.mmap(self._descriptor, 0), dtype=torch.float32).view(
+            self.shape
+        )
 
     def __getstate__(self) -> tuple[tuple[int, ...], Any]:
         return self.shape, DupFd(self._descriptor)
@@ -68,12 +72,12 @@ class SharedArray:
 
 
 @dataclass(frozen=True)
-class Task:
+class Job:
     """What goes down a pipe; the answer is its slot and the tokens trained."""
 
     slot: int  # where the update goes
     client: int
-    number: int  # how many tasks the client had before
+    number: int  # how many jobs the client had before
     plan: Plan
 
 
@@ -88,27 +92,34 @@ class Memory:
 
 def load(options: RunOptions) -> tuple[Prepared, list[Shard]]:
     prepared = prepare(options.corpus, options.tokenizer, options.cache_dir)
-    return prepared, partition(prepared, options.partition, options.seed, options.model.block_size + 1)
+    return prepared, partition(
+        prepared, options.partition, options.seed, options.model.block_size + 1
+    )
 
 
 def work(pipe: Connection, memory: Memory, options: RunOptions, threads: int) -> None:
-    """A process: train one task after the other until the pipe brings None."""
+    """A process: train one job after the other until the pipe brings None."""
     torch.set_num_threads(threads)
     prepared, shards = load(options)
     compute = choose_compute(options.runtime.device, options.local.precision)
     trainer = Trainer(options.model, prepared.tokenizer.vocab_size, options.local, compute)
-    params, updates, parked = (array.tensor for array in (memory.params, memory.updates, memory.moments))
-    while (task := pipe.recv()) is not None:
-        shard, done = shards[task.client], task.number * options.local.steps
-        seeds = [derive_seed(options.seed, purpose, shard.client, task.number) for purpose in ("batches", "dropout")]
+    params, updates, parked = (
+        array.tensor for array in (memory.params, memory.updates, memory.moments)
+    )
+    while (job := pipe.recv()) is not None:
+        shard, done = shards[job.client], job.number * options.local.steps
+        seeds = [
+            derive_seed(options.seed, purpose, shard.client, job.number)
+            for purpose in ("batches", "dropout")
+        ]
         tokens = shard.read(prepared.tokens)
         batches = Batches(tokens, options.model.block_size, options.local.batch_size, seeds[0])
-        moments = Moments(parked[task.client, 0], parked[task.client, 1], done) if done else None
-        trained = trainer.train(params.numpy(), batches, task.plan, moments, seeds[1])
-        parked[task.client, 0].copy_(trained.moments.first)
-        parked[task.client, 1].copy_(trained.moments.second)
-        updates[task.slot].copy_(torch.from_numpy(trained.delta))
-        pipe.send((task.slot, trained.tokens))
+        moments = Moments(parked[job.client, 0], parked[job.client, 1], done) if done else None
+        trained = trainer.train(params.numpy(), batches, job.plan, moments, seeds[1])
+        parked[job.client, 0].copy_(trained.moments.first)
+        parked[job.client, 1].copy_(trained.moments.second)
+        updates[job.slot].copy_(torch.from_numpy(trained.delta))
+        pipe.send((job.slot, trained.tokens))
 
 
 class Parent:
@@ -123,11 +134,15 @@ class Parent:
         model.init_weights(derive_seed(options.seed, "init"))
         self.first = flatten(model)[1]
         size = self.first.numel()
-        self.memory = Memory(SharedArray(size), SharedArray(self.cohort, size), SharedArray(len(shards), 2, size))
+        self.memory = Memory(
+            SharedArray(size), SharedArray(self.cohort, size), SharedArray(len(shards), 2, size)
+        )
         self.memory.params.tensor.copy_(self.first)
         self.total = torch.zeros(size)
         local = options.local
-        self.step_tokens = local.accumulate * local.batch_size * options.model.block_size * self.cohort
+        self.step_tokens = (
+            local.accumulate * local.batch_size * options.model.block_size * self.cohort
+        )
         self.tokens_total = options.rounds * local.steps * self.step_tokens
 
     def run(self, stamps: TextIO) -> None:
@@ -136,7 +151,11 @@ class Parent:
         began = time.monotonic()
         for version in range(self.options.rounds):
             self.round(version, pipes)
-            about = {"event": "version", "version": version + 1, "wall_seconds": time.monotonic() - began}
+            about = {
+                "event": "version",
+                "version": version + 1,
+                "wall_seconds": time.monotonic() - began,
+            }
             print(json.dumps(about), file=stamps, flush=True)
         for pipe in pipes:
             pipe.send(None)
@@ -145,7 +164,10 @@ class Parent:
 
     def start(self) -> tuple[list[Connection], list[SpawnProcess]]:
         """As many processes as fedgpt's pool starts, in the same environment."""
-        workers, threads = self.options.runtime.workers or cores(), self.options.runtime.threads or 1
+        workers, threads = (
+            self.options.runtime.workers or cores(),
+            self.options.runtime.threads or 1,
+        )
         torch.set_num_threads(threads)
         pools = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
         os.environ.update({**KEEP_HEAP, **dict.fromkeys(pools, str(threads))})
@@ -153,7 +175,9 @@ class Parent:
         pipes, processes = [], []
         for _ in range(workers):
             ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=work, args=(theirs, self.memory, self.options, threads), daemon=True)
+            process = spawn.Process(
+                target=work, args=(theirs, self.memory, self.options, threads), daemon=True
+            )
             process.start()
             theirs.close()
             pipes.append(ours)
@@ -162,18 +186,20 @@ class Parent:
 
     def round(self, version: int, pipes: list[Connection]) -> None:
         """One round: the mean of the updates, weighted by tokens, comes off the weights."""
-        draw = numpy_generator(self.options.seed, "cohort", version)  # the same clients as in fedgpt's round
+        draw = numpy_generator(
+            self.options.seed, "cohort", version
+        )  # the same clients as in fedgpt's round
         chosen = sorted(int(i) for i in draw.choice(len(self.numbers), self.cohort, replace=False))
-        tasks = deque(self.task(slot, client, version) for slot, client in enumerate(chosen))
-        busy = pipes[: len(tasks)]
+        jobs = deque(self.job(slot, client, version) for slot, client in enumerate(chosen))
+        busy = pipes[: len(jobs)]
         for pipe in busy:
-            pipe.send(tasks.popleft())
+            pipe.send(jobs.popleft())
         weight = 0
         self.total.zero_()
         for pipe in self.answers(busy):
             slot, tokens = pipe.recv()
-            if tasks:
-                pipe.send(tasks.popleft())
+            if jobs:
+                pipe.send(jobs.popleft())
                 busy.append(pipe)
             self.total.add_(self.memory.updates.tensor[slot], alpha=tokens)
             weight += tokens
@@ -187,11 +213,13 @@ class Parent:
                 busy.remove(pipe)
                 yield pipe
 
-    def task(self, slot: int, client: int, version: int) -> Task:
+    def job(self, slot: int, client: int, version: int) -> Job:
         steps, number = self.options.local.steps, self.numbers[client]
         self.numbers[client] += 1
         done = version * steps * self.step_tokens
-        return Task(slot, client, number, Plan("plain", steps, done, self.step_tokens, self.tokens_total))
+        return Job(
+            slot, client, number, Plan("plain", steps, done, self.step_tokens, self.tokens_total)
+        )
 
 
 def main() -> None:
@@ -200,7 +228,9 @@ def main() -> None:
     parent = Parent(compose.load(sys.argv[2:]))
     with (folder / "events.jsonl").open("w") as stamps:
         parent.run(stamps)
-    np.savez(folder / "params.npz", first=parent.first.numpy(), last=parent.memory.params.tensor.numpy())
+    np.savez(
+        folder / "params.npz", first=parent.first.numpy(), last=parent.memory.params.tensor.numpy()
+    )
 
 
 if __name__ == "__main__":

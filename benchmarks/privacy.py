@@ -70,7 +70,17 @@ def main() -> None:
         "bookkeeping_over_hooks": over(seconds["bookkeeping"], seconds["hooks"]),
         "hooks_over_plain": over(seconds["hooks"], seconds["plain"]),
     }
-    print(json.dumps({**ratios, "rounds": rounds, "batch": chosen.batch, "block_size": model.block_size, **about}))
+    print(
+        json.dumps(
+            {
+                **ratios,
+                "rounds": rounds,
+                "batch": chosen.batch,
+                "block_size": model.block_size,
+                **about,
+            }
+        )
+    )
 
 
 def plain(model: ModelOptions, local: LocalOptions) -> Step:
@@ -109,12 +119,16 @@ def stock_opacus(model: ModelOptions, local: LocalOptions) -> Step:
     hooked = GradSampleModule(gpt, batch_first=True, loss_reduction="mean")
     adamw = torch.optim.AdamW(gpt.parameters(), lr=1e-3, fused=True)
     size = local.batch_size
-    optimizer = DPOptimizer(adamw, noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=size)
+    optimizer = DPOptimizer(
+        adamw, noise_multiplier=1.0, max_grad_norm=1.0, expected_batch_size=size
+    )
     inputs, targets = Blocks(tokens_of(model, local), model.block_size).take(np.arange(size))
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        torch.nn.functional.cross_entropy(hooked(inputs).flatten(0, 1), targets.flatten()).backward()
+        torch.nn.functional.cross_entropy(
+            hooked(inputs).flatten(0, 1), targets.flatten()
+        ).backward()
         optimizer.step()
 
     return step

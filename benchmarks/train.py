@@ -49,7 +49,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="of a job (20)")
     parser.add_argument("--batch", type=int, default=8, help="sequences in a step (8)")
     parser.add_argument("--compile", action="store_true", help="compare with torch.compile, too")
-    parser.add_argument("--quick", action="store_true", help="the nano model, two rounds of two steps: no figures")
+    parser.add_argument(
+        "--quick", action="store_true", help="the nano model, two rounds of two steps: no figures"
+    )
     chosen = parser.parse_args()
     if not KEEP_HEAP.keys() <= os.environ.keys():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**KEEP_HEAP, **os.environ})
@@ -64,11 +66,23 @@ def main() -> None:
             jobs[kind] = plain_job(model, local, compute, chosen.steps, kind == "compiled")
         seconds = take_turns(jobs, chosen.rounds)
         ours = statistics.median(seconds["fedgpt"])
-        gains = {kind: over(own, seconds["fedgpt"]) for kind, own in seconds.items() if kind != "fedgpt"}
-        print(f"{name:<8}{1000 * ours / chosen.steps:>14.3f}" + "".join(f"{gain:>10.2f}" for gain in gains.values()))
+        gains = {
+            kind: over(own, seconds["fedgpt"]) for kind, own in seconds.items() if kind != "fedgpt"
+        }
+        print(
+            f"{name:<8}{1000 * ours / chosen.steps:>14.3f}"
+            + "".join(f"{gain:>10.2f}" for gain in gains.values())
+        )
         figures |= {f"{name}_{kind}_over_fedgpt": gain for kind, gain in gains.items()}
-        figures[f"{name}_tokens_per_second"] = round(chosen.steps * local.batch_size * model.block_size / ours)
-    shape = {"rounds": chosen.rounds, "steps": chosen.steps, "batch": chosen.batch, "model": chosen.models}
+        figures[f"{name}_tokens_per_second"] = round(
+            chosen.steps * local.batch_size * model.block_size / ours
+        )
+    shape = {
+        "rounds": chosen.rounds,
+        "steps": chosen.steps,
+        "batch": chosen.batch,
+        "model": chosen.models,
+    }
     print(json.dumps({**figures, **shape, "gpu": gpu_name(), **about}))
 
 
@@ -91,15 +105,22 @@ def fedgpt_job(model: ModelOptions, local: LocalOptions, compute: Compute, steps
     trainer = Trainer(model, VOCAB, local, compute)
     start = np.random.default_rng(1).normal(0, 0.02, trainer.layout.size).astype(np.float32)
     plan = Plan("benchmark", steps, 0, local.batch_size * model.block_size, 10**9)
-    return lambda: trainer.train(start, Batches(TOKENS, model.block_size, local.batch_size, 0), plan, None)
+    return lambda: trainer.train(
+        start, Batches(TOKENS, model.block_size, local.batch_size, 0), plan, None
+    )
 
 
-def plain_job(model: ModelOptions, local: LocalOptions, compute: Compute, steps: int, compiled: bool) -> Job:
+def plain_job(
+    model: ModelOptions, local: LocalOptions, compute: Compute, steps: int, compiled: bool
+) -> Job:
     """The same steps as one writes them."""
     gpt = GPT(model, VOCAB).to(compute.device).train()
     loss_of = torch.compile(gpt.loss) if compiled else gpt.loss
     groups = [
-        {"params": [p for p in gpt.parameters() if p.dim() >= 2], "weight_decay": local.weight_decay},
+        {
+            "params": [p for p in gpt.parameters() if p.dim() >= 2],
+            "weight_decay": local.weight_decay,
+        },
         {"params": [p for p in gpt.parameters() if p.dim() < 2], "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(groups, lr=local.lr, betas=(local.beta1, local.beta2), fused=True)
@@ -108,11 +129,15 @@ def plain_job(model: ModelOptions, local: LocalOptions, compute: Compute, steps:
     def job() -> None:
         batches = Batches(TOKENS, model.block_size, local.batch_size, 0)
         torch.set_float32_matmul_precision("high")
-        torch.use_deterministic_algorithms(False)  # the trainer needs the same bits every time; this loop does not
+        torch.use_deterministic_algorithms(
+            False
+        )  # the trainer needs the same bits every time; this loop does not
         for _ in range(steps):
             inputs, targets = batches.next()
             if on_gpu:
-                inputs, targets = (x.pin_memory().to("cuda", non_blocking=True) for x in (inputs, targets))
+                inputs, targets = (
+                    x.pin_memory().to("cuda", non_blocking=True) for x in (inputs, targets)
+                )
             with torch.autocast(compute.device, torch.bfloat16, enabled=bf16):
                 loss = loss_of(inputs, targets)
             adamw.zero_grad(set_to_none=True)

@@ -34,7 +34,9 @@ def main() -> int:
         print(__version__)
         return 0
     # `generate` has flags of its own, and a help that lists them
-    if arguments[0] in ("run", "data", "privacy", "audit") and {"-h", "--help"} & set(arguments[1:]):
+    if arguments[0] in ("run", "data", "privacy", "audit") and {"-h", "--help"} & set(
+        arguments[1:]
+    ):
         print(HELP.format(groups=_groups()), end="")
         return 0
     from fedgpt.cli import dispatch

@@ -27,7 +27,9 @@ def run(*overrides: str) -> Run:
     from fedgpt.flower.launch import launch
 
     if wrong := [o for o in overrides if not isinstance(o, str) or o.startswith("-")]:
-        raise ConfigError(f"fedgpt.run({wrong[0]!r}): takes options as on the command line, as in run('rounds=5')")
+        raise ConfigError(
+            f"fedgpt.run({wrong[0]!r}): takes options as on the command line, as in run('rounds=5')"
+        )
     options = resumed(overrides) or compose.load(overrides)
     launch(options)
     return Run(options.run_dir)
@@ -58,7 +60,9 @@ def _found(folder: str | Path, typed: str) -> Path:
     """A run's folder; the error names it as `typed`. An empty name is no folder, least of all the present one."""
     path = Path(folder).expanduser()
     if not str(folder) or not (path / "config.yaml").is_file():
-        raise ConfigError(f"{typed}: is not a run's folder, as it has no config.yaml; name one below runs/")
+        raise ConfigError(
+            f"{typed}: is not a run's folder, as it has no config.yaml; name one below runs/"
+        )
     return path
 
 
@@ -73,7 +77,9 @@ class Run:
         """summary.json: the end of a finished run."""
         path = self.folder / "summary.json"
         if not path.exists():
-            raise FedGPTError(f"{self.folder} has no summary yet; finish it with: fedgpt run resume={self.folder}")
+            raise FedGPTError(
+                f"{self.folder} has no summary yet; finish it with: fedgpt run resume={self.folder}"
+            )
         return json.loads(path.read_text(encoding="utf-8"))
 
     @property
@@ -90,7 +96,9 @@ class Run:
         from fedgpt.data.prepare import prepare
         from fedgpt.data.tokenizer import load_tokenizer
 
-        if (self.folder / "model" / "tokenizer.json").is_file():  # the file that an export writes last but one
+        if (
+            self.folder / "model" / "tokenizer.json"
+        ).is_file():  # the file that an export writes last but one
             return load_tokenizer(self.folder / "model")
         options = compose.of_run(self.folder)
         return prepare(options.corpus, options.tokenizer, options.cache_dir).tokenizer
@@ -115,19 +123,31 @@ class Run:
         elif (snapshot := checkpoints.load()) is not None:
             params = snapshot.state.params
         else:
-            raise FedGPTError(f"{self.folder} has no whole checkpoint; start it with: fedgpt run resume={self.folder}")
+            raise FedGPTError(
+                f"{self.folder} has no whole checkpoint; start it with: fedgpt run resume={self.folder}"
+            )
         model = GPT(options.model, self.tokenizer.vocab_size).eval()
         np.copyto(flatten(model)[1].numpy(), params)
         return model
 
-    def generate(self, prompt: str, tokens: int = 200, samples: int = 1, seed: int = 0, **sampling: Any) -> list[str]:
+    def generate(
+        self, prompt: str, tokens: int = 200, samples: int = 1, seed: int = 0, **sampling: Any
+    ) -> list[str]:
         """Continuations of `prompt`; `sampling` is temperature, top_k and top_p of model/generate.py."""
         from fedgpt.model.generate import generate
 
         ids = list(self.tokenizer.encode(prompt)) or [self.tokenizer.end]
         options = {"temperature": 0.8, "top_k": 50, **sampling}
         try:
-            new = generate(self.model, ids, tokens, samples=samples, stop=self.tokenizer.end, seed=seed, **options)
+            new = generate(
+                self.model,
+                ids,
+                tokens,
+                samples=samples,
+                stop=self.tokenizer.end,
+                seed=seed,
+                **options,
+            )
         except ValueError as error:
             raise FedGPTError(str(error)) from error
         return [self.tokenizer.decode([i for i in row if i != self.tokenizer.end]) for row in new]

@@ -24,21 +24,30 @@ def run(arguments: list[str]) -> int:
     words, config_dir = _words(arguments)
     sweep = "-m" in arguments or "--multirun" in arguments
     if sweep and _value_of(arguments, "--cfg", "-c"):
-        raise ConfigError("--cfg: prints one configuration, and -m asks for several; leave one of them out")
+        raise ConfigError(
+            "--cfg: prints one configuration, and -m asks for several; leave one of them out"
+        )
     if sweep:
         compose.precheck(words, config_dir)
     else:
         compose.load(words, config_dir)
-    return _hydra(arguments, [overrides.readable(word, sweep) if word in words else word for word in arguments])
+    return _hydra(
+        arguments,
+        [overrides.readable(word, sweep) if word in words else word for word in arguments],
+    )
 
 
 def _words(arguments: list[str]) -> tuple[list[str], str | None]:
     """(options as typed, the user's folder of groups); raises ConfigError for what is neither."""
-    config_dir, shown = _value_of(arguments, "--config-dir", "-cd"), _value_of(arguments, "--cfg", "-c")
+    config_dir, shown = (
+        _value_of(arguments, "--config-dir", "-cd"),
+        _value_of(arguments, "--cfg", "-c"),
+    )
     words = [a for a in arguments if not a.startswith("-") and a not in (config_dir, shown)]
     if wrong := [word for word in words if "=" not in word and not word.startswith("~")]:
         raise ConfigError(
-            f"{word}: options are typed key=value{nearest(word, ['rounds=20', 'model=nano'])}" for word in wrong
+            f"{word}: options are typed key=value{nearest(word, ['rounds=20', 'model=nano'])}"
+            for word in wrong
         )
     return words, config_dir
 
@@ -57,13 +66,17 @@ def _hydra(arguments: list[str], readable: list[str]) -> int:
     def job(cfg: DictConfig) -> float | None:
         sys.argv = ["fedgpt", "run", *arguments]  # what command.txt holds: words that a shell takes
         settings = HydraConfig.get()
-        if settings.mode == RunMode.MULTIRUN and not any(o.startswith("run_dir=") for o in settings.overrides.task):
+        if settings.mode == RunMode.MULTIRUN and not any(
+            o.startswith("run_dir=") for o in settings.overrides.task
+        ):
             cfg.run_dir = settings.runtime.output_dir
         if any(isinstance(error, Interrupted) for error in failures):
             return None
         try:
             return _start(compose.to_options(cfg))
-        except FedGPTError as error:  # Hydra would print a traceback; and a sweep goes on after a failed job
+        except (
+            FedGPTError
+        ) as error:  # Hydra would print a traceback; and a sweep goes on after a failed job
             print(f"fedgpt: {error}", file=sys.stderr)
             failures.append(error)
             return None
@@ -107,7 +120,9 @@ def privacy(arguments: list[str]) -> int:
     from fedgpt.report.privacy_plan import plan_text
 
     if not arguments or arguments[0] != "plan":
-        raise ConfigError(f"fedgpt privacy {' '.join(arguments)}: the command is `fedgpt privacy plan [key=value ...]`")
+        raise ConfigError(
+            f"fedgpt privacy {' '.join(arguments)}: the command is `fedgpt privacy plan [key=value ...]`"
+        )
     options = compose.load(*_words(arguments[1:]))
     prepared = prepare(options.corpus, options.tokenizer, options.cache_dir)
     shards = partition(prepared, options.partition, options.seed, options.model.block_size + 1)
@@ -133,16 +148,31 @@ def audit(arguments: list[str]) -> int:
 
 def generate(arguments: list[str]) -> int:
     """`fedgpt generate RUN --prompt TEXT`: text from the newest model of a run."""
-    parser = argparse.ArgumentParser("fedgpt generate", description="Write text with a run's newest model.")
+    parser = argparse.ArgumentParser(
+        "fedgpt generate", description="Write text with a run's newest model."
+    )
     parser.add_argument("run", help="folder of a run")
     parser.add_argument("--prompt", default="", help="text to continue")
-    parser.add_argument("--tokens", type=int, default=200, help="at most this many new tokens (200)")
+    parser.add_argument(
+        "--tokens", type=int, default=200, help="at most this many new tokens (200)"
+    )
     parser.add_argument("--samples", type=int, default=1, help="how many continuations (1)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 = greedy (0.8)")
-    parser.add_argument("--top-k", type=int, default=50, help="draw from this many likeliest tokens, 0 = all (50)")
-    parser.add_argument("--top-p", type=float, default=None, help="draw from the likeliest tokens of this total mass")
+    parser.add_argument(
+        "--top-k", type=int, default=50, help="draw from this many likeliest tokens, 0 = all (50)"
+    )
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=None,
+        help="draw from the likeliest tokens of this total mass",
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--best", action="store_true", help="the weights with the lowest held-out loss, not the newest")
+    parser.add_argument(
+        "--best",
+        action="store_true",
+        help="the weights with the lowest held-out loss, not the newest",
+    )
     chosen = parser.parse_args(arguments)
     ranges = {"tokens": (0, math.inf), "samples": (1, math.inf), "temperature": (0, math.inf), "top_k": (0, math.inf),
               "top_p": (0, 1), "seed": (0, 2**63 - 1)}  # fmt: skip
@@ -178,11 +208,18 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
 def dispatch(command: str, arguments: list[str]) -> int:
     """Run a command; failures a user can act on are one message and an exit code, never a traceback."""
     if command not in COMMANDS:
-        print(f"fedgpt: no command {command!r}{nearest(command, COMMANDS)} (fedgpt --help)", file=sys.stderr)
+        print(
+            f"fedgpt: no command {command!r}{nearest(command, COMMANDS)} (fedgpt --help)",
+            file=sys.stderr,
+        )
         return 2
     if (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)  # as `python -m fedgpt` has it: where a user's own strategy._target_=mine.Rule is
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stop request ends like Ctrl-C: checkpoint, 130
+        sys.path.append(
+            here
+        )  # as `python -m fedgpt` has it: where a user's own strategy._target_=mine.Rule is
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # a stop request ends like Ctrl-C: checkpoint, 130
     try:
         return COMMANDS[command](arguments)
     except FedGPTError as error:

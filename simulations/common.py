@@ -24,7 +24,17 @@ import fedgpt
 from fedgpt.core.device import cores
 
 REPOSITORY = Path(__file__).parent.parent
-COLOURS = ("#1f5fa8", "#c46210", "#2e8b57", "#8b3a8b", "#b8860b", "#4d4d4d", "#c2185b", "#00838f", "#6d4c41")
+COLOURS = (
+    "#1f5fa8",
+    "#c46210",
+    "#2e8b57",
+    "#8b3a8b",
+    "#b8860b",
+    "#4d4d4d",
+    "#c2185b",
+    "#00838f",
+    "#6d4c41",
+)
 
 
 def arguments(description: str) -> argparse.Namespace:
@@ -34,8 +44,12 @@ def arguments(description: str) -> argparse.Namespace:
         epilog=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--quick", action="store_true", help="a smoke run of less than a minute; results.json stays")
-    parser.add_argument("--runs", type=Path, help="keep the run folders here and reuse those that are finished")
+    parser.add_argument(
+        "--quick", action="store_true", help="a smoke run of less than a minute; results.json stays"
+    )
+    parser.add_argument(
+        "--runs", type=Path, help="keep the run folders here and reuse those that are finished"
+    )
     return parser.parse_args()
 
 
@@ -56,7 +70,10 @@ def run(folder: Path, *overrides: str) -> fedgpt.Run:
 
 
 def run_arms(
-    folder: Path, arms: Mapping[str, Sequence[str]], seeds: Sequence[int], common: Sequence[str] = ()
+    folder: Path,
+    arms: Mapping[str, Sequence[str]],
+    seeds: Sequence[int],
+    common: Sequence[str] = (),
 ) -> dict[str, list[fedgpt.Run]]:
     """Every arm with every seed; arm -> its runs in the order of the seeds.
 
@@ -67,7 +84,14 @@ def run_arms(
     with ThreadPoolExecutor(cores()) as pool:
         waiting = {
             name: [
-                pool.submit(run, folder / f"{_slug(name)}-seed{seed}", *common, *overrides, *one_worker, f"seed={seed}")
+                pool.submit(
+                    run,
+                    folder / f"{_slug(name)}-seed{seed}",
+                    *common,
+                    *overrides,
+                    *one_worker,
+                    f"seed={seed}",
+                )
                 for seed in seeds
             ]
             for name, overrides in arms.items()
@@ -113,7 +137,10 @@ def runs_folder(chosen: Path | None) -> Path:
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table, with columns as wide as they need."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = [" | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]
+    lines = [
+        " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        for row in [head, *rows]
+    ]
     lines.insert(1, " | ".join("-" * width for width in widths))
     return "\n".join(f"| {line} |" for line in lines)
 
@@ -121,7 +148,11 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def write_results(study: Path, seeds: Sequence[int], figures: Mapping[str, Any]) -> None:
     """results.json: the figures with command, seeds, machine and commit."""
     commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False
+        ["git", "rev-parse", "--short", "HEAD"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
     ).stdout.strip()
     circumstances = {
         "command": f"python simulations/{study.name}/run.py",

@@ -12,16 +12,27 @@ from common import COLOURS
 from matplotlib import pyplot
 
 
-def draw_dots(series: Mapping[str, Mapping[str, Mapping[str, float]]], label: str, path: Path) -> None:
+def draw_dots(
+    series: Mapping[str, Mapping[str, Mapping[str, float]]], label: str, path: Path
+) -> None:
     """`series` -> row -> mean, min and max; rows from top to bottom, each series in its colour."""
     names = list(dict.fromkeys(row for rows in series.values() for row in rows))
     shared = sum(map(len, series.values())) > len(names)
-    figure, axis = pyplot.subplots(figsize=(7, 1.2 + (0.55 if shared else 0.3) * len(names)), layout="constrained")
+    figure, axis = pyplot.subplots(
+        figsize=(7, 1.2 + (0.55 if shared else 0.3) * len(names)), layout="constrained"
+    )
     for number, ((name, rows), colour) in enumerate(zip(series.items(), COLOURS, strict=False)):
         aside = 0.14 * (number - (len(series) - 1) / 2) if shared else 0.0
         heights = [names.index(row) + aside for row in rows]
-        axis.hlines(heights, [r["min"] for r in rows.values()], [r["max"] for r in rows.values()], color=colour)
-        axis.plot([r["mean"] for r in rows.values()], heights, "o", markersize=5, color=colour, label=name)
+        axis.hlines(
+            heights,
+            [r["min"] for r in rows.values()],
+            [r["max"] for r in rows.values()],
+            color=colour,
+        )
+        axis.plot(
+            [r["mean"] for r in rows.values()], heights, "o", markersize=5, color=colour, label=name
+        )
     axis.set_yticks(range(len(names)), names)
     axis.invert_yaxis()
     axis.set_xlabel(label)

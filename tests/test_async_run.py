@@ -25,8 +25,17 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def env(tmp_path_factory) -> dict[str, str]:
     home = tmp_path_factory.mktemp("home")
-    quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "OMP_NUM_THREADS": "1"}
-    return {**os.environ, **quiet, "FEDGPT_CACHE": str(home / "cache"), "FLWR_HOME": str(home / "flwr")}
+    quiet = {
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    return {
+        **os.environ,
+        **quiet,
+        "FEDGPT_CACHE": str(home / "cache"),
+        "FLWR_HOME": str(home / "flwr"),
+    }
 
 
 def command(*options: str) -> list[str]:
@@ -34,7 +43,9 @@ def command(*options: str) -> list[str]:
 
 
 def finish(env, *options: str) -> None:
-    done = subprocess.run(command(*options), env=env, capture_output=True, text=True, timeout=LONG, check=False)
+    done = subprocess.run(
+        command(*options), env=env, capture_output=True, text=True, timeout=LONG, check=False
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
 
 
@@ -56,16 +67,33 @@ def test_clients_of_different_real_speed_never_wait_and_the_run_can_be_replayed(
     counts = [count for _, count in sorted(Counter(event["client"] for event in taken).items())]
     assert counts[0] > 1.4 * counts[1] > 1.4 * 1.4 * counts[2] > 1.4 * 1.4 * counts[3] > 0
     assert max(event["staleness"] for event in taken) >= 4
-    sent = {(e["client"], e["task"]): e["seconds"] for e in events(real) if e["event"] == "dispatch"}
-    back = {(e["client"], e["task"]): e["seconds"] for e in taken}
-    waits = [sent[client, task + 1] - back[client, task] for client, task in back if (client, task + 1) in sent]
-    assert sorted(waits)[len(waits) // 2] < 0.1, "who is done gets the newest model at once: no barrier"
+    sent = {
+        (e["client"], e["number"]): e["seconds"] for e in events(real) if e["event"] == "dispatch"
+    }
+    back = {(e["client"], e["number"]): e["seconds"] for e in taken}
+    waits = [
+        sent[client, number + 1] - back[client, number]
+        for client, number in back
+        if (client, number + 1) in sent
+    ]
+    assert sorted(waits)[len(waits) // 2] < 0.1, (
+        "who is done gets the newest model at once: no barrier"
+    )
 
     record = f"fleet.path={real / 'events.jsonl'}"
-    finish(env, *SMALL, "clock=virtual", "fleet=replay", record, "rounds=60", "runtime.workers=1", f"run_dir={again}")
+    finish(
+        env,
+        *SMALL,
+        "clock=virtual",
+        "fleet=replay",
+        record,
+        "rounds=60",
+        "runtime.workers=1",
+        f"run_dir={again}",
+    )
     assert summary(again)["weights_sha256"] == summary(real)["weights_sha256"]
-    assert [(e["client"], e["task"]) for e in events(again) if e["event"] == "accept"] == [
-        (e["client"], e["task"]) for e in taken
+    assert [(e["client"], e["number"]) for e in events(again) if e["event"] == "accept"] == [
+        (e["client"], e["number"]) for e in taken
     ]
 
 
@@ -73,10 +101,14 @@ def test_a_run_of_dylu_can_be_replayed_too(tmp_path, env):
     """Slower clients take fewer steps, by measured time; a worker's first job, which also starts it up, is not."""
     real, again = tmp_path / "real", tmp_path / "again"
     pace = ["rounds=40", "local.steps=8", "pace.dylu=true"]
-    finish(env, *SMALL, *pace, "fleet=constant", "fleet.step_seconds=[0.03,0.12]", f"run_dir={real}")
+    finish(
+        env, *SMALL, *pace, "fleet=constant", "fleet.step_seconds=[0.03,0.12]", f"run_dir={real}"
+    )
     taken = [event for event in events(real) if event["event"] == "accept"]
-    assert {event["task"] for event in taken if not event["measured"]} == {0}
-    steps = {event["client"]: event["steps"] for event in events(real) if event["event"] == "dispatch"}
+    assert {event["number"] for event in taken if not event["measured"]} == {0}
+    steps = {
+        event["client"]: event["steps"] for event in events(real) if event["event"] == "dispatch"
+    }
     assert len(set(steps.values())) > 1
     record = f"fleet.path={real / 'events.jsonl'}"
     finish(env, *SMALL, *pace, "clock=virtual", "fleet=replay", record, f"run_dir={again}")
@@ -84,10 +116,19 @@ def test_a_run_of_dylu_can_be_replayed_too(tmp_path, env):
 
 
 def test_killed_in_the_middle_of_a_virtual_run_and_resumed_is_the_same_run(tmp_path, env):
-    options = [*SMALL, "clock=virtual", "fleet=published", "rounds=120", "checkpoint.every=3", "strategy=fedasync"]
+    options = [
+        *SMALL,
+        "clock=virtual",
+        "fleet=published",
+        "rounds=120",
+        "checkpoint.every=3",
+        "strategy=fedasync",
+    ]
     finish(env, *options, f"run_dir={tmp_path / 'whole'}", "runtime.workers=1")
     cut = tmp_path / "cut"
-    process = subprocess.Popen(command(*options, f"run_dir={cut}"), env=env, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(*options, f"run_dir={cut}"), env=env, stdout=subprocess.DEVNULL
+    )
     end = time.monotonic() + LONG
     while sum(event["event"] == "version" for event in whole_lines(cut)) < 40:
         assert process.poll() is None and time.monotonic() < end
@@ -96,9 +137,12 @@ def test_killed_in_the_middle_of_a_virtual_run_and_resumed_is_the_same_run(tmp_p
     process.wait()
     finish(env, f"resume={cut}")
     drop = {"wall_seconds"}
-    same = [{k: v for k, v in summary(tmp_path / name).items() if k not in drop} for name in ("whole", "cut")]
+    same = [
+        {k: v for k, v in summary(tmp_path / name).items() if k not in drop}
+        for name in ("whole", "cut")
+    ]
     assert same[0] == same[1]
-    accepted = [[(e["client"], e["task"], e["seconds"]) for e in events(tmp_path / name) if e["event"] == "accept"]
+    accepted = [[(e["client"], e["number"], e["seconds"]) for e in events(tmp_path / name) if e["event"] == "accept"]
                 for name in ("whole", "cut")]  # fmt: skip
     assert accepted[0] == accepted[1], "no update is lost and none comes twice"
 

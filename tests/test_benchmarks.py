@@ -17,8 +17,22 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 @pytest.mark.parametrize(
     "name, keys",
     [
-        ("overhead", {"overhead", "overhead_cpu", "seconds_fedgpt", "seconds_plain", "rounds", "pairs", "clients"}),
-        ("aggregate", {"exact_10m_x32", "median_x8", "trimmed_x8", "krum_x8", "exact_model_copies"}),
+        (
+            "overhead",
+            {
+                "overhead",
+                "overhead_cpu",
+                "seconds_fedgpt",
+                "seconds_plain",
+                "rounds",
+                "pairs",
+                "clients",
+            },
+        ),
+        (
+            "aggregate",
+            {"exact_10m_x32", "median_x8", "trimmed_x8", "krum_x8", "exact_model_copies"},
+        ),
         ("clock", {"events_per_second"}),
         ("compress", set()),
         ("train", {"nano_plain_over_fedgpt", "nano_tokens_per_second"}),
@@ -27,13 +41,21 @@ BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 )
 def test_a_benchmark_ends_with_a_line_for_scripts(name, keys, tmp_path):
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, timeout=300, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
     assert keys | {"model", "cores", "torch"} <= figures.keys()
     assert all(isinstance(figures[key], int | float) for key in keys)
     if name == "aggregate":
-        assert max(figures[f"{key}_error"] for key in ("exact_10m_x32", "median_x8", "trimmed_x8", "krum_x8")) < 1e-6
+        assert (
+            max(
+                figures[f"{key}_error"]
+                for key in ("exact_10m_x32", "median_x8", "trimmed_x8", "krum_x8")
+            )
+            < 1e-6
+        )
     if name == "overhead":
         assert figures["distance"] < 0.2, "both sides train the same clients on the same batches"
     assert not list(tmp_path.iterdir()), "nothing is left where the benchmark was started"

@@ -13,7 +13,9 @@ from fedgpt.__main__ import main
 
 def fedgpt(*arguments: str, cwd=None) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "fedgpt", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120, check=False)
+    return subprocess.run(
+        command, capture_output=True, text=True, cwd=cwd, timeout=120, check=False
+    )
 
 
 def test_help_imports_nothing_heavy_and_lists_the_groups():
@@ -22,12 +24,24 @@ def test_help_imports_nothing_heavy_and_lists_the_groups():
         "heavy = {'torch', 'flwr', 'hydra', 'numpy', 'rich', 'omegaconf'} & set(sys.modules);"
         "assert not heavy, heavy"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
-    for word in ("fedgpt run", "fedgpt data", "fedgpt generate", "strategy", "diloco", "superlink", "resume=FOLDER"):
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
+    )
+    for word in (
+        "fedgpt run",
+        "fedgpt data",
+        "fedgpt generate",
+        "strategy",
+        "diloco",
+        "superlink",
+        "resume=FOLDER",
+    ):
         assert word in done.stdout
 
 
-@pytest.mark.parametrize("command", ["run", "data", "audit", "privacy", "privacy plan", "audit privacy=example"])
+@pytest.mark.parametrize(
+    "command", ["run", "data", "audit", "privacy", "privacy plan", "audit privacy=example"]
+)
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_every_command_has_help(command, flag, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["fedgpt", *command.split(), flag])
@@ -57,7 +71,10 @@ def test_version():
         (["generate", "nowhere"], "is not a run's folder"),
         (["generate", "nowhere", "--tokens", "-1"], "--tokens -1: must be at least 0"),
         (["generate", "nowhere", "--top-p", "2"], "--top-p 2.0: must be at least 0 and at most 1"),
-        (["generate", "nowhere", "--seed", str(2**70)], f"--seed {2**70}: must be at least 0 and at most"),
+        (
+            ["generate", "nowhere", "--seed", str(2**70)],
+            f"--seed {2**70}: must be at least 0 and at most",
+        ),
         (["data", "corpus=files", "corpus.path=nowhere"], "corpus.path="),
     ],
 )
@@ -72,5 +89,9 @@ def test_a_mistake_is_one_message_and_never_a_traceback(arguments, part, tmp_pat
 def test_cfg_job_prints_the_whole_configuration_without_running(tmp_path):
     done = fedgpt("run", "--cfg", "job", "model=mini", "seed=5", cwd=tmp_path)
     assert done.returncode == 0
-    assert "n_embd: 384" in done.stdout and "seed: 5" in done.stdout and "_target_: fedgpt.aggregate" in done.stdout
+    assert (
+        "n_embd: 384" in done.stdout
+        and "seed: 5" in done.stdout
+        and "_target_: fedgpt.aggregate" in done.stdout
+    )
     assert not (tmp_path / "runs").exists()

@@ -11,7 +11,11 @@ import pytest
 import fedgpt
 
 MODULES = ["fedgpt", *(found.name for found in pkgutil.walk_packages(fedgpt.__path__, "fedgpt."))]
-EXAMPLES = {"fedgpt.core.seeds": 1, "fedgpt.client.state": 1, "fedgpt.report.progress": 4}  # at least these
+EXAMPLES = {
+    "fedgpt.core.seeds": 1,
+    "fedgpt.client.state": 1,
+    "fedgpt.report.progress": 4,
+}  # at least these
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "fedgpt.__main__"])
@@ -22,5 +26,10 @@ def test_examples_in_docstrings_say_what_happens(name):
 
 
 def test_every_module_is_walked():
-    assert {"fedgpt.cli", "fedgpt.flower.pool.grid", "fedgpt.aggregate.fedadam", "fedgpt.model.gpt"} <= set(MODULES)
+    assert {
+        "fedgpt.cli",
+        "fedgpt.flower.pool.grid",
+        "fedgpt.aggregate.fedadam",
+        "fedgpt.model.gpt",
+    } <= set(MODULES)
     assert EXAMPLES.keys() <= set(MODULES)

@@ -30,20 +30,37 @@ WORKER = ("client.begin:3", "client.done:9")
 @pytest.fixture(scope="module")
 def env(tmp_path_factory) -> dict[str, str]:
     home = tmp_path_factory.mktemp("home")
-    quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "OMP_NUM_THREADS": "1"}
-    return {**os.environ, **quiet, "FEDGPT_CACHE": str(home / "cache"), "FLWR_HOME": str(home / "flwr")}
+    quiet = {
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+    return {
+        **os.environ,
+        **quiet,
+        "FEDGPT_CACHE": str(home / "cache"),
+        "FLWR_HOME": str(home / "flwr"),
+    }
 
 
 def start(env: dict[str, str], *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "fedgpt", "run", *options]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=LONG, check=False)
+    return subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=LONG, check=False
+    )
 
 
-def until_the_end(env: dict[str, str], faults: tuple[str, ...], folder: Path, options: list[str]) -> int:
+def until_the_end(
+    env: dict[str, str], faults: tuple[str, ...], folder: Path, options: list[str]
+) -> int:
     """Start, and start again whatever kills the server; how often it died. Every fault must have fired."""
     marks = folder.parent / f"{folder.name}-marks"
     marks.mkdir()
-    env = {**env, "FEDGPT_FAULT": ",".join(f"{fault}:kill" for fault in faults), "FEDGPT_FAULT_MARKS": str(marks)}
+    env = {
+        **env,
+        "FEDGPT_FAULT": ",".join(f"{fault}:kill" for fault in faults),
+        "FEDGPT_FAULT_MARKS": str(marks),
+    }
     deaths = 0
     done = start(env, *options, f"run_dir={folder}")
     while done.returncode != 0:
@@ -62,7 +79,11 @@ def summary(folder: Path) -> dict:
 
 
 def accepted(folder: Path) -> list[tuple[str, int]]:
-    return [(e["client"], e["task"]) for e in read_lines(folder / "events.jsonl") if e["event"] == "accept"]
+    return [
+        (e["client"], e["number"])
+        for e in read_lines(folder / "events.jsonl")
+        if e["event"] == "accept"
+    ]
 
 
 @pytest.mark.slow
@@ -83,9 +104,16 @@ def test_three_crashes_right_after_a_start_go_back_to_the_checkpoint_before(tmp_
     done = start(env, *options, f"run_dir={tmp_path / 'whole'}")
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "killed"
-    faults = ("aggregate:3", "open:4", "open:3", "open:2")  # the last first: a fault that kills hides those behind it
+    faults = (
+        "aggregate:3",
+        "open:4",
+        "open:3",
+        "open:2",
+    )  # the last first: a fault that kills hides those behind it
     assert until_the_end(env, faults, folder, options) == 4
-    assert [path.name for path in (folder / "checkpoints").glob("*.damaged")] == ["version-00000002.damaged"]
+    assert [path.name for path in (folder / "checkpoints").glob("*.damaged")] == [
+        "version-00000002.damaged"
+    ]
     assert summary(folder) == summary(tmp_path / "whole")
 
 
@@ -106,7 +134,10 @@ def test_killed_a_private_run_pays_for_every_release_once(tmp_path, env, unit, f
     assert done.returncode == 0, done.stderr
     until_the_end(env, faults, tmp_path / "killed", options)
     assert summary(tmp_path / "killed") == summary(tmp_path / "whole")
-    paid = [json.loads((tmp_path / name / "ledger.json").read_text())["events"] for name in ("whole", "killed")]
+    paid = [
+        json.loads((tmp_path / name / "ledger.json").read_text())["events"]
+        for name in ("whole", "killed")
+    ]
     assert paid[0] == paid[1] and sum(event["count"] for event in paid[0]) >= 3
 
 
@@ -115,7 +146,14 @@ def test_killed_an_asynchronous_run_on_the_real_clock_loses_and_repeats_nothing(
     """Which update comes first is a matter of time; whatever came counts once."""
     options = [*SMALL, "rounds=60", "pace=buffer", "pace.clients=4"]
     folder = tmp_path / "killed"
-    faults = ("accepted:7", "send:20", "journal.half:44", "aggregate:33", "checkpoint.renamed:12", "accepted:52")
+    faults = (
+        "accepted:7",
+        "send:20",
+        "journal.half:44",
+        "aggregate:33",
+        "checkpoint.renamed:12",
+        "accepted:52",
+    )
     until_the_end(env, (*faults, "client.begin:17"), folder, options)
     counts = Counter(accepted(folder))
     assert sum(counts.values()) == 60 and max(counts.values()) == 1
@@ -131,10 +169,17 @@ def test_a_disk_that_is_full_is_a_clear_error_and_costs_no_checkpoint(tmp_path, 
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
     limit += "import fedgpt.__main__ as it; sys.exit(it.main())"
     command = [sys.executable, "-c", limit, "run", *options, f"run_dir={folder}"]
-    assert start(env, *options, "rounds=1", f"run_dir={tmp_path / 'cache'}").returncode == 0  # the tokens are there
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LONG, check=False)
+    assert (
+        start(env, *options, "rounds=1", f"run_dir={tmp_path / 'cache'}").returncode == 0
+    )  # the tokens are there
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=LONG, check=False
+    )
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
-    assert f"could not write a checkpoint in {folder}: " in done.stderr and "File too large" in done.stderr
+    assert (
+        f"could not write a checkpoint in {folder}: " in done.stderr
+        and "File too large" in done.stderr
+    )
     assert done.stderr.endswith(f"make room and continue with: fedgpt run resume={folder}\n")
     assert not (folder / "checkpoints" / "starts.json").exists(), "it did not crash"
     assert not list((folder / "checkpoints").glob("*.s*a*")), "nothing that is not whole"

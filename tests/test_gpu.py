@@ -47,10 +47,14 @@ def start() -> np.ndarray:
     return flatten(model)[1].numpy()
 
 
-def trained(device: str, dtype: str = "fp32", moments=None, plan: Plan = PLAN, **local) -> tuple[np.ndarray, float]:
+def trained(
+    device: str, dtype: str = "fp32", moments=None, plan: Plan = PLAN, **local
+) -> tuple[np.ndarray, float]:
     options = LocalOptions(**{**vars(LOCAL), **local})
     trainer = Trainer(MODEL, VOCAB, options, Compute(device, dtype, "test"))
-    done = trainer.train(start(), Batches(TOKENS, MODEL.block_size, options.batch_size, 3), plan, moments, 7)
+    done = trainer.train(
+        start(), Batches(TOKENS, MODEL.block_size, options.batch_size, 3), plan, moments, 7
+    )
     return done.delta.copy(), done.metrics["train_loss"]
 
 
@@ -77,7 +81,10 @@ def test_a_job_done_again_has_the_same_bits(dtype):
     local = LocalOptions(**{**vars(LOCAL), "batch_size": 16})
     trainer = Trainer(model, VOCAB, local, Compute("cuda", dtype, "test"))
     vector = np.random.default_rng(2).normal(0, 0.02, trainer.layout.size).astype(np.float32)
-    deltas = [trainer.train(vector, Batches(TOKENS, 256, 16, 3), PLAN, None, 7).delta.copy() for _ in range(3)]
+    deltas = [
+        trainer.train(vector, Batches(TOKENS, 256, 16, 3), PLAN, None, 7).delta.copy()
+        for _ in range(3)
+    ]
     assert all((delta == deltas[0]).all() for delta in deltas)
 
 
@@ -85,7 +92,8 @@ def test_dropout_is_drawn_again_the_same():
     model = ModelOptions(**{**vars(MODEL), "dropout": 0.2})
     trainer = Trainer(model, VOCAB, LOCAL, Compute("cuda", "bf16", "test"))
     first, again, other = (
-        trainer.train(start(), Batches(TOKENS, 32, 4, 3), PLAN, None, seed).delta.copy() for seed in (7, 7, 8)
+        trainer.train(start(), Batches(TOKENS, 32, 4, 3), PLAN, None, seed).delta.copy()
+        for seed in (7, 7, 8)
     )
     assert (first == again).all() and (first != other).any()
 
@@ -94,13 +102,18 @@ def test_dropout_is_drawn_again_the_same():
 def test_a_recorded_gradient_has_the_bits_of_one_that_is_launched_kernel_by_kernel(dtype):
     trainer = Trainer(MODEL, VOCAB, LOCAL, Compute("cuda", dtype, "test"))
     trainer._receive(start())
-    plain, batches = BatchGradient(trainer.model), Batches(TOKENS, MODEL.block_size, LOCAL.batch_size, 3)
+    plain, batches = (
+        BatchGradient(trainer.model),
+        Batches(TOKENS, MODEL.block_size, LOCAL.batch_size, 3),
+    )
     for _ in range(3):
         inputs, targets = batches.next()
         loss, grads = plain(inputs.cuda(), targets.cuda())
         again, recorded = trainer.gradient(inputs, targets)
         assert again == loss and all(map(torch.equal, recorded, grads))
-    with pytest.raises(ValueError, match=r"recorded for batches of \(4, 32\), this one is \(1, 32\)"):
+    with pytest.raises(
+        ValueError, match=r"recorded for batches of \(4, 32\), this one is \(1, 32\)"
+    ):
         trainer.gradient(inputs[:1], targets[:1])
 
 
@@ -117,11 +130,18 @@ def test_jobs_leave_no_memory_behind():
 
 def test_scores_and_text_are_those_of_a_cpu():
     lengths = np.ones(VOCAB, np.int64)
-    there, here = (HeldOut(MODEL, TOKENS[:18_000], lengths, Compute(d, "fp32", "test")) for d in ("cuda", "cpu"))
-    assert len(there._inputs) > 2 * there._batch and len(there._inputs) % there._batch, "several batches, one ragged"
+    there, here = (
+        HeldOut(MODEL, TOKENS[:18_000], lengths, Compute(d, "fp32", "test"))
+        for d in ("cuda", "cpu")
+    )
+    assert len(there._inputs) > 2 * there._batch and len(there._inputs) % there._batch, (
+        "several batches, one ragged"
+    )
     vector = 5 * start()
     assert there(vector).loss == pytest.approx(here(vector).loss, rel=1e-5)
-    texts = [generate(side.model, [1, 2, 3], 20, samples=2, top_k=20, seed=4) for side in (there, here)]
+    texts = [
+        generate(side.model, [1, 2, 3], 20, samples=2, top_k=20, seed=4) for side in (there, here)
+    ]
     assert texts[0] == texts[1]
 
 
@@ -132,7 +152,9 @@ def test_a_private_gradient_is_that_of_a_cpu(engine):
         trainer = Trainer(MODEL, VOCAB, LOCAL, Compute(device, "fp32", "test"), engine)
         trainer._receive(5 * start())
         stream = SecureStream(bytes(32), "test")  # the same coins and noise for both
-        trainer.private.fill(trainer.grad, PrivateSteps(Blocks(TOKENS[:3300], 32), stream, 0.2, 0.5, 0.1))
+        trainer.private.fill(
+            trainer.grad, PrivateSteps(Blocks(TOKENS[:3300], 32), stream, 0.2, 0.5, 0.1)
+        )
         gradients.append(trainer.grad.cpu().numpy().copy())
     assert apart(*gradients) < 1e-4
 
@@ -158,7 +180,10 @@ def test_a_run_reaches_its_end(tmp_path, more):
 
 def test_a_run_has_the_same_bits_on_one_worker_and_on_two(tmp_path):
     runs = [
-        fedgpt.run(*RUN, f"runtime.workers={n}", "runtime.threads=1", f"run_dir={tmp_path / str(n)}") for n in (1, 2)
+        fedgpt.run(
+            *RUN, f"runtime.workers={n}", "runtime.threads=1", f"run_dir={tmp_path / str(n)}"
+        )
+        for n in (1, 2)
     ]
     assert len({run.summary["weights_sha256"] for run in runs}) == 1
 
@@ -167,7 +192,9 @@ def test_a_run_killed_and_resumed_ends_in_the_same_bits(tmp_path):
     options = [*RUN, "rounds=6", "checkpoint.every=2"]
     whole = fedgpt.run(*options, f"run_dir={tmp_path / 'whole'}")
     folder = tmp_path / "killed"
-    process = subprocess.Popen([sys.executable, "-m", "fedgpt", "run", *options, f"run_dir={folder}"])
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fedgpt", "run", *options, f"run_dir={folder}"]
+    )
 
     def versions() -> int:
         events = folder / "events.jsonl"
@@ -176,5 +203,7 @@ def test_a_run_killed_and_resumed_ends_in_the_same_bits(tmp_path):
     wait_until(lambda: versions() >= 3)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    subprocess.run([sys.executable, "-m", "fedgpt", "run", f"resume={folder}"], check=True, timeout=180)
+    subprocess.run(
+        [sys.executable, "-m", "fedgpt", "run", f"resume={folder}"], check=True, timeout=180
+    )
     assert summary(folder)["weights_sha256"] == whole.summary["weights_sha256"]

@@ -48,7 +48,11 @@ def imports(path: Path) -> list[tuple[str, bool]]:
             found += [(alias.name, node in tree.body) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "fedgpt" else []
+            names = (
+                [f"{node.module}.{alias.name}" for alias in node.names]
+                if node.module == "fedgpt"
+                else []
+            )
             found += [(name, node in tree.body) for name in names or [str(node.module)]]
     return found
 
@@ -78,8 +82,16 @@ def test_every_library_is_declared():
     lines = [*project["dependencies"], *extras["ray"], *extras["hf"]]
     declared = {canonical(re.match(r"[\w.-]+", line)[0]) for line in lines}
     brings = packages_distributions()
-    used = {name.split(".")[0] for path in MODULES for name, _ in imports(path)} - {"fedgpt"} - sys.stdlib_module_names
-    assert not [name for name in sorted(used) if not declared & {canonical(d) for d in brings.get(name, [name])}]
+    used = (
+        {name.split(".")[0] for path in MODULES for name, _ in imports(path)}
+        - {"fedgpt"}
+        - sys.stdlib_module_names
+    )
+    assert not [
+        name
+        for name in sorted(used)
+        if not declared & {canonical(d) for d in brings.get(name, [name])}
+    ]
 
 
 def canonical(distribution: str) -> str:
@@ -100,8 +112,16 @@ def test_nothing_unsafe_is_called(path):
         if isinstance(node, ast.Call):
             assert ast.unparse(node.func) not in banned, f"{path}:{node.lineno}"
             for keyword in node.keywords:
-                assert keyword.arg not in ("allow_pickle", "shell") or ast.unparse(keyword.value) == "False"
-    assert not {name.split(".")[0] for name, _ in imports(path)} & {"pickle", "dill", "cloudpickle", "marshal"}
+                assert (
+                    keyword.arg not in ("allow_pickle", "shell")
+                    or ast.unparse(keyword.value) == "False"
+                )
+    assert not {name.split(".")[0] for name, _ in imports(path)} & {
+        "pickle",
+        "dill",
+        "cloudpickle",
+        "marshal",
+    }
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -44,10 +44,14 @@ def blocks(text: str, *languages: str) -> list[str]:
 def typed(text: str) -> list[str]:
     """Everything that may be typed: it stands in shell blocks, in indented lines and as inline code."""
     prose = FENCE.sub("", text)
-    shell = [re.sub(r"\\\n\s*", " ", body) for body in blocks(text, "sh", "bash", "shell", "console")]
+    shell = [
+        re.sub(r"\\\n\s*", " ", body) for body in blocks(text, "sh", "bash", "shell", "console")
+    ]
     lines = [line for body in shell for line in body.splitlines()]
     lines += re.findall(r"^ {4,}(\S.*)$", prose, re.M) + re.findall(r"`([^`\n]+)`", prose)
-    return [re.sub(r"<[\w ./-]+>", "PLACEHOLDER", line).removeprefix("$ ") for line in lines]  # <the folder of a run>
+    return [
+        re.sub(r"<[\w ./-]+>", "PLACEHOLDER", line).removeprefix("$ ") for line in lines
+    ]  # <the folder of a run>
 
 
 def commands(text: str) -> list[list[str]]:
@@ -81,8 +85,13 @@ def check(words: list[str], folder: Path, readme: str) -> None:
     elif program == "python":
         check_python(arguments)
     elif arguments[0] in ("run", "data"):
-        check_options(arguments[0], [_filled(word, folder) for word in arguments[1:]], folder, readme)
-    elif arguments[0] in ("privacy", "audit"):  # what they print is tested in tests/flower/test_private_run.py
+        check_options(
+            arguments[0], [_filled(word, folder) for word in arguments[1:]], folder, readme
+        )
+    elif arguments[0] in (
+        "privacy",
+        "audit",
+    ):  # what they print is tested in tests/flower/test_private_run.py
         assert arguments[:2] == ["privacy", "plan"] or arguments[0] == "audit"
         compose.load([_filled(word, folder) for word in arguments[1:] if word != "plan"])
     elif arguments[0] == "generate":
@@ -94,7 +103,9 @@ def check(words: list[str], folder: Path, readme: str) -> None:
 def check_flower(line: str, folder: Path) -> None:
     """Raise where Flower could not read its configuration, or we not ours in it."""
     words = shlex.split(line)
-    told = parse_config_args([_filled(words[1 + words.index("-c" if words[0] == "flwr" else "--node-config")], folder)])
+    told = parse_config_args(
+        [_filled(words[1 + words.index("-c" if words[0] == "flwr" else "--node-config")], folder)]
+    )
     if words[0] == "flwr":
         assert "run_dir=/" in str(told["overrides"]), "the server works in a folder of Flower's"
         options_of(told)
@@ -175,13 +186,17 @@ def user(tmp_path, monkeypatch):
 def links(text: str) -> list[str]:
     """Targets of links and pictures that are files of this repository."""
     prose = FENCE.sub("", text)
-    targets = re.findall(r"\]\(([^()\s]+)[^()]*\)", prose) + re.findall(r"(?:src|href)=\"([^\"]+)\"", prose)
+    targets = re.findall(r"\]\(([^()\s]+)[^()]*\)", prose) + re.findall(
+        r"(?:src|href)=\"([^\"]+)\"", prose
+    )
     return [t.partition("#")[0] for t in targets if not re.match(r"[a-z]+:|#", t)]
 
 
 def each(find: Callable[[str], list[Any]], name: Callable[[Any], str]) -> list[Any]:
     """Parameters (document, what was found in it) of a test over all documents."""
-    return [pytest.param(at, f, id=f"{at}: {name(f)}") for at, text in TEXTS.items() for f in find(text)]
+    return [
+        pytest.param(at, f, id=f"{at}: {name(f)}") for at, text in TEXTS.items() for f in find(text)
+    ]
 
 
 @pytest.mark.parametrize("document, words", each(commands, shlex.join))
@@ -195,7 +210,11 @@ def test_flower_can_read_what_is_typed_for_it(document, line, tmp_path):
 
 
 def test_there_are_commands_to_check():
-    assert {tuple(words[:2]) for words in commands(README)} >= {("make", "demo"), ("make", "test"), ("fedgpt", "run")}
+    assert {tuple(words[:2]) for words in commands(README)} >= {
+        ("make", "demo"),
+        ("make", "test"),
+        ("fedgpt", "run"),
+    }
 
 
 def test_every_link_points_at_a_file():
@@ -203,7 +222,9 @@ def test_every_link_points_at_a_file():
     assert not [(at, link) for at, link in found if not (at.parent / link).exists()]
 
 
-@pytest.mark.parametrize("document, code", each(lambda text: blocks(text, "python", "py", "pycon"), lambda _: "python"))
+@pytest.mark.parametrize(
+    "document, code", each(lambda text: blocks(text, "python", "py", "pycon"), lambda _: "python")
+)
 def test_python_blocks_compile(document, code):
     examples = doctest.DocTestParser().get_examples(code)
     for source in [example.source for example in examples] or [code]:
@@ -214,7 +235,11 @@ def test_the_answer_to_a_typo_is_the_one_that_is_printed(tmp_path):
     (shown,) = [body for body in blocks(README, "text") if body.startswith("$ fedgpt ")]
     command, _, answer = shown.partition("\n")
     done = subprocess.run(
-        [sys.executable, "-m", *shlex.split(command)[1:]], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-m", *shlex.split(command)[1:]],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2
     assert doctest.OutputChecker().check_output(answer, done.stderr, doctest.ELLIPSIS), done.stderr
@@ -228,7 +253,9 @@ def test_the_demo_prints_what_is_shown(tmp_path, capfd):
         "evaluate.tokens=512", "evaluate.sample_tokens=8", f"run_dir={tmp_path}",
     )  # fmt: skip
     printed = capfd.readouterr().out
-    assert doctest.OutputChecker().check_output(shape(shown), shape(printed), doctest.ELLIPSIS), printed
+    assert doctest.OutputChecker().check_output(shape(shown), shape(printed), doctest.ELLIPSIS), (
+        printed
+    )
 
 
 def shape(printed: str) -> str:

@@ -40,7 +40,9 @@ def unsafe(tree: ast.AST) -> list[str]:
             keywords = {k.arg: k.value for k in node.keywords}
             name = dotted(node.func)
             truths = [
-                k for k in ("shell", "allow_pickle") if isinstance(v := keywords.get(k), ast.Constant) and v.value
+                k
+                for k in ("shell", "allow_pickle")
+                if isinstance(v := keywords.get(k), ast.Constant) and v.value
             ]
             found += [name] * (name in UNSAFE) + truths
     return found
@@ -73,7 +75,21 @@ def test_deadlines_never_look_at_the_wall_clock():
 
 
 NAMES = st.text(st.characters(), max_size=300) | st.sampled_from(
-    ["..", ".", "/etc/passwd", "a/../../b", "\0", "x" * 5000, "." * 100, "漢" * 100, "", "~", "C:\\x", "\ud800", "é"]
+    [
+        "..",
+        ".",
+        "/etc/passwd",
+        "a/../../b",
+        "\0",
+        "x" * 5000,
+        "." * 100,
+        "漢" * 100,
+        "",
+        "~",
+        "C:\\x",
+        "\ud800",
+        "é",
+    ]
 )
 
 
@@ -91,8 +107,12 @@ def test_any_name_is_one_folder_inside_and_no_other_names(name, other):
 def test_nothing_is_installed_at_run_time():
     """Flower would run an installer for an app's dependencies: every program of it that we start is told not to."""
     texts = {path.name: path.read_text() for path in (ROOT / "fedgpt").rglob("*.py")}
-    assert not [name for name, text in texts.items() if re.search(r"[\"']pip[\"']|ensurepip|uv sync", text)]
-    assert "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION" in texts["superlink.py"] + texts["launch.py"]
+    assert not [
+        name for name, text in texts.items() if re.search(r"[\"']pip[\"']|ensurepip|uv sync", text)
+    ]
+    assert (
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION" in texts["superlink.py"] + texts["launch.py"]
+    )
 
 
 def test_the_protocol_of_a_transport_is_what_the_loop_uses():

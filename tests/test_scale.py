@@ -19,10 +19,17 @@ COMMON = [
 @pytest.mark.parametrize("clients, asked, rounds", [(1000, 50, 4), (200, 200, 1)])
 def test_many_clients_run_to_the_end(clients, asked, rounds, tmp_path):
     folder = tmp_path / "run"
-    sizes = [f"partition.clients={clients}", f"pace.clients={asked}", f"rounds={rounds}", f"run_dir={folder}"]
+    sizes = [
+        f"partition.clients={clients}",
+        f"pace.clients={asked}",
+        f"rounds={rounds}",
+        f"run_dir={folder}",
+    ]
     env = {**os.environ, "FEDGPT_CACHE": str(tmp_path / "cache")}
     command = [sys.executable, "-m", "fedgpt", "run", *COMMON, *sizes]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400, check=False)
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=400, check=False
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["rejected"] == {}

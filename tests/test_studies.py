@@ -17,7 +17,9 @@ STUDIES = sorted(path.parent.name for path in SIMULATIONS.glob("*/run.py"))
 
 
 def files(study: str) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in (SIMULATIONS / study).iterdir() if path.is_file()}
+    return {
+        path.name: path.read_bytes() for path in (SIMULATIONS / study).iterdir() if path.is_file()
+    }
 
 
 @pytest.mark.parametrize("study", STUDIES)
@@ -35,7 +37,9 @@ def test_every_loss_of_a_readmes_tables_is_in_the_results_beside_it(study):
     results, readme = SIMULATIONS / study / "results.json", SIMULATIONS / study / "README.md"
     recorded = {f"{number:.3f}" for number in numbers(json.loads(results.read_text()))}
     rows = [line for line in readme.read_text().splitlines() if line.startswith("|")]
-    shown = [number for row in rows for number in re.findall(r"(?<![\d.,])[1-9]\d*\.\d{3}(?!\d)", row)]
+    shown = [
+        number for row in rows for number in re.findall(r"(?<![\d.,])[1-9]\d*\.\d{3}(?!\d)", row)
+    ]
     assert [number for number in shown if number not in recorded] == []
 
 
@@ -51,8 +55,16 @@ def numbers(tree: Any) -> Iterator[float]:
 @pytest.mark.parametrize("study", STUDIES)
 def test_a_smoke_run_prints_a_table_and_leaves_the_results_alone(study, tmp_path):
     before = files(study)
-    command = [sys.executable, str(SIMULATIONS / study / "run.py"), "--quick", "--runs", str(tmp_path / "runs")]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=600, check=False)
+    command = [
+        sys.executable,
+        str(SIMULATIONS / study / "run.py"),
+        "--quick",
+        "--runs",
+        str(tmp_path / "runs"),
+    ]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, timeout=600, check=False
+    )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     lines = done.stdout.splitlines()
     head = next(i for i, line in enumerate(lines) if line.startswith("| "))

@@ -40,7 +40,9 @@ class Auto(DeltaSGD):
     """Starts with pace=cohort, watches arrival times and update statistics, switches to buffer and back."""
 
     paces = frozenset({"cohort"})  # where it starts
-    because = {"buffer": "it starts with a round to learn how fast clients are; leave pace out, or strategy=delta_sgd"}
+    because = {
+        "buffer": "it starts with a round to learn how fast clients are; leave pace out, or strategy=delta_sgd"
+    }
     switches = True
 
     gain: float = 1.2  # times more updates per second from which asynchrony is worth its staleness
@@ -51,7 +53,12 @@ class Auto(DeltaSGD):
 
     def __post_init__(self) -> None:
         negative = Range(lambda value: -1 < value < 0, "a number above -1 and below 0")
-        ranges = {"gain": AT_LEAST_ONE, "back": AT_LEAST_ONE, "correlation": negative, "growth": AT_LEAST_ONE}
+        ranges = {
+            "gain": AT_LEAST_ONE,
+            "back": AT_LEAST_ONE,
+            "correlation": negative,
+            "growth": AT_LEAST_ONE,
+        }
         check(self, eta=POSITIVE, rest=COUNT, **ranges, **RANGES)
 
     def problems(self, pacing: Pacing) -> Iterator[str]:
@@ -69,22 +76,33 @@ class Auto(DeltaSGD):
             if seconds and observed.waited >= ENDLESS * median(seconds):
                 return Choice("buffer", f"a client has been out for {observed.waited:.1f} s")
             if gain >= self.gain and state.version >= int(state.memory.get("auto_rest", 0)):
-                return Choice("buffer", f"asynchrony handles {gain:.2f} times as many updates a second")
+                return Choice(
+                    "buffer", f"asynchrony handles {gain:.2f} times as many updates a second"
+                )
             return Choice("cohort")
         correlation, norm, growth = self._smoothed(observed, state)
         alike = int(state.memory.get("auto_alike", 0)) + 1 if gain < self.back else 0
-        memory = {"auto_correlation": np.array(correlation), "auto_norm": np.array(norm), "auto_alike": np.array(alike)}
+        memory = {
+            "auto_correlation": np.array(correlation),
+            "auto_norm": np.array(norm),
+            "auto_alike": np.array(alike),
+        }
         why, rest = "", self.rest
         if correlation < self.correlation:
             why = f"server steps undo each other (smoothed correlation {correlation:.2f})"
         elif growth > self.growth:
             why = f"updates have grown to {growth:.1f} times their usual norm"
         elif alike >= STAY * max(1, len(seconds)):
-            why, rest = f"the clients are alike: asynchrony handles {gain:.2f} times the updates", STAY
+            why, rest = (
+                f"the clients are alike: asynchrony handles {gain:.2f} times the updates",
+                STAY,
+            )
         if not why:
             return Choice("buffer", memory=memory)
         back = {"auto_rest": state.version + rest, "auto_correlation": 0.0, "auto_alike": 0}
-        return Choice("cohort", why, memory | {name: np.array(value) for name, value in back.items()})
+        return Choice(
+            "cohort", why, memory | {name: np.array(value) for name, value in back.items()}
+        )
 
     def _smoothed(self, observed: Observed, state: ServerState) -> tuple[float, float, float]:
         """(correlation, usual update norm, how many times that the norm is), from the newest version's record."""
@@ -96,7 +114,9 @@ class Auto(DeltaSGD):
         if not record.get("update_norm"):
             return correlation, usual, 1.0
         # an AdamW step is as long as the learning rate says: warm-up and shorter jobs are no divergence
-        norm = record["update_norm"] / ((record.get("lr") or 1.0) * (record.get("update_tokens") or 1.0))
+        norm = record["update_norm"] / (
+            (record.get("lr") or 1.0) * (record.get("update_tokens") or 1.0)
+        )
         growth = norm / usual if usual > 0 else 1.0
         return correlation, SMOOTH * usual + (1 - SMOOTH) * norm if usual > 0 else norm, growth
 

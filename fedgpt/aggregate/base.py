@@ -27,10 +27,16 @@ class Strategy:
     out, inputs left alone; what a rule remembers is in `state.memory` and nowhere else.
     """
 
-    paces: ClassVar[frozenset[str]] = frozenset({"cohort"})  # the pacings it is right for; others are refused
-    because: ClassVar[Mapping[str, str]] = {}  # pacing -> why it is refused and what to take instead
+    paces: ClassVar[frozenset[str]] = frozenset(
+        {"cohort"}
+    )  # the pacings it is right for; others are refused
+    because: ClassVar[
+        Mapping[str, str]
+    ] = {}  # pacing -> why it is refused and what to take instead
     needs_base: ClassVar[bool] = False  # whether `combine` reads Update.base
-    needs_root: ClassVar[bool] = False  # whether `combine` wants an update that the server trained on public text
+    needs_root: ClassVar[bool] = (
+        False  # whether `combine` wants an update that the server trained on public text
+    )
 
     switches: ClassVar[bool] = False  # whether `choose_pacing` may change the pacing of a run
 
@@ -66,7 +72,9 @@ class Strategy:
         """What the weighted sum is divided by; exactly rounded, so the order of arrival does not matter."""
         return math.fsum(weights)
 
-    def combine(self, updates: Sequence[Update], state: ServerState, root: Update | None = None) -> np.ndarray:
+    def combine(
+        self, updates: Sequence[Update], state: ServerState, root: Update | None = None
+    ) -> np.ndarray:
         """D of a rule that is not a weighted sum (median, Krum, ...).
 
         Updates come in the order of stable client ids (pace=cohort) or of arrival (pace=buffer); `root` is the
@@ -95,12 +103,18 @@ def advance(state: ServerState, params: np.ndarray, **memory: np.ndarray) -> Ser
     """
     dtype, shape = state.params.dtype, state.params.shape
     if params.shape != shape:
-        raise ValueError(f"a step changed the shape of the parameters from {shape} to {params.shape}")
+        raise ValueError(
+            f"a step changed the shape of the parameters from {shape} to {params.shape}"
+        )
     cast = {
-        name: array.astype(dtype, copy=False) if array.shape == shape and array.dtype.kind == "f" else array
+        name: array.astype(dtype, copy=False)
+        if array.shape == shape and array.dtype.kind == "f"
+        else array
         for name, array in memory.items()
     }
-    return ServerState(params.astype(dtype, copy=False), state.version + 1, {**state.memory, **cast})
+    return ServerState(
+        params.astype(dtype, copy=False), state.version + 1, {**state.memory, **cast}
+    )
 
 
 class Range(NamedTuple):
@@ -130,8 +144,16 @@ def check(strategy: Strategy, **ranges: Range) -> None:
     for field, allowed in ranges.items():
         value = getattr(strategy, field)
         right = isinstance(value, allowed.kind) and not isinstance(value, bool)
-        if not right or (allowed.kind is not str and not math.isfinite(value)) or not allowed.holds(value):
-            default = "" if defaults[field] is MISSING else f", or leave it out for the default, {defaults[field]}"
+        if (
+            not right
+            or (allowed.kind is not str and not math.isfinite(value))
+            or not allowed.holds(value)
+        ):
+            default = (
+                ""
+                if defaults[field] is MISSING
+                else f", or leave it out for the default, {defaults[field]}"
+            )
             problems.append(f"strategy.{field}={value} must be {allowed.words}: change it{default}")
     if problems:
         raise ConfigError(problems)

@@ -15,10 +15,14 @@ from fedgpt.aggregate.base import Strategy
 from fedgpt.core.errors import StoppedEarly
 from fedgpt.core.messages import Pacing, Update
 
-BLOCK = 1 << 17  # elements; 1 MiB of float64, so that several passes over a block stay in a second-level cache
+BLOCK = (
+    1 << 17
+)  # elements; 1 MiB of float64, so that several passes over a block stay in a second-level cache
 
 
-def shortage(rule: Strategy, needed: int, pacing: Pacing, option: str = "", change: str = "") -> Iterator[str]:
+def shortage(
+    rule: Strategy, needed: int, pacing: Pacing, option: str = "", change: str = ""
+) -> Iterator[str]:
     """For `problems`: the one of a cohort that is too small for `option`, or for the rule itself."""
     if pacing.goal < needed:
         yield (
@@ -34,7 +38,7 @@ def in_order(rule: Strategy, updates: Sequence[Update], needed: int = 1) -> list
             f"strategy={rule.name} needs at least {needed} updates a server step, {len(updates)} came and the other "
             "clients failed or were rejected: a result of so few would not be robust; raise pace.clients"
         )
-    return sorted(updates, key=lambda update: (update.client, update.task))
+    return sorted(updates, key=lambda update: (update.client, update.number))
 
 
 def parts(size: int, rows: int = 1) -> Iterator[slice]:
@@ -50,7 +54,9 @@ def blocks(updates: Sequence[Update]) -> Iterator[tuple[slice, np.ndarray]]:
             yield part, np.stack([update.delta[part] for update in updates], dtype=np.float64)
 
 
-def reduced(updates: Sequence[Update], params: np.ndarray, rule: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+def reduced(
+    updates: Sequence[Update], params: np.ndarray, rule: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
     """D like params from a rule per block, (updates, parameters) -> (parameters,); zeros for no updates."""
     out = np.zeros_like(params)
     for part, block in blocks(updates):

@@ -31,7 +31,9 @@ class CentredClip(Strategy):
     def __post_init__(self) -> None:
         check(self, tau=NOT_NEGATIVE, passes=COUNT)
 
-    def combine(self, updates: Sequence[Update], state: ServerState, root: Update | None = None) -> np.ndarray:
+    def combine(
+        self, updates: Sequence[Update], state: ServerState, root: Update | None = None
+    ) -> np.ndarray:
         """v after the passes."""
         ordered = in_order(self, updates)
         if not ordered:

@@ -35,7 +35,10 @@ class DelayedNesterov(Strategy):
 
     def __post_init__(self) -> None:
         check(self, eta=POSITIVE, mu=FRACTION, period=COUNT)
-        check(self, c=Range(lambda c: 0 <= c * self.period <= 1, f"a number in [0, 1 / {self.period}]"))
+        check(
+            self,
+            c=Range(lambda c: 0 <= c * self.period <= 1, f"a number in [0, 1 / {self.period}]"),
+        )
 
     def problems(self, pacing: Pacing) -> Iterator[str]:
         """Every arrival is a server step, and the momentum must not move before all clients had a chance to come."""

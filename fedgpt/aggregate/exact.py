@@ -15,10 +15,14 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from fedgpt.aggregate.parallel import shared
+from fedgpt.aggregate.parallel import map_slices
 
-CHUNK = 1 << 17  # elements; with shorter chunks threads wait for the interpreter more than they gain from the cache
-PIECE = 1 << 13  # elements divided at a time, once a version: small, as a copy of the model waits for the result
+CHUNK = (
+    1 << 17
+)  # elements; with shorter chunks threads wait for the interpreter more than they gain from the cache
+PIECE = (
+    1 << 13
+)  # elements divided at a time, once a version: small, as a copy of the model waits for the result
 SINGLE_BITS, SUM_BITS = 51, 53  # |one contribution| <= 2^51, |sum| <= 2^53
 TOGETHER = 2  # updates added in one pass over the accumulator, which is twice as long as they are
 Part = tuple[np.ndarray, np.float32]  # a delta, and what it is multiplied with
@@ -45,16 +49,24 @@ class ExactSum:
         self._sum = np.empty(size)  # whole numbers
         self.reset(bound, count, max_weight)
 
-    def reset(self, bound: float | None = None, count: int | None = None, max_weight: float | None = None) -> None:
+    def reset(
+        self, bound: float | None = None, count: int | None = None, max_weight: float | None = None
+    ) -> None:
         """Start the next version, with new limits where given; keeps the memory (fresh pages cost more than adding)."""
         self.bound = self.bound if bound is None else float(bound)
         self.count = self.count if count is None else count
         self.max_weight = self.max_weight if max_weight is None else float(max_weight)
         largest = self.bound * self.max_weight
-        if not (2.0**-70 < largest < 2.0**100 and 2.0**-70 < self.bound < 2.0**100 and self.count > 0):
-            raise ValueError(f"no scale for bound={self.bound}, max_weight={self.max_weight}, count={self.count}")
+        if not (
+            2.0**-70 < largest < 2.0**100 and 2.0**-70 < self.bound < 2.0**100 and self.count > 0
+        ):
+            raise ValueError(
+                f"no scale for bound={self.bound}, max_weight={self.max_weight}, count={self.count}"
+            )
         bits = min(SINGLE_BITS, SUM_BITS - (self.count - 1).bit_length())
-        self._scale = math.ldexp(1.0, bits - math.frexp(largest)[1])  # a power of two: multiplying by it is exact
+        self._scale = math.ldexp(
+            1.0, bits - math.frexp(largest)[1]
+        )  # a power of two: multiplying by it is exact
         self.added = self._folded = 0
         self._waiting: list[Part] = []
 
@@ -78,8 +90,12 @@ class ExactSum:
         if self.added == self.count:
             raise OverflowError(f"more than count={self.count} updates")
         # a norm in float32 is a little off
-        if not norm <= 0.99 * self.bound and not all(shared(self.size, lambda share: self._fits(delta, share))):
-            raise OverflowError(f"an element of the update is above bound={self.bound} or not a number")
+        if not norm <= 0.99 * self.bound and not all(
+            map_slices(self.size, lambda share: self._fits(delta, share))
+        ):
+            raise OverflowError(
+                f"an element of the update is above bound={self.bound} or not a number"
+            )
         self.added += 1
         self._waiting.append((delta, np.float32(weight * self._scale)))
         if len(self._waiting) == TOGETHER:
@@ -108,7 +124,7 @@ class ExactSum:
     def _fold_waiting(self) -> None:
         parts, self._waiting = self._waiting, []
         if parts:
-            shared(self.size, lambda share: self._fold(parts, share))
+            map_slices(self.size, lambda share: self._fold(parts, share))
             self._folded += len(parts)
 
     def _fold(self, parts: Sequence[Part], share: range) -> None:

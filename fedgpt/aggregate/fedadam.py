@@ -35,4 +35,9 @@ class FedAdam(Strategy):
         v = state.memory.get("second_moment", self.tau**2)
         m = self.beta1 * m + (1 - self.beta1) * d
         v = self.beta2 * v + (1 - self.beta2) * d**2  # of D, not of m
-        return advance(state, state.params - self.eta * m / (np.sqrt(v) + self.tau), momentum=m, second_moment=v)
+        return advance(
+            state,
+            state.params - self.eta * m / (np.sqrt(v) + self.tau),
+            momentum=m,
+            second_moment=v,
+        )

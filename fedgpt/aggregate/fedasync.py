@@ -31,7 +31,12 @@ class FedAsync(Discount, Strategy):
     rho: float = 0.005  # strength of the clients' pull to the received model
 
     def __post_init__(self) -> None:
-        check(self, alpha=Range(lambda v: 0 < v <= 1, "a number in (0, 1]"), rho=NOT_NEGATIVE, **RANGES)
+        check(
+            self,
+            alpha=Range(lambda v: 0 < v <= 1, "a number in (0, 1]"),
+            rho=NOT_NEGATIVE,
+            **RANGES,
+        )
 
     def problems(self, pacing: Pacing) -> Iterator[str]:
         """The rule is defined for one arrival at a time."""
@@ -41,7 +46,9 @@ class FedAsync(Discount, Strategy):
                 "only; set it, or take strategy=fedbuff"
             )
 
-    def combine(self, updates: Sequence[Update], state: ServerState, root: Update | None = None) -> np.ndarray:
+    def combine(
+        self, updates: Sequence[Update], state: ServerState, root: Update | None = None
+    ) -> np.ndarray:
         """theta minus the mixed model; several updates are mixed one after the other, as given."""
         shares = [self.alpha * self.discount(state.version - update.version) for update in updates]
         out = np.zeros_like(state.params)

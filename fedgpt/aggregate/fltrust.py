@@ -27,7 +27,9 @@ class FLTrust(Strategy):
     because = ROBUST
     needs_root = True
 
-    def combine(self, updates: Sequence[Update], state: ServerState, root: Update | None = None) -> np.ndarray:
+    def combine(
+        self, updates: Sequence[Update], state: ServerState, root: Update | None = None
+    ) -> np.ndarray:
         """Updates scaled to the server's norm, weighted by trust."""
         assert root is not None, "the engine trains the root update where needs_root"
         ordered = in_order(self, updates)

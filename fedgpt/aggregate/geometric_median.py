@@ -37,7 +37,9 @@ class GeometricMedian(Strategy):
         """At least three updates."""
         yield from shortage(self, self.needed, pacing, change=", or take strategy=fedavg")
 
-    def combine(self, updates: Sequence[Update], state: ServerState, root: Update | None = None) -> np.ndarray:
+    def combine(
+        self, updates: Sequence[Update], state: ServerState, root: Update | None = None
+    ) -> np.ndarray:
         """z after the passes."""
         ordered = in_order(self, updates, self.needed)
         weights = np.ones(len(ordered))

@@ -15,11 +15,13 @@ import numpy as np
 
 from fedgpt.aggregate.base import COUNT, WHOLE, Strategy, check
 from fedgpt.aggregate.blocks import in_order, middle, shortage
-from fedgpt.aggregate.parallel import shared
+from fedgpt.aggregate.parallel import map_slices
 from fedgpt.aggregate.refusals import ROBUST
 from fedgpt.core.messages import Pacing, ServerState, Update
 
-PIECE = 1 << 16  # elements of a product in float32: pieces of eight updates lie in the second-level cache
+PIECE = (
+    1 << 16
+)  # elements of a product in float32: pieces of eight updates lie in the second-level cache
 
 
 @dataclass(frozen=True)
@@ -42,15 +44,23 @@ class Krum(Strategy):
     def problems(self, pacing: Pacing) -> Iterator[str]:
         """n >= 2 f + 3, and no attacker among those kept."""
         most = (pacing.goal - 3) // 2
-        change = f" or lower strategy.attackers to at most {most}" if most > 0 else ", or take strategy=median"
-        yield from shortage(self, self.needed, pacing, f"strategy.attackers={self.attackers}", change)
+        change = (
+            f" or lower strategy.attackers to at most {most}"
+            if most > 0
+            else ", or take strategy=median"
+        )
+        yield from shortage(
+            self, self.needed, pacing, f"strategy.attackers={self.attackers}", change
+        )
         if self.keep > max(1, pacing.goal - self.attackers):
             yield (
                 f"strategy.keep={self.keep} of {pacing.goal} updates would keep some of strategy.attackers="
                 f"{self.attackers}: at most {pacing.goal - self.attackers} are allowed; lower it, or set 0 for that"
             )
 
-    def combine(self, updates: Sequence[Update], state: ServerState, root: Update | None = None) -> np.ndarray:
+    def combine(
+        self, updates: Sequence[Update], state: ServerState, root: Update | None = None
+    ) -> np.ndarray:
         """The mean of the updates kept, all with the same weight."""
         ordered = in_order(self, updates, self.needed)
         if not ordered:
@@ -63,7 +73,7 @@ class Krum(Strategy):
 
     def scores(self, updates: Sequence[Update]) -> np.ndarray:
         """(updates,) float64: sums of squared distances to the nearest others; low is trusted."""
-        gram = sum(shared(updates[0].delta.size, partial(_products, updates)))
+        gram = sum(map_slices(updates[0].delta.size, partial(_products, updates)))
         lengths = np.diag(gram)
         squares = np.maximum(lengths[:, None] + lengths - 2 * gram, 0.0)
         np.fill_diagonal(squares, 0.0)

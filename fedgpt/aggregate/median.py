@@ -27,7 +27,9 @@ class Median(Strategy):
         """At least three updates."""
         yield from shortage(self, self.needed, pacing, change=", or take strategy=fedavg")
 
-    def combine(self, updates: Sequence[Update], state: ServerState, root: Update | None = None) -> np.ndarray:
+    def combine(
+        self, updates: Sequence[Update], state: ServerState, root: Update | None = None
+    ) -> np.ndarray:
         """The median of every coordinate."""
         ordered = in_order(self, updates, self.needed)
         return middle(ordered, (len(ordered) - 1) // 2, state.params)

@@ -31,7 +31,9 @@ class NormClip(Strategy):
     def __post_init__(self) -> None:
         check(self, window=COUNT)
 
-    def combine(self, updates: Sequence[Update], state: ServerState, root: Update | None = None) -> np.ndarray:
+    def combine(
+        self, updates: Sequence[Update], state: ServerState, root: Update | None = None
+    ) -> np.ndarray:
         """The mean of clipped updates."""
         ordered = in_order(self, updates)
         if not ordered:
@@ -43,5 +45,7 @@ class NormClip(Strategy):
     def remember(self, updates: Sequence[Update], state: ServerState) -> dict[str, np.ndarray]:
         """The last `window` norms, these included, but none of 0: a clip of 0 would let nothing through."""
         norms = distances(in_order(self, updates))
-        recent = np.concatenate([state.memory.get("norms", np.zeros(0)), norms[norms > 0]])[-self.window :]
+        recent = np.concatenate([state.memory.get("norms", np.zeros(0)), norms[norms > 0]])[
+            -self.window :
+        ]
         return {"norms": recent} if recent.size else {}

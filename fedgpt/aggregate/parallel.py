@@ -13,7 +13,7 @@ ALONE = 1 << 20  # elements up to which one thread is done before others have be
 T = TypeVar("T")
 
 
-def shared(size: int, work: Callable[[range], T]) -> list[T]:
+def map_slices(size: int, work: Callable[[range], T]) -> list[T]:
     """What `work` returns for each part of a vector of `size` elements, in order; the parts are alike in length."""
     threads = cores() if size > ALONE else 1
     step = max(1, -(-size // threads))

@@ -36,9 +36,13 @@ class TrimmedMean(Strategy):
     def problems(self, pacing: Pacing) -> Iterator[str]:
         """More than 2 b updates."""
         most = (pacing.goal - 1) // 2
-        change = f" or lower strategy.trim to at most {most}" if most else ", or take strategy=fedavg"
+        change = (
+            f" or lower strategy.trim to at most {most}" if most else ", or take strategy=fedavg"
+        )
         yield from shortage(self, self.needed, pacing, f"strategy.trim={self.trim}", change)
 
-    def combine(self, updates: Sequence[Update], state: ServerState, root: Update | None = None) -> np.ndarray:
+    def combine(
+        self, updates: Sequence[Update], state: ServerState, root: Update | None = None
+    ) -> np.ndarray:
         """The mean of what is left of every coordinate."""
         return middle(in_order(self, updates, self.needed), self.trim, state.params)

@@ -32,11 +32,14 @@ from fedgpt.privacy.accounting import gaussian_epsilon
 from fedgpt.privacy.clipping import clipped
 from fedgpt.privacy.plan import PrivacyPlan, sampling_probability
 from fedgpt.privacy.randomness import SecureStream
-from fedgpt.server.collector import Intake
+from fedgpt.server.collector import UpdateCollector
 from fedgpt.server.privacy import PaidByServer
-from fedgpt.storage.checkpoint import Ledgers
+from fedgpt.storage.checkpoint import RunTables
 
-CANARIES, DIMENSIONS = 600, 20_000  # privacy=client: random directions of which any two are nearly orthogonal
+CANARIES, DIMENSIONS = (
+    600,
+    20_000,
+)  # privacy=client: random directions of which any two are nearly orthogonal
 BLOCKS, STEPS = 96, 8  # privacy=example: blocks of random tokens, all in every batch
 
 
@@ -65,20 +68,24 @@ def audit_client(o: RunOptions, strategy: Strategy, plan: PrivacyPlan, seed: int
         # a cohort of all canaries that are expected: what a build does with the sum, it does with many
         alone = replace(plan, budget=None, cohort=CANARIES / 2)
         privacy = PaidByServer(o, alone, Path(folder), "audit", fresh=True)
-        intake = Intake(o, strategy, DIMENSIONS, privacy)
+        collector = UpdateCollector(o, strategy, DIMENSIONS, privacy)
         state = ServerState(np.zeros(DIMENSIONS, np.float32))
-        intake.begin(state, (), CANARIES, 1)
+        collector.begin(state, (), CANARIES, 1)
         for i in np.flatnonzero(inside):
             # far longer than the clip, and some count for many tokens: neither may help a client to be seen
             delta = canaries[i] * np.float32(1000 * o.privacy.clip)
             tokens = 1000 if i % 2 else 1
-            update = Update(f"canary {i}", 0, 0, delta, tokens, {"update_norm": float(np.linalg.norm(delta))})
-            intake.add(update, Job(update.client, 0, 0, state.params, Plan("", 1, 0, 1, 1)), 0)
+            update = Update(
+                f"canary {i}", 0, 0, delta, tokens, {"update_norm": float(np.linalg.norm(delta))}
+            )
+            collector.add(update, Job(update.client, 0, 0, state.params, Plan("", 1, 0, 1, 1)), 0)
         pacing = Pacing(o.pace.name, CANARIES, max(1, round(plan.cohort)))
-        released = -intake.step(state, pacing, None, Ledgers("audit")).params
+        released = -collector.step(state, pacing, None, RunTables("audit")).params
     mu = 1 / (plan.noise_multiplier * plan.scale)
     found = bounds(canaries @ released, inside, plan.delta)
-    return Verdict(found, mu, gaussian_epsilon(mu, plan.delta), f"one release, {CANARIES} canary clients")
+    return Verdict(
+        found, mu, gaussian_epsilon(mu, plan.delta), f"one release, {CANARIES} canary clients"
+    )
 
 
 def audit_example(o: RunOptions, vocab_size: int, plan: PrivacyPlan, seed: int = 0) -> Verdict:
@@ -101,7 +108,12 @@ def audit_example(o: RunOptions, vocab_size: int, plan: PrivacyPlan, seed: int =
         trainer.optimizer.step(o.local.lr)
     mu = math.sqrt(STEPS) / plan.noise_multiplier
     found = bounds(scores, inside, plan.delta)
-    return Verdict(found, mu, gaussian_epsilon(mu, plan.delta), f"{STEPS} steps, {BLOCKS} canary blocks, full batch")
+    return Verdict(
+        found,
+        mu,
+        gaussian_epsilon(mu, plan.delta),
+        f"{STEPS} steps, {BLOCKS} canary blocks, full batch",
+    )
 
 
 def membership(
@@ -112,7 +124,9 @@ def membership(
     blocks = np.asarray(tokens[: len(tokens) // (2 * width) * 2 * width]).reshape(-1, width)
     members, others = blocks[::2], blocks[1::2]
     trainer = _trainer(o, vocab_size)
-    trainer.train(_start(o, vocab_size), _source(o, members.reshape(-1), plan), _plan(o, steps), None)
+    trainer.train(
+        _start(o, vocab_size), _source(o, members.reshape(-1), plan), _plan(o, steps), None
+    )
     told = [-_losses(trainer, part) for part in (members, others)]
     return {
         "auc": auc(told[0], told[1]),
@@ -134,7 +148,11 @@ def token_leak(
     absent[np.unique(tokens)] = False
     with _watched(source, seen):
         delta = trainer.train(_start(o, vocab_size), source, _plan(o, steps), None).delta.copy()
-    found = {"auc": _told_by(trainer, delta, seen, absent), "present": float(seen.sum()), "absent": float(absent.sum())}
+    found = {
+        "auc": _told_by(trainer, delta, seen, absent),
+        "present": float(seen.sum()),
+        "absent": float(absent.sum()),
+    }
     if plan is not None and plan.unit == "client":
         noise = SecureStream(secrets.token_bytes(32), "audit").normal(delta.size)
         released = clipped(delta, o.privacy.clip) + noise * np.float32(
@@ -189,13 +207,17 @@ def _source(o: RunOptions, tokens: np.ndarray, plan: PrivacyPlan | None) -> Batc
         return Batches(tokens, o.model.block_size, o.local.batch_size, seed=0)
     blocks = Blocks(tokens, o.model.block_size)
     stream = SecureStream(secrets.token_bytes(32), "audit")
-    return PrivateSteps(blocks, stream, sampling_probability(o, len(blocks)), plan.noise_multiplier, o.privacy.clip)
+    return PrivateSteps(
+        blocks, stream, sampling_probability(o, len(blocks)), plan.noise_multiplier, o.privacy.clip
+    )
 
 
 def _products(attacker: Trainer, blocks: Blocks, clip: float, released: torch.Tensor) -> np.ndarray:
     """(blocks,): the clipped gradient of each, as the attacker makes it, times what was released."""
     book, found = BookKeeping(attacker.model, attacker.layout), []
-    for part in np.array_split(np.arange(len(blocks)), -(-len(blocks) // attacker.private.examples)):
+    for part in np.array_split(
+        np.arange(len(blocks)), -(-len(blocks) // attacker.private.examples)
+    ):
         inputs, targets = blocks.take(part)
         rows, _ = book.gradients(lambda x=inputs, y=targets: example_losses(attacker.model, x, y))
         whole = torch.cat([rows[name].flatten(1) for name in attacker.layout.names], 1)
@@ -207,7 +229,9 @@ def _products(attacker: Trainer, blocks: Blocks, clip: float, released: torch.Te
 @torch.no_grad()
 def _losses(trainer: Trainer, blocks: np.ndarray) -> np.ndarray:
     found: list[Any] = []
-    for part in np.array_split(torch.from_numpy(blocks.astype(np.int64)), max(1, len(blocks) // 32)):
+    for part in np.array_split(
+        torch.from_numpy(blocks.astype(np.int64)), max(1, len(blocks) // 32)
+    ):
         ids = torch.as_tensor(part)
         found.append(example_losses(trainer.model, ids[:, :-1], ids[:, 1:]).numpy())
     return np.concatenate(found)

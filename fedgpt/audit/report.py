@@ -16,26 +16,40 @@ from fedgpt.privacy.plan import make_plan
 MEMBER_STEPS = 300  # of one client: enough for a small model to know some of its text by heart
 
 
-def audit_report(o: RunOptions, strategy: Any, prepared: Prepared, shards: Sequence[Shard]) -> tuple[str, bool]:
+def audit_report(
+    o: RunOptions, strategy: Any, prepared: Prepared, shards: Sequence[Shard]
+) -> tuple[str, bool]:
     """The report, and whether every promise held; raises ConfigError where there is no mechanism to audit."""
     if o.privacy.unit == "local":
-        raise ConfigError("privacy=local: an update is noised before it leaves; audit privacy=example or client")
+        raise ConfigError(
+            "privacy=local: an update is noised before it leaves; audit privacy=example or client"
+        )
     plan = make_plan(o, [shard.size for shard in shards]) if o.privacy.unit != "none" else None
     vocab = prepared.tokenizer.vocab_size
     told: dict[str, Any] = {"unit": o.privacy.unit}
     lines: list[str] = []
     holds = True
     if plan is not None:
-        attack = audit_client(o, strategy, plan) if plan.unit == "client" else audit_example(o, vocab, plan)
+        attack = (
+            audit_client(o, strategy, plan)
+            if plan.unit == "client"
+            else audit_example(o, vocab, plan)
+        )
         found, holds = attack.bounds, attack.holds
-        told |= {"claimed_mu": attack.mu, "mu_bound": found.mu_bound, "claimed_epsilon": attack.epsilon}
+        told |= {
+            "claimed_mu": attack.mu,
+            "mu_bound": found.mu_bound,
+            "claimed_epsilon": attack.epsilon,
+        }
         told |= {"epsilon_bound": found.epsilon_bound, "holds": holds}
         lines += [
             f"canaries: {attack.what}",
             f"  promised        mu {attack.mu:.3g}, epsilon {attack.epsilon:.3g} at delta {plan.delta:.2g}",
             f"  proved at least mu {found.mu_bound:.3g} (estimate {found.mu:.3g}), "
             f"epsilon {found.epsilon_bound:.3g} by ranks",
-            "  the promise holds" if holds else "  THE PROMISE IS BROKEN: do not publish this model",
+            "  the promise holds"
+            if holds
+            else "  THE PROMISE IS BROKEN: do not publish this model",
         ]
     # the client whose shard is closest to the middle stands for the others
     shard = sorted(shards, key=lambda s: s.size)[len(shards) // 2]

@@ -28,9 +28,16 @@ class Bounds:
 def bounds(scores: np.ndarray, inside: np.ndarray, delta: float) -> Bounds:
     """Lower bounds from (m,) scores and who was inside, (m,) bool."""
     there, away = scores[inside], scores[~inside]
-    spread = math.sqrt((there.var(ddof=1) * (len(there) - 1) + away.var(ddof=1) * (len(away) - 1)) / (len(scores) - 2))
+    spread = math.sqrt(
+        (there.var(ddof=1) * (len(there) - 1) + away.var(ddof=1) * (len(away) - 1))
+        / (len(scores) - 2)
+    )
     mu = float((there.mean() - away.mean()) / spread) if spread > 0 else math.inf
-    error = math.sqrt(1 / len(there) + 1 / len(away) + mu**2 / (2 * len(scores))) if math.isfinite(mu) else 0.0
+    error = (
+        math.sqrt(1 / len(there) + 1 / len(away) + mu**2 / (2 * len(scores)))
+        if math.isfinite(mu)
+        else 0.0
+    )
     return Bounds(mu, mu - QUANTILE * error, rank_bound(scores, inside, delta))
 
 
@@ -47,7 +54,11 @@ def rank_bound(scores: np.ndarray, inside: np.ndarray, delta: float) -> float:
             continue
         for _ in range(25):
             middle = (low + high) / 2
-            low, high = (middle, high) if _p_value(middle, 2 * half, right, m, delta) <= allowed else (low, middle)
+            low, high = (
+                (middle, high)
+                if _p_value(middle, 2 * half, right, m, delta) <= allowed
+                else (low, middle)
+            )
         best = max(best, low)
     return best
 

@@ -26,7 +26,9 @@ def attack_problems(o: RunOptions) -> Iterator[str]:
         yield f"attack.clients={clients}: more than the partition.clients={o.partition.clients} there are"
 
 
-def attacked(delta: np.ndarray, options: AttackOptions, seed: int, client: str, task: int) -> np.ndarray:
+def attacked(
+    delta: np.ndarray, options: AttackOptions, seed: int, client: str, number: int
+) -> np.ndarray:
     """What an attacker sends for its `delta`, (parameters,) float32; the same job gives the same bits.
 
     >>> attacked(np.ones(2, np.float32), AttackOptions("sign_flip", clients=1, strength=3.0), 0, "eve", 0)
@@ -37,5 +39,5 @@ def attacked(delta: np.ndarray, options: AttackOptions, seed: int, client: str, 
         return -strength * delta
     if options.name == "scale":
         return strength * delta
-    noise = numpy_generator(seed, "attack", client, task).standard_normal(delta.size, np.float32)
+    noise = numpy_generator(seed, "attack", client, number).standard_normal(delta.size, np.float32)
     return noise * (strength * np.linalg.norm(delta) / np.linalg.norm(noise))

@@ -27,17 +27,26 @@ from fedgpt.update.codec import digest
 class ClientPrivacy:
     """What one client adds to one job, paid for in its own ledger first; nothing here trusts the server."""
 
-    def __init__(self, options: RunOptions, folder: Path, tokens: np.ndarray, environment: dict[str, Any]):
+    def __init__(
+        self, options: RunOptions, folder: Path, tokens: np.ndarray, environment: dict[str, Any]
+    ):
         """`folder` is the client's own; `environment` is what the bits of its result depend on beside the job."""
-        self.options, self.folder, self.tokens, self.environment = options, folder, tokens, environment
-        self.charged = 0.0  # releases paid for since the client's first job, those of the present one included
+        self.options, self.folder, self.tokens, self.environment = (
+            options,
+            folder,
+            tokens,
+            environment,
+        )
+        self.charged = (
+            0.0  # releases paid for since the client's first job, those of the present one included
+        )
 
     def steps(self, job: Job, state: str) -> PrivateSteps:
         """privacy=example: what makes the steps of `job` private; `state` names the moments that it starts from."""
         o = self.options
         blocks = Blocks(self.tokens, o.model.block_size)
         probability = sampling_probability(o, len(blocks))
-        event = Event(job.plan.noise_multiplier, probability, job.plan.steps)
+        event = Event(job.plan.noise_multiplier, probability, job.plan.local_steps)
         stream = self._paid(job, state, event, o.local.steps, len(blocks))
         return PrivateSteps(blocks, stream, probability, job.plan.noise_multiplier, o.privacy.clip)
 
@@ -51,24 +60,34 @@ class ClientPrivacy:
         """Charge the ledger for `event`; returns the noise of this job, the same only for the very same job."""
         o, plan = self.options.privacy, job.plan
         if not 0 < event.noise_multiplier < math.inf:
-            raise BudgetExhausted(f"a job with noise {event.noise_multiplier:g}, which privacy={o.unit} forbids")
+            raise BudgetExhausted(
+                f"a job with noise {event.noise_multiplier:g}, which privacy={o.unit} forbids"
+            )
         if not 0 < plan.delta < 1 / max(2, units):
-            raise BudgetExhausted(f"delta {plan.delta:g} is not below one over the {units} units of this client")
+            raise BudgetExhausted(
+                f"delta {plan.delta:g} is not below one over the {units} units of this client"
+            )
         if not (event.count >= 1 and plan.participations >= 1):
             raise BudgetExhausted(f"a job of {event.count} steps, one of {plan.participations}")
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / ".ledger.lock"):
             path = self.folder / "privacy.key"
-            fresh = plan.state < 0 and not path.exists()  # it is made last: with it, there was a ledger
-            ledger = Ledger(self.folder / "ledger.json", o.unit, digest(self.tokens), plan.delta, fresh)
+            fresh = (
+                plan.state_job < 0 and not path.exists()
+            )  # it is made last: with it, there was a ledger
+            ledger = Ledger(
+                self.folder / "ledger.json", o.unit, digest(self.tokens), plan.delta, fresh
+            )
             key = secret_key(path, fresh)
             if o.rng == "seeded":
                 key = hashlib.sha256(f"{self.options.seed} {job.client}".encode()).digest()
             told = json.dumps(_told(job, state, self.environment), sort_keys=True)
-            tag = derive(key, "job", told).hex()  # stands in the ledger: names the noise, and does not tell it
+            tag = derive(
+                key, "job", told
+            ).hex()  # stands in the ledger: names the noise, and does not tell it
             planned = replace(event, count=plan.participations * per_job)
             budget = None if self._as_planned(ledger, event, planned) else o.target_epsilon
-            ledger.charge(job.task, tag, event, budget)
+            ledger.charge(job.number, tag, event, budget)
             self.charged = float(sum(each.count for each in ledger.account.events))
         return SecureStream(key, "noise", tag)
 
@@ -88,7 +107,9 @@ class ClientPrivacy:
         return True
 
 
-_within: dict[tuple[float, int, float, float], float] = {}  # a plan -> the largest probability known to be in budget
+_within: dict[
+    tuple[float, int, float, float], float
+] = {}  # a plan -> the largest probability known to be in budget
 
 
 def _told(job: Job, state: str, environment: dict[str, Any]) -> list[Any]:
@@ -96,5 +117,9 @@ def _told(job: Job, state: str, environment: dict[str, Any]) -> list[Any]:
 
     Nor the run, which has a key of its own: with seeded noise another run is to repeat this one.
     """
-    plan = {name: value for name, value in asdict(job.plan).items() if name not in ("run", "keep", "seconds", "held")}
-    return [job.client, job.task, job.version, digest(job.params), plan, state, environment]
+    plan = asdict(job.plan)
+    for name in ("run", "keep", "seconds", "cached_version"):
+        del plan[name]
+    # the names that these two had first: another name would be other noise, and a resumed run would pay again
+    plan["steps"], plan["state"] = plan.pop("local_steps"), plan.pop("state_job")
+    return [job.client, job.number, job.version, digest(job.params), plan, state, environment]

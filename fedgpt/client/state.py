@@ -19,9 +19,13 @@ from safetensors.torch import save_file
 from fedgpt.core.files import replacing
 from fedgpt.local.optimizer import Moments
 
-PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_- ")  # bytes that a name keeps
+PLAIN = frozenset(
+    b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_- "
+)  # bytes that a name keeps
 MOST_NAME = 100  # bytes; file systems take 255
-MODELS = 4  # versions of the model that a client keeps, where the server sends steps from one of them
+MODELS = (
+    4  # versions of the model that a client keeps, where the server sends steps from one of them
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,9 @@ class ClientState:
     """What a client's next job goes on from."""
 
     moments: Moments | None = None  # of AdamW, where they are kept
-    residual: np.ndarray | None = None  # (parameters,) float32 that compression left out, where it is fed back
+    residual: np.ndarray | None = (
+        None  # (parameters,) float32 that compression left out, where it is fed back
+    )
 
 
 class ClientStore:
@@ -38,10 +44,10 @@ class ClientStore:
     def __init__(self, root: str | Path, run: str, client: str):
         self.folder = Path(root) / safe_name(run) / safe_name(client)
 
-    def load(self, task: int) -> ClientState | None:
+    def load(self, number: int) -> ClientState | None:
         """The state as it was after `task`; None where there is none (a first job, or a lost file)."""
-        path = self._path(task)
-        if task < 0 or not path.exists():
+        path = self._path(number)
+        if number < 0 or not path.exists():
             return None
         try:
             with safe_open(path, framework="pt") as stored:
@@ -49,10 +55,14 @@ class ClientStore:
                 tensors = {name: stored.get_tensor(name) for name in names}
         except (SafetensorError, KeyError, ValueError, TypeError):
             return None  # damaged is as good as lost: the caller reports it
-        moments = Moments(tensors["first"], tensors["second"], steps) if {"first", "second"} <= names else None
+        moments = (
+            Moments(tensors["first"], tensors["second"], steps)
+            if {"first", "second"} <= names
+            else None
+        )
         return ClientState(moments, tensors["residual"].numpy() if "residual" in names else None)
 
-    def save(self, task: int, state: ClientState) -> None:
+    def save(self, number: int, state: ClientState) -> None:
         """Write the state after `task`; whole or absent, though not forced to the disk (a power cut may lose it)."""
         tensors, steps = {}, 0
         if state.moments is not None:
@@ -60,7 +70,7 @@ class ClientStore:
             steps = state.moments.steps
         if state.residual is not None:
             tensors["residual"] = torch.from_numpy(state.residual)
-        with replacing(self._path(task), durable=False) as temporary:
+        with replacing(self._path(number), durable=False) as temporary:
             save_file(tensors, temporary, metadata={"steps": str(steps)})
 
     def load_model(self, version: int) -> np.ndarray | None:
@@ -78,23 +88,28 @@ class ClientStore:
         """
         with replacing(self._model(version), durable=False) as temporary:
             save_numpy({"params": np.ascontiguousarray(params)}, temporary)
-        kept = sorted(path for path in self.folder.glob("model-*.safetensors") if path <= self._model(version))
+        kept = sorted(
+            path for path in self.folder.glob("model-*.safetensors") if path <= self._model(version)
+        )
         for path in set(self.folder.glob("model-*.safetensors")) - set(kept[-MODELS:]):
             path.unlink(missing_ok=True)
 
-    def keep(self, tasks: set[int]) -> None:
+    def keep(self, numbers: set[int]) -> None:
         """Delete the state of every other task up to the newest of these; a later one is another job's."""
         if not self.folder.exists():
             return
         for path in self.folder.glob("task-*.safetensors"):
-            if int(path.stem.removeprefix("task-")) < max(tasks) and int(path.stem.removeprefix("task-")) not in tasks:
+            if (
+                int(path.stem.removeprefix("task-")) < max(numbers)
+                and int(path.stem.removeprefix("task-")) not in numbers
+            ):
                 path.unlink(missing_ok=True)
 
     def _model(self, version: int) -> Path:
         return self.folder / f"model-{version:08d}.safetensors"
 
-    def _path(self, task: int) -> Path:
-        return self.folder / f"task-{task}.safetensors"
+    def _path(self, number: int) -> Path:
+        return self.folder / f"task-{number}.safetensors"
 
 
 def safe_name(name: str) -> str:

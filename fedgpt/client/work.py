@@ -60,7 +60,9 @@ class ClientWork:
         private = options.privacy.unit == "example"
         compute = choose_compute(options.runtime.device, options.local.precision, private)
         engine = options.privacy.engine
-        return Trainer(options.model, self.prepared.tokenizer.vocab_size, options.local, compute, engine)
+        return Trainer(
+            options.model, self.prepared.tokenizer.vocab_size, options.local, compute, engine
+        )
 
     def info(self, index: int) -> ClientInfo:
         """Who the client with partition number `index` is."""
@@ -74,7 +76,9 @@ class ClientWork:
         """
         shard = self.shards[index]
         if shard.client != job.client:
-            raise ValueError(f"the job is for client {job.client!r}, partition {index} is {shard.client!r}")
+            raise ValueError(
+                f"the job is for client {job.client!r}, partition {index} is {shard.client!r}"
+            )
         job = self._received(job)
         began = time.monotonic()
         lies = index < self.options.attack.clients
@@ -82,7 +86,9 @@ class ClientWork:
         with watchdog(self.options.runtime.watchdog, job.plan.seconds):
             reach("client.begin")
             header, payload = self._do(job, job.client, tokens, lies)
-            time.sleep(max(0.0, began + job.plan.seconds - time.monotonic()))  # a slow client of a simulated fleet
+            time.sleep(
+                max(0.0, began + job.plan.seconds - time.monotonic())
+            )  # a slow client of a simulated fleet
             reach("client.done")
         return header, payload
 
@@ -98,11 +104,13 @@ class ClientWork:
         if downlink not in STEPS:
             return job
         store = ClientStore(self.state_root, job.plan.run, job.client)
-        if job.plan.held >= 0:
-            held = store.load_model(job.plan.held)
+        if job.plan.cached_version >= 0:
+            held = store.load_model(job.plan.cached_version)
             if held is None:  # the server sends the whole model then
-                raise LookupError(f"the model of version {job.plan.held} is not here any more")
-            payload = job.params if job.version > job.plan.held else np.empty(0, np.uint8)
+                raise LookupError(
+                    f"the model of version {job.plan.cached_version} is not here any more"
+                )
+            payload = job.params if job.version > job.plan.cached_version else np.empty(0, np.uint8)
             job = replace(job, params=rebuilt(held, payload, downlink) if payload.size else held)
         store.save_model(job.version, job.params)
         return job
@@ -113,7 +121,9 @@ class ClientWork:
         before = self._state(job, name)
         update, after = self._trained(job, name, tokens, before, self._privacy(job, tokens))
         if lies:
-            delta = attacked(update.delta, self.options.attack, self.options.seed, job.client, job.task)
+            delta = attacked(
+                update.delta, self.options.attack, self.options.seed, job.client, job.number
+            )
             update = replace(update, delta=delta)
         if options.error_feedback:
             residual = None if before is None else before.residual
@@ -141,8 +151,14 @@ class ClientWork:
         if self.options.privacy.unit not in ("example", "local"):
             return None
         compute = self.trainer.compute
-        environment = {"device": compute.device, "threads": torch.get_num_threads(), "torch": torch.__version__}
-        if compute.device != "cpu":  # whose bits hang on more than we record: there a job is another one each time
+        environment = {
+            "device": compute.device,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        }
+        if (
+            compute.device != "cpu"
+        ):  # whose bits hang on more than we record: there a job is another one each time
             environment["once"] = secrets.token_hex(8)
         folder = ClientStore(self.state_root, job.plan.run, job.client).folder
         return ClientPrivacy(self.options, folder, tokens, environment)
@@ -160,34 +176,46 @@ class ClientWork:
         if privacy is not None and options.privacy.unit == "example":
             batches = privacy.steps(job, _named(moments))
         else:
-            seed = derive_seed(options.seed, "batches", name, job.task)
+            seed = derive_seed(options.seed, "batches", name, job.number)
             batches = Batches(tokens, options.model.block_size, options.local.batch_size, seed)
         trained = self.trainer.train(
-            job.params, batches, job.plan, moments, derive_seed(options.seed, "dropout", name, job.task)
+            job.params,
+            batches,
+            job.plan,
+            moments,
+            derive_seed(options.seed, "dropout", name, job.number),
         )
         if privacy is not None and options.privacy.unit == "local":
             trained = replace(trained, delta=privacy.hidden(job, trained.delta, _named(moments)))
         # in a private run nothing leaves of what was measured on the text
-        metrics = trained.metrics if options.privacy.unit == "none" else {"lr": trained.metrics["lr"]}
+        metrics = (
+            trained.metrics if options.privacy.unit == "none" else {"lr": trained.metrics["lr"]}
+        )
         if privacy is not None:
             metrics["charged"] = privacy.charged
         if self._keeps:
-            metrics["state_lost"] = float(before is None and job.plan.state >= 0)
+            metrics["state_lost"] = float(before is None and job.plan.state_job >= 0)
         kept = ClientState(trained.moments if options.local.moments == "keep" else None)
-        return Update(job.client, job.task, job.version, trained.delta, trained.tokens, metrics), kept
+        return Update(
+            job.client, job.number, job.version, trained.delta, trained.tokens, metrics
+        ), kept
 
     @property
     def _keeps(self) -> bool:
         return self.options.local.moments == "keep" or self.options.update.error_feedback
 
     def _state(self, job: Job, name: str) -> ClientState | None:
-        return ClientStore(self.state_root, job.plan.run, name).load(job.plan.state) if self._keeps else None
+        return (
+            ClientStore(self.state_root, job.plan.run, name).load(job.plan.state_job)
+            if self._keeps
+            else None
+        )
 
     def _keep(self, job: Job, name: str, state: ClientState) -> None:
         if self._keeps:
             store = ClientStore(self.state_root, job.plan.run, name)
-            store.save(job.task, state)
-            store.keep({job.task, *job.plan.keep})
+            store.save(job.number, state)
+            store.keep({job.number, *job.plan.keep})
 
 
 def _named(moments: Moments | None) -> str:

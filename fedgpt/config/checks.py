@@ -95,11 +95,14 @@ BELONGS: dict[str, tuple[str, tuple[str, ...]]] = {
     "fleet.median": ("fleet", ("lognormal",)),
     "fleet.spread": ("fleet", ("lognormal",)),
     "fleet.path": ("fleet", ("trace", "replay")),
-    **{f"fleet.{name}": ("fleet", fleet.NAMES[1:5]) for name in ("down", "up", "jitter", "dropout", "window")},
+    **{
+        f"fleet.{name}": ("fleet", fleet.NAMES[1:5])
+        for name in ("down", "up", "jitter", "dropout", "window")
+    },
 }
 
 
-def idle(typed: Mapping[str, str], o: RunOptions) -> Iterator[str]:
+def unused_options(typed: Mapping[str, str], o: RunOptions) -> Iterator[str]:
     """What was typed (option -> as typed) and has no effect beside the choices that were made."""
     for option, text in typed.items():
         group, choices = BELONGS.get(option, ("", ()))
@@ -147,8 +150,14 @@ def folder_problems(o: RunOptions) -> Iterator[str]:
             yield f"{option}={path}: {there} is a file; name a folder"
         elif not os.access(there, os.W_OK):
             yield f"{option}={path}: nothing can be written in {there}; name another folder"
-    if o.init_from and not any((Path(o.init_from) / f"{at}config.json").is_file() for at in ("", "model/")):
-        what = "has no config.json, nor model/config.json" if Path(o.init_from).is_dir() else "is no folder"
+    if o.init_from and not any(
+        (Path(o.init_from) / f"{at}config.json").is_file() for at in ("", "model/")
+    ):
+        what = (
+            "has no config.json, nor model/config.json"
+            if Path(o.init_from).is_dir()
+            else "is no folder"
+        )
         yield f"init_from={o.init_from}: {what}; name the folder of a finished run, or of a Hugging Face model"
 
 

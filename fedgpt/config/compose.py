@@ -40,11 +40,21 @@ def load(words: Sequence[str] = (), config_dir: str | None = None) -> RunOptions
     ]
     options, told = None, []
     try:
-        options = to_options(overrides.composed([text for text in good if text not in swept], config_dir), here=True)
-        told = list(checks.idle({one.key_or_group: str(one.input_line) for one in parsed}, options))
+        options = to_options(
+            overrides.composed([text for text in good if text not in swept], config_dir), here=True
+        )
+        told = list(
+            checks.unused_options(
+                {one.key_or_group: str(one.input_line) for one in parsed}, options
+            )
+        )
     except ConfigError as error:
         told = error.problems
-    problems += [p for p in told if p not in problems and not any(overrides.follows(p, name) for name in dropped)]
+    problems += [
+        p
+        for p in told
+        if p not in problems and not any(overrides.follows(p, name) for name in dropped)
+    ]
     if problems or options is None:
         raise ConfigError(problems)
     return options
@@ -55,7 +65,9 @@ def precheck(words: Sequence[str], config_dir: str | None = None) -> None:
 
     What is wrong with every job is told as such, the rest with the first job that it is wrong with.
     """
-    problems, good = overrides.check([overrides.readable(word, sweep=True) for word in words], config_dir)
+    problems, good = overrides.check(
+        [overrides.readable(word, sweep=True) for word in words], config_dir
+    )
     found: dict[str, list[str]] = {}  # problem -> jobs that have it
     jobs = list(overrides.jobs(good, config_dir))
     for job, composed in jobs:
@@ -80,7 +92,9 @@ def to_options(cfg: DictConfig, here: bool = False) -> RunOptions:
     try:
         options = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or 'configuration'}: {overrides.first_line(error)}") from error
+        raise ConfigError(
+            f"{error.full_key or 'configuration'}: {overrides.first_line(error)}"
+        ) from error
     assert isinstance(options, RunOptions), "the schema is the root of run.yaml"
     for place, name in ((options, "run_dir"), (options, "cache_dir"), (options, "init_from"), (options.fleet, "path"),
                         (options.corpus, "path")):  # fmt: skip
@@ -101,7 +115,9 @@ def from_yaml(text: str) -> RunOptions:
     try:
         cfg = OmegaConf.merge(OmegaConf.structured(RunOptions), _mapping(text))
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{error.full_key or 'configuration'}: {overrides.first_line(error)}") from error
+        raise ConfigError(
+            f"{error.full_key or 'configuration'}: {overrides.first_line(error)}"
+        ) from error
     assert isinstance(cfg, DictConfig), "as the schema is one"
     return to_options(cfg)
 
@@ -157,8 +173,12 @@ def refuse_another_run(options: RunOptions) -> None:
     try:
         before, now = _flat(_mapping(_text_of(path))), _flat(_mapping(to_yaml(options)))
     except ConfigError as error:
-        raise ConfigError(f"run_dir={options.run_dir}: its config.yaml is damaged ({error.problems[0]})") from error
-    differing = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in FREE)
+        raise ConfigError(
+            f"run_dir={options.run_dir}: its config.yaml is damaged ({error.problems[0]})"
+        ) from error
+    differing = sorted(
+        k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in FREE
+    )
     if differing:
         raise ConfigError(
             f"run_dir={options.run_dir}: holds another run, which differs in {', '.join(differing)}; "
@@ -172,7 +192,9 @@ def build_strategy(node: Any, trusted: Iterable[str] = ()) -> Any:
     Only classes inside fedgpt, Flower's strategies and `trusted_packages` are ever imported.
     """
     if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
-        raise ConfigError(f"strategy={node!r}: a strategy needs `_target_`, the full name of its class")
+        raise ConfigError(
+            f"strategy={node!r}: a strategy needs `_target_`, the full name of its class"
+        )
     target = node["_target_"]
     allowed = (*TRUSTED, *trusted)
     if not any(target.startswith(f"{package}.") for package in allowed):
@@ -184,7 +206,9 @@ def build_strategy(node: Any, trusted: Iterable[str] = ()) -> Any:
     try:
         module = importlib.import_module(module_name)
     except ImportError as error:
-        raise ConfigError(f"strategy._target_={target}: cannot import {module_name} ({error})") from error
+        raise ConfigError(
+            f"strategy._target_={target}: cannot import {module_name} ({error})"
+        ) from error
     cls = getattr(module, class_name, None)
     if not inspect.isclass(cls):
         names = [name for name, member in vars(module).items() if inspect.isclass(member)]
@@ -215,7 +239,9 @@ def _problems(o: RunOptions, here: bool) -> Iterator[str]:
     yield from wrong
     if here:
         yield from checks.folder_problems(o)
-        yield from checks.runtime_problems(o.runtime.name, o.partition.clients if o.partition.name != "natural" else 0)
+        yield from checks.runtime_problems(
+            o.runtime.name, o.partition.clients if o.partition.name != "natural" else 0
+        )
     try:
         strategy = build_strategy(o.strategy, o.trusted_packages)
     except ConfigError as error:

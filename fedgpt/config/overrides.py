@@ -49,8 +49,14 @@ def _types(cls: type, prefix: str = "") -> Iterator[tuple[str, tuple[Any, ...]]]
 
 
 TYPES = dict(_types(RunOptions))
-CHOICES = {key for key in RANGES if key not in ("name", "run_dir", "cache_dir")}  # among what is a text by its type
-TEXTS = {key for key, kinds in TYPES.items() if str in kinds and key not in CHOICES and not key.endswith(".name")}
+CHOICES = {
+    key for key in RANGES if key not in ("name", "run_dir", "cache_dir")
+}  # among what is a text by its type
+TEXTS = {
+    key
+    for key, kinds in TYPES.items()
+    if str in kinds and key not in CHOICES and not key.endswith(".name")
+}
 
 
 def readable(word: str, sweep: bool = False) -> str:
@@ -93,7 +99,10 @@ def check(overrides: Sequence[str], config_dir: str | None) -> tuple[list[str], 
         if not found:
             good.append(str(override.input_line))
     # options are looked up beside the first choice of every group; what is wrong beside others, their jobs tell
-    cfg = composed([text for line in good for text in _choices(parser.parse_override(line), groups)[:1]], config_dir)
+    cfg = composed(
+        [text for line in good for text in _choices(parser.parse_override(line), groups)[:1]],
+        config_dir,
+    )
     for override in [o for o in parsed if o.key_or_group not in groups]:
         found = list(_value_problems(override, cfg))
         problems += found
@@ -123,7 +132,11 @@ def _value_problems(override: Override, cfg: DictConfig) -> Iterator[str]:
     node = OmegaConf.select(cfg, parent, default=None) if parent else cfg
     exists = isinstance(node, DictConfig) and leaf in node
     if not exists and not (override.is_add() and parent.split(".")[0] == "strategy"):
-        hint = "; a new field of a strategy is typed with a plus: +" + key if parent == "strategy" else ""
+        hint = (
+            "; a new field of a strategy is typed with a plus: +" + key
+            if parent == "strategy"
+            else ""
+        )
         yield f"{override.input_line}: no option {key!r}{hint}{nearest(key, _keys(cfg))}"
         return
     for value in _values(override, {}):
@@ -140,7 +153,11 @@ def _wanted(key: str, value: Any) -> str:
         return ""
     kinds = [WORDS[kind] if kind is not NoneType else "null" for kind in TYPES[key]]
     allowed = f", {RANGES[key][0]}" if key in RANGES else ""
-    whole = f"; type {value:.0f}" if int in TYPES[key] and isinstance(value, float) and value.is_integer() else ""
+    whole = (
+        f"; type {value:.0f}"
+        if int in TYPES[key] and isinstance(value, float) and value.is_integer()
+        else ""
+    )
     return f"must be {' or '.join(kinds)}{allowed}{whole}"
 
 
@@ -169,7 +186,9 @@ def _updated(cfg: DictConfig, values: dict[str, Any]) -> DictConfig:
     return changed
 
 
-def jobs(overrides: Sequence[str], config_dir: str | None) -> Iterator[tuple[str, Callable[[], DictConfig]]]:
+def jobs(
+    overrides: Sequence[str], config_dir: str | None
+) -> Iterator[tuple[str, Callable[[], DictConfig]]]:
     """(its choices as typed, how to compose it) of every job of a sweep; at most MOST_JOBS."""
     parser, groups = OverridesParser.create(), _groups(config_dir)
     parsed = [parser.parse_override(text) for text in overrides]
@@ -177,13 +196,22 @@ def jobs(overrides: Sequence[str], config_dir: str | None) -> Iterator[tuple[str
     axes = [choices for o in parsed if o.is_sweep_override() and (choices := _choices(o, groups))]
     while prod(map(len, axes)) > MOST_JOBS:
         max(axes, key=len).pop()
-    kept = cache(lambda chosen: composed([*fixed, *chosen], config_dir))  # takes longer than to change values
+    kept = cache(
+        lambda chosen: composed([*fixed, *chosen], config_dir)
+    )  # takes longer than to change values
 
     def compose_job(texts: tuple[str, ...]) -> DictConfig:
         chosen = [parser.parse_override(text) for text in texts]
         values = {o.key_or_group: o.value() for o in chosen if o.key_or_group not in groups}
         cfg = kept(tuple(str(o.input_line) for o in chosen if o.key_or_group in groups))
-        return _updated(cfg, {key: value for key, value in values.items() if not key.startswith(("hydra.", "hydra/"))})
+        return _updated(
+            cfg,
+            {
+                key: value
+                for key, value in values.items()
+                if not key.startswith(("hydra.", "hydra/"))
+            },
+        )
 
     for texts in product(*axes):
         yield " ".join(texts), partial(compose_job, texts)
@@ -192,7 +220,9 @@ def jobs(overrides: Sequence[str], config_dir: str | None) -> Iterator[tuple[str
 def composed(overrides: Sequence[str], config_dir: str | None) -> DictConfig:
     """The configuration that Hydra makes of overrides; raises ConfigError where it cannot."""
     if config_dir is not None and not Path(config_dir).is_dir():
-        raise ConfigError(f"--config-dir {config_dir}: no such folder; it holds groups of your own, such as model/")
+        raise ConfigError(
+            f"--config-dir {config_dir}: no such folder; it holds groups of your own, such as model/"
+        )
     searchpath = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     GlobalHydra.instance().clear()
     with initialize_config_dir(str(CONF), version_base="1.3"):

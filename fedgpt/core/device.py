@@ -37,11 +37,15 @@ def choose_compute(device: str = "auto", precision: str = "auto", private: bool 
 
     if device == "cuda" and not torch.cuda.is_available():
         has = "is built without CUDA" if torch.version.cuda is None else "finds none"
-        raise ConfigError([f"runtime.device=cuda: no GPU here, torch {torch.__version__} {has}; take auto or cpu"])
+        raise ConfigError(
+            [f"runtime.device=cuda: no GPU here, torch {torch.__version__} {has}; take auto or cpu"]
+        )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if private or precision != "auto":
-        asked = "privacy=example clips gradients in fp32" if private else "local.precision asks for it"
+        asked = (
+            "privacy=example clips gradients in fp32" if private else "local.precision asks for it"
+        )
         return Compute(device, "fp32" if private else precision, asked)
     if device == "cuda":
         if torch.cuda.is_bf16_supported():
@@ -64,7 +68,9 @@ def repeat_exactly(device: str) -> None:
     if device == "cuda":
         import torch
 
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read with the first matrix product
+        os.environ.setdefault(
+            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+        )  # read with the first matrix product
         torch.use_deterministic_algorithms(True)
         # else every torch.empty is written with NaN first
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
@@ -80,7 +86,11 @@ def visible_gpus() -> tuple[str, ...]:
     import torch
 
     count = torch.cuda.device_count()
-    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    named = [
+        name.strip()
+        for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        if name.strip()
+    ]
     return tuple(named[:count] or map(str, range(count)))
 
 
@@ -98,12 +108,18 @@ def choose_workers(workers: int, threads: int, gpus: int, clients: int) -> tuple
     available = cores()
     chosen = min(clients, workers or max(1, available // max(threads, 1)))
     each = threads or max(1, available // chosen)
-    return chosen, each, f"{available} cores, {'as asked' if workers or threads else 'one process per core'}"
+    return (
+        chosen,
+        each,
+        f"{available} cores, {'as asked' if workers or threads else 'one process per core'}",
+    )
 
 
 def _has_amx() -> bool | None:
     """Whether the CPU has AMX tiles; None where this torch cannot say."""
     import torch
 
-    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)  # private: absent in other torch versions
+    probe = getattr(
+        torch.cpu, "_is_amx_tile_supported", None
+    )  # private: absent in other torch versions
     return None if probe is None else bool(probe())

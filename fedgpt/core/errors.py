@@ -30,7 +30,9 @@ class Unwritten(FedGPTError):
 
     def __init__(self, what: str, folder: Path, error: Exception):
         command = f"fedgpt run resume={shlex.quote(str(folder))}"
-        super().__init__(f"could not write {what} in {folder}: {error}; make room and continue with: {command}")
+        super().__init__(
+            f"could not write {what} in {folder}: {error}; make room and continue with: {command}"
+        )
 
 
 class StoppedEarly(FedGPTError):
@@ -58,5 +60,7 @@ class UpdateRejected(Exception):
 def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
     """A `; did you mean ...` ending for an error about an unknown name, or an empty string."""
     names = list(known)
-    close = [name for name in names if name.endswith(f".{word}")] or difflib.get_close_matches(word, names, count, 0.5)
+    close = [name for name in names if name.endswith(f".{word}")] or difflib.get_close_matches(
+        word, names, count, 0.5
+    )
     return f"; did you mean {' or '.join(repr(name) for name in close[:count])}?" if close else ""

@@ -51,7 +51,9 @@ class Fault:
             self.arrivals += 1
             return self.arrivals
         # one byte an arrival: O_APPEND is atomic between processes, and survives a kill
-        descriptor = os.open(self.marks / f"{self.point}.{self.time}", os.O_CREAT | os.O_APPEND | os.O_WRONLY)
+        descriptor = os.open(
+            self.marks / f"{self.point}.{self.time}", os.O_CREAT | os.O_APPEND | os.O_WRONLY
+        )
         try:
             os.write(descriptor, b".")
             return os.fstat(descriptor).st_size

@@ -31,7 +31,9 @@ class FlatParams:
     @classmethod
     def of(cls, module: nn.Module) -> FlatParams:
         """Layout of `module`'s parameters; matrices first, each group in the module's own order."""
-        params = dict(module.named_parameters())  # named_parameters leaves out the second name of a tied weight
+        params = dict(
+            module.named_parameters()
+        )  # named_parameters leaves out the second name of a tied weight
         matrices = [name for name, p in params.items() if p.dim() >= 2]
         vectors = [name for name, p in params.items() if p.dim() < 2]
         names = (*matrices, *vectors)
@@ -57,9 +59,14 @@ class FlatParams:
     def views(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
         """Each parameter as a view of `vector`; raises ValueError where the length does not fit."""
         if vector.numel() != self.size:
-            raise ValueError(f"a vector of {vector.numel()} elements does not fit a layout of {self.size}")
+            raise ValueError(
+                f"a vector of {vector.numel()} elements does not fit a layout of {self.size}"
+            )
         parts = vector.split(list(self.sizes))
-        return {n: part.view(shape) for n, part, shape in zip(self.names, parts, self.shapes, strict=True)}
+        return {
+            n: part.view(shape)
+            for n, part, shape in zip(self.names, parts, self.shapes, strict=True)
+        }
 
 
 def flatten(module: nn.Module) -> tuple[FlatParams, torch.Tensor]:

@@ -18,32 +18,44 @@ class Plan:
     """What a client shall do with one job, beyond the configuration it already has."""
 
     run: str  # id of the run, random, made once and kept in its checkpoints
-    steps: int  # local optimiser steps
+    local_steps: int  # optimiser steps
     tokens_done: int  # tokens all clients together trained before this job: the schedule's clock
     tokens_per_step: int  # by how many tokens that clock moves for each local step
     tokens_total: int  # where the schedule ends
     numbers: dict[str, float] = field(default_factory=dict)  # the strategy's client half, by name
-    state: int = -1  # task whose client state to start from; -1 starts fresh
-    keep: tuple[int, ...] = ()  # tasks whose client state a restart of the server could still ask for
-    seconds: float = 0.0  # the least that the job shall take: a client of the simulated fleet waits until then
-    downlink: str = "fp32"  # how params travel; nothing is lost, as they have been rounded to what can be sent
-    noise_multiplier: float = 0.0  # privacy=example, local: what the client checks against its own budget, then adds
+    state_job: int = -1  # number of the job whose client state to start from; -1: none, start fresh
+    keep: tuple[
+        int, ...
+    ] = ()  # numbers of the jobs whose client state a restarted server could still ask for
+    seconds: float = (
+        0.0  # the least that the job shall take: a client of the simulated fleet waits until then
+    )
+    downlink: str = (
+        "fp32"  # how params travel; nothing is lost, as they have been rounded to what can be sent
+    )
+    noise_multiplier: float = (
+        0.0  # privacy=example, local: what the client checks against its own budget, then adds
+    )
     participations: int = 0  # privacy=example, local: jobs that the client may do at most
     delta: float = 0.0  # privacy=example, local: at which epsilon is meant
-    held: int = -1  # int8, int4: the version that the client has, from which params travel as steps; -1: whole
+    cached_version: int = (
+        -1
+    )  # int8, int4: version that the client has cached, so that only deltas travel; -1: none
 
 
 @dataclass(frozen=True)
 class Job:
-    """Server -> client: train `plan.steps` steps from `params`. A retry carries the same task number."""
+    """Server -> client: train `plan.local_steps` steps from `params`. A retry carries the same number."""
 
     client: str
-    task: int  # numbered per client from 0
+    number: int  # counts the client's jobs from 0
     version: int
     params: np.ndarray  # (parameters,) float32, read-only
     plan: Plan
     sent: float = 0.0  # the server's clock at dispatch
-    steps: tuple[np.ndarray, ...] = ()  # from version `plan.held` to this one, encoded: they travel instead of params
+    model_deltas: tuple[
+        np.ndarray, ...
+    ] = ()  # encoded, from `plan.cached_version` on: they travel instead of params
 
 
 @dataclass(frozen=True)
@@ -51,12 +63,14 @@ class Update:
     """Client -> server, decoded and validated: finite, exact shape, positive weight."""
 
     client: str
-    task: int
+    number: int
     version: int  # server version the client started from
     delta: np.ndarray  # (parameters,) float32, start - end
     tokens: int  # tokens trained for this update
     metrics: dict[str, float] = field(default_factory=dict)
-    base: np.ndarray | None = None  # the vector the client started from, where a strategy asks for it
+    base: np.ndarray | None = (
+        None  # the vector the client started from, where a strategy asks for it
+    )
 
 
 @dataclass(frozen=True)
@@ -83,7 +97,9 @@ class Observed:
     """What a strategy that may change the pacing decides from."""
 
     pacing: str  # the present one
-    seconds: Mapping[str, float]  # client -> of a whole job, as far as is known (server/pacing_advisor.py)
+    seconds: Mapping[
+        str, float
+    ]  # client -> of a whole job, as far as is known (server/pacing_advisor.py)
     record: Mapping[str, Any]  # metrics of the version that was just made; empty within a version
     waited: float = 0.0  # seconds that the oldest job has been out
 
@@ -110,10 +126,12 @@ class Reply:
     """Client -> server as it arrives: a payload that nobody has looked at yet, or a failure."""
 
     client: str
-    task: int
+    number: int
     header: str = ""  # JSON, see update/codec.py
     payload: Any = None  # the array as sent
     error: str = ""  # reason when there is no payload
     code: str = "client_error"  # what an error counts as
     bytes: int = 0  # size of the encoded message
-    seconds: float | None = None  # at the job; None: all since it was sent; nan: with a start, so nothing is learnt
+    seconds: float | None = (
+        None  # at the job; None: all since it was sent; nan: with a start, so nothing is learnt
+    )

@@ -19,8 +19,12 @@ class CorpusOptions:
     path: str | None = None  # files: a folder of text files or a .jsonl file
     text_field: str = "text"  # files, JSONL: the field that holds the text
     label_field: str | None = None  # files, JSONL: the field that partition=dirichlet may use
-    document_bytes: int = 4096  # files: long texts are cut into documents of about this size at blank lines
-    public: float = 0.08  # share of the bytes, by document: trains the tokenizer, may be seen by everybody
+    document_bytes: int = (
+        4096  # files: long texts are cut into documents of about this size at blank lines
+    )
+    public: float = (
+        0.08  # share of the bytes, by document: trains the tokenizer, may be seen by everybody
+    )
     held_out: float = 0.05  # share of the bytes, by document: central evaluation only
 
 
@@ -71,10 +75,14 @@ class LocalOptions:
     min_lr: float | None = None  # learning rate at the end of the cosine; null = a tenth of lr
     warmup: float = 0.05  # share of the run's tokens
     beta1: float = 0.9
-    beta2: float = 0.99  # batches are small: 0.99 beat 0.95 by 2.5 % in bits per byte at the demo's size
+    beta2: float = (
+        0.99  # batches are small: 0.99 beat 0.95 by 2.5 % in bits per byte at the demo's size
+    )
     weight_decay: float = 0.1  # on matrices and embeddings
     grad_clip: float = 1.0  # norm over all parameters; 0 = off
-    moments: str = "keep"  # keep: Adam's moments stay at the client between its jobs; reset: fresh every job
+    moments: str = (
+        "keep"  # keep: Adam's moments stay at the client between its jobs; reset: fresh every job
+    )
     precision: str = "auto"  # auto, fp32, bf16
 
     @property
@@ -89,14 +97,22 @@ class PaceOptions:
 
     name: str = "cohort"
     clients: int = 0  # cohort: sampled for each version; buffer: always in flight; 0 = all
-    rate: float | None = None  # cohort, instead of `clients`: each client joins with this probability
-    goal: int | None = None  # cohort: close a version at this many updates, null = all sampled; buffer: updates a step
-    grace: float | None = None  # seconds that the server waits for more updates once the goal is reached
+    rate: float | None = (
+        None  # cohort, instead of `clients`: each client joins with this probability
+    )
+    goal: int | None = (
+        None  # cohort: close a version at this many updates, null = all sampled; buffer: updates a step
+    )
+    grace: float | None = (
+        None  # seconds that the server waits for more updates once the goal is reached
+    )
     deadline: float | None = (
         None  # cohort: seconds until a version closes; buffer: until a job is given up; null = none
     )
     minimum: int = 1  # cohort: updates below which the run stops with a message
-    max_staleness: int | None = None  # server versions since its download beyond which an update is dropped
+    max_staleness: int | None = (
+        None  # server versions since its download beyond which an update is dropped
+    )
     dylu: bool = False  # fewer local steps for slower clients, so that all jobs take as long (arXiv 2401.09135)
 
 
@@ -108,15 +124,21 @@ class FleetOptions:
     """
 
     name: str = "none"
-    step_seconds: list[float] = field(default_factory=lambda: [1.0])  # constant: of a local step, client by client
+    step_seconds: list[float] = field(
+        default_factory=lambda: [1.0]
+    )  # constant: of a local step, client by client
     median: float = 1.0  # lognormal: seconds of a local step
     spread: float = 0.5  # lognormal: sigma of its logarithm
     down: float = 0.0  # seconds per megabyte to the client
     up: float = 0.0  # seconds per megabyte from the client, of the message as encoded
     jitter: float = 0.0  # sigma of the logarithm of each job's own factor
     dropout: float = 0.0  # probability that a job is lost on the way
-    window: list[float] = field(default_factory=list)  # [seconds there, seconds away], each client with its own phase
-    path: str | None = None  # trace: CSV with client,step_seconds[,down,up]; replay: events.jsonl of a run
+    window: list[float] = field(
+        default_factory=list
+    )  # [seconds there, seconds away], each client with its own phase
+    path: str | None = (
+        None  # trace: CSV with client,step_seconds[,down,up]; replay: events.jsonl of a run
+    )
 
 
 @dataclass
@@ -124,7 +146,9 @@ class UpdateOptions:
     """update=none|bf16|int8|int4|e3m0|topk|sparse_loco: what an update goes through on its way."""
 
     compress: str = "none"  # none, bf16, int8, int4, e3m0, topk, sparse_loco
-    block: int | None = None  # int8, int4, e3m0: elements that share a scale; null = the codec's own
+    block: int | None = (
+        None  # int8, int4, e3m0: elements that share a scale; null = the codec's own
+    )
     density: float | None = None  # topk: share of the elements that is sent; null = the codec's own
     error_feedback: bool = False  # what compression left out is added to the client's next update
     decay: float = 0.95  # of what was left out, from one update to the next
@@ -136,7 +160,9 @@ class ValidateOptions:
     """validate=default|off: what the server thinks of an update before it counts."""
 
     norm: float = 10.0  # one longer than this many times the running median is rejected; 0 = off
-    clip: float = 0.0  # one longer than this many times the running median is scaled down to that; 0 = off
+    clip: float = (
+        0.0  # one longer than this many times the running median is scaled down to that; 0 = off
+    )
     strikes: int = 3  # misses or rejections in a row after which a client is not asked; 0 = never
     rest: int = 10  # rounds for which it is not
 
@@ -146,11 +172,17 @@ class PrivacyOptions:
     """privacy=none|example|client|local: whose data nobody can tell from the model, and how surely."""
 
     unit: str = "none"  # example: one block of text; client: all text of a client; local: one update, from the server
-    target_epsilon: float | None = None  # the noise follows from it, and the run stops before it costs more
-    noise_multiplier: float | None = None  # instead: noise over the clip (local: over twice the clip)
+    target_epsilon: float | None = (
+        None  # the noise follows from it, and the run stops before it costs more
+    )
+    noise_multiplier: float | None = (
+        None  # instead: noise over the clip (local: over twice the clip)
+    )
     delta: float | None = None  # null = units^-1.1
     clip: float = 1.0  # longest gradient of a block (example) or update (client, local)
-    participations: int | None = None  # releases (client) or jobs (else) of one client; null = as the rounds need
+    participations: int | None = (
+        None  # releases (client) or jobs (else) of one client; null = as the rounds need
+    )
     engine: str = "bookkeeping"  # example: bookkeeping, opacus
     adaptive: bool = False  # client: the clip follows the median of the norms, privately
     bands: int = 1  # client: releases over which noise is correlated; 1 = independent
@@ -176,29 +208,39 @@ class RuntimeOptions:
     workers: int = 0  # client processes; 0 = one per core (or one per GPU)
     threads: int = 0  # torch threads of each; 0 = cores / workers
     device: str = "auto"  # auto, cpu, cuda
-    watchdog: float = 3600.0  # seconds after which a job that hangs ends its client process; 0 = off
+    watchdog: float = (
+        3600.0  # seconds after which a job that hangs ends its client process; 0 = off
+    )
 
 
 @dataclass
 class EvaluateOptions:
     """evaluate=held_out|ends: the central evaluation stage."""
 
-    every: int | None = None  # server versions between evaluations; null = one round's updates, 0 = first and last
+    every: int | None = (
+        None  # server versions between evaluations; null = one round's updates, 0 = first and last
+    )
     tokens: int = 0  # held-out tokens used, spread evenly; 0 = all
     samples: int = 3  # how many versions get a written sample, first and last included; 0 = none
     sample_tokens: int = 120
     prompt: str | None = None  # what samples continue; null = the corpus' own
-    rollback: float | None = None  # share above the best loss from which the best weights are restored; null = never
+    rollback: float | None = (
+        None  # share above the best loss from which the best weights are restored; null = never
+    )
 
 
 @dataclass
 class CheckpointOptions:
     """checkpoint=default|none: what a restart finds."""
 
-    every: int | None = None  # server versions between checkpoints; null = one round's updates, 0 = only the last
+    every: int | None = (
+        None  # server versions between checkpoints; null = one round's updates, 0 = only the last
+    )
     keep: int = 2  # newest checkpoints kept
     best: bool = True  # keep the weights with the lowest held-out loss, too
-    journal: bool | None = None  # keep replies on the disk until the next checkpoint; null = where it saves work
+    journal: bool | None = (
+        None  # keep replies on the disk until the next checkpoint; null = where it saves work
+    )
 
 
 @dataclass
@@ -208,10 +250,14 @@ class RunOptions:
     name: str = "run"
     seed: int = 0
     rounds: int = 20  # server steps
-    tokens: int = 0  # instead of `rounds`: the run ends with the version that has trained this many; 0 = off
+    tokens: int = (
+        0  # instead of `rounds`: the run ends with the version that has trained this many; 0 = off
+    )
     clock: str = "real"  # real; virtual: modelled time of a fleet, deterministic and faster
     run_dir: str = ""
-    init_from: str | None = None  # folder of a run or of a Hugging Face model whose weights to start from
+    init_from: str | None = (
+        None  # folder of a run or of a Hugging Face model whose weights to start from
+    )
     resume: str | None = None  # folder of a run to continue; excludes every other option
     cache_dir: str = ""
     trusted_packages: list[str] = field(default_factory=list)  # whose classes `_target_` may name

@@ -15,7 +15,9 @@ class Transport(Protocol):
     """Clients, jobs out, replies in. Failures arrive as replies with an error, never as exceptions."""
 
     virtual: bool  # whether `now` is modelled time
-    at_once: int | None  # jobs that can run at the same time; None: every client has a machine of its own
+    at_once: (
+        int | None
+    )  # jobs that can run at the same time; None: every client has a machine of its own
 
     def clients(self, timeout: float) -> list[ClientInfo]:
         """Everybody who can be sampled, sorted by id; waits up to `timeout` seconds for them to appear."""

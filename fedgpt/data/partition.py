@@ -38,22 +38,30 @@ class Shard:
 def partition_problems(options: PartitionOptions) -> list[str]:
     """What is wrong with the options themselves, before any corpus is looked at."""
     if options.name not in KINDS:
-        return [f"partition.name={options.name}: allowed are {', '.join(KINDS)}{nearest(options.name, KINDS)}"]
+        return [
+            f"partition.name={options.name}: allowed are {', '.join(KINDS)}{nearest(options.name, KINDS)}"
+        ]
     problems = []
     if options.name == "natural" and options.clients < 0:
-        problems.append(f"partition.clients={options.clients}: the number of largest clients to keep, or 0 for all")
+        problems.append(
+            f"partition.clients={options.clients}: the number of largest clients to keep, or 0 for all"
+        )
     if options.name != "natural" and options.clients < 1:
         problems.append(
             f"partition.clients={options.clients}: partition={options.name} makes clients; say how many, 1 or more"
         )
     if options.name == "dirichlet" and not 0 < options.alpha < float("inf"):
-        problems.append(f"partition.alpha={options.alpha}: a concentration above 0, e.g. 0.1 (skewed) or 10 (even)")
+        problems.append(
+            f"partition.alpha={options.alpha}: a concentration above 0, e.g. 0.1 (skewed) or 10 (even)"
+        )
     if options.name == "quantity" and not 0 <= options.exponent < float("inf"):
         problems.append(f"partition.exponent={options.exponent}: 0 (equal sizes) or more")
     if options.name != "natural" and options.piece < 1:
         problems.append(f"partition.piece={options.piece}: tokens handed out together, 1 or more")
     if options.min_tokens < 0:
-        problems.append(f"partition.min_tokens={options.min_tokens}: tokens a client needs, or 0 for one window")
+        problems.append(
+            f"partition.min_tokens={options.min_tokens}: tokens a client needs, or 0 for one window"
+        )
     return problems
 
 
@@ -67,14 +75,21 @@ def partition(prepared: Prepared, options: PartitionOptions, seed: int, window: 
     if problems := partition_problems(options):
         raise ConfigError(problems)
     documents = np.flatnonzero(prepared.part == CLIENTS)
-    spans = np.stack([prepared.starts[documents], prepared.starts[documents + 1]], axis=1)  # (documents, 2)
+    spans = np.stack(
+        [prepared.starts[documents], prepared.starts[documents + 1]], axis=1
+    )  # (documents, 2)
     minimum = max(options.min_tokens, window)
     if options.name == "natural":
         return _natural([prepared.clients[d] for d in documents], spans, options, minimum)
     if options.name == "grouped":
-        fragments, owners = spans, _grouped([prepared.clients[d] for d in documents], spans, options)
+        fragments, owners = (
+            spans,
+            _grouped([prepared.clients[d] for d in documents], spans, options),
+        )
     elif options.name == "dirichlet":
-        fragments, owners = _dirichlet([prepared.labels[d] for d in documents], spans, options, seed)
+        fragments, owners = _dirichlet(
+            [prepared.labels[d] for d in documents], spans, options, seed
+        )
     else:
         fragments, owners = _even_or_skewed(spans, options, seed)
     shards = _shards(_made_names(options.clients), fragments, owners)
@@ -87,7 +102,9 @@ def natural_owners(prepared: Prepared) -> int:
     return len({prepared.clients[d] for d in np.flatnonzero(prepared.part == CLIENTS)})
 
 
-def _natural(clients: list[str], spans: np.ndarray, options: PartitionOptions, minimum: int) -> list[Shard]:
+def _natural(
+    clients: list[str], spans: np.ndarray, options: PartitionOptions, minimum: int
+) -> list[Shard]:
     names, owners = np.unique(np.array(clients, dtype=object), return_inverse=True)
     shards = _shards([str(name) for name in names], spans, owners)
     large = [shard for shard in shards if shard.size >= minimum]
@@ -125,7 +142,9 @@ def _grouped(clients: list[str], spans: np.ndarray, options: PartitionOptions) -
     return group[natural]
 
 
-def _even_or_skewed(spans: np.ndarray, options: PartitionOptions, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def _even_or_skewed(
+    spans: np.ndarray, options: PartitionOptions, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """Shuffled pieces dealt in equal numbers (iid) or by a power law (quantity)."""
     fragments, piece = _cut(spans, options.piece)
     pieces = int(piece[-1]) + 1
@@ -213,7 +232,9 @@ def _check_sizes(shards: list[Shard], options: PartitionOptions, minimum: int) -
         remedies.append("raise partition.alpha")
     if options.name == "quantity":
         remedies.append("lower partition.exponent")
-    remedies.append("lower partition.min_tokens" if options.min_tokens >= minimum else "lower model.block_size")
+    remedies.append(
+        "lower partition.min_tokens" if options.min_tokens >= minimum else "lower model.block_size"
+    )
     raise ConfigError(
         f"partition.name={options.name}, partition.clients={options.clients}: {len(small)} of {len(shards)} clients "
         f"have fewer than {minimum} tokens (the smallest, {least.client}, has {least.size}); {', or '.join(remedies)}"

@@ -37,7 +37,9 @@ class Prepared:
     """A tokenised corpus: one token array, the documents in it, and the part each belongs to."""
 
     folder: Path
-    tokens: np.ndarray  # (tokens,) uint16 or uint32, memory-mapped, read-only; each document ends with the end token
+    tokens: (
+        np.ndarray
+    )  # (tokens,) uint16 or uint32, memory-mapped, read-only; each document ends with the end token
     starts: np.ndarray  # (documents + 1,) int64: document d is tokens[starts[d] : starts[d + 1]]
     part: np.ndarray  # (documents,) int8: PUBLIC, HELD_OUT or CLIENTS
     clients: list[str]  # per document: who owns it
@@ -83,10 +85,18 @@ def prepare(corpus: CorpusOptions, tokenizer: TokenizerOptions, cache_dir: str |
         with FileLock(cache / f"{folder.name}.lock", timeout=LOCK_SECONDS):
             if (ready := _open_if_whole(folder)) is not None:  # another process was faster
                 return ready
-            for leftover in (folder, *cache.glob(f".{folder.name}.*")):  # damaged, or of a killed process
+            for leftover in (
+                folder,
+                *cache.glob(f".{folder.name}.*"),
+            ):  # damaged, or of a killed process
                 shutil.rmtree(leftover, ignore_errors=True)
             with tempfile.TemporaryDirectory(dir=cache, prefix=f".{folder.name}.") as temporary:
-                manifest = {"format": FORMAT, "digest": digest, "source": source, "sha256": text_digest}
+                manifest = {
+                    "format": FORMAT,
+                    "digest": digest,
+                    "source": source,
+                    "sha256": text_digest,
+                }
                 built = _build(Path(temporary) / "new", documents, corpus, tokenizer, manifest)
                 built.rename(folder)
     except Timeout as error:
@@ -107,7 +117,11 @@ def open_prepared(folder: str | Path) -> Prepared:
     names = json.loads((folder / "documents.json").read_text(encoding="utf-8"))
     tokens = np.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
     starts = np.load(folder / "starts.npy", allow_pickle=False)
-    if manifest["format"] != FORMAT or len(tokens) != manifest["tokens"] or starts[-1] != len(tokens):
+    if (
+        manifest["format"] != FORMAT
+        or len(tokens) != manifest["tokens"]
+        or starts[-1] != len(tokens)
+    ):
         raise ValueError(f"{folder}: not a whole data folder of format {FORMAT}")
     return Prepared(
         folder=folder,
@@ -155,12 +169,16 @@ def digest_of(documents: Sequence[Document]) -> str:
     for document in documents:
         for field in (document.client, document.id, document.label, document.text):
             data = field.encode()
-            digest.update(len(data).to_bytes(8, "big"))  # framed, so that moving text between fields shows
+            digest.update(
+                len(data).to_bytes(8, "big")
+            )  # framed, so that moving text between fields shows
             digest.update(data)
     return digest.hexdigest()
 
 
-def _cache_key(corpus: CorpusOptions, tokenizer: TokenizerOptions, source: str, text_digest: str) -> str:
+def _cache_key(
+    corpus: CorpusOptions, tokenizer: TokenizerOptions, source: str, text_digest: str
+) -> str:
     """Short hash of all that decides what is in a cache entry; seed, path and partition do not."""
     kind = asdict(tokenizer) if tokenizer.name == "bpe" else {"name": tokenizer.name}
     library = importlib.metadata.version("tokenizers") if tokenizer.name == "bpe" else ""
@@ -188,7 +206,9 @@ def _build(
     texts = [document.text for document in documents]
     part = split_documents(texts, corpus.public, corpus.held_out)
     _check_split(part, corpus, tokenizer)
-    made = make_tokenizer(tokenizer, [text for text, where in zip(texts, part, strict=True) if where == PUBLIC])
+    made = make_tokenizer(
+        tokenizer, [text for text, where in zip(texts, part, strict=True) if where == PUBLIC]
+    )
     dtype = np.uint16 if made.vocab_size <= 65536 else np.uint32
     encoded = [ids.astype(dtype) for ids in _encode(texts, made)]
     starts = np.concatenate([[0], np.cumsum([len(ids) for ids in encoded])]).astype(np.int64)

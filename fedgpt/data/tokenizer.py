@@ -41,9 +41,13 @@ def byte_characters() -> list[str]:
 def tokenizer_problems(options: TokenizerOptions) -> list[str]:
     """What is wrong with the options themselves."""
     if options.name not in KINDS:
-        return [f"tokenizer.name={options.name}: allowed are {', '.join(KINDS)}{nearest(options.name, KINDS)}"]
+        return [
+            f"tokenizer.name={options.name}: allowed are {', '.join(KINDS)}{nearest(options.name, KINDS)}"
+        ]
     if options.name == "bpe" and options.vocab_size < 256:
-        return [f"tokenizer.vocab_size={options.vocab_size}: bpe needs 256 entries for the bytes; use 256 or more"]
+        return [
+            f"tokenizer.vocab_size={options.vocab_size}: bpe needs 256 entries for the bytes; use 256 or more"
+        ]
     return []
 
 
@@ -68,11 +72,16 @@ class Tokenizer:
         byte_of = {character: byte for byte, character in enumerate(byte_characters())}
         ends = [token["id"] for token in parsed["added_tokens"] if token["content"] == END]
         entries = [name for name, _ in vocabulary if name != END]
-        if ends != [len(entries)] or any(character not in byte_of for name in entries for character in name):
+        if ends != [len(entries)] or any(
+            character not in byte_of for name in entries for character in name
+        ):
             raise ValueError(f"not a byte-level vocabulary that ends with {END}")
         self._table = [bytes(byte_of[character] for character in name) for name in entries] + [b""]
         # "a b" in files of older library versions, ["a", "b"] in newer ones; a byte-level token holds no space
-        merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in parsed["model"]["merges"]]
+        merges = [
+            merge.split(" ") if isinstance(merge, str) else merge
+            for merge in parsed["model"]["merges"]
+        ]
         self._identity = json.dumps([entries, merges])
         self._plain = not merges and self._table == [*(bytes([byte]) for byte in range(256)), b""]
 
@@ -112,7 +121,9 @@ class Tokenizer:
         ids: list[list[int]] = [[] for _ in texts]
         pieces = ((number, piece) for number, text in enumerate(texts) for piece in _pieces(text))
         while batch := list(islice(pieces, BATCH)):
-            encoded = self._library.encode_batch_fast([piece for _, piece in batch], add_special_tokens=False)
+            encoded = self._library.encode_batch_fast(
+                [piece for _, piece in batch], add_special_tokens=False
+            )
             for (number, _), encoding in zip(batch, encoded, strict=True):
                 ids[number].extend(encoding.ids)
         return [np.array(each, dtype=np.int64) for each in ids]
@@ -155,7 +166,9 @@ def make_tokenizer(options: TokenizerOptions, public_texts: Iterable[str]) -> To
     from tokenizers import Tokenizer as Library
 
     if options.name == "bytes":
-        library = Library(models.BPE(vocab={name: byte for byte, name in enumerate(byte_characters())}, merges=[]))
+        library = Library(
+            models.BPE(vocab={name: byte for byte, name in enumerate(byte_characters())}, merges=[])
+        )
     else:
         library = Library(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

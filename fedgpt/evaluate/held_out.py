@@ -42,13 +42,24 @@ class HeldOut:
     """
 
     def __init__(
-        self, model: ModelOptions, tokens: np.ndarray, token_bytes: np.ndarray, compute: Compute, limit: int = 0
+        self,
+        model: ModelOptions,
+        tokens: np.ndarray,
+        token_bytes: np.ndarray,
+        compute: Compute,
+        limit: int = 0,
     ):
-        self.model = GPT(model, len(token_bytes)).to(device=compute.device, dtype=compute.torch_dtype).eval()
+        self.model = (
+            GPT(model, len(token_bytes)).to(device=compute.device, dtype=compute.torch_dtype).eval()
+        )
         self.layout, self._working = flatten(self.model)
         inputs, targets = windows(tokens, model.block_size)
         if limit and limit < tokens.size:
-            rows = np.linspace(0, len(inputs) - 1, max(1, limit // model.block_size)).round().astype(np.int64)
+            rows = (
+                np.linspace(0, len(inputs) - 1, max(1, limit // model.block_size))
+                .round()
+                .astype(np.int64)
+            )
             rows = torch.from_numpy(np.unique(rows))
             inputs, targets = inputs[rows], targets[rows]
         self._inputs, self._targets = inputs, targets
@@ -69,7 +80,9 @@ class HeldOut:
         """Score `params`, (parameters,) float32."""
         self.load(params)
         device = self._working.device
-        total = torch.zeros((), dtype=torch.float64, device=device)  # read at the end: a GPU need not be waited for
+        total = torch.zeros(
+            (), dtype=torch.float64, device=device
+        )  # read at the end: a GPU need not be waited for
         for start in range(0, len(self._inputs), self._batch):
             targets = self._targets[start : start + self._batch].to(device)
             mean = self.model.loss(self._inputs[start : start + self._batch].to(device), targets)
@@ -81,4 +94,6 @@ class HeldOut:
 
     def sample(self, prompt: list[int], length: int, seed: int, end: int) -> list[int]:
         """Tokens that the model last loaded or evaluated writes after `prompt`."""
-        return generate(self.model, prompt, length, temperature=0.8, top_k=50, stop=end, seed=seed)[0]
+        return generate(self.model, prompt, length, temperature=0.8, top_k=50, stop=end, seed=seed)[
+            0
+        ]

@@ -14,10 +14,20 @@ from flwr.serverapp import Grid
 
 from fedgpt.core.errors import FedGPTError, StoppedEarly
 from fedgpt.core.messages import ClientInfo, Job, Reply
-from fedgpt.flower.messages import died, job_bytes, job_content, params_record, read_info, read_reply, unreadable
+from fedgpt.flower.messages import (
+    died,
+    job_bytes,
+    job_content,
+    params_record,
+    read_info,
+    read_reply,
+    unreadable,
+)
 
 POLL_SECONDS = 0.05  # for grids that cannot wait; Flower's own send_and_receive sleeps 3 s
-ATTEMPTS = 3  # at a job whose client process dies; the same job gives the same bits, wherever it is done
+ATTEMPTS = (
+    3  # at a job whose client process dies; the same job gives the same bits, wherever it is done
+)
 log = logging.getLogger(__name__)
 
 
@@ -50,18 +60,24 @@ class GridTransport:
         self._nodes: dict[str, int] = {}
         self._known = known
         self._began = time.monotonic() - now
-        self._pending: dict[str, tuple[Job, int]] = {}  # message id -> its job, and at which attempt
+        self._pending: dict[
+            str, tuple[Job, int]
+        ] = {}  # message id -> its job, and at which attempt
         self._abandoned: set[str] = set()  # message ids that may still be answered
         self._refused: list[Reply] = []
         self._sweep = 0.0  # seconds that the last look at all messages took
-        self._broadcast: tuple[object, dict[int, ArrayRecord]] | None = None  # a version's params -> held -> as sent
+        self._broadcast: tuple[object, dict[int, ArrayRecord]] | None = (
+            None  # a version's params -> held -> as sent
+        )
 
     def clients(self, timeout: float) -> list[ClientInfo]:
         """Clients sorted by id; raises FedGPTError where one has other data than the server."""
         infos = self._known if self._known is not None else self._ask(timeout)
         self._nodes = {info.id: node for node, info in infos.items()}
         if len(self._nodes) != len(infos):
-            raise FedGPTError("two nodes answered with one client id; give every node its own partition-id")
+            raise FedGPTError(
+                "two nodes answered with one client id; give every node its own partition-id"
+            )
         return sorted(infos.values(), key=lambda info: info.id)
 
     def send(self, jobs: Sequence[Job]) -> None:
@@ -74,13 +90,17 @@ class GridTransport:
             if self._broadcast is None or self._broadcast[0] is not job.params:
                 self._broadcast = (job.params, {})
             records = self._broadcast[1]
-            if job.plan.held not in records:
-                records[job.plan.held] = params_record(job)
-            content = job_content(job, records[job.plan.held])
-            messages.append(Message(content, self._nodes[job.client], MessageType.TRAIN, ttl=self.ttl))
+            if job.plan.cached_version not in records:
+                records[job.plan.cached_version] = params_record(job)
+            content = job_content(job, records[job.plan.cached_version])
+            messages.append(
+                Message(content, self._nodes[job.client], MessageType.TRAIN, ttl=self.ttl)
+            )
         for job, message_id in zip(jobs, self.grid.push_messages(messages), strict=True):
             if message_id is None:  # how a SuperLink grid says no
-                self._refused.append(Reply(job.client, job.task, error="the SuperLink refused the message"))
+                self._refused.append(
+                    Reply(job.client, job.number, error="the SuperLink refused the message")
+                )
             else:
                 self._pending[message_id] = (job, attempt)
 
@@ -101,7 +121,7 @@ class GridTransport:
     def abandon(self, keys: Iterable[tuple[str, int]]) -> None:
         """Nothing can be stopped at a SuperNode: its late reply is refused. The pool drops what is still queued."""
         wanted = set(keys)
-        ids = [i for i, (job, _) in self._pending.items() if (job.client, job.task) in wanted]
+        ids = [i for i, (job, _) in self._pending.items() if (job.client, job.number) in wanted]
         if discard := getattr(self.grid, "discard", None):
             discard(ids)
             for message_id in ids:
@@ -124,7 +144,9 @@ class GridTransport:
         """What has come; one at a time where the grid can tell, as every reply is as large as the model."""
         replies, self._refused = self._refused, []
         ready = getattr(self.grid, "ready", None)
-        ids = list(self._pending) if ready is None else [i for i in ready() if i in self._pending][:1]
+        ids = (
+            list(self._pending) if ready is None else [i for i in ready() if i in self._pending][:1]
+        )
         began = time.monotonic()
         for message_id in ids:
             replies += self._taken(message_id)
@@ -153,12 +175,14 @@ class GridTransport:
         wanted = message_id not in self._abandoned
         self._abandoned.discard(message_id)
         if isinstance(message, Exception):
-            return [unreadable(job.client, job.task, message)]
+            return [unreadable(job.client, job.number, message)]
         if wanted and attempt < ATTEMPTS and died(message):
-            log.warning("client %s task %d is done again: %s", job.client, job.task, message.error.reason)
+            log.warning(
+                "client %s job %d is retried: %s", job.client, job.number, message.error.reason
+            )
             self._send([job], attempt + 1)
             return []
-        return [replace(read_reply(message, job.client, job.task), seconds=took)]
+        return [replace(read_reply(message, job.client, job.number), seconds=took)]
 
     def _wait(self, seconds: float | None) -> None:
         if self._stop is not None and self._stop.exists():
@@ -175,7 +199,9 @@ class GridTransport:
         deadline = self.now() + timeout
         while len(nodes := sorted(self.grid.get_node_ids())) < self.expected:
             if self.now() > deadline:
-                raise StoppedEarly(f"{len(nodes)} of {self.expected} clients connected within {timeout:.0f} s")
+                raise StoppedEarly(
+                    f"{len(nodes)} of {self.expected} clients connected within {timeout:.0f} s"
+                )
             self._wait(POLL_SECONDS)
         nodes = nodes[: self.expected]
         questions = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
@@ -193,7 +219,9 @@ class GridTransport:
                         "corpus, tokenizer and their package versions must be the same"
                     )
             if waiting and self.now() > deadline:
-                raise StoppedEarly(f"{len(waiting)} clients did not say who they are within {timeout:.0f} s")
+                raise StoppedEarly(
+                    f"{len(waiting)} clients did not say who they are within {timeout:.0f} s"
+                )
             self._wait(POLL_SECONDS)
         return infos
 

@@ -9,7 +9,7 @@ from fedgpt.config.compose import refuse_another_run, to_yaml
 from fedgpt.core.options import RunOptions
 from fedgpt.data.partition import partition
 from fedgpt.data.prepare import prepare
-from fedgpt.flower.pool.resources import Machine, machine_for
+from fedgpt.flower.pool.resources import Resources, resources_for
 
 FLOWER_ENV = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -28,24 +28,30 @@ def launch(options: RunOptions) -> None:
     for name, value in FLOWER_ENV.items():
         os.environ.setdefault(name, value)
     prepared = prepare(options.corpus, options.tokenizer, options.cache_dir)
-    clients = len(partition(prepared, options.partition, options.seed, options.model.block_size + 1))
-    machine = machine_for(options, clients)
-    environment = client_environment(options, machine)
+    clients = len(
+        partition(prepared, options.partition, options.seed, options.model.block_size + 1)
+    )
+    resources = resources_for(options, clients)
+    environment = client_environment(options, resources)
     if options.runtime.name == "pool":
-        _launch_pool(options, clients, machine, environment)
+        _launch_pool(options, clients, resources, environment)
     else:
         from fedgpt.flower.superlink import launch_flwr
 
-        launch_flwr(options, clients, machine, environment)
+        launch_flwr(options, clients, resources, environment)
 
 
-def client_environment(options: RunOptions, machine: Machine) -> dict[str, str]:
+def client_environment(options: RunOptions, resources: Resources) -> dict[str, str]:
     """What client processes on this machine get: where their state lives, and quiet thread pools."""
-    pools = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(machine.threads))
+    pools = dict.fromkeys(
+        ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(resources.threads)
+    )
     return {**FLOWER_ENV, **pools, **KEEP_HEAP, "FEDGPT_STATE_DIR": f"{options.run_dir}/clients"}
 
 
-def _launch_pool(options: RunOptions, clients: int, machine: Machine, environment: dict[str, str]) -> None:
+def _launch_pool(
+    options: RunOptions, clients: int, resources: Resources, environment: dict[str, str]
+) -> None:
     from flwr.app import Context, RecordDict
 
     from fedgpt.flower.pool.grid import PoolGrid
@@ -53,6 +59,6 @@ def _launch_pool(options: RunOptions, clients: int, machine: Machine, environmen
 
     run_config: dict[str, Any] = {"config": to_yaml(options)}
     client_app = "fedgpt.flower.client_app:app"
-    sizes = clients, machine.workers, machine.threads
-    with PoolGrid(client_app, *sizes, run_config, environment, machine.gpus) as grid:
+    sizes = clients, resources.workers, resources.threads
+    with PoolGrid(client_app, *sizes, run_config, environment, resources.gpus) as grid:
         app(grid, Context(grid.run.run_id, 1, {}, RecordDict(), run_config))

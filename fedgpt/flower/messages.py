@@ -18,6 +18,9 @@ from fedgpt.update.downlink import joined
 from fedgpt.update.npy import read_npy
 
 ARRAY = "flat"  # the one array of an ArrayRecord
+# names on the wire where they differ from Plan's: a client of an earlier version reads them, and so does its journal
+WIRE = {"local_steps": "steps", "state_job": "state", "cached_version": "held"}
+FIELDS = {wire: field for field, wire in WIRE.items()}
 MOST_REASON = 500  # characters of a client's exception that are kept: they go to logs and messages
 
 
@@ -33,8 +36,8 @@ def job_content(job: Job, params: ArrayRecord) -> RecordDict:
 
 def params_record(job: Job) -> ArrayRecord:
     """The vector of a job on its way to clients, or its steps; shared by all jobs of one version from one other."""
-    if job.plan.held >= 0:
-        return vector_record(joined(job.steps))
+    if job.plan.cached_version >= 0:
+        return vector_record(joined(job.model_deltas))
     return vector_record(BF16().encode(job.params) if job.plan.downlink == "bf16" else job.params)
 
 
@@ -43,20 +46,20 @@ def job_bytes(job: Job) -> int:
     told = _job_json(
         replace(job, plan=replace(job.plan, keep=()))
     )  # what a restart left to keep is no traffic of the run
-    if job.plan.held >= 0:
-        return sum(step.nbytes for step in job.steps) + len(told)
+    if job.plan.cached_version >= 0:
+        return sum(step.nbytes for step in job.model_deltas) + len(told)
     return job.params.nbytes // (2 if job.plan.downlink == "bf16" else 1) + len(told)
 
 
 def read_job(message: Message) -> Job:
-    """The job in a message; its params may be a read-only view, or the bytes of steps where `plan.held` says so."""
+    """The job in a message; its params may be a read-only view, or the bytes of steps where `plan.cached_version` says so."""
     about = json.loads(_config_text(message.content, "job"))
-    plan = about.pop("plan")
-    plan["keep"] = tuple(plan["keep"])
+    fields = {FIELDS.get(name, str(name)): value for name, value in about["plan"].items()}
+    plan = Plan(**fields | {"keep": tuple(fields["keep"])})
     params = _vector(message.content, "params")
-    if plan["downlink"] == "bf16":
+    if plan.downlink == "bf16":
         params = BF16().decode(params, params.size // 2)
-    return Job(**about, params=params, plan=Plan(**plan))
+    return Job(about["client"], about["task"], about["version"], params, plan)
 
 
 def update_content(header: str, delta: np.ndarray) -> RecordDict:
@@ -64,22 +67,26 @@ def update_content(header: str, delta: np.ndarray) -> RecordDict:
     return RecordDict({"update": ConfigRecord({"json": header}), "delta": vector_record(delta)})
 
 
-def read_reply(message: Message, client: str, task: int) -> Reply:
+def read_reply(message: Message, client: str, number: int) -> Reply:
     """A client's reply as it came; nothing in it is believed yet, and nothing it holds can raise here."""
     if message.has_error():
-        return Reply(client, task, error=f"code {message.error.code}: {message.error.reason}"[:MOST_REASON])
+        return Reply(
+            client, number, error=f"code {message.error.code}: {message.error.reason}"[:MOST_REASON]
+        )
     try:
         header, payload = _update(message.content)
-        return Reply(client, task, header, payload, bytes=payload.nbytes + len(header))
+        return Reply(client, number, header, payload, bytes=payload.nbytes + len(header))
     except UpdateRejected as rejection:
-        return Reply(client, task, error=rejection.detail or rejection.code, code=rejection.code)
+        return Reply(client, number, error=rejection.detail or rejection.code, code=rejection.code)
     except Exception as error:  # whatever a hostile message raises while it is read
-        return unreadable(client, task, error)
+        return unreadable(client, number, error)
 
 
-def unreadable(client: str, task: int, error: Exception) -> Reply:
+def unreadable(client: str, number: int, error: Exception) -> Reply:
     """A reply that raised `error` while it was read."""
-    return Reply(client, task, error=f"unreadable reply ({type(error).__name__})", code="bad_encoding")
+    return Reply(
+        client, number, error=f"unreadable reply ({type(error).__name__})", code="bad_encoding"
+    )
 
 
 def died(message: Message) -> bool:
@@ -115,7 +122,9 @@ def _update(content: RecordDict) -> tuple[str, np.ndarray]:
     _exactly(content, "update", "delta")
     about, arrays = content["update"], content["delta"]
     if not isinstance(about, ConfigRecord) or not isinstance(arrays, ArrayRecord):
-        raise UpdateRejected("bad_encoding", f"records of {type(about).__name__} and {type(arrays).__name__}")
+        raise UpdateRejected(
+            "bad_encoding", f"records of {type(about).__name__} and {type(arrays).__name__}"
+        )
     _exactly(about, "json")
     _exactly(arrays, ARRAY)
     header, array = about["json"], arrays[ARRAY]
@@ -143,5 +152,6 @@ def _vector(content: RecordDict, name: str) -> np.ndarray:
 
 
 def _job_json(job: Job) -> str:
-    about = {"client": job.client, "task": job.task, "version": job.version, "plan": asdict(job.plan)}
+    plan = {WIRE.get(name, name): value for name, value in asdict(job.plan).items()}
+    about = {"client": job.client, "task": job.number, "version": job.version, "plan": plan}
     return json.dumps(about)

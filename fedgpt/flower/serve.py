@@ -21,7 +21,13 @@ from flwr.serverapp import Grid
 from fedgpt import __version__
 from fedgpt.aggregate.base import Strategy
 from fedgpt.client.work import ClientWork
-from fedgpt.config.compose import build_strategy, changed_options, flat_options, refuse_another_run, to_yaml
+from fedgpt.config.compose import (
+    build_strategy,
+    changed_options,
+    flat_options,
+    refuse_another_run,
+    to_yaml,
+)
 from fedgpt.core.errors import ConfigError, FedGPTError, Unwritten
 from fedgpt.core.files import write_text
 from fedgpt.core.flat import flatten
@@ -35,7 +41,7 @@ from fedgpt.data.prepare import Prepared, prepare
 from fedgpt.evaluate.held_out import HeldOut
 from fedgpt.flower.grid_transport import GridTransport
 from fedgpt.flower.pool.grid import PoolGrid
-from fedgpt.flower.pool.resources import Machine, machine_for
+from fedgpt.flower.pool.resources import Resources, resources_for
 from fedgpt.flower.strategy_adapter import FlowerStrategy
 from fedgpt.model.gpt import GPT
 from fedgpt.model.hf import export_model
@@ -52,13 +58,15 @@ from fedgpt.server.metrics import first_record
 from fedgpt.server.privacy import make_privacy
 from fedgpt.simulate.fleet import Fleet, make_timing
 from fedgpt.simulate.virtual_clock import VirtualTransport
-from fedgpt.storage.checkpoint import Checkpoints, Ledgers, Snapshot
-from fedgpt.storage.initial_weights import start_params
-from fedgpt.storage.journal import Journal, Journaled, wanted
+from fedgpt.storage.checkpoint import Checkpoints, RunTables, Snapshot
+from fedgpt.storage.initial_weights import initial_weights
+from fedgpt.storage.journal import Journal, RecordedTransport, needs_journal
 from fedgpt.storage.run_folder import RunFolder
 
 TTL_MARGIN = 10.0  # seconds past the deadline before a client that hangs is given up (the pool ends its worker)
-STOP_FILE = "FEDGPT_STOP_FILE"  # names a file by which a launcher in another process asks a server to stop
+STOP_FILE = (
+    "FEDGPT_STOP_FILE"  # names a file by which a launcher in another process asks a server to stop
+)
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # no more room for a file
 log = logging.getLogger(__name__)
 
@@ -69,7 +77,9 @@ def serve(options: RunOptions, grid: Grid) -> dict[str, Any]:
         with RunFolder(options.run_dir) as folder:
             refuse_another_run(options)
             prepared = prepare(options.corpus, options.tokenizer, options.cache_dir)
-            shards = partition(prepared, options.partition, options.seed, options.model.block_size + 1)
+            shards = partition(
+                prepared, options.partition, options.seed, options.model.block_size + 1
+            )
             return _Run(options, folder, prepared, shards, grid).go()
     except OSError as error:
         if error.errno not in FULL:
@@ -80,15 +90,32 @@ def serve(options: RunOptions, grid: Grid) -> dict[str, Any]:
 class _Run:
     """The parts of one run and the order they come in."""
 
-    def __init__(self, options: RunOptions, folder: RunFolder, prepared: Prepared, shards: Sequence[Shard], grid: Grid):
-        self.options, self.folder, self.prepared, self.shards, self.grid = options, folder, prepared, shards, grid
-        self.machine = machine_for(options, len(shards))
-        self.compute = self.machine.compute
-        torch.set_num_threads(self.machine.threads)
-        self.environment = _environment(self.machine)
+    def __init__(
+        self,
+        options: RunOptions,
+        folder: RunFolder,
+        prepared: Prepared,
+        shards: Sequence[Shard],
+        grid: Grid,
+    ):
+        self.options, self.folder, self.prepared, self.shards, self.grid = (
+            options,
+            folder,
+            prepared,
+            shards,
+            grid,
+        )
+        self.resources = resources_for(options, len(shards))
+        self.compute = self.resources.compute
+        torch.set_num_threads(self.resources.threads)
+        self.environment = _environment(self.resources)
         private = options.privacy.unit != "none"
-        self.privacy_plan = make_plan(options, [shard.size for shard in shards]) if private else None
-        self.statement = statement(options, self.privacy_plan, len(shards)) if self.privacy_plan else {}
+        self.privacy_plan = (
+            make_plan(options, [shard.size for shard in shards]) if private else None
+        )
+        self.statement = (
+            statement(options, self.privacy_plan, len(shards)) if self.privacy_plan else {}
+        )
 
     def go(self) -> dict[str, Any]:
         o = self.options
@@ -102,23 +129,41 @@ class _Run:
                 f"corpus.public={o.corpus.public}: {self.prepared.public().size} tokens are public, and the server's "
                 f"own update needs more than model.block_size={o.model.block_size}; raise it"
             )
-        _claim(self.folder, o)  # nothing is wrong with it so far: what is refused leaves no run behind
-        display = ProgressDisplay(o, switches=strategy.switches, pacing=snapshot.ledgers.pacing or None)
+        _claim(
+            self.folder, o
+        )  # nothing is wrong with it so far: what is refused leaves no run behind
+        display = ProgressDisplay(
+            o, switches=strategy.switches, pacing=snapshot.tables.pacing or None
+        )
         display.say(
-            opening(o, self.prepared, self.shards, snapshot, self.compute, self.machine.workers_text, stage.tokens)
+            opening(
+                o,
+                self.prepared,
+                self.shards,
+                snapshot,
+                self.compute,
+                self.resources.workers_text,
+                stage.tokens,
+            )
         )
         if self.statement:
             display.say(privacy_text(self.statement))
-        write_text(self.folder.path / "environment.json", json.dumps(self.environment, indent=2) + "\n")
+        write_text(
+            self.folder.path / "environment.json", json.dumps(self.environment, indent=2) + "\n"
+        )
         fresh = snapshot.state.version == 0
         privacy = make_privacy(o, self.privacy_plan, self.folder.path, self.prepared.digest, fresh)
-        transport = self._transport(snapshot, Journal(self.folder.wal) if wanted(o, strategy.switches) else None)
+        transport = self._transport(
+            snapshot, Journal(self.folder.wal) if needs_journal(o, strategy.switches) else None
+        )
         with display:
-            slowed = Fleet(o.fleet, o.seed) if o.clock == "real" and o.fleet.name != "none" else None
+            slowed = (
+                Fleet(o.fleet, o.seed) if o.clock == "real" and o.fleet.name != "none" else None
+            )
             server = Server(
                 o, strategy, transport, self._evaluator(stage), self.folder, snapshot, (self._log_event, display),
                 ClientWork(o, str(self.folder.path / "clients")).train_root, slowed,
-                transport if isinstance(transport, Journaled) else None, privacy,
+                transport if isinstance(transport, RecordedTransport) else None, privacy,
             )  # fmt: skip
             del snapshot  # the server says how long the vectors in it are kept
             summary = server.run()
@@ -136,25 +181,27 @@ class _Run:
             for records in (self.folder.metrics, self.folder.events):
                 records.keep([])
             Journal(self.folder.wal).clear()
-            ledgers = Ledgers(
+            tables = RunTables(
                 run=secrets.token_hex(8), record=first_record(), environment=self.environment,
                 options=flat_options(self.options), privacy=self.statement,
             )  # fmt: skip
-            return Snapshot(ServerState(start_params(self.options, self.prepared.tokenizer)), ledgers)
-        if changed := changed_options(snapshot.ledgers.options, self.options):
+            return Snapshot(
+                ServerState(initial_weights(self.options, self.prepared.tokenizer)), tables
+            )
+        if changed := changed_options(snapshot.tables.options, self.options):
             raise FedGPTError(
                 f"{self.folder.path} cannot be continued: its config.yaml was changed after its checkpoint was made "
                 f"({changed}); change it back, or start again with another run_dir"
             )
-        if snapshot.ledgers.unsaved:
+        if snapshot.tables.unsaved:
             raise FedGPTError(
                 f"{self.folder.path} cannot be continued: its strategy remembers "
-                f"{', '.join(snapshot.ledgers.unsaved)}, which no checkpoint holds; start again with another run_dir"
+                f"{', '.join(snapshot.tables.unsaved)}, which no checkpoint holds; start again with another run_dir"
             )
         version = snapshot.state.version
         self.folder.metrics.keep(r for r in self.folder.metrics.read() if r["version"] < version)
         self.folder.events.keep(_until(version, self.folder.events.read()))
-        if differing := _differing(snapshot.ledgers.environment, self.environment):
+        if differing := _differing(snapshot.tables.environment, self.environment):
             log.warning(
                 "resuming under other conditions (%s): statistically equivalent, not bit-identical",
                 differing,
@@ -163,7 +210,13 @@ class _Run:
 
     def _held_out(self) -> HeldOut:
         tokenizer, o = self.prepared.tokenizer, self.options
-        return HeldOut(o.model, self.prepared.held_out(), tokenizer.token_bytes, self.compute, o.evaluate.tokens)
+        return HeldOut(
+            o.model,
+            self.prepared.held_out(),
+            tokenizer.token_bytes,
+            self.compute,
+            o.evaluate.tokens,
+        )
 
     def _evaluator(self, stage: HeldOut) -> Any:
         o, tokenizer = self.options, self.prepared.tokenizer
@@ -188,18 +241,26 @@ class _Run:
             known = dict(zip(self.grid.get_node_ids(), infos, strict=True))
         virtual, deadline = self.options.clock == "virtual", self.options.pace.deadline
         ttl = None if deadline is None or virtual else deadline + TTL_MARGIN
-        now = snapshot.ledgers.seconds
+        now = snapshot.tables.seconds
         stop = Path(os.environ[STOP_FILE]) if STOP_FILE in os.environ else None
-        real = GridTransport(self.grid, len(self.shards), self.prepared.digest, known, ttl, now, stop)
+        real = GridTransport(
+            self.grid, len(self.shards), self.prepared.digest, known, ttl, now, stop
+        )
         if virtual:
             return VirtualTransport(real, make_timing(self.options), now)
-        return real if journal is None else Journaled(real, journal, snapshot.state.version, now)
+        return (
+            real
+            if journal is None
+            else RecordedTransport(real, journal, snapshot.state.version, now)
+        )
 
     def _log_event(self, event: str, about: dict[str, Any]) -> None:
         if event in ("dispatch", "accept", "reject", "version", "pacing", "quarantine", "release"):
             self.folder.events.append({"event": event, **about})
 
-    def _finish(self, summary: dict[str, Any], params: np.ndarray, display: ProgressDisplay) -> None:
+    def _finish(
+        self, summary: dict[str, Any], params: np.ndarray, display: ProgressDisplay
+    ) -> None:
         """Everything a person or a script wants at the end: summary, model folder, samples, figures, one page."""
         path = self.folder.path
         records = self.folder.metrics.read()
@@ -224,7 +285,7 @@ def _claim(folder: RunFolder, options: RunOptions) -> None:
         write_text(folder.path / "command.txt", shlex.join(sys.argv) + "\n")
 
 
-def _environment(machine: Machine) -> dict[str, Any]:
+def _environment(resources: Resources) -> dict[str, Any]:
     """What bit-identity depends on, beside configuration and seed."""
     return {
         "fedgpt": __version__,
@@ -232,17 +293,21 @@ def _environment(machine: Machine) -> dict[str, Any]:
         "flwr": flwr.__version__,
         "numpy": np.__version__,
         "python": sys.version.split()[0],
-        "device": machine.compute.device,
-        "dtype": machine.compute.dtype,
-        "threads": machine.threads,
+        "device": resources.compute.device,
+        "dtype": resources.compute.dtype,
+        "threads": resources.threads,
         "cpu": torch.backends.cpu.get_cpu_capability(),
-        "gpu": torch.cuda.get_device_name() if machine.compute.device == "cuda" else None,
+        "gpu": torch.cuda.get_device_name() if resources.compute.device == "cuda" else None,
     }
 
 
 def _until(version: int, events: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
     """What had happened when `version` was made; what came after it will happen again."""
-    ends = [i for i, event in enumerate(events) if event["event"] == "version" and event["version"] == version]
+    ends = [
+        i
+        for i, event in enumerate(events)
+        if event["event"] == "version" and event["version"] == version
+    ]
     return events[: ends[-1] + 1] if ends else []
 
 

@@ -19,7 +19,15 @@ from numbers import Real
 from typing import Any, cast
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import (
+    Array,
+    ArrayRecord,
+    ConfigRecord,
+    Message,
+    MessageType,
+    MetricRecord,
+    RecordDict,
+)
 from flwr.app.exception import AppExitException
 from flwr.serverapp import Grid
 from flwr.serverapp import strategy as stock
@@ -54,7 +62,9 @@ class FlowerStrategy(Strategy):
     """
 
     inner: stock.Strategy
-    _fresh: dict[str, Any] = field(init=False, repr=False)  # attributes as constructed, those we can compare
+    _fresh: dict[str, Any] = field(
+        init=False, repr=False
+    )  # attributes as constructed, those we can compare
     _unsaved: set[str] = field(init=False, repr=False)  # attributes that no checkpoint can carry
 
     def __post_init__(self) -> None:
@@ -80,13 +90,17 @@ class FlowerStrategy(Strategy):
         mu = getattr(self.inner, "proximal_mu", None)
         return {} if mu is None else {"proximal_mu": float(mu)}
 
-    def combine(self, updates: Sequence[Update], state: ServerState, root: Update | None = None) -> np.ndarray:
+    def combine(
+        self, updates: Sequence[Update], state: ServerState, root: Update | None = None
+    ) -> np.ndarray:
         """One round of the strategy; raises FedGPTError where it fails or returns anything but a finite model.
 
         A strategy that skips a round (no update, too few for Bulyan) leaves the parameters as they are.
         """
-        updates = sorted(updates, key=lambda update: (update.client, update.task))
-        nodes = [derive_seed(0, "node", update.client) for update in updates]  # stable over rounds and restarts
+        updates = sorted(updates, key=lambda update: (update.client, update.number))
+        nodes = [
+            derive_seed(0, "node", update.client) for update in updates
+        ]  # stable over rounds and restarts
         record = ArrayRecord({ARRAY: Array(state.params)})
         self._restore(state.memory)
         try:
@@ -97,16 +111,24 @@ class FlowerStrategy(Strategy):
                 learned = _holding(self.inner, state.params)
                 replies = [
                     Message(content, reply_to=request)
-                    for content, request in zip(self._contents(updates, state), requests, strict=True)
+                    for content, request in zip(
+                        self._contents(updates, state), requests, strict=True
+                    )
                 ]
                 arrays, _ = self.inner.aggregate_train(state.version + 1, replies)
         except AppExitException as error:
-            raise FedGPTError(f"{self.name} could not aggregate {len(updates)} updates: {error}") from error
+            raise FedGPTError(
+                f"{self.name} could not aggregate {len(updates)} updates: {error}"
+            ) from error
         params = state.params if arrays is None else self._checked(arrays, state)
         if arrays is None:
-            log.warning("%s skipped version %d with %d updates", self.name, state.version + 1, len(updates))
+            log.warning(
+                "%s skipped version %d with %d updates", self.name, state.version + 1, len(updates)
+            )
         memory = self._memory(state.params, params, learned)
-        others = {name: array for name, array in state.memory.items() if not name.startswith(f"{MEMORY}.")}
+        others = {
+            name: array for name, array in state.memory.items() if not name.startswith(f"{MEMORY}.")
+        }
         d = np.subtract(state.params, params).view(Replacement)
         d.state = ServerState(params, state.version + 1, {**others, **memory})
         return d
@@ -128,7 +150,9 @@ class FlowerStrategy(Strategy):
             metrics: dict[str, Any] = {name: float(update.metrics[name]) for name in sorted(common)}
             if loss_key is not None and loss_key not in metrics:
                 if "loss" not in metrics:
-                    raise FedGPTError(f"{self.name} needs the metric {loss_key!r} or 'loss' of every client")
+                    raise FedGPTError(
+                        f"{self.name} needs the metric {loss_key!r} or 'loss' of every client"
+                    )
                 metrics[loss_key] = metrics["loss"]
             metrics[weight_key] = int(update.tokens)
             weights = ArrayRecord({ARRAY: Array(base - update.delta)})
@@ -151,10 +175,16 @@ class FlowerStrategy(Strategy):
         """Give the strategy the attributes it had after the last step, and no others."""
         for name in set(vars(self.inner)) - self._unsaved:
             delattr(self.inner, name)
-        vars(self.inner).update(_copied({n: v for n, v in self._fresh.items() if n not in self._unsaved}))
-        vars(self.inner).update(_decode({n: v for n, v in memory.items() if n.startswith(f"{MEMORY}.")}))
+        vars(self.inner).update(
+            _copied({n: v for n, v in self._fresh.items() if n not in self._unsaved})
+        )
+        vars(self.inner).update(
+            _decode({n: v for n, v in memory.items() if n.startswith(f"{MEMORY}.")})
+        )
 
-    def _memory(self, before: np.ndarray, after: np.ndarray, learned: set[str]) -> dict[str, np.ndarray]:
+    def _memory(
+        self, before: np.ndarray, after: np.ndarray, learned: set[str]
+    ) -> dict[str, np.ndarray]:
         """Attributes that differ from a fresh strategy's, as arrays by name.
 
         A copy of the global model that configure_train sets anew each round is left out: it is a model in size.
@@ -169,7 +199,12 @@ class FlowerStrategy(Strategy):
                 continue
             encoded = _encode(name, value)
             if encoded is None:
-                log.warning("this run cannot resume: %s remembers %s, a %s", self.name, name, type(value).__name__)
+                log.warning(
+                    "this run cannot resume: %s remembers %s, a %s",
+                    self.name,
+                    name,
+                    type(value).__name__,
+                )
                 self._unsaved.add(name)
             else:
                 memory.update(encoded)
@@ -198,11 +233,11 @@ def _refusal(inner: object) -> str:
     if isinstance(inner, stock.FedXgbBagging | stock.FedXgbCyclic):
         return f"{typed} aggregates decision trees, not the weights of a model; take strategy=fedavg or another"
     if not isinstance(inner, stock.Strategy):
-        return f"{typed} is not a strategy of Flower (a subclass of flwr.serverapp.strategy.Strategy)"
-    if (fraction := getattr(inner, "fraction_train", 1.0)) != 1.0:
         return (
-            f"strategy.fraction_train={fraction} has no effect here, only 1.0 is allowed; set pace.clients or pace.rate"
+            f"{typed} is not a strategy of Flower (a subclass of flwr.serverapp.strategy.Strategy)"
         )
+    if (fraction := getattr(inner, "fraction_train", 1.0)) != 1.0:
+        return f"strategy.fraction_train={fraction} has no effect here, only 1.0 is allowed; set pace.clients or pace.rate"
     return ""
 
 
@@ -211,7 +246,10 @@ class _Nodes:
 
     def __init__(self, nodes: Sequence[int], inner: stock.Strategy):
         wanted = max(getattr(inner, "min_available_nodes", 1), getattr(inner, "min_train_nodes", 1))
-        self.nodes = [*nodes, *range(1, 1 + max(0, wanted - len(nodes)))]  # else it waits for nodes for ever
+        self.nodes = [
+            *nodes,
+            *range(1, 1 + max(0, wanted - len(nodes))),
+        ]  # else it waits for nodes for ever
 
     def get_node_ids(self) -> list[int]:
         return self.nodes
@@ -261,7 +299,10 @@ def _data(value: object) -> bool:
 
 def _copied(attributes: dict[str, Any]) -> dict[str, Any]:
     """A deep copy, except of functions: a bound method would bring its object along."""
-    return {name: value if callable(value) else copy.deepcopy(value) for name, value in attributes.items()}
+    return {
+        name: value if callable(value) else copy.deepcopy(value)
+        for name, value in attributes.items()
+    }
 
 
 def _same(one: Any, two: Any) -> bool:
@@ -287,7 +328,11 @@ def _arrays(value: Any) -> dict[str, np.ndarray] | None:
         return {"": value}
     if isinstance(value, list):
         value = {str(index): item for index, item in enumerate(value)}
-    if isinstance(value, dict) and value and all(isinstance(item, np.ndarray) for item in value.values()):
+    if (
+        isinstance(value, dict)
+        and value
+        and all(isinstance(item, np.ndarray) for item in value.values())
+    ):
         return value
     return None
 
@@ -309,7 +354,9 @@ def _encode(name: str, value: Any) -> dict[str, np.ndarray] | None:
     """An attribute as named arrays: flower.<attribute>.<kind>.<key>; None where it is none of the known kinds."""
     if value is None:
         return {f"{MEMORY}.{name}.none.": np.zeros(0, np.float32)}
-    if isinstance(value, np.generic):  # not the same as a number: it decides the dtype of what it is multiplied by
+    if isinstance(
+        value, np.generic
+    ):  # not the same as a number: it decides the dtype of what it is multiplied by
         kind, arrays = "scalar", {"": np.asarray(value)}
     elif isinstance(value, bool | int | float):
         kind, arrays = "number", {"": np.asarray(value)}
@@ -325,7 +372,9 @@ def _encode(name: str, value: Any) -> dict[str, np.ndarray] | None:
 def _decode(memory: dict[str, np.ndarray]) -> dict[str, Any]:
     """Attributes from what `_encode` made of them."""
     attributes: dict[str, Any] = {}
-    for path in sorted(memory, key=lambda path: (len(path), path)):  # items of a list in their order
+    for path in sorted(
+        memory, key=lambda path: (len(path), path)
+    ):  # items of a list in their order
         _, name, kind, key = path.split(".", 3)
         array = np.array(memory[path])  # strategies may write into it; the state stays as it is
         if kind == "none":

@@ -26,7 +26,7 @@ from fedgpt.config.checks import runtime_problems
 from fedgpt.config.compose import to_yaml
 from fedgpt.core.errors import ConfigError, FedGPTError, Interrupted, StoppedEarly
 from fedgpt.core.options import RunOptions
-from fedgpt.flower.pool.resources import Machine
+from fedgpt.flower.pool.resources import Resources
 from fedgpt.flower.serve import STOP_FILE
 
 STOP_SECONDS = 60.0  # that a server has for its checkpoint, once it was asked to stop
@@ -50,20 +50,24 @@ overrides = ""
 """
 
 
-def launch_flwr(options: RunOptions, clients: int, machine: Machine, client_env: dict[str, str]) -> None:
+def launch_flwr(
+    options: RunOptions, clients: int, resources: Resources, client_env: dict[str, str]
+) -> None:
     """Start SuperLink (and SuperNodes), submit the run, stream its log, end everything.
 
     Raises Interrupted after SIGINT or SIGTERM, where there is something to resume.
     """
     try:
-        _launch(options, clients, machine, client_env)
+        _launch(options, clients, resources, client_env)
     except KeyboardInterrupt:
         if (Path(options.run_dir) / "config.yaml").exists():
             raise Interrupted(options.run_dir) from None
         raise
 
 
-def _launch(options: RunOptions, clients: int, machine: Machine, client_env: dict[str, str]) -> None:
+def _launch(
+    options: RunOptions, clients: int, resources: Resources, client_env: dict[str, str]
+) -> None:
     ray = options.runtime.name == "ray"
     if problems := list(runtime_problems(options.runtime.name, clients)):
         raise ConfigError(problems)  # of natural clients the number is known only now
@@ -74,35 +78,67 @@ def _launch(options: RunOptions, clients: int, machine: Machine, client_env: dic
         # Flower starts its own programs by name: those beside this interpreter come first
         env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
         port = _free_port()
-        link = ["--insecure", "--host", "127.0.0.1", "--port", str(port), "--disable-runtime-dependency-installation"]
-        stack.enter_context(_child(["flower-superlink", *link, *(["--simulation"] if ray else [])], env, home))
+        link = [
+            "--insecure",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--disable-runtime-dependency-installation",
+        ]
+        stack.enter_context(
+            _child(["flower-superlink", *link, *(["--simulation"] if ray else [])], env, home)
+        )
         _wait_healthy(port, home)
         for index in [] if ray else range(clients):
             node = ["--insecure", "--superlink", f"127.0.0.1:{port}"]
             node += ["--host", "127.0.0.1", "--port", str(_free_port())]
             who = ["--node-config", f"partition-id={index} num-partitions={clients}"]
-            gpu = {"CUDA_VISIBLE_DEVICES": machine.gpus[index % len(machine.gpus)]} if machine.gpus else {}
-            stack.enter_context(_child(["flower-supernode", *node, "--max-retries", "60", *who], env | gpu, home))
-        _submit(options, home, env, port, _simulation(clients, machine) if ray else [])
+            gpu = (
+                {"CUDA_VISIBLE_DEVICES": resources.gpus[index % len(resources.gpus)]}
+                if resources.gpus
+                else {}
+            )
+            stack.enter_context(
+                _child(["flower-supernode", *node, "--max-retries", "60", *who], env | gpu, home)
+            )
+        _submit(options, home, env, port, _simulation(clients, resources) if ray else [])
 
 
-def _submit(options: RunOptions, home: Path, env: dict[str, str], port: int, extra: list[str]) -> None:
+def _submit(
+    options: RunOptions, home: Path, env: dict[str, str], port: int, extra: list[str]
+) -> None:
     """`flwr run` our two apps with the whole configuration; the run folder tells how it ended."""
     app = home / "app"
     app.mkdir()
     (app / "pyproject.toml").write_text(APP)
     # a JSON string without escapes beyond the Basic Multilingual Plane is a TOML string
-    (home / "run.toml").write_text(f"config = {json.dumps(to_yaml(options), ensure_ascii=False)}\n", encoding="utf-8")
-    (home / "config.toml").write_text(f'[superlink.fedgpt]\naddress = "127.0.0.1:{port}"\ninsecure = true\n')
+    (home / "run.toml").write_text(
+        f"config = {json.dumps(to_yaml(options), ensure_ascii=False)}\n", encoding="utf-8"
+    )
+    (home / "config.toml").write_text(
+        f'[superlink.fedgpt]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+    )
     folder = Path(options.run_dir)
     for name in ("summary.json", "failure.json"):
         (folder / name).unlink(missing_ok=True)
-    submit = ["flwr", "run", str(app), "fedgpt", "--run-config", str(home / "run.toml"), "--stream", *extra]
+    submit = [
+        "flwr",
+        "run",
+        str(app),
+        "fedgpt",
+        "--run-config",
+        str(home / "run.toml"),
+        "--stream",
+        *extra,
+    ]
     with _child(submit, env, home, stream=True) as process:
         try:
             while process.poll() is None:
                 time.sleep(0.1)
-        except KeyboardInterrupt:  # Flower's processes are in sessions of their own: none of them has noticed
+        except (
+            KeyboardInterrupt
+        ):  # Flower's processes are in sessions of their own: none of them has noticed
             Path(env[STOP_FILE]).touch()
             deadline = time.monotonic() + STOP_SECONDS
             while process.poll() is None and time.monotonic() < deadline:
@@ -111,7 +147,9 @@ def _submit(options: RunOptions, home: Path, env: dict[str, str], port: int, ext
                 raise
     if (folder / "failure.json").exists():
         failure = json.loads((folder / "failure.json").read_text())
-        kind = {"ConfigError": ConfigError, "StoppedEarly": StoppedEarly}.get(failure["kind"], FedGPTError)
+        kind = {"ConfigError": ConfigError, "StoppedEarly": StoppedEarly}.get(
+            failure["kind"], FedGPTError
+        )
         raise kind(failure["message"])
     if not (folder / "summary.json").exists():
         raise FedGPTError(
@@ -119,15 +157,17 @@ def _submit(options: RunOptions, home: Path, env: dict[str, str], port: int, ext
         )
 
 
-def _simulation(clients: int, machine: Machine) -> list[str]:
+def _simulation(clients: int, resources: Resources) -> list[str]:
     """Flower's simulation settings: one Ray actor per worker, each holding its share of the CPUs and GPUs."""
     settings = {
         "num-supernodes": clients,
-        "client-resources-num-cpus": machine.threads,
-        "init-args-num-cpus": machine.workers * machine.threads,
+        "client-resources-num-cpus": resources.threads,
+        "init-args-num-cpus": resources.workers * resources.threads,
     }
-    if gpus := len(machine.gpus):  # Ray hides them from an actor that asks for none
-        share = 1 / math.ceil(machine.workers / gpus)  # parts of one GPU: Ray puts no actor across two
+    if gpus := len(resources.gpus):  # Ray hides them from an actor that asks for none
+        share = 1 / math.ceil(
+            resources.workers / gpus
+        )  # parts of one GPU: Ray puts no actor across two
         settings |= {"client-resources-num-gpus": share, "init-args-num-gpus": gpus}
     return ["--federation-config", " ".join(f"{name}={value}" for name, value in settings.items())]
 
@@ -137,10 +177,17 @@ def _child(
     command: list[str], env: dict[str, str], home: Path, stream: bool = False
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A child in a process group of its own, ended as a whole on leaving; its output goes to a log in `home`."""
-    log: IO[bytes] | None = None if stream else (home / f"{command[0]}-{time.monotonic_ns()}.log").open("wb")
+    log: IO[bytes] | None = (
+        None if stream else (home / f"{command[0]}-{time.monotonic_ns()}.log").open("wb")
+    )
     program = str(Path(sys.executable).parent / command[0])
     process = subprocess.Popen(
-        [program, *command[1:]], env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        [program, *command[1:]],
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
     )
     try:
         yield process
@@ -204,7 +251,9 @@ def _wait_healthy(port: int, home: Path, seconds: float = 60) -> None:
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.1)
-    tail = "".join(path.read_text(errors="replace")[-2000:] for path in home.glob("flower-superlink-*.log"))
+    tail = "".join(
+        path.read_text(errors="replace")[-2000:] for path in home.glob("flower-superlink-*.log")
+    )
     raise FedGPTError(f"the SuperLink did not answer within {seconds:.0f} s; its log ends:\n{tail}")
 
 

@@ -46,12 +46,18 @@ class BookKeeping:
         self._buffers: dict[
             str, Tensor
         ] = {}  # parameter -> (examples, *shape): fresh pages cost as much as the product
-        leaves = [m for m in model.modules() if any(p is not None for p in m.parameters(recurse=False))]
+        leaves = [
+            m for m in model.modules() if any(p is not None for p in m.parameters(recurse=False))
+        ]
         for module in leaves:
             _check(module)
-        self._leaves = [m for m in leaves if any(p.requires_grad for p in m.parameters(recurse=False))]
+        self._leaves = [
+            m for m in leaves if any(p.requires_grad for p in m.parameters(recurse=False))
+        ]
 
-    def add_clipped(self, losses: Callable[[], Tensor], clip: float, total: Tensor) -> tuple[Tensor, Tensor]:
+    def add_clipped(
+        self, losses: Callable[[], Tensor], clip: float, total: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Add every example's gradient, scaled to norm `clip` at most, to the flat vector `total`.
 
         `losses` runs the model and returns each example's own loss, (batch,). An example whose gradient is not finite
@@ -84,9 +90,13 @@ class BookKeeping:
     def _examples(self, grads: tuple[Tensor, ...], batch: int) -> dict[str, Tensor]:
         """Parameter -> (batch, *shape): its gradient for each example, over all uses of it."""
         found: dict[str, Tensor] = {}
-        lookups: list[tuple[str, Tensor, Tensor]] = []  # embeddings last: they only add rows to what a tied head has
+        lookups: list[
+            tuple[str, Tensor, Tensor]
+        ] = []  # embeddings last: they only add rows to what a tied head has
         for use, grad in zip(self._uses, grads, strict=True):
-            if len(use.input) != batch or use.input.dim() != (2 if isinstance(use.module, nn.Embedding) else 3):
+            if len(use.input) != batch or use.input.dim() != (
+                2 if isinstance(use.module, nn.Embedding) else 3
+            ):
                 shape = tuple(use.input.shape)
                 raise Unsupported(
                     f"{type(use.module).__name__} got {shape}: not (batch, time, ...) of {batch} examples"
@@ -99,7 +109,9 @@ class BookKeeping:
             if name not in found:
                 found[name] = self._buffer(name, grad, batch).zero_()
             rows, width = found[name].shape[1:]
-            at = (indices.flatten(1) + torch.arange(batch, device=indices.device)[:, None] * rows).flatten()
+            at = (
+                indices.flatten(1) + torch.arange(batch, device=indices.device)[:, None] * rows
+            ).flatten()
             found[name].view(-1, width).index_add_(0, at, grad.reshape(-1, width))
         return found
 
@@ -120,11 +132,15 @@ class BookKeeping:
 
     def _buffer(self, name: str, like: Tensor, batch: int) -> Tensor:
         if name not in self._buffers or len(self._buffers[name]) < batch:
-            self._buffers[name] = like.new_empty(batch, *self.layout.shapes[self.layout.names.index(name)])
+            self._buffers[name] = like.new_empty(
+                batch, *self.layout.shapes[self.layout.names.index(name)]
+            )
         return self._buffers[name][:batch]
 
     def _norms(self, examples: dict[str, Tensor]) -> Tensor:
-        squares = [torch.linalg.vector_norm(g.flatten(1), dim=1).square() for g in examples.values()]
+        squares = [
+            torch.linalg.vector_norm(g.flatten(1), dim=1).square() for g in examples.values()
+        ]
         return torch.stack(squares).sum(0).sqrt()
 
     def _sum(self, examples: dict[str, Tensor], factors: Tensor, total: Tensor) -> None:

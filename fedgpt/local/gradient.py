@@ -34,9 +34,13 @@ class RecordedGradient(BatchGradient):
         super().__init__(model)
         device = self._leaves[0].device
         shape = (batch_size, model.options.block_size)
-        self._inputs, self._targets = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
+        self._inputs, self._targets = (
+            torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2)
+        )
         self._graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-        with torch.random.fork_rng([device]):  # dropout draws here, too, and the next job's seed is set already
+        with torch.random.fork_rng(
+            [device]
+        ):  # dropout draws here, too, and the next job's seed is set already
             aside.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(aside):
                 for _ in range(WARM_UP):
@@ -48,7 +52,9 @@ class RecordedGradient(BatchGradient):
     def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """As BatchGradient, of a batch on any device; raises ValueError for one of another shape."""
         if not inputs.shape == targets.shape == self._inputs.shape:
-            raise ValueError(f"recorded for batches of {tuple(self._inputs.shape)}, this one is {tuple(inputs.shape)}")
+            raise ValueError(
+                f"recorded for batches of {tuple(self._inputs.shape)}, this one is {tuple(inputs.shape)}"
+            )
         self._inputs.copy_(inputs)
         self._targets.copy_(targets)
         self._graph.replay()

@@ -23,18 +23,26 @@ class OpacusHooks:
         self._hooked = GradSampleModule(model, batch_first=True, loss_reduction="sum")
         self._hooked.disable_hooks()
 
-    def add_clipped(self, losses: Callable[[], Tensor], clip: float, total: Tensor) -> tuple[Tensor, Tensor]:
+    def add_clipped(
+        self, losses: Callable[[], Tensor], clip: float, total: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """As BookKeeping.add_clipped."""
         self._hooked.enable_hooks()
         try:
             values = losses()
-            with warnings.catch_warnings():  # torch's, that an embedding's input has no gradient: it needs none
+            with (
+                warnings.catch_warnings()
+            ):  # torch's, that an embedding's input has no gradient: it needs none
                 warnings.filterwarnings("ignore", "Full backward hook is firing")
                 values.sum().backward()
         finally:
             self._hooked.disable_hooks()
         with torch.no_grad():
-            rows = {name: self._taken(p).flatten(1) for name, p in self._parameters.items() if p.requires_grad}
+            rows = {
+                name: self._taken(p).flatten(1)
+                for name, p in self._parameters.items()
+                if p.requires_grad
+            }
             norms = torch.stack([row.norm(dim=1) for row in rows.values()]).norm(dim=0)
             finite = norms.isfinite()
             factors = torch.where(finite, (clip / norms).clamp(max=1.0), 0.0)

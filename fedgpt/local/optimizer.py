@@ -25,11 +25,18 @@ class FlatAdamW:
     bits, without the compiler that constructing an optimiser imports (1.8 s in every worker).
     """
 
-    def __init__(self, params: torch.Tensor, grad: torch.Tensor, decayed: int, options: LocalOptions):
+    def __init__(
+        self, params: torch.Tensor, grad: torch.Tensor, decayed: int, options: LocalOptions
+    ):
         self.params, self.grad, self.options = params, grad, options
         self.first, self.second = torch.zeros_like(params), torch.zeros_like(params)
-        self._steps = torch.zeros((), device=params.device)  # the kernel wants the count as a float tensor
-        self._ranges = ((slice(0, decayed), options.weight_decay), (slice(decayed, params.numel()), 0.0))
+        self._steps = torch.zeros(
+            (), device=params.device
+        )  # the kernel wants the count as a float tensor
+        self._ranges = (
+            (slice(0, decayed), options.weight_decay),
+            (slice(decayed, params.numel()), 0.0),
+        )
 
     def load(self, moments: Moments | None) -> None:
         """Start from a client's moments, or from zero."""

@@ -27,7 +27,9 @@ MOST_BYTES = 1 << 29  # of per-example gradients held at a time
 class Engine(Protocol):
     """Whatever makes clipped sums of per-example gradients."""
 
-    def add_clipped(self, losses: Callable[[], Tensor], clip: float, total: Tensor) -> tuple[Tensor, Tensor]:
+    def add_clipped(
+        self, losses: Callable[[], Tensor], clip: float, total: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """See BookKeeping.add_clipped."""
         ...
 
@@ -48,7 +50,9 @@ class PrivateGradient:
 
     def __init__(self, model: GPT, layout: FlatParams, engine: str, batch_size: int):
         self.model = model
-        self.engine: Engine = {"bookkeeping": BookKeeping, "opacus": OpacusHooks}[engine](model, layout)
+        self.engine: Engine = {"bookkeeping": BookKeeping, "opacus": OpacusHooks}[engine](
+            model, layout
+        )
         self.examples = max(1, min(batch_size, MOST_BYTES // (4 * layout.size)))  # at a time
 
     def fill(self, grad: Tensor, steps: PrivateSteps) -> None:
@@ -58,7 +62,9 @@ class PrivateGradient:
         grad.zero_()
         for part in np.array_split(chosen, -(-len(chosen) // self.examples)) if len(chosen) else ():
             inputs, targets = blocks.take(part)
-            self.engine.add_clipped(self._losses(inputs.to(grad.device), targets.to(grad.device)), steps.clip, grad)
+            self.engine.add_clipped(
+                self._losses(inputs.to(grad.device), targets.to(grad.device)), steps.clip, grad
+            )
         steps.stream.add_normal(grad, steps.noise_multiplier * steps.clip)
         grad.div_(steps.probability * len(blocks))
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 
 
-def learning_rate(tokens_done: int, tokens_total: int, *, lr: float, min_lr: float, warmup: float) -> float:
+def learning_rate(
+    tokens_done: int, tokens_total: int, *, lr: float, min_lr: float, warmup: float
+) -> float:
     """Linear warm-up over the share `warmup` of all tokens, then a cosine from `lr` to `min_lr`.
 
     >>> [round(learning_rate(t, 100, lr=1.0, min_lr=0.1, warmup=0.1), 3) for t in (0, 5, 10, 55, 100, 200)]

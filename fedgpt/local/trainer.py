@@ -49,16 +49,30 @@ class Trainer:
     """One model's buffers and the loop over them; reused for every client that this process trains."""
 
     def __init__(
-        self, model: ModelOptions, vocab_size: int, local: LocalOptions, compute: Compute, engine: str = "bookkeeping"
+        self,
+        model: ModelOptions,
+        vocab_size: int,
+        local: LocalOptions,
+        compute: Compute,
+        engine: str = "bookkeeping",
     ):
         """`engine` makes the per-example gradients of private jobs: bookkeeping or opacus."""
-        self.options, self.compute, self.block_size, self.engine = local, compute, model.block_size, engine
+        self.options, self.compute, self.block_size, self.engine = (
+            local,
+            compute,
+            model.block_size,
+            engine,
+        )
         device = torch.device(compute.device)
         repeat_exactly(device.type)
         self.model = GPT(model, vocab_size).to(device=device, dtype=compute.torch_dtype)
         self.model.train()
         self.layout, self.working = flatten(self.model)
-        self.params = self.working if compute.dtype == "fp32" else torch.zeros_like(self.working, dtype=torch.float32)
+        self.params = (
+            self.working
+            if compute.dtype == "fp32"
+            else torch.zeros_like(self.working, dtype=torch.float32)
+        )
         self.grad = torch.zeros_like(self.params)
         self.optimizer = FlatAdamW(self.params, self.grad, self.layout.decayed, local)
         views = self.layout.views(self.grad)
@@ -86,36 +100,44 @@ class Trainer:
         moments: Moments | None,
         dropout_seed: int = 0,
     ) -> Trained:
-        """Train `plan.steps` steps from `start` and return `start - end`; private ones tell nothing of their loss.
+        """Train `plan.local_steps` steps from `start` and return `start - end`; private ones tell nothing of their loss.
 
         Raises ValueError for a strategy number this client does not know.
         """
         if unknown := set(plan.numbers) - CLIENT_NUMBERS:
-            raise ValueError(f"the strategy asks for {sorted(unknown)}; this client knows {sorted(CLIENT_NUMBERS)}")
+            raise ValueError(
+                f"the strategy asks for {sorted(unknown)}; this client knows {sorted(CLIENT_NUMBERS)}"
+            )
         torch.manual_seed(dropout_seed)
         self._receive(start)
         self.optimizer.load(moments)
         mu = plan.numbers.get("proximal_mu", 0.0)
         losses, norm = torch.zeros((), device=self.params.device), torch.zeros(())
         lr = 0.0
-        for step in range(plan.steps):
+        for step in range(plan.local_steps):
             if isinstance(batches, PrivateSteps):
                 self.private.fill(self.grad, batches)
             else:
                 losses += self._gradient(batches)
             if mu:
-                self.grad.add_(self.params, alpha=mu).sub_(self._start, alpha=mu)  # mu (w - start), FedProx
+                self.grad.add_(self.params, alpha=mu).sub_(
+                    self._start, alpha=mu
+                )  # mu (w - start), FedProx
             norm = self._clip()
             tokens_done = plan.tokens_done + (step + 1) * plan.tokens_per_step
             o = self.options
-            lr = learning_rate(tokens_done, plan.tokens_total, lr=o.lr, min_lr=o.last_lr, warmup=o.warmup)
+            lr = learning_rate(
+                tokens_done, plan.tokens_total, lr=o.lr, min_lr=o.last_lr, warmup=o.warmup
+            )
             self.optimizer.step(lr)
             if self.working is not self.params:
                 self.working.copy_(self.params)
-        tokens = plan.steps * self.options.accumulate * self.options.batch_size * self.block_size
+        tokens = (
+            plan.local_steps * self.options.accumulate * self.options.batch_size * self.block_size
+        )
         metrics = {"lr": lr, "grad_norm": float(norm)}
         if not isinstance(batches, PrivateSteps):
-            metrics["train_loss"] = float(losses) / max(plan.steps, 1)
+            metrics["train_loss"] = float(losses) / max(plan.local_steps, 1)
         return Trained(self._send(), tokens, self.optimizer.moments(), metrics)
 
     def _gradient(self, batches: BatchSource) -> torch.Tensor:
@@ -144,8 +166,12 @@ class Trainer:
 
     def _receive(self, start: np.ndarray) -> None:
         if start.shape != (self.layout.size,) or start.dtype != np.float32:
-            raise ValueError(f"received {start.dtype}{start.shape}, this model has float32({self.layout.size},)")
-        np.copyto(self._delta.numpy(), start)  # not torch.from_numpy(start): received vectors are read-only
+            raise ValueError(
+                f"received {start.dtype}{start.shape}, this model has float32({self.layout.size},)"
+            )
+        np.copyto(
+            self._delta.numpy(), start
+        )  # not torch.from_numpy(start): received vectors are read-only
         self._start.copy_(self._delta)
         self.params.copy_(self._start)
         if self.working is not self.params:

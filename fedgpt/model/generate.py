@@ -33,7 +33,9 @@ def generate(
     _check_sampling(samples, temperature, top_k, top_p)
     generator = torch.Generator().manual_seed(seed)
     device = model.lm_head.weight.device
-    ids = torch.tensor([list(prompt_ids)] * samples, dtype=torch.int64, device=device)  # (samples, time)
+    ids = torch.tensor(
+        [list(prompt_ids)] * samples, dtype=torch.int64, device=device
+    )  # (samples, time)
     ended = torch.zeros(samples, dtype=torch.bool)
     reader = _Reader(model, cache, len(prompt_ids) + max_new_tokens)
     was_training = model.training
@@ -67,7 +69,11 @@ def window_start(length: int, block_size: int) -> int:
 
 
 def choose(
-    logits: Tensor, generator: torch.Generator, temperature: float, top_k: int | None, top_p: float | None
+    logits: Tensor,
+    generator: torch.Generator,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
 ) -> Tensor:
     """Draw one token a row: logits (samples, vocab) -> (samples,) int64."""
     if temperature == 0:
@@ -79,7 +85,9 @@ def choose(
     if top_p is not None:
         ordered, order = logits.sort(dim=-1, descending=True)
         shares = ordered.softmax(-1)
-        before = shares.cumsum(-1) - shares  # what likelier tokens add up to; 0 for the first, which always stays
+        before = (
+            shares.cumsum(-1) - shares
+        )  # what likelier tokens add up to; 0 for the first, which always stays
         ordered = ordered.masked_fill(before >= top_p, -torch.inf)
         logits = torch.empty_like(logits).scatter_(-1, order, ordered)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
@@ -102,24 +110,34 @@ class _Reader:
         return self.model.lm_head(self.model.hidden(unseen, self.cache)[:, -1])
 
 
-def _check_tokens(model: GPT, prompt_ids: Sequence[int], max_new_tokens: int, stop: int | None) -> None:
+def _check_tokens(
+    model: GPT, prompt_ids: Sequence[int], max_new_tokens: int, stop: int | None
+) -> None:
     vocab = model.vocab_size
     if len(prompt_ids) == 0:
-        raise ValueError("prompt_ids=[]: needs at least one token; start an empty text with the end-of-text token")
+        raise ValueError(
+            "prompt_ids=[]: needs at least one token; start an empty text with the end-of-text token"
+        )
     wrong = next((i for i in prompt_ids if not 0 <= i < vocab), None)
     if wrong is not None:
-        raise ValueError(f"prompt_ids has {wrong}: token ids must be from 0 to {vocab - 1}; use the model's tokenizer")
+        raise ValueError(
+            f"prompt_ids has {wrong}: token ids must be from 0 to {vocab - 1}; use the model's tokenizer"
+        )
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 0")
     if stop is not None and not 0 <= stop < vocab:
         raise ValueError(f"stop={stop}: must be a token id from 0 to {vocab - 1}, or None")
 
 
-def _check_sampling(samples: int, temperature: float, top_k: int | None, top_p: float | None) -> None:
+def _check_sampling(
+    samples: int, temperature: float, top_k: int | None, top_p: float | None
+) -> None:
     if samples < 1:
         raise ValueError(f"samples={samples}: must be at least 1")
     if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature={temperature}: must be finite and at least 0 (0 takes the likeliest token)")
+        raise ValueError(
+            f"temperature={temperature}: must be finite and at least 0 (0 takes the likeliest token)"
+        )
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k}: must be at least 1, or None for all tokens")
     if top_p is not None and not 0 < top_p <= 1:

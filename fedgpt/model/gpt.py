@@ -23,7 +23,9 @@ IGNORE = -100  # targets that do not count in the loss
 NORM_EPS = 1e-5  # GPT-2's; torch's default for RMSNorm depends on the dtype and is 8e-3 in bf16
 ROTARY_BASE = 10_000.0
 ROWS = 64  # rows of logits that RowwiseCrossEntropy takes at once: one megabyte in fp32 at 4,097 tokens
-EXPLICIT_UP_TO = 512  # time: the explicit attention stores time x time scores, worth it only for short contexts
+EXPLICIT_UP_TO = (
+    512  # time: the explicit attention stores time x time scores, worth it only for short contexts
+)
 
 
 class KVCache:
@@ -31,7 +33,14 @@ class KVCache:
 
     def __init__(self, model: GPT, batch: int, capacity: int):
         options, weight = model.options, model.lm_head.weight
-        shape = (2, options.n_layer, batch, options.n_head, capacity, options.n_embd // options.n_head)
+        shape = (
+            2,
+            options.n_layer,
+            batch,
+            options.n_head,
+            capacity,
+            options.n_embd // options.n_head,
+        )
         self.keys, self.values = torch.empty(shape, dtype=weight.dtype, device=weight.device)
         self.length = 0  # tokens stored; raised by the model once all layers have written
 
@@ -52,7 +61,9 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(options.n_embd, 3 * options.n_embd, bias=options.bias)
         self.c_proj = nn.Linear(options.n_embd, options.n_embd, bias=options.bias)
 
-    def forward(self, x: Tensor, layer: int, turn: Rotation | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, layer: int, turn: Rotation | None, cache: KVCache | None
+    ) -> Tensor:
         """(batch, time, channels) -> the same; `turn` holds rotary positions, `cache` the tokens before `x`."""
         batch, time, channels = x.shape
         # Unbind before transposing: the backward then writes the three gradients into place with one copy.
@@ -91,7 +102,9 @@ class Block(nn.Module):
         self.mlp = MLP(options)
         self.dropout = nn.Dropout(options.dropout)
 
-    def forward(self, x: Tensor, layer: int, turn: Rotation | None, cache: KVCache | None) -> Tensor:
+    def forward(
+        self, x: Tensor, layer: int, turn: Rotation | None, cache: KVCache | None
+    ) -> Tensor:
         """(batch, time, channels) -> the same."""
         x = x + self.dropout(self.attn(self.ln_1(x), layer, turn, cache))
         return x + self.dropout(self.mlp(self.ln_2(x)))
@@ -106,7 +119,9 @@ class GPT(nn.Module):
             raise ConfigError(problems)
         self.options, self.vocab_size = replace(options), vocab_size
         channels = options.n_embd
-        with torch.device("meta"):  # no memory and no global random numbers for values that init_weights replaces
+        with torch.device(
+            "meta"
+        ):  # no memory and no global random numbers for values that init_weights replaces
             wte = nn.Embedding(vocab_size, channels)
             modules: dict[str, nn.Module] = {"wte": wte}
             if options.positions == "learned":
@@ -137,7 +152,9 @@ class GPT(nn.Module):
         batch, time = ids.shape
         start = 0 if cache is None else cache.length
         if start + time > self.options.block_size:
-            raise ValueError(f"{start + time} tokens do not fit model.block_size={self.options.block_size}; crop them")
+            raise ValueError(
+                f"{start + time} tokens do not fit model.block_size={self.options.block_size}; crop them"
+            )
         positions = torch.arange(start, start + time, device=ids.device)
         x = self.transformer["wte"](ids)  # (batch, time, channels)
         turn = None
@@ -170,7 +187,11 @@ class GPT(nn.Module):
             elif p.dim() == 1:  # norms
                 p.fill_(1.0)
             else:
-                std = 0.02 / math.sqrt(2 * self.options.n_layer) if name.endswith("c_proj.weight") else 0.02
+                std = (
+                    0.02 / math.sqrt(2 * self.options.n_layer)
+                    if name.endswith("c_proj.weight")
+                    else 0.02
+                )
                 p.copy_(torch.empty(p.shape, device="cpu").normal_(0.0, std, generator=generator))
 
 
@@ -192,7 +213,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
     if new == seen:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
     # is_causal aligns its triangle with the first key, which is wrong once there are tokens before the first query.
-    mask = None if new == 1 else torch.ones(new, seen, dtype=torch.bool, device=q.device).tril_(seen - new)
+    mask = (
+        None
+        if new == 1
+        else torch.ones(new, seen, dtype=torch.bool, device=q.device).tril_(seen - new)
+    )
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
 
 
@@ -202,7 +227,9 @@ def attend_explicitly(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> 
     seen = k.size(2)
     q, k, v = (part.reshape(batch * heads, -1, width) for part in (q, k, v))
     mask = torch.full((new, seen), -math.inf, dtype=q.dtype, device=q.device).triu_(1 + seen - new)
-    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=width**-0.5)  # (batch * heads, new, seen)
+    scores = torch.baddbmm(
+        mask, q, k.transpose(1, 2), alpha=width**-0.5
+    )  # (batch * heads, new, seen)
     shares = F.dropout(scores.softmax(-1), dropout)
     return torch.bmm(shares, v).view(batch, heads, new, width)
 
@@ -213,7 +240,9 @@ Rotation = tuple[Tensor, Tensor]  # cosines and sines, each (time, width / 2)
 def rotation(positions: Tensor, width: int, dtype: torch.dtype) -> Rotation:
     """Angles of rotary positions (Su et al. 2021): channel pair i turns by position * base ** (-2 i / width)."""
     exponents = torch.arange(0, width, 2, device=positions.device) / width
-    angles = positions[:, None] * ROTARY_BASE**-exponents  # (time, width / 2), float32 whatever the model's dtype
+    angles = (
+        positions[:, None] * ROTARY_BASE**-exponents
+    )  # (time, width / 2), float32 whatever the model's dtype
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

@@ -24,9 +24,24 @@ from fedgpt.core.options import ModelOptions
 from fedgpt.model.gpt import GPT, NORM_EPS, ROTARY_BASE
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-ACTIVATIONS = {"gelu": "exact", "gelu_python": "exact", "gelu_new": "tanh", "gelu_pytorch_tanh": "tanh"}
-TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # transformers' Conv1D stores (in, out)
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+ACTIVATIONS = {
+    "gelu": "exact",
+    "gelu_python": "exact",
+    "gelu_new": "tanh",
+    "gelu_pytorch_tanh": "tanh",
+}
+TRANSPOSED = (
+    "c_attn.weight",
+    "c_proj.weight",
+    "c_fc.weight",
+)  # transformers' Conv1D stores (in, out)
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+)
 # settings that change what GPT-2 and GPT-NeoX compute, with the one value our model computes
 GPT2_FIXED = {
     "layer_norm_epsilon": NORM_EPS,
@@ -62,7 +77,11 @@ NEOX_NAMES = {  # parts of our parameter names -> parts of GPT-NeoX's
     ".mlp.c_proj.": ".mlp.dense_4h_to_h.",
     "lm_head.": "embed_out.",  # files keep this name; the module is called lm_head since transformers 5
 }
-NEOX_BUFFERS = (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")  # old files carry them
+NEOX_BUFFERS = (
+    ".attention.bias",
+    ".attention.masked_bias",
+    ".rotary_emb.inv_freq",
+)  # old files carry them
 Weights = dict[str, Tensor]
 
 
@@ -91,10 +110,16 @@ def export_model(
     folder.mkdir(parents=True, exist_ok=True)
     end_of_text = model.vocab_size - 1 if end_of_text is None else end_of_text
     form = FORMATS[model_type(model.options)]
-    weights = {name: p.detach().cpu() for name, p in model.named_parameters()}  # a tied head stands once
+    weights = {
+        name: p.detach().cpu() for name, p in model.named_parameters()
+    }  # a tied head stands once
     weights = form.to_file(weights, model.options)
     with replacing(folder / WEIGHTS) as temporary:
-        save_file({name: p.contiguous() for name, p in weights.items()}, temporary, metadata={"format": "pt"})
+        save_file(
+            {name: p.contiguous() for name, p in weights.items()},
+            temporary,
+            metadata={"format": "pt"},
+        )
     dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
     config = form.config(model.options, model.vocab_size) | {
         "bos_token_id": end_of_text,
@@ -116,7 +141,9 @@ def import_model(folder: str | Path) -> GPT:
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
-        raise FedGPTError(f"{folder}: no config.json; expected a Hugging Face folder with config.json and {WEIGHTS}")
+        raise FedGPTError(
+            f"{folder}: no config.json; expected a Hugging Face folder with config.json and {WEIGHTS}"
+        )
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as damage:  # no JSON, or no text
@@ -125,7 +152,9 @@ def import_model(folder: str | Path) -> GPT:
     if kind not in FORMATS:
         *others, last = FORMATS
         allowed = f"{', '.join(others)} and {last}"
-        raise FedGPTError(f"{folder}/config.json: model_type={kind!r} is not supported; allowed are {allowed}")
+        raise FedGPTError(
+            f"{folder}/config.json: model_type={kind!r} is not supported; allowed are {allowed}"
+        )
     try:
         options = FORMATS[kind].options(config)
         model = GPT(options, int(config["vocab_size"]))
@@ -191,7 +220,9 @@ def neox_config(options: ModelOptions, vocab_size: int) -> dict[str, Any]:
 
 def fedgpt_config(options: ModelOptions, vocab_size: int) -> dict[str, Any]:
     """config.json for what the others cannot express: every model option by its own name."""
-    return {"model_type": "fedgpt", "architectures": ["GPT"], "vocab_size": vocab_size} | asdict(options)
+    return {"model_type": "fedgpt", "architectures": ["GPT"], "vocab_size": vocab_size} | asdict(
+        options
+    )
 
 
 def _fedgpt_options(config: dict[str, Any]) -> ModelOptions:
@@ -217,7 +248,9 @@ def _gpt2_options(config: dict[str, Any]) -> ModelOptions:
 
 def _neox_options(config: dict[str, Any]) -> ModelOptions:
     config = NEOX_DEFAULTS | config
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}  # the former since transformers 5
+    rope = (
+        config.get("rope_parameters") or config.get("rope_scaling") or {}
+    )  # the former since transformers 5
     renamed = {"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"}
     config |= {old: rope[new] for old, new in renamed.items() if new in rope}
     config["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
@@ -245,7 +278,9 @@ def _check_fixed(config: dict[str, Any], fixed: dict[str, Any]) -> None:
 def _one_rate(rates: dict[str, float]) -> float:
     if len(set(rates.values())) > 1:
         *others, last = rates
-        raise ValueError(f"{', '.join(others)} and {last} are {sorted(set(rates.values()))}: must be one rate")
+        raise ValueError(
+            f"{', '.join(others)} and {last} are {sorted(set(rates.values()))}: must be one rate"
+        )
     return next(iter(rates.values()))
 
 
@@ -257,14 +292,18 @@ def _gelu(name: str, activation: str) -> str:
 
 def _read_weights(folder: Path) -> Weights:
     if (folder / INDEX).is_file():
-        shards = sorted(set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = sorted(
+            set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        )
     else:
         shards = [WEIGHTS]
     weights: Weights = {}
     for shard in shards:
         path = folder / Path(shard).name  # a name with folders in it must not lead elsewhere
         if not path.is_file():
-            raise FedGPTError(f"{path} is missing; only safetensors is read, save with save_pretrained(...) anew")
+            raise FedGPTError(
+                f"{path} is missing; only safetensors is read, save with save_pretrained(...) anew"
+            )
         weights |= load_file(path)
     return weights
 
@@ -294,7 +333,9 @@ def _to_neox(weights: Weights, options: ModelOptions) -> Weights:
     """GPT-NeoX's names and order; its MLP has biases always, so a model without gets zeros."""
     if not options.bias:
         mlp = {name: p for name, p in weights.items() if ".mlp." in name}
-        weights = weights | {name.replace(".weight", ".bias"): p.new_zeros(len(p)) for name, p in mlp.items()}
+        weights = weights | {
+            name.replace(".weight", ".bias"): p.new_zeros(len(p)) for name, p in mlp.items()
+        }
     theirs = {}
     for name, p in weights.items():
         full = name
@@ -335,7 +376,9 @@ def _fill(model: GPT, weights: Weights, folder: Path) -> None:
     params = dict(model.named_parameters())
     missing, extra = sorted(params.keys() - weights.keys()), sorted(weights.keys() - params.keys())
     if missing or extra:
-        raise FedGPTError(f"{folder}/{WEIGHTS} does not fit config.json: missing {missing[:5]}, unexpected {extra[:5]}")
+        raise FedGPTError(
+            f"{folder}/{WEIGHTS} does not fit config.json: missing {missing[:5]}, unexpected {extra[:5]}"
+        )
     model.to(next(iter(weights.values())).dtype)
     for name, p in params.items():
         if p.shape != weights[name].shape:
@@ -349,13 +392,17 @@ def _copy_tokenizer(source: Path, folder: Path, block_size: int, end_of_text: in
     """Copy what transformers needs; write a tokenizer_config.json where the tokenizer has none."""
     found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
     if not (source / "tokenizer.json").is_file() and not found:
-        raise FedGPTError(f"{source}: no tokenizer found; expected one of {', '.join(TOKENIZER_FILES)}")
+        raise FedGPTError(
+            f"{source}: no tokenizer found; expected one of {', '.join(TOKENIZER_FILES)}"
+        )
     for path in found:
         if path.resolve() != (folder / path.name).resolve():
             with replacing(folder / path.name) as temporary:
                 shutil.copyfile(path, temporary)
     if (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
-        added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get("added_tokens", [])
+        added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get(
+            "added_tokens", []
+        )
         text = next((token["content"] for token in added if token["id"] == end_of_text), None)
         config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size}
         if text is not None:

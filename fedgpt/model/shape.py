@@ -22,7 +22,9 @@ def check_model(options: ModelOptions) -> list[str]:
     for name, allowed in CHOICES.items():
         value = getattr(options, name)
         if value not in allowed:
-            problems.append(f"model.{name}={value}: must be {' or '.join(allowed)}{nearest(str(value), allowed)}")
+            problems.append(
+                f"model.{name}={value}: must be {' or '.join(allowed)}{nearest(str(value), allowed)}"
+            )
     if not 0 <= options.dropout < 1:
         problems.append(f"model.dropout={options.dropout}: must be at least 0 and below 1")
     if options.n_head >= 1 and options.n_embd >= 1:

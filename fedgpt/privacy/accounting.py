@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-INTERVAL = 1e-4  # of the privacy losses; halving it changed no epsilon of the tests by more than 1e-4
+INTERVAL = (
+    1e-4  # of the privacy losses; halving it changed no epsilon of the tests by more than 1e-4
+)
 COARSE = 1e-3  # while noise is searched for: ten times as fast
 PRECISE = 1e-3  # relative, of a calibrated noise multiplier
 MOST_NOISE = 1e6
@@ -35,7 +37,9 @@ def epsilon_of(events: Iterable[Event], delta: float) -> float:
     if any(event.noise_multiplier <= 0 for event in events):
         return math.inf
     if all(event.sampling_probability == 1 for event in events):
-        return gaussian_epsilon(math.sqrt(sum(e.count / e.noise_multiplier**2 for e in events)), delta)
+        return gaussian_epsilon(
+            math.sqrt(sum(e.count / e.noise_multiplier**2 for e in events)), delta
+        )
     if any(event.noise_multiplier < LEAST_NOISE for event in events):
         return renyi_epsilon(events, delta)
     return _composed(tuple(events), delta)
@@ -79,7 +83,9 @@ def calibrate(target: float, sampling_probability: float, count: int, delta: flo
     def cost(z: float, interval: float = INTERVAL) -> float:
         return _composed((Event(z, sampling_probability, count),), delta, interval)
 
-    high = _bracket(lambda z: renyi_epsilon((Event(z, sampling_probability, count),), delta), target)
+    high = _bracket(
+        lambda z: renyi_epsilon((Event(z, sampling_probability, count),), delta), target
+    )
     low = high / 2
     while cost(low, COARSE) <= target:
         low /= 2
@@ -96,11 +102,15 @@ def renyi_epsilon(events: Iterable[Event], delta: float) -> float:
     import dp_accounting
     from dp_accounting.rdp import RdpAccountant
 
-    absl.logging.set_verbosity(absl.logging.ERROR)  # it reports orders that it leaves out, which is harmless
+    absl.logging.set_verbosity(
+        absl.logging.ERROR
+    )  # it reports orders that it leaves out, which is harmless
     accountant: Any = RdpAccountant()
     for event in events:
         gaussian = dp_accounting.GaussianDpEvent(event.noise_multiplier)
-        accountant.compose(dp_accounting.PoissonSampledDpEvent(event.sampling_probability, gaussian), event.count)
+        accountant.compose(
+            dp_accounting.PoissonSampledDpEvent(event.sampling_probability, gaussian), event.count
+        )
     return float(accountant.get_epsilon(delta))
 
 
@@ -109,7 +119,9 @@ def _composed(events: tuple[Event, ...], delta: float, interval: float = INTERVA
     """By privacy loss distributions, each distinct kind of release composed with itself first."""
     total: Any = None
     for event in events:
-        loss = _single(event.noise_multiplier, event.sampling_probability, interval).self_compose(event.count)
+        loss = _single(event.noise_multiplier, event.sampling_probability, interval).self_compose(
+            event.count
+        )
         total = loss if total is None else total.compose(loss)
     return float(total.get_epsilon_for_delta(delta))
 
@@ -143,4 +155,6 @@ def _gaussian_delta(mu: float, epsilon: float) -> float:
     """Phi(mu/2 - eps/mu) - e^eps Phi(-mu/2 - eps/mu); the second term by logarithms, as e^eps overflows."""
     from scipy.special import log_ndtr, ndtr
 
-    return float(ndtr(mu / 2 - epsilon / mu) - math.exp(min(0.0, epsilon + log_ndtr(-mu / 2 - epsilon / mu))))
+    return float(
+        ndtr(mu / 2 - epsilon / mu) - math.exp(min(0.0, epsilon + log_ndtr(-mu / 2 - epsilon / mu)))
+    )

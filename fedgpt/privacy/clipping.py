@@ -38,7 +38,9 @@ class AdaptiveClip:
 
     quantile: float = 0.5
     rate: float = 0.2
-    share: float = 0.05  # noise on the count of bits, as a share of the cohort: its sigma is K * share
+    share: float = (
+        0.05  # noise on the count of bits, as a share of the cohort: its sigma is K * share
+    )
 
     def sigma(self, cohort: float) -> float:
         """Standard deviation of the noise on the sum of bits."""

@@ -32,7 +32,9 @@ class Release:
 
     number: int  # of the version or the task
     tag: str
-    shares: dict[str, float] = field(default_factory=dict)  # client -> its part of one full charge, where clients pay
+    shares: dict[str, float] = field(
+        default_factory=dict
+    )  # client -> its part of one full charge, where clients pay
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,9 @@ class Account:
     delta: float
     events: tuple[Event, ...] = ()  # that everybody pays for
     releases: tuple[Release, ...] = ()
-    spent: dict[str, float] = field(default_factory=dict)  # client -> full charges, where clients pay each for itself
+    spent: dict[str, float] = field(
+        default_factory=dict
+    )  # client -> full charges, where clients pay each for itself
     noise_multiplier: float = 0.0  # of one full charge of a client
 
     @property
@@ -78,16 +82,22 @@ class Ledger:
             expected = {"unit": unit, "data": data, "delta": delta}
             for name, value in expected.items():
                 if (found := getattr(self.account, name)) != value:
-                    raise FedGPTError(f"{path} is the ledger of {name} {found}, not of {value}; start again elsewhere")
+                    raise FedGPTError(
+                        f"{path} is the ledger of {name} {found}, not of {value}; start again elsewhere"
+                    )
         elif fresh:
             self.account = Account(unit, data, delta)
             self._write(self.account)
         else:
-            raise FedGPTError(f"{path} is missing: what has been spent is unknown, so nothing more may be released")
+            raise FedGPTError(
+                f"{path} is missing: what has been spent is unknown, so nothing more may be released"
+            )
 
     def known(self, number: int, tag: str) -> bool:
         """Whether this very release has been paid for."""
-        return any((release.number, release.tag) == (number, tag) for release in self.account.releases)
+        return any(
+            (release.number, release.tag) == (number, tag) for release in self.account.releases
+        )
 
     def made(self, number: int) -> bool:
         """Whether a release of this number has been paid for, of this or of another sum."""
@@ -135,7 +145,9 @@ class Ledger:
                     f"client {client} would pay for {spent[client]:.4g} releases, privacy.participations={most}"
                 )
         releases = self._noted(Release(number, tag, dict(shares)))
-        account = replace(self.account, spent=spent, releases=releases, noise_multiplier=noise_multiplier)
+        account = replace(
+            self.account, spent=spent, releases=releases, noise_multiplier=noise_multiplier
+        )
         self._check(account, budget)
         self._write(account)
 
@@ -143,7 +155,9 @@ class Ledger:
         """Remember a release that is paid for as part of a series; raises BudgetExhausted where it was another one."""
         if self.known(number, tag):
             return
-        if any(release.number >= number for release in self.account.releases):  # older tags may be forgotten
+        if any(
+            release.number >= number for release in self.account.releases
+        ):  # older tags may be forgotten
             raise BudgetExhausted(
                 f"release {number} of this series was made before, of another sum: correlated noise cannot go back"
             )
@@ -161,7 +175,12 @@ class Ledger:
 
     def _write(self, account: Account) -> None:
         charged = {"charged": [asdict(event) for event in account.events]}
-        about = {"format": FORMAT, **asdict(account), **charged, "events": [asdict(e) for e in account.total]}
+        about = {
+            "format": FORMAT,
+            **asdict(account),
+            **charged,
+            "events": [asdict(e) for e in account.total],
+        }
         write_text(self.path, json.dumps({**about, "sha256": _digest(about)}, indent=1) + "\n")
         self.account = account
 
@@ -192,7 +211,9 @@ def _digest(about: Mapping[str, Any]) -> str:
 def _added(events: tuple[Event, ...], more: Event) -> tuple[Event, ...]:
     """The events with one more; those of the same kind are one."""
     kind = (more.noise_multiplier, more.sampling_probability)
-    same = [event for event in events if (event.noise_multiplier, event.sampling_probability) == kind]
+    same = [
+        event for event in events if (event.noise_multiplier, event.sampling_probability) == kind
+    ]
     others = tuple(event for event in events if event not in same)
     return (*others, replace(more, count=more.count + sum(event.count for event in same)))
 

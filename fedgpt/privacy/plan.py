@@ -13,7 +13,9 @@ from fedgpt.privacy.accounting import Event, calibrate, epsilon_of
 from fedgpt.privacy.clipping import AdaptiveClip
 from fedgpt.privacy.toeplitz import sensitivity
 
-EXPONENT = 1.1  # delta = n^-1.1 by default: below 1/n, at which a mechanism may simply publish one of n
+EXPONENT = (
+    1.1  # delta = n^-1.1 by default: below 1/n, at which a mechanism may simply publish one of n
+)
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,9 @@ class PrivacyPlan:
     delta: float
     budget: float | None  # epsilon that is never exceeded; None: no limit
     protected: int  # clients, or blocks of the largest client
-    participations: int  # releases (client) or jobs (example, local) that one client takes part in at most
+    participations: (
+        int  # releases (client) or jobs (example, local) that one client takes part in at most
+    )
     cohort: float  # client: K, the constant that a sum is divided by
     scale: float = 1.0  # correlated: how far one client moves the whole series, in clips; a factor on the noise
 
@@ -59,10 +63,15 @@ def make_plan(o: RunOptions, shards: Sequence[int]) -> PrivacyPlan:
     elif sampling == "poisson":
         probability, count = float(o.pace.rate or 1.0), o.rounds
     elif sampling == "correlated":
-        scale, count = sensitivity(o.privacy.bands, o.rounds, o.privacy.separation, participations), 1
+        scale, count = (
+            sensitivity(o.privacy.bands, o.rounds, o.privacy.separation, participations),
+            1,
+        )
     noise = o.privacy.noise_multiplier
     if noise is None:
-        assert o.privacy.target_epsilon is not None, "one of the two is there: checked with the options"
+        assert o.privacy.target_epsilon is not None, (
+            "one of the two is there: checked with the options"
+        )
         noise = _calibrated(o.privacy.target_epsilon, probability, count, delta)
     if o.privacy.adaptive and not math.isfinite(AdaptiveClip().release_noise(noise, cohort)):
         raise ConfigError(
@@ -72,7 +81,9 @@ def make_plan(o: RunOptions, shards: Sequence[int]) -> PrivacyPlan:
         )
     planned = Event(noise, probability, count)
     budget = o.privacy.target_epsilon
-    plan = PrivacyPlan(unit, sampling, planned, delta, budget, protected, participations, cohort, scale)
+    plan = PrivacyPlan(
+        unit, sampling, planned, delta, budget, protected, participations, cohort, scale
+    )
     if unit != "client" and budget is not None and plan.epsilon > budget:
         raise ConfigError(
             f"privacy.noise_multiplier={noise:g}: {count} releases would cost epsilon {plan.epsilon:.3g}, and "
@@ -87,7 +98,11 @@ def sampling_of(o: RunOptions) -> str:
         return "poisson"
     if o.privacy.unit == "client" and o.privacy.bands > 1:
         return "correlated"
-    return "poisson" if o.privacy.unit == "client" and o.pace.name == "cohort" and o.pace.rate else "bounded"
+    return (
+        "poisson"
+        if o.privacy.unit == "client" and o.pace.name == "cohort" and o.pace.rate
+        else "bounded"
+    )
 
 
 def count_blocks(tokens: int, o: RunOptions) -> int:
@@ -130,10 +145,15 @@ def _participations(o: RunOptions, clients: int, cohort: float) -> int:
     share = o.rounds * cohort / clients
     if o.pace.name == "cohort" and cohort == clients and o.pace.rate is None:
         return o.rounds
-    return min(o.rounds * (1 if o.pace.name == "cohort" else 10**9), math.ceil(share + 3 * math.sqrt(share)))
+    return min(
+        o.rounds * (1 if o.pace.name == "cohort" else 10**9),
+        math.ceil(share + 3 * math.sqrt(share)),
+    )
 
 
-def _problems(o: RunOptions, delta: float, protected: int, clients: int, cohort: float, sampling: str) -> Iterator[str]:
+def _problems(
+    o: RunOptions, delta: float, protected: int, clients: int, cohort: float, sampling: str
+) -> Iterator[str]:
     noun = "blocks of the largest client" if o.privacy.unit == "example" else "clients"
     if protected < 1:
         yield f"model.block_size={o.model.block_size}: no client has a whole block; lower it"
@@ -143,7 +163,12 @@ def _problems(o: RunOptions, delta: float, protected: int, clients: int, cohort:
             f"publish one of them; leave it out for {default_delta(protected):.2g}"
         )
     apart = o.privacy.separation
-    if o.privacy.unit == "client" and sampling != "poisson" and apart > 1 and clients < cohort * apart:
+    if (
+        o.privacy.unit == "client"
+        and sampling != "poisson"
+        and apart > 1
+        and clients < cohort * apart
+    ):
         yield (
             f"privacy.separation={apart}: {clients} clients cannot fill {cohort:g} places in each of {apart} versions "
             f"without coming back; lower it to {max(1, int(clients // cohort))} at most, or lower pace.clients"

@@ -42,7 +42,12 @@ def privacy_problems(o: RunOptions, strategy: Any) -> Iterator[str]:
         yield f"tokens={o.tokens}: the number of releases must be known before a private run; set rounds instead"
     yield from {"example": _example, "client": _client, "local": _local}[p.unit](o, strategy)
     if p.unit != "client":
-        for option, default in (("adaptive", False), ("bands", 1), ("separation", 1), ("single", False)):
+        for option, default in (
+            ("adaptive", False),
+            ("bands", 1),
+            ("separation", 1),
+            ("single", False),
+        ):
             if getattr(p, option) != default:
                 yield f"privacy.{option}={getattr(p, option)}: an option of privacy=client; leave it out"
     if p.unit != "example" and p.engine != "bookkeeping":

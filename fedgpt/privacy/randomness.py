@@ -23,7 +23,9 @@ from fedgpt.core.errors import FedGPTError
 from fedgpt.core.files import sync
 
 KEY_BYTES = 32
-CHUNK = 1 << 20  # values made at a time: the steps between random bits and normal values stay in the cache
+CHUNK = (
+    1 << 20
+)  # values made at a time: the steps between random bits and normal values stay in the cache
 
 
 class SecureStream:
@@ -56,7 +58,9 @@ class SecureStream:
     def _normal(self, count: int) -> torch.Tensor:
         half = (count + 1) // 2
         # float32 holds the small ones, where the tail is, to 24 bits; those near 1 become 1, a radius of 0
-        uniforms = torch.from_numpy(self._words(2 * half).astype(np.float32)).add_(0.5).mul_(2.0**-32)
+        uniforms = (
+            torch.from_numpy(self._words(2 * half).astype(np.float32)).add_(0.5).mul_(2.0**-32)
+        )
         radius = uniforms[:half].log_().mul_(-2).sqrt_()
         angle = uniforms[half:].mul_(2 * math.pi)
         return torch.cat((radius * angle.cos(), radius * angle.sin()))[:count]
@@ -68,7 +72,9 @@ class SecureStream:
 
 def derive(key: bytes, *words: str | float) -> bytes:
     """A key for one use: HMAC-SHA256 of the words, each with its length, so that no two lists are one text."""
-    text = b"".join(len(part).to_bytes(4, "big") + part for part in (str(word).encode() for word in words))
+    text = b"".join(
+        len(part).to_bytes(4, "big") + part for part in (str(word).encode() for word in words)
+    )
     return hmac.new(key, text, hashlib.sha256).digest()
 
 
@@ -76,7 +82,9 @@ def secret_key(path: Path, fresh: bool) -> bytes:
     """The key in `path`; made, for its owner's eyes only, where `fresh`; raises FedGPTError where it is missing."""
     if not path.exists():
         if not fresh:
-            raise FedGPTError(f"{path} is missing: without its key a private run cannot go on; start again elsewhere")
+            raise FedGPTError(
+                f"{path} is missing: without its key a private run cannot go on; start again elsewhere"
+            )
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(handle, "wb") as stream:
@@ -85,5 +93,7 @@ def secret_key(path: Path, fresh: bool) -> bytes:
         sync(path.parent)
     key = path.read_bytes()
     if len(key) != KEY_BYTES:
-        raise FedGPTError(f"{path} has {len(key)} bytes, a key has {KEY_BYTES}: it is damaged; start again elsewhere")
+        raise FedGPTError(
+            f"{path} has {len(key)} bytes, a key has {KEY_BYTES}: it is damaged; start again elsewhere"
+        )
     return key

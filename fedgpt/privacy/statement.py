@@ -59,7 +59,9 @@ def statement(o: RunOptions, plan: PrivacyPlan, clients: int) -> dict[str, Any]:
         "noise_multiplier": plan.noise_multiplier,
         "clip": o.privacy.clip,
         "sampling": _sampling(o, plan, clients),
-        "accountant": "closed form of Gaussian mechanisms" if closed else "dp-accounting, privacy loss distributions",
+        "accountant": "closed form of Gaussian mechanisms"
+        if closed
+        else "dp-accounting, privacy loss distributions",
         "trust": TRUST[plan.unit],
         "not_covered": _open(o, plan),
     }
@@ -79,7 +81,10 @@ def rows(told: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         *mark,
         ("protects", f"{told['protects']} ({told['adjacency']})"),
-        ("epsilon", f"{told['planned_epsilon']:.3g} as planned{budget}, at delta {told['delta']:.2g}"),
+        (
+            "epsilon",
+            f"{told['planned_epsilon']:.3g} as planned{budget}, at delta {told['delta']:.2g}",
+        ),
         ("noise", f"{told['noise_multiplier']:.4g} x clip {told['clip']:g}, {told['sampling']}"),
         ("accountant", told["accountant"]),
         ("trusts", told["trust"]),
@@ -90,7 +95,9 @@ def rows(told: dict[str, Any]) -> list[tuple[str, str]]:
 def _open(o: RunOptions, plan: PrivacyPlan) -> list[str]:
     """What the promise does not speak of."""
     known = [BOUNDED] if plan.unit == "client" and plan.sampling != "poisson" else []
-    start = [] if o.init_from is None else [f"the weights that it starts from, init_from={o.init_from}"]
+    start = (
+        [] if o.init_from is None else [f"the weights that it starts from, init_from={o.init_from}"]
+    )
     return [*NOT_COVERED[plan.unit], *known, *ALWAYS_OPEN, *start]
 
 
@@ -104,7 +111,9 @@ def _sampling(o: RunOptions, plan: PrivacyPlan, clients: int) -> str:
     if plan.unit == "local":
         return f"twice, as an update may become any other; at most {count} updates of a client"
     if plan.sampling == "poisson":
-        few = f"; few clients ({clients}): privacy=example may serve better" if clients < FEW else ""
+        few = (
+            f"; few clients ({clients}): privacy=example may serve better" if clients < FEW else ""
+        )
         return f"{count} releases, each client in one with p = {q:.3g} by a secret coin{few}"
     what = f"no amplification by sampling; a client is in at most {plan.participations} releases"
     if plan.sampling == "correlated":

@@ -61,11 +61,13 @@ def activity(events: Sequence[dict[str, Any]]) -> dict[str, Activity]:
     training = [event for event in events if event["event"] in TRAINING and "seconds" in event]
     for event in training:
         kind, client = event["event"], event.get("client", "")
-        key = client, event.get("task")
+        key = client, event.get("number")
         if kind == "dispatch":
             began[key] = event["seconds"]  # a job sent again after a restart begins again
         elif kind in ("accept", "reject") and key in began:
-            spans[client] += _spans(began.pop(key), event["seconds"], f"{kind}ed", event.get("train_seconds"))
+            spans[client] += _spans(
+                began.pop(key), event["seconds"], f"{kind}ed", event.get("train_seconds")
+            )
             tokens[client] += event["tokens"] if kind == "accept" else 0
     end = max((event["seconds"] for event in training), default=0.0)
     for (client, _), start in began.items():
@@ -121,8 +123,17 @@ def timeline_figure(events: Sequence[dict[str, Any]], path: Path) -> None:
     _draw_bars(tokens, [did.tokens / 1e3 for did in shown.values()], "tokens (thousands)", BLUE)
     _draw_bars(idle, [100 * did.idle_share for did in shown.values()], "idle (% of run)", GREY, 100)
     jobs.set_title(_headline(len(shown), len(everyone), window, last), loc="left", fontsize=10)
-    legend = {label: handle for handle, label in zip(*jobs.get_legend_handles_labels(), strict=True)}
-    figure.legend(list(legend.values()), list(legend), loc="outside lower left", ncols=5, fontsize=8, frameon=False)
+    legend = {
+        label: handle for handle, label in zip(*jobs.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(
+        list(legend.values()),
+        list(legend),
+        loc="outside lower left",
+        ncols=5,
+        fontsize=8,
+        frameon=False,
+    )
     save(figure, path)
 
 
@@ -130,12 +141,18 @@ def _headline(shown: int, everyone: int, window: tuple[float, float], last: floa
     """Whose jobs these are, and which part of the run."""
     begin, end = window
     scale, unit = _unit(end - begin)
-    who = f"{shown} of {everyone} clients" if shown < everyone else f"{shown} client{'s' * (shown > 1)}"
+    who = (
+        f"{shown} of {everyone} clients"
+        if shown < everyone
+        else f"{shown} client{'s' * (shown > 1)}"
+    )
     part = f"the first {_short_number((end - begin) / scale)} of {_short_number((last - begin) / scale)} {unit}"
     return f"Jobs of {who}: {part} (bars on the right: all)" if end < last else f"Jobs of {who}"
 
 
-def _draw_jobs(axis: Axes, shown: dict[str, Activity], window: tuple[float, float], scale: float) -> None:
+def _draw_jobs(
+    axis: Axes, shown: dict[str, Activity], window: tuple[float, float], scale: float
+) -> None:
     """One row of bars for each client, in the colours of their outcomes."""
     begin, end = window
     for outcome, (color, label) in OUTCOMES.items():
@@ -158,10 +175,14 @@ def _draw_jobs(axis: Axes, shown: dict[str, Activity], window: tuple[float, floa
 
 def _draw_steps(axis: Axes, steps: list[float], rows: int) -> None:
     """Server steps as lines behind the bars, seen between them: in front they would hide where jobs end."""
-    axis.vlines(steps, -0.5, rows - 0.5, color="black", linewidth=0.8, label="server step", zorder=1.5)
+    axis.vlines(
+        steps, -0.5, rows - 0.5, color="black", linewidth=0.8, label="server step", zorder=1.5
+    )
 
 
-def _draw_switch(axis: Axes, switch: dict[str, Any], number: int, to_the_left: bool, scale: float) -> None:
+def _draw_switch(
+    axis: Axes, switch: dict[str, Any], number: int, to_the_left: bool, scale: float
+) -> None:
     """A dashed line with its words above the first row, on the side where there is room for them."""
     where = switch["seconds"] / scale
     axis.axvline(where, color=ORANGE, linestyle="--", linewidth=1.2, zorder=3)
@@ -173,7 +194,9 @@ def _draw_switch(axis: Axes, switch: dict[str, Any], number: int, to_the_left: b
     )  # fmt: skip
 
 
-def _draw_bars(axis: Axes, lengths: list[float], label: str, color: str, most: float | None = None) -> None:
+def _draw_bars(
+    axis: Axes, lengths: list[float], label: str, color: str, most: float | None = None
+) -> None:
     """A narrow panel of horizontal bars with their values."""
     bars = axis.barh(range(len(lengths)), lengths, height=0.72, color=color)
     digits = 0 if most or max(lengths) >= 10 else 1
@@ -197,7 +220,11 @@ def _window(spans: list[Span]) -> tuple[float, float]:
 def updates_figure(records: Sequence[dict[str, Any]], path: Path) -> None:
     """Norms, angles and staleness of the updates by version, as PNG; panels without data are left out."""
     versions = [record for record in records if record.get("version")]
-    panels = [panel for make in (_norms, _angles, _staleness, _bases) if (panel := make(versions)) is not None]
+    panels = [
+        panel
+        for make in (_norms, _angles, _staleness, _bases)
+        if (panel := make(versions)) is not None
+    ]
     if not panels:
         return
 
@@ -205,7 +232,9 @@ def updates_figure(records: Sequence[dict[str, Any]], path: Path) -> None:
 
     rows, columns = (2, 2) if len(panels) == 4 else (1, len(panels))
     figure = Figure(figsize=(min(12, 5.5 * columns), 3.2 * rows), layout="constrained")
-    for axis, (title, draw) in zip(figure.subplots(rows, columns, squeeze=False).flat, panels, strict=True):
+    for axis, (title, draw) in zip(
+        figure.subplots(rows, columns, squeeze=False).flat, panels, strict=True
+    ):
         draw(axis)
         axis.set_title(title, loc="left", fontsize=10)
         axis.grid(alpha=0.3)
@@ -222,7 +251,9 @@ def _norms(records: list[dict[str, Any]]) -> Panel | None:
         "mean of a version's updates": _series(records, "update_norm"),
         "server step": _series(records, "step_norm"),
     }
-    found = {label: {v: y for v, y in ys.items() if y > 0} for label, ys in found.items()}  # 0: a step without updates
+    found = {
+        label: {v: y for v, y in ys.items() if y > 0} for label, ys in found.items()
+    }  # 0: a step without updates
     values = [y for ys in found.values() for y in ys.values()]
     if not values:
         return None
@@ -280,13 +311,20 @@ def _staleness(records: list[dict[str, Any]]) -> Panel | None:
     mean = sum(tau * count for tau, count in counts.items()) / total
 
     def draw(axis: Axes) -> None:
-        axis.bar(list(counts), [100 * count / total for count in counts.values()], color=BLUE, width=0.8)
+        axis.bar(
+            list(counts), [100 * count / total for count in counts.values()], color=BLUE, width=0.8
+        )
         axis.set_xlim(-0.6, max(3, *counts) + 0.6)
         axis.xaxis.set_major_locator(_whole_numbers())
         axis.set_xlabel("server versions since download")
         axis.set_ylabel("% of accepted updates")
 
-    return f"Staleness: mean {mean:.2f}, largest {max(counts)}" if mean else "Staleness: every update was fresh", draw
+    return (
+        f"Staleness: mean {mean:.2f}, largest {max(counts)}"
+        if mean
+        else "Staleness: every update was fresh",
+        draw,
+    )
 
 
 def _bases(records: list[dict[str, Any]]) -> Panel | None:
@@ -312,7 +350,9 @@ def _bases(records: list[dict[str, Any]]) -> Panel | None:
 
 def _series(records: list[dict[str, Any]], name: str) -> dict[int, float]:
     """version -> value, where there is a finite one."""
-    found = {record["version"]: float(record[name]) for record in records if record.get(name) is not None}
+    found = {
+        record["version"]: float(record[name]) for record in records if record.get(name) is not None
+    }
     return {version: value for version, value in found.items() if math.isfinite(value)}
 
 
@@ -343,7 +383,9 @@ def _natural(client: str) -> tuple[Any, ...]:
     >>> sorted(["c10", "c9", "2", "b"], key=_natural)
     ['2', 'b', 'c9', 'c10']
     """
-    return tuple(int(part) if odd % 2 else part for odd, part in enumerate(re.split(r"(\d+)", client)))
+    return tuple(
+        int(part) if odd % 2 else part for odd, part in enumerate(re.split(r"(\d+)", client))
+    )
 
 
 def _short(text: str, most: int) -> str:

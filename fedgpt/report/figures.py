@@ -31,7 +31,11 @@ def loss_figure(records: list[dict[str, Any]], path: Path) -> None:
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("held-out bits per byte")
     axes[0].annotate(
-        f"{heights[-1]:.3f}", (axes_data[0][1][-1], heights[-1]), textcoords="offset points", xytext=(-4, 8), ha="right"
+        f"{heights[-1]:.3f}",
+        (axes_data[0][1][-1], heights[-1]),
+        textcoords="offset points",
+        xytext=(-4, 8),
+        ha="right",
     )
     save(figure, path)
 

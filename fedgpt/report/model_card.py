@@ -24,6 +24,12 @@ def model_card(o: RunOptions, summary: dict[str, Any], statement: dict[str, Any]
     ]  # fmt: skip
     if not statement:
         return "\n".join([*lines, "None: the model may repeat texts that it was trained on.", ""])
-    mark = "" if statement["private"] else "NOT PRIVATE, as its noise can be made again. With secret noise, "
+    mark = (
+        ""
+        if statement["private"]
+        else "NOT PRIVATE, as its noise can be made again. With secret noise, "
+    )
     spent = f"{mark}epsilon {summary['epsilon']:.4g} at delta {summary['delta']:.3g} was spent."
-    return "\n".join([*lines, spent, "", *(f"- {name}: {text}" for name, text in rows(statement)), ""])
+    return "\n".join(
+        [*lines, spent, "", *(f"- {name}: {text}" for name, text in rows(statement)), ""]
+    )

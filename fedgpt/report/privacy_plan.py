@@ -17,14 +17,18 @@ from fedgpt.privacy.statement import rows, statement
 def plan_text(o: RunOptions, shards: Sequence[int], vocab_size: int) -> str:
     """The statement, the noise beside the signal, and a table of what less or more of each would cost."""
     if o.privacy.unit == "none":
-        raise ConfigError("privacy=none: there is nothing to plan; choose privacy=example, client or local")
+        raise ConfigError(
+            "privacy=none: there is nothing to plan; choose privacy=example, client or local"
+        )
     plan = make_plan(o, shards)
     told = [*rows(statement(o, plan, len(shards))), *_noise_rows(o, plan, vocab_size)]
     lines = [f"{name:>12}  {text}" for name, text in told]
     lines += ["", f"{'noise':>12}  {'planned':>10}  {'half as long':>12}  {'twice as long':>13}"]
     for factor in (0.5, 1.0, 2.0):
         costs = [_cost(o, shards, plan, factor, times) for times in (1.0, 0.5, 2.0)]
-        lines.append(f"{plan.noise_multiplier * factor:12.4g}  {costs[0]:10.3g}  {costs[1]:12.3g}  {costs[2]:13.3g}")
+        lines.append(
+            f"{plan.noise_multiplier * factor:12.4g}  {costs[0]:10.3g}  {costs[1]:12.3g}  {costs[2]:13.3g}"
+        )
     return "\n".join(lines)
 
 
@@ -41,20 +45,34 @@ def _noise_rows(o: RunOptions, plan: PrivacyPlan, vocab_size: int) -> list[tuple
     }[plan.unit]
     times = f"{ratio:,.0f}" if ratio >= 100 else f"{ratio:.3g}"
     found = [
-        ("noise/clip", f"{times}: the noise of one {release} is so many times as long as the longest clipped {signal}"),
+        (
+            "noise/clip",
+            f"{times}: the noise of one {release} is so many times as long as the longest clipped {signal}",
+        ),
         ("lower with", f"{more}fewer parameters (now {parameters:,}), a larger epsilon"),
     ]
     if 0 < plan.planned.sampling_probability < 1:
         event = plan.planned
         without = epsilon_of((replace(event, sampling_probability=1.0),), plan.delta)
-        found.append(("cross-check", f"{renyi_epsilon((event,), plan.delta):.3g} by Renyi divergences, an upper bound"))
-        found.append(("unsampled", f"epsilon would be {without:.3g} if it were known who takes part"))
+        found.append(
+            (
+                "cross-check",
+                f"{renyi_epsilon((event,), plan.delta):.3g} by Renyi divergences, an upper bound",
+            )
+        )
+        found.append(
+            ("unsampled", f"epsilon would be {without:.3g} if it were known who takes part")
+        )
     return found
 
 
-def _cost(o: RunOptions, shards: Sequence[int], plan: PrivacyPlan, factor: float, times: float) -> float:
+def _cost(
+    o: RunOptions, shards: Sequence[int], plan: PrivacyPlan, factor: float, times: float
+) -> float:
     """Epsilon with so much more noise in a run that is so many times as long."""
-    noise = replace(o.privacy, noise_multiplier=plan.noise_multiplier, target_epsilon=None, adaptive=False)
+    noise = replace(
+        o.privacy, noise_multiplier=plan.noise_multiplier, target_epsilon=None, adaptive=False
+    )
     other = make_plan(replace(o, rounds=max(1, round(o.rounds * times)), privacy=noise), shards)
     z = plan.noise_multiplier * factor * plan.scale / other.scale  # the same noise in each release
     return epsilon_of((replace(other.planned, noise_multiplier=z),), plan.delta)

@@ -13,29 +13,42 @@ from rich.text import Text
 
 from fedgpt.core.options import RunOptions
 
-STRAY = ("late", "duplicate", "unknown_task")  # replies to what is not in flight
+STRAY = ("late", "duplicate", "unknown_job")  # replies to what is not in flight
 
 
 class ProgressDisplay:
     """Observer of the server loop: one line per finished version; on a terminal, a live bar below them."""
 
     def __init__(
-        self, options: RunOptions, console: Console | None = None, switches: bool = False, pacing: str | None = None
+        self,
+        options: RunOptions,
+        console: Console | None = None,
+        switches: bool = False,
+        pacing: str | None = None,
     ):
         """`switches`: the strategy may change the pacing; `pacing`: what it had come to in an earlier sitting."""
         self.options, self.console = options, console or Console(highlight=False)
         self._switches, self._pacing = switches, pacing or options.pace.name
-        self._end = options.tokens  # where the run ends; 0: after `rounds` versions, or not known before "open"
+        self._end = (
+            options.tokens
+        )  # where the run ends; 0: after `rounds` versions, or not known before "open"
         self._began = time.monotonic()
         self._first_version = 0
-        self._first: dict[str, Any] | None = None  # the first record: a resumed run has trained before
-        self._flying: set[tuple[str, int]] = set()  # (client, task) that were sent and have not come back
+        self._first: dict[str, Any] | None = (
+            None  # the first record: a resumed run has trained before
+        )
+        self._flying: set[tuple[str, int]] = (
+            set()
+        )  # (client, job number) that were sent and have not come back
         self._earlier = 0  # jobs in flight that an earlier sitting sent
         self._tokens = self._version = self._back = 0
         self._bytes = 0
         self._live: Live | None = None
         self._bar = Progress(
-            TextColumn("version"), MofNCompleteColumn(), BarColumn(bar_width=30), TextColumn("{task.fields[state]}")
+            TextColumn("version"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=30),
+            TextColumn("{task.fields[state]}"),
         )
         # a run that ends after so many tokens has no known number of versions
         total = None if self._by_tokens else options.rounds
@@ -51,12 +64,17 @@ class ProgressDisplay:
 
     def __enter__(self) -> ProgressDisplay:
         if self.console.is_terminal:
-            self._live = Live(Group(self._bar), console=self.console, refresh_per_second=4, transient=True)
+            self._live = Live(
+                Group(self._bar), console=self.console, refresh_per_second=4, transient=True
+            )
             self._live.start()
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if self._live is not None:
             self._live.stop()
@@ -69,18 +87,20 @@ class ProgressDisplay:
             self._began = time.monotonic()
             self._end = about["tokens_total"] if self._by_tokens else 0
         elif event == "dispatch":
-            self._flying.add((about["client"], about["task"]))
+            self._flying.add((about["client"], about["number"]))
         elif event == "accept":
             self._landed(about, back=True)
         elif event == "reject":
             if about["code"] not in STRAY:
                 self._landed(about, back=about["code"] != "no_reply")
-            who = f"client {about.get('client')} task {about.get('task')}"
+            who = f"client {about.get('client')} job {about.get('number')}"
             why = f" ({about['detail']})" if about.get("detail") else ""
             self.say("  ! " + one_line(f"{who} rejected: {about['code']}{why}"))
         elif event == "pacing":
             self._pacing = about["pacing"]
-            self.say(f"  pace={about['pacing']} from version {about['version']} on: {about['reason']}")
+            self.say(
+                f"  pace={about['pacing']} from version {about['version']} on: {about['reason']}"
+            )
         elif event == "version":
             self._version, self._tokens = about["version"], about["tokens"]
             self._bytes = about["bytes_up"] + about["bytes_down"]
@@ -89,14 +109,20 @@ class ProgressDisplay:
             if self._first is None:
                 self._first = about
                 self._earlier += about.get("in_flight", 0)
-            if "loss" in about or self._pacing == "cohort":  # asynchronous steps are too many for a line each
+            if (
+                "loss" in about or self._pacing == "cohort"
+            ):  # asynchronous steps are too many for a line each
                 self.say(self.line(about))
         self._bar.update(self._task, completed=self._version, state=self._state())
 
     def line(self, record: dict[str, Any]) -> str:
         """One finished version in words."""
         total, version = self.options.rounds, record["version"]
-        parts = [f"version {version}" if self._by_tokens else f"version {version:>{len(str(total))}}/{total}"]
+        parts = [
+            f"version {version}"
+            if self._by_tokens
+            else f"version {version:>{len(str(total))}}/{total}"
+        ]
         of = f"/{count(self._end)}" if self._end and record["tokens"] else ""
         parts.append(f"{count(record['tokens'])}{of} tokens")
         if record.get("train_loss") is not None:
@@ -112,13 +138,15 @@ class ProgressDisplay:
                 parts.append(f"{clock(record['virtual_seconds'])} virtual")
             parts.append(f"{count(record['tokens'] / seconds)} tok/s")
             here = seconds - (self._first["wall_seconds"] if self._first else 0.0)
-            if here > 0:  # the version that a resumed run began with says nothing of this sitting's speed
+            if (
+                here > 0
+            ):  # the version that a resumed run began with says nothing of this sitting's speed
                 parts.append(f"{clock(here * self._to_do(version, record['tokens']))} left")
         return " | ".join(parts)
 
     def _landed(self, about: dict[str, Any], back: bool) -> None:
         """A job is no longer in flight; `back`: its client has answered."""
-        key = about["client"], about["task"]
+        key = about["client"], about["number"]
         if key not in self._flying:
             self._earlier -= 1  # may come before the first record, which tells how many there were
         self._flying.discard(key)
@@ -127,7 +155,10 @@ class ProgressDisplay:
     def _state(self) -> str:
         seconds = time.monotonic() - self._began
         done = self._version - self._first_version
-        parts = [f"{max(0, len(self._flying) + self._earlier)} clients in flight", f"{self._back} back"]
+        parts = [
+            f"{max(0, len(self._flying) + self._earlier)} clients in flight",
+            f"{self._back} back",
+        ]
         if done and seconds:
             parts.append(f"{count((self._tokens - self._tokens_before) / seconds)} tok/s")
             parts.append(f"{size(self._bytes)} moved")

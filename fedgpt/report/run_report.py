@@ -31,7 +31,11 @@ def opening(
     parameters = snapshot.state.params.size
     asked = min(o.pace.clients or len(shards), len(shards))
     job = local.steps * local.accumulate * local.batch_size * model.block_size
-    who = f"{asked} of {len(shards)} clients" if o.pace.rate is None else f"each of {len(shards)} with p={o.pace.rate}"
+    who = (
+        f"{asked} of {len(shards)} clients"
+        if o.pace.rate is None
+        else f"each of {len(shards)} with p={o.pace.rate}"
+    )
     told = [
         ("run", o.run_dir),
         ("text", f"{o.corpus.name}: {count(sum(s.size for s in shards))} tokens at {len(shards)} clients, "
@@ -45,9 +49,19 @@ def opening(
     ]  # fmt: skip
     if o.attack.clients:
         liars = f"{o.attack.clients} of {len(shards)} clients"
-        told.append(("attack", f"{o.attack.name} of strength {o.attack.strength:g} by {liars}, for research only"))
+        told.append(
+            (
+                "attack",
+                f"{o.attack.name} of strength {o.attack.strength:g} by {liars}, for research only",
+            )
+        )
     if snapshot.state.version:
-        told.append(("resume", f"from version {snapshot.state.version}" + ("" if o.tokens else f" of {o.rounds}")))
+        told.append(
+            (
+                "resume",
+                f"from version {snapshot.state.version}" + ("" if o.tokens else f" of {o.rounds}"),
+            )
+        )
     return "\n".join(f"{name:>10}  {text}" for name, text in told)
 
 
@@ -64,7 +78,10 @@ def _pacing_row(o: RunOptions, who: str, asked: int, job: int, parameters: int) 
         every = "every arrival" if goal == 1 else f"every {goal} arrivals"
         return "async", f"{who} always in flight x {steps}, a server step at {every}{clock_text}"
     each_way = size(asked * parameters * 4)
-    return "round", f"{who} x {steps} = {count(asked * job)} tokens, {each_way} each way{clock_text}"
+    return (
+        "round",
+        f"{who} x {steps} = {count(asked * job)} tokens, {each_way} each way{clock_text}",
+    )
 
 
 def summary_text(summary: dict[str, Any], records: list[dict[str, Any]], folder: Path) -> str:
@@ -79,7 +96,11 @@ def summary_text(summary: dict[str, Any], records: list[dict[str, Any]], folder:
         f"best {best['bits_per_byte']:.3f} at version {best['version']})",
         f"trained                 {count(summary['tokens'])} tokens in {clock(summary['wall_seconds'])} "
         f"= {count(speed)} tok/s",
-        *([f"virtual time            {clock(summary['virtual_seconds'])}"] if summary["virtual_seconds"] else []),
+        *(
+            [f"virtual time            {clock(summary['virtual_seconds'])}"]
+            if summary["virtual_seconds"]
+            else []
+        ),
         f"traffic                 {size(summary['bytes_up'])} up, {size(summary['bytes_down'])} down, "
         f"{rejected} updates rejected",
         *([_spent(summary)] if summary.get("epsilon") is not None else []),
@@ -88,16 +109,16 @@ def summary_text(summary: dict[str, Any], records: list[dict[str, Any]], folder:
     sample = next((r for r in reversed(records) if "sample" in r), None)
     if sample:
         lines += ["", _text(sample).strip(), ""]
-    lines.append(f"everything is in {folder}: report.html, samples.md, figures/, metrics.jsonl, model/")
+    lines.append(
+        f"everything is in {folder}: report.html, samples.md, figures/, metrics.jsonl, model/"
+    )
     lines.append(f'more text: fedgpt generate {shlex.quote(str(folder))} --prompt "..."')
     return "\n".join(lines)
 
 
 def _spent(summary: dict[str, Any]) -> str:
     mark = "" if summary["private"] else "NOT PRIVATE (privacy.rng=seeded): with secret noise "
-    return (
-        f"privacy                 {mark}epsilon {summary['epsilon']:.4g} at delta {summary['delta']:.2g} (ledger.json)"
-    )
+    return f"privacy                 {mark}epsilon {summary['epsilon']:.4g} at delta {summary['delta']:.2g} (ledger.json)"
 
 
 def samples_page(records: list[dict[str, Any]]) -> str:
@@ -112,4 +133,6 @@ def samples_page(records: list[dict[str, Any]]) -> str:
 
 def _text(record: dict[str, Any]) -> str:
     """Prompt and sample; a young byte model writes control codes, which no terminal shall follow."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", f"{record['prompt']}{record['sample']}")
+    return re.sub(
+        r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", f"{record['prompt']}{record['sample']}"
+    )

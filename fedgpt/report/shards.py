@@ -16,7 +16,11 @@ if TYPE_CHECKING:
 
 BAR = 40  # characters of the longest bar
 NAMED = 5  # largest and smallest clients listed by name
-PART_NAMES = {"public": "public (trains the tokenizer)", "held_out": "held-out (evaluation)", "clients": "clients"}
+PART_NAMES = {
+    "public": "public (trains the tokenizer)",
+    "held_out": "held-out (evaluation)",
+    "clients": "clients",
+}
 
 
 def data_report(prepared: Prepared, shards: Sequence[Shard], console: Console) -> None:
@@ -36,7 +40,12 @@ def data_report(prepared: Prepared, shards: Sequence[Shard], console: Console) -
     for name, fact in facts.items():
         _say(console, f"{name:<11}{fact}")
     _say(console)
-    split = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold" if console.is_terminal else "")
+    split = Table(
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+        header_style="bold" if console.is_terminal else "",
+    )
     split.add_column("part")
     for name in ("documents", "tokens", "bytes", "share"):
         split.add_column(name, justify="right")
@@ -56,7 +65,10 @@ def _print_clients(prepared: Prepared, shards: Sequence[Shard], console: Console
     if left:
         owners = natural_owners(prepared) - len(shards)
         _say(console, f"left out: {_count(owners, 'client')} with {left:,} tokens in all,")
-        _say(console, "below one training window or partition.min_tokens, or not among the largest partition.clients")
+        _say(
+            console,
+            "below one training window or partition.min_tokens, or not among the largest partition.clients",
+        )
     _say(console)
     full = "█" if console.is_terminal and console.encoding.startswith("utf") else "#"
     for line in histogram(sizes, full):

@@ -22,17 +22,19 @@ class Diagnostics:
         self._recent = list(extra["sketch/updates"]) if "sketch/updates" in extra else []
         self._last_step = extra.get("sketch/step")
 
-    def update(self, update: Update, carries: bool) -> None:
+    def update(self, update: Update, keeps_jobs: bool) -> None:
         """Note an accepted update; with `carries` it is compared with those of earlier versions, too."""
         sketch = self._sketch.of(update.delta)
-        if carries:
+        if keeps_jobs:
             self._recent = [*self._recent, sketch][-WINDOW:]
         else:
-            self._updates.append(((update.client, update.task), sketch))
+            self._updates.append(((update.client, update.number), sketch))
 
     def step(self, step: np.ndarray) -> dict[str, float | None]:
         """Its norm; `cosine`: mean over pairs of updates; `step_correlation`: of this server step with the last one."""
-        by_client = sorted(self._updates, key=lambda pair: pair[0])  # the same bits, whatever arrives first
+        by_client = sorted(
+            self._updates, key=lambda pair: pair[0]
+        )  # the same bits, whatever arrives first
         in_order = [sketch for _, sketch in by_client]
         mean = mean_pairwise_cosine(in_order or self._recent)
         sketch = self._sketch.of(step)

@@ -14,7 +14,9 @@ from fedgpt.core.messages import ServerState
 from fedgpt.core.options import EvaluateOptions
 
 Record = dict[str, Any]
-Done = Callable[[Record, np.ndarray | None], None]  # of a finished record, and of the weights where it has scores
+Done = Callable[
+    [Record, np.ndarray | None], None
+]  # of a finished record, and of the weights where it has scores
 
 
 class Evaluator(Protocol):
@@ -25,7 +27,7 @@ class Evaluator(Protocol):
         ...
 
 
-class Stage:
+class BackgroundEvaluation:
     """At most one evaluation at a time; records are finished strictly in the order of versions."""
 
     def __init__(self, options: EvaluateOptions, evaluator: Evaluator, done: Done):
@@ -39,10 +41,15 @@ class Stage:
         Samples come at equal distances of progress, the first and the last version included.
         """
         intervals = self.options.samples - 1
-        passed = intervals > 0 and (version == 0 or math.floor(after * intervals) > math.floor(before * intervals))
+        passed = intervals > 0 and (
+            version == 0 or math.floor(after * intervals) > math.floor(before * intervals)
+        )
         last = after >= 1
         sample = passed or (last and self.options.samples > 0)
-        return {"score": version == 0 or last or sample or bool(every and version % every == 0), "sample": sample}
+        return {
+            "score": version == 0 or last or sample or bool(every and version % every == 0),
+            "sample": sample,
+        }
 
     def finish(self, record: Record, params: np.ndarray, score: bool, sample: bool) -> None:
         """Complete a version's record, with its scores where it gets any, and hand it to `done` with what was scored.
@@ -52,7 +59,9 @@ class Stage:
         """
         if score:
             self.wait()
-        self._pending.append(self._thread.submit(self._finish, record, params if score else None, sample))
+        self._pending.append(
+            self._thread.submit(self._finish, record, params if score else None, sample)
+        )
 
     def scores(self, state: ServerState, score: bool, sample: bool) -> Record:
         """What a version scores, now: where the next step depends on it."""

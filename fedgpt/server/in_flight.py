@@ -29,12 +29,12 @@ class InFlight:
     def add(self, jobs: Iterable[Job]) -> None:
         """Note jobs as sent."""
         for job in jobs:
-            self._jobs[job.client, job.task] = job
+            self._jobs[job.client, job.number] = job
             self.busy.add(job.client)
 
-    def pop(self, client: str, task: int) -> Job | None:
+    def pop(self, client: str, number: int) -> Job | None:
         """Take a job out; None where it is not in flight."""
-        job = self._jobs.pop((client, task), None)
+        job = self._jobs.pop((client, number), None)
         if job is not None:
             self.busy.discard(client)
         return job
@@ -55,6 +55,12 @@ class InFlight:
     def as_json(self) -> tuple[dict[str, Any], ...]:
         """The jobs without their vectors, for a checkpoint."""
         return tuple(
-            {"client": j.client, "task": j.task, "version": j.version, "sent": j.sent, "plan": asdict(j.plan)}
+            {
+                "client": j.client,
+                "number": j.number,
+                "version": j.version,
+                "sent": j.sent,
+                "plan": asdict(j.plan),
+            }
             for j in self._jobs.values()
         )

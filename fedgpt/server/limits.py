@@ -16,7 +16,9 @@ from fedgpt.core.options import RunOptions, ValidateOptions
 
 REMEMBERED = 64  # norms of accepted updates: the running median is theirs
 ENOUGH = 8  # norms before the median limits anything
-ABSOLUTE = 10.0  # times the length of the global model, which no update exceeds whatever the median is
+ABSOLUTE = (
+    10.0  # times the length of the global model, which no update exceeds whatever the median is
+)
 
 
 def validate_problems(o: RunOptions) -> Iterator[str]:
@@ -40,12 +42,16 @@ def norm_limit(options: ValidateOptions, norms: tuple[float, ...], model: float)
 
 def clip_length(options: ValidateOptions, norms: tuple[float, ...]) -> float | None:
     """The length to which a version scales longer updates down; None: it leaves them as they are."""
-    return options.clip * statistics.median(norms) if options.clip and len(norms) >= ENOUGH else None
+    return (
+        options.clip * statistics.median(norms) if options.clip and len(norms) >= ENOUGH else None
+    )
 
 
 def remembered(norms: tuple[float, ...], accepted: Iterable[Update]) -> tuple[float, ...]:
     """The norms to measure the next version by; the order of arrival does not matter."""
-    new = sorted((update.client, update.task, update.metrics["update_norm"]) for update in accepted)
+    new = sorted(
+        (update.client, update.number, update.metrics["update_norm"]) for update in accepted
+    )
     return (*norms, *(norm for _, _, norm in new if norm > 0))[-REMEMBERED:]
 
 
@@ -75,7 +81,9 @@ class Quarantine:
         """The client has sent a good update."""
         self.strikes.pop(client, None)
 
-    def strike(self, client: str, version: int, a_round: int, clients: Mapping[str, object] | list[str]) -> int | None:
+    def strike(
+        self, client: str, version: int, a_round: int, clients: Mapping[str, object] | list[str]
+    ) -> int | None:
         """Count a failure; the version until which the client now rests, where that was one too many.
 
         `a_round`: versions that take as many updates as clients train at once.

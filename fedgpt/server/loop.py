@@ -17,20 +17,20 @@ from fedgpt.core.faults import reach
 from fedgpt.core.messages import Job, Reply, ServerState, Update
 from fedgpt.core.options import RunOptions
 from fedgpt.core.transport import Transport
-from fedgpt.server.collector import Intake, model_length
+from fedgpt.server.collector import UpdateCollector, model_length
 from fedgpt.server.diagnostics import Diagnostics
-from fedgpt.server.evaluation import Evaluator, Stage
+from fedgpt.server.evaluation import BackgroundEvaluation, Evaluator
 from fedgpt.server.in_flight import InFlight
-from fedgpt.server.jobs import Planner
+from fedgpt.server.jobs import JobPlanner
 from fedgpt.server.limits import Quarantine, remembered
 from fedgpt.server.metrics import counted, line_of_version, summary
 from fedgpt.server.pacing import Progress, Roster, make_pace, versions_per_round
-from fedgpt.server.pacing_advisor import Switch
+from fedgpt.server.pacing_advisor import PacingAdvisor
 from fedgpt.server.privacy import Privacy
 from fedgpt.simulate.fleet import Fleet
-from fedgpt.storage.best_weights import Best
+from fedgpt.storage.best_weights import BestWeights
 from fedgpt.storage.checkpoint import Checkpoints, Snapshot
-from fedgpt.storage.journal import Journaled
+from fedgpt.storage.journal import RecordedTransport
 from fedgpt.storage.run_folder import RunFolder
 from fedgpt.update.downlink import Published
 
@@ -45,29 +45,39 @@ class Server:
     def __init__(
         self, options: RunOptions, strategy: Strategy, transport: Transport, evaluator: Evaluator, folder: RunFolder,
         snapshot: Snapshot, observers: Sequence[Observer] = (), root: RootTrainer | None = None,
-        fleet: Fleet | None = None, journal: Journaled | None = None, privacy: Privacy | None = None,
+        fleet: Fleet | None = None, journal: RecordedTransport | None = None, privacy: Privacy | None = None,
     ):  # fmt: skip
         """`root` trains the server's own update; `fleet` slows clients down; `journal` is `transport`, if it is one."""
-        self.options, self.strategy, self.transport, self.root, self.fleet = options, strategy, transport, root, fleet
+        self.options, self.strategy, self.transport, self.root, self.fleet = (
+            options,
+            strategy,
+            transport,
+            root,
+            fleet,
+        )
         self.folder, self.observers, self.journal = folder, observers, journal
-        self.state, self.ledgers = snapshot.state, snapshot.ledgers
-        self.snapshot, self._saved = replace(snapshot, ledgers=snapshot.ledgers.frozen()), -1
+        self.state, self.tables = snapshot.state, snapshot.tables
+        self.snapshot, self._saved = replace(snapshot, tables=snapshot.tables.frozen()), -1
         # an interrupted server saved between its usual checkpoints: what that one needs is kept, too
-        self.ledgers = self.ledgers.remembering()
+        self.tables = self.tables.remembering()
         self.privacy = privacy or Privacy()
-        self.pace = make_pace(options.pace, options.seed, self.ledgers.pacing or None, self.privacy.coins)
-        self.checkpoints = Checkpoints(folder.checkpoints, options.checkpoint.keep, journal and journal.journal.drop)
-        self.stage = Stage(options.evaluate, evaluator, self._publish)
+        self.pace = make_pace(
+            options.pace, options.seed, self.tables.pacing or None, self.privacy.coins
+        )
+        self.checkpoints = Checkpoints(
+            folder.checkpoints, options.checkpoint.keep, journal and journal.journal.drop
+        )
+        self.stage = BackgroundEvaluation(options.evaluate, evaluator, self._publish)
         self.clients: list[str] = []
-        self._wall_began, self._earlier_wall = time.monotonic(), self.ledgers.wall_seconds
+        self._wall_began, self._earlier_wall = time.monotonic(), self.tables.wall_seconds
         self.published = Published(options.update.downlink, snapshot.extra)
-        self.planner = Planner(options, self.published, fleet, strategy.switches, self.privacy)
-        self.switch = Switch(strategy, self.planner, transport.at_once)
+        self.planner = JobPlanner(options, self.published, fleet, strategy.switches, self.privacy)
+        self.switch = PacingAdvisor(strategy, self.planner, transport.at_once)
         self.diagnostics = Diagnostics(self.state.params.size, snapshot.extra)
-        self.quarantine = Quarantine(options.validate, self.ledgers.strikes, self.ledgers.quarantine)
-        self.best = Best(options, self.checkpoints, snapshot)
+        self.quarantine = Quarantine(options.validate, self.tables.strikes, self.tables.quarantine)
+        self.best = BestWeights(options, self.checkpoints, snapshot)
         self.flight = InFlight()
-        self.intake = Intake(options, strategy, self.state.params.size, self.privacy)
+        self.collector = UpdateCollector(options, strategy, self.state.params.size, self.privacy)
         self._arrived, self._failures = deque[Reply](), 0  # failures in a row
 
     # ---- the loop
@@ -76,8 +86,11 @@ class Server:
         """Train to the last version; returns the summary that summary.json holds."""
         try:
             self._open()
-            while self._part(self.state.version, self.ledgers.tokens_done) < 1:
-                if self.pace.due(self._progress()) or len(self.intake) >= self.intake.most:
+            while self._part(self.state.version, self.tables.tokens_done) < 1:
+                if (
+                    self.pace.due(self._progress())
+                    or len(self.collector) >= self.collector.max_updates
+                ):
                     self._advance()
                     continue
                 self._start_jobs()  # after the step: who is done gets the newest model
@@ -86,10 +99,12 @@ class Server:
                     self._receive(reply)
             self._end(over=True)
             wall, records = self._wall_seconds(), self.folder.metrics.read()
-            return summary(records, self.state, self.ledgers, wall, self.transport.virtual)
+            return summary(records, self.state, self.tables, wall, self.transport.virtual)
         except (KeyboardInterrupt, StoppedEarly) as stop:
             self._end(over=isinstance(stop, StoppedEarly))
-            raise Interrupted(str(self.folder.path)) if isinstance(stop, KeyboardInterrupt) else stop from None
+            raise (
+                Interrupted(str(self.folder.path)) if isinstance(stop, KeyboardInterrupt) else stop
+            ) from None
         except (FedGPTError, OSError):  # a full disk, say
             self.checkpoints.ended()  # stopped with a message is not crashed
             raise
@@ -109,7 +124,7 @@ class Server:
         self.checkpoints.started(self.state.version)
         if self.options.checkpoint.every != 0:
             self._save()
-        self.stage.finish(dict(self.ledgers.record), self.state.params, **self.ledgers.evaluation)
+        self.stage.finish(dict(self.tables.record), self.state.params, **self.tables.evaluation)
         infos = self.transport.clients(timeout=300)
         self.clients = [info.id for info in infos]
         if not self.clients:
@@ -122,17 +137,24 @@ class Server:
         self._tell("open", clients=[asdict(info) for info in infos], **about)
         if self.fleet is not None:
             self.fleet.meet(self.clients)
-        restored = self.planner.restored(self.ledgers, self.snapshot.extra, self.state.params)
+        restored = self.planner.restored(self.tables, self.snapshot.extra, self.state.params)
         self.flight.add(restored)
         self.transport.send(restored)
         self._begin_version()
 
     def _begin_version(self) -> None:
         """Forget the last version's counts and freeze what its updates are measured against."""
-        self._asked, self._failed, self._at_goal, self._version_began = False, 0, None, self.transport.now()
-        self._start = replace(self.state, params=self.published.advance(self.state))  # as clients get it
-        most = self.pace.most(len(self.clients)) + len(self.flight)
-        self.intake.begin(self.state, self.ledgers.norms, most, self.planner.job_tokens)
+        self._asked, self._failed, self._at_goal, self._version_began = (
+            False,
+            0,
+            None,
+            self.transport.now(),
+        )
+        self._start = replace(
+            self.state, params=self.published.advance(self.state)
+        )  # as clients get it
+        max_updates = self.pace.max_updates(len(self.clients)) + len(self.flight)
+        self.collector.begin(self.state, self.tables.norms, max_updates, self.planner.job_tokens)
         for client in self.quarantine.release(self.state.version):
             self._tell("release", client=client, version=self.state.version)
 
@@ -140,10 +162,10 @@ class Server:
         now = self.transport.now()
         return Progress(
             self.state.version,
-            self.ledgers.dispatched,
+            self.tables.dispatched,
             self._asked,
             len(self.flight),
-            len(self.intake),
+            len(self.collector),
             now - self._version_began,
             None if self._at_goal is None else now - self._at_goal,
         )
@@ -151,21 +173,27 @@ class Server:
     # ---- out
 
     def _start_jobs(self) -> None:
-        roster = Roster(self.clients, self.flight.busy, lambda c: self._allowed(c) and self.transport.there(c))
+        roster = Roster(
+            self.clients, self.flight.busy, lambda c: self._allowed(c) and self.transport.there(c)
+        )
         chosen = self.pace.start(self._progress(), roster)
         if not chosen and not len(self.flight) and not any(map(self._allowed, self.clients)):
-            raise StoppedEarly(f"no client may be asked: {self.quarantine.told(self.clients)}{self.privacy.told}")
+            raise StoppedEarly(
+                f"no client may be asked: {self.quarantine.told(self.clients)}{self.privacy.told}"
+            )
         if chosen is None:
             return
         if not self._asked:
             self._asked, self._version_began = True, self.transport.now()
         self._count(dispatched=len(chosen))
-        about = (self.ledgers, self.pace.pacing(len(self.clients)), self.strategy.client_numbers())
-        known = (*about, self.transport.now(), self.snapshot.ledgers.accepted)
+        about = (self.tables, self.pace.pacing(len(self.clients)), self.strategy.client_numbers())
+        known = (*about, self.transport.now(), self.snapshot.tables.accepted)
         self._send([self.planner.job(client, self._start, *known) for client in chosen])
 
     def _allowed(self, client: str) -> bool:
-        return not self.quarantine.holds(client) and self.privacy.may_ask(client, self.state.version, self.ledgers)
+        return not self.quarantine.holds(client) and self.privacy.may_ask(
+            client, self.state.version, self.tables
+        )
 
     def _send(self, jobs: list[Job]) -> None:
         if not jobs:
@@ -173,7 +201,13 @@ class Server:
         self.flight.add(jobs)
         for job in jobs:
             self._count(bytes_down=self.transport.bytes_down(job))
-            self._tell("dispatch", client=job.client, task=job.task, version=job.version, steps=job.plan.steps)
+            self._tell(
+                "dispatch",
+                client=job.client,
+                number=job.number,
+                version=job.version,
+                steps=job.plan.local_steps,
+            )
         self.transport.send(jobs)
 
     # ---- in
@@ -181,14 +215,23 @@ class Server:
     def _next_reply(self, progress: Progress) -> Reply | None:
         """One reply; None where the pacing's patience, or that with a single job, is over."""
         if not self._arrived:
-            waits = [self.pace.patience(progress), None if self.pace.carries else self.switch.patience]
-            deadline = self.options.pace.deadline if self.pace.carries else None
+            waits = [
+                self.pace.patience(progress),
+                None if self.pace.keeps_jobs else self.switch.patience,
+            ]
+            deadline = self.options.pace.deadline if self.pace.keeps_jobs else None
             if deadline is not None and (oldest := self.flight.oldest()):
                 waits.append(left := oldest.sent + deadline - self.transport.now())
                 if left <= 0:
-                    self._give_up([(oldest.client, oldest.task)], f"no reply within pace.deadline={deadline:g} s", True)
+                    self._give_up(
+                        [(oldest.client, oldest.number)],
+                        f"no reply within pace.deadline={deadline:g} s",
+                        True,
+                    )
                     return None
-            self._arrived.extend(self.transport.receive(min((s for s in waits if s is not None), default=None)))
+            self._arrived.extend(
+                self.transport.receive(min((s for s in waits if s is not None), default=None))
+            )
             if not self._arrived:
                 self._choose_pacing({})
         return self._arrived.popleft() if self._arrived else None
@@ -198,49 +241,64 @@ class Server:
         for key in keys:
             job = self.flight.pop(*key)
             if missed and job is not None:  # at least as slow as this
-                self.planner.measure(job, self.transport.now(), self.ledgers.speeds)
-            self._reject("no_reply", client=key[0], task=key[1], detail=why)
+                self.planner.measure(job, self.transport.now(), self.tables.speeds)
+            self._reject("no_reply", client=key[0], number=key[1], detail=why)
             self._fail(key[0] if missed else None)
         self.transport.abandon(keys)
 
     def _receive(self, reply: Reply) -> None:
         """Validate one reply; a rejected one changes nothing but its counters."""
-        key = (reply.client, reply.task)
+        key = (reply.client, reply.number)
         self._count(bytes_up=reply.bytes)
         job = self.flight.pop(*key)
-        if job is not None and reply.error and job.plan.held >= 0:  # what it had may be gone: the whole model, then
-            self._send([replace(job, plan=replace(job.plan, held=-1), steps=(), sent=self.transport.now())])
+        if (
+            job is not None and reply.error and job.plan.cached_version >= 0
+        ):  # what it had may be gone: the whole model, then
+            self._send(
+                [
+                    replace(
+                        job,
+                        plan=replace(job.plan, cached_version=-1),
+                        model_deltas=(),
+                        sent=self.transport.now(),
+                    )
+                ]
+            )
             return
         try:
             if job is None:
-                raise UpdateRejected(self.ledgers.stray(*key), "not in flight")
-            update = self.intake.read(reply, job, self.ledgers.run, job.plan.steps * self.planner.step_tokens)
+                raise UpdateRejected(self.tables.stray(*key), "not in flight")
+            update = self.collector.read(
+                reply, job, self.tables.run, job.plan.local_steps * self.planner.step_tokens
+            )
             self._accept(update, job, reply.seconds)
             self._choose_pacing({})
         except UpdateRejected as rejection:
-            self._reject(rejection.code, client=reply.client, task=reply.task, detail=rejection.detail)
+            self._reject(
+                rejection.code, client=reply.client, number=reply.number, detail=rejection.detail
+            )
             if job is not None:
                 self._fail(None if rejection.code == "stale" else reply.client)
 
     def _accept(self, update: Update, job: Job, seconds: float | None) -> None:
         staleness = self.state.version - update.version
-        most = self.options.pace.max_staleness
-        if most is not None and staleness > most:
-            raise UpdateRejected("stale", f"{staleness} versions old, pace.max_staleness={most}")
-        update = self.intake.add(update, job, staleness)
-        took = self.planner.measure(job, self.transport.now(), self.ledgers.speeds, seconds)
+        limit = self.options.pace.max_staleness
+        if limit is not None and staleness > limit:
+            raise UpdateRejected("stale", f"{staleness} versions old, pace.max_staleness={limit}")
+        update = self.collector.add(update, job, staleness)
+        took = self.planner.measure(job, self.transport.now(), self.tables.speeds, seconds)
         if not self.privacy.sums:  # what is measured of single updates is not noised
-            self.diagnostics.update(update, self.pace.carries)
-        self.privacy.answered(update, self.ledgers)
+            self.diagnostics.update(update, self.pace.keeps_jobs)
+        self.privacy.answered(update, self.tables)
         self.quarantine.clear(update.client)
         self._failures = 0
-        self.ledgers.accepted[update.client] = update.task
-        self.ledgers.held[update.client] = update.version
-        self.ledgers.credit(update.client, update.tokens, took)
-        if len(self.intake) == (self.options.pace.goal or 1):
+        self.tables.accepted[update.client] = update.number
+        self.tables.held[update.client] = update.version
+        self.tables.credit(update.client, update.tokens, took)
+        if len(self.collector) == (self.options.pace.goal or 1):
             self._at_goal = self.transport.now()
         self._tell(
-            "accept", client=update.client, task=update.task, version=update.version, tokens=update.tokens,
+            "accept", client=update.client, number=update.number, version=update.version, tokens=update.tokens,
             staleness=staleness, train_seconds=took, measured=seconds in (None, took),
         )  # fmt: skip
         reach("accepted")
@@ -250,46 +308,54 @@ class Server:
         self._failed, self._failures = self._failed + 1, self._failures + 1
         pacing = self.pace.pacing(len(self.clients))
         if client is not None:
-            until = self.quarantine.strike(client, self.state.version, versions_per_round(pacing), self.clients)
+            until = self.quarantine.strike(
+                client, self.state.version, versions_per_round(pacing), self.clients
+            )
             if until is not None:
                 self._tell("quarantine", client=client, until=until, version=self.state.version)
         if self._failures >= FAILURES * max(pacing.clients, pacing.goal):
             raise StoppedEarly(f"{self._failures} jobs in a row failed: {self._reasons()}")
 
     def _reject(self, code: str, **about: Any) -> None:
-        self.intake.rejections[code] += 1
-        self.ledgers.rejected[code] = self.ledgers.rejected.get(code, 0) + 1
+        self.collector.rejections[code] += 1
+        self.tables.rejected[code] = self.tables.rejected.get(code, 0) + 1
         self._tell("reject", code=code, **about)
 
     # ---- the server step
 
     def _advance(self) -> None:
-        if not self.pace.carries:
+        if not self.pace.keeps_jobs:
             enough = self._at_goal is not None and self.options.pace.goal is not None
             self._give_up(self.flight.keys(), "the version closed first", missed=not enough)
-        accepted = len(self.intake)
-        minimum = 0 if self.privacy.sums else self.options.pace.minimum  # how many came must not show
-        if not self.pace.carries and self._failed and accepted < minimum:
+        accepted = len(self.collector)
+        minimum = (
+            0 if self.privacy.sums else self.options.pace.minimum
+        )  # how many came must not show
+        if not self.pace.keeps_jobs and self._failed and accepted < minimum:
             raise StoppedEarly(
                 f"version {self.state.version + 1} got {accepted} valid updates of {accepted + self._failed} jobs, "
                 f"pace.minimum={minimum}: {self._reasons()}"
             )
         reach("aggregate")
         before = self.state
-        self.state = self.intake.step(before, self.pace.pacing(len(self.clients)), self._root(), self.ledgers)
+        self.state = self.collector.step(
+            before, self.pace.pacing(len(self.clients)), self._root(), self.tables
+        )
         model_length(self.state)  # a run that has diverged ends here
         self._tally(before)
-        self._choose_pacing(self.ledgers.record)
+        self._choose_pacing(self.tables.record)
         if self.options.evaluate.rollback is not None:
             self._keep_or_restore()
-        self._tell("version", **self.ledgers.record)  # before the snapshot: a restart cuts the events after it
+        self._tell(
+            "version", **self.tables.record
+        )  # before the snapshot: a restart cuts the events after it
         every = self._cadence(self.options.checkpoint.every)
         keep = bool(every and self.state.version % every == 0)
         self._take_snapshot(keep)
         if keep:
             self.stage.wait()  # a checkpoint never runs ahead of metrics.jsonl
             self._save()
-        self.stage.finish(dict(self.ledgers.record), self.state.params, **self.ledgers.evaluation)
+        self.stage.finish(dict(self.tables.record), self.state.params, **self.tables.evaluation)
         self._begin_version()
 
     def _root(self) -> Callable[[], Update] | None:
@@ -298,59 +364,84 @@ class Server:
             return None
         assert self.root is not None, "a rule that needs a root update is given its trainer"
         self.stage.wait()  # both compute on the server's device: one at a time
-        pacing, every = self.pace.pacing(len(self.clients)), self._cadence(self.options.checkpoint.every)
-        return partial(self.root, self.planner.root_job(self.state, self.ledgers, pacing, every))
+        pacing, every = (
+            self.pace.pacing(len(self.clients)),
+            self._cadence(self.options.checkpoint.every),
+        )
+        return partial(self.root, self.planner.root_job(self.state, self.tables, pacing, every))
 
     def _keep_or_restore(self) -> None:
         """Score the new version now, as it decides; go back to the best weights where it is worse than allowed."""
-        if self.ledgers.evaluation["score"]:
-            record = {**self.ledgers.record, **self.stage.scores(self.state, **self.ledgers.evaluation)}
+        if self.tables.evaluation["score"]:
+            record = {
+                **self.tables.record,
+                **self.stage.scores(self.state, **self.tables.evaluation),
+            }
             self.state, told = self.best.decide(self.state, record["loss"])
             done = {"score": False, "sample": False}
-            self.ledgers = replace(self.ledgers, record={**record, **told}, evaluation=done)
+            self.tables = replace(self.tables, record={**record, **told}, evaluation=done)
 
     def _choose_pacing(self, record: dict[str, Any]) -> None:
         """Ask a strategy that may change the pacing; `record` is that of a new version, or empty within one."""
-        if not self.strategy.switches or (self.pace.carries and not record):
+        if not self.strategy.switches or (self.pace.keeps_jobs and not record):
             return
-        pacing, done = self.ledgers.pacing or self.options.pace.name, {u.client for u in self.intake.accepted}
-        choice = self.switch.ask(pacing, done, self.flight, self.ledgers, self.state, record, self.transport.now())
+        pacing, done = (
+            self.tables.pacing or self.options.pace.name,
+            {u.client for u in self.collector.accepted},
+        )
+        choice = self.switch.ask(
+            pacing, done, self.flight, self.tables, self.state, record, self.transport.now()
+        )
         if choice.memory:
             self.state = replace(self.state, memory={**self.state.memory, **choice.memory})
         if choice.pacing != pacing:
-            self.ledgers = replace(self.ledgers, pacing=choice.pacing)
-            self.pace = make_pace(self.options.pace, self.options.seed, choice.pacing, self.privacy.coins)
-            self._tell("pacing", pacing=choice.pacing, reason=choice.reason, version=self.state.version)
+            self.tables = replace(self.tables, pacing=choice.pacing)
+            self.pace = make_pace(
+                self.options.pace, self.options.seed, choice.pacing, self.privacy.coins
+            )
+            self._tell(
+                "pacing", pacing=choice.pacing, reason=choice.reason, version=self.state.version
+            )
 
     def _tally(self, before: ServerState) -> None:
         """Bring the ledgers to the new version and open its record."""
-        accepted = self.intake.accepted
-        trained = self.privacy.tokens(accepted, self.pace.pacing(len(self.clients)), self.planner.job_tokens)
-        part = self._part(before.version, self.ledgers.tokens_done)
+        accepted = self.collector.accepted
+        trained = self.privacy.tokens(
+            accepted, self.pace.pacing(len(self.clients)), self.planner.job_tokens
+        )
+        part = self._part(before.version, self.tables.tokens_done)
         self._count(tokens_done=trained)
-        now = self._part(self.state.version, self.ledgers.tokens_done)
+        now = self._part(self.state.version, self.tables.tokens_done)
         seconds, wall = self.transport.now(), self._wall_seconds()
-        evaluation = self.stage.plan(self.state.version, part, now, self._cadence(self.options.evaluate.every))
-        norms = () if self.privacy.sums else remembered(self.ledgers.norms, accepted)
-        self.ledgers = replace(self.ledgers, seconds=seconds, wall_seconds=wall, evaluation=evaluation, norms=norms)
+        evaluation = self.stage.plan(
+            self.state.version, part, now, self._cadence(self.options.evaluate.every)
+        )
+        norms = () if self.privacy.sums else remembered(self.tables.norms, accepted)
+        self.tables = replace(
+            self.tables, seconds=seconds, wall_seconds=wall, evaluation=evaluation, norms=norms
+        )
         record = {
-            **line_of_version(self.state.version, self.ledgers, self.intake, self.flight, self.transport.virtual),
-            **(self.privacy.record(self.ledgers) if evaluation["score"] else {}),
+            **line_of_version(
+                self.state.version, self.tables, self.collector, self.flight, self.transport.virtual
+            ),
+            **(self.privacy.record(self.tables) if evaluation["score"] else {}),
             **self.diagnostics.step(before.params - self.state.params),
-            "pacing": self.ledgers.pacing or self.options.pace.name,
+            "pacing": self.tables.pacing or self.options.pace.name,
         }
-        self.ledgers = replace(self.ledgers, record=record)
+        self.tables = replace(self.tables, record=record)
 
     # ---- what survives
 
     def _take_snapshot(self, keep: bool) -> None:
         """Freeze state and tables as they are between two versions; jobs sent later do not change it."""
         if keep:  # one table more than checkpoints: the newest may still be on its way to the disk
-            self.ledgers = self.ledgers.remembering(self.options.checkpoint.keep + 1)
-        frozen = self.ledgers.frozen(unsaved=self.strategy.unsaved, in_flight=self.flight.as_json())
+            self.tables = self.tables.remembering(self.options.checkpoint.keep + 1)
+        frozen = self.tables.frozen(unsaved=self.strategy.unsaved, in_flight=self.flight.as_json())
         bases = {f"base/{version}": base for version, base in self.flight.bases.items()}
         self.snapshot = Snapshot(
-            self.state, frozen, {**bases, **self.diagnostics.memory(), **self.best.memory(), **self.published.memory()}
+            self.state,
+            frozen,
+            {**bases, **self.diagnostics.memory(), **self.best.memory(), **self.published.memory()},
         )
         if self.journal is not None:
             self.journal.step(self.state.version)
@@ -383,14 +474,16 @@ class Server:
         return self._earlier_wall + time.monotonic() - self._wall_began
 
     def _reasons(self) -> str:
-        return f"{counted(self.intake.rejections)}; see events.jsonl in {self.folder.path}"
+        return f"{counted(self.collector.rejections)}; see events.jsonl in {self.folder.path}"
 
     def _cadence(self, every: int | None) -> int:
         """Versions between evaluations or checkpoints; by default those that take as many updates as a round."""
         return versions_per_round(self.pace.pacing(len(self.clients))) if every is None else every
 
     def _count(self, **more: int) -> None:
-        self.ledgers = replace(self.ledgers, **{name: getattr(self.ledgers, name) + n for name, n in more.items()})
+        self.tables = replace(
+            self.tables, **{name: getattr(self.tables, name) + n for name, n in more.items()}
+        )
 
     def _tell(self, event: str, **about: Any) -> None:
         about["seconds"] = self.transport.now()

@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 
 from fedgpt.core.messages import Job, ServerState, Update
-from fedgpt.server.collector import Intake
-from fedgpt.storage.checkpoint import Ledgers
+from fedgpt.server.collector import UpdateCollector
+from fedgpt.storage.checkpoint import RunTables
 
-STAGES = ("compress_error", "residual_norm")  # what the stages of an update's way tell; see update/feedback.py
+STAGES = (
+    "compress_error",
+    "residual_norm",
+)  # what the stages of an update's way tell; see update/feedback.py
 
 
 def first_record() -> dict[str, Any]:
@@ -29,43 +32,45 @@ def first_record() -> dict[str, Any]:
 
 
 def line_of_version(
-    version: int, ledgers: Ledgers, intake: Intake, in_flight: Iterable[Job], virtual: bool
+    version: int, tables: RunTables, collector: UpdateCollector, in_flight: Iterable[Job], virtual: bool
 ) -> dict[str, Any]:  # fmt: skip
     """Where the run stands at a version, what came in for it, and what its clients have done so far."""
     return {
-        **_version_record(version, ledgers, virtual),
-        **_updates_record(intake, in_flight),
+        **_version_record(version, tables, virtual),
+        **_updates_record(collector, in_flight),
         # who was in a sample, by which privacy is amplified, is not for everybody's eyes
-        **_clients_record([] if intake.private else intake.accepted, ledgers, ledgers.seconds),
+        **_clients_record([] if collector.private else collector.accepted, tables, tables.seconds),
     }
 
 
-def _version_record(version: int, ledgers: Ledgers, virtual: bool) -> dict[str, Any]:
+def _version_record(version: int, tables: RunTables, virtual: bool) -> dict[str, Any]:
     """Where the run stands."""
     return {
         "version": version,
-        "tokens": ledgers.tokens_done,
-        "wall_seconds": round(ledgers.wall_seconds, 3),
-        "virtual_seconds": round(ledgers.seconds, 6) if virtual else None,
-        "bytes_up": ledgers.bytes_up,
-        "bytes_down": ledgers.bytes_down,
-        "quarantined": len(ledgers.quarantine),
+        "tokens": tables.tokens_done,
+        "wall_seconds": round(tables.wall_seconds, 3),
+        "virtual_seconds": round(tables.seconds, 6) if virtual else None,
+        "bytes_up": tables.bytes_up,
+        "bytes_down": tables.bytes_down,
+        "quarantined": len(tables.quarantine),
         "restored": None,
     }
 
 
-def _updates_record(intake: Intake, in_flight: Iterable[Job]) -> dict[str, Any]:
+def _updates_record(collector: UpdateCollector, in_flight: Iterable[Job]) -> dict[str, Any]:
     """What came in for a version."""
-    accepted, jobs = intake.accepted, list(in_flight)
+    accepted, jobs = collector.accepted, list(in_flight)
     staleness = Counter(int(update.metrics["staleness"]) for update in accepted)
     return {
         "accepted": len(accepted),
-        "rejected": dict(intake.rejections),
-        "clipped": intake.clipped,
+        "rejected": dict(collector.rejections),
+        "clipped": collector.clipped,
         "staleness": {str(tau): count for tau, count in sorted(staleness.items())},
         **{name: _mean(accepted, name) for name in ("train_loss", "lr", "update_norm", *STAGES)},
-        "update_tokens": sum(update.tokens for update in accepted) / len(accepted) if accepted else None,
-        "mean_weight": math.fsum(intake.weights) / len(accepted) if accepted else None,
+        "update_tokens": sum(update.tokens for update in accepted) / len(accepted)
+        if accepted
+        else None,
+        "mean_weight": math.fsum(collector.weights) / len(accepted) if accepted else None,
         "in_flight": len(jobs),
         # versions that jobs in flight began from, before the newest is sent: a model is kept for each of them
         "bases": len({job.version for job in jobs}),
@@ -73,33 +78,47 @@ def _updates_record(intake: Intake, in_flight: Iterable[Job]) -> dict[str, Any]:
     }
 
 
-def _clients_record(accepted: Sequence[Update], ledgers: Ledgers, seconds: float) -> dict[str, Any]:
+def _clients_record(
+    accepted: Sequence[Update], tables: RunTables, seconds: float
+) -> dict[str, Any]:
     """Tokens trained and idle share so far, of the clients of this version."""
     clients = sorted({update.client for update in accepted})
-    idle = {c: round(max(0.0, 1 - ledgers.busy[c] / seconds), 4) for c in clients} if seconds > 0 else {}
-    return {"tokens_by_client": {c: ledgers.trained[c] for c in clients}, "idle_share": idle}
+    idle = (
+        {c: round(max(0.0, 1 - tables.busy[c] / seconds), 4) for c in clients}
+        if seconds > 0
+        else {}
+    )
+    return {"tokens_by_client": {c: tables.trained[c] for c in clients}, "idle_share": idle}
 
 
 def summary(
-    records: Sequence[Mapping[str, Any]], state: ServerState, ledgers: Ledgers, wall: float, virtual: bool
+    records: Sequence[Mapping[str, Any]],
+    state: ServerState,
+    tables: RunTables,
+    wall: float,
+    virtual: bool,
 ) -> dict[str, Any]:
     """The machine-readable end of a run."""
-    score = [{k: r[k] for k in ("version", "loss", "perplexity", "bits_per_byte")} for r in records if "loss" in r]
+    score = [
+        {k: r[k] for k in ("version", "loss", "perplexity", "bits_per_byte")}
+        for r in records
+        if "loss" in r
+    ]
     return {
         "versions": state.version,
-        "tokens": ledgers.tokens_done,
+        "tokens": tables.tokens_done,
         "wall_seconds": round(wall, 3),
-        "virtual_seconds": ledgers.seconds if virtual else None,
-        "bytes_up": ledgers.bytes_up,
-        "bytes_down": ledgers.bytes_down,
+        "virtual_seconds": tables.seconds if virtual else None,
+        "bytes_up": tables.bytes_up,
+        "bytes_down": tables.bytes_down,
         "initial": score[0],
         "final": score[-1],
         "best": min(score, key=lambda s: s["loss"]),
         "weights_sha256": weights_digest(state.params),
-        "rejected": ledgers.rejected,
+        "rejected": tables.rejected,
         "epsilon": records[-1].get("epsilon"),
-        "delta": ledgers.privacy.get("delta"),
-        "private": bool(ledgers.privacy.get("private")),
+        "delta": tables.privacy.get("delta"),
+        "private": bool(tables.privacy.get("private")),
     }
 
 

@@ -47,7 +47,7 @@ class Roster:
 class Pace(Protocol):
     """One loop asks these questions, whatever the pacing."""
 
-    carries: bool  # whether jobs go on when the server steps; otherwise they are given up
+    keeps_jobs: bool  # whether jobs go on when the server steps; otherwise they are given up
 
     def start(self, progress: Progress, roster: Roster) -> list[str] | None:
         """Clients that get a job now; None: nobody can be asked yet."""
@@ -61,7 +61,7 @@ class Pace(Protocol):
         """Seconds that the loop may wait for the next reply; None: until one comes."""
         ...
 
-    def most(self, clients: int) -> int:
+    def max_updates(self, clients: int) -> int:
         """The largest number of updates that one server step can have, of jobs that were sent for it."""
         ...
 
@@ -70,10 +70,14 @@ class Pace(Protocol):
         ...
 
 
-Coins = Callable[[int, int], np.ndarray | None]  # (version, clients) -> a uniform value for each client
+Coins = Callable[
+    [int, int], np.ndarray | None
+]  # (version, clients) -> a uniform value for each client
 
 
-def make_pace(options: PaceOptions, seed: int, name: str | None = None, coins: Coins | None = None) -> Pace:
+def make_pace(
+    options: PaceOptions, seed: int, name: str | None = None, coins: Coins | None = None
+) -> Pace:
     """The pacing that `options` name, or `name`; secret `coins` choose a cohort instead of the seed's, where given."""
     if (name or options.name) == "buffer":
         return Buffer(options, seed)
@@ -87,7 +91,7 @@ class Cohort:
     options: PaceOptions
     seed: int
     secret: Coins | None = None
-    carries = False
+    keeps_jobs = False
 
     def start(self, progress: Progress, roster: Roster) -> list[str] | None:
         """The whole cohort at once, at the start of a version; stateless in the version, so a resumed run agrees."""
@@ -99,12 +103,22 @@ class Cohort:
         draw = numpy_generator(self.seed, "cohort", progress.version)
         if self.options.rate is not None:
             # a coin for every client there is: who is away or resting must not change the others'
-            coins = None if self.secret is None else self.secret(progress.version, len(roster.clients))
+            coins = (
+                None if self.secret is None else self.secret(progress.version, len(roster.clients))
+            )
             if coins is not None:
                 tossed = zip(roster.clients, coins, strict=True)
-                return [client for client, coin in tossed if coin < self.options.rate and roster.free(client)]
+                return [
+                    client
+                    for client, coin in tossed
+                    if coin < self.options.rate and roster.free(client)
+                ]
             coins = draw.random(len(clients))
-            return [client for client, coin in zip(clients, coins, strict=True) if coin < self.options.rate]
+            return [
+                client
+                for client, coin in zip(clients, coins, strict=True)
+                if coin < self.options.rate
+            ]
         count = max(0, (self.options.clients or len(roster.clients)) - progress.in_flight)
         chosen = draw.choice(len(clients), size=min(count, len(clients)), replace=False)
         return [clients[int(i)] for i in sorted(chosen)]
@@ -126,16 +140,22 @@ class Cohort:
         left += _grace_left(progress, self.options)
         return max(0.0, min(left)) if left else None
 
-    def most(self, clients: int) -> int:
+    def max_updates(self, clients: int) -> int:
         """The sample, or everybody where coins decide."""
-        return clients if self.options.rate is not None else min(self.options.clients or clients, clients)
+        return (
+            clients
+            if self.options.rate is not None
+            else min(self.options.clients or clients, clients)
+        )
 
     def pacing(self, clients: int) -> Pacing:
         """The cohort's size is its expected one where coins decide."""
-        size = self.most(clients)
+        size = self.max_updates(clients)
         if self.options.rate is not None:
             size = max(1, round(self.options.rate * clients))
-        return Pacing("cohort", size, min(self.options.goal or size, size), self.options.grace is not None)
+        return Pacing(
+            "cohort", size, min(self.options.goal or size, size), self.options.grace is not None
+        )
 
 
 @dataclass(frozen=True)
@@ -144,12 +164,15 @@ class Buffer:
 
     options: PaceOptions
     seed: int
-    carries = True
+    keeps_jobs = True
 
     def start(self, progress: Progress, roster: Roster) -> list[str] | None:
         """Idle clients, drawn by the number of the job: whoever is free where all are in flight."""
         chosen: dict[str, None] = {}
-        wanted = min(self.options.clients or len(roster.clients), len(roster.clients)) - progress.in_flight
+        wanted = (
+            min(self.options.clients or len(roster.clients), len(roster.clients))
+            - progress.in_flight
+        )
         for number in range(wanted):
             client = self._draw(progress.dispatched + number, roster, chosen)
             if client is None:
@@ -166,10 +189,14 @@ class Buffer:
         left = _grace_left(progress, self.options)
         return max(0.0, left[0]) if left else None
 
-    def most(self, clients: int) -> int:
+    def max_updates(self, clients: int) -> int:
         """The goal, and what comes in while its grace runs."""
         goal = self.options.goal or 1
-        return goal if self.options.grace is None else goal + min(self.options.clients or clients, clients)
+        return (
+            goal
+            if self.options.grace is None
+            else goal + min(self.options.clients or clients, clients)
+        )
 
     def pacing(self, clients: int) -> Pacing:
         """Clients in flight and updates per step."""
@@ -196,7 +223,9 @@ def _goal_is_over(progress: Progress, options: PaceOptions, default: int | None 
     goal = options.goal or default
     if goal is None or progress.accepted < goal:
         return False
-    return options.grace is None or (progress.at_goal is not None and progress.at_goal >= options.grace)
+    return options.grace is None or (
+        progress.at_goal is not None and progress.at_goal >= options.grace
+    )
 
 
 def _grace_left(progress: Progress, options: PaceOptions) -> list[float]:

@@ -29,7 +29,7 @@ from fedgpt.privacy.ledger import BudgetExhausted, Ledger
 from fedgpt.privacy.plan import PrivacyPlan, count_blocks, sampling_probability
 from fedgpt.privacy.randomness import SecureStream, derive, secret_key
 from fedgpt.privacy.toeplitz import correlate
-from fedgpt.storage.checkpoint import Ledgers
+from fedgpt.storage.checkpoint import RunTables
 
 CLIP = "privacy/clip"  # names in the state's memory
 NOISE = "privacy/noise"
@@ -49,14 +49,14 @@ class Privacy:
     def meet(self, infos: Iterable[ClientInfo]) -> None:
         """Who takes part in this run."""
 
-    def may_ask(self, client: str, version: int, ledgers: Ledgers) -> bool:
+    def may_ask(self, client: str, version: int, tables: RunTables) -> bool:
         """Whether a client may take part in a version that is still to be made."""
         return True
 
-    def asked(self, client: str, steps: int, ledgers: Ledgers) -> None:
+    def asked(self, client: str, steps: int, tables: RunTables) -> None:
         """A job has been given."""
 
-    def answered(self, update: Update, ledgers: Ledgers) -> None:
+    def answered(self, update: Update, tables: RunTables) -> None:
         """A job's update has been accepted."""
 
     def longest(self, size: int) -> float:
@@ -71,7 +71,7 @@ class Privacy:
         """(count,) uniform values by which clients are chosen; None: those of the run's seed will do."""
         return None
 
-    def record(self, ledgers: Ledgers) -> dict[str, Any]:
+    def record(self, tables: RunTables) -> dict[str, Any]:
         """What the line of a version that is scored says of privacy: an epsilon takes half a second to compute."""
         return {"epsilon": None}
 
@@ -98,39 +98,59 @@ class PaidByClients(Privacy):
         example = self.plan.unit == "example"
         for info in infos:
             blocks = count_blocks(info.tokens, self.options)
-            self.probability[info.id] = sampling_probability(self.options, max(1, blocks)) if example else 1.0
+            self.probability[info.id] = (
+                sampling_probability(self.options, max(1, blocks)) if example else 1.0
+            )
 
-    def may_ask(self, client: str, version: int, ledgers: Ledgers) -> bool:
+    def may_ask(self, client: str, version: int, tables: RunTables) -> bool:
         """As long as a whole job is within the plan."""
-        return ledgers.charged.get(client, 0.0) + self.per_job <= self.plan.participations * self.per_job
+        return (
+            tables.charged.get(client, 0.0) + self.per_job
+            <= self.plan.participations * self.per_job
+        )
 
-    def asked(self, client: str, steps: int, ledgers: Ledgers) -> None:
+    def asked(self, client: str, steps: int, tables: RunTables) -> None:
         """The client pays when it begins; the server counts as if it always did."""
-        ledgers.charged[client] = ledgers.charged.get(client, 0.0) + (steps if self.plan.unit == "example" else 1)
+        tables.charged[client] = tables.charged.get(client, 0.0) + (
+            steps if self.plan.unit == "example" else 1
+        )
 
     def longest(self, size: int) -> float:
         """privacy=local: the noise of an update of length 2 C, twice, as some are longer than most."""
         local = self.plan.unit == "local"
-        return 2 * 2 * self.options.privacy.clip * self.plan.noise_multiplier * size**0.5 if local else 0.0
+        return (
+            2 * 2 * self.options.privacy.clip * self.plan.noise_multiplier * size**0.5
+            if local
+            else 0.0
+        )
 
-    def answered(self, update: Update, ledgers: Ledgers) -> None:
+    def answered(self, update: Update, tables: RunTables) -> None:
         """It says what it has paid in all: more than the server knows of, where a job was done again after a crash."""
         paid = float(update.metrics.get("charged", 0.0))
-        ledgers.charged[update.client] = max(paid, ledgers.charged.get(update.client, 0.0))
+        tables.charged[update.client] = max(paid, tables.charged.get(update.client, 0.0))
 
-    def record(self, ledgers: Ledgers) -> dict[str, Any]:
+    def record(self, tables: RunTables) -> dict[str, Any]:
         """Epsilon of the client that has paid most: shards share no block, so the largest holds for all."""
         z, worst, most = self.plan.noise_multiplier, None, 0.0
-        paid = {(self.probability[client], int(count)) for client, count in ledgers.charged.items()}
+        paid = {(self.probability[client], int(count)) for client, count in tables.charged.items()}
         for probability, count in paid:
-            if any(p >= probability and c >= count and (p, c) != (probability, count) for p, c in paid):
+            if any(
+                p >= probability and c >= count and (p, c) != (probability, count) for p, c in paid
+            ):
                 continue  # another one pays more in any case
             event = Event(z, probability, count)
             if (epsilon := epsilon_of((event,), self.plan.delta)) >= most:
                 worst, most = event, epsilon
-        about = {"unit": self.plan.unit, "delta": self.plan.delta, "epsilon": most, "clients": ledgers.charged}
+        about = {
+            "unit": self.plan.unit,
+            "delta": self.plan.delta,
+            "epsilon": most,
+            "clients": tables.charged,
+        }
         events = [] if worst is None else [asdict(worst)]
-        write_text(self.folder / "ledger.json", json.dumps({**about, "events": events}, indent=1) + "\n")
+        write_text(
+            self.folder / "ledger.json", json.dumps({**about, "events": events}, indent=1) + "\n"
+        )
         return {"epsilon": most}
 
 
@@ -140,10 +160,14 @@ class PaidByServer(Privacy):
     sums = True
     told = OFTEN
 
-    def __init__(self, options: RunOptions, plan: PrivacyPlan, folder: Path, data: str, fresh: bool):
+    def __init__(
+        self, options: RunOptions, plan: PrivacyPlan, folder: Path, data: str, fresh: bool
+    ):
         """`folder` holds ledger and key; `data` names what is protected; `fresh`: the run begins, so they may too."""
         self.options, self.plan = options, plan
-        fresh = fresh and not (folder / "privacy.key").exists()  # which is made last: with it, there was a ledger
+        fresh = (
+            fresh and not (folder / "privacy.key").exists()
+        )  # which is made last: with it, there was a ledger
         self.ledger = Ledger(folder / "ledger.json", "client", data, plan.delta, fresh)
         self.key = secret_key(folder / "privacy.key", fresh)
         if options.privacy.rng == "seeded":
@@ -151,11 +175,11 @@ class PaidByServer(Privacy):
         self.adaptive = AdaptiveClip() if options.privacy.adaptive else None
         self.clip, self.bits, self.shares = options.privacy.clip, 0.0, dict[str, float]()
 
-    def may_ask(self, client: str, version: int, ledgers: Ledgers) -> bool:
+    def may_ask(self, client: str, version: int, tables: RunTables) -> bool:
         """So often at most, and never twice for one sum; by coins anybody, as the accounting has them all."""
         if self.plan.sampling == "poisson":
             return True
-        apart = version - ledgers.last.get(client, -self.options.privacy.separation)
+        apart = version - tables.last.get(client, -self.options.privacy.separation)
         paid = self.ledger.spent_before(client, version)
         return client not in self.shares and apart >= self.options.privacy.separation and (
             paid + 1 <= self.plan.participations + 1e-9
@@ -189,15 +213,23 @@ class PaidByServer(Privacy):
         return self.plan.cohort
 
     def release(
-        self, mean: np.ndarray, divisor: float, state: ServerState, ledgers: Ledgers
+        self, mean: np.ndarray, divisor: float, state: ServerState, tables: RunTables
     ) -> tuple[np.ndarray, ServerState]:
         """Add the noise of one release, paid for before it is drawn, to the clipped sum over `divisor`; changes `mean`.
 
         Raises StoppedEarly where the budget does not allow the release.
         """
         version = state.version
-        words = ("release", version, hashlib.sha256(mean.data).hexdigest(), repr(self.bits), self.clip)
-        tag = derive(self.key, *words).hex()  # stands in the ledger: names the noise, and does not tell it
+        words = (
+            "release",
+            version,
+            hashlib.sha256(mean.data).hexdigest(),
+            repr(self.bits),
+            self.clip,
+        )
+        tag = derive(
+            self.key, *words
+        ).hex()  # stands in the ledger: names the noise, and does not tell it
         try:
             self._charge(version, tag)
         except BudgetExhausted as error:
@@ -205,7 +237,7 @@ class PaidByServer(Privacy):
                 f"privacy: {error}; the model of version {version} is the last that is paid for"
             ) from error
         for client in self.shares:
-            ledgers.last[client] = version
+            tables.last[client] = version
         return self._noised(mean, divisor, SecureStream(self.key, "noise", tag), state)
 
     def _charge(self, version: int, tag: str) -> None:
@@ -213,7 +245,9 @@ class PaidByServer(Privacy):
         if plan.sampling == "poisson":
             # of a version made again with another sum, the coins are those of before: that sample is no news
             again = ledger.made(version)
-            event = Event(plan.noise_multiplier, 1.0 if again else plan.planned.sampling_probability, 1)
+            event = Event(
+                plan.noise_multiplier, 1.0 if again else plan.planned.sampling_probability, 1
+            )
             ledger.charge(version, tag, event, None if self._covered(event) else plan.budget)
         elif plan.sampling == "bounded":
             ledger.charge_clients(
@@ -250,7 +284,7 @@ class PaidByServer(Privacy):
         mean += np.float32(std) * noise
         return mean, replace(state, memory=memory)
 
-    def record(self, ledgers: Ledgers) -> dict[str, Any]:
+    def record(self, tables: RunTables) -> dict[str, Any]:
         """Epsilon so far and the clip; nothing that was not released with noise."""
         return {"epsilon": self.ledger.account.epsilon, "privacy_clip": self.clip}
 

@@ -21,7 +21,12 @@ from fedgpt.core.options import FleetOptions, RunOptions
 from fedgpt.core.seeds import numpy_generator
 from fedgpt.storage.run_folder import read_lines
 
-PUBLISHED = (0.58, 0.75, 1.51, 3.33)  # seconds per step of DeepMind's asynchronous workers (arXiv 2401.09135)
+PUBLISHED = (
+    0.58,
+    0.75,
+    1.51,
+    3.33,
+)  # seconds per step of DeepMind's asynchronous workers (arXiv 2401.09135)
 NAMES = ("none", "constant", "published", "lognormal", "trace", "replay")
 MEGABYTE = 1e6
 
@@ -35,7 +40,9 @@ class Trip:
     per_byte: float = 0.0  # seconds per byte of the reply
     leaves: float = math.inf  # the client goes away then
     order: int = 0  # of arrivals at one time, before client and task
-    seconds: float | None = None  # how long the client was at it, where a record says so; as in Reply
+    seconds: float | None = (
+        None  # how long the client was at it, where a record says so; as in Reply
+    )
 
 
 class Timing(Protocol):
@@ -81,7 +88,9 @@ class Fleet:
         table = _trace(o) if o.name == "trace" else {}
         if missing := [client for client in clients if client not in table and o.name == "trace"]:
             some = ", ".join(map(repr, missing[:3])) + (", ..." if missing[3:] else "")
-            raise ConfigError(f"fleet.path={o.path}: has no line for {len(missing)} of {len(clients)} clients: {some}")
+            raise ConfigError(
+                f"fleet.path={o.path}: has no line for {len(missing)} of {len(clients)} clients: {some}"
+            )
         listed = PUBLISHED if o.name == "published" else tuple(o.step_seconds)
         for index, client in enumerate(clients):
             step = listed[index % len(listed)]
@@ -91,7 +100,9 @@ class Fleet:
             self._devices[client] = table.get(client, Device(step, o.down, o.up))
         if o.window:
             period = sum(o.window)
-            self._phases = {c: period * numpy_generator(self.seed, "window", c).random() for c in clients}
+            self._phases = {
+                c: period * numpy_generator(self.seed, "window", c).random() for c in clients
+            }
             self._openings = np.sort(-np.array(list(self._phases.values())) % period)
 
     def step_seconds(self, client: str) -> float:
@@ -101,11 +112,11 @@ class Fleet:
     def trip(self, job: Job, bytes_down: int) -> Trip:
         """Download, local steps, upload; a job is lost by chance, or when its client's window closes."""
         o, device = self.options, self._devices[job.client]
-        draw = numpy_generator(self.seed, "trip", job.client, job.task)
+        draw = numpy_generator(self.seed, "trip", job.client, job.number)
         factor = math.exp(o.jitter * draw.standard_normal())
         coin, part = draw.random(2)
         leaves = job.sent + self._left(job.client, job.sent)
-        work = bytes_down * device.down / MEGABYTE + job.plan.steps * device.step * factor
+        work = bytes_down * device.down / MEGABYTE + job.plan.local_steps * device.step * factor
         if coin < o.dropout:
             return Trip(min(job.sent + part * work, leaves), lost="dropped out")
         if job.sent + work > leaves:
@@ -123,7 +134,9 @@ class Fleet:
         period = sum(self.options.window)
         position = now % period
         index = int(np.searchsorted(self._openings, position, side="right"))
-        following = self._openings[index] if index < self._openings.size else self._openings[0] + period
+        following = (
+            self._openings[index] if index < self._openings.size else self._openings[0] + period
+        )
         return now + float(following - position) + 1e-6  # just past the edge
 
     def _left(self, client: str, now: float) -> float:
@@ -141,19 +154,27 @@ class Replay:
         self.path = path
         self._trips: dict[tuple[str, int], Trip] = {}
         for order, event in enumerate(read_lines(Path(path))):
-            if event["event"] not in ("accept", "reject") or event.get("code") in ("no_reply", "late", "duplicate"):
+            if event["event"] not in ("accept", "reject") or event.get("code") in (
+                "no_reply",
+                "late",
+                "duplicate",
+            ):
                 continue
-            key = event["client"], event["task"]
+            number = (
+                event["number"] if "number" in event else event["task"]
+            )  # its name in older records
             lost = event.get("detail", "") if event.get("code") == "client_error" else ""
             seconds = event.get("train_seconds") if event.get("measured", True) else math.nan
-            self._trips[key] = Trip(event["seconds"], lost, order=order, seconds=seconds)
+            self._trips[event["client"], number] = Trip(
+                event["seconds"], lost, order=order, seconds=seconds
+            )
 
     def meet(self, clients: Sequence[str]) -> None:
         """Nothing to learn: the record names them."""
 
     def trip(self, job: Job, bytes_down: int) -> Trip:
         """As recorded; a job that nobody saw arrive never does."""
-        return self._trips.get((job.client, job.task), Trip(math.inf, lost="not in the record"))
+        return self._trips.get((job.client, job.number), Trip(math.inf, lost="not in the record"))
 
     def there(self, client: str, now: float) -> bool:
         """Always: who was asked is in the record."""
@@ -174,19 +195,29 @@ def _trace(options: FleetOptions) -> dict[str, Device]:
     """client -> device of a CSV file; raises ConfigError with the line that is wrong."""
     named, devices = f"fleet.path={options.path}", {}
     try:
-        text = Path(str(options.path)).read_text(encoding="utf-8-sig")  # a spreadsheet begins it with a mark
+        text = Path(str(options.path)).read_text(
+            encoding="utf-8-sig"
+        )  # a spreadsheet begins it with a mark
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{named}: is no text in UTF-8 ({error.reason}); save it as CSV") from None
+        raise ConfigError(
+            f"{named}: is no text in UTF-8 ({error.reason}); save it as CSV"
+        ) from None
     rows = csv.DictReader(text.splitlines())
     found = rows.fieldnames or []
     if missing := [name for name in ("client", "step_seconds") if name not in found]:
-        raise ConfigError(f"{named}: its first line lacks {', '.join(missing)}; it has {', '.join(found) or 'nothing'}")
+        raise ConfigError(
+            f"{named}: its first line lacks {', '.join(missing)}; it has {', '.join(found) or 'nothing'}"
+        )
     for row in rows:
         step = _number(row["step_seconds"])
         down, up = (_number(row.get(name, getattr(options, name))) for name in ("down", "up"))
         if not (0 < step < math.inf and 0 <= down < math.inf and 0 <= up < math.inf):
-            told = ", ".join(f"{name}={row[name]}" for name in ("step_seconds", "down", "up") if name in row)
-            raise ConfigError(f"{named} line {rows.line_num}: {told}: must be above 0, down and up at least 0")
+            told = ", ".join(
+                f"{name}={row[name]}" for name in ("step_seconds", "down", "up") if name in row
+            )
+            raise ConfigError(
+                f"{named} line {rows.line_num}: {told}: must be above 0, down and up at least 0"
+            )
         devices[row["client"]] = Device(step, down, up)
     return devices
 
@@ -203,7 +234,13 @@ def fleet_problems(options: RunOptions) -> Iterator[str]:
     f = options.fleet
     if options.clock == "virtual" and f.name == "none":
         yield "clock=virtual: needs a fleet, which says how fast clients are; add fleet=published (or constant, ...)"
-    if options.clock == "real" and f.name not in ("none", "constant", "published", "lognormal", "trace"):
+    if options.clock == "real" and f.name not in (
+        "none",
+        "constant",
+        "published",
+        "lognormal",
+        "trace",
+    ):
         yield f"fleet={f.name}: a record is replayed on the virtual clock; add clock=virtual"
     if options.clock == "real" and (f.window or f.dropout or f.up or f.down or f.jitter):
         yield "fleet: window, dropout, up, down and jitter are modelled by clock=virtual only"
@@ -212,7 +249,9 @@ def fleet_problems(options: RunOptions) -> Iterator[str]:
     if f.window and not (len(f.window) == 2 and min(f.window) > 0):
         yield f"fleet.window={list(f.window)}: must be [seconds there, seconds away], both above 0"
     if f.name in ("trace", "replay"):
-        kind = "a CSV file with client,step_seconds" if f.name == "trace" else "a run's events.jsonl"
+        kind = (
+            "a CSV file with client,step_seconds" if f.name == "trace" else "a run's events.jsonl"
+        )
         if not f.path or not Path(f.path).is_file():
             yield f"fleet.path={f.path}: fleet={f.name} needs {kind}"
         elif f.name == "trace":
@@ -264,4 +303,6 @@ def replay_problems(options: RunOptions, switches: bool) -> Iterator[str]:
 
 def nothing_left(waiting: int) -> FedGPTError:
     """The virtual clock has no event any more."""
-    return FedGPTError(f"the virtual clock stands still: {waiting} jobs in flight and none of them ever arrives")
+    return FedGPTError(
+        f"the virtual clock stands still: {waiting} jobs in flight and none of them ever arrives"
+    )

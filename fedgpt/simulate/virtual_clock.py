@@ -26,7 +26,7 @@ class _Event:
     time: float
     order: int
     client: str
-    task: int
+    number: int
     settled: bool  # False: the upload is not in `time` yet, as its size is not known
 
 
@@ -60,9 +60,11 @@ class VirtualTransport:
         for job in jobs:
             trip = self.timing.trip(job, self.inner.bytes_down(job))
             settled = bool(trip.lost) or trip.per_byte == 0
-            heapq.heappush(self._events, _Event(trip.arrives, trip.order, job.client, job.task, settled))
-            self._trips[job.client, job.task] = trip, job.sent
-        trips = {id(job): self._trips[job.client, job.task][0] for job in jobs}
+            heapq.heappush(
+                self._events, _Event(trip.arrives, trip.order, job.client, job.number, settled)
+            )
+            self._trips[job.client, job.number] = trip, job.sent
+        trips = {id(job): self._trips[job.client, job.number][0] for job in jobs}
         real = [job for job in jobs if not trips[id(job)].lost]
         # in the order of arrival, so that few replies are computed long before their time
         self.inner.send(sorted(real, key=lambda job: trips[id(job)].arrives))
@@ -71,7 +73,9 @@ class VirtualTransport:
         """The next reply; [] where `timeout` seconds pass without one, or a client comes back that was missed."""
         until = math.inf if timeout is None else self._now + timeout
         if timeout and until == self._now:
-            until = math.nextafter(self._now, math.inf)  # a wait shorter than the clock's last digit must end, too
+            until = math.nextafter(
+                self._now, math.inf
+            )  # a wait shorter than the clock's last digit must end, too
         if self._someone_is_away:
             until = min(until, self.timing.opening(self._now))
         self._someone_is_away = False
@@ -108,13 +112,13 @@ class VirtualTransport:
 
     def _arrival(self, event: _Event) -> Reply | None:
         """The reply of an event; None where its job was abandoned or its time had to be put off."""
-        key = event.client, event.task
+        key = event.client, event.number
         if key not in self._trips:
             return None
         trip, sent = self._trips[key]
         if trip.lost:
             del self._trips[key]
-            return Reply(event.client, event.task, error=trip.lost)
+            return Reply(event.client, event.number, error=trip.lost)
         reply = self._wait_for(key)
         if not event.settled:
             arrives = event.time + trip.per_byte * reply.bytes
@@ -122,7 +126,9 @@ class VirtualTransport:
                 self._trips[key] = replace(trip, lost="went away"), sent
                 del self._computed[key]
                 arrives = trip.leaves
-            heapq.heappush(self._events, _Event(arrives, event.order, event.client, event.task, True))
+            heapq.heappush(
+                self._events, _Event(arrives, event.order, event.client, event.number, True)
+            )
             return None
         del self._trips[key], self._computed[key]
         return replace(reply, seconds=event.time - sent if trip.seconds is None else trip.seconds)
@@ -133,6 +139,8 @@ class VirtualTransport:
             replies = self.inner.receive(None)
             if not replies:
                 raise FedGPTError(f"the job {key} vanished: no reply and nothing under way")
-            arrived = {(reply.client, reply.task): reply for reply in replies}
-            self._computed.update({known: reply for known, reply in arrived.items() if known in self._trips})
+            arrived = {(reply.client, reply.number): reply for reply in replies}
+            self._computed.update(
+                {known: reply for known, reply in arrived.items() if known in self._trips}
+            )
         return self._computed[key]

@@ -16,7 +16,7 @@ from fedgpt.storage.checkpoint import Checkpoints, Snapshot
 PREFIX = "best/"
 
 
-class Best:
+class BestWeights:
     """Two things that a run may do with its best version; neither costs anything where it is not asked for."""
 
     def __init__(self, options: RunOptions, checkpoints: Checkpoints, snapshot: Snapshot):
@@ -39,7 +39,9 @@ class Best:
         if self._state is not None and not loss <= allowed:  # NaN is worse, too
             best = self._state
             # what has been released has been released: correlated noise goes on from there
-            private = {name: array for name, array in state.memory.items() if name.startswith("privacy/")}
+            private = {
+                name: array for name, array in state.memory.items() if name.startswith("privacy/")
+            }
             memory = {**best.memory, **private}
             return replace(state, params=best.params, memory=memory), {"restored": best.version}
         if self._state is None or loss < self._loss:
@@ -52,7 +54,10 @@ class Best:
             return {}
         best = self._state
         memory = {f"{PREFIX}memory/{name}": array for name, array in best.memory.items()}
-        numbers = {f"{PREFIX}loss": np.array(self._loss), f"{PREFIX}version": np.array(best.version)}
+        numbers = {
+            f"{PREFIX}loss": np.array(self._loss),
+            f"{PREFIX}version": np.array(best.version),
+        }
         return {f"{PREFIX}params": best.params, **numbers, **memory}
 
 
@@ -60,6 +65,8 @@ def _restored(extra: Mapping[str, np.ndarray]) -> tuple[ServerState | None, floa
     if f"{PREFIX}params" not in extra:
         return None, math.inf
     start = f"{PREFIX}memory/"
-    memory = {name.removeprefix(start): array for name, array in extra.items() if name.startswith(start)}
+    memory = {
+        name.removeprefix(start): array for name, array in extra.items() if name.startswith(start)
+    }
     version = int(extra[f"{PREFIX}version"])
     return ServerState(extra[f"{PREFIX}params"], version, memory), float(extra[f"{PREFIX}loss"])

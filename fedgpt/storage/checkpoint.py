@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Ledgers:
+class RunTables:
     """The server's counters and tables beside the model: plain JSON values only."""
 
     run: str
@@ -42,47 +42,67 @@ class Ledgers:
     wall_seconds: float = 0.0
     seconds: float = 0.0  # the run's clock, wall or virtual
     dispatched: int = 0  # jobs sent
-    next_task: dict[str, int] = field(default_factory=dict)  # client -> number of its next task
+    next_number: dict[str, int] = field(default_factory=dict)  # client -> number of its next task
     accepted: dict[str, int] = field(default_factory=dict)  # client -> its last accepted task
     held: dict[str, int] = field(default_factory=dict)  # client -> version of the model that it has
-    restorable: tuple[dict[str, int], ...] = ()  # `accepted` at the checkpoints a restart could load
+    restorable: tuple[
+        dict[str, int], ...
+    ] = ()  # `accepted` at the checkpoints a restart could load
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> count
     norms: tuple[float, ...] = ()  # of the latest accepted updates
-    strikes: dict[str, int] = field(default_factory=dict)  # client -> misses and rejections in a row
-    quarantine: dict[str, int] = field(default_factory=dict)  # client -> version at which it is asked again
-    speeds: dict[str, float] = field(default_factory=dict)  # client -> local steps a second, smoothed
+    strikes: dict[str, int] = field(
+        default_factory=dict
+    )  # client -> misses and rejections in a row
+    quarantine: dict[str, int] = field(
+        default_factory=dict
+    )  # client -> version at which it is asked again
+    speeds: dict[str, float] = field(
+        default_factory=dict
+    )  # client -> local steps a second, smoothed
     trained: dict[str, int] = field(default_factory=dict)  # client -> tokens
-    charged: dict[str, float] = field(default_factory=dict)  # client -> private steps or jobs asked for, or shares
-    last: dict[str, int] = field(default_factory=dict)  # privacy=client: client -> version that its last update is in
+    charged: dict[str, float] = field(
+        default_factory=dict
+    )  # client -> private steps or jobs asked for, or shares
+    last: dict[str, int] = field(
+        default_factory=dict
+    )  # privacy=client: client -> version that its last update is in
     busy: dict[str, float] = field(default_factory=dict)  # client -> seconds of its accepted jobs
     pacing: str = ""  # the present one, where the strategy may change it
     in_flight: tuple[dict[str, Any], ...] = ()  # jobs sent and not answered, without their vectors
-    record: dict[str, Any] = field(default_factory=dict)  # metrics of this version, its evaluation still open
-    evaluation: dict[str, bool] = field(default_factory=lambda: {"score": True, "sample": True})  # what it gets
-    unsaved: tuple[str, ...] = ()  # what the strategy remembers and no checkpoint holds: such a run cannot resume
+    record: dict[str, Any] = field(
+        default_factory=dict
+    )  # metrics of this version, its evaluation still open
+    evaluation: dict[str, bool] = field(
+        default_factory=lambda: {"score": True, "sample": True}
+    )  # what it gets
+    unsaved: tuple[
+        str, ...
+    ] = ()  # what the strategy remembers and no checkpoint holds: such a run cannot resume
     environment: dict[str, Any] = field(default_factory=dict)  # what bit-identity depends on
     options: dict[str, Any] = field(default_factory=dict)  # the run's, dotted
     privacy: dict[str, Any] = field(default_factory=dict)  # the statement of a private run
 
-    def stray(self, client: str, task: int) -> str:
+    def stray(self, client: str, number: int) -> str:
         """Why a reply that nobody waits for is refused."""
-        if task == self.accepted.get(client):
+        if number == self.accepted.get(client):
             return "duplicate"
-        return "late" if 0 <= task < self.next_task.get(client, 0) else "unknown_task"
+        return "late" if 0 <= number < self.next_number.get(client, 0) else "unknown_job"
 
     def credit(self, client: str, tokens: int, seconds: float) -> None:
         """Note what a client has done for an accepted update."""
         self.trained[client] = self.trained.get(client, 0) + tokens
         self.busy[client] = self.busy.get(client, 0.0) + seconds
 
-    def remembering(self, most: int | None = None) -> Ledgers:
+    def remembering(self, most: int | None = None) -> RunTables:
         """With the accepted tasks of now as one more table that a restart may ask for; the newest `most` of them."""
         tables = (*self.restorable, dict(self.accepted))
         return replace(self, restorable=tables if most is None else tables[-most:])
 
-    def frozen(self, **changes: Any) -> Ledgers:
+    def frozen(self, **changes: Any) -> RunTables:
         """A copy whose tables later entries do not reach."""
-        tables = {name: dict(value) for name, value in vars(self).items() if isinstance(value, dict)}
+        tables = {
+            name: dict(value) for name, value in vars(self).items() if isinstance(value, dict)
+        }
         return replace(self, **{**tables, **changes})
 
 
@@ -91,8 +111,10 @@ class Snapshot:
     """One consistent moment: right after a server step, before its version's first job."""
 
     state: ServerState
-    ledgers: Ledgers
-    extra: dict[str, np.ndarray] = field(default_factory=dict)  # base/<version>: vectors that jobs in flight began from
+    tables: RunTables
+    extra: dict[str, np.ndarray] = field(
+        default_factory=dict
+    )  # base/<version>: vectors that jobs in flight began from
 
 
 class Checkpoints:
@@ -101,7 +123,9 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int, committed: Callable[[int], None] | None = None):
         """`committed` is called, in the writing thread, with the oldest version kept, once a new one is on the disk."""
         self.folder, self.keep, self._committed = folder, keep, committed
-        self.given_up: int | None = None  # a version that `recover` has put aside, as starts from it came to nothing
+        self.given_up: int | None = (
+            None  # a version that `recover` has put aside, as starts from it came to nothing
+        )
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -157,12 +181,18 @@ class Checkpoints:
             try:
                 snapshot = self._read(path)
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-                log.warning("checkpoint %s is damaged (%s); trying the one before", path.name, error)
+                log.warning(
+                    "checkpoint %s is damaged (%s); trying the one before", path.name, error
+                )
                 aside.append(path)
                 damaged += [f"{path.name}: {error}"] if _mark(path).exists() else []
                 continue
             if self._starts(path) >= MOST_STARTS and path is not paths[-1]:
-                log.warning("%d starts from %s came to nothing; trying the one before", MOST_STARTS, path.name)
+                log.warning(
+                    "%d starts from %s came to nothing; trying the one before",
+                    MOST_STARTS,
+                    path.name,
+                )
                 aside.append(path)
                 tried = snapshot
                 continue
@@ -171,7 +201,9 @@ class Checkpoints:
             return tried, []
         if damaged:
             told = "; ".join(damaged)
-            raise FedGPTError(f"no checkpoint in {self.folder} can be used ({told}); start again with another run_dir")
+            raise FedGPTError(
+                f"no checkpoint in {self.folder} can be used ({told}); start again with another run_dir"
+            )
         return None, []
 
     def started(self, version: int) -> None:
@@ -220,8 +252,12 @@ class Checkpoints:
     def _write(self, snapshot: Snapshot) -> None:
         state = snapshot.state
         memory = {f"memory/{name}": array for name, array in state.memory.items()}
-        tensors = {"params": state.params, **memory, **{f"extra/{n}": a for n, a in snapshot.extra.items()}}
-        about = {"format": FORMAT, "version": state.version, **vars(snapshot.ledgers)}
+        tensors = {
+            "params": state.params,
+            **memory,
+            **{f"extra/{n}": a for n, a in snapshot.extra.items()},
+        }
+        about = {"format": FORMAT, "version": state.version, **vars(snapshot.tables)}
         path = self._path(state.version)
         reach("checkpoint.begin")
         with replacing(path) as temporary:
@@ -255,9 +291,11 @@ class Checkpoints:
             {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
             for prefix in ("memory/", "extra/")
         )
-        about |= {name: tuple(about[name]) for name in ("restorable", "unsaved", "in_flight", "norms")}
+        about |= {
+            name: tuple(about[name]) for name in ("restorable", "unsaved", "in_flight", "norms")
+        }
         state = ServerState(arrays["params"], about.pop("version"), memory)
-        return Snapshot(state, Ledgers(**about), extra)
+        return Snapshot(state, RunTables(**about), extra)
 
 
 def _digest(params: np.ndarray) -> str:

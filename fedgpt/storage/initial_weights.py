@@ -18,7 +18,7 @@ from fedgpt.model.hf import import_model
 FREE = {"dropout", "bias"}  # may differ, as long as the parameters are the same ones
 
 
-def start_params(o: RunOptions, tokenizer: Tokenizer) -> np.ndarray:
+def initial_weights(o: RunOptions, tokenizer: Tokenizer) -> np.ndarray:
     """(parameters,) float32: by the run's seed, or from `init_from`, a run's folder or a Hugging Face folder.
 
     Raises ConfigError where that model or its tokenizer is another one.
@@ -38,7 +38,9 @@ def start_params(o: RunOptions, tokenizer: Tokenizer) -> np.ndarray:
     return flatten(found.float())[1].numpy()
 
 
-def _differences(o: RunOptions, found: GPT, model: GPT, folder: Path, tokenizer: Tokenizer) -> list[str]:
+def _differences(
+    o: RunOptions, found: GPT, model: GPT, folder: Path, tokenizer: Tokenizer
+) -> list[str]:
     where = f"init_from={o.init_from}"
     theirs, ours = asdict(found.options), asdict(model.options)
     problems = [
@@ -48,9 +50,15 @@ def _differences(o: RunOptions, found: GPT, model: GPT, folder: Path, tokenizer:
     ]
     if (folder / "tokenizer.json").is_file():
         if load_tokenizer(folder).digest != tokenizer.digest:
-            problems.append(f"{where}: has another tokenizer; train both with tokenizer=bytes, which all runs share")
+            problems.append(
+                f"{where}: has another tokenizer; train both with tokenizer=bytes, which all runs share"
+            )
     elif found.vocab_size != model.vocab_size:
-        problems.append(f"{where}: has {found.vocab_size} tokens, this run's tokenizer has {model.vocab_size}")
+        problems.append(
+            f"{where}: has {found.vocab_size} tokens, this run's tokenizer has {model.vocab_size}"
+        )
     if not problems and flatten(found)[0] != flatten(model)[0]:
-        problems.append(f"{where}: has other parameters (model.bias, model.tie); set them as that model has them")
+        problems.append(
+            f"{where}: has other parameters (model.bias, model.tie); set them as that model has them"
+        )
     return problems

@@ -40,7 +40,7 @@ Key = tuple[str, int]  # (client, task)
 log = logging.getLogger(__name__)
 
 
-def wanted(options: RunOptions, switches: bool) -> bool:
+def needs_journal(options: RunOptions, switches: bool) -> bool:
     """Whether a run keeps a journal: as `checkpoint.journal` says, else where work done again is not the same work.
 
     A cohort of simulated clients repeats its jobs to the same bits, and the virtual clock repeats everything. A buffer
@@ -114,11 +114,19 @@ class Journal:
             stepped, whole = False, 0
             with self._path(version).open("rb") as stream:
                 while (entry := _read_entry(stream)) is not None:
-                    self._last, whole, stepped = (version, whole), stream.tell(), entry.call == "step"
+                    self._last, whole, stepped = (
+                        (version, whole),
+                        stream.tell(),
+                        entry.call == "step",
+                    )
                     yield entry
                 rest = os.fstat(stream.fileno()).st_size - whole
             if rest:
-                log.warning("%s: the last %d bytes are not whole; they are left out", self._path(version).name, rest)
+                log.warning(
+                    "%s: the last %d bytes are not whole; they are left out",
+                    self._path(version).name,
+                    rest,
+                )
                 os.truncate(self._path(version), whole)
                 stepped = False
             version += 1
@@ -161,7 +169,7 @@ class Journal:
         return sorted(self.folder.glob("version-*.log"))
 
 
-class Journaled:
+class RecordedTransport:
     """A Transport that writes down what the inner one says, or says again what was written down."""
 
     virtual = False
@@ -199,7 +207,7 @@ class Journaled:
 
         The first call is of what was in flight at the snapshot, none for a new run: there the log begins.
         """
-        keys = tuple((job.client, job.task) for job in jobs)
+        keys = tuple((job.client, job.number) for job in jobs)
         if not self._begun:
             self._begin(dict(zip(keys, jobs, strict=True)))
         elif self._replays("send", keys):
@@ -215,7 +223,7 @@ class Journaled:
         """The inner transport's replies, written down."""
         if (entry := self._next) and self._replays("receive"):
             for reply in entry.replies:
-                self._open.pop((reply.client, reply.task), None)
+                self._open.pop((reply.client, reply.number), None)
             self._advance()
             return list(entry.replies)
         replies = [_plain(reply) for reply in self.inner.receive(timeout)]
@@ -270,7 +278,11 @@ class Journaled:
         self._begun, self._times, self._there, self._open = True, [], {}, jobs
         first = next(self._entries, None)
         if first is not None and first.clients != self._clients:
-            log.warning("the log is of %d clients, %d are there: they are asked again", first.clients, self._clients)
+            log.warning(
+                "the log is of %d clients, %d are there: they are asked again",
+                first.clients,
+                self._clients,
+            )
             self.journal.clear()
             first = None
         self._next = first
@@ -289,7 +301,9 @@ class Journaled:
             return False
         if (self._next.call, self._next.jobs) == (call, jobs):
             return True
-        log.warning("the log does not fit the run from here on (was it made by another version?): going on without it")
+        log.warning(
+            "the log does not fit the run from here on (was it made by another version?): going on without it"
+        )
         self.journal.cut()
         self._go_live()
         return False
@@ -315,18 +329,27 @@ def _plain(reply: Reply) -> Reply:
     payload = reply.payload
     if payload is None or (isinstance(payload, np.ndarray) and payload.dtype.kind in "biufc"):
         return reply
-    return replace(reply, payload=None, error=f"unreadable payload ({type(payload).__name__})", code="bad_encoding")
+    return replace(
+        reply,
+        payload=None,
+        error=f"unreadable payload ({type(payload).__name__})",
+        code="bad_encoding",
+    )
 
 
 def _bytes_of(payload: np.ndarray | None) -> memoryview:
-    return memoryview(b"") if payload is None else np.ascontiguousarray(payload).reshape(-1).view(np.uint8).data
+    return (
+        memoryview(b"")
+        if payload is None
+        else np.ascontiguousarray(payload).reshape(-1).view(np.uint8).data
+    )
 
 
 def _as_json(entry: Entry) -> dict[str, Any]:
     replies = []
     for r in entry.replies:
         array = None if r.payload is None else [r.payload.dtype.str, list(r.payload.shape)]
-        replies.append([r.client, r.task, r.header, r.error, r.code, r.bytes, r.seconds, array])
+        replies.append([r.client, r.number, r.header, r.error, r.code, r.bytes, r.seconds, array])
     return {
         "call": entry.call, "jobs": entry.jobs, "replies": replies, "times": entry.times,
         "away": sorted(entry.away), "clients": entry.clients,
@@ -340,20 +363,22 @@ def _read_entry(stream: IO[bytes]) -> Entry | None:
         return None
     magic, about_size, payload_size, checksum = HEAD.unpack(head)
     left = os.fstat(stream.fileno()).st_size - stream.tell()
-    if magic != MAGIC or about_size + payload_size > left:  # a damaged length must not size a buffer
+    if (
+        magic != MAGIC or about_size + payload_size > left
+    ):  # a damaged length must not size a buffer
         return None
     about, payload = stream.read(about_size), stream.read(payload_size)
     if zlib.crc32(payload, zlib.crc32(about)) != checksum:
         return None
     told = json.loads(about)
     replies, start = [], 0
-    for client, task, header, error, code, size, seconds, array in told["replies"]:
+    for client, number, header, error, code, size, seconds, array in told["replies"]:
         values = None
         if array is not None:
             values = np.ndarray(array[1], array[0], payload, start)
             start += values.nbytes
-        replies.append(Reply(client, task, header, values, error, code, size, seconds))
-    jobs = tuple((client, task) for client, task in told["jobs"])
+        replies.append(Reply(client, number, header, values, error, code, size, seconds))
+    jobs = tuple((client, number) for client, number in told["jobs"])
     return Entry(
         told["call"], jobs, tuple(replies), tuple(told["times"]), frozenset(told["away"]), told["clients"]
     )  # fmt: skip

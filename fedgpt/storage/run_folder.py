@@ -78,7 +78,9 @@ class JsonLines:
         """Replace the file's content: a resumed run cuts what it will do again."""
         self.close()
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+        temporary.write_text(
+            "".join(json.dumps(record) + "\n" for record in records), encoding="utf-8"
+        )
         temporary.replace(self.path)
 
     def close(self) -> None:

@@ -22,7 +22,9 @@ import numpy as np
 
 from fedgpt.core.errors import ConfigError, UpdateRejected
 
-CHUNK = 1 << 17  # elements worked on at a time: with their scratch space they stay in one core's cache
+CHUNK = (
+    1 << 17
+)  # elements worked on at a time: with their scratch space they stay in one core's cache
 MAX = np.finfo(np.float32).max
 LARGEST = 0x7F7FFFFF  # its bits; magnitudes above are infinities and NaN
 FLOOR = 2.0**-126  # the smallest normal float32
@@ -74,7 +76,9 @@ def round_bf16(values: np.ndarray) -> np.ndarray:
     rounded >>= 16
     halves = rounded.astype(np.uint16)
     magnitude = bits & 0x7FFFFFFF
-    if magnitude.size and magnitude.max() >= 0x7F7F8000:  # rounding went up to infinity, or was never finite
+    if (
+        magnitude.size and magnitude.max() >= 0x7F7F8000
+    ):  # rounding went up to infinity, or was never finite
         beyond = magnitude >= 0x7F7F8000
         sign = (bits[beyond] >> 16) & 0x8000
         halves[beyond] = sign | np.where(magnitude[beyond] <= LARGEST, 0x7F7F, 0x7FC0)
@@ -102,7 +106,11 @@ class Blockwise:
         """The largest scale whose largest multiple is finite."""
         limit = MAX / np.float32(self.top)
         with np.errstate(over="ignore"):
-            return limit if np.isfinite(limit * np.float32(self.top)) else np.nextafter(limit, np.float32(0))
+            return (
+                limit
+                if np.isfinite(limit * np.float32(self.top))
+                else np.nextafter(limit, np.float32(0))
+            )
 
     def most_bytes(self, size: int) -> int:
         """Bytes of a payload of `size` elements, exactly: codes without gaps and 4 for each block."""
@@ -112,11 +120,15 @@ class Blockwise:
         """(n,) float32 -> (most_bytes(n),) uint8; the same bytes for the same delta."""
         payload = np.empty(self.most_bytes(delta.size), np.uint8)
         scales, codes = self._planes(payload, delta.size)
-        with np.errstate(invalid="ignore", over="ignore"):  # what is not finite makes its scale so: the server refuses
+        with np.errstate(
+            invalid="ignore", over="ignore"
+        ):  # what is not finite makes its scale so: the server refuses
             for start, stop, width in rows(delta.size, self.block):
                 part = np.ascontiguousarray(delta[start:stop], np.float32).reshape(-1, width)
                 scratch = np.abs(part)
-                scale = np.maximum(scratch.max(axis=1) / np.float32(self.top), np.float32(self.floor))
+                scale = np.maximum(
+                    scratch.max(axis=1) / np.float32(self.top), np.float32(self.floor)
+                )
                 np.minimum(scale, self.limit, out=scale, where=np.isfinite(scale))
                 first = start // self.block
                 scales[first : first + len(scale)] = scale
@@ -149,7 +161,9 @@ class Blockwise:
                 raise UpdateRejected("non_finite", "scale")
             raise UpdateRejected("bad_encoding", "scale below 0 or too large")
 
-    def _quantise(self, part: np.ndarray, scale: np.ndarray, scratch: np.ndarray, codes: np.ndarray) -> None:
+    def _quantise(
+        self, part: np.ndarray, scale: np.ndarray, scratch: np.ndarray, codes: np.ndarray
+    ) -> None:
         """Codes of part (rows, width) by scale (rows, 1); scratch (rows, width) holds |part| and may be overwritten."""
         raise NotImplementedError
 
@@ -168,7 +182,9 @@ class Int8(Blockwise):
 
     block: int = 1024  # elements
 
-    def _quantise(self, part: np.ndarray, scale: np.ndarray, scratch: np.ndarray, codes: np.ndarray) -> None:
+    def _quantise(
+        self, part: np.ndarray, scale: np.ndarray, scratch: np.ndarray, codes: np.ndarray
+    ) -> None:
         np.divide(part, scale, out=scratch)
         np.copyto(codes.view(np.int8), np.rint(scratch, out=scratch).ravel(), casting="unsafe")
 
@@ -188,7 +204,9 @@ class Int4(Blockwise):
 
     block: int = 256  # elements
 
-    def _quantise(self, part: np.ndarray, scale: np.ndarray, scratch: np.ndarray, codes: np.ndarray) -> None:
+    def _quantise(
+        self, part: np.ndarray, scale: np.ndarray, scratch: np.ndarray, codes: np.ndarray
+    ) -> None:
         np.divide(part, scale, out=scratch)
         codes[:] = pack_nibbles(np.rint(scratch, out=scratch).astype(np.int8).ravel())
 
@@ -207,7 +225,9 @@ class E3M0(Blockwise):
 
     block: int = 256  # elements
 
-    def _quantise(self, part: np.ndarray, scale: np.ndarray, scratch: np.ndarray, codes: np.ndarray) -> None:
+    def _quantise(
+        self, part: np.ndarray, scale: np.ndarray, scratch: np.ndarray, codes: np.ndarray
+    ) -> None:
         scratch /= scale  # 0 .. 1
         above_zero = scratch > 2.0**-7
         power = scratch.view(np.int32)
@@ -252,7 +272,12 @@ def pairs_of(units: list[float]) -> np.ndarray:
 
 
 INTEGERS = pairs_of([float(code - 16 * (code >= 8)) for code in range(16)])
-POWERS = pairs_of([(-1.0 if code >= 8 else 1.0) * (2.0 ** (code % 8 - 7) if code % 8 else 0.0) for code in range(16)])
+POWERS = pairs_of(
+    [
+        (-1.0 if code >= 8 else 1.0) * (2.0 ** (code % 8 - 7) if code % 8 else 0.0)
+        for code in range(16)
+    ]
+)
 
 
 def rows(size: int, block: int) -> Iterator[tuple[int, int, int]]:

@@ -22,7 +22,7 @@ PLAIN = Plain()
 MOST_HEADER = 1 << 16  # characters; ours has some hundred
 MOST_METRIC = 1e30  # sums over many clients stay finite
 REASONS = (
-    "client_error", "no_reply", "too_large", "unknown_task", "duplicate", "late", "stale", "wrong_sender", "wrong_run",
+    "client_error", "no_reply", "too_large", "unknown_job", "duplicate", "late", "stale", "wrong_sender", "wrong_run",
     "missing_key", "extra_key", "pickle_refused", "bad_encoding", "size_mismatch", "wrong_dtype", "wrong_shape",
     "digest_mismatch", "non_finite", "norm_limit", "bad_num_tokens", "bad_metric",
 )  # fmt: skip
@@ -34,7 +34,7 @@ class Expected:
 
     run: str
     client: str
-    task: int
+    number: int
     version: int
     size: int  # parameters
     tokens: int  # tokens of the job: more cannot have been trained
@@ -59,7 +59,7 @@ def header_of(run: str, update: Update, payload: np.ndarray, compressor: Compres
         "format": FORMAT,
         "run": run,
         "client": update.client,
-        "task": update.task,
+        "task": update.number,
         "version": update.version,
         "size": int(update.delta.size),
         "compress": compressor.name,
@@ -89,13 +89,15 @@ def decode(reply: Reply, expected: Expected) -> Update:
 
 def _decode(reply: Reply, expected: Expected) -> Update:
     if len(reply.header) > MOST_HEADER:
-        raise UpdateRejected("too_large", f"a header of {len(reply.header)} characters, at most {MOST_HEADER}")
+        raise UpdateRejected(
+            "too_large", f"a header of {len(reply.header)} characters, at most {MOST_HEADER}"
+        )
     header = json.loads(reply.header)
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise UpdateRejected("bad_encoding", f"header format is not {FORMAT}")
     _same(header, "run", expected.run, "wrong_run")
     _same(header, "client", expected.client, "wrong_sender")
-    _same(header, "task", expected.task, "unknown_task")
+    _same(header, "task", expected.number, "unknown_job")
     _same(header, "version", expected.version, "late")
     _same(header, "size", expected.size, "size_mismatch")
     _same(header, "compress", expected.compressor.name, "bad_encoding")
@@ -105,7 +107,7 @@ def _decode(reply: Reply, expected: Expected) -> Update:
         raise UpdateRejected("bad_num_tokens", f"{tokens!r:.40}, expected 1 to {expected.tokens}")
     metrics = _metrics(header.get("metrics"))
     metrics["update_norm"] = _checked_norm(array, expected.norm_limit)
-    return Update(expected.client, expected.task, expected.version, array, tokens, metrics)
+    return Update(expected.client, expected.number, expected.version, array, tokens, metrics)
 
 
 def _array(payload: object, header: dict[str, object], expected: Expected) -> np.ndarray:
@@ -134,7 +136,11 @@ def _metrics(sent: object) -> dict[str, float]:
     if not isinstance(sent, dict):
         raise UpdateRejected("bad_metric", "no metrics")
     for name, value in sent.items():
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MOST_METRIC:
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not abs(value) <= MOST_METRIC
+        ):
             raise UpdateRejected("bad_metric", f"{name!r:.40} is {value!r:.40}")
     return {str(name): float(value) for name, value in sent.items()}
 

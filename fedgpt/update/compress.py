@@ -72,7 +72,9 @@ COMPRESSORS: dict[str, type[Compressor]] = {
 def compressor_of(options: UpdateOptions) -> Compressor:
     """The codec of a run, or ConfigError."""
     chosen = {name: getattr(options, name) for name in ("block", "density")}
-    return make_compressor(options.compress, **{name: value for name, value in chosen.items() if value is not None})
+    return make_compressor(
+        options.compress, **{name: value for name, value in chosen.items() if value is not None}
+    )
 
 
 def update_problems(options: UpdateOptions) -> Iterator[str]:
@@ -105,6 +107,9 @@ def make_compressor(name: str, **options: object) -> Compressor:
     if unknown:
         has = f"it has {', '.join(known)}" if known else "it has none"
         raise ConfigError(
-            [f"update.{key}={options[key]}: no option of update.compress={name}; {has}" for key in unknown]
+            [
+                f"update.{key}={options[key]}: no option of update.compress={name}; {has}"
+                for key in unknown
+            ]
         )
     return codec(**options)

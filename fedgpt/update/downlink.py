@@ -33,7 +33,11 @@ class Published:
         self._codec = step_codec(downlink)
         self._vector = extra.get(f"{PREFIX}vector")
         start = f"{PREFIX}step/"
-        self._steps = {int(name.removeprefix(start)): array for name, array in extra.items() if name.startswith(start)}
+        self._steps = {
+            int(name.removeprefix(start)): array
+            for name, array in extra.items()
+            if name.startswith(start)
+        }
 
     def advance(self, state: ServerState) -> np.ndarray:
         """What clients start from at this version: (parameters,) float32; to be called once for each, in order."""
@@ -45,7 +49,11 @@ class Published:
             step = self._codec.encode(state.params - self._vector)
             self._vector = self._vector + self._codec.decode(step, self._vector.size)
             self._steps[state.version] = step
-            for old in [version for version in self._steps if version <= state.version - self._most(step.nbytes)]:
+            for old in [
+                version
+                for version in self._steps
+                if version <= state.version - self._most(step.nbytes)
+            ]:
                 del self._steps[old]
         return self._vector
 

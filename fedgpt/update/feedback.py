@@ -32,7 +32,9 @@ def feed(delta: np.ndarray, residual: np.ndarray | None, beta: float = BETA) -> 
     """
     if residual is None:
         return delta.copy()
-    assert residual.shape == delta.shape, f"a residual of {residual.shape} for a delta of {delta.shape}"
+    assert residual.shape == delta.shape, (
+        f"a residual of {residual.shape} for a delta of {delta.shape}"
+    )
     with np.errstate(over="ignore", invalid="ignore"):  # the server refuses what is not finite
         fed = residual * delta.dtype.type(beta)
         fed += delta

@@ -31,12 +31,18 @@ def read_npy(data: bytes) -> np.ndarray:
             warnings.simplefilter("error")  # odd headers make Python's parser warn
             shape, fortran, dtype = READERS[npy.read_magic(stream)](stream)
     except Exception as error:  # a hostile header raises nearly anything
-        raise UpdateRejected("bad_encoding", f"no header of an array ({type(error).__name__})") from error
+        raise UpdateRejected(
+            "bad_encoding", f"no header of an array ({type(error).__name__})"
+        ) from error
     if dtype.hasobject:
         raise UpdateRejected("pickle_refused", "an array of objects")
     if fortran or min(shape, default=0) < 0 or not dtype.itemsize:
-        raise UpdateRejected("bad_encoding", f"order, shape or dtype {dtype.str:.40} of no array of ours")
+        raise UpdateRejected(
+            "bad_encoding", f"order, shape or dtype {dtype.str:.40} of no array of ours"
+        )
     claimed, left = math.prod(shape) * dtype.itemsize, len(data) - stream.tell()
     if claimed != left:
-        raise UpdateRejected("size_mismatch", f"the header claims {claimed:.3g} bytes, {left} follow")
+        raise UpdateRejected(
+            "size_mismatch", f"the header claims {claimed:.3g} bytes, {left} follow"
+        )
     return np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape)

@@ -22,7 +22,9 @@ import numpy as np
 from fedgpt.core.errors import ConfigError, UpdateRejected
 from fedgpt.update.blockwise import CHUNK, received, refuse_non_finite, round_bf16, rows
 
-MAGNITUDE = 0x7FFFFFFF  # all bits of a float32 but its sign: as integers they order as |x| does, NaN last
+MAGNITUDE = (
+    0x7FFFFFFF  # all bits of a float32 but its sign: as integers they order as |x| does, NaN last
+)
 WIDTH, KEPT = 4096, 64  # of sparse_loco: elements in a chunk, and those of them that are sent
 ENTRY = 14  # bits: a position in the chunk, then which magnitude, then the sign
 
@@ -38,7 +40,9 @@ class TopK:
     def __post_init__(self) -> None:
         value = self.density
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
-            raise ConfigError(f"update.density={value}: expected a number above 0 and at most 1 (share that is sent)")
+            raise ConfigError(
+                f"update.density={value}: expected a number above 0 and at most 1 (share that is sent)"
+            )
 
     def kept(self, size: int) -> int:
         """How many of `size` elements are sent: at least one, if there is one."""
@@ -60,7 +64,11 @@ class TopK:
         low, bitmap = elias_fano(delta.size, kept)
         marks = np.zeros(bitmap, np.uint8)
         marks[(where >> low) + np.arange(kept)] = 1
-        planes = (delta[where].view(np.uint8), pack_bits(where & ((1 << low) - 1), low), np.packbits(marks))
+        planes = (
+            delta[where].view(np.uint8),
+            pack_bits(where & ((1 << low) - 1), low),
+            np.packbits(marks),
+        )
         return np.concatenate(planes)
 
     def decode(self, payload: np.ndarray, size: int) -> np.ndarray:
@@ -104,7 +112,9 @@ class SparseLoCo:
             chunk, kept = start // WIDTH, kept_of(width)
             found, levels[chunk : chunk + len(part)] = two_levels(part, kept)
             entries[chunk * KEPT : chunk * KEPT + found.size] = found.ravel()
-        return np.concatenate([levels.astype("<u2").view(np.uint8).ravel(), pack_bits(entries, ENTRY)])
+        return np.concatenate(
+            [levels.astype("<u2").view(np.uint8).ravel(), pack_bits(entries, ENTRY)]
+        )
 
     def decode(self, payload: np.ndarray, size: int) -> np.ndarray:
         """(most_bytes(n),) uint8 -> (n,) float32, or UpdateRejected."""
@@ -115,7 +125,9 @@ class SparseLoCo:
         entries = unpack_bits(payload[4 * chunks :], kept_of(size), ENTRY)
         whole = size // WIDTH
         scatter(
-            entries[: whole * KEPT].reshape(whole, KEPT), levels[:whole], dense[: whole * WIDTH].reshape(whole, WIDTH)
+            entries[: whole * KEPT].reshape(whole, KEPT),
+            levels[:whole],
+            dense[: whole * WIDTH].reshape(whole, WIDTH),
         )
         if whole < chunks:
             scatter(entries[None, whole * KEPT :], levels[whole:], dense[None, whole * WIDTH :])
@@ -136,12 +148,16 @@ def two_levels(part: np.ndarray, kept: int) -> tuple[np.ndarray, np.ndarray]:
 
     A chunk with fewer than `kept` elements that are not zero ends with entries of all zero bits.
     """
-    where = largest_of_rows(part.view(np.int32) & MAGNITUDE, kept)  # (rows, kept) rising in each row
+    where = largest_of_rows(
+        part.view(np.int32) & MAGNITUDE, kept
+    )  # (rows, kept) rising in each row
     values = np.take_along_axis(part, where, axis=1)
     absent = values == 0
     if absent.any():
         order = np.argsort(absent, axis=1, kind="stable")
-        where, values, absent = (np.take_along_axis(x, order, axis=1) for x in (where, values, absent))
+        where, values, absent = (
+            np.take_along_axis(x, order, axis=1) for x in (where, values, absent)
+        )
     size = np.abs(values).astype(np.float64)
     present = np.maximum(kept - absent.sum(axis=1), 1)
     high = size > (size.sum(axis=1) / present)[:, None]
@@ -187,8 +203,13 @@ def largest_of_all(values: np.ndarray, kept: int) -> np.ndarray:
     sample = values[:: max(1, size >> 16)] & MAGNITUDE
     share = kept * sample.size / size
     rank = int(1.1 * share + 4 * math.sqrt(share) + 1)
-    bound = 0 if rank >= sample.size else np.partition(sample, sample.size - rank)[sample.size - rank]
-    pieces = [at + np.flatnonzero((values[at : at + CHUNK] & MAGNITUDE) >= bound) for at in range(0, size, CHUNK)]
+    bound = (
+        0 if rank >= sample.size else np.partition(sample, sample.size - rank)[sample.size - rank]
+    )
+    pieces = [
+        at + np.flatnonzero((values[at : at + CHUNK] & MAGNITUDE) >= bound)
+        for at in range(0, size, CHUNK)
+    ]
     candidates = np.concatenate(pieces)
     if candidates.size < kept:
         candidates = np.arange(size)

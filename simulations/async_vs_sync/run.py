@@ -36,7 +36,13 @@ from common import (  # noqa: E402
 )
 
 COMMON = ["experiment=fleet"]
-QUICK = ["tokens=20480", "evaluate.tokens=2048", "corpus=stdlib", "tokenizer=bytes", "model.n_embd=32"]
+QUICK = [
+    "tokens=20480",
+    "evaluate.tokens=2048",
+    "corpus=stdlib",
+    "tokenizer=bytes",
+    "model.n_embd=32",
+]
 LEARNING_RATES, SERVER_RATES = (3e-3, 4.5e-3, 6e-3, 8e-3, 1.2e-2), (0.7, 1.0, 1.4)
 GRID = {f"lr{lr}-eta{eta}": (lr, eta) for lr in LEARNING_RATES for eta in SERVER_RATES}
 SYNC, ASYNC = ["pace=cohort", "strategy=fedavg"], ["pace=buffer"]
@@ -70,15 +76,24 @@ def main() -> None:
     tuned = [f"local.lr={lr}", f"local.min_lr={lr / 10:g}"]
     arms = dict(ARMS)
     if chosen.quick:
-        arms = {name: ARMS[name] for name in ("sync FedAvg", "async delta-SGD", "auto", "central twin, equal steps")}
+        arms = {
+            name: ARMS[name]
+            for name in ("sync FedAvg", "async delta-SGD", "auto", "central twin, equal steps")
+        }
     for name, overrides in arms.items():
         if "strategy=fedavg" in overrides and "twin" not in name:
             arms[name] = [*overrides, f"strategy.eta={eta}"]
     runs = run_arms(folder, arms, seeds, [*common, *tuned])
     figures = {name: figures_of(of, runs["sync FedAvg"]) for name, of in runs.items()}
-    print(table(("arm", "loss", "[min, max]", "virtual s", "speed-up to sync loss", "up + down MB"), rows(figures)))
+    print(
+        table(
+            ("arm", "loss", "[min, max]", "virtual s", "speed-up to sync loss", "up + down MB"),
+            rows(figures),
+        )
+    )
     best = max(
-        (n for n in ("async delta-SGD", "async delta-SGD, DyLU") if n in figures), key=lambda n: speedup(figures, n)
+        (n for n in ("async delta-SGD", "async delta-SGD, DyLU") if n in figures),
+        key=lambda n: speedup(figures, n),
     )
     print(f"speed-up of {best}: {speedup(figures, best):.2f}")
     if not chosen.quick:
@@ -98,7 +113,10 @@ def tune(folder: Path, common: list[str], grid: dict[str, tuple[float, float]]) 
         name: [*SYNC, f"local.lr={lr}", f"local.min_lr={lr / 10:g}", f"strategy.eta={eta}"]
         for name, (lr, eta) in grid.items()
     }
-    losses = {name: of[0].summary["final"]["loss"] for name, of in run_arms(folder, arms, [0], common).items()}
+    losses = {
+        name: of[0].summary["final"]["loss"]
+        for name, of in run_arms(folder, arms, [0], common).items()
+    }
     print(table(("setting", "loss"), [(name, f"{loss:.4f}") for name, loss in losses.items()]))
     return losses
 
@@ -130,7 +148,11 @@ def speedup(figures: dict, name: str) -> float:
 def rows(figures: dict) -> list[tuple[str, ...]]:
     def of(name: str, f: dict) -> tuple[str, ...]:
         loss, fast = f["loss"], f["speedup_to_sync_loss"]
-        reached = "never" if fast is None else f"{fast['mean']:.2f} [{fast['min']:.2f}, {fast['max']:.2f}]"
+        reached = (
+            "never"
+            if fast is None
+            else f"{fast['mean']:.2f} [{fast['min']:.2f}, {fast['max']:.2f}]"
+        )
         if name.startswith(("equal", "lognormal", "central")):
             reached = ""  # another fleet, or none
         seconds = f"{f['virtual_seconds']['mean']:.0f}"
@@ -142,7 +164,14 @@ def rows(figures: dict) -> list[tuple[str, ...]]:
 
 def draw(runs: dict, path: Path) -> None:
     """Held-out loss of seed 0 against virtual time, tokens and bytes."""
-    names = ["sync FedAvg", "sync, DyLU", "async delta-SGD", "async delta-SGD, DyLU", "async FedBuff, K=4", "auto"]
+    names = [
+        "sync FedAvg",
+        "sync, DyLU",
+        "async delta-SGD",
+        "async delta-SGD, DyLU",
+        "async FedBuff, K=4",
+        "auto",
+    ]
     figure, axes = pyplot.subplots(1, 3, figsize=(12, 4), sharey=True, layout="constrained")
     for name, colour in zip(names, COLOURS, strict=False):
         records = [r for r in scored(runs[name][0]) if r["version"]]
@@ -154,7 +183,9 @@ def draw(runs: dict, path: Path) -> None:
         ]
         for axis, xs in zip(axes, across, strict=True):
             axis.plot(xs, loss, color=colour, label=name, linewidth=1.3)
-    for axis, label in zip(axes, ("virtual seconds", "tokens (millions)", "bytes up and down (MB)"), strict=True):
+    for axis, label in zip(
+        axes, ("virtual seconds", "tokens (millions)", "bytes up and down (MB)"), strict=True
+    ):
         axis.set_xlabel(label)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("held-out loss (nats a token)")

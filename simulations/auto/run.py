@@ -22,7 +22,13 @@ sys.path.insert(0, str(STUDY.parent))
 from common import arguments, run_arms, runs_folder, seconds_to, table, write_results  # noqa: E402
 
 COMMON = ["experiment=fleet", "local.lr=3e-3", "local.min_lr=3e-4"]
-QUICK = ["tokens=20480", "evaluate.tokens=2048", "corpus=stdlib", "tokenizer=bytes", "model.n_embd=32"]
+QUICK = [
+    "tokens=20480",
+    "evaluate.tokens=2048",
+    "corpus=stdlib",
+    "tokenizer=bytes",
+    "model.n_embd=32",
+]
 FLEETS = ("published", "constant", "lognormal")
 CHOICES = {
     "sync": ["pace=cohort", "strategy=delta_sgd"],
@@ -30,26 +36,47 @@ CHOICES = {
     "auto": ["strategy=auto"],
 }
 TARGETS = (5.0, 4.85, 4.7)  # nats a token; all runs get there
-FIRST = 2  # seeds after which the slower fixed choice of a fleet is known, unless fleets differ by seed
+FIRST = (
+    2  # seeds after which the slower fixed choice of a fleet is known, unless fleets differ by seed
+)
 
 
 def main() -> None:
     chosen = arguments(__doc__ or "")
     seeds = [0] if chosen.quick else list(range(12))
     targets = (5.2,) if chosen.quick else TARGETS
-    arms = {f"{fleet} {name}": [*options, f"fleet={fleet}"] for fleet in FLEETS for name, options in CHOICES.items()}
+    arms = {
+        f"{fleet} {name}": [*options, f"fleet={fleet}"]
+        for fleet in FLEETS
+        for name, options in CHOICES.items()
+    }
     if chosen.quick:
-        arms = {name: arms[name] for name in ("published sync", "published async", "published auto")}
+        arms = {
+            name: arms[name] for name in ("published sync", "published async", "published auto")
+        }
     folder, common = runs_folder(chosen.runs), [*COMMON, *(QUICK if chosen.quick else [])]
     runs = run_arms(folder, arms, seeds[:FIRST], common)
     seconds = {name: [mean_time(one, targets) for one in of] for name, of in runs.items()}
     studied = [fleet for fleet in FLEETS if f"{fleet} auto" in runs]
     behind = {f"{fleet} {worse(fleet, seconds)}" for fleet in studied if fleet != "lognormal"}
-    more = run_arms(folder, {name: arm for name, arm in arms.items() if name not in behind}, seeds[FIRST:], common)
+    more = run_arms(
+        folder,
+        {name: arm for name, arm in arms.items() if name not in behind},
+        seeds[FIRST:],
+        common,
+    )
     for name, of in more.items():
         seconds[name] += [mean_time(one, targets) for one in of]
     fleets = {fleet: figures_of(fleet, seconds) for fleet in studied}
-    head = ("fleet", "sync, s", "async, s", "auto, s", "better in seeds", "auto over the better", "standard error")
+    head = (
+        "fleet",
+        "sync, s",
+        "async, s",
+        "auto, s",
+        "better in seeds",
+        "auto over the better",
+        "standard error",
+    )
     print(table(head, [row(fleet, f) for fleet, f in fleets.items()]))
     if not chosen.quick:
         options = {name: [*COMMON, *arm] for name, arm in arms.items()}
@@ -66,7 +93,9 @@ def mean_time(one, targets: tuple[float, ...]) -> float:
 
 def worse(fleet: str, seconds: dict[str, list[float]]) -> str:
     """The fixed choice that takes longer on a fleet."""
-    return max(("sync", "async"), key=lambda name: statistics.mean(seconds[f"{fleet} {name}"][:FIRST]))
+    return max(
+        ("sync", "async"), key=lambda name: statistics.mean(seconds[f"{fleet} {name}"][:FIRST])
+    )
 
 
 def figures_of(fleet: str, seconds: dict[str, list[float]]) -> dict:
@@ -74,13 +103,17 @@ def figures_of(fleet: str, seconds: dict[str, list[float]]) -> dict:
     by_seed = {name: seconds[f"{fleet} {name}"] for name in CHOICES}
     fixed = [{name: of[seed] for name, of in by_seed.items() if name != "auto" and seed < len(of)}
              for seed in range(len(by_seed["auto"]))]  # fmt: skip
-    ratios = [auto / min(times.values()) for auto, times in zip(by_seed["auto"], fixed, strict=True)]
+    ratios = [
+        auto / min(times.values()) for auto, times in zip(by_seed["auto"], fixed, strict=True)
+    ]
     better = [min(times, key=lambda name: times[name]) for times in fixed]
     return {
         "better": {name: better.count(name) for name in sorted(set(better))},
         "seconds": {name: statistics.mean(of) for name, of in by_seed.items()},
         "over_better": statistics.mean(ratios) - 1,
-        "standard_error": statistics.stdev(ratios) / len(ratios) ** 0.5 if len(ratios) > 1 else None,
+        "standard_error": statistics.stdev(ratios) / len(ratios) ** 0.5
+        if len(ratios) > 1
+        else None,
         "over_better_by_seed": [ratio - 1 for ratio in ratios],
         "seconds_by_seed": by_seed,
     }
@@ -90,7 +123,13 @@ def row(fleet: str, f: dict) -> tuple[str, ...]:
     """A line of the table."""
     error = "" if f["standard_error"] is None else f"{f['standard_error']:.1%}"
     better = ", ".join(f"{name} {count}" for name, count in f["better"].items())
-    return fleet, *(f"{f['seconds'][name]:.1f}" for name in CHOICES), better, f"{f['over_better']:+.1%}", error
+    return (
+        fleet,
+        *(f"{f['seconds'][name]:.1f}" for name in CHOICES),
+        better,
+        f"{f['over_better']:+.1%}",
+        error,
+    )
 
 
 if __name__ == "__main__":

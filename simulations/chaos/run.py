@@ -45,9 +45,16 @@ ARMS = {
 }
 EXACT = ("rounds", "asynchronous, virtual clock")  # arms whose weights do not depend on time
 MARK = "FEDGPT_CHAOS_MARK"
-KILLS, LEAST = 18, 15  # at most in each arm; that there must have been for the study to say something
-DESCRIPTORS = 24  # that a server may hold beyond those at its first kill: each reply on its way has some
-SECONDS = 2.0  # from the server's first sign of life, or the last kill, to the next kill, on average
+KILLS, LEAST = (
+    18,
+    15,
+)  # at most in each arm; that there must have been for the study to say something
+DESCRIPTORS = (
+    24  # that a server may hold beyond those at its first kill: each reply on its way has some
+)
+SECONDS = (
+    2.0  # from the server's first sign of life, or the last kill, to the next kill, on average
+)
 SERVER = 0.5  # share of the kills that hit the server
 
 
@@ -68,9 +75,16 @@ class Chaos:
         """Start the run again until it is at its end."""
         code = None
         while code != 0:
-            arguments = [*self.options, f"run_dir={self.folder}"] if self.starts == 0 else [f"resume={self.folder}"]
+            arguments = (
+                [*self.options, f"run_dir={self.folder}"]
+                if self.starts == 0
+                else [f"resume={self.folder}"]
+            )
             if self.starts and not (self.folder / "config.yaml").exists():
-                arguments = [*self.options, f"run_dir={self.folder}"]  # killed before it had written a line
+                arguments = [
+                    *self.options,
+                    f"run_dir={self.folder}",
+                ]  # killed before it had written a line
             code = self._one_life(arguments)
             if self.starts > 200:
                 sys.exit(f"200 starts and no end; see {self.folder}")
@@ -115,7 +129,9 @@ class Chaos:
         """Return when the server has sent a job, or one start in five at once."""
         events = self.folder / "events.jsonl"
         before = events.stat().st_mtime if events.exists() else 0.0
-        while process.poll() is None and self.random.random() > 0.004:  # 20 % in the 5 s that a start takes
+        while (
+            process.poll() is None and self.random.random() > 0.004
+        ):  # 20 % in the 5 s that a start takes
             if events.exists() and events.stat().st_mtime > before and events.stat().st_size:
                 return
             time.sleep(0.1)
@@ -151,9 +167,16 @@ def main() -> None:
         figures[name] = measured(chaos, chaos.go(), calm)
         print(f"{name}: {figures[name]}", flush=True)
     left = sorted(names_in_shared_memory() - shared)
-    print(table(("run", "kills of the server", "of workers", "starts", "identical", "counted twice"), rows(figures)))
+    print(
+        table(
+            ("run", "kills of the server", "of workers", "starts", "identical", "counted twice"),
+            rows(figures),
+        )
+    )
     least = 0 if chosen.quick else LEAST
-    problems = [f"{name}: {problem}" for name, figure in figures.items() for problem in wrong(figure, least)]
+    problems = [
+        f"{name}: {problem}" for name, figure in figures.items() for problem in wrong(figure, least)
+    ]
     problems += [f"left in shared memory: {', '.join(left)}"] * bool(left)
     print("\n".join(problems) or "nothing lost, nothing counted twice, nothing left behind")
     if not chosen.quick:
@@ -174,22 +197,24 @@ def wrong(figure: dict[str, Any], least: int) -> list[str]:
     if sum(figure["kills"].values()) < least:
         found.append(f"{sum(figure['kills'].values())} kills, at least {least} were wanted")
     if figure["more_descriptors"] > DESCRIPTORS:
-        found.append(f"its server held {figure['more_descriptors']} descriptors more than at its first kill")
+        found.append(
+            f"its server held {figure['more_descriptors']} descriptors more than at its first kill"
+        )
     return found
 
 
 def measured(chaos: Chaos, disturbed: fedgpt.Run, calm: fedgpt.Run | None) -> dict[str, Any]:
     """What became of a disturbed run."""
     accepted = [e for e in read_lines(chaos.folder / "events.jsonl") if e["event"] == "accept"]
-    tasks = Counter((e["client"], e["task"]) for e in accepted)
-    before = [(e["client"], e["task"]) for e in chaos.seen]
+    numbers = Counter((e["client"], e["number"]) for e in accepted)
+    before = [(e["client"], e["number"]) for e in chaos.seen]
     return {
         "kills": dict(chaos.kills),
         "starts": chaos.starts,
         "versions": disturbed.summary["versions"],
         "identical": None if calm is None else same(calm.summary, disturbed.summary),
-        "counted_twice": sum(count - 1 for count in tasks.values()),
-        "lost": sum(task not in tasks for task in before),
+        "counted_twice": sum(count - 1 for count in numbers.values()),
+        "lost": sum(number not in numbers for number in before),
         "state_lost": sum(record["state_lost"] for record in disturbed.metrics),
         "more_descriptors": max(chaos.descriptors, default=0),  # replies on their way have some
         "processes_left": chaos.leftovers(),
@@ -228,7 +253,9 @@ def descriptors(pid: int) -> int:
 
 
 def names_in_shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()} if Path("/dev/shm").is_dir() else set()
+    return (
+        {path.name for path in Path("/dev/shm").iterdir()} if Path("/dev/shm").is_dir() else set()
+    )
 
 
 if __name__ == "__main__":

@@ -24,8 +24,18 @@ sys.path.insert(0, str(STUDY.parent))
 from common import COLOURS, arguments, run_arms, runs_folder, spread, table, write_results  # noqa: E402
 
 COMMON = ["experiment=fleet", "pace=cohort", "strategy=fedavg"]
-QUICK = ["tokens=20480", "evaluate.tokens=2048", "corpus=stdlib", "tokenizer=bytes", "model.n_embd=32"]
-GRID = {f"decay {decay}, eta {eta}": (decay, eta) for decay in (0.9, 0.95, 1.0) for eta in (1.0, 1.5, 2.0, 3.0, 4.0)}
+QUICK = [
+    "tokens=20480",
+    "evaluate.tokens=2048",
+    "corpus=stdlib",
+    "tokenizer=bytes",
+    "model.n_embd=32",
+]
+GRID = {
+    f"decay {decay}, eta {eta}": (decay, eta)
+    for decay in (0.9, 0.95, 1.0)
+    for eta in (1.0, 1.5, 2.0, 3.0, 4.0)
+}
 CODECS = {
     "none": ["update=none"],
     "bf16": ["update=bf16"],
@@ -74,7 +84,8 @@ def tune(folder: Path, common: list[str], grid: dict[str, tuple[float, float]]) 
 def figures_of(runs: list, plain: list) -> dict:
     """What the table and results.json say of a codec; `over_none` compares runs of the same seed."""
     ratios = [
-        one.summary["final"]["loss"] / base.summary["final"]["loss"] - 1 for one, base in zip(runs, plain, strict=True)
+        one.summary["final"]["loss"] / base.summary["final"]["loss"] - 1
+        for one, base in zip(runs, plain, strict=True)
     ]
     up = spread([one.summary["bytes_up"] for one in runs])["mean"]
     return {
@@ -89,7 +100,14 @@ def figures_of(runs: list, plain: list) -> dict:
 def row(name: str, f: dict) -> tuple[str, ...]:
     loss, over = f["loss"], f["over_none"]["mean"]
     between = f"[{loss['min']:.3f}, {loss['max']:.3f}]"
-    return name, f"{loss['mean']:.3f}", between, f"{over:+.2%}", f"{f['bytes_up']:,.0f}", f"{f['times_fewer']:.1f}"
+    return (
+        name,
+        f"{loss['mean']:.3f}",
+        between,
+        f"{over:+.2%}",
+        f"{f['bytes_up']:,.0f}",
+        f"{f['times_fewer']:.1f}",
+    )
 
 
 def draw(figures: dict, path: Path) -> None:

@@ -47,15 +47,30 @@ def main() -> None:
     for strategy in strategies:
         arms = {f"{strategy} on {p}": [*STRATEGIES[strategy], *PARTITIONS[p]] for p in partitions}
         runs = run_arms(folder, arms, seeds, common)
-        found = {p: [one.summary["final"]["loss"] for one in runs[f"{strategy} on {p}"]] for p in partitions}
+        found = {
+            p: [one.summary["final"]["loss"] for one in runs[f"{strategy} on {p}"]]
+            for p in partitions
+        }
         losses[strategy] = {partition: spread(of) for partition, of in found.items()}
         ratios[strategy] = {
             partition: spread([loss / iid - 1 for loss, iid in zip(of, found["iid"], strict=True)])
             for partition, of in found.items() if partition != "iid"
         }  # fmt: skip
-    print(table(("held-out loss", *partitions), [(s, *map(cell, of.values())) for s, of in losses.items()]))
-    print(table(("over iid", *partitions[1:]), [(s, *map(percent, of.values())) for s, of in ratios.items()]))
-    draw_dots(losses, "held-out loss (nats a token)", (folder if chosen.quick else STUDY) / "figure.png")
+    print(
+        table(
+            ("held-out loss", *partitions),
+            [(s, *map(cell, of.values())) for s, of in losses.items()],
+        )
+    )
+    print(
+        table(
+            ("over iid", *partitions[1:]),
+            [(s, *map(percent, of.values())) for s, of in ratios.items()],
+        )
+    )
+    draw_dots(
+        losses, "held-out loss (nats a token)", (folder if chosen.quick else STUDY) / "figure.png"
+    )
     if not chosen.quick:
         options = {"common": common, "partitions": PARTITIONS, "strategies": STRATEGIES}
         write_results(STUDY, seeds, {"loss": losses, "loss_over_iid": ratios, "options": options})

@@ -38,13 +38,25 @@ TEXT = ["corpus=sotu_addresses", "partition=iid"]
 ASYNC = ["pace=buffer", "clock=virtual", "fleet=lognormal"]
 UNITS = {
     "example": ["partition.clients=50", "local.steps=4", "local.batch_size=128"],
-    "client": ["partition.clients=200", "local=reset", "local.warmup=0", "local.steps=4", "local.batch_size=8"],
+    "client": [
+        "partition.clients=200",
+        "local=reset",
+        "local.warmup=0",
+        "local.steps=4",
+        "local.batch_size=8",
+    ],
 }
 PACES = {
     ("example", "sync"): ["pace.clients=10", "rounds=8"],
     ("example", "async"): [*ASYNC, "pace.clients=10", "rounds=80"],
     ("client", "sync"): ["pace.rate=0.25", "rounds=24"],
-    ("client", "async"): [*ASYNC, "strategy=fedbuff", "pace.clients=50", "pace.goal=50", "rounds=24"],
+    ("client", "async"): [
+        *ASYNC,
+        "strategy=fedbuff",
+        "pace.clients=50",
+        "pace.goal=50",
+        "rounds=24",
+    ],
 }
 PRIVATE = {
     ("example", "sync"): ["privacy=example"],
@@ -62,7 +74,13 @@ TUNED = {  # (unit, start): (without privacy, with it)
     ("client", "public"): (["local.lr=3e-3"], ["local.lr=3e-3", "privacy.clip=0.2"]),
 }
 EPSILONS = (None, 8, 4, 2)
-QUICK = ["model.n_embd=16", "model.block_size=16", "local.batch_size=4", "local.steps=1", "rounds=2"]
+QUICK = [
+    "model.n_embd=16",
+    "model.block_size=16",
+    "local.batch_size=4",
+    "local.steps=1",
+    "rounds=2",
+]
 
 
 def main() -> None:
@@ -73,21 +91,40 @@ def main() -> None:
     public = run(folder / "public", *MODEL, *PUBLIC, *quick, *one_core).folder
     starts = {"scratch": [], "public": [f"init_from={public}"]}
     arms = {
-        f"{unit} {pace} {start} {epsilon or 'none'}": [*federation(unit, pace, start, epsilon), *starts[start], *quick]
+        f"{unit} {pace} {start} {epsilon or 'none'}": [
+            *federation(unit, pace, start, epsilon),
+            *starts[start],
+            *quick,
+        ]
         for unit, pace in PACES
         for start in starts
         for epsilon in EPSILONS
     }
     if chosen.quick:
         arms = {
-            name: arms[name] for name in ("example sync public none", "example sync public 8", "client async scratch 2")
+            name: arms[name]
+            for name in (
+                "example sync public none",
+                "example sync public 8",
+                "client async scratch 2",
+            )
         }
-    shown = {name: arm for name, arm in arms.items() if " sync " in name and not name.endswith(" 4")}
+    shown = {
+        name: arm for name, arm in arms.items() if " sync " in name and not name.endswith(" 4")
+    }
     first = run_arms(folder, arms, seeds[:1], MODEL)
     more = run_arms(folder, shown, seeds[1:], MODEL)
     runs = {name: of + more.get(name, []) for name, of in first.items()}
-    figures = {name: figures_of(of, runs.get(f"{name.rsplit(' ', 1)[0]} none")) for name, of in runs.items()}
-    print(table(("unit", "pace", "start", "epsilon", "held-out loss", "[min, max]", "over none"), rows(figures)))
+    figures = {
+        name: figures_of(of, runs.get(f"{name.rsplit(' ', 1)[0]} none"))
+        for name, of in runs.items()
+    }
+    print(
+        table(
+            ("unit", "pace", "start", "epsilon", "held-out loss", "[min, max]", "over none"),
+            rows(figures),
+        )
+    )
     if not chosen.quick:
         draw(figures, STUDY / "figure.png")
         options = {name: [*MODEL, *arm] for name, arm in arms.items()}
@@ -99,7 +136,11 @@ def main() -> None:
 
 def federation(unit: str, pace: str, start: str, epsilon: int | None) -> list[str]:
     without, within = TUNED[unit, start]
-    told = without if epsilon is None else [*PRIVATE[unit, pace], *within, f"privacy.target_epsilon={epsilon}"]
+    told = (
+        without
+        if epsilon is None
+        else [*PRIVATE[unit, pace], *within, f"privacy.target_epsilon={epsilon}"]
+    )
     return [*TEXT, *UNITS[unit], *PACES[unit, pace], *told]
 
 
@@ -136,9 +177,19 @@ def draw(figures: dict, path: Path) -> None:
         for colour, (pace, start) in zip(COLOURS, lines, strict=False):
             found = {words: figures[f"{unit} {pace} {start} {words}"]["loss"] for words in places}
             at, mean = [places[w] for w in found], [f["mean"] for f in found.values()]
-            off = [[f["mean"] - f["min"] for f in found.values()], [f["max"] - f["mean"] for f in found.values()]]
+            off = [
+                [f["mean"] - f["min"] for f in found.values()],
+                [f["max"] - f["mean"] for f in found.values()],
+            ]
             axis.errorbar(
-                at, mean, yerr=off, color=colour, marker="o", markersize=4, capsize=3, label=f"{pace}, {start}"
+                at,
+                mean,
+                yerr=off,
+                color=colour,
+                marker="o",
+                markersize=4,
+                capsize=3,
+                label=f"{pace}, {start}",
             )
         axis.set_xticks(list(places.values()), list(places))
         axis.set_xlabel("epsilon")

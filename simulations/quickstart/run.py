@@ -30,8 +30,14 @@ def main() -> None:
     seeds = [0] if chosen.quick else [0, 1, 2]
     extra = QUICK if chosen.quick else []
     folder = runs_folder(chosen.runs)
-    federated = [run(folder / f"federated-{seed}", "experiment=demo", f"seed={seed}", *extra) for seed in seeds]
-    runs = {"federated": federated, **run_arms(folder, {"central_twin": ["experiment=central_twin"]}, seeds, extra)}
+    federated = [
+        run(folder / f"federated-{seed}", "experiment=demo", f"seed={seed}", *extra)
+        for seed in seeds
+    ]
+    runs = {
+        "federated": federated,
+        **run_arms(folder, {"central_twin": ["experiment=central_twin"]}, seeds, extra),
+    }
     figures = {side: figures_of([r.summary for r in of]) for side, of in runs.items()}
     figures["gap"] = figures["federated"]["loss"] / figures["central_twin"]["loss"] - 1
     print_table(figures)
@@ -58,7 +64,11 @@ def figures_of(summaries: list[dict]) -> dict:
 def print_table(figures: dict) -> None:
     def row(side: str, f: dict) -> tuple[str, ...]:
         bits, traffic = f["bits_per_byte"], (f["bytes_up"] + f["bytes_down"]) / 1e6
-        loss = f"{bits['mean']:.3f}", f"[{bits['min']:.3f}, {bits['max']:.3f}]", f"{f['perplexity']:.1f}"
+        loss = (
+            f"{bits['mean']:.3f}",
+            f"[{bits['min']:.3f}, {bits['max']:.3f}]",
+            f"{f['perplexity']:.1f}",
+        )
         return side, *loss, f"{f['tokens'] / 1e6:.2f} M", f"{traffic:,.0f}"
 
     rows = [row(side, figures[side]) for side in ("federated", "central_twin")]
@@ -72,7 +82,14 @@ def draw(metrics: dict[str, list[dict]], path: Path) -> None:
         scored = [r for r in records if "bits_per_byte" in r and r["version"]]
         label = f"{side.replace('_', ' ')}: {scored[-1]['bits_per_byte']:.3f}"
         tokens = [r["tokens"] / 1e6 for r in scored]
-        axis.plot(tokens, [r["bits_per_byte"] for r in scored], marker="o", markersize=3, color=colour, label=label)
+        axis.plot(
+            tokens,
+            [r["bits_per_byte"] for r in scored],
+            marker="o",
+            markersize=3,
+            color=colour,
+            label=label,
+        )
     axis.set_xlabel("tokens trained (millions)")
     axis.set_ylabel("held-out bits per byte")
     axis.grid(alpha=0.3)

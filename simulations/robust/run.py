@@ -29,7 +29,13 @@ COMMON = [
     "experiment=fleet", "clock=real", "fleet=none", "partition.clients=10", "pace.clients=10",
     "validate=off", "local.steps=5", "tokens=256000",  # 10 rounds of 10 clients x 5 steps x 512 tokens
 ]  # fmt: skip
-QUICK = ["tokens=20480", "local.steps=2", "evaluate.tokens=2048", "corpus=stdlib", "tokenizer=bytes"]
+QUICK = [
+    "tokens=20480",
+    "local.steps=2",
+    "evaluate.tokens=2048",
+    "corpus=stdlib",
+    "tokenizer=bytes",
+]
 RULES = {
     "fedavg": [], "median": [], "trimmed_mean": ["strategy.trim=2"], "krum": ["strategy.attackers=2"],
     "geometric_median": [], "norm_clip": [], "centred_clip": [], "fltrust": [],
@@ -48,15 +54,29 @@ def main() -> None:
     if chosen.quick:
         rules, attacks = ["krum"], ["none", "sign_flip"]
     folder, common = runs_folder(chosen.runs), [*COMMON, *(QUICK if chosen.quick else [])]
-    arms = {f"{rule}, {a}": [f"strategy={rule}", *RULES[rule], *ATTACKS[a]] for rule in rules for a in attacks}
+    arms = {
+        f"{rule}, {a}": [f"strategy={rule}", *RULES[rule], *ATTACKS[a]]
+        for rule in rules
+        for a in attacks
+    }
     runs = {name: one for name, (one,) in run_arms(folder, arms, [0], common).items()}
-    losses = {a: {rule: spread([runs[f"{rule}, {a}"].summary["final"]["loss"]]) for rule in rules} for a in attacks}
+    losses = {
+        a: {rule: spread([runs[f"{rule}, {a}"].summary["final"]["loss"]]) for rule in rules}
+        for a in attacks
+    }
     seconds = {rule: step_seconds(runs[f"{rule}, none"]) for rule in rules}
-    rejected = {name: one.summary["rejected"] for name, one in runs.items() if one.summary["rejected"]}
-    rows = [(r, *(f"{losses[a][r]['mean']:.3f}" for a in attacks), f"{1000 * seconds[r]:.0f}") for r in rules]
+    rejected = {
+        name: one.summary["rejected"] for name, one in runs.items() if one.summary["rejected"]
+    }
+    rows = [
+        (r, *(f"{losses[a][r]['mean']:.3f}" for a in attacks), f"{1000 * seconds[r]:.0f}")
+        for r in rules
+    ]
     print(table(("held-out loss", *attacks, "server step, ms"), rows))
     print(f"updates that the server rejected before any rule saw them: {rejected or 'none'}")
-    draw_dots(losses, "held-out loss (nats a token)", (folder if chosen.quick else STUDY) / "figure.png")
+    draw_dots(
+        losses, "held-out loss (nats a token)", (folder if chosen.quick else STUDY) / "figure.png"
+    )
     if not chosen.quick:
         write_results(STUDY, [0], {
             "loss": {a: {rule: of["mean"] for rule, of in by_rule.items()} for a, by_rule in losses.items()},

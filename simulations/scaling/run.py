@@ -41,8 +41,16 @@ FIGURES = {
 def main() -> None:
     chosen = arguments(__doc__ or "")
     folder, common = runs_folder(chosen.runs), [*COMMON, *(QUICK if chosen.quick else [])]
-    figures = {clients: measure(folder, clients, common) for clients in (CLIENTS[:2] if chosen.quick else CLIENTS)}
-    print(table(("clients a round", *FIGURES.values()), [(f"{n:,}", *cells(f)) for n, f in figures.items()]))
+    figures = {
+        clients: measure(folder, clients, common)
+        for clients in (CLIENTS[:2] if chosen.quick else CLIENTS)
+    }
+    print(
+        table(
+            ("clients a round", *FIGURES.values()),
+            [(f"{n:,}", *cells(f)) for n, f in figures.items()],
+        )
+    )
     draw(figures, (folder if chosen.quick else STUDY) / "figure.png")
     if not chosen.quick:
         write_results(STUDY, [0], {"clients_a_round": figures, "options": common})
@@ -81,7 +89,11 @@ def watched(folder: Path, *options: str) -> int:
 
 def children() -> list[str]:
     """Ids of the processes that this one has started."""
-    return [pid for listed in Path("/proc/self/task").glob("*/children") for pid in listed.read_text().split()]
+    return [
+        pid
+        for listed in Path("/proc/self/task").glob("*/children")
+        for pid in listed.read_text().split()
+    ]
 
 
 def high_water(pid: int) -> int:

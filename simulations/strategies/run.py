@@ -42,7 +42,11 @@ ASYNCHRONOUS = {
     "delta_sgd, dylu": ["strategy=delta_sgd", "pace.dylu=true"],
     "fedbuff, goal 4": ["strategy=fedbuff", "pace.goal=4"],
     "fedasync": ["strategy=fedasync"],
-    "delayed_nesterov, mu 0.5": ["strategy=delayed_nesterov", "strategy.mu=0.5", "strategy.period=8"],
+    "delayed_nesterov, mu 0.5": [
+        "strategy=delayed_nesterov",
+        "strategy.mu=0.5",
+        "strategy.period=8",
+    ],
 }
 AUTO = ["strategy=auto"]  # starts with a cohort
 
@@ -60,11 +64,22 @@ def main() -> None:
     for kind, rules in kinds.items():
         pace = "pace=buffer" if kind == "asynchronous" else "pace=cohort"
         arms |= {name: [pace, *rule] for name, rule in rules.items()}
-    figures = {name: figures_of(runs) for name, runs in run_arms(folder, arms, seeds, common).items()}
+    figures = {
+        name: figures_of(runs) for name, runs in run_arms(folder, arms, seeds, common).items()
+    }
     head = ("strategy", "pacing", "held-out loss", "[min, max]", "virtual s", "MB up", "MB down")
-    print(table(head, [row(kind, name, figures[name]) for kind, rules in kinds.items() for name in rules]))
-    series = {kind: {name: figures[name]["loss"] for name in rules} for kind, rules in kinds.items()}
-    draw_dots(series, "held-out loss (nats a token)", (folder if chosen.quick else STUDY) / "figure.png")
+    print(
+        table(
+            head,
+            [row(kind, name, figures[name]) for kind, rules in kinds.items() for name in rules],
+        )
+    )
+    series = {
+        kind: {name: figures[name]["loss"] for name in rules} for kind, rules in kinds.items()
+    }
+    draw_dots(
+        series, "held-out loss (nats a token)", (folder if chosen.quick else STUDY) / "figure.png"
+    )
     if not chosen.quick:
         options = {name: [*common, *arm] for name, arm in arms.items()}
         write_results(STUDY, seeds, {"arms": figures, "options": options})
@@ -86,7 +101,14 @@ def figures_of(runs: list) -> dict:
 def row(kind: str, name: str, f: dict) -> tuple[str, ...]:
     loss, seconds = f["loss"], f"{f['virtual_seconds']['mean']:.0f}"
     megabytes = (f"{f[way] / 1e6:.0f}" for way in ("bytes_up", "bytes_down"))
-    return name, kind, f"{loss['mean']:.3f}", f"[{loss['min']:.3f}, {loss['max']:.3f}]", seconds, *megabytes
+    return (
+        name,
+        kind,
+        f"{loss['mean']:.3f}",
+        f"[{loss['min']:.3f}, {loss['max']:.3f}]",
+        seconds,
+        *megabytes,
+    )
 
 
 if __name__ == "__main__":

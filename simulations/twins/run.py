@@ -47,20 +47,33 @@ def main() -> None:
     for clients in (4,) if chosen.quick else (4, 8):
         sides = {"sync": grid, "twin": twins}
         found = losses(folder, [*grid, *twins], clients, tokens, [0], common)
-        ranked = {side: sorted(settings, key=lambda one: found[one][0]) for side, settings in sides.items()}
+        ranked = {
+            side: sorted(settings, key=lambda one: found[one][0])
+            for side, settings in sides.items()
+        }
         best = {side: settings[0] for side, settings in ranked.items()}
         final = losses(folder, list(best.values()), clients, tokens, seeds, common)
         figures[str(clients)] = {
             "cost": statistics.mean(final[best["sync"]]) / statistics.mean(final[best["twin"]]) - 1,
             "grid": {told(setting): loss[0] for setting, loss in found.items()},
-            "best": {side: {"setting": told(one), "loss": spread(final[one])} for side, one in best.items()},
+            "best": {
+                side: {"setting": told(one), "loss": spread(final[one])}
+                for side, one in best.items()
+            },
         }
         grid, twins = ranked["sync"][:2], ranked["twin"][:2]
     for clients, f in figures.items():
         print(
-            table((f"{clients} clients", "loss, seed 0"), [(name, f"{loss:.4f}") for name, loss in f["grid"].items()])
+            table(
+                (f"{clients} clients", "loss, seed 0"),
+                [(name, f"{loss:.4f}") for name, loss in f["grid"].items()],
+            )
         )
-        print("  ".join(f"{side}: {b['setting']} {b['loss']['mean']:.4f}" for side, b in f["best"].items()))
+        print(
+            "  ".join(
+                f"{side}: {b['setting']} {b['loss']['mean']:.4f}" for side, b in f["best"].items()
+            )
+        )
         print(f"cost {f['cost']:+.1%}")
     if not chosen.quick:
         write_results(STUDY, seeds, {"clients": figures, "options": COMMON})
@@ -71,14 +84,29 @@ def told(setting: Setting) -> str:
 
 
 def losses(
-    folder: Path, settings: list[Setting], clients: int, tokens: int, seeds: list[int], common: list[str]
+    folder: Path,
+    settings: list[Setting],
+    clients: int,
+    tokens: int,
+    seeds: list[int],
+    common: list[str],
 ) -> dict[Setting, list[float]]:
     """Final held-out losses of every setting, seed by seed."""
     arms = {}
     for rule, lr in settings:
-        rate = [f"local.lr={lr}", f"local.min_lr={lr / 10:g}", f"tokens={clients * tokens}", "pace=cohort"]
+        rate = [
+            f"local.lr={lr}",
+            f"local.min_lr={lr / 10:g}",
+            f"tokens={clients * tokens}",
+            "pace=cohort",
+        ]
         if rule == "twin":
-            alone = ["strategy=fedavg", "partition.clients=1", "pace.clients=1", f"local.batch_size={8 * clients}"]
+            alone = [
+                "strategy=fedavg",
+                "partition.clients=1",
+                "pace.clients=1",
+                f"local.batch_size={8 * clients}",
+            ]
             arms[f"{clients} {rule} {lr:g}"] = [*rate, *alone]
         else:
             arms[f"{clients} {rule} {lr:g}"] = [

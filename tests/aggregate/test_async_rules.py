@@ -49,7 +49,9 @@ def test_discount_of_staleness(cls, staleness, table):
     grace=st.floats(0, 20),
     tau=st.integers(0, 1000),
 )
-def test_a_fresh_update_counts_fully_and_a_staler_one_never_more(cls, staleness, power, slope, grace, tau):
+def test_a_fresh_update_counts_fully_and_a_staler_one_never_more(
+    cls, staleness, power, slope, grace, tau
+):
     rule = cls(staleness=staleness, power=power, slope=slope, grace=grace)
     assert rule.discount(0) == 1.0
     assert 0 < rule.discount(tau + 1) <= rule.discount(tau) <= 1
@@ -64,7 +66,9 @@ def test_weights_are_the_discount_and_not_the_tokens():
 
 @discounted
 def test_an_unknown_discount_is_refused(cls):
-    with pytest.raises(ConfigError, match=r"strategy\.staleness=linear must be one of constant, polynomial, hinge"):
+    with pytest.raises(
+        ConfigError, match=r"strategy\.staleness=linear must be one of constant, polynomial, hinge"
+    ):
         cls(staleness="linear")
 
 
@@ -101,8 +105,13 @@ def test_a_buffer_of_one_is_delta_sgd():
 
 
 def test_fedbuff_divides_by_its_size_not_by_its_weights():
-    rule, pacing = FedBuff(power=1.0), Pacing("buffer", 4, 2)  # server version 3, updates from versions 3 and 0
-    weights = [rule.weight(replace(updates(1)[0], version=version), 3 - version) for version in (3, 0)]
+    rule, pacing = (
+        FedBuff(power=1.0),
+        Pacing("buffer", 4, 2),
+    )  # server version 3, updates from versions 3 and 0
+    weights = [
+        rule.weight(replace(updates(1)[0], version=version), 3 - version) for version in (3, 0)
+    ]
     d = np.array([1.0, 0.0]) * weights[0] + np.array([0.0, 1.0]) * weights[1]
     new = rule.step(d / rule.divisor(weights, pacing), ServerState(np.zeros(2)))
     assert new.params.tolist() == [-0.5, -0.125]
@@ -136,7 +145,9 @@ def test_fedasync_of_fresh_updates_is_delta_sgd(k, dtype):
 
 def test_a_stale_model_pulls_fedasync_back_to_its_base():
     state = ServerState(np.array([2.0]), version=3)
-    update = Update("one", 0, 0, np.array([0.5]), 1, base=np.array([1.0]))  # its model is 0.5, s(3) = 0.5
+    update = Update(
+        "one", 0, 0, np.array([0.5]), 1, base=np.array([1.0])
+    )  # its model is 0.5, s(3) = 0.5
     d = FedAsync(alpha=0.6).combine([update], state)
     assert FedAsync().step(d, state).params[0] == pytest.approx(0.7 * 2 + 0.3 * 0.5)
 
@@ -149,7 +160,9 @@ def test_fedasync_mixes_several_updates_one_after_the_other_in_the_order_given()
         share = 0.6 * (1 + 5 - update.version) ** -0.5
         theta = (1 - share) * theta + share * (update.base - update.delta)
     rule = FedAsync()
-    np.testing.assert_allclose(rule.step(rule.combine(cohort, state), state).params, theta, rtol=0, atol=1e-15)
+    np.testing.assert_allclose(
+        rule.step(rule.combine(cohort, state), state).params, theta, rtol=0, atol=1e-15
+    )
     assert np.abs(rule.combine(cohort, state) - rule.combine(cohort[::-1], state)).max() > 0.01
 
 
@@ -193,8 +206,12 @@ def test_without_c_a_period_is_one_step_of_nesterov_on_its_mean():
 def test_with_c_it_is_another_rule(c, apart):
     delayed = run(DelayedNesterov(period=4, c=c), setup_e(), ZERO)
     nesterov = run(DiLoCo(), means_of_4(), ZERO)
-    assert np.linalg.norm(delayed[-1] - nesterov[-1]) / np.linalg.norm(nesterov[-1]) == pytest.approx(apart, abs=5e-5)
-    np.testing.assert_allclose(delayed[3] / nesterov[0], (1 + 0.9 * (1 - 4 * c + c)) / 1.9, rtol=1e-12)
+    assert np.linalg.norm(delayed[-1] - nesterov[-1]) / np.linalg.norm(
+        nesterov[-1]
+    ) == pytest.approx(apart, abs=5e-5)
+    np.testing.assert_allclose(
+        delayed[3] / nesterov[0], (1 + 0.9 * (1 - 4 * c + c)) / 1.9, rtol=1e-12
+    )
 
 
 def test_a_resumed_period_ends_where_it_would_have():
@@ -204,9 +221,13 @@ def test_a_resumed_period_ends_where_it_would_have():
     resumed = replace(state, memory=load(save(state.memory)))
     assert state.memory["arrivals"] == 6 and state.memory["arrivals"].shape == ()
     for update in updates(3, seed=9):
-        state, resumed = (turn(rule, [update], each, Pacing("buffer", 4, 1)) for each in (state, resumed))
+        state, resumed = (
+            turn(rule, [update], each, Pacing("buffer", 4, 1)) for each in (state, resumed)
+        )
     assert state.params.tobytes() == resumed.params.tobytes()
-    assert {n: a.tobytes() for n, a in state.memory.items()} == {n: a.tobytes() for n, a in resumed.memory.items()}
+    assert {n: a.tobytes() for n, a in state.memory.items()} == {
+        n: a.tobytes() for n, a in resumed.memory.items()
+    }
 
 
 def test_c_is_at_most_1_over_the_period():
@@ -247,13 +268,17 @@ def asynchronous(rule, rounds=100, k=4):
 def test_on_equal_quadratics_nesterov_on_every_arrival_diverges_where_delta_sgd_arrives():
     assert asynchronous(DeltaSGD(eta=0.7)) < 1e-3
     assert asynchronous(DiLoCo(eta=0.7, mu=0.9)) > 1e9
-    assert asynchronous(DelayedNesterov(eta=0.7, mu=0.6, period=8)) < 1e-3, "what it is refused in favour of"
+    assert asynchronous(DelayedNesterov(eta=0.7, mu=0.6, period=8)) < 1e-3, (
+        "what it is refused in favour of"
+    )
 
 
 def test_smaller_weights_do_not_mend_it():
     assert moved([1 / 4] * 4) == pytest.approx(3.036, abs=1e-3)
     assert moved([2 / 4] * 4) == pytest.approx(6.072, abs=1e-3)  # sqrt(k) / k
-    assert moved([0.0] * 4, m0=1.0) == pytest.approx(0.9**2 * (1 + 0.9 + 0.9**2 + 0.9**3), abs=1e-12)
+    assert moved([0.0] * 4, m0=1.0) == pytest.approx(
+        0.9**2 * (1 + 0.9 + 0.9**2 + 0.9**3), abs=1e-12
+    )
     assert moved([0.0] * 4, m0=1.0) == pytest.approx(2.7856, abs=1e-4)
 
 
@@ -269,8 +294,16 @@ def test_delayed_nesterov_moves_as_far_as_one_step_on_the_mean():
     "rule, pacing, words",
     [
         (FedAsync(), Pacing("buffer", 4, 2), ["pace.goal=2", "pace.goal=1", "strategy=fedbuff"]),
-        (DelayedNesterov(), Pacing("buffer", 4, 3), ["pace.goal=3", "pace.goal=1", "strategy=fedbuff"]),
-        (DelayedNesterov(), Pacing("buffer", 9, 1), ["strategy.period=8", "pace.clients, 9", "strategy.period=18"]),
+        (
+            DelayedNesterov(),
+            Pacing("buffer", 4, 3),
+            ["pace.goal=3", "pace.goal=1", "strategy=fedbuff"],
+        ),
+        (
+            DelayedNesterov(),
+            Pacing("buffer", 9, 1),
+            ["strategy.period=8", "pace.clients, 9", "strategy.period=18"],
+        ),
     ],
 )
 def test_a_pacing_that_breaks_the_rule_is_told_with_a_way_out(rule, pacing, words):

@@ -77,7 +77,8 @@ def test_two_attackers_of_ten_hardly_move_a_robust_rule(rule, attack):
 
 
 @pytest.mark.parametrize(
-    "attack, least", [("sign flip x3", 0.8), ("x100", 20), ("gaussian x100", 10), ("IPM 0.5", 0.29), ("IPM 10", 2)]
+    "attack, least",
+    [("sign flip x3", 0.8), ("x100", 20), ("gaussian x100", 10), ("IPM 0.5", 0.29), ("IPM 10", 2)],
 )
 def test_they_do_move_the_mean(attack, least):
     """Otherwise the test above would say nothing. ALIE hides within the spread: in one step it moves nobody far."""
@@ -86,7 +87,9 @@ def test_they_do_move_the_mean(attack, least):
 
 
 @every_attack
-@pytest.mark.parametrize("rule", [r for r in rules(4) if r.name != "krum"], ids=lambda rule: rule.name)
+@pytest.mark.parametrize(
+    "rule", [r for r in rules(4) if r.name != "krum"], ids=lambda rule: rule.name
+)
 def test_four_of_ten_shorten_a_step_and_turn_it_but_never_against_the_honest_mean(rule, attack):
     """Short of half of the clients: the step keeps its direction, more or less, and is off by one length at most."""
     rows, honest, root = cohort(4, attack)
@@ -98,7 +101,9 @@ def test_four_of_ten_shorten_a_step_and_turn_it_but_never_against_the_honest_mea
 def test_fltrust_does_not_mind_how_many_they_are(attack):
     rows, honest, root = cohort(7, attack)
     d = d_of(FLTrust(), rows, root)
-    assert direction(d, honest) >= 0.75 and np.linalg.norm(d) <= np.linalg.norm(root.delta) * (1 + 1e-6)
+    assert direction(d, honest) >= 0.75 and np.linalg.norm(d) <= np.linalg.norm(root.delta) * (
+        1 + 1e-6
+    )
 
 
 def test_krum_breaks_with_one_attacker_more_than_it_is_told_of():
@@ -109,7 +114,9 @@ def test_krum_breaks_with_one_attacker_more_than_it_is_told_of():
     assert distance(d_of(Krum(attackers=3), rows, root), honest) < 0.01
 
 
-@pytest.mark.parametrize("rule", [Median(), TrimmedMean(trim=4), GeometricMedian()], ids=lambda rule: rule.name)
+@pytest.mark.parametrize(
+    "rule", [Median(), TrimmedMean(trim=4), GeometricMedian()], ids=lambda rule: rule.name
+)
 def test_half_of_the_clients_are_the_end_of_rules_that_compare(rule):
     rows, honest, root = cohort(6, "IPM 10")
     assert direction(d_of(rule, rows, root), honest) < 0
@@ -122,8 +129,13 @@ def test_without_attackers_clients_that_differ_cost_a_bounded_distance(rule, off
     rows, honest, root = cohort(0, "x100", offset)
     d = d_of(rule, rows, root)
     spread = np.linalg.norm(honest - honest.mean(axis=0), axis=1).mean()
-    if rule.name == "fltrust":  # as long as the server's own update at most, whatever the clients' lengths
-        assert np.linalg.norm(d) <= np.linalg.norm(root.delta) * (1 + 1e-6) and direction(d, honest) > 0.8
+    if (
+        rule.name == "fltrust"
+    ):  # as long as the server's own update at most, whatever the clients' lengths
+        assert (
+            np.linalg.norm(d) <= np.linalg.norm(root.delta) * (1 + 1e-6)
+            and direction(d, honest) > 0.8
+        )
     else:
         assert np.linalg.norm(d - honest.mean(axis=0)) <= 0.25 * spread
         assert (d >= rows.min(axis=0) - 1e-6).all() and (d <= rows.max(axis=0) + 1e-6).all()

@@ -11,9 +11,13 @@ from fedgpt.aggregate import exact, parallel
 from fedgpt.aggregate.exact import ExactSum
 
 BOUND, MAX_WEIGHT = 2.0, 1000.0
-elements = st.floats(-BOUND, BOUND, width=32) | st.sampled_from([0.0, -0.0, BOUND, -BOUND, 1e-45, -1e-45, 1e-38])
+elements = st.floats(-BOUND, BOUND, width=32) | st.sampled_from(
+    [0.0, -0.0, BOUND, -BOUND, 1e-45, -1e-45, 1e-38]
+)
 weights = st.floats(1e-3, MAX_WEIGHT) | st.sampled_from([1.0, MAX_WEIGHT])
-cohorts = st.lists(st.tuples(st.lists(elements, min_size=3, max_size=3), weights), min_size=1, max_size=12)
+cohorts = st.lists(
+    st.tuples(st.lists(elements, min_size=3, max_size=3), weights), min_size=1, max_size=12
+)
 
 
 def summed(cohort, **limits):
@@ -40,7 +44,9 @@ def test_the_error_is_within_the_documented_bound(cohort):
     for index in range(3):
         parts = [Fraction(float(np.float32(d[index]))) * Fraction(w) for d, w in cohort]
         true, length = sum(parts) / Fraction(divisor), float(sum(abs(part) for part in parts))
-        bound = (0.5 * len(cohort) * total.resolution + 2**-22.9 * length) / divisor + 2**-23.9 * abs(float(true))
+        bound = (
+            0.5 * len(cohort) * total.resolution + 2**-22.9 * length
+        ) / divisor + 2**-23.9 * abs(float(true))
         bound += 1e-45
         assert abs(float(Fraction(float(mean[index])) - true)) <= bound
 
@@ -111,7 +117,13 @@ def test_bad_calls_are_refused():
     for divisor in (0, -1, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="divisor"):
             total.mean(divisor)
-    for limits in ({"bound": 0.0}, {"bound": float("nan")}, {"bound": float("inf")}, {"count": 0}, {"bound": -1.0}):
+    for limits in (
+        {"bound": 0.0},
+        {"bound": float("nan")},
+        {"bound": float("inf")},
+        {"count": 0},
+        {"bound": -1.0},
+    ):
         with pytest.raises(ValueError, match="no scale"):
             total.reset(**limits)
 
@@ -150,14 +162,19 @@ def test_the_fast_rounding_is_rint():
 
 def test_all_24_orders_of_four_replies_are_one_digest():
     rng = np.random.default_rng(0)
-    replies = [(rng.standard_normal(1000).astype(np.float32), weight) for weight in (512.0, 300.0, 7.0, 1.0)]
+    replies = [
+        (rng.standard_normal(1000).astype(np.float32), weight)
+        for weight in (512.0, 300.0, 7.0, 1.0)
+    ]
     digests, floats = set(), set()
     for order in itertools.permutations(replies):
         total = ExactSum(1000, bound=10.0, count=4, max_weight=512)
         for delta, weight in order:
             total.add(delta, weight)
         digests.add(hashlib.sha256(total.mean(820.0).tobytes()).hexdigest())
-        plain = sum((delta * np.float32(weight) for delta, weight in order), np.zeros(1000, np.float32))
+        plain = sum(
+            (delta * np.float32(weight) for delta, weight in order), np.zeros(1000, np.float32)
+        )
         floats.add(hashlib.sha256(plain.tobytes()).hexdigest())
     assert len(digests) == 1 and len(floats) > 1, "in floating point the order shows"
 

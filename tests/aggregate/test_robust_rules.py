@@ -65,7 +65,9 @@ def apart(a, b):
 
 def average(rows, weights):
     total, columns = math.fsum(weights), zip(*rows, strict=True)
-    return [math.fsum(w * x for w, x in zip(weights, column, strict=True)) / total for column in columns]
+    return [
+        math.fsum(w * x for w, x in zip(weights, column, strict=True)) / total for column in columns
+    ]
 
 
 def slow_median(rows, root):
@@ -115,17 +117,29 @@ def slow_fltrust(rows, root):
     return average([[x * norm(root) / norm(row) for x in row] for row in rows], trust)
 
 
-SLOW = [slow_median, slow_trimmed, slow_krum, slow_geometric, slow_norm_clip, slow_centred, slow_fltrust]
+SLOW = [
+    slow_median,
+    slow_trimmed,
+    slow_krum,
+    slow_geometric,
+    slow_norm_clip,
+    slow_centred,
+    slow_fltrust,
+]
 
 
-@pytest.mark.parametrize("rule, slow", list(zip(RULES, SLOW, strict=True)), ids=[rule.name for rule in RULES])
+@pytest.mark.parametrize(
+    "rule, slow", list(zip(RULES, SLOW, strict=True)), ids=[rule.name for rule in RULES]
+)
 @pytest.mark.parametrize("n", [5, 6, 9])
 def test_equals_a_slow_reference(rule, slow, n, any_block):
     rng = np.random.default_rng(n)
     root = rng.standard_normal(23)
     rows = rng.standard_normal((n, 23)) + root
     rows[1] *= 30
-    np.testing.assert_allclose(combined(rule, rows, root), slow(rows.tolist(), root.tolist()), rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(
+        combined(rule, rows, root), slow(rows.tolist(), root.tolist()), rtol=1e-12, atol=1e-13
+    )
 
 
 @every
@@ -145,7 +159,9 @@ def test_memory_is_a_few_vectors_whatever_the_cohort(rule):
     rule.combine(cohort, state, root)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert peak < 4 * state.params.nbytes + 8 * 8 * blocks.BLOCK  # all updates in float64 would be 24 times params
+    assert (
+        peak < 4 * state.params.nbytes + 8 * 8 * blocks.BLOCK
+    )  # all updates in float64 would be 24 times params
 
 
 # The sorting network: it sorts whatever sorts all zeros and ones (Knuth's 0-1 principle).
@@ -157,7 +173,10 @@ def test_the_network_puts_every_wanted_rank_in_its_place(count):
     for cut in range((count + 1) // 2):
         rows = columns.copy()
         for low, high in blocks.comparators(count, range(cut, count - cut)):
-            rows[low], rows[high] = np.minimum(rows[low], rows[high]), np.maximum(rows[low], rows[high])
+            rows[low], rows[high] = (
+                np.minimum(rows[low], rows[high]),
+                np.maximum(rows[low], rows[high]),
+            )
         wanted = slice(cut, count - cut)
         assert np.array_equal(rows[wanted], np.sort(columns, axis=0)[wanted])
 
@@ -180,7 +199,9 @@ def test_rules_with_nothing_to_refuse_are_the_mean(rows, seed, length):
         (NormClip(), {"norms": np.array([np.inf])}),
         (CentredClip(tau=HUGE, passes=1), {"centre": centre}),
     ):
-        np.testing.assert_allclose(combined(rule, rows, **memory), mean_of(rows), rtol=0, atol=1e-14)
+        np.testing.assert_allclose(
+            combined(rule, rows, **memory), mean_of(rows), rtol=0, atol=1e-14
+        )
 
 
 @given(matrices)
@@ -219,7 +240,9 @@ def test_d_stays_within_the_updates(rows):
 def test_a_unanimous_update_is_taken_whole(rule):
     state, (update,) = start(dtype=np.float64), updates(1)
     cohort = [replace(update, client=f"client{i}") for i in range(7)]
-    np.testing.assert_allclose(state.params - turn(rule, cohort, state).params, update.delta, rtol=1e-6)
+    np.testing.assert_allclose(
+        state.params - turn(rule, cohort, state).params, update.delta, rtol=1e-6
+    )
 
 
 # Median and trimmed mean.
@@ -234,7 +257,9 @@ def test_a_trim_of_nothing_is_refused():
     assert combined(TrimmedMean(trim=1), [[2], [0], [0], [100]]).tolist() == [1.0]
     assert combined(TrimmedMean(trim=1), [[0], [0], [0], [100]]).tolist() == [0.0]
     for trim in (0, 0.2):
-        with pytest.raises(ConfigError, match=rf"strategy.trim={trim} must be a whole number of at least 1"):
+        with pytest.raises(
+            ConfigError, match=rf"strategy.trim={trim} must be a whole number of at least 1"
+        ):
             TrimmedMean(trim=trim)
 
 
@@ -268,7 +293,9 @@ def test_krum_measures_small_updates_of_large_models():
     deltas = (deltas * 0.01 / np.linalg.norm(deltas, axis=1, keepdims=True)).astype(np.float32)
     true = ((deltas[:, None].astype(np.float64) - deltas[None]) ** 2).sum(axis=2)
     expected = np.sort(true, axis=1)[:, 1:5].sum(axis=1)
-    np.testing.assert_allclose(Krum().scores(update_of(*deltas, dtype=np.float32)), expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        Krum().scores(update_of(*deltas, dtype=np.float32)), expected, rtol=1e-5
+    )
     models = weights - deltas
     squares = (models * models).sum(axis=1)
     expanded = squares[:, None] + squares[None] - 2 * models @ models.T
@@ -281,11 +308,15 @@ def test_krum_measures_small_updates_of_large_models():
 def test_geometric_median_of_four_points_is_where_the_diagonals_cross():
     points = [[0, 0], [4, 0], [3, 3], [0, 2]]
     assert combined(GeometricMedian(), points) == pytest.approx([1.3476, 1.3352], abs=1e-4)
-    assert combined(GeometricMedian(iterations=200), points) == pytest.approx([4 / 3, 4 / 3], abs=1e-6)
+    assert combined(GeometricMedian(iterations=200), points) == pytest.approx(
+        [4 / 3, 4 / 3], abs=1e-6
+    )
 
 
 def test_geometric_median_on_a_line_is_the_median():
-    assert combined(GeometricMedian(iterations=200), [[0], [1], [2.5], [7], [100]])[0] == pytest.approx(2.5, abs=1e-4)
+    assert combined(GeometricMedian(iterations=200), [[0], [1], [2.5], [7], [100]])[
+        0
+    ] == pytest.approx(2.5, abs=1e-4)
 
 
 def test_geometric_median_does_not_collapse_onto_one_client():
@@ -308,8 +339,16 @@ def test_norm_clip_follows_the_norms_of_earlier_versions():
     state = turn(rule, update_of(1, 2, 3), state)  # median 2: (1 + 2 + 2) / 3
     assert state.params[0] == pytest.approx(-5 / 3) and state.memory["norms"].tolist() == [1, 2, 3]
     state = turn(rule, update_of(10, 10, 10), state)  # still 2, so that these three cannot set it
-    assert state.params[0] == pytest.approx(-5 / 3 - 2) and state.memory["norms"].tolist() == [2, 3, 10, 10, 10]
-    state = turn(rule, update_of(10, 10, 10), state)  # what was received is remembered, so it can grow
+    assert state.params[0] == pytest.approx(-5 / 3 - 2) and state.memory["norms"].tolist() == [
+        2,
+        3,
+        10,
+        10,
+        10,
+    ]
+    state = turn(
+        rule, update_of(10, 10, 10), state
+    )  # what was received is remembered, so it can grow
     assert state.params[0] == pytest.approx(-5 / 3 - 12)
 
 
@@ -318,10 +357,14 @@ def test_centred_clip_starts_from_the_last_aggregate():
     state = turn(rule, update_of(1, 2, 3), state)
     assert state.memory["centre"].tolist() == pytest.approx([5 / 3])
     cohort = update_of(5 / 3, 5 / 3 + 1, 1000)
-    assert d_of(rule, cohort, state).tolist() == pytest.approx([5 / 3 + 2 / 3])  # tau 1, the median distance
+    assert d_of(rule, cohort, state).tolist() == pytest.approx(
+        [5 / 3 + 2 / 3]
+    )  # tau 1, the median distance
     assert d_of(replace(rule, tau=0.3), cohort, state).tolist() == pytest.approx([5 / 3 + 0.2])
     still = rule.step(rule.combine([], state), state)
-    assert still.memory["centre"].tolist() == state.memory["centre"].tolist()  # no updates: nothing is forgotten
+    assert (
+        still.memory["centre"].tolist() == state.memory["centre"].tolist()
+    )  # no updates: nothing is forgotten
 
 
 @given(matrices, st.floats(0.01, 10), st.integers(1, 5))
@@ -375,7 +418,9 @@ SMALL = [
 
 @pytest.mark.parametrize("rule, n, words", SMALL)
 def test_too_small_a_cohort_is_told_before_the_run(rule, n, words):
-    (problem,) = rule.problems(Pacing("cohort", n + 5, n))  # the goal counts: the others may come too late
+    (problem,) = rule.problems(
+        Pacing("cohort", n + 5, n)
+    )  # the goal counts: the others may come too late
     assert all(word in problem for word in words), problem
     assert list(rule.problems(Pacing("cohort", n + 1, n + 1))) == []
 
@@ -383,18 +428,30 @@ def test_too_small_a_cohort_is_told_before_the_run(rule, n, words):
 @pytest.mark.parametrize("rule, n, words", SMALL)
 def test_too_few_updates_stop_the_run(rule, n, words):
     state = start()
-    with pytest.raises(StoppedEarly, match=rf"strategy={rule.name} needs at least {n + 1} .* {n} came"):
+    with pytest.raises(
+        StoppedEarly, match=rf"strategy={rule.name} needs at least {n + 1} .* {n} came"
+    ):
         rule.combine(updates(n), state)
     assert np.isfinite(rule.combine(updates(n + 1), state)).all()
 
 
 def test_krum_that_would_keep_attackers_is_told():
     (problem,) = Krum(attackers=2, keep=7).problems(Pacing("cohort", 8, 8))
-    assert all(word in problem for word in ("strategy.keep=7", "strategy.attackers=2", "at most 6")), problem
+    assert all(
+        word in problem for word in ("strategy.keep=7", "strategy.attackers=2", "at most 6")
+    ), problem
     assert list(Krum(attackers=2, keep=6).problems(Pacing("cohort", 8, 8))) == []
 
 
 def test_the_same_client_twice_is_in_order_of_its_tasks():
     one, two = update_of(1, 2)
-    twice = [replace(two, client="a", task=1), replace(one, client="a", task=0), replace(one, client="Z")]
-    assert [(u.client, u.task) for u in blocks.in_order(Median(), twice)] == [("Z", 0), ("a", 0), ("a", 1)]
+    twice = [
+        replace(two, client="a", number=1),
+        replace(one, client="a", number=0),
+        replace(one, client="Z"),
+    ]
+    assert [(u.client, u.number) for u in blocks.in_order(Median(), twice)] == [
+        ("Z", 0),
+        ("a", 0),
+        ("a", 1),
+    ]

@@ -28,7 +28,9 @@ every = pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.__name__)
 cohort_rules = pytest.mark.parametrize(
     "cls", [c for c in ALL if "cohort" in c.paces or c().linear], ids=lambda cls: cls.__name__
 )
-combining = pytest.mark.parametrize("cls", [c for c in ALL if not c().linear], ids=lambda cls: cls.__name__)
+combining = pytest.mark.parametrize(
+    "cls", [c for c in ALL if not c().linear], ids=lambda cls: cls.__name__
+)
 
 
 def test_all_strategies_are_found():
@@ -55,7 +57,9 @@ def test_order_of_arrival_is_irrelevant(cls, order):
     reference = turn(strategy, cohort, state)
     shuffled = turn(strategy, [cohort[i] for i in order], state)
     assert shuffled.params.tobytes() == reference.params.tobytes()
-    assert {n: a.tobytes() for n, a in shuffled.memory.items()} == {n: a.tobytes() for n, a in reference.memory.items()}
+    assert {n: a.tobytes() for n, a in shuffled.memory.items()} == {
+        n: a.tobytes() for n, a in reference.memory.items()
+    }
 
 
 @every
@@ -126,7 +130,9 @@ def test_a_step_is_pure(cls):
     one, two = strategy.step(d, state), strategy.step(d, state)
     assert one.params.tobytes() == two.params.tobytes()
     assert not np.shares_memory(one.params, state.params)
-    assert {n: a.tobytes() for n, a in state.memory.items()} == {n: a.tobytes() for n, a in before.items()}
+    assert {n: a.tobytes() for n, a in state.memory.items()} == {
+        n: a.tobytes() for n, a in before.items()
+    }
     assert state.version == 1 and one.version == 2
 
 
@@ -138,7 +144,11 @@ def test_float32_stays_float32(cls, number):
     for seed in range(2):
         state = turn(strategy, updates(seed=seed), state)
     assert state.params.dtype == np.float32
-    assert all(array.dtype == np.float32 for array in state.memory.values() if array.shape == state.params.shape)
+    assert all(
+        array.dtype == np.float32
+        for array in state.memory.values()
+        if array.shape == state.params.shape
+    )
 
 
 @every
@@ -150,7 +160,9 @@ def test_memory_survives_a_checkpoint(cls):
     cohort = updates(seed=9)
     one, two = turn(strategy, cohort, state), turn(strategy, cohort, restored)
     assert one.params.tobytes() == two.params.tobytes()
-    assert {n: a.tobytes() for n, a in one.memory.items()} == {n: a.tobytes() for n, a in two.memory.items()}
+    assert {n: a.tobytes() for n, a in one.memory.items()} == {
+        n: a.tobytes() for n, a in two.memory.items()
+    }
     assert strategy.unsaved == ()
 
 
@@ -167,7 +179,9 @@ def test_conf_names_the_class_and_its_defaults(cls):
     assert lines[0].startswith("# ")
     values = dict(line.split(": ", 1) for line in lines[1:])
     assert values.pop("_target_") == f"{cls.__module__}.{cls.__name__}"
-    assert {k: json.loads(v.split("#")[0]) for k, v in values.items()} == {f.name: f.default for f in fields(cls)}
+    assert {k: json.loads(v.split("#")[0]) for k, v in values.items()} == {
+        f.name: f.default for f in fields(cls)
+    }
 
 
 @every
@@ -175,7 +189,9 @@ def test_wrong_numbers_are_refused_by_name(cls):
     assert all(field.default is not MISSING for field in fields(cls))
     for field in fields(cls):
         for wrong in (-1, float("nan"), float("inf"), "much", None, True):
-            with pytest.raises(ConfigError, match=rf"strategy\.{field.name}={wrong} must be (a|one) ") as error:
+            with pytest.raises(
+                ConfigError, match=rf"strategy\.{field.name}={wrong} must be (a|one) "
+            ) as error:
                 cls(**{field.name: wrong})
             assert f"default, {field.default}" in str(error.value)
         if isinstance(field.default, int):
@@ -209,9 +225,16 @@ def test_the_frame_is_federated_averaging():
     cohort = updates()
     assert frame.linear and frame.paces == {"cohort"} and frame.client_numbers() == {}
     assert frame.weight(cohort[0], 3) == cohort[0].tokens
-    assert frame.divisor([1e16, 1.0, 1.0], pacing) == frame.divisor([1.0, 1.0, 1e16], pacing) == 1e16 + 2
+    assert (
+        frame.divisor([1e16, 1.0, 1.0], pacing)
+        == frame.divisor([1.0, 1.0, 1e16], pacing)
+        == 1e16 + 2
+    )
     assert list(frame.problems(pacing)) == [] and frame.remember(cohort, state) == {}
-    assert turn(frame, cohort, state).params.tobytes() == turn(FedAvg(), cohort, state).params.tobytes()
+    assert (
+        turn(frame, cohort, state).params.tobytes()
+        == turn(FedAvg(), cohort, state).params.tobytes()
+    )
     with pytest.raises(NotImplementedError, match="linear"):
         frame.combine(ready(frame, cohort, state), state)
 
@@ -231,8 +254,8 @@ def test_a_step_cannot_change_the_shape():
 
 
 def test_aggregate_imports_in_no_time():
-    script = (
-        "import sys, fedgpt.aggregate.exact, fedgpt.aggregate.fedadam; print(*map(sys.modules.get, ('torch', 'flwr')))"
+    script = "import sys, fedgpt.aggregate.exact, fedgpt.aggregate.fedadam; print(*map(sys.modules.get, ('torch', 'flwr')))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
     )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.split() == ["None", "None"]

@@ -21,7 +21,10 @@ from fedgpt.core.messages import ServerState
     [
         (FedAvg(eta=0.7), lambda p: torch.optim.SGD(p, lr=0.7)),
         (FedAvgM(eta=0.7, mu=0.9), lambda p: torch.optim.SGD(p, lr=0.7, momentum=0.9)),
-        (DiLoCo(eta=0.7, mu=0.9), lambda p: torch.optim.SGD(p, lr=0.7, momentum=0.9, nesterov=True)),
+        (
+            DiLoCo(eta=0.7, mu=0.9),
+            lambda p: torch.optim.SGD(p, lr=0.7, momentum=0.9, nesterov=True),
+        ),
     ],
 )
 def test_equals_torch_sgd(strategy, optimizer):
@@ -31,7 +34,12 @@ def test_equals_torch_sgd(strategy, optimizer):
 
 
 def test_fedadam_equals_torch_adam_but_for_the_bias_correction():
-    ds, eta, tau, state = setup_e(), 0.1, 1e-3, ServerState(np.zeros(5), memory={"second_moment": np.zeros(5)})
+    ds, eta, tau, state = (
+        setup_e(),
+        0.1,
+        1e-3,
+        ServerState(np.zeros(5), memory={"second_moment": np.zeros(5)}),
+    )
     history = []
     for t, d in enumerate(ds, 1):  # Adam's correction, put into eta and tau
         root = (1 - 0.99**t) ** 0.5
@@ -44,7 +52,9 @@ def test_fedadam_equals_torch_adam_but_for_the_bias_correction():
 @pytest.mark.parametrize("cls, second", [(FedAdam, 0.1980198), (FedYogi, 0.1985136)])
 def test_hand_values_of_the_adaptive_rules(cls, second):
     strategy = cls(eta=0.1)
-    state = strategy.step(np.array([-1.0]), ServerState(np.zeros(1), memory={"second_moment": np.zeros(1)}))
+    state = strategy.step(
+        np.array([-1.0]), ServerState(np.zeros(1), memory={"second_moment": np.zeros(1)})
+    )
     assert state.params[0] == pytest.approx(0.0990099, abs=1e-7)
     assert strategy.step(np.array([-0.1]), state).params[0] == pytest.approx(second, abs=1e-7)
 
@@ -65,7 +75,11 @@ def test_adaptive_rules_equal_the_paper_in_plain_floats(cls):
             v += (1 - b2) * d * d
         theta -= eta * m / (v**0.5 + tau)
         expected.append(theta)
-    ours = run(cls(eta=eta, beta1=b1, beta2=b2, tau=tau), [np.array([d]) for d in ds], ServerState(np.zeros(1)))
+    ours = run(
+        cls(eta=eta, beta1=b1, beta2=b2, tau=tau),
+        [np.array([d]) for d in ds],
+        ServerState(np.zeros(1)),
+    )
     np.testing.assert_allclose(np.ravel(ours), expected, rtol=1e-12)
 
 
@@ -87,10 +101,16 @@ def test_five_ways_to_write_nesterov_agree():
 
 @pytest.mark.parametrize(
     "mu, gains",
-    [(0.9, {1: 1.9, 2: 2.71, 5: 4.69, 10: 6.86, 24: 9.28, 50: 9.95, 400: 10}), (0.6, {1: 1.6, 2: 1.96, 5: 2.38})],
+    [
+        (0.9, {1: 1.9, 2: 2.71, 5: 4.69, 10: 6.86, 24: 9.28, 50: 9.95, 400: 10}),
+        (0.6, {1: 1.6, 2: 1.96, 5: 2.38}),
+    ],
 )
 def test_gain_of_nesterov_on_a_constant_update(mu, gains):
-    history = [0.0, *np.ravel(run(DiLoCo(eta=1.0, mu=mu), [np.ones(1)] * 400, ServerState(np.zeros(1))))]
+    history = [
+        0.0,
+        *np.ravel(run(DiLoCo(eta=1.0, mu=mu), [np.ones(1)] * 400, ServerState(np.zeros(1)))),
+    ]
     for t, gain in gains.items():
         assert history[t - 1] - history[t] == pytest.approx((1 - mu ** (t + 1)) / (1 - mu))
         assert history[t - 1] - history[t] == pytest.approx(gain, abs=0.006)
@@ -102,7 +122,9 @@ def test_nesterov_is_not_heavy_ball_but_one_step_ahead_on_a_constant_update():
     one, two = (run(rule, ds, ServerState(np.zeros(5)))[-1] for rule in (ball, nesterov))
     assert np.linalg.norm(one - two) / np.linalg.norm(two) == pytest.approx(0.174, abs=5e-4)
     constant = [ds[0]] * len(ds)
-    one, two = (np.diff(run(rule, constant, ServerState(np.zeros(5))), axis=0) for rule in (ball, nesterov))
+    one, two = (
+        np.diff(run(rule, constant, ServerState(np.zeros(5))), axis=0) for rule in (ball, nesterov)
+    )
     np.testing.assert_allclose(two[:-1], one[1:], rtol=1e-12)
 
 
@@ -111,7 +133,9 @@ def test_fedavg_is_the_weighted_mean_of_the_clients_models():
     tokens = np.array([update.tokens for update in cohort], np.float64)
     models = np.stack([state.params.astype(np.float64) - update.delta for update in cohort])
     new = turn(FedAvg(), cohort, state)
-    np.testing.assert_allclose(new.params, (tokens[:, None] * models).sum(0) / tokens.sum(), rtol=0, atol=1e-8)
+    np.testing.assert_allclose(
+        new.params, (tokens[:, None] * models).sum(0) / tokens.sum(), rtol=0, atol=1e-8
+    )
 
 
 @pytest.mark.parametrize("twin", [FedAvgM(mu=0), DiLoCo(eta=1, mu=0), FedProx(mu=0)])
@@ -125,7 +149,9 @@ def test_scale_acts_on_the_update_not_on_the_parameters():
     state = start()
     d = d_of(FedAvg(), updates(), state)
     one, two = FedAvg().step(d, state), FedAvg(eta=2).step(d, state)
-    np.testing.assert_allclose(two.params - state.params, 2 * (one.params - state.params), rtol=0, atol=1e-8)
+    np.testing.assert_allclose(
+        two.params - state.params, 2 * (one.params - state.params), rtol=0, atol=1e-8
+    )
 
 
 def test_proximal_mu_goes_to_the_clients_by_name():

@@ -63,7 +63,10 @@ def no_clip():
     from fedgpt.local.bookkeeping import BookKeeping
 
     right = BookKeeping.add_clipped
-    with m.patched("fedgpt.local.bookkeeping.BookKeeping.add_clipped", lambda s, f, clip, t: right(s, f, 1e9, t)):
+    with m.patched(
+        "fedgpt.local.bookkeeping.BookKeeping.add_clipped",
+        lambda s, f, clip, t: right(s, f, 1e9, t),
+    ):
         yield
 
 
@@ -76,7 +79,9 @@ def test_a_right_client_passes(engine):
 
 
 @pytest.mark.parametrize(
-    "broken", [m.no_noise, lambda: m.noise_times(0.25), no_clip], ids=["no noise", "a quarter", "no clip"]
+    "broken",
+    [m.no_noise, lambda: m.noise_times(0.25), no_clip],
+    ids=["no noise", "a quarter", "no clip"],
 )
 def test_a_broken_client_does_not(broken):
     """The noise is fresh: one audit of a quarter of it in fifteen sees too little, four of four do not."""
@@ -96,7 +101,10 @@ def test_one_update_tells_the_tokens_and_a_private_one_does_not():
     o, plan = tiny(clip=1.0)
     tokens = text(0, 32, 200 * 17)
     assert token_leak(o, VOCAB, tokens, None, 8)["auc"] > 0.9
-    found = [token_leak(o, VOCAB, tokens, replace(plan, planned=Event(1.0, 1.0, 8)), 8)["auc"] for _ in range(5)]
+    found = [
+        token_leak(o, VOCAB, tokens, replace(plan, planned=Event(1.0, 1.0, 8)), 8)["auc"]
+        for _ in range(5)
+    ]
     assert np.mean(found) < 0.62, "a random order, give or take"
 
 

@@ -20,8 +20,8 @@ ATTACKS = ("sign_flip", "scale", "gaussian")
 STEPS, TOKENS = 3, 3 * 4 * 16
 
 
-def lie(name: str, client: str = "eve", task: int = 0, seed: int = 0) -> np.ndarray:
-    return attacked(DELTA, AttackOptions(name, clients=1, strength=3.0), seed, client, task)
+def lie(name: str, client: str = "eve", number: int = 0, seed: int = 0) -> np.ndarray:
+    return attacked(DELTA, AttackOptions(name, clients=1, strength=3.0), seed, client, number)
 
 
 def test_sign_flip_and_scale_are_multiples_of_the_update():
@@ -42,7 +42,11 @@ def test_a_lie_repeats_and_stays_float32(name):
 
 
 def test_noise_differs_by_seed_client_and_task():
-    for other in (lie("gaussian", seed=1), lie("gaussian", client="mallory"), lie("gaussian", task=1)):
+    for other in (
+        lie("gaussian", seed=1),
+        lie("gaussian", client="mallory"),
+        lie("gaussian", number=1),
+    ):
         assert not np.array_equal(lie("gaussian"), other)
 
 
@@ -62,11 +66,14 @@ def train(tmp_path):
         ])  # fmt: skip
         work = ClientWork(options, str(tmp_path / "clients"))
         params = flatten(GPT(options.model, 257))[1].numpy()
-        job = Job(work.shards[index].client, 0, 0, params, Plan("run", STEPS, 0, TOKENS, 10 * TOKENS))
+        job = Job(
+            work.shards[index].client, 0, 0, params, Plan("run", STEPS, 0, TOKENS, 10 * TOKENS)
+        )
         header, array = work.train(job, index)
         limit = ABSOLUTE * max(1.0, float(np.linalg.norm(params)))
         return decode(
-            Reply(job.client, 0, header, array), Expected("run", job.client, 0, 0, params.size, TOKENS, limit)
+            Reply(job.client, 0, header, array),
+            Expected("run", job.client, 0, 0, params.size, TOKENS, limit),
         )
 
     return update
@@ -76,4 +83,8 @@ def train(tmp_path):
 def test_only_the_first_clients_lie_and_the_server_lets_them(train, name):
     honest = [train(index).delta.copy() for index in range(3)]
     updates = [train(index, f"attack={name}", "attack.clients=2").delta for index in range(3)]
-    assert [np.array_equal(a, b) for a, b in zip(honest, updates, strict=True)] == [False, False, True]
+    assert [np.array_equal(a, b) for a, b in zip(honest, updates, strict=True)] == [
+        False,
+        False,
+        True,
+    ]

@@ -29,14 +29,16 @@ def options(unit: str = "example", **privacy) -> RunOptions:
     )
 
 
-def job(o: RunOptions, task: int = 0, **plan) -> Job:
+def job(o: RunOptions, number: int = 0, **plan) -> Job:
     planned = make_plan(o, [TOKENS.size])
     told = {
         "noise_multiplier": planned.noise_multiplier, "participations": planned.participations,
-        "delta": planned.delta, "state": task - 1, "tokens_done": 0, "tokens_per_step": 64, **plan,
+        "delta": planned.delta, "state": number - 1, "tokens_done": 0, "tokens_per_step": 64, **plan,
     }  # fmt: skip
-    params = np.full(10, task, np.float32)
-    return Job("alice", task, task, params, Plan("run", o.local.steps, tokens_total=1000, **told))
+    params = np.full(10, number, np.float32)
+    return Job(
+        "alice", number, number, params, Plan("run", o.local.steps, tokens_total=1000, **told)
+    )
 
 
 def client(o: RunOptions, folder, tokens=TOKENS, **environment) -> ClientPrivacy:
@@ -49,8 +51,8 @@ def events(folder) -> list[dict]:
 
 def test_a_run_as_planned_is_within_its_budget_and_the_next_job_is_refused(tmp_path):
     o = options()
-    for task in range(5):
-        client(o, tmp_path).steps(job(o, task), "fresh")
+    for number in range(5):
+        client(o, tmp_path).steps(job(o, number), "fresh")
     planned = make_plan(o, [TOKENS.size])
     assert events(tmp_path) == [
         {"noise_multiplier": planned.noise_multiplier, "sampling_probability": 0.1, "count": 15}
@@ -65,7 +67,11 @@ def test_a_run_as_planned_is_within_its_budget_and_the_next_job_is_refused(tmp_p
 def test_the_very_same_job_again_is_free_and_gets_the_same_noise(tmp_path):
     o = options()
     first = client(o, tmp_path).steps(job(o), "fresh").stream.normal(50)
-    again = client(o, tmp_path).steps(job(o, keep=(3, 4), seconds=2.0, held=-1), "fresh").stream.normal(50)
+    again = (
+        client(o, tmp_path)
+        .steps(job(o, keep=(3, 4), seconds=2.0, cached_version=-1), "fresh")
+        .stream.normal(50)
+    )
     np.testing.assert_array_equal(first, again)
     assert events(tmp_path)[0]["count"] == 3
 
@@ -78,7 +84,9 @@ def test_another_job_of_the_same_number_is_paid_for_and_gets_other_noise(tmp_pat
     if what == "params":
         other = Job("alice", 0, 0, np.ones(10, np.float32), other.plan)
     environment = {"threads": 7} if what == "environment" else {}
-    steps = client(o, tmp_path, **environment).steps(other, "moments of 3" if what == "moments" else "fresh")
+    steps = client(o, tmp_path, **environment).steps(
+        other, "moments of 3" if what == "moments" else "fresh"
+    )
     assert abs(np.corrcoef(first, steps.stream.normal(1000))[0, 1]) < 0.13
     assert events(tmp_path)[0]["count"] == 6
 
@@ -93,10 +101,14 @@ def test_a_server_that_asks_for_less_noise_or_longer_is_held_to_the_clients_own_
         client(o, tmp_path).steps(job(o, delta=float("nan")), "fresh")
     refund = job(o)
     with pytest.raises(BudgetExhausted, match="a job of -3 steps"):
-        client(o, tmp_path).steps(replace(refund, plan=replace(refund.plan, steps=-3)), "fresh")
+        client(o, tmp_path).steps(
+            replace(refund, plan=replace(refund.plan, local_steps=-3)), "fresh"
+        )
     with pytest.raises(BudgetExhausted, match=r"delta 0\.5 is not below one over the 40 units"):
         client(o, tmp_path).steps(job(o, delta=0.5), "fresh")
-    client(o, tmp_path).steps(job(o, participations=10_000), "fresh")  # one job is still within the budget
+    client(o, tmp_path).steps(
+        job(o, participations=10_000), "fresh"
+    )  # one job is still within the budget
     assert events(tmp_path)[0]["count"] == 3
 
 
@@ -133,7 +145,9 @@ def test_a_damaged_ledger_and_one_of_other_text_are_refused(tmp_path):
 def test_files_are_the_owners_alone(tmp_path):
     o = options()
     client(o, tmp_path).steps(job(o), "fresh")
-    assert {oct((tmp_path / name).stat().st_mode & 0o777) for name in ("ledger.json", "privacy.key")} == {"0o600"}
+    assert {
+        oct((tmp_path / name).stat().st_mode & 0o777) for name in ("ledger.json", "privacy.key")
+    } == {"0o600"}
 
 
 def test_a_locally_private_update_is_clipped_and_as_noisy_as_promised(tmp_path):
@@ -144,5 +158,7 @@ def test_a_locally_private_update_is_clipped_and_as_noisy_as_promised(tmp_path):
     assert noise.std() == pytest.approx(2 * 0.5 * 2.0, rel=0.02)
     np.testing.assert_array_equal(hidden, client(o, tmp_path).hidden(job(o), delta, "fresh"))
     other = client(o, tmp_path).hidden(job(o), delta + np.float32(1e-3), "fresh")
-    assert abs(np.corrcoef(hidden, other)[0, 1]) < 0.03, "another update of the same job has other noise"
+    assert abs(np.corrcoef(hidden, other)[0, 1]) < 0.03, (
+        "another update of the same job has other noise"
+    )
     assert events(tmp_path) == [{"noise_multiplier": 2.0, "sampling_probability": 1.0, "count": 2}]

@@ -8,10 +8,14 @@ import time
 
 
 def process(seconds: float, slow: float, sleep: float) -> tuple[int, str, float]:
-    script = f"import time\nfrom fedgpt.client.work import watchdog\nwith watchdog({seconds}, {slow}):\n"
+    script = (
+        f"import time\nfrom fedgpt.client.work import watchdog\nwith watchdog({seconds}, {slow}):\n"
+    )
     script += f"    began = time.monotonic(); time.sleep({sleep})\nprint('through')"
     began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
+    )
     return done.returncode, done.stdout + done.stderr, time.monotonic() - began
 
 

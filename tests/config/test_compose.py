@@ -35,32 +35,52 @@ def strategy_paces(choice: str) -> frozenset[str]:
 def test_the_defaults_are_valid():
     options = compose.load()
     assert isinstance(options, RunOptions)
-    assert options.corpus.name == "sotu" and options.strategy["_target_"] == "fedgpt.aggregate.fedavg.FedAvg"
+    assert (
+        options.corpus.name == "sotu"
+        and options.strategy["_target_"] == "fedgpt.aggregate.fedavg.FedAvg"
+    )
 
 
 @pytest.mark.parametrize("group, choice", CHOICES)
 def test_every_conf_file_composes_and_is_valid(group, choice, tmp_path, monkeypatch):
-    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: True)  # whether Ray is installed or not
+    monkeypatch.setattr(
+        checks.importlib.util, "find_spec", lambda name: True
+    )  # whether Ray is installed or not
     table = tmp_path / "fleet.csv"
-    table.write_text('{"event": "open"}\n' if choice == "replay" else "client,step_seconds\na,1.0\n")
+    table.write_text(
+        '{"event": "open"}\n' if choice == "replay" else "client,step_seconds\na,1.0\n"
+    )
     needs = [f"corpus.path={tmp_path}"] if choice == "files" else []
     if group == "fleet" and choice != "none":
-        needs = ["clock=virtual", *([f"fleet.path={table}"] if choice in ("trace", "replay") else [])]
+        needs = [
+            "clock=virtual",
+            *([f"fleet.path={table}"] if choice in ("trace", "replay") else []),
+        ]
     if group == "strategy" and "cohort" not in strategy_paces(choice):
-        needs = ["pace=buffer", "strategy.period=8"] if choice == "delayed_nesterov" else ["pace=buffer"]
+        needs = (
+            ["pace=buffer", "strategy.period=8"]
+            if choice == "delayed_nesterov"
+            else ["pace=buffer"]
+        )
     options = compose.load([f"{group}={choice}", *needs])
     if group in ("corpus", "tokenizer", "partition", "pace", "attack", "runtime"):
-        assert choice.startswith(getattr(options, group).name)  # corpus=sotu_addresses is the corpus sotu
+        assert choice.startswith(
+            getattr(options, group).name
+        )  # corpus=sotu_addresses is the corpus sotu
 
 
 def test_the_schema_names_the_choices_of_every_group():
     told = {}
     for field in fields(RunOptions):
-        if (schema := getattr(options_module, f"{field.name.capitalize()}Options", None)) is not None:
+        if (
+            schema := getattr(options_module, f"{field.name.capitalize()}Options", None)
+        ) is not None:
             name, _, choices = schema.__doc__.partition(":")[0].rstrip(".").partition("=")
             told[name] = sorted(choices.split("|"))
     choices = {group: sorted(choice for of, choice in CHOICES if of == group) for group in GROUPS}
-    assert told == {group: choices[group] for group in GROUPS if group not in ("strategy", "experiment")}
+    assert told == {
+        group: choices[group] for group in GROUPS if group not in ("strategy", "experiment")
+    }
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -70,12 +90,17 @@ def test_every_conf_file_says_what_it_is(group):
 
 
 def test_yaml_carries_every_option(tmp_path):
-    options = compose.load(["model=mini", "strategy=diloco", f"run_dir={tmp_path}", "pace.rate=0.5", "seed=7"])
+    options = compose.load(
+        ["model=mini", "strategy=diloco", f"run_dir={tmp_path}", "pace.rate=0.5", "seed=7"]
+    )
     assert asdict(compose.from_yaml(compose.to_yaml(options))) == asdict(options)
 
 
 def test_the_schedule_ends_at_a_tenth_unless_told():
-    assert compose.load(["local.lr=2e-3"]).local.last_lr == 2e-4 and compose.load().local.last_lr == 3e-4
+    assert (
+        compose.load(["local.lr=2e-3"]).local.last_lr == 2e-4
+        and compose.load().local.last_lr == 3e-4
+    )
     assert compose.load(["local.min_lr=0"]).local.last_lr == 0
 
 
@@ -86,7 +111,9 @@ def test_folders_that_no_run_could_write_are_told(tmp_path):
             [problem] = problems(f"{option}={path}")
             assert problem == f"{option}={path}: {tmp_path / 'file'} is a file; name a folder"
     [problem] = problems(f"init_from={tmp_path / 'nowhere'}")
-    assert problem.startswith(f"init_from={tmp_path / 'nowhere'}: is no folder; name the folder of a finished run")
+    assert problem.startswith(
+        f"init_from={tmp_path / 'nowhere'}: is no folder; name the folder of a finished run"
+    )
     [problem] = problems(f"init_from={tmp_path}")
     assert "has no config.json, nor model/config.json" in problem
 
@@ -94,7 +121,9 @@ def test_folders_that_no_run_could_write_are_told(tmp_path):
 @pytest.mark.parametrize("text", ["a: [1,\n b: {", "\tx: 1", "", "- 1\n", b"\xff\xfe\x00", None])
 def test_a_damaged_config_yaml_is_told_by_its_path(tmp_path, text):
     path = tmp_path / "config.yaml"
-    path.mkdir() if text is None else path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    path.mkdir() if text is None else path.write_bytes(
+        text if isinstance(text, bytes) else text.encode()
+    )
     with pytest.raises(ConfigError) as error:
         compose.of_run(tmp_path)
     assert str(path) in error.value.problems[0]
@@ -105,7 +134,14 @@ def test_a_damaged_config_yaml_is_told_by_its_path(tmp_path, text):
 
 
 def test_everything_wrong_is_in_one_list():
-    told = problems("ronds=3", "strategy=fedavgg", "rounds=many", "model.n_embd=130", "pace.clients=-1", "local.lr=0")
+    told = problems(
+        "ronds=3",
+        "strategy=fedavgg",
+        "rounds=many",
+        "model.n_embd=130",
+        "pace.clients=-1",
+        "local.lr=0",
+    )
     assert len(told) == 6
     for part in (
         "ronds=3: no option 'ronds'; did you mean 'rounds'",
@@ -126,7 +162,10 @@ def test_everything_wrong_is_in_one_list():
         (["update.decay=7"], "update.decay=7"),
         (["update.error_feedback=true"], "update.error_feedback=true"),
         (["update=int8", "update.block=7"], "update.block=7"),
-        (["update=int8", "update.density=0.5"], "update.density=0.5: no option of update.compress=int8"),
+        (
+            ["update=int8", "update.density=0.5"],
+            "update.density=0.5: no option of update.compress=int8",
+        ),
         (["strategy=auto", "pace.rate=0.5"], "pace.rate=0.5: the pacing may change"),
         (["pace.goal=2", "pace.minimum=3"], "pace.minimum=3"),
         (
@@ -140,7 +179,10 @@ def test_everything_wrong_is_in_one_list():
         (["modle=mini"], "did you mean 'model'"),
         (["local.stpes=3"], "did you mean 'local.steps'"),
         (["rounds"], "rounds"),
-        (["tokenizer=bpe", "corpus.public=0"], "corpus.public=0: tokenizer=bpe is trained on the public part"),
+        (
+            ["tokenizer=bpe", "corpus.public=0"],
+            "corpus.public=0: tokenizer=bpe is trained on the public part",
+        ),
         (["corpus.public=0.6", "corpus.held_out=0.5"], "corpus.public=0.6"),
         (["corpus=files"], "corpus.path"),
         (["partition=iid", "partition.clients=0"], "partition.clients=0"),
@@ -148,10 +190,16 @@ def test_everything_wrong_is_in_one_list():
         (["local.min_lr=1"], "local.min_lr=1"),
         (["pace.clients=4", "pace.goal=5"], "pace.goal=5: more than the pace.clients=4"),
         (["pace.clients=4", "pace.minimum=5"], "pace.minimum=5"),
-        (["attack.clients=2"], "attack.clients=2: attack=none has no attackers; choose attack=sign_flip|"),
+        (
+            ["attack.clients=2"],
+            "attack.clients=2: attack=none has no attackers; choose attack=sign_flip|",
+        ),
         (["attack=scale", "attack.clients=0"], "attack.clients=0: attack=scale needs attackers"),
         (["attack=scale", "attack.strength=0"], "attack.strength=0.0: must be above 0"),
-        (["attack=scale", "partition=iid", "attack.clients=9"], "attack.clients=9: more than the partition.clients=8"),
+        (
+            ["attack=scale", "partition=iid", "attack.clients=9"],
+            "attack.clients=9: more than the partition.clients=8",
+        ),
         (["attack=scal"], "did you mean 'scale'"),
         (["runtime.device=tpu"], "runtime.device=tpu: must be auto, cpu or cuda"),
         (["local.precision=fp16"], "local.precision=fp16: must be auto, fp32 or bf16"),
@@ -163,10 +211,14 @@ def test_one_wrong_option_is_named_with_what_is_allowed(overrides, part):
     assert any(part in problem for problem in problems(*overrides)), problems(*overrides)
 
 
-@pytest.mark.parametrize("target", ["os.system", "os.getcwd", "pathlib.Path", "builtins.eval", "fedgptx.Evil"])
+@pytest.mark.parametrize(
+    "target", ["os.system", "os.getcwd", "pathlib.Path", "builtins.eval", "fedgptx.Evil"]
+)
 def test_a_target_outside_the_allow_list_is_never_imported(target):
     told = problems("strategy=flower", f"strategy._target_={target}")
-    assert any("only classes in fedgpt.aggregate, flwr.serverapp.strategy" in problem for problem in told)
+    assert any(
+        "only classes in fedgpt.aggregate, flwr.serverapp.strategy" in problem for problem in told
+    )
 
 
 def test_a_trusted_package_may_bring_a_strategy(tmp_path, monkeypatch):
@@ -188,7 +240,9 @@ def test_a_trusted_package_may_bring_a_strategy(tmp_path, monkeypatch):
 
 def test_a_rule_that_learns_from_public_text_needs_some():
     [told] = problems("strategy=fltrust", "corpus.public=0", "tokenizer=bytes")
-    assert told.startswith("corpus.public=0: strategy=fltrust trains the server's own update on the public part; raise")
+    assert told.startswith(
+        "corpus.public=0: strategy=fltrust trains the server's own update on the public part; raise"
+    )
     compose.load(["strategy=median", "corpus.public=0", "tokenizer=bytes"])
 
 
@@ -215,12 +269,18 @@ def test_sweeps_are_checked_choice_by_choice():
             ["pace.goal=2", "pace.grace=1.5"],
             "pace.grace=1.5: fleet=replay: a record holds when replies arrived, not when",
         ),
-        (["pace.deadline=30"], "pace.deadline=30: fleet=replay: a record holds when replies arrived, not when"),
+        (
+            ["pace.deadline=30"],
+            "pace.deadline=30: fleet=replay: a record holds when replies arrived, not when",
+        ),
         (
             ["privacy=client"],
             "privacy=client: fleet=replay: a record holds when replies arrived, and noise that nobody",
         ),
-        (["strategy=auto"], "strategy=auto: fleet=replay: a record holds when replies arrived, not how long"),
+        (
+            ["strategy=auto"],
+            "strategy=auto: fleet=replay: a record holds when replies arrived, not how long",
+        ),
     ],
 )
 def test_what_a_record_cannot_repeat_is_refused_before_it_is_replayed(overrides, part, tmp_path):
@@ -248,7 +308,10 @@ def swept(*overrides: str) -> list[str]:
             ["strategy=fedavg,fedbuff"],
             "take pace=buffer, or strategy=delta_sgd, fedavg or diloco (in the job strategy=",
         ),
-        (["strategy=diloco,fedavg", "strategy.mu=0.5"], "strategy.mu'. (in the job strategy=fedavg)"),
+        (
+            ["strategy=diloco,fedavg", "strategy.mu=0.5"],
+            "strategy.mu'. (in the job strategy=fedavg)",
+        ),
     ],
 )
 def test_every_job_of_a_sweep_is_checked_before_the_first_one_runs(overrides, part):
@@ -265,7 +328,10 @@ def test_of_a_large_sweep_every_choice_of_its_short_lists_is_checked(monkeypatch
 def test_what_is_wrong_with_every_job_is_told_once_and_beside_the_rest():
     told = swept("rounds=3", "local.lr=0", "ronds=2", "pace.clients=4,-1", "seed=0,1,2")
     assert len(told) == 3
-    assert told[0].startswith("ronds=2: no option") and told[1] == "local.lr=0.0: must be above 0 and at most 1"
+    assert (
+        told[0].startswith("ronds=2: no option")
+        and told[1] == "local.lr=0.0: must be above 0 and at most 1"
+    )
     assert told[2].endswith("(in the job pace.clients=-1 seed=0 and 2 more)")
 
 
@@ -293,7 +359,9 @@ def test_more_made_clients_than_supernodes_fit_is_in_the_list():
     [told] = problems("runtime=superlink", "partition=iid", "partition.clients=17")
     assert "there are 17 clients; take at most 16" in told
     compose.load(["runtime=superlink", "partition=iid", "partition.clients=16"])
-    compose.load(["runtime=superlink", "partition.clients=17"])  # of the largest: there may be fewer
+    compose.load(
+        ["runtime=superlink", "partition.clients=17"]
+    )  # of the largest: there may be fewer
 
 
 def test_configuration_never_imports_torch():
@@ -316,7 +384,9 @@ def test_any_value_of_any_option_is_valid_or_a_named_problem(option, value):
     try:
         options = compose.load([f"{option}={value}"])
     except ConfigError as error:
-        assert error.problems and all(isinstance(problem, str) and problem for problem in error.problems)
+        assert error.problems and all(
+            isinstance(problem, str) and problem for problem in error.problems
+        )
     else:
         assert isinstance(options, RunOptions)
         assert isinstance(compose.from_yaml(compose.to_yaml(options)), RunOptions), (

@@ -13,7 +13,10 @@ from fedgpt.config import compose, overrides
 @pytest.mark.parametrize(
     "typed, told",
     [
-        ("tokens=1e6", "tokens=1e6: must be a whole number, at least 0 (0 = end after `rounds`); type 1000000"),
+        (
+            "tokens=1e6",
+            "tokens=1e6: must be a whole number, at least 0 (0 = end after `rounds`); type 1000000",
+        ),
         ("tokens=1.5", "tokens=1.5: must be a whole number, at least 0 (0 = end after `rounds`)"),
         ("rounds=true", "rounds=true: must be a whole number, at least 1"),
         ("pace.goal=x", "pace.goal=x: must be a whole number or null, at least 1"),
@@ -36,7 +39,10 @@ from fedgpt.config import compose, overrides
             "partition.alpha=0.1",
             "partition.alpha=0.1: does nothing with partition=natural; add partition=dirichlet, or",
         ),
-        ("attack.strength=3", "attack.strength=3: does nothing with attack=none; add attack=sign_flip or"),
+        (
+            "attack.strength=3",
+            "attack.strength=3: does nothing with attack=none; add attack=sign_flip or",
+        ),
     ],
 )
 def test_a_wrong_value_is_told_as_typed_with_what_is_allowed(typed, told):
@@ -76,9 +82,16 @@ def test_one_mistake_is_told_once(typed, only):
     ],
 )
 def test_paths_and_prompts_need_no_quotes_beside_the_shells(value):
-    options = compose.load(["corpus=files", f"corpus.path={value}", f"run_dir={value}", f"evaluate.prompt={value}"])
-    assert options.corpus.path == options.run_dir == str(Path(value).expanduser()) and options.evaluate.prompt == value
-    assert compose.load([overrides.readable(f"evaluate.prompt={value}")]).evaluate.prompt == value, "as Hydra gets it"
+    options = compose.load(
+        ["corpus=files", f"corpus.path={value}", f"run_dir={value}", f"evaluate.prompt={value}"]
+    )
+    assert (
+        options.corpus.path == options.run_dir == str(Path(value).expanduser())
+        and options.evaluate.prompt == value
+    )
+    assert (
+        compose.load([overrides.readable(f"evaluate.prompt={value}")]).evaluate.prompt == value
+    ), "as Hydra gets it"
 
 
 def test_a_name_may_be_any_but_a_choice_is_no_text():

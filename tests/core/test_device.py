@@ -19,7 +19,10 @@ def no_gpu(monkeypatch):
 
 @pytest.mark.parametrize(
     "amx, dtype, reason",
-    [(True, "bf16", "this CPU has AMX bf16 units"), (False, "fp32", "this CPU has no AMX bf16 units")],
+    [
+        (True, "bf16", "this CPU has AMX bf16 units"),
+        (False, "fp32", "this CPU has no AMX bf16 units"),
+    ],
 )
 def test_what_torch_knows_of_the_cpu_decides(monkeypatch, amx, dtype, reason):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
@@ -28,14 +31,18 @@ def test_what_torch_knows_of_the_cpu_decides(monkeypatch, amx, dtype, reason):
 
 def test_where_torch_cannot_tell_every_process_takes_fp32(monkeypatch):
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported", raising=False)
-    assert choose_compute() == Compute("cpu", "fp32", "this torch cannot tell whether the CPU has bf16 units")
+    assert choose_compute() == Compute(
+        "cpu", "fp32", "this torch cannot tell whether the CPU has bf16 units"
+    )
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("amx", [True, False])
 def test_a_precision_that_is_asked_for_is_taken(monkeypatch, precision, amx):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
-    assert choose_compute("cpu", precision) == Compute("cpu", precision, "local.precision asks for it")
+    assert choose_compute("cpu", precision) == Compute(
+        "cpu", precision, "local.precision asks for it"
+    )
 
 
 @pytest.mark.parametrize("units, dtype", [(True, "bf16"), (False, "fp32")])
@@ -50,7 +57,9 @@ def test_a_gpu_is_taken_where_there_is_one(monkeypatch, units, dtype):
 @pytest.mark.parametrize("built, why", [(None, "is built without CUDA"), ("13.0", "finds none")])
 def test_a_gpu_that_is_not_there_is_a_wrong_option(monkeypatch, built, why):
     monkeypatch.setattr(torch.version, "cuda", built)
-    with pytest.raises(ConfigError, match=rf"runtime.device=cuda: no GPU here, torch .* {why}; take auto or cpu"):
+    with pytest.raises(
+        ConfigError, match=rf"runtime.device=cuda: no GPU here, torch .* {why}; take auto or cpu"
+    ):
         choose_compute("cuda")
 
 
@@ -85,7 +94,9 @@ def test_workers_and_threads_by_hand(monkeypatch, available, workers, threads, c
 
 
 @given(st.integers(1, 256), st.integers(0, 300), st.integers(0, 300))
-def test_workers_times_threads_stay_within_the_cores_unless_asked_for_more(available, workers, threads):
+def test_workers_times_threads_stay_within_the_cores_unless_asked_for_more(
+    available, workers, threads
+):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(device, "cores", lambda: available)
         processes, each, reason = choose_workers(workers, threads, 0, 1000)
@@ -97,7 +108,8 @@ def test_workers_times_threads_stay_within_the_cores_unless_asked_for_more(avail
 
 
 @pytest.mark.parametrize(
-    "gpus, workers, threads, chosen", [(1, 0, 0, (1, 16)), (4, 0, 0, (4, 4)), (1, 2, 0, (2, 8)), (2, 0, 3, (2, 3))]
+    "gpus, workers, threads, chosen",
+    [(1, 0, 0, (1, 16)), (4, 0, 0, (4, 4)), (1, 2, 0, (2, 8)), (2, 0, 3, (2, 3))],
 )
 def test_one_process_per_gpu(monkeypatch, gpus, workers, threads, chosen):
     monkeypatch.setattr(device, "cores", lambda: 16)

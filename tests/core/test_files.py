@@ -74,9 +74,13 @@ def test_missing_folders_are_made(tmp_path, durable):
     assert (tmp_path / "a/b/c.txt").read_text() == "text"
 
 
-def test_a_durable_file_is_synced_before_and_its_folder_after_the_rename(tmp_path, synced, monkeypatch):
+def test_a_durable_file_is_synced_before_and_its_folder_after_the_rename(
+    tmp_path, synced, monkeypatch
+):
     real = Path.replace
-    monkeypatch.setattr(Path, "replace", lambda self, to: (synced.append("rename"), real(self, to))[1])
+    monkeypatch.setattr(
+        Path, "replace", lambda self, to: (synced.append("rename"), real(self, to))[1]
+    )
     write_text(tmp_path / "x", "text")
     assert synced == ["file", "rename", "folder"]
 
@@ -104,4 +108,8 @@ def test_two_writers_never_share_a_temporary(tmp_path):
 def test_sha256_is_that_of_the_bytes(tmp_path):
     content = bytes(range(256)) * 5000
     (tmp_path / "x").write_bytes(content)
-    assert sha256_of(tmp_path / "x") == sha256_of(str(tmp_path / "x")) == hashlib.sha256(content).hexdigest()
+    assert (
+        sha256_of(tmp_path / "x")
+        == sha256_of(str(tmp_path / "x"))
+        == hashlib.sha256(content).hexdigest()
+    )

@@ -86,7 +86,9 @@ def test_gradients_and_optimisers_work_on_the_views():
         optimiser = torch.optim.SGD(each.parameters(), lr=0.1)
         each(torch.tensor([0, 3])).square().sum().backward()
         optimiser.step()
-    expected = torch.cat([dict(plain.named_parameters())[name].detach().flatten() for name in layout.names])
+    expected = torch.cat(
+        [dict(plain.named_parameters())[name].detach().flatten() for name in layout.names]
+    )
     assert torch.equal(vector, expected)
 
 
@@ -102,7 +104,9 @@ def test_views_share_storage_with_any_vector_of_the_right_length():
 
 @pytest.mark.parametrize("length", [0, 22, 24])
 def test_a_vector_of_another_length_is_refused(length):
-    with pytest.raises(ValueError, match=f"a vector of {length} elements does not fit a layout of 23"):
+    with pytest.raises(
+        ValueError, match=f"a vector of {length} elements does not fit a layout of 23"
+    ):
         FlatParams.of(Small()).views(torch.zeros(length))
 
 
@@ -117,4 +121,6 @@ def test_the_digest_is_that_of_the_layout_and_of_nothing_else():
     assert len(layout.digest) == 16 and int(layout.digest, 16) >= 0
     renamed = FlatParams(("other", *layout.names[1:]), layout.shapes, layout.decayed)
     reshaped = FlatParams(layout.names, ((3, 5), *layout.shapes[1:]), layout.decayed)
-    assert len({layout.digest, renamed.digest, reshaped.digest, FlatParams.of(Small(4)).digest}) == 4
+    assert (
+        len({layout.digest, renamed.digest, reshaped.digest, FlatParams.of(Small(4)).digest}) == 4
+    )

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from fedgpt.core.seeds import derive_seed, numpy_generator
 
-PARTS = st.lists(st.one_of(st.integers(0, 2**40), st.text(st.characters(codec="utf-8"), max_size=8)), max_size=3)
+PARTS = st.lists(
+    st.one_of(st.integers(0, 2**40), st.text(st.characters(codec="utf-8"), max_size=8)), max_size=3
+)
 
 
 def test_the_seed_is_the_documented_hash():
@@ -22,7 +24,13 @@ def test_golden_values():
     """Frozen: a change here means that no old run can be repeated."""
     assert derive_seed(0, "init") == 925402481798332886
     assert derive_seed(0, "batches", "client-000", 0) == 5147622629600170615
-    assert numpy_generator(0, "cohort", 1).integers(0, 1000, 5).tolist() == [835, 740, 440, 259, 781]
+    assert numpy_generator(0, "cohort", 1).integers(0, 1000, 5).tolist() == [
+        835,
+        740,
+        440,
+        259,
+        781,
+    ]
 
 
 @given(st.integers(0, 2**63), st.text(st.characters(codec="utf-8"), max_size=8), PARTS)
@@ -34,8 +42,8 @@ def test_a_seed_fits_torch_and_numpy_and_is_stateless(run, purpose, parts):
 
 def test_everything_that_names_a_draw_changes_its_seed():
     named = [
-        (run, purpose, client, task)
-        for run, purpose, client, task in itertools.product(
+        (run, purpose, client, number)
+        for run, purpose, client, number in itertools.product(
             range(5), ("batches", "dropout", "init"), ("a", "b", "c"), range(20)
         )
     ]
@@ -43,7 +51,11 @@ def test_everything_that_names_a_draw_changes_its_seed():
 
 
 def test_parts_do_not_run_together():
-    seeds = {derive_seed(1, "x", "ab", "c"), derive_seed(1, "x", "a", "bc"), derive_seed(1, "x", "abc")}
+    seeds = {
+        derive_seed(1, "x", "ab", "c"),
+        derive_seed(1, "x", "a", "bc"),
+        derive_seed(1, "x", "abc"),
+    }
     assert len(seeds) == 3 and derive_seed(1, "1") != derive_seed(11, "")
 
 
@@ -51,4 +63,6 @@ def test_a_generator_is_fresh_every_time():
     first, again, other = (numpy_generator(3, "cohort", version) for version in (5, 5, 6))
     drawn = first.random(10).tolist()
     assert drawn == again.random(10).tolist() != other.random(10).tolist()
-    assert drawn == numpy_generator(3, "cohort", 5).random(10).tolist(), "nothing remembers the draws before"
+    assert drawn == numpy_generator(3, "cohort", 5).random(10).tolist(), (
+        "nothing remembers the draws before"
+    )

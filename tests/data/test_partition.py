@@ -26,7 +26,9 @@ def corpus(lengths, owners, labels, parts) -> Any:
 
 
 def tokens_of_the_part(prepared) -> np.ndarray:
-    return np.concatenate([prepared.tokens[prepared.starts[d] : prepared.starts[d + 1]] for d in of_clients(prepared)])
+    return np.concatenate(
+        [prepared.tokens[prepared.starts[d] : prepared.starts[d + 1]] for d in of_clients(prepared)]
+    )
 
 
 def of_clients(prepared) -> np.ndarray:
@@ -74,7 +76,9 @@ def test_every_token_once_and_enough_for_each_or_an_error(prepared, options, see
     assert np.isin(dealt, tokens_of_the_part(prepared)).all()
     if options.name == "natural":
         for shard in shards:
-            assert {owner_of(prepared, token) for token in shard.read(prepared.tokens)} == {shard.client}
+            assert {owner_of(prepared, token) for token in shard.read(prepared.tokens)} == {
+                shard.client
+            }
     else:
         assert len(dealt) == len(tokens_of_the_part(prepared))
     for shard in shards:
@@ -106,14 +110,21 @@ def test_natural_keeps_the_largest_and_leaves_small_ones_out(ten):
     largest = partition(ten, PartitionOptions(clients=2), 0, 10)
     assert [shard.client for shard in largest] == ["a", "b"]
     assert [shard.client for shard in partition(ten, PartitionOptions(), 0, 101)] == ["a", "b", "c"]
-    assert [shard.client for shard in partition(ten, PartitionOptions(min_tokens=300), 0, 10)] == ["a", "b"]
+    assert [shard.client for shard in partition(ten, PartitionOptions(min_tokens=300), 0, 10)] == [
+        "a",
+        "b",
+    ]
     assert natural_owners(ten) == 4
 
 
 def test_natural_errors_name_what_to_change(ten):
-    with pytest.raises(ConfigError, match=r"partition\.clients=9: the corpus has 4 natural clients.*partition=iid"):
+    with pytest.raises(
+        ConfigError, match=r"partition\.clients=9: the corpus has 4 natural clients.*partition=iid"
+    ):
         partition(ten, PartitionOptions(clients=9), 0, 10)
-    with pytest.raises(ConfigError, match=r"partition\.min_tokens=0: all 4 natural clients are below 500 .*has 400"):
+    with pytest.raises(
+        ConfigError, match=r"partition\.min_tokens=0: all 4 natural clients are below 500 .*has 400"
+    ):
         partition(ten, PartitionOptions(), 0, 500)
 
 
@@ -121,7 +132,9 @@ def test_iid_is_even_and_mixes_owners(ten):
     shards = partition(ten, PartitionOptions(name="iid", clients=3, piece=10), 0, 10)
     assert [shard.client for shard in shards] == ["client-000", "client-001", "client-002"]
     assert sorted(shard.size for shard in shards) == [330, 330, 340]
-    assert all(len({owner_of(ten, token) for token in shard.read(ten.tokens)}) == 4 for shard in shards)
+    assert all(
+        len({owner_of(ten, token) for token in shard.read(ten.tokens)}) == 4 for shard in shards
+    )
 
 
 def test_another_seed_deals_another_way(ten):
@@ -131,11 +144,19 @@ def test_another_seed_deals_another_way(ten):
 
 
 def test_quantity_follows_the_power_law(ten):
-    sizes = [s.size for s in partition(ten, PartitionOptions(name="quantity", clients=4, exponent=1.0, piece=1), 0, 10)]
+    sizes = [
+        s.size
+        for s in partition(
+            ten, PartitionOptions(name="quantity", clients=4, exponent=1.0, piece=1), 0, 10
+        )
+    ]
     expected = 1000 / np.arange(1, 5) / (1 / np.arange(1, 5)).sum()
     assert np.abs(np.array(sizes) - expected).max() <= 1
     assert [
-        s.size for s in partition(ten, PartitionOptions(name="quantity", clients=4, exponent=0.0, piece=1), 0, 10)
+        s.size
+        for s in partition(
+            ten, PartitionOptions(name="quantity", clients=4, exponent=0.0, piece=1), 0, 10
+        )
     ] == [250] * 4
 
 
@@ -161,17 +182,23 @@ def test_a_smaller_alpha_is_more_skewed(ten):
 
 def test_dirichlet_needs_labels(ten):
     ten.labels = ["x"] * len(ten.labels)
-    with pytest.raises(ConfigError, match=r"partition\.name=dirichlet.*corpus\.label_field.*partition=quantity"):
+    with pytest.raises(
+        ConfigError, match=r"partition\.name=dirichlet.*corpus\.label_field.*partition=quantity"
+    ):
         partition(ten, PartitionOptions(name="dirichlet", clients=2), 0, 10)
 
 
 def test_too_small_made_clients_name_the_count_and_the_smallest(ten):
     options = PartitionOptions(name="quantity", clients=40, exponent=2.0, piece=5)
     with pytest.raises(
-        ConfigError, match=r"\d+ of 40 clients have fewer than 65 tokens \(the smallest, client-\d+, has \d+"
+        ConfigError,
+        match=r"\d+ of 40 clients have fewer than 65 tokens \(the smallest, client-\d+, has \d+",
     ):
         partition(ten, options, 0, 65)
-    with pytest.raises(ConfigError, match=r"lower partition\.clients.*raise partition\.alpha.*lower model\.block_size"):
+    with pytest.raises(
+        ConfigError,
+        match=r"lower partition\.clients.*raise partition\.alpha.*lower model\.block_size",
+    ):
         partition(ten, PartitionOptions(name="dirichlet", clients=60, alpha=0.1), 0, 65)
     with pytest.raises(ConfigError, match=r"fewer than 600 tokens.*lower partition\.min_tokens"):
         partition(ten, PartitionOptions(name="iid", clients=2, min_tokens=600), 0, 65)
@@ -180,7 +207,10 @@ def test_too_small_made_clients_name_the_count_and_the_smallest(ten):
 @pytest.mark.parametrize("clients", [10, 1000, 1001])
 def test_made_names_sort_as_numbers(clients):
     many = corpus([clients * 4], [0], [0], [CLIENTS])
-    names = [shard.client for shard in partition(many, PartitionOptions(name="iid", clients=clients, piece=4), 0, 4)]
+    names = [
+        shard.client
+        for shard in partition(many, PartitionOptions(name="iid", clients=clients, piece=4), 0, 4)
+    ]
     assert [int(name.removeprefix("client-")) for name in names] == list(range(clients))
     assert len({len(name) for name in names}) == 1
 
@@ -191,7 +221,9 @@ def test_pieces_may_run_over_the_end_of_a_document():
     dealt = np.sort(np.concatenate([shard.read(prepared.tokens) for shard in shards]))
     assert dealt.tolist() == [*range(7), *range(12, 28)]
     owner = next(shard for shard in shards if 6 in shard.read(prepared.tokens))
-    assert 12 in owner.read(prepared.tokens)  # the first piece is the first document and the next one's start
+    assert 12 in owner.read(
+        prepared.tokens
+    )  # the first piece is the first document and the next one's start
 
 
 def test_wrong_options_are_told_before_any_work():
@@ -199,7 +231,10 @@ def test_wrong_options_are_told_before_any_work():
     text = "\n".join(partition_problems(wrong))
     for option in ("clients=0", "alpha=0.0", "piece=0", "min_tokens=-1"):
         assert f"partition.{option}" in text
-    assert "partition.exponent=-1" in partition_problems(PartitionOptions(name="quantity", clients=2, exponent=-1))[0]
+    assert (
+        "partition.exponent=-1"
+        in partition_problems(PartitionOptions(name="quantity", clients=2, exponent=-1))[0]
+    )
     assert "partition.clients=-1" in partition_problems(PartitionOptions(clients=-1))[0]
     assert "did you mean 'natural'" in partition_problems(PartitionOptions(name="nature"))[0]
     with pytest.raises(ConfigError, match=r"4 problems"):

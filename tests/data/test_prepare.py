@@ -30,14 +30,19 @@ def corpus(tmp_path) -> CorpusOptions:
     for owner in ("an", "bo", "季"):
         (folder / owner).mkdir(parents=True)
         for number in range(10):
-            text = f"笔记第{number}号,写的人是{owner}。\n" * 5 + f"note {number} of {owner}, kept for later\n" * 5
+            text = (
+                f"笔记第{number}号,写的人是{owner}。\n" * 5
+                + f"note {number} of {owner}, kept for later\n" * 5
+            )
             text = "the same words in three folders\n" if number == 0 else text
             (folder / owner / f"{number}.txt").write_text(text, encoding="utf-8")
     return CorpusOptions(name="files", client="folder", path=str(folder), public=0.2, held_out=0.2)
 
 
 def text_of(prepared, document: int) -> str:
-    return prepared.tokenizer.decode(prepared.tokens[prepared.starts[document] : prepared.starts[document + 1]])
+    return prepared.tokenizer.decode(
+        prepared.tokens[prepared.starts[document] : prepared.starts[document + 1]]
+    )
 
 
 @pytest.mark.parametrize("tokenizer", [BPE, BYTES], ids=["bpe", "bytes"])
@@ -46,7 +51,9 @@ def test_tokens_are_the_documents_each_with_its_end(corpus, tokenizer, tmp_path)
     prepared = prepare(corpus, tokenizer, tmp_path / "cache")
     assert prepared.tokens.dtype == np.uint16 and isinstance(prepared.tokens, np.memmap)
     assert not prepared.tokens.flags.writeable
-    assert len(prepared.starts) == len(documents) + 1 and prepared.starts[-1] == len(prepared.tokens)
+    assert len(prepared.starts) == len(documents) + 1 and prepared.starts[-1] == len(
+        prepared.tokens
+    )
     assert (prepared.tokens[prepared.starts[1:] - 1] == prepared.tokenizer.end).all()
     assert (prepared.tokens == prepared.tokenizer.end).sum() == len(documents)
     for number, document in enumerate(documents):
@@ -60,7 +67,10 @@ def test_tokens_are_the_documents_each_with_its_end(corpus, tokenizer, tmp_path)
 def test_the_split_keeps_texts_apart_and_covers_all(corpus, tmp_path):
     prepared = prepare(corpus, BPE, tmp_path / "cache")
     texts = [text_of(prepared, number) for number in range(len(prepared.part))]
-    parts = {text: {int(p) for t, p in zip(texts, prepared.part, strict=True) if t == text} for text in texts}
+    parts = {
+        text: {int(p) for t, p in zip(texts, prepared.part, strict=True) if t == text}
+        for text in texts
+    }
     assert all(len(where) == 1 for where in parts.values())
     assert texts.count("the same words in three folders\n") == 3
     assert {int(part) for part in prepared.part} == {PUBLIC, HELD_OUT, CLIENTS}
@@ -68,8 +78,14 @@ def test_the_split_keeps_texts_apart_and_covers_all(corpus, tmp_path):
     assert len(prepared.public()) == split["public"]["tokens"]
     assert len(prepared.held_out()) == split["held_out"]["tokens"]
     assert sum(part["tokens"] for part in split.values()) == len(prepared.tokens)
-    assert sum(part["bytes"] for part in split.values()) == prepared.bytes.sum() == prepared.manifest["bytes"]
-    held = "".join(text for text, part in zip(texts, prepared.part, strict=True) if part == HELD_OUT)
+    assert (
+        sum(part["bytes"] for part in split.values())
+        == prepared.bytes.sum()
+        == prepared.manifest["bytes"]
+    )
+    held = "".join(
+        text for text, part in zip(texts, prepared.part, strict=True) if part == HELD_OUT
+    )
     assert prepared.tokenizer.decode(prepared.held_out()) == held
 
 
@@ -82,14 +98,20 @@ def test_the_tokenizer_sees_the_public_part_only(corpus, tmp_path, monkeypatch):
 
     monkeypatch.setattr(module, "make_tokenizer", recording)
     prepared = prepare(corpus, BPE, tmp_path / "cache")
-    assert seen == [text_of(prepared, int(number)) for number in np.flatnonzero(prepared.part == PUBLIC)]
+    assert seen == [
+        text_of(prepared, int(number)) for number in np.flatnonzero(prepared.part == PUBLIC)
+    ]
 
 
 def test_the_second_time_comes_from_the_cache(corpus, tmp_path, monkeypatch):
     first = prepare(corpus, BPE, tmp_path / "cache")
     monkeypatch.setattr(module, "_build", lambda *_: pytest.fail("prepared again"))
     second = prepare(corpus, BPE, tmp_path / "cache")
-    assert (second.folder, second.digest, second.manifest) == (first.folder, first.digest, first.manifest)
+    assert (second.folder, second.digest, second.manifest) == (
+        first.folder,
+        first.digest,
+        first.manifest,
+    )
     assert (second.tokens == first.tokens).all()
     assert open_prepared(first.folder).digest == first.digest
 
@@ -97,7 +119,9 @@ def test_the_second_time_comes_from_the_cache(corpus, tmp_path, monkeypatch):
 def test_what_changes_the_content_changes_the_digest_and_nothing_else_does(corpus, tmp_path):
     cache = tmp_path / "cache"
     digests = [prepare(corpus, BPE, cache).digest, prepare(corpus, BYTES, cache).digest]
-    assert prepare(corpus, TokenizerOptions(name="bytes", vocab_size=999), cache).digest == digests[-1]
+    assert (
+        prepare(corpus, TokenizerOptions(name="bytes", vocab_size=999), cache).digest == digests[-1]
+    )
     corpus.held_out = 0.3
     digests.append(prepare(corpus, BYTES, cache).digest)
     corpus.client = "file"
@@ -111,7 +135,9 @@ def test_what_changes_the_content_changes_the_digest_and_nothing_else_does(corpu
 def test_a_cache_made_twice_is_the_same_to_the_byte(corpus, tmp_path):
     folders = [prepare(corpus, BPE, tmp_path / name).folder for name in ("one", "two")]
     names = sorted(file.name for file in folders[0].iterdir())
-    assert "manifest.json" in names and not any(name.endswith((".pkl", ".pickle", ".pt")) for name in names)
+    assert "manifest.json" in names and not any(
+        name.endswith((".pkl", ".pickle", ".pt")) for name in names
+    )
     for name in names:
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
 
@@ -126,7 +152,9 @@ def test_a_damaged_cache_is_made_again(corpus, tmp_path, name):
 
 
 def test_a_failed_preparation_leaves_nothing_behind(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_encode", lambda *_: (_ for _ in ()).throw(RuntimeError("disk full")))
+    monkeypatch.setattr(
+        module, "_encode", lambda *_: (_ for _ in ()).throw(RuntimeError("disk full"))
+    )
     with pytest.raises(RuntimeError, match="disk full"):
         prepare(corpus, BYTES, tmp_path / "cache")
     assert [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"] == []
@@ -169,7 +197,9 @@ def test_two_processes_at_once_give_one_cache(corpus, tmp_path):
     )
     environment = os.environ | {"PYTHONPATH": str(Path(fedgpt.__file__).parents[1])}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    processes = [subprocess.Popen([sys.executable, "-c", script], env=environment, **pipes) for _ in range(2)]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", script], env=environment, **pipes) for _ in range(2)
+    ]
     for process in processes:
         assert process.stdin is not None
         process.stdin.write("go\n")
@@ -186,7 +216,10 @@ def test_waiting_for_the_lock_ends(corpus, tmp_path, monkeypatch):
     folder = prepare(corpus, BYTES, tmp_path / "cache").folder
     (folder / "manifest.json").unlink()
     monkeypatch.setattr(module, "LOCK_SECONDS", 0.05)
-    with FileLock(f"{folder}.lock"), pytest.raises(FedGPTError, match="another process that prepares this corpus"):
+    with (
+        FileLock(f"{folder}.lock"),
+        pytest.raises(FedGPTError, match="another process that prepares this corpus"),
+    ):
         prepare(corpus, BYTES, tmp_path / "cache")
 
 
@@ -194,19 +227,25 @@ def test_too_little_text_says_which_part_is_empty(tmp_path):
     (tmp_path / "one.txt").write_text("one document\n")
     options = CorpusOptions(name="files", client="file", path=str(tmp_path))
     with pytest.raises(
-        ConfigError, match=r"1 documents are too few, the held-out part is empty.*corpus\.document_bytes"
+        ConfigError,
+        match=r"1 documents are too few, the held-out part is empty.*corpus\.document_bytes",
     ):
         prepare(options, BYTES, tmp_path / "cache")
     options.public = 0.0
     with pytest.raises(ConfigError, match=r"corpus\.public=0\.0.*tokenizer=bytes"):
         prepare(options, BPE, tmp_path / "cache")
-    with pytest.raises(ConfigError, match=r"2 problems[\s\S]*corpus\.client=x[\s\S]*tokenizer\.vocab_size=3"):
+    with pytest.raises(
+        ConfigError, match=r"2 problems[\s\S]*corpus\.client=x[\s\S]*tokenizer\.vocab_size=3"
+    ):
         prepare(CorpusOptions(client="x"), TokenizerOptions(vocab_size=3), tmp_path / "cache")
 
 
 def test_the_standard_library_is_prepared(tmp_path):
     prepared = prepare(CorpusOptions(name="stdlib", client="package"), BYTES, tmp_path)
-    split = {name: part["bytes"] / prepared.manifest["bytes"] for name, part in prepared.manifest["split"].items()}
+    split = {
+        name: part["bytes"] / prepared.manifest["bytes"]
+        for name, part in prepared.manifest["split"].items()
+    }
     assert 0.08 <= split["public"] < 0.2 and 0.05 <= split["held_out"] < 0.2
     assert prepared.manifest["source"].startswith("Python 3.")
     json.dumps(prepared.manifest)
@@ -226,6 +265,8 @@ def test_the_split_depends_on_texts_alone(texts, public, held_out, random):
     assert [where[text] for text in shuffled] == list(split_documents(shuffled, public, held_out))
     sizes = np.array([len(text.encode()) for text in texts])
     last = {hashlib.sha256(text.encode()).digest(): int(where[text]) for text in texts}
-    assert [last[key] for key in sorted(last)] == sorted(last.values())  # parts are ranges in the order of hashes
+    assert [last[key] for key in sorted(last)] == sorted(
+        last.values()
+    )  # parts are ranges in the order of hashes
     if public > 0:
         assert sizes[part == PUBLIC].sum() >= public * sizes.sum()

@@ -10,16 +10,27 @@ from tokenizers import Tokenizer as Library
 from fedgpt.core.errors import ConfigError, FedGPTError
 from fedgpt.core.options import TokenizerOptions
 from fedgpt.data import tokenizer as module
-from fedgpt.data.tokenizer import END, byte_characters, load_tokenizer, make_tokenizer, tokenizer_problems
+from fedgpt.data.tokenizer import (
+    END,
+    byte_characters,
+    load_tokenizer,
+    make_tokenizer,
+    tokenizer_problems,
+)
 
 CHINESE = "山下有一条小河。河边住着一位做灯笼的人,他做的灯笼又轻又亮。\n\n每到冬天,他就把灯笼挂满整条街。\n"
 ENGLISH = "The lamp maker lives by the river. In winter he hangs lamps along the street,\n    and nobody is lost.\n\n"
 TEXTS = [CHINESE * 20, ENGLISH * 60]
 BPE = TokenizerOptions(name="bpe", vocab_size=400)
-KINDS = {"bpe": make_tokenizer(BPE, TEXTS), "bytes": make_tokenizer(TokenizerOptions(name="bytes"), [])}
+KINDS = {
+    "bpe": make_tokenizer(BPE, TEXTS),
+    "bytes": make_tokenizer(TokenizerOptions(name="bytes"), []),
+}
 both = pytest.mark.parametrize("kind", list(KINDS))
 # spaces, line ends and control characters more often than chance would have them
-any_text = st.text() | st.text(alphabet=st.sampled_from(list(" \n\t\r\x1c\x85\u3000ab1!'é雪\U0001f600")), max_size=60)
+any_text = st.text() | st.text(
+    alphabet=st.sampled_from(list(" \n\t\r\x1c\x85\u3000ab1!'é雪\U0001f600")), max_size=60
+)
 
 
 @both
@@ -56,7 +67,11 @@ def test_saved_and_loaded_is_the_same(kind, tmp_path):
     tokenizer = KINDS[kind]
     tokenizer.save(tmp_path)
     loaded = load_tokenizer(tmp_path)
-    assert (loaded.name, loaded.digest, loaded.vocab_size) == (kind, tokenizer.digest, tokenizer.vocab_size)
+    assert (loaded.name, loaded.digest, loaded.vocab_size) == (
+        kind,
+        tokenizer.digest,
+        tokenizer.vocab_size,
+    )
     assert (loaded.encode(CHINESE) == tokenizer.encode(CHINESE)).all()
 
 
@@ -78,7 +93,9 @@ def test_bytes_are_the_bytes_by_both_ways(tmp_path):
     tokenizer.save(tmp_path)
     assert tokenizer.vocab_size == 257
     assert tokenizer.encode(CHINESE).tolist() == list(CHINESE.encode())
-    assert Library.from_file(str(tmp_path / "tokenizer.json")).encode(CHINESE).ids == list(CHINESE.encode())
+    assert Library.from_file(str(tmp_path / "tokenizer.json")).encode(CHINESE).ids == list(
+        CHINESE.encode()
+    )
 
 
 def test_cutting_into_pieces_changes_no_id(tmp_path, monkeypatch):
@@ -88,7 +105,9 @@ def test_cutting_into_pieces_changes_no_id(tmp_path, monkeypatch):
     texts = ["x  \n\n\n  y\t\n z\n" * 9, " \n \n", *TEXTS, "雪\x1c \n!\x1c\x85 a\u3000\n b" * 5]
     for size in (1, 7, 4096):
         monkeypatch.setattr(module, "PIECE", size)
-        assert [ids.tolist() for ids in tokenizer.encode_many(texts)] == [whole.encode(text).ids for text in texts]
+        assert [ids.tolist() for ids in tokenizer.encode_many(texts)] == [
+            whole.encode(text).ids for text in texts
+        ]
 
 
 def test_training_is_deterministic_and_sees_only_what_it_is_given():

@@ -38,11 +38,15 @@ def slow_nats(model: GPT, tokens: np.ndarray) -> list[float]:
     nats = []
     with torch.no_grad():
         for start in range(0, len(tokens) - 1, BLOCK):
-            seen = torch.from_numpy(tokens[start : start + BLOCK].astype(np.int64))[: len(tokens) - 1 - start]
+            seen = torch.from_numpy(tokens[start : start + BLOCK].astype(np.int64))[
+                : len(tokens) - 1 - start
+            ]
             logits = model(seen[None])[0]  # (time, vocab)
             for row, target in zip(logits.tolist(), tokens[start + 1 :], strict=False):
                 top = max(row)
-                nats.append(top + math.log(math.fsum(math.exp(x - top) for x in row)) - row[int(target)])
+                nats.append(
+                    top + math.log(math.fsum(math.exp(x - top) for x in row)) - row[int(target)]
+                )
     return nats
 
 
@@ -69,15 +73,21 @@ def test_loss_is_that_of_a_loop_over_windows_in_float64(tokenizer, tokens):
     nats = slow_nats(model, tokens)
     assert len(nats) == len(tokens) - 1 == held_out.tokens
     assert scores.loss == pytest.approx(math.fsum(nats) / len(nats), rel=1e-5)
-    assert scores.loss > 1.2 * math.log(tokenizer.vocab_size), "a model that is wrong in its own way"
+    assert scores.loss > 1.2 * math.log(tokenizer.vocab_size), (
+        "a model that is wrong in its own way"
+    )
     assert scores.perplexity == math.exp(scores.loss)
 
 
 def test_bits_per_byte_divide_by_the_bytes_of_the_text(tokenizer, tokens):
     model, params = parameters(tokenizer.vocab_size)
     scores = HeldOut(MODEL, tokens, tokenizer.token_bytes, FP32)(params)
-    unpredicted = len(tokenizer.decode(tokens[:1]).encode())  # only the first token is nobody's target
-    text_bytes = sum(len(text.encode()) for text in DOCUMENTS) - unpredicted  # end tokens stand for no byte
+    unpredicted = len(
+        tokenizer.decode(tokens[:1]).encode()
+    )  # only the first token is nobody's target
+    text_bytes = (
+        sum(len(text.encode()) for text in DOCUMENTS) - unpredicted
+    )  # end tokens stand for no byte
     bits = math.fsum(slow_nats(model, tokens)) / math.log(2)
     assert scores.bits_per_byte == pytest.approx(bits / text_bytes, rel=1e-5)
 
@@ -97,7 +107,9 @@ def test_a_uniform_model_needs_log2_of_the_vocabulary_for_every_token(tokenizer,
     vocab = tokenizer.vocab_size
     assert scores.loss == pytest.approx(math.log(vocab), rel=1e-6)
     assert scores.perplexity == pytest.approx(vocab, rel=1e-5)
-    assert scores.bits_per_byte == pytest.approx(math.log2(vocab) * held_out.tokens / held_out.bytes, rel=1e-6)
+    assert scores.bits_per_byte == pytest.approx(
+        math.log2(vocab) * held_out.tokens / held_out.bytes, rel=1e-6
+    )
 
 
 def test_batches_do_not_change_the_score(tokenizer, tokens):
@@ -167,5 +179,9 @@ def test_samples_are_seeded_and_stop_at_the_end(tokenizer, tokens):
     held_out.load(parameters(tokenizer.vocab_size, scale=1.0)[1])
     prompt = tokenizer.encode("The").tolist()
     written = held_out.sample(prompt, 20, 3, tokenizer.end)
-    assert written == held_out.sample(prompt, 20, 3, tokenizer.end) != held_out.sample(prompt, 20, 4, tokenizer.end)
+    assert (
+        written
+        == held_out.sample(prompt, 20, 3, tokenizer.end)
+        != held_out.sample(prompt, 20, 4, tokenizer.end)
+    )
     assert 0 < len(written) <= 20 and tokenizer.end not in written

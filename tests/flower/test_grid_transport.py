@@ -39,7 +39,9 @@ class Grid:
             left = self.codes.get(message.metadata.dst_node_id, [])
             if left:
                 error = Error(left.pop(0), "worker process 7 ended with signal SIGKILL")
-                self.answers[name] = Message(error, reply_to=make_message(message.metadata, RecordDict()))
+                self.answers[name] = Message(
+                    error, reply_to=make_message(message.metadata, RecordDict())
+                )
             else:
                 content = update_content('{"task": 0}', read_job(message).params + 1)
                 self.answers[name] = Message(content, reply_to=message)
@@ -75,13 +77,18 @@ def test_the_job_of_a_process_that_died_is_done_again(caplog):
         replies += made.receive(1.0)
     assert sorted((reply.client, reply.error) for reply in replies) == [("a", ""), ("b", "")]
     asked = [read_job(message) for message in grid.pushed if message.metadata.dst_node_id == 7]
-    assert [(j.task, j.version, j.params.tolist()) for j in asked] == [(0, 3, [0.0, 1.0, 2.0, 3.0])] * ATTEMPTS
+    assert [(j.number, j.version, j.params.tolist()) for j in asked] == [
+        (0, 3, [0.0, 1.0, 2.0, 3.0])
+    ] * ATTEMPTS
     assert (
-        caplog.text.count("client a task 0 is done again: worker process 7 ended with signal SIGKILL") == ATTEMPTS - 1
+        caplog.text.count("client a job 0 is retried: worker process 7 ended with signal SIGKILL")
+        == ATTEMPTS - 1
     )
 
 
-@pytest.mark.parametrize("codes, tries", [([DIED] * 9, ATTEMPTS), ([RAISED], 1), ([ErrorCode.NODE_UNAVAILABLE], 1)])
+@pytest.mark.parametrize(
+    "codes, tries", [([DIED] * 9, ATTEMPTS), ([RAISED], 1), ([ErrorCode.NODE_UNAVAILABLE], 1)]
+)
 def test_what_fails_again_and_again_or_by_itself_is_an_error(codes, tries):
     made, grid = transport({7: list(codes)})
     made.send([job("a")])
@@ -117,9 +124,15 @@ class Broken(Grid):
         return found
 
 
-@pytest.mark.parametrize("raised", [KeyError("x"), json.JSONDecodeError("", "", 0), MemoryError()], ids=repr)
-def test_a_message_that_flower_cannot_read_is_the_error_of_its_client_and_takes_no_other_along(raised):
-    made = GridTransport(Broken({7}, raised), 2, "digest", {7: ClientInfo("a", 10), 8: ClientInfo("b", 10)})
+@pytest.mark.parametrize(
+    "raised", [KeyError("x"), json.JSONDecodeError("", "", 0), MemoryError()], ids=repr
+)
+def test_a_message_that_flower_cannot_read_is_the_error_of_its_client_and_takes_no_other_along(
+    raised,
+):
+    made = GridTransport(
+        Broken({7}, raised), 2, "digest", {7: ClientInfo("a", 10), 8: ClientInfo("b", 10)}
+    )
     made.clients(timeout=1)
     made.send([job("a"), job("b")])
     replies = {}
@@ -145,12 +158,16 @@ class Asked(Grid):
         for message in messages:
             name = message.metadata.__dict__["_message_id"] = f"message {next(self.numbers)}"
             ids.append(name)
-            self.answers[name] = Message(self.contents[message.metadata.dst_node_id], reply_to=message)
+            self.answers[name] = Message(
+                self.contents[message.metadata.dst_node_id], reply_to=message
+            )
         return ids
 
 
 def test_nodes_say_who_they_are():
-    made = GridTransport(Asked({n: info_content(ClientInfo(f"c{n}", n), "digest") for n in (7, 8)}), 2, "digest")
+    made = GridTransport(
+        Asked({n: info_content(ClientInfo(f"c{n}", n), "digest") for n in (7, 8)}), 2, "digest"
+    )
     assert made.clients(timeout=1) == [ClientInfo("c7", 7), ClientInfo("c8", 8)]
 
 
@@ -158,14 +175,23 @@ def test_nodes_say_who_they_are():
     "answer",
     [
         RecordDict(),
-        RecordDict({"who": ConfigRecord({"id": "a", "digest": "digest"}), "size": MetricRecord({})}),
-        RecordDict({"who": ConfigRecord({"id": "a", "digest": "digest"}), "size": MetricRecord({"tokens": 0.5})}),
+        RecordDict(
+            {"who": ConfigRecord({"id": "a", "digest": "digest"}), "size": MetricRecord({})}
+        ),
+        RecordDict(
+            {
+                "who": ConfigRecord({"id": "a", "digest": "digest"}),
+                "size": MetricRecord({"tokens": 0.5}),
+            }
+        ),
     ],
     ids=["empty", "without tokens", "half a token"],
 )
 def test_an_answer_that_does_not_say_who_it_is_is_told_by_its_node(answer):
     made = GridTransport(Asked({8: answer}), 1, "digest")
-    with pytest.raises(FedGPTError, match=r"node 8 did not say who it is: its answer cannot be read"):
+    with pytest.raises(
+        FedGPTError, match=r"node 8 did not say who it is: its answer cannot be read"
+    ):
         made.clients(timeout=1)
 
 

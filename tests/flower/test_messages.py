@@ -14,7 +14,14 @@ from flwr.common.constant import ErrorCode, SType
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedgpt.core.messages import Job, Plan
-from fedgpt.flower.messages import MOST_REASON, job_content, read_job, read_reply, update_content, vector_record
+from fedgpt.flower.messages import (
+    MOST_REASON,
+    job_content,
+    read_job,
+    read_reply,
+    update_content,
+    vector_record,
+)
 from fedgpt.update.codec import REASONS
 
 
@@ -51,7 +58,7 @@ def test_a_job_that_was_read_keeps_no_vector_alive():
     job = Job("a", 3, 2, array, plan, 4.5)
     message = Message(job_content(job, vector_record(array)), 5, MessageType.TRAIN)
     read = read_job(message)
-    about = (read.client, read.task, read.version, read.plan)
+    about = (read.client, read.number, read.version, read.plan)
     del message, read, job, array
     assert watched() is None
     assert about == ("a", 3, 2, plan)
@@ -94,7 +101,9 @@ def test_an_array_from_the_wire_is_read():
 
 
 FIRST = GOOD.index(b"(64,)")
-BOMB = GOOD[:FIRST] + b"(9999999999999,), }" + GOOD[FIRST + 19 :]  # of the same length, so that the data begins there
+BOMB = (
+    GOOD[:FIRST] + b"(9999999999999,), }" + GOOD[FIRST + 19 :]
+)  # of the same length, so that the data begins there
 CONTENTS = {
     "npz": (content(wire(npz(NUMBERS))), "bad_encoding"),
     "zip": (content(wire(b"PK\x03\x04" + GOOD)), "bad_encoding"),
@@ -118,7 +127,10 @@ CONTENTS = {
     "header of bytes": (content(update=ConfigRecord({"json": b"{}"})), "bad_encoding"),
     "one record more": (content(more=ConfigRecord({})), "extra_key"),
     "nothing": (RecordDict(), "missing_key"),
-    "arrays for a header": (RecordDict({"update": wire(GOOD), "delta": wire(GOOD)}), "bad_encoding"),
+    "arrays for a header": (
+        RecordDict({"update": wire(GOOD), "delta": wire(GOOD)}),
+        "bad_encoding",
+    ),
 }
 
 
@@ -133,7 +145,9 @@ def test_whatever_a_reply_holds_is_an_update_or_an_error_with_a_documented_code(
 def test_of_a_clients_exception_only_so_much_is_kept():
     asked = Message(RecordDict(), 5, MessageType.TRAIN)
     asked.metadata.__dict__["_message_id"] = "1"
-    message = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "private text " * 10_000), reply_to=asked)
+    message = Message(
+        Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, "private text " * 10_000), reply_to=asked
+    )
     reply = read_reply(message, "a", 0)
     assert reply.error.startswith("code 2: private") and len(reply.error) == MOST_REASON
     assert reply.code == "client_error"

@@ -31,16 +31,20 @@ def options(tmp_path) -> list[str]:
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_a_private_run_says_what_it_promises_and_what_it_spent(tmp_path, options, name, capsys):
-    summary = run_here(*options, *CHOICES[name], "privacy.noise_multiplier=3", "privacy.target_epsilon=null")
+    summary = run_here(
+        *options, *CHOICES[name], "privacy.noise_multiplier=3", "privacy.target_epsilon=null"
+    )
     printed = capsys.readouterr().out
     ledger = json.loads((tmp_path / "run" / "ledger.json").read_text())
     spent = epsilon_of([Event(**event) for event in ledger["events"]], 0.004)
-    assert summary["epsilon"] == pytest.approx(spent) and 0 < spent < 20 and summary["delta"] == 0.004
+    assert (
+        summary["epsilon"] == pytest.approx(spent) and 0 < spent < 20 and summary["delta"] == 0.004
+    )
     assert summary["private"] and f"epsilon {summary['epsilon']:.4g}" in printed
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     for words in ("protects", "trusts", "not covered", "held-out part"):
         assert words in printed and words in card
-    kept = Checkpoints(tmp_path / "run" / "checkpoints", 1).load().ledgers.privacy
+    kept = Checkpoints(tmp_path / "run" / "checkpoints", 1).load().tables.privacy
     assert kept["delta"] == 0.004 and kept["not_covered"]
     last = list(read_lines(tmp_path / "run" / "metrics.jsonl"))[-1]
     assert last["epsilon"] == summary["epsilon"] and last["train_loss"] is None
@@ -51,7 +55,11 @@ def test_seeded_noise_is_called_not_private_wherever_an_epsilon_stands(tmp_path,
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert not summary["private"]
     for text in (capsys.readouterr().out, card):
-        assert all("NOT PRIVATE" in line for line in text.splitlines() if "epsilon" in line and "spent" in line)
+        assert all(
+            "NOT PRIVATE" in line
+            for line in text.splitlines()
+            if "epsilon" in line and "spent" in line
+        )
         assert text.count("NOT PRIVATE") >= 2
 
 
@@ -61,7 +69,9 @@ def test_the_plan_of_longer_and_noisier_runs(options, name, capsys):
     chosen = correlated if name == "correlated" else CHOICES[name]
     noise = ["privacy.noise_multiplier=2", "privacy.target_epsilon=null"]
     code = cli.privacy(["plan", *options, *chosen, *noise, "rounds=4"])
-    table = [[float(cell) for cell in line.split()] for line in capsys.readouterr().out.splitlines()[-3:]]
+    table = [
+        [float(cell) for cell in line.split()] for line in capsys.readouterr().out.splitlines()[-3:]
+    ]
     assert code == 0 and [row[0] for row in table] == [1.0, 2.0, 4.0]
     for noise, planned, half, twice in table:
         assert noise > 0 and half <= planned <= twice
@@ -87,5 +97,9 @@ def test_an_audit_ends_with_a_line_for_scripts(options, name, capsys, monkeypatc
 def test_noise_that_its_budget_does_not_allow_is_refused_before_a_client_is_asked(options):
     from fedgpt.core.errors import ConfigError
 
-    with pytest.raises(ConfigError, match="leave the noise out, from which it follows, or lower rounds"):
-        run_here(*options, "privacy=example", "privacy.noise_multiplier=0.5", "privacy.target_epsilon=1")
+    with pytest.raises(
+        ConfigError, match="leave the noise out, from which it follows, or lower rounds"
+    ):
+        run_here(
+            *options, "privacy=example", "privacy.noise_multiplier=0.5", "privacy.target_epsilon=1"
+        )

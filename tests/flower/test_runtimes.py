@@ -23,7 +23,9 @@ SMALL = [
     "model.n_head=2", "model.block_size=32", "rounds=3", "local.steps=3", "pace.clients=2", "strategy=fedadam",
     "runtime.threads=1", "local.precision=fp32", "evaluate.tokens=2048", "seed=11",
 ]  # fmt: skip
-needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="pip install '.[ray]'")
+needs_ray = pytest.mark.skipif(
+    importlib.util.find_spec("ray") is None, reason="pip install '.[ray]'"
+)
 pytestmark = pytest.mark.slow
 
 
@@ -44,8 +46,19 @@ def env(tmp_path_factory) -> dict[str, str]:
 
 
 def run(runtime: str, folder: Path, env: dict[str, str], *more: str) -> dict:
-    command = [sys.executable, "-m", "fedgpt", "run", f"runtime={runtime}", f"run_dir={folder}", *SMALL, *more]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "fedgpt",
+        "run",
+        f"runtime={runtime}",
+        f"run_dir={folder}",
+        *SMALL,
+        *more,
+    ]
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, timeout=400, check=False
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return json.loads((folder / "summary.json").read_text())
 
@@ -84,12 +97,18 @@ def virtual_pool(tmp_path_factory, env) -> dict:
 @pytest.mark.parametrize("runtime", [pytest.param("ray", marks=needs_ray), "superlink"])
 def test_asynchronous_runs(runtime, tmp_path, env, virtual_pool):
     """On the virtual clock to the bits of the pool; on the wall clock whoever is done goes on."""
-    summary = run(runtime, tmp_path / "virtual", env, *ASYNCHRONOUS, "clock=virtual", "fleet=published")
+    summary = run(
+        runtime, tmp_path / "virtual", env, *ASYNCHRONOUS, "clock=virtual", "fleet=published"
+    )
     assert_same_run(summary, virtual_pool)
     assert summary["virtual_seconds"] == virtual_pool["virtual_seconds"]
     assert run(runtime, tmp_path / "real", env, *ASYNCHRONOUS)["versions"] == 4
-    records = [json.loads(line) for line in (tmp_path / "real" / "metrics.jsonl").read_text().splitlines()]
-    assert all(record["in_flight"] == 1 for record in records[1:]), "the other one is never waited for"
+    records = [
+        json.loads(line) for line in (tmp_path / "real" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert all(record["in_flight"] == 1 for record in records[1:]), (
+        "the other one is never waited for"
+    )
     assert not children_of_flower(env)
 
 
@@ -97,14 +116,20 @@ def test_asynchronous_runs(runtime, tmp_path, env, virtual_pool):
 def test_flowers_own_command_from_the_repository(tmp_path, env, pool):
     """`flwr run . -c 'overrides="..."'`: Flower bundles the app and composes the configuration on the server."""
     folder = tmp_path / "run"
-    env = {**env, "FLWR_HOME": str(tmp_path / "flwr"), "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": "39391"}
+    env = {
+        **env,
+        "FLWR_HOME": str(tmp_path / "flwr"),
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": "39391",
+    }
     overrides = " ".join([*SMALL, f"run_dir={folder}"])
     command = [
         "flwr", "run", str(REPOSITORY), "local", "--run-config", f'overrides="{overrides}"', "--stream",
         "--federation-config", "num-supernodes=2 client-resources-num-cpus=1 init-args-num-cpus=2",
     ]  # fmt: skip
     try:
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=400, check=False)
+        done = subprocess.run(
+            command, env=env, capture_output=True, text=True, timeout=400, check=False
+        )
         assert (folder / "summary.json").exists(), done.stdout[-3000:] + done.stderr[-3000:]
         assert_same_run(json.loads((folder / "summary.json").read_text()), pool)
     finally:
@@ -124,13 +149,27 @@ def whole(tmp_path_factory, env) -> dict:
 
 
 @pytest.mark.parametrize(
-    "runtime, number", [pytest.param("ray", signal.SIGTERM, marks=needs_ray), ("superlink", signal.SIGINT)]
+    "runtime, number",
+    [pytest.param("ray", signal.SIGTERM, marks=needs_ray), ("superlink", signal.SIGINT)],
 )
-def test_interrupted_it_writes_a_checkpoint_and_says_how_to_go_on(runtime, number, tmp_path, env, whole):
+def test_interrupted_it_writes_a_checkpoint_and_says_how_to_go_on(
+    runtime, number, tmp_path, env, whole
+):
     """Like the pool: exit code 130, the command, and then the same run."""
     folder = tmp_path / "run"
-    command = [sys.executable, "-m", "fedgpt", "run", f"runtime={runtime}", f"run_dir={folder}", *SMALL, *STOPPED]
-    with subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    command = [
+        sys.executable,
+        "-m",
+        "fedgpt",
+        "run",
+        f"runtime={runtime}",
+        f"run_dir={folder}",
+        *SMALL,
+        *STOPPED,
+    ]
+    with subprocess.Popen(
+        command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
         deadline = time.monotonic() + 200
         while not any(e["event"] == "version" for e in read_lines(folder / "events.jsonl")):
             assert process.poll() is None and time.monotonic() < deadline
@@ -142,16 +181,34 @@ def test_interrupted_it_writes_a_checkpoint_and_says_how_to_go_on(runtime, numbe
     assert not children_of_flower(env)
     assert Checkpoints(folder / "checkpoints", 2).load().state.version in range(1, 5)
     done = subprocess.run(
-        [*command[:4], f"resume={folder}"], env=env, capture_output=True, text=True, timeout=400, check=False
+        [*command[:4], f"resume={folder}"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert_same_run(json.loads((folder / "summary.json").read_text()), whole)
 
 
 def test_superlink_with_too_many_clients_is_refused_with_what_to_change(tmp_path, env):
-    command = [sys.executable, "-m", "fedgpt", "run", "runtime=superlink", f"run_dir={tmp_path / 'r'}", *SMALL]
+    command = [
+        sys.executable,
+        "-m",
+        "fedgpt",
+        "run",
+        "runtime=superlink",
+        f"run_dir={tmp_path / 'r'}",
+        *SMALL,
+    ]
     done = subprocess.run(
-        [*command, "partition.clients=17"], env=env, capture_output=True, text=True, timeout=200, check=False
+        [*command, "partition.clients=17"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
     )
     assert done.returncode == 2
     assert "partition.clients=2" in done.stderr and "Traceback" not in done.stderr
@@ -159,9 +216,22 @@ def test_superlink_with_too_many_clients_is_refused_with_what_to_change(tmp_path
 
 def test_a_client_that_fails_on_a_supernode_is_told_and_the_run_says_why_it_stopped(tmp_path, env):
     """A failure crosses two processes as a reason and an exit code."""
-    command = [sys.executable, "-m", "fedgpt", "run", "runtime=superlink", f"run_dir={tmp_path / 'r'}", *SMALL]
+    command = [
+        sys.executable,
+        "-m",
+        "fedgpt",
+        "run",
+        "runtime=superlink",
+        f"run_dir={tmp_path / 'r'}",
+        *SMALL,
+    ]
     done = subprocess.run(
-        [*command, "pace.deadline=0.01"], env=env, capture_output=True, text=True, timeout=200, check=False
+        [*command, "pace.deadline=0.01"],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
     )
     assert done.returncode == 3, done.stdout[-2000:] + done.stderr[-2000:]
     assert "pace.minimum=1" in done.stderr and "no_reply" in done.stderr
@@ -179,6 +249,10 @@ def children_of_flower(env: dict[str, str]) -> list[int]:
             ours = mark in (path / "environ").read_bytes().split(b"\0")
         except OSError:
             continue
-        if ours and state != "Z" and any(Path(w).name.startswith(("flower-su", "flwr-")) for w in words[:3]):
+        if (
+            ours
+            and state != "Z"
+            and any(Path(w).name.startswith(("flower-su", "flwr-")) for w in words[:3])
+        ):
             found.append(int(path.name))
     return found

@@ -35,10 +35,13 @@ def full_for(name: str):
     return lambda lines, record: full() if lines.path.name == name else append(lines, record)
 
 
-def test_too_little_public_text_for_the_servers_own_update_is_told_before_a_round(tmp_path, options):
+def test_too_little_public_text_for_the_servers_own_update_is_told_before_a_round(
+    tmp_path, options
+):
     few = ["corpus.public=1e-9", "tokenizer=bytes", "strategy=fltrust", "model.block_size=1000"]
     with pytest.raises(
-        ConfigError, match=r"corpus.public=1e-09: \d+ tokens are public, .* model.block_size=1000; raise"
+        ConfigError,
+        match=r"corpus.public=1e-09: \d+ tokens are public, .* model.block_size=1000; raise",
     ):
         run_here(*options, *few, "evaluate.tokens=64")
     assert not list((tmp_path / "run" / "clients").glob("*"))
@@ -48,7 +51,9 @@ def test_a_run_that_cannot_start_leaves_its_folder_to_another(tmp_path, options)
     weights = tmp_path / "weights"
     weights.mkdir()
     (weights / "config.json").write_text("[1, 2]")
-    with pytest.raises(ConfigError, match=r"init_from=.*/config.json: model_type=None is not supported"):
+    with pytest.raises(
+        ConfigError, match=r"init_from=.*/config.json: model_type=None is not supported"
+    ):
         run_here(*options, f"init_from={weights}")
     assert not (tmp_path / "run" / "config.yaml").exists()
     assert run_here(*options)["versions"] == 3
@@ -80,7 +85,9 @@ def test_a_full_disk_is_one_clear_error_wherever_it_is_met(tmp_path, options, mo
     assert whole["weights_sha256"] == summary["weights_sha256"]
 
 
-@pytest.mark.parametrize("update, error", [("none", 0), ("int8", 0.01), ("int4", 0.1), ("topk", 1.0)])
+@pytest.mark.parametrize(
+    "update, error", [("none", 0), ("int8", 0.01), ("int4", 0.1), ("topk", 1.0)]
+)
 def test_what_a_codec_leaves_out_is_in_the_metrics(tmp_path, options, update, error):
     run_here(*options, f"update={update}")
     first, *later = read_lines(tmp_path / "run" / "metrics.jsonl")
@@ -96,7 +103,9 @@ def test_what_a_codec_leaves_out_is_in_the_metrics(tmp_path, options, update, er
 
 
 @pytest.mark.parametrize("unit", ["client", "local", "example"])
-def test_nothing_that_is_measured_on_private_text_leaves_the_client(tmp_path, options, unit, monkeypatch):
+def test_nothing_that_is_measured_on_private_text_leaves_the_client(
+    tmp_path, options, unit, monkeypatch
+):
     sent = []
 
     def noted(run, update, *more):
@@ -105,7 +114,11 @@ def test_nothing_that_is_measured_on_private_text_leaves_the_client(tmp_path, op
 
     monkeypatch.setattr(work, "header_of", noted)
     run_here(*options, "update=int8", f"privacy={unit}")
-    assert sent and {name for update in sent for name in update.metrics} <= {"lr", "state_lost", "charged"}
+    assert sent and {name for update in sent for name in update.metrics} <= {
+        "lr",
+        "state_lost",
+        "charged",
+    }
     assert all(r["compress_error"] is None for r in read_lines(tmp_path / "run" / "metrics.jsonl"))
 
 
@@ -120,7 +133,9 @@ def test_of_a_clients_exception_only_its_kind_is_told(tmp_path, options, monkeyp
     assert "ClientFailed: KeyError" in events and "secret" not in events
 
 
-def test_the_model_that_a_run_began_with_is_freed_once_nobody_trains_on_it(tmp_path, options, monkeypatch):
+def test_the_model_that_a_run_began_with_is_freed_once_nobody_trains_on_it(
+    tmp_path, options, monkeypatch
+):
     """After a resume it has company: the base versions of all jobs that were in flight."""
     kept = []
 
@@ -138,9 +153,18 @@ def test_the_model_that_a_run_began_with_is_freed_once_nobody_trains_on_it(tmp_p
     assert kept == [False]
 
 
-def test_a_log_that_leads_to_a_crash_is_given_up_with_its_checkpoint(tmp_path, options, monkeypatch, caplog):
+def test_a_log_that_leads_to_a_crash_is_given_up_with_its_checkpoint(
+    tmp_path, options, monkeypatch, caplog
+):
     """Told again, it would lead there again: the clients are asked instead, and the run comes to its end."""
-    options = [*options, "pace=buffer", "pace.clients=2", "strategy=delta_sgd", "rounds=6", "checkpoint.every=1"]
+    options = [
+        *options,
+        "pace=buffer",
+        "pace.clients=2",
+        "strategy=delta_sgd",
+        "rounds=6",
+        "checkpoint.every=1",
+    ]
     for fault in ("aggregate:5", *["open:1"] * 3):
         with injected(f"{fault}:raise"), pytest.raises(Injected):
             run_here(*options)

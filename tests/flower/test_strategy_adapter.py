@@ -176,7 +176,10 @@ def test_a_skipped_round_is_told(caplog):
 
 
 def test_few_clients_do_not_wait_for_more():
-    strategy, state = FlowerStrategy(stock.FedAvg(min_available_nodes=50, min_train_nodes=40)), start()
+    strategy, state = (
+        FlowerStrategy(stock.FedAvg(min_available_nodes=50, min_train_nodes=40)),
+        start(),
+    )
     update = cohort(0)[0]
     new = strategy.step(strategy.combine([update], state), state)
     np.testing.assert_allclose(new.params, state.params - update.delta, rtol=0, atol=1e-8)
@@ -188,12 +191,16 @@ def test_agrees_with_our_own_fedavg():
     total = sum(u.tokens for u in updates)
     d = np.float32(sum(u.tokens * u.delta.astype(np.float64) for u in updates) / total)
     ours_ = FedAvg().step(d, state)
-    np.testing.assert_allclose(theirs.step(theirs.combine(updates, state), state).params, ours_.params, atol=1e-8)
+    np.testing.assert_allclose(
+        theirs.step(theirs.combine(updates, state), state).params, ours_.params, atol=1e-8
+    )
 
 
 def test_the_contract_of_a_strategy():
     strategy = FlowerStrategy(stock.FedProx(proximal_mu=0.25))
-    assert not strategy.linear and strategy.paces == {"cohort"} and strategy.name == "flower.FedProx"
+    assert (
+        not strategy.linear and strategy.paces == {"cohort"} and strategy.name == "flower.FedProx"
+    )
     assert strategy.client_numbers() == {"proximal_mu": 0.25}
     assert FlowerStrategy(stock.FedAvg()).client_numbers() == {}
 
@@ -243,7 +250,9 @@ def test_a_numpy_number_a_list_and_none_are_remembered(identity):
         def aggregate_train(self, server_round, replies):
             arrays, metrics = super().aggregate_train(server_round, replies)
             mean = next(iter(arrays.values())).numpy()
-            scaled = mean * (np.float64(1) if self.rate is None else self.rate)  # float64 times float32
+            scaled = mean * (
+                np.float64(1) if self.rate is None else self.rate
+            )  # float64 times float32
             self.rate = np.float64(1 / (2 + self.calls))
             self.trace.append(np.array(float(self.calls)))
             self.limit = None
@@ -288,8 +297,14 @@ def test_a_strategy_that_cannot_be_saved_says_so_and_still_works(late, caplog):
     [
         (stock.FedXgbBagging(), "decision trees"),
         (stock.FedXgbCyclic(), "decision trees"),
-        (stock.DifferentialPrivacyServerSideFixedClipping(stock.FedAvg(), 1.0, 1.0, 2), "privacy=client"),
-        (stock.DifferentialPrivacyClientSideAdaptiveClipping(stock.FedAvg(), 0.01, 2), "privacy=client"),
+        (
+            stock.DifferentialPrivacyServerSideFixedClipping(stock.FedAvg(), 1.0, 1.0, 2),
+            "privacy=client",
+        ),
+        (
+            stock.DifferentialPrivacyClientSideAdaptiveClipping(stock.FedAvg(), 0.01, 2),
+            "privacy=client",
+        ),
         (stock.FedAvg(fraction_train=0.5), r"fraction_train=0.5.*pace\.clients"),
         (object(), "not a strategy of Flower"),
     ],
@@ -328,5 +343,7 @@ def test_the_conf_file_names_a_strategy_of_flower():
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
-    inner = instantiate(OmegaConf.load(Path(__file__).parents[2] / "conf" / "strategy" / "flower.yaml"))
+    inner = instantiate(
+        OmegaConf.load(Path(__file__).parents[2] / "conf" / "strategy" / "flower.yaml")
+    )
     assert FlowerStrategy(inner).name == "flower.FedAvg"

@@ -20,7 +20,7 @@ with atheris.instrument_imports(include=["fedgpt.storage"]):
     from fedgpt.core.errors import FedGPTError
     from fedgpt.core.files import sha256_of
     from fedgpt.core.messages import Reply, ServerState
-    from fedgpt.storage.checkpoint import Checkpoints, Ledgers, Snapshot
+    from fedgpt.storage.checkpoint import Checkpoints, RunTables, Snapshot
     from fedgpt.storage.journal import Entry, Journal
 
 logging.disable(logging.WARNING)
@@ -32,12 +32,16 @@ def prepare() -> tuple[bytes, bytes]:
     """A checkpoint and a log that are whole."""
     checkpoints = Checkpoints(FOLDER, 2)
     state = ServerState(np.arange(8, dtype=np.float32), 4, {"momentum": np.ones(8, np.float32)})
-    checkpoints.save(Snapshot(state, Ledgers("run", accepted={"a": 1}), {"base/3": np.zeros(8, np.float32)}))
+    checkpoints.save(
+        Snapshot(state, RunTables("run", accepted={"a": 1}), {"base/3": np.zeros(8, np.float32)})
+    )
     checkpoints.close()
     journal = Journal(FOLDER)
     journal.begin(4)
     journal.append(Entry("send", jobs=(("a", 2),), times=(1.0,), clients=1))
-    journal.append(Entry("receive", replies=(Reply("a", 2, "{}", np.arange(4, dtype=np.float32)),), clients=1))
+    journal.append(
+        Entry("receive", replies=(Reply("a", 2, "{}", np.arange(4, dtype=np.float32)),), clients=1)
+    )
     journal.close()
     return CHECKPOINT.read_bytes(), LOG.read_bytes()
 
@@ -48,7 +52,9 @@ def one(data: bytes) -> None:
     for path, whole in ((CHECKPOINT, GOOD[0]), (LOG, GOOD[1])):
         content = bytearray(whole)
         for _ in range(source.ConsumeIntInRange(0, 4)):
-            content[source.ConsumeIntInRange(0, len(content) - 1)] = source.ConsumeIntInRange(0, 255)
+            content[source.ConsumeIntInRange(0, len(content) - 1)] = source.ConsumeIntInRange(
+                0, 255
+            )
         if source.ConsumeBool():
             content = content[: source.ConsumeIntInRange(0, len(content))] + source.ConsumeBytes(16)
         path.write_bytes(content)

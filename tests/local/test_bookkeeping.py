@@ -24,7 +24,9 @@ VARIANTS = {
     "rotary": {"positions": "rotary"},
     "rmsnorm untied rotary": {"norm": "rmsnorm", "tie": False, "positions": "rotary"},
 }  # fmt: skip
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # torch.func's about speed, hooks' about embeddings
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning"
+)  # torch.func's about speed, hooks' about embeddings
 
 
 def make(shift: float = 0.05, **options) -> tuple[GPT, FlatParams, torch.Tensor]:
@@ -42,7 +44,9 @@ def batch(size: int = BATCH) -> tuple[torch.Tensor, torch.Tensor]:
     return ids[:, :-1], ids[:, 1:]
 
 
-def truth(model: GPT, layout: FlatParams, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def truth(
+    model: GPT, layout: FlatParams, inputs: torch.Tensor, targets: torch.Tensor
+) -> torch.Tensor:
     """(batch, parameters): every example's own gradient, by torch.func."""
 
     def loss(params, x, y):
@@ -67,7 +71,9 @@ def test_norms_and_clipped_sums_are_those_of_per_example_gradients(name, engine)
     made = engine(model, layout)
     for _ in range(2):  # nothing is left of the first
         total = torch.zeros_like(vector)
-        norms, losses = made.add_clipped(lambda: example_losses(model, inputs, targets), clip, total)
+        norms, losses = made.add_clipped(
+            lambda: example_losses(model, inputs, targets), clip, total
+        )
     torch.testing.assert_close(norms, own.norm(dim=1), rtol=1e-5, atol=0)
     assert float((total - clipped_sum(own, clip)).norm() / clipped_sum(own, clip).norm()) < 1e-5
     torch.testing.assert_close(losses.mean(), model.loss(inputs, targets).detach())
@@ -77,7 +83,9 @@ def test_the_sum_of_unclipped_gradients_is_the_batchs():
     model, layout, vector = make()
     inputs, targets = batch()
     total = torch.zeros_like(vector)
-    BookKeeping(model, layout).add_clipped(lambda: example_losses(model, inputs, targets), 1e9, total)
+    BookKeeping(model, layout).add_clipped(
+        lambda: example_losses(model, inputs, targets), 1e9, total
+    )
     loss = model.loss(inputs, targets)
     parameters = dict(model.named_parameters())
     grads = torch.autograd.grad(loss, [parameters[name] for name in layout.names])
@@ -102,11 +110,15 @@ def test_dropout_is_each_examples_own():
     inputs, targets = batch()
     torch.manual_seed(5)
     total = torch.zeros_like(vector)
-    BookKeeping(model, layout).add_clipped(lambda: example_losses(model, inputs, targets), 1e9, total)
+    BookKeeping(model, layout).add_clipped(
+        lambda: example_losses(model, inputs, targets), 1e9, total
+    )
     torch.manual_seed(5)
     loss = example_losses(model, inputs, targets).sum()
     parameters = dict(model.named_parameters())
-    want = torch.cat([g.flatten() for g in torch.autograd.grad(loss, [parameters[n] for n in layout.names])])
+    want = torch.cat(
+        [g.flatten() for g in torch.autograd.grad(loss, [parameters[n] for n in layout.names])]
+    )
     torch.testing.assert_close(total, want, rtol=1e-4, atol=1e-6)
 
 
@@ -119,12 +131,16 @@ def test_an_example_without_a_finite_gradient_adds_nothing(engine):
     inputs, targets = inputs.clamp(max=VOCAB - 2), targets.clamp(max=VOCAB - 2)
     inputs[2, 3] = VOCAB - 1
     total = torch.zeros_like(vector)
-    norms, _ = engine(model, layout).add_clipped(lambda: example_losses(model, inputs, targets), 0.5, total)
+    norms, _ = engine(model, layout).add_clipped(
+        lambda: example_losses(model, inputs, targets), 0.5, total
+    )
     others = torch.arange(BATCH) != 2
     assert not norms[2].isfinite() and norms[others].isfinite().all()
     assert total.isfinite().all()
     want = torch.zeros_like(vector)
-    BookKeeping(model, layout).add_clipped(lambda: example_losses(model, inputs[others], targets[others]), 0.5, want)
+    BookKeeping(model, layout).add_clipped(
+        lambda: example_losses(model, inputs[others], targets[others]), 0.5, want
+    )
     torch.testing.assert_close(total, want)
 
 
@@ -138,7 +154,9 @@ def test_frozen_parameters_have_no_part():
     for name, part in zip(layout.names, keep.split(list(layout.sizes)), strict=True):
         part.fill_(name not in ("transformer.h.0.attn.c_attn.bias", "transformer.h.1.ln_1.weight"))
     total = torch.zeros_like(vector)
-    norms, _ = BookKeeping(model, layout).add_clipped(lambda: example_losses(model, inputs, targets), 0.5, total)
+    norms, _ = BookKeeping(model, layout).add_clipped(
+        lambda: example_losses(model, inputs, targets), 0.5, total
+    )
     torch.testing.assert_close(norms, own[:, keep].norm(dim=1), rtol=1e-5, atol=0)
     assert not total[~keep].any()
 
@@ -156,7 +174,9 @@ class Odd(nn.Module):
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(ids.size(1))
-        x = self.wte(ids) + self.wpe(positions if self.shared_positions else positions.repeat(len(ids), 1))
+        x = self.wte(ids) + self.wpe(
+            positions if self.shared_positions else positions.repeat(len(ids), 1)
+        )
         return self.head(self.layer(x))
 
 
@@ -187,13 +207,20 @@ def test_what_has_no_rule_is_refused(module):
         BookKeeping(module, FlatParams.of(module))
 
 
-@pytest.mark.parametrize("size", [3, TIME])  # as many examples as positions: nothing else would notice
+@pytest.mark.parametrize(
+    "size", [3, TIME]
+)  # as many examples as positions: nothing else would notice
 def test_positions_that_all_examples_share_are_refused(size):
     model = Odd(shared_positions=True)
     layout, vector = flatten(model)
     ids = torch.zeros(size, TIME, dtype=torch.long)
-    with pytest.raises(Unsupported, match=rf"Embedding got \({TIME},\): not \(batch, time, ...\) of {size} examples"):
-        BookKeeping(model, layout).add_clipped(lambda: model(ids).sum((1, 2)), 1.0, torch.zeros_like(vector))
+    with pytest.raises(
+        Unsupported,
+        match=rf"Embedding got \({TIME},\): not \(batch, time, ...\) of {size} examples",
+    ):
+        BookKeeping(model, layout).add_clipped(
+            lambda: model(ids).sum((1, 2)), 1.0, torch.zeros_like(vector)
+        )
     # the hooks are gone: the model works as before
     assert not any(m._forward_hooks for m in model.modules())
 
@@ -201,7 +228,9 @@ def test_positions_that_all_examples_share_are_refused(size):
 # ---- a step of DP-SGD
 
 
-def steps_of(count: int = 40, probability: float = 0.25, noise: float = 1.0, key: int = 0) -> PrivateSteps:
+def steps_of(
+    count: int = 40, probability: float = 0.25, noise: float = 1.0, key: int = 0
+) -> PrivateSteps:
     tokens = np.random.default_rng(3).integers(VOCAB, size=count * (TIME + 1))
     stream = SecureStream(bytes([key] * 32), "test")
     return PrivateSteps(Blocks(tokens, TIME), stream, probability, noise, 0.5)
@@ -215,7 +244,9 @@ def test_a_step_is_the_clipped_sum_and_noise_over_a_constant(engine):
     assert 2 < len(chosen) < 20 and len(chosen) != 10
     found = torch.zeros_like(vector)
     PrivateGradient(model, layout, engine, batch_size=3).fill(found, steps)  # in several parts
-    own = truth(make()[0], layout, *steps.blocks.take(chosen))  # another one: torch.func does not take Opacus' hooks
+    own = truth(
+        make()[0], layout, *steps.blocks.take(chosen)
+    )  # another one: torch.func does not take Opacus' hooks
     want = clipped_sum(own, 0.5) / 10  # q n, not as many as there are
     assert float((found - want).norm() / want.norm()) < 1e-5
 
@@ -223,7 +254,9 @@ def test_a_step_is_the_clipped_sum_and_noise_over_a_constant(engine):
 def test_an_empty_batch_still_gives_noise():
     model, layout, vector = make()
     found = torch.zeros_like(vector)
-    PrivateGradient(model, layout, "bookkeeping", 8).fill(found, steps_of(probability=1e-9, noise=2.0))
+    PrivateGradient(model, layout, "bookkeeping", 8).fill(
+        found, steps_of(probability=1e-9, noise=2.0)
+    )
     std = 2.0 * 0.5 / (1e-9 * 40)
     assert abs(float(found.std()) / std - 1) < 4 / (2 * layout.size) ** 0.5
 
@@ -265,6 +298,10 @@ def test_opacus_leaves_nothing_on_the_parameters():
     model, layout, vector = make()
     inputs, targets = batch()
     engine = OpacusHooks(model, layout)
-    engine.add_clipped(lambda: example_losses(model, inputs, targets), 0.5, torch.zeros_like(vector))
+    engine.add_clipped(
+        lambda: example_losses(model, inputs, targets), 0.5, torch.zeros_like(vector)
+    )
     torch.autograd.grad(model.loss(inputs, targets), list(model.parameters()))
-    assert all(p.grad is None and getattr(p, "grad_sample", None) is None for p in model.parameters())
+    assert all(
+        p.grad is None and getattr(p, "grad_sample", None) is None for p in model.parameters()
+    )

@@ -39,11 +39,16 @@ class Step:
         torch.manual_seed(0)
         model = GPT(ModelOptions(n_layer=1, n_head=1, n_embd=16, block_size=TIME), VOCAB)
         layout, vector = flatten(model)
-        self.gradient, self.grad = PrivateGradient(model, layout, "bookkeeping", 8), torch.zeros_like(vector)
+        self.gradient, self.grad = (
+            PrivateGradient(model, layout, "bookkeeping", 8),
+            torch.zeros_like(vector),
+        )
         tokens = np.random.default_rng(0).integers(VOCAB, size=COUNT * (TIME + 1))
         self.blocks = Blocks(tokens, TIME)
 
-    def sum(self, inside: list[int], noise: float = 0.0, stream: SecureStream | None = None) -> np.ndarray:
+    def sum(
+        self, inside: list[int], noise: float = 0.0, stream: SecureStream | None = None
+    ) -> np.ndarray:
         steps = PrivateSteps(self.blocks, stream or Chosen(inside), Q, noise, CLIP)
         self.gradient.fill(self.grad, steps)
         return self.grad.double().numpy() * Q * COUNT

@@ -24,7 +24,9 @@ TOKENS = np.random.default_rng(0).integers(0, VOCAB, 4000)
 
 
 def local(**changes) -> LocalOptions:
-    return LocalOptions(**{"batch_size": 4, "steps": 6, "lr": 1e-2, "min_lr": 1e-3, "grad_clip": 0.0, **changes})
+    return LocalOptions(
+        **{"batch_size": 4, "steps": 6, "lr": 1e-2, "min_lr": 1e-3, "grad_clip": 0.0, **changes}
+    )
 
 
 def plan(steps=6, done=0, per_step=64, total=64 * 12, **more) -> Plan:
@@ -50,7 +52,13 @@ def flat_clip(module: GPT, limit: float) -> None:
 
 
 def plain_loop(
-    o: LocalOptions, p: Plan, batches: Batches, dropout_seed: int | None = None, clip=torch_clip, average=False, **model
+    o: LocalOptions,
+    p: Plan,
+    batches: Batches,
+    dropout_seed: int | None = None,
+    clip=torch_clip,
+    average=False,
+    **model,
 ):
     """nanoGPT's way: separate tensors, two parameter groups, torch's AdamW and clipping.
 
@@ -97,11 +105,15 @@ def test_a_client_with_all_text_ends_with_the_bits_of_plain_training():
     trained = trainer.train(start(), batches(o), plan(), None)
     expected = plain_loop(o, plan(), batches(o))
     np.testing.assert_array_equal(trainer.params.numpy(), expected)  # at the client: bit for bit
-    np.testing.assert_allclose(start() - trained.delta, expected, rtol=1e-6, atol=1e-7)  # through the delta
+    np.testing.assert_allclose(
+        start() - trained.delta, expected, rtol=1e-6, atol=1e-7
+    )  # through the delta
     assert trained.tokens == 6 * 4 * 16
 
 
-@pytest.mark.parametrize("changes", [{}, {"accumulate": 3, "grad_clip": 0.3}], ids=["defaults", "accumulate"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"accumulate": 3, "grad_clip": 0.3}], ids=["defaults", "accumulate"]
+)
 def test_so_it_does_with_the_default_clipping_and_with_accumulation(changes):
     """Bit for bit, where the plain loop adds up in the same order; torch's own order is the next test."""
     o = LocalOptions(steps=30, batch_size=4, **changes)
@@ -121,7 +133,9 @@ def test_so_it_does_with_the_default_clipping_and_with_accumulation(changes):
     assert any(clipped)
 
 
-@pytest.mark.parametrize("changes", [{"grad_clip": 0.5}, {"accumulate": 3}, {"accumulate": 2, "grad_clip": 0.3}])
+@pytest.mark.parametrize(
+    "changes", [{"grad_clip": 0.5}, {"accumulate": 3}, {"accumulate": 2, "grad_clip": 0.3}]
+)
 def test_clipping_and_accumulation_are_torchs(changes):
     """Sums in another order: Adam turns a rounded gradient near zero into a step, so compare the way as a whole."""
     o = local(**changes)
@@ -137,7 +151,9 @@ def test_dropout_is_on_and_seeded():
     trainer = Trainer(options, VOCAB, o, FP32)
     trainer.train(start(), batches(o), plan(), None, dropout_seed=9)
     np.testing.assert_allclose(
-        trainer.params.numpy(), plain_loop(o, plan(), batches(o), dropout_seed=9, dropout=0.3), rtol=1e-6
+        trainer.params.numpy(),
+        plain_loop(o, plan(), batches(o), dropout_seed=9, dropout=0.3),
+        rtol=1e-6,
     )
 
 
@@ -167,10 +183,14 @@ def test_the_buffers_of_one_client_leave_no_trace_in_the_next():
 def test_the_proximal_term_is_mu_times_the_way_from_the_start():
     """One step of FedProx: the gradient at the start has no proximal part; the second step's has."""
     o = local(weight_decay=0.0)
-    near = Trainer(MODEL, VOCAB, o, FP32).train(start(), batches(o), plan(numbers={"proximal_mu": 1e3}), None)
+    near = Trainer(MODEL, VOCAB, o, FP32).train(
+        start(), batches(o), plan(numbers={"proximal_mu": 1e3}), None
+    )
     far = Trainer(MODEL, VOCAB, o, FP32).train(start(), batches(o), plan(), None)
     assert np.linalg.norm(near.delta) < 0.7 * np.linalg.norm(far.delta)
-    none = Trainer(MODEL, VOCAB, o, FP32).train(start(), batches(o), plan(numbers={"proximal_mu": 0.0}), None)
+    none = Trainer(MODEL, VOCAB, o, FP32).train(
+        start(), batches(o), plan(numbers={"proximal_mu": 0.0}), None
+    )
     np.testing.assert_array_equal(none.delta, far.delta)
 
 
@@ -188,7 +208,9 @@ def test_the_proximal_gradient_is_that_of_the_squared_norm():
 
 def test_a_number_the_client_does_not_know_is_refused():
     with pytest.raises(ValueError, match="momentum"):
-        Trainer(MODEL, VOCAB, local(), FP32).train(start(), batches(local()), plan(numbers={"momentum": 1.0}), None)
+        Trainer(MODEL, VOCAB, local(), FP32).train(
+            start(), batches(local()), plan(numbers={"momentum": 1.0}), None
+        )
 
 
 def test_a_vector_of_another_model_is_refused():
@@ -208,8 +230,12 @@ def test_bf16_follows_fp32():
     assert bf16.metrics["train_loss"] == pytest.approx(fp32.metrics["train_loss"], rel=0.03)
     assert trainer.working.dtype == torch.bfloat16
     torch.testing.assert_close(trainer.working, trainer.params.bfloat16(), rtol=0, atol=0)
-    for view, parameter in zip(trainer.layout.views(trainer.working).values(), range(3), strict=False):
-        assert view.untyped_storage().data_ptr() == trainer.working.untyped_storage().data_ptr(), parameter
+    for view, parameter in zip(
+        trainer.layout.views(trainer.working).values(), range(3), strict=False
+    ):
+        assert view.untyped_storage().data_ptr() == trainer.working.untyped_storage().data_ptr(), (
+            parameter
+        )
 
 
 def test_a_job_of_a_tied_model_trains_the_tied_weight_once():

@@ -16,7 +16,11 @@ def model():
 @pytest.mark.parametrize("change", VARIANTS.values(), ids=VARIANTS.keys())
 def test_cached_equals_uncached(change, new):
     model = small(**change)
-    for options in ({"temperature": 0.0}, {"samples": 3, "top_k": 7}, {"samples": 2, "temperature": 1.5}):
+    for options in (
+        {"temperature": 0.0},
+        {"samples": 3, "top_k": 7},
+        {"samples": 2, "temperature": 1.5},
+    ):
         cached = generate(model, PROMPT, new, **options)
         assert cached == generate(model, PROMPT, new, **options, cache=False)
         assert [len(row) for row in cached] == [new] * options.get("samples", 1)
@@ -25,7 +29,9 @@ def test_cached_equals_uncached(change, new):
 @pytest.mark.parametrize("length", [16, 17, 40])
 def test_prompts_around_block_size(model, length):
     prompt = tokens(1, length)[0].tolist()
-    assert generate(model, prompt, 9, samples=2) == generate(model, prompt, 9, samples=2, cache=False)
+    assert generate(model, prompt, 9, samples=2) == generate(
+        model, prompt, 9, samples=2, cache=False
+    )
 
 
 def test_greedy_follows_the_largest_logit(model):
@@ -97,7 +103,9 @@ def test_leaves_the_model_and_the_global_generator_as_they_were():
     assert torch.equal(torch.rand(1), expected)
     assert model.training
     assert first == generate(model.eval(), PROMPT, 5)
-    model.train().loss(tokens(1, 4), tokens(1, 4)).backward()  # nothing of inference mode is left behind
+    model.train().loss(
+        tokens(1, 4), tokens(1, 4)
+    ).backward()  # nothing of inference mode is left behind
 
 
 def test_bf16_generates():

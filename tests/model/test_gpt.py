@@ -10,7 +10,15 @@ from fedgpt.core.errors import ConfigError
 from fedgpt.core.flat import flatten
 from fedgpt.core.options import ModelOptions
 from fedgpt.model import gpt
-from fedgpt.model.gpt import GPT, KVCache, attend, attend_explicitly, cross_entropy, rotate, rotation
+from fedgpt.model.gpt import (
+    GPT,
+    KVCache,
+    attend,
+    attend_explicitly,
+    cross_entropy,
+    rotate,
+    rotation,
+)
 
 SMALL = ModelOptions(n_layer=2, n_head=4, n_embd=32, block_size=16)
 VOCAB = 23
@@ -95,7 +103,9 @@ def test_rotation_against_complex_numbers():
     for t in range(5):
         for i in range(4):
             angle = t * 10_000 ** (-2 * i / 8)
-            z = torch.complex(x[:, :, t, i], x[:, :, t, i + 4]) * complex(math.cos(angle), math.sin(angle))
+            z = torch.complex(x[:, :, t, i], x[:, :, t, i + 4]) * complex(
+                math.cos(angle), math.sin(angle)
+            )
             torch.testing.assert_close(turned[:, :, t, i], z.real, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(turned[:, :, t, i + 4], z.imag, rtol=1e-5, atol=1e-6)
 
@@ -105,7 +115,10 @@ def test_rotary_attention_depends_on_distance_only():
     near, far = (rotation(torch.arange(6) + shift, 8, torch.float32) for shift in (0, 9))
     assert not torch.allclose(rotate(q, near), rotate(q, far))
     torch.testing.assert_close(
-        attend(rotate(q, near), rotate(k, near), v), attend(rotate(q, far), rotate(k, far), v), rtol=1e-4, atol=1e-5
+        attend(rotate(q, near), rotate(k, near), v),
+        attend(rotate(q, far), rotate(k, far), v),
+        rtol=1e-4,
+        atol=1e-5,
     )
 
 
@@ -118,7 +131,12 @@ def test_rmsnorm_is_its_formula():
 
 def test_rowwise_cross_entropy_is_the_plain_one():
     generator = torch.Generator().manual_seed(0)
-    logits = torch.empty(3, 50, 41).normal_(0, 3, generator=generator).to(torch.bfloat16).requires_grad_()
+    logits = (
+        torch.empty(3, 50, 41)
+        .normal_(0, 3, generator=generator)
+        .to(torch.bfloat16)
+        .requires_grad_()
+    )
     logits.data[0, 0] = torch.linspace(0, 200, 41)  # a share that underflows in fp32
     targets = torch.randint(0, 41, (3, 50), generator=generator)
     targets[0, 0] = 0
@@ -157,7 +175,9 @@ def test_flat_vector_and_its_bf16_twin(change):
     params = list(model.parameters())
     grads = torch.autograd.grad(model.loss(ids, ids), params)
     twin_grads = torch.autograd.grad(twin.loss(ids, ids), list(twin.parameters()))
-    flat, twin_flat = (torch.cat([g.flatten().float() for g in some]) for some in (grads, twin_grads))
+    flat, twin_flat = (
+        torch.cat([g.flatten().float() for g in some]) for some in (grads, twin_grads)
+    )
     assert (flat - twin_flat).norm() < 0.03 * flat.norm()
 
     vector.sub_(1e-2 * torch.randn(vector.shape, generator=torch.Generator().manual_seed(3)))

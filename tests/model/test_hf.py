@@ -16,7 +16,12 @@ from fedgpt.model.hf import export_model, import_model
 
 transformers = pytest.importorskip("transformers")
 
-GPT2_VARIANTS = {"tied": {}, "untied": {"tie": False}, "tanh": {"gelu": "tanh"}, "dropout": {"dropout": 0.2}}
+GPT2_VARIANTS = {
+    "tied": {},
+    "untied": {"tie": False},
+    "tanh": {"gelu": "tanh"},
+    "dropout": {"dropout": 0.2},
+}
 NEOX_VARIANTS = {
     "rotary": {},
     "untied": {"tie": False},
@@ -50,7 +55,9 @@ def test_logits_and_gradients_equal_transformers(tmp_path, change):
     expected = dict(theirs.named_parameters())
     for name, p in model.named_parameters():
         grad = expected[name].grad
-        turned = grad.t() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else grad
+        turned = (
+            grad.t() if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")) else grad
+        )
         torch.testing.assert_close(p.grad, turned, rtol=1e-9, atol=1e-12)
 
 
@@ -58,7 +65,9 @@ def test_fp32_logits_equal_transformers(tmp_path):
     model = small().eval()
     export_model(tmp_path, model)
     with torch.no_grad():
-        torch.testing.assert_close(model(tokens(2, 16)), load(tmp_path)(tokens(2, 16)).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            model(tokens(2, 16)), load(tmp_path)(tokens(2, 16)).logits, rtol=1e-5, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize("change", NEOX_VARIANTS.values(), ids=NEOX_VARIANTS.keys())
@@ -73,7 +82,11 @@ def test_rotary_models_equal_transformers(tmp_path, change):
             torch.testing.assert_close(model(ids), theirs(ids).logits, rtol=1e-4, atol=1e-5)
         prompt, more = ids[:, :4], 16 - min(time, 4)
         text = theirs.generate(
-            prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=more, do_sample=False, eos_token_id=None
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=more,
+            do_sample=False,
+            eos_token_id=None,
         )
         for row, expected in zip(prompt.tolist(), text.tolist(), strict=True):
             assert row + generate(model, row, more, temperature=0)[0] == expected
@@ -84,7 +97,9 @@ def test_rotary_gradients_equal_transformers(tmp_path):
     export_model(tmp_path, model)
     theirs, model = load(tmp_path).double(), model.double().eval()
     ids, targets = tokens(3, 16), tokens(3, 16, seed=1)
-    torch.nn.functional.cross_entropy(theirs(ids).logits.flatten(0, 1), targets.flatten()).backward()
+    torch.nn.functional.cross_entropy(
+        theirs(ids).logits.flatten(0, 1), targets.flatten()
+    ).backward()
     model.loss(ids, targets).backward()
     layers = theirs.gpt_neox.layers
     for ours, other in zip(model.blocks, layers, strict=True):
@@ -94,13 +109,17 @@ def test_rotary_gradients_equal_transformers(tmp_path):
             (ours.ln_1, other.input_layernorm),
         ):
             torch.testing.assert_close(a.weight.grad, b.weight.grad, rtol=1e-4, atol=1e-7)
-        by_head = other.attention.query_key_value.weight.grad.view(4, 3, 8, 32)  # (heads, q k v, width, channels)
+        by_head = other.attention.query_key_value.weight.grad.view(
+            4, 3, 8, 32
+        )  # (heads, q k v, width, channels)
         for part, grad in enumerate(ours.attn.c_attn.weight.grad.chunk(3)):
             torch.testing.assert_close(grad, by_head[:, part].reshape(32, 32), rtol=1e-4, atol=1e-7)
 
 
 def test_rotary_config_says_what_gpt_neox_needs(tmp_path):
-    export_model(tmp_path, small(positions="rotary", bias=False, gelu="tanh", dropout=0.2), end_of_text=7)
+    export_model(
+        tmp_path, small(positions="rotary", bias=False, gelu="tanh", dropout=0.2), end_of_text=7
+    )
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     expected = {
         "model_type": "gpt_neox",
@@ -141,15 +160,21 @@ def test_model_type_follows_the_architecture(tmp_path, change, kind):
     assert json.loads((tmp_path / "config.json").read_text())["model_type"] == kind
 
 
-@pytest.mark.parametrize("change", [*VARIANTS.values(), *GPT2_VARIANTS.values(), *NEOX_VARIANTS.values()])
+@pytest.mark.parametrize(
+    "change", [*VARIANTS.values(), *GPT2_VARIANTS.values(), *NEOX_VARIANTS.values()]
+)
 def test_round_trip_is_exact(tmp_path, change):
     model = small(**change)
     export_model(tmp_path, model, card="# A model\n", end_of_text=7)
     again = import_model(tmp_path)
     assert again.options == model.options
     assert again.vocab_size == VOCAB
-    assert [name for name, _ in again.named_parameters()] == [name for name, _ in model.named_parameters()]
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+    assert [name for name, _ in again.named_parameters()] == [
+        name for name, _ in model.named_parameters()
+    ]
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True)
+    )
     assert torch.equal(flatten(again)[1], flatten(model)[1])
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["eos_token_id"] == config["bos_token_id"] == 7
@@ -161,14 +186,22 @@ def test_bf16_round_trip_keeps_the_dtype(tmp_path, positions):
     model = small(positions=positions).to(torch.bfloat16)
     export_model(tmp_path, model)
     again = import_model(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True)
+    )
     assert again.lm_head.weight.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("tie", [True, False])
 def test_reads_what_transformers_saves(tmp_path, tie):
     config = transformers.GPT2Config(
-        vocab_size=VOCAB, n_positions=16, n_embd=32, n_layer=2, n_head=4, tie_word_embeddings=tie, eos_token_id=0
+        vocab_size=VOCAB,
+        n_positions=16,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        tie_word_embeddings=tie,
+        eos_token_id=0,
     )
     torch.manual_seed(0)
     theirs = transformers.GPT2LMHeadModel(config).eval()
@@ -176,11 +209,15 @@ def test_reads_what_transformers_saves(tmp_path, tie):
     model = import_model(tmp_path).eval()
     assert (model.options.gelu, model.options.tie, model.options.dropout) == ("tanh", tie, 0.1)
     with torch.no_grad():
-        torch.testing.assert_close(model(tokens(2, 16)), theirs(tokens(2, 16)).logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            model(tokens(2, 16)), theirs(tokens(2, 16)).logits, rtol=1e-5, atol=1e-5
+        )
     theirs.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
     sharded = import_model(tmp_path / "shards")
-    assert all(torch.equal(a, b) for a, b in zip(sharded.parameters(), model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(sharded.parameters(), model.parameters(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -198,13 +235,19 @@ def test_old_gpt_neox_buffers_are_skipped_and_mlp_biases_are_not(tmp_path):
     export_model(tmp_path, model)
     weights = load_file(tmp_path / "model.safetensors")
     layer = "gpt_neox.layers.1."
-    buffers = {"attention.bias": torch.ones(1, 1, 16, 16).bool(), "attention.rotary_emb.inv_freq": torch.ones(4)}
-    save_file(weights | {layer + name: p for name, p in buffers.items()}, tmp_path / "model.safetensors")
+    buffers = {
+        "attention.bias": torch.ones(1, 1, 16, 16).bool(),
+        "attention.rotary_emb.inv_freq": torch.ones(4),
+    }
+    save_file(
+        weights | {layer + name: p for name, p in buffers.items()}, tmp_path / "model.safetensors"
+    )
     assert torch.equal(flatten(import_model(tmp_path))[1], flatten(model)[1])
     weights[layer + "mlp.dense_4h_to_h.bias"][3] = 1.0
     save_file(weights, tmp_path / "model.safetensors")
     with pytest.raises(
-        FedGPTError, match=r"layers\.1\.mlp\.dense_4h_to_h\.bias must be 0 where attention_bias is false"
+        FedGPTError,
+        match=r"layers\.1\.mlp\.dense_4h_to_h\.bias must be 0 where attention_bias is false",
     ):
         import_model(tmp_path)
 
@@ -216,7 +259,10 @@ def test_reads_the_names_of_the_published_gpt2(tmp_path):
     bare = {name.removeprefix("transformer."): p for name, p in weights.items()}
     bare["h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
     save_file(bare, tmp_path / "model.safetensors")
-    assert all(torch.equal(a, b) for a, b in zip(import_model(tmp_path).parameters(), model.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(import_model(tmp_path).parameters(), model.parameters(), strict=True)
+    )
 
 
 def test_tokenizer_goes_along(tmp_path):
@@ -239,9 +285,13 @@ def test_tokenizer_goes_along(tmp_path):
 
 @pytest.mark.parametrize("change", [{}, {"positions": "rotary"}], ids=["gpt2", "gpt_neox"])
 def test_our_tokenizer_reads_the_same_in_transformers(tmp_path, change):
-    ours = make_tokenizer(TokenizerOptions(name="bpe", vocab_size=300), ["the cat sat on the mat, naïve\n"] * 9)
+    ours = make_tokenizer(
+        TokenizerOptions(name="bpe", vocab_size=300), ["the cat sat on the mat, naïve\n"] * 9
+    )
     ours.save(tmp_path)
-    export_model(tmp_path / "model", small(**change), tokenizer_folder=tmp_path, end_of_text=ours.end)
+    export_model(
+        tmp_path / "model", small(**change), tokenizer_folder=tmp_path, end_of_text=ours.end
+    )
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
     for text in ("the cat sat", "  two  spaces\n\n", "na\u00efve cafe\u0301 \u2603"):
         ids = theirs(text)["input_ids"]
@@ -254,11 +304,17 @@ def test_our_tokenizer_reads_the_same_in_transformers(tmp_path, change):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llama"}, "model_type='llama' is not supported; allowed are gpt2, gpt_neox and fedgpt"),
+        (
+            {"model_type": "llama"},
+            "model_type='llama' is not supported; allowed are gpt2, gpt_neox and fedgpt",
+        ),
         ({"activation_function": "relu"}, "activation_function='relu': must be one of"),
         ({"n_inner": 100}, "n_inner=100: must be 4"),
         ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06: must be 1e-05"),
-        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True: must be False"),
+        (
+            {"scale_attn_by_inverse_layer_idx": True},
+            "scale_attn_by_inverse_layer_idx=True: must be False",
+        ),
         ({"resid_pdrop": 0.3}, "must be one rate"),
         ({"n_head": 5}, "must be a multiple of model.n_head=5"),
         ({"n_layer": 3}, r"missing \['transformer\.h\.2"),

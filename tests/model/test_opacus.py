@@ -11,17 +11,27 @@ from fedgpt.model.gpt import GPT, cross_entropy
 VARIANTS = {
     "layernorm, tied": {},
     "rmsnorm, tied": {"norm": "rmsnorm"},
-    "rmsnorm, rotary, untied, no bias": {"norm": "rmsnorm", "positions": "rotary", "tie": False, "bias": False},
+    "rmsnorm, rotary, untied, no bias": {
+        "norm": "rmsnorm",
+        "positions": "rotary",
+        "tie": False,
+        "bias": False,
+    },
 }
 
 # torch's own advice on hooks of modules whose inputs need no gradient (token ids); Opacus registers such hooks
-pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing when gradients are computed:UserWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Full backward hook is firing when gradients are computed:UserWarning"
+)
 
 
 def one_by_one(model: GPT, ids: Tensor, targets: Tensor) -> list[tuple[Tensor, ...]]:
     """Truth: each example alone, through plain autograd."""
     params = list(model.parameters())
-    return [torch.autograd.grad(model.loss(ids[i : i + 1], targets[i : i + 1]), params) for i in range(len(ids))]
+    return [
+        torch.autograd.grad(model.loss(ids[i : i + 1], targets[i : i + 1]), params)
+        for i in range(len(ids))
+    ]
 
 
 @pytest.mark.parametrize(("batch", "time"), [(5, 5), (4, 7), (3, 16)])
@@ -38,7 +48,9 @@ def test_hooks_give_each_examples_own_gradient(change, batch, time):
 
 
 # a notice of speed: attention has no batching rule on CPU and runs example by example
-@pytest.mark.filterwarnings("ignore:There is a performance drop because we have not yet implemented:UserWarning")
+@pytest.mark.filterwarnings(
+    "ignore:There is a performance drop because we have not yet implemented:UserWarning"
+)
 def test_vmap_of_grad_agrees():
     model = small().double()
     ids, targets = tokens(4, 7), tokens(4, 7, seed=1)

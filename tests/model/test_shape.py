@@ -13,10 +13,16 @@ PRESETS = {path.stem: path for path in sorted(Path("conf/model").glob("*.yaml"))
 
 
 def preset(name: str) -> ModelOptions:
-    lines = [line for line in PRESETS[name].read_text().splitlines() if ":" in line and not line.startswith("#")]
+    lines = [
+        line
+        for line in PRESETS[name].read_text().splitlines()
+        if ":" in line and not line.startswith("#")
+    ]
     values = dict(line.split(":") for line in lines)
     texts = {key: value.split("#")[0].strip() for key, value in values.items()}
-    return ModelOptions(**{k: int(v) if v.isdigit() else {"true": True}.get(v, v) for k, v in texts.items()})
+    return ModelOptions(
+        **{k: int(v) if v.isdigit() else {"true": True}.get(v, v) for k, v in texts.items()}
+    )
 
 
 def parameters(model: GPT) -> int:
@@ -37,7 +43,9 @@ def test_gpt2_has_the_published_size():
     assert count_parameters(preset("gpt2"), 50_257) == 124_439_808
 
 
-@pytest.mark.parametrize("change", [{}, {"tie": False}, {"bias": False}, {"norm": "rmsnorm"}, {"positions": "rotary"}])
+@pytest.mark.parametrize(
+    "change", [{}, {"tie": False}, {"bias": False}, {"norm": "rmsnorm"}, {"positions": "rotary"}]
+)
 def test_count_of_variants(change):
     options = replace(ModelOptions(n_layer=2, n_head=2, n_embd=16, block_size=8), **change)
     assert count_parameters(options, 11) == parameters(GPT(options, 11))
@@ -54,7 +62,10 @@ def test_count_of_variants(change):
         ),
         ({"n_layer": 0}, "model.n_layer=0: must be at least 1"),
         ({"dropout": 1.0}, "model.dropout=1.0: must be at least 0 and below 1"),
-        ({"norm": "rmsnrom"}, "model.norm=rmsnrom: must be layernorm or rmsnorm; did you mean 'rmsnorm'?"),
+        (
+            {"norm": "rmsnrom"},
+            "model.norm=rmsnrom: must be layernorm or rmsnorm; did you mean 'rmsnorm'?",
+        ),
     ],
 )
 def test_problems_name_the_option_as_typed(change, message):
@@ -64,7 +75,12 @@ def test_problems_name_the_option_as_typed(change, message):
 
 
 def test_all_problems_are_told_at_once():
-    assert len(check_model(ModelOptions(n_layer=0, n_embd=130, gelu="x", positions="y", block_size=-1))) == 5
+    assert (
+        len(
+            check_model(ModelOptions(n_layer=0, n_embd=130, gelu="x", positions="y", block_size=-1))
+        )
+        == 5
+    )
     assert len(check_model(ModelOptions(n_head=0))) == 1
 
 

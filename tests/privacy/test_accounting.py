@@ -6,7 +6,14 @@ import math
 
 import pytest
 
-from fedgpt.privacy.accounting import Event, calibrate, epsilon_of, gaussian_epsilon, gaussian_mu, renyi_epsilon
+from fedgpt.privacy.accounting import (
+    Event,
+    calibrate,
+    epsilon_of,
+    gaussian_epsilon,
+    gaussian_mu,
+    renyi_epsilon,
+)
 
 # z, q, steps, delta -> dp-accounting's PLD and RDP, Opacus' PRV: computed with those libraries alone
 ROWS = [
@@ -23,7 +30,9 @@ def test_sampled_releases_cost_what_other_accountants_say(z, q, steps, delta, pl
     event = Event(z, q, steps)
     assert epsilon_of([event], delta) == pytest.approx(pld, abs=1e-3)
     assert renyi_epsilon([event], delta) == pytest.approx(rdp, abs=2e-3)
-    assert 0 <= prv - epsilon_of([event], delta) < 0.012, "Opacus reports its estimate and an error on top"
+    assert 0 <= prv - epsilon_of([event], delta) < 0.012, (
+        "Opacus reports its estimate and an error on top"
+    )
 
 
 def test_opacus_agrees_today():
@@ -34,23 +43,40 @@ def test_opacus_agrees_today():
     prv.history = rdp.history = [(z, q, steps)]
     ours = epsilon_of([Event(z, q, steps)], delta)
     assert 0 <= prv.get_epsilon(delta=delta) - ours < 0.012
-    assert ours < rdp.get_epsilon(delta=delta) == pytest.approx(renyi_epsilon([Event(z, q, steps)], delta), rel=2e-3)
+    assert (
+        ours
+        < rdp.get_epsilon(delta=delta)
+        == pytest.approx(renyi_epsilon([Event(z, q, steps)], delta), rel=2e-3)
+    )
 
 
 def test_dp_accounting_agrees_today_also_for_mixed_events():
     import dp_accounting
     from dp_accounting.pld import PLDAccountant
 
-    events, accountant = [Event(1.0, 0.05, 40), Event(2.0, 0.1, 30), Event(4.0, 1.0, 2)], PLDAccountant()
+    events, accountant = (
+        [Event(1.0, 0.05, 40), Event(2.0, 0.1, 30), Event(4.0, 1.0, 2)],
+        PLDAccountant(),
+    )
     for e in events:
         gaussian = dp_accounting.GaussianDpEvent(e.noise_multiplier)
-        accountant.compose(dp_accounting.PoissonSampledDpEvent(e.sampling_probability, gaussian), e.count)
+        accountant.compose(
+            dp_accounting.PoissonSampledDpEvent(e.sampling_probability, gaussian), e.count
+        )
     assert epsilon_of(events, 1e-5) == pytest.approx(accountant.get_epsilon(1e-5), abs=1e-3)
 
 
 @pytest.mark.parametrize(
     ("z", "participations", "epsilon"),
-    [(1, 1, 4.38), (1, 10, 17.86), (1, 50, 54.4), (2, 10, 7.51), (4, 10, 3.34), (4, 50, 8.60), (8, 50, 3.80)],
+    [
+        (1, 1, 4.38),
+        (1, 10, 17.86),
+        (1, 50, 54.4),
+        (2, 10, 7.51),
+        (4, 10, 3.34),
+        (4, 50, 8.60),
+        (8, 50, 3.80),
+    ],
 )
 def test_bounded_participation_is_a_closed_form(z, participations, epsilon):
     found = epsilon_of([Event(z, 1.0, participations)], 1e-5)
@@ -61,7 +87,9 @@ def test_bounded_participation_is_a_closed_form(z, participations, epsilon):
 def test_the_closed_form_is_dp_accountings_composition():
     from dp_accounting.pld import privacy_loss_distribution
 
-    loss = privacy_loss_distribution.from_gaussian_mechanism(3.0, value_discretization_interval=1e-4)
+    loss = privacy_loss_distribution.from_gaussian_mechanism(
+        3.0, value_discretization_interval=1e-4
+    )
     assert gaussian_epsilon(math.sqrt(7) / 3, 1e-5) == pytest.approx(
         loss.self_compose(7).get_epsilon_for_delta(1e-5), abs=1e-3
     )
@@ -93,4 +121,6 @@ def test_noise_is_found_where_it_costs_nothing_at_the_delta_of_few_clients():
 
 def test_next_to_no_noise_is_an_upper_bound_and_does_not_fill_the_memory():
     tight = epsilon_of([Event(0.2, 0.1, 3)], 1e-3)
-    assert tight < epsilon_of([Event(0.199, 0.1, 3)], 1e-3) < epsilon_of([Event(0.001, 0.1, 3)], 1e-3)
+    assert (
+        tight < epsilon_of([Event(0.199, 0.1, 3)], 1e-3) < epsilon_of([Event(0.001, 0.1, 3)], 1e-3)
+    )

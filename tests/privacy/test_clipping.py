@@ -15,7 +15,11 @@ from fedgpt.privacy.clipping import AdaptiveClip, clipped
 
 @example(np.float32([2.784899e37]), 0.015625)
 @given(
-    arrays.arrays(np.float32, st.integers(1, 40), elements=st.floats(width=32, allow_nan=True, allow_infinity=True)),
+    arrays.arrays(
+        np.float32,
+        st.integers(1, 40),
+        elements=st.floats(width=32, allow_nan=True, allow_infinity=True),
+    ),
     st.floats(1e-3, 1e3),
 )
 def test_nothing_is_longer_than_the_clip(delta, clip):
@@ -37,7 +41,9 @@ def test_the_direction_stays_and_short_ones_do_not_change():
 def test_an_adaptive_clip_finds_the_median(start):
     norms, rule, clip = np.linspace(0.5, 1.5, 101), AdaptiveClip(), start
     for _ in range(100):
-        clip = rule.next(clip, float(np.where(norms <= clip, 0.5, -0.5).sum()), len(norms), noise=0.0)
+        clip = rule.next(
+            clip, float(np.where(norms <= clip, 0.5, -0.5).sum()), len(norms), noise=0.0
+        )
     assert clip == pytest.approx(1.0, abs=0.03)
 
 

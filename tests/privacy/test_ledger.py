@@ -27,7 +27,9 @@ def test_a_fresh_process_each_round_adds_up_as_one_run_would(tmp_path):
     assert found == pytest.approx([1.427, 1.853, 2.198, 2.500, 2.773], abs=2e-3)
     assert found[-1] == epsilon_of([Event(1.0, 0.02, 500)], 1e-5), "equal events are one event"
     before = (tmp_path / "ledger.json").read_text()
-    with pytest.raises(BudgetExhausted, match=r"from 2\.77\d to 3\.02\d, privacy\.target_epsilon=3"):
+    with pytest.raises(
+        BudgetExhausted, match=r"from 2\.77\d to 3\.02\d, privacy\.target_epsilon=3"
+    ):
         open_ledger(tmp_path).charge(5, "tag 5", STEP, budget=3.0)
     assert (tmp_path / "ledger.json").read_text() == before, "what was refused is not paid"
 
@@ -52,7 +54,9 @@ def test_clients_pay_each_for_itself_and_the_dearest_counts(tmp_path):
     (event,) = json.loads((tmp_path / "ledger.json").read_text())["events"]
     assert event["count"] == 2 and event["sampling_probability"] == 1
     assert event["count"] / event["noise_multiplier"] ** 2 == pytest.approx(1.5 / 16)
-    with pytest.raises(BudgetExhausted, match=r"client x would pay for 2\.5 releases, privacy\.participations=2"):
+    with pytest.raises(
+        BudgetExhausted, match=r"client x would pay for 2\.5 releases, privacy\.participations=2"
+    ):
         ledger.charge_clients(2, "c", {"x": 1.0}, 4.0, most=2)
 
 
@@ -79,7 +83,8 @@ def test_a_ledger_of_something_else_is_refused(tmp_path, about):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"format": 1}', '{"format": 9}', '{"format": 1, "events": 3, "charged": 3}']
+    "text",
+    ["", "{", "[]", '{"format": 1}', '{"format": 9}', '{"format": 1, "events": 3, "charged": 3}'],
 )
 def test_a_damaged_ledger_is_told_and_left_as_it_is(tmp_path, text):
     (tmp_path / "ledger.json").write_text(text)

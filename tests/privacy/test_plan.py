@@ -14,7 +14,13 @@ from fedgpt.privacy.statement import rows, statement
 
 CLIENT = ["privacy=client", "pace.clients=10"]
 COINS = ["privacy=client", "pace.rate=0.1", "pace.clients=0"]
-BUFFER = ["privacy=client", "pace=buffer", "strategy=fedbuff", "pace.goal=4", "privacy.participations=5"]
+BUFFER = [
+    "privacy=client",
+    "pace=buffer",
+    "strategy=fedbuff",
+    "pace.goal=4",
+    "privacy.participations=5",
+]
 
 
 def refused(*overrides: str) -> str:
@@ -23,7 +29,9 @@ def refused(*overrides: str) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("chosen", [CLIENT, COINS, BUFFER, ["privacy=example"], ["privacy=local"]], ids=str)
+@pytest.mark.parametrize(
+    "chosen", [CLIENT, COINS, BUFFER, ["privacy=example"], ["privacy=local"]], ids=str
+)
 def test_what_is_right_is_taken(chosen):
     assert compose.load(chosen).privacy.unit in chosen[0]
 
@@ -31,35 +39,83 @@ def test_what_is_right_is_taken(chosen):
 @pytest.mark.parametrize(
     ("chosen", "option", "why"),
     [
-        ([*BUFFER, "privacy.participations=null"], "privacy.participations", "each client's updates must be counted"),
+        (
+            [*BUFFER, "privacy.participations=null"],
+            "privacy.participations",
+            "each client's updates must be counted",
+        ),
         ([*BUFFER, "pace.goal=1"], "pace.goal=1", "one client's update alone"),
         ([*COINS, "pace.goal=3"], "pace.goal=3", "would push another out of the cohort"),
         ([*CLIENT, "strategy=median"], "strategy=median", "needs a plain sum of clipped updates"),
         ([*CLIENT, "strategy=krum"], "strategy=krum", "needs a plain sum"),
         ([*CLIENT, "strategy=norm_clip"], "strategy=norm_clip", "needs a plain sum"),
-        (["privacy=client", "pace=buffer", "strategy=fedasync"], "strategy=fedasync", "needs a plain sum"),
+        (
+            ["privacy=client", "pace=buffer", "strategy=fedasync"],
+            "strategy=fedasync",
+            "needs a plain sum",
+        ),
         (["privacy=client", "strategy=auto"], "strategy=auto", "it may change the pacing"),
         (["privacy=client", "strategy=flower"], "strategy=", "needs a plain sum"),
         ([*CLIENT, "validate.clip=2"], "validate.clip=2", "must not reveal"),
         ([*CLIENT, "privacy.bands=4"], "privacy.bands=4", "raise privacy.separation=1 to 4"),
-        ([*COINS, "privacy.bands=4", "privacy.separation=4"], "privacy.bands=4", "no common accounting"),
-        ([*CLIENT, "privacy.bands=4", "privacy.separation=4", "privacy.adaptive=true"], "privacy.adaptive", "series"),
-        ([*COINS, "privacy.separation=3"], "privacy.separation=3", "coins cannot keep clients apart"),
+        (
+            [*COINS, "privacy.bands=4", "privacy.separation=4"],
+            "privacy.bands=4",
+            "no common accounting",
+        ),
+        (
+            [*CLIENT, "privacy.bands=4", "privacy.separation=4", "privacy.adaptive=true"],
+            "privacy.adaptive",
+            "series",
+        ),
+        (
+            [*COINS, "privacy.separation=3"],
+            "privacy.separation=3",
+            "coins cannot keep clients apart",
+        ),
         ([*CLIENT, "tokens=100000"], "tokens=100000", "set rounds instead"),
         ([*CLIENT, "privacy.target_epsilon=null"], "privacy=client", "set privacy.target_epsilon"),
-        ([*CLIENT, "privacy.engine=opacus"], "privacy.engine=opacus", "an option of privacy=example"),
-        (["privacy=example", "privacy.adaptive=true"], "privacy.adaptive=True", "an option of privacy=client"),
+        (
+            [*CLIENT, "privacy.engine=opacus"],
+            "privacy.engine=opacus",
+            "an option of privacy=example",
+        ),
+        (
+            ["privacy=example", "privacy.adaptive=true"],
+            "privacy.adaptive=True",
+            "an option of privacy=client",
+        ),
         ([*CLIENT, "pace.dylu=true"], "pace.dylu=true", "would follow one client's speed"),
-        ([*COINS, "privacy.participations=3"], "privacy.participations=3", "anybody may come each time"),
-        (["privacy=example", "model.dropout=0.1"], "model.dropout=0.1", "would change the gradients of others"),
+        (
+            [*COINS, "privacy.participations=3"],
+            "privacy.participations=3",
+            "anybody may come each time",
+        ),
+        (
+            ["privacy=example", "model.dropout=0.1"],
+            "model.dropout=0.1",
+            "would change the gradients of others",
+        ),
         (["privacy.target_epsilon=4"], "privacy.target_epsilon=4", "privacy=none protects nothing"),
         (["privacy=example", "local.precision=bf16"], "local.precision=bf16", "computed in fp32"),
-        (["privacy=local", "update=topk"], "update.error_feedback=true", "privacy=local has hidden"),
+        (
+            ["privacy=local", "update=topk"],
+            "update.error_feedback=true",
+            "privacy=local has hidden",
+        ),
         (["privacy=example", "privacy.target_epsilon=0"], "privacy.target_epsilon=0", "above 0"),
-        (["privacy=example", "privacy.noise_multiplier=0"], "privacy.noise_multiplier=0", "above 0"),
+        (
+            ["privacy=example", "privacy.noise_multiplier=0"],
+            "privacy.noise_multiplier=0",
+            "above 0",
+        ),
         (["privacy=example", "privacy.delta=1"], "privacy.delta=1", "between 0 and 1"),
         (["privacy=example", "privacy.clip=0"], "privacy.clip=0", "above 0"),
-        (["privacy=example", "privacy.engine=ghost_fsdp"], "privacy.engine=ghost_fsdp", "bookkeeping or opacus"),
+        (
+            ["privacy=example", "privacy.engine=ghost_fsdp"],
+            "privacy.engine=ghost_fsdp",
+            "bookkeeping or opacus",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
@@ -83,9 +139,21 @@ MANY = [2000] * 200
     ("chosen", "shards", "why"),
     [
         ([*COINS, "privacy.delta=0.01"], MANY, "privacy.delta=0.01: must be below 1/200"),
-        (["privacy=example", "privacy.delta=0.05"], MANY, "must be below 1/30, one over the blocks"),
-        ([*CLIENT, "privacy.separation=30"], MANY, "200 clients cannot fill 10 places in each of 30 versions"),
-        ([*COINS, "privacy.adaptive=true", "privacy.noise_multiplier=3"], MANY, "privacy.adaptive=true: noise of 3"),
+        (
+            ["privacy=example", "privacy.delta=0.05"],
+            MANY,
+            "must be below 1/30, one over the blocks",
+        ),
+        (
+            [*CLIENT, "privacy.separation=30"],
+            MANY,
+            "200 clients cannot fill 10 places in each of 30 versions",
+        ),
+        (
+            [*COINS, "privacy.adaptive=true", "privacy.noise_multiplier=3"],
+            MANY,
+            "privacy.adaptive=true: noise of 3",
+        ),
         (["privacy=example"], [20, 30], "no client has a whole block"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -110,22 +178,31 @@ def test_fixed_cohorts_and_buffers_are_accounted_by_participation():
     buffered = plan(MANY, *BUFFER, "rounds=500")
     assert buffered.participations == 5 and buffered.cohort == 4
     mu = 5**0.5 / buffered.noise_multiplier
-    assert buffered.epsilon == pytest.approx(gaussian_epsilon(mu, 200**-1.1)) and buffered.epsilon <= 8.0
+    assert (
+        buffered.epsilon == pytest.approx(gaussian_epsilon(mu, 200**-1.1))
+        and buffered.epsilon <= 8.0
+    )
     assert fixed.noise_multiplier > 3 * buffered.noise_multiplier
 
 
 def test_correlated_noise_is_one_event_of_a_series():
     chosen = ["privacy.bands=10", "privacy.separation=20", "rounds=200"]
     found = plan(MANY, *CLIENT, *chosen)
-    assert found.sampling == "correlated" and found.planned.count == 1 and found.participations == 10
+    assert (
+        found.sampling == "correlated" and found.planned.count == 1 and found.participations == 10
+    )
     assert found.epsilon == pytest.approx(8.0, abs=0.02)
     alone = plan(MANY, *CLIENT, "rounds=200", "privacy.separation=20")
     correlated = found.noise_multiplier * found.scale * running_noise(10, 200)
-    assert 2.2 < alone.noise_multiplier * running_noise(1, 200) / correlated < 2.7, "19.0 / 7.7 of the table"
+    assert 2.2 < alone.noise_multiplier * running_noise(1, 200) / correlated < 2.7, (
+        "19.0 / 7.7 of the table"
+    )
 
 
 def test_the_smallest_shard_pays_most():
-    found = plan([1000, 65 * 400], "privacy=example", "rounds=10", "pace.clients=0", "local.steps=5")
+    found = plan(
+        [1000, 65 * 400], "privacy=example", "rounds=10", "pace.clients=0", "local.steps=5"
+    )
     assert found.planned.count == 50 and found.planned.sampling_probability == 8 / 15
     assert found.delta == 400**-1.1 and found.protected == 400
 
@@ -137,11 +214,26 @@ def test_who_comes_by_chance_has_room_for_luck():
 
 
 def test_the_statement_says_what_and_what_not():
-    for chosen in (["privacy=example"], CLIENT, COINS, BUFFER, ["privacy=local"], [*COINS, "privacy.rng=seeded"]):
+    for chosen in (
+        ["privacy=example"],
+        CLIENT,
+        COINS,
+        BUFFER,
+        ["privacy=local"],
+        [*COINS, "privacy.rng=seeded"],
+    ):
         o = compose.load(chosen)
         told = statement(o, make_plan(o, MANY), len(MANY))
         text = "\n".join(f"{name} {words}" for name, words in rows(told))
-        for word in ("protects", "epsilon", "delta", "noise", "accountant", "trusts", "not covered"):
+        for word in (
+            "protects",
+            "epsilon",
+            "delta",
+            "noise",
+            "accountant",
+            "trusts",
+            "not covered",
+        ):
             assert word in text
         assert ("NOT PRIVATE" in text) == ("privacy.rng=seeded" in chosen)
         assert len(told["not_covered"]) >= 3

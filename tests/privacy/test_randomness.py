@@ -20,11 +20,15 @@ def test_it_is_a_standard_normal():
     assert stats.kstest(values, "norm").pvalue > 1e-3
     assert abs(values.std() - 1) < 4 / np.sqrt(2 * values.size)
     tail = np.abs(values) > 4
-    assert tail.sum() == pytest.approx(63.3, abs=4 * np.sqrt(63.3)), "the tail is there: 6.3e-5 of the values"
+    assert tail.sum() == pytest.approx(63.3, abs=4 * np.sqrt(63.3)), (
+        "the tail is there: 6.3e-5 of the values"
+    )
 
 
 def test_many_small_streams_have_the_right_spread():
-    scores = [(SecureStream(KEY, "spread", i).normal(2000).var() - 1) * np.sqrt(1000) for i in range(60)]
+    scores = [
+        (SecureStream(KEY, "spread", i).normal(2000).var() - 1) * np.sqrt(1000) for i in range(60)
+    ]
     assert abs(np.mean(scores)) < 4 / np.sqrt(60)
     assert 0.6 < np.std(scores) < 1.5
 
@@ -38,7 +42,11 @@ def test_uniforms_are_uniform():
 def test_another_word_another_key_another_stream():
     one = SecureStream(KEY, "a", 1).normal(10_000)
     np.testing.assert_array_equal(one, SecureStream(KEY, "a", 1).normal(10_000))
-    for other in (SecureStream(KEY, "a", 2), SecureStream(KEY, "a1"), SecureStream(bytes(32), "a", 1)):
+    for other in (
+        SecureStream(KEY, "a", 2),
+        SecureStream(KEY, "a1"),
+        SecureStream(bytes(32), "a", 1),
+    ):
         assert abs(np.corrcoef(one, other.normal(10_000))[0, 1]) < 4 / 100
     assert derive(KEY, "ab", "c") != derive(KEY, "a", "bc"), "where a word ends is part of it"
 
@@ -53,7 +61,11 @@ def test_noise_is_added_in_place_in_any_length():
     for size in (1, 2, 3, (1 << 20) + 5):
         vector = torch.full((size,), 100.0)
         SecureStream(KEY, size).add_normal(vector, 0.5)
-        assert vector.isfinite().all() and (vector != 100).any() and float((vector - 100).abs().max()) < 0.5 * 6.8
+        assert (
+            vector.isfinite().all()
+            and (vector != 100).any()
+            and float((vector - 100).abs().max()) < 0.5 * 6.8
+        )
 
 
 def test_seeds_of_other_generators_have_no_say():

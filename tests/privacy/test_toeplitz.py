@@ -14,10 +14,14 @@ from fedgpt.privacy.toeplitz import coefficients, correlate, sensitivity
 
 
 def test_the_coefficients_are_those_of_one_over_the_root_of_1_minus_x():
-    np.testing.assert_allclose(np.convolve(coefficients(20), coefficients(20))[:20], np.ones(20), rtol=1e-12)
+    np.testing.assert_allclose(
+        np.convolve(coefficients(20), coefficients(20))[:20], np.ones(20), rtol=1e-12
+    )
 
 
-@pytest.mark.parametrize(("bands", "size", "apart", "most"), [(3, 12, 3, 3), (2, 10, 4, 2), (4, 9, 4, 5), (1, 8, 1, 3)])
+@pytest.mark.parametrize(
+    ("bands", "size", "apart", "most"), [(3, 12, 3, 3), (2, 10, 4, 2), (4, 9, 4, 5), (1, 8, 1, 3)]
+)
 def test_no_schedule_moves_the_series_further_than_the_sensitivity(bands, size, apart, most):
     columns = matrix(bands, size)
     worst = 0.0
@@ -41,7 +45,11 @@ def test_participations_that_could_overlap_are_refused():
     ],
 )  # fmt: skip
 def test_the_noise_in_the_model_at_epsilon_8(flushes, apart, most, delta, bands, noise):
-    found = sensitivity(bands, flushes, apart, most) / gaussian_mu(8.0, delta) * running_noise(bands, flushes)
+    found = (
+        sensitivity(bands, flushes, apart, most)
+        / gaussian_mu(8.0, delta)
+        * running_noise(bands, flushes)
+    )
     assert found == pytest.approx(noise, abs=0.06)
 
 
@@ -52,5 +60,9 @@ def test_the_recursion_is_the_inverse_of_the_matrix():
     series: list[np.ndarray] = []
     for t in range(size):
         series.append(correlate(xi[t].copy(), series[::-1][: bands - 1], bands))
-    np.testing.assert_allclose(np.stack(series), np.linalg.solve(matrix(bands, size), xi), atol=1e-5)
-    assert math.isclose(running_noise(1, size), math.sqrt((size + 1) / 2)), "independent noise is a random walk"
+    np.testing.assert_allclose(
+        np.stack(series), np.linalg.solve(matrix(bands, size), xi), atol=1e-5
+    )
+    assert math.isclose(running_noise(1, size), math.sqrt((size + 1) / 2)), (
+        "independent noise is a random walk"
+    )

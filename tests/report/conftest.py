@@ -11,5 +11,9 @@ def drawn(monkeypatch):
     from matplotlib.figure import Figure
 
     kept, save = [], Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **more: (kept.append(figure), save(figure, *a, **more)))
+    monkeypatch.setattr(
+        Figure,
+        "savefig",
+        lambda figure, *a, **more: (kept.append(figure), save(figure, *a, **more)),
+    )
     return kept

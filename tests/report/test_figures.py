@@ -13,10 +13,21 @@ from fedgpt.report.figures import loss_figure
 
 
 def record(version: int, **scores) -> dict:
-    return {"version": version, "tokens": 2_000_000 * version, "bytes_up": 10**6, "bytes_down": 2 * 10**6, **scores}
+    return {
+        "version": version,
+        "tokens": 2_000_000 * version,
+        "bytes_up": 10**6,
+        "bytes_down": 2 * 10**6,
+        **scores,
+    }
 
 
-RECORDS = [record(0, bits_per_byte=8.0), record(1), record(2, bits_per_byte=6.5), record(3, bits_per_byte=6.25)]
+RECORDS = [
+    record(0, bits_per_byte=8.0),
+    record(1),
+    record(2, bits_per_byte=6.5),
+    record(3, bits_per_byte=6.25),
+]
 
 
 def test_a_png_that_can_be_read_is_drawn(tmp_path):

@@ -12,7 +12,11 @@ from fedgpt.model.shape import count_parameters
 from fedgpt.report import privacy_plan
 
 SHARDS, VOCABULARY = [2000] * 200, 257
-EXAMPLE, CLIENT, LOCAL = ["privacy=example"], ["privacy=client", "pace.clients=50"], ["privacy=local"]
+EXAMPLE, CLIENT, LOCAL = (
+    ["privacy=example"],
+    ["privacy=client", "pace.clients=50"],
+    ["privacy=local"],
+)
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +28,9 @@ def quick(monkeypatch):
 
 def told(*chosen: str) -> dict[str, str]:
     """The rows of the plan, by name."""
-    text = privacy_plan.plan_text(compose.load(["rounds=20", "privacy.target_epsilon=2", *chosen]), SHARDS, VOCABULARY)
+    text = privacy_plan.plan_text(
+        compose.load(["rounds=20", "privacy.target_epsilon=2", *chosen]), SHARDS, VOCABULARY
+    )
     return dict(re.findall(r"^ *(\S.*?)  (\S.*)$", text, re.M))
 
 
@@ -46,7 +52,10 @@ def test_the_ratio_is_the_length_of_the_noise_in_clips(chosen, units, words):
     rows = told(*chosen, "privacy.target_epsilon=null", "privacy.noise_multiplier=1.5")
     parameters = count_parameters(compose.load([]).model, VOCABULARY)
     assert ratio(rows) == pytest.approx(1.5 * math.sqrt(parameters) / units, rel=0.01)
-    assert words in rows["noise/clip"] and f"fewer parameters (now {parameters:,})" in rows["lower with"]
+    assert (
+        words in rows["noise/clip"]
+        and f"fewer parameters (now {parameters:,})" in rows["lower with"]
+    )
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from fedgpt.data.partition import partition
 from fedgpt.data.prepare import prepare
 from fedgpt.report.page import report_page
 from fedgpt.report.run_report import opening, samples_page, summary_text
-from fedgpt.storage.checkpoint import Ledgers, Snapshot
+from fedgpt.storage.checkpoint import RunTables, Snapshot
 
 COMPUTE = Compute("cpu", "bf16", "this CPU has AMX bf16 units")
 
@@ -34,8 +34,12 @@ def prepared(tmp_path_factory):
     for name in ("ann", "bob", "eve", "joe"):
         (folder / name).mkdir()
         for page in range(5):
-            (folder / name / f"{page}.txt").write_text(f"{name} saw the river rise on page {page}. " * 10)
-    corpus = CorpusOptions(name="files", client="folder", path=str(folder), public=0.1, held_out=0.1)
+            (folder / name / f"{page}.txt").write_text(
+                f"{name} saw the river rise on page {page}. " * 10
+            )
+    corpus = CorpusOptions(
+        name="files", client="folder", path=str(folder), public=0.1, held_out=0.1
+    )
     return prepare(corpus, TokenizerOptions(name="bytes"), folder / "cache")
 
 
@@ -52,8 +56,10 @@ def told(prepared, version=0, attack=None, **pace) -> tuple[str, int]:
         attack=attack or AttackOptions(),
     )
     shards = partition(prepared, PartitionOptions(), 0, 17)
-    snapshot = Snapshot(ServerState(np.zeros(25_000, np.float32), version), Ledgers("run"))
-    text = opening(options, prepared, shards, snapshot, COMPUTE, "2 workers x 1 thread (2 cores)", 4321)
+    snapshot = Snapshot(ServerState(np.zeros(25_000, np.float32), version), RunTables("run"))
+    text = opening(
+        options, prepared, shards, snapshot, COMPUTE, "2 workers x 1 thread (2 cores)", 4321
+    )
     return text, sum(shard.size for shard in shards)
 
 
@@ -73,7 +79,11 @@ def test_the_opening_says_every_choice_and_what_follows_from_it(prepared):
 
 @pytest.mark.parametrize(
     "pace, part",
-    [({"clients": 0}, "4 of 4 clients"), ({"clients": 50}, "4 of 4 clients"), ({"rate": 0.5}, "each of 4 with p=0.5")],
+    [
+        ({"clients": 0}, "4 of 4 clients"),
+        ({"clients": 50}, "4 of 4 clients"),
+        ({"rate": 0.5}, "each of 4 with p=0.5"),
+    ],
 )
 def test_who_takes_part(prepared, pace, part):
     assert part in told(prepared, **pace)[0]
@@ -81,7 +91,10 @@ def test_who_takes_part(prepared, pace, part):
 
 def test_an_attack_is_not_silent(prepared):
     text = told(prepared, attack=AttackOptions("scale", clients=2, strength=10.0))[0]
-    assert text.splitlines()[-1] == "    attack  scale of strength 10 by 2 of 4 clients, for research only"
+    assert (
+        text.splitlines()[-1]
+        == "    attack  scale of strength 10 by 2 of 4 clients, for research only"
+    )
 
 
 def test_a_resumed_run_says_where_it_is(prepared):
@@ -126,7 +139,9 @@ def test_a_summary_without_samples_or_time():
 
 
 def test_the_command_for_more_text_can_be_pasted():
-    assert "fedgpt generate '/my runs/x' --prompt" in summary_text(SUMMARY, RECORDS, Path("/my runs/x"))
+    assert "fedgpt generate '/my runs/x' --prompt" in summary_text(
+        SUMMARY, RECORDS, Path("/my runs/x")
+    )
 
 
 def test_a_byte_model_cannot_write_control_codes_to_the_terminal():
@@ -171,7 +186,16 @@ def test_the_report_of_a_private_run_does_not_show_who_took_part_when(tmp_path):
     for name in ("command.txt", "config.yaml"):
         (tmp_path / name).write_text("seed: 1\n")
     open_run, private = (
-        report_page({**SUMMARY, "epsilon": e, "delta": e, "private": True}, [], tmp_path) for e in (None, 1e-3)
+        report_page({**SUMMARY, "epsilon": e, "delta": e, "private": True}, [], tmp_path)
+        for e in (None, 1e-3)
     )
-    assert [f'alt="{name}"' in open_run for name in ("loss", "timeline", "updates")] == [True, True, True]
-    assert [f'alt="{name}"' in private for name in ("loss", "timeline", "updates")] == [True, False, False]
+    assert [f'alt="{name}"' in open_run for name in ("loss", "timeline", "updates")] == [
+        True,
+        True,
+        True,
+    ]
+    assert [f'alt="{name}"' in private for name in ("loss", "timeline", "updates")] == [
+        True,
+        False,
+        False,
+    ]

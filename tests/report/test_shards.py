@@ -21,7 +21,9 @@ def prepared(tmp_path):
         for page in range(person + 1):
             text = f"第{page}页:writer {person} saw the river rise. " * (page + 3)
             (folder / f"writer {person:02d} [x]" / f"{page}.txt").write_text(text, encoding="utf-8")
-    corpus = CorpusOptions(name="files", client="folder", path=str(folder), public=0.05, held_out=0.05)
+    corpus = CorpusOptions(
+        name="files", client="folder", path=str(folder), public=0.05, held_out=0.05
+    )
     return prepare(corpus, TokenizerOptions(name="bytes"), tmp_path / "cache")
 
 
@@ -54,14 +56,18 @@ def test_the_report_tells_what_a_run_would_use(prepared):
 def test_without_a_terminal_it_is_plain(prepared):
     text = report(prepared, partition(prepared, PartitionOptions(), 0, 65))
     assert text.isascii() and "#" in text
-    assert "█" in report(prepared, partition(prepared, PartitionOptions(), 0, 65), force_terminal=True)
+    assert "█" in report(
+        prepared, partition(prepared, PartitionOptions(), 0, 65), force_terminal=True
+    )
 
 
 def test_it_says_who_is_left_out(prepared):
     shards = partition(prepared, PartitionOptions(clients=3), 0, 65)
     everybody = partition(prepared, PartitionOptions(), 0, 1)
     missing = sum(shard.size for shard in everybody) - sum(shard.size for shard in shards)
-    assert f"left out: {len(everybody) - 3} clients with {missing:,} tokens" in report(prepared, shards)
+    assert f"left out: {len(everybody) - 3} clients with {missing:,} tokens" in report(
+        prepared, shards
+    )
 
 
 def test_few_clients_are_all_named(prepared):

@@ -19,7 +19,7 @@ from fedgpt.aggregate.fedbuff import FedBuff
 from fedgpt.core.errors import FedGPTError, Interrupted, StoppedEarly
 from fedgpt.core.messages import Reply
 from fedgpt.core.options import EvaluateOptions, FleetOptions
-from fedgpt.server.jobs import Planner
+from fedgpt.server.jobs import JobPlanner
 from fedgpt.simulate.virtual_clock import VirtualTransport
 
 FOUR = dict.fromkeys("abcd", honest)
@@ -87,13 +87,17 @@ def test_dylu_with_equal_speeds_changes_nothing(tmp_path):
 )
 def test_the_order_of_computing_never_changes_a_bit(tmp_path, strategy):
     digests = {
-        serve(tmp_path / str(seed), FOUR, strategy, rounds=40, shuffle=seed).summary["weights_sha256"]
+        serve(tmp_path / str(seed), FOUR, strategy, rounds=40, shuffle=seed).summary[
+            "weights_sha256"
+        ]
         for seed in range(4)
     }
     assert len(digests) == 1
 
 
-@pytest.mark.parametrize("strategy", [DeltaSGD(), FedAsync(), DelayedNesterov(period=4)], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "strategy", [DeltaSGD(), FedAsync(), DelayedNesterov(period=4)], ids=lambda s: s.name
+)
 @pytest.mark.parametrize("every", [1, 7])
 @pytest.mark.parametrize("crash_at", [3, 20, 33])
 def test_resume_in_the_middle_equals_not_stopping(tmp_path, strategy, every, crash_at):
@@ -130,18 +134,22 @@ def test_replaying_the_events_of_a_run_gives_its_weights(tmp_path, monkeypatch, 
 
         def untimed(transport, event):
             reply = arrival(transport, event)
-            return replace(reply, seconds=math.nan) if reply and event.task == 0 else reply
+            return replace(reply, seconds=math.nan) if reply and event.number == 0 else reply
 
         monkeypatch.setattr(VirtualTransport, "_arrival", untimed)
-    first = serve(tmp_path / "a", FOUR, DeltaSGD(), rounds=60, fleet=rough, dylu=True, max_staleness=most)
+    first = serve(
+        tmp_path / "a", FOUR, DeltaSGD(), rounds=60, fleet=rough, dylu=True, max_staleness=most
+    )
     monkeypatch.undo()
     fleet = FleetOptions("replay", path=str(tmp_path / "a" / "events.jsonl"))
-    again = serve(tmp_path / "b", FOUR, DeltaSGD(), rounds=60, fleet=fleet, dylu=True, max_staleness=most)
+    again = serve(
+        tmp_path / "b", FOUR, DeltaSGD(), rounds=60, fleet=fleet, dylu=True, max_staleness=most
+    )
     assert again.summary["rejected"] == first.summary["rejected"]
     assert most is None or first.summary["rejected"]["stale"] > 0
     assert again.summary["weights_sha256"] == first.summary["weights_sha256"]
-    order = [(a["client"], a["task"]) for a in accepted(first)]
-    assert [(a["client"], a["task"]) for a in accepted(again)] == order
+    order = [(a["client"], a["number"]) for a in accepted(first)]
+    assert [(a["client"], a["number"]) for a in accepted(again)] == order
 
 
 def test_a_replay_that_is_too_short_says_so(tmp_path):
@@ -153,13 +161,13 @@ def test_a_replay_that_is_too_short_says_so(tmp_path):
 
 def test_a_stale_update_changes_no_speed(tmp_path, monkeypatch):
     measured = []
-    measure = Planner.measure
+    measure = JobPlanner.measure
 
     def noted(planner, job, *about):
         measured.append(job.client)
         return measure(planner, job, *about)
 
-    monkeypatch.setattr(Planner, "measure", noted)
+    monkeypatch.setattr(JobPlanner, "measure", noted)
     run = serve(tmp_path, FOUR, DeltaSGD(), rounds=60, max_staleness=4)
     assert run.summary["rejected"]["stale"] > 0
     assert len(measured) == sum(event == "accept" for event, _ in run.events)
@@ -175,21 +183,25 @@ def test_max_staleness_drops_with_a_reason(tmp_path):
 
 def test_the_state_of_a_dropped_update_is_not_gone_on_from(tmp_path):
     run = serve(tmp_path, FOUR, DeltaSGD(), rounds=60, max_staleness=4)
-    taken = {(a["client"], a["task"]) for a in accepted(run)}
-    assert all(j.plan.state == -1 or (j.client, j.plan.state) in taken for j in run.pool.jobs)
+    taken = {(a["client"], a["number"]) for a in accepted(run)}
+    assert all(
+        j.plan.state_job == -1 or (j.client, j.plan.state_job) in taken for j in run.pool.jobs
+    )
 
 
 def test_a_job_without_an_answer_is_given_up_and_its_client_asked_again(tmp_path):
     slow = FleetOptions("constant", step_seconds=[1.0, 1.0, 1.0, 100.0])
     run = serve(tmp_path, FOUR, DeltaSGD(), rounds=30, fleet=slow, deadline=25.0)
     given_up = [about for event, about in run.events if event == "reject"]
-    assert {about["client"] for about in given_up} == {"d"} and {about["code"] for about in given_up} == {"no_reply"}
-    assert len({about["task"] for about in given_up}) == len(given_up) >= 2
+    assert {about["client"] for about in given_up} == {"d"} and {
+        about["code"] for about in given_up
+    } == {"no_reply"}
+    assert len({about["number"] for about in given_up}) == len(given_up) >= 2
 
 
 def test_clients_that_only_fail_stop_the_run(tmp_path):
     def broken(job):
-        return [(0.0, Reply(job.client, job.task, error="code 2: no text"))]
+        return [(0.0, Reply(job.client, job.number, error="code 2: no text"))]
 
     with pytest.raises(StoppedEarly, match="40 jobs in a row failed: client_error x40"):
         serve(tmp_path, dict.fromkeys("abcd", broken), DeltaSGD(), rounds=10)
@@ -214,7 +226,9 @@ def test_the_upload_takes_its_time_and_may_come_too_late(tmp_path):
     slow = serve(tmp_path / "b", FOUR, DeltaSGD(), rounds=8, fleet=heavy)
     first = accepted(slow)[0]
     sent = slow.pool.jobs[0]
-    expected = 5.8 + 1000e-6 * (sent.params.nbytes + slow.pool.sizes[first["client"], first["task"]])
+    expected = 5.8 + 1000e-6 * (
+        sent.params.nbytes + slow.pool.sizes[first["client"], first["number"]]
+    )
     assert first["seconds"] == pytest.approx(expected)
     assert slow.summary["virtual_seconds"] > plain.summary["virtual_seconds"]
 
@@ -227,7 +241,9 @@ def test_with_checkpoints_being_written_one_model_more_is_kept_than_jobs_in_flig
     def client(job):
         nonlocal most
         vectors.setdefault(job.version, weakref.ref(job.params))
-        most = max(most, sum(vector() is not None for version, vector in vectors.items() if version))
+        most = max(
+            most, sum(vector() is not None for version, vector in vectors.items() if version)
+        )
         return honest(job)
 
     class Forgetful(LatePool):
@@ -236,8 +252,17 @@ def test_with_checkpoints_being_written_one_model_more_is_kept_than_jobs_in_flig
             self.jobs.clear()
 
     unscored = EvaluateOptions(every=0, samples=0)
-    run = serve(tmp_path, dict.fromkeys("abcd", client), DeltaSGD(), rounds=60, evaluate=unscored, pool=Forgetful)
-    assert len(vectors) > 40 and max(record["bases"] for record in run.records) == 3, "without the newest"
+    run = serve(
+        tmp_path,
+        dict.fromkeys("abcd", client),
+        DeltaSGD(),
+        rounds=60,
+        evaluate=unscored,
+        pool=Forgetful,
+    )
+    assert len(vectors) > 40 and max(record["bases"] for record in run.records) == 3, (
+        "without the newest"
+    )
     assert most <= 4 + 1
 
 
@@ -250,7 +275,9 @@ def test_a_base_version_is_freed_with_the_last_job_on_it(tmp_path):
         vectors.setdefault(job.version, weakref.ref(job.params))
         flying[job.client] = job.version  # asked again: the job that it had is over
         alive = {v for v, vector in vectors.items() if vector() is not None}
-        assert alive - {0} == set(flying.values()) - {0}, "version 0 may still be with the evaluation thread"
+        assert alive - {0} == set(flying.values()) - {0}, (
+            "version 0 may still be with the evaluation thread"
+        )
         counts.append(len(set(flying.values())))
         return honest(job)
 
@@ -261,14 +288,20 @@ def test_a_base_version_is_freed_with_the_last_job_on_it(tmp_path):
 
     unscored = EvaluateOptions(every=0, samples=0)  # but for the first and the last
     clients = dict.fromkeys("abcd", client)
-    run = serve(tmp_path, clients, DeltaSGD(), rounds=60, checkpoint=0, evaluate=unscored, pool=Forgetful)
-    assert len(counts) == 4 + 59 and max(counts) == 4 and len(vectors) == 60 and vectors[0]() is None
+    run = serve(
+        tmp_path, clients, DeltaSGD(), rounds=60, checkpoint=0, evaluate=unscored, pool=Forgetful
+    )
+    assert (
+        len(counts) == 4 + 59 and max(counts) == 4 and len(vectors) == 60 and vectors[0]() is None
+    )
     # a record is made before who is done gets the newest model: that one is not counted yet
     assert [record["bases"] for record in run.records[1:60]] == [count - 1 for count in counts[4:]]
 
 
 def test_a_run_may_be_counted_in_tokens(tmp_path):
-    run = serve(tmp_path, FOUR, DeltaSGD(), rounds=3, tokens=10_000)  # a job is 512: rounds do not matter
+    run = serve(
+        tmp_path, FOUR, DeltaSGD(), rounds=3, tokens=10_000
+    )  # a job is 512: rounds do not matter
     assert run.summary["tokens"] == 10_240 and run.summary["versions"] == 20
     assert run.pool.jobs[-1].plan.tokens_total == 10_000
     assert "loss" in run.records[-1]

@@ -17,13 +17,13 @@ from fedgpt.aggregate.delta_sgd import DeltaSGD
 from fedgpt.core.errors import Interrupted
 from fedgpt.core.messages import Job, Observed, Plan, ServerState
 from fedgpt.core.options import FleetOptions, LocalOptions, RunOptions
-from fedgpt.server.jobs import Planner
+from fedgpt.server.jobs import JobPlanner
 from fedgpt.update.downlink import Published
 
 
 def trained(job):
     """A client that does what the job says."""
-    return honest(job, tokens=64 * job.plan.steps)
+    return honest(job, tokens=64 * job.plan.local_steps)
 
 
 FOUR = dict.fromkeys("abcd", trained)
@@ -35,12 +35,21 @@ def auto_run(folder, clients=FOUR, strategy=None, **more):
 
 
 def switches(run):
-    return [(round(about["seconds"], 1), about["pacing"]) for event, about in run.events if event == "pacing"]
+    return [
+        (round(about["seconds"], 1), about["pacing"])
+        for event, about in run.events
+        if event == "pacing"
+    ]
 
 
 def test_gain_is_what_the_note_says():
-    assert updates_gained([10 * s for s in (0.58, 0.75, 1.51, 3.33)]) == pytest.approx(3.347, abs=1e-3)
-    assert updates_gained([7.0] * 5) == pytest.approx(1.0) and updates_gained([]) == updates_gained([0.0]) == 1.0
+    assert updates_gained([10 * s for s in (0.58, 0.75, 1.51, 3.33)]) == pytest.approx(
+        3.347, abs=1e-3
+    )
+    assert (
+        updates_gained([7.0] * 5) == pytest.approx(1.0)
+        and updates_gained([]) == updates_gained([0.0]) == 1.0
+    )
 
 
 def test_unequal_clients_make_it_asynchronous_within_the_first_round(tmp_path):
@@ -48,11 +57,20 @@ def test_unequal_clients_make_it_asynchronous_within_the_first_round(tmp_path):
     run = auto_run(tmp_path)
     ((seconds, pacing),) = switches(run)
     assert pacing == "buffer" and 9.16 <= seconds < 9.16 + 0.02 * 9.3 + 0.1
-    assert [about["steps"] for event, about in run.events if event == "dispatch"] == [10] * len(run.pool.jobs)
-    assert run.records[1]["accepted"] == 2 and all(record["accepted"] == 1 for record in run.records[2:])
-    assert [record["pacing"] for record in run.records] == [None, *["buffer"] * (len(run.records) - 1)]
+    assert [about["steps"] for event, about in run.events if event == "dispatch"] == [10] * len(
+        run.pool.jobs
+    )
+    assert run.records[1]["accepted"] == 2 and all(
+        record["accepted"] == 1 for record in run.records[2:]
+    )
+    assert [record["pacing"] for record in run.records] == [
+        None,
+        *["buffer"] * (len(run.records) - 1),
+    ]
     (opened,) = (about for event, about in run.events if event == "open")
-    assert run.summary["tokens"] >= opened["tokens_total"] == 20 * 4 * 640, "its length is counted in rounds"
+    assert run.summary["tokens"] >= opened["tokens_total"] == 20 * 4 * 640, (
+        "its length is counted in rounds"
+    )
 
 
 def test_equal_clients_keep_it_synchronous_to_the_bits_of_rounds(tmp_path):
@@ -62,7 +80,9 @@ def test_equal_clients_keep_it_synchronous_to_the_bits_of_rounds(tmp_path):
     assert run.summary["weights_sha256"] == same.summary["weights_sha256"]
 
 
-@pytest.mark.parametrize("fleet", [{"up": 500.0, "down": 500.0}, {"jitter": 0.05}], ids=["slow network", "jitter"])
+@pytest.mark.parametrize(
+    "fleet", [{"up": 500.0, "down": 500.0}, {"jitter": 0.05}], ids=["slow network", "jitter"]
+)
 def test_what_all_clients_bear_changes_nothing(tmp_path, fleet):
     run = auto_run(tmp_path, fleet=FleetOptions("constant", step_seconds=[1.0], **fleet), rounds=40)
     assert switches(run) == []
@@ -70,7 +90,9 @@ def test_what_all_clients_bear_changes_nothing(tmp_path, fleet):
 
 def test_it_does_not_flap(tmp_path):
     """Jitter that makes rounds a fifth longer than their mean job is about where both choices are as good."""
-    run = auto_run(tmp_path, fleet=FleetOptions("constant", step_seconds=[1.0], jitter=0.2), rounds=40)
+    run = auto_run(
+        tmp_path, fleet=FleetOptions("constant", step_seconds=[1.0], jitter=0.2), rounds=40
+    )
     assert len(switches(run)) <= 4
 
 
@@ -88,13 +110,15 @@ def test_with_a_deadline_who_missed_it_is_known_to_be_slow(tmp_path):
     assert [pacing for _, pacing in switches(run)] == ["buffer", "cohort", "buffer"]
     (quarantine,) = [about for event, about in run.events if event == "quarantine"]
     assert quarantine["seconds"] < switches(run)[1][0]
-    assert run.server.ledgers.speeds["d"] <= 10 / 50
+    assert run.server.tables.speeds["d"] <= 10 / 50
 
 
 def test_after_harm_a_client_that_never_answers_is_still_not_waited_for():
     state = ServerState(np.zeros(3, np.float32), 9, {"auto_rest": np.array(30)})
     seconds = {"a": 10.0, "b": 10.0, "c": 20.0}
-    assert Auto().choose_pacing(Observed("cohort", seconds, {}, waited=99.0), state).pacing == "cohort"
+    assert (
+        Auto().choose_pacing(Observed("cohort", seconds, {}, waited=99.0), state).pacing == "cohort"
+    )
     choice = Auto().choose_pacing(Observed("cohort", seconds, {}, waited=100.0), state)
     assert choice.pacing == "buffer" and "has been out for 100.0 s" in choice.reason
 
@@ -118,12 +142,14 @@ def test_clients_that_become_alike_for_two_rounds_bring_the_rounds_back_for_two(
 
 
 def test_who_is_still_out_counts_as_if_it_came_back_now():
-    planner = Planner(RunOptions(local=LocalOptions(steps=10)), Published("fp32", {}))
+    planner = JobPlanner(RunOptions(local=LocalOptions(steps=10)), Published("fp32", {}))
     jobs = [Job(name, 0, 0, np.zeros(1, np.float32), Plan("r", 10, 0, 1, 1), 0.0) for name in "bcd"]
     speeds = {"a": 5.0, "c": 5.0}
     late = planner.job_seconds("a", jobs, speeds, 8.0)
     assert late == {"a": 2.0, "b": 8.0, "c": pytest.approx(10 / (0.5 * 5 + 0.5 * 1.25)), "d": 8.0}
-    assert planner.job_seconds("a", jobs, speeds, 1.0) == dict.fromkeys("abcd", 2.0), "no faster than a"
+    assert planner.job_seconds("a", jobs, speeds, 1.0) == dict.fromkeys("abcd", 2.0), (
+        "no faster than a"
+    )
 
 
 def test_more_clients_than_workers_are_no_reason_to_go_asynchronous(tmp_path):
@@ -138,21 +164,25 @@ def test_more_clients_than_workers_are_no_reason_to_go_asynchronous(tmp_path):
                 began = min(self.free)
                 self.free[self.free.index(began)] = began + 1.0
                 (reply,) = trained(job)
-                took = math.nan if job.task == 0 and job.client in "ab" else 1.0  # the start of a worker
-                heapq.heappush(self._queue, (began + 1.0, next(self._order), replace(reply[1], seconds=took)))
+                took = (
+                    math.nan if job.number == 0 and job.client in "ab" else 1.0
+                )  # the start of a worker
+                heapq.heappush(
+                    self._queue, (began + 1.0, next(self._order), replace(reply[1], seconds=took))
+                )
 
     o = scripted.options(tmp_path, rounds=12)
     run = scripted.run(o, dict.fromkeys("abcdefgh", trained), Auto(), kind=TwoWorkers)
     assert run.told("pacing") == [] and {record["accepted"] for record in run.metrics[1:]} == {8}
-    assert set(run.server.ledgers.speeds.values()) == {4.0}
+    assert set(run.server.tables.speeds.values()) == {4.0}
 
 
 def growing(job):
     """A client whose updates are suddenly 8 times as long: below the norm limit, which is 10 times the usual."""
-    scale = 0.01 if job.task < 6 else 0.08
-    rng = np.random.default_rng([*job.client.encode(), job.task])
+    scale = 0.01 if job.number < 6 else 0.08
+    rng = np.random.default_rng([*job.client.encode(), job.number])
     delta = (scale * rng.standard_normal(job.params.size)).astype(np.float32)
-    return [(0.0, reply_with(job, delta, 64 * job.plan.steps))]
+    return [(0.0, reply_with(job, delta, 64 * job.plan.local_steps))]
 
 
 def test_updates_that_grow_bring_the_rounds_back_and_keep_them(tmp_path):
@@ -166,7 +196,9 @@ def test_updates_that_grow_bring_the_rounds_back_and_keep_them(tmp_path):
 def test_steps_that_undo_each_other_bring_the_rounds_back():
     state, strategy = ServerState(np.zeros(3, np.float32), 1), Auto()
     for _ in range(20):
-        choice = strategy.choose_pacing(Observed("buffer", {"a": 1.0, "b": 9.0}, {"step_correlation": -0.9}), state)
+        choice = strategy.choose_pacing(
+            Observed("buffer", {"a": 1.0, "b": 9.0}, {"step_correlation": -0.9}), state
+        )
         state = ServerState(state.params, state.version + 1, {**state.memory, **choice.memory})
         if choice.pacing == "cohort":
             break
@@ -182,7 +214,11 @@ def test_a_restart_goes_on_with_the_pacing_it_had(tmp_path, client, where):
     strategy = Auto(rest=5)
     whole = auto_run(tmp_path / "whole", dict.fromkeys("abcd", client), strategy)
     versions = [about["version"] for event, about in whole.events if event == "pacing"]
-    crash_at = {"rest": versions[1] + 2, "back": versions[2] + 2}[where] if isinstance(where, str) else where
+    crash_at = (
+        {"rest": versions[1] + 2, "back": versions[2] + 2}[where]
+        if isinstance(where, str)
+        else where
+    )
 
     def dies(job):
         if job.version == crash_at:

@@ -84,7 +84,13 @@ def test_a_cosine_is_off_by_about_one_over_the_root_of_the_width(kind, wanted):
     assert np.max(np.abs(errors)) < 4 / np.sqrt(WIDTH)
 
 
-@given(st.integers(1, 700), st.integers(1, 90), st.integers(-9, 9), st.integers(-9, 9), st.integers(0, 2**32 - 1))
+@given(
+    st.integers(1, 700),
+    st.integers(1, 90),
+    st.integers(-9, 9),
+    st.integers(-9, 9),
+    st.integers(0, 2**32 - 1),
+)
 def test_it_is_linear(size, width, a, b, seed):
     """On whole numbers nothing is rounded, so that equal means equal."""
     x, y = np.random.default_rng(seed).integers(-100, 101, (2, size)).astype(np.float32)
@@ -97,7 +103,9 @@ def test_it_is_linear(size, width, a, b, seed):
 def test_it_is_what_the_formula_says(size, width, seed):
     """Against one element after the other; several chunks where the width is small."""
     sketch = Sketch(size, width)
-    signs = np.array([sketch.of(row)[i % width] for i, row in enumerate(np.eye(size, dtype=np.float32))])
+    signs = np.array(
+        [sketch.of(row)[i % width] for i, row in enumerate(np.eye(size, dtype=np.float32))]
+    )
     assert set(signs) <= {-1.0, 1.0}
     x = np.random.default_rng(seed).integers(-100, 101, size).astype(np.float32)
     expected = np.zeros(width)
@@ -121,7 +129,10 @@ print(hashlib.sha256(Sketch(50_000).of(np.arange(50_000, dtype=np.float32) % 97)
 
 
 def test_another_process_gets_the_same_bits():
-    found = [subprocess.run([sys.executable, "-c", DIGEST], capture_output=True, text=True, check=True) for _ in "12"]
+    found = [
+        subprocess.run([sys.executable, "-c", DIGEST], capture_output=True, text=True, check=True)
+        for _ in "12"
+    ]
     here = Sketch(50_000).of(np.arange(50_000, dtype=np.float32) % 97)
     assert {run.stdout.strip() for run in found} == {hashlib.sha256(here.tobytes()).hexdigest()}
     np.testing.assert_array_equal(Sketch(20, 20).of(np.ones(20, np.float32)), GOLDEN_SIGNS)
@@ -138,7 +149,9 @@ def test_the_vector_is_left_alone_and_the_sketch_is_its_own():
     np.testing.assert_array_equal(first, kept)
 
 
-@pytest.mark.parametrize("vector", [np.zeros(4, np.float32), np.zeros((5, 1), np.float32), np.zeros(5)])
+@pytest.mark.parametrize(
+    "vector", [np.zeros(4, np.float32), np.zeros((5, 1), np.float32), np.zeros(5)]
+)
 def test_another_shape_or_type_is_refused(vector):
     with pytest.raises(ValueError, match="expected 5 float32, got"):
         Sketch(5).of(vector)
@@ -168,5 +181,7 @@ def test_vectors_without_a_direction_are_left_out():
 
 def test_opposite_and_equal_vectors_stay_in_range():
     x = np.random.default_rng(0).standard_normal(1000)
-    assert cosine(x, 3 * x) == pytest.approx(1) and mean_pairwise_cosine([x] * 9) == pytest.approx(1)
+    assert cosine(x, 3 * x) == pytest.approx(1) and mean_pairwise_cosine([x] * 9) == pytest.approx(
+        1
+    )
     assert mean_pairwise_cosine([x] * 9) <= 1 and mean_pairwise_cosine([x, -x]) >= -1

@@ -21,8 +21,16 @@ BOUND = 20.0  # seconds that an evaluation waits for the training beside it
 @pytest.mark.parametrize(
     "evaluate, checkpoint, ahead",
     [
-        (EvaluateOptions(), CheckpointOptions(), 0),  # every version is scored while clients train on it
-        (EvaluateOptions(every=2, samples=0), CheckpointOptions(every=0), 1),  # and while the next one is made
+        (
+            EvaluateOptions(),
+            CheckpointOptions(),
+            0,
+        ),  # every version is scored while clients train on it
+        (
+            EvaluateOptions(every=2, samples=0),
+            CheckpointOptions(every=0),
+            1,
+        ),  # and while the next one is made
     ],
 )
 def test_training_goes_on_while_a_version_is_scored(tmp_path, evaluate, checkpoint, ahead):
@@ -44,7 +52,9 @@ def test_training_goes_on_while_a_version_is_scored(tmp_path, evaluate, checkpoi
     outcome = run(o, dict.fromkeys("ab", client), loss=Losses())
     every = evaluate.every or 1
     assert waited == [(version, True) for version in range(0, ROUNDS - ahead, every)]
-    assert [m["version"] for m in outcome.metrics] == list(range(ROUNDS + 1)), "in the order of versions"
+    assert [m["version"] for m in outcome.metrics] == list(range(ROUNDS + 1)), (
+        "in the order of versions"
+    )
 
 
 def test_the_numbers_of_a_version_are_those_of_a_calculation_by_hand(tmp_path):
@@ -53,23 +63,34 @@ def test_the_numbers_of_a_version_are_those_of_a_calculation_by_hand(tmp_path):
 
     def client(job):
         delta = np.zeros(SIZE, np.float32)
-        delta[:2] = sends[job.client, job.task]
+        delta[:2] = sends[job.client, job.number]
         return [(0.0, reply_with(job, delta, 128 if job.client == "a" else 384))]
 
     fleet = FleetOptions("constant", step_seconds=[0.1, 0.4])  # 10 steps
-    done = serve(tmp_path, dict.fromkeys("ab", client), FedAvg(), name="cohort", rounds=2, fleet=fleet)
+    done = serve(
+        tmp_path, dict.fromkeys("ab", client), FedAvg(), name="cohort", rounds=2, fleet=fleet
+    )
     start, first, second = done.records
     # D = (3, 4) / 4 + (4, 3) * 3 / 4 = (3.75, 3.25), then (0, 5) / 4 + (5, 0) * 3 / 4 = (3.75, 1.25)
     assert first["step_norm"] == pytest.approx((3.75**2 + 3.25**2) ** 0.5)
     assert second["step_norm"] == pytest.approx((3.75**2 + 1.25**2) ** 0.5)
     between = 3.75 * 3.75 + 3.25 * 1.25
     assert first["step_correlation"] is None
-    assert second["step_correlation"] == pytest.approx(between / (first["step_norm"] * second["step_norm"]), abs=1e-6)
-    assert (first["cosine"], second["cosine"]) == (pytest.approx(24 / 25), pytest.approx(0.0, abs=1e-9))
+    assert second["step_correlation"] == pytest.approx(
+        between / (first["step_norm"] * second["step_norm"]), abs=1e-6
+    )
+    assert (first["cosine"], second["cosine"]) == (
+        pytest.approx(24 / 25),
+        pytest.approx(0.0, abs=1e-9),
+    )
     for record in (first, second):
-        assert record["update_norm"] == pytest.approx(5.0) and record["mean_weight"] == (128 + 384) / 2
+        assert (
+            record["update_norm"] == pytest.approx(5.0) and record["mean_weight"] == (128 + 384) / 2
+        )
         assert record["idle_share"] == {"a": 0.75, "b": 0.0}
     assert first["tokens_by_client"] == {"a": 128, "b": 384}
     assert second["tokens_by_client"] == {"a": 256, "b": 768}
-    assert [record["virtual_seconds"] for record in done.records] == [None, 4.0, 8.0] and start["idle_share"] == {}
+    assert [record["virtual_seconds"] for record in done.records] == [None, 4.0, 8.0] and start[
+        "idle_share"
+    ] == {}
     assert [record["tokens"] for record in done.records] == [0, 512, 1024]

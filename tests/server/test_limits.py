@@ -24,7 +24,16 @@ from fedgpt.core.messages import Reply, Update
 from fedgpt.core.options import ValidateOptions
 from fedgpt.server.limits import ENOUGH, REMEMBERED, Quarantine, clip_length, norm_limit, remembered
 
-RULES = [FedAvg(), Median(), TrimmedMean(), Krum(attackers=1), GeometricMedian(), NormClip(), CentredClip(), FLTrust()]
+RULES = [
+    FedAvg(),
+    Median(),
+    TrimmedMean(),
+    Krum(attackers=1),
+    GeometricMedian(),
+    NormClip(),
+    CentredClip(),
+    FLTrust(),
+]
 HONEST = dict.fromkeys("abcdef", honest)
 
 
@@ -44,14 +53,20 @@ def test_norms_are_remembered_in_an_order_that_does_not_depend_on_arrival():
     one, two = accepted("a", 1.0), accepted("b", 2.0)
     assert remembered((0.5,), [one, two]) == remembered((0.5,), [two, one]) == (0.5, 1.0, 2.0)
     assert len(remembered((1.0,) * REMEMBERED, [one])) == REMEMBERED
-    assert remembered((), [accepted("a", 0.0)]) == (), "clients that have learned nothing would make the limit zero"
+    assert remembered((), [accepted("a", 0.0)]) == (), (
+        "clients that have learned nothing would make the limit zero"
+    )
 
 
 def test_three_failures_in_a_row_are_one_too_many():
     quarantine = Quarantine(ValidateOptions(strikes=3, rest=2), {}, {})
     assert quarantine.strike("a", 5, 1, ["a", "b"]) is None
     quarantine.clear("a")
-    assert [quarantine.strike("a", 5, 4, ["a", "b"]) for _ in range(3)] == [None, None, 5 + 1 + 2 * 4]
+    assert [quarantine.strike("a", 5, 4, ["a", "b"]) for _ in range(3)] == [
+        None,
+        None,
+        5 + 1 + 2 * 4,
+    ]
     assert quarantine.holds("a") and not quarantine.holds("b")
     assert quarantine.release(13) == [] and quarantine.release(14) == ["a"]
     assert not quarantine.holds("a") and quarantine.strikes == {}
@@ -86,7 +101,7 @@ def resent(spoil, **how):
 
 def read_as(code):
     """What `read_reply` makes of bytes that are no update; tests/flower/test_messages.py has the bytes."""
-    return lambda job: [(1.0, Reply(job.client, job.task, error="no array", code=code))]
+    return lambda job: [(1.0, Reply(job.client, job.number, error="no array", code=code))]
 
 
 def same(array):
@@ -101,7 +116,7 @@ GARBAGE = {  # reason code -> a client that earns it
     "too_large": spoiled(same, padding="x" * 100_000),
     "wrong_run": spoiled(same, run="another"),
     "wrong_sender": spoiled(same, client="a"),
-    "unknown_task": spoiled(same, task=10**6),
+    "unknown_job": spoiled(same, number=10**6),
     "size_mismatch": resent(lambda array: array[:-1]),
     "wrong_shape": resent(lambda array: array.reshape(-1, 1)),
     "wrong_dtype": resent(lambda array: array.astype(np.float64)),
@@ -115,17 +130,17 @@ GARBAGE = {  # reason code -> a client that earns it
 
 def garbage(job):
     """Something else in every round, and never an update."""
-    return list(GARBAGE.values())[job.task % len(GARBAGE)](job)
+    return list(GARBAGE.values())[job.number % len(GARBAGE)](job)
 
 
 def silent(job):
-    return [(1.0, Reply(job.client, job.task, error="no memory"))]
+    return [(1.0, Reply(job.client, job.number, error="no memory"))]
 
 
 def root(job):
     """What the server trains by itself, where a rule wants that."""
     delta = honest(replace(job, client="a"))[0][1].payload
-    return Update("server", job.task, job.version, delta, 512)
+    return Update("server", job.number, job.version, delta, 512)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
@@ -138,7 +153,7 @@ def test_garbage_in_every_round_is_as_if_the_client_never_answered(tmp_path, rul
         outcomes.append(run(o, {**HONEST, "mallory": client}, rule, root=root))
     bad, without = outcomes
     assert np.array_equal(bad.params, without.params) and bad.version == len(GARBAGE)
-    assert bad.server.ledgers.rejected == dict.fromkeys(GARBAGE, 1)
+    assert bad.server.tables.rejected == dict.fromkeys(GARBAGE, 1)
     assert {e["client"] for e in bad.told("accept")} == set(HONEST)
     assert {e["client"] for e in bad.told("reject")} == {"mallory"}
 
@@ -173,7 +188,7 @@ def test_quarantine_ends_and_survives_a_restart(tmp_path):
     """Three misses, two rounds of rest, then back; a run in two parts rests as long as one in one part."""
 
     def ill(job):
-        return silent(job) if job.task < 3 else honest(job)
+        return silent(job) if job.number < 3 else honest(job)
 
     def two_rounds(folder):
         o = options(folder, rounds=8)
@@ -197,21 +212,31 @@ def test_a_client_that_hangs_is_left_in_peace_after_three_deadlines(tmp_path):
     o = options(tmp_path, rounds=8, deadline=5.0)
     outcome = run(o, {**HONEST, "sleepy": lambda job: []})
     assert len([job for job in outcome.jobs if job.client == "sleepy"]) == 3
-    assert outcome.server.ledgers.rejected == {"no_reply": 3}
-    assert outcome.metrics[-1]["virtual_seconds"] == 3 * 5.0 + 5 * 1.0, "no later version waits for it"
+    assert outcome.server.tables.rejected == {"no_reply": 3}
+    assert outcome.metrics[-1]["virtual_seconds"] == 3 * 5.0 + 5 * 1.0, (
+        "no later version waits for it"
+    )
 
 
 def test_being_too_late_for_a_goal_is_no_failure(tmp_path):
     o = options(tmp_path, rounds=8, goal=5)
     outcome = run(o, {**HONEST, "slow": lambda job: honest(job, 3.0)})
-    assert outcome.told("quarantine") == [] and len([j for j in outcome.jobs if j.client == "slow"]) == 8
+    assert (
+        outcome.told("quarantine") == []
+        and len([j for j in outcome.jobs if j.client == "slow"]) == 8
+    )
 
 
 def test_an_update_far_longer_than_usual_is_rejected_and_a_long_one_is_scaled(tmp_path):
     def big(factor):
         def client(job):
             ((seconds, reply),) = honest(job)
-            return [(seconds, reply_with(job, reply.payload * np.float32(factor if job.task == 3 else 1)))]
+            return [
+                (
+                    seconds,
+                    reply_with(job, reply.payload * np.float32(factor if job.number == 3 else 1)),
+                )
+            ]
 
         return client
 
@@ -226,7 +251,9 @@ def test_an_update_far_longer_than_usual_is_rejected_and_a_long_one_is_scaled(tm
     assert [m["rejected"] for m in clipped.metrics[1:]] == [{}] * 5
     plain = run(options(tmp_path / "plain", rounds=5), {**HONEST, "z": big(6)})
     steps = [m["step_norm"] for m in clipped.metrics]
-    assert steps[4] < plain.metrics[4]["step_norm"] and np.isclose(steps[3], plain.metrics[3]["step_norm"])
+    assert steps[4] < plain.metrics[4]["step_norm"] and np.isclose(
+        steps[3], plain.metrics[3]["step_norm"]
+    )
 
 
 def test_a_clipped_update_is_as_long_as_the_clip(tmp_path):
@@ -235,11 +262,11 @@ def test_a_clipped_update_is_as_long_as_the_clip(tmp_path):
 
     def client(job):
         delta = np.zeros(SIZE, np.float32)
-        delta[0] = 1.0 if job.task < 9 else 7.0
+        delta[0] = 1.0 if job.number < 9 else 7.0
         return [(1.0, reply_with(job, delta))]
 
     o.rounds = 10
     outcome = run(o, {"a": client})
-    assert outcome.metrics[10]["step_norm"] == pytest.approx(2.0) and outcome.metrics[9]["step_norm"] == pytest.approx(
-        1
-    )
+    assert outcome.metrics[10]["step_norm"] == pytest.approx(2.0) and outcome.metrics[9][
+        "step_norm"
+    ] == pytest.approx(1)

@@ -15,7 +15,7 @@ from fedgpt.core.errors import Interrupted, StoppedEarly
 from fedgpt.core.messages import Reply, ServerState
 from fedgpt.core.options import LocalOptions, ModelOptions, PaceOptions, RunOptions, ValidateOptions
 from fedgpt.server.loop import Server
-from fedgpt.storage.checkpoint import Checkpoints, Ledgers, Snapshot
+from fedgpt.storage.checkpoint import Checkpoints, RunTables, Snapshot
 from fedgpt.storage.run_folder import RunFolder
 
 SIZE = 300
@@ -40,7 +40,9 @@ def serve(tmp_path, behaviours, strategy=None, seen=None, **pace):
     snapshot = Checkpoints(folder.checkpoints, 2).recover()
     if snapshot is None:
         params = np.linspace(-1, 1, SIZE, dtype=np.float32)
-        snapshot = Snapshot(ServerState(params), Ledgers("run", record={"version": 0, "tokens": 0}))
+        snapshot = Snapshot(
+            ServerState(params), RunTables("run", record={"version": 0, "tokens": 0})
+        )
     else:
         version = snapshot.state.version
         folder.metrics.keep(r for r in folder.metrics.read() if r["version"] < version)
@@ -49,7 +51,7 @@ def serve(tmp_path, behaviours, strategy=None, seen=None, **pace):
         loss = float(np.abs(params).mean())
         return {"loss": loss, "perplexity": 1.0, "bits_per_byte": loss}
 
-    transport = ScriptTransport(behaviours, snapshot.ledgers.seconds)
+    transport = ScriptTransport(behaviours, snapshot.tables.seconds)
     events = [] if seen is None else seen
     observer = lambda event, about: events.append((event, about))  # noqa: E731
     server = Server(o, strategy or FedAvg(), transport, evaluate, folder, snapshot, [observer])
@@ -68,9 +70,14 @@ def test_weights_are_the_weighted_mean_of_what_clients_sent(tmp_path):
         return [(1.0, reply_with(job, np.full(SIZE, value, np.float32), tokens))]
 
     start = np.linspace(-1, 1, SIZE, dtype=np.float32)
-    clients = {"a": partial(fixed, value=1.0, tokens=128), "b": partial(fixed, value=0.2, tokens=384)}
+    clients = {
+        "a": partial(fixed, value=1.0, tokens=128),
+        "b": partial(fixed, value=0.2, tokens=384),
+    }
     server, _, summary, metrics = serve(tmp_path, clients, rounds=1)
-    np.testing.assert_allclose(server.state.params, start - (0.25 * 1.0 + 0.75 * 0.2), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(
+        server.state.params, start - (0.25 * 1.0 + 0.75 * 0.2), rtol=0, atol=1e-6
+    )
     assert summary["tokens"] == 512 and summary["versions"] == 1
     assert [m["version"] for m in metrics] == [0, 1]
     assert metrics[1]["accepted"] == 2 and metrics[1]["staleness"] == {"0": 2}
@@ -93,7 +100,7 @@ def test_a_sampled_cohort_is_sorted_distinct_and_differs_between_versions(tmp_pa
 
 def test_tasks_count_per_client_and_the_schedule_counts_all_tokens(tmp_path):
     _, transport, _, _ = serve(tmp_path, dict.fromkeys("ab", honest), rounds=3)
-    assert [(j.client, j.task, j.version) for j in transport.jobs] == [
+    assert [(j.client, j.number, j.version) for j in transport.jobs] == [
         ("a", 0, 0), ("b", 0, 0), ("a", 1, 1), ("b", 1, 1), ("a", 2, 2), ("b", 2, 2),
     ]  # fmt: skip
     last = transport.jobs[-1].plan
@@ -120,7 +127,7 @@ def test_a_bad_update_is_counted_and_changes_nothing_else(tmp_path, spoil, code)
         return [(seconds, reply_with(job, spoil(reply.payload)))]
 
     def absent(job):
-        return [(1.0, Reply(job.client, job.task, error="code 2: away"))]
+        return [(1.0, Reply(job.client, job.number, error="code 2: away"))]
 
     with_bad = serve(tmp_path / "bad", {**CLIENTS, "c": bad})
     without = serve(tmp_path / "absent", {**CLIENTS, "c": absent})
@@ -143,9 +150,9 @@ def test_a_reply_counts_once(tmp_path):
 def test_replies_to_tasks_that_were_never_given_are_refused(tmp_path):
     def liar(job):
         [(seconds, reply)] = honest(job)
-        return [(0.1, replace(reply, task=99)), (seconds, reply)]
+        return [(0.1, replace(reply, number=99)), (seconds, reply)]
 
-    assert serve(tmp_path / "a", {**CLIENTS, "a": liar})[2]["rejected"] == {"unknown_task": 4}
+    assert serve(tmp_path / "a", {**CLIENTS, "a": liar})[2]["rejected"] == {"unknown_job": 4}
 
 
 def test_a_deadline_closes_the_version_with_what_is_there(tmp_path):
@@ -163,7 +170,9 @@ def test_late_replies_are_refused_by_name(tmp_path):
 
 
 def test_a_goal_closes_the_version_early(tmp_path):
-    clients = {n: partial(honest, seconds=s) for n, s in zip("abcde", (1, 2, 3, 40, 50), strict=True)}
+    clients = {
+        n: partial(honest, seconds=s) for n, s in zip("abcde", (1, 2, 3, 40, 50), strict=True)
+    }
     _, transport, _, metrics = serve(tmp_path, clients, goal=3)
     assert [m["accepted"] for m in metrics[1:]] == [3, 3, 3, 3]
     assert transport.time == 12.0
@@ -175,17 +184,24 @@ def test_over_selection_ignores_who_is_late_and_counts_them(tmp_path):
     clients = {name: partial(honest, seconds=1.0 if name < "i" else 1.4) for name in names}
     _, transport, summary, metrics = serve(tmp_path / "all", clients, goal=8, rounds=3)
     assert len(transport.jobs) == 30 and [m["accepted"] for m in metrics[1:]] == [8, 8, 8]
-    assert [m["rejected"] for m in metrics[1:]] == [{"no_reply": 2}, *[{"late": 2, "no_reply": 2}] * 2]
+    assert [m["rejected"] for m in metrics[1:]] == [
+        {"no_reply": 2},
+        *[{"late": 2, "no_reply": 2}] * 2,
+    ]
     assert summary["rejected"] == {"no_reply": 6, "late": 4}
-    without = serve(tmp_path / "eight", {**clients, "i": lambda job: [], "j": lambda job: []}, goal=8, rounds=3)
+    without = serve(
+        tmp_path / "eight", {**clients, "i": lambda job: [], "j": lambda job: []}, goal=8, rounds=3
+    )
     assert without[2]["weights_sha256"] == summary["weights_sha256"]
 
 
 def test_too_few_updates_stop_the_run_with_the_reasons(tmp_path):
     def broken(job):
-        return [(1.0, Reply(job.client, job.task, error="code 2: no text"))]
+        return [(1.0, Reply(job.client, job.number, error="code 2: no text"))]
 
-    with pytest.raises(StoppedEarly, match=r"1 valid updates of 2 jobs, pace.minimum=2: client_error x1"):
+    with pytest.raises(
+        StoppedEarly, match=r"1 valid updates of 2 jobs, pace.minimum=2: client_error x1"
+    ):
         serve(tmp_path, {"a": honest, "b": broken}, minimum=2)
 
 
@@ -212,7 +228,9 @@ def test_weights_that_run_away_stop_the_run_with_what_to_change(tmp_path):
         def step(self, d, state):
             return replace(super().step(d, state), params=state.params * np.float32(1e25))
 
-    with pytest.raises(StoppedEarly, match=r"version 1 has weights of length 1\S*e\+26: .*lower strategy.eta"):
+    with pytest.raises(
+        StoppedEarly, match=r"version 1 has weights of length 1\S*e\+26: .*lower strategy.eta"
+    ):
         serve(tmp_path, CLIENTS, RunningAway())
 
 
@@ -237,7 +255,7 @@ def test_resume_equals_not_stopping_bit_for_bit(tmp_path, crash_at):
     assert drop(resumed[3]) == drop(whole[3])
     first = next(j for j in resumed[1].jobs if j.client == "a")
     again = next(j for j in whole[1].jobs if j.client == "a" and j.version == crash_at)
-    assert first.task == again.task and first.plan == again.plan
+    assert first.number == again.number and first.plan == again.plan
 
 
 def test_jobs_name_every_client_state_that_a_restart_could_ask_for(tmp_path):

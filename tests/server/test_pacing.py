@@ -18,11 +18,24 @@ def roster(busy=(), away=(), clients=CLIENTS):
 
 def progress(**changed):
     return Progress(
-        **{"version": 3, "dispatched": 7, "asked": False, "in_flight": 0, "accepted": 0, "seconds": 0.0, **changed}
+        **{
+            "version": 3,
+            "dispatched": 7,
+            "asked": False,
+            "in_flight": 0,
+            "accepted": 0,
+            "seconds": 0.0,
+            **changed,
+        }
     )
 
 
-@given(st.integers(1, 25), st.sets(st.sampled_from(CLIENTS)), st.sets(st.sampled_from(CLIENTS)), st.integers(0, 10**6))
+@given(
+    st.integers(1, 25),
+    st.sets(st.sampled_from(CLIENTS)),
+    st.sets(st.sampled_from(CLIENTS)),
+    st.integers(0, 10**6),
+)
 def test_a_buffer_fills_up_with_distinct_clients_that_are_free(wanted, busy, away, dispatched):
     pace = Buffer(PaceOptions("buffer", clients=wanted), seed=1)
     chosen = pace.start(progress(in_flight=len(busy), dispatched=dispatched), roster(busy, away))
@@ -33,12 +46,16 @@ def test_a_buffer_fills_up_with_distinct_clients_that_are_free(wanted, busy, awa
 
 def test_the_only_idle_client_is_refilled():
     pace = Buffer(PaceOptions("buffer"), seed=1)
-    assert pace.start(progress(in_flight=19), roster(busy=set(CLIENTS) - {"client07"})) == ["client07"]
+    assert pace.start(progress(in_flight=19), roster(busy=set(CLIENTS) - {"client07"})) == [
+        "client07"
+    ]
 
 
 def test_a_refill_depends_on_the_number_of_the_job_alone():
     pace = Buffer(PaceOptions("buffer", clients=3), seed=1)
-    at = [pace.start(progress(dispatched=n, version=v), roster()) for n, v in ((5, 1), (5, 9), (6, 1))]
+    at = [
+        pace.start(progress(dispatched=n, version=v), roster()) for n, v in ((5, 1), (5, 9), (6, 1))
+    ]
     assert at[0] == at[1] != at[2]
 
 
@@ -80,9 +97,9 @@ def test_a_cohort_takes_in_what_is_in_flight_already():
 
 
 def test_in_numbers():
-    assert Cohort(PaceOptions(clients=8, goal=6), 0).pacing(20) == make_pace(PaceOptions(clients=8, goal=6), 0).pacing(
-        20
-    )
+    assert Cohort(PaceOptions(clients=8, goal=6), 0).pacing(20) == make_pace(
+        PaceOptions(clients=8, goal=6), 0
+    ).pacing(20)
     assert Cohort(PaceOptions(rate=0.25), 0).pacing(20).clients == 5
     numbers = Buffer(PaceOptions("buffer", clients=50), 0).pacing(20)
     assert (numbers.name, numbers.clients, numbers.goal) == ("buffer", 20, 1)

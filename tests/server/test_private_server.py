@@ -22,9 +22,13 @@ from fedgpt.privacy.plan import PrivacyPlan, make_plan
 CLIENTS = {name: partial(honest, seconds=1.0 + index / 8) for index, name in enumerate("abcdefgh")}
 
 
-def private(folder: Path, rounds: int = 6, pace: dict | None = None, **privacy) -> tuple[RunOptions, PrivacyPlan]:
+def private(
+    folder: Path, rounds: int = 6, pace: dict | None = None, **privacy
+) -> tuple[RunOptions, PrivacyPlan]:
     o = scripted.options(folder, rounds, **(pace or {"rate": 0.5, "clients": 0}))
-    o.privacy = PrivacyOptions(**{"unit": "client", "noise_multiplier": 1.0, "clip": 0.1, "rng": "seeded", **privacy})
+    o.privacy = PrivacyOptions(
+        **{"unit": "client", "noise_multiplier": 1.0, "clip": 0.1, "rng": "seeded", **privacy}
+    )
     return o, make_plan(o, [10_000] * len(CLIENTS))
 
 
@@ -39,12 +43,18 @@ def ledger(folder: Path) -> dict:
 
 def test_coins_choose_and_every_version_is_paid(tmp_path):
     done = start(tmp_path, rounds=12)
-    sizes = [len([e for e in done.told("accept") if e["version"] == version]) for version in range(12)]
+    sizes = [
+        len([e for e in done.told("accept") if e["version"] == version]) for version in range(12)
+    ]
     assert 2 < np.mean(sizes) < 6 and len(set(sizes)) > 2
-    assert ledger(tmp_path)["events"] == [{"noise_multiplier": 1.0, "sampling_probability": 0.5, "count": 12}]
+    assert ledger(tmp_path)["events"] == [
+        {"noise_multiplier": 1.0, "sampling_probability": 0.5, "count": 12}
+    ]
     last = done.metrics[-1]
     assert last["epsilon"] == epsilon_of([Event(1.0, 0.5, 12)], 8**-1.1)
-    assert last["update_norm"] is None and last["cosine"] is None, "nothing of single updates that is not noised"
+    assert last["update_norm"] is None and last["cosine"] is None, (
+        "nothing of single updates that is not noised"
+    )
 
 
 def test_who_came_shows_neither_in_the_schedule_nor_by_name(tmp_path):
@@ -123,8 +133,12 @@ def test_stale_updates_cost_less_so_clients_may_come_more_often(tmp_path):
     assert max(staleness) > 0
     spent = ledger(tmp_path)["spent"]
     counts = {client: sum(e["client"] == client for e in done.told("accept")) for client in spent}
-    assert all(spent[client] <= 3 + 1e-9 for client in spent) and any(counts[c] > spent[c] + 0.4 for c in spent)
-    assert done.metrics[-1]["epsilon"] == pytest.approx(gaussian_epsilon(max(spent.values()) ** 0.5, 8**-1.1), abs=1e-6)
+    assert all(spent[client] <= 3 + 1e-9 for client in spent) and any(
+        counts[c] > spent[c] + 0.4 for c in spent
+    )
+    assert done.metrics[-1]["epsilon"] == pytest.approx(
+        gaussian_epsilon(max(spent.values()) ** 0.5, 8**-1.1), abs=1e-6
+    )
 
 
 def test_an_asynchronous_run_that_is_killed_ends_in_the_same_weights_at_the_same_price(tmp_path):
@@ -153,8 +167,8 @@ def test_what_the_server_has_learned_of_norms_does_not_reach_the_next_version(tm
     """The median of others' norms would decide who is rejected, and with that tell of them."""
 
     def long(job):
-        return honest(job, scale=5.0 if job.task == 2 else 0.01)
+        return honest(job, scale=5.0 if job.number == 2 else 0.01)
 
     o, plan = private(tmp_path, pace={"clients": 8})
     done = scripted.run(o, {**CLIENTS, "a": long}, plan=plan)
-    assert not done.told("reject") and done.server.ledgers.norms == ()
+    assert not done.told("reject") and done.server.tables.norms == ()

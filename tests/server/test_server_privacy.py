@@ -24,8 +24,8 @@ from fedgpt.core.options import RunOptions
 from fedgpt.privacy.accounting import Event, epsilon_of, gaussian_epsilon
 from fedgpt.privacy.randomness import SecureStream
 from fedgpt.server.privacy import PaidByServer
-from fedgpt.storage.best_weights import Best
-from fedgpt.storage.checkpoint import Checkpoints, Ledgers, Snapshot
+from fedgpt.storage.best_weights import BestWeights
+from fedgpt.storage.checkpoint import Checkpoints, RunTables, Snapshot
 from fedgpt.update.codec import encode
 
 
@@ -74,7 +74,9 @@ def fresh_noise(folder: Path) -> bool:
     first, other = Mechanism(folder / "a", 1.0), Mechanism(folder / "b", 1.0)
     released = [first.release(nothing), first.release(nothing), other.release(nothing)]
     pairs = [(0, 1), (0, 2), (1, 2)]
-    return all(abs(np.corrcoef(released[i], released[j])[0, 1]) < 4 / math.sqrt(SIZE) for i, j in pairs)
+    return all(
+        abs(np.corrcoef(released[i], released[j])[0, 1]) < 4 / math.sqrt(SIZE) for i, j in pairs
+    )
 
 
 def clip_finds_the_median(folder: Path) -> bool:
@@ -85,7 +87,10 @@ def clip_finds_the_median(folder: Path) -> bool:
         build.privacy.plan = m.plan(0.1)
         for _ in range(60):
             build.release(
-                [(np.full(10, length / math.sqrt(10), np.float32), 1) for length in np.linspace(0.5, 1.5, 10)]
+                [
+                    (np.full(10, length / math.sqrt(10), np.float32), 1)
+                    for length in np.linspace(0.5, 1.5, 10)
+                ]
             )
         found.append(0.6 < build.privacy.clip < 1.6)
     return all(found)
@@ -134,7 +139,9 @@ def test_every_broken_build_is_caught(tmp_path, name):
 def test_a_release_is_the_clipped_sum_over_a_constant(tmp_path):
     updates = deltas(4, scale=1e-3)  # shorter than the clip
     released = Mechanism(tmp_path, QUIET).release(updates)
-    np.testing.assert_allclose(released, np.sum([d for d, _ in updates], axis=0) / COHORT, atol=1e-7)
+    np.testing.assert_allclose(
+        released, np.sum([d for d, _ in updates], axis=0) / COHORT, atol=1e-7
+    )
 
 
 def test_nobody_came_and_the_model_moves_all_the_same(tmp_path):
@@ -149,7 +156,9 @@ def test_server_optimisers_see_the_noised_sum_only(tmp_path, rule):
     plain = Mechanism(tmp_path / "b", 1.0)
     plain.privacy.key = build.privacy.key
     d = plain.release(deltas())
-    assert (build.state.params == rule.step(d, m.ServerState(np.zeros(SIZE, np.float32))).params).all()
+    assert (
+        build.state.params == rule.step(d, m.ServerState(np.zeros(SIZE, np.float32))).params
+    ).all()
 
 
 def test_the_same_sum_again_is_the_same_release_and_another_sum_is_not(tmp_path):
@@ -164,23 +173,28 @@ def test_the_same_sum_again_is_the_same_release_and_another_sum_is_not(tmp_path)
     twice = [Event(1.0, 0.1, 1), Event(1.0, 1.0, 1)]  # the same coins: who was in is known by then
     assert other.privacy.ledger.account.epsilon == epsilon_of(twice, 1e-5) > paid
     without_noise = (
-        np.sum([d * np.float32(min(1, CLIP / np.linalg.norm(d))) for d, _ in deltas(6)[5:]], axis=0) / COHORT
+        np.sum([d * np.float32(min(1, CLIP / np.linalg.norm(d))) for d, _ in deltas(6)[5:]], axis=0)
+        / COHORT
     )
-    assert np.linalg.norm(released - different) > 5 * np.linalg.norm(without_noise), "the noise does not cancel"
+    assert np.linalg.norm(released - different) > 5 * np.linalg.norm(without_noise), (
+        "the noise does not cancel"
+    )
 
 
 def test_what_a_run_pays_is_what_dp_accounting_says(tmp_path):
     build = Mechanism(tmp_path, 1.0)
     for _ in range(5):
         build.release(deltas())
-    assert build.privacy.record(build.ledgers)["epsilon"] == epsilon_of([Event(1.0, 0.1, 5)], 1e-5)
+    assert build.privacy.record(build.tables)["epsilon"] == epsilon_of([Event(1.0, 0.1, 5)], 1e-5)
     (event,) = json.loads((tmp_path / "ledger.json").read_text())["events"]
     assert event == {"noise_multiplier": 1.0, "sampling_probability": 0.1, "count": 5}
 
 
 def test_the_budget_stops_a_run_before_the_release(tmp_path):
     build = Mechanism(tmp_path, 1.0)
-    build.privacy.plan = replace(build.privacy.plan, budget=epsilon_of([Event(1.0, 0.1, 3)], 1e-5) * 1.0001)
+    build.privacy.plan = replace(
+        build.privacy.plan, budget=epsilon_of([Event(1.0, 0.1, 3)], 1e-5) * 1.0001
+    )
     for _ in range(3):
         build.release(deltas())
     last = build.state
@@ -202,21 +216,25 @@ def test_a_ledger_that_is_gone_is_missed_from_the_first_release_on(tmp_path):
     Mechanism(tmp_path, 1.0).release([])
     (tmp_path / "ledger.json").unlink()
     with pytest.raises(FedGPTError, match="what has been spent is unknown"):
-        Mechanism(tmp_path, 1.0)  # killed before its first checkpoint, it begins with version 0 again
+        Mechanism(
+            tmp_path, 1.0
+        )  # killed before its first checkpoint, it begins with version 0 again
 
 
 def test_an_update_that_is_not_finite_counts_as_zeros(tmp_path):
     """Refused, it would be missed, and its client asked less often: others would take its places."""
     build = Mechanism(tmp_path, QUIET)
-    build.intake.begin(build.state, (), 3, 10)
+    build.collector.begin(build.state, (), 3, 10)
     job = m.Job("a", 0, 0, build.state.params, m.Plan("run", 1, 0, 1, 1))
     for scale in (np.nan, np.inf, 1e30):  # the last is longer than any limit on norms
         delta = np.full(SIZE, scale, np.float32)
         header, payload = encode("run", m.Update("a", 0, 0, delta, 10, {}))
-        update = build.intake.read(Reply("a", 0, header, payload), job, "run", 10)
-        counted = build.intake.add(update, job, 0)
-        assert np.linalg.norm(counted.delta) == pytest.approx(CLIP if scale == 1e30 else 0, rel=1e-5)
-    assert len(build.intake) == 3 and not build.intake.rejections
+        update = build.collector.read(Reply("a", 0, header, payload), job, "run", 10)
+        counted = build.collector.add(update, job, 0)
+        assert np.linalg.norm(counted.delta) == pytest.approx(
+            CLIP if scale == 1e30 else 0, rel=1e-5
+        )
+    assert len(build.collector) == 3 and not build.collector.rejections
 
 
 def test_seeded_noise_repeats_itself_as_it_says(tmp_path):
@@ -246,7 +264,7 @@ def test_a_series_is_paid_once(tmp_path):
     build.privacy.plan = replace(m.plan(1.0, "correlated"), planned=Event(1.0, 1.0, 1))
     for _ in range(4):
         build.release([])
-        assert build.privacy.record(build.ledgers)["epsilon"] == gaussian_epsilon(1.0, 1e-5)
+        assert build.privacy.record(build.tables)["epsilon"] == gaussian_epsilon(1.0, 1e-5)
     other = Mechanism(tmp_path, 1.0, bands=2, separation=2)
     other.privacy.plan = build.privacy.plan
     with pytest.raises(StoppedEarly, match="correlated noise cannot go back"):
@@ -262,35 +280,39 @@ def bounded(folder: Path, participations: int = 3, **privacy) -> PaidByServer:
 
 
 def test_a_client_comes_as_often_as_it_may_and_never_twice_for_one_sum(tmp_path):
-    privacy, ledgers = bounded(tmp_path), Ledgers("test")
+    privacy, tables = bounded(tmp_path), RunTables("test")
     state = m.ServerState(np.zeros(4, np.float32))
     update = m.Update("a", 0, 0, np.ones(4, np.float32), 1, {"update_norm": 2.0})
     for version in range(3):
-        assert privacy.may_ask("a", version, ledgers)
+        assert privacy.may_ask("a", version, tables)
         privacy.begin(state)
         _, weight = privacy.take(update, FedAvg(), 0)
-        assert weight == 1 and not privacy.may_ask("a", version, ledgers) and privacy.may_ask("b", version, ledgers)
+        assert (
+            weight == 1
+            and not privacy.may_ask("a", version, tables)
+            and privacy.may_ask("b", version, tables)
+        )
         state = replace(state, version=version)
-        privacy.release(np.zeros(4, np.float32), 10.0, state, ledgers)
+        privacy.release(np.zeros(4, np.float32), 10.0, state, tables)
         privacy.shares = {}
-    assert not privacy.may_ask("a", 3, ledgers) and privacy.may_ask("b", 3, ledgers)
-    assert privacy.record(ledgers)["epsilon"] == pytest.approx(gaussian_epsilon(math.sqrt(3), 1e-5))
+    assert not privacy.may_ask("a", 3, tables) and privacy.may_ask("b", 3, tables)
+    assert privacy.record(tables)["epsilon"] == pytest.approx(gaussian_epsilon(math.sqrt(3), 1e-5))
 
 
 def test_a_stale_update_counts_and_costs_less(tmp_path):
-    privacy, ledgers = bounded(tmp_path), Ledgers("test")
+    privacy, tables = bounded(tmp_path), RunTables("test")
     state = m.ServerState(np.zeros(4, np.float32))
     privacy.begin(state)
     update = m.Update("a", 0, 0, np.ones(4, np.float32), 1000, {"update_norm": 2.0})
     _, weight = privacy.take(update, FedBuff(), 3)
     assert weight == 0.5
-    privacy.release(np.zeros(4, np.float32), 10.0, state, ledgers)
+    privacy.release(np.zeros(4, np.float32), 10.0, state, tables)
     assert privacy.ledger.account.spent == {"a": 0.25}
-    assert privacy.record(ledgers)["epsilon"] == pytest.approx(gaussian_epsilon(0.5, 1e-5), abs=1e-6)
+    assert privacy.record(tables)["epsilon"] == pytest.approx(gaussian_epsilon(0.5, 1e-5), abs=1e-6)
 
 
 def test_the_budget_holds_where_each_client_pays_for_itself(tmp_path):
-    privacy, ledgers = bounded(tmp_path, participations=9), Ledgers("test")
+    privacy, tables = bounded(tmp_path, participations=9), RunTables("test")
     privacy.plan = replace(privacy.plan, budget=gaussian_epsilon(math.sqrt(2), 1e-5) * 1.001)
     state = m.ServerState(np.zeros(4, np.float32))
     update = m.Update("a", 0, 0, np.ones(4, np.float32), 1, {"update_norm": 2.0})
@@ -298,11 +320,15 @@ def test_the_budget_holds_where_each_client_pays_for_itself(tmp_path):
         privacy.begin(state)
         privacy.take(update, FedAvg(), 0)
         if version == 2:
-            with pytest.raises(StoppedEarly, match="the model of version 2 is the last that is paid for"):
-                privacy.release(np.zeros(4, np.float32), 10.0, replace(state, version=version), ledgers)
+            with pytest.raises(
+                StoppedEarly, match="the model of version 2 is the last that is paid for"
+            ):
+                privacy.release(
+                    np.zeros(4, np.float32), 10.0, replace(state, version=version), tables
+                )
         else:
-            privacy.release(np.zeros(4, np.float32), 10.0, replace(state, version=version), ledgers)
-    assert privacy.record(ledgers)["epsilon"] == pytest.approx(gaussian_epsilon(math.sqrt(2), 1e-5))
+            privacy.release(np.zeros(4, np.float32), 10.0, replace(state, version=version), tables)
+    assert privacy.record(tables)["epsilon"] == pytest.approx(gaussian_epsilon(math.sqrt(2), 1e-5))
 
 
 def test_going_back_to_the_best_weights_takes_no_noise_back(tmp_path):
@@ -310,20 +336,22 @@ def test_going_back_to_the_best_weights_takes_no_noise_back(tmp_path):
     build.privacy.plan = m.plan(1.0, "correlated", scale=2.0)
     build.release([])
     checkpoints = Checkpoints(tmp_path / "checkpoints", 1)
-    best = Best(RunOptions(), checkpoints, Snapshot(build.state, build.ledgers))
+    best = BestWeights(RunOptions(), checkpoints, Snapshot(build.state, build.tables))
     best.decide(build.state, 1.0)
     first = build.state
     build.release([])
     state, told = best.decide(build.state, 2.0)
     checkpoints.close()
     assert told and (state.params == first.params).all()
-    np.testing.assert_array_equal(state.memory["privacy/noise/1"], build.state.memory["privacy/noise/1"])
+    np.testing.assert_array_equal(
+        state.memory["privacy/noise/1"], build.state.memory["privacy/noise/1"]
+    )
 
 
 def test_clients_stay_apart(tmp_path):
-    privacy, ledgers = bounded(tmp_path, separation=3), Ledgers("test")
-    ledgers.last["a"] = 4
-    assert [privacy.may_ask("a", version, ledgers) for version in (5, 6, 7)] == [False, False, True]
+    privacy, tables = bounded(tmp_path, separation=3), RunTables("test")
+    tables.last["a"] = 4
+    assert [privacy.may_ask("a", version, tables) for version in (5, 6, 7)] == [False, False, True]
 
 
 def test_the_divisor_is_a_constant(tmp_path):
@@ -335,7 +363,9 @@ def test_the_divisor_is_a_constant(tmp_path):
 def test_the_coins_are_secret_and_stay_when_a_version_is_made_again(tmp_path):
     one, two = bounded(tmp_path / "a"), bounded(tmp_path / "b")
     np.testing.assert_array_equal(one.coins(3, 50), bounded(tmp_path / "a").coins(3, 50))
-    assert (one.coins(3, 50) != two.coins(3, 50)).all() and (one.coins(4, 50) != one.coins(3, 50)).all()
+    assert (one.coins(3, 50) != two.coins(3, 50)).all() and (
+        one.coins(4, 50) != one.coins(3, 50)
+    ).all()
 
 
 def test_the_client_that_paid_most_speaks_for_privacy_example(tmp_path):
@@ -349,17 +379,20 @@ def test_the_client_that_paid_most_speaks_for_privacy_example(tmp_path):
     )  # fmt: skip
     plan = make_plan(o, [1000, 4000])
     assert plan.planned.sampling_probability == 0.04 and plan.planned.count == 50
-    privacy, ledgers = PaidByClients(o, plan, tmp_path), Ledgers("test")
+    privacy, tables = PaidByClients(o, plan, tmp_path), RunTables("test")
     privacy.meet([ClientInfo("small", 1000), ClientInfo("large", 4000)])
     for _ in range(10):
         for client in ("small", "large"):
-            assert privacy.may_ask(client, 0, ledgers)
-            privacy.asked(client, 5, ledgers)
-    assert not privacy.may_ask("small", 0, ledgers)
-    assert 3.9 < privacy.record(ledgers)["epsilon"] <= 4.0
+            assert privacy.may_ask(client, 0, tables)
+            privacy.asked(client, 5, tables)
+    assert not privacy.may_ask("small", 0, tables)
+    assert 3.9 < privacy.record(tables)["epsilon"] <= 4.0
     assert json.loads((tmp_path / "ledger.json").read_text())["events"][0]["count"] == 50
-    ledgers = replace(ledgers, charged={"small": 1.0, "large": 50.0})
-    costs = [epsilon_of([Event(plan.noise_multiplier, q, n)], plan.delta) for q, n in ((0.04, 1), (0.01, 50))]
-    assert privacy.record(ledgers)["epsilon"] == max(costs)
-    privacy.answered(m.Update("small", 0, 0, np.zeros(1, np.float32), 1, {"charged": 60.0}), ledgers)
-    assert ledgers.charged["small"] == 60, "a job was done again after a crash, and paid for again"
+    tables = replace(tables, charged={"small": 1.0, "large": 50.0})
+    costs = [
+        epsilon_of([Event(plan.noise_multiplier, q, n)], plan.delta)
+        for q, n in ((0.04, 1), (0.01, 50))
+    ]
+    assert privacy.record(tables)["epsilon"] == max(costs)
+    privacy.answered(m.Update("small", 0, 0, np.zeros(1, np.float32), 1, {"charged": 60.0}), tables)
+    assert tables.charged["small"] == 60, "a job was done again after a crash, and paid for again"

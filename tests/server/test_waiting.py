@@ -31,7 +31,15 @@ def test_a_deadline_ends_though_the_clock_has_few_digits(tmp_path, deadline, jit
 
 
 def test_a_grace_ends_too(tmp_path):
-    run = serve(tmp_path, FOUR, FedBuff(), rounds=60, goal=2, grace=0.3, fleet=FleetOptions("published", jitter=0.2))
+    run = serve(
+        tmp_path,
+        FOUR,
+        FedBuff(),
+        rounds=60,
+        goal=2,
+        grace=0.3,
+        fleet=FleetOptions("published", jitter=0.2),
+    )
     assert run.summary["versions"] == 60
 
 
@@ -44,7 +52,9 @@ def test_a_long_grace_takes_in_as_many_as_there_can_be(tmp_path):
 def test_a_deadline_begins_when_somebody_is_asked(tmp_path):
     fleet = FleetOptions("constant", step_seconds=[1.0], window=[30.0, 200.0])
     two = dict.fromkeys("ab", honest)
-    run = serve(tmp_path, two, FedAvg(), name="cohort", rounds=3, fleet=fleet, deadline=20.0, minimum=0)
+    run = serve(
+        tmp_path, two, FedAvg(), name="cohort", rounds=3, fleet=fleet, deadline=20.0, minimum=0
+    )
     assert run.summary["versions"] == 3
 
 
@@ -56,8 +66,10 @@ def test_replies_that_never_come_stop_the_run(tmp_path, pace):
 
 def test_failures_after_a_good_update_stop_the_run(tmp_path):
     def once(job):
-        good = job.client == "a" and job.task == 0
-        return honest(job) if good else [(0.0, Reply(job.client, job.task, error="code 2: no text"))]
+        good = job.client == "a" and job.number == 0
+        return (
+            honest(job) if good else [(0.0, Reply(job.client, job.number, error="code 2: no text"))]
+        )
 
     with pytest.raises(StoppedEarly, match="40 jobs in a row failed"):
         serve(tmp_path, dict.fromkeys("abcd", once), FedBuff(), rounds=10, goal=2)
@@ -77,7 +89,14 @@ def test_interrupted_anywhere_and_resumed_is_the_same_run(tmp_path, every, crash
         return honest(job)
 
     with pytest.raises(Interrupted):
-        serve(tmp_path / "cut", dict.fromkeys("abcd", dies), FedBuff(), rounds=12, goal=2, checkpoint=every)
+        serve(
+            tmp_path / "cut",
+            dict.fromkeys("abcd", dies),
+            FedBuff(),
+            rounds=12,
+            goal=2,
+            checkpoint=every,
+        )
     again = serve(tmp_path / "cut", FOUR, FedBuff(), rounds=12, goal=2, checkpoint=every)
     assert again.summary["weights_sha256"] == whole.summary["weights_sha256"]
     assert [record["version"] for record in again.records] == list(range(13))
@@ -86,7 +105,7 @@ def test_interrupted_anywhere_and_resumed_is_the_same_run(tmp_path, every, crash
 def test_jobs_keep_the_state_that_an_interrupted_server_would_ask_for(tmp_path):
     run = serve(tmp_path, FOUR, FedBuff(), rounds=30, goal=4, checkpoint=4)
     for job in run.pool.jobs:
-        assert job.plan.state == -1 or job.plan.state in job.plan.keep
+        assert job.plan.state_job == -1 or job.plan.state_job in job.plan.keep
 
 
 def test_checkpoints_that_are_all_damaged_are_never_started_over(tmp_path):
@@ -101,7 +120,10 @@ def test_a_damaged_checkpoint_does_not_outlive_the_ones_after_it(tmp_path):
     first = serve(tmp_path, FOUR, DeltaSGD(), rounds=9)
     newest = max((tmp_path / "checkpoints").glob("*.safetensors"))
     newest.write_bytes(b"torn")
-    assert serve(tmp_path, FOUR, DeltaSGD(), rounds=9).summary == {**first.summary, "wall_seconds": ANY}
+    assert serve(tmp_path, FOUR, DeltaSGD(), rounds=9).summary == {
+        **first.summary,
+        "wall_seconds": ANY,
+    }
     assert newest.with_suffix(".damaged").exists()
     checkpoints = Checkpoints(tmp_path / "checkpoints", 2)
     assert checkpoints.load().state.version == 9
@@ -120,7 +142,12 @@ def test_metrics_that_cannot_be_added_up_are_refused(tmp_path):
         [(seconds, reply)] = honest(job)
         header = json.loads(reply.header)
         header["metrics"]["train_loss"] = 1.7e308
-        return [(seconds, Reply(job.client, job.task, json.dumps(header), reply.payload, bytes=reply.bytes))]
+        return [
+            (
+                seconds,
+                Reply(job.client, job.number, json.dumps(header), reply.payload, bytes=reply.bytes),
+            )
+        ]
 
     run = serve(tmp_path, {**FOUR, "a": liar, "b": liar}, FedAvg(), name="cohort", rounds=2)
     assert run.summary["rejected"] == {"bad_metric": 4}

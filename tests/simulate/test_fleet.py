@@ -32,11 +32,16 @@ def told(path: str, clock: str = "virtual", **more) -> list[str]:
 
 
 def test_a_table_of_the_published_speeds_is_the_published_fleet(tmp_path, table):
-    rows = "".join(f"{client},{seconds}\n" for client, seconds in zip("dcba", reversed(PUBLISHED), strict=True))
+    rows = "".join(
+        f"{client},{seconds}\n" for client, seconds in zip("dcba", reversed(PUBLISHED), strict=True)
+    )
     clients = dict.fromkeys("abcd", honest)
     runs = [
         serve(tmp_path / fleet.name, clients, DeltaSGD(), rounds=30, fleet=fleet)
-        for fleet in (FleetOptions("published"), FleetOptions("trace", path=table("client,step_seconds\n" + rows)))
+        for fleet in (
+            FleetOptions("published"),
+            FleetOptions("trace", path=table("client,step_seconds\n" + rows)),
+        )
     ]
     assert runs[0].summary["weights_sha256"] == runs[1].summary["weights_sha256"]
     assert runs[0].summary["virtual_seconds"] == runs[1].summary["virtual_seconds"]
@@ -47,12 +52,16 @@ def test_every_device_has_its_own_link(table):
     fleet = Fleet(FleetOptions("trace", path=path), seed=0)
     fleet.meet(["a", "b"])
     trip = fleet.trip(JOB, bytes_down=2_000_000)
-    assert trip.arrives == pytest.approx(2 * 20 + 10 * 0.5) and trip.per_byte == pytest.approx(40e-6)
+    assert trip.arrives == pytest.approx(2 * 20 + 10 * 0.5) and trip.per_byte == pytest.approx(
+        40e-6
+    )
     assert fleet.step_seconds("a") == 2
 
 
 def test_links_that_a_table_leaves_out_are_those_of_the_options(table):
-    fleet = Fleet(FleetOptions("trace", path=table("client,step_seconds\nb,1\n"), down=4.0, up=6.0), seed=0)
+    fleet = Fleet(
+        FleetOptions("trace", path=table("client,step_seconds\nb,1\n"), down=4.0, up=6.0), seed=0
+    )
     fleet.meet(["b"])
     trip = fleet.trip(JOB, bytes_down=1_000_000)
     assert trip.arrives == pytest.approx(4 + 10) and trip.per_byte == pytest.approx(6e-6)
@@ -65,11 +74,23 @@ def test_the_mark_of_a_spreadsheet_and_other_columns_do_no_harm(table):
 @pytest.mark.parametrize(
     "text, problem",
     [
-        ("client;step_seconds\na;1\n", ": its first line lacks client, step_seconds; it has client;step_seconds"),
+        (
+            "client;step_seconds\na;1\n",
+            ": its first line lacks client, step_seconds; it has client;step_seconds",
+        ),
         ("", ": its first line lacks client, step_seconds; it has nothing"),
-        ("client,step_seconds\na,1\nb,fast\n", " line 3: step_seconds=fast: must be above 0, down and up at least 0"),
-        ("client,step_seconds\na,-1\n", " line 2: step_seconds=-1: must be above 0, down and up at least 0"),
-        ("client,step_seconds\na\n", " line 2: step_seconds=None: must be above 0, down and up at least 0"),
+        (
+            "client,step_seconds\na,1\nb,fast\n",
+            " line 3: step_seconds=fast: must be above 0, down and up at least 0",
+        ),
+        (
+            "client,step_seconds\na,-1\n",
+            " line 2: step_seconds=-1: must be above 0, down and up at least 0",
+        ),
+        (
+            "client,step_seconds\na\n",
+            " line 2: step_seconds=None: must be above 0, down and up at least 0",
+        ),
         (
             "client,step_seconds,up\na,1,nan\n",
             " line 2: step_seconds=1, up=nan: must be above 0, down and up at least 0",
@@ -81,17 +102,22 @@ def test_a_table_that_is_wrong_is_told_before_the_run(table, text, problem):
 
 
 def test_a_file_that_is_no_text_is_told(table):
-    assert told(table("client,step_seconds\na,1\n", encoding="utf-16"))[0].startswith(": is no text in UTF-8")
+    assert told(table("client,step_seconds\na,1\n", encoding="utf-16"))[0].startswith(
+        ": is no text in UTF-8"
+    )
 
 
 def test_links_on_the_real_clock_are_told(table):
     path = table("client,step_seconds,up\na,1,2\n")
-    assert told(path, clock="real") == [": down and up are modelled by clock=virtual only; leave them out"]
+    assert told(path, clock="real") == [
+        ": down and up are modelled by clock=virtual only; leave them out"
+    ]
     assert told(table("client,step_seconds,up\na,1,0\n"), clock="real") == []
 
 
 @pytest.mark.parametrize(
-    "text, good", [('{"event": "open"}\n', True), ('{"a": 1}\n', False), ("5\n", False), ("", False)]
+    "text, good",
+    [('{"event": "open"}\n', True), ('{"a": 1}\n', False), ("5\n", False), ("", False)],
 )
 def test_what_is_no_record_of_a_run_is_not_replayed(table, text, good):
     path = table(text)

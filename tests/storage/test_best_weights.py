@@ -46,8 +46,12 @@ def test_a_regress_goes_back_to_the_best_weights_and_their_momentum(tmp_path):
     four = run(regretting(tmp_path / "b", rounds=4), CLIENTS, FedAvgM(), loss=LOSS)
     assert np.array_equal(outcome.params, four.params)
     here, there = outcome.server.state.memory, four.server.state.memory
-    assert here.keys() == there.keys() and all(np.array_equal(here[name], there[name]) for name in there)
-    assert [m["loss"] for m in outcome.metrics] == list(LOSS.values()), "what was scored stays in the record"
+    assert here.keys() == there.keys() and all(
+        np.array_equal(here[name], there[name]) for name in there
+    )
+    assert [m["loss"] for m in outcome.metrics] == list(LOSS.values()), (
+        "what was scored stays in the record"
+    )
 
 
 def test_a_share_allows_small_regresses(tmp_path):
@@ -60,7 +64,9 @@ def test_nan_is_a_regress(tmp_path):
     assert outcome.metrics[2]["restored"] == 1
 
 
-@pytest.mark.parametrize("fault", ["evaluated:4", "aggregate:4", "aggregate:6", "checkpoint.committed:6"])
+@pytest.mark.parametrize(
+    "fault", ["evaluated:4", "aggregate:4", "aggregate:6", "checkpoint.committed:6"]
+)
 def test_a_restart_goes_back_as_the_uninterrupted_run_does(tmp_path, fault):
     whole = run(regretting(tmp_path / "whole"), CLIENTS, FedAvgM(), loss=LOSS)
     o = regretting(tmp_path / "parts")
@@ -79,5 +85,7 @@ def test_a_best_version_after_the_checkpoint_is_kept_with_its_loss(tmp_path):
     with injected("aggregate:4:raise"), pytest.raises(Injected):
         run(o, CLIENTS, loss={0: 5.0, 1: 4.0, 2: 2.0, 3: 3.0})
     before = kept(tmp_path)
-    run(o, CLIENTS, loss={0: 5.0, 1: 4.0, 2: 3.5, 3: 3.0, 4: 2.5})  # as if other clients had come first
+    run(
+        o, CLIENTS, loss={0: 5.0, 1: 4.0, 2: 3.5, 3: 3.0, 4: 2.5}
+    )  # as if other clients had come first
     assert np.array_equal(kept(tmp_path), before)

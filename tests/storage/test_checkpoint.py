@@ -8,17 +8,23 @@ import pytest
 
 from fedgpt.core.errors import FedGPTError
 from fedgpt.core.messages import ServerState
-from fedgpt.storage.checkpoint import Checkpoints, Ledgers, Snapshot
+from fedgpt.storage.checkpoint import Checkpoints, RunTables, Snapshot
 from fedgpt.storage.run_folder import RunFolder
 
 
 def snapshot(version: int) -> Snapshot:
     rng = np.random.default_rng(version)
     memory = {"m": rng.standard_normal(50).astype(np.float32), "count": np.array(version)}
-    ledgers = Ledgers(
-        "run", 10 * version, next_task={"a": version}, accepted={"a": version - 1}, restorable=({"a": 0},)
+    tables = RunTables(
+        "run",
+        10 * version,
+        next_number={"a": version},
+        accepted={"a": version - 1},
+        restorable=({"a": 0},),
     )
-    return Snapshot(ServerState(rng.standard_normal(50).astype(np.float32), version, memory), ledgers)
+    return Snapshot(
+        ServerState(rng.standard_normal(50).astype(np.float32), version, memory), tables
+    )
 
 
 def save(folder, *versions: int, keep: int = 3) -> None:
@@ -29,12 +35,14 @@ def save(folder, *versions: int, keep: int = 3) -> None:
 
 
 def assert_same(a: Snapshot, b: Snapshot) -> None:
-    assert a.ledgers == b.ledgers and a.state.version == b.state.version
+    assert a.tables == b.tables and a.state.version == b.state.version
     np.testing.assert_array_equal(a.state.params, b.state.params)
     assert a.state.memory.keys() == b.state.memory.keys()
     for name, array in a.state.memory.items():
         np.testing.assert_array_equal(array, b.state.memory[name])
-        assert array.dtype == b.state.memory[name].dtype and array.shape == b.state.memory[name].shape
+        assert (
+            array.dtype == b.state.memory[name].dtype and array.shape == b.state.memory[name].shape
+        )
 
 
 def test_what_is_saved_is_loaded_and_only_the_newest_are_kept(tmp_path):
@@ -120,7 +128,9 @@ def test_a_start_that_came_to_something_counts_no_more(tmp_path, how):
         else:
             checkpoints.ended()
         checkpoints.close()
-    assert Checkpoints(tmp_path, 2).recover().state.version == (7 if how == "a new checkpoint" else 2)
+    assert Checkpoints(tmp_path, 2).recover().state.version == (
+        7 if how == "a new checkpoint" else 2
+    )
 
 
 def test_the_only_checkpoint_is_used_however_often(tmp_path):

@@ -10,7 +10,7 @@ from fedgpt.core.options import ModelOptions, RunOptions, TokenizerOptions
 from fedgpt.data.tokenizer import make_tokenizer
 from fedgpt.model.gpt import GPT
 from fedgpt.model.hf import export_model
-from fedgpt.storage.initial_weights import start_params
+from fedgpt.storage.initial_weights import initial_weights
 
 BYTES = make_tokenizer(TokenizerOptions("bytes"), [])
 
@@ -29,7 +29,7 @@ def exported(folder, tokenizer=BYTES, **model) -> GPT:
 
 
 def test_a_fresh_start_is_the_seeds():
-    one, two = start_params(options(), BYTES), start_params(options(), BYTES)
+    one, two = initial_weights(options(), BYTES), initial_weights(options(), BYTES)
     np.testing.assert_array_equal(one, two)
 
 
@@ -42,24 +42,26 @@ def test_a_folder_of_a_model_or_a_run_gives_its_weights(tmp_path, model, inside)
     gpt.init_weights(99)
     from fedgpt.core.flat import flatten
 
-    np.testing.assert_array_equal(start_params(o, BYTES), flatten(gpt)[1].numpy())
+    np.testing.assert_array_equal(initial_weights(o, BYTES), flatten(gpt)[1].numpy())
 
 
 def test_every_difference_is_told_with_what_to_set(tmp_path):
     exported(tmp_path, n_embd=32, block_size=16)
     with pytest.raises(ConfigError) as error:
-        start_params(options(str(tmp_path)), BYTES)
+        initial_weights(options(str(tmp_path)), BYTES)
     assert "its model.n_embd is 32, this run's is 16; set model.n_embd=32" in str(error.value)
     assert "model.block_size=16" in str(error.value)
 
 
 def test_another_tokenizer_is_refused(tmp_path):
-    bpe = make_tokenizer(TokenizerOptions("bpe", 300), ["some public text, some more public text"] * 20)
+    bpe = make_tokenizer(
+        TokenizerOptions("bpe", 300), ["some public text, some more public text"] * 20
+    )
     exported(tmp_path, bpe)
     with pytest.raises(ConfigError, match="has another tokenizer"):
-        start_params(options(str(tmp_path)), BYTES)
+        initial_weights(options(str(tmp_path)), BYTES)
 
 
 def test_no_model_is_told(tmp_path):
     with pytest.raises(FedGPTError, match=r"no config\.json"):
-        start_params(options(str(tmp_path / "nothing")), BYTES)
+        initial_weights(options(str(tmp_path / "nothing")), BYTES)

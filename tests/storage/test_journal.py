@@ -23,16 +23,26 @@ from fedgpt.core.faults import Injected, injected
 from fedgpt.core.messages import Reply
 from fedgpt.core.options import CheckpointOptions, RunOptions, RuntimeOptions
 from fedgpt.storage.checkpoint import Checkpoints
-from fedgpt.storage.journal import Entry, Journal, wanted
+from fedgpt.storage.journal import Entry, Journal, needs_journal
 
 
 def entries() -> list[Entry]:
     update = np.arange(5, dtype=np.float32)
     packed = np.arange(7, dtype=np.uint8)
-    replies = (Reply("b", 3, error="code 2: é", code="bad_encoding"), Reply("c", 1, "{}", packed, bytes=7))
+    replies = (
+        Reply("b", 3, error="code 2: é", code="bad_encoding"),
+        Reply("c", 1, "{}", packed, bytes=7),
+    )
     return [
-        Entry("send", jobs=(("a", 0), ("b", 3)), times=(0.5, 1.5), away=frozenset({"c"}), clients=3),
-        Entry("receive", replies=(Reply("a", 0, '{"x": 1}', update, bytes=20, seconds=2.0),), times=(2.0,), clients=3),
+        Entry(
+            "send", jobs=(("a", 0), ("b", 3)), times=(0.5, 1.5), away=frozenset({"c"}), clients=3
+        ),
+        Entry(
+            "receive",
+            replies=(Reply("a", 0, '{"x": 1}', update, bytes=20, seconds=2.0),),
+            times=(2.0,),
+            clients=3,
+        ),
         Entry("step", times=(9.25,), clients=3),
         Entry("receive", replies=replies, clients=3),
         Entry("step", times=(10.5,), clients=3),
@@ -44,13 +54,16 @@ def same(one: Entry, other: Entry) -> bool:
         return False
     pairs = list(zip(one.replies, other.replies, strict=True))
     plain = all(
-        (a.client, a.task, a.header, a.error, a.code, a.bytes, a.seconds)
-        == (b.client, b.task, b.header, b.error, b.code, b.bytes, b.seconds)
+        (a.client, a.number, a.header, a.error, a.code, a.bytes, a.seconds)
+        == (b.client, b.number, b.header, b.error, b.code, b.bytes, b.seconds)
         for a, b in pairs
     )
     return plain and all(
         (a.payload is None) == (b.payload is None)
-        and (a.payload is None or (a.payload.dtype == b.payload.dtype and np.array_equal(a.payload, b.payload)))
+        and (
+            a.payload is None
+            or (a.payload.dtype == b.payload.dtype and np.array_equal(a.payload, b.payload))
+        )
         for a, b in pairs
     )
 
@@ -95,7 +108,9 @@ def test_any_cut_and_any_flipped_byte_leave_a_prefix(tmp_path_factory, data):
     path.write_bytes(content)
     read = list(Journal(folder).read(4))
     before = 0 if path.name == "version-00000004.log" else 3
-    assert before <= len(read) < 5 and all(same(a, b) for a, b in zip(read, entries(), strict=False))
+    assert before <= len(read) < 5 and all(
+        same(a, b) for a, b in zip(read, entries(), strict=False)
+    )
 
     journal = Journal(folder)  # and it can be gone on with
     journal.begin(4 + sum(entry.call == "step" for entry in read))
@@ -122,14 +137,21 @@ def test_a_log_can_be_left_behind_at_the_entry_that_does_not_fit(tmp_path):
     for _ in range(2):
         next(read)
     journal.cut()
-    assert len(list(Journal(tmp_path).read(4))) == 1 and not (tmp_path / "version-00000005.log").exists()
+    assert (
+        len(list(Journal(tmp_path).read(4))) == 1
+        and not (tmp_path / "version-00000005.log").exists()
+    )
 
 
 def uneven(hurry: float):
     """Clients of unequal speed; another `hurry` is another order of arrival."""
 
     def client(at: int):
-        return lambda job: honest(job, (1 + at + 0.37 * (job.task % 3)) ** hurry, tokens=job.plan.steps * STEP_TOKENS)
+        return lambda job: honest(
+            job,
+            (1 + at + 0.37 * (job.number % 3)) ** hurry,
+            tokens=job.plan.local_steps * STEP_TOKENS,
+        )
 
     return {name: client(at) for at, name in enumerate("abcde")}
 
@@ -148,8 +170,12 @@ BUFFER = {"name": "buffer", "clients": 4}
     ],
     ids=["async", "fedasync", "grace and dylu", "cohort with a deadline", "median"],
 )
-@pytest.mark.parametrize("fault", ["accepted:7", "accepted:10", "send:3", "send:9", "aggregate:4", "journal.half:20"])
-def test_a_server_that_fails_anywhere_loses_nothing_and_repeats_nothing(tmp_path, strategy, pace, fault):
+@pytest.mark.parametrize(
+    "fault", ["accepted:7", "accepted:10", "send:3", "send:9", "aggregate:4", "journal.half:20"]
+)
+def test_a_server_that_fails_anywhere_loses_nothing_and_repeats_nothing(
+    tmp_path, strategy, pace, fault
+):
     """After the restart clients are fast where they were slow: only the log can bring the first part back."""
     o = options(tmp_path, rounds=20, **pace)
     o.checkpoint = CheckpointOptions(every=6, keep=2)
@@ -162,17 +188,26 @@ def test_a_server_that_fails_anywhere_loses_nothing_and_repeats_nothing(tmp_path
     assert again.version == 20
     first, second = outcomes[0].accepted, again.accepted
     begun = outcomes[0].accepted_until(from_version)
-    assert second[: len(first) - begun] == first[begun:], "what was accepted is accepted again, at the same time"
-    tasks = [(client, task) for client, task, _ in first[:begun] + second]
-    assert len(tasks) == len(set(tasks)), "no update counts twice"
-    asked_again = {(job.client, job.task) for job in again.jobs}
-    assert not asked_again & {(client, task) for client, task, _ in first[begun:]}, "nobody does accepted work again"
+    assert second[: len(first) - begun] == first[begun:], (
+        "what was accepted is accepted again, at the same time"
+    )
+    numbers = [(client, number) for client, number, _ in first[:begun] + second]
+    assert len(numbers) == len(set(numbers)), "no update counts twice"
+    asked_again = {(job.client, job.number) for job in again.jobs}
+    assert not asked_again & {(client, number) for client, number, _ in first[begun:]}, (
+        "nobody does accepted work again"
+    )
     if not pace.get("dylu"):
-        assert again.server.ledgers.tokens_done == sum(m["accepted"] for m in again.metrics[1:]) * JOB_TOKENS
+        assert (
+            again.server.tables.tokens_done
+            == sum(m["accepted"] for m in again.metrics[1:]) * JOB_TOKENS
+        )
     assert not list((tmp_path / "wal").iterdir()), "a run that is over has no log"
 
 
-@pytest.mark.parametrize("fault", ["accepted:2", "accepted:4", "send:3", "send:9", "aggregate:1", "aggregate:9"])
+@pytest.mark.parametrize(
+    "fault", ["accepted:2", "accepted:4", "send:3", "send:9", "aggregate:1", "aggregate:9"]
+)
 def test_a_pacing_that_changed_by_the_clock_changes_again_at_the_same_moment(tmp_path, fault):
     """auto looks at the real clock while it waits: after a restart the log has those moments."""
     o = options(tmp_path, rounds=8)
@@ -201,7 +236,11 @@ def test_an_interrupted_server_goes_on_in_the_middle_of_a_version(tmp_path):
         raise KeyboardInterrupt
 
     o = options(tmp_path, rounds=1)
-    patient = {"a": lambda job: honest(job, 1.0), "b": lambda job: honest(job, 2.0), "c": interrupting}
+    patient = {
+        "a": lambda job: honest(job, 1.0),
+        "b": lambda job: honest(job, 2.0),
+        "c": interrupting,
+    }
     outcomes = []
     with injected("accepted:2:raise"), pytest.raises(Injected):
         run(o, {**patient, "d": interrupting}, journal=True, outcomes=outcomes)
@@ -214,7 +253,7 @@ def test_an_interrupted_server_goes_on_in_the_middle_of_a_version(tmp_path):
 
 def test_sigint_keeps_the_log(tmp_path):
     def interrupt(job):
-        if job.task == 1:
+        if job.number == 1:
             raise KeyboardInterrupt
         return honest(job)
 
@@ -228,7 +267,7 @@ def test_sigint_keeps_the_log(tmp_path):
 
 def test_a_run_that_stopped_for_a_reason_asks_again(tmp_path):
     def never(job):
-        return [(1.0, Reply(job.client, job.task, error="no"))]
+        return [(1.0, Reply(job.client, job.number, error="no"))]
 
     o = options(tmp_path, rounds=2, minimum=2)
     with pytest.raises(StoppedEarly):
@@ -250,8 +289,13 @@ def test_past_a_damaged_checkpoint_the_log_leads_to_where_the_run_stood(tmp_path
         run(o, uneven(1.0), DeltaSGD(), journal=True, outcomes=outcomes)
     damaged(tmp_path / "checkpoints" / "version-00000012.safetensors")
     again = run(o, uneven(-1.0), DeltaSGD(), journal=True)
-    first, begun = outcomes[0].accepted, outcomes[0].accepted_until(6)  # which the older checkpoint is of
-    assert not {(job.client, job.task) for job in again.jobs} & {(c, task) for c, task, _ in first}
+    first, begun = (
+        outcomes[0].accepted,
+        outcomes[0].accepted_until(6),
+    )  # which the older checkpoint is of
+    assert not {(job.client, job.number) for job in again.jobs} & {
+        (c, number) for c, number, _ in first
+    }
     assert again.accepted[: len(first) - begun] == first[begun:] and again.version == 20
 
 
@@ -270,7 +314,9 @@ def test_a_log_that_does_not_fit_is_replaced_from_there_on(tmp_path, caplog):
     caplog.clear()
     again = run(o, uneven(1.0), DeltaSGD(), journal=True)
     assert "the log does not fit" not in caplog.text
-    assert again.accepted[: len(outcomes[0].accepted)] == outcomes[0].accepted and again.version == 20
+    assert (
+        again.accepted[: len(outcomes[0].accepted)] == outcomes[0].accepted and again.version == 20
+    )
 
 
 def test_clients_that_do_not_come_back_in_time_cost_no_log(tmp_path, monkeypatch):
@@ -282,7 +328,10 @@ def test_clients_that_do_not_come_back_in_time_cost_no_log(tmp_path, monkeypatch
     def nobody(transport, timeout):
         raise StoppedEarly(f"0 of 3 clients connected within {timeout:.0f} s")
 
-    with monkeypatch.context() as patched, pytest.raises(StoppedEarly, match="connected within 300 s") as stopped:
+    with (
+        monkeypatch.context() as patched,
+        pytest.raises(StoppedEarly, match="connected within 300 s") as stopped,
+    ):
         patched.setattr(ScriptTransport, "clients", nobody)
         run(o, dict.fromkeys("abc", honest), journal=True)
     assert exit_code(stopped.value) == 3
@@ -308,6 +357,10 @@ def test_without_its_clients_the_log_is_of_no_use(tmp_path, caplog):
     ],
 )  # fmt: skip
 def test_where_a_log_is_kept(clock, pace, runtime, journal, kept):
-    o = RunOptions(clock=clock, runtime=RuntimeOptions(name=runtime), checkpoint=CheckpointOptions(journal=journal))
+    o = RunOptions(
+        clock=clock,
+        runtime=RuntimeOptions(name=runtime),
+        checkpoint=CheckpointOptions(journal=journal),
+    )
     o.pace.name = pace
-    assert wanted(o, switches=False) == kept
+    assert needs_journal(o, switches=False) == kept

@@ -20,7 +20,30 @@ FAMILY = [
 INTEGER = [codec for codec in FAMILY if codec.name in ("int8", "int4")]
 every_codec = pytest.mark.parametrize("codec", FAMILY, ids=repr)
 
-SIZES = [0, 1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 129, 255, 256, 257, 1023, 1025, 4095, 4096, 4097, 5000, 8192 + 65]
+SIZES = [
+    0,
+    1,
+    2,
+    3,
+    15,
+    16,
+    17,
+    63,
+    64,
+    65,
+    127,
+    129,
+    255,
+    256,
+    257,
+    1023,
+    1025,
+    4095,
+    4096,
+    4097,
+    5000,
+    8192 + 65,
+]
 KINDS = ("gaussian", "heavy", "any bits", "denormal", "huge", "zeros", "spike", "ties", "few")
 
 
@@ -33,9 +56,10 @@ def delta_of(size: int, kind: str, seed: int) -> np.ndarray:
         x = rng.integers(0, 2**32, size, dtype=np.uint32).view(np.float32)
         x[~np.isfinite(x)] = -0.0
     elif kind == "denormal":
-        x = (rng.integers(0, 2**20, size, dtype=np.uint32) >> rng.integers(0, 20, size, dtype=np.uint32)).view(
-            np.float32
-        )
+        x = (
+            rng.integers(0, 2**20, size, dtype=np.uint32)
+            >> rng.integers(0, 20, size, dtype=np.uint32)
+        ).view(np.float32)
     elif kind == "huge":
         x = np.sign(x) * MAX * rng.choice(np.array([1, 1, 0.99, 0.5], np.float32), size)
     elif kind == "zeros":

@@ -11,20 +11,28 @@ import numpy as np
 from fedgpt.core.messages import ClientInfo, Job, Reply, Update
 from fedgpt.update.codec import encode
 
-Behaviour = Callable[[Job], list[tuple[float, Reply]]]  # a job -> (seconds until it arrives, reply), any number
+Behaviour = Callable[
+    [Job], list[tuple[float, Reply]]
+]  # a job -> (seconds until it arrives, reply), any number
 
 
-def honest(job: Job, seconds: float = 1.0, scale: float = 0.1, tokens: int = 512) -> list[tuple[float, Reply]]:
+def honest(
+    job: Job, seconds: float = 1.0, scale: float = 0.1, tokens: int = 512
+) -> list[tuple[float, Reply]]:
     """A client whose update depends on client, task and the model, and on nothing else."""
-    rng = np.random.default_rng([*job.client.encode(), job.task])
-    delta = (scale * rng.standard_normal(job.params.size)).astype(np.float32) + np.float32(0.01) * job.params
+    rng = np.random.default_rng([*job.client.encode(), job.number])
+    delta = (scale * rng.standard_normal(job.params.size)).astype(np.float32) + np.float32(
+        0.01
+    ) * job.params
     return [(seconds, reply_with(job, delta, tokens))]
 
 
 def reply_with(job: Job, delta: np.ndarray, tokens: int = 512, **metrics: float) -> Reply:
-    update = Update(job.client, job.task, job.version, delta, tokens, {"train_loss": 1.0, **metrics})
+    update = Update(
+        job.client, job.number, job.version, delta, tokens, {"train_loss": 1.0, **metrics}
+    )
     header, array = encode(job.plan.run, update)
-    return Reply(job.client, job.task, header, array, bytes=array.nbytes + len(header))
+    return Reply(job.client, job.number, header, array, bytes=array.nbytes + len(header))
 
 
 class ScriptTransport:
@@ -55,7 +63,8 @@ class ScriptTransport:
             self.jobs.append(job)
             for delay, reply in self.behaviours[job.client](job):
                 heapq.heappush(
-                    self._queue, ((self.time if self.own_clock else job.sent) + delay, next(self._order), reply)
+                    self._queue,
+                    ((self.time if self.own_clock else job.sent) + delay, next(self._order), reply),
                 )
 
     def receive(self, timeout: float | None) -> list[Reply]:

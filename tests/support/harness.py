@@ -16,8 +16,8 @@ from fedgpt.privacy.plan import PrivacyPlan
 from fedgpt.server.loop import RootTrainer, Server
 from fedgpt.server.metrics import first_record
 from fedgpt.server.privacy import make_privacy
-from fedgpt.storage.checkpoint import Checkpoints, Ledgers, Snapshot
-from fedgpt.storage.journal import Journal, Journaled
+from fedgpt.storage.checkpoint import Checkpoints, RunTables, Snapshot
+from fedgpt.storage.journal import Journal, RecordedTransport
 from fedgpt.storage.run_folder import RunFolder
 
 SIZE = 300
@@ -39,8 +39,19 @@ def options(folder: Path, rounds: int = 4, **pace: Any) -> RunOptions:
 class Outcome:
     """What is left of one start of a server: its last state, its events, its jobs."""
 
-    def __init__(self, server: Server, transport: ScriptTransport, events: list[tuple[str, dict]], folder: RunFolder):
-        self.server, self.jobs, self.events, self.metrics = server, transport.jobs, events, folder.metrics.read()
+    def __init__(
+        self,
+        server: Server,
+        transport: ScriptTransport,
+        events: list[tuple[str, dict]],
+        folder: RunFolder,
+    ):
+        self.server, self.jobs, self.events, self.metrics = (
+            server,
+            transport.jobs,
+            events,
+            folder.metrics.read(),
+        )
         self.params, self.version = server.state.params, server.state.version
 
     def told(self, *names: str) -> list[dict]:
@@ -48,13 +59,15 @@ class Outcome:
 
     @property
     def accepted(self) -> list[tuple[str, int, float]]:
-        return [(e["client"], e["task"], e["seconds"]) for e in self.told("accept")]
+        return [(e["client"], e["number"], e["seconds"]) for e in self.told("accept")]
 
     def accepted_until(self, version: int) -> int:
         """How many updates had been accepted when `version` was made."""
         if version == 0:
             return 0
-        until = self.events.index(next(e for e in self.events if e[0] == "version" and e[1]["version"] == version))
+        until = self.events.index(
+            next(e for e in self.events if e[0] == "version" and e[1]["version"] == version)
+        )
         return sum(name == "accept" for name, _ in self.events[:until])
 
 
@@ -78,7 +91,7 @@ def run(
     if snapshot is None:
         folder.metrics.keep([])
         params = np.linspace(-1, 1, SIZE, dtype=np.float32)
-        snapshot = Snapshot(ServerState(params), Ledgers("run", record=first_record()))
+        snapshot = Snapshot(ServerState(params), RunTables("run", record=first_record()))
     else:
         version = snapshot.state.version
         folder.metrics.keep(r for r in folder.metrics.read() if r["version"] < version)
@@ -87,9 +100,13 @@ def run(
         value = float(np.abs(params).mean()) if loss is None else loss[version]
         return {"loss": value, "perplexity": 1.0, "bits_per_byte": value}
 
-    script = kind(behaviours, snapshot.ledgers.seconds, own_clock=journal)
-    now = snapshot.ledgers.seconds
-    log = Journaled(script, Journal(folder.wal), snapshot.state.version, now) if journal else None
+    script = kind(behaviours, snapshot.tables.seconds, own_clock=journal)
+    now = snapshot.tables.seconds
+    log = (
+        RecordedTransport(script, Journal(folder.wal), snapshot.state.version, now)
+        if journal
+        else None
+    )
     events: list[tuple[str, dict]] = []
     server = Server(
         o, strategy or FedAvg(), log or script, evaluate, folder, snapshot,

@@ -53,10 +53,14 @@ class HereGrid(Grid):
                 reply = app(message, Context(1, node, about, RecordDict(), self.run_config))
             except Exception as error:  # as a SuperNode has it
                 reason = f"{type(error).__name__}: {error}"
-                reply = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+                reply = Message(
+                    Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message
+                )
             for record in reply.content.array_records.values() if reply.has_content() else ():
                 for key, array in list(record.items()):
-                    record[key] = NdArray(array.numpy().copy())  # the app's next job overwrites what it sent
+                    record[key] = NdArray(
+                        array.numpy().copy()
+                    )  # the app's next job overwrites what it sent
             self.replies[ids[-1]] = reply
         return ids
 
@@ -79,8 +83,13 @@ def run_here(*overrides: str) -> dict[str, Any]:
 
     options = compose.load(overrides)
     prepared = prepare(options.corpus, options.tokenizer, options.cache_dir)
-    clients = len(partition(prepared, options.partition, options.seed, options.model.block_size + 1))
-    return serve(options, HereGrid(clients, {"config": compose.to_yaml(options)}, f"{options.run_dir}/clients"))
+    clients = len(
+        partition(prepared, options.partition, options.seed, options.model.block_size + 1)
+    )
+    return serve(
+        options,
+        HereGrid(clients, {"config": compose.to_yaml(options)}, f"{options.run_dir}/clients"),
+    )
 
 
 def tiny_run(folder: Path) -> list[str]:
@@ -88,7 +97,9 @@ def tiny_run(folder: Path) -> list[str]:
     for writer in ("ann", "bob"):
         (folder / "text" / writer).mkdir(parents=True)
         for page in range(6):
-            text = "\n".join(f"{writer} wrote on page {page}, line {n}: the river rose again." for n in range(12))
+            text = "\n".join(
+                f"{writer} wrote on page {page}, line {n}: the river rose again." for n in range(12)
+            )
             (folder / "text" / writer / f"{page}.txt").write_text(text)
     return [
         "corpus=files", "corpus.client=folder", f"corpus.path={folder / 'text'}", "corpus.public=0.2",

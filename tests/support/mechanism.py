@@ -15,9 +15,9 @@ from fedgpt.core.messages import Job, Pacing, Plan, ServerState, Update
 from fedgpt.core.options import PaceOptions, PrivacyOptions, RunOptions
 from fedgpt.privacy.accounting import Event
 from fedgpt.privacy.plan import PrivacyPlan
-from fedgpt.server.collector import Intake
+from fedgpt.server.collector import UpdateCollector
 from fedgpt.server.privacy import PaidByServer
-from fedgpt.storage.checkpoint import Ledgers
+from fedgpt.storage.checkpoint import RunTables
 
 SIZE, CLIP, COHORT = 4000, 0.5, 10
 QUIET = 1e-9  # a noise multiplier that hides nothing
@@ -28,31 +28,46 @@ def options(**privacy: Any) -> RunOptions:
     return RunOptions(privacy=chosen, pace=PaceOptions(rate=0.1))
 
 
-def plan(noise: float, sampling: str = "poisson", participations: int = 100, scale: float = 1.0) -> PrivacyPlan:
+def plan(
+    noise: float, sampling: str = "poisson", participations: int = 100, scale: float = 1.0
+) -> PrivacyPlan:
     event = Event(noise, 0.1 if sampling == "poisson" else 1.0, 100)
-    return PrivacyPlan("client", sampling, event, 1e-5, None, 100, participations, float(COHORT), scale)
+    return PrivacyPlan(
+        "client", sampling, event, 1e-5, None, 100, participations, float(COHORT), scale
+    )
 
 
 class Mechanism:
     """Releases of privacy=client, one version after the other."""
 
-    def __init__(self, folder: Path, noise: float, size: int = SIZE, strategy: Strategy | None = None, **privacy: Any):
+    def __init__(
+        self,
+        folder: Path,
+        noise: float,
+        size: int = SIZE,
+        strategy: Strategy | None = None,
+        **privacy: Any,
+    ):
         o = options(**privacy)
         sampling = "correlated" if o.privacy.bands > 1 else "poisson"
         self.privacy = PaidByServer(o, plan(noise, sampling), folder, "data", fresh=True)
-        self.intake = Intake(o, strategy or FedAvg(), size, self.privacy)
+        self.collector = UpdateCollector(o, strategy or FedAvg(), size, self.privacy)
         self.state = ServerState(np.zeros(size, np.float32))
-        self.ledgers = Ledgers("test")
+        self.tables = RunTables("test")
 
     def release(self, updates: list[tuple[np.ndarray, int]]) -> np.ndarray:
         """D of one version from (delta, tokens) of each client."""
-        self.intake.begin(self.state, (), len(updates) + 1, 1)
+        self.collector.begin(self.state, (), len(updates) + 1, 1)
         for number, (delta, tokens) in enumerate(updates):
             norm = float(np.linalg.norm(delta.astype(np.float64)))
-            update = Update(f"client {number}", 0, self.state.version, delta, tokens, {"update_norm": norm})
-            self.intake.add(update, Job(update.client, 0, 0, delta, Plan("test", 1, 0, 1, 1)), 0)
+            update = Update(
+                f"client {number}", 0, self.state.version, delta, tokens, {"update_norm": norm}
+            )
+            self.collector.add(update, Job(update.client, 0, 0, delta, Plan("test", 1, 0, 1, 1)), 0)
         before = self.state
-        self.state = self.intake.step(before, Pacing("cohort", COHORT, COHORT), None, self.ledgers)
+        self.state = self.collector.step(
+            before, Pacing("cohort", COHORT, COHORT), None, self.tables
+        )
         return before.params - self.state.params
 
 
@@ -75,14 +90,18 @@ def noise_times(factor: float):
 
     right = SecureStream.add_normal
     with patched(
-        "fedgpt.privacy.randomness.SecureStream.add_normal", lambda self, out, std: right(self, out, std * factor)
+        "fedgpt.privacy.randomness.SecureStream.add_normal",
+        lambda self, out, std: right(self, out, std * factor),
     ):
         yield
 
 
 @contextmanager
 def divided_by_who_came():
-    with patched("fedgpt.server.privacy.PaidByServer.divisor", lambda self, rule, pacing: float(len(self.shares))):
+    with patched(
+        "fedgpt.server.privacy.PaidByServer.divisor",
+        lambda self, rule, pacing: float(len(self.shares)),
+    ):
         yield
 
 
@@ -104,8 +123,8 @@ def clipped_after_averaging():
 
     right = PaidByServer.release
 
-    def release(self, mean, divisor, state, ledgers):
-        return right(self, clipped(mean, self.clip), divisor, state, ledgers)
+    def release(self, mean, divisor, state, tables):
+        return right(self, clipped(mean, self.clip), divisor, state, tables)
 
     with not_clipped(), patched("fedgpt.server.privacy.PaidByServer.release", release):
         yield
@@ -126,7 +145,10 @@ def clipped_by_layer(layers: int = 16):
 def clipped_to(factor: float):
     from fedgpt.privacy.clipping import clipped
 
-    with patched("fedgpt.server.privacy.clipped", lambda delta, clip: clipped(delta, factor * clip)), wide_sum():
+    with (
+        patched("fedgpt.server.privacy.clipped", lambda delta, clip: clipped(delta, factor * clip)),
+        wide_sum(),
+    ):
         yield
 
 
@@ -146,7 +168,9 @@ def weighted_by_tokens(most: float = 1000.0):
 def reused_noise():
     from fedgpt.privacy.randomness import SecureStream
 
-    with patched("fedgpt.server.privacy.SecureStream", lambda key, *words: SecureStream(bytes(32), "always")):
+    with patched(
+        "fedgpt.server.privacy.SecureStream", lambda key, *words: SecureStream(bytes(32), "always")
+    ):
         yield
 
 

@@ -22,7 +22,9 @@ from fedgpt.update.npy import read_npy
 SIZE, TOKENS, LIMIT = 5000, 640, 50.0
 DELTA = np.random.default_rng(0).standard_normal(SIZE).astype(np.float32) / 10
 CODECS: list[Compressor] = [make_compressor(name) for name in COMPRESSORS]
-GOOD = [encode("run", Update("alice", 3, 5, DELTA, 512, {"train_loss": 2.5}), codec) for codec in CODECS]
+GOOD = [
+    encode("run", Update("alice", 3, 5, DELTA, 512, {"train_loss": 2.5}), codec) for codec in CODECS
+]
 JUNK: list[Any] = [
     None, True, False, 0, -1, 1, 3, 5, 2**31, 2**63, -(2**63), 10**30, 0.5, 3.0, -0.0, 1e308, float("nan"),
     float("inf"), "", "run", "alice", "none", "int8", "topk", "0" * 64,
@@ -51,7 +53,9 @@ def message(choose: Choose) -> tuple[Reply, Expected]:
     for _ in range(1 + choose(4)):
         payload, fields = MUTATIONS[choose(len(MUTATIONS))](choose, payload, fields)
     if isinstance(payload, np.ndarray) and isinstance(fields, dict) and choose(2):
-        fields["sha256"] = digest(np.ascontiguousarray(payload)) if payload.dtype.kind in "fiu" else "0"
+        fields["sha256"] = (
+            digest(np.ascontiguousarray(payload)) if payload.dtype.kind in "fiu" else "0"
+        )
     text = fields if isinstance(fields, str) else json.dumps(fields)
     if choose(8) == 0:
         at = choose(len(text) + 1)
@@ -70,8 +74,12 @@ def check(reply: Reply, expected: Expected) -> str:
         assert rejection.code in REASONS
         assert len(rejection.detail) < 500, "a detail is for a line of a log"
         return rejection.code
-    assert (update.client, update.task, update.version) == ("alice", 3, 5)
-    assert update.delta.dtype == np.float32 and update.delta.shape == (SIZE,) and np.isfinite(update.delta).all()
+    assert (update.client, update.number, update.version) == ("alice", 3, 5)
+    assert (
+        update.delta.dtype == np.float32
+        and update.delta.shape == (SIZE,)
+        and np.isfinite(update.delta).all()
+    )
     assert np.linalg.norm(update.delta.astype(np.float64)) <= LIMIT * (1 + 1e-4)
     assert type(update.tokens) is int and 0 < update.tokens <= TOKENS
     assert all(type(name) is str and np.isfinite(value) for name, value in update.metrics.items())
@@ -93,7 +101,9 @@ def _bytes(choose: Choose, payload: Any, fields: Any) -> tuple[Any, Any]:
 def _length(choose: Choose, payload: Any, fields: Any) -> tuple[Any, Any]:
     if _numbers(payload):
         flat = payload.reshape(-1)
-        payload = (flat[: choose(flat.size + 1)], np.concatenate([flat, flat[: choose(64)]]))[choose(2)].copy()
+        payload = (flat[: choose(flat.size + 1)], np.concatenate([flat, flat[: choose(64)]]))[
+            choose(2)
+        ].copy()
     return payload, fields
 
 
@@ -107,7 +117,12 @@ def _dtype(choose: Choose, payload: Any, fields: Any) -> tuple[Any, Any]:
 
 def _shape(choose: Choose, payload: Any, fields: Any) -> tuple[Any, Any]:
     if _numbers(payload):
-        shapes = (payload[None], payload.reshape(-1, 1), payload.reshape(-1)[::2], np.stack([payload, payload]))
+        shapes = (
+            payload[None],
+            payload.reshape(-1, 1),
+            payload.reshape(-1)[::2],
+            np.stack([payload, payload]),
+        )
         payload = shapes[choose(len(shapes))]
     return payload, fields
 
@@ -115,12 +130,22 @@ def _shape(choose: Choose, payload: Any, fields: Any) -> tuple[Any, Any]:
 def _values(choose: Choose, payload: Any, fields: Any) -> tuple[Any, Any]:
     if isinstance(payload, np.ndarray) and payload.dtype == np.float32 and payload.size:
         payload = payload.copy()
-        payload.reshape(-1)[choose(payload.size) :: 1 + choose(payload.size)] = VALUES[choose(len(VALUES))]
+        payload.reshape(-1)[choose(payload.size) :: 1 + choose(payload.size)] = VALUES[
+            choose(len(VALUES))
+        ]
     return payload, fields
 
 
 def _type(choose: Choose, payload: Any, fields: Any) -> tuple[Any, Any]:
-    others = (None, b"\x80\x04", "text", [1.0, 2.0], np.array([object()] * 3), np.float32(1), memoryview(b"abc"))
+    others = (
+        None,
+        b"\x80\x04",
+        "text",
+        [1.0, 2.0],
+        np.array([object()] * 3),
+        np.float32(1),
+        memoryview(b"abc"),
+    )
     return others[choose(len(others))], fields
 
 
@@ -144,7 +169,10 @@ def _npy(choose: Choose, payload: Any, fields: Any) -> tuple[Any, Any]:
     np.save(buffer, payload)
     data = bytearray(buffer.getvalue())
     for _ in range(choose(4)):
-        at, part = choose(min(len(data), (128, len(data))[choose(2)]) + 1), HEADERS[choose(len(HEADERS))]
+        at, part = (
+            choose(min(len(data), (128, len(data))[choose(2)]) + 1),
+            HEADERS[choose(len(HEADERS))],
+        )
         data[at : at + choose(len(part) + 2)] = part
     if choose(4) == 0:
         data = data[: choose(len(data) + 1)]
@@ -152,7 +180,16 @@ def _npy(choose: Choose, payload: Any, fields: Any) -> tuple[Any, Any]:
 
 
 def _header(choose: Choose, payload: Any, fields: Any) -> tuple[Any, Any]:
-    bombs = ("[" * 100_000, "9" * 10_000, "{" * 50, "", "null", "1e999", '{"format": ' + "9" * 5000 + "}", "\ud800")
+    bombs = (
+        "[" * 100_000,
+        "9" * 10_000,
+        "{" * 50,
+        "",
+        "null",
+        "1e999",
+        '{"format": ' + "9" * 5000 + "}",
+        "\ud800",
+    )
     return payload, bombs[choose(len(bombs))]
 
 

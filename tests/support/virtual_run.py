@@ -26,7 +26,7 @@ from fedgpt.server.loop import Server
 from fedgpt.server.metrics import first_record
 from fedgpt.simulate.fleet import make_timing
 from fedgpt.simulate.virtual_clock import VirtualTransport
-from fedgpt.storage.checkpoint import Checkpoints, Ledgers, Snapshot
+from fedgpt.storage.checkpoint import Checkpoints, RunTables, Snapshot
 from fedgpt.storage.run_folder import RunFolder
 
 SIZE = 300
@@ -54,7 +54,7 @@ class LatePool:
         for job in jobs:
             self.jobs.append(job)
             for _, reply in self.behaviours[job.client](job):
-                self.sizes[job.client, job.task] = reply.bytes
+                self.sizes[job.client, job.number] = reply.bytes
                 self._done.append(reply)
 
     def receive(self, timeout: float | None) -> list[Reply]:
@@ -63,7 +63,9 @@ class LatePool:
         return [self._done.pop(self.random.randrange(len(self._done)))]
 
     def abandon(self, keys: Iterable[tuple[str, int]]) -> None:
-        self._done = [reply for reply in self._done if (reply.client, reply.task) not in set(keys)]
+        self._done = [
+            reply for reply in self._done if (reply.client, reply.number) not in set(keys)
+        ]
 
     def bytes_down(self, job: Job) -> int:
         return job.params.nbytes
@@ -107,7 +109,7 @@ def serve(
     snapshot = Checkpoints(run_folder.checkpoints, 2).recover()
     if snapshot is None:
         params = np.linspace(-1, 1, SIZE, dtype=np.float32)
-        snapshot = Snapshot(ServerState(params), Ledgers("run", record=first_record()))
+        snapshot = Snapshot(ServerState(params), RunTables("run", record=first_record()))
     version = snapshot.state.version
     run_folder.metrics.keep(r for r in run_folder.metrics.read() if r["version"] < version)
     run_folder.events.keep([])
@@ -123,7 +125,7 @@ def serve(
         if event in ("dispatch", "accept", "reject"):
             run_folder.events.append({"event": event, **about})
 
-    transport = VirtualTransport(clients, make_timing(options), snapshot.ledgers.seconds)
+    transport = VirtualTransport(clients, make_timing(options), snapshot.tables.seconds)
     server = Server(options, strategy, transport, score, run_folder, snapshot, [observe])
     snapshot = params = None  # the server alone says how long the vector of its start is kept
     try:

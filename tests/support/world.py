@@ -36,7 +36,13 @@ class World:
     def fedgpt(self, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "fedgpt", *arguments]
         done = subprocess.run(
-            command, capture_output=True, text=True, env=self.env, cwd=self.root, timeout=LONG, check=False
+            command,
+            capture_output=True,
+            text=True,
+            env=self.env,
+            cwd=self.root,
+            timeout=LONG,
+            check=False,
         )
         assert done.returncode == code, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
         assert "Traceback" not in done.stderr, done.stderr
@@ -46,12 +52,15 @@ class World:
         """Run a script that fills the dictionary `told`; returns it."""
         answer = self.root / f"{uuid.uuid4().hex}.json"
         here = f"import sys\nsys.path.append({str(TESTS)!r})\nfrom support.here import run_here\n"
-        whole = (
-            f"import json, fedgpt\nfrom pathlib import Path\n{here}OPTIONS = {self.options!r}\ntold = {{}}\n{script}\n"
-        )
+        whole = f"import json, fedgpt\nfrom pathlib import Path\n{here}OPTIONS = {self.options!r}\ntold = {{}}\n{script}\n"
         whole += f"open({str(answer)!r}, 'w').write(json.dumps(told))\n"
         subprocess.run(
-            [sys.executable, "-c", whole], env=self.env, cwd=self.root, timeout=LONG, check=True, stdout=subprocess.PIPE
+            [sys.executable, "-c", whole],
+            env=self.env,
+            cwd=self.root,
+            timeout=LONG,
+            check=True,
+            stdout=subprocess.PIPE,
         )
         return json.loads(answer.read_text())
 
@@ -76,7 +85,9 @@ def wait_until(condition: Callable[[], bool], seconds: float = LONG) -> None:
 
 
 def shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()} if Path("/dev/shm").is_dir() else set()
+    return (
+        {path.name for path in Path("/dev/shm").iterdir()} if Path("/dev/shm").is_dir() else set()
+    )
 
 
 def files(folder: Path) -> set[str]:
@@ -89,7 +100,9 @@ def summary(folder: Path) -> dict[str, Any]:
 
 def untimed(folder: Path) -> list[dict[str, Any]]:
     timed = {"wall_seconds", "idle_share"}
-    return [{k: v for k, v in r.items() if k not in timed} for r in read_lines(folder / "metrics.jsonl")]
+    return [
+        {k: v for k, v in r.items() if k not in timed} for r in read_lines(folder / "metrics.jsonl")
+    ]
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,10 @@ def code_of(bad: Reply) -> str:
 def test_a_good_update_comes_back_as_it_was_with_its_norm():
     update = decode(reply(), EXPECTED)
     assert update.tokens == 64 and update.client == "alice"
-    assert update.metrics == {"train_loss": 2.5, "update_norm": pytest.approx(np.linalg.norm(DELTA), rel=1e-6)}
+    assert update.metrics == {
+        "train_loss": 2.5,
+        "update_norm": pytest.approx(np.linalg.norm(DELTA), rel=1e-6),
+    }
     np.testing.assert_array_equal(update.delta, DELTA)
 
 
@@ -48,15 +51,18 @@ def test_negative_zero_and_denormals_are_values_like_others():
     [
         ({"run": "other"}, "wrong_run"),
         ({"client": "mallory"}, "wrong_sender"),
-        ({"task": 2}, "unknown_task"),
-        ({"task": 3.0}, "unknown_task"),
+        ({"task": 2}, "unknown_job"),
+        ({"task": 3.0}, "unknown_job"),
         ({"version": 4}, "late"),
         ({"size": 10**13}, "size_mismatch"),
         ({"sha256": "0" * 64}, "digest_mismatch"),
         ({"sha256": None}, "digest_mismatch"),
         ({"format": 1}, "bad_encoding"),
         ({"compress": "int8"}, "bad_encoding"),
-        *[({"tokens": t}, "bad_num_tokens") for t in (0, -1, 101, 1e12, 5.0, "5", [5], None, True, float("nan"))],
+        *[
+            ({"tokens": t}, "bad_num_tokens")
+            for t in (0, -1, 101, 1e12, 5.0, "5", [5], None, True, float("nan"))
+        ],
         *[
             ({"metrics": m}, "bad_metric")
             for m in (None, [], {"a": "b"}, {"a": None}, {"a": True}, {"a": float("nan")})
@@ -90,7 +96,13 @@ def test_a_wrong_payload_has_its_code(payload, code):
 
 @pytest.mark.parametrize(
     "value, code",
-    [(np.nan, "non_finite"), (np.inf, "non_finite"), (-np.inf, "non_finite"), (3e38, "norm_limit"), (60, "norm_limit")],
+    [
+        (np.nan, "non_finite"),
+        (np.inf, "non_finite"),
+        (-np.inf, "non_finite"),
+        (3e38, "norm_limit"),
+        (60, "norm_limit"),
+    ],
 )
 def test_wrong_values_have_their_code_though_the_digest_fits(value, code):
     delta = DELTA.copy()
@@ -116,7 +128,19 @@ def test_a_header_that_cannot_be_read_has_its_code(text, code):
 
 
 @pytest.mark.parametrize(
-    "missing", ["format", "run", "client", "task", "version", "size", "compress", "sha256", "tokens", "metrics"]
+    "missing",
+    [
+        "format",
+        "run",
+        "client",
+        "task",
+        "version",
+        "size",
+        "compress",
+        "sha256",
+        "tokens",
+        "metrics",
+    ],
 )
 def test_a_header_without_a_field_is_rejected(missing):
     header, payload = encode("run", UPDATE)

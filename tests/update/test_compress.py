@@ -19,8 +19,12 @@ from fedgpt.update.compress import COMPRESSORS, make_compressor
 
 ROOT = Path(__file__).parents[2]
 quickly = settings(max_examples=40, deadline=None)
-deltas = st.builds(delta_of, st.sampled_from(SIZES), st.sampled_from(KINDS), st.integers(0, 2**32)) | hnp.arrays(
-    np.float32, st.integers(0, 70), elements=st.floats(width=32, allow_nan=False, allow_infinity=False)
+deltas = st.builds(
+    delta_of, st.sampled_from(SIZES), st.sampled_from(KINDS), st.integers(0, 2**32)
+) | hnp.arrays(
+    np.float32,
+    st.integers(0, 70),
+    elements=st.floats(width=32, allow_nan=False, allow_infinity=False),
 )
 
 
@@ -53,7 +57,9 @@ def test_many_chunks_of_work_are_joined_without_a_seam(codec, kind):
     np.testing.assert_array_equal(through(codec, once), once)
     if codec.name not in ("topk", "none"):  # 4096 is a multiple of every block and chunk
         cut = (1 << 17) - 4096
-        np.testing.assert_array_equal(np.append(through(codec, delta[:cut]), through(codec, delta[cut:])), once)
+        np.testing.assert_array_equal(
+            np.append(through(codec, delta[:cut]), through(codec, delta[cut:])), once
+        )
 
 
 @every_codec
@@ -112,7 +118,9 @@ def test_the_error_on_gaussians_is_the_published_one(name, options, error):
     q = through(make_compressor(name, **options), x)
     assert np.linalg.norm(q - x) / np.linalg.norm(x) == pytest.approx(error, rel=0.01)
     if name == "sparse_loco":
-        assert np.linalg.norm((q - x)[q != 0]) / np.linalg.norm(x[q != 0]) == pytest.approx(0.066, rel=0.02)
+        assert np.linalg.norm((q - x)[q != 0]) / np.linalg.norm(x[q != 0]) == pytest.approx(
+            0.066, rel=0.02
+        )
 
 
 def test_int8_is_told_with_the_error_that_it_has():
@@ -137,7 +145,9 @@ def test_integers_are_off_by_half_a_scale_at_most(codec, delta):
 @quickly
 def test_powers_of_two_of_the_block_maximum_are_exact_in_e3m0(codec, data):
     top = data.draw(st.floats(2.0**-119, float(MAX), width=32))
-    powers = data.draw(st.lists(st.tuples(st.integers(0, 6), st.sampled_from([1, -1])), max_size=codec.block - 1))
+    powers = data.draw(
+        st.lists(st.tuples(st.integers(0, 6), st.sampled_from([1, -1])), max_size=codec.block - 1)
+    )
     x = np.array([top, *(sign * top * 2.0**-power for power, sign in powers)], np.float32)
     np.testing.assert_array_equal(through(codec, x), x)
 
@@ -172,7 +182,9 @@ def test_blockwise_takes_the_nearest_code_of_the_grid(codec, delta):
 def test_bf16_is_what_torch_makes_of_it(delta):
     expected = torch.from_numpy(delta.copy()).bfloat16().float().numpy()
     largest = np.array([0x7F7F0000], np.uint32).view(np.float32)[0]
-    np.testing.assert_array_equal(through(make_compressor("bf16"), delta), expected.clip(-largest, largest))
+    np.testing.assert_array_equal(
+        through(make_compressor("bf16"), delta), expected.clip(-largest, largest)
+    )
 
 
 @given(delta=deltas, density=st.floats(1e-3, 1))
@@ -195,7 +207,10 @@ def test_sparse_loco_is_two_means_of_the_head_of_each_chunk(delta):
         head = sorted(chunk, key=lambda i: (-abs(chunk[i]), i))[: math.ceil(len(chunk) / 64)]
         head = [at for at in head if chunk[at]]
         middle = math.fsum(abs(chunk[at]) for at in head) / max(len(head), 1)
-        for group in ([i for i in head if abs(chunk[i]) > middle], [i for i in head if abs(chunk[i]) <= middle]):
+        for group in (
+            [i for i in head if abs(chunk[i]) > middle],
+            [i for i in head if abs(chunk[i]) <= middle],
+        ):
             mean = math.fsum(abs(chunk[i]) for i in group) / max(len(group), 1)
             for at in group:
                 expected[at] = math.copysign(mean, chunk[at])
@@ -209,7 +224,9 @@ def test_topk_finds_the_largest_wherever_its_sample_misleads(reach):
     rng = np.random.default_rng(0)
     for numbers in (
         np.sort(rng.standard_normal(reach)),
-        np.where(np.arange(reach) % (reach >> 16) == 0, 5, rng.random(reach)),  # all that is sampled is large
+        np.where(
+            np.arange(reach) % (reach >> 16) == 0, 5, rng.random(reach)
+        ),  # all that is sampled is large
         np.where(np.arange(reach) % (reach >> 16) == 0, 0, rng.random(reach)),
         rng.integers(0, 3, reach),
     ):
@@ -227,7 +244,11 @@ def test_names_are_the_registrys():
     assert list(COMPRESSORS) == ["none", "bf16", "int8", "int4", "e3m0", "topk", "sparse_loco"]
     for name in COMPRESSORS:
         codec = make_compressor(name)
-        assert codec.name == name and codec == make_compressor(name) and hash(codec) == hash(make_compressor(name))
+        assert (
+            codec.name == name
+            and codec == make_compressor(name)
+            and hash(codec) == hash(make_compressor(name))
+        )
 
 
 @pytest.mark.parametrize(
@@ -244,8 +265,16 @@ def test_names_are_the_registrys():
         ("topk", {"density": math.nan}, "update.density=nan: "),
         ("topk", {"density": True}, "update.density=True: "),
         ("topk", {"density": None}, "update.density=None: "),
-        ("topk", {"block": 256}, "update.block=256: no option of update.compress=topk; it has density"),
-        ("bf16", {"block": 256, "density": 1}, "(?s)update.block=256: .* it has none.*update.density=1: "),
+        (
+            "topk",
+            {"block": 256},
+            "update.block=256: no option of update.compress=topk; it has density",
+        ),
+        (
+            "bf16",
+            {"block": 256, "density": 1},
+            "(?s)update.block=256: .* it has none.*update.density=1: ",
+        ),
     ],
 )
 def test_a_wrong_option_is_told_as_typed(name, options, text):

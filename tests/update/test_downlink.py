@@ -40,7 +40,13 @@ def test_every_way_to_a_version_ends_in_the_same_bits(downlink, visits, seed):
         if state.version not in visits:
             continue
         known = published.steps(held, state.version)
-        mine = vector.copy() if known is None else rebuilt(mine, joined(known), downlink) if known else mine
+        mine = (
+            vector.copy()
+            if known is None
+            else rebuilt(mine, joined(known), downlink)
+            if known
+            else mine
+        )
         held = state.version
         assert mine.tobytes() == vector.tobytes()
         assert known is None or sum(step.nbytes for step in known) < vector.nbytes
@@ -93,7 +99,9 @@ def test_a_client_keeps_the_latest_models(tmp_path):
         store.save_model(version, np.full(3, version, np.float32))
     assert store.load_model(6).tolist() == [6, 6, 6] and store.load_model(7 - MODELS) is not None
     assert store.load_model(6 - MODELS) is None and store.load_model(7) is None
-    store.save_model(3, np.full(3, 30, np.float32))  # the server has started again from an older checkpoint
+    store.save_model(
+        3, np.full(3, 30, np.float32)
+    )  # the server has started again from an older checkpoint
     assert store.load_model(3).tolist() == [30, 30, 30] and store.load_model(6) is None
 
 
@@ -105,7 +113,14 @@ def stepping(folder: Path, rounds: int = 6):
 
 def test_the_server_sends_steps_to_those_who_have_a_version(tmp_path):
     outcome = run(stepping(tmp_path), dict.fromkeys("abc", honest))
-    assert [job.plan.held for job in outcome.jobs if job.client == "a"] == [-1, 0, 1, 2, 3, 4]
+    assert [job.plan.cached_version for job in outcome.jobs if job.client == "a"] == [
+        -1,
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
     later = outcome.jobs[-1]
     record = params_record(later)["flat"].numpy()
     assert record.nbytes == sum(step.nbytes for step in later.steps) < later.params.nbytes / 3
@@ -117,14 +132,21 @@ def test_who_has_lost_its_model_gets_it_whole_and_nothing_is_lost(tmp_path):
     """The same job again, the same weights as if nothing had happened."""
 
     def forgetful(job: Job):
-        if job.plan.held >= 0 and job.version == 3:
-            return [(0.0, Reply(job.client, job.task, error="code 2: LookupError: not here any more"))]
+        if job.plan.cached_version >= 0 and job.version == 3:
+            return [
+                (0.0, Reply(job.client, job.number, error="code 2: LookupError: not here any more"))
+            ]
         return honest(job)
 
     calm = run(stepping(tmp_path / "calm"), dict.fromkeys("abc", honest))
     outcome = run(stepping(tmp_path / "lost"), {**dict.fromkeys("ab", honest), "c": forgetful})
-    assert np.array_equal(outcome.params, calm.params) and outcome.server.ledgers.rejected == {}
-    assert [(job.task, job.plan.held) for job in outcome.jobs if job.client == "c"][3:5] == [(3, 2), (3, -1)]
+    assert np.array_equal(outcome.params, calm.params) and outcome.server.tables.rejected == {}
+    assert [(job.number, job.plan.cached_version) for job in outcome.jobs if job.client == "c"][
+        3:5
+    ] == [
+        (3, 2),
+        (3, -1),
+    ]
 
 
 def test_a_restart_goes_on_to_the_same_weights(tmp_path):

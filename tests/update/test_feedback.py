@@ -26,7 +26,7 @@ def deltas(count: int, size: int, seed: int) -> list[np.ndarray]:
     return [rng.standard_normal(size).astype(np.float32) for _ in range(count)]
 
 
-def task(codec, delta, residual, beta=BETA):
+def number(codec, delta, residual, beta=BETA):
     """(q as the server has it, the next residual)."""
     fed = feed(delta, residual, beta)
     sent = codec.decode(codec.encode(fed), fed.size)
@@ -34,7 +34,10 @@ def task(codec, delta, residual, beta=BETA):
 
 
 def discounted(vectors: list[np.ndarray], beta: float) -> np.ndarray:
-    return sum(beta ** (len(vectors) - 1 - t) * vector.astype(np.float64) for t, vector in enumerate(vectors))
+    return sum(
+        beta ** (len(vectors) - 1 - t) * vector.astype(np.float64)
+        for t, vector in enumerate(vectors)
+    )
 
 
 @given(
@@ -63,10 +66,12 @@ def test_mass_is_kept_whatever_is_sent(count, size, beta, keep, seed):
 def test_mass_is_kept_through_each_codec(codec, beta):
     given_, sent, residual = deltas(12, 500, 1), [], None
     for delta in given_:
-        q, residual = task(codec, delta, residual, beta)
+        q, residual = number(codec, delta, residual, beta)
         sent.append(q)
     assert residual.dtype == np.float32
-    np.testing.assert_allclose(residual + discounted(sent, beta), discounted(given_, beta), atol=1e-5)
+    np.testing.assert_allclose(
+        residual + discounted(sent, beta), discounted(given_, beta), atol=1e-5
+    )
     if codec.name == "topk":
         without = discounted([codec.decode(codec.encode(delta), 500) for delta in given_], beta)
         assert np.linalg.norm(without - discounted(given_, beta)) > 1, "feedback is what keeps it"
@@ -76,7 +81,7 @@ def test_mass_is_kept_through_each_codec(codec, beta):
 def test_when_all_is_sent_nothing_is_left(name, options):
     codec, residual = make_compressor(name, **options), None
     for delta in deltas(3, 100, 2):
-        q, residual = task(codec, delta, residual)
+        q, residual = number(codec, delta, residual)
         np.testing.assert_array_equal(q, delta)
         assert not residual.any()
 
@@ -85,7 +90,7 @@ def test_when_all_is_sent_nothing_is_left(name, options):
 def test_a_constant_delta_arrives_in_the_mean(codec):
     delta, total, residual = deltas(1, 500, 3)[0], np.zeros(500), None
     for _ in range(400):
-        q, residual = task(codec, delta, residual, beta=1.0)
+        q, residual = number(codec, delta, residual, beta=1.0)
         total += q
     np.testing.assert_allclose(total / 400, delta, atol=0.6)
     assert np.linalg.norm(total / 400 - delta) < 0.12 * np.linalg.norm(delta)
@@ -96,14 +101,16 @@ def test_a_dropped_round_leaves_no_trace_and_a_second_try_has_the_same_bytes():
     dropped = {2, 3}
     accepted, sent, residual = [], [], None  # `residual` is that of the last accepted task
     for number, delta in enumerate(given_):
-        q, after = task(codec, delta, residual)
-        again, _ = task(codec, delta, residual)
+        q, after = number(codec, delta, residual)
+        again, _ = number(codec, delta, residual)
         np.testing.assert_array_equal(q, again)
         if number not in dropped:
             residual = after
             accepted.append(delta)
             sent.append(q)
-    np.testing.assert_allclose(residual + discounted(sent, BETA), discounted(accepted, BETA), atol=1e-5)
+    np.testing.assert_allclose(
+        residual + discounted(sent, BETA), discounted(accepted, BETA), atol=1e-5
+    )
 
 
 def test_inputs_are_left_alone_and_results_are_new():
@@ -112,7 +119,11 @@ def test_inputs_are_left_alone_and_results_are_new():
     first, fed = feed(delta, None), feed(delta, residual)
     left = rest(fed, delta)
     for new in (first, fed, left):
-        assert new.dtype == np.float32 and not np.shares_memory(new, delta) and not np.shares_memory(new, residual)
+        assert (
+            new.dtype == np.float32
+            and not np.shares_memory(new, delta)
+            and not np.shares_memory(new, residual)
+        )
         new[:] = 0
     np.testing.assert_array_equal((delta, residual), before)
     np.testing.assert_array_equal(feed(delta, residual, 0.0), delta)
@@ -121,7 +132,7 @@ def test_inputs_are_left_alone_and_results_are_new():
 def test_a_sum_beyond_float32_is_refused_by_the_server():
     largest = np.full(3, np.finfo(np.float32).max)
     with pytest.raises(UpdateRejected, match="non_finite"):
-        task(make_compressor("int8"), largest, largest)
+        number(make_compressor("int8"), largest, largest)
 
 
 def test_a_residual_of_another_model_is_a_bug_of_ours():

@@ -64,7 +64,12 @@ def test_only_bytes_of_the_exact_length_are_read(codec):
     good = codec.encode(delta)
     assert code_of(codec, None, 1000) == code_of(codec, good.tobytes(), 1000) == "bad_encoding"
     assert code_of(codec, good.tolist(), 1000) == "bad_encoding"
-    for other in (good.view(np.int8), good.astype(np.float32), np.array([object()] * good.size), good.astype("U3")):
+    for other in (
+        good.view(np.int8),
+        good.astype(np.float32),
+        np.array([object()] * good.size),
+        good.astype("U3"),
+    ):
         assert code_of(codec, other, 1000) == "wrong_dtype"
     for other in (good[None], good[:, None], np.zeros((), np.uint8)):
         assert code_of(codec, other, 1000) == "wrong_shape"
@@ -106,7 +111,9 @@ def test_a_mutant_is_refused_or_finite(codec):
                 assert refused.code in ("size_mismatch", "bad_encoding", "non_finite"), refused
                 continue
             assert bad.size == good.size
-            assert values.shape == (size,) and values.dtype == np.float32 and np.isfinite(values).all()
+            assert (
+                values.shape == (size,) and values.dtype == np.float32 and np.isfinite(values).all()
+            )
             assert through(codec, values).shape == (size,)
             taken += 1
     assert taken, "values may change without harm: that is the digest's business"
@@ -150,7 +157,12 @@ def patched(codec: Compressor, delta: np.ndarray, at: int, piece: np.ndarray) ->
 def test_a_scale_is_finite_and_not_negative_and_cannot_overflow(name):
     codec = make_compressor(name, block=16)
     delta = delta_of(33, "gaussian", 0)
-    for scale, code in [(np.nan, "non_finite"), (np.inf, "non_finite"), (-np.inf, "non_finite"), (-1, "bad_encoding")]:
+    for scale, code in [
+        (np.nan, "non_finite"),
+        (np.inf, "non_finite"),
+        (-np.inf, "non_finite"),
+        (-1, "bad_encoding"),
+    ]:
         assert code_of(codec, patched(codec, delta, 8, np.float32(scale)), 33) == code
     assert np.isfinite(codec.decode(patched(codec, delta, 8, codec.limit), 33)).all()
     if name != "e3m0":

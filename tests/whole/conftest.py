@@ -7,7 +7,17 @@ import uuid
 from typing import Any
 
 import pytest
-from support.world import STOPPED, WRITERS, Finished, World, files, shared_memory, summary, untimed, wait_until
+from support.world import (
+    STOPPED,
+    WRITERS,
+    Finished,
+    World,
+    files,
+    shared_memory,
+    summary,
+    untimed,
+    wait_until,
+)
 
 from fedgpt.core.files import sha256_of
 
@@ -18,7 +28,10 @@ def world(tmp_path_factory) -> World:
     for writer in WRITERS:
         (root / "text" / writer).mkdir(parents=True)
         for page in range(6):
-            lines = (f"{writer} wrote on page {page}, line {n}: the river rose and fell again." for n in range(12))
+            lines = (
+                f"{writer} wrote on page {page}, line {n}: the river rose and fell again."
+                for n in range(12)
+            )
             (root / "text" / writer / f"{page}.txt").write_text("\n".join(lines))
     env = os.environ | {
         "FLWR_TELEMETRY_ENABLED": "0",

@@ -27,7 +27,7 @@ def test_a_run_leaves_exactly_the_documented_files(finished):
         "model/config.json", "model/model.safetensors", "model/tokenizer.json",
         "model/tokenizer_config.json", "model/README.md", "checkpoints/best.safetensors",
         *(f"checkpoints/version-0000000{v}.{end}" for v in (1, 2) for end in ("safetensors", "sha256")),
-        *(f"clients/{run.name}/{writer}/task-{task}.safetensors" for writer in WRITERS for task in (0, 1)),
+        *(f"clients/{run.name}/{writer}/task-{number}.safetensors" for writer in WRITERS for number in (0, 1)),
     }  # fmt: skip
 
 
@@ -44,7 +44,11 @@ def test_every_version_is_a_line_of_metrics(finished):
         assert r["perplexity"] == pytest.approx(math.exp(r["loss"]))
         assert r["rejected"] == {} and r["state_lost"] == 0
     for r in records[1:]:
-        assert r["accepted"] == 3 and r["staleness"] == {"0": 3} and 0 < r["step_norm"] <= r["update_norm"]
+        assert (
+            r["accepted"] == 3
+            and r["staleness"] == {"0": 3}
+            and 0 < r["step_norm"] <= r["update_norm"]
+        )
         vector = 4 * PARAMETERS
         assert 3 * vector < r["bytes_up"] / r["version"] < 3 * vector + 3000
         assert 3 * vector < r["bytes_down"] / r["version"] < 3 * vector + 3000
@@ -58,14 +62,25 @@ def test_the_summary_has_its_keys_and_agrees_with_metrics_and_checkpoint(finishe
         "versions", "tokens", "wall_seconds", "virtual_seconds", "bytes_up", "bytes_down", "initial", "final", "best",
         "weights_sha256", "rejected", "epsilon", "delta", "private",
     }  # fmt: skip
-    assert told["versions"] == 2 and told["tokens"] == records[-1]["tokens"] and told["wall_seconds"] > 0
+    assert (
+        told["versions"] == 2
+        and told["tokens"] == records[-1]["tokens"]
+        and told["wall_seconds"] > 0
+    )
     for name, record in (
         ("initial", records[0]),
         ("final", records[2]),
         ("best", min(records, key=lambda r: r["loss"])),
     ):
-        assert told[name] == {key: record[key] for key in ("version", "loss", "perplexity", "bits_per_byte")}
-    assert (told["virtual_seconds"], told["epsilon"], told["delta"], told["rejected"]) == (None, None, None, {})
+        assert told[name] == {
+            key: record[key] for key in ("version", "loss", "perplexity", "bits_per_byte")
+        }
+    assert (told["virtual_seconds"], told["epsilon"], told["delta"], told["rejected"]) == (
+        None,
+        None,
+        None,
+        {},
+    )
     snapshot = Checkpoints(folder / "checkpoints", 2).load()
     assert snapshot.state.version == 2
     assert hashlib.sha256(snapshot.state.params.tobytes()).hexdigest() == told["weights_sha256"]
@@ -73,11 +88,15 @@ def test_the_summary_has_its_keys_and_agrees_with_metrics_and_checkpoint(finishe
 
 
 def test_what_bit_identity_depends_on_is_recorded(finished):
-    environment = Checkpoints(finished.folder / "checkpoints", 2).load().ledgers.environment
+    environment = Checkpoints(finished.folder / "checkpoints", 2).load().tables.environment
     assert environment.keys() == {
         "fedgpt", "torch", "flwr", "numpy", "python", "device", "dtype", "threads", "cpu", "gpu",
     }  # fmt: skip
-    assert (environment["threads"], environment["dtype"], environment["device"]) == (1, "fp32", "cpu")
+    assert (environment["threads"], environment["dtype"], environment["device"]) == (
+        1,
+        "fp32",
+        "cpu",
+    )
     assert json.loads((finished.folder / "environment.json").read_text()) == environment
     assert "threads: 1" in (finished.folder / "config.yaml").read_text()
 
@@ -90,7 +109,7 @@ def test_the_command_is_kept_as_a_shell_takes_it(finished, world):
 def test_events_tell_who_was_asked_and_who_answered(finished):
     events = list(read_lines(finished.folder / "events.jsonl"))
     for kind in ("dispatch", "accept"):
-        named = {(e["client"], e["task"], e["version"]) for e in events if e["event"] == kind}
+        named = {(e["client"], e["number"], e["version"]) for e in events if e["event"] == kind}
         assert named == {(writer, version, version) for writer in WRITERS for version in (0, 1)}
     assert [e["version"] for e in events if e["event"] == "version"] == [1, 2]
     seconds = [e["seconds"] for e in events]
@@ -108,13 +127,20 @@ def test_samples_and_figure_are_of_this_run(finished):
 
     assert matplotlib.image.imread(folder / "figures" / "loss.png").std() > 0
     assert "version 0/2" in out and "version 2/2" in out and "2 workers x 1 thread" in out
-    assert f"sha256 {summary(folder)['weights_sha256'][:16]}" in out and f"fedgpt generate {folder}" in out
+    assert (
+        f"sha256 {summary(folder)['weights_sha256'][:16]}" in out
+        and f"fedgpt generate {folder}" in out
+    )
 
 
 def test_the_report_is_one_page_that_needs_no_other_file(finished):
     page = (finished.folder / "report.html").read_text(encoding="utf-8")
     told = summary(finished.folder)
-    assert page.count("data:image/png;base64,") == 3 and "http" not in page and 'src="figures' not in page
+    assert (
+        page.count("data:image/png;base64,") == 3
+        and "http" not in page
+        and 'src="figures' not in page
+    )
     assert f"sha256 {told['weights_sha256'][:16]}" in page and "seed: 11" in page
     assert page.count("<tr>") == 1 + 3
     assert f"<td>2</td><td>{told['tokens']}</td><td>{told['final']['loss']:.4f}</td>" in page
@@ -133,7 +159,9 @@ def test_transformers_loads_the_model_and_computes_the_same(finished):
     ids = torch.tensor([ours.tokenizer.encode("The river rose").tolist()])
     with torch.no_grad():
         torch.testing.assert_close(ours.model(ids), theirs(ids).logits, rtol=1e-5, atol=1e-5)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(finished.folder / "model", local_files_only=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        finished.folder / "model", local_files_only=True
+    )
     assert tokenizer("The river rose")["input_ids"] == ids[0].tolist()
 
 
@@ -149,7 +177,11 @@ def test_the_number_of_workers_changes_no_bit(finished, told, world):
 def test_a_finished_run_started_again_is_the_same_run(finished, told):
     assert told["repeated"] | {"wall_seconds": 0} == finished.summary | {"wall_seconds": 0}
     assert untimed(finished.folder) == finished.records
-    now = {name: sha256_of(finished.folder / name) for name in files(finished.folder) if name != "failure.json"}
+    now = {
+        name: sha256_of(finished.folder / name)
+        for name in files(finished.folder)
+        if name != "failure.json"
+    }
     assert now.keys() == finished.files.keys()
     assert {name for name, digest in now.items() if finished.files[name] != digest} <= {
         "summary.json", "metrics.jsonl", "report.html", "figures/loss.png",
@@ -168,7 +200,10 @@ def test_moments_that_stay_at_the_client_matter(told):
 
 
 def test_another_configuration_in_the_folder_is_refused_by_name(finished, told):
-    assert f"run_dir={finished.folder}: holds another run, which differs in local.lr, seed" in told["refused"]
+    assert (
+        f"run_dir={finished.folder}: holds another run, which differs in local.lr, seed"
+        in told["refused"]
+    )
     assert f"fedgpt run resume={finished.folder}" in told["refused"]
     assert told["opened"] == told["repeated"], "nothing in the folder changed"
 
@@ -197,8 +232,13 @@ def test_the_best_weights_can_be_opened_and_written_with(world, finished):
     """This run only got better, so its best weights are its newest."""
     arguments = ["--prompt", "The river", "--tokens", "8", "--seed", "3"]
     newest = world.fedgpt("generate", str(finished.folder), *arguments)
-    assert world.fedgpt("generate", str(finished.folder), *arguments, "--best").stdout == newest.stdout
+    assert (
+        world.fedgpt("generate", str(finished.folder), *arguments, "--best").stdout == newest.stdout
+    )
     bare = world.root / "bare"
     shutil.copytree(finished.folder, bare)
     (bare / "checkpoints" / "best.safetensors").unlink()
-    assert "has no best weights" in world.fedgpt("generate", str(bare), *arguments, "--best", code=1).stderr
+    assert (
+        "has no best weights"
+        in world.fedgpt("generate", str(bare), *arguments, "--best", code=1).stderr
+    )

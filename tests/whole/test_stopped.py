@@ -19,7 +19,9 @@ from fedgpt.storage.checkpoint import Checkpoints
 from fedgpt.storage.run_folder import read_lines
 
 
-def stop(world: World, arguments: list[str], folder: Path, version: int, how: Callable[[int], None]) -> tuple[int, str]:
+def stop(
+    world: World, arguments: list[str], folder: Path, version: int, how: Callable[[int], None]
+) -> tuple[int, str]:
     """Start a run, call `how` with its process id once the jobs of `version` are out; (exit code, stderr)."""
     with (world.root / "stderr").open("w+") as errors:
         process = subprocess.Popen(
@@ -62,7 +64,9 @@ def test_killed_resumed_terminated_and_resumed_is_the_same_run(world, told):
     assert not (folder / "summary.json").exists()
     assert Checkpoints(folder / "checkpoints", 2).load().state.version in (0, 2)
 
-    code, errors = stop(world, [f"resume={folder}"], folder, 4, lambda pid: os.kill(pid, signal.SIGTERM))
+    code, errors = stop(
+        world, [f"resume={folder}"], folder, 4, lambda pid: os.kill(pid, signal.SIGTERM)
+    )
     assert code == 130 and "Traceback" not in errors
     assert errors == f"fedgpt: interrupted; continue with: fedgpt run resume={folder}\n"
     assert Checkpoints(folder / "checkpoints", 2).load().state.version == 4
@@ -85,7 +89,11 @@ def test_stopped_once_and_resumed_is_the_same_run(world, told, number, version):
     folder = world.root / f"{number.name}-{version}"
     send = os.killpg if number == signal.SIGINT else os.kill
     code, errors = stop(
-        world, [*world.options, *STOPPED, f"run_dir={folder}"], folder, version, lambda pid: send(pid, number)
+        world,
+        [*world.options, *STOPPED, f"run_dir={folder}"],
+        folder,
+        version,
+        lambda pid: send(pid, number),
     )
     if number == signal.SIGKILL:
         assert code == -signal.SIGKILL
@@ -99,17 +107,25 @@ def test_stopped_once_and_resumed_is_the_same_run(world, told, number, version):
 def test_too_few_updates_end_the_run_with_3_and_the_reason(world):
     folder = world.root / "hurried"
     done = world.fedgpt(
-        "run", *world.options, f"run_dir={folder}", "pace.deadline=0.01", "pace.minimum=2", "runtime.workers=1", code=3
+        "run",
+        *world.options,
+        f"run_dir={folder}",
+        "pace.deadline=0.01",
+        "pace.minimum=2",
+        "runtime.workers=1",
+        code=3,
     )
     assert "version 1 got 0 valid updates of 3 jobs, pace.minimum=2: no_reply x3" in done.stderr
     assert done.stdout.count("rejected: no_reply (the version closed first)") == 3
     assert not (folder / "summary.json").exists()
     snapshot = Checkpoints(folder / "checkpoints", 2).load()
-    assert snapshot.state.version == 0 and snapshot.ledgers.accepted == {}
+    assert snapshot.state.version == 0 and snapshot.tables.accepted == {}
 
 
 def test_a_wrong_option_ends_with_2_before_any_work(world):
-    done = world.fedgpt("run", *world.options, "run_dir=never", "local.stpes=3", "model.n_head=3", code=2)
+    done = world.fedgpt(
+        "run", *world.options, "run_dir=never", "local.stpes=3", "model.n_head=3", code=2
+    )
     assert "local.stpes=3: no option 'local.stpes'; did you mean 'local.steps'" in done.stderr
     assert "model.n_embd=16: must be a multiple of model.n_head=3" in done.stderr
     assert not (world.root / "never").exists()
@@ -120,7 +136,11 @@ def test_a_configuration_that_was_changed_is_refused_by_name(world, finished):
     folder = world.root / "edited"
     shutil.copytree(finished.folder, folder)
     config = folder / "config.yaml"
-    config.write_text(config.read_text().replace("rounds: 2", "rounds: 3").replace("  lr: 0.003", "  lr: 0.004"))
+    config.write_text(
+        config.read_text().replace("rounds: 2", "rounds: 3").replace("  lr: 0.003", "  lr: 0.004")
+    )
     (folder / "summary.json").unlink()
     done = world.fedgpt("run", f"resume={folder}", code=1)
-    assert "local.lr: 0.003 -> 0.004, rounds: 2 -> 3" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        "local.lr: 0.003 -> 0.004, rounds: 2 -> 3" in done.stderr and "Traceback" not in done.stderr
+    )

@@ -22,7 +22,9 @@ from fedgpt.flower.pool.shared_memory import Memory, attach
 
 _HEAD = struct.Struct("!II?")  # bytes of JSON, bytes of body, whether a descriptor belongs to it
 _READ = 1 << 18  # bytes asked of the socket at once
-_CLOEXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)  # Linux; without it a child of ours could inherit descriptors
+_CLOEXEC = getattr(
+    socket, "MSG_CMSG_CLOEXEC", 0
+)  # Linux; without it a child of ours could inherit descriptors
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,9 @@ def take_apart(content: RecordDict) -> Content:
     return Content(records, recorddict_to_proto(rest).SerializeToString(), arrays)
 
 
-def put_together(records: Sequence[Sequence[Any]], body: bytes, arrays: Sequence[Array]) -> RecordDict:
+def put_together(
+    records: Sequence[Sequence[Any]], body: bytes, arrays: Sequence[Array]
+) -> RecordDict:
     """The RecordDict that `take_apart` split, its records in their order."""
     rest = recorddict_from_proto(ProtoRecordDict.FromString(body))
     content, left = RecordDict(), iter(arrays)

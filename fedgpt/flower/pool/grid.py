@@ -29,7 +29,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedgpt.flower.pool.channel import Content, Frame, content_of, metadata_to_json, take_apart
 from fedgpt.flower.pool.shared_memory import Memory, share
 from fedgpt.flower.pool.worker_process import worker_environment
-from fedgpt.flower.pool.workers import Crew
+from fedgpt.flower.pool.workers import WorkerPool
 
 FIRST_NODE = 1000  # node id of partition 0
 _RUN, _TASK = 1, 1  # ids that Flower wants; they are global, so there is one grid per process
@@ -45,7 +45,7 @@ class _Broadcast:
 
 
 @dataclass(eq=False)
-class _Task:
+class _Queued:
     """A message that is queued or running."""
 
     metadata: Metadata
@@ -101,16 +101,22 @@ class PoolGrid(Grid):
         self._owner, self._closed = os.getpid(), False
         self._num_clients, self._most_unread, self.workers = num_clients, workers, workers
         self._starving = False  # somebody waits for a reply that is not among the unread ones
-        self._queue: deque[str] = deque()  # message ids; those no longer in `_tasks` are passed over
-        self._tasks: dict[str, _Task] = {}
+        self._queue: deque[str] = (
+            deque()
+        )  # message ids; those no longer in `_messages` are passed over
+        self._messages: dict[str, _Queued] = {}
         self._answers: dict[str, _Answer] = {}
-        self._broadcasts: weakref.WeakValueDictionary[tuple[int, ...], _Broadcast] = weakref.WeakValueDictionary()
+        self._broadcasts: weakref.WeakValueDictionary[tuple[int, ...], _Broadcast] = (
+            weakref.WeakValueDictionary()
+        )
         self._earliest = math.inf  # nothing expires before this; a lower bound, monotonic seconds
         self.set_run(Run.create_empty(run_id=_RUN))
         TaskIdentity.task_id, TaskIdentity.node_id = _TASK, SUPERLINK_NODE_ID
         _allow_descriptors(2 * num_clients + 8 * workers)
         setup = {"app": client_app, "threads": threads, "run_config": dict(run_config)}
-        self._crew = Crew(workers, setup, worker_environment(threads, env), self._next_job, self._answer, gpus)
+        self._crew = WorkerPool(
+            workers, setup, worker_environment(threads, env), self._next_job, self._answer, gpus
+        )
         _OPEN.add(self)
 
     # Flower's Grid
@@ -126,7 +132,12 @@ class PoolGrid(Grid):
         return self._run
 
     def create_message(
-        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+        self,
+        content: RecordDict,
+        message_type: str,
+        dst_node_id: int,
+        group_id: str,
+        ttl: float | None = None,
     ) -> Message:
         """Build a message; deprecated by Flower in favour of `Message(...)`."""
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
@@ -141,7 +152,9 @@ class PoolGrid(Grid):
         pushed = list(messages)  # held until the end, so that identities below stay true
         for message in pushed:
             if message.metadata.reply_to_message_id or message.metadata.ttl <= 0:
-                raise ValueError(f"only a request with a positive ttl can be pushed, not {message.metadata!r}")
+                raise ValueError(
+                    f"only a request with a positive ttl can be pushed, not {message.metadata!r}"
+                )
         known: dict[int, Content] = {}  # a round's messages often share one content
         ids = []
         for message in pushed:
@@ -154,10 +167,16 @@ class PoolGrid(Grid):
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """The replies that are there now, each once, in the order of the ids; never waits."""
         self._pump(0)
-        found = [self._answers.pop(message_id) for message_id in message_ids if message_id in self._answers]
+        found = [
+            self._answers.pop(message_id)
+            for message_id in message_ids
+            if message_id in self._answers
+        ]
         return [_reply(answer) for answer in found]
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> list[Message]:
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> list[Message]:
         """Push, then pull until all replies are in or `timeout` seconds are over."""
         missing, replies = dict.fromkeys(self.push_messages(messages)), []
         deadline = math.inf if timeout is None else time.monotonic() + timeout
@@ -187,26 +206,34 @@ class PoolGrid(Grid):
     def seconds_of(self, message_id: str) -> float | None:
         """How long a worker was at a message whose reply is ready, nan for its first; None where there is no reply."""
         answer = self._answers.get(message_id)
-        return answer.outcome.header["seconds"] if answer and isinstance(answer.outcome, Frame) else None
+        return (
+            answer.outcome.header["seconds"]
+            if answer and isinstance(answer.outcome, Frame)
+            else None
+        )
 
     def discard(self, message_ids: Iterable[str]) -> None:
         """Forget messages: queued ones never run, a running one's reply is dropped when it comes."""
         for message_id in message_ids:
             self._answers.pop(message_id, None)
-            task = self._tasks.get(message_id)
-            if task and task.running:
-                task.wanted = False  # its ttl still holds, so that a client that hangs gives its worker back
-            elif task:
-                del self._tasks[message_id]
+            queued = self._messages.get(message_id)
+            if queued and queued.running:
+                queued.wanted = (
+                    False  # its ttl still holds, so that a client that hangs gives its worker back
+                )
+            elif queued:
+                del self._messages[message_id]
 
     def close(self) -> None:
         """End all workers by process id and give everything back; may be called twice."""
-        if self._closed or os.getpid() != self._owner:  # a forked child must not end its parent's workers
+        if (
+            self._closed or os.getpid() != self._owner
+        ):  # a forked child must not end its parent's workers
             return
         self._closed = True
         _OPEN.discard(self)
         self._crew.close()
-        for table in (self._queue, self._tasks, self._answers, self._broadcasts):
+        for table in (self._queue, self._messages, self._answers, self._broadcasts):
             table.clear()
 
     def __enter__(self) -> PoolGrid:
@@ -224,7 +251,10 @@ class PoolGrid(Grid):
         partition = metadata.dst_node_id - FIRST_NODE
         if not 0 <= partition < self._num_clients:
             last = FIRST_NODE + self._num_clients - 1
-            error = Error(ErrorCode.NODE_UNAVAILABLE, f"no node {metadata.dst_node_id}: {FIRST_NODE} to {last}")
+            error = Error(
+                ErrorCode.NODE_UNAVAILABLE,
+                f"no node {metadata.dst_node_id}: {FIRST_NODE} to {last}",
+            )
             self._answers[message_id] = _Answer(metadata, error, math.inf)
             return message_id
         broadcast = self._broadcast(content.arrays)
@@ -237,7 +267,7 @@ class PoolGrid(Grid):
         }
         # created_at is wall time, what is left of the ttl is measured on the monotonic clock.
         expires = time.monotonic() + metadata.created_at + metadata.ttl - time.time()
-        self._tasks[message_id] = _Task(metadata, header, content.body, broadcast, expires)
+        self._messages[message_id] = _Queued(metadata, header, content.body, broadcast, expires)
         self._queue.append(message_id)
         self._earliest = min(self._earliest, expires)
         return message_id
@@ -248,9 +278,13 @@ class PoolGrid(Grid):
             return None
         key = tuple(id(array) for array in arrays)
         found = self._broadcasts.get(key)
-        if found and all(source() is array for source, array in zip(found.sources, arrays, strict=True)):
+        if found and all(
+            source() is array for source, array in zip(found.sources, arrays, strict=True)
+        ):
             return found
-        made = self._broadcasts[key] = _Broadcast(*share(arrays), [weakref.ref(array) for array in arrays])
+        made = self._broadcasts[key] = _Broadcast(
+            *share(arrays), [weakref.ref(array) for array in arrays]
+        )
         return made
 
     def _next_job(self) -> tuple[str, Frame] | None:
@@ -259,24 +293,24 @@ class PoolGrid(Grid):
             return None
         while self._queue:
             message_id = self._queue.popleft()
-            task = self._tasks.get(message_id)
-            if task and task.expires > time.monotonic():
-                task.running = True
-                memory = task.broadcast.memory if task.broadcast else None
-                return message_id, Frame(task.header, task.body, memory)
+            queued = self._messages.get(message_id)
+            if queued and queued.expires > time.monotonic():
+                queued.running = True
+                memory = queued.broadcast.memory if queued.broadcast else None
+                return message_id, Frame(queued.header, queued.body, memory)
         return None
 
     def _answer(self, message_id: str, outcome: Frame | Error) -> None:
-        task = self._tasks.pop(message_id)
-        if task.wanted:
-            self._answers[message_id] = _Answer(task.metadata, outcome, task.expires)
+        queued = self._messages.pop(message_id)
+        if queued.wanted:
+            self._answers[message_id] = _Answer(queued.metadata, outcome, queued.expires)
 
     def _wait(self, deadline: float, wanted: set[str] | None) -> bool:
         self._pump(0)
         try:
             while not _overlap(self._answers, wanted):
                 left = deadline - time.monotonic()
-                if left <= 0 or not _overlap(self._tasks, wanted):
+                if left <= 0 or not _overlap(self._messages, wanted):
                     return False
                 self._starving = True
                 self._pump(left)
@@ -293,14 +327,20 @@ class PoolGrid(Grid):
 
     def _expire(self, now: float) -> None:
         """Enforce the ttl of queued and running messages and of replies that nobody pulled."""
-        for message_id, task in list(self._tasks.items()):
-            if task.expires > now:
+        for message_id, queued in list(self._messages.items()):
+            if queued.expires > now:
                 continue
-            if task.running:
+            if queued.running:
                 self._crew.stop(message_id)
-                error = Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, f"ran past its ttl of {task.metadata.ttl:g} s")
+                error = Error(
+                    ErrorCode.REPLY_MESSAGE_UNAVAILABLE,
+                    f"ran past its ttl of {queued.metadata.ttl:g} s",
+                )
             else:
-                error = Error(ErrorCode.MESSAGE_UNAVAILABLE, f"queued for all its ttl of {task.metadata.ttl:g} s")
+                error = Error(
+                    ErrorCode.MESSAGE_UNAVAILABLE,
+                    f"queued for all its ttl of {queued.metadata.ttl:g} s",
+                )
             self._answer(message_id, error)
         held = [answer for answer in self._answers.values() if isinstance(answer.outcome, Frame)]
         for answer in held:
@@ -308,7 +348,9 @@ class PoolGrid(Grid):
                 text = f"reply not pulled within the ttl of {answer.request.ttl:g} s"
                 answer.outcome = Error(ErrorCode.REPLY_MESSAGE_UNAVAILABLE, text)
                 answer.expires = math.inf
-        self._earliest = min((entry.expires for entry in (*self._tasks.values(), *held)), default=math.inf)
+        self._earliest = min(
+            (entry.expires for entry in (*self._messages.values(), *held)), default=math.inf
+        )
 
     def _check_open(self) -> None:
         if self._closed:
@@ -322,7 +364,9 @@ def _reply(answer: _Answer) -> Message:
     else:
         header = answer.outcome.header
         error = Error(*header["error"]) if "error" in header else None
-        reply = make_message(Metadata(**header["metadata"]), None if error else content_of(answer.outcome), error)
+        reply = make_message(
+            Metadata(**header["metadata"]), None if error else content_of(answer.outcome), error
+        )
     reply.metadata.__dict__["_message_id"] = uuid.uuid4().hex
     return reply
 

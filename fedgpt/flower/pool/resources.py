@@ -11,7 +11,7 @@ MOST_WAITING = 32  # processes of clients that mostly sleep
 
 
 @dataclass(frozen=True)
-class Machine:
+class Resources:
     """Device, dtype, processes and threads, each chosen or as asked."""
 
     compute: Compute
@@ -26,16 +26,20 @@ class Machine:
         return f"{self.workers} worker{_s(self.workers)} x {self.threads} thread{_s(self.threads)} ({self.reason})"
 
 
-def machine_for(options: RunOptions, clients: int) -> Machine:
+def resources_for(options: RunOptions, clients: int) -> Resources:
     """The machine for a run with `clients` clients, of whom `pace.clients` train at the same time."""
     runtime = options.runtime
-    compute = choose_compute(runtime.device, options.local.precision, options.privacy.unit == "example")
+    compute = choose_compute(
+        runtime.device, options.local.precision, options.privacy.unit == "example"
+    )
     gpus = visible_gpus() if compute.device == "cuda" else ()
     together = min(options.pace.clients or clients, clients)
     if options.clock == "real" and options.fleet.name != "none" and not runtime.workers:
         reason = "one process per client in flight: a simulated fleet mostly waits"
-        return Machine(compute, min(together, MOST_WAITING), runtime.threads or 1, reason, gpus)
-    return Machine(compute, *choose_workers(runtime.workers, runtime.threads, len(gpus), together), gpus)
+        return Resources(compute, min(together, MOST_WAITING), runtime.threads or 1, reason, gpus)
+    return Resources(
+        compute, *choose_workers(runtime.workers, runtime.threads, len(gpus), together), gpus
+    )
 
 
 def _s(count: int) -> str:

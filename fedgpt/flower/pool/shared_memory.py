@@ -166,7 +166,14 @@ def share(arrays: Sequence[Array]) -> tuple[Memory, list[dict[str, Any]]]:
         part = _decoded(array)
         if part is None:  # not ours to understand: its bytes travel as they are
             part = np.frombuffer(array.data, np.uint8)
-            specs.append({"stype": array.stype, "dtype": array.dtype, "shape": list(array.shape), "bytes": part.nbytes})
+            specs.append(
+                {
+                    "stype": array.stype,
+                    "dtype": array.dtype,
+                    "shape": list(array.shape),
+                    "bytes": part.nbytes,
+                }
+            )
         else:
             specs.append({"dtype": part.dtype.str, "shape": list(part.shape), "bytes": part.nbytes})
         parts.append(part)
@@ -183,7 +190,9 @@ def attach(memory: Memory, specs: Sequence[Mapping[str, Any]]) -> list[Array]:
         part = whole[spec["offset"] : spec["offset"] + spec["bytes"]]
         shape = tuple(spec["shape"])
         if "stype" in spec:
-            arrays.append(Array(dtype=spec["dtype"], shape=shape, stype=spec["stype"], data=part.tobytes()))
+            arrays.append(
+                Array(dtype=spec["dtype"], shape=shape, stype=spec["stype"], data=part.tobytes())
+            )
         else:
             arrays.append(NdArray(part.view(spec["dtype"]).reshape(shape)))
     return arrays

@@ -82,19 +82,25 @@ def answer(app: ClientApp, job: Frame, run_config: dict[str, Any]) -> Frame:
     try:
         request.content = content_of(job)
         node_config = job.header["node_config"]
-        context = Context(metadata.run_id, metadata.dst_node_id, node_config, RecordDict(), dict(run_config))
+        context = Context(
+            metadata.run_id, metadata.dst_node_id, node_config, RecordDict(), dict(run_config)
+        )
         return _reply_frame(_checked(app(request, context), metadata.message_id))
     except Exception as error:
         traceback.print_exc()
         reason = f"{type(error).__name__}: {error}"[:_REASON]
-        return _reply_frame(Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=request))
+        return _reply_frame(
+            Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=request)
+        )
 
 
 def _checked(reply: object, message_id: str) -> Message:
     if not isinstance(reply, Message):
         raise TypeError(f"the ClientApp returned a {type(reply).__name__}, not a Message")
     if reply.metadata.reply_to_message_id != message_id:
-        raise ValueError("the ClientApp's Message is no reply to the one it was given (Message(..., reply_to=msg))")
+        raise ValueError(
+            "the ClientApp's Message is no reply to the one it was given (Message(..., reply_to=msg))"
+        )
     return reply
 
 
@@ -115,19 +121,25 @@ def _frames(channel: Channel) -> Iterator[Frame]:
         except EOFError:
             return
         while received:
-            yield received.pop(0)  # popped: a generator that kept the list would keep the frame's memory
+            yield received.pop(
+                0
+            )  # popped: a generator that kept the list would keep the frame's memory
 
 
 def _attend(lifeline: int) -> None:
     """Ignore Ctrl-C, which the server handles; end with the server."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})  # blocked since before this process existed
+    signal.pthread_sigmask(
+        signal.SIG_UNBLOCK, {signal.SIGINT}
+    )  # blocked since before this process existed
     os.set_inheritable(lifeline, False)
     threading.Thread(target=_end_with_server, args=(lifeline,), daemon=True).start()
 
 
 def _end_with_server(lifeline: int) -> None:
-    os.read(lifeline, 1)  # nobody ever writes: this returns when the last holder of the other end is gone
+    os.read(
+        lifeline, 1
+    )  # nobody ever writes: this returns when the last holder of the other end is gone
     os._exit(1)
 
 

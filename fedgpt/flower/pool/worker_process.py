@@ -25,7 +25,13 @@ _GRACE = 1.0  # seconds between the steps of `end`, each harder than the last
 class WorkerProcess:
     """One running worker; `ready` once it has imported the ClientApp."""
 
-    def __init__(self, setup: Mapping[str, Any], lifeline: int, environment: Mapping[str, str], gpu: str | None = None):
+    def __init__(
+        self,
+        setup: Mapping[str, Any],
+        lifeline: int,
+        environment: Mapping[str, str],
+        gpu: str | None = None,
+    ):
         """Start it and return at once. `lifeline` is the read end of the pipe that only the server holds open.
 
         `gpu` is the one that it may see, by its name in CUDA_VISIBLE_DEVICES; None leaves that as it is.
@@ -36,7 +42,14 @@ class WorkerProcess:
         ours, theirs = socket.socketpair()
         self.channel = Channel(ours)
         # -P: the folder we happen to be in must not shadow modules; the server's own path comes with the setup.
-        command = [sys.executable, "-P", "-m", "fedgpt.flower.pool.worker", str(theirs.fileno()), str(lifeline)]
+        command = [
+            sys.executable,
+            "-P",
+            "-m",
+            "fedgpt.flower.pool.worker",
+            str(theirs.fileno()),
+            str(lifeline),
+        ]
         with theirs, _interrupts_held():
             self.process = subprocess.Popen(
                 command,
@@ -56,7 +69,11 @@ class WorkerProcess:
     def stderr_tail(self) -> str:
         """The end of what a worker that never got ready wrote."""
         size = os.fstat(self._errors.fileno()).st_size
-        return os.pread(self._errors.fileno(), _TAIL, max(0, size - _TAIL)).decode(errors="replace").strip()
+        return (
+            os.pread(self._errors.fileno(), _TAIL, max(0, size - _TAIL))
+            .decode(errors="replace")
+            .strip()
+        )
 
     def kill(self) -> None:
         """Send SIGKILL; `reaped` tells when it is gone."""

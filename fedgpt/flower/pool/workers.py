@@ -21,7 +21,7 @@ FAILED_STARTS = 3  # workers that end before they are ready, in a row, until the
 _LONGEST = 3600.0  # seconds of one select, which refuses to wait for months
 
 
-class Crew:
+class WorkerPool:
     """`count` workers that draw jobs from `next_job` and hand results to `finished`, both called inside `pump`.
 
     `next_job() -> (key, frame) | None`; `finished(key, reply frame or error)`, once per job.
@@ -129,7 +129,9 @@ class Crew:
             self._finished(key, Error(ErrorCode.CLIENT_APP_CRASHED, reason))
 
     def _end_late_starts(self) -> None:
-        for worker in [w for w in self._workers if not w.ready and w.start_deadline <= time.monotonic()]:
+        for worker in [
+            w for w in self._workers if not w.ready and w.start_deadline <= time.monotonic()
+        ]:
             self._start_failed(worker, "not ready in time")
 
     def _start_failed(self, worker: WorkerProcess, why: str) -> None:

@@ -41,7 +41,9 @@ def grid(shared_grid):
 
 
 def request(node=1000, *, do="", arrays=None, ttl=None, seconds=0.0, kind=MessageType.TRAIN):
-    content = RecordDict({"config": ConfigRecord({"do": do, "seconds": seconds, "raw": b"\x01\x00"})})
+    content = RecordDict(
+        {"config": ConfigRecord({"do": do, "seconds": seconds, "raw": b"\x01\x00"})}
+    )
     if arrays is not None:
         content["params"] = arrays
     return Message(content, node, kind, ttl=ttl)
@@ -83,7 +85,11 @@ def descriptors() -> int:
 
 def test_arrays_go_and_come_back(grid):
     assert isinstance(grid, Grid)
-    values = {"w": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.array(3, np.int8), "e": np.zeros((0, 4))}
+    values = {
+        "w": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "b": np.array(3, np.int8),
+        "e": np.zeros((0, 4)),
+    }
     (reply,) = ask(grid, request(1007, arrays=array_record(values)))
     back = {key: array.numpy() for key, array in reply.content["params"].items()}
     assert list(back) == list(values)
@@ -91,7 +97,11 @@ def test_arrays_go_and_come_back(grid):
         assert back[key].dtype == value.dtype and back[key].shape == value.shape
         np.testing.assert_array_equal(back[key], value + 1)
         assert not back[key].flags.writeable and not back[key].flags.owndata
-    assert metric(reply, "writeable") == 0 and metric(reply, "partition") == 7 and metric(reply, "threads") == 1
+    assert (
+        metric(reply, "writeable") == 0
+        and metric(reply, "partition") == 7
+        and metric(reply, "threads") == 1
+    )
 
 
 def test_metadata_of_replies(grid):
@@ -113,7 +123,9 @@ def test_workers_share_the_gpus_and_one_that_follows_another_takes_its_place(env
         def gpus() -> list[int]:
             seen: dict[int, int] = {}
             while len(seen) < 4:  # some are starting still
-                replies = ask(grid, *(request(node, do="sleep", seconds=0.2) for node in grid.get_node_ids()))
+                replies = ask(
+                    grid, *(request(node, do="sleep", seconds=0.2) for node in grid.get_node_ids())
+                )
                 seen = {metric(reply, "pid"): metric(reply, "gpu") for reply in replies}
             return sorted(seen.values())
 
@@ -125,7 +137,12 @@ def test_context_and_records_of_other_types(grid):
     for _ in range(2):
         (reply,) = ask(grid, request(1005, kind=MessageType.QUERY))
         answer = reply.content["answer"]
-        assert (answer["run"], answer["node"], answer["hello"], answer["raw"]) == (1, 1005, "world", b"\x00\xff")
+        assert (answer["run"], answer["node"], answer["hello"], answer["raw"]) == (
+            1,
+            1005,
+            "world",
+            b"\x00\xff",
+        )
         assert (answer["clients"], answer["flags"], answer["states"]) == (CLIENTS, [True, False], 0)
         assert reply.content["echo"]["raw"] == b"\x01\x00"
 
@@ -185,13 +202,19 @@ def test_what_cannot_be_pushed(grid):
 @pytest.mark.parametrize(("do", "how"), [("die", "SIGKILL"), ("exit", "exit code 7")])
 def test_a_worker_that_dies_is_replaced(grid, do, how):
     processes = len(children())
-    before = {metric(reply, "pid") for reply in ask(grid, *(request(seconds=0.05, do="sleep") for _ in range(8)))}
+    before = {
+        metric(reply, "pid")
+        for reply in ask(grid, *(request(seconds=0.05, do="sleep") for _ in range(8)))
+    }
     (reply,) = ask(grid, request(do=do))
     assert reply.error.code == 8 and how in reply.error.reason
     pids = set()
 
     def both_work():
-        pids.update(metric(r, "pid") for r in ask(grid, *(request(do="sleep", seconds=0.05) for _ in range(4))))
+        pids.update(
+            metric(r, "pid")
+            for r in ask(grid, *(request(do="sleep", seconds=0.05) for _ in range(4)))
+        )
         return bool(pids - before)
 
     wait_until(both_work)
@@ -265,7 +288,9 @@ def test_the_server_does_not_grow_with_messages_in_flight(grid):
     size = 10_000_000
     params = array_record({"w": np.ones(size // 4, np.float32)})
     start, peak = resident(), 0
-    missing = set(grid.push_messages([request(1000 + i % CLIENTS, arrays=params) for i in range(64)]))
+    missing = set(
+        grid.push_messages([request(1000 + i % CLIENTS, arrays=params) for i in range(64)])
+    )
     while missing:
         assert grid.wait(LONG)
         for message_id in list(missing):
@@ -281,7 +306,12 @@ def test_close_leaves_nothing(environment):
     before, processes, visible = descriptors(), children(), sorted(Path("/dev/shm").iterdir())
     grid = PoolGrid("toy_app:app", 4, 2, 1, {}, environment)
     ask(grid, *(request(1000 + i, arrays=array_record({"w": np.zeros(1000)})) for i in range(4)))
-    grid.push_messages([request(do="sleep", seconds=600, arrays=array_record({"w": np.zeros(9)})) for _ in range(5)])
+    grid.push_messages(
+        [
+            request(do="sleep", seconds=600, arrays=array_record({"w": np.zeros(9)}))
+            for _ in range(5)
+        ]
+    )
     grid.close()
     grid.close()
     assert children() == processes and descriptors() == before
@@ -339,14 +369,23 @@ grid.wait(600)
 
 @pytest.mark.parametrize(
     ("how", "code"),
-    [("kill", -signal.SIGKILL), ("interrupt", -signal.SIGINT), ("terminate", -signal.SIGTERM), ("leave", 0)],
+    [
+        ("kill", -signal.SIGKILL),
+        ("interrupt", -signal.SIGINT),
+        ("terminate", -signal.SIGTERM),
+        ("leave", 0),
+    ],
 )
 def test_workers_end_with_the_server(environment, how, code):
     # No main guard, no file even: a user's script needs none.
     root = str(HERE.parents[1])
     env = {**os.environ, **environment, "PYTHONPATH": f"{HERE}{os.pathsep}{root}"}
     server = subprocess.Popen(
-        [sys.executable, "-c", SERVER, how], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, process_group=0
+        [sys.executable, "-c", SERVER, how],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        process_group=0,
     )
     try:
         pids = [int(pid) for pid in server.stdout.readline().split()]
@@ -360,7 +399,9 @@ def test_workers_end_with_the_server(environment, how, code):
         wait_until(lambda: not any(alive(pid) for pid in pids) and server.poll() is not None)
         _, errors = server.communicate(timeout=LONG)
         assert server.returncode == code
-        assert errors.count(b"KeyboardInterrupt") == (how == "interrupt")  # the server's, not the workers'
+        assert errors.count(b"KeyboardInterrupt") == (
+            how == "interrupt"
+        )  # the server's, not the workers'
     finally:
         server.kill()
         server.communicate(timeout=LONG)

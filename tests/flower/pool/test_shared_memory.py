@@ -48,7 +48,9 @@ def test_attached_arrays_are_views_of_one_mapping_and_free_it():
     before = descriptors()
     memory, specs = share([NdArray(np.arange(10_000)), NdArray(np.arange(5))])
     first, second = (array.numpy() for array in attach(memory, specs))
-    bases = [a.base.base if isinstance(a.base.base, np.ndarray) else a.base for a in (first, second)]
+    bases = [
+        a.base.base if isinstance(a.base.base, np.ndarray) else a.base for a in (first, second)
+    ]
     assert bases[0] is bases[1]
     memory.close()
     memory.close()
@@ -134,7 +136,9 @@ def test_ndarray_through_ray_and_deepcopy():
 def test_records_keep_names_order_and_types():
     content = RecordDict(
         {
-            "config": ConfigRecord({"b": b"\x00\xff", "s": "é", "f": 0.1, "t": True, "l": [1, 2], "x": [b"a"]}),
+            "config": ConfigRecord(
+                {"b": b"\x00\xff", "s": "é", "f": 0.1, "t": True, "l": [1, 2], "x": [b"a"]}
+            ),
             "arrays": array_record({"z": np.ones(2), "a": np.zeros(3)}),
             "metrics": MetricRecord({"loss": float("nan"), "n": 2**40, "list": [0.5]}),
             "empty": ArrayRecord(),
@@ -153,7 +157,10 @@ def test_channel_carries_frames_and_descriptors_through_small_reads():
     left, right = socket.socketpair()
     left.setblocking(False)
     here, there = Channel(left), Channel(right)
-    sent = [Frame({"i": i}, bytes([i]) * (300_000 * (i % 2)), Memory.holding([np.full(4, i)])[0]) for i in range(6)]
+    sent = [
+        Frame({"i": i}, bytes([i]) * (300_000 * (i % 2)), Memory.holding([np.full(4, i)])[0])
+        for i in range(6)
+    ]
     done = [here.send(frame) for frame in sent]
     assert not all(done)  # more than a socket holds: nothing blocked
     received = []
