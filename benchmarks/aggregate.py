@@ -1,18 +1,22 @@
-"""What a server step costs: our aggregation against stock Flower's, on the same updates of a GPT of 10 M parameters.
+"""What a server step costs: our aggregation against stock Flower's, on the same updates of a GPT of
+10 M parameters.
 
     python benchmarks/aggregate.py            # about 4 minutes, 3 GB of memory
     python benchmarks/aggregate.py --quick    # a smoke run
 
-Flower gets what it has when replies arrive, messages whose records hold the weights of a client, tensor by tensor, and
-does what its strategies do with them (`aggregate_train` of FedAvg, FedMedian, FedTrimmedAvg and Krum, which decode the
-arrays). We get what we have then: decoded flat updates. Ours is the whole of `combine`, or of adding every update as it
-arrives and dividing once (`ExactSum`, whose bits do not depend on the order). Both sides start from arrays that lie in
-memory; validation, which Flower does not do and which tells us an update's length, is in neither. Threads: our sum and
-our Krum use every core, Flower's Krum as many as OMP_NUM_THREADS allows, everything else is done by one thread.
+Flower gets what it has when replies arrive, messages whose records hold the weights of a client,
+tensor by tensor, and does what its strategies do with them (`aggregate_train` of FedAvg, FedMedian,
+FedTrimmedAvg and Krum, which decode the arrays). We get what we have then: decoded flat updates.
+Ours is the whole of `combine`, or of adding every update as it arrives and dividing once
+(`ExactSum`, whose bits do not depend on the order). Both sides start from arrays that lie in
+memory; validation, which Flower does not do and which tells us an update's length, is in neither.
+Threads: our sum and our Krum use every core, Flower's Krum as many as OMP_NUM_THREADS allows,
+everything else is done by one thread.
 
-The sides take turns; figures are medians of the rounds, and speeds are Flower's seconds over ours. `exact_model_copies`
-is the memory that the sum adds at its peak beside the one update it looks at, in models. Every result is compared with
-one computed in float64, `error` being the largest difference over the largest element.
+The sides take turns; figures are medians of the rounds, and speeds are Flower's seconds over ours.
+`exact_model_copies` is the memory that the sum adds at its peak beside the one update it looks at,
+in models. Every result is compared with one computed in float64, `error` being the largest
+difference over the largest element.
 """
 
 from __future__ import annotations
@@ -54,9 +58,8 @@ def main() -> None:
     chosen = parser.parse_args()
     rounds, name = (2, "nano") if chosen.quick else (chosen.rounds, "mini")
     logging.getLogger("flwr").setLevel(logging.WARNING)
-    TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = (
-        1  # Flower wants them for a message
-    )
+    # Flower wants them for a message
+    TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
     start, shapes = model(name)
     rng = np.random.default_rng(0)
     deltas = [(0.01 * rng.standard_normal(start.size)).astype(np.float32) for _ in range(MANY)]
@@ -101,7 +104,9 @@ def model(name: str) -> tuple[np.ndarray, list[tuple[str, tuple[int, ...]]]]:
 
 
 def reply(weights: np.ndarray, shapes: Sequence[tuple[str, tuple[int, ...]]], node: int) -> Message:
-    """A client's reply as Flower's quickstart sends it: its weights by tensor, and its number of examples."""
+    """A client's reply as Flower's quickstart sends it: its weights by tensor, and its number of
+    examples.
+    """
     arrays, begin = {}, 0
     for name, shape in shapes:
         end = begin + int(np.prod(shape))
@@ -146,7 +151,9 @@ def turns(
     shapes: Sequence[tuple[str, tuple[int, ...]]],
     ours: Callable[[], np.ndarray],
 ) -> tuple[list[float], list[np.ndarray]]:
-    """Median seconds and last results of both sides; replies are made anew each time, as strategies empty them."""
+    """Median seconds and last results of both sides; replies are made anew each time, as strategies
+    empty them.
+    """
     seconds: list[list[float]] = [[], []]
     for _ in range(rounds):
         replies = [reply(vector, shapes, number) for number, vector in enumerate(weights)]

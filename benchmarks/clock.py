@@ -1,11 +1,13 @@
-"""How many events a second the virtual clock and the sampler handle: 100,000 clients registered, 1,000 in flight.
+"""How many events a second the virtual clock and the sampler handle: 100,000 clients registered,
+1,000 in flight.
 
     python benchmarks/clock.py            # about ten seconds
     python benchmarks/clock.py --quick    # a smoke run
 
-No vectors and no training: the server's own pacing (pace=buffer), fleet and event queue, with replies that are there
-at once. An event is one arrival: it is taken from the queue, a server step is due, an idle client is drawn, and its
-job's time is modelled and queued. `events_per_second` is the median of the rounds.
+No vectors and no training: the server's own pacing (pace=buffer), fleet and event queue, with
+replies that are there at once. An event is one arrival: it is taken from the queue, a server step
+is due, an idle client is drawn, and its job's time is modelled and queued. `events_per_second` is
+the median of the rounds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What the benchmarks share: starting a run as a child process, and what the kernel says about it (Linux: /proc)."""
+"""What the benchmarks share: starting a run as a child process, and what the kernel says about it
+(Linux: /proc).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ TICK = os.sysconf("SC_CLK_TCK")
 
 @contextmanager
 def child(command: Sequence[str | Path], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process `python *command`, ended with the block; its output goes to `log` and is shown where it fails."""
+    """A process `python *command`, ended with the block; its output goes to `log` and is shown
+    where it fails.
+    """
     signal.signal(
         signal.SIGTERM, signal.default_int_handler
     )  # a stop request ends like Ctrl-C: nothing is left behind
@@ -74,7 +78,9 @@ def fedgpt_run(folder: Path, options: Sequence[str]) -> list[str]:
 
 
 class Versions:
-    """Counts the server steps that a run's events.jsonl tells of; reads each byte once: looking must cost nothing."""
+    """Counts the server steps that a run's events.jsonl tells of; reads each byte once: looking
+    must cost nothing.
+    """
 
     def __init__(self, folder: Path):
         self.path, self.count, self._offset = folder / "events.jsonl", 0, 0

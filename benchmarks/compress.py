@@ -1,13 +1,15 @@
-"""What compression of a delta costs and saves: bytes, error and speed of every codec, on Gaussian numbers.
+"""What compression of a delta costs and saves: bytes, error and speed of every codec, on Gaussian
+numbers.
 
     python benchmarks/compress.py            # 10 M elements, five rounds, about half a minute
     python benchmarks/compress.py --quick    # a smoke run
 
-Codecs take turns with a plain copy of the float32 delta into a buffer that is there (one thread, as all of this is).
-`encode` and `decode` are GB/s of float32 input, medians over rounds; `encode_vs_copy` and `decode_vs_copy` are medians
-of the ratio to the copy of the same round, which another machine or another job on this one moves less. The clock is
-the process's CPU time. `percent` is the payload's size in percent of float32, `error` the relative L2 error, of the
-whole delta, and `error_sent` of those elements that did not become zero.
+Codecs take turns with a plain copy of the float32 delta into a buffer that is there (one thread, as
+all of this is). `encode` and `decode` are GB/s of float32 input, medians over rounds;
+`encode_vs_copy` and `decode_vs_copy` are medians of the ratio to the copy of the same round, which
+another machine or another job on this one moves less. The clock is the process's CPU time.
+`percent` is the payload's size in percent of float32, `error` the relative L2 error, of the whole
+delta, and `error_sent` of those elements that did not become zero.
 """
 
 from __future__ import annotations
@@ -24,9 +26,17 @@ from common import machine
 from fedgpt.update.compress import Compressor, make_compressor
 
 CODECS: tuple[tuple[str, dict[str, object]], ...] = (
-    ("none", {}), ("bf16", {}), ("int8", {}), ("int8", {"block": 256}), ("int4", {}), ("int4", {"block": 64}),
-    ("e3m0", {}), ("topk", {}), ("topk", {"density": 1 / 8}), ("sparse_loco", {}),
-)  # fmt: skip
+    ("none", {}),
+    ("bf16", {}),
+    ("int8", {}),
+    ("int8", {"block": 256}),
+    ("int4", {}),
+    ("int4", {"block": 64}),
+    ("e3m0", {}),
+    ("topk", {}),
+    ("topk", {"density": 1 / 8}),
+    ("sparse_loco", {}),
+)
 
 
 def main() -> None:

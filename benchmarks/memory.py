@@ -1,18 +1,23 @@
-"""Whether the server's memory grows with the cohort: 64 clients a round against 8, at the mini model.
+"""Whether the server's memory grows with the cohort: 64 clients a round against 8, at the mini
+model.
 
     python benchmarks/memory.py              # about two minutes on 2 cores
     python benchmarks/memory.py --quick      # a smoke run with the nano model, under a minute: no figures
 
-Both are `fedgpt run` on the pool in a process of its own, with the same 64 clients (partition=iid), two rounds of one
-local step on one sequence, and no evaluation inside the window. That process holds the ServerApp. Its peak is
+Both are `fedgpt run` on the pool in a process of its own, with the same 64 clients (partition=iid),
+two rounds of one local step on one sequence, and no evaluation inside the window. That process
+holds the ServerApp. Its peak is
 
-    the kernel's peak of its resident set (VmHWM: its own memory, and every page of a reply that it has mapped and read)
-  + the largest sum, over samples, of shared memory that it holds by a descriptor without having mapped it.
+    the kernel's peak of its resident set (VmHWM: its own memory, and every page of a reply that it
+    has mapped and read)
+  + the largest sum, over samples, of shared memory that it holds by a descriptor without having
+  mapped it.
 
-The second part makes it fair: a reply that waits for the server is in no process' resident set and yet takes memory.
-Pages that are both held and mapped may be counted twice, never left out. The window is that of the rounds: the peak is
-reset (/proc/PID/clear_refs) at the first job and read until the last server step, as the report that follows makes
-another copy of the model, whatever the cohort. `growth_model_copies` is (peak_64 - peak_8) / model_bytes.
+The second part makes it fair: a reply that waits for the server is in no process' resident set and
+yet takes memory. Pages that are both held and mapped may be counted twice, never left out. The
+window is that of the rounds: the peak is reset (/proc/PID/clear_refs) at the first job and read
+until the last server step, as the report that follows makes another copy of the model, whatever the
+cohort. `growth_model_copies` is (peak_64 - peak_8) / model_bytes.
 """
 
 from __future__ import annotations
@@ -65,7 +70,8 @@ def main() -> None:
             [*OPTIONS, f"model={model}", f"pace.clients={cohort}", *extra, *chosen.options]
         )
         print(
-            f"{cohort:<15} {p.resident / 1e6:>13.1f} {p.unmapped / 1e6:>18.1f} {p.total / 1e6:>9.1f}",
+            f"{cohort:<15} {p.resident / 1e6:>13.1f} {p.unmapped / 1e6:>18.1f}"
+            f" {p.total / 1e6:>9.1f}",
             flush=True,
         )
     few, many = (peaks[cohort] for cohort in COHORTS)

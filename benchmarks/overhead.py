@@ -3,23 +3,29 @@
     python benchmarks/overhead.py              # 20 rounds of each side, about five minutes on 2 cores
     python benchmarks/overhead.py --quick      # a smoke run, under a minute
 
-A (fedgpt): `fedgpt run` as a user types it: nano model, corpus sotu, 8 of its 43 clients a round, the default local
-    steps, one process of one thread per core, with evaluate=ends and checkpoint=none. Everything a round has stays on:
-    sampling, messages, digests, validation, exact sums, Adam's moments in a file for each client, events, metrics.
-B (plain): benchmarks/plain_loop.py: as many processes and threads with the same environment variables (KEEP_HEAP of
-    flower/launch.py and the thread pools'), the same Trainer on the same batches, an idle process gets the next client,
-    float32 averages in place in shared memory, moments parked in shared memory too. No evaluation, no files.
+A (fedgpt): `fedgpt run` as a user types it: nano model, corpus sotu, 8 of its 43 clients a round,
+the default local
+    steps, one process of one thread per core, with evaluate=ends and checkpoint=none. Everything a
+    round has stays on: sampling, messages, digests, validation, exact sums, Adam's moments in a
+    file for each client, events, metrics.
+B (plain): benchmarks/plain_loop.py: as many processes and threads with the same environment
+variables (KEEP_HEAP of
+    flower/launch.py and the thread pools'), the same Trainer on the same batches, an idle process
+    gets the next client, float32 averages in place in shared memory, moments parked in shared
+    memory too. No evaluation, no files.
 
-Both live side by side and take turns of a second: the processes of one are stopped (SIGSTOP) while those of the
-other go on, so that both meet the same machine, round by round. Each has a clock that stands still with it. A round is
-what this clock shows from the end of a server step to the end of the next, seen in the run's own events to 10 ms: it
-holds all of the server's work. Outside of what is timed lie start-up, the first round (processes join, buffers are
-made, version 0 is scored beside it) and what follows the last step.
+Both live side by side and take turns of a second: the processes of one are stopped (SIGSTOP) while
+those of the other go on, so that both meet the same machine, round by round. Each has a clock that
+stands still with it. A round is what this clock shows from the end of a server step to the end of
+the next, seen in the run's own events to 10 ms: it holds all of the server's work. Outside of what
+is timed lie start-up, the first round (processes join, buffers are made, version 0 is scored beside
+it) and what follows the last step.
 
-`overhead` is the median over rounds of A / B - 1, in wall time. `overhead_cpu` is the ratio of the CPU seconds of all
-processes over all rounds: another job on the machine disturbs it less, but it counts no waiting. `distance` compares
-the final weights, relative to how far training moved them: small, as both sides did the same work; not zero, as the
-sums round differently and training amplifies that (local.precision=fp32: 3e-6 after two rounds, 0.3 after twenty).
+`overhead` is the median over rounds of A / B - 1, in wall time. `overhead_cpu` is the ratio of the
+CPU seconds of all processes over all rounds: another job on the machine disturbs it less, but it
+counts no waiting. `distance` compares the final weights, relative to how far training moved them:
+small, as both sides did the same work; not zero, as the sums round differently and training
+amplifies that (local.precision=fp32: 3e-6 after two rounds, 0.3 after twenty).
 """
 
 from __future__ import annotations
@@ -43,9 +49,15 @@ from fedgpt.config import compose
 from fedgpt.core.device import cores
 
 OPTIONS = (
-    "model=nano", "corpus=sotu", "pace.clients=8", "evaluate=ends", "evaluate.tokens=1024", "checkpoint=none",
-    f"runtime.workers={min(8, cores())}", "runtime.threads=1",
-)  # fmt: skip
+    "model=nano",
+    "corpus=sotu",
+    "pace.clients=8",
+    "evaluate=ends",
+    "evaluate.tokens=1024",
+    "checkpoint=none",
+    f"runtime.workers={min(8, cores())}",
+    "runtime.threads=1",
+)
 PLAIN = Path(__file__).with_name("plain_loop.py")
 POLL = 0.01  # seconds between looks at a run's events
 TURN = 1.0  # seconds

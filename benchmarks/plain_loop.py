@@ -1,16 +1,18 @@
-"""Federated averaging as one would write it without a framework: the reference of benchmarks/overhead.py.
+"""Federated averaging as one would write it without a framework: the reference of
+benchmarks/overhead.py.
 
     python benchmarks/plain_loop.py FOLDER [key=value ...]      # the options of `fedgpt run`
 
-Persistent spawned processes, one pipe each, all vectors in shared memory. Nothing of fedgpt's engine or Flower side is
-used: no messages, digests, validation, exact sums, files, records or resuming. What a client does is the same: the
-same Trainer, the same shards, batches, seeds and learning rates, so that the weights end (nearly) the same too. Each
-round the parent deals the next client to the process that is idle, and adds a finished update in place, float32. Adam's
-moments of a client are parked in shared memory, one row for each client, because the next round may meet it in the
-other process.
+Persistent spawned processes, one pipe each, all vectors in shared memory. Nothing of fedgpt's
+engine or Flower side is used: no messages, digests, validation, exact sums, files, records or
+resuming. What a client does is the same: the same Trainer, the same shards, batches, seeds and
+learning rates, so that the weights end (nearly) the same too. Each round the parent deals the next
+client to the process that is idle, and adds a finished update in place, float32. Adam's moments of
+a client are parked in shared memory, one row for each client, because the next round may meet it in
+the other process.
 
-FOLDER gets events.jsonl, one line after each server step with the seconds so far, and params.npz, the `first` and
-`last` weights.
+FOLDER gets events.jsonl, one line after each server step with the seconds so far, and params.npz,
+the `first` and `last` weights.
 """
 
 from __future__ import annotations
@@ -51,7 +53,9 @@ from fedgpt.model.gpt import GPT
 
 
 class SharedArray:
-    """A float32 array in anonymous memory that spawned processes get by descriptor (/dev/shm may be small)."""
+    """A float32 array in anonymous memory that spawned processes get by descriptor (/dev/shm may be
+    small).
+    """
 
     def __init__(self, *shape: int):
         self.shape, self._descriptor = shape, os.memfd_create("plain_loop")
@@ -164,10 +168,8 @@ class Parent:
 
     def start(self) -> tuple[list[Connection], list[SpawnProcess]]:
         """As many processes as fedgpt's pool starts, in the same environment."""
-        workers, threads = (
-            self.options.runtime.workers or cores(),
-            self.options.runtime.threads or 1,
-        )
+        workers = self.options.runtime.workers or cores()
+        threads = self.options.runtime.threads or 1
         torch.set_num_threads(threads)
         pools = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
         os.environ.update({**KEEP_HEAP, **dict.fromkeys(pools, str(threads))})

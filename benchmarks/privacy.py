@@ -1,13 +1,16 @@
-"""What DP-SGD costs a training step: book-keeping and Opacus' hooks against the step without privacy.
+"""What DP-SGD costs a training step: book-keeping and Opacus' hooks against the step without
+privacy.
 
     python benchmarks/privacy.py            # the mini model, ten rounds, about three minutes on one core
     python benchmarks/privacy.py --quick    # a smoke run on a tiny model
 
-A step is the trainer's own: batch, forward, backward, clipping of the whole gradient, fused AdamW. That of book-keeping
-also clips example by example and adds secure noise. `hooks` is Opacus as its tutorial has it: GradSampleModule in hooks
-mode and DPOptimizer around torch's fused AdamW, with torch's own noise; `hooks_here` is fedgpt's other engine, Opacus'
-per-example gradients with our sum and noise. All in fp32 and with the same examples (sampling probability 1), the heap
-kept as the pool's workers keep it. They take turns; ratios are medians of the ratio in the same round, in wall time.
+A step is the trainer's own: batch, forward, backward, clipping of the whole gradient, fused AdamW.
+That of book-keeping also clips example by example and adds secure noise. `hooks` is Opacus as its
+tutorial has it: GradSampleModule in hooks mode and DPOptimizer around torch's fused AdamW, with
+torch's own noise; `hooks_here` is fedgpt's other engine, Opacus' per-example gradients with our sum
+and noise. All in fp32 and with the same examples (sampling probability 1), the heap kept as the
+pool's workers keep it. They take turns; ratios are medians of the ratio in the same round, in wall
+time.
 """
 
 from __future__ import annotations

@@ -4,14 +4,17 @@
     python benchmarks/train.py --models gpt2 --compile  # for a GPU
     python benchmarks/train.py --quick                  # a smoke run
 
-A (fedgpt): whole jobs of `Trainer.train`, as a client does them: the model comes in as a float32 vector in main memory,
+A (fedgpt): whole jobs of `Trainer.train`, as a client does them: the model comes in as a float32
+vector in main memory,
     the delta goes out as one.
-B (plain): the same model, batches, clipping and precision as one writes it: autocast where A computes in bf16, AdamW
-    with fused kernels and two groups, clip_grad_norm_; on a GPU batches from pinned memory and TF32 for what is left.
+B (plain): the same model, batches, clipping and precision as one writes it: autocast where A
+computes in bf16, AdamW
+    with fused kernels and two groups, clip_grad_norm_; on a GPU batches from pinned memory and TF32
+    for what is left.
 C (compiled, with --compile): B with torch.compile.
 
-They take turns in one process. A figure is the median of the ratio in the same round, in wall time; compiling,
-recording and the first job of each lie outside. `tokens_per_second` are A's.
+They take turns in one process. A figure is the median of the ratio in the same round, in wall time;
+compiling, recording and the first job of each lie outside. `tokens_per_second` are A's.
 """
 
 from __future__ import annotations

@@ -45,7 +45,9 @@ def main() -> int:
 
 
 def _groups() -> str:
-    """The groups of conf/, read from the folder names: importing Hydra to list them would take longer."""
+    """The groups of conf/, read from the folder names: importing Hydra to list them would take
+    longer.
+    """
     from pathlib import Path
 
     package = Path(__file__).parent

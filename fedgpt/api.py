@@ -1,4 +1,6 @@
-"""The Python side of the command line: run a configuration, open a run's folder, write text with its model."""
+"""The Python side of the command line: run a configuration, open a run's folder, write text with
+its model.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ if TYPE_CHECKING:
 
 
 def run(*overrides: str) -> Run:
-    """Run a configuration, typed as on the command line, to its end; `resume=FOLDER` alone continues that run.
+    """Run a configuration, typed as on the command line, to its end; `resume=FOLDER` alone
+    continues that run.
 
     Raises ConfigError for what `fedgpt run` would refuse.
 
@@ -36,7 +39,9 @@ def run(*overrides: str) -> Run:
 
 
 def resumed(arguments: Sequence[str]) -> RunOptions | None:
-    """Options of the run that `resume=FOLDER` names, or None; raises ConfigError where it does not stand alone."""
+    """Options of the run that `resume=FOLDER` names, or None; raises ConfigError where it does not
+    stand alone.
+    """
     from fedgpt.config import compose
 
     resume = next((a for a in arguments if a.startswith("resume=")), None)
@@ -45,19 +50,24 @@ def resumed(arguments: Sequence[str]) -> RunOptions | None:
     folder = resume.removeprefix("resume=")
     if len(arguments) > 1:
         raise ConfigError(
-            f"{resume}: stands alone, as the folder holds the run's own options; to train a finished run further, "
-            f"start another from its weights: init_from={folder or 'FOLDER'} run_dir=NEW"
+            f"{resume}: stands alone, as the folder holds the run's own options; to train a"
+            f" finished run further, start another from its weights: init_from={folder or 'FOLDER'}"
+            " run_dir=NEW"
         )
     return compose.of_run(_found(folder, resume))
 
 
 def open_run(folder: str | Path, best: bool = False) -> Run:
-    """The run in `folder`, its model the newest, or the `best`; raises ConfigError where there is none."""
+    """The run in `folder`, its model the newest, or the `best`; raises ConfigError where there is
+    none.
+    """
     return Run(_found(folder, str(folder)), best)
 
 
 def _found(folder: str | Path, typed: str) -> Path:
-    """A run's folder; the error names it as `typed`. An empty name is no folder, least of all the present one."""
+    """A run's folder; the error names it as `typed`. An empty name is no folder, least of all the
+    present one.
+    """
     path = Path(folder).expanduser()
     if not str(folder) or not (path / "config.yaml").is_file():
         raise ConfigError(
@@ -105,7 +115,9 @@ class Run:
 
     @cached_property
     def model(self) -> GPT:
-        """The run's newest model in float32, that of its newest whole checkpoint, or its best by held-out loss."""
+        """The run's newest model in float32, that of its newest whole checkpoint, or its best by
+        held-out loss.
+        """
         import numpy as np
 
         from fedgpt.config import compose
@@ -124,7 +136,8 @@ class Run:
             params = snapshot.state.params
         else:
             raise FedGPTError(
-                f"{self.folder} has no whole checkpoint; start it with: fedgpt run resume={self.folder}"
+                f"{self.folder} has no whole checkpoint; start it with: fedgpt run"
+                f" resume={self.folder}"
             )
         model = GPT(options.model, self.tokenizer.vocab_size).eval()
         np.copyto(flatten(model)[1].numpy(), params)
@@ -133,7 +146,9 @@ class Run:
     def generate(
         self, prompt: str, tokens: int = 200, samples: int = 1, seed: int = 0, **sampling: Any
     ) -> list[str]:
-        """Continuations of `prompt`; `sampling` is temperature, top_k and top_p of model/generate.py."""
+        """Continuations of `prompt`; `sampling` is temperature, top_k and top_p of
+        model/generate.py.
+        """
         from fedgpt.model.generate import generate
 
         ids = list(self.tokenizer.encode(prompt)) or [self.tokenizer.end]

@@ -39,10 +39,8 @@ def run(arguments: list[str]) -> int:
 
 def _words(arguments: list[str]) -> tuple[list[str], str | None]:
     """(options as typed, the user's folder of groups); raises ConfigError for what is neither."""
-    config_dir, shown = (
-        _value_of(arguments, "--config-dir", "-cd"),
-        _value_of(arguments, "--cfg", "-c"),
-    )
+    config_dir = _value_of(arguments, "--config-dir", "-cd")
+    shown = _value_of(arguments, "--cfg", "-c")
     words = [a for a in arguments if not a.startswith("-") and a not in (config_dir, shown)]
     if wrong := [word for word in words if "=" not in word and not word.startswith("~")]:
         raise ConfigError(
@@ -113,7 +111,9 @@ def data(arguments: list[str]) -> int:
 
 
 def privacy(arguments: list[str]) -> int:
-    """`fedgpt privacy plan`: what a private run with these options would cost, before anything runs."""
+    """`fedgpt privacy plan`: what a private run with these options would cost, before anything
+    runs.
+    """
     from fedgpt.config import compose
     from fedgpt.data.partition import partition
     from fedgpt.data.prepare import prepare
@@ -131,7 +131,9 @@ def privacy(arguments: list[str]) -> int:
 
 
 def audit(arguments: list[str]) -> int:
-    """`fedgpt audit`: attack what these options promise; exit code 1 where the promise does not hold."""
+    """`fedgpt audit`: attack what these options promise; exit code 1 where the promise does not
+    hold.
+    """
     from fedgpt.audit.report import audit_report
     from fedgpt.config import compose
     from fedgpt.data.partition import partition
@@ -174,8 +176,14 @@ def generate(arguments: list[str]) -> int:
         help="the weights with the lowest held-out loss, not the newest",
     )
     chosen = parser.parse_args(arguments)
-    ranges = {"tokens": (0, math.inf), "samples": (1, math.inf), "temperature": (0, math.inf), "top_k": (0, math.inf),
-              "top_p": (0, 1), "seed": (0, 2**63 - 1)}  # fmt: skip
+    ranges = {
+        "tokens": (0, math.inf),
+        "samples": (1, math.inf),
+        "temperature": (0, math.inf),
+        "top_k": (0, math.inf),
+        "top_p": (0, 1),
+        "seed": (0, 2**63 - 1),
+    }
     for name, (low, high) in ranges.items():
         value = getattr(chosen, name)
         if value is not None and not low <= value <= high:
@@ -201,12 +209,18 @@ def generate(arguments: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "run": run, "data": data, "privacy": privacy, "audit": audit, "generate": generate
-}  # fmt: skip
+    "run": run,
+    "data": data,
+    "privacy": privacy,
+    "audit": audit,
+    "generate": generate,
+}
 
 
 def dispatch(command: str, arguments: list[str]) -> int:
-    """Run a command; failures a user can act on are one message and an exit code, never a traceback."""
+    """Run a command; failures a user can act on are one message and an exit code, never a
+    traceback.
+    """
     if command not in COMMANDS:
         print(
             f"fedgpt: no command {command!r}{nearest(command, COMMANDS)} (fedgpt --help)",
@@ -231,7 +245,9 @@ def dispatch(command: str, arguments: list[str]) -> int:
 
 
 def exit_code(error: FedGPTError) -> int:
-    """2 wrong usage, 3 stopped early for a stated reason, 130 interrupted and resumable, 1 anything else."""
+    """2 wrong usage, 3 stopped early for a stated reason, 130 interrupted and resumable, 1 anything
+    else.
+    """
     kinds = ((ConfigError, 2), (StoppedEarly, 3), (Interrupted, 130))
     return next((code for kind, code in kinds if isinstance(error, kind)), 1)
 

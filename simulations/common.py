@@ -1,4 +1,6 @@
-"""What every study does around its runs: configurations in, results.json with its circumstances out."""
+"""What every study does around its runs: configurations in, results.json with its circumstances
+out.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def arguments(description: str) -> argparse.Namespace:
 
 
 def run(folder: Path, *overrides: str) -> fedgpt.Run:
-    """One run into `folder`, in a process of its own, so that runs do not share memory or threads."""
+    """One run into `folder`, in a process of its own, so that runs do not share memory or
+    threads.
+    """
     if not (folder / "summary.json").exists():
         command = [sys.executable, "-m", "fedgpt", "run", *overrides, f"run_dir={folder}"]
         print("$ fedgpt", shlex.join(command[3:]), flush=True)
@@ -62,7 +66,8 @@ def run(folder: Path, *overrides: str) -> fedgpt.Run:
         done = subprocess.run(command, check=False, capture_output=True, text=True)
         if done.returncode:
             sys.exit(
-                f"{done.stdout[-2000:]}\n{done.stderr}\nthe run in {folder} ended with exit code {done.returncode}"
+                f"{done.stdout[-2000:]}\n{done.stderr}\nthe run in {folder} ended with exit code"
+                f" {done.returncode}"
             )
         final = fedgpt.open_run(folder).summary["final"]
         print(f"  loss {final['loss']:.4f} after {time.monotonic() - began:.0f} s", flush=True)
@@ -77,8 +82,8 @@ def run_arms(
 ) -> dict[str, list[fedgpt.Run]]:
     """Every arm with every seed; arm -> its runs in the order of the seeds.
 
-    As many runs at once as there are cores, each on one worker of one thread: on the virtual clock that changes no
-    bit, and nobody waits for another run's start or evaluation.
+    As many runs at once as there are cores, each on one worker of one thread: on the virtual clock
+    that changes no bit, and nobody waits for another run's start or evaluation.
     """
     one_worker = ["runtime.workers=1", "runtime.threads=1"]
     with ThreadPoolExecutor(cores()) as pool:
@@ -110,7 +115,9 @@ def scored(one: fedgpt.Run) -> list[dict[str, Any]]:
 
 
 def seconds_to(one: fedgpt.Run, loss: float) -> float | None:
-    """Virtual seconds until the held-out loss is `loss`, linear between evaluations; None where it never is."""
+    """Virtual seconds until the held-out loss is `loss`, linear between evaluations; None where it
+    never is.
+    """
     before = None
     for record in scored(one):
         now = record["virtual_seconds"] or 0.0
@@ -157,8 +164,10 @@ def write_results(study: Path, seeds: Sequence[int], figures: Mapping[str, Any])
     circumstances = {
         "command": f"python simulations/{study.name}/run.py",
         "seeds": list(seeds),
-        "machine": f"{cores()} cores, {torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}, "
-        f"Python {platform.python_version()}",
+        "machine": (
+            f"{cores()} cores, {torch.backends.cpu.get_cpu_capability()}, torch"
+            f" {torch.__version__}, Python {platform.python_version()}"
+        ),
         "commit": commit,
         "date": date.today().isoformat(),
     }

@@ -1,4 +1,6 @@
-"""A figure that several studies share: a dot for every mean, a line from the least to the largest value."""
+"""A figure that several studies share: a dot for every mean, a line from the least to the largest
+value.
+"""
 
 from __future__ import annotations
 

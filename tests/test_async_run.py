@@ -1,4 +1,6 @@
-"""Whole asynchronous runs by the command: real speeds, replay of the wall clock, kill -9 on the virtual one."""
+"""Whole asynchronous runs by the command: real speeds, replay of the wall clock, kill -9 on the
+virtual one.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +16,24 @@ from pathlib import Path
 import pytest
 
 SMALL = [
-    "corpus=stdlib", "tokenizer=bytes", "partition=iid", "partition.clients=4", "model.n_layer=1", "model.n_embd=32",
-    "model.n_head=2", "model.block_size=32", "local.steps=5", "local.batch_size=4", "pace=buffer", "pace.clients=4",
-    "runtime.threads=1", "local.precision=fp32", "evaluate=ends", "evaluate.tokens=2048", "seed=5",
-]  # fmt: skip
+    "corpus=stdlib",
+    "tokenizer=bytes",
+    "partition=iid",
+    "partition.clients=4",
+    "model.n_layer=1",
+    "model.n_embd=32",
+    "model.n_head=2",
+    "model.block_size=32",
+    "local.steps=5",
+    "local.batch_size=4",
+    "pace=buffer",
+    "pace.clients=4",
+    "runtime.threads=1",
+    "local.precision=fp32",
+    "evaluate=ends",
+    "evaluate.tokens=2048",
+    "seed=5",
+]
 LONG = 300  # seconds; bounds every wait
 pytestmark = pytest.mark.slow
 
@@ -59,7 +75,9 @@ def events(folder: Path) -> list[dict]:
 
 
 def test_clients_of_different_real_speed_never_wait_and_the_run_can_be_replayed(tmp_path, env):
-    """Fast clients contribute in proportion; the record of the wall clock leads the virtual one to the same weights."""
+    """Fast clients contribute in proportion; the record of the wall clock leads the virtual one to
+    the same weights.
+    """
     real, again = tmp_path / "real", tmp_path / "again"
     speeds = "fleet.step_seconds=[0.04,0.08,0.16,0.32]"  # jobs of 0.2, 0.4, 0.8 and 1.6 s
     finish(env, *SMALL, "fleet=constant", speeds, "rounds=60", "pace.dylu=false", f"run_dir={real}")
@@ -98,7 +116,9 @@ def test_clients_of_different_real_speed_never_wait_and_the_run_can_be_replayed(
 
 
 def test_a_run_of_dylu_can_be_replayed_too(tmp_path, env):
-    """Slower clients take fewer steps, by measured time; a worker's first job, which also starts it up, is not."""
+    """Slower clients take fewer steps, by measured time; a worker's first job, which also starts it
+    up, is not.
+    """
     real, again = tmp_path / "real", tmp_path / "again"
     pace = ["rounds=40", "local.steps=8", "pace.dylu=true"]
     finish(
@@ -142,8 +162,14 @@ def test_killed_in_the_middle_of_a_virtual_run_and_resumed_is_the_same_run(tmp_p
         for name in ("whole", "cut")
     ]
     assert same[0] == same[1]
-    accepted = [[(e["client"], e["number"], e["seconds"]) for e in events(tmp_path / name) if e["event"] == "accept"]
-                for name in ("whole", "cut")]  # fmt: skip
+    accepted = [
+        [
+            (e["client"], e["number"], e["seconds"])
+            for e in events(tmp_path / name)
+            if e["event"] == "accept"
+        ]
+        for name in ("whole", "cut")
+    ]
     assert accepted[0] == accepted[1], "no update is lost and none comes twice"
 
 

@@ -1,4 +1,6 @@
-"""Each benchmark runs and ends with its line for scripts; how fast anything was is no test's business."""
+"""Each benchmark runs and ends with its line for scripts; how fast anything was is no test's
+business.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Real processes that kill themselves at every named point, started again until the run is at its end."""
+"""Real processes that kill themselves at every named point, started again until the run is at its
+end.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +18,22 @@ from fedgpt.storage.run_folder import read_lines
 
 LONG = 240.0  # seconds; bounds every wait
 SMALL = [
-    "corpus=stdlib", "tokenizer=bytes", "partition=iid", "partition.clients=4", "model.n_layer=1", "model.n_embd=16",
-    "model.n_head=2", "model.block_size=16", "local.steps=2", "local.batch_size=2", "runtime.threads=1",
-    "local.precision=fp32", "evaluate.tokens=1024", "evaluate.samples=0", "seed=5",
-]  # fmt: skip
+    "corpus=stdlib",
+    "tokenizer=bytes",
+    "partition=iid",
+    "partition.clients=4",
+    "model.n_layer=1",
+    "model.n_embd=16",
+    "model.n_head=2",
+    "model.block_size=16",
+    "local.steps=2",
+    "local.batch_size=2",
+    "runtime.threads=1",
+    "local.precision=fp32",
+    "evaluate.tokens=1024",
+    "evaluate.samples=0",
+    "seed=5",
+]
 SERVER = (
     "open:1", "send:1", "accepted:3", "aggregate:2", "checkpoint.begin:4", "checkpoint.written:5",
     "checkpoint.renamed:6", "checkpoint.committed:7", "evaluated:6",
@@ -53,7 +67,9 @@ def start(env: dict[str, str], *options: str) -> subprocess.CompletedProcess[str
 def until_the_end(
     env: dict[str, str], faults: tuple[str, ...], folder: Path, options: list[str]
 ) -> int:
-    """Start, and start again whatever kills the server; how often it died. Every fault must have fired."""
+    """Start, and start again whatever kills the server; how often it died. Every fault must have
+    fired.
+    """
     marks = folder.parent / f"{folder.name}-marks"
     marks.mkdir()
     env = {
@@ -88,7 +104,9 @@ def accepted(folder: Path) -> list[tuple[str, int]]:
 
 @pytest.mark.slow
 def test_killed_at_every_point_a_synchronous_run_is_the_same_run(tmp_path, env):
-    """The journal on, so that its points are passed, too; workers die in the middle of a job and after it."""
+    """The journal on, so that its points are passed, too; workers die in the middle of a job and
+    after it.
+    """
     options = [*SMALL, "rounds=9", "checkpoint.journal=true"]
     done = start(env, *options, f"run_dir={tmp_path / 'whole'}")
     assert done.returncode == 0, done.stderr
@@ -127,7 +145,9 @@ def test_three_crashes_right_after_a_start_go_back_to_the_checkpoint_before(tmp_
     ids=["client", "example"],
 )
 def test_killed_a_private_run_pays_for_every_release_once(tmp_path, env, unit, faults):
-    """Between payment and release, and after a job that its client has paid for; the noise is seeded, to compare."""
+    """Between payment and release, and after a job that its client has paid for; the noise is
+    seeded, to compare.
+    """
     noise = ["privacy.noise_multiplier=1.5", "privacy.target_epsilon=null", "privacy.rng=seeded"]
     options = [*SMALL, *unit, *noise, "rounds=3"]
     done = start(env, *options, f"run_dir={tmp_path / 'whole'}")
@@ -163,7 +183,9 @@ def test_killed_an_asynchronous_run_on_the_real_clock_loses_and_repeats_nothing(
 
 
 def test_a_disk_that_is_full_is_a_clear_error_and_costs_no_checkpoint(tmp_path, env):
-    """No file may grow above 60 kB: the metrics fit, a checkpoint does not. Other files: flower/test_serve.py."""
+    """No file may grow above 60 kB: the metrics fit, a checkpoint does not. Other files:
+    flower/test_serve.py.
+    """
     options = [*SMALL, "rounds=2", "model.n_embd=32"]
     folder = tmp_path / "run"
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "

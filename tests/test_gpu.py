@@ -1,4 +1,6 @@
-"""The same work on a GPU as on a CPU: updates, scores, text, privacy, whole runs, and a run that is killed."""
+"""The same work on a GPU as on a CPU: updates, scores, text, privacy, whole runs, and a run that is
+killed.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,17 @@ VOCAB = 257
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, 20_000)
 LOCAL = LocalOptions(batch_size=4, lr=1e-3, min_lr=1e-4)
 PLAN = Plan("run", 10, 0, 128, 128 * 20)
-RUN = ["corpus=stdlib", "tokenizer=bytes", "model.n_layer=2", "model.n_embd=64", "rounds=3", "pace.clients=4",
-       "local.steps=5", "runtime.device=cuda", "evaluate.tokens=4096"]  # fmt: skip
+RUN = [
+    "corpus=stdlib",
+    "tokenizer=bytes",
+    "model.n_layer=2",
+    "model.n_embd=64",
+    "rounds=3",
+    "pace.clients=4",
+    "local.steps=5",
+    "runtime.device=cuda",
+    "evaluate.tokens=4096",
+]
 
 
 def start() -> np.ndarray:
@@ -102,10 +113,8 @@ def test_dropout_is_drawn_again_the_same():
 def test_a_recorded_gradient_has_the_bits_of_one_that_is_launched_kernel_by_kernel(dtype):
     trainer = Trainer(MODEL, VOCAB, LOCAL, Compute("cuda", dtype, "test"))
     trainer._receive(start())
-    plain, batches = (
-        BatchGradient(trainer.model),
-        Batches(TOKENS, MODEL.block_size, LOCAL.batch_size, 3),
-    )
+    plain = BatchGradient(trainer.model)
+    batches = Batches(TOKENS, MODEL.block_size, LOCAL.batch_size, 3)
     for _ in range(3):
         inputs, targets = batches.next()
         loss, grads = plain(inputs.cuda(), targets.cuda())

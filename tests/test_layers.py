@@ -1,4 +1,6 @@
-"""The house's rules over its own source: imports point down, heavy libraries stay in their rooms, nothing unsafe."""
+"""The house's rules over its own source: imports point down, heavy libraries stay in their rooms,
+nothing unsafe.
+"""
 
 from __future__ import annotations
 

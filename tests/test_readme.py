@@ -1,4 +1,6 @@
-"""What the documents say works: commands, options, targets, links and code are those of this repository."""
+"""What the documents say works: commands, options, targets, links and code are those of this
+repository.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def blocks(text: str, *languages: str) -> list[str]:
 
 
 def typed(text: str) -> list[str]:
-    """Everything that may be typed: it stands in shell blocks, in indented lines and as inline code."""
+    """Everything that may be typed: it stands in shell blocks, in indented lines and as inline
+    code.
+    """
     prose = FENCE.sub("", text)
     shell = [
         re.sub(r"\\\n\s*", " ", body) for body in blocks(text, "sh", "bash", "shell", "console")
@@ -76,7 +80,9 @@ def make_targets() -> set[str]:
 
 
 def check(words: list[str], folder: Path, readme: str) -> None:
-    """Raise where a command could not work; `folder` is empty and stands for everything that the user brings."""
+    """Raise where a command could not work; `folder` is empty and stands for everything that the
+    user brings.
+    """
     program, *arguments = words
     if program == "python" and arguments[:2] == ["-m", "fedgpt"]:
         program, arguments = "fedgpt", arguments[2:]
@@ -139,7 +145,9 @@ def check_options(command: str, words: list[str], folder: Path, readme: str) -> 
 
 
 def bring_strategy(target: str, folder: Path, readme: str) -> None:
-    """Write the README's own class to the module that a command names, unless it is one of ours or of Flower."""
+    """Write the README's own class to the module that a command names, unless it is one of ours or
+    of Flower.
+    """
     module, _, name = target.rpartition(".")
     if module.split(".")[0] not in ("fedgpt", "flwr"):
         (code,) = [code for code in blocks(readme, "python", "py") if f"class {name}(" in code]
@@ -160,7 +168,9 @@ def bring_choices(overrides: list[str], conf: Path) -> str:
 
 
 def _filled(word: str, folder: Path) -> str:
-    """Placeholders, the variables that a shell fills in and the record of an earlier run, as something that exists."""
+    """Placeholders, the variables that a shell fills in and the record of an earlier run, as
+    something that exists.
+    """
     if word.startswith("fleet.path="):
         (folder / "events.jsonl").write_text('{"event": "open"}\n')
         return f"fleet.path={folder}/events.jsonl"
@@ -249,9 +259,15 @@ def test_the_demo_prints_what_is_shown(tmp_path, capfd):
     """Line by line, but for numbers, the machine and what the model writes."""
     (shown,) = [body for body in blocks(README, "text") if " bits/byte " in body]
     run_here(
-        "experiment=demo", "rounds=6", "tokenizer.vocab_size=300", "local.steps=1", "local.batch_size=1",
-        "evaluate.tokens=512", "evaluate.sample_tokens=8", f"run_dir={tmp_path}",
-    )  # fmt: skip
+        "experiment=demo",
+        "rounds=6",
+        "tokenizer.vocab_size=300",
+        "local.steps=1",
+        "local.batch_size=1",
+        "evaluate.tokens=512",
+        "evaluate.sample_tokens=8",
+        f"run_dir={tmp_path}",
+    )
     printed = capfd.readouterr().out
     assert doctest.OutputChecker().check_output(shape(shown), shape(printed), doctest.ELLIPSIS), (
         printed
@@ -259,7 +275,9 @@ def test_the_demo_prints_what_is_shown(tmp_path, capfd):
 
 
 def shape(printed: str) -> str:
-    """Lines of a run with # for every number and ... for what differs from machine to machine and model to model."""
+    """Lines of a run with # for every number and ... for what differs from machine to machine and
+    model to model.
+    """
     alike = re.sub(r"^( *(?:compute|Fellow citizens)).*", r"\1...", printed, flags=re.M)
     return NUMBER.sub(" #", alike)
 
@@ -315,9 +333,15 @@ def test_wrong_words_for_flower_are_noticed(line, tmp_path):
 
 def test_commands_are_found_with_their_continued_lines():
     assert [words[:2] for words in commands(SAMPLE)] == [
-        ["make", "install"], ["fedgpt", "run"], ["fedgpt", "run"], ["fedgpt", "data"], ["python", "benchmarks/none.py"],
-        ["fedgpt", "run"], ["make", "demo"], ["fedgpt", "data"],
-    ]  # fmt: skip
+        ["make", "install"],
+        ["fedgpt", "run"],
+        ["fedgpt", "run"],
+        ["fedgpt", "data"],
+        ["python", "benchmarks/none.py"],
+        ["fedgpt", "run"],
+        ["make", "demo"],
+        ["fedgpt", "data"],
+    ]
     assert commands(SAMPLE)[5] == ["fedgpt", "run", "rounds=5"]
     assert commands(SAMPLE)[1][2:] == ["model=mini", "corpus=files", "corpus.path=my_texts"]
     assert links(SAMPLE) == ["docs/a.md", "no.png"]

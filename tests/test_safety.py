@@ -1,4 +1,6 @@
-"""What must hold of the whole package: no unsafe code, names that stay inside, one kind of clock, no installs."""
+"""What must hold of the whole package: no unsafe code, names that stay inside, one kind of clock,
+no installs.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +107,9 @@ def test_any_name_is_one_folder_inside_and_no_other_names(name, other):
 
 
 def test_nothing_is_installed_at_run_time():
-    """Flower would run an installer for an app's dependencies: every program of it that we start is told not to."""
+    """Flower would run an installer for an app's dependencies: every program of it that we start is
+    told not to.
+    """
     texts = {path.name: path.read_text() for path in (ROOT / "fedgpt").rglob("*.py")}
     assert not [
         name for name, text in texts.items() if re.search(r"[\"']pip[\"']|ensurepip|uv sync", text)

@@ -1,4 +1,6 @@
-"""Many clients at the nano model: a thousand sampled fifty a round, and two hundred in one round."""
+"""Many clients at the nano model: a thousand sampled fifty a round, and two hundred in one
+round.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,17 @@ import sys
 import pytest
 
 COMMON = [
-    "model=nano", "tokenizer=bytes", "partition=iid", "partition.piece=512", "local=reset", "local.steps=1",
-    "local.batch_size=1", "evaluate=ends", "evaluate.tokens=2048", "checkpoint=none",
-]  # fmt: skip
+    "model=nano",
+    "tokenizer=bytes",
+    "partition=iid",
+    "partition.piece=512",
+    "local=reset",
+    "local.steps=1",
+    "local.batch_size=1",
+    "evaluate=ends",
+    "evaluate.tokens=2048",
+    "checkpoint=none",
+]
 
 
 @pytest.mark.slow

@@ -1,19 +1,23 @@
-"""Synchronous or asynchronous, chosen by the server while the run goes on. The arithmetic is delta-SGD's under both.
+"""Synchronous or asynchronous, chosen by the server while the run goes on. The arithmetic is
+delta-SGD's under both.
 
-Waits. With job times t_i, a round takes max t_i and brings k updates; k clients that never wait bring sum 1 / t_i a
-second. gain = max t_i * mean(1 / t_i) is how many times more updates asynchrony handles. It is looked at whenever a
-reply arrives and, in a round, as time goes by: a job that is still out counts as if it came back now, and a client of
-which nothing is known as the slowest that is. So within the first round `gain` only grows towards its true value.
+Waits. With job times t_i, a round takes max t_i and brings k updates; k clients that never wait
+bring sum 1 / t_i a second. gain = max t_i * mean(1 / t_i) is how many times more updates asynchrony
+handles. It is looked at whenever a reply arrives and, in a round, as time goes by: a job that is
+still out counts as if it came back now, and a client of which nothing is known as the slowest that
+is. So within the first round `gain` only grows towards its true value.
 
     cohort -> buffer   gain >= `gain`: the sooner, the less is waited; or a client that is out for ENDLESS times the
                        usual time, however recent the last change
     buffer -> cohort   gain < `back` in all versions of STAY rounds: the clients have become alike; the next STAY
-                       rounds are synchronous in any case. Or asynchrony does harm: the smoothed correlation (cosine)
-                       of a server step with the one before is below `correlation` (steps take each other back), or
-                       the mean norm of the updates, per token and learning rate, is above `growth` times its smoothed
-                       value; after harm the run stays synchronous for `rest` versions
+                       rounds are synchronous in any case. Or asynchrony does harm: the smoothed
+                       correlation (cosine) of a server step with the one before is below
+                       `correlation` (steps take each other back), or the mean norm of the updates,
+                       per token and learning rate, is above `growth` times its smoothed value;
+                       after harm the run stays synchronous for `rest` versions
 
-Staleness is judged by that harm and not by its size: with k jobs in flight its mean is k - 1 on every fleet.
+Staleness is judged by that harm and not by its size: with k jobs in flight its mean is k - 1 on
+every fleet.
 """
 
 from __future__ import annotations
@@ -37,11 +41,16 @@ AT_LEAST_ONE = Range(lambda value: value >= 1, "a number of at least 1")
 
 @dataclass(frozen=True)
 class Auto(DeltaSGD):
-    """Starts with pace=cohort, watches arrival times and update statistics, switches to buffer and back."""
+    """Starts with pace=cohort, watches arrival times and update statistics, switches to buffer and
+    back.
+    """
 
     paces = frozenset({"cohort"})  # where it starts
     because = {
-        "buffer": "it starts with a round to learn how fast clients are; leave pace out, or strategy=delta_sgd"
+        "buffer": (
+            "it starts with a round to learn how fast clients are; leave pace out, or"
+            " strategy=delta_sgd"
+        )
     }
     switches = True
 
@@ -66,7 +75,10 @@ class Auto(DeltaSGD):
         if pacing.name == "cohort" and pacing.goal != pacing.clients:
             yield f"pace.goal={pacing.goal}: strategy=auto watches whole rounds; leave it out"
         if self.back > self.gain:
-            yield f"strategy.back={self.back}: above strategy.gain={self.gain}, it would switch for ever; lower it"
+            yield (
+                f"strategy.back={self.back}: above strategy.gain={self.gain}, it would switch for"
+                " ever; lower it"
+            )
 
     def choose_pacing(self, observed: Observed, state: ServerState) -> Choice:
         """The rule of the module's docstring."""
@@ -93,10 +105,8 @@ class Auto(DeltaSGD):
         elif growth > self.growth:
             why = f"updates have grown to {growth:.1f} times their usual norm"
         elif alike >= STAY * max(1, len(seconds)):
-            why, rest = (
-                f"the clients are alike: asynchrony handles {gain:.2f} times the updates",
-                STAY,
-            )
+            why = f"the clients are alike: asynchrony handles {gain:.2f} times the updates"
+            rest = STAY
         if not why:
             return Choice("buffer", memory=memory)
         back = {"auto_rest": state.version + rest, "auto_correlation": 0.0, "auto_alike": 0}
@@ -105,7 +115,9 @@ class Auto(DeltaSGD):
         )
 
     def _smoothed(self, observed: Observed, state: ServerState) -> tuple[float, float, float]:
-        """(correlation, usual update norm, how many times that the norm is), from the newest version's record."""
+        """(correlation, usual update norm, how many times that the norm is), from the newest
+        version's record.
+        """
         correlation = float(state.memory.get("auto_correlation", 0.0))
         usual = float(state.memory.get("auto_norm", 0.0))
         record = observed.record
@@ -113,7 +125,8 @@ class Auto(DeltaSGD):
             correlation = SMOOTH * correlation + (1 - SMOOTH) * record["step_correlation"]
         if not record.get("update_norm"):
             return correlation, usual, 1.0
-        # an AdamW step is as long as the learning rate says: warm-up and shorter jobs are no divergence
+        # an AdamW step is as long as the learning rate says: warm-up and shorter jobs are no
+        # divergence
         norm = record["update_norm"] / (
             (record.get("lr") or 1.0) * (record.get("update_tokens") or 1.0)
         )

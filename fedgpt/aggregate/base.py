@@ -1,8 +1,9 @@
 """What a server rule is: from clients' updates to the next global model.
 
-A strategy is a frozen dataclass that overrides what differs from federated averaging. Its place in the flow:
-validated updates -> weight -> exact sum (or `combine`) -> / divisor -> `step` -> next `ServerState`.
-When a step happens is not its business (pacing, server/); `paces` names the pacings it is right for.
+A strategy is a frozen dataclass that overrides what differs from federated averaging. Its place in
+the flow: validated updates -> weight -> exact sum (or `combine`) -> / divisor -> `step` -> next
+`ServerState`. When a step happens is not its business (pacing, server/); `paces` names the pacings
+it is right for.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from fedgpt.core.messages import Choice, Observed, Pacing, ServerState, Update
 class Strategy:
     """Federated averaging's frame: `params <- params - D`, D = sum(weight * delta) / divisor.
 
-    D is a pseudo-gradient (start - end), so every rule subtracts it. Methods are pure: values in, new values
-    out, inputs left alone; what a rule remembers is in `state.memory` and nowhere else.
+    D is a pseudo-gradient (start - end), so every rule subtracts it. Methods are pure: values in,
+    new values out, inputs left alone; what a rule remembers is in `state.memory` and nowhere else.
     """
 
     paces: ClassVar[frozenset[str]] = frozenset(
@@ -34,21 +35,24 @@ class Strategy:
         Mapping[str, str]
     ] = {}  # pacing -> why it is refused and what to take instead
     needs_base: ClassVar[bool] = False  # whether `combine` reads Update.base
-    needs_root: ClassVar[bool] = (
-        False  # whether `combine` wants an update that the server trained on public text
-    )
+    # whether `combine` wants an update that the server trained on public text
+    needs_root: ClassVar[bool] = False
 
     switches: ClassVar[bool] = False  # whether `choose_pacing` may change the pacing of a run
 
     @property
     def name(self) -> str:
-        """How messages and reports call it; a built-in one is selected by this name, its module's."""
+        """How messages and reports call it; a built-in one is selected by this name, its
+        module's.
+        """
         package, _, module = type(self).__module__.rpartition(".")
         return module if package == __package__ else type(self).__name__.lower()
 
     @property
     def linear(self) -> bool:
-        """Whether D is a fixed weighted sum, so that updates need not be held: True where combine is not overridden."""
+        """Whether D is a fixed weighted sum, so that updates need not be held: True where combine
+        is not overridden.
+        """
         return type(self).combine is Strategy.combine
 
     @property
@@ -57,19 +61,27 @@ class Strategy:
         return ()
 
     def problems(self, pacing: Pacing) -> Iterator[str]:
-        """What is wrong with this rule under that pacing, each named as typed with what to change."""
+        """What is wrong with this rule under that pacing, each named as typed with what to
+        change.
+        """
         yield from ()
 
     def choose_pacing(self, observed: Observed, state: ServerState) -> Choice:
-        """The pacing to go on with, asked at every version and, within a cohort, at every arrival."""
+        """The pacing to go on with, asked at every version and, within a cohort, at every
+        arrival.
+        """
         return Choice(observed.pacing)
 
     def weight(self, update: Update, staleness: int) -> float:
-        """Weight of one update, above 0, largest at staleness 0; staleness counts server versions since download."""
+        """Weight of one update, above 0, largest at staleness 0; staleness counts server versions
+        since download.
+        """
         return float(update.tokens)
 
     def divisor(self, weights: Sequence[float], pacing: Pacing) -> float:
-        """What the weighted sum is divided by; exactly rounded, so the order of arrival does not matter."""
+        """What the weighted sum is divided by; exactly rounded, so the order of arrival does not
+        matter.
+        """
         return math.fsum(weights)
 
     def combine(
@@ -77,13 +89,15 @@ class Strategy:
     ) -> np.ndarray:
         """D of a rule that is not a weighted sum (median, Krum, ...).
 
-        Updates come in the order of stable client ids (pace=cohort) or of arrival (pace=buffer); `root` is the
-        server's own, where `needs_root`.
+        Updates come in the order of stable client ids (pace=cohort) or of arrival (pace=buffer);
+        `root` is the server's own, where `needs_root`.
         """
         raise NotImplementedError(f"{self.name} is linear: its updates are summed, not combined")
 
     def remember(self, updates: Sequence[Update], state: ServerState) -> dict[str, np.ndarray]:
-        """What a combining rule adds to memory beside D, from the same updates; `step` then finds it there."""
+        """What a combining rule adds to memory beside D, from the same updates; `step` then finds
+        it there.
+        """
         return {}
 
     def step(self, d: np.ndarray, state: ServerState) -> ServerState:
@@ -91,15 +105,17 @@ class Strategy:
         return advance(state, state.params - d)
 
     def client_numbers(self) -> dict[str, float]:
-        """The client half, by name and value (never as code); the client looks names up in its own registry."""
+        """The client half, by name and value (never as code); the client looks names up in its own
+        registry.
+        """
         return {}
 
 
 def advance(state: ServerState, params: np.ndarray, **memory: np.ndarray) -> ServerState:
     """The state one version on, with `memory` added to what is remembered; params keep their dtype.
 
-    Floats shaped like params get params' dtype too: a stray np.float64 factor would otherwise double the model,
-    the checkpoint and the traffic.
+    Floats shaped like params get params' dtype too: a stray np.float64 factor would otherwise
+    double the model, the checkpoint and the traffic.
     """
     dtype, shape = state.params.dtype, state.params.shape
     if params.shape != shape:
@@ -107,9 +123,11 @@ def advance(state: ServerState, params: np.ndarray, **memory: np.ndarray) -> Ser
             f"a step changed the shape of the parameters from {shape} to {params.shape}"
         )
     cast = {
-        name: array.astype(dtype, copy=False)
-        if array.shape == shape and array.dtype.kind == "f"
-        else array
+        name: (
+            array.astype(dtype, copy=False)
+            if array.shape == shape and array.dtype.kind == "f"
+            else array
+        )
         for name, array in memory.items()
     }
     return ServerState(
@@ -138,7 +156,9 @@ def one_of(*words: str) -> Range:
 
 
 def check(strategy: Strategy, **ranges: Range) -> None:
-    """For `__post_init__`: raise ConfigError that lists every field outside its range, named as typed."""
+    """For `__post_init__`: raise ConfigError that lists every field outside its range, named as
+    typed.
+    """
     defaults = {field.name: field.default for field in fields(strategy)}
     problems = []
     for field, allowed in ranges.items():

@@ -1,7 +1,9 @@
-"""What rules that hold a cohort's updates share: a fixed order, and one block of parameters at a time.
+"""What rules that hold a cohort's updates share: a fixed order, and one block of parameters at a
+time.
 
-The largest thing beside the updates and the result is a block, (updates, parameters of the block); results are float32.
-Rows are in the order of stable client ids, so the order of arrival does not change a bit.
+The largest thing beside the updates and the result is a block, (updates, parameters of the block);
+results are float32. Rows are in the order of stable client ids, so the order of arrival does not
+change a bit.
 """
 
 from __future__ import annotations
@@ -23,20 +25,25 @@ BLOCK = (
 def shortage(
     rule: Strategy, needed: int, pacing: Pacing, option: str = "", change: str = ""
 ) -> Iterator[str]:
-    """For `problems`: the one of a cohort that is too small for `option`, or for the rule itself."""
+    """For `problems`: the one of a cohort that is too small for `option`, or for the rule
+    itself.
+    """
     if pacing.goal < needed:
         yield (
-            f"{option or f'strategy={rule.name}'} needs at least {needed} updates a server step and "
-            f"pace={pacing.name} waits for {pacing.goal}: raise pace.clients{change}"
+            f"{option or f'strategy={rule.name}'} needs at least {needed} updates a server step and"
+            f" pace={pacing.name} waits for {pacing.goal}: raise pace.clients{change}"
         )
 
 
 def in_order(rule: Strategy, updates: Sequence[Update], needed: int = 1) -> list[Update]:
-    """The updates by stable client id; raises StoppedEarly where there are some, but fewer than the rule needs."""
+    """The updates by stable client id; raises StoppedEarly where there are some, but fewer than the
+    rule needs.
+    """
     if 0 < len(updates) < needed:
         raise StoppedEarly(
-            f"strategy={rule.name} needs at least {needed} updates a server step, {len(updates)} came and the other "
-            "clients failed or were rejected: a result of so few would not be robust; raise pace.clients"
+            f"strategy={rule.name} needs at least {needed} updates a server step, {len(updates)}"
+            " came and the other clients failed or were rejected: a result of so few would not be"
+            " robust; raise pace.clients"
         )
     return sorted(updates, key=lambda update: (update.client, update.number))
 
@@ -48,7 +55,9 @@ def parts(size: int, rows: int = 1) -> Iterator[slice]:
 
 
 def blocks(updates: Sequence[Update]) -> Iterator[tuple[slice, np.ndarray]]:
-    """Parameters and the updates' values there, (updates, parameters) float64; nothing for no updates."""
+    """Parameters and the updates' values there, (updates, parameters) float64; nothing for no
+    updates.
+    """
     if updates:
         for part in parts(updates[0].delta.size, len(updates)):
             yield part, np.stack([update.delta[part] for update in updates], dtype=np.float64)
@@ -57,7 +66,9 @@ def blocks(updates: Sequence[Update]) -> Iterator[tuple[slice, np.ndarray]]:
 def reduced(
     updates: Sequence[Update], params: np.ndarray, rule: Callable[[np.ndarray], np.ndarray]
 ) -> np.ndarray:
-    """D like params from a rule per block, (updates, parameters) -> (parameters,); zeros for no updates."""
+    """D like params from a rule per block, (updates, parameters) -> (parameters,); zeros for no
+    updates.
+    """
     out = np.zeros_like(params)
     for part, block in blocks(updates):
         out[part] = rule(block)
@@ -85,10 +96,11 @@ def ratio(numerator: np.ndarray | float, denominator: np.ndarray) -> np.ndarray:
 
 
 def middle(updates: Sequence[Update], cut: int, params: np.ndarray) -> np.ndarray:
-    """D like params: the mean of every coordinate without its `cut` lowest and `cut` highest values; in float64.
+    """D like params: the mean of every coordinate without its `cut` lowest and `cut` highest
+    values; in float64.
 
-    Columns are ordered by a sorting network over the updates, a minimum and a maximum of two rows at a time: rows of a
-    block stay in the second-level cache, and nothing is moved within a row.
+    Columns are ordered by a sorting network over the updates, a minimum and a maximum of two rows
+    at a time: rows of a block stay in the second-level cache, and nothing is moved within a row.
     """
     if not updates:
         return np.zeros_like(params)
@@ -118,7 +130,8 @@ def middle(updates: Sequence[Update], cut: int, params: np.ndarray) -> np.ndarra
 
 @lru_cache
 def comparators(count: int, wanted: range) -> tuple[tuple[int, int], ...]:
-    """Pairs (low, high) that put the `wanted` ranks of `count` values in their places, when applied in order.
+    """Pairs (low, high) that put the `wanted` ranks of `count` values in their places, when applied
+    in order.
 
     Batcher's odd-even merge network (1968) for any count, without what cannot reach a wanted rank.
 

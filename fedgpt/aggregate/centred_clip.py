@@ -1,9 +1,10 @@
-"""Centred clipping (Karimireddy et al. 2020, arXiv 2012.10333): clip around the last aggregate instead of around 0.
+"""Centred clipping (Karimireddy et al. 2020, arXiv 2012.10333): clip around the last aggregate
+instead of around 0.
 
-From v = the last D (0 at first), `passes` times v <- v + mean_i (D_i - v) min(1, tau / ||D_i - v||); D = v. An
-attacker moves v by at most tau / n in a pass. tau = 0 takes the median of the ||D_i - v|| in each pass: a number is
-right for one model, learning rate and number of local steps only, and the median follows honest clients while they
-are more than half.
+From v = the last D (0 at first), `passes` times v <- v + mean_i (D_i - v) min(1, tau / ||D_i -
+v||); D = v. An attacker moves v by at most tau / n in a pass. tau = 0 takes the median of the ||D_i
+- v|| in each pass: a number is right for one model, learning rate and number of local steps only,
+and the median follows honest clients while they are more than half.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from fedgpt.core.messages import ServerState, Update
 
 @dataclass(frozen=True)
 class CentredClip(Strategy):
-    """Norm clipping that also stops updates of usual size that differ from what was agreed before; remembers v."""
+    """Norm clipping that also stops updates of usual size that differ from what was agreed before;
+    remembers v.
+    """
 
     because = ROBUST
 

@@ -1,9 +1,10 @@
-"""Delayed Nesterov (Liu et al. 2024, arXiv 2401.09135, algorithm 3): momentum moves once in N arrivals.
+"""Delayed Nesterov (Liu et al. 2024, arXiv 2401.09135, algorithm 3): momentum moves once in N
+arrivals.
 
 On arrival t = 0, 1, ... of update g: B <- B + g, and where N divides t + 1
     m <- mu m + B / N ; theta <- theta - eta ((1 - c N + c) mu m + g / N) ; B <- 0
-else theta <- theta - eta (c mu m + g / N). m0 = B0 = 0, 0 <= c <= 1/N. With c = 0, N arrivals move like one step of
-Nesterov on their mean; c > 0 spreads the momentum over the arrivals between.
+else theta <- theta - eta (c mu m + g / N). m0 = B0 = 0, 0 <= c <= 1/N. With c = 0, N arrivals move
+like one step of Nesterov on their mean; c > 0 spreads the momentum over the arrivals between.
 """
 
 from __future__ import annotations
@@ -41,18 +42,24 @@ class DelayedNesterov(Strategy):
         )
 
     def problems(self, pacing: Pacing) -> Iterator[str]:
-        """Every arrival is a server step, and the momentum must not move before all clients had a chance to come."""
+        """Every arrival is a server step, and the momentum must not move before all clients had a
+        chance to come.
+        """
         if pacing.goal != 1:
             yield (
-                f"pace.goal={pacing.goal}: strategy=delayed_nesterov counts single arrivals and allows pace.goal=1 "
-                "only; set it, or take strategy=fedbuff"
+                f"pace.goal={pacing.goal}: strategy=delayed_nesterov counts single arrivals and"
+                " allows pace.goal=1 only; set it, or take strategy=fedbuff"
             )
         if pacing.grace:
-            yield "pace.grace: strategy=delayed_nesterov counts single arrivals; leave it out, or take strategy=fedbuff"
+            yield (
+                "pace.grace: strategy=delayed_nesterov counts single arrivals; leave it out, or"
+                " take strategy=fedbuff"
+            )
         if self.period < pacing.clients:
             yield (
-                f"strategy.period={self.period} must be at least pace.clients, {pacing.clients}: with less the "
-                f"momentum compounds; set strategy.period={2 * pacing.clients} (twice pace.clients is a good start)"
+                f"strategy.period={self.period} must be at least pace.clients, {pacing.clients}:"
+                f" with less the momentum compounds; set strategy.period={2 * pacing.clients}"
+                " (twice pace.clients is a good start)"
             )
 
     def weight(self, update: Update, staleness: int) -> float:

@@ -1,7 +1,8 @@
-"""Asynchronous delta-SGD (the memoryless rule of Liu et al. 2024, arXiv 2401.09135): an arrival moves 1 / k of itself.
+"""Asynchronous delta-SGD (the memoryless rule of Liu et al. 2024, arXiv 2401.09135): an arrival
+moves 1 / k of itself.
 
-theta <- theta - eta sum_i s(tau_i) D_i / k over the updates of one server step, k = clients that train at once. k is a
-constant, not the number that happens to be alive: pace.clients.
+theta <- theta - eta sum_i s(tau_i) D_i / k over the updates of one server step, k = clients that
+train at once. k is a constant, not the number that happens to be alive: pace.clients.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from fedgpt.core.messages import Pacing, ServerState, Update
 class DeltaSGD(Discount, Strategy):
     """The default of pace=buffer: no memory, so nothing that staleness could spoil.
 
-    Under pace=cohort it is the uniform mean, but for clients that fail: k stays, so the step is smaller without them.
+    Under pace=cohort it is the uniform mean, but for clients that fail: k stays, so the step is
+    smaller without them.
     """
 
     paces = frozenset({"cohort", "buffer"})

@@ -1,11 +1,12 @@
 """The weighted sum of updates whose bits do not depend on the order in which they arrive.
 
-Floating-point addition is not associative, addition of whole numbers is, as long as none gets too large for its format.
-Each element of each update becomes a whole number by a rule that looks at that update alone,
-q = rint(delta * weight * 2^k), and whole numbers below 2^53 are added in float64 without any error. The scale 2^k is
-fixed before the first update from a bound on |delta|, on the weight and on the number of updates, so that no sum can
-leave that range. Products are float32's, so half of the work moves half of the bytes. Memory is one accumulator and one
-update, whatever the number of updates.
+Floating-point addition is not associative, addition of whole numbers is, as long as none gets too
+large for its format. Each element of each update becomes a whole number by a rule that looks at
+that update alone, q = rint(delta * weight * 2^k), and whole numbers below 2^53 are added in float64
+without any error. The scale 2^k is fixed before the first update from a bound on |delta|, on the
+weight and on the number of updates, so that no sum can leave that range. Products are float32's, so
+half of the work moves half of the bytes. Memory is one accumulator and one update, whatever the
+number of updates.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from fedgpt.aggregate.parallel import map_slices
 
 CHUNK = (
     1 << 17
-)  # elements; with shorter chunks threads wait for the interpreter more than they gain from the cache
+    # elements; with shorter chunks threads wait for the interpreter more than they gain from the
+    # cache
+)
 PIECE = (
     1 << 13
 )  # elements divided at a time, once a version: small, as a copy of the model waits for the result
@@ -31,11 +34,12 @@ Part = tuple[np.ndarray, np.float32]  # a delta, and what it is multiplied with
 class ExactSum:
     """sum(weight * delta) over float32 vectors, to the same bits in any order.
 
-    Every accepted update has |element| <= bound and 0 < weight <= max_weight, and there are at most `count` of them;
-    what exceeds that is refused with OverflowError and changes nothing. With u = `resolution`, n updates and s the sum
-    of |weight * delta|, an element of `mean(divisor)` is off by at most (0.5 n u + 2^-22.9 s) / divisor (float32's
-    rounding of weights and products) + 2^-23.9 of its value (that of the result). u is at most bound * max_weight *
-    2^-51 times the count: choose max_weight near the weights in use, each factor of two costs a bit.
+    Every accepted update has |element| <= bound and 0 < weight <= max_weight, and there are at most
+    `count` of them; what exceeds that is refused with OverflowError and changes nothing. With u =
+    `resolution`, n updates and s the sum of |weight * delta|, an element of `mean(divisor)` is off
+    by at most (0.5 n u + 2^-22.9 s) / divisor (float32's rounding of weights and products) +
+    2^-23.9 of its value (that of the result). u is at most bound * max_weight * 2^-51 times the
+    count: choose max_weight near the weights in use, each factor of two costs a bit.
 
     >>> total = ExactSum(size=2, bound=1.0, count=10, max_weight=4)
     >>> total.add(np.float32([0.5, -0.25]), weight=3)
@@ -52,7 +56,9 @@ class ExactSum:
     def reset(
         self, bound: float | None = None, count: int | None = None, max_weight: float | None = None
     ) -> None:
-        """Start the next version, with new limits where given; keeps the memory (fresh pages cost more than adding)."""
+        """Start the next version, with new limits where given; keeps the memory (fresh pages cost
+        more than adding).
+        """
         self.bound = self.bound if bound is None else float(bound)
         self.count = self.count if count is None else count
         self.max_weight = self.max_weight if max_weight is None else float(max_weight)
@@ -72,14 +78,18 @@ class ExactSum:
 
     @property
     def resolution(self) -> float:
-        """The unit of the whole numbers: an error of at most half of it in the sum for each update."""
+        """The unit of the whole numbers: an error of at most half of it in the sum for each
+        update.
+        """
         return 1.0 / self._scale
 
     def add(self, delta: np.ndarray, weight: float = 1.0, norm: float = math.inf) -> None:
-        """Add weight * delta; raises OverflowError, and changes nothing, where a limit is exceeded or delta is NaN.
+        """Add weight * delta; raises OverflowError, and changes nothing, where a limit is exceeded
+        or delta is NaN.
 
-        `norm` is the delta's length, where it is known: no element exceeds it, and the look at all of them is spared.
-        A delta may be added only with the next one: it must not change until then.
+        `norm` is the delta's length, where it is known: no element exceeds it, and the look at all
+        of them is spared. A delta may be added only with the next one: it must not change until
+        then.
         """
         if delta.shape != (self.size,) or delta.dtype != np.float32:
             raise ValueError(f"expected {self.size} float32, got {delta.shape} {delta.dtype}")

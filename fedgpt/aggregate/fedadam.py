@@ -1,7 +1,8 @@
 """FedAdam (Reddi et al. 2021, arXiv 2003.00295): Adam at the server, the paper's form.
 
-m <- b1 m + (1 - b1) D ; v <- b2 v + (1 - b2) D^2 ; theta <- theta - eta m / (sqrt(v) + tau), m0 = 0, v0 = tau^2,
-no bias correction. eta is an absolute step per weight: GPT weights start at 0.02, so it is small.
+m <- b1 m + (1 - b1) D ; v <- b2 v + (1 - b2) D^2 ; theta <- theta - eta m / (sqrt(v) + tau), m0 =
+0, v0 = tau^2, no bias correction. eta is an absolute step per weight: GPT weights start at 0.02, so
+it is small.
 """
 
 from __future__ import annotations

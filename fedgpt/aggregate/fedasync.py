@@ -1,8 +1,8 @@
 """FedAsync (Xie et al. 2019, arXiv 1903.03934): each arriving model is mixed into the server's.
 
-theta <- (1 - a) theta + a theta_i = theta - a (theta - base_i + D_i), a = alpha s(tau_i), base_i = the model client i
-started from. It mixes models, not updates, so a stale one pulls theta back toward its base. Clients add
-(rho / 2) ||w - w_received||^2 to their loss (FedProx's term).
+theta <- (1 - a) theta + a theta_i = theta - a (theta - base_i + D_i), a = alpha s(tau_i), base_i =
+the model client i started from. It mixes models, not updates, so a stale one pulls theta back
+toward its base. Clients add (rho / 2) ||w - w_received||^2 to their loss (FedProx's term).
 """
 
 from __future__ import annotations

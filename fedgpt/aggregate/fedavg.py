@@ -1,4 +1,6 @@
-"""Federated averaging (McMahan et al. 2017, arXiv 1602.05629): theta <- theta - eta sum_i w_i D_i."""
+"""Federated averaging (McMahan et al. 2017, arXiv 1602.05629): theta <- theta - eta sum_i w_i
+D_i.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from fedgpt.core.messages import ServerState
 
 @dataclass(frozen=True)
 class FedAvg(Strategy):
-    """Mean of the clients' models, weighted by tokens trained; eta 1 lands exactly on that mean. No memory."""
+    """Mean of the clients' models, weighted by tokens trained; eta 1 lands exactly on that mean. No
+    memory.
+    """
 
     because = AVERAGE
 

@@ -1,7 +1,8 @@
 """FedAvgM (Hsu et al. 2019, arXiv 1909.06335): heavy-ball momentum at the server.
 
-m <- mu m + D ; theta <- theta - eta m, m0 = 0. This is the sum form (torch.optim.SGD's): the gain on a constant D
-tends to eta / (1 - mu). (The average form, m <- b m + (1 - b) D, has gain eta; it is not used here.)
+m <- mu m + D ; theta <- theta - eta m, m0 = 0. This is the sum form (torch.optim.SGD's): the gain
+on a constant D tends to eta / (1 - mu). (The average form, m <- b m + (1 - b) D, has gain eta; it
+is not used here.)
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from fedgpt.core.messages import ServerState
 class FedAvgM(Strategy):
     """Federated averaging with momentum; remembers m.
 
-    mu 0.9, the paper's, multiplies a steady update by 10 and needs many server steps or a smaller eta; the default
-    multiplies by 2.
+    mu 0.9, the paper's, multiplies a steady update by 10 and needs many server steps or a smaller
+    eta; the default multiplies by 2.
     """
 
     because = MOMENTUM

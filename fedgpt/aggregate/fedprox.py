@@ -1,8 +1,8 @@
 """FedProx (Li et al. 2020, arXiv 1812.06127): clients are held near the model they received.
 
-Client: loss + (mu / 2) ||w - w_received||^2, the SQUARED norm, so `mu (w - w_received)` is added to the gradient
-before clipping and AdamW (coupled: Adam rescales the pull with the rest of the gradient). The anchor is always the
-received vector. Server: federated averaging.
+Client: loss + (mu / 2) ||w - w_received||^2, the SQUARED norm, so `mu (w - w_received)` is added to
+the gradient before clipping and AdamW (coupled: Adam rescales the pull with the rest of the
+gradient). The anchor is always the received vector. Server: federated averaging.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from fedgpt.aggregate.refusals import AVERAGE
 
 @dataclass(frozen=True)
 class FedProx(Strategy):
-    """Federated averaging of clients with a proximal term; mu 0 is federated averaging. No memory."""
+    """Federated averaging of clients with a proximal term; mu 0 is federated averaging. No
+    memory.
+    """
 
     because = AVERAGE
 

@@ -1,8 +1,8 @@
 """FedYogi (Reddi et al. 2021, arXiv 2003.00295): FedAdam whose v moves by a bounded amount.
 
-m <- b1 m + (1 - b1) D ; v <- v - (1 - b2) D^2 sign(v - D^2) ; theta <- theta - eta m / (sqrt(v) + tau), m0 = 0,
-v0 = tau^2, no bias correction. v forgets large updates additively, not geometrically, so rare large D are
-followed by smaller steps for longer.
+m <- b1 m + (1 - b1) D ; v <- v - (1 - b2) D^2 sign(v - D^2) ; theta <- theta - eta m / (sqrt(v) +
+tau), m0 = 0, v0 = tau^2, no bias correction. v forgets large updates additively, not geometrically,
+so rare large D are followed by smaller steps for longer.
 """
 
 from __future__ import annotations

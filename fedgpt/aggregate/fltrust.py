@@ -1,7 +1,8 @@
-"""FLTrust (Cao et al. 2020, arXiv 2012.13995): clients count as far as they agree with an update of the server's own.
+"""FLTrust (Cao et al. 2020, arXiv 2012.13995): clients count as far as they agree with an update of
+the server's own.
 
-With g = the server's D, trained on public text: t_i = max(0, cos(D_i, g)); D = sum_i t_i (||g|| / ||D_i||) D_i / sum_i
-t_i. Where nobody agrees, all t_i = 0, nothing moves.
+With g = the server's D, trained on public text: t_i = max(0, cos(D_i, g)); D = sum_i t_i (||g|| /
+||D_i||) D_i / sum_i t_i. Where nobody agrees, all t_i = 0, nothing moves.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from fedgpt.core.messages import ServerState, Update
 
 @dataclass(frozen=True)
 class FLTrust(Strategy):
-    """Withstands any number of attackers, if the public text resembles the clients'; costs one training job a version.
+    """Withstands any number of attackers, if the public text resembles the clients'; costs one
+    training job a version.
 
     The step is never larger than the server's own.
     """

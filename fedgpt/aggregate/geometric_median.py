@@ -1,7 +1,9 @@
-"""Geometric median, RFA (Pillutla et al. 2019, arXiv 1912.13445), by the smoothed Weiszfeld iteration.
+"""Geometric median, RFA (Pillutla et al. 2019, arXiv 1912.13445), by the smoothed Weiszfeld
+iteration.
 
-argmin_z sum_i ||z - D_i||: from z = mean, repeat z <- sum_i D_i / r_i / sum_i 1 / r_i, r_i = max(nu, ||z - D_i||). Each
-pass starts again from equal weights: weights carried from pass to pass would collapse onto one client.
+argmin_z sum_i ||z - D_i||: from z = mean, repeat z <- sum_i D_i / r_i / sum_i 1 / r_i, r_i =
+max(nu, ||z - D_i||). Each pass starts again from equal weights: weights carried from pass to pass
+would collapse onto one client.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from fedgpt.core.messages import Pacing, ServerState, Update
 
 @dataclass(frozen=True)
 class GeometricMedian(Strategy):
-    """Withstands attackers up to half of the updates and does not depend on the axes, as the median does.
+    """Withstands attackers up to half of the updates and does not depend on the axes, as the median
+    does.
 
     Every client counts the same: tokens would let one that does much count for many.
     """

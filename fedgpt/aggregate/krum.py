@@ -1,8 +1,10 @@
-"""Multi-Krum (Blanchard et al. 2017, arXiv 1703.02757): the mean of the updates with the closest neighbours.
+"""Multi-Krum (Blanchard et al. 2017, arXiv 1703.02757): the mean of the updates with the closest
+neighbours.
 
-score_i = sum of the n - f - 2 smallest ||D_i - D_j||^2 over the others; D = mean of the m lowest scores. Distances are
-|a|^2 + |b|^2 - 2 a b, products of pieces in float32 and their sums in float64: off by about 1e-7 of |a|^2 + |b|^2. On
-weights that would lose small updates (5 times too large at 0.01); on updates nothing larger is taken off.
+score_i = sum of the n - f - 2 smallest ||D_i - D_j||^2 over the others; D = mean of the m lowest
+scores. Distances are |a|^2 + |b|^2 - 2 a b, products of pieces in float32 and their sums in
+float64: off by about 1e-7 of |a|^2 + |b|^2. On weights that would lose small updates (5 times too
+large at 0.01); on updates nothing larger is taken off.
 """
 
 from __future__ import annotations
@@ -26,7 +28,9 @@ PIECE = (
 
 @dataclass(frozen=True)
 class Krum(Strategy):
-    """Withstands `attackers` that stand apart as a whole; clients whose text differs much look the same to it."""
+    """Withstands `attackers` that stand apart as a whole; clients whose text differs much look the
+    same to it.
+    """
 
     because = ROBUST
 
@@ -54,8 +58,9 @@ class Krum(Strategy):
         )
         if self.keep > max(1, pacing.goal - self.attackers):
             yield (
-                f"strategy.keep={self.keep} of {pacing.goal} updates would keep some of strategy.attackers="
-                f"{self.attackers}: at most {pacing.goal - self.attackers} are allowed; lower it, or set 0 for that"
+                f"strategy.keep={self.keep} of {pacing.goal} updates would keep some of"
+                f" strategy.attackers={self.attackers}: at most {pacing.goal - self.attackers} are"
+                " allowed; lower it, or set 0 for that"
             )
 
     def combine(

@@ -1,6 +1,7 @@
 """Coordinate-wise median (Yin et al. 2018, arXiv 1803.01498): D_j = median_i D_ij.
 
-For an even number of updates it is the mean of the two in the middle (the lower one alone would be biased).
+For an even number of updates it is the mean of the two in the middle (the lower one alone would be
+biased).
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from fedgpt.core.messages import Pacing, ServerState, Update
 
 @dataclass(frozen=True)
 class Median(Strategy):
-    """Withstands attackers up to half of the updates, without a number to set; every client counts the same."""
+    """Withstands attackers up to half of the updates, without a number to set; every client counts
+    the same.
+    """
 
     because = ROBUST
     needed = 3  # of two the median is the mean

@@ -1,7 +1,8 @@
 """Norm clipping (Sun et al. 2019, arXiv 1911.07963) at a norm that follows the clients'.
 
-D = mean_i D_i min(1, C / ||D_i||), C = median of the last `window` norms of earlier versions; in the first version, of
-the norms at hand. What counts is the norm as received, so C can grow as well as shrink.
+D = mean_i D_i min(1, C / ||D_i||), C = median of the last `window` norms of earlier versions; in
+the first version, of the norms at hand. What counts is the norm as received, so C can grow as well
+as shrink.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from fedgpt.core.messages import ServerState, Update
 
 @dataclass(frozen=True)
 class NormClip(Strategy):
-    """Bounds what a large update can do, at almost no cost; one of usual size and wrong direction passes.
+    """Bounds what a large update can do, at almost no cost; one of usual size and wrong direction
+    passes.
 
     Remembers norms. Every client counts the same.
     """
@@ -43,7 +45,9 @@ class NormClip(Strategy):
         return weighted(ordered, np.minimum(1, ratio(clip, norms)) / len(ordered), state.params)
 
     def remember(self, updates: Sequence[Update], state: ServerState) -> dict[str, np.ndarray]:
-        """The last `window` norms, these included, but none of 0: a clip of 0 would let nothing through."""
+        """The last `window` norms, these included, but none of 0: a clip of 0 would let nothing
+        through.
+        """
         norms = distances(in_order(self, updates))
         recent = np.concatenate([state.memory.get("norms", np.zeros(0)), norms[norms > 0]])[
             -self.window :

@@ -1,4 +1,6 @@
-"""The server's cores share a long vector: each works on a part of its own, with numpy, which lets the others run."""
+"""The server's cores share a long vector: each works on a part of its own, with numpy, which lets
+the others run.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ T = TypeVar("T")
 
 
 def map_slices(size: int, work: Callable[[range], T]) -> list[T]:
-    """What `work` returns for each part of a vector of `size` elements, in order; the parts are alike in length."""
+    """What `work` returns for each part of a vector of `size` elements, in order; the parts are
+    alike in length.
+    """
     threads = cores() if size > ALONE else 1
     step = max(1, -(-size // threads))
     parts = [range(start, min(start + step, size)) for start in range(0, size, step)]

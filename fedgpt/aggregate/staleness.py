@@ -1,8 +1,9 @@
-"""How much an update counts that started tau server versions ago: s(tau), shared by the rules of pace=buffer.
+"""How much an update counts that started tau server versions ago: s(tau), shared by the rules of
+pace=buffer.
 
-constant 1 ; polynomial (1 + tau)^-power ; hinge 1 up to `grace`, then 1 / (slope (tau - grace) + 1) (FedAsync, Xie et
-al. 2019, arXiv 1903.03934, which calls power and slope `a` and grace `b`). tau is counted before the version rises, so
-a fresh update has s(0) = 1, and s never grows.
+constant 1 ; polynomial (1 + tau)^-power ; hinge 1 up to `grace`, then 1 / (slope (tau - grace) + 1)
+(FedAsync, Xie et al. 2019, arXiv 1903.03934, which calls power and slope `a` and grace `b`). tau is
+counted before the version rises, so a fresh update has s(0) = 1, and s never grows.
 """
 
 from __future__ import annotations

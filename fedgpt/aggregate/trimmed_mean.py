@@ -1,7 +1,7 @@
 """Coordinate-wise trimmed mean (Yin et al. 2018, arXiv 1803.01498).
 
-D_j = mean of the D_ij without the b lowest and the b highest. b counts clients: a fraction would round to "trims
-nothing" in a small cohort (0.2 of 4 clients) and say nothing.
+D_j = mean of the D_ij without the b lowest and the b highest. b counts clients: a fraction would
+round to "trims nothing" in a small cohort (0.2 of 4 clients) and say nothing.
 """
 
 from __future__ import annotations

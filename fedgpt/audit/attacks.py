@@ -1,8 +1,9 @@
-"""`fedgpt audit`: attack the mechanism that a configuration names, through the code that a run uses.
+"""`fedgpt audit`: attack the mechanism that a configuration names, through the code that a run
+uses.
 
-Three attacks. Canaries: units made to be found, in or out by a coin, against the claim for one release (client) or one
-job (example). Membership: whether text that was trained on has a lower loss. Token leak: whether one client's update
-tells which tokens its text has.
+Three attacks. Canaries: units made to be found, in or out by a coin, against the claim for one
+release (client) or one job (example). Membership: whether text that was trained on has a lower
+loss. Token leak: whether one client's update tells which tokens its text has.
 """
 
 from __future__ import annotations
@@ -65,14 +66,16 @@ def audit_client(o: RunOptions, strategy: Strategy, plan: PrivacyPlan, seed: int
     canaries = rng.standard_normal((CANARIES, DIMENSIONS), dtype=np.float32)
     canaries /= np.linalg.norm(canaries, axis=1, keepdims=True)
     with tempfile.TemporaryDirectory() as folder:
-        # a cohort of all canaries that are expected: what a build does with the sum, it does with many
+        # a cohort of all canaries that are expected: what a build does with the sum, it does with
+        # many
         alone = replace(plan, budget=None, cohort=CANARIES / 2)
         privacy = PaidByServer(o, alone, Path(folder), "audit", fresh=True)
         collector = UpdateCollector(o, strategy, DIMENSIONS, privacy)
         state = ServerState(np.zeros(DIMENSIONS, np.float32))
         collector.begin(state, (), CANARIES, 1)
         for i in np.flatnonzero(inside):
-            # far longer than the clip, and some count for many tokens: neither may help a client to be seen
+            # far longer than the clip, and some count for many tokens: neither may help a client to
+            # be seen
             delta = canaries[i] * np.float32(1000 * o.privacy.clip)
             tokens = 1000 if i % 2 else 1
             update = Update(
@@ -89,7 +92,9 @@ def audit_client(o: RunOptions, strategy: Strategy, plan: PrivacyPlan, seed: int
 
 
 def audit_example(o: RunOptions, vocab_size: int, plan: PrivacyPlan, seed: int = 0) -> Verdict:
-    """Canary blocks of random tokens in one client's job: the attacker sees every step's noisy gradient."""
+    """Canary blocks of random tokens in one client's job: the attacker sees every step's noisy
+    gradient.
+    """
     rng = np.random.default_rng(seed)
     tokens = rng.integers(vocab_size, size=(BLOCKS, o.model.block_size + 1))
     inside = rng.random(BLOCKS) < 0.5
@@ -119,7 +124,9 @@ def audit_example(o: RunOptions, vocab_size: int, plan: PrivacyPlan, seed: int =
 def membership(
     o: RunOptions, vocab_size: int, tokens: np.ndarray, plan: PrivacyPlan | None, steps: int
 ) -> dict[str, float]:
-    """Train one client on every second of its blocks; how well a low loss tells those from the others."""
+    """Train one client on every second of its blocks; how well a low loss tells those from the
+    others.
+    """
     width = o.model.block_size + 1
     blocks = np.asarray(tokens[: len(tokens) // (2 * width) * 2 * width]).reshape(-1, width)
     members, others = blocks[::2], blocks[1::2]
@@ -138,10 +145,11 @@ def membership(
 def token_leak(
     o: RunOptions, vocab_size: int, tokens: np.ndarray, plan: PrivacyPlan | None, steps: int
 ) -> dict[str, float]:
-    """How well one update tells the tokens that it was trained on from those that its client's text does not have.
+    """How well one update tells the tokens that it was trained on from those that its client's text
+    does not have.
 
-    AUC over the vocabulary. Under privacy=client also what a release tells to whoever knows all other updates in it:
-    `released_auc`.
+    AUC over the vocabulary. Under privacy=client also what a release tells to whoever knows all
+    other updates in it: `released_auc`.
     """
     trainer, source = _trainer(o, vocab_size), _source(o, tokens, plan)
     seen, absent = np.zeros(vocab_size, bool), np.ones(vocab_size, bool)
@@ -165,7 +173,8 @@ def token_leak(
 def _told_by(trainer: Trainer, delta: np.ndarray, seen: np.ndarray, absent: np.ndarray) -> float:
     """AUC of the rows of the embedding; seen and absent, (vocabulary,) bool."""
     rows = trainer.layout.views(torch.from_numpy(delta))["transformer.wte.weight"].numpy()
-    # the head pushes the rows of all tokens that do not come one way; those that come are pulled back
+    # the head pushes the rows of all tokens that do not come one way; those that come are pulled
+    # back
     scores = -(rows @ np.median(rows, axis=0))
     return auc(scores[seen], scores[absent])
 
@@ -213,7 +222,9 @@ def _source(o: RunOptions, tokens: np.ndarray, plan: PrivacyPlan | None) -> Batc
 
 
 def _products(attacker: Trainer, blocks: Blocks, clip: float, released: torch.Tensor) -> np.ndarray:
-    """(blocks,): the clipped gradient of each, as the attacker makes it, times what was released."""
+    """(blocks,): the clipped gradient of each, as the attacker makes it, times what was
+    released.
+    """
     book, found = BookKeeping(attacker.model, attacker.layout), []
     for part in np.array_split(
         np.arange(len(blocks)), -(-len(blocks) // attacker.private.examples)

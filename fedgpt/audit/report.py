@@ -1,4 +1,6 @@
-"""`fedgpt audit` as a person and a script read it: three attacks, a table each, and one line of JSON."""
+"""`fedgpt audit` as a person and a script read it: three attacks, a table each, and one line of
+JSON.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ MEMBER_STEPS = 300  # of one client: enough for a small model to know some of it
 def audit_report(
     o: RunOptions, strategy: Any, prepared: Prepared, shards: Sequence[Shard]
 ) -> tuple[str, bool]:
-    """The report, and whether every promise held; raises ConfigError where there is no mechanism to audit."""
+    """The report, and whether every promise held; raises ConfigError where there is no mechanism to
+    audit.
+    """
     if o.privacy.unit == "local":
         raise ConfigError(
             "privacy=local: an update is noised before it leaves; audit privacy=example or client"
@@ -44,12 +48,19 @@ def audit_report(
         told |= {"epsilon_bound": found.epsilon_bound, "holds": holds}
         lines += [
             f"canaries: {attack.what}",
-            f"  promised        mu {attack.mu:.3g}, epsilon {attack.epsilon:.3g} at delta {plan.delta:.2g}",
-            f"  proved at least mu {found.mu_bound:.3g} (estimate {found.mu:.3g}), "
-            f"epsilon {found.epsilon_bound:.3g} by ranks",
-            "  the promise holds"
-            if holds
-            else "  THE PROMISE IS BROKEN: do not publish this model",
+            (
+                f"  promised        mu {attack.mu:.3g}, epsilon {attack.epsilon:.3g} at delta"
+                f" {plan.delta:.2g}"
+            ),
+            (
+                f"  proved at least mu {found.mu_bound:.3g} (estimate {found.mu:.3g}), "
+                f"epsilon {found.epsilon_bound:.3g} by ranks"
+            ),
+            (
+                "  the promise holds"
+                if holds
+                else "  THE PROMISE IS BROKEN: do not publish this model"
+            ),
         ]
     # the client whose shard is closest to the middle stands for the others
     shard = sorted(shards, key=lambda s: s.size)[len(shards) // 2]
@@ -59,15 +70,19 @@ def audit_report(
     told |= {"membership": inside, "token_leak": leak}
     lines += [
         f"membership: {MEMBER_STEPS} steps on half of the blocks of client {shard.client}",
-        f"  a lower loss tells members from others: AUC {inside['auc']:.3f}, "
-        f"{inside['tpr_at_1_percent_fpr']:.1%} found at 1 % false alarms",
-        f"token leak: one update of {o.local.steps} steps of client {shard.client}, on {leak['present']:.0f} different "
-        f"tokens; {leak['absent']:.0f} are not in its text",
+        (
+            f"  a lower loss tells members from others: AUC {inside['auc']:.3f}, "
+            f"{inside['tpr_at_1_percent_fpr']:.1%} found at 1 % false alarms"
+        ),
+        (
+            f"token leak: one update of {o.local.steps} steps of client {shard.client}, on"
+            f" {leak['present']:.0f} different tokens; {leak['absent']:.0f} are not in its text"
+        ),
         f"  rows of the embedding tell the ones from the others: AUC {leak['auc']:.3f}",
     ]
     if o.privacy.unit == "client":
         lines.append(
-            f"  that is the update, which the server sees; a release tells, if all others in it are known: AUC "
-            f"{leak['released_auc']:.3f}"
+            "  that is the update, which the server sees; a release tells, if all others in it are"
+            f" known: AUC {leak['released_auc']:.3f}"
         )
     return "\n".join([*lines, json.dumps(told)]), holds

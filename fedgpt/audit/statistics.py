@@ -1,8 +1,9 @@
 """What an attacker's guesses prove: lower bounds on the privacy that a mechanism can have given.
 
-Canaries are units that are in or out by a fair coin and easy to find again. Two statistics over one run: how far the
-scores of those that were in lie from the others', as the mu of a Gaussian mechanism; and how many of the most extreme
-scores are guessed right (Steinke, Nasr & Jagielski 2023, arXiv 2305.08846), which assumes nothing of the mechanism.
+Canaries are units that are in or out by a fair coin and easy to find again. Two statistics over one
+run: how far the scores of those that were in lie from the others', as the mu of a Gaussian
+mechanism; and how many of the most extreme scores are guessed right (Steinke, Nasr & Jagielski
+2023, arXiv 2305.08846), which assumes nothing of the mechanism.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def bounds(scores: np.ndarray, inside: np.ndarray, delta: float) -> Bounds:
 
 
 def rank_bound(scores: np.ndarray, inside: np.ndarray, delta: float) -> float:
-    """The largest epsilon that right guesses refute: the r/2 highest scores are guessed in, the r/2 lowest out."""
+    """The largest epsilon that right guesses refute: the r/2 highest scores are guessed in, the r/2
+    lowest out.
+    """
     order, m, best = np.argsort(scores), len(scores), 0.0
     shares = (m // 10, m // 4, m // 2, m)
     for guesses in shares:
@@ -77,7 +80,9 @@ def _p_value(epsilon: float, guesses: int, right: int, m: int, delta: float) -> 
 
 
 def auc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """Probability that a random positive scores above a random negative; 0.5 tells nothing, as where there are none."""
+    """Probability that a random positive scores above a random negative; 0.5 tells nothing, as
+    where there are none.
+    """
     from scipy.stats import rankdata
 
     if not len(positive) or not len(negative):

@@ -1,1 +1,3 @@
-"""One client's work: from a job to an update, with its state, its privacy and, for research, its attacks."""
+"""One client's work: from a job to an update, with its state, its privacy and, for research, its
+attacks.
+"""

@@ -1,6 +1,8 @@
-"""Clients that lie, for research on robust rules: what they send instead of the update they trained.
+"""Clients that lie, for research on robust rules: what they send instead of the update they
+trained.
 
-Each attacker acts alone and knows its own update only; attacks of clients that agree on one are not here.
+Each attacker acts alone and knows its own update only; attacks of clients that agree on one are not
+here.
 """
 
 from __future__ import annotations
@@ -19,17 +21,24 @@ def attack_problems(o: RunOptions) -> Iterator[str]:
     """Attackers without an attack, an attack without attackers, and more attackers than clients."""
     name, clients = o.attack.name, o.attack.clients
     if name == "none" and clients:
-        yield f"attack.clients={clients}: attack=none has no attackers; choose attack={'|'.join(NAMES[1:])}"
+        yield (
+            f"attack.clients={clients}: attack=none has no attackers; choose"
+            f" attack={'|'.join(NAMES[1:])}"
+        )
     if name in NAMES[1:] and clients == 0:
         yield f"attack.clients=0: attack={name} needs attackers; say how many, or take attack=none"
     if 0 < o.partition.clients < clients:
-        yield f"attack.clients={clients}: more than the partition.clients={o.partition.clients} there are"
+        yield (
+            f"attack.clients={clients}: more than the partition.clients={o.partition.clients}"
+            " there are"
+        )
 
 
 def attacked(
     delta: np.ndarray, options: AttackOptions, seed: int, client: str, number: int
 ) -> np.ndarray:
-    """What an attacker sends for its `delta`, (parameters,) float32; the same job gives the same bits.
+    """What an attacker sends for its `delta`, (parameters,) float32; the same job gives the same
+    bits.
 
     >>> attacked(np.ones(2, np.float32), AttackOptions("sign_flip", clients=1, strength=3.0), 0, "eve", 0)
     array([-3., -3.], dtype=float32)

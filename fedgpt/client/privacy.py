@@ -1,4 +1,6 @@
-"""The client's own side of privacy: its key, its ledger, and what it checks before it lets anything out."""
+"""The client's own side of privacy: its key, its ledger, and what it checks before it lets anything
+out.
+"""
 
 from __future__ import annotations
 
@@ -25,24 +27,27 @@ from fedgpt.update.codec import digest
 
 
 class ClientPrivacy:
-    """What one client adds to one job, paid for in its own ledger first; nothing here trusts the server."""
+    """What one client adds to one job, paid for in its own ledger first; nothing here trusts the
+    server.
+    """
 
     def __init__(
         self, options: RunOptions, folder: Path, tokens: np.ndarray, environment: dict[str, Any]
     ):
-        """`folder` is the client's own; `environment` is what the bits of its result depend on beside the job."""
-        self.options, self.folder, self.tokens, self.environment = (
-            options,
-            folder,
-            tokens,
-            environment,
-        )
-        self.charged = (
-            0.0  # releases paid for since the client's first job, those of the present one included
-        )
+        """`folder` is the client's own; `environment` is what the bits of its result depend on
+        beside the job.
+        """
+        self.options = options
+        self.folder = folder
+        self.tokens = tokens
+        self.environment = environment
+        # releases paid for since the client's first job, those of the present one included
+        self.charged = 0.0
 
     def steps(self, job: Job, state: str) -> PrivateSteps:
-        """privacy=example: what makes the steps of `job` private; `state` names the moments that it starts from."""
+        """privacy=example: what makes the steps of `job` private; `state` names the moments that it
+        starts from.
+        """
         o = self.options
         blocks = Blocks(self.tokens, o.model.block_size)
         probability = sampling_probability(o, len(blocks))
@@ -51,13 +56,17 @@ class ClientPrivacy:
         return PrivateSteps(blocks, stream, probability, job.plan.noise_multiplier, o.privacy.clip)
 
     def hidden(self, job: Job, delta: np.ndarray, state: str) -> np.ndarray:
-        """privacy=local: the update, clipped and noised: one update may become any other, which moves it by 2 C."""
+        """privacy=local: the update, clipped and noised: one update may become any other, which
+        moves it by 2 C.
+        """
         z, clip = job.plan.noise_multiplier, self.options.privacy.clip
         stream = self._paid(job, f"{state} {digest(delta)}", Event(z, 1.0, 1), 1, units=1)
         return clipped(delta, clip) + stream.normal(delta.size) * np.float32(2 * clip * z)
 
     def _paid(self, job: Job, state: str, event: Event, per_job: int, units: int) -> SecureStream:
-        """Charge the ledger for `event`; returns the noise of this job, the same only for the very same job."""
+        """Charge the ledger for `event`; returns the noise of this job, the same only for the very
+        same job.
+        """
         o, plan = self.options.privacy, job.plan
         if not 0 < event.noise_multiplier < math.inf:
             raise BudgetExhausted(
@@ -94,7 +103,8 @@ class ClientPrivacy:
     def _as_planned(self, ledger: Ledger, event: Event, planned: Event) -> bool:
         """Whether the whole plan is within this client's budget and the job within the plan.
 
-        Then no epsilon need be computed for each job; and what a smaller shard pays, no larger one exceeds.
+        Then no epsilon need be computed for each job; and what a smaller shard pays, no larger one
+        exceeds.
         """
         account, budget = ledger.account, self.options.privacy.target_epsilon
         if budget is None or not account.within(planned, event):
@@ -113,13 +123,15 @@ _within: dict[
 
 
 def _told(job: Job, state: str, environment: dict[str, Any]) -> list[Any]:
-    """All that the bits of a job's result depend on; not how the job came here, or what is kept for a restart.
+    """All that the bits of a job's result depend on; not how the job came here, or what is kept for
+    a restart.
 
     Nor the run, which has a key of its own: with seeded noise another run is to repeat this one.
     """
     plan = asdict(job.plan)
     for name in ("run", "keep", "seconds", "cached_version"):
         del plan[name]
-    # the names that these two had first: another name would be other noise, and a resumed run would pay again
+    # the names that these two had first: another name would be other noise, and a resumed run would
+    # pay again
     plan["steps"], plan["state"] = plan.pop("local_steps"), plan.pop("state_job")
     return [job.client, job.number, job.version, digest(job.params), plan, state, environment]

@@ -1,7 +1,7 @@
 """What a client keeps between its jobs, in files keyed by run, client and accepted task.
 
-A job names the task whose state it starts from, so a task that is run again, after a crash or a lost reply,
-starts from the same bytes.
+A job names the task whose state it starts from, so a task that is run again, after a crash or a
+lost reply, starts from the same bytes.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ PLAIN = frozenset(
     b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_- "
 )  # bytes that a name keeps
 MOST_NAME = 100  # bytes; file systems take 255
-MODELS = (
-    4  # versions of the model that a client keeps, where the server sends steps from one of them
-)
+# versions of the model that a client keeps, where the server sends steps from one of them
+MODELS = 4
 
 
 @dataclass(frozen=True)
@@ -33,9 +32,8 @@ class ClientState:
     """What a client's next job goes on from."""
 
     moments: Moments | None = None  # of AdamW, where they are kept
-    residual: np.ndarray | None = (
-        None  # (parameters,) float32 that compression left out, where it is fed back
-    )
+    # (parameters,) float32 that compression left out, where it is fed back
+    residual: np.ndarray | None = None
 
 
 class ClientStore:
@@ -45,7 +43,9 @@ class ClientStore:
         self.folder = Path(root) / safe_name(run) / safe_name(client)
 
     def load(self, number: int) -> ClientState | None:
-        """The state as it was after `task`; None where there is none (a first job, or a lost file)."""
+        """The state as it was after `task`; None where there is none (a first job, or a lost
+        file).
+        """
         path = self._path(number)
         if number < 0 or not path.exists():
             return None
@@ -63,7 +63,9 @@ class ClientStore:
         return ClientState(moments, tensors["residual"].numpy() if "residual" in names else None)
 
     def save(self, number: int, state: ClientState) -> None:
-        """Write the state after `task`; whole or absent, though not forced to the disk (a power cut may lose it)."""
+        """Write the state after `task`; whole or absent, though not forced to the disk (a power cut
+        may lose it).
+        """
         tensors, steps = {}, 0
         if state.moments is not None:
             tensors |= {"first": state.moments.first.cpu(), "second": state.moments.second.cpu()}
@@ -95,7 +97,9 @@ class ClientStore:
             path.unlink(missing_ok=True)
 
     def keep(self, numbers: set[int]) -> None:
-        """Delete the state of every other task up to the newest of these; a later one is another job's."""
+        """Delete the state of every other task up to the newest of these; a later one is another
+        job's.
+        """
         if not self.folder.exists():
             return
         for path in self.folder.glob("task-*.safetensors"):

@@ -1,4 +1,6 @@
-"""What a client does with a job: find its shard and state, train, keep the new state, lie if told to, encode."""
+"""What a client does with a job: find its shard and state, train, keep the new state, lie if told
+to, encode.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +34,14 @@ from fedgpt.update.compress import Plain, compressor_of
 from fedgpt.update.downlink import STEPS, rebuilt
 from fedgpt.update.feedback import feed, measured, rest
 
-ROOT = "the server"  # under this name it keeps its own optimiser state, where a rule wants a root update
+# under this name it keeps its own optimiser state, where a rule wants a root update
+ROOT = "the server"
 
 
 class ClientWork:
-    """The work of every client that this process plays; data and buffers are made once and reused."""
+    """The work of every client that this process plays; data and buffers are made once and
+    reused.
+    """
 
     def __init__(self, options: RunOptions, state_root: str):
         self.options, self.state_root = options, state_root
@@ -70,7 +75,8 @@ class ClientWork:
         return ClientInfo(shard.client, shard.size)
 
     def train(self, job: Job, index: int) -> tuple[str, np.ndarray]:
-        """Do one job; returns the update's header and its array (a kept buffer: copy or send it at once).
+        """Do one job; returns the update's header and its array (a kept buffer: copy or send it at
+        once).
 
         The same job gives the same bits however often and wherever it is done.
         """
@@ -138,7 +144,9 @@ class ClientWork:
         return header_of(job.plan.run, update, payload, self.compressor), payload
 
     def _left_out(self, delta: np.ndarray, payload: np.ndarray) -> np.ndarray | None:
-        """What the server will not get of a delta; None where all of it travels, or no server takes it."""
+        """What the server will not get of a delta; None where all of it travels, or no server takes
+        it.
+        """
         if isinstance(self.compressor, Plain):
             return None
         try:
@@ -196,9 +204,10 @@ class ClientWork:
         if self._keeps:
             metrics["state_lost"] = float(before is None and job.plan.state_job >= 0)
         kept = ClientState(trained.moments if options.local.moments == "keep" else None)
-        return Update(
-            job.client, job.number, job.version, trained.delta, trained.tokens, metrics
-        ), kept
+        return (
+            Update(job.client, job.number, job.version, trained.delta, trained.tokens, metrics),
+            kept,
+        )
 
     @property
     def _keeps(self) -> bool:
@@ -222,15 +231,19 @@ def _named(moments: Moments | None) -> str:
     """A name of the moments that a job starts from, the same only for the same bits."""
     if moments is None:
         return "fresh"
-    return f"{digest(moments.first.cpu().numpy())} {digest(moments.second.cpu().numpy())} {moments.steps}"
+    return (
+        f"{digest(moments.first.cpu().numpy())} {digest(moments.second.cpu().numpy())}"
+        f" {moments.steps}"
+    )
 
 
 @contextmanager
 def watchdog(seconds: float, slow: float = 0.0) -> Iterator[None]:
-    """End this process where the block hangs: its stack goes to stderr, the server is told and goes on.
+    """End this process where the block hangs: its stack goes to stderr, the server is told and goes
+    on.
 
-    `slow`: seconds that the job is meant to last. The timer is the interpreter's own thread, which needs no lock that a
-    hanging library could hold.
+    `slow`: seconds that the job is meant to last. The timer is the interpreter's own thread, which
+    needs no lock that a hanging library could hold.
     """
     if seconds:
         faulthandler.dump_traceback_later(seconds + slow, exit=True)

@@ -1,4 +1,6 @@
-"""What is wrong with the options of a run, in words: ranges of values, and values that contradict each other."""
+"""What is wrong with the options of a run, in words: ranges of values, and values that contradict
+each other.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ from fedgpt.update.compress import update_problems
 
 MOST_NODES = 16  # one SuperNode is two Python processes of some 340 MB while it trains
 
-# option -> (what is allowed, test), of finite numbers; one that a user could get wrong has its line here
+# option -> (what is allowed, test), of finite numbers; one that a user could get wrong has its line
+# here
 RANGES: dict[str, tuple[str, Any]] = {
     "name": ("a name without a slash", lambda v: v != "" and "/" not in v),
     "run_dir": ("a folder", lambda v: v != ""),
@@ -81,7 +84,8 @@ RANGES: dict[str, tuple[str, Any]] = {
 }
 
 
-# option -> the group and its choices that it belongs to; typed beside another choice it would do nothing
+# option -> the group and its choices that it belongs to; typed beside another choice it would do
+# nothing
 BELONGS: dict[str, tuple[str, tuple[str, ...]]] = {
     "corpus.text_field": ("corpus", ("files",)),
     "corpus.label_field": ("corpus", ("files",)),
@@ -108,13 +112,21 @@ def unused_options(typed: Mapping[str, str], o: RunOptions) -> Iterator[str]:
         group, choices = BELONGS.get(option, ("", ()))
         if group and getattr(o, group).name not in choices:
             takes = " or ".join(f"{group}={choice}" for choice in choices)
-            yield f"{text}: does nothing with {group}={getattr(o, group).name}; add {takes}, or leave it out"
+            yield (
+                f"{text}: does nothing with {group}={getattr(o, group).name}; add {takes}, or leave"
+                " it out"
+            )
     if "rounds" in typed and o.tokens:
-        yield f"{typed['rounds']}: tokens={o.tokens} decides where the run ends; add tokens=0, or leave rounds out"
+        yield (
+            f"{typed['rounds']}: tokens={o.tokens} decides where the run ends; add tokens=0, or"
+            " leave rounds out"
+        )
 
 
 def problems(o: RunOptions) -> Iterator[str]:
-    """What is wrong with single values, and with values together where no strategy has to be asked."""
+    """What is wrong with single values, and with values together where no strategy has to be
+    asked.
+    """
     for option, (allowed, test) in RANGES.items():
         value: Any = o
         for part in option.split("."):
@@ -128,17 +140,29 @@ def problems(o: RunOptions) -> Iterator[str]:
     yield from tokenizer_problems(o.tokenizer)
     yield from partition_problems(o.partition)
     if o.corpus.public == 0 and o.tokenizer.name == "bpe":
-        yield "corpus.public=0: tokenizer=bpe is trained on the public part; raise it or take tokenizer=bytes"
+        yield (
+            "corpus.public=0: tokenizer=bpe is trained on the public part; raise it or take"
+            " tokenizer=bytes"
+        )
     if o.local.min_lr is not None and o.local.min_lr > o.local.lr > 0:
-        yield f"local.min_lr={o.local.min_lr}: must not be above local.lr={o.local.lr}; lower it, or leave it out"
+        yield (
+            f"local.min_lr={o.local.min_lr}: must not be above local.lr={o.local.lr}; lower it, or"
+            " leave it out"
+        )
     yield from fleet.fleet_problems(o)
     yield from attack.attack_problems(o)
     yield from update_problems(o.update)
     yield from limits.validate_problems(o)
     if o.checkpoint.journal and o.clock == "virtual":
-        yield "checkpoint.journal=true: clock=virtual repeats a run to the same bits without one; leave it out"
+        yield (
+            "checkpoint.journal=true: clock=virtual repeats a run to the same bits without one;"
+            " leave it out"
+        )
     if o.resume is not None:
-        yield f"resume={o.resume}: stands alone (fedgpt run resume=<folder>); the folder holds its own options"
+        yield (
+            f"resume={o.resume}: stands alone (fedgpt run resume=<folder>); the folder holds its"
+            " own options"
+        )
 
 
 def folder_problems(o: RunOptions) -> Iterator[str]:
@@ -158,13 +182,21 @@ def folder_problems(o: RunOptions) -> Iterator[str]:
             if Path(o.init_from).is_dir()
             else "is no folder"
         )
-        yield f"init_from={o.init_from}: {what}; name the folder of a finished run, or of a Hugging Face model"
+        yield (
+            f"init_from={o.init_from}: {what}; name the folder of a finished run, or of a Hugging"
+            " Face model"
+        )
 
 
 def runtime_problems(runtime: str, clients: int) -> Iterator[str]:
-    """Why a run with so many clients (0: not known yet) cannot start on this machine with this runtime."""
+    """Why a run with so many clients (0: not known yet) cannot start on this machine with this
+    runtime.
+    """
     if runtime == "ray" and importlib.util.find_spec("ray") is None:
-        yield 'runtime=ray: Ray is not installed; pip install ".[ray]" in a clone, or take runtime=pool'
+        yield (
+            'runtime=ray: Ray is not installed; pip install ".[ray]" in a clone, or take'
+            " runtime=pool"
+        )
     if runtime == "superlink" and clients > MOST_NODES:
         yield (
             f"runtime=superlink: starts one SuperNode per client, and there are {clients} clients; "

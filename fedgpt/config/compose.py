@@ -1,4 +1,5 @@
-"""Configuration: Hydra composes conf/, this module checks it and says everything that is wrong at once.
+"""Configuration: Hydra composes conf/, this module checks it and says everything that is wrong at
+once.
 
 Free of torch, so a typo is answered at once. `_target_` is resolved only inside an allow-list.
 """
@@ -35,7 +36,8 @@ def load(words: Sequence[str] = (), config_dir: str | None = None) -> RunOptions
     parsed = [OverridesParser.create().parse_override(text) for text in good]
     swept = [str(one.input_line) for one in parsed if one.is_sweep_override()]
     problems += [
-        f"{text}: is a sweep, which is typed with -m (fedgpt run -m {text}); a text with commas is typed in quotes"
+        f"{text}: is a sweep, which is typed with -m (fedgpt run -m {text}); a text with commas is"
+        " typed in quotes"
         for text in swept
     ]
     options, told = None, []
@@ -61,7 +63,8 @@ def load(words: Sequence[str] = (), config_dir: str | None = None) -> RunOptions
 
 
 def precheck(words: Sequence[str], config_dir: str | None = None) -> None:
-    """Like load, for a sweep (`seed=0,1,2`), all of whose jobs are checked; of more than MOST_JOBS, that many.
+    """Like load, for a sweep (`seed=0,1,2`), all of whose jobs are checked; of more than MOST_JOBS,
+    that many.
 
     What is wrong with every job is told as such, the rest with the first job that it is wrong with.
     """
@@ -87,7 +90,8 @@ def precheck(words: Sequence[str], config_dir: str | None = None) -> None:
 def to_options(cfg: DictConfig, here: bool = False) -> RunOptions:
     """Typed options of a composed configuration, checked one by one and against each other.
 
-    `here`: a run shall start on this machine. A run's folder is read elsewhere, too, where Ray may be missing.
+    `here`: a run shall start on this machine. A run's folder is read elsewhere, too, where Ray may
+    be missing.
     """
     try:
         options = OmegaConf.to_object(cfg)
@@ -96,8 +100,13 @@ def to_options(cfg: DictConfig, here: bool = False) -> RunOptions:
             f"{error.full_key or 'configuration'}: {overrides.first_line(error)}"
         ) from error
     assert isinstance(options, RunOptions), "the schema is the root of run.yaml"
-    for place, name in ((options, "run_dir"), (options, "cache_dir"), (options, "init_from"), (options.fleet, "path"),
-                        (options.corpus, "path")):  # fmt: skip
+    for place, name in (
+        (options, "run_dir"),
+        (options, "cache_dir"),
+        (options, "init_from"),
+        (options.fleet, "path"),
+        (options.corpus, "path"),
+    ):
         if path := getattr(place, name):
             setattr(place, name, str(Path(path).expanduser().resolve()))
     if problems := list(_problems(options, here)):
@@ -111,7 +120,9 @@ def to_yaml(options: RunOptions) -> str:
 
 
 def from_yaml(text: str) -> RunOptions:
-    """Options from to_yaml's text; raises ConfigError where they do not fit this version's schema."""
+    """Options from to_yaml's text; raises ConfigError where they do not fit this version's
+    schema.
+    """
     try:
         cfg = OmegaConf.merge(OmegaConf.structured(RunOptions), _mapping(text))
     except OmegaConfBaseException as error:
@@ -159,14 +170,18 @@ def flat_options(options: RunOptions) -> dict[str, Any]:
 
 
 def changed_options(before: dict[str, Any], options: RunOptions) -> str:
-    """What differs between the options of a checkpoint and those of now, each as `name: old -> new`."""
+    """What differs between the options of a checkpoint and those of now, each as `name: old ->
+    new`.
+    """
     now = flat_options(options)
     keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     return ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys)
 
 
 def refuse_another_run(options: RunOptions) -> None:
-    """Raise ConfigError, naming the options that differ, where `run_dir` holds a run of another configuration."""
+    """Raise ConfigError, naming the options that differ, where `run_dir` holds a run of another
+    configuration.
+    """
     path = Path(options.run_dir) / "config.yaml"
     if not path.exists():
         return
@@ -181,8 +196,9 @@ def refuse_another_run(options: RunOptions) -> None:
     )
     if differing:
         raise ConfigError(
-            f"run_dir={options.run_dir}: holds another run, which differs in {', '.join(differing)}; "
-            f"continue that one with `fedgpt run resume={options.run_dir}`, or name another run_dir"
+            f"run_dir={options.run_dir}: holds another run, which differs in"
+            f" {', '.join(differing)}; continue that one with `fedgpt run"
+            f" resume={options.run_dir}`, or name another run_dir"
         )
 
 
@@ -213,7 +229,8 @@ def build_strategy(node: Any, trusted: Iterable[str] = ()) -> Any:
     if not inspect.isclass(cls):
         names = [name for name, member in vars(module).items() if inspect.isclass(member)]
         raise ConfigError(
-            f"strategy._target_={target}: {module_name} has no class {class_name}{nearest(class_name, names)}"
+            f"strategy._target_={target}: {module_name} has no class"
+            f" {class_name}{nearest(class_name, names)}"
         )
     return _call(cls, {key: value for key, value in node.items() if key != "_target_"})
 
@@ -224,7 +241,8 @@ def _call(cls: type, arguments: dict[str, Any]) -> Any:
     if not takes_any and (unknown := [name for name in arguments if name not in known]):
         allowed = ", ".join(known) or "none"
         raise ConfigError(
-            f"strategy.{name}={arguments[name]}: the options of {cls.__name__} are {allowed}{nearest(name, known)}"
+            f"strategy.{name}={arguments[name]}: the options of {cls.__name__} are"
+            f" {allowed}{nearest(name, known)}"
             for name in unknown
         )
     try:
@@ -234,7 +252,9 @@ def _call(cls: type, arguments: dict[str, Any]) -> Any:
 
 
 def _problems(o: RunOptions, here: bool) -> Iterator[str]:
-    """Everything wrong with the values, alone and together; `here`: also with starting a run on this machine."""
+    """Everything wrong with the values, alone and together; `here`: also with starting a run on
+    this machine.
+    """
     wrong = list(checks.problems(o))
     yield from wrong
     if here:
@@ -254,8 +274,8 @@ def _problems(o: RunOptions, here: bool) -> Iterator[str]:
             yield from _pacing_problems(o, strategy)
         if o.corpus.public == 0 and getattr(strategy, "needs_root", False):
             yield (
-                f"corpus.public=0: strategy={strategy.name} trains the server's own update on the public part; "
-                "raise it, or take another rule, such as strategy=median"
+                f"corpus.public=0: strategy={strategy.name} trains the server's own update on the"
+                " public part; raise it, or take another rule, such as strategy=median"
             )
         yield from privacy_problems(o, strategy)
 

@@ -1,4 +1,6 @@
-"""What is typed, override by override: each against the groups and options that there are, all mistakes at once."""
+"""What is typed, override by override: each against the groups and options that there are, all
+mistakes at once.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,13 @@ PACKAGE = Path(__file__).parents[1]
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
 MOST_JOBS = 300  # of a sweep, that are checked before its first one runs
 WORDS = {
-    int: "a whole number", float: "a number", bool: "true or false", str: "a text",
-    list[float]: "a list of numbers, such as [1,2]", list[str]: "a list of texts, such as [a,b]",
-}  # fmt: skip
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "a text",
+    list[float]: "a list of numbers, such as [1,2]",
+    list[str]: "a list of texts, such as [a,b]",
+}
 
 ConfigStore.instance().store(name="schema", node=RunOptions)
 
@@ -60,7 +66,8 @@ TEXTS = {
 
 
 def readable(word: str, sweep: bool = False) -> str:
-    """A word as Hydra's grammar takes it: a path with blanks, `~` or `=`, or a prompt, is quoted where it is not yet.
+    """A word as Hydra's grammar takes it: a path with blanks, `~` or `=`, or a prompt, is quoted
+    where it is not yet.
 
     >>> readable("corpus.path=~/my notes"), readable("seed=0,1")
     ('corpus.path="~/my notes"', 'seed=0,1')
@@ -80,7 +87,9 @@ def readable(word: str, sweep: bool = False) -> str:
 
 
 def check(overrides: Sequence[str], config_dir: str | None) -> tuple[list[str], list[str]]:
-    """(problems, overrides without any): each override is tried by itself, so all mistakes are told at once."""
+    """(problems, overrides without any): each override is tried by itself, so all mistakes are told
+    at once.
+    """
     problems: list[str] = []
     good: list[str] = []
     parsed: list[Override] = []
@@ -90,7 +99,10 @@ def check(overrides: Sequence[str], config_dir: str | None) -> tuple[list[str], 
             parsed.append(parser.parse_override(text))
         except HydraException:
             key, equals, value = text.partition("=")
-            how = f"; a value with signs of its own is quoted within the shell's quotes: '{key}=\"{value}\"'"
+            how = (
+                "; a value with signs of its own is quoted within the shell's quotes:"
+                f" '{key}=\"{value}\"'"
+            )
             problems.append(f"{text}: not of the form key=value{how if equals else ''}")
     groups = _groups(config_dir)
     for override in [o for o in parsed if o.key_or_group in groups]:
@@ -98,7 +110,8 @@ def check(overrides: Sequence[str], config_dir: str | None) -> tuple[list[str], 
         problems += found
         if not found:
             good.append(str(override.input_line))
-    # options are looked up beside the first choice of every group; what is wrong beside others, their jobs tell
+    # options are looked up beside the first choice of every group; what is wrong beside others,
+    # their jobs tell
     cfg = composed(
         [text for line in good for text in _choices(parser.parse_override(line), groups)[:1]],
         config_dir,
@@ -148,7 +161,9 @@ def _value_problems(override: Override, cfg: DictConfig) -> Iterator[str]:
 
 
 def _wanted(key: str, value: Any) -> str:
-    """What an option's value must be, in words; empty for an option of a strategy, whose class alone knows."""
+    """What an option's value must be, in words; empty for an option of a strategy, whose class
+    alone knows.
+    """
     if key not in TYPES:
         return ""
     kinds = [WORDS[kind] if kind is not NoneType else "null" for kind in TYPES[key]]
@@ -221,7 +236,8 @@ def composed(overrides: Sequence[str], config_dir: str | None) -> DictConfig:
     """The configuration that Hydra makes of overrides; raises ConfigError where it cannot."""
     if config_dir is not None and not Path(config_dir).is_dir():
         raise ConfigError(
-            f"--config-dir {config_dir}: no such folder; it holds groups of your own, such as model/"
+            f"--config-dir {config_dir}: no such folder; it holds groups of your own, such as"
+            " model/"
         )
     searchpath = [f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"] if config_dir else []
     GlobalHydra.instance().clear()
@@ -233,7 +249,8 @@ def composed(overrides: Sequence[str], config_dir: str | None) -> DictConfig:
 
 
 def follows(problem: str, dropped: str) -> bool:
-    """Whether a problem speaks of an option or group that was dropped as wrong: it may only follow from that.
+    """Whether a problem speaks of an option or group that was dropped as wrong: it may only follow
+    from that.
 
     >>> follows("privacy.delta=1: privacy=none protects nothing", "privacy"), follows("rounds=0: ...", "privacy")
     (True, False)
@@ -243,7 +260,9 @@ def follows(problem: str, dropped: str) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says, without its context lines; the cause's words where it has none of its own."""
+    """What a library's error says, without its context lines; the cause's words where it has none
+    of its own.
+    """
     text = str(getattr(error, "msg", None) or error).strip()
     if not text and error.__cause__ is not None:
         return first_line(error.__cause__)

@@ -1,1 +1,3 @@
-"""Words shared by every room: the flat parameter vector, jobs and updates, seeds, options, errors."""
+"""Words shared by every room: the flat parameter vector, jobs and updates, seeds, options,
+errors.
+"""

@@ -29,9 +29,11 @@ class Compute:
 
 
 def choose_compute(device: str = "auto", precision: str = "auto", private: bool = False) -> Compute:
-    """Device and dtype for options `runtime.device` and `local.precision`; values are checked by the configuration.
+    """Device and dtype for options `runtime.device` and `local.precision`; values are checked by
+    the configuration.
 
-    `private`: gradients are clipped one by one, in fp32. Raises ConfigError for a GPU where there is none.
+    `private`: gradients are clipped one by one, in fp32. Raises ConfigError for a GPU where there
+    is none.
     """
     import torch
 
@@ -53,7 +55,8 @@ def choose_compute(device: str = "auto", precision: str = "auto", private: bool 
         return Compute(device, "fp32", "the GPU has no bf16 units")
     known = _has_amx()
     if known is None:
-        # a timing would differ from process to process, and server and clients must choose the same dtype
+        # a timing would differ from process to process, and server and clients must choose the same
+        # dtype
         return Compute(device, "fp32", "this torch cannot tell whether the CPU has bf16 units")
     if known:
         return Compute(device, "bf16", "this CPU has AMX bf16 units")
@@ -61,7 +64,8 @@ def choose_compute(device: str = "auto", precision: str = "auto", private: bool 
 
 
 def repeat_exactly(device: str) -> None:
-    """From now on the same work on the same GPU has the same bits, as on a CPU; for the whole process.
+    """From now on the same work on the same GPU has the same bits, as on a CPU; for the whole
+    process.
 
     Costs 0 to 6 % of a step (H100); an operation that cannot is a RuntimeError of torch.
     """
@@ -95,11 +99,12 @@ def visible_gpus() -> tuple[str, ...]:
 
 
 def choose_workers(workers: int, threads: int, gpus: int, clients: int) -> tuple[int, int, str]:
-    """(worker processes, torch threads of each, reason) for `runtime.workers` and `runtime.threads`, 0 = choose.
+    """(worker processes, torch threads of each, reason) for `runtime.workers` and
+    `runtime.threads`, 0 = choose.
 
-    One process per core with one thread each beats one process with many threads on small models, and
-    processes x threads above the number of cores collapses, because waiting threads spin. With `gpus` > 0 it is one
-    process for each of them. More processes than `clients` at work would idle.
+    One process per core with one thread each beats one process with many threads on small models,
+    and processes x threads above the number of cores collapses, because waiting threads spin. With
+    `gpus` > 0 it is one process for each of them. More processes than `clients` at work would idle.
     """
     if gpus:
         chosen = min(clients, workers or gpus)

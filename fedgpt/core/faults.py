@@ -3,8 +3,9 @@
     FEDGPT_FAULT="checkpoint.renamed:2:kill"      the second time that any process comes to this point it kills itself
     FEDGPT_FAULT_MARKS=<folder>                   who came there and what has fired, for all processes of a run
 
-Each fault fires once: a restarted process finds its mark and goes on. Without the variable a point costs one look at
-an empty list. In the same process, `injected("aggregate:1:raise")` does it for the time of a `with` block.
+Each fault fires once: a restarted process finds its mark and goes on. Without the variable a point
+costs one look at an empty list. In the same process, `injected("aggregate:1:raise")` does it for
+the time of a `with` block.
 """
 
 from __future__ import annotations
@@ -95,7 +96,9 @@ def reach(point: str) -> None:
 
 @contextmanager
 def injected(text: str) -> Iterator[tuple[Fault, ...]]:
-    """Faults for the time of a block, counted in this process alone; yields them, to see what fired."""
+    """Faults for the time of a block, counted in this process alone; yields them, to see what
+    fired.
+    """
     before, here = list(_faults), parse(text)
     _faults[:] = here
     try:

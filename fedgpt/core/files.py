@@ -14,7 +14,8 @@ from pathlib import Path
 def replacing(path: str | Path, durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path in the same folder that takes `path`'s name when the block succeeds.
 
-    `durable` syncs file and folder, so that the new content survives a power cut, not only a killed process.
+    `durable` syncs file and folder, so that the new content survives a power cut, not only a killed
+    process.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

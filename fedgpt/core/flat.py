@@ -1,7 +1,7 @@
 """All parameters of a model are views into ONE contiguous vector.
 
-An update is then one subtraction, an optimiser step one fused kernel, a strategy a few lines of vector
-arithmetic and a message one array. The model stays an ordinary nn.Module.
+An update is then one subtraction, an optimiser step one fused kernel, a strategy a few lines of
+vector arithmetic and a message one array. The model stays an ordinary nn.Module.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FlatParams:
-    """Layout of the flat vector: name, shape and offset of every parameter; tied weights stand once, buffers never.
+    """Layout of the flat vector: name, shape and offset of every parameter; tied weights stand
+    once, buffers never.
 
-    Parameters that weight decay applies to (matrices and embeddings) come first, so decay is one range.
+    Parameters that weight decay applies to (matrices and embeddings) come first, so decay is one
+    range.
     """
 
     names: tuple[str, ...]
@@ -70,7 +72,8 @@ class FlatParams:
 
 
 def flatten(module: nn.Module) -> tuple[FlatParams, torch.Tensor]:
-    """Move `module`'s parameters into one new vector and make them views of it; returns layout and vector.
+    """Move `module`'s parameters into one new vector and make them views of it; returns layout and
+    vector.
 
     The vector has the dtype and device of the parameters; writing to it changes the module.
     """

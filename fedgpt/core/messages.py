@@ -27,15 +27,12 @@ class Plan:
     keep: tuple[
         int, ...
     ] = ()  # numbers of the jobs whose client state a restarted server could still ask for
-    seconds: float = (
-        0.0  # the least that the job shall take: a client of the simulated fleet waits until then
-    )
-    downlink: str = (
-        "fp32"  # how params travel; nothing is lost, as they have been rounded to what can be sent
-    )
-    noise_multiplier: float = (
-        0.0  # privacy=example, local: what the client checks against its own budget, then adds
-    )
+    # the least that the job shall take: a client of the simulated fleet waits until then
+    seconds: float = 0.0
+    # how params travel; nothing is lost, as they have been rounded to what can be sent
+    downlink: str = "fp32"
+    # privacy=example, local: what the client checks against its own budget, then adds
+    noise_multiplier: float = 0.0
     participations: int = 0  # privacy=example, local: jobs that the client may do at most
     delta: float = 0.0  # privacy=example, local: at which epsilon is meant
     cached_version: int = (
@@ -45,7 +42,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Job:
-    """Server -> client: train `plan.local_steps` steps from `params`. A retry carries the same number."""
+    """Server -> client: train `plan.local_steps` steps from `params`. A retry carries the same
+    number.
+    """
 
     client: str
     number: int  # counts the client's jobs from 0
@@ -68,9 +67,8 @@ class Update:
     delta: np.ndarray  # (parameters,) float32, start - end
     tokens: int  # tokens trained for this update
     metrics: dict[str, float] = field(default_factory=dict)
-    base: np.ndarray | None = (
-        None  # the vector the client started from, where a strategy asks for it
-    )
+    # the vector the client started from, where a strategy asks for it
+    base: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -84,10 +82,14 @@ class ServerState:
 
 @dataclass(frozen=True)
 class Pacing:
-    """How a run's jobs and server steps are timed, in numbers (server/pacing.py is the working half)."""
+    """How a run's jobs and server steps are timed, in numbers (server/pacing.py is the working
+    half).
+    """
 
     name: str  # cohort, buffer
-    clients: int  # that train at the same time: the cohort's size (expected, where coins decide), or jobs in flight
+    # that train at the same time: the cohort's size (expected, where coins decide), or jobs in
+    # flight
+    clients: int
     goal: int  # updates that one server step waits for
     grace: bool = False  # whether it may take more of them, which come soon after
 
@@ -132,6 +134,5 @@ class Reply:
     error: str = ""  # reason when there is no payload
     code: str = "client_error"  # what an error counts as
     bytes: int = 0  # size of the encoded message
-    seconds: float | None = (
-        None  # at the job; None: all since it was sent; nan: with a start, so nothing is learnt
-    )
+    # at the job; None: all since it was sent; nan: with a start, so nothing is learnt
+    seconds: float | None = None

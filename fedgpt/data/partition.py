@@ -1,7 +1,7 @@
 """Which client holds which tokens: partitioners over the clients' part of the token array.
 
-A shard is a list of token ranges of the one memory-mapped array, so no text is copied and the same options
-and seed give the same shards in every process.
+A shard is a list of token ranges of the one memory-mapped array, so no text is copied and the same
+options and seed give the same shards in every process.
 """
 
 from __future__ import annotations
@@ -39,20 +39,24 @@ def partition_problems(options: PartitionOptions) -> list[str]:
     """What is wrong with the options themselves, before any corpus is looked at."""
     if options.name not in KINDS:
         return [
-            f"partition.name={options.name}: allowed are {', '.join(KINDS)}{nearest(options.name, KINDS)}"
+            f"partition.name={options.name}: allowed are"
+            f" {', '.join(KINDS)}{nearest(options.name, KINDS)}"
         ]
     problems = []
     if options.name == "natural" and options.clients < 0:
         problems.append(
-            f"partition.clients={options.clients}: the number of largest clients to keep, or 0 for all"
+            f"partition.clients={options.clients}: the number of largest clients to keep, or 0"
+            " for all"
         )
     if options.name != "natural" and options.clients < 1:
         problems.append(
-            f"partition.clients={options.clients}: partition={options.name} makes clients; say how many, 1 or more"
+            f"partition.clients={options.clients}: partition={options.name} makes clients; say how"
+            " many, 1 or more"
         )
     if options.name == "dirichlet" and not 0 < options.alpha < float("inf"):
         problems.append(
-            f"partition.alpha={options.alpha}: a concentration above 0, e.g. 0.1 (skewed) or 10 (even)"
+            f"partition.alpha={options.alpha}: a concentration above 0, e.g. 0.1 (skewed) or 10"
+            " (even)"
         )
     if options.name == "quantity" and not 0 <= options.exponent < float("inf"):
         problems.append(f"partition.exponent={options.exponent}: 0 (equal sizes) or more")
@@ -68,9 +72,10 @@ def partition_problems(options: PartitionOptions) -> list[str]:
 def partition(prepared: Prepared, options: PartitionOptions, seed: int, window: int) -> list[Shard]:
     """Deal the clients' part out to clients; the shards are sorted by client id and share no token.
 
-    `window` is block_size + 1, the fewest tokens a client can train on. A natural client below the minimum is
-    left out; a made one is a ConfigError, because the options asked for it. Every token of the part is in exactly
-    one shard, except those of natural clients left out or not among the largest `options.clients`.
+    `window` is block_size + 1, the fewest tokens a client can train on. A natural client below the
+    minimum is left out; a made one is a ConfigError, because the options asked for it. Every token
+    of the part is in exactly one shard, except those of natural clients left out or not among the
+    largest `options.clients`.
     """
     if problems := partition_problems(options):
         raise ConfigError(problems)
@@ -82,10 +87,8 @@ def partition(prepared: Prepared, options: PartitionOptions, seed: int, window: 
     if options.name == "natural":
         return _natural([prepared.clients[d] for d in documents], spans, options, minimum)
     if options.name == "grouped":
-        fragments, owners = (
-            spans,
-            _grouped([prepared.clients[d] for d in documents], spans, options),
-        )
+        fragments = spans
+        owners = _grouped([prepared.clients[d] for d in documents], spans, options)
     elif options.name == "dirichlet":
         fragments, owners = _dirichlet(
             [prepared.labels[d] for d in documents], spans, options, seed
@@ -111,13 +114,15 @@ def _natural(
     if not large:
         largest = max(shard.size for shard in shards)
         raise ConfigError(
-            f"partition.min_tokens={options.min_tokens}: all {len(shards)} natural clients are below {minimum} tokens "
-            f"(the largest has {largest}); lower partition.min_tokens or model.block_size, or use partition=iid"
+            f"partition.min_tokens={options.min_tokens}: all {len(shards)} natural clients are"
+            f" below {minimum} tokens (the largest has {largest}); lower partition.min_tokens or"
+            " model.block_size, or use partition=iid"
         )
     if options.clients > len(large):
         raise ConfigError(
-            f"partition.clients={options.clients}: the corpus has {len(large)} natural clients of at least {minimum} "
-            "tokens; use that many or fewer (0 = all), or partition=iid, which makes any number"
+            f"partition.clients={options.clients}: the corpus has {len(large)} natural clients of"
+            f" at least {minimum} tokens; use that many or fewer (0 = all), or partition=iid, which"
+            " makes any number"
         )
     if options.clients:
         kept = sorted(large, key=lambda shard: (-shard.size, shard.client))[: options.clients]
@@ -126,12 +131,14 @@ def _natural(
 
 
 def _grouped(clients: list[str], spans: np.ndarray, options: PartitionOptions) -> np.ndarray:
-    """Natural clients dealt whole, the largest first, each to the made client that has least: (documents,) owners."""
+    """Natural clients dealt whole, the largest first, each to the made client that has least:
+    (documents,) owners.
+    """
     names, natural = np.unique(np.array(clients, dtype=object), return_inverse=True)
     if len(names) < options.clients:
         raise ConfigError(
-            f"partition.clients={options.clients}: partition=grouped deals whole natural clients, and the corpus has "
-            f"{len(names)}; use that many or fewer, or partition=iid"
+            f"partition.clients={options.clients}: partition=grouped deals whole natural clients,"
+            f" and the corpus has {len(names)}; use that many or fewer, or partition=iid"
         )
     sizes = np.bincount(natural, spans[:, 1] - spans[:, 0]).astype(np.int64)
     group = np.empty(len(names), np.int64)
@@ -161,8 +168,9 @@ def _dirichlet(
     names, label = np.unique(np.array(labels, dtype=object), return_inverse=True)
     if len(names) < 2:
         raise ConfigError(
-            "partition.name=dirichlet: skews labels, and all documents have the same one; set corpus.label_field "
-            "(.jsonl) or put files in sub-folders, or skew sizes with partition=quantity"
+            "partition.name=dirichlet: skews labels, and all documents have the same one; set"
+            " corpus.label_field (.jsonl) or put files in sub-folders, or skew sizes with"
+            " partition=quantity"
         )
     fragments, owners = [], []
     for number, name in enumerate(names):
@@ -177,8 +185,8 @@ def _dirichlet(
 def _cut(spans: np.ndarray, piece: int) -> tuple[np.ndarray, np.ndarray]:
     """Cut the concatenation of `spans` every `piece` tokens.
 
-    Returns fragments (fragments, 2) and the number of the piece each belongs to (fragments,); a piece that
-    runs over the end of a document has several fragments.
+    Returns fragments (fragments, 2) and the number of the piece each belongs to (fragments,); a
+    piece that runs over the end of a document has several fragments.
     """
     lengths = spans[:, 1] - spans[:, 0]
     ends = np.cumsum(lengths)
@@ -190,7 +198,9 @@ def _cut(spans: np.ndarray, piece: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _deal(pieces: int, shares: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Client of each piece, (pieces,): shuffled, in numbers as near to the shares as whole pieces allow."""
+    """Client of each piece, (pieces,): shuffled, in numbers as near to the shares as whole pieces
+    allow.
+    """
     exact = shares * pieces
     counts = np.floor(exact).astype(np.int64)
     largest_rest = np.argsort(-(exact - counts), kind="stable")
@@ -236,6 +246,7 @@ def _check_sizes(shards: list[Shard], options: PartitionOptions, minimum: int) -
         "lower partition.min_tokens" if options.min_tokens >= minimum else "lower model.block_size"
     )
     raise ConfigError(
-        f"partition.name={options.name}, partition.clients={options.clients}: {len(small)} of {len(shards)} clients "
-        f"have fewer than {minimum} tokens (the smallest, {least.client}, has {least.size}); {', or '.join(remedies)}"
+        f"partition.name={options.name}, partition.clients={options.clients}: {len(small)} of"
+        f" {len(shards)} clients have fewer than {minimum} tokens (the smallest, {least.client},"
+        f" has {least.size}); {', or '.join(remedies)}"
     )

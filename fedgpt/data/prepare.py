@@ -1,7 +1,8 @@
 """From text to one memory-mapped token array, split once by document, prepared once per machine.
 
-The split depends on the text alone, never on a run's seed, so that two runs compare and no document is ever
-held out in one and trained on in the other. The cache is keyed by content: a changed corpus is a new entry.
+The split depends on the text alone, never on a run's seed, so that two runs compare and no document
+is ever held out in one and trained on in the other. The cache is keyed by content: a changed corpus
+is a new entry.
 """
 
 from __future__ import annotations
@@ -51,11 +52,15 @@ class Prepared:
     digest: str  # of text, options and versions: equal digests mean equal tokens
 
     def held_out(self) -> np.ndarray:
-        """Tokens of the held-out documents, concatenated in document order: central evaluation only."""
+        """Tokens of the held-out documents, concatenated in document order: central evaluation
+        only.
+        """
         return self._part(HELD_OUT)
 
     def public(self) -> np.ndarray:
-        """Tokens of the public documents, concatenated in document order: everybody may see them."""
+        """Tokens of the public documents, concatenated in document order: everybody may see
+        them.
+        """
         return self._part(PUBLIC)
 
     def _part(self, part: int) -> np.ndarray:
@@ -67,8 +72,8 @@ class Prepared:
 def prepare(corpus: CorpusOptions, tokenizer: TokenizerOptions, cache_dir: str | Path) -> Prepared:
     """Load, split, tokenise and cache a corpus, or open it from the cache.
 
-    Safe to call from several processes at once: one prepares, the others wait and open. Raises ConfigError for
-    options or text that cannot be prepared.
+    Safe to call from several processes at once: one prepares, the others wait and open. Raises
+    ConfigError for options or text that cannot be prepared.
     """
     if problems := [*corpus_problems(corpus), *tokenizer_problems(tokenizer)]:
         raise ConfigError(problems)
@@ -108,7 +113,8 @@ def prepare(corpus: CorpusOptions, tokenizer: TokenizerOptions, cache_dir: str |
 
 
 def open_prepared(folder: str | Path) -> Prepared:
-    """Open a folder that `prepare` made, without reading the corpus again (workers, later commands).
+    """Open a folder that `prepare` made, without reading the corpus again (workers, later
+    commands).
 
     Raises OSError, ValueError or KeyError where the folder is absent or damaged.
     """
@@ -141,8 +147,8 @@ def open_prepared(folder: str | Path) -> Prepared:
 def split_documents(texts: Sequence[str], public: float, held_out: float) -> np.ndarray:
     """Part of each document, (documents,) int8; equal texts are always in one part.
 
-    Distinct texts, in the order of their hashes, fill the public part until its share of the bytes is reached,
-    then the held-out part; the clients get the rest.
+    Distinct texts, in the order of their hashes, fill the public part until its share of the bytes
+    is reached, then the held-out part; the clients get the rest.
     """
     keys = [hashlib.sha256(text.encode()).digest() for text in texts]
     sizes: dict[bytes, int] = {}
@@ -263,14 +269,14 @@ def _check_split(part: np.ndarray, corpus: CorpusOptions, tokenizer: TokenizerOp
     problems = []
     if tokenizer.name == "bpe" and not (part == PUBLIC).any():
         problems.append(
-            f"corpus.public={corpus.public}: tokenizer=bpe trains on the public part, which is empty; raise it "
-            "or use tokenizer=bytes"
+            f"corpus.public={corpus.public}: tokenizer=bpe trains on the public part, which is"
+            " empty; raise it or use tokenizer=bytes"
         )
     for name, number in (("held-out", HELD_OUT), ("clients'", CLIENTS)):
         if not (part == number).any():
             problems.append(
-                f"corpus.public={corpus.public}, corpus.held_out={corpus.held_out}: {len(part)} documents are too few, "
-                f"the {name} part is empty; {remedy}, or lower the shares"
+                f"corpus.public={corpus.public}, corpus.held_out={corpus.held_out}: {len(part)}"
+                f" documents are too few, the {name} part is empty; {remedy}, or lower the shares"
             )
     if problems:
         raise ConfigError(problems)

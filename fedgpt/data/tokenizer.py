@@ -1,8 +1,8 @@
 """Text to token ids and back: byte-level BPE trained on public text, or raw bytes.
 
-Both are one class over one file, `tokenizer.json` in Hugging Face's format (raw bytes are a BPE without
-merges), so an exported model can be read by transformers. Every token stands for a known number of bytes,
-which bits per byte need; the end of a document is the last id and stands for none.
+Both are one class over one file, `tokenizer.json` in Hugging Face's format (raw bytes are a BPE
+without merges), so an exported model can be read by transformers. Every token stands for a known
+number of bytes, which bits per byte need; the end of a document is the last id and stands for none.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from fedgpt.core.options import TokenizerOptions
 
 END = "<|endoftext|>"
 KINDS = ("bpe", "bytes")
-PIECE = 4096  # characters handed to the library at once: time per character grows with a string's length
+# characters handed to the library at once: time per character grows with a string's length
+PIECE = 4096
 BATCH = 512  # pieces per call: bounds the memory that the library's results take
 
-# Between a visible character and a space or line end GPT-2's pattern always starts a new word, so cutting
-# there changes no id.
+# Between a visible character and a space or line end GPT-2's pattern always starts a new word, so
+# cutting there changes no id.
 BOUNDARY = re.compile(r"(?<=\S)(?=[ \n])")
 
 
@@ -42,11 +43,13 @@ def tokenizer_problems(options: TokenizerOptions) -> list[str]:
     """What is wrong with the options themselves."""
     if options.name not in KINDS:
         return [
-            f"tokenizer.name={options.name}: allowed are {', '.join(KINDS)}{nearest(options.name, KINDS)}"
+            f"tokenizer.name={options.name}: allowed are"
+            f" {', '.join(KINDS)}{nearest(options.name, KINDS)}"
         ]
     if options.name == "bpe" and options.vocab_size < 256:
         return [
-            f"tokenizer.vocab_size={options.vocab_size}: bpe needs 256 entries for the bytes; use 256 or more"
+            f"tokenizer.vocab_size={options.vocab_size}: bpe needs 256 entries for the bytes; use"
+            " 256 or more"
         ]
     return []
 
@@ -54,11 +57,14 @@ def tokenizer_problems(options: TokenizerOptions) -> list[str]:
 class Tokenizer:
     """A byte-level vocabulary: any Unicode text round-trips exactly, and nothing is unknown.
 
-    A literal `<|endoftext|>` inside a text is encoded as ordinary characters, never as the end token.
+    A literal `<|endoftext|>` inside a text is encoded as ordinary characters, never as the end
+    token.
     """
 
     def __init__(self, definition: str):
-        """Take the content of a `tokenizer.json`; raises ValueError where it is not byte-level BPE."""
+        """Take the content of a `tokenizer.json`; raises ValueError where it is not byte-level
+        BPE.
+        """
         from tokenizers import Tokenizer as Library
 
         self._definition = definition
@@ -77,7 +83,8 @@ class Tokenizer:
         ):
             raise ValueError(f"not a byte-level vocabulary that ends with {END}")
         self._table = [bytes(byte_of[character] for character in name) for name in entries] + [b""]
-        # "a b" in files of older library versions, ["a", "b"] in newer ones; a byte-level token holds no space
+        # "a b" in files of older library versions, ["a", "b"] in newer ones; a byte-level token
+        # holds no space
         merges = [
             merge.split(" ") if isinstance(merge, str) else merge
             for merge in parsed["model"]["merges"]
@@ -107,7 +114,9 @@ class Tokenizer:
 
     @cached_property
     def digest(self) -> str:
-        """Short hash of vocabulary and merges that two sides compare before they exchange a model."""
+        """Short hash of vocabulary and merges that two sides compare before they exchange a
+        model.
+        """
         return hashlib.sha256(self._identity.encode()).hexdigest()[:16]
 
     def encode(self, text: str) -> np.ndarray:
@@ -133,7 +142,9 @@ class Tokenizer:
         return b"".join(self._table[int(token)] for token in ids).decode("utf-8", errors="replace")
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer reads."""
+        """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer
+        reads.
+        """
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": END,
@@ -146,7 +157,9 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer that `Tokenizer.save` wrote to `folder`; raises FedGPTError where there is none."""
+    """The tokenizer that `Tokenizer.save` wrote to `folder`; raises FedGPTError where there is
+    none.
+    """
     path = Path(folder) / "tokenizer.json"
     try:
         return Tokenizer(path.read_text(encoding="utf-8"))
@@ -155,10 +168,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def make_tokenizer(options: TokenizerOptions, public_texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer that the options ask for; bpe is trained on the given texts and on nothing else.
+    """The tokenizer that the options ask for; bpe is trained on the given texts and on nothing
+    else.
 
-    The vocabulary is smaller than asked where the text has no more pairs that occur twice. Same texts, same
-    tokenizer. Raises ConfigError for wrong options and for bpe without text.
+    The vocabulary is smaller than asked where the text has no more pairs that occur twice. Same
+    texts, same tokenizer. Raises ConfigError for wrong options and for bpe without text.
     """
     if problems := tokenizer_problems(options):
         raise ConfigError(problems)
@@ -177,7 +191,8 @@ def make_tokenizer(options: TokenizerOptions, public_texts: Iterable[str]) -> To
         texts = [text for text in public_texts if text]
         if not texts:
             raise ConfigError(
-                "tokenizer.name=bpe: there is no public text to train it on; raise corpus.public or use tokenizer=bytes"
+                "tokenizer.name=bpe: there is no public text to train it on; raise corpus.public or"
+                " use tokenizer=bytes"
             )
         trainer = trainers.BpeTrainer(
             vocab_size=options.vocab_size,

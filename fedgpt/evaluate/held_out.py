@@ -22,7 +22,8 @@ MOST_LOGITS = 1 << 26  # at a time on a GPU: 256 MB in float32
 class Evaluation:
     """Scores of one model on the held-out text.
 
-    Bits per byte divide by the bytes of the text instead of by tokens, so models with different tokenizers compare.
+    Bits per byte divide by the bytes of the text instead of by tokens, so models with different
+    tokenizers compare.
     """
 
     loss: float  # nats per token
@@ -37,8 +38,9 @@ class Evaluation:
 class HeldOut:
     """The central evaluation stage: its own model, held-out tokens cut into windows of block_size.
 
-    Every token is predicted once, from at most block_size - 1 earlier ones of its window: a lower bound of what the
-    model can do. `tokens` > 0 takes that many, spread evenly over the held-out text.
+    Every token is predicted once, from at most block_size - 1 earlier ones of its window: a lower
+    bound of what the model can do. `tokens` > 0 takes that many, spread evenly over the held-out
+    text.
     """
 
     def __init__(
@@ -65,7 +67,8 @@ class HeldOut:
         self._inputs, self._targets = inputs, targets
         scored = targets[targets >= 0].numpy()
         self.tokens, self.bytes = int(scored.size), int(token_bytes[scored].sum())
-        # tokens at a time: a CPU's cache shall keep their logits, and a GPU has room for clients, too
+        # tokens at a time: a CPU's cache shall keep their logits, and a GPU has room for clients,
+        # too
         together = 512 if compute.device == "cpu" else min(8192, MOST_LOGITS // len(token_bytes))
         self._batch = max(1, together // model.block_size)
 

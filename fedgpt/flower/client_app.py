@@ -1,4 +1,6 @@
-"""The ClientApp: a thin caller of the engine's client work. The same app runs on the pool, on Ray and on SuperNodes."""
+"""The ClientApp: a thin caller of the engine's client work. The same app runs on the pool, on Ray
+and on SuperNodes.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ app = ClientApp()
 
 
 class ClientFailed(Exception):
-    """What the server is told of an exception: its kind. Its words may hold text or paths: they stay in our own log."""
+    """What the server is told of an exception: its kind. Its words may hold text or paths: they
+    stay in our own log.
+    """
 
 
 _works: dict[str, ClientWork] = {}  # one per run configuration: buffers and data outlive a message

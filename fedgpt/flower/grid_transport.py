@@ -25,17 +25,17 @@ from fedgpt.flower.messages import (
 )
 
 POLL_SECONDS = 0.05  # for grids that cannot wait; Flower's own send_and_receive sleeps 3 s
-ATTEMPTS = (
-    3  # at a job whose client process dies; the same job gives the same bits, wherever it is done
-)
+# at a job whose client process dies; the same job gives the same bits, wherever it is done
+ATTEMPTS = 3
 log = logging.getLogger(__name__)
 
 
 class GridTransport:
     """Jobs out and replies in over a Grid's push and pull.
 
-    `known` maps node ids to clients where the caller knows them (the pool); otherwise every node is asked once.
-    `expected` clients must appear; `digest` is that of the server's prepared data, which each client's must equal.
+    `known` maps node ids to clients where the caller knows them (the pool); otherwise every node is
+    asked once. `expected` clients must appear; `digest` is that of the server's prepared data,
+    which each client's must equal.
     """
 
     virtual = False
@@ -50,7 +50,8 @@ class GridTransport:
         now: float = 0.0,
         stop: Path | None = None,
     ):
-        """`ttl` in seconds; `now` is where the run's clock stands; where the file `stop` appears, waits end.
+        """`ttl` in seconds; `now` is where the run's clock stands; where the file `stop` appears,
+        waits end.
 
         Flower runs a ServerApp in a process or a thread that gets no signal of ours.
         """
@@ -66,9 +67,8 @@ class GridTransport:
         self._abandoned: set[str] = set()  # message ids that may still be answered
         self._refused: list[Reply] = []
         self._sweep = 0.0  # seconds that the last look at all messages took
-        self._broadcast: tuple[object, dict[int, ArrayRecord]] | None = (
-            None  # a version's params -> held -> as sent
-        )
+        # a version's params -> held -> as sent
+        self._broadcast: tuple[object, dict[int, ArrayRecord]] | None = None
 
     def clients(self, timeout: float) -> list[ClientInfo]:
         """Clients sorted by id; raises FedGPTError where one has other data than the server."""
@@ -119,7 +119,9 @@ class GridTransport:
         return True
 
     def abandon(self, keys: Iterable[tuple[str, int]]) -> None:
-        """Nothing can be stopped at a SuperNode: its late reply is refused. The pool drops what is still queued."""
+        """Nothing can be stopped at a SuperNode: its late reply is refused. The pool drops what is
+        still queued.
+        """
         wanted = set(keys)
         ids = [i for i, (job, _) in self._pending.items() if (job.client, job.number) in wanted]
         if discard := getattr(self.grid, "discard", None):
@@ -141,7 +143,9 @@ class GridTransport:
         """Nothing of its own to free: who made the grid closes it."""
 
     def _pull(self) -> list[Reply]:
-        """What has come; one at a time where the grid can tell, as every reply is as large as the model."""
+        """What has come; one at a time where the grid can tell, as every reply is as large as the
+        model.
+        """
         replies, self._refused = self._refused, []
         ready = getattr(self.grid, "ready", None)
         ids = (
@@ -154,7 +158,8 @@ class GridTransport:
         return replies
 
     def _message(self, message_id: str) -> Message | Exception | None:
-        """The reply to one message, None where it is not there yet, or what Flower raised as it read it.
+        """The reply to one message, None where it is not there yet, or what Flower raised as it
+        read it.
 
         Asked for alone, a message that cannot be read takes no other along.
         """
@@ -227,7 +232,9 @@ class GridTransport:
 
 
 def _introduced(message: Message | Exception, node: int) -> tuple[ClientInfo, str]:
-    """(client, digest of its data) that a node has answered; raises FedGPTError where it is no answer."""
+    """(client, digest of its data) that a node has answered; raises FedGPTError where it is no
+    answer.
+    """
     try:
         if isinstance(message, Exception):
             raise message

@@ -1,4 +1,6 @@
-"""Start a run on its runtime: in this process for the pool, through Flower's own tools for Ray and SuperLink."""
+"""Start a run on its runtime: in this process for the pool, through Flower's own tools for Ray and
+SuperLink.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,9 @@ FLOWER_ENV = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_usage_stats_enabled": "0",
 }
-# glibc returns every freed tensor of some MB to the kernel and faults its pages in again at the next step; keeping
-# the heap saved 15 % of a training step at the nano model. Other C libraries ignore these names.
+# glibc returns every freed tensor of some MB to the kernel and faults its pages in again at the
+# next step; keeping the heap saved 15 % of a training step at the nano model. Other C libraries
+# ignore these names.
 KEEP_HEAP = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(4 << 30)}
 
 
@@ -42,7 +45,9 @@ def launch(options: RunOptions) -> None:
 
 
 def client_environment(options: RunOptions, resources: Resources) -> dict[str, str]:
-    """What client processes on this machine get: where their state lives, and quiet thread pools."""
+    """What client processes on this machine get: where their state lives, and quiet thread
+    pools.
+    """
     pools = dict.fromkeys(
         ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(resources.threads)
     )

@@ -1,4 +1,6 @@
-"""Jobs and updates as Flower messages: one array and one JSON text each way, because Flower's cost is per array."""
+"""Jobs and updates as Flower messages: one array and one JSON text each way, because Flower's cost
+is per array.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,17 @@ from fedgpt.update.downlink import joined
 from fedgpt.update.npy import read_npy
 
 ARRAY = "flat"  # the one array of an ArrayRecord
-# names on the wire where they differ from Plan's: a client of an earlier version reads them, and so does its journal
+# names on the wire where they differ from Plan's: a client of an earlier version reads them, and so
+# does its journal
 WIRE = {"local_steps": "steps", "state_job": "state", "cached_version": "held"}
 FIELDS = {wire: field for field, wire in WIRE.items()}
 MOST_REASON = 500  # characters of a client's exception that are kept: they go to logs and messages
 
 
 def vector_record(vector: np.ndarray) -> ArrayRecord:
-    """A record that holds `vector` without copying it; it must not change while a message uses it."""
+    """A record that holds `vector` without copying it; it must not change while a message uses
+    it.
+    """
     return array_record({ARRAY: vector})
 
 
@@ -35,7 +40,9 @@ def job_content(job: Job, params: ArrayRecord) -> RecordDict:
 
 
 def params_record(job: Job) -> ArrayRecord:
-    """The vector of a job on its way to clients, or its steps; shared by all jobs of one version from one other."""
+    """The vector of a job on its way to clients, or its steps; shared by all jobs of one version
+    from one other.
+    """
     if job.plan.cached_version >= 0:
         return vector_record(joined(job.model_deltas))
     return vector_record(BF16().encode(job.params) if job.plan.downlink == "bf16" else job.params)
@@ -52,7 +59,9 @@ def job_bytes(job: Job) -> int:
 
 
 def read_job(message: Message) -> Job:
-    """The job in a message; its params may be a read-only view, or the bytes of steps where `plan.cached_version` says so."""
+    """The job in a message; its params may be a read-only view, or the bytes of steps where
+    `plan.cached_version` says so.
+    """
     about = json.loads(_config_text(message.content, "job"))
     fields = {FIELDS.get(name, str(name)): value for name, value in about["plan"].items()}
     plan = Plan(**fields | {"keep": tuple(fields["keep"])})
@@ -68,7 +77,9 @@ def update_content(header: str, delta: np.ndarray) -> RecordDict:
 
 
 def read_reply(message: Message, client: str, number: int) -> Reply:
-    """A client's reply as it came; nothing in it is believed yet, and nothing it holds can raise here."""
+    """A client's reply as it came; nothing in it is believed yet, and nothing it holds can raise
+    here.
+    """
     if message.has_error():
         return Reply(
             client, number, error=f"code {message.error.code}: {message.error.reason}"[:MOST_REASON]
@@ -106,8 +117,9 @@ def read_info(message: Message) -> tuple[ClientInfo, str]:
     return ClientInfo(str(who["id"]), int(str(size["tokens"]))), str(who["digest"])
 
 
-# Records are read by name: the properties of a RecordDict (`array_records` and the like) leave a reference cycle in
-# it, and then every vector that passed stays in memory until the garbage collector happens to come by.
+# Records are read by name: the properties of a RecordDict (`array_records` and the like) leave a
+# reference cycle in it, and then every vector that passed stays in memory until the garbage
+# collector happens to come by.
 
 
 def _config_text(content: RecordDict, name: str) -> str:

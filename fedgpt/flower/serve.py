@@ -63,16 +63,18 @@ from fedgpt.storage.initial_weights import initial_weights
 from fedgpt.storage.journal import Journal, RecordedTransport, needs_journal
 from fedgpt.storage.run_folder import RunFolder
 
-TTL_MARGIN = 10.0  # seconds past the deadline before a client that hangs is given up (the pool ends its worker)
-STOP_FILE = (
-    "FEDGPT_STOP_FILE"  # names a file by which a launcher in another process asks a server to stop
-)
+# seconds past the deadline before a client that hangs is given up (the pool ends its worker)
+TTL_MARGIN = 10.0
+# names a file by which a launcher in another process asks a server to stop
+STOP_FILE = "FEDGPT_STOP_FILE"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # no more room for a file
 log = logging.getLogger(__name__)
 
 
 def serve(options: RunOptions, grid: Grid) -> dict[str, Any]:
-    """Run `options` to the last version, or continue it from its folder's newest checkpoint; returns the summary."""
+    """Run `options` to the last version, or continue it from its folder's newest checkpoint;
+    returns the summary.
+    """
     try:
         with RunFolder(options.run_dir) as folder:
             refuse_another_run(options)
@@ -98,13 +100,11 @@ class _Run:
         shards: Sequence[Shard],
         grid: Grid,
     ):
-        self.options, self.folder, self.prepared, self.shards, self.grid = (
-            options,
-            folder,
-            prepared,
-            shards,
-            grid,
-        )
+        self.options = options
+        self.folder = folder
+        self.prepared = prepared
+        self.shards = shards
+        self.grid = grid
         self.resources = resources_for(options, len(shards))
         self.compute = self.resources.compute
         torch.set_num_threads(self.resources.threads)
@@ -126,8 +126,9 @@ class _Run:
             strategy = FlowerStrategy(strategy)
         if strategy.needs_root and self.prepared.public().size <= o.model.block_size:
             raise ConfigError(
-                f"corpus.public={o.corpus.public}: {self.prepared.public().size} tokens are public, and the server's "
-                f"own update needs more than model.block_size={o.model.block_size}; raise it"
+                f"corpus.public={o.corpus.public}: {self.prepared.public().size} tokens are public,"
+                " and the server's own update needs more than"
+                f" model.block_size={o.model.block_size}; raise it"
             )
         _claim(
             self.folder, o
@@ -161,10 +162,18 @@ class _Run:
                 Fleet(o.fleet, o.seed) if o.clock == "real" and o.fleet.name != "none" else None
             )
             server = Server(
-                o, strategy, transport, self._evaluator(stage), self.folder, snapshot, (self._log_event, display),
-                ClientWork(o, str(self.folder.path / "clients")).train_root, slowed,
-                transport if isinstance(transport, RecordedTransport) else None, privacy,
-            )  # fmt: skip
+                o,
+                strategy,
+                transport,
+                self._evaluator(stage),
+                self.folder,
+                snapshot,
+                (self._log_event, display),
+                ClientWork(o, str(self.folder.path / "clients")).train_root,
+                slowed,
+                transport if isinstance(transport, RecordedTransport) else None,
+                privacy,
+            )
             del snapshot  # the server says how long the vectors in it are kept
             summary = server.run()
         self._finish(summary, server.state.params, display)
@@ -182,21 +191,26 @@ class _Run:
                 records.keep([])
             Journal(self.folder.wal).clear()
             tables = RunTables(
-                run=secrets.token_hex(8), record=first_record(), environment=self.environment,
-                options=flat_options(self.options), privacy=self.statement,
-            )  # fmt: skip
+                run=secrets.token_hex(8),
+                record=first_record(),
+                environment=self.environment,
+                options=flat_options(self.options),
+                privacy=self.statement,
+            )
             return Snapshot(
                 ServerState(initial_weights(self.options, self.prepared.tokenizer)), tables
             )
         if changed := changed_options(snapshot.tables.options, self.options):
             raise FedGPTError(
-                f"{self.folder.path} cannot be continued: its config.yaml was changed after its checkpoint was made "
-                f"({changed}); change it back, or start again with another run_dir"
+                f"{self.folder.path} cannot be continued: its config.yaml was changed after its"
+                f" checkpoint was made ({changed}); change it back, or start again with another"
+                " run_dir"
             )
         if snapshot.tables.unsaved:
             raise FedGPTError(
-                f"{self.folder.path} cannot be continued: its strategy remembers "
-                f"{', '.join(snapshot.tables.unsaved)}, which no checkpoint holds; start again with another run_dir"
+                f"{self.folder.path} cannot be continued: its strategy remembers"
+                f" {', '.join(snapshot.tables.unsaved)}, which no checkpoint holds; start again"
+                " with another run_dir"
             )
         version = snapshot.state.version
         self.folder.metrics.keep(r for r in self.folder.metrics.read() if r["version"] < version)
@@ -234,7 +248,9 @@ class _Run:
         return evaluate
 
     def _transport(self, snapshot: Snapshot, journal: Journal | None) -> Transport:
-        """The pool knows its clients by partition; other runtimes are asked. Virtual clock or journal go around."""
+        """The pool knows its clients by partition; other runtimes are asked. Virtual clock or
+        journal go around.
+        """
         known = None
         if isinstance(self.grid, PoolGrid):
             infos = [ClientInfo(shard.client, shard.size) for shard in self.shards]
@@ -261,7 +277,9 @@ class _Run:
     def _finish(
         self, summary: dict[str, Any], params: np.ndarray, display: ProgressDisplay
     ) -> None:
-        """Everything a person or a script wants at the end: summary, model folder, samples, figures, one page."""
+        """Everything a person or a script wants at the end: summary, model folder, samples,
+        figures, one page.
+        """
         path = self.folder.path
         records = self.folder.metrics.read()
         model = GPT(self.options.model, self.prepared.tokenizer.vocab_size)

@@ -19,7 +19,9 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run to the last version; the run folder holds everything that came of it, or failure.json and why."""
+    """Run to the last version; the run folder holds everything that came of it, or failure.json and
+    why.
+    """
     options = options_of(context.run_config)
     try:
         serve(options, grid)

@@ -1,9 +1,10 @@
 """Flower's own strategies inside our loop: `flwr.serverapp.strategy.*` as a strategy of ours.
 
-A server step becomes one round of Flower: `configure_train` (where a strategy learns the global arrays), then
-`aggregate_train` on replies that hold the clients' weights, in the order of stable client ids. Sampling, deadlines
-and validation stay with our engine. What the strategy remembers between rounds goes through `state.memory`, so each
-step is a function of updates and state alone, and a resumed run gives the same bits.
+A server step becomes one round of Flower: `configure_train` (where a strategy learns the global
+arrays), then `aggregate_train` on replies that hold the clients' weights, in the order of stable
+client ids. Sampling, deadlines and validation stay with our engine. What the strategy remembers
+between rounds goes through `state.memory`, so each step is a function of updates and state alone,
+and a resumed run gives the same bits.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ MEMORY = "flower"  # first part of our names in state.memory: flower.<attribute>
 
 
 class Replacement(np.ndarray):
-    """D of a strategy that computes the next model itself: params - next, with that next state attached.
+    """D of a strategy that computes the next model itself: params - next, with that next state
+    attached.
 
     params - (params - next) is not `next`, bit for bit, so `step` takes the state from here.
     """
@@ -57,8 +59,9 @@ class Replacement(np.ndarray):
 class FlowerStrategy(Strategy):
     """Runs any strategy of Flower that averages arrays, cohort pacing only.
 
-    pace= decides who takes part: min_*_nodes and fraction_evaluate have no effect here. Metrics that all updates of
-    a step have are passed on under their names, tokens trained as the strategy's weight (`num-examples`).
+    pace= decides who takes part: min_*_nodes and fraction_evaluate have no effect here. Metrics
+    that all updates of a step have are passed on under their names, tokens trained as the
+    strategy's weight (`num-examples`).
     """
 
     inner: stock.Strategy
@@ -82,7 +85,9 @@ class FlowerStrategy(Strategy):
 
     @property
     def unsaved(self) -> tuple[str, ...]:
-        """Attributes of the strategy that a checkpoint cannot carry; some show only at the first step."""
+        """Attributes of the strategy that a checkpoint cannot carry; some show only at the first
+        step.
+        """
         return tuple(sorted(self._unsaved))
 
     def client_numbers(self) -> dict[str, float]:
@@ -93,9 +98,11 @@ class FlowerStrategy(Strategy):
     def combine(
         self, updates: Sequence[Update], state: ServerState, root: Update | None = None
     ) -> np.ndarray:
-        """One round of the strategy; raises FedGPTError where it fails or returns anything but a finite model.
+        """One round of the strategy; raises FedGPTError where it fails or returns anything but a
+        finite model.
 
-        A strategy that skips a round (no update, too few for Bulyan) leaves the parameters as they are.
+        A strategy that skips a round (no update, too few for Bulyan) leaves the parameters as they
+        are.
         """
         updates = sorted(updates, key=lambda update: (update.client, update.number))
         nodes = [
@@ -163,7 +170,8 @@ class FlowerStrategy(Strategy):
         found = [array.numpy() for array in arrays.values()]
         if len(found) != 1 or found[0].shape != state.params.shape:
             raise FedGPTError(
-                f"{self.name} returned {[a.shape for a in found]} instead of one array of {state.params.shape}"
+                f"{self.name} returned {[a.shape for a in found]} instead of one array of"
+                f" {state.params.shape}"
             )
         with np.errstate(over="ignore"):
             params = found[0].astype(state.params.dtype, copy=False)
@@ -187,7 +195,8 @@ class FlowerStrategy(Strategy):
     ) -> dict[str, np.ndarray]:
         """Attributes that differ from a fresh strategy's, as arrays by name.
 
-        A copy of the global model that configure_train sets anew each round is left out: it is a model in size.
+        A copy of the global model that configure_train sets anew each round is left out: it is a
+        model in size.
         """
         memory: dict[str, np.ndarray] = {}
         for name, value in vars(self.inner).items():
@@ -227,17 +236,24 @@ def _refusal(inner: object) -> str:
     typed = f"strategy._target_=...{kind}"
     if isinstance(inner, _DP):
         return (
-            f"{typed}: its noise comes from a global generator that neither resumes nor is secret, and it weights "
-            "clipped updates by token counts, which breaks the sensitivity; take another strategy and privacy=client"
+            f"{typed}: its noise comes from a global generator that neither resumes nor is secret,"
+            " and it weights clipped updates by token counts, which breaks the sensitivity; take"
+            " another strategy and privacy=client"
         )
     if isinstance(inner, stock.FedXgbBagging | stock.FedXgbCyclic):
-        return f"{typed} aggregates decision trees, not the weights of a model; take strategy=fedavg or another"
+        return (
+            f"{typed} aggregates decision trees, not the weights of a model; take strategy=fedavg"
+            " or another"
+        )
     if not isinstance(inner, stock.Strategy):
         return (
             f"{typed} is not a strategy of Flower (a subclass of flwr.serverapp.strategy.Strategy)"
         )
     if (fraction := getattr(inner, "fraction_train", 1.0)) != 1.0:
-        return f"strategy.fraction_train={fraction} has no effect here, only 1.0 is allowed; set pace.clients or pace.rate"
+        return (
+            f"strategy.fraction_train={fraction} has no effect here, only 1.0 is allowed; set"
+            " pace.clients or pace.rate"
+        )
     return ""
 
 
@@ -259,9 +275,10 @@ class _Nodes:
 def _inside_a_run() -> Iterator[None]:
     """What Flower expects of a process that builds messages, put back afterwards.
 
-    TaskIdentity must be set before a Message is made; configure_train samples from the global `random`; the
-    strategies log each round at INFO, into our progress display; QFedAvg and Bulyan run the garbage collector for
-    every reply (0.3 s each beside torch), so what lives now is kept out of its sight.
+    TaskIdentity must be set before a Message is made; configure_train samples from the global
+    `random`; the strategies log each round at INFO, into our progress display; QFedAvg and Bulyan
+    run the garbage collector for every reply (0.3 s each beside torch), so what lives now is kept
+    out of its sight.
     """
     identity: Any = TaskIdentity
     kept = {name: getattr(identity, f"_{name}") for name in ("run_id", "task_id", "node_id")}
@@ -351,7 +368,9 @@ _KINDS: dict[str, type] = {"record": ArrayRecord, "array": np.ndarray, "list": l
 
 
 def _encode(name: str, value: Any) -> dict[str, np.ndarray] | None:
-    """An attribute as named arrays: flower.<attribute>.<kind>.<key>; None where it is none of the known kinds."""
+    """An attribute as named arrays: flower.<attribute>.<kind>.<key>; None where it is none of the
+    known kinds.
+    """
     if value is None:
         return {f"{MEMORY}.{name}.none.": np.zeros(0, np.float32)}
     if isinstance(

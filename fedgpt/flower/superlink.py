@@ -1,7 +1,8 @@
-"""Run through Flower's own tools on this machine: a loopback SuperLink with SuperNodes, or its Ray simulation.
+"""Run through Flower's own tools on this machine: a loopback SuperLink with SuperNodes, or its Ray
+simulation.
 
-The same ServerApp and ClientApp as everywhere; only the processes around them are Flower's. All of them are children
-of this process, in process groups of their own, and are ended with it.
+The same ServerApp and ClientApp as everywhere; only the processes around them are Flower's. All of
+them are children of this process, in process groups of their own, and are ended with it.
 """
 
 from __future__ import annotations
@@ -158,7 +159,9 @@ def _submit(
 
 
 def _simulation(clients: int, resources: Resources) -> list[str]:
-    """Flower's simulation settings: one Ray actor per worker, each holding its share of the CPUs and GPUs."""
+    """Flower's simulation settings: one Ray actor per worker, each holding its share of the CPUs
+    and GPUs.
+    """
     settings = {
         "num-supernodes": clients,
         "client-resources-num-cpus": resources.threads,
@@ -176,7 +179,9 @@ def _simulation(clients: int, resources: Resources) -> list[str]:
 def _child(
     command: list[str], env: dict[str, str], home: Path, stream: bool = False
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A child in a process group of its own, ended as a whole on leaving; its output goes to a log in `home`."""
+    """A child in a process group of its own, ended as a whole on leaving; its output goes to a log
+    in `home`.
+    """
     log: IO[bytes] | None = (
         None if stream else (home / f"{command[0]}-{time.monotonic_ns()}.log").open("wb")
     )
@@ -198,7 +203,9 @@ def _child(
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """SIGTERM to the group, SIGKILL to what is left of it after five seconds, and to the groups that it had started."""
+    """SIGTERM to the group, SIGKILL to what is left of it after five seconds, and to the groups
+    that it had started.
+    """
     family = _descendants(process.pid)  # Flower's programs start others in sessions of their own
     for sign in (signal.SIGTERM, signal.SIGKILL):
         try:
@@ -243,7 +250,9 @@ def _stat(pid: int) -> tuple[str, int]:
 
 
 def _wait_healthy(port: int, home: Path, seconds: float = 60) -> None:
-    """Return when the SuperLink answers; raises FedGPTError with the end of its log when it does not."""
+    """Return when the SuperLink answers; raises FedGPTError with the end of its log when it does
+    not.
+    """
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         try:

@@ -1,10 +1,12 @@
-"""Per-example gradients by book-keeping (Bu et al. 2022, arXiv 2210.00038): one backward pass, clipped sums.
+"""Per-example gradients by book-keeping (Bu et al. 2022, arXiv 2210.00038): one backward pass,
+clipped sums.
 
-Forward hooks keep each layer's input a and output. One autograd pass gives the gradients g of the outputs only, so no
-weight gradient is ever made for the batch as a whole. As the loss of example i depends on example i alone, row i of g
-is its own, and its gradient follows layer by layer: a Linear's is g_i^T a_i, an Embedding's adds g_i to the rows of its
-tokens, a norm's and a bias' are sums over time. All of an example's gradients together give its norm; the sum takes
-each example with its clip factor. Making them one by one costs what the one for the batch would have cost.
+Forward hooks keep each layer's input a and output. One autograd pass gives the gradients g of the
+outputs only, so no weight gradient is ever made for the batch as a whole. As the loss of example i
+depends on example i alone, row i of g is its own, and its gradient follows layer by layer: a
+Linear's is g_i^T a_i, an Embedding's adds g_i to the rows of its tokens, a norm's and a bias' are
+sums over time. All of an example's gradients together give its norm; the sum takes each example
+with its clip factor. Making them one by one costs what the one for the batch would have cost.
 """
 
 from __future__ import annotations
@@ -35,8 +37,9 @@ class Use:
 class BookKeeping:
     """Clipped sums of per-example gradients of a model whose parameters lie in one flat vector.
 
-    Knows Linear, Embedding, LayerNorm and RMSNorm; raises Unsupported for a model with parameters elsewhere, and for
-    inputs without a batch dimension (positions that all examples share would be counted once for all of them).
+    Knows Linear, Embedding, LayerNorm and RMSNorm; raises Unsupported for a model with parameters
+    elsewhere, and for inputs without a batch dimension (positions that all examples share would be
+    counted once for all of them).
     """
 
     def __init__(self, model: nn.Module, layout: FlatParams):
@@ -60,8 +63,9 @@ class BookKeeping:
     ) -> tuple[Tensor, Tensor]:
         """Add every example's gradient, scaled to norm `clip` at most, to the flat vector `total`.
 
-        `losses` runs the model and returns each example's own loss, (batch,). An example whose gradient is not finite
-        adds nothing. Returns the norms before clipping and the losses, (batch,) each.
+        `losses` runs the model and returns each example's own loss, (batch,). An example whose
+        gradient is not finite adds nothing. Returns the norms before clipping and the losses,
+        (batch,) each.
         """
         with torch.no_grad():
             examples, values = self.gradients(losses)
@@ -72,7 +76,9 @@ class BookKeeping:
 
     @torch.enable_grad()
     def gradients(self, losses: Callable[[], Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        """Each example's own gradient, parameter -> (batch, *shape), and loss, (batch,), until the next call."""
+        """Each example's own gradient, parameter -> (batch, *shape), and loss, (batch,), until the
+        next call.
+        """
         handles = [module.register_forward_hook(self._keep) for module in self._leaves]
         try:
             values = losses()
@@ -172,9 +178,11 @@ def _check(module: nn.Module) -> None:
         raise Unsupported(f"no per-example rule for the parameters of {kind.__name__}")
     if isinstance(module, nn.Embedding):
         options = {
-            "padding_idx": module.padding_idx is not None, "max_norm": module.max_norm is not None,
-            "scale_grad_by_freq": module.scale_grad_by_freq, "sparse": module.sparse,
-        }  # fmt: skip
+            "padding_idx": module.padding_idx is not None,
+            "max_norm": module.max_norm is not None,
+            "scale_grad_by_freq": module.scale_grad_by_freq,
+            "sparse": module.sparse,
+        }
         if used := [name for name, on in options.items() if on]:
             raise Unsupported(f"no per-example rule for an Embedding with {', '.join(used)}")
     if isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) != 1:

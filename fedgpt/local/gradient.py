@@ -1,4 +1,6 @@
-"""Loss and gradients of a batch; on a GPU recorded once, because a small model leaves it waiting for launches."""
+"""Loss and gradients of a batch; on a GPU recorded once, because a small model leaves it waiting
+for launches.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +19,21 @@ class BatchGradient:
         self.model, self._leaves = model, list(model.parameters())
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """inputs and targets (batch, time) int64 -> scalar, and gradients in the order of `model.parameters()`."""
+        """inputs and targets (batch, time) int64 -> scalar, and gradients in the order of
+        `model.parameters()`.
+        """
         loss = self.model.loss(inputs, targets)
         return loss.detach(), torch.autograd.grad(loss, self._leaves)
 
 
 class RecordedGradient(BatchGradient):
-    """As BatchGradient, for batches of one shape: a CUDA graph, whose kernels take one launch all together.
+    """As BatchGradient, for batches of one shape: a CUDA graph, whose kernels take one launch all
+    together.
 
-    A step of the nano model takes an H100 1 ms, and one CPU core 10 ms to launch kernel by kernel. The recording reads
-    and writes at fixed places: the parameters must stay where they are, and what a call returns is overwritten by the
-    next. Dropout draws anew at every call, as torch's generator tells it.
+    A step of the nano model takes an H100 1 ms, and one CPU core 10 ms to launch kernel by kernel.
+    The recording reads and writes at fixed places: the parameters must stay where they are, and
+    what a call returns is overwritten by the next. Dropout draws anew at every call, as torch's
+    generator tells it.
     """
 
     def __init__(self, model: GPT, batch_size: int):
@@ -50,10 +56,13 @@ class RecordedGradient(BatchGradient):
                 self._recorded = super().__call__(self._inputs, self._targets)
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """As BatchGradient, of a batch on any device; raises ValueError for one of another shape."""
+        """As BatchGradient, of a batch on any device; raises ValueError for one of another
+        shape.
+        """
         if not inputs.shape == targets.shape == self._inputs.shape:
             raise ValueError(
-                f"recorded for batches of {tuple(self._inputs.shape)}, this one is {tuple(inputs.shape)}"
+                f"recorded for batches of {tuple(self._inputs.shape)}, this one is"
+                f" {tuple(inputs.shape)}"
             )
         self._inputs.copy_(inputs)
         self._targets.copy_(targets)

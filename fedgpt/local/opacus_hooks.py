@@ -1,4 +1,6 @@
-"""Per-example gradients by Opacus' hooks: the reference that book-keeping is checked against, and a way without it."""
+"""Per-example gradients by Opacus' hooks: the reference that book-keeping is checked against, and a
+way without it.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,17 @@ from fedgpt.core.flat import FlatParams
 
 
 class OpacusHooks:
-    """As BookKeeping; Opacus makes the gradients, in its hooks mode, the one that is exact for tied weights."""
+    """As BookKeeping; Opacus makes the gradients, in its hooks mode, the one that is exact for tied
+    weights.
+    """
 
     def __init__(self, model: nn.Module, layout: FlatParams):
         from opacus.grad_sample import GradSampleModule
 
         self.layout = layout
         self._parameters = dict(model.named_parameters())
-        # "mean" would have Opacus multiply by the batch; each loss here is one example's own, and they are summed
+        # "mean" would have Opacus multiply by the batch; each loss here is one example's own, and
+        # they are summed
         self._hooked = GradSampleModule(model, batch_first=True, loss_reduction="sum")
         self._hooked.disable_hooks()
 
@@ -53,7 +58,9 @@ class OpacusHooks:
         return norms, values.detach()
 
     def _taken(self, parameter: nn.Parameter) -> Tensor:
-        """The parameter's gradients, (batch, *shape); a tied weight has one from each of its uses."""
+        """The parameter's gradients, (batch, *shape); a tied weight has one from each of its
+        uses.
+        """
         sample = getattr(parameter, "grad_sample")  # noqa: B009 - an attribute that Opacus adds
         parameter.grad = None
         parameter.grad_sample = None  # pyright: ignore[reportAttributeAccessIssue]

@@ -11,7 +11,9 @@ from fedgpt.core.options import LocalOptions
 
 @dataclass(frozen=True)
 class Moments:
-    """Adam's memory of one client: first and second moments, (parameters,) float32 each, and the steps done."""
+    """Adam's memory of one client: first and second moments, (parameters,) float32 each, and the
+    steps done.
+    """
 
     first: torch.Tensor
     second: torch.Tensor
@@ -19,10 +21,12 @@ class Moments:
 
 
 class FlatAdamW:
-    """AdamW with decoupled weight decay (Loshchilov & Hutter, 1711.05101) on one parameter and one gradient vector.
+    """AdamW with decoupled weight decay (Loshchilov & Hutter, 1711.05101) on one parameter and one
+    gradient vector.
 
-    The first `decayed` elements take weight decay. Calls the kernel behind torch.optim.AdamW(fused=True): the same
-    bits, without the compiler that constructing an optimiser imports (1.8 s in every worker).
+    The first `decayed` elements take weight decay. Calls the kernel behind
+    torch.optim.AdamW(fused=True): the same bits, without the compiler that constructing an
+    optimiser imports (1.8 s in every worker).
     """
 
     def __init__(

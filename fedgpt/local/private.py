@@ -1,7 +1,9 @@
-"""DP-SGD (Abadi et al. 2016, arXiv 1607.00133): a step's gradient from a Poisson sample, clipped, noised.
+"""DP-SGD (Abadi et al. 2016, arXiv 1607.00133): a step's gradient from a Poisson sample, clipped,
+noised.
 
-g = (sum_{i in S} c_i g_i + N(0, (z C)^2)) / (q n), c_i = min(1, C / ||g_i||); every block is in S with probability q,
-by itself. The divisor is the constant q n, never |S|: who is in S must not show. An empty S still gives a noisy step.
+g = (sum_{i in S} c_i g_i + N(0, (z C)^2)) / (q n), c_i = min(1, C / ||g_i||); every block is in S
+with probability q, by itself. The divisor is the constant q n, never |S|: who is in S must not
+show. An empty S still gives a noisy step.
 """
 
 from __future__ import annotations

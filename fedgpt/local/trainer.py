@@ -1,7 +1,9 @@
-"""Local training: H optimiser steps on a client's shard, on buffers that live as long as the process.
+"""Local training: H optimiser steps on a client's shard, on buffers that live as long as the
+process.
 
-Master weights, gradients and moments are flat float32 vectors. In bf16 the model's parameters are views of a
-second, bf16 vector that is rewritten after each step; in fp32 they are views of the master itself.
+Master weights, gradients and moments are flat float32 vectors. In bf16 the model's parameters are
+views of a second, bf16 vector that is rewritten after each step; in fp32 they are views of the
+master itself.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ class Trained:
 
 
 class Trainer:
-    """One model's buffers and the loop over them; reused for every client that this process trains."""
+    """One model's buffers and the loop over them; reused for every client that this process
+    trains.
+    """
 
     def __init__(
         self,
@@ -57,12 +61,10 @@ class Trainer:
         engine: str = "bookkeeping",
     ):
         """`engine` makes the per-example gradients of private jobs: bookkeeping or opacus."""
-        self.options, self.compute, self.block_size, self.engine = (
-            local,
-            compute,
-            model.block_size,
-            engine,
-        )
+        self.options = local
+        self.compute = compute
+        self.block_size = model.block_size
+        self.engine = engine
         device = torch.device(compute.device)
         repeat_exactly(device.type)
         self.model = GPT(model, vocab_size).to(device=device, dtype=compute.torch_dtype)
@@ -82,7 +84,9 @@ class Trainer:
 
     @cached_property
     def gradient(self) -> BatchGradient:
-        """The gradients of jobs that are not private; on a GPU a recording, made when first asked for."""
+        """The gradients of jobs that are not private; on a GPU a recording, made when first asked
+        for.
+        """
         if self.params.device.type == "cuda":
             return RecordedGradient(self.model, self.options.batch_size)
         return BatchGradient(self.model)
@@ -100,13 +104,15 @@ class Trainer:
         moments: Moments | None,
         dropout_seed: int = 0,
     ) -> Trained:
-        """Train `plan.local_steps` steps from `start` and return `start - end`; private ones tell nothing of their loss.
+        """Train `plan.local_steps` steps from `start` and return `start - end`; private ones tell
+        nothing of their loss.
 
         Raises ValueError for a strategy number this client does not know.
         """
         if unknown := set(plan.numbers) - CLIENT_NUMBERS:
             raise ValueError(
-                f"the strategy asks for {sorted(unknown)}; this client knows {sorted(CLIENT_NUMBERS)}"
+                f"the strategy asks for {sorted(unknown)}; this client knows"
+                f" {sorted(CLIENT_NUMBERS)}"
             )
         torch.manual_seed(dropout_seed)
         self._receive(start)
@@ -157,7 +163,9 @@ class Trainer:
         return total / count
 
     def _clip(self) -> torch.Tensor:
-        """Scale the gradient to norm `grad_clip` at most, as torch.nn.utils.clip_grad_norm_ does."""
+        """Scale the gradient to norm `grad_clip` at most, as torch.nn.utils.clip_grad_norm_
+        does.
+        """
         norm = torch.linalg.vector_norm(self.grad)
         limit = self.options.grad_clip
         if limit and not math.isinf(limit):

@@ -1,4 +1,6 @@
-"""Text from a GPT: greedy or sampled continuations, several at once, with a cache of keys and values."""
+"""Text from a GPT: greedy or sampled continuations, several at once, with a cache of keys and
+values.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,10 @@ def generate(
 ) -> list[list[int]]:
     """Continue `prompt_ids`: the new tokens of each sample, up to and without `stop`.
 
-    temperature=0 takes the likeliest token. `cache=False` computes the whole context for every token: slow, the
-    reference in tests. Text longer than block_size is cropped as `window_start` says, with and without the cache.
-    Raises ValueError, naming argument and value, for values out of range.
+    temperature=0 takes the likeliest token. `cache=False` computes the whole context for every
+    token: slow, the reference in tests. Text longer than block_size is cropped as `window_start`
+    says, with and without the cache. Raises ValueError, naming argument and value, for values out
+    of range.
     """
     _check_tokens(model, prompt_ids, max_new_tokens, stop)
     _check_sampling(samples, temperature, top_k, top_p)
@@ -60,8 +63,8 @@ def generate(
 def window_start(length: int, block_size: int) -> int:
     """Index of the first of `length` tokens that the model still sees.
 
-    It moves by a quarter of block_size at a time: positions in the cache are fixed, so that every move means to
-    read the window anew. Moving by single tokens would do that for every token.
+    It moves by a quarter of block_size at a time: positions in the cache are fixed, so that every
+    move means to read the window anew. Moving by single tokens would do that for every token.
     """
     step = max(1, block_size // 4)
     too_many = max(0, length - block_size)
@@ -94,7 +97,9 @@ def choose(
 
 
 class _Reader:
-    """Logits of the next token of growing sequences; with a cache it reads each token once per window."""
+    """Logits of the next token of growing sequences; with a cache it reads each token once per
+    window.
+    """
 
     def __init__(self, model: GPT, use_cache: bool, longest: int):
         self.model, self.use_cache = model, use_cache
@@ -116,12 +121,14 @@ def _check_tokens(
     vocab = model.vocab_size
     if len(prompt_ids) == 0:
         raise ValueError(
-            "prompt_ids=[]: needs at least one token; start an empty text with the end-of-text token"
+            "prompt_ids=[]: needs at least one token; start an empty text with the end-of-text"
+            " token"
         )
     wrong = next((i for i in prompt_ids if not 0 <= i < vocab), None)
     if wrong is not None:
         raise ValueError(
-            f"prompt_ids has {wrong}: token ids must be from 0 to {vocab - 1}; use the model's tokenizer"
+            f"prompt_ids has {wrong}: token ids must be from 0 to {vocab - 1}; use the model's"
+            " tokenizer"
         )
     if max_new_tokens < 0:
         raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 0")
@@ -136,7 +143,8 @@ def _check_sampling(
         raise ValueError(f"samples={samples}: must be at least 1")
     if not 0 <= temperature < float("inf"):
         raise ValueError(
-            f"temperature={temperature}: must be finite and at least 0 (0 takes the likeliest token)"
+            f"temperature={temperature}: must be finite and at least 0 (0 takes the likeliest"
+            " token)"
         )
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k}: must be at least 1, or None for all tokens")

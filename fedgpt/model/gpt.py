@@ -1,8 +1,10 @@
-"""A GPT in the nanoGPT sense: pre-norm blocks of causal attention and MLP, learned or rotary positions.
+"""A GPT in the nanoGPT sense: pre-norm blocks of causal attention and MLP, learned or rotary
+positions.
 
-Parameter names follow GPT-2, so that export (hf.py) is a rename and a transposition. There are no buffers and no
-bare parameters on the root, position indices have a batch dimension, norms are torch's own modules: Opacus' hooks
-then give exact per-example gradients. Shapes: batch, time, channels, heads, width = channels / heads.
+Parameter names follow GPT-2, so that export (hf.py) is a rename and a transposition. There are no
+buffers and no bare parameters on the root, position indices have a batch dimension, norms are
+torch's own modules: Opacus' hooks then give exact per-example gradients. Shapes: batch, time,
+channels, heads, width = channels / heads.
 """
 
 from __future__ import annotations
@@ -22,14 +24,16 @@ from fedgpt.model.shape import check_model
 IGNORE = -100  # targets that do not count in the loss
 NORM_EPS = 1e-5  # GPT-2's; torch's default for RMSNorm depends on the dtype and is 8e-3 in bf16
 ROTARY_BASE = 10_000.0
-ROWS = 64  # rows of logits that RowwiseCrossEntropy takes at once: one megabyte in fp32 at 4,097 tokens
-EXPLICIT_UP_TO = (
-    512  # time: the explicit attention stores time x time scores, worth it only for short contexts
-)
+# rows of logits that RowwiseCrossEntropy takes at once: one megabyte in fp32 at 4,097 tokens
+ROWS = 64
+# time: the explicit attention stores time x time scores, worth it only for short contexts
+EXPLICIT_UP_TO = 512
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, preallocated for `capacity` tokens of `batch` sequences."""
+    """Keys and values of the tokens seen so far, preallocated for `capacity` tokens of `batch`
+    sequences.
+    """
 
     def __init__(self, model: GPT, batch: int, capacity: int):
         options, weight = model.options, model.lm_head.weight
@@ -45,7 +49,9 @@ class KVCache:
         self.length = 0  # tokens stored; raised by the model once all layers have written
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one layer's new keys and values, return all of them: (batch, heads, seen, width)."""
+        """Write one layer's new keys and values, return all of them: (batch, heads, seen,
+        width).
+        """
         end = self.length + k.size(2)
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
@@ -64,9 +70,12 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, layer: int, turn: Rotation | None, cache: KVCache | None
     ) -> Tensor:
-        """(batch, time, channels) -> the same; `turn` holds rotary positions, `cache` the tokens before `x`."""
+        """(batch, time, channels) -> the same; `turn` holds rotary positions, `cache` the tokens
+        before `x`.
+        """
         batch, time, channels = x.shape
-        # Unbind before transposing: the backward then writes the three gradients into place with one copy.
+        # Unbind before transposing: the backward then writes the three gradients into place with
+        # one copy.
         qkv = self.c_attn(x).view(batch, time, 3, self.heads, channels // self.heads).unbind(2)
         q, k, v = (part.transpose(1, 2) for part in qkv)  # (batch, heads, time, width)
         if turn is not None:
@@ -111,7 +120,9 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Token ids in, logits of the next token out; raises ConfigError where the options do not fit together."""
+    """Token ids in, logits of the next token out; raises ConfigError where the options do not fit
+    together.
+    """
 
     def __init__(self, options: ModelOptions, vocab_size: int):
         super().__init__()
@@ -141,25 +152,30 @@ class GPT(nn.Module):
         return self.lm_head(self.hidden(ids))
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats per token, a float32 scalar; targets (batch, time), -100 does not count."""
+        """Mean cross-entropy in nats per token, a float32 scalar; targets (batch, time), -100 does
+        not count.
+        """
         return cross_entropy(self(ids), targets)
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         """What the head sees: ids (batch, time) -> (batch, time, channels).
 
-        With a cache, `ids` continue the tokens in it and are added to it. Raises ValueError beyond block_size.
+        With a cache, `ids` continue the tokens in it and are added to it. Raises ValueError beyond
+        block_size.
         """
         batch, time = ids.shape
         start = 0 if cache is None else cache.length
         if start + time > self.options.block_size:
             raise ValueError(
-                f"{start + time} tokens do not fit model.block_size={self.options.block_size}; crop them"
+                f"{start + time} tokens do not fit model.block_size={self.options.block_size}; crop"
+                " them"
             )
         positions = torch.arange(start, start + time, device=ids.device)
         x = self.transformer["wte"](ids)  # (batch, time, channels)
         turn = None
         if self.options.positions == "learned":
-            # One row of positions per example, by repeat: Opacus sums over a missing batch dimension without notice.
+            # One row of positions per example, by repeat: Opacus sums over a missing batch
+            # dimension without notice.
             x = x + self.transformer["wpe"](positions.repeat(batch, 1))
         else:
             turn = rotation(positions, self.options.n_embd // self.options.n_head, x.dtype)
@@ -179,7 +195,9 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """GPT-2's start, a function of `seed` alone: N(0, 0.02), projections into the residual smaller with depth."""
+        """GPT-2's start, a function of `seed` alone: N(0, 0.02), projections into the residual
+        smaller with depth.
+        """
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
             if name.endswith("bias"):
@@ -196,14 +214,17 @@ class GPT(nn.Module):
 
 
 def make_norm(options: ModelOptions) -> nn.Module:
-    """The norm that `model.norm` names; torch's own modules, whose per-example gradients Opacus knows."""
+    """The norm that `model.norm` names; torch's own modules, whose per-example gradients Opacus
+    knows.
+    """
     if options.norm == "rmsnorm":
         return nn.RMSNorm(options.n_embd, eps=NORM_EPS)
     return nn.LayerNorm(options.n_embd, eps=NORM_EPS)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """Causal attention: q (batch, heads, new, width), k and v (batch, heads, seen, width) -> like q.
+    """Causal attention: q (batch, heads, new, width), k and v (batch, heads, seen, width) -> like
+    q.
 
     The `new` queries belong to the last of the `seen` tokens.
     """
@@ -212,7 +233,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
         return attend_explicitly(q, k, v, dropout)
     if new == seen:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-    # is_causal aligns its triangle with the first key, which is wrong once there are tokens before the first query.
+    # is_causal aligns its triangle with the first key, which is wrong once there are tokens before
+    # the first query.
     mask = (
         None
         if new == 1
@@ -222,7 +244,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
 
 
 def attend_explicitly(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """What `attend` says, as two batched matmuls: twice as fast as torch's bf16 kernel on a CPU with AMX."""
+    """What `attend` says, as two batched matmuls: twice as fast as torch's bf16 kernel on a CPU
+    with AMX.
+    """
     batch, heads, new, width = q.shape
     seen = k.size(2)
     q, k, v = (part.reshape(batch * heads, -1, width) for part in (q, k, v))
@@ -238,7 +262,9 @@ Rotation = tuple[Tensor, Tensor]  # cosines and sines, each (time, width / 2)
 
 
 def rotation(positions: Tensor, width: int, dtype: torch.dtype) -> Rotation:
-    """Angles of rotary positions (Su et al. 2021): channel pair i turns by position * base ** (-2 i / width)."""
+    """Angles of rotary positions (Su et al. 2021): channel pair i turns by position * base ** (-2 i
+    / width).
+    """
     exponents = torch.arange(0, width, 2, device=positions.device) / width
     angles = (
         positions[:, None] * ROTARY_BASE**-exponents
@@ -247,14 +273,17 @@ def rotation(positions: Tensor, width: int, dtype: torch.dtype) -> Rotation:
 
 
 def rotate(x: Tensor, turn: Rotation) -> Tensor:
-    """Turn channel pairs (i, i + width / 2) of x (batch, heads, time, width) by their position's angles."""
+    """Turn channel pairs (i, i + width / 2) of x (batch, heads, time, width) by their position's
+    angles.
+    """
     cos, sin = turn
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats: logits (..., vocab), targets (...) int64, -100 does not count -> float32 scalar.
+    """Mean cross-entropy in nats: logits (..., vocab), targets (...) int64, -100 does not count ->
+    float32 scalar.
 
     float64 logits give a float64 scalar.
     """
@@ -270,14 +299,17 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 class RowwiseCrossEntropy(torch.autograd.Function):
     """Cross-entropy of bf16 logits on a CPU, computed in fp32 for a few rows at a time.
 
-    Logits are the largest tensor of a small model, and casting them whole passes over memory some ten times. Here a
-    group of rows stays in the cache for loss and gradient alike, 2.7 times as fast; for fp32 logits it gains nothing.
-    Not for vmap or second derivatives: torch says so when asked for them.
+    Logits are the largest tensor of a small model, and casting them whole passes over memory some
+    ten times. Here a group of rows stays in the cache for loss and gradient alike, 2.7 times as
+    fast; for fp32 logits it gains nothing. Not for vmap or second derivatives: torch says so when
+    asked for them.
     """
 
     @staticmethod
     def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
-        """logits (rows, vocab), targets (rows) -> scalar; the gradient is made on the way and kept."""
+        """logits (rows, vocab), targets (rows) -> scalar; the gradient is made on the way and
+        kept.
+        """
         counts = (targets != IGNORE).float()[:, None]  # (rows, 1)
         weights = counts / counts.sum()
         targets = targets.clamp(min=0)[:, None]
@@ -287,7 +319,8 @@ class RowwiseCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + ROWS)
             x, target = logits[rows].float(), targets[rows]
             p = x.softmax(-1)
-            # log(sum(exp(x))) from the largest entry, whose share never underflows; log_softmax is four times slower
+            # log(sum(exp(x))) from the largest entry, whose share never underflows; log_softmax is
+            # four times slower
             losses[rows] = x.amax(-1, True) - p.amax(-1, True).log() - x.gather(1, target)
             p.scatter_add_(1, target, p.new_full((), -1.0).expand(target.shape))
             grad[rows] = p.mul_(weights[rows])
@@ -299,6 +332,8 @@ class RowwiseCrossEntropy(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - the decorator hides the name ctx
         ctx, *upstream: Tensor
     ) -> tuple[Tensor, None]:
-        """The kept gradient, scaled where the loss was; one pass over it costs a tenth of a step."""
+        """The kept gradient, scaled where the loss was; one pass over it costs a tenth of a
+        step.
+        """
         (grad,) = ctx.saved_tensors
         return grad if upstream[0] == 1 else grad * upstream[0], None

@@ -1,8 +1,8 @@
 """Hugging Face folders: config.json and model.safetensors, written and read without transformers.
 
-Options that GPT-2 can express become `model_type: gpt2`, rotary positions with layer norms `model_type: gpt_neox`; both
-load in transformers. All others become `model_type: fedgpt` with the model's own names. Only safetensors is read, never
-pickle.
+Options that GPT-2 can express become `model_type: gpt2`, rotary positions with layer norms
+`model_type: gpt_neox`; both load in transformers. All others become `model_type: fedgpt` with the
+model's own names. Only safetensors is read, never pickle.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ NEOX_NAMES = {  # parts of our parameter names -> parts of GPT-NeoX's
     ".attn.c_proj.": ".attention.dense.",
     ".mlp.c_fc.": ".mlp.dense_h_to_4h.",
     ".mlp.c_proj.": ".mlp.dense_4h_to_h.",
-    "lm_head.": "embed_out.",  # files keep this name; the module is called lm_head since transformers 5
+    # files keep this name; the module is called lm_head since transformers 5
+    "lm_head.": "embed_out.",
 }
 NEOX_BUFFERS = (
     ".attention.bias",
@@ -87,7 +88,9 @@ Weights = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Format:
-    """One model_type: what config.json and weights are for our options and parameters, and the way back."""
+    """One model_type: what config.json and weights are for our options and parameters, and the way
+    back.
+    """
 
     config: Callable[[ModelOptions, int], dict[str, Any]]  # options, vocab_size
     options: Callable[[dict[str, Any]], ModelOptions]
@@ -102,7 +105,8 @@ def export_model(
     card: str | None = None,
     end_of_text: int | None = None,
 ) -> None:
-    """Write `model` as a Hugging Face folder; `card` becomes README.md, `end_of_text` defaults to the last token id.
+    """Write `model` as a Hugging Face folder; `card` becomes README.md, `end_of_text` defaults to
+    the last token id.
 
     Files already there are replaced one by one, each whole or not at all.
     """
@@ -135,14 +139,16 @@ def export_model(
 
 
 def import_model(folder: str | Path) -> GPT:
-    """Read a folder that `export_model` or transformers (a GPT-2 or GPT-NeoX) wrote; the dtype is that of its weights.
+    """Read a folder that `export_model` or transformers (a GPT-2 or GPT-NeoX) wrote; the dtype is
+    that of its weights.
 
     Raises FedGPTError naming file and reason for what is missing or unsupported.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise FedGPTError(
-            f"{folder}: no config.json; expected a Hugging Face folder with config.json and {WEIGHTS}"
+            f"{folder}: no config.json; expected a Hugging Face folder with config.json and"
+            f" {WEIGHTS}"
         )
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -172,7 +178,9 @@ def import_model(folder: str | Path) -> GPT:
 
 
 def model_type(options: ModelOptions) -> str:
-    """The format for `options`: gpt2 or gpt_neox where transformers' model computes the same function, else fedgpt."""
+    """The format for `options`: gpt2 or gpt_neox where transformers' model computes the same
+    function, else fedgpt.
+    """
     if options.norm == "layernorm" and options.positions == "rotary":
         return "gpt_neox"
     return "gpt2" if options.norm == "layernorm" and options.bias else "fedgpt"
@@ -199,7 +207,9 @@ def gpt2_config(options: ModelOptions, vocab_size: int) -> dict[str, Any]:
 
 
 def neox_config(options: ModelOptions, vocab_size: int) -> dict[str, Any]:
-    """config.json for transformers' GPTNeoXForCausalLM; its rotary positions turn the same channel pairs as ours."""
+    """config.json for transformers' GPTNeoXForCausalLM; its rotary positions turn the same channel
+    pairs as ours.
+    """
     return {
         "model_type": "gpt_neox",
         "architectures": ["GPTNeoXForCausalLM"],
@@ -365,7 +375,9 @@ def _from_neox(weights: Weights, options: ModelOptions) -> Weights:
 
 
 def _regrouped(name: str, p: Tensor, outer: int, inner: int) -> Tensor:
-    """The rows of c_attn in the other order: ours are (q k v, heads, width), GPT-NeoX's (heads, q k v, width)."""
+    """The rows of c_attn in the other order: ours are (q k v, heads, width), GPT-NeoX's (heads, q k
+    v, width).
+    """
     if ".c_attn." not in name or len(p) % (outer * inner):  # a wrong shape is named by _fill
         return p
     return p.unflatten(0, (outer, inner, -1)).transpose(0, 1).flatten(0, 2)
@@ -377,13 +389,15 @@ def _fill(model: GPT, weights: Weights, folder: Path) -> None:
     missing, extra = sorted(params.keys() - weights.keys()), sorted(weights.keys() - params.keys())
     if missing or extra:
         raise FedGPTError(
-            f"{folder}/{WEIGHTS} does not fit config.json: missing {missing[:5]}, unexpected {extra[:5]}"
+            f"{folder}/{WEIGHTS} does not fit config.json: missing {missing[:5]}, unexpected"
+            f" {extra[:5]}"
         )
     model.to(next(iter(weights.values())).dtype)
     for name, p in params.items():
         if p.shape != weights[name].shape:
             raise FedGPTError(
-                f"{folder}/{WEIGHTS}: {name} has shape {tuple(weights[name].shape)}, config.json says {tuple(p.shape)}"
+                f"{folder}/{WEIGHTS}: {name} has shape {tuple(weights[name].shape)}, config.json"
+                f" says {tuple(p.shape)}"
             )
         p.copy_(weights[name])
 

@@ -1,4 +1,6 @@
-"""What a model's options mean in numbers: validity and parameters. Free of torch, so `--help` stays fast."""
+"""What a model's options mean in numbers: validity and parameters. Free of torch, so `--help` stays
+fast.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ CHOICES = {
 
 
 def check_model(options: ModelOptions) -> list[str]:
-    """Every problem of `options`, each naming the option as typed; an empty list means they are usable."""
+    """Every problem of `options`, each naming the option as typed; an empty list means they are
+    usable.
+    """
     problems = []
     for name in ("n_layer", "n_head", "n_embd", "block_size"):
         value = getattr(options, name)
@@ -23,7 +27,8 @@ def check_model(options: ModelOptions) -> list[str]:
         value = getattr(options, name)
         if value not in allowed:
             problems.append(
-                f"model.{name}={value}: must be {' or '.join(allowed)}{nearest(str(value), allowed)}"
+                f"model.{name}={value}: must be"
+                f" {' or '.join(allowed)}{nearest(str(value), allowed)}"
             )
     if not 0 <= options.dropout < 1:
         problems.append(f"model.dropout={options.dropout}: must be at least 0 and below 1")
@@ -42,7 +47,8 @@ def _check_heads(options: ModelOptions) -> list[str]:
     proposal = f"try {below} or {above}" if below else f"try {above}"
     if n_embd % n_head == 0:
         return [
-            f"model.n_embd={n_embd}: model.positions=rotary needs a multiple of 2 * model.n_head={unit}; {proposal}"
+            f"model.n_embd={n_embd}: model.positions=rotary needs a multiple of 2 *"
+            f" model.n_head={unit}; {proposal}"
         ]
     return [f"model.n_embd={n_embd}: must be a multiple of model.n_head={n_head}; {proposal}"]
 

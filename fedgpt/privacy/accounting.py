@@ -1,8 +1,9 @@
 """How much privacy a list of noisy releases costs: epsilon at a delta.
 
-Sampled releases are composed by dp-accounting's privacy loss distributions (tight), under add-or-remove-one adjacency.
-Releases without sampling are Gaussian mechanisms, whose composition is a closed form: mu^2 adds up (Dong, Roth & Su,
-arXiv 1905.02383), and that also holds where a client's later updates depend on earlier releases.
+Sampled releases are composed by dp-accounting's privacy loss distributions (tight), under
+add-or-remove-one adjacency. Releases without sampling are Gaussian mechanisms, whose composition is
+a closed form: mu^2 adds up (Dong, Roth & Su, arXiv 1905.02383), and that also holds where a
+client's later updates depend on earlier releases.
 """
 
 from __future__ import annotations
@@ -13,18 +14,20 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-INTERVAL = (
-    1e-4  # of the privacy losses; halving it changed no epsilon of the tests by more than 1e-4
-)
+# of the privacy losses; halving it changed no epsilon of the tests by more than 1e-4
+INTERVAL = 1e-4
 COARSE = 1e-3  # while noise is searched for: ten times as fast
 PRECISE = 1e-3  # relative, of a calibrated noise multiplier
 MOST_NOISE = 1e6
-LEAST_NOISE = 0.2  # below it losses are so wide that their distributions fill the memory; Renyi's bound will do
+# below it losses are so wide that their distributions fill the memory; Renyi's bound will do
+LEAST_NOISE = 0.2
 
 
 @dataclass(frozen=True)
 class Event:
-    """`count` releases with noise of `noise_multiplier` sensitivities, each of a sample that everybody joins alike."""
+    """`count` releases with noise of `noise_multiplier` sensitivities, each of a sample that
+    everybody joins alike.
+    """
 
     noise_multiplier: float
     sampling_probability: float
@@ -46,7 +49,8 @@ def epsilon_of(events: Iterable[Event], delta: float) -> float:
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
-    """Epsilon of a mu-GDP mechanism: delta = Phi(mu/2 - eps/mu) - e^eps Phi(-mu/2 - eps/mu), solved by bisection.
+    """Epsilon of a mu-GDP mechanism: delta = Phi(mu/2 - eps/mu) - e^eps Phi(-mu/2 - eps/mu), solved
+    by bisection.
 
     >>> round(gaussian_epsilon(1.0, 1e-5), 2)
     4.38
@@ -74,7 +78,9 @@ def gaussian_mu(epsilon: float, delta: float) -> float:
 
 
 def calibrate(target: float, sampling_probability: float, count: int, delta: float) -> float:
-    """The smallest noise multiplier, to 1e-3 of it, whose `count` releases stay within epsilon `target`."""
+    """The smallest noise multiplier, to 1e-3 of it, whose `count` releases stay within epsilon
+    `target`.
+    """
     if sampling_probability == 1:
         return math.sqrt(count) / gaussian_mu(target, delta)
 
@@ -97,7 +103,9 @@ def calibrate(target: float, sampling_probability: float, count: int, delta: flo
 
 
 def renyi_epsilon(events: Iterable[Event], delta: float) -> float:
-    """An upper bound by Renyi divergences (Mironov et al., arXiv 1908.10530): fast, and a check of the tight one."""
+    """An upper bound by Renyi divergences (Mironov et al., arXiv 1908.10530): fast, and a check of
+    the tight one.
+    """
     import absl.logging
     import dp_accounting
     from dp_accounting.rdp import RdpAccountant
@@ -152,7 +160,9 @@ def _bracket(cost: Callable[[float], float], target: float) -> float:
 
 
 def _gaussian_delta(mu: float, epsilon: float) -> float:
-    """Phi(mu/2 - eps/mu) - e^eps Phi(-mu/2 - eps/mu); the second term by logarithms, as e^eps overflows."""
+    """Phi(mu/2 - eps/mu) - e^eps Phi(-mu/2 - eps/mu); the second term by logarithms, as e^eps
+    overflows.
+    """
     from scipy.special import log_ndtr, ndtr
 
     return float(

@@ -1,7 +1,9 @@
-"""What has been paid: a file that is on the disk before anything is released, and that a restart must find again.
+"""What has been paid: a file that is on the disk before anything is released, and that a restart
+must find again.
 
-A charge names its release by a tag, an HMAC of all that the release depends on. The same tag again is the same release
-made again after a crash: it costs nothing. Another tag under the same number is another release: both are paid for.
+A charge names its release by a tag, an HMAC of all that the release depends on. The same tag again
+is the same release made again after a crash: it costs nothing. Another tag under the same number is
+another release: both are paid for.
 """
 
 from __future__ import annotations
@@ -75,7 +77,9 @@ class Ledger:
     """One ledger file."""
 
     def __init__(self, path: Path, unit: str, data: str, delta: float, fresh: bool):
-        """Open the ledger of `data`, or begin one where `fresh`; raises FedGPTError where it is not what it must be."""
+        """Open the ledger of `data`, or begin one where `fresh`; raises FedGPTError where it is not
+        what it must be.
+        """
         self.path = path
         if path.exists():
             self.account = _read(path)
@@ -83,14 +87,16 @@ class Ledger:
             for name, value in expected.items():
                 if (found := getattr(self.account, name)) != value:
                     raise FedGPTError(
-                        f"{path} is the ledger of {name} {found}, not of {value}; start again elsewhere"
+                        f"{path} is the ledger of {name} {found}, not of {value}; start again"
+                        " elsewhere"
                     )
         elif fresh:
             self.account = Account(unit, data, delta)
             self._write(self.account)
         else:
             raise FedGPTError(
-                f"{path} is missing: what has been spent is unknown, so nothing more may be released"
+                f"{path} is missing: what has been spent is unknown, so nothing more may be"
+                " released"
             )
 
     def known(self, number: int, tag: str) -> bool:
@@ -104,12 +110,16 @@ class Ledger:
         return any(release.number == number for release in self.account.releases)
 
     def spent_before(self, client: str, number: int) -> float:
-        """Full charges of a client without those of release `number` and later ones, which are made again now."""
+        """Full charges of a client without those of release `number` and later ones, which are made
+        again now.
+        """
         later = sum(r.shares.get(client, 0.0) for r in self.account.releases if r.number >= number)
         return self.account.spent.get(client, 0.0) - later
 
     def charge(self, number: int, tag: str, event: Event, budget: float | None) -> None:
-        """Pay for a release before it is made; raises BudgetExhausted where that exceeds the `budget` epsilon."""
+        """Pay for a release before it is made; raises BudgetExhausted where that exceeds the
+        `budget` epsilon.
+        """
         if self.known(number, tag):
             return
         events = _added(self.account.events, event)
@@ -126,23 +136,27 @@ class Ledger:
         most: int,
         budget: float | None = None,
     ) -> None:
-        """Pay for a release in which each client has a part of its own, up to 1, and `most` over the whole run.
+        """Pay for a release in which each client has a part of its own, up to 1, and `most` over
+        the whole run.
 
-        Raises BudgetExhausted where a client would pay for more, or the one that has paid most for more than `budget`.
+        Raises BudgetExhausted where a client would pay for more, or the one that has paid most for
+        more than `budget`.
         """
         if self.known(number, tag):
             return
         before = self.account.noise_multiplier
         if before not in (0.0, noise_multiplier):
             raise FedGPTError(
-                f"{self.path} is of noise {before:g}, this run has {noise_multiplier:g}; start again elsewhere"
+                f"{self.path} is of noise {before:g}, this run has {noise_multiplier:g}; start"
+                " again elsewhere"
             )
         spent = dict(self.account.spent)
         for client, share in shares.items():
             spent[client] = spent.get(client, 0.0) + share
             if spent[client] > most + 1e-9:
                 raise BudgetExhausted(
-                    f"client {client} would pay for {spent[client]:.4g} releases, privacy.participations={most}"
+                    f"client {client} would pay for {spent[client]:.4g} releases,"
+                    f" privacy.participations={most}"
                 )
         releases = self._noted(Release(number, tag, dict(shares)))
         account = replace(
@@ -152,22 +166,25 @@ class Ledger:
         self._write(account)
 
     def note(self, number: int, tag: str) -> None:
-        """Remember a release that is paid for as part of a series; raises BudgetExhausted where it was another one."""
+        """Remember a release that is paid for as part of a series; raises BudgetExhausted where it
+        was another one.
+        """
         if self.known(number, tag):
             return
         if any(
             release.number >= number for release in self.account.releases
         ):  # older tags may be forgotten
             raise BudgetExhausted(
-                f"release {number} of this series was made before, of another sum: correlated noise cannot go back"
+                f"release {number} of this series was made before, of another sum: correlated noise"
+                " cannot go back"
             )
         self._write(replace(self.account, releases=self._noted(Release(number, tag))))
 
     def _check(self, account: Account, budget: float | None) -> None:
         if budget is not None and (epsilon := account.epsilon) > budget * (1 + ROUNDING):
             raise BudgetExhausted(
-                f"the next release would bring epsilon from {self.account.epsilon:.4g} to {epsilon:.4g}, "
-                f"privacy.target_epsilon={budget:g}"
+                f"the next release would bring epsilon from {self.account.epsilon:.4g} to"
+                f" {epsilon:.4g}, privacy.target_epsilon={budget:g}"
             )
 
     def _noted(self, release: Release) -> tuple[Release, ...]:
@@ -219,6 +236,8 @@ def _added(events: tuple[Event, ...], more: Event) -> tuple[Event, ...]:
 
 
 def _full_charges(noise_multiplier: float, charges: float) -> Event:
-    """`charges` full charges, not always whole, as whole ones with a little less noise in each: the same mu."""
+    """`charges` full charges, not always whole, as whole ones with a little less noise in each: the
+    same mu.
+    """
     count = max(1, int(-(-charges // 1)))
     return Event(noise_multiplier * (count / charges) ** 0.5, 1.0, count)

@@ -13,9 +13,8 @@ from fedgpt.privacy.accounting import Event, calibrate, epsilon_of
 from fedgpt.privacy.clipping import AdaptiveClip
 from fedgpt.privacy.toeplitz import sensitivity
 
-EXPONENT = (
-    1.1  # delta = n^-1.1 by default: below 1/n, at which a mechanism may simply publish one of n
-)
+# delta = n^-1.1 by default: below 1/n, at which a mechanism may simply publish one of n
+EXPONENT = 1.1
 
 
 @dataclass(frozen=True)
@@ -23,16 +22,18 @@ class PrivacyPlan:
     """The mechanism of a run in numbers, and its cost if the run goes as planned."""
 
     unit: str  # example, client, local
-    sampling: str  # poisson: everybody by a coin; bounded: whoever comes, so often at most; correlated: as one event
+    # poisson: everybody by a coin; bounded: whoever comes, so often at most; correlated: as one
+    # event
+    sampling: str
     planned: Event  # of one unit that takes part as often as it may
     delta: float
     budget: float | None  # epsilon that is never exceeded; None: no limit
     protected: int  # clients, or blocks of the largest client
-    participations: (
-        int  # releases (client) or jobs (example, local) that one client takes part in at most
-    )
+    # releases (client) or jobs (example, local) that one client takes part in at most
+    participations: int
     cohort: float  # client: K, the constant that a sum is divided by
-    scale: float = 1.0  # correlated: how far one client moves the whole series, in clips; a factor on the noise
+    # correlated: how far one client moves the whole series, in clips; a factor on the noise
+    scale: float = 1.0
 
     @property
     def noise_multiplier(self) -> float:
@@ -46,7 +47,9 @@ class PrivacyPlan:
 
 
 def make_plan(o: RunOptions, shards: Sequence[int]) -> PrivacyPlan:
-    """The plan of a run over clients with so many tokens each; raises ConfigError where no accounting is right."""
+    """The plan of a run over clients with so many tokens each; raises ConfigError where no
+    accounting is right.
+    """
     unit, blocks = o.privacy.unit, [count_blocks(size, o) for size in shards]
     protected = max(blocks) if unit == "example" else len(shards)
     sampling = sampling_of(o)
@@ -63,10 +66,8 @@ def make_plan(o: RunOptions, shards: Sequence[int]) -> PrivacyPlan:
     elif sampling == "poisson":
         probability, count = float(o.pace.rate or 1.0), o.rounds
     elif sampling == "correlated":
-        scale, count = (
-            sensitivity(o.privacy.bands, o.rounds, o.privacy.separation, participations),
-            1,
-        )
+        scale = sensitivity(o.privacy.bands, o.rounds, o.privacy.separation, participations)
+        count = 1
     noise = o.privacy.noise_multiplier
     if noise is None:
         assert o.privacy.target_epsilon is not None, (
@@ -75,9 +76,9 @@ def make_plan(o: RunOptions, shards: Sequence[int]) -> PrivacyPlan:
         noise = _calibrated(o.privacy.target_epsilon, probability, count, delta)
     if o.privacy.adaptive and not math.isfinite(AdaptiveClip().release_noise(noise, cohort)):
         raise ConfigError(
-            f"privacy.adaptive=true: noise of {noise:.3g} needs more than {noise / 2 / AdaptiveClip().share:.0f} "
-            f"clients in a cohort to count bits under, this run has {cohort:g}; raise pace.rate or pace.clients, or "
-            "leave it out"
+            f"privacy.adaptive=true: noise of {noise:.3g} needs more than"
+            f" {noise / 2 / AdaptiveClip().share:.0f} clients in a cohort to count bits under, this"
+            f" run has {cohort:g}; raise pace.rate or pace.clients, or leave it out"
         )
     planned = Event(noise, probability, count)
     budget = o.privacy.target_epsilon
@@ -86,8 +87,9 @@ def make_plan(o: RunOptions, shards: Sequence[int]) -> PrivacyPlan:
     )
     if unit != "client" and budget is not None and plan.epsilon > budget:
         raise ConfigError(
-            f"privacy.noise_multiplier={noise:g}: {count} releases would cost epsilon {plan.epsilon:.3g}, and "
-            f"privacy.target_epsilon={budget:g}; leave the noise out, from which it follows, or lower rounds"
+            f"privacy.noise_multiplier={noise:g}: {count} releases would cost epsilon"
+            f" {plan.epsilon:.3g}, and privacy.target_epsilon={budget:g}; leave the noise out, from"
+            " which it follows, or lower rounds"
         )
     return plan
 
@@ -106,12 +108,16 @@ def sampling_of(o: RunOptions) -> str:
 
 
 def count_blocks(tokens: int, o: RunOptions) -> int:
-    """Blocks of a shard: block_size inputs and the target of the last, cut once, none overlapping."""
+    """Blocks of a shard: block_size inputs and the target of the last, cut once, none
+    overlapping.
+    """
     return tokens // (o.model.block_size + 1)
 
 
 def sampling_probability(o: RunOptions, blocks: int) -> float:
-    """With which a block is in a batch, such that a batch has local.batch_size x local.accumulate on average."""
+    """With which a block is in a batch, such that a batch has local.batch_size x local.accumulate
+    on average.
+    """
     return min(1.0, o.local.batch_size * o.local.accumulate / blocks)
 
 
@@ -139,7 +145,9 @@ def _cohort(o: RunOptions, clients: int) -> float:
 
 
 def _participations(o: RunOptions, clients: int, cohort: float) -> int:
-    """How often one client may come, where the options do not say: always; or its share and three deviations more."""
+    """How often one client may come, where the options do not say: always; or its share and three
+    deviations more.
+    """
     if o.privacy.unit == "client":
         return -(-o.rounds // o.privacy.separation)
     share = o.rounds * cohort / clients
@@ -159,8 +167,9 @@ def _problems(
         yield f"model.block_size={o.model.block_size}: no client has a whole block; lower it"
     elif delta >= 1 / protected and protected > 1:
         yield (
-            f"privacy.delta={delta:g}: must be below 1/{protected}, one over the {noun}; a mechanism with more may "
-            f"publish one of them; leave it out for {default_delta(protected):.2g}"
+            f"privacy.delta={delta:g}: must be below 1/{protected}, one over the {noun}; a"
+            " mechanism with more may publish one of them; leave it out for"
+            f" {default_delta(protected):.2g}"
         )
     apart = o.privacy.separation
     if (
@@ -170,8 +179,9 @@ def _problems(
         and clients < cohort * apart
     ):
         yield (
-            f"privacy.separation={apart}: {clients} clients cannot fill {cohort:g} places in each of {apart} versions "
-            f"without coming back; lower it to {max(1, int(clients // cohort))} at most, or lower pace.clients"
+            f"privacy.separation={apart}: {clients} clients cannot fill {cohort:g} places in each"
+            f" of {apart} versions without coming back; lower it to"
+            f" {max(1, int(clients // cohort))} at most, or lower pace.clients"
         )
     if min(cohort, clients) <= 0:
         yield "privacy: no client takes part; raise pace.clients or pace.rate"

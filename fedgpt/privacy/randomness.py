@@ -1,9 +1,10 @@
 """Noise that nobody can predict or repeat: a keyed stream of AES-256 in counter mode.
 
-A run's key comes from the system's generator and stays in one file of its owner (0600). Every use derives a key of its
-own, HMAC-SHA256(key, what it is for), so that no two uses share a value. What is released is part of "what it is for":
-a release that is made again after a crash, of the very same sum, gets the same noise and tells nothing new; of any
-other sum it gets noise that is independent, and is charged as another release.
+A run's key comes from the system's generator and stays in one file of its owner (0600). Every use
+derives a key of its own, HMAC-SHA256(key, what it is for), so that no two uses share a value. What
+is released is part of "what it is for": a release that is made again after a crash, of the very
+same sum, gets the same noise and tells nothing new; of any other sum it gets noise that is
+independent, and is charged as another release.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ CHUNK = (
 
 
 class SecureStream:
-    """An endless stream of random values, known only to who has the key; the same key and words, the same stream."""
+    """An endless stream of random values, known only to who has the key; the same key and words,
+    the same stream.
+    """
 
     def __init__(self, key: bytes, *words: str | float):
         derived = derive(key, *words)
@@ -57,7 +60,8 @@ class SecureStream:
 
     def _normal(self, count: int) -> torch.Tensor:
         half = (count + 1) // 2
-        # float32 holds the small ones, where the tail is, to 24 bits; those near 1 become 1, a radius of 0
+        # float32 holds the small ones, where the tail is, to 24 bits; those near 1 become 1, a
+        # radius of 0
         uniforms = (
             torch.from_numpy(self._words(2 * half).astype(np.float32)).add_(0.5).mul_(2.0**-32)
         )
@@ -71,7 +75,9 @@ class SecureStream:
 
 
 def derive(key: bytes, *words: str | float) -> bytes:
-    """A key for one use: HMAC-SHA256 of the words, each with its length, so that no two lists are one text."""
+    """A key for one use: HMAC-SHA256 of the words, each with its length, so that no two lists are
+    one text.
+    """
     text = b"".join(
         len(part).to_bytes(4, "big") + part for part in (str(word).encode() for word in words)
     )
@@ -79,11 +85,14 @@ def derive(key: bytes, *words: str | float) -> bytes:
 
 
 def secret_key(path: Path, fresh: bool) -> bytes:
-    """The key in `path`; made, for its owner's eyes only, where `fresh`; raises FedGPTError where it is missing."""
+    """The key in `path`; made, for its owner's eyes only, where `fresh`; raises FedGPTError where
+    it is missing.
+    """
     if not path.exists():
         if not fresh:
             raise FedGPTError(
-                f"{path} is missing: without its key a private run cannot go on; start again elsewhere"
+                f"{path} is missing: without its key a private run cannot go on; start again"
+                " elsewhere"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -94,6 +103,7 @@ def secret_key(path: Path, fresh: bool) -> bytes:
     key = path.read_bytes()
     if len(key) != KEY_BYTES:
         raise FedGPTError(
-            f"{path} has {len(key)} bytes, a key has {KEY_BYTES}: it is damaged; start again elsewhere"
+            f"{path} has {len(key)} bytes, a key has {KEY_BYTES}: it is damaged; start again"
+            " elsewhere"
         )
     return key

@@ -1,4 +1,6 @@
-"""What a private run promises, in words: printed at its start, kept with its checkpoints, part of its model card."""
+"""What a private run promises, in words: printed at its start, kept with its checkpoints, part of
+its model card.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ ADJACENCY = {
 }
 TRUST = {
     "example": "the client itself and who sets its options; what leaves it is already noised",
-    "client": "the server, which sees single updates and adds the noise; nobody who only has the model",
+    "client": (
+        "the server, which sees single updates and adds the noise; nobody who only has the model"
+    ),
     "local": "the client itself and who sets its options",
 }
 NOT_COVERED = {
@@ -32,20 +36,28 @@ NOT_COVERED = {
         "how much text a client has, and when and how often it takes part",
     ),
     "client": (
-        "the server, and whoever reads in its folder: of it publish model/, samples.md and summary.json alone",
+        (
+            "the server, and whoever reads in its folder: of it publish model/, samples.md and"
+            " summary.json alone"
+        ),
         "how many clients there are, and how many took part in all",
     ),
     "local": ("how much text a client has, and when and how often it takes part",),
 }
 BOUNDED = "when and how often a client takes part"
 ALWAYS_OPEN = (
-    "the public part, which trained the tokenizer, and the held-out part, on which the model is scored",
+    (
+        "the public part, which trained the tokenizer, and the held-out part, on which the model is"
+        " scored"
+    ),
     "other runs on the same text: their epsilons add to this one",
 )
 
 
 def statement(o: RunOptions, plan: PrivacyPlan, clients: int) -> dict[str, Any]:
-    """The promise as plain values: unit, adjacency, epsilon as planned, delta, sampling, accountant, trust, limits."""
+    """The promise as plain values: unit, adjacency, epsilon as planned, delta, sampling,
+    accountant, trust, limits.
+    """
     event = plan.planned
     closed = event.sampling_probability == 1
     return {
@@ -59,9 +71,11 @@ def statement(o: RunOptions, plan: PrivacyPlan, clients: int) -> dict[str, Any]:
         "noise_multiplier": plan.noise_multiplier,
         "clip": o.privacy.clip,
         "sampling": _sampling(o, plan, clients),
-        "accountant": "closed form of Gaussian mechanisms"
-        if closed
-        else "dp-accounting, privacy loss distributions",
+        "accountant": (
+            "closed form of Gaussian mechanisms"
+            if closed
+            else "dp-accounting, privacy loss distributions"
+        ),
         "trust": TRUST[plan.unit],
         "not_covered": _open(o, plan),
     }
@@ -72,7 +86,10 @@ def rows(told: dict[str, Any]) -> list[tuple[str, str]]:
     budget = ""
     if told["target_epsilon"] is not None:
         fits = told["planned_epsilon"] <= told["target_epsilon"]
-        budget = f", {'never' if fits else 'but the run ends before it is'} above {told['target_epsilon']:g}"
+        budget = (
+            f", {'never' if fits else 'but the run ends before it is'} above"
+            f" {told['target_epsilon']:g}"
+        )
     mark = (
         []
         if told["private"]
@@ -105,8 +122,8 @@ def _sampling(o: RunOptions, plan: PrivacyPlan, clients: int) -> str:
     q, count = plan.planned.sampling_probability, plan.planned.count
     if plan.unit == "example":
         return (
-            f"{count} steps, each block of the smallest shard in a batch with p = {q:.3g} by a secret coin; larger "
-            "shards pay less"
+            f"{count} steps, each block of the smallest shard in a batch with p = {q:.3g} by a"
+            " secret coin; larger shards pay less"
         )
     if plan.unit == "local":
         return f"twice, as an update may become any other; at most {count} updates of a client"

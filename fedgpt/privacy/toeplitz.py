@@ -1,8 +1,9 @@
 """Correlated noise for a series of releases: what one adds, later ones take back in part.
 
-The strategy matrix is the Toeplitz matrix of (1 - x)^(-1/2) cut to b bands (banded matrix factorisation, Choquette-Choo
-et al., arXiv 2306.08153). The noise of release t is y_t = xi_t - sum_{j=1}^{b-1} c_j y_{t-j}, scaled by the sensitivity
-of a client that takes part at most k times, at least b releases apart. The whole run is then ONE Gaussian mechanism.
+The strategy matrix is the Toeplitz matrix of (1 - x)^(-1/2) cut to b bands (banded matrix
+factorisation, Choquette-Choo et al., arXiv 2306.08153). The noise of release t is y_t = xi_t -
+sum_{j=1}^{b-1} c_j y_{t-j}, scaled by the sensitivity of a client that takes part at most k times,
+at least b releases apart. The whole run is then ONE Gaussian mechanism.
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ def coefficients(bands: int) -> np.ndarray:
 
 
 def sensitivity(bands: int, releases: int, separation: int, participations: int) -> float:
-    """|| sum_j column (j * separation) ||, j < participations: how far one client moves all releases, in clips.
+    """|| sum_j column (j * separation) ||, j < participations: how far one client moves all
+    releases, in clips.
 
-    Columns of a client that takes part `separation` >= `bands` releases apart do not overlap. Raises ValueError where
-    they could.
+    Columns of a client that takes part `separation` >= `bands` releases apart do not overlap.
+    Raises ValueError where they could.
     """
     if separation < bands:
         raise ValueError(f"separation={separation} is below bands={bands}")

@@ -1,4 +1,6 @@
-"""Pictures that explain a run: who worked when, and what the updates were like; both from the run's records alone."""
+"""Pictures that explain a run: who worked when, and what the updates were like; both from the run's
+records alone.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ class Activity:
 
 
 def activity(events: Sequence[dict[str, Any]]) -> dict[str, Activity]:
-    """Every client that got a job, in the order of ids; a reply to no open job (late, duplicate) changes nothing."""
+    """Every client that got a job, in the order of ids; a reply to no open job (late, duplicate)
+    changes nothing.
+    """
     began: dict[tuple[Any, Any], float] = {}
     spans: defaultdict[str, list[Span]] = defaultdict(list)
     tokens: Counter[str] = Counter()
@@ -80,7 +84,9 @@ def activity(events: Sequence[dict[str, Any]]) -> dict[str, Activity]:
 
 
 def _spans(start: float, end: float, outcome: str, seconds: float | None) -> list[Span]:
-    """A job that its client was at for the last `seconds`; before that it waited, as where clients share workers."""
+    """A job that its client was at for the last `seconds`; before that it waited, as where clients
+    share workers.
+    """
     begins = start if seconds is None else max(start, end - seconds)
     if begins - start < 0.01 * (end - start):
         return [Span(start, end, outcome)]
@@ -95,7 +101,9 @@ def _activity(spans: tuple[Span, ...], tokens: int, seconds: float) -> Activity:
 
 
 def timeline_figure(events: Sequence[dict[str, Any]], path: Path) -> None:
-    """Jobs by client over the run's clock with tokens and idle share beside them, as PNG; nothing without a job."""
+    """Jobs by client over the run's clock with tokens and idle share beside them, as PNG; nothing
+    without a job.
+    """
     everyone = activity(events)
     if not everyone:
         return
@@ -146,7 +154,10 @@ def _headline(shown: int, everyone: int, window: tuple[float, float], last: floa
         if shown < everyone
         else f"{shown} client{'s' * (shown > 1)}"
     )
-    part = f"the first {_short_number((end - begin) / scale)} of {_short_number((last - begin) / scale)} {unit}"
+    part = (
+        f"the first {_short_number((end - begin) / scale)} of"
+        f" {_short_number((last - begin) / scale)} {unit}"
+    )
     return f"Jobs of {who}: {part} (bars on the right: all)" if end < last else f"Jobs of {who}"
 
 
@@ -162,10 +173,18 @@ def _draw_jobs(
                 continue
             lengths = [span.end - span.start for span in spans]
             axis.broken_barh(
-                [(span.start / scale, length / scale) for span, length in zip(spans, lengths, strict=True)],
-                (row - 0.36, 0.72), color=color, label=label, zorder=2, edgecolor="white",
-                linewidth=[min(0.8, 80 * length / (end - begin)) for length in lengths],  # an edge must not cover a bar
-            )  # fmt: skip
+                [
+                    (span.start / scale, length / scale)
+                    for span, length in zip(spans, lengths, strict=True)
+                ],
+                (row - 0.36, 0.72),
+                color=color,
+                label=label,
+                zorder=2,
+                edgecolor="white",
+                # an edge must not cover a bar
+                linewidth=[min(0.8, 80 * length / (end - begin)) for length in lengths],
+            )
     names = [f"client {client}" if client.isdigit() else _short(client, 18) for client in shown]
     axis.set_yticks(range(len(shown)), names, fontsize=8, parse_math=False)
     axis.tick_params(axis="x", labelsize=8)
@@ -174,7 +193,9 @@ def _draw_jobs(
 
 
 def _draw_steps(axis: Axes, steps: list[float], rows: int) -> None:
-    """Server steps as lines behind the bars, seen between them: in front they would hide where jobs end."""
+    """Server steps as lines behind the bars, seen between them: in front they would hide where jobs
+    end.
+    """
     axis.vlines(
         steps, -0.5, rows - 0.5, color="black", linewidth=0.8, label="server step", zorder=1.5
     )
@@ -183,15 +204,25 @@ def _draw_steps(axis: Axes, steps: list[float], rows: int) -> None:
 def _draw_switch(
     axis: Axes, switch: dict[str, Any], number: int, to_the_left: bool, scale: float
 ) -> None:
-    """A dashed line with its words above the first row, on the side where there is room for them."""
+    """A dashed line with its words above the first row, on the side where there is room for
+    them.
+    """
     where = switch["seconds"] / scale
     axis.axvline(where, color=ORANGE, linestyle="--", linewidth=1.2, zorder=3)
     words = f"{switch['pacing']}: {_short(str(switch.get('reason') or ''), 48)}".removesuffix(": ")
     axis.annotate(
-        words, (where, -0.5 - HEADER * (number % MOST_HEADERS + 0.5)), va="center", fontsize=8, color=ORANGE,
-        ha="right" if to_the_left else "left", xytext=(-4 if to_the_left else 4, 0), textcoords="offset points",
-        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1}, zorder=4, parse_math=False,
-    )  # fmt: skip
+        words,
+        (where, -0.5 - HEADER * (number % MOST_HEADERS + 0.5)),
+        va="center",
+        fontsize=8,
+        color=ORANGE,
+        ha="right" if to_the_left else "left",
+        xytext=(-4 if to_the_left else 4, 0),
+        textcoords="offset points",
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
+        zorder=4,
+        parse_math=False,
+    )
 
 
 def _draw_bars(
@@ -209,7 +240,9 @@ def _draw_bars(
 
 
 def _window(spans: list[Span]) -> tuple[float, float]:
-    """From the first dispatch to the end, or to where more jobs would begin than can be told apart."""
+    """From the first dispatch to the end, or to where more jobs would begin than can be told
+    apart.
+    """
     starts = sorted(span.start for span in spans)
     end = max(span.end for span in spans)
     if len(starts) > MOST_SPANS and starts[MOST_SPANS] > starts[0]:
@@ -218,7 +251,9 @@ def _window(spans: list[Span]) -> tuple[float, float]:
 
 
 def updates_figure(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """Norms, angles and staleness of the updates by version, as PNG; panels without data are left out."""
+    """Norms, angles and staleness of the updates by version, as PNG; panels without data are left
+    out.
+    """
     versions = [record for record in records if record.get("version")]
     panels = [
         panel
@@ -320,15 +355,19 @@ def _staleness(records: list[dict[str, Any]]) -> Panel | None:
         axis.set_ylabel("% of accepted updates")
 
     return (
-        f"Staleness: mean {mean:.2f}, largest {max(counts)}"
-        if mean
-        else "Staleness: every update was fresh",
+        (
+            f"Staleness: mean {mean:.2f}, largest {max(counts)}"
+            if mean
+            else "Staleness: every update was fresh"
+        ),
         draw,
     )
 
 
 def _bases(records: list[dict[str, Any]]) -> Panel | None:
-    """Base versions alive; where that is no news (each version waits for its own updates), updates per version."""
+    """Base versions alive; where that is no news (each version waits for its own updates), updates
+    per version.
+    """
     bases, accepted = _series(records, "bases"), _series(records, "accepted")
     asynchronous = max(bases.values(), default=0) > 1
     title, label, values = (
@@ -357,7 +396,9 @@ def _series(records: list[dict[str, Any]], name: str) -> dict[int, float]:
 
 
 def _draw_series(axis: Axes, series: dict[str, dict[int, float]], versions: int) -> None:
-    """Label -> series by version, in blue and orange; those of a long run are light under their running mean."""
+    """Label -> series by version, in blue and orange; those of a long run are light under their
+    running mean.
+    """
     window = versions // 20
     for (label, values), color in zip(series.items(), (BLUE, ORANGE), strict=False):
         if not values:

@@ -1,4 +1,6 @@
-"""Pictures of a run. None uses pyplot: a run in a notebook leaves the user's plotting backend and figures alone."""
+"""Pictures of a run. None uses pyplot: a run in a notebook leaves the user's plotting backend and
+figures alone.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ if TYPE_CHECKING:
 
 
 def loss_figure(records: list[dict[str, Any]], path: Path) -> None:
-    """Held-out bits per byte against versions, tokens and bytes, as PNG; nothing is drawn without an evaluation."""
+    """Held-out bits per byte against versions, tokens and bytes, as PNG; nothing is drawn without
+    an evaluation.
+    """
     scored = [r for r in records if "bits_per_byte" in r]
     if not scored:
         return

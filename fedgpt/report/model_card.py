@@ -10,18 +10,38 @@ from fedgpt.report.progress import count, rule
 
 
 def model_card(o: RunOptions, summary: dict[str, Any], statement: dict[str, Any]) -> str:
-    """Markdown with the front matter that model hubs read; `statement` is empty for a run without privacy."""
+    """Markdown with the front matter that model hubs read; `statement` is empty for a run without
+    privacy.
+    """
     final = summary["final"]
     lines = [
-        "---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [fedgpt, federated-learning]",
-        "---", "", f"# {o.name}", "",
-        f"A GPT of {o.model.n_layer} layers and width {o.model.n_embd}, trained by federated learning with fedgpt: "
-        f"{summary['versions']} server versions of {rule(o)} ({o.pace.name} pacing), {count(summary['tokens'])} tokens "
-        f"of the corpus `{o.corpus.name}` at its clients.", "",
-        "| held-out text | loss | perplexity | bits per byte |", "|---|---|---|---|",
-        f"| last version | {final['loss']:.4f} | {final['perplexity']:.2f} | {final['bits_per_byte']:.4f} |", "",
-        f"sha256 of the flat float32 weights: `{summary['weights_sha256']}`", "", "## Privacy", "",
-    ]  # fmt: skip
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [fedgpt, federated-learning]",
+        "---",
+        "",
+        f"# {o.name}",
+        "",
+        (
+            f"A GPT of {o.model.n_layer} layers and width {o.model.n_embd}, trained by federated"
+            f" learning with fedgpt: {summary['versions']} server versions of {rule(o)}"
+            f" ({o.pace.name} pacing), {count(summary['tokens'])} tokens of the corpus"
+            f" `{o.corpus.name}` at its clients."
+        ),
+        "",
+        "| held-out text | loss | perplexity | bits per byte |",
+        "|---|---|---|---|",
+        (
+            f"| last version | {final['loss']:.4f} | {final['perplexity']:.2f} |"
+            f" {final['bits_per_byte']:.4f} |"
+        ),
+        "",
+        f"sha256 of the flat float32 weights: `{summary['weights_sha256']}`",
+        "",
+        "## Privacy",
+        "",
+    ]
     if not statement:
         return "\n".join([*lines, "None: the model may repeat texts that it was trained on.", ""])
     mark = (

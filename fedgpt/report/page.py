@@ -12,22 +12,30 @@ from fedgpt.report.progress import count, size
 from fedgpt.report.run_report import summary_text
 
 MOST_ROWS = 40  # of the table: evenly spaced, first and last among them
-STYLE = "body{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0 1em}pre{white-space:pre-wrap;"
+STYLE = (
+    "body{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0"
+    " 1em}pre{white-space:pre-wrap;"
+)
 STYLE += "background:#f4f4f4;padding:1em}td,th{text-align:right;padding:0 1em}img{max-width:100%}"
 HEAD = ("version", "tokens", "held-out loss", "bits per byte", "up", "down")
 
 
 def report_page(summary: dict[str, Any], records: Sequence[dict[str, Any]], folder: Path) -> str:
-    """The summary, the figures that lie in `folder`, the scores of versions, the command and the configuration.
+    """The summary, the figures that lie in `folder`, the scores of versions, the command and the
+    configuration.
 
-    Of a private run no figure of who took part when: the page is for others, and that is nobody's business.
+    Of a private run no figure of who took part when: the page is for others, and that is nobody's
+    business.
     """
     scored = [record for record in records if "loss" in record]
     step = max(1, -(-len(scored) // MOST_ROWS))
     shown = [record for i, record in enumerate(scored) if i % step == 0 or i == len(scored) - 1]
     figures = "*.png" if summary.get("epsilon") is None else "loss.png"
     parts = [
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(folder.name)}</title>',
+        (
+            '<!doctype html><html lang="en"><meta'
+            f' charset="utf-8"><title>{escape(folder.name)}</title>'
+        ),
         f"<style>{STYLE}</style><h1>{escape(folder.name)}</h1>",
         f"<pre>{escape(summary_text(summary, list(records), folder).strip())}</pre>",
         *(_picture(path) for path in sorted((folder / "figures").glob(figures))),

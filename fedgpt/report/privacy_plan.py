@@ -1,4 +1,6 @@
-"""`fedgpt privacy plan`: the cost of a private run, and how it would change with rounds, noise and clients."""
+"""`fedgpt privacy plan`: the cost of a private run, and how it would change with rounds, noise and
+clients.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from fedgpt.privacy.statement import rows, statement
 
 
 def plan_text(o: RunOptions, shards: Sequence[int], vocab_size: int) -> str:
-    """The statement, the noise beside the signal, and a table of what less or more of each would cost."""
+    """The statement, the noise beside the signal, and a table of what less or more of each would
+    cost.
+    """
     if o.privacy.unit == "none":
         raise ConfigError(
             "privacy=none: there is nothing to plan; choose privacy=example, client or local"
@@ -27,7 +31,8 @@ def plan_text(o: RunOptions, shards: Sequence[int], vocab_size: int) -> str:
     for factor in (0.5, 1.0, 2.0):
         costs = [_cost(o, shards, plan, factor, times) for times in (1.0, 0.5, 2.0)]
         lines.append(
-            f"{plan.noise_multiplier * factor:12.4g}  {costs[0]:10.3g}  {costs[1]:12.3g}  {costs[2]:13.3g}"
+            f"{plan.noise_multiplier * factor:12.4g}  {costs[0]:10.3g}  {costs[1]:12.3g} "
+            f" {costs[2]:13.3g}"
         )
     return "\n".join(lines)
 
@@ -47,7 +52,10 @@ def _noise_rows(o: RunOptions, plan: PrivacyPlan, vocab_size: int) -> list[tuple
     found = [
         (
             "noise/clip",
-            f"{times}: the noise of one {release} is so many times as long as the longest clipped {signal}",
+            (
+                f"{times}: the noise of one {release} is so many times as long as the longest"
+                f" clipped {signal}"
+            ),
         ),
         ("lower with", f"{more}fewer parameters (now {parameters:,}), a larger epsilon"),
     ]

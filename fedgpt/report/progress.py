@@ -17,7 +17,9 @@ STRAY = ("late", "duplicate", "unknown_job")  # replies to what is not in flight
 
 
 class ProgressDisplay:
-    """Observer of the server loop: one line per finished version; on a terminal, a live bar below them."""
+    """Observer of the server loop: one line per finished version; on a terminal, a live bar below
+    them.
+    """
 
     def __init__(
         self,
@@ -26,7 +28,9 @@ class ProgressDisplay:
         switches: bool = False,
         pacing: str | None = None,
     ):
-        """`switches`: the strategy may change the pacing; `pacing`: what it had come to in an earlier sitting."""
+        """`switches`: the strategy may change the pacing; `pacing`: what it had come to in an
+        earlier sitting.
+        """
         self.options, self.console = options, console or Console(highlight=False)
         self._switches, self._pacing = switches, pacing or options.pace.name
         self._end = (
@@ -34,9 +38,8 @@ class ProgressDisplay:
         )  # where the run ends; 0: after `rounds` versions, or not known before "open"
         self._began = time.monotonic()
         self._first_version = 0
-        self._first: dict[str, Any] | None = (
-            None  # the first record: a resumed run has trained before
-        )
+        # the first record: a resumed run has trained before
+        self._first: dict[str, Any] | None = None
         self._flying: set[tuple[str, int]] = (
             set()
         )  # (client, job number) that were sent and have not come back
@@ -170,7 +173,9 @@ class ProgressDisplay:
         return self._first["tokens"] if self._first else 0
 
     def _to_do(self, version: int, tokens: int) -> float:
-        """What is left of the run, as a multiple of what is done; a resumed run counts from where it began."""
+        """What is left of the run, as a multiple of what is done; a resumed run counts from where
+        it began.
+        """
         if self._by_tokens:
             first, now, end = self._tokens_before, tokens, self._end
         else:
@@ -179,7 +184,8 @@ class ProgressDisplay:
 
 
 def one_line(text: str) -> str:
-    """`text` without line breaks and control codes: a client's words must not take over the terminal.
+    """`text` without line breaks and control codes: a client's words must not take over the
+    terminal.
 
     >>> one_line("no memory\\n  at\\x1b[2J step 3")
     'no memory at [2J step 3'

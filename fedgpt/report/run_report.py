@@ -38,15 +38,32 @@ def opening(
     )
     told = [
         ("run", o.run_dir),
-        ("text", f"{o.corpus.name}: {count(sum(s.size for s in shards))} tokens at {len(shards)} clients, "
-                 f"{held_out_tokens:,} held-out tokens"),
-        ("tokenizer", f"{o.tokenizer.name}, {prepared.tokenizer.vocab_size} entries, trained on the public part only"
-                      if o.tokenizer.name == "bpe" else f"{o.tokenizer.name}, {prepared.tokenizer.vocab_size} entries"),
-        ("model", f"{count(parameters)} parameters: {model.n_layer} layers, width {model.n_embd}, "
-                  f"context {model.block_size}"),
+        (
+            "text",
+            (
+                f"{o.corpus.name}: {count(sum(s.size for s in shards))} tokens at {len(shards)}"
+                f" clients, {held_out_tokens:,} held-out tokens"
+            ),
+        ),
+        (
+            "tokenizer",
+            (
+                f"{o.tokenizer.name}, {prepared.tokenizer.vocab_size} entries, trained on the"
+                " public part only"
+                if o.tokenizer.name == "bpe"
+                else f"{o.tokenizer.name}, {prepared.tokenizer.vocab_size} entries"
+            ),
+        ),
+        (
+            "model",
+            (
+                f"{count(parameters)} parameters: {model.n_layer} layers, width {model.n_embd}, "
+                f"context {model.block_size}"
+            ),
+        ),
         _pacing_row(o, f"{rule(o)}: {who}", asked, job, parameters),
         ("compute", f"{compute.device}, {compute.dtype} ({compute.reason}), {workers}"),
-    ]  # fmt: skip
+    ]
     if o.attack.clients:
         liars = f"{o.attack.clients} of {len(shards)} clients"
         told.append(
@@ -91,18 +108,24 @@ def summary_text(summary: dict[str, Any], records: list[dict[str, Any]], folder:
     rejected = sum(summary["rejected"].values())
     lines = [
         "",
-        f"held-out bits per byte  {first['bits_per_byte']:.3f} -> {last['bits_per_byte']:.3f}"
-        f"   (perplexity {first['perplexity']:.0f} -> {last['perplexity']:.1f}; "
-        f"best {best['bits_per_byte']:.3f} at version {best['version']})",
-        f"trained                 {count(summary['tokens'])} tokens in {clock(summary['wall_seconds'])} "
-        f"= {count(speed)} tok/s",
+        (
+            f"held-out bits per byte  {first['bits_per_byte']:.3f} -> {last['bits_per_byte']:.3f}"
+            f"   (perplexity {first['perplexity']:.0f} -> {last['perplexity']:.1f}; "
+            f"best {best['bits_per_byte']:.3f} at version {best['version']})"
+        ),
+        (
+            f"trained                 {count(summary['tokens'])} tokens in"
+            f" {clock(summary['wall_seconds'])} = {count(speed)} tok/s"
+        ),
         *(
             [f"virtual time            {clock(summary['virtual_seconds'])}"]
             if summary["virtual_seconds"]
             else []
         ),
-        f"traffic                 {size(summary['bytes_up'])} up, {size(summary['bytes_down'])} down, "
-        f"{rejected} updates rejected",
+        (
+            f"traffic                 {size(summary['bytes_up'])} up, {size(summary['bytes_down'])}"
+            f" down, {rejected} updates rejected"
+        ),
         *([_spent(summary)] if summary.get("epsilon") is not None else []),
         f"weights                 sha256 {summary['weights_sha256'][:16]}",
     ]
@@ -118,7 +141,10 @@ def summary_text(summary: dict[str, Any], records: list[dict[str, Any]], folder:
 
 def _spent(summary: dict[str, Any]) -> str:
     mark = "" if summary["private"] else "NOT PRIVATE (privacy.rng=seeded): with secret noise "
-    return f"privacy                 {mark}epsilon {summary['epsilon']:.4g} at delta {summary['delta']:.2g} (ledger.json)"
+    return (
+        f"privacy                 {mark}epsilon {summary['epsilon']:.4g} at delta"
+        f" {summary['delta']:.2g} (ledger.json)"
+    )
 
 
 def samples_page(records: list[dict[str, Any]]) -> str:
@@ -132,7 +158,9 @@ def samples_page(records: list[dict[str, Any]]) -> str:
 
 
 def _text(record: dict[str, Any]) -> str:
-    """Prompt and sample; a young byte model writes control codes, which no terminal shall follow."""
+    """Prompt and sample; a young byte model writes control codes, which no terminal shall
+    follow.
+    """
     return re.sub(
         r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", f"{record['prompt']}{record['sample']}"
     )

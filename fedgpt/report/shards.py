@@ -67,7 +67,8 @@ def _print_clients(prepared: Prepared, shards: Sequence[Shard], console: Console
         _say(console, f"left out: {_count(owners, 'client')} with {left:,} tokens in all,")
         _say(
             console,
-            "below one training window or partition.min_tokens, or not among the largest partition.clients",
+            "below one training window or partition.min_tokens, or not among the largest"
+            " partition.clients",
         )
     _say(console)
     full = "█" if console.is_terminal and console.encoding.startswith("utf") else "#"
@@ -85,8 +86,9 @@ def _print_clients(prepared: Prepared, shards: Sequence[Shard], console: Console
 def histogram(sizes: np.ndarray, full: str = "#") -> list[str]:
     """One line per bin of tokens per client: range, number of clients, bar.
 
-    Bins double in width where the largest client has more than eight times the smallest's tokens (natural data
-    spans orders of magnitude, and equal bins would show one bar), and are equal otherwise.
+    Bins double in width where the largest client has more than eight times the smallest's tokens
+    (natural data spans orders of magnitude, and equal bins would show one bar), and are equal
+    otherwise.
     """
     low, high = int(sizes.min()), int(sizes.max())
     if low == high:
@@ -117,7 +119,10 @@ def _named(shards: Sequence[Shard]) -> str:
 
 
 def _range(sizes: np.ndarray) -> str:
-    return f"min {sizes.min():,}, median {int(np.median(sizes)):,}, max {sizes.max():,}, total {sizes.sum():,}"
+    return (
+        f"min {sizes.min():,}, median {int(np.median(sizes)):,}, max {sizes.max():,}, total"
+        f" {sizes.sum():,}"
+    )
 
 
 def _count(number: int, noun: str) -> str:

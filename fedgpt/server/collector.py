@@ -1,4 +1,6 @@
-"""What comes in for the next version: replies decoded, validated, clipped, and summed as they arrive or held."""
+"""What comes in for the next version: replies decoded, validated, clipped, and summed as they
+arrive or held.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from fedgpt.storage.checkpoint import RunTables
 from fedgpt.update.codec import Expected, decode
 from fedgpt.update.compress import compressor_of
 
-LONGEST = 1e18  # of a model's weights: their squares still add up in float32, and none that learns is near
+# of a model's weights: their squares still add up in float32, and none that learns is near
+LONGEST = 1e18
 
 
 class UpdateCollector:
@@ -39,7 +42,9 @@ class UpdateCollector:
     def begin(
         self, state: ServerState, norms: tuple[float, ...], max_updates: int, job_tokens: int
     ) -> None:
-        """Forget the last version's updates and freeze what the next ones, at most `most`, are measured against."""
+        """Forget the last version's updates and freeze what the next ones, at most `most`, are
+        measured against.
+        """
         self.weights: list[float] = []
         self.accepted: list[Update] = []  # without their vectors
         self.rejections: Counter[str] = Counter()
@@ -70,12 +75,15 @@ class UpdateCollector:
         except UpdateRejected as rejection:
             if self.private is None or rejection.code != "non_finite":
                 raise
-            # refused, it would move other clients' places in sums; as zeros it is one that the promise speaks of
+            # refused, it would move other clients' places in sums; as zeros it is one that the
+            # promise speaks of
             zeros = np.zeros(size, np.float32)
             return Update(job.client, job.number, job.version, zeros, tokens, {"update_norm": 0.0})
 
     def add(self, update: Update, job: Job, staleness: int) -> Update:
-        """Count an update, clipped where it is long; returns it as counted, raises UpdateRejected."""
+        """Count an update, clipped where it is long; returns it as counted, raises
+        UpdateRejected.
+        """
         norm = update.metrics["update_norm"]
         clipped = self._clip is not None and norm > self._clip
         if self._clip is not None and clipped:
@@ -110,9 +118,11 @@ class UpdateCollector:
         root: Callable[[], Update] | None,
         tables: RunTables,
     ) -> ServerState:
-        """The next state: D is the exact weighted sum over its divisor, or what a combining rule makes of it.
+        """The next state: D is the exact weighted sum over its divisor, or what a combining rule
+        makes of it.
 
-        With privacy=client the sum gets its noise first, which `ledgers` note; raises StoppedEarly over the budget.
+        With privacy=client the sum gets its noise first, which `ledgers` note; raises StoppedEarly
+        over the budget.
         """
         rule = self.strategy
         if self.private is not None:
@@ -139,6 +149,7 @@ def model_length(state: ServerState) -> float:
             f"weights of length {length:.3g}" if math.isfinite(length) else "NaN or Inf weights"
         )
         raise StoppedEarly(
-            f"version {state.version} has {weights}: it has diverged; lower strategy.eta or local.lr"
+            f"version {state.version} has {weights}: it has diverged; lower strategy.eta or"
+            " local.lr"
         )
     return length

@@ -1,9 +1,11 @@
-"""A small stand-in for a flat vector that keeps inner products: what the server logs about updates it has forgotten.
+"""A small stand-in for a flat vector that keeps inner products: what the server logs about updates
+it has forgotten.
 
-Linear rules never hold updates, so pairwise cosines, or the angle between two server steps, cannot be computed from
-the vectors themselves. A count sketch (Charikar, Chen, Farach-Colton 2002) of a few thousand numbers is enough:
-S(x)_b = sum over i with i mod width = b of sign_i x_i, and E <S(x), S(y)> = <x, y> over the random signs.
-The signs are public, so a client can fool a sketch: diagnostics may rest on it, the acceptance of an update may not.
+Linear rules never hold updates, so pairwise cosines, or the angle between two server steps, cannot
+be computed from the vectors themselves. A count sketch (Charikar, Chen, Farach-Colton 2002) of a
+few thousand numbers is enough: S(x)_b = sum over i with i mod width = b of sign_i x_i, and E <S(x),
+S(y)> = <x, y> over the random signs. The signs are public, so a client can fool a sketch:
+diagnostics may rest on it, the acceptance of an update may not.
 """
 
 from __future__ import annotations
@@ -14,14 +16,17 @@ import numpy as np
 
 from fedgpt.core.seeds import numpy_generator
 
-# A prime. Weights repeat with the strides of their matrices: with a power of two as width, one outlying column of an
-# embedding 128 wide would fall into 32 of 4,096 buckets; no stride shares a factor with a prime.
+# A prime. Weights repeat with the strides of their matrices: with a power of two as width, one
+# outlying column of an embedding 128 wide would fall into 32 of 4,096 buckets; no stride shares a
+# factor with a prime.
 WIDTH = 4093
-ROWS = 64  # rows of `width` elements in a chunk: with 4,093 its buffer (1 MiB) stays in the second-level cache
+# rows of `width` elements in a chunk: with 4,093 its buffer (1 MiB) stays in the second-level cache
+ROWS = 64
 
 
 class Sketch:
-    """A linear map from (size,) to (width,); a cosine of two sketches is off by about 1 / sqrt(width).
+    """A linear map from (size,) to (width,); a cosine of two sketches is off by about 1 /
+    sqrt(width).
 
     >>> sketch = Sketch(size=4, width=3)
     >>> x = np.float32([3, 0, 0, 4])

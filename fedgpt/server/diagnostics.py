@@ -1,4 +1,6 @@
-"""What is logged about updates after they are gone: how they agree with each other, and steps with the step before."""
+"""What is logged about updates after they are gone: how they agree with each other, and steps with
+the step before.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ class Diagnostics:
         self._last_step = extra.get("sketch/step")
 
     def update(self, update: Update, keeps_jobs: bool) -> None:
-        """Note an accepted update; with `carries` it is compared with those of earlier versions, too."""
+        """Note an accepted update; with `carries` it is compared with those of earlier versions,
+        too.
+        """
         sketch = self._sketch.of(update.delta)
         if keeps_jobs:
             self._recent = [*self._recent, sketch][-WINDOW:]
@@ -31,7 +35,9 @@ class Diagnostics:
             self._updates.append(((update.client, update.number), sketch))
 
     def step(self, step: np.ndarray) -> dict[str, float | None]:
-        """Its norm; `cosine`: mean over pairs of updates; `step_correlation`: of this server step with the last one."""
+        """Its norm; `cosine`: mean over pairs of updates; `step_correlation`: of this server step
+        with the last one.
+        """
         by_client = sorted(
             self._updates, key=lambda pair: pair[0]
         )  # the same bits, whatever arrives first

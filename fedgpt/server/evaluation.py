@@ -1,4 +1,6 @@
-"""The central evaluation stage beside the loop: a background thread scores a version while clients train the next."""
+"""The central evaluation stage beside the loop: a background thread scores a version while clients
+train the next.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ class BackgroundEvaluation:
         self._pending: deque[Future[None]] = deque()
 
     def plan(self, version: int, before: float, after: float, every: int) -> dict[str, bool]:
-        """Whether a version is scored and sampled; `before` and `after` are the run's progress, from 0 to 1.
+        """Whether a version is scored and sampled; `before` and `after` are the run's progress,
+        from 0 to 1.
 
         Samples come at equal distances of progress, the first and the last version included.
         """
@@ -52,10 +55,11 @@ class BackgroundEvaluation:
         }
 
     def finish(self, record: Record, params: np.ndarray, score: bool, sample: bool) -> None:
-        """Complete a version's record, with its scores where it gets any, and hand it to `done` with what was scored.
+        """Complete a version's record, with its scores where it gets any, and hand it to `done`
+        with what was scored.
 
-        Returns at once unless an earlier version is still being scored and this one shall be, too: then only one
-        vector besides the present one is ever held.
+        Returns at once unless an earlier version is still being scored and this one shall be, too:
+        then only one vector besides the present one is ever held.
         """
         if score:
             self.wait()

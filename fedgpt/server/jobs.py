@@ -30,12 +30,10 @@ class JobPlanner:
         privacy: Privacy | None = None,
     ):
         """`fleet` slows the clients of a real clock down; `switches`: the pacing may change."""
-        self.options, self.published, self.fleet, self.switches = (
-            options,
-            published,
-            fleet,
-            switches,
-        )
+        self.options = options
+        self.published = published
+        self.fleet = fleet
+        self.switches = switches
         self.privacy = privacy or Privacy()
         local, model = options.local, options.model
         self.step_tokens = local.accumulate * local.batch_size * model.block_size
@@ -51,7 +49,9 @@ class JobPlanner:
         now: float,
         saved: Mapping[str, int],
     ) -> Job:
-        """The client's next job; takes its number. `saved`: accepted tasks of the newest snapshot."""
+        """The client's next job; takes its number. `saved`: accepted tasks of the newest
+        snapshot.
+        """
         number = tables.next_number.get(client, 0)
         tables.next_number[client] = number + 1
         accepted = tables.accepted.get(client, -1)
@@ -90,7 +90,9 @@ class JobPlanner:
     def restored(
         self, tables: RunTables, extra: Mapping[str, np.ndarray], params: np.ndarray
     ) -> list[Job]:
-        """The jobs that were in flight at a checkpoint, with the vectors they began from; the newest is `params`."""
+        """The jobs that were in flight at a checkpoint, with the vectors they began from; the
+        newest is `params`.
+        """
         jobs = []
         for about in tables.in_flight:
             told = {
@@ -112,7 +114,9 @@ class JobPlanner:
         return jobs
 
     def steps(self, client: str, speeds: dict[str, float]) -> int:
-        """Local steps; under DyLU in proportion to the client's speed: floor(H v_i / max v), at least 1."""
+        """Local steps; under DyLU in proportion to the client's speed: floor(H v_i / max v), at
+        least 1.
+        """
         full = self.options.local.steps
         if not self.options.pace.dylu or client not in speeds:
             return full
@@ -123,7 +127,8 @@ class JobPlanner:
     def measure(
         self, job: Job, now: float, speeds: dict[str, float], seconds: float | None = None
     ) -> float:
-        """Smooth a client's speed, in local steps a second as the server sees them; returns how long the job took.
+        """Smooth a client's speed, in local steps a second as the server sees them; returns how
+        long the job took.
 
         `seconds` as in `Reply`. The first job that is measured counts in full.
         """
@@ -135,7 +140,8 @@ class JobPlanner:
     def job_seconds(
         self, done: Iterable[str], in_flight: Iterable[Job], speeds: Mapping[str, float], now: float
     ) -> dict[str, float]:
-        """Seconds of a whole job of those who are `done` and of the clients at work, as if these came back now.
+        """Seconds of a whole job of those who are `done` and of the clients at work, as if these
+        came back now.
 
         One of which nothing is known counts as the slowest that is, unless it is out for longer.
         """
@@ -163,7 +169,9 @@ class JobPlanner:
         return new if old is None else SPEED_MEMORY * old + (1 - SPEED_MEMORY) * new
 
     def _schedule(self, tables: RunTables, pacing: Pacing) -> dict[str, Any]:
-        """Where a job stands in the run: all clients that train beside it move the clock of tokens, too."""
+        """Where a job stands in the run: all clients that train beside it move the clock of tokens,
+        too.
+        """
         together = pacing.clients if pacing.name == "buffer" else pacing.goal
         return {
             "run": tables.run,

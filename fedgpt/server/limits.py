@@ -1,9 +1,11 @@
-"""What the server has learned of its clients: how long their updates usually are, and who fails again and again.
+"""What the server has learned of its clients: how long their updates usually are, and who fails
+again and again.
 
-An update may be as long as `validate.norm` times the running median of the accepted ones. The median is that of the
-versions before, so that a limit never depends on who comes first. A client whose jobs end `validate.strikes` times in a
-row with a miss or a rejection is in quarantine: it gets no job for `validate.rest` rounds, then starts with a clean
-slate. One client at least always stays: a federation cannot shut itself out.
+An update may be as long as `validate.norm` times the running median of the accepted ones. The
+median is that of the versions before, so that a limit never depends on who comes first. A client
+whose jobs end `validate.strikes` times in a row with a miss or a rejection is in quarantine: it
+gets no job for `validate.rest` rounds, then starts with a clean slate. One client at least always
+stays: a federation cannot shut itself out.
 """
 
 from __future__ import annotations
@@ -16,16 +18,18 @@ from fedgpt.core.options import RunOptions, ValidateOptions
 
 REMEMBERED = 64  # norms of accepted updates: the running median is theirs
 ENOUGH = 8  # norms before the median limits anything
-ABSOLUTE = (
-    10.0  # times the length of the global model, which no update exceeds whatever the median is
-)
+# times the length of the global model, which no update exceeds whatever the median is
+ABSOLUTE = 10.0
 
 
 def validate_problems(o: RunOptions) -> Iterator[str]:
     """What is wrong with `validate.*`."""
     norm, clip = o.validate.norm, o.validate.clip
     if norm and clip > norm:
-        yield f"validate.clip={clip}: above validate.norm={norm}, where updates are rejected, it clips none; lower it"
+        yield (
+            f"validate.clip={clip}: above validate.norm={norm}, where updates are rejected, it"
+            " clips none; lower it"
+        )
 
 
 def norm_limit(options: ValidateOptions, norms: tuple[float, ...], model: float) -> float:
@@ -41,7 +45,9 @@ def norm_limit(options: ValidateOptions, norms: tuple[float, ...], model: float)
 
 
 def clip_length(options: ValidateOptions, norms: tuple[float, ...]) -> float | None:
-    """The length to which a version scales longer updates down; None: it leaves them as they are."""
+    """The length to which a version scales longer updates down; None: it leaves them as they
+    are.
+    """
     return (
         options.clip * statistics.median(norms) if options.clip and len(norms) >= ENOUGH else None
     )
@@ -56,10 +62,14 @@ def remembered(norms: tuple[float, ...], accepted: Iterable[Update]) -> tuple[fl
 
 
 class Quarantine:
-    """Who has failed how often in a row, and who is left in peace until when; the tables are the ledgers'."""
+    """Who has failed how often in a row, and who is left in peace until when; the tables are the
+    ledgers'.
+    """
 
     def __init__(self, options: ValidateOptions, strikes: dict[str, int], until: dict[str, int]):
-        """`strikes`: client -> failures in a row; `until`: client -> version at which it is asked again."""
+        """`strikes`: client -> failures in a row; `until`: client -> version at which it is asked
+        again.
+        """
         self.options, self.strikes, self.until = options, strikes, until
 
     def holds(self, client: str) -> bool:
@@ -84,7 +94,8 @@ class Quarantine:
     def strike(
         self, client: str, version: int, a_round: int, clients: Mapping[str, object] | list[str]
     ) -> int | None:
-        """Count a failure; the version until which the client now rests, where that was one too many.
+        """Count a failure; the version until which the client now rests, where that was one too
+        many.
 
         `a_round`: versions that take as many updates as clients train at once.
         """

@@ -1,4 +1,6 @@
-"""The server loop: one for every pacing. Choose, dispatch, collect, validate, advance, evaluate, checkpoint."""
+"""The server loop: one for every pacing. Choose, dispatch, collect, validate, advance, evaluate,
+checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -43,22 +45,32 @@ class Server:
     """A run from its first version, or from a snapshot, to its last."""
 
     def __init__(
-        self, options: RunOptions, strategy: Strategy, transport: Transport, evaluator: Evaluator, folder: RunFolder,
-        snapshot: Snapshot, observers: Sequence[Observer] = (), root: RootTrainer | None = None,
-        fleet: Fleet | None = None, journal: RecordedTransport | None = None, privacy: Privacy | None = None,
-    ):  # fmt: skip
-        """`root` trains the server's own update; `fleet` slows clients down; `journal` is `transport`, if it is one."""
-        self.options, self.strategy, self.transport, self.root, self.fleet = (
-            options,
-            strategy,
-            transport,
-            root,
-            fleet,
-        )
+        self,
+        options: RunOptions,
+        strategy: Strategy,
+        transport: Transport,
+        evaluator: Evaluator,
+        folder: RunFolder,
+        snapshot: Snapshot,
+        observers: Sequence[Observer] = (),
+        root: RootTrainer | None = None,
+        fleet: Fleet | None = None,
+        journal: RecordedTransport | None = None,
+        privacy: Privacy | None = None,
+    ):
+        """`root` trains the server's own update; `fleet` slows clients down; `journal` is
+        `transport`, if it is one.
+        """
+        self.options = options
+        self.strategy = strategy
+        self.transport = transport
+        self.root = root
+        self.fleet = fleet
         self.folder, self.observers, self.journal = folder, observers, journal
         self.state, self.tables = snapshot.state, snapshot.tables
         self.snapshot, self._saved = replace(snapshot, tables=snapshot.tables.frozen()), -1
-        # an interrupted server saved between its usual checkpoints: what that one needs is kept, too
+        # an interrupted server saved between its usual checkpoints: what that one needs is kept,
+        # too
         self.tables = self.tables.remembering()
         self.privacy = privacy or Privacy()
         self.pace = make_pace(
@@ -114,13 +126,17 @@ class Server:
             self.transport.close()
 
     def _part(self, version: int, tokens: int) -> float:
-        """How much of the run is done, from 0 to 1: in tokens, where `tokens` says or the pacing may change."""
+        """How much of the run is done, from 0 to 1: in tokens, where `tokens` says or the pacing
+        may change.
+        """
         if self.options.tokens or self.strategy.switches:
             return min(1.0, tokens / self.planner.tokens_total(self.pace.pacing(len(self.clients))))
         return version / self.options.rounds
 
     def _open(self) -> None:
-        """Meet the clients, then publish the starting version: version 0, or the one that a checkpoint left open."""
+        """Meet the clients, then publish the starting version: version 0, or the one that a
+        checkpoint left open.
+        """
         self.checkpoints.started(self.state.version)
         if self.options.checkpoint.every != 0:
             self._save()
@@ -144,12 +160,10 @@ class Server:
 
     def _begin_version(self) -> None:
         """Forget the last version's counts and freeze what its updates are measured against."""
-        self._asked, self._failed, self._at_goal, self._version_began = (
-            False,
-            0,
-            None,
-            self.transport.now(),
-        )
+        self._asked = False
+        self._failed = 0
+        self._at_goal = None
+        self._version_began = self.transport.now()
         self._start = replace(
             self.state, params=self.published.advance(self.state)
         )  # as clients get it
@@ -298,13 +312,21 @@ class Server:
         if len(self.collector) == (self.options.pace.goal or 1):
             self._at_goal = self.transport.now()
         self._tell(
-            "accept", client=update.client, number=update.number, version=update.version, tokens=update.tokens,
-            staleness=staleness, train_seconds=took, measured=seconds in (None, took),
-        )  # fmt: skip
+            "accept",
+            client=update.client,
+            number=update.number,
+            version=update.version,
+            tokens=update.tokens,
+            staleness=staleness,
+            train_seconds=took,
+            measured=seconds in (None, took),
+        )
         reach("accepted")
 
     def _fail(self, client: str | None) -> None:
-        """Count a job that brought nothing, against its client where it is to blame; stop where nothing else comes."""
+        """Count a job that brought nothing, against its client where it is to blame; stop where
+        nothing else comes.
+        """
         self._failed, self._failures = self._failed + 1, self._failures + 1
         pacing = self.pace.pacing(len(self.clients))
         if client is not None:
@@ -364,14 +386,14 @@ class Server:
             return None
         assert self.root is not None, "a rule that needs a root update is given its trainer"
         self.stage.wait()  # both compute on the server's device: one at a time
-        pacing, every = (
-            self.pace.pacing(len(self.clients)),
-            self._cadence(self.options.checkpoint.every),
-        )
+        pacing = self.pace.pacing(len(self.clients))
+        every = self._cadence(self.options.checkpoint.every)
         return partial(self.root, self.planner.root_job(self.state, self.tables, pacing, every))
 
     def _keep_or_restore(self) -> None:
-        """Score the new version now, as it decides; go back to the best weights where it is worse than allowed."""
+        """Score the new version now, as it decides; go back to the best weights where it is worse
+        than allowed.
+        """
         if self.tables.evaluation["score"]:
             record = {
                 **self.tables.record,
@@ -382,13 +404,13 @@ class Server:
             self.tables = replace(self.tables, record={**record, **told}, evaluation=done)
 
     def _choose_pacing(self, record: dict[str, Any]) -> None:
-        """Ask a strategy that may change the pacing; `record` is that of a new version, or empty within one."""
+        """Ask a strategy that may change the pacing; `record` is that of a new version, or empty
+        within one.
+        """
         if not self.strategy.switches or (self.pace.keeps_jobs and not record):
             return
-        pacing, done = (
-            self.tables.pacing or self.options.pace.name,
-            {u.client for u in self.collector.accepted},
-        )
+        pacing = self.tables.pacing or self.options.pace.name
+        done = {u.client for u in self.collector.accepted}
         choice = self.switch.ask(
             pacing, done, self.flight, self.tables, self.state, record, self.transport.now()
         )
@@ -433,7 +455,9 @@ class Server:
     # ---- what survives
 
     def _take_snapshot(self, keep: bool) -> None:
-        """Freeze state and tables as they are between two versions; jobs sent later do not change it."""
+        """Freeze state and tables as they are between two versions; jobs sent later do not change
+        it.
+        """
         if keep:  # one table more than checkpoints: the newest may still be on its way to the disk
             self.tables = self.tables.remembering(self.options.checkpoint.keep + 1)
         frozen = self.tables.frozen(unsaved=self.strategy.unsaved, in_flight=self.flight.as_json())
@@ -452,7 +476,9 @@ class Server:
             self.checkpoints.save(self.snapshot)
 
     def _publish(self, record: dict[str, Any], params: np.ndarray | None) -> None:
-        """A version's finished record, with its weights where they were scored; called by the evaluation thread."""
+        """A version's finished record, with its weights where they were scored; called by the
+        evaluation thread.
+        """
         self.best.keep(record, params)
         self.folder.metrics.append(record)
         reach("evaluated")
@@ -477,7 +503,9 @@ class Server:
         return f"{counted(self.collector.rejections)}; see events.jsonl in {self.folder.path}"
 
     def _cadence(self, every: int | None) -> int:
-        """Versions between evaluations or checkpoints; by default those that take as many updates as a round."""
+        """Versions between evaluations or checkpoints; by default those that take as many updates
+        as a round.
+        """
         return versions_per_round(self.pace.pacing(len(self.clients))) if every is None else every
 
     def _count(self, **more: int) -> None:

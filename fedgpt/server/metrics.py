@@ -23,18 +23,47 @@ STAGES = (
 def first_record() -> dict[str, Any]:
     """Version 0, before its evaluation."""
     return {
-        "version": 0, "tokens": 0, "wall_seconds": 0.0, "virtual_seconds": None, "bytes_up": 0, "bytes_down": 0,
-        "accepted": 0, "rejected": {}, "staleness": {}, "train_loss": None, "lr": None, "update_norm": None,
-        "update_tokens": None, "step_norm": 0.0, "cosine": None, "step_correlation": None, "mean_weight": None,
-        "in_flight": 0, "bases": 0, "state_lost": 0, "tokens_by_client": {}, "idle_share": {}, "clipped": 0,
-        "quarantined": 0, "restored": None, "epsilon": None, "pacing": None, **dict.fromkeys(STAGES),
-    }  # fmt: skip
+        "version": 0,
+        "tokens": 0,
+        "wall_seconds": 0.0,
+        "virtual_seconds": None,
+        "bytes_up": 0,
+        "bytes_down": 0,
+        "accepted": 0,
+        "rejected": {},
+        "staleness": {},
+        "train_loss": None,
+        "lr": None,
+        "update_norm": None,
+        "update_tokens": None,
+        "step_norm": 0.0,
+        "cosine": None,
+        "step_correlation": None,
+        "mean_weight": None,
+        "in_flight": 0,
+        "bases": 0,
+        "state_lost": 0,
+        "tokens_by_client": {},
+        "idle_share": {},
+        "clipped": 0,
+        "quarantined": 0,
+        "restored": None,
+        "epsilon": None,
+        "pacing": None,
+        **dict.fromkeys(STAGES),
+    }
 
 
 def line_of_version(
-    version: int, tables: RunTables, collector: UpdateCollector, in_flight: Iterable[Job], virtual: bool
-) -> dict[str, Any]:  # fmt: skip
-    """Where the run stands at a version, what came in for it, and what its clients have done so far."""
+    version: int,
+    tables: RunTables,
+    collector: UpdateCollector,
+    in_flight: Iterable[Job],
+    virtual: bool,
+) -> dict[str, Any]:
+    """Where the run stands at a version, what came in for it, and what its clients have done so
+    far.
+    """
     return {
         **_version_record(version, tables, virtual),
         **_updates_record(collector, in_flight),
@@ -72,7 +101,8 @@ def _updates_record(collector: UpdateCollector, in_flight: Iterable[Job]) -> dic
         else None,
         "mean_weight": math.fsum(collector.weights) / len(accepted) if accepted else None,
         "in_flight": len(jobs),
-        # versions that jobs in flight began from, before the newest is sent: a model is kept for each of them
+        # versions that jobs in flight began from, before the newest is sent: a model is kept for
+        # each of them
         "bases": len({job.version for job in jobs}),
         "state_lost": int(sum(update.metrics.get("state_lost", 0) for update in accepted)),
     }

@@ -1,6 +1,7 @@
 """Pacing: when jobs start and when a server step happens. Arithmetic is elsewhere (aggregate/).
 
-`cohort` is rounds; `buffer` keeps k clients in flight and steps every K arrivals (K = 1: fully asynchronous).
+`cohort` is rounds; `buffer` keeps k clients in flight and steps every K arrivals (K = 1: fully
+asynchronous).
 """
 
 from __future__ import annotations
@@ -62,7 +63,9 @@ class Pace(Protocol):
         ...
 
     def max_updates(self, clients: int) -> int:
-        """The largest number of updates that one server step can have, of jobs that were sent for it."""
+        """The largest number of updates that one server step can have, of jobs that were sent for
+        it.
+        """
         ...
 
     def pacing(self, clients: int) -> Pacing:
@@ -78,7 +81,9 @@ Coins = Callable[
 def make_pace(
     options: PaceOptions, seed: int, name: str | None = None, coins: Coins | None = None
 ) -> Pace:
-    """The pacing that `options` name, or `name`; secret `coins` choose a cohort instead of the seed's, where given."""
+    """The pacing that `options` name, or `name`; secret `coins` choose a cohort instead of the
+    seed's, where given.
+    """
     if (name or options.name) == "buffer":
         return Buffer(options, seed)
     return Cohort(options, seed, coins)
@@ -86,7 +91,9 @@ def make_pace(
 
 @dataclass(frozen=True)
 class Cohort:
-    """Sample clients for each version; close it when all have replied, on a goal, or on a deadline."""
+    """Sample clients for each version; close it when all have replied, on a goal, or on a
+    deadline.
+    """
 
     options: PaceOptions
     seed: int
@@ -94,7 +101,9 @@ class Cohort:
     keeps_jobs = False
 
     def start(self, progress: Progress, roster: Roster) -> list[str] | None:
-        """The whole cohort at once, at the start of a version; stateless in the version, so a resumed run agrees."""
+        """The whole cohort at once, at the start of a version; stateless in the version, so a
+        resumed run agrees.
+        """
         if progress.asked:
             return []
         clients = [client for client in roster.clients if roster.free(client)]
@@ -124,7 +133,9 @@ class Cohort:
         return [clients[int(i)] for i in sorted(chosen)]
 
     def due(self, progress: Progress) -> bool:
-        """When everybody has answered, the goal is reached and its grace over, or the deadline has passed."""
+        """When everybody has answered, the goal is reached and its grace over, or the deadline has
+        passed.
+        """
         if not progress.asked:
             return False
         if progress.in_flight == 0 or _goal_is_over(progress, self.options):
@@ -132,7 +143,9 @@ class Cohort:
         return self.options.deadline is not None and progress.seconds >= self.options.deadline
 
     def patience(self, progress: Progress) -> float | None:
-        """Until the deadline, which runs from the moment the cohort is asked, or the end of the grace."""
+        """Until the deadline, which runs from the moment the cohort is asked, or the end of the
+        grace.
+        """
         if not progress.asked:
             return None
         deadline = self.options.deadline
@@ -160,7 +173,9 @@ class Cohort:
 
 @dataclass(frozen=True)
 class Buffer:
-    """Keep `clients` jobs in flight; step every `goal` arrivals. Who is done gets the newest model at once."""
+    """Keep `clients` jobs in flight; step every `goal` arrivals. Who is done gets the newest model
+    at once.
+    """
 
     options: PaceOptions
     seed: int
@@ -237,18 +252,33 @@ def _grace_left(progress: Progress, options: PaceOptions) -> list[float]:
 def pace_problems(o: PaceOptions, switches: bool = False) -> Iterator[str]:
     """Options that contradict each other; `switches`: the strategy may change the pacing."""
     if switches and o.rate is not None:
-        yield f"pace.rate={o.rate}: the pacing may change to buffer, which has no coins; set pace.clients"
+        yield (
+            f"pace.rate={o.rate}: the pacing may change to buffer, which has no coins; set"
+            " pace.clients"
+        )
     if o.name == "buffer":
         if o.rate is not None:
             yield f"pace.rate={o.rate}: coins choose cohorts; leave it out with pace=buffer"
         return
     if o.goal is not None and 0 < o.clients < o.goal:
-        yield f"pace.goal={o.goal}: more than the pace.clients={o.clients} that are asked; raise pace.clients"
+        yield (
+            f"pace.goal={o.goal}: more than the pace.clients={o.clients} that are asked; raise"
+            " pace.clients"
+        )
     if 0 < o.clients < o.minimum:
-        yield f"pace.minimum={o.minimum}: more than the pace.clients={o.clients} that are asked; lower it"
+        yield (
+            f"pace.minimum={o.minimum}: more than the pace.clients={o.clients} that are asked;"
+            " lower it"
+        )
     if o.grace is not None and o.goal is None:
         yield f"pace.grace={o.grace}: runs from the moment the goal is reached; set pace.goal"
     if o.goal is not None and o.goal < o.minimum:
-        yield f"pace.minimum={o.minimum}: a version closes at pace.goal={o.goal} updates and would stop there; lower it"
+        yield (
+            f"pace.minimum={o.minimum}: a version closes at pace.goal={o.goal} updates and would"
+            " stop there; lower it"
+        )
     if o.max_staleness is not None and not switches:
-        yield f"pace.max_staleness={o.max_staleness}: updates of a cohort are never stale; leave it out"
+        yield (
+            f"pace.max_staleness={o.max_staleness}: updates of a cohort are never stale; leave"
+            " it out"
+        )

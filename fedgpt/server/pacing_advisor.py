@@ -1,4 +1,6 @@
-"""Asks a strategy that may change the pacing: at each arrival, at each version, and when time alone has told more."""
+"""Asks a strategy that may change the pacing: at each arrival, at each version, and when time alone
+has told more.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +20,27 @@ class PacingAdvisor:
     """What the server knows of its clients' times, for `Strategy.choose_pacing`."""
 
     def __init__(self, strategy: Strategy, planner: JobPlanner, at_once: int | None):
-        """`at_once`: jobs that can run at the same time; None: each client has a machine of its own."""
+        """`at_once`: jobs that can run at the same time; None: each client has a machine of its
+        own.
+        """
         self.strategy, self.planner, self.at_once = strategy, planner, at_once
-        # seconds without an arrival after which the answer may be another; None: only an arrival can change it
+        # seconds without an arrival after which the answer may be another; None: only an arrival
+        # can change it
         self.patience: float | None = None
 
     def ask(
-        self, pacing: str, done: Iterable[str], flight: InFlight, tables: RunTables, state: ServerState,
-        record: Mapping[str, Any], now: float,
-    ) -> Choice:  # fmt: skip
-        """The strategy's choice; `done` have been accepted since the last version, `record` is empty within one."""
+        self,
+        pacing: str,
+        done: Iterable[str],
+        flight: InFlight,
+        tables: RunTables,
+        state: ServerState,
+        record: Mapping[str, Any],
+        now: float,
+    ) -> Choice:
+        """The strategy's choice; `done` have been accepted since the last version, `record` is
+        empty within one.
+        """
         done, oldest, self.patience = list(done), flight.oldest(), None
         if self.at_once is not None and len(flight) + len(done) > self.at_once:
             return Choice(

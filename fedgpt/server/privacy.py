@@ -1,9 +1,11 @@
-"""The server's side of privacy: who may take part how often, and what stands between a sum and the model.
+"""The server's side of privacy: who may take part how often, and what stands between a sum and the
+model.
 
-privacy=client: each decoded update is clipped to C, counts once with a weight of at most 1, and the sum gets noise
-before anything is made of it: D = (sum_i s_i clip(D_i) + N(0, (z C)^2)) / K, K a constant. Every release is paid for in
-`ledger.json` before its noise is drawn. privacy=example and local: clients pay for themselves; the server counts, asks
-nobody beyond the plan and reports the client that has paid most.
+privacy=client: each decoded update is clipped to C, counts once with a weight of at most 1, and the
+sum gets noise before anything is made of it: D = (sum_i s_i clip(D_i) + N(0, (z C)^2)) / K, K a
+constant. Every release is paid for in `ledger.json` before its noise is drawn. privacy=example and
+local: clients pay for themselves; the server counts, asks nobody beyond the plan and reports the
+client that has paid most.
 """
 
 from __future__ import annotations
@@ -33,7 +35,10 @@ from fedgpt.storage.checkpoint import RunTables
 
 CLIP = "privacy/clip"  # names in the state's memory
 NOISE = "privacy/noise"
-OFTEN = ", the others have taken part as often as they may (privacy.participations) or too lately (privacy.separation)"
+OFTEN = (
+    ", the others have taken part as often as they may (privacy.participations) or too lately"
+    " (privacy.separation)"
+)
 
 
 class Privacy:
@@ -68,11 +73,15 @@ class Privacy:
         return sum(update.tokens for update in accepted)
 
     def coins(self, version: int, count: int) -> np.ndarray | None:
-        """(count,) uniform values by which clients are chosen; None: those of the run's seed will do."""
+        """(count,) uniform values by which clients are chosen; None: those of the run's seed will
+        do.
+        """
         return None
 
     def record(self, tables: RunTables) -> dict[str, Any]:
-        """What the line of a version that is scored says of privacy: an epsilon takes half a second to compute."""
+        """What the line of a version that is scored says of privacy: an epsilon takes half a second
+        to compute.
+        """
         return {"epsilon": None}
 
 
@@ -90,8 +99,10 @@ class PaidByClients(Privacy):
         """The noise, the number of jobs that it is meant for, and delta."""
         plan = self.plan
         return {
-            "noise_multiplier": plan.noise_multiplier, "participations": plan.participations, "delta": plan.delta
-        }  # fmt: skip
+            "noise_multiplier": plan.noise_multiplier,
+            "participations": plan.participations,
+            "delta": plan.delta,
+        }
 
     def meet(self, infos: Iterable[ClientInfo]) -> None:
         """Smaller shards are sampled more often and pay more."""
@@ -116,7 +127,9 @@ class PaidByClients(Privacy):
         )
 
     def longest(self, size: int) -> float:
-        """privacy=local: the noise of an update of length 2 C, twice, as some are longer than most."""
+        """privacy=local: the noise of an update of length 2 C, twice, as some are longer than
+        most.
+        """
         local = self.plan.unit == "local"
         return (
             2 * 2 * self.options.privacy.clip * self.plan.noise_multiplier * size**0.5
@@ -125,12 +138,16 @@ class PaidByClients(Privacy):
         )
 
     def answered(self, update: Update, tables: RunTables) -> None:
-        """It says what it has paid in all: more than the server knows of, where a job was done again after a crash."""
+        """It says what it has paid in all: more than the server knows of, where a job was done
+        again after a crash.
+        """
         paid = float(update.metrics.get("charged", 0.0))
         tables.charged[update.client] = max(paid, tables.charged.get(update.client, 0.0))
 
     def record(self, tables: RunTables) -> dict[str, Any]:
-        """Epsilon of the client that has paid most: shards share no block, so the largest holds for all."""
+        """Epsilon of the client that has paid most: shards share no block, so the largest holds for
+        all.
+        """
         z, worst, most = self.plan.noise_multiplier, None, 0.0
         paid = {(self.probability[client], int(count)) for client, count in tables.charged.items()}
         for probability, count in paid:
@@ -163,7 +180,9 @@ class PaidByServer(Privacy):
     def __init__(
         self, options: RunOptions, plan: PrivacyPlan, folder: Path, data: str, fresh: bool
     ):
-        """`folder` holds ledger and key; `data` names what is protected; `fresh`: the run begins, so they may too."""
+        """`folder` holds ledger and key; `data` names what is protected; `fresh`: the run begins,
+        so they may too.
+        """
         self.options, self.plan = options, plan
         fresh = (
             fresh and not (folder / "privacy.key").exists()
@@ -176,14 +195,18 @@ class PaidByServer(Privacy):
         self.clip, self.bits, self.shares = options.privacy.clip, 0.0, dict[str, float]()
 
     def may_ask(self, client: str, version: int, tables: RunTables) -> bool:
-        """So often at most, and never twice for one sum; by coins anybody, as the accounting has them all."""
+        """So often at most, and never twice for one sum; by coins anybody, as the accounting has
+        them all.
+        """
         if self.plan.sampling == "poisson":
             return True
         apart = version - tables.last.get(client, -self.options.privacy.separation)
         paid = self.ledger.spent_before(client, version)
-        return client not in self.shares and apart >= self.options.privacy.separation and (
-            paid + 1 <= self.plan.participations + 1e-9
-        )  # fmt: skip
+        return (
+            client not in self.shares
+            and apart >= self.options.privacy.separation
+            and (paid + 1 <= self.plan.participations + 1e-9)
+        )
 
     def coins(self, version: int, count: int) -> np.ndarray | None:
         """Secret ones: the sample must not be guessed."""
@@ -199,7 +222,9 @@ class PaidByServer(Privacy):
         self.bits, self.shares = 0.0, {}
 
     def take(self, update: Update, rule: Strategy, staleness: int) -> tuple[Update, float]:
-        """The clipped update and its weight, at most 1: how many tokens a client has must not count."""
+        """The clipped update and its weight, at most 1: how many tokens a client has must not
+        count.
+        """
         whole = update.metrics["update_norm"] <= self.clip
         share = discount_of(rule, staleness)
         self.bits += (0.5 if whole else -0.5) * share
@@ -215,7 +240,8 @@ class PaidByServer(Privacy):
     def release(
         self, mean: np.ndarray, divisor: float, state: ServerState, tables: RunTables
     ) -> tuple[np.ndarray, ServerState]:
-        """Add the noise of one release, paid for before it is drawn, to the clipped sum over `divisor`; changes `mean`.
+        """Add the noise of one release, paid for before it is drawn, to the clipped sum over
+        `divisor`; changes `mean`.
 
         Raises StoppedEarly where the budget does not allow the release.
         """
@@ -243,7 +269,8 @@ class PaidByServer(Privacy):
     def _charge(self, version: int, tag: str) -> None:
         plan, ledger = self.plan, self.ledger
         if plan.sampling == "poisson":
-            # of a version made again with another sum, the coins are those of before: that sample is no news
+            # of a version made again with another sum, the coins are those of before: that sample
+            # is no news
             again = ledger.made(version)
             event = Event(
                 plan.noise_multiplier, 1.0 if again else plan.planned.sampling_probability, 1
@@ -252,7 +279,7 @@ class PaidByServer(Privacy):
         elif plan.sampling == "bounded":
             ledger.charge_clients(
                 version, tag, self.shares, plan.noise_multiplier, plan.participations, plan.budget
-            )  # fmt: skip
+            )
         elif version == 0 and not ledger.account.events:  # one release for the whole run
             ledger.charge(0, tag, plan.planned, plan.budget)
         else:
@@ -297,7 +324,7 @@ def discount_of(rule: Strategy, staleness: int) -> float:
 
 def make_privacy(
     options: RunOptions, plan: PrivacyPlan | None, folder: Path, data: str, fresh: bool
-) -> Privacy:  # fmt: skip
+) -> Privacy:
     """The server's side for `plan`; raises FedGPTError where what has been spent is not known."""
     if plan is None:
         return Privacy()

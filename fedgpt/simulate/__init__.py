@@ -1,1 +1,3 @@
-"""Simulated time: how fast modelled clients are, and the virtual clock that delivers their replies."""
+"""Simulated time: how fast modelled clients are, and the virtual clock that delivers their
+replies.
+"""

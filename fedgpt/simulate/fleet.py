@@ -1,7 +1,8 @@
-"""The simulated fleet: how long a client's job takes, whether it comes back, and when a client is there.
+"""The simulated fleet: how long a client's job takes, whether it comes back, and when a client is
+there.
 
-Everything is a function of the options, the seed, the client and the task, so that a virtual run has one course of
-events however often and on however many workers it is computed.
+Everything is a function of the options, the seed, the client and the task, so that a virtual run
+has one course of events however often and on however many workers it is computed.
 """
 
 from __future__ import annotations
@@ -40,9 +41,8 @@ class Trip:
     per_byte: float = 0.0  # seconds per byte of the reply
     leaves: float = math.inf  # the client goes away then
     order: int = 0  # of arrivals at one time, before client and task
-    seconds: float | None = (
-        None  # how long the client was at it, where a record says so; as in Reply
-    )
+    # how long the client was at it, where a record says so; as in Reply
+    seconds: float | None = None
 
 
 class Timing(Protocol):
@@ -89,7 +89,8 @@ class Fleet:
         if missing := [client for client in clients if client not in table and o.name == "trace"]:
             some = ", ".join(map(repr, missing[:3])) + (", ..." if missing[3:] else "")
             raise ConfigError(
-                f"fleet.path={o.path}: has no line for {len(missing)} of {len(clients)} clients: {some}"
+                f"fleet.path={o.path}: has no line for {len(missing)} of {len(clients)} clients:"
+                f" {some}"
             )
         listed = PUBLISHED if o.name == "published" else tuple(o.step_seconds)
         for index, client in enumerate(clients):
@@ -110,7 +111,9 @@ class Fleet:
         return self._devices[client].step
 
     def trip(self, job: Job, bytes_down: int) -> Trip:
-        """Download, local steps, upload; a job is lost by chance, or when its client's window closes."""
+        """Download, local steps, upload; a job is lost by chance, or when its client's window
+        closes.
+        """
         o, device = self.options, self._devices[job.client]
         draw = numpy_generator(self.seed, "trip", job.client, job.number)
         factor = math.exp(o.jitter * draw.standard_normal())
@@ -148,7 +151,9 @@ class Fleet:
 
 
 class Replay:
-    """The course of an earlier run, from its events.jsonl: every job arrives when and in the order that it did."""
+    """The course of an earlier run, from its events.jsonl: every job arrives when and in the order
+    that it did.
+    """
 
     def __init__(self, path: str | Path):
         self.path = path
@@ -206,7 +211,8 @@ def _trace(options: FleetOptions) -> dict[str, Device]:
     found = rows.fieldnames or []
     if missing := [name for name in ("client", "step_seconds") if name not in found]:
         raise ConfigError(
-            f"{named}: its first line lacks {', '.join(missing)}; it has {', '.join(found) or 'nothing'}"
+            f"{named}: its first line lacks {', '.join(missing)}; it has"
+            f" {', '.join(found) or 'nothing'}"
         )
     for row in rows:
         step = _number(row["step_seconds"])
@@ -233,7 +239,10 @@ def fleet_problems(options: RunOptions) -> Iterator[str]:
     """What is wrong with the fleet, alone and with the clock."""
     f = options.fleet
     if options.clock == "virtual" and f.name == "none":
-        yield "clock=virtual: needs a fleet, which says how fast clients are; add fleet=published (or constant, ...)"
+        yield (
+            "clock=virtual: needs a fleet, which says how fast clients are; add fleet=published (or"
+            " constant, ...)"
+        )
     if options.clock == "real" and f.name not in (
         "none",
         "constant",
@@ -245,7 +254,10 @@ def fleet_problems(options: RunOptions) -> Iterator[str]:
     if options.clock == "real" and (f.window or f.dropout or f.up or f.down or f.jitter):
         yield "fleet: window, dropout, up, down and jitter are modelled by clock=virtual only"
     if not f.step_seconds or not all(0 < s < math.inf for s in f.step_seconds):
-        yield f"fleet.step_seconds={list(f.step_seconds)}: needs numbers above 0, one for each client in turn"
+        yield (
+            f"fleet.step_seconds={list(f.step_seconds)}: needs numbers above 0, one for each client"
+            " in turn"
+        )
     if f.window and not (len(f.window) == 2 and min(f.window) > 0):
         yield f"fleet.window={list(f.window)}: must be [seconds there, seconds away], both above 0"
     if f.name in ("trace", "replay"):
@@ -275,29 +287,36 @@ def _trace_problems(options: RunOptions) -> Iterator[str]:
         yield from error.problems
     else:
         if options.clock == "real" and any(device.down or device.up for device in devices):
-            yield f"fleet.path={options.fleet.path}: down and up are modelled by clock=virtual only; leave them out"
+            yield (
+                f"fleet.path={options.fleet.path}: down and up are modelled by clock=virtual only;"
+                " leave them out"
+            )
 
 
 def replay_problems(options: RunOptions, switches: bool) -> Iterator[str]:
-    """What a record cannot repeat: it holds arrivals, not moments between them; `switches`: the pacing may change."""
+    """What a record cannot repeat: it holds arrivals, not moments between them; `switches`: the
+    pacing may change.
+    """
     if options.fleet.name != "replay":
         return
     why = "fleet=replay: a record holds when replies arrived"
     for name in ("grace", "deadline"):
         if (value := getattr(options.pace, name)) is not None:
             yield (
-                f"pace.{name}={value:g}: {why}, not when the server stopped waiting for others; only runs without "
-                f"pace.{name} can be replayed: leave it out in both"
+                f"pace.{name}={value:g}: {why}, not when the server stopped waiting for others;"
+                f" only runs without pace.{name} can be replayed: leave it out in both"
             )
     if options.privacy.unit != "none" and options.privacy.rng == "secure":
         yield (
-            f"privacy={options.privacy.unit}: {why}, and noise that nobody can know does not come again; only runs "
-            "without privacy, or with privacy.rng=seeded in both, can be replayed"
+            f"privacy={options.privacy.unit}: {why}, and noise that nobody can know does not come"
+            " again; only runs without privacy, or with privacy.rng=seeded in both, can be"
+            " replayed"
         )
     if switches:
         yield (
-            f"strategy=auto: {why}, not how long the others had been at work when it chose the pacing; only runs of "
-            "one pacing can be replayed: name it, e.g. pace=buffer strategy=delta_sgd, in both"
+            f"strategy=auto: {why}, not how long the others had been at work when it chose the"
+            " pacing; only runs of one pacing can be replayed: name it, e.g. pace=buffer"
+            " strategy=delta_sgd, in both"
         )
 
 

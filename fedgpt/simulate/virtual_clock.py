@@ -1,7 +1,9 @@
-"""The virtual clock: a Transport that lets real clients compute and delivers what they send in modelled time.
+"""The virtual clock: a Transport that lets real clients compute and delivers what they send in
+modelled time.
 
-Replies come out in the order of (modelled arrival, client, task), whatever the order in which they were computed, so
-a run has the same bits on one worker and on eight. Jobs in flight are computed at once, in parallel.
+Replies come out in the order of (modelled arrival, client, task), whatever the order in which they
+were computed, so a run has the same bits on one worker and on eight. Jobs in flight are computed at
+once, in parallel.
 """
 
 from __future__ import annotations
@@ -70,7 +72,9 @@ class VirtualTransport:
         self.inner.send(sorted(real, key=lambda job: trips[id(job)].arrives))
 
     def receive(self, timeout: float | None) -> list[Reply]:
-        """The next reply; [] where `timeout` seconds pass without one, or a client comes back that was missed."""
+        """The next reply; [] where `timeout` seconds pass without one, or a client comes back that
+        was missed.
+        """
         until = math.inf if timeout is None else self._now + timeout
         if timeout and until == self._now:
             until = math.nextafter(

@@ -1,1 +1,3 @@
-"""What survives a restart: the run folder, checkpoints, the journal, the best weights, the initial weights."""
+"""What survives a restart: the run folder, checkpoints, the journal, the best weights, the initial
+weights.
+"""

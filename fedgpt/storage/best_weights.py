@@ -1,4 +1,6 @@
-"""The best weights so far, by held-out loss: kept in a file, and gone back to where `evaluate.rollback` says so."""
+"""The best weights so far, by held-out loss: kept in a file, and gone back to where
+`evaluate.rollback` says so.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +19,14 @@ PREFIX = "best/"
 
 
 class BestWeights:
-    """Two things that a run may do with its best version; neither costs anything where it is not asked for."""
+    """Two things that a run may do with its best version; neither costs anything where it is not
+    asked for.
+    """
 
     def __init__(self, options: RunOptions, checkpoints: Checkpoints, snapshot: Snapshot):
-        """The file may be of a version after the snapshot's: its weights are as good as they were."""
+        """The file may be of a version after the snapshot's: its weights are as good as they
+        were.
+        """
         self.options, self.checkpoints = options, checkpoints
         kept = checkpoints.load_best() if options.checkpoint.best else None
         self._lowest = math.inf if kept is None else kept[1]
@@ -34,7 +40,9 @@ class BestWeights:
             self.checkpoints.save_best(params, record["version"], loss)
 
     def decide(self, state: ServerState, loss: float) -> tuple[ServerState, dict[str, int]]:
-        """(the state to go on with, what the record says of it): the best one's weights and memory after a regress."""
+        """(the state to go on with, what the record says of it): the best one's weights and memory
+        after a regress.
+        """
         allowed = self._loss * (1 + (self.options.evaluate.rollback or 0.0))
         if self._state is not None and not loss <= allowed:  # NaN is worse, too
             best = self._state

@@ -1,9 +1,11 @@
-"""Checkpoints: what a restart finds. Written beside, synced, renamed; the digest file is the commit mark.
+"""Checkpoints: what a restart finds. Written beside, synced, renamed; the digest file is the commit
+mark.
 
 checkpoints/version-00000012.safetensors    state, counters, base versions of jobs in flight
 checkpoints/version-00000012.sha256         its digest, written last: the commit
-checkpoints/best.safetensors                the weights with the lowest held-out loss, their digest with them
-checkpoints/starts.json                     how often in a row the newest one was loaded and nothing came of it
+checkpoints/best.safetensors                the weights with the lowest held-out loss, their digest
+with them checkpoints/starts.json                     how often in a row the newest one was loaded
+and nothing came of it
 """
 
 from __future__ import annotations
@@ -94,7 +96,9 @@ class RunTables:
         self.busy[client] = self.busy.get(client, 0.0) + seconds
 
     def remembering(self, most: int | None = None) -> RunTables:
-        """With the accepted tasks of now as one more table that a restart may ask for; the newest `most` of them."""
+        """With the accepted tasks of now as one more table that a restart may ask for; the newest
+        `most` of them.
+        """
         tables = (*self.restorable, dict(self.accepted))
         return replace(self, restorable=tables if most is None else tables[-most:])
 
@@ -118,19 +122,24 @@ class Snapshot:
 
 
 class Checkpoints:
-    """The `checkpoints/` folder of a run: the newest `keep` that are whole, and the best weights."""
+    """The `checkpoints/` folder of a run: the newest `keep` that are whole, and the best
+    weights.
+    """
 
     def __init__(self, folder: Path, keep: int, committed: Callable[[int], None] | None = None):
-        """`committed` is called, in the writing thread, with the oldest version kept, once a new one is on the disk."""
+        """`committed` is called, in the writing thread, with the oldest version kept, once a new
+        one is on the disk.
+        """
         self.folder, self.keep, self._committed = folder, keep, committed
-        self.given_up: int | None = (
-            None  # a version that `recover` has put aside, as starts from it came to nothing
-        )
+        # a version that `recover` has put aside, as starts from it came to nothing
+        self.given_up: int | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
     def save(self, snapshot: Snapshot) -> None:
-        """Start writing in the background; waits for the previous one first, and raises its error."""
+        """Start writing in the background; waits for the previous one first, and raises its
+        error.
+        """
         self.wait()
         self._pending = self._writer.submit(self._write, snapshot)
 
@@ -149,17 +158,20 @@ class Checkpoints:
         self._writer.shutdown()
 
     def load(self) -> Snapshot | None:
-        """The newest checkpoint whose digest matches; those that cannot be used are passed over with a warning.
+        """The newest checkpoint whose digest matches; those that cannot be used are passed over
+        with a warning.
 
-        None where none was ever committed; raises FedGPTError where all that were are damaged. Changes nothing: a
-        reader may come while a run writes.
+        None where none was ever committed; raises FedGPTError where all that were are damaged.
+        Changes nothing: a reader may come while a run writes.
         """
         return self._newest()[0]
 
     def recover(self) -> Snapshot | None:
-        """What a run starts from, under its lock: as `load`, and what cannot be used is put aside for good.
+        """What a run starts from, under its lock: as `load`, and what cannot be used is put aside
+        for good.
 
-        So is a checkpoint from which start after start came to nothing; what a killed write left is deleted.
+        So is a checkpoint from which start after start came to nothing; what a killed write left is
+        deleted.
         """
         snapshot, aside = self._newest()
         for unusable in aside:  # it must not count as the newest again
@@ -202,12 +214,15 @@ class Checkpoints:
         if damaged:
             told = "; ".join(damaged)
             raise FedGPTError(
-                f"no checkpoint in {self.folder} can be used ({told}); start again with another run_dir"
+                f"no checkpoint in {self.folder} can be used ({told}); start again with another"
+                " run_dir"
             )
         return None, []
 
     def started(self, version: int) -> None:
-        """Note that a server starts from `version`; `ended` and the next checkpoint take it back."""
+        """Note that a server starts from `version`; `ended` and the next checkpoint take it
+        back.
+        """
         starts = self._starts(self._path(version)) + 1
         write_text(self.folder / "starts.json", json.dumps({"version": version, "starts": starts}))
         reach("open")
@@ -226,7 +241,9 @@ class Checkpoints:
             raise Unwritten("the best weights", self.folder.parent, error) from error
 
     def load_best(self) -> tuple[np.ndarray, float] | None:
-        """(the best weights, (parameters,) float32, their loss); None where there are none, or damaged ones."""
+        """(the best weights, (parameters,) float32, their loss); None where there are none, or
+        damaged ones.
+        """
         try:
             with safe_open(self._best, framework="numpy") as stored:
                 about = json.loads(stored.metadata()["fedgpt"])
@@ -261,7 +278,8 @@ class Checkpoints:
         path = self._path(state.version)
         reach("checkpoint.begin")
         with replacing(path) as temporary:
-            # one metadata key: safetensors keeps several in no fixed order, and equal states shall be equal files
+            # one metadata key: safetensors keeps several in no fixed order, and equal states shall
+            # be equal files
             tensors = {name: np.require(array, requirements="C") for name, array in tensors.items()}
             save_file(tensors, temporary, metadata={"fedgpt": json.dumps(about)})
             reach("checkpoint.written")

@@ -1,4 +1,6 @@
-"""The weights that a run starts from: a fresh model's, or those of one that was trained before, on public text say."""
+"""The weights that a run starts from: a fresh model's, or those of one that was trained before, on
+public text say.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ FREE = {"dropout", "bias"}  # may differ, as long as the parameters are the same
 
 
 def initial_weights(o: RunOptions, tokenizer: Tokenizer) -> np.ndarray:
-    """(parameters,) float32: by the run's seed, or from `init_from`, a run's folder or a Hugging Face folder.
+    """(parameters,) float32: by the run's seed, or from `init_from`, a run's folder or a Hugging
+    Face folder.
 
     Raises ConfigError where that model or its tokenizer is another one.
     """
@@ -44,14 +47,16 @@ def _differences(
     where = f"init_from={o.init_from}"
     theirs, ours = asdict(found.options), asdict(model.options)
     problems = [
-        f"{where}: its model.{name} is {theirs[name]}, this run's is {ours[name]}; set model.{name}={theirs[name]}"
+        f"{where}: its model.{name} is {theirs[name]}, this run's is {ours[name]}; set"
+        f" model.{name}={theirs[name]}"
         for name in ours
         if name not in FREE and theirs[name] != ours[name]
     ]
     if (folder / "tokenizer.json").is_file():
         if load_tokenizer(folder).digest != tokenizer.digest:
             problems.append(
-                f"{where}: has another tokenizer; train both with tokenizer=bytes, which all runs share"
+                f"{where}: has another tokenizer; train both with tokenizer=bytes, which all runs"
+                " share"
             )
     elif found.vocab_size != model.vocab_size:
         problems.append(
@@ -59,6 +64,7 @@ def _differences(
         )
     if not problems and flatten(found)[0] != flatten(model)[0]:
         problems.append(
-            f"{where}: has other parameters (model.bias, model.tie); set them as that model has them"
+            f"{where}: has other parameters (model.bias, model.tie); set them as that model has"
+            " them"
         )
     return problems

@@ -1,17 +1,20 @@
-"""The write-ahead log of a run on the real clock: what came from outside since the newest checkpoint.
+"""The write-ahead log of a run on the real clock: what came from outside since the newest
+checkpoint.
 
-The server's loop is a function of its snapshot and of what its transport tells it: replies, the time, who is there.
-`Journaled` writes all of that down, in order, and forces it to the disk before the next job leaves. A restarted
-server loads the snapshot and is told the same again: it takes the same steps to the same bits, without asking a
-client, and goes on live where the log ends. So no accepted update is lost and none counts twice, and a privacy
-ledger that charges before a release charges the same again.
+The server's loop is a function of its snapshot and of what its transport tells it: replies, the
+time, who is there. `Journaled` writes all of that down, in order, and forces it to the disk before
+the next job leaves. A restarted server loads the snapshot and is told the same again: it takes the
+same steps to the same bits, without asking a client, and goes on live where the log ends. So no
+accepted update is lost and none counts twice, and a privacy ledger that charges before a release
+charges the same again.
 
     wal/version-00000012.log    what came after the server step that made version 12, one file a version
     entry                       "FGJ2", length of the JSON, length of the payloads, CRC-32 of both; JSON; payloads
 
-A crash can cut the last entry off: what is whole before it counts, and nothing behind it. Only the files of versions
-before the oldest kept checkpoint are deleted: from each of them the log leads to where the run stood. Where a file is
-missing, or an entry does not fit the run, what follows is of a future that will not happen, and is deleted.
+A crash can cut the last entry off: what is whole before it counts, and nothing behind it. Only the
+files of versions before the oldest kept checkpoint are deleted: from each of them the log leads to
+where the run stood. Where a file is missing, or an entry does not fit the run, what follows is of a
+future that will not happen, and is deleted.
 """
 
 from __future__ import annotations
@@ -41,10 +44,12 @@ log = logging.getLogger(__name__)
 
 
 def needs_journal(options: RunOptions, switches: bool) -> bool:
-    """Whether a run keeps a journal: as `checkpoint.journal` says, else where work done again is not the same work.
+    """Whether a run keeps a journal: as `checkpoint.journal` says, else where work done again is
+    not the same work.
 
-    A cohort of simulated clients repeats its jobs to the same bits, and the virtual clock repeats everything. A buffer
-    on the real clock does not (`switches`: the strategy may change to one), and real clients have better things to do.
+    A cohort of simulated clients repeats its jobs to the same bits, and the virtual clock repeats
+    everything. A buffer on the real clock does not (`switches`: the strategy may change to one),
+    and real clients have better things to do.
     """
     if options.checkpoint.journal is not None:
         return options.checkpoint.journal
@@ -105,20 +110,20 @@ class Journal:
             os.fsync(self._stream.fileno())
 
     def read(self, version: int) -> Iterator[Entry]:
-        """The entries from `version` on, each read when it is asked for, as far as one leads to the next.
+        """The entries from `version` on, each read when it is asked for, as far as one leads to the
+        next.
 
         What follows a damaged entry, or a version whose end is missing, is deleted.
         """
-        stepped = True  # whether what was read ends with a server step, so that the next version's file goes on
+        # whether what was read ends with a server step, so that the next version's file goes on
+        stepped = True
         while stepped and self._path(version).exists():
             stepped, whole = False, 0
             with self._path(version).open("rb") as stream:
                 while (entry := _read_entry(stream)) is not None:
-                    self._last, whole, stepped = (
-                        (version, whole),
-                        stream.tell(),
-                        entry.call == "step",
-                    )
+                    self._last = (version, whole)
+                    whole = stream.tell()
+                    stepped = entry.call == "step"
                     yield entry
                 rest = os.fstat(stream.fileno()).st_size - whole
             if rest:
@@ -205,7 +210,8 @@ class RecordedTransport:
     def send(self, jobs: Sequence[Job]) -> None:
         """Write down that the jobs leave, with all before it, then let them.
 
-        The first call is of what was in flight at the snapshot, none for a new run: there the log begins.
+        The first call is of what was in flight at the snapshot, none for a new run: there the log
+        begins.
         """
         keys = tuple((job.client, job.number) for job in jobs)
         if not self._begun:
@@ -232,7 +238,9 @@ class RecordedTransport:
         return replies
 
     def step(self, version: int) -> None:
-        """The server has made `version`: a snapshot of it contains all that is written up to here."""
+        """The server has made `version`: a snapshot of it contains all that is written up to
+        here.
+        """
         if self._replays("step"):
             self.journal.begin(version)
             self._advance()
@@ -264,7 +272,9 @@ class RecordedTransport:
         return self._last
 
     def over(self) -> None:
-        """Told the same again, the server would stop again; a log that nobody was told of is kept."""
+        """Told the same again, the server would stop again; a log that nobody was told of is
+        kept.
+        """
         if self._begun:
             self.journal.clear()
 
@@ -296,13 +306,16 @@ class RecordedTransport:
         self.journal.append(entry)
 
     def _replays(self, call: str, jobs: tuple[Key, ...] = ()) -> bool:
-        """Whether the next entry is of this call; a log that does not fit the run is left behind."""
+        """Whether the next entry is of this call; a log that does not fit the run is left
+        behind.
+        """
         if self._next is None:
             return False
         if (self._next.call, self._next.jobs) == (call, jobs):
             return True
         log.warning(
-            "the log does not fit the run from here on (was it made by another version?): going on without it"
+            "the log does not fit the run from here on (was it made by another version?): going on"
+            " without it"
         )
         self.journal.cut()
         self._go_live()
@@ -351,9 +364,13 @@ def _as_json(entry: Entry) -> dict[str, Any]:
         array = None if r.payload is None else [r.payload.dtype.str, list(r.payload.shape)]
         replies.append([r.client, r.number, r.header, r.error, r.code, r.bytes, r.seconds, array])
     return {
-        "call": entry.call, "jobs": entry.jobs, "replies": replies, "times": entry.times,
-        "away": sorted(entry.away), "clients": entry.clients,
-    }  # fmt: skip
+        "call": entry.call,
+        "jobs": entry.jobs,
+        "replies": replies,
+        "times": entry.times,
+        "away": sorted(entry.away),
+        "clients": entry.clients,
+    }
 
 
 def _read_entry(stream: IO[bytes]) -> Entry | None:
@@ -380,8 +397,13 @@ def _read_entry(stream: IO[bytes]) -> Entry | None:
         replies.append(Reply(client, number, header, values, error, code, size, seconds))
     jobs = tuple((client, number) for client, number in told["jobs"])
     return Entry(
-        told["call"], jobs, tuple(replies), tuple(told["times"]), frozenset(told["away"]), told["clients"]
-    )  # fmt: skip
+        told["call"],
+        jobs,
+        tuple(replies),
+        tuple(told["times"]),
+        frozenset(told["away"]),
+        told["clients"],
+    )
 
 
 def _version_of(path: Path) -> int:

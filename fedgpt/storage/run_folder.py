@@ -64,7 +64,9 @@ class JsonLines:
         self._stream = None
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write one record; the operating system has it when this returns, so that a killed process loses nothing."""
+        """Write one record; the operating system has it when this returns, so that a killed process
+        loses nothing.
+        """
         if self._stream is None:
             self._stream = self.path.open("a", encoding="utf-8")
         self._stream.write(json.dumps(record) + "\n")

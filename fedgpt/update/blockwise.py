@@ -4,12 +4,14 @@
     int-b  s = max|x_b| / (2^(b-1) - 1), q = round(x / s), for each block of the flat delta
     e3m0   sign and a power of two down from the block's maximum (1, 1/2, .. 1/64) or zero; Streaming DiLoCo, 2501.18512
 
-A blockwise payload is the float32 scales of all blocks, then the codes: nothing in it says how long it is, the server
-knows. Deltas only, uplink only: errors on the weights themselves would add up from version to version.
+A blockwise payload is the float32 scales of all blocks, then the codes: nothing in it says how long
+it is, the server knows. Deltas only, uplink only: errors on the weights themselves would add up
+from version to version.
 
-A scale has a floor, which a block of zeros gets: nothing is divided by zero, and no quantised value is denormal. Then
-quantising what was quantised finds the same scale again and changes nothing: fl(fl(fl(m / L) L) / L) = fl(m / L) holds
-for every float32 m where nothing overflows (tried for all mantissas, L = 7 and 127).
+A scale has a floor, which a block of zeros gets: nothing is divided by zero, and no quantised value
+is denormal. Then quantising what was quantised finds the same scale again and changes nothing:
+fl(fl(fl(m / L) L) / L) = fl(m / L) holds for every float32 m where nothing overflows (tried for all
+mantissas, L = 7 and 127).
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ FLOOR = 2.0**-126  # the smallest normal float32
 
 @dataclass(frozen=True)
 class BF16:
-    """The upper 16 bits of each float32, rounded to nearest even; beyond the largest bfloat16 is cut to it."""
+    """The upper 16 bits of each float32, rounded to nearest even; beyond the largest bfloat16 is
+    cut to it.
+    """
 
     name: ClassVar[str] = "bf16"
 
@@ -67,7 +71,9 @@ def bf16_rounded(values: np.ndarray) -> np.ndarray:
 
 
 def round_bf16(values: np.ndarray) -> np.ndarray:
-    """Nearest bfloat16, ties to even, as uint16 bits of the same shape; NaN and infinities become NaN."""
+    """Nearest bfloat16, ties to even, as uint16 bits of the same shape; NaN and infinities become
+    NaN.
+    """
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     rounded = bits >> 16
     rounded &= 1
@@ -86,7 +92,9 @@ def round_bf16(values: np.ndarray) -> np.ndarray:
 
 
 class Blockwise:
-    """What the blockwise codecs share: a plane of scales, a plane of codes, and the checks of both."""
+    """What the blockwise codecs share: a plane of scales, a plane of codes, and the checks of
+    both.
+    """
 
     name: ClassVar[str]
     bits: ClassVar[int]  # of a code
@@ -98,7 +106,8 @@ class Blockwise:
         block = self.block
         if type(block) is not int or not 16 <= block <= 65536 or block & (block - 1):
             raise ConfigError(
-                f"update.block={block}: expected a power of two from 16 to 65536 (elements that share a scale)"
+                f"update.block={block}: expected a power of two from 16 to 65536 (elements that"
+                " share a scale)"
             )
 
     @property
@@ -113,7 +122,9 @@ class Blockwise:
             )
 
     def most_bytes(self, size: int) -> int:
-        """Bytes of a payload of `size` elements, exactly: codes without gaps and 4 for each block."""
+        """Bytes of a payload of `size` elements, exactly: codes without gaps and 4 for each
+        block.
+        """
         return 4 * -(-size // self.block) + -(-size * self.bits // 8)
 
     def encode(self, delta: np.ndarray) -> np.ndarray:
@@ -154,7 +165,9 @@ class Blockwise:
         return payload[:cut].view("<f4"), payload[cut:]
 
     def _check_scales(self, scales: np.ndarray) -> None:
-        """Bits of a float32 order as its value: one comparison finds signs, infinities, NaN and what would overflow."""
+        """Bits of a float32 order as its value: one comparison finds signs, infinities, NaN and
+        what would overflow.
+        """
         bits = scales.view("<u4")
         if (bits > self.limit.view(np.uint32)).any():
             if ((bits & 0x7FFFFFFF) > LARGEST).any():
@@ -164,17 +177,23 @@ class Blockwise:
     def _quantise(
         self, part: np.ndarray, scale: np.ndarray, scratch: np.ndarray, codes: np.ndarray
     ) -> None:
-        """Codes of part (rows, width) by scale (rows, 1); scratch (rows, width) holds |part| and may be overwritten."""
+        """Codes of part (rows, width) by scale (rows, 1); scratch (rows, width) holds |part| and
+        may be overwritten.
+        """
         raise NotImplementedError
 
     def _units(self, codes: np.ndarray, values: np.ndarray) -> None:
-        """Write the values in units of the scale, or UpdateRejected for a code that no encoder writes."""
+        """Write the values in units of the scale, or UpdateRejected for a code that no encoder
+        writes.
+        """
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class Int8(Blockwise):
-    """Codes -127 .. 127 of 8 bits; 25.10 % of float32 with blocks of 1024, relative L2 error on Gaussians 0.79 %."""
+    """Codes -127 .. 127 of 8 bits; 25.10 % of float32 with blocks of 1024, relative L2 error on
+    Gaussians 0.79 %.
+    """
 
     name: ClassVar[str] = "int8"
     bits: ClassVar[int] = 8
@@ -196,7 +215,9 @@ class Int8(Blockwise):
 
 @dataclass(frozen=True)
 class Int4(Blockwise):
-    """Codes -7 .. 7 of 4 bits, two's complement; 12.89 % of float32 with blocks of 256, error on Gaussians 12.6 %."""
+    """Codes -7 .. 7 of 4 bits, two's complement; 12.89 % of float32 with blocks of 256, error on
+    Gaussians 12.6 %.
+    """
 
     name: ClassVar[str] = "int4"
     bits: ClassVar[int] = 4
@@ -216,7 +237,9 @@ class Int4(Blockwise):
 
 @dataclass(frozen=True)
 class E3M0(Blockwise):
-    """Sign and one of 1, 1/2, .. 1/64 of the block's maximum, or zero, the nearest; error on Gaussians 19.5 %."""
+    """Sign and one of 1, 1/2, .. 1/64 of the block's maximum, or zero, the nearest; error on
+    Gaussians 19.5 %.
+    """
 
     name: ClassVar[str] = "e3m0"
     bits: ClassVar[int] = 4
@@ -246,7 +269,9 @@ class E3M0(Blockwise):
 
 
 def pack_nibbles(codes: np.ndarray) -> np.ndarray:
-    """The lower 4 bits of (n,) int8, two in a byte, first in the lower half; an odd end is filled with 0."""
+    """The lower 4 bits of (n,) int8, two in a byte, first in the lower half; an odd end is filled
+    with 0.
+    """
     if codes.size % 2:
         codes = np.append(codes, np.int8(0))
     pairs = codes.view("<u2")  # both codes of a byte in one word: no strided access
@@ -254,7 +279,9 @@ def pack_nibbles(codes: np.ndarray) -> np.ndarray:
 
 
 def unpack_nibbles(packed: np.ndarray, table: np.ndarray, values: np.ndarray) -> None:
-    """Write (n,) float32 values of (ceil(n / 2),) uint8 by a table (256, 2); code 8 does not exist."""
+    """Write (n,) float32 values of (ceil(n / 2),) uint8 by a table (256, 2); code 8 does not
+    exist.
+    """
     if ((packed & 0x0F) == 0x08).any() or ((packed & 0xF0) == 0x80).any():
         raise UpdateRejected("bad_encoding", "code 8")
     even = values.size // 2 * 2
@@ -281,7 +308,8 @@ POWERS = pairs_of(
 
 
 def rows(size: int, block: int) -> Iterator[tuple[int, int, int]]:
-    """(start, stop, width) of slices that are whole rows, at most CHUNK elements or one block; the last is a short row.
+    """(start, stop, width) of slices that are whole rows, at most CHUNK elements or one block; the
+    last is a short row.
 
     >>> list(rows(5 * 65536 + 3, 65536))
     [(0, 131072, 65536), (131072, 262144, 65536), (262144, 327680, 65536), (327680, 327683, 3)]
@@ -295,7 +323,9 @@ def rows(size: int, block: int) -> Iterator[tuple[int, int, int]]:
 
 
 def received(payload: object, count: int) -> np.ndarray:
-    """A payload of exactly `count` bytes as (count,) uint8, or UpdateRejected: the first check of every decoder."""
+    """A payload of exactly `count` bytes as (count,) uint8, or UpdateRejected: the first check of
+    every decoder.
+    """
     if not isinstance(payload, np.ndarray):
         raise UpdateRejected("bad_encoding", f"payload is {type(payload).__name__}, not an array")
     if payload.dtype != np.uint8:

@@ -1,7 +1,8 @@
 """An update on the wire: one array, compressed or not, and a JSON header with its digest.
 
-`decode` is the only door into aggregation: it returns a valid Update or raises UpdateRejected with a reason code.
-Nothing that a client sends sizes a buffer or slices an array here; the checks run cheapest first.
+`decode` is the only door into aggregation: it returns a valid Update or raises UpdateRejected with
+a reason code. Nothing that a client sends sizes a buffer or slices an array here; the checks run
+cheapest first.
 """
 
 from __future__ import annotations
@@ -22,15 +23,35 @@ PLAIN = Plain()
 MOST_HEADER = 1 << 16  # characters; ours has some hundred
 MOST_METRIC = 1e30  # sums over many clients stay finite
 REASONS = (
-    "client_error", "no_reply", "too_large", "unknown_job", "duplicate", "late", "stale", "wrong_sender", "wrong_run",
-    "missing_key", "extra_key", "pickle_refused", "bad_encoding", "size_mismatch", "wrong_dtype", "wrong_shape",
-    "digest_mismatch", "non_finite", "norm_limit", "bad_num_tokens", "bad_metric",
-)  # fmt: skip
+    "client_error",
+    "no_reply",
+    "too_large",
+    "unknown_job",
+    "duplicate",
+    "late",
+    "stale",
+    "wrong_sender",
+    "wrong_run",
+    "missing_key",
+    "extra_key",
+    "pickle_refused",
+    "bad_encoding",
+    "size_mismatch",
+    "wrong_dtype",
+    "wrong_shape",
+    "digest_mismatch",
+    "non_finite",
+    "norm_limit",
+    "bad_num_tokens",
+    "bad_metric",
+)
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What the server knows of the reply it waits for; every check compares with this, never with the client's word."""
+    """What the server knows of the reply it waits for; every check compares with this, never with
+    the client's word.
+    """
 
     run: str
     client: str
@@ -76,7 +97,9 @@ def digest(array: np.ndarray) -> str:
 
 
 def decode(reply: Reply, expected: Expected) -> Update:
-    """The update in `reply`, or UpdateRejected(code, detail); no other exception leaves this function."""
+    """The update in `reply`, or UpdateRejected(code, detail); no other exception leaves this
+    function.
+    """
     if reply.error:
         raise UpdateRejected(reply.code, reply.error)
     try:
@@ -146,7 +169,9 @@ def _metrics(sent: object) -> dict[str, float]:
 
 
 def _checked_norm(array: np.ndarray, limit: float) -> float:
-    """L2 norm; a finite float32 norm proves that every element is finite, at a tenth of isfinite's cost."""
+    """L2 norm; a finite float32 norm proves that every element is finite, at a tenth of isfinite's
+    cost.
+    """
     with np.errstate(over="ignore", invalid="ignore"):
         norm = math.sqrt(float(np.dot(array, array))) if array.size else 0.0
     if not math.isfinite(norm):

@@ -1,14 +1,17 @@
-"""The `compress` stage of an update's way: a client half and a server half over one flat float32 delta.
+"""The `compress` stage of an update's way: a client half and a server half over one flat float32
+delta.
 
     client   u = feed(delta, residual, beta) ; payload = encode(u) ; residual = rest(u, decode(payload, n))
     server   q = decode(payload, n), then validation as of any delta
 
-The server knows the number of elements, the codec and its options, and from them the exact length of a payload: there
-is no header, nothing that a client sends sizes a buffer, and every position is checked before it is used. A payload
-either decodes to n finite values or raises UpdateRejected. What is not finite in a delta is refused by the server.
+The server knows the number of elements, the codec and its options, and from them the exact length
+of a payload: there is no header, nothing that a client sends sizes a buffer, and every position is
+checked before it is used. A payload either decodes to n finite values or raises UpdateRejected.
+What is not finite in a delta is refused by the server.
 
-What every codec promises (tests/update/test_compress.py): the same delta gives the same bytes, zeros stay zeros, and
-quantising a second time changes nothing, so that a delta that was decoded can be sent on as it is.
+What every codec promises (tests/update/test_compress.py): the same delta gives the same bytes,
+zeros stay zeros, and quantising a second time changes nothing, so that a delta that was decoded can
+be sent on as it is.
 """
 
 from __future__ import annotations
@@ -31,11 +34,15 @@ class Compressor(Protocol):
     name: ClassVar[str]
 
     def encode(self, delta: np.ndarray) -> np.ndarray:
-        """(n,) float32 -> (most_bytes(n),) uint8, without an error for values that are not finite."""
+        """(n,) float32 -> (most_bytes(n),) uint8, without an error for values that are not
+        finite.
+        """
         ...
 
     def decode(self, payload: np.ndarray, size: int) -> np.ndarray:
-        """(most_bytes(n),) uint8 -> a new (n,) float32, finite, or UpdateRejected and nothing else."""
+        """(most_bytes(n),) uint8 -> a new (n,) float32, finite, or UpdateRejected and nothing
+        else.
+        """
         ...
 
     def most_bytes(self, size: int) -> int:
@@ -84,9 +91,15 @@ def update_problems(options: UpdateOptions) -> Iterator[str]:
     except ConfigError as error:
         yield from error.problems
     if options.compress == "none" and options.error_feedback:
-        yield "update.error_feedback=true: nothing is left out by update.compress=none; choose a codec or leave it out"
+        yield (
+            "update.error_feedback=true: nothing is left out by update.compress=none; choose a"
+            " codec or leave it out"
+        )
     if not 0 < options.decay <= 1:
-        yield f"update.decay={options.decay}: must be above 0 and at most 1 (1 = nothing is ever lost)"
+        yield (
+            f"update.decay={options.decay}: must be above 0 and at most 1 (1 = nothing is ever"
+            " lost)"
+        )
     if options.downlink not in ("fp32", "bf16", "int8", "int4"):
         yield f"update.downlink={options.downlink}: must be fp32, bf16, int8 or int4"
 
@@ -100,7 +113,8 @@ def make_compressor(name: str, **options: object) -> Compressor:
     codec = COMPRESSORS.get(name)
     if codec is None:
         raise ConfigError(
-            f"update.compress={name}: expected one of {', '.join(COMPRESSORS)}{nearest(name, COMPRESSORS)}"
+            f"update.compress={name}: expected one of"
+            f" {', '.join(COMPRESSORS)}{nearest(name, COMPRESSORS)}"
         )
     known = [field.name for field in fields(codec)]  # pyright: ignore[reportArgumentType]  # all are dataclasses
     unknown = sorted(options.keys() - set(known))

@@ -1,12 +1,13 @@
-"""The model on its way to the clients: whole, in bf16, or as steps from a version that a client already has.
+"""The model on its way to the clients: whole, in bf16, or as steps from a version that a client
+already has.
 
     P_0 = w_0                        what clients get at version 0, whole
     s_v = encode(w_v - P_{v-1})      the step to version v, in int8 or int4
     P_v = P_{v-1} + decode(s_v)      what all clients start from at version v, however they came to it
 
-A client that has P_u gets s_{u+1}, ..., s_v and adds them up, in that order and to the same bits; another one, or one
-so far behind that its steps would be no shorter, gets P_v whole. What a step leaves out is in the next one, as that is
-measured from P: the error never adds up.
+A client that has P_u gets s_{u+1}, ..., s_v and adds them up, in that order and to the same bits;
+another one, or one so far behind that its steps would be no shorter, gets P_v whole. What a step
+leaves out is in the next one, as that is measured from P: the error never adds up.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class Published:
         }
 
     def advance(self, state: ServerState) -> np.ndarray:
-        """What clients start from at this version: (parameters,) float32; to be called once for each, in order."""
+        """What clients start from at this version: (parameters,) float32; to be called once for
+        each, in order.
+        """
         if self._codec is None:
             return bf16_rounded(state.params) if self.downlink == "bf16" else state.params
         if self._vector is None:
@@ -58,7 +61,9 @@ class Published:
         return self._vector
 
     def steps(self, held: int, version: int) -> tuple[np.ndarray, ...] | None:
-        """What a client that has version `held` needs for `version`; None where it must get the whole vector."""
+        """What a client that has version `held` needs for `version`; None where it must get the
+        whole vector.
+        """
         wanted = range(held + 1, version + 1)
         if self._codec is None or held < 0 or any(number not in self._steps for number in wanted):
             return None
@@ -78,7 +83,9 @@ class Published:
 
 
 def rebuilt(held: np.ndarray, steps: np.ndarray, downlink: str) -> np.ndarray:
-    """The client's side: P from the P that it has and the bytes of the steps since, new; raises UpdateRejected."""
+    """The client's side: P from the P that it has and the bytes of the steps since, new; raises
+    UpdateRejected.
+    """
     codec = step_codec(downlink)
     assert codec is not None, f"update.downlink={downlink} sends no steps"
     vector = held
@@ -88,7 +95,9 @@ def rebuilt(held: np.ndarray, steps: np.ndarray, downlink: str) -> np.ndarray:
 
 
 def joined(steps: Sequence[np.ndarray]) -> np.ndarray:
-    """Steps as the one array of a message; a client that has the version gets one byte, as no array may be empty."""
+    """Steps as the one array of a message; a client that has the version gets one byte, as no array
+    may be empty.
+    """
     return np.concatenate(steps) if steps else np.zeros(1, np.uint8)
 
 

@@ -1,8 +1,8 @@
-"""The bytes of an array as Flower sends it (`.npy`), read strictly: the header first, and nothing that it says is
-believed before it agrees with the bytes that follow it.
+"""The bytes of an array as Flower sends it (`.npy`), read strictly: the header first, and nothing
+that it says is believed before it agrees with the bytes that follow it.
 
-`np.load` is not for bytes of strangers: it takes an archive for an array, ignores what follows the data, and makes room
-for whatever the header claims.
+`np.load` is not for bytes of strangers: it takes an archive for an array, ignores what follows the
+data, and makes room for whatever the header claims.
 """
 
 from __future__ import annotations

@@ -1,14 +1,17 @@
-"""Sparse compression of a delta: only its largest elements are sent. Without error feedback the loss suffers badly.
+"""Sparse compression of a delta: only its largest elements are sent. Without error feedback the
+loss suffers badly.
 
     topk         the largest of the whole delta: float32 values, positions in Elias-Fano code (Elias 1974, Fano 1971)
     sparse_loco  the 64 largest of every 4096: 12-bit positions, 2-bit values (2508.15706): 141 times smaller
 
-Elias-Fano: of k rising positions below n, each one's lower l = floor(log2(n / k)) bits are stored as they are, and
-position i sets bit (position >> l) + i of a bitmap: 2 + log2(n / k) bits each, a length that follows from n and k, and
-no way to write a position twice but in neighbours, where a comparison finds it.
+Elias-Fano: of k rising positions below n, each one's lower l = floor(log2(n / k)) bits are stored
+as they are, and position i sets bit (position >> l) + i of a bitmap: 2 + log2(n / k) bits each, a
+length that follows from n and k, and no way to write a position twice but in neighbours, where a
+comparison finds it.
 
-A 2-bit value is a sign and one of two magnitudes of its chunk: the means of those above and not above the mean, both
-bfloat16, in the 32 bits of one float32 scale. (On Gaussians half the error of one scale and a fixed ratio.)
+A 2-bit value is a sign and one of two magnitudes of its chunk: the means of those above and not
+above the mean, both bfloat16, in the 32 bits of one float32 scale. (On Gaussians half the error of
+one scale and a fixed ratio.)
 """
 
 from __future__ import annotations
@@ -22,16 +25,17 @@ import numpy as np
 from fedgpt.core.errors import ConfigError, UpdateRejected
 from fedgpt.update.blockwise import CHUNK, received, refuse_non_finite, round_bf16, rows
 
-MAGNITUDE = (
-    0x7FFFFFFF  # all bits of a float32 but its sign: as integers they order as |x| does, NaN last
-)
+# all bits of a float32 but its sign: as integers they order as |x| does, NaN last
+MAGNITUDE = 0x7FFFFFFF
 WIDTH, KEPT = 4096, 64  # of sparse_loco: elements in a chunk, and those of them that are sent
 ENTRY = 14  # bits: a position in the chunk, then which magnitude, then the sign
 
 
 @dataclass(frozen=True)
 class TopK:
-    """The largest `density` of all elements, as float32 values and their positions; 1.95 % of float32 at 1/64."""
+    """The largest `density` of all elements, as float32 values and their positions; 1.95 % of
+    float32 at 1/64.
+    """
 
     name: ClassVar[str] = "topk"
 
@@ -41,7 +45,8 @@ class TopK:
         value = self.density
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
             raise ConfigError(
-                f"update.density={value}: expected a number above 0 and at most 1 (share that is sent)"
+                f"update.density={value}: expected a number above 0 and at most 1 (share that is"
+                " sent)"
             )
 
     def kept(self, size: int) -> int:
@@ -95,12 +100,16 @@ class TopK:
 
 @dataclass(frozen=True)
 class SparseLoCo:
-    """The 64 largest of each 4096 elements, 14 bits each; for error feedback with beta .95 and a plain server step."""
+    """The 64 largest of each 4096 elements, 14 bits each; for error feedback with beta .95 and a
+    plain server step.
+    """
 
     name: ClassVar[str] = "sparse_loco"
 
     def most_bytes(self, size: int) -> int:
-        """Bytes of a payload of `size` elements, exactly: 116 for a chunk; a short last one keeps as great a share."""
+        """Bytes of a payload of `size` elements, exactly: 116 for a chunk; a short last one keeps
+        as great a share.
+        """
         return 4 * -(-size // WIDTH) + -(-ENTRY * kept_of(size) // 8)
 
     def encode(self, delta: np.ndarray) -> np.ndarray:
@@ -135,7 +144,8 @@ class SparseLoCo:
 
 
 def kept_of(size: int) -> int:
-    """Elements that sparse_loco sends of `size`: 64 of each whole chunk, one for each started 64 of the last.
+    """Elements that sparse_loco sends of `size`: 64 of each whole chunk, one for each started 64 of
+    the last.
 
     >>> kept_of(4096), kept_of(4096 + 65), kept_of(0)
     (64, 66, 0)
@@ -144,7 +154,8 @@ def kept_of(size: int) -> int:
 
 
 def two_levels(part: np.ndarray, kept: int) -> tuple[np.ndarray, np.ndarray]:
-    """(entries (rows, kept) uint16, magnitudes (rows, 2) bfloat16 bits) of part (rows, width) float32.
+    """(entries (rows, kept) uint16, magnitudes (rows, 2) bfloat16 bits) of part (rows, width)
+    float32.
 
     A chunk with fewer than `kept` elements that are not zero ends with entries of all zero bits.
     """
@@ -169,7 +180,9 @@ def two_levels(part: np.ndarray, kept: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def checked_levels(levels: np.ndarray) -> np.ndarray:
-    """(chunks, 2) bfloat16 bits -> float32: finite, not negative, the lower first; or UpdateRejected."""
+    """(chunks, 2) bfloat16 bits -> float32: finite, not negative, the lower first; or
+    UpdateRejected.
+    """
     if ((levels & 0x7F80) == 0x7F80).any():
         raise UpdateRejected("non_finite", "scale")
     if (levels >= 0x8000).any() or (levels[:, 0] > levels[:, 1]).any():
@@ -178,7 +191,9 @@ def checked_levels(levels: np.ndarray) -> np.ndarray:
 
 
 def scatter(entries: np.ndarray, levels: np.ndarray, dense: np.ndarray) -> None:
-    """Write entries (rows, kept) with magnitudes (rows, 2) into zeros (rows, width), or UpdateRejected."""
+    """Write entries (rows, kept) with magnitudes (rows, 2) into zeros (rows, width), or
+    UpdateRejected.
+    """
     where = entries & (WIDTH - 1)
     if where.size and where.max() >= dense.shape[1]:
         raise UpdateRejected("bad_encoding", "a position leaves the delta")
@@ -195,9 +210,11 @@ def scatter(entries: np.ndarray, levels: np.ndarray, dense: np.ndarray) -> None:
 
 
 def largest_of_all(values: np.ndarray, kept: int) -> np.ndarray:
-    """(kept,) rising positions of the largest magnitudes of (n,) float32 bits, 0 < kept <= n; the first of equals.
+    """(kept,) rising positions of the largest magnitudes of (n,) float32 bits, 0 < kept <= n; the
+    first of equals.
 
-    Selection is slow, so a lower bound from a sample leaves few candidates; where it does not, all are.
+    Selection is slow, so a lower bound from a sample leaves few candidates; where it does not, all
+    are.
     """
     size = values.size
     sample = values[:: max(1, size >> 16)] & MAGNITUDE
@@ -240,7 +257,9 @@ def elias_fano(size: int, kept: int) -> tuple[int, int]:
 
 
 def pack_bits(numbers: np.ndarray, width: int) -> np.ndarray:
-    """The lower `width` bits of (n,) numbers as (ceil(n width / 8),) uint8: all lowest bits, then the next ones, .."""
+    """The lower `width` bits of (n,) numbers as (ceil(n width / 8),) uint8: all lowest bits, then
+    the next ones, ..
+    """
     planes = np.empty((width, numbers.size), np.uint8)
     for bit in range(width):
         planes[bit] = numbers >> bit & 1
@@ -248,7 +267,9 @@ def pack_bits(numbers: np.ndarray, width: int) -> np.ndarray:
 
 
 def unpack_bits(packed: np.ndarray, count: int, width: int) -> np.ndarray:
-    """(count,) numbers, uint16 or int64 as they need, of pack_bits' bytes; UpdateRejected for bits behind them."""
+    """(count,) numbers, uint16 or int64 as they need, of pack_bits' bytes; UpdateRejected for bits
+    behind them.
+    """
     bits = np.unpackbits(packed)
     if bits[count * width :].any():
         raise UpdateRejected("bad_encoding", "bits behind the last position")

@@ -1,14 +1,16 @@
-"""When does asynchrony pay? Loss against virtual time, tokens and bytes, for four clients of published speeds.
+"""When does asynchrony pay? Loss against virtual time, tokens and bytes, for four clients of
+published speeds.
 
     python simulations/async_vs_sync/run.py            # about 20 minutes on 2 cores
     python simulations/async_vs_sync/run.py --quick    # a smoke run
 
-All runs are `experiment=fleet`: the State of the Union addresses, 4 iid clients of 0.58, 0.75, 1.51 and 3.33 seconds
-a step, 10 local steps, equal tokens. Synchronous FedAvg is tuned first (learning rate and server rate, seed 0); the
-others use the learning rate that is best for IT, so that no advantage comes from tuning. The fair baselines are
-synchronous, too: over-selection (a round closes at 3 of 4) and DyLU (slower clients take fewer steps). With equal
-speeds nothing is expected of asynchrony. The central twins train the same tokens on one client with all text: in as
-many steps as FedAvg with 4 times the batch, or with the same batch in 4 times as many steps.
+All runs are `experiment=fleet`: the State of the Union addresses, 4 iid clients of 0.58, 0.75, 1.51
+and 3.33 seconds a step, 10 local steps, equal tokens. Synchronous FedAvg is tuned first (learning
+rate and server rate, seed 0); the others use the learning rate that is best for IT, so that no
+advantage comes from tuning. The fair baselines are synchronous, too: over-selection (a round closes
+at 3 of 4) and DyLU (slower clients take fewer steps). With equal speeds nothing is expected of
+asynchrony. The central twins train the same tokens on one client with all text: in as many steps as
+FedAvg with 4 times the batch, or with the same batch in 4 times as many steps.
 """
 
 from __future__ import annotations
@@ -99,12 +101,19 @@ def main() -> None:
     if not chosen.quick:
         draw(runs, STUDY / "loss.png")
         ratio = figures[best]["loss"]["mean"] / figures["sync FedAvg"]["loss"]["mean"]
-        write_results(STUDY, seeds, {
-            "speedup_to_sync_loss": speedup(figures, best), "best_asynchronous": best,
-            "loss_over_sync_at_equal_tokens": ratio - 1,
-            "tuned": {"local.lr": lr, "strategy.eta": eta}, "grid": grid,
-            "arms": figures, "options": {name: [*COMMON, *tuned, *arm] for name, arm in arms.items()},
-        })  # fmt: skip
+        write_results(
+            STUDY,
+            seeds,
+            {
+                "speedup_to_sync_loss": speedup(figures, best),
+                "best_asynchronous": best,
+                "loss_over_sync_at_equal_tokens": ratio - 1,
+                "tuned": {"local.lr": lr, "strategy.eta": eta},
+                "grid": grid,
+                "arms": figures,
+                "options": {name: [*COMMON, *tuned, *arm] for name, arm in arms.items()},
+            },
+        )
 
 
 def tune(folder: Path, common: list[str], grid: dict[str, tuple[float, float]]) -> dict[str, float]:
@@ -122,7 +131,9 @@ def tune(folder: Path, common: list[str], grid: dict[str, tuple[float, float]]) 
 
 
 def figures_of(runs: list, sync: list) -> dict:
-    """What the table and results.json say of an arm; its speed-up is over the synchronous run of the same seed."""
+    """What the table and results.json say of an arm; its speed-up is over the synchronous run of
+    the same seed.
+    """
     ratios = []
     for one, base in zip(runs, sync, strict=True):
         reached = seconds_to(one, base.summary["final"]["loss"])

@@ -1,14 +1,17 @@
-"""Does the server choose its pacing as well as hindsight? strategy=auto against rounds and asynchrony, three fleets.
+"""Does the server choose its pacing as well as hindsight? strategy=auto against rounds and
+asynchrony, three fleets.
 
     python simulations/auto/run.py            # about 25 minutes on 2 cores
     python simulations/auto/run.py --quick    # a smoke run
 
-All runs are `experiment=fleet` with the same tokens and learning rate: 4 iid clients on the virtual clock, with the
-published speeds (0.58 to 3.33 seconds a step), equal ones, or log-normal ones, which differ by seed. The fixed
-choices are the arithmetic of auto (delta-SGD) under pace=cohort and pace=buffer. What counts is the virtual time to a
-held-out loss; times to three losses are averaged, as one evaluation is noisy. `over_better` is the mean over seeds of
-auto's time over that of whichever fixed choice is faster on that fleet, less one, with its standard error. Twice the
-learning rate is a little faster and three times as chaotic: from seed to seed a time varies by 6 % and not by 2 %.
+All runs are `experiment=fleet` with the same tokens and learning rate: 4 iid clients on the virtual
+clock, with the published speeds (0.58 to 3.33 seconds a step), equal ones, or log-normal ones,
+which differ by seed. The fixed choices are the arithmetic of auto (delta-SGD) under pace=cohort and
+pace=buffer. What counts is the virtual time to a held-out loss; times to three losses are averaged,
+as one evaluation is noisy. `over_better` is the mean over seeds of auto's time over that of
+whichever fixed choice is faster on that fleet, less one, with its standard error. Twice the
+learning rate is a little faster and three times as chaotic: from seed to seed a time varies by 6 %
+and not by 2 %.
 """
 
 from __future__ import annotations
@@ -36,9 +39,8 @@ CHOICES = {
     "auto": ["strategy=auto"],
 }
 TARGETS = (5.0, 4.85, 4.7)  # nats a token; all runs get there
-FIRST = (
-    2  # seeds after which the slower fixed choice of a fleet is known, unless fleets differ by seed
-)
+# seeds after which the slower fixed choice of a fleet is known, unless fleets differ by seed
+FIRST = 2
 
 
 def main() -> None:

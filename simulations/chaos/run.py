@@ -3,12 +3,13 @@
     python simulations/chaos/run.py            # about 10 minutes on 2 cores
     python simulations/chaos/run.py --quick    # a smoke run
 
-A run of 30 rounds is left alone once and disturbed once: at random moments its server or one of its workers gets
-SIGKILL, and whenever the server is gone the run is started again with `resume=`. This is done to rounds on the real
-clock and to an asynchronous run on the virtual clock, which must end in the weights of the undisturbed run, bit for
-bit; and to an asynchronous run on the real clock, whose weights depend on who comes first: there the log of accepted
-updates must have lost none and counted none twice. At the end no process of the run may live, no name may be left in
-shared memory, and the server must not hold more and more descriptors as its workers die.
+A run of 30 rounds is left alone once and disturbed once: at random moments its server or one of its
+workers gets SIGKILL, and whenever the server is gone the run is started again with `resume=`. This
+is done to rounds on the real clock and to an asynchronous run on the virtual clock, which must end
+in the weights of the undisturbed run, bit for bit; and to an asynchronous run on the real clock,
+whose weights depend on who comes first: there the log of accepted updates must have lost none and
+counted none twice. At the end no process of the run may live, no name may be left in shared memory,
+and the server must not hold more and more descriptors as its workers die.
 """
 
 from __future__ import annotations
@@ -34,9 +35,17 @@ sys.path.insert(0, str(STUDY.parent))
 from common import arguments, run, runs_folder, table, write_results  # noqa: E402
 
 COMMON = [
-    "experiment=fleet", "tokens=0", "tokenizer=bytes", "local.steps=10", "local.batch_size=4", "runtime.workers=2",
-    "runtime.threads=1", "evaluate.tokens=4096", "evaluate.every=5", "checkpoint.every=null",
-]  # fmt: skip
+    "experiment=fleet",
+    "tokens=0",
+    "tokenizer=bytes",
+    "local.steps=10",
+    "local.batch_size=4",
+    "runtime.workers=2",
+    "runtime.threads=1",
+    "evaluate.tokens=4096",
+    "evaluate.every=5",
+    "checkpoint.every=null",
+]
 ROUNDS = ["clock=real", "fleet=none", "partition.clients=8", "pace.clients=8"]
 ARMS = {
     "rounds": [*ROUNDS, "rounds=30"],
@@ -49,12 +58,10 @@ KILLS, LEAST = (
     18,
     15,
 )  # at most in each arm; that there must have been for the study to say something
-DESCRIPTORS = (
-    24  # that a server may hold beyond those at its first kill: each reply on its way has some
-)
-SECONDS = (
-    2.0  # from the server's first sign of life, or the last kill, to the next kill, on average
-)
+# that a server may hold beyond those at its first kill: each reply on its way has some
+DESCRIPTORS = 24
+# from the server's first sign of life, or the last kill, to the next kill, on average
+SECONDS = 2.0
 SERVER = 0.5  # share of the kills that hit the server
 
 
@@ -223,18 +230,24 @@ def measured(chaos: Chaos, disturbed: fedgpt.Run, calm: fedgpt.Run | None) -> di
 
 
 def same(calm: dict[str, Any], disturbed: dict[str, Any]) -> bool:
-    """Whether all of two summaries is equal, weights, scores, bytes and rejections, but the time it took."""
+    """Whether all of two summaries is equal, weights, scores, bytes and rejections, but the time it
+    took.
+    """
     return {**calm, "wall_seconds": 0} == {**disturbed, "wall_seconds": 0}
 
 
 def rows(figures: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
     return [
         (
-            name, str(f["kills"].get("server", 0)), str(f["kills"].get("worker", 0)), str(f["starts"]),
-            {True: "yes", False: "NO", None: "not defined"}[f["identical"]], str(f["counted_twice"]),
+            name,
+            str(f["kills"].get("server", 0)),
+            str(f["kills"].get("worker", 0)),
+            str(f["starts"]),
+            {True: "yes", False: "NO", None: "not defined"}[f["identical"]],
+            str(f["counted_twice"]),
         )
         for name, f in figures.items()
-    ]  # fmt: skip
+    ]
 
 
 def children(pid: int) -> list[int]:

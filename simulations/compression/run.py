@@ -1,12 +1,14 @@
-"""What do compressed updates cost in loss, and save in bytes? Every codec at equal tokens, three seeds each.
+"""What do compressed updates cost in loss, and save in bytes? Every codec at equal tokens, three
+seeds each.
 
     python simulations/compression/run.py            # about 12 minutes on 2 cores
     python simulations/compression/run.py --quick    # a smoke run
 
-All runs are `experiment=fleet` with rounds (pace=cohort, strategy=fedavg): 4 iid clients, 32 rounds of 10 local steps.
-Bytes are those of the encoded messages, headers included. The sparse codecs send 1/64 of the elements: for
-`sparse_loco` the decay of its error feedback and the server's rate are tuned on seed 0 first, and the grid is in
-results.json; the other codecs have their defaults. A codec without error feedback forgets what it leaves out.
+All runs are `experiment=fleet` with rounds (pace=cohort, strategy=fedavg): 4 iid clients, 32 rounds
+of 10 local steps. Bytes are those of the encoded messages, headers included. The sparse codecs send
+1/64 of the elements: for `sparse_loco` the decay of its error feedback and the server's rate are
+tuned on seed 0 first, and the grid is in results.json; the other codecs have their defaults. A
+codec without error feedback forgets what it leaves out.
 """
 
 from __future__ import annotations
@@ -82,7 +84,9 @@ def tune(folder: Path, common: list[str], grid: dict[str, tuple[float, float]]) 
 
 
 def figures_of(runs: list, plain: list) -> dict:
-    """What the table and results.json say of a codec; `over_none` compares runs of the same seed."""
+    """What the table and results.json say of a codec; `over_none` compares runs of the same
+    seed.
+    """
     ratios = [
         one.summary["final"]["loss"] / base.summary["final"]["loss"] - 1
         for one, base in zip(runs, plain, strict=True)

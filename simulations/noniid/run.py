@@ -1,12 +1,14 @@
-"""What do clients with different texts cost? Four strategies on five partitions of the same presidents' addresses.
+"""What do clients with different texts cost? Four strategies on five partitions of the same
+presidents' addresses.
 
     python simulations/noniid/run.py            # about 15 minutes on 2 cores
     python simulations/noniid/run.py --quick    # a smoke run
 
-All runs are `experiment=fleet` with 8 clients, all of them in every round (asynchronous: 8 in flight), and equal
-tokens. iid deals shuffled pieces; dirichlet skews who holds which party's text, and how much; grouped deals whole
-presidents; natural keeps the 8 presidents with most text, so it also has less text than the held-out part is drawn
-from. Every cell has three seeds; what a partition costs is compared seed by seed.
+All runs are `experiment=fleet` with 8 clients, all of them in every round (asynchronous: 8 in
+flight), and equal tokens. iid deals shuffled pieces; dirichlet skews who holds which party's text,
+and how much; grouped deals whole presidents; natural keeps the 8 presidents with most text, so it
+also has less text than the held-out part is drawn from. Every cell has three seeds; what a
+partition costs is compared seed by seed.
 """
 
 from __future__ import annotations

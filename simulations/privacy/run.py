@@ -1,15 +1,18 @@
-"""What does privacy cost in loss? Epsilon none, 8, 4, 2 for both units, synchronous and not, from scratch and not.
+"""What does privacy cost in loss? Epsilon none, 8, 4, 2 for both units, synchronous and not, from
+scratch and not.
 
     python simulations/privacy/run.py            # about 40 minutes on 2 cores
     python simulations/privacy/run.py --quick    # a smoke run
 
-The text is the State of the Union addresses as bytes, dealt evenly; the model has 33,000 parameters. privacy=example:
-50 clients, 10 train at a time, 4 steps of 128 blocks on average (from scratch 16 of 32). privacy=client: 200 clients,
-sums of 50 updates of 4 steps of 8 windows, by secret coins or, asynchronously, from a buffer to which each client gives
-8 updates at most. Asynchronous runs are on the virtual clock with log-normal speeds. `public` starts from weights
-trained on the source of Python's standard library, which is no one's secret. The runs without privacy have the same
-clients and tokens, and steps and a learning rate of their own. Learning rates and clips were chosen on seed 0 at
-epsilon 8. Synchronous runs at none, 8 and 2 have three seeds, the others one.
+The text is the State of the Union addresses as bytes, dealt evenly; the model has 33,000
+parameters. privacy=example: 50 clients, 10 train at a time, 4 steps of 128 blocks on average (from
+scratch 16 of 32). privacy=client: 200 clients, sums of 50 updates of 4 steps of 8 windows, by
+secret coins or, asynchronously, from a buffer to which each client gives 8 updates at most.
+Asynchronous runs are on the virtual clock with log-normal speeds. `public` starts from weights
+trained on the source of Python's standard library, which is no one's secret. The runs without
+privacy have the same clients and tokens, and steps and a learning rate of their own. Learning rates
+and clips were chosen on seed 0 at epsilon 8. Synchronous runs at none, 8 and 2 have three seeds,
+the others one.
 """
 
 from __future__ import annotations
@@ -27,9 +30,17 @@ sys.path.insert(0, str(STUDY.parent))
 from common import COLOURS, arguments, run, run_arms, runs_folder, spread, table, write_results  # noqa: E402
 
 MODEL = [
-    "tokenizer=bytes", "model.n_layer=2", "model.n_head=2", "model.n_embd=32", "model.block_size=64",
-    "local.precision=fp32", "evaluate=ends", "evaluate.tokens=16384", "evaluate.samples=0", "checkpoint.every=0",
-]  # fmt: skip
+    "tokenizer=bytes",
+    "model.n_layer=2",
+    "model.n_head=2",
+    "model.n_embd=32",
+    "model.block_size=64",
+    "local.precision=fp32",
+    "evaluate=ends",
+    "evaluate.tokens=16384",
+    "evaluate.samples=0",
+    "checkpoint.every=0",
+]
 PUBLIC = [
     "corpus=stdlib", "partition=iid", "partition.clients=1", "pace.clients=1", "local.steps=100",
     "local.batch_size=64", "local.lr=5e-3", "rounds=15", "seed=0",
@@ -128,10 +139,20 @@ def main() -> None:
     if not chosen.quick:
         draw(figures, STUDY / "figure.png")
         options = {name: [*MODEL, *arm] for name, arm in arms.items()}
-        write_results(STUDY, seeds, {
-            "arms": figures, "public": {"loss_before": runs["example sync public none"][0].summary["initial"]["loss"]},
-            "options": {name: [o for o in of if not o.startswith("init_from")] for name, of in options.items()},
-        })  # fmt: skip
+        write_results(
+            STUDY,
+            seeds,
+            {
+                "arms": figures,
+                "public": {
+                    "loss_before": runs["example sync public none"][0].summary["initial"]["loss"]
+                },
+                "options": {
+                    name: [o for o in of if not o.startswith("init_from")]
+                    for name, of in options.items()
+                },
+            },
+        )
 
 
 def federation(unit: str, pace: str, start: str, epsilon: int | None) -> list[str]:
@@ -169,7 +190,9 @@ def rows(figures: dict) -> list[tuple[str, ...]]:
 
 
 def draw(figures: dict, path: Path) -> None:
-    """Held-out loss against epsilon: a panel for each unit, a line for each pacing and start, with its spread."""
+    """Held-out loss against epsilon: a panel for each unit, a line for each pacing and start, with
+    its spread.
+    """
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     places = {"none": 3, "8": 2, "4": 1, "2": 0}
     for axis, unit in zip(axes, UNITS, strict=True):

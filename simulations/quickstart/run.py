@@ -3,8 +3,9 @@
     python simulations/quickstart/run.py            # three seeds of both sides, about 15 minutes on 2 cores
     python simulations/quickstart/run.py --quick    # a smoke run
 
-Federated: `fedgpt run experiment=demo`. Central twin: one client that holds the same text and trains the same tokens
-in as many steps, with batches as large as those of all sampled clients together.
+Federated: `fedgpt run experiment=demo`. Central twin: one client that holds the same text and
+trains the same tokens in as many steps, with batches as large as those of all sampled clients
+together.
 """
 
 from __future__ import annotations

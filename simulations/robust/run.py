@@ -1,14 +1,15 @@
-"""Which rules withstand clients that lie? Eight rules against three attacks by 2 of 10 clients, and against none.
+"""Which rules withstand clients that lie? Eight rules against three attacks by 2 of 10 clients, and
+against none.
 
     python simulations/robust/run.py            # about 8 minutes on 2 cores
     python simulations/robust/run.py --quick    # a smoke run
 
-All runs are `experiment=fleet` on the real clock with 10 iid clients, all of them in every round, equal tokens, seed 0,
-without the server's own limits on length (validate=off).
-The attackers train as they are asked and send something else: -3 times their update (sign_flip), noise 10 times as
-long (gaussian), or 10 times the update (scale). The rules that need to know the number of attackers are told 2.
-The time of a server step is the median, without an attack, from a round's last update to the new model; FLTrust's
-includes the training of the server's own update.
+All runs are `experiment=fleet` on the real clock with 10 iid clients, all of them in every round,
+equal tokens, seed 0, without the server's own limits on length (validate=off). The attackers train
+as they are asked and send something else: -3 times their update (sign_flip), noise 10 times as long
+(gaussian), or 10 times the update (scale). The rules that need to know the number of attackers are
+told 2. The time of a server step is the median, without an attack, from a round's last update to
+the new model; FLTrust's includes the training of the server's own update.
 """
 
 from __future__ import annotations
@@ -26,9 +27,16 @@ from common import arguments, run_arms, runs_folder, spread, table, write_result
 from dots import draw_dots  # noqa: E402
 
 COMMON = [
-    "experiment=fleet", "clock=real", "fleet=none", "partition.clients=10", "pace.clients=10",
-    "validate=off", "local.steps=5", "tokens=256000",  # 10 rounds of 10 clients x 5 steps x 512 tokens
-]  # fmt: skip
+    "experiment=fleet",
+    "clock=real",
+    "fleet=none",
+    "partition.clients=10",
+    "pace.clients=10",
+    # 10 rounds of 10 clients x 5 steps x 512 tokens
+    "validate=off",
+    "local.steps=5",
+    "tokens=256000",
+]
 QUICK = [
     "tokens=20480",
     "local.steps=2",
@@ -37,9 +45,15 @@ QUICK = [
     "tokenizer=bytes",
 ]
 RULES = {
-    "fedavg": [], "median": [], "trimmed_mean": ["strategy.trim=2"], "krum": ["strategy.attackers=2"],
-    "geometric_median": [], "norm_clip": [], "centred_clip": [], "fltrust": [],
-}  # fmt: skip
+    "fedavg": [],
+    "median": [],
+    "trimmed_mean": ["strategy.trim=2"],
+    "krum": ["strategy.attackers=2"],
+    "geometric_median": [],
+    "norm_clip": [],
+    "centred_clip": [],
+    "fltrust": [],
+}
 ATTACKS = {
     "none": ["attack=none"],
     "sign_flip": ["attack=sign_flip", "attack.clients=2", "attack.strength=3"],
@@ -78,11 +92,20 @@ def main() -> None:
         losses, "held-out loss (nats a token)", (folder if chosen.quick else STUDY) / "figure.png"
     )
     if not chosen.quick:
-        write_results(STUDY, [0], {
-            "loss": {a: {rule: of["mean"] for rule, of in by_rule.items()} for a, by_rule in losses.items()},
-            "loss_at_start": runs["fedavg, none"].summary["initial"]["loss"], "step_seconds": seconds,
-            "rejected": rejected, "options": {name: [*common, *arm] for name, arm in arms.items()},
-        })  # fmt: skip
+        write_results(
+            STUDY,
+            [0],
+            {
+                "loss": {
+                    a: {rule: of["mean"] for rule, of in by_rule.items()}
+                    for a, by_rule in losses.items()
+                },
+                "loss_at_start": runs["fedavg, none"].summary["initial"]["loss"],
+                "step_seconds": seconds,
+                "rejected": rejected,
+                "options": {name: [*common, *arm] for name, arm in arms.items()},
+            },
+        )
 
 
 def step_seconds(one: fedgpt.Run) -> float:

@@ -1,12 +1,14 @@
-"""What does a round of a thousand clients cost? Seconds, tokens a second and the server's memory, from 4 clients up.
+"""What does a round of a thousand clients cost? Seconds, tokens a second and the server's memory,
+from 4 clients up.
 
     python simulations/scaling/run.py            # about 2 minutes on 2 cores
     python simulations/scaling/run.py --quick    # a smoke run
 
-All runs are `experiment=fleet` on the real clock: 1,000 iid clients, of which 4 to 1,000 are in each of 3 rounds, every
-one with 2 steps of 256 tokens from fresh moments. Runs follow each other, on one worker per core. Seconds a round are
-the mean of the rounds after the first, which also starts the workers. The server's memory is the kernel's peak of the
-resident set (VmHWM) of the process that holds the server, from its start to its end; this needs Linux.
+All runs are `experiment=fleet` on the real clock: 1,000 iid clients, of which 4 to 1,000 are in
+each of 3 rounds, every one with 2 steps of 256 tokens from fresh moments. Runs follow each other,
+on one worker per core. Seconds a round are the mean of the rounds after the first, which also
+starts the workers. The server's memory is the kernel's peak of the resident set (VmHWM) of the
+process that holds the server, from its start to its end; this needs Linux.
 """
 
 from __future__ import annotations
@@ -27,15 +29,27 @@ sys.path.insert(0, str(STUDY.parent))
 from common import COLOURS, arguments, run, runs_folder, table, write_results  # noqa: E402
 
 COMMON = [
-    "experiment=fleet", "clock=real", "fleet=none", "partition.clients=1000", "partition.piece=512",
-    "local=reset", "local.steps=2", "local.batch_size=4", "tokens=0", "rounds=3", "evaluate.every=0",
-]  # fmt: skip
+    "experiment=fleet",
+    "clock=real",
+    "fleet=none",
+    "partition.clients=1000",
+    "partition.piece=512",
+    "local=reset",
+    "local.steps=2",
+    "local.batch_size=4",
+    "tokens=0",
+    "rounds=3",
+    "evaluate.every=0",
+]
 QUICK = ["partition.clients=16", "rounds=2", "evaluate.tokens=2048", "tokenizer=bytes"]
 CLIENTS = (4, 16, 64, 256, 1000)
 FIGURES = {
-    "seconds_a_round": "seconds a round", "tokens_a_second": "tokens a second", "server_peak_bytes": "server peak, MB",
-    "megabytes_up": "MB up", "loss": "held-out loss",
-}  # fmt: skip
+    "seconds_a_round": "seconds a round",
+    "tokens_a_second": "tokens a second",
+    "server_peak_bytes": "server peak, MB",
+    "megabytes_up": "MB up",
+    "loss": "held-out loss",
+}
 
 
 def main() -> None:
@@ -57,7 +71,9 @@ def main() -> None:
 
 
 def measure(folder: Path, clients: int, common: list[str]) -> dict[str, float]:
-    """One run and what the table says of it; its peak is kept beside it, for a study that reuses its runs."""
+    """One run and what the table says of it; its peak is kept beside it, for a study that reuses
+    its runs.
+    """
     here = folder / f"{clients}-clients"
     peak = here / "server_peak_bytes"
     if not peak.exists():

@@ -1,11 +1,13 @@
-"""How do the strategies compare at equal tokens? Seven synchronous rules, six robust, five asynchronous, and auto.
+"""How do the strategies compare at equal tokens? Seven synchronous rules, six robust, five
+asynchronous, and auto.
 
     python simulations/strategies/run.py            # about 15 minutes on 2 cores
     python simulations/strategies/run.py --quick    # a smoke run
 
-All runs are `experiment=fleet`: 4 iid clients of 0.58, 0.75, 1.51 and 3.33 seconds a step on the virtual clock. Every
-rule has its defaults of conf/strategy/, but for the numbers in its name; none is tuned for this setting. Each has
-three seeds. Krum is not here, as it needs five clients at least: simulations/robust has it, and attackers.
+All runs are `experiment=fleet`: 4 iid clients of 0.58, 0.75, 1.51 and 3.33 seconds a step on the
+virtual clock. Every rule has its defaults of conf/strategy/, but for the numbers in its name; none
+is tuned for this setting. Each has three seeds. Krum is not here, as it needs five clients at
+least: simulations/robust has it, and attackers.
 """
 
 from __future__ import annotations
@@ -54,8 +56,11 @@ AUTO = ["strategy=auto"]  # starts with a cohort
 def main() -> None:
     chosen = arguments(__doc__ or "")
     kinds = {
-        "synchronous": SYNCHRONOUS, "robust": ROBUST, "asynchronous": ASYNCHRONOUS, "by the server": {"auto": AUTO},
-    }  # fmt: skip
+        "synchronous": SYNCHRONOUS,
+        "robust": ROBUST,
+        "asynchronous": ASYNCHRONOUS,
+        "by the server": {"auto": AUTO},
+    }
     if chosen.quick:
         kinds = {kind: dict(list(rules.items())[:1]) for kind, rules in kinds.items()}
     seeds = [0] if chosen.quick else [0, 1, 2]

@@ -1,13 +1,15 @@
-"""What does federation cost? Synchronous clients of 10 local steps against a central twin of as many steps.
+"""What does federation cost? Synchronous clients of 10 local steps against a central twin of as
+many steps.
 
     python simulations/twins/run.py            # about 40 minutes on 2 cores
     python simulations/twins/run.py --quick    # a smoke run
 
-k iid clients of equal speed (`experiment=fleet` without its fleet) train in 128 rounds of 10 steps of 512 tokens each;
-the twin is one client with all text, the same number of steps (1,280) and k times the batch, so the same tokens. Both
-sides are tuned on seed 0: rules and learning rates for four clients, the learning rate for the twin; eight clients
-try the two best settings of four, on either side. The best of each side then has three seeds. `cost` is the mean
-held-out loss of the best synchronous setting over the twin's, less one.
+k iid clients of equal speed (`experiment=fleet` without its fleet) train in 128 rounds of 10 steps
+of 512 tokens each; the twin is one client with all text, the same number of steps (1,280) and k
+times the batch, so the same tokens. Both sides are tuned on seed 0: rules and learning rates for
+four clients, the learning rate for the twin; eight clients try the two best settings of four, on
+either side. The best of each side then has three seeds. `cost` is the mean held-out loss of the
+best synchronous setting over the twin's, less one.
 """
 
 from __future__ import annotations
@@ -29,10 +31,17 @@ RULES = {"fedavg": ["strategy=fedavg"]} | {
     for eta, mu in ((1.0, 0.3), (1.0, 0.5), (0.7, 0.6), (0.6, 0.8))
 }
 GRID = [
-    *(("fedavg", lr) for lr in (3e-3, 6e-3, 9e-3, 1.2e-2, 1.6e-2)), ("diloco 1.0/0.3", 6e-3), ("diloco 1.0/0.3", 8e-3),
-    ("diloco 1.0/0.5", 4.5e-3), ("diloco 1.0/0.5", 6e-3), ("diloco 0.7/0.6", 6e-3), ("diloco 0.7/0.6", 9e-3),
-    ("diloco 0.7/0.6", 1.2e-2), ("diloco 0.6/0.8", 6e-3), ("diloco 0.6/0.8", 9e-3),
-]  # fmt: skip
+    *(("fedavg", lr) for lr in (3e-3, 6e-3, 9e-3, 1.2e-2, 1.6e-2)),
+    ("diloco 1.0/0.3", 6e-3),
+    ("diloco 1.0/0.3", 8e-3),
+    ("diloco 1.0/0.5", 4.5e-3),
+    ("diloco 1.0/0.5", 6e-3),
+    ("diloco 0.7/0.6", 6e-3),
+    ("diloco 0.7/0.6", 9e-3),
+    ("diloco 0.7/0.6", 1.2e-2),
+    ("diloco 0.6/0.8", 6e-3),
+    ("diloco 0.6/0.8", 9e-3),
+]
 TWIN = [("twin", lr) for lr in (3e-3, 4.5e-3, 6e-3, 9e-3, 1.2e-2, 1.6e-2)]
 Setting = tuple[str, float]  # (rule, learning rate)
 

@@ -1,4 +1,6 @@
-"""Numbers of the rules of pace=buffer: identities, hand values, and why momentum must not act on every arrival."""
+"""Numbers of the rules of pace=buffer: identities, hand values, and why momentum must not act on
+every arrival.
+"""
 
 from __future__ import annotations
 
@@ -253,9 +255,11 @@ def test_nesterov_on_every_arrival_moves_far_more_than_on_the_mean(k, far):
 
 
 def asynchronous(rule, rounds=100, k=4):
-    """Distance from the optimum after `rounds` arrivals of each of k clients, all with the loss |x|^2 / 2, in turn.
+    """Distance from the optimum after `rounds` arrivals of each of k clients, all with the loss
+    |x|^2 / 2, in turn.
 
-    A client's D is 0.2 x for the x that it downloaded k - 1 arrivals ago: local steps that go a fifth of the way.
+    A client's D is 0.2 x for the x that it downloaded k - 1 arrivals ago: local steps that go a
+    fifth of the way.
     """
     state, divisor = ServerState(np.ones(1)), rule.divisor([1.0], Pacing("buffer", k, 1))
     bases = [state.params] * k

@@ -1,6 +1,8 @@
-"""Ten clients, some of them attackers who know what the honest ones send and agree on what they send themselves.
+"""Ten clients, some of them attackers who know what the honest ones send and agree on what they
+send themselves.
 
-Robust rules stay near the honest mean where the mean does not; with too many attackers each breaks in its own way.
+Robust rules stay near the honest mean where the mean does not; with too many attackers each breaks
+in its own way.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ from fedgpt.aggregate.trimmed_mean import TrimmedMean
 from fedgpt.core.messages import Update
 
 SIZE, CLIENTS = 2000, 10
-ATTACKS = {  # (honest updates, own generator) -> what an attacker sends; mean and spread are the honest ones'
+# (honest updates, own generator) -> what an attacker sends; mean and spread are the honest ones'
+ATTACKS = {
     "sign flip x3": lambda honest, rng: -3 * honest[0],
     "x100": lambda honest, rng: 100 * honest[0],
     "gaussian x100": lambda honest, rng: rng.standard_normal(SIZE),
@@ -31,7 +34,9 @@ every_attack = pytest.mark.parametrize("attack", ATTACKS)
 
 
 def rules(bad: int) -> list:
-    """Every robust rule, told of `bad` attackers where it asks, or of as many as ten clients allow (Krum: 3)."""
+    """Every robust rule, told of `bad` attackers where it asks, or of as many as ten clients allow
+    (Krum: 3).
+    """
     told = [TrimmedMean(trim=bad), Krum(attackers=min(bad, 3))]
     return [Median(), *told, GeometricMedian(), NormClip(), CentredClip(), FLTrust()]
 
@@ -81,7 +86,9 @@ def test_two_attackers_of_ten_hardly_move_a_robust_rule(rule, attack):
     [("sign flip x3", 0.8), ("x100", 20), ("gaussian x100", 10), ("IPM 0.5", 0.29), ("IPM 10", 2)],
 )
 def test_they_do_move_the_mean(attack, least):
-    """Otherwise the test above would say nothing. ALIE hides within the spread: in one step it moves nobody far."""
+    """Otherwise the test above would say nothing. ALIE hides within the spread: in one step it
+    moves nobody far.
+    """
     rows, honest, _ = cohort(2, attack)
     assert distance(rows.mean(axis=0), honest) >= least
 
@@ -91,7 +98,9 @@ def test_they_do_move_the_mean(attack, least):
     "rule", [r for r in rules(4) if r.name != "krum"], ids=lambda rule: rule.name
 )
 def test_four_of_ten_shorten_a_step_and_turn_it_but_never_against_the_honest_mean(rule, attack):
-    """Short of half of the clients: the step keeps its direction, more or less, and is off by one length at most."""
+    """Short of half of the clients: the step keeps its direction, more or less, and is off by one
+    length at most.
+    """
     rows, honest, root = cohort(4, attack)
     d = d_of(rule, rows, root)
     assert direction(d, honest) >= 0.45 and distance(d, honest) <= 1.0
@@ -107,7 +116,9 @@ def test_fltrust_does_not_mind_how_many_they_are(attack):
 
 
 def test_krum_breaks_with_one_attacker_more_than_it_is_told_of():
-    """Four who send the same are each other's nearest: Krum, which ten clients allow to expect three, keeps them."""
+    """Four who send the same are each other's nearest: Krum, which ten clients allow to expect
+    three, keeps them.
+    """
     rows, honest, root = cohort(4, "IPM 10")
     assert direction(d_of(Krum(attackers=3), rows, root), honest) < -0.9
     rows, honest, root = cohort(3, "IPM 10")
@@ -125,7 +136,9 @@ def test_half_of_the_clients_are_the_end_of_rules_that_compare(rule):
 @pytest.mark.parametrize("rule", rules(2), ids=lambda rule: rule.name)
 @pytest.mark.parametrize("offset", [0.0, 0.01, 0.03, 0.1])
 def test_without_attackers_clients_that_differ_cost_a_bounded_distance(rule, offset):
-    """Honest means spread up to ten times as wide as their common part: D stays among the clients, near their mean."""
+    """Honest means spread up to ten times as wide as their common part: D stays among the clients,
+    near their mean.
+    """
     rows, honest, root = cohort(0, "x100", offset)
     d = d_of(rule, rows, root)
     spread = np.linalg.norm(honest - honest.mean(axis=0), axis=1).mean()

@@ -60,7 +60,9 @@ def test_resolution_is_what_the_docstring_says_and_nothing_can_overflow(bound, c
 
 
 def test_resolution_is_far_below_float32_at_the_size_of_the_weights():
-    """A thousand clients of the small model, the loosest bound there is: ten times the length of its weights."""
+    """A thousand clients of the small model, the loosest bound there is: ten times the length of
+    its weights.
+    """
     total = ExactSum(1, bound=360.0, count=1000, max_weight=5120.0)
     assert total.resolution / 5120 < np.spacing(np.float32(0.02)) / 10
 
@@ -180,7 +182,9 @@ def test_all_24_orders_of_four_replies_are_one_digest():
 
 
 def test_cores_that_share_a_long_vector_find_the_bits_of_one(monkeypatch):
-    """Also where an element that is too large lies in the last part only: then nothing has changed in the others."""
+    """Also where an element that is too large lies in the last part only: then nothing has changed
+    in the others.
+    """
     size = parallel.ALONE + 12_345
     rng = np.random.default_rng(1)
     deltas = [rng.standard_normal(size).astype(np.float32) for _ in range(3)]

@@ -1,4 +1,6 @@
-"""Robust rules: slow references in plain Python, identities, hand values and defects seen elsewhere."""
+"""Robust rules: slow references in plain Python, identities, hand values and defects seen
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -277,14 +279,18 @@ def test_krum_by_hand():
 
 
 def test_krum_keeps_no_attacker_where_a_client_has_failed():
-    """Eight were asked, seven have answered, two of them lie: to keep six would be to keep one that lies."""
+    """Eight were asked, seven have answered, two of them lie: to keep six would be to keep one that
+    lies.
+    """
     rows = [[1.0], [1.1], [0.9], [1.2], [0.8], [-100.0], [-100.0]]
     assert list(Krum(attackers=2, keep=6).problems(Pacing("cohort", 8, 8))) == []
     assert combined(Krum(attackers=2, keep=6), rows)[0] == pytest.approx(1.0)
 
 
 def test_krum_measures_small_updates_of_large_models():
-    """By norm expansion on float32 weights (||w|| = 20, ||D|| = 0.01) distances are off by hundreds of percent."""
+    """By norm expansion on float32 weights (||w|| = 20, ||D|| = 0.01) distances are off by hundreds
+    of percent.
+    """
     rng = np.random.default_rng(0)
     size, n = 10_000, 7
     weights = rng.standard_normal(size)

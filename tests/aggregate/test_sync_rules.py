@@ -1,4 +1,6 @@
-"""Numbers of the rules of pace=cohort that average: torch.optim, hand values, identities (the strategies note)."""
+"""Numbers of the rules of pace=cohort that average: torch.optim, hand values, identities (the
+strategies note).
+"""
 
 from __future__ import annotations
 
@@ -34,12 +36,10 @@ def test_equals_torch_sgd(strategy, optimizer):
 
 
 def test_fedadam_equals_torch_adam_but_for_the_bias_correction():
-    ds, eta, tau, state = (
-        setup_e(),
-        0.1,
-        1e-3,
-        ServerState(np.zeros(5), memory={"second_moment": np.zeros(5)}),
-    )
+    ds = setup_e()
+    eta = 0.1
+    tau = 1e-3
+    state = ServerState(np.zeros(5), memory={"second_moment": np.zeros(5)})
     history = []
     for t, d in enumerate(ds, 1):  # Adam's correction, put into eta and tau
         root = (1 - 0.99**t) ** 0.5

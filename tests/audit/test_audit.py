@@ -84,7 +84,9 @@ def test_a_right_client_passes(engine):
     ids=["no noise", "a quarter", "no clip"],
 )
 def test_a_broken_client_does_not(broken):
-    """The noise is fresh: one audit of a quarter of it in fifteen sees too little, four of four do not."""
+    """The noise is fresh: one audit of a quarter of it in fifteen sees too little, four of four do
+    not.
+    """
     o, plan = tiny()
     with broken():
         assert not all(audit_example(o, VOCAB, plan, seed).holds for seed in range(4))

@@ -1,4 +1,6 @@
-"""Clients that lie: what they send, that it repeats, who does, and that the server hears them out."""
+"""Clients that lie: what they send, that it repeats, who does, and that the server hears them
+out.
+"""
 
 from __future__ import annotations
 
@@ -58,12 +60,25 @@ def train(tmp_path):
         (tmp_path / "text" / f"{name}.txt").write_text(f"{name} saw the river rise again. " * 200)
 
     def update(index: int, *overrides: str) -> Update:
-        options = compose.load([
-            "corpus=files", f"corpus.path={tmp_path / 'text'}", f"cache_dir={tmp_path / 'cache'}", "tokenizer=bytes",
-            "partition=iid", "partition.clients=3", "partition.piece=64", "model.n_layer=1", "model.n_head=2",
-            "model.n_embd=16", "model.block_size=16", f"local.steps={STEPS}", "local.batch_size=4", "local=reset",
-            *overrides,
-        ])  # fmt: skip
+        options = compose.load(
+            [
+                "corpus=files",
+                f"corpus.path={tmp_path / 'text'}",
+                f"cache_dir={tmp_path / 'cache'}",
+                "tokenizer=bytes",
+                "partition=iid",
+                "partition.clients=3",
+                "partition.piece=64",
+                "model.n_layer=1",
+                "model.n_head=2",
+                "model.n_embd=16",
+                "model.block_size=16",
+                f"local.steps={STEPS}",
+                "local.batch_size=4",
+                "local=reset",
+                *overrides,
+            ]
+        )
         work = ClientWork(options, str(tmp_path / "clients"))
         params = flatten(GPT(options.model, 257))[1].numpy()
         job = Job(

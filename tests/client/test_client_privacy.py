@@ -1,4 +1,6 @@
-"""The client's own side: it pays before it trains, once for one job, and refuses what its options do not allow."""
+"""The client's own side: it pays before it trains, once for one job, and refuses what its options
+do not allow.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +34,14 @@ def options(unit: str = "example", **privacy) -> RunOptions:
 def job(o: RunOptions, number: int = 0, **plan) -> Job:
     planned = make_plan(o, [TOKENS.size])
     told = {
-        "noise_multiplier": planned.noise_multiplier, "participations": planned.participations,
-        "delta": planned.delta, "state": number - 1, "tokens_done": 0, "tokens_per_step": 64, **plan,
-    }  # fmt: skip
+        "noise_multiplier": planned.noise_multiplier,
+        "participations": planned.participations,
+        "delta": planned.delta,
+        "state": number - 1,
+        "tokens_done": 0,
+        "tokens_per_step": 64,
+        **plan,
+    }
     params = np.full(10, number, np.float32)
     return Job(
         "alice", number, number, params, Plan("run", o.local.steps, tokens_total=1000, **told)

@@ -1,4 +1,6 @@
-"""A client's job that hangs ends its process, with a stack that says where; one that is slow on purpose does not."""
+"""A client's job that hangs ends its process, with a stack that says where; one that is slow on
+purpose does not.
+"""
 
 from __future__ import annotations
 

@@ -371,9 +371,29 @@ def test_configuration_never_imports_torch():
 
 LEAVES = sorted(compose._flat(OmegaConf.structured(RunOptions)))
 ODD = [
-    "null", "true", "-1", "0", "1e999", "nan", "-inf", "1.5", "[]", "[1,2]", "{a:1}", "x", "'", "${seed}", "${no}",
-    "99999999999999999999", "../..", "\\0", "a=b", "[[[", "{", "é",
-]  # fmt: skip
+    "null",
+    "true",
+    "-1",
+    "0",
+    "1e999",
+    "nan",
+    "-inf",
+    "1.5",
+    "[]",
+    "[1,2]",
+    "{a:1}",
+    "x",
+    "'",
+    "${seed}",
+    "${no}",
+    "99999999999999999999",
+    "../..",
+    "\\0",
+    "a=b",
+    "[[[",
+    "{",
+    "é",
+]
 texts = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=12)
 
 

@@ -1,4 +1,6 @@
-"""What is typed: values told as typed with what is allowed, each mistake once, and paths without quotes of quotes."""
+"""What is typed: values told as typed with what is allowed, each mistake once, and paths without
+quotes of quotes.
+"""
 
 from __future__ import annotations
 

@@ -74,7 +74,8 @@ def test_writing_the_vector_changes_what_the_module_computes():
     model = Small(width=1)
     _, vector = flatten(model)
     np.copyto(vector.numpy(), np.array([1, 2, 3, 4, 5, 10, 0, 0, 0, 0, 100], np.float32))
-    # the embedding of token 1 is 2, times the scale 10, times each row of the tied head, plus the last bias
+    # the embedding of token 1 is 2, times the scale 10, times each row of the tied head, plus the
+    # last bias
     assert model(torch.tensor([1])).tolist() == [[20.0, 40.0, 60.0, 80.0, 200.0]]
 
 

@@ -90,7 +90,9 @@ def test_every_token_once_and_enough_for_each_or_an_error(prepared, options, see
 
 @pytest.fixture
 def ten():
-    """Ten documents of 100 tokens in the clients' part, owned by a (4), b (3), c (2), d (1); two others between."""
+    """Ten documents of 100 tokens in the clients' part, owned by a (4), b (3), c (2), d (1); two
+    others between.
+    """
     parts = [CLIENTS] * 3 + [PUBLIC] + [CLIENTS] * 4 + [HELD_OUT] + [CLIENTS] * 3
     owners = [0, 0, 0, 5, 0, 1, 1, 1, 5, 2, 2, 3]
     return corpus([100] * 12, owners, [0, 1] * 6, parts)

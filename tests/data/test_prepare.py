@@ -191,8 +191,10 @@ def test_two_processes_at_once_give_one_cache(corpus, tmp_path):
         "from fedgpt.core.options import CorpusOptions, TokenizerOptions\n"
         "from fedgpt.data.prepare import prepare\n"
         "sys.stdin.readline()\n"  # both are imported before either starts
-        f"corpus = CorpusOptions(name='files', client='folder', path={corpus.path!r}, public=0.2, held_out=0.2)\n"
-        f"prepared = prepare(corpus, TokenizerOptions(vocab_size=300), {str(tmp_path / 'cache')!r})\n"
+        f"corpus = CorpusOptions(name='files', client='folder', path={corpus.path!r}, public=0.2,"
+        " held_out=0.2)\n"
+        "prepared = prepare(corpus, TokenizerOptions(vocab_size=300),"
+        f" {str(tmp_path / 'cache')!r})\n"
         "print(prepared.folder, prepared.tokens.sum())\n"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(fedgpt.__file__).parents[1])}

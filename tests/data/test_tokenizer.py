@@ -18,8 +18,14 @@ from fedgpt.data.tokenizer import (
     tokenizer_problems,
 )
 
-CHINESE = "山下有一条小河。河边住着一位做灯笼的人,他做的灯笼又轻又亮。\n\n每到冬天,他就把灯笼挂满整条街。\n"
-ENGLISH = "The lamp maker lives by the river. In winter he hangs lamps along the street,\n    and nobody is lost.\n\n"
+CHINESE = (
+    "山下有一条小河。河边住着一位做灯笼的人,他做的灯笼又轻又亮。"
+    "\n\n每到冬天,他就把灯笼挂满整条街。\n"
+)
+ENGLISH = (
+    "The lamp maker lives by the river. In winter he hangs lamps along the street,\n    and nobody"
+    " is lost.\n\n"
+)
 TEXTS = [CHINESE * 20, ENGLISH * 60]
 BPE = TokenizerOptions(name="bpe", vocab_size=400)
 KINDS = {

@@ -33,7 +33,9 @@ def parameters(vocab: int, seed: int = 5, scale: float = 10.0) -> tuple[GPT, np.
 
 
 def slow_nats(model: GPT, tokens: np.ndarray) -> list[float]:
-    """Minus log probability of tokens[1:], each from the tokens before it in its window, in float64."""
+    """Minus log probability of tokens[1:], each from the tokens before it in its window, in
+    float64.
+    """
     model = model.double()
     nats = []
     with torch.no_grad():
@@ -60,7 +62,9 @@ DOCUMENTS = (TEXT + TEXT, TEXT[21:] + TEXT)
 
 @pytest.fixture(scope="module")
 def tokens(tokenizer) -> np.ndarray:
-    """Two documents, each with its end token, of a length that leaves the last window part empty."""
+    """Two documents, each with its end token, of a length that leaves the last window part
+    empty.
+    """
     stream = [token for text in DOCUMENTS for token in (*tokenizer.encode(text), tokenizer.end)]
     assert (len(stream) - 1) % BLOCK
     return np.array(stream, dtype=np.uint16)
@@ -93,7 +97,9 @@ def test_bits_per_byte_divide_by_the_bytes_of_the_text(tokenizer, tokens):
 
 
 def test_bits_per_byte_of_three_bytes_by_hand():
-    """Uniform over 257 ids: ab<end> has two targets, b and the end, of which only b is a byte of text."""
+    """Uniform over 257 ids: ab<end> has two targets, b and the end, of which only b is a byte of
+    text.
+    """
     tokenizer = make_tokenizer(TokenizerOptions(name="bytes"), [])
     held_out = HeldOut(MODEL, np.array([97, 98, 256]), tokenizer.token_bytes, FP32)
     assert (held_out.tokens, held_out.bytes) == (2, 1)

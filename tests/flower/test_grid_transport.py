@@ -1,4 +1,6 @@
-"""The transport over a grid that answers as it is told: jobs of processes that die are done again, others are not."""
+"""The transport over a grid that answers as it is told: jobs of processes that die are done again,
+others are not.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ DIED, RAISED = ErrorCode.CLIENT_APP_CRASHED, ErrorCode.CLIENT_APP_RAISED_EXCEPTI
 
 
 class Grid:
-    """Answers the messages to a node with its list of error codes, then with what a client sends."""
+    """Answers the messages to a node with its list of error codes, then with what a client
+    sends.
+    """
 
     def __init__(self, codes: dict[int, list[int]]):
         self.codes, self.numbers = codes, itertools.count()
@@ -111,7 +115,9 @@ def test_the_clock_goes_on_from_where_the_run_stood():
 
 
 class Broken(Grid):
-    """Flower cannot read the answers to these nodes, and raises; other answers are taken from where they lie."""
+    """Flower cannot read the answers to these nodes, and raises; other answers are taken from where
+    they lie.
+    """
 
     def __init__(self, nodes: set[int], raised: Exception):
         super().__init__({})
@@ -225,7 +231,9 @@ def test_a_file_ends_every_wait(tmp_path):
 
 
 def test_a_wall_clock_that_jumps_moves_no_deadline(monkeypatch):
-    """By an hour at each look: waits are as long as asked for, and the run's clock goes on evenly."""
+    """By an hour at each look: waits are as long as asked for, and the run's clock goes on
+    evenly.
+    """
     real, jumps = time.time, itertools.count()
     monkeypatch.setattr(time, "time", lambda: real() + 3600 * next(jumps))
     made, _ = transport({})

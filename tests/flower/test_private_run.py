@@ -1,4 +1,6 @@
-"""Whole private runs in this process, and the commands around them: what a user reads, and what is left on the disk."""
+"""Whole private runs in this process, and the commands around them: what a user reads, and what is
+left on the disk.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,22 @@ from fedgpt.storage.run_folder import read_lines
 
 COINS = ["privacy=client", "pace.rate=0.5", "pace.clients=0"]
 BUFFER = [
-    "privacy=client", "pace=buffer", "strategy=fedbuff", "pace.clients=2", "pace.goal=2", "privacy.participations=3"
-]  # fmt: skip
+    "privacy=client",
+    "pace=buffer",
+    "strategy=fedbuff",
+    "pace.clients=2",
+    "pace.goal=2",
+    "privacy.participations=3",
+]
 FIXED = ["privacy=client", "pace.clients=2"]
 CHOICES = {
-    "example": ["privacy=example"], "opacus": ["privacy=example", "privacy.engine=opacus"], "coins": COINS,
-    "fixed": FIXED, "buffer": BUFFER, "local": ["privacy=local"],
-}  # fmt: skip
+    "example": ["privacy=example"],
+    "opacus": ["privacy=example", "privacy.engine=opacus"],
+    "coins": COINS,
+    "fixed": FIXED,
+    "buffer": BUFFER,
+    "local": ["privacy=local"],
+}
 
 
 @pytest.fixture

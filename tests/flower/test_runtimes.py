@@ -19,10 +19,23 @@ from fedgpt.storage.run_folder import read_lines
 
 REPOSITORY = Path(__file__).parent.parent.parent
 SMALL = [
-    "corpus=stdlib", "tokenizer=bytes", "partition=iid", "partition.clients=2", "model.n_layer=1", "model.n_embd=32",
-    "model.n_head=2", "model.block_size=32", "rounds=3", "local.steps=3", "pace.clients=2", "strategy=fedadam",
-    "runtime.threads=1", "local.precision=fp32", "evaluate.tokens=2048", "seed=11",
-]  # fmt: skip
+    "corpus=stdlib",
+    "tokenizer=bytes",
+    "partition=iid",
+    "partition.clients=2",
+    "model.n_layer=1",
+    "model.n_embd=32",
+    "model.n_head=2",
+    "model.block_size=32",
+    "rounds=3",
+    "local.steps=3",
+    "pace.clients=2",
+    "strategy=fedadam",
+    "runtime.threads=1",
+    "local.precision=fp32",
+    "evaluate.tokens=2048",
+    "seed=11",
+]
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="pip install '.[ray]'"
 )
@@ -114,7 +127,9 @@ def test_asynchronous_runs(runtime, tmp_path, env, virtual_pool):
 
 @needs_ray
 def test_flowers_own_command_from_the_repository(tmp_path, env, pool):
-    """`flwr run . -c 'overrides="..."'`: Flower bundles the app and composes the configuration on the server."""
+    """`flwr run . -c 'overrides="..."'`: Flower bundles the app and composes the configuration on
+    the server.
+    """
     folder = tmp_path / "run"
     env = {
         **env,
@@ -123,9 +138,16 @@ def test_flowers_own_command_from_the_repository(tmp_path, env, pool):
     }
     overrides = " ".join([*SMALL, f"run_dir={folder}"])
     command = [
-        "flwr", "run", str(REPOSITORY), "local", "--run-config", f'overrides="{overrides}"', "--stream",
-        "--federation-config", "num-supernodes=2 client-resources-num-cpus=1 init-args-num-cpus=2",
-    ]  # fmt: skip
+        "flwr",
+        "run",
+        str(REPOSITORY),
+        "local",
+        "--run-config",
+        f'overrides="{overrides}"',
+        "--stream",
+        "--federation-config",
+        "num-supernodes=2 client-resources-num-cpus=1 init-args-num-cpus=2",
+    ]
     try:
         done = subprocess.run(
             command, env=env, capture_output=True, text=True, timeout=400, check=False
@@ -239,7 +261,9 @@ def test_a_client_that_fails_on_a_supernode_is_told_and_the_run_says_why_it_stop
 
 
 def children_of_flower(env: dict[str, str]) -> list[int]:
-    """Live processes of Flower's tools that were started, however indirectly, with this environment."""
+    """Live processes of Flower's tools that were started, however indirectly, with this
+    environment.
+    """
     mark = f"FEDGPT_TEST_MARK={env['FEDGPT_TEST_MARK']}".encode()
     found = []
     for path in Path("/proc").glob("[0-9]*"):

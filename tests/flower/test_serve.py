@@ -156,7 +156,9 @@ def test_the_model_that_a_run_began_with_is_freed_once_nobody_trains_on_it(
 def test_a_log_that_leads_to_a_crash_is_given_up_with_its_checkpoint(
     tmp_path, options, monkeypatch, caplog
 ):
-    """Told again, it would lead there again: the clients are asked instead, and the run comes to its end."""
+    """Told again, it would lead there again: the clients are asked instead, and the run comes to
+    its end.
+    """
     options = [
         *options,
         "pace=buffer",

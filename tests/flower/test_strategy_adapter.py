@@ -1,4 +1,6 @@
-"""Each stock strategy inside our loop gives the bits it gives when called by hand on the same replies."""
+"""Each stock strategy inside our loop gives the bits it gives when called by hand on the same
+replies.
+"""
 
 import gc
 import logging
@@ -176,10 +178,8 @@ def test_a_skipped_round_is_told(caplog):
 
 
 def test_few_clients_do_not_wait_for_more():
-    strategy, state = (
-        FlowerStrategy(stock.FedAvg(min_available_nodes=50, min_train_nodes=40)),
-        start(),
-    )
+    strategy = FlowerStrategy(stock.FedAvg(min_available_nodes=50, min_train_nodes=40))
+    state = start()
     update = cohort(0)[0]
     new = strategy.step(strategy.combine([update], state), state)
     np.testing.assert_allclose(new.params, state.params - update.delta, rtol=0, atol=1e-8)

@@ -1,8 +1,10 @@
-"""Coverage-guided fuzzing of what a restart reads: checkpoints and the log; needs `pip install atheris`.
+"""Coverage-guided fuzzing of what a restart reads: checkpoints and the log; needs `pip install
+atheris`.
 
     PYTHONPATH=tests python tests/fuzz/fuzz_checkpoint.py -max_total_time=60
 
-The digest of a checkpoint is made to fit, so that its reader sees the damage; what is read must be whole or refused.
+The digest of a checkpoint is made to fit, so that its reader sees the damage; what is read must be
+whole or refused.
 """
 
 from __future__ import annotations

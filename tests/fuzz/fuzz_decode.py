@@ -1,4 +1,5 @@
-"""Coverage-guided fuzzing of the door into aggregation; needs `pip install atheris`, which the tests do not.
+"""Coverage-guided fuzzing of the door into aggregation; needs `pip install atheris`, which the
+tests do not.
 
 PYTHONPATH=tests python tests/fuzz/fuzz_decode.py -max_total_time=60
 """

@@ -1,4 +1,6 @@
-"""Both engines of per-example gradients against torch.func and each other, over model variants; and what is refused."""
+"""Both engines of per-example gradients against torch.func and each other, over model variants; and
+what is refused.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,13 @@ from fedgpt.privacy.randomness import SecureStream
 
 VOCAB, TIME, BATCH = 64, 16, 7
 VARIANTS = {
-    "default": {}, "untied": {"tie": False}, "rmsnorm": {"norm": "rmsnorm"}, "no bias": {"bias": False},
+    "default": {},
+    "untied": {"tie": False},
+    "rmsnorm": {"norm": "rmsnorm"},
+    "no bias": {"bias": False},
     "rotary": {"positions": "rotary"},
     "rmsnorm untied rotary": {"norm": "rmsnorm", "tie": False, "positions": "rotary"},
-}  # fmt: skip
+}
 pytestmark = pytest.mark.filterwarnings(
     "ignore::UserWarning"
 )  # torch.func's about speed, hooks' about embeddings

@@ -1,4 +1,6 @@
-"""A step of DP-SGD: how far a block moves it, its noise, and a table of broken builds that must not pass."""
+"""A step of DP-SGD: how far a block moves it, its noise, and a table of broken builds that must not
+pass.
+"""
 
 from __future__ import annotations
 
@@ -33,16 +35,16 @@ class Chosen(SecureStream):
 
 
 class Step:
-    """The private gradient of a tiny model on random blocks, as the sum that its noise is made for."""
+    """The private gradient of a tiny model on random blocks, as the sum that its noise is made
+    for.
+    """
 
     def __init__(self):
         torch.manual_seed(0)
         model = GPT(ModelOptions(n_layer=1, n_head=1, n_embd=16, block_size=TIME), VOCAB)
         layout, vector = flatten(model)
-        self.gradient, self.grad = (
-            PrivateGradient(model, layout, "bookkeeping", 8),
-            torch.zeros_like(vector),
-        )
+        self.gradient = PrivateGradient(model, layout, "bookkeeping", 8)
+        self.grad = torch.zeros_like(vector)
         tokens = np.random.default_rng(0).integers(VOCAB, size=COUNT * (TIME + 1))
         self.blocks = Blocks(tokens, TIME)
 
@@ -55,7 +57,9 @@ class Step:
 
 
 def bounded_reach() -> bool:
-    """T1: one block more moves the sum by the clip, and no further, whoever else is in the batch."""
+    """T1: one block more moves the sum by the clip, and no further, whoever else is in the
+    batch.
+    """
     step = Step()
     reach = [
         float(np.linalg.norm(step.sum([*others, victim]) - step.sum(others)))

@@ -44,7 +44,9 @@ def torch_clip(module: GPT, limit: float) -> None:
 
 
 def flat_clip(module: GPT, limit: float) -> None:
-    """The trainer's way: one norm over all gradients in a row, whose sum torch rounds otherwise, tensor by tensor."""
+    """The trainer's way: one norm over all gradients in a row, whose sum torch rounds otherwise,
+    tensor by tensor.
+    """
     grads = dict(module.named_parameters())
     flat = torch.cat([grads[name].grad.reshape(-1) for name in FlatParams.of(module).names])
     for parameter in grads.values():
@@ -115,7 +117,9 @@ def test_a_client_with_all_text_ends_with_the_bits_of_plain_training():
     "changes", [{}, {"accumulate": 3, "grad_clip": 0.3}], ids=["defaults", "accumulate"]
 )
 def test_so_it_does_with_the_default_clipping_and_with_accumulation(changes):
-    """Bit for bit, where the plain loop adds up in the same order; torch's own order is the next test."""
+    """Bit for bit, where the plain loop adds up in the same order; torch's own order is the next
+    test.
+    """
     o = LocalOptions(steps=30, batch_size=4, **changes)
     per_step = 64 * o.accumulate
     whole = plan(steps=30, per_step=per_step, total=30 * per_step)
@@ -137,7 +141,9 @@ def test_so_it_does_with_the_default_clipping_and_with_accumulation(changes):
     "changes", [{"grad_clip": 0.5}, {"accumulate": 3}, {"accumulate": 2, "grad_clip": 0.3}]
 )
 def test_clipping_and_accumulation_are_torchs(changes):
-    """Sums in another order: Adam turns a rounded gradient near zero into a step, so compare the way as a whole."""
+    """Sums in another order: Adam turns a rounded gradient near zero into a step, so compare the
+    way as a whole.
+    """
     o = local(**changes)
     trainer = Trainer(MODEL, VOCAB, o, FP32)
     delta = trainer.train(start(), batches(o), plan(), None).delta
@@ -181,7 +187,9 @@ def test_the_buffers_of_one_client_leave_no_trace_in_the_next():
 
 
 def test_the_proximal_term_is_mu_times_the_way_from_the_start():
-    """One step of FedProx: the gradient at the start has no proximal part; the second step's has."""
+    """One step of FedProx: the gradient at the start has no proximal part; the second step's
+    has.
+    """
     o = local(weight_decay=0.0)
     near = Trainer(MODEL, VOCAB, o, FP32).train(
         start(), batches(o), plan(numbers={"proximal_mu": 1e3}), None

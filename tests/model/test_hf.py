@@ -1,4 +1,6 @@
-"""Folders that transformers reads and writes; the same logits and gradients as its GPT-2 and GPT-NeoX."""
+"""Folders that transformers reads and writes; the same logits and gradients as its GPT-2 and
+GPT-NeoX.
+"""
 
 import json
 

@@ -1,4 +1,6 @@
-"""Opacus' hooks must see every example apart: the model rules of the privacy note, on the model itself."""
+"""Opacus' hooks must see every example apart: the model rules of the privacy note, on the model
+itself.
+"""
 
 import pytest
 import torch
@@ -19,7 +21,8 @@ VARIANTS = {
     },
 }
 
-# torch's own advice on hooks of modules whose inputs need no gradient (token ids); Opacus registers such hooks
+# torch's own advice on hooks of modules whose inputs need no gradient (token ids); Opacus registers
+# such hooks
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Full backward hook is firing when gradients are computed:UserWarning"
 )

@@ -15,7 +15,8 @@ from fedgpt.privacy.accounting import (
     renyi_epsilon,
 )
 
-# z, q, steps, delta -> dp-accounting's PLD and RDP, Opacus' PRV: computed with those libraries alone
+# z, q, steps, delta -> dp-accounting's PLD and RDP, Opacus' PRV: computed with those libraries
+# alone
 ROWS = [
     (1.0, 0.01, 1000, 1e-5, 1.828, 2.101, 1.838),
     (0.8, 0.016, 500, 1e-5, 3.749, 4.386, 3.759),
@@ -54,10 +55,8 @@ def test_dp_accounting_agrees_today_also_for_mixed_events():
     import dp_accounting
     from dp_accounting.pld import PLDAccountant
 
-    events, accountant = (
-        [Event(1.0, 0.05, 40), Event(2.0, 0.1, 30), Event(4.0, 1.0, 2)],
-        PLDAccountant(),
-    )
+    events = [Event(1.0, 0.05, 40), Event(2.0, 0.1, 30), Event(4.0, 1.0, 2)]
+    accountant = PLDAccountant()
     for e in events:
         gaussian = dp_accounting.GaussianDpEvent(e.noise_multiplier)
         accountant.compose(

@@ -1,4 +1,6 @@
-"""Correlated noise: its sensitivity by brute force, its gain as computed elsewhere, its recursion as a matrix."""
+"""Correlated noise: its sensitivity by brute force, its gain as computed elsewhere, its recursion
+as a matrix.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The pictures that explain a run: what they show is what the records say, and every word in them can be read."""
+"""The pictures that explain a run: what they show is what the records say, and every word in them
+can be read.
+"""
 
 from __future__ import annotations
 
@@ -104,7 +106,9 @@ def test_a_job_that_is_sent_again_after_a_restart_is_one_job():
 
 
 def test_a_job_in_the_queue_is_no_work():
-    """Four clients share one worker, a second each: three quarters of the time every one of them is idle."""
+    """Four clients share one worker, a second each: three quarters of the time every one of them is
+    idle.
+    """
     clients = "abcd"
     done = [accept(1.0 + i, client) | {"train_seconds": 1.0} for i, client in enumerate(clients)]
     found = activity([*(dispatch(0.0, client) for client in clients), *done])

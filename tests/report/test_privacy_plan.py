@@ -12,11 +12,9 @@ from fedgpt.model.shape import count_parameters
 from fedgpt.report import privacy_plan
 
 SHARDS, VOCABULARY = [2000] * 200, 257
-EXAMPLE, CLIENT, LOCAL = (
-    ["privacy=example"],
-    ["privacy=client", "pace.clients=50"],
-    ["privacy=local"],
-)
+EXAMPLE = ["privacy=example"]
+CLIENT = ["privacy=client", "pace.clients=50"]
+LOCAL = ["privacy=local"]
 
 
 @pytest.fixture(autouse=True)

@@ -147,7 +147,9 @@ def test_the_bar_counts_clients_and_the_rate_of_this_sitting_only(monkeypatch):
 
 
 def test_what_is_left_of_a_resumed_run_follows_from_this_sitting():
-    """Resumed at version 6 of 10: 600 s were before, version 7 took 100 s, so three more take 300 s."""
+    """Resumed at version 6 of 10: 600 s were before, version 7 took 100 s, so three more take 300
+    s.
+    """
     display = silent(RunOptions(rounds=10))
     tell(
         display,
@@ -195,7 +197,9 @@ AUTO = RunOptions(rounds=5, local=LocalOptions(steps=4, batch_size=2), pace=Pace
 
 
 def test_a_switch_of_the_pacing_is_one_line_and_followed(monkeypatch):
-    """A run that may switch ends after the tokens of `rounds` rounds of four jobs of 512, however many versions."""
+    """A run that may switch ends after the tokens of `rounds` rounds of four jobs of 512, however
+    many versions.
+    """
     now = [0.0]
     monkeypatch.setattr("fedgpt.report.progress.time.monotonic", lambda: now[0])
     display = silent(AUTO, switches=True)
@@ -218,9 +222,13 @@ def test_a_switch_of_the_pacing_is_one_line_and_followed(monkeypatch):
     display("record", record(13, tokens=10240))
     lines = printed(display)
     assert [line.split(" | ")[0].strip() for line in lines] == [
-        "version 0", "version 1", "pace=buffer from version 1 on: asynchrony handles 3.35 times as many", "version 12",
-        "pace=cohort from version 12 on: the clients are alike", "version 13",
-    ]  # fmt: skip
+        "version 0",
+        "version 1",
+        "pace=buffer from version 1 on: asynchrony handles 3.35 times as many",
+        "version 12",
+        "pace=cohort from version 12 on: the clients are alike",
+        "version 13",
+    ]
     assert "| 2.05k/10.2k tokens |" in lines[1] and lines[1].endswith("0:08 left")
     assert lines[3].endswith("0:06 left") and lines[-1].endswith("0:00 left")
     assert display._bar.numbers[0].total is None

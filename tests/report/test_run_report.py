@@ -66,15 +66,18 @@ def told(prepared, version=0, attack=None, **pace) -> tuple[str, int]:
 def test_the_opening_says_every_choice_and_what_follows_from_it(prepared):
     text, tokens = told(prepared, clients=3)
     assert 1000 < tokens < 10_000
-    assert text == "\n".join([
-        "       run  /runs/x",
-        f"      text  files: {tokens / 1000:.3g}k tokens at 4 clients, 4,321 held-out tokens",
-        " tokenizer  bytes, 257 entries",
-        "     model  25k parameters: 2 layers, width 32, context 16",
-        # 10 steps x 2 micro-batches x 4 sequences x 16 tokens x 3 clients; 3 vectors of 25,000 float32
-        "     round  FedAdam: 3 of 4 clients x 10 steps = 3.84k tokens, 300 kB each way",
-        "   compute  cpu, bf16 (this CPU has AMX bf16 units), 2 workers x 1 thread (2 cores)",
-    ])  # fmt: skip
+    assert text == "\n".join(
+        [
+            "       run  /runs/x",
+            f"      text  files: {tokens / 1000:.3g}k tokens at 4 clients, 4,321 held-out tokens",
+            " tokenizer  bytes, 257 entries",
+            "     model  25k parameters: 2 layers, width 32, context 16",
+            # 10 steps x 2 micro-batches x 4 sequences x 16 tokens x 3 clients; 3 vectors of 25,000
+            # float32
+            "     round  FedAdam: 3 of 4 clients x 10 steps = 3.84k tokens, 300 kB each way",
+            "   compute  cpu, bf16 (this CPU has AMX bf16 units), 2 workers x 1 thread (2 cores)",
+        ]
+    )
 
 
 @pytest.mark.parametrize(
@@ -106,10 +109,17 @@ def score(version: int, loss: float) -> dict:
 
 
 SUMMARY = {
-    "tokens": 384_000, "wall_seconds": 120.0, "virtual_seconds": None, "bytes_up": 5_300_000, "bytes_down": 5_400_000,
-    "initial": score(0, 8.0), "final": score(2, 6.0), "best": score(1, 5.0),
-    "weights_sha256": "0123456789abcdef" * 4, "rejected": {"late": 2, "non_finite": 1},
-}  # fmt: skip
+    "tokens": 384_000,
+    "wall_seconds": 120.0,
+    "virtual_seconds": None,
+    "bytes_up": 5_300_000,
+    "bytes_down": 5_400_000,
+    "initial": score(0, 8.0),
+    "final": score(2, 6.0),
+    "best": score(1, 5.0),
+    "weights_sha256": "0123456789abcdef" * 4,
+    "rejected": {"late": 2, "non_finite": 1},
+}
 RECORDS = [
     {**score(0, 8.0), "prompt": "The river", "sample": " was first."},
     score(1, 5.0),

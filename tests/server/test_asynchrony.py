@@ -1,4 +1,6 @@
-"""The loop with pace=buffer on the virtual clock: the golden trace, staleness, DyLU, deadlines, resume, replay."""
+"""The loop with pace=buffer on the virtual clock: the golden trace, staleness, DyLU, deadlines,
+resume, replay.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,20 @@ from fedgpt.simulate.virtual_clock import VirtualTransport
 FOUR = dict.fromkeys("abcd", honest)
 # the note's trace for 10 local steps: (seconds, client, staleness)
 GOLDEN = [
-    (5.8, 0, 0), (7.5, 1, 1), (11.6, 0, 1), (15.0, 1, 1), (15.1, 2, 4), (17.4, 0, 2), (22.5, 1, 2), (23.2, 0, 1),
-    (29.0, 0, 0), (30.0, 1, 2), (30.2, 2, 5), (33.3, 3, 11), (34.8, 0, 3),
-]  # fmt: skip
+    (5.8, 0, 0),
+    (7.5, 1, 1),
+    (11.6, 0, 1),
+    (15.0, 1, 1),
+    (15.1, 2, 4),
+    (17.4, 0, 2),
+    (22.5, 1, 2),
+    (23.2, 0, 1),
+    (29.0, 0, 0),
+    (30.0, 1, 2),
+    (30.2, 2, 5),
+    (33.3, 3, 11),
+    (34.8, 0, 3),
+]
 
 
 def accepted(run):
@@ -124,7 +137,8 @@ def test_resume_in_the_middle_equals_not_stopping(tmp_path, strategy, every, cra
 @pytest.mark.parametrize("warm", [True, False])
 @pytest.mark.parametrize("most", [None, 3])
 def test_replaying_the_events_of_a_run_gives_its_weights(tmp_path, monkeypatch, most, warm):
-    """Arrival by arrival, with DyLU, whose steps follow from measured times; what is too stale measures nothing.
+    """Arrival by arrival, with DyLU, whose steps follow from measured times; what is too stale
+    measures nothing.
 
     Not `warm`: as on the pool, whose workers cannot tell how long their first job took.
     """
@@ -234,7 +248,9 @@ def test_the_upload_takes_its_time_and_may_come_too_late(tmp_path):
 
 
 def test_with_checkpoints_being_written_one_model_more_is_kept_than_jobs_in_flight(tmp_path):
-    """A snapshot holds the versions that jobs began from, and a writer may be at it; neither keeps older ones."""
+    """A snapshot holds the versions that jobs began from, and a writer may be at it; neither keeps
+    older ones.
+    """
     vectors: dict[int, weakref.ref] = {}
     most = 0
 

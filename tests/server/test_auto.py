@@ -53,7 +53,9 @@ def test_gain_is_what_the_note_says():
 
 
 def test_unequal_clients_make_it_asynchronous_within_the_first_round(tmp_path):
-    """Two are back after 5.8 and 7.5 s; at 9.2 s the two that are not must be so slow that rounds do not pay."""
+    """Two are back after 5.8 and 7.5 s; at 9.2 s the two that are not must be so slow that rounds
+    do not pay.
+    """
     run = auto_run(tmp_path)
     ((seconds, pacing),) = switches(run)
     assert pacing == "buffer" and 9.16 <= seconds < 9.16 + 0.02 * 9.3 + 0.1
@@ -89,7 +91,9 @@ def test_what_all_clients_bear_changes_nothing(tmp_path, fleet):
 
 
 def test_it_does_not_flap(tmp_path):
-    """Jitter that makes rounds a fifth longer than their mean job is about where both choices are as good."""
+    """Jitter that makes rounds a fifth longer than their mean job is about where both choices are
+    as good.
+    """
     run = auto_run(
         tmp_path, fleet=FleetOptions("constant", step_seconds=[1.0], jitter=0.2), rounds=40
     )
@@ -104,7 +108,9 @@ def test_a_client_that_never_answers_is_not_waited_for(tmp_path):
 
 
 def test_with_a_deadline_who_missed_it_is_known_to_be_slow(tmp_path):
-    """Three times in a row bring it into quarantine: then the others are alike, until it comes back."""
+    """Three times in a row bring it into quarantine: then the others are alike, until it comes
+    back.
+    """
     fleet = FleetOptions("constant", step_seconds=[1.0, 1.0, 1.0, 100.0])
     run = auto_run(tmp_path, fleet=fleet, deadline=50.0, rounds=40)
     assert [pacing for _, pacing in switches(run)] == ["buffer", "cohort", "buffer"]
@@ -153,7 +159,9 @@ def test_who_is_still_out_counts_as_if_it_came_back_now():
 
 
 def test_more_clients_than_workers_are_no_reason_to_go_asynchronous(tmp_path):
-    """Eight clients share two workers, which never wait for anybody; who queues is no slower for that."""
+    """Eight clients share two workers, which never wait for anybody; who queues is no slower for
+    that.
+    """
 
     class TwoWorkers(ScriptTransport):
         virtual, at_once = False, 2
@@ -178,7 +186,9 @@ def test_more_clients_than_workers_are_no_reason_to_go_asynchronous(tmp_path):
 
 
 def growing(job):
-    """A client whose updates are suddenly 8 times as long: below the norm limit, which is 10 times the usual."""
+    """A client whose updates are suddenly 8 times as long: below the norm limit, which is 10 times
+    the usual.
+    """
     scale = 0.01 if job.number < 6 else 0.08
     rng = np.random.default_rng([*job.client.encode(), job.number])
     delta = (scale * rng.standard_normal(job.params.size)).astype(np.float32)

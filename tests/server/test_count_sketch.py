@@ -1,4 +1,6 @@
-"""A sketch keeps inner products: unbiased, as exact as its width promises on vectors that look like real updates."""
+"""A sketch keeps inner products: unbiased, as exact as its width promises on vectors that look like
+real updates.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def dense(generator) -> np.ndarray:
 
 
 def common_direction(generator) -> np.ndarray:
-    """Every row moves along one direction: what a softmax does to the rows of tokens that were not seen."""
+    """Every row moves along one direction: what a softmax does to the rows of tokens that were not
+    seen.
+    """
     scales = 1 + 0.1 * generator.standard_normal((ROWS, 1))
     return (scales * generator.standard_normal(COLUMNS)).ravel()
 

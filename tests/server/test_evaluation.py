@@ -1,4 +1,6 @@
-"""Central evaluation beside the loop: training goes on meanwhile; and the numbers of a version's record, by hand."""
+"""Central evaluation beside the loop: training goes on meanwhile; and the numbers of a version's
+record, by hand.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def test_training_goes_on_while_a_version_is_scored(tmp_path, evaluate, checkpoi
 
 
 def test_the_numbers_of_a_version_are_those_of_a_calculation_by_hand(tmp_path):
-    """Two clients, of 1 and 4 seconds a job, that send known updates of length 5; a has a quarter of the tokens."""
+    """Two clients, of 1 and 4 seconds a job, that send known updates of length 5; a has a quarter
+    of the tokens.
+    """
     sends = {("a", 0): (3, 4), ("b", 0): (4, 3), ("a", 1): (0, 5), ("b", 1): (5, 0)}
 
     def client(job):
@@ -71,7 +75,8 @@ def test_the_numbers_of_a_version_are_those_of_a_calculation_by_hand(tmp_path):
         tmp_path, dict.fromkeys("ab", client), FedAvg(), name="cohort", rounds=2, fleet=fleet
     )
     start, first, second = done.records
-    # D = (3, 4) / 4 + (4, 3) * 3 / 4 = (3.75, 3.25), then (0, 5) / 4 + (5, 0) * 3 / 4 = (3.75, 1.25)
+    # D = (3, 4) / 4 + (4, 3) * 3 / 4 = (3.75, 3.25), then (0, 5) / 4 + (5, 0) * 3 / 4 = (3.75,
+    # 1.25)
     assert first["step_norm"] == pytest.approx((3.75**2 + 3.25**2) ** 0.5)
     assert second["step_norm"] == pytest.approx((3.75**2 + 1.25**2) ** 0.5)
     between = 3.75 * 3.75 + 3.25 * 1.25

@@ -1,4 +1,6 @@
-"""What the server learns of its clients: the usual length of updates, quarantine; bad updates change nothing."""
+"""What the server learns of its clients: the usual length of updates, quarantine; bad updates
+change nothing.
+"""
 
 from __future__ import annotations
 
@@ -100,7 +102,9 @@ def resent(spoil, **how):
 
 
 def read_as(code):
-    """What `read_reply` makes of bytes that are no update; tests/flower/test_messages.py has the bytes."""
+    """What `read_reply` makes of bytes that are no update; tests/flower/test_messages.py has the
+    bytes.
+    """
     return lambda job: [(1.0, Reply(job.client, job.number, error="no array", code=code))]
 
 
@@ -145,7 +149,9 @@ def root(job):
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
 def test_garbage_in_every_round_is_as_if_the_client_never_answered(tmp_path, rule):
-    """The run reaches its end with the weights of the run in which that client only fails; each kind came once."""
+    """The run reaches its end with the weights of the run in which that client only fails; each
+    kind came once.
+    """
     outcomes = []
     for name, client in (("garbage", garbage), ("silent", silent)):
         o = options(tmp_path / name, rounds=len(GARBAGE))
@@ -159,7 +165,9 @@ def test_garbage_in_every_round_is_as_if_the_client_never_answered(tmp_path, rul
 
 
 def test_the_servers_own_update_and_an_evaluation_never_compute_at_once(tmp_path):
-    """They share a device; a step that is being recorded on a GPU does not bear another thread's work."""
+    """They share a device; a step that is being recorded on a GPU does not bear another thread's
+    work.
+    """
     scoring, met = threading.Event(), []
 
     class Slow(dict):
@@ -185,7 +193,9 @@ def test_garbage_three_times_in_a_row_is_quarantined(tmp_path):
 
 
 def test_quarantine_ends_and_survives_a_restart(tmp_path):
-    """Three misses, two rounds of rest, then back; a run in two parts rests as long as one in one part."""
+    """Three misses, two rounds of rest, then back; a run in two parts rests as long as one in one
+    part.
+    """
 
     def ill(job):
         return silent(job) if job.number < 3 else honest(job)

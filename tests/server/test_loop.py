@@ -1,4 +1,6 @@
-"""The loop against scripted clients: who is waited for, what is counted, and what changes nothing."""
+"""The loop against scripted clients: who is waited for, what is counted, and what changes
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -179,7 +181,9 @@ def test_a_goal_closes_the_version_early(tmp_path):
 
 
 def test_over_selection_ignores_who_is_late_and_counts_them(tmp_path):
-    """Ten are asked, eight are enough: the other two are given up when the version closes, and come too late."""
+    """Ten are asked, eight are enough: the other two are given up when the version closes, and come
+    too late.
+    """
     names = "abcdefghij"
     clients = {name: partial(honest, seconds=1.0 if name < "i" else 1.4) for name in names}
     _, transport, summary, metrics = serve(tmp_path / "all", clients, goal=8, rounds=3)
@@ -222,7 +226,9 @@ def test_diverged_weights_stop_the_run(tmp_path):
 
 
 def test_weights_that_run_away_stop_the_run_with_what_to_change(tmp_path):
-    """Finite, though their squares are not in float32: no scale could be found for the next updates."""
+    """Finite, though their squares are not in float32: no scale could be found for the next
+    updates.
+    """
 
     class RunningAway(FedAvg):
         def step(self, d, state):
@@ -236,7 +242,9 @@ def test_weights_that_run_away_stop_the_run_with_what_to_change(tmp_path):
 
 @pytest.mark.parametrize("crash_at", range(1, 4))
 def test_resume_equals_not_stopping_bit_for_bit(tmp_path, crash_at):
-    """A server that dies in the middle of a version, after some of its replies, starts that version again."""
+    """A server that dies in the middle of a version, after some of its replies, starts that version
+    again.
+    """
     whole = serve(tmp_path / "whole", CLIENTS, FedAdam())
 
     def dies(job):

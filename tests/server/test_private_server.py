@@ -1,4 +1,6 @@
-"""The real loop with privacy=client over a script: who is asked, what is paid, what a restart finds."""
+"""The real loop with privacy=client over a script: who is asked, what is paid, what a restart
+finds.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def test_coins_choose_and_every_version_is_paid(tmp_path):
 
 
 def test_who_came_shows_neither_in_the_schedule_nor_by_name(tmp_path):
-    """Learning rates follow tokens: with those of who came, one client would move the updates of all others."""
+    """Learning rates follow tokens: with those of who came, one client would move the updates of
+    all others.
+    """
     done = start(tmp_path, rounds=6)
     assert {(job.version, job.plan.tokens_done) for job in done.jobs} <= {
         (version, version * 4 * scripted.JOB_TOKENS) for version in range(6)
@@ -116,7 +120,9 @@ BUFFER = {"name": "buffer", "clients": 4, "goal": 3}
 
 
 def test_in_a_buffer_nobody_is_twice_in_a_sum_or_too_often_in_the_run(tmp_path):
-    """DP-FedBuff: 8 clients, at most 3 releases each, 3 updates in a release: 8 releases, then nobody is left."""
+    """DP-FedBuff: 8 clients, at most 3 releases each, 3 updates in a release: 8 releases, then
+    nobody is left.
+    """
     with pytest.raises(StoppedEarly, match="the others have taken part as often as they may"):
         start(tmp_path, FedBuff(staleness="constant"), rounds=20, pace=BUFFER, participations=3)
     found = ledger(tmp_path)

@@ -1,4 +1,6 @@
-"""The server's side of privacy: sensitivity, noise, participation, and a table of broken builds that must not pass."""
+"""The server's side of privacy: sensitivity, noise, participation, and a table of broken builds
+that must not pass.
+"""
 
 from __future__ import annotations
 
@@ -38,13 +40,18 @@ def deltas(count: int = 6, size: int = SIZE, scale: float = 1.0) -> list[tuple[n
 
 
 def bounded_reach(folder: Path) -> bool:
-    """T1: whoever joins, and with whatever, the sum moves by the clip at most; and by all of it where it can."""
+    """T1: whoever joins, and with whatever, the sum moves by the clip at most; and by all of it
+    where it can.
+    """
     others = deltas()
     total = np.sum([delta for delta, _ in others], axis=0)
     victims = [
-        (-total * 100, 1), (total * 1e4, 100), (deltas(9)[-1][0], 1000), (np.zeros(SIZE, np.float32), 100),
+        (-total * 100, 1),
+        (total * 1e4, 100),
+        (deltas(9)[-1][0], 1000),
+        (np.zeros(SIZE, np.float32), 100),
         (np.float32(1e-3) * others[0][0], 100),
-    ]  # fmt: skip
+    ]
     reach = []
     for number, victim in enumerate(victims):
         released = [
@@ -69,7 +76,9 @@ def right_noise(folder: Path) -> bool:
 
 
 def fresh_noise(folder: Path) -> bool:
-    """T5: releases of the same nothing have nothing in common: over versions, over runs of one seed."""
+    """T5: releases of the same nothing have nothing in common: over versions, over runs of one
+    seed.
+    """
     nothing = [(np.zeros(SIZE, np.float32), 1)]
     first, other = Mechanism(folder / "a", 1.0), Mechanism(folder / "b", 1.0)
     released = [first.release(nothing), first.release(nothing), other.release(nothing)]
@@ -222,7 +231,9 @@ def test_a_ledger_that_is_gone_is_missed_from_the_first_release_on(tmp_path):
 
 
 def test_an_update_that_is_not_finite_counts_as_zeros(tmp_path):
-    """Refused, it would be missed, and its client asked less often: others would take its places."""
+    """Refused, it would be missed, and its client asked less often: others would take its
+    places.
+    """
     build = Mechanism(tmp_path, QUIET)
     build.collector.begin(build.state, (), 3, 10)
     job = m.Job("a", 0, 0, build.state.params, m.Plan("run", 1, 0, 1, 1))

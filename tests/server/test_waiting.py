@@ -1,4 +1,6 @@
-"""No wait without an end, and nothing lost where a wait ends early: deadlines, grace, windows, failures, interrupts."""
+"""No wait without an end, and nothing lost where a wait ends early: deadlines, grace, windows,
+failures, interrupts.
+"""
 
 from __future__ import annotations
 

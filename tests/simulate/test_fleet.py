@@ -1,4 +1,6 @@
-"""A fleet that was measured: a table of devices, what a run makes of it, and what is wrong with a table."""
+"""A fleet that was measured: a table of devices, what a run makes of it, and what is wrong with a
+table.
+"""
 
 from __future__ import annotations
 

@@ -147,7 +147,9 @@ def contents(folder) -> dict[str, bytes]:
 
 
 def test_a_reader_changes_nothing_whatever_it_finds(tmp_path):
-    """A checkpoint between its rename and its mark looks damaged to who reads while a run writes."""
+    """A checkpoint between its rename and its mark looks damaged to who reads while a run
+    writes.
+    """
     save(tmp_path, 1, 2, 3)
     (tmp_path / "version-00000003.sha256").unlink()
     (tmp_path / ".version-00000004.safetensors.abcd").write_bytes(b"half")

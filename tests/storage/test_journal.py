@@ -1,4 +1,6 @@
-"""The write-ahead log: what it holds after any cut, and that a server that is told it again loses nothing."""
+"""The write-ahead log: what it holds after any cut, and that a server that is told it again loses
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -176,7 +178,9 @@ BUFFER = {"name": "buffer", "clients": 4}
 def test_a_server_that_fails_anywhere_loses_nothing_and_repeats_nothing(
     tmp_path, strategy, pace, fault
 ):
-    """After the restart clients are fast where they were slow: only the log can bring the first part back."""
+    """After the restart clients are fast where they were slow: only the log can bring the first
+    part back.
+    """
     o = options(tmp_path, rounds=20, **pace)
     o.checkpoint = CheckpointOptions(every=6, keep=2)
     outcomes = []
@@ -305,7 +309,9 @@ def test_a_log_that_does_not_fit_is_replaced_from_there_on(tmp_path, caplog):
     o.checkpoint = CheckpointOptions(every=30)
     with injected("accepted:12:raise"), pytest.raises(Injected):
         run(o, uneven(1.0), DeltaSGD(), journal=True)
-    o.local.steps = 2  # jobs of other lengths, as of another version of the program: its steps are not those of the log
+    # jobs of other lengths, as of another version of the program: its steps are not those of the
+    # log
+    o.local.steps = 2
     o.pace.clients = 3
     outcomes = []
     with injected("accepted:9:raise"), pytest.raises(Injected):
@@ -320,7 +326,9 @@ def test_a_log_that_does_not_fit_is_replaced_from_there_on(tmp_path, caplog):
 
 
 def test_clients_that_do_not_come_back_in_time_cost_no_log(tmp_path, monkeypatch):
-    """The run stops with code 3 before it is told anything; once they are there it goes on as if it had not."""
+    """The run stops with code 3 before it is told anything; once they are there it goes on as if it
+    had not.
+    """
     o = options(tmp_path, rounds=2)
     with injected("accepted:2:raise"), pytest.raises(Injected):
         run(o, dict.fromkeys("abc", honest), journal=True)

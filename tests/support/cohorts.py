@@ -99,7 +99,9 @@ def run(strategy, ds, state):
 
 
 def setup_e():
-    """Eight gradients of five numbers, drawn one after the other: the note's numbers are of these."""
+    """Eight gradients of five numbers, drawn one after the other: the note's numbers are of
+    these.
+    """
     generator = torch.Generator().manual_seed(0)
     return np.stack(
         [torch.randn(5, generator=generator, dtype=torch.float64).numpy() for _ in range(8)]

@@ -42,7 +42,9 @@ class ScriptTransport:
     at_once: int | None = None
 
     def __init__(self, behaviours: dict[str, Behaviour], now: float = 0.0, own_clock: bool = False):
-        """`own_clock`: jobs begin when they arrive here, whatever the server's clock says of that."""
+        """`own_clock`: jobs begin when they arrive here, whatever the server's clock says of
+        that.
+        """
         self.behaviours, self.own_clock = behaviours, own_clock
         self.time = now
         self.jobs: list[Job] = []

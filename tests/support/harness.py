@@ -46,12 +46,10 @@ class Outcome:
         events: list[tuple[str, dict]],
         folder: RunFolder,
     ):
-        self.server, self.jobs, self.events, self.metrics = (
-            server,
-            transport.jobs,
-            events,
-            folder.metrics.read(),
-        )
+        self.server = server
+        self.jobs = transport.jobs
+        self.events = events
+        self.metrics = folder.metrics.read()
         self.params, self.version = server.state.params, server.state.version
 
     def told(self, *names: str) -> list[dict]:
@@ -82,7 +80,8 @@ def run(
     root: RootTrainer | None = None,
     kind: type[ScriptTransport] = ScriptTransport,
 ) -> Outcome:
-    """One start of the server, from scratch or from what its folder holds; `loss` of versions is what is scored.
+    """One start of the server, from scratch or from what its folder holds; `loss` of versions is
+    what is scored.
 
     The outcome is added to `outcomes` also where the server raises.
     """

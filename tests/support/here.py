@@ -1,4 +1,6 @@
-"""A whole run in this process: Flower's apps over a Grid that calls the ClientApp itself. No process is started."""
+"""A whole run in this process: Flower's apps over a Grid that calls the ClientApp itself. No
+process is started.
+"""
 
 from __future__ import annotations
 
@@ -93,7 +95,9 @@ def run_here(*overrides: str) -> dict[str, Any]:
 
 
 def tiny_run(folder: Path) -> list[str]:
-    """Options of the smallest run there is: two writers of text as clients, 3 rounds, everything below `folder`."""
+    """Options of the smallest run there is: two writers of text as clients, 3 rounds, everything
+    below `folder`.
+    """
     for writer in ("ann", "bob"):
         (folder / "text" / writer).mkdir(parents=True)
         for page in range(6):
@@ -102,8 +106,22 @@ def tiny_run(folder: Path) -> list[str]:
             )
             (folder / "text" / writer / f"{page}.txt").write_text(text)
     return [
-        "corpus=files", "corpus.client=folder", f"corpus.path={folder / 'text'}", "corpus.public=0.2",
-        "corpus.held_out=0.2", "tokenizer=bytes", "model.n_layer=1", "model.n_embd=16", "model.n_head=2",
-        "model.block_size=16", "local.steps=1", "local.batch_size=2", "rounds=3", "runtime.threads=1",
-        "local.precision=fp32", "evaluate.samples=0", f"run_dir={folder / 'run'}", f"cache_dir={folder / 'cache'}",
-    ]  # fmt: skip
+        "corpus=files",
+        "corpus.client=folder",
+        f"corpus.path={folder / 'text'}",
+        "corpus.public=0.2",
+        "corpus.held_out=0.2",
+        "tokenizer=bytes",
+        "model.n_layer=1",
+        "model.n_embd=16",
+        "model.n_head=2",
+        "model.block_size=16",
+        "local.steps=1",
+        "local.batch_size=2",
+        "rounds=3",
+        "runtime.threads=1",
+        "local.precision=fp32",
+        "evaluate.samples=0",
+        f"run_dir={folder / 'run'}",
+        f"cache_dir={folder / 'cache'}",
+    ]

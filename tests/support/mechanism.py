@@ -1,4 +1,6 @@
-"""privacy=client and example as the engine has them, small enough to be attacked by the hundred; and broken builds."""
+"""privacy=client and example as the engine has them, small enough to be attacked by the hundred;
+and broken builds.
+"""
 
 from __future__ import annotations
 
@@ -189,7 +191,9 @@ def wrong_sign():
 
 @contextmanager
 def wide_sum(max_weight: float = 1.0):
-    """A sum that takes longer vectors: the exact one refuses what a broken build lets through, which hides it."""
+    """A sum that takes longer vectors: the exact one refuses what a broken build lets through,
+    which hides it.
+    """
     from fedgpt.aggregate.exact import ExactSum
 
     right = ExactSum.reset

@@ -1,4 +1,5 @@
-"""Messages that went wrong: a good one of every codec, changed in ways that a choice of numbers decides.
+"""Messages that went wrong: a good one of every codec, changed in ways that a choice of numbers
+decides.
 
 `choose(n)` gives a number from 0 to n - 1: hypothesis draws it, a fuzzer reads it from its bytes.
 """
@@ -26,17 +27,61 @@ GOOD = [
     encode("run", Update("alice", 3, 5, DELTA, 512, {"train_loss": 2.5}), codec) for codec in CODECS
 ]
 JUNK: list[Any] = [
-    None, True, False, 0, -1, 1, 3, 5, 2**31, 2**63, -(2**63), 10**30, 0.5, 3.0, -0.0, 1e308, float("nan"),
-    float("inf"), "", "run", "alice", "none", "int8", "topk", "0" * 64,
-    "\x00", "é" * 50, [], [5], {}, {"a": 1}, {"train_loss": "x"},
-    {"train_loss": float("nan")}, {"x" * 500: 1.0}, {str(i): 1.0 for i in range(50)},
-]  # fmt: skip
+    None,
+    True,
+    False,
+    0,
+    -1,
+    1,
+    3,
+    5,
+    2**31,
+    2**63,
+    -(2**63),
+    10**30,
+    0.5,
+    3.0,
+    -0.0,
+    1e308,
+    float("nan"),
+    float("inf"),
+    "",
+    "run",
+    "alice",
+    "none",
+    "int8",
+    "topk",
+    "0" * 64,
+    "\x00",
+    "é" * 50,
+    [],
+    [5],
+    {},
+    {"a": 1},
+    {"train_loss": "x"},
+    {"train_loss": float("nan")},
+    {"x" * 500: 1.0},
+    {str(i): 1.0 for i in range(50)},
+]
 DTYPES = ("<f4", ">f4", "<f8", "<f2", "<i8", "<u4", "u1", "i1", "?", "<c8", "<M8[s]", "S4", "V4")
 VALUES = np.array([np.nan, np.inf, -np.inf, 3e38, -3e38, 1e-45, -0.0, 60.0], np.float32)
 HEADERS = (
-    b"PK\x03\x04", b"\x80\x04\x95", b"\x93NUMPY\x01\x00", b"\x93NUMPY\x02\x00\xff\xff\xff\xff", b"(9999999999999,)",
-    b"|O", b">f4", b"(" * 200, b"-1", b"True", b"'descr'", b"[('a', '<f4')]", b"1.5", b"\x00", b"",
-)  # fmt: skip
+    b"PK\x03\x04",
+    b"\x80\x04\x95",
+    b"\x93NUMPY\x01\x00",
+    b"\x93NUMPY\x02\x00\xff\xff\xff\xff",
+    b"(9999999999999,)",
+    b"|O",
+    b">f4",
+    b"(" * 200,
+    b"-1",
+    b"True",
+    b"'descr'",
+    b"[('a', '<f4')]",
+    b"1.5",
+    b"\x00",
+    b"",
+)
 Choose = Callable[[int], int]
 
 
@@ -65,7 +110,9 @@ def message(choose: Choose) -> tuple[Reply, Expected]:
 
 
 def check(reply: Reply, expected: Expected) -> str:
-    """The reason code, or `valid` where every promise of a valid update holds; anything else is a failed assertion."""
+    """The reason code, or `valid` where every promise of a valid update holds; anything else is a
+    failed assertion.
+    """
     try:
         if isinstance(reply.payload, Npy):
             reply = replace(reply, payload=read_npy(reply.payload))
@@ -169,10 +216,8 @@ def _npy(choose: Choose, payload: Any, fields: Any) -> tuple[Any, Any]:
     np.save(buffer, payload)
     data = bytearray(buffer.getvalue())
     for _ in range(choose(4)):
-        at, part = (
-            choose(min(len(data), (128, len(data))[choose(2)]) + 1),
-            HEADERS[choose(len(HEADERS))],
-        )
+        at = choose(min(len(data), (128, len(data))[choose(2)]) + 1)
+        part = HEADERS[choose(len(HEADERS))]
         data[at : at + choose(len(part) + 2)] = part
     if choose(4) == 0:
         data = data[: choose(len(data) + 1)]

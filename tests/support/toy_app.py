@@ -56,7 +56,9 @@ def query(message: Message, context: Context) -> Message:
 
 
 def _inode_of(array: np.ndarray) -> int:
-    """Inode of the mapping that an array lies in: two arrays in one piece of shared memory have the same."""
+    """Inode of the mapping that an array lies in: two arrays in one piece of shared memory have the
+    same.
+    """
     address = array.__array_interface__["data"][0]
     with Path("/proc/self/maps").open() as maps:
         for line in maps:

@@ -1,4 +1,6 @@
-"""A real server on the virtual clock over scripted clients whose replies are computed in any order."""
+"""A real server on the virtual clock over scripted clients whose replies are computed in any
+order.
+"""
 
 from __future__ import annotations
 

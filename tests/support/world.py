@@ -1,4 +1,6 @@
-"""Whole runs in processes of their own: the text they train on, and what is asked of their folders."""
+"""Whole runs in processes of their own: the text they train on, and what is asked of their
+folders.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,13 @@ WRITERS = ("ann", "bob", "eve")
 PARAMETERS = 7_424  # of a model that is trained in no time
 ROUNDS = 6  # of the run that is stopped in different ways
 STOPPED = [  # long enough rounds for a signal to meet one, and a strategy and clients that remember
-    f"rounds={ROUNDS}", "local.steps=30", "strategy=fedadam", "local.moments=keep", "checkpoint.every=2",
+    f"rounds={ROUNDS}",
+    "local.steps=30",
+    "strategy=fedadam",
+    "local.moments=keep",
+    "checkpoint.every=2",
     "runtime.workers=1",
-]  # fmt: skip
+]
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,10 @@ class World:
         """Run a script that fills the dictionary `told`; returns it."""
         answer = self.root / f"{uuid.uuid4().hex}.json"
         here = f"import sys\nsys.path.append({str(TESTS)!r})\nfrom support.here import run_here\n"
-        whole = f"import json, fedgpt\nfrom pathlib import Path\n{here}OPTIONS = {self.options!r}\ntold = {{}}\n{script}\n"
+        whole = (
+            f"import json, fedgpt\nfrom pathlib import Path\n{here}OPTIONS = {self.options!r}\ntold"
+            f" = {{}}\n{script}\n"
+        )
         whole += f"open({str(answer)!r}, 'w').write(json.dumps(told))\n"
         subprocess.run(
             [sys.executable, "-c", whole],

@@ -1,4 +1,6 @@
-"""The model's way to the clients: whoever comes to a version by whatever steps has the same bits, near the model."""
+"""The model's way to the clients: whoever comes to a version by whatever steps has the same bits,
+near the model.
+"""
 
 from __future__ import annotations
 

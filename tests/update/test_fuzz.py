@@ -1,4 +1,6 @@
-"""Fifty thousand messages that went wrong: each is a valid update, or rejected with a code of the closed set."""
+"""Fifty thousand messages that went wrong: each is a valid update, or rejected with a code of the
+closed set.
+"""
 
 from __future__ import annotations
 

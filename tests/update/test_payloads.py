@@ -139,7 +139,8 @@ def test_memory_follows_what_the_server_expects_and_not_what_it_gets(codec):
                 codec.decode(payload, size)
             except UpdateRejected as refused:
                 assert len(str(refused)) < 100
-            # the delta, and scratch space: positions are 8 bytes each, and topk with density 1 sends all of them
+            # the delta, and scratch space: positions are 8 bytes each, and topk with density 1
+            # sends all of them
             room = 4 * size + (40 * codec.kept(size) if codec.name == "topk" else size) + (1 << 20)
             assert tracemalloc.get_traced_memory()[1] - before <= room
     finally:

@@ -42,11 +42,25 @@ def world(tmp_path_factory) -> World:
         "OMP_NUM_THREADS": "1",
     }
     options = [
-        "corpus=files", "corpus.client=folder", f"corpus.path={root / 'text'}", "corpus.public=0.2",
-        "corpus.held_out=0.2", "tokenizer=bytes", "model.n_layer=1", "model.n_embd=16", "model.n_head=2",
-        "model.block_size=16", "local.steps=2", "local.batch_size=2", "rounds=2", "seed=11", "runtime.threads=1",
-        "local.precision=fp32", "evaluate.sample_tokens=8", "evaluate.prompt=The river",
-    ]  # fmt: skip
+        "corpus=files",
+        "corpus.client=folder",
+        f"corpus.path={root / 'text'}",
+        "corpus.public=0.2",
+        "corpus.held_out=0.2",
+        "tokenizer=bytes",
+        "model.n_layer=1",
+        "model.n_embd=16",
+        "model.n_head=2",
+        "model.block_size=16",
+        "local.steps=2",
+        "local.batch_size=2",
+        "rounds=2",
+        "seed=11",
+        "runtime.threads=1",
+        "local.precision=fp32",
+        "evaluate.sample_tokens=8",
+        "evaluate.prompt=The river",
+    ]
     return World(root, env, options)
 
 

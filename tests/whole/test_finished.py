@@ -21,14 +21,35 @@ def test_a_run_leaves_exactly_the_documented_files(finished):
     folder = finished.folder
     (run,) = (folder / "clients").iterdir()
     assert finished.files.keys() == {
-        ".lock", "config.yaml", "command.txt", "environment.json", "metrics.jsonl",
-        "events.jsonl", "summary.json", "samples.md", "report.html",
-        "figures/loss.png", "figures/timeline.png", "figures/updates.png",
-        "model/config.json", "model/model.safetensors", "model/tokenizer.json",
-        "model/tokenizer_config.json", "model/README.md", "checkpoints/best.safetensors",
-        *(f"checkpoints/version-0000000{v}.{end}" for v in (1, 2) for end in ("safetensors", "sha256")),
-        *(f"clients/{run.name}/{writer}/task-{number}.safetensors" for writer in WRITERS for number in (0, 1)),
-    }  # fmt: skip
+        ".lock",
+        "config.yaml",
+        "command.txt",
+        "environment.json",
+        "metrics.jsonl",
+        "events.jsonl",
+        "summary.json",
+        "samples.md",
+        "report.html",
+        "figures/loss.png",
+        "figures/timeline.png",
+        "figures/updates.png",
+        "model/config.json",
+        "model/model.safetensors",
+        "model/tokenizer.json",
+        "model/tokenizer_config.json",
+        "model/README.md",
+        "checkpoints/best.safetensors",
+        *(
+            f"checkpoints/version-0000000{v}.{end}"
+            for v in (1, 2)
+            for end in ("safetensors", "sha256")
+        ),
+        *(
+            f"clients/{run.name}/{writer}/task-{number}.safetensors"
+            for writer in WRITERS
+            for number in (0, 1)
+        ),
+    }
 
 
 def test_every_version_is_a_line_of_metrics(finished):
@@ -37,9 +58,22 @@ def test_every_version_is_a_line_of_metrics(finished):
     tokens = len(WRITERS) * 2 * 2 * 16
     for r in records:
         assert {
-            "version", "tokens", "wall_seconds", "bytes_up", "bytes_down", "accepted", "rejected", "staleness",
-            "train_loss", "lr", "update_norm", "step_norm", "loss", "perplexity", "bits_per_byte",
-        } <= r.keys()  # fmt: skip
+            "version",
+            "tokens",
+            "wall_seconds",
+            "bytes_up",
+            "bytes_down",
+            "accepted",
+            "rejected",
+            "staleness",
+            "train_loss",
+            "lr",
+            "update_norm",
+            "step_norm",
+            "loss",
+            "perplexity",
+            "bits_per_byte",
+        } <= r.keys()
         assert r["tokens"] == tokens * r["version"]
         assert r["perplexity"] == pytest.approx(math.exp(r["loss"]))
         assert r["rejected"] == {} and r["state_lost"] == 0
@@ -59,9 +93,21 @@ def test_the_summary_has_its_keys_and_agrees_with_metrics_and_checkpoint(finishe
     folder = finished.folder
     told, records = summary(folder), list(read_lines(folder / "metrics.jsonl"))
     assert told.keys() == {
-        "versions", "tokens", "wall_seconds", "virtual_seconds", "bytes_up", "bytes_down", "initial", "final", "best",
-        "weights_sha256", "rejected", "epsilon", "delta", "private",
-    }  # fmt: skip
+        "versions",
+        "tokens",
+        "wall_seconds",
+        "virtual_seconds",
+        "bytes_up",
+        "bytes_down",
+        "initial",
+        "final",
+        "best",
+        "weights_sha256",
+        "rejected",
+        "epsilon",
+        "delta",
+        "private",
+    }
     assert (
         told["versions"] == 2
         and told["tokens"] == records[-1]["tokens"]

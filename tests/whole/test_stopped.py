@@ -22,12 +22,18 @@ from fedgpt.storage.run_folder import read_lines
 def stop(
     world: World, arguments: list[str], folder: Path, version: int, how: Callable[[int], None]
 ) -> tuple[int, str]:
-    """Start a run, call `how` with its process id once the jobs of `version` are out; (exit code, stderr)."""
+    """Start a run, call `how` with its process id once the jobs of `version` are out; (exit code,
+    stderr).
+    """
     with (world.root / "stderr").open("w+") as errors:
         process = subprocess.Popen(
             [sys.executable, "-m", "fedgpt", "run", *arguments],
-            env=world.env, cwd=world.root, stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True,
-        )  # fmt: skip
+            env=world.env,
+            cwd=world.root,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            start_new_session=True,
+        )
         try:
 
             def dispatched() -> bool:
@@ -55,7 +61,9 @@ def assert_like_the_whole(world: World, folder: Path, told: dict[str, Any]) -> N
 
 
 def test_killed_resumed_terminated_and_resumed_is_the_same_run(world, told):
-    """kill -9 loses a version and a half (a checkpoint every second version), SIGTERM loses a round."""
+    """kill -9 loses a version and a half (a checkpoint every second version), SIGTERM loses a
+    round.
+    """
     folder = world.root / "killed"
     start = [*world.options, *STOPPED, f"run_dir={folder}"]
     code, _ = stop(world, start, folder, 3, lambda pid: os.kill(pid, signal.SIGKILL))

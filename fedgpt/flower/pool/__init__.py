@@ -1,1 +1,3 @@
-"""The default runtime: persistent worker processes on this machine, with tensors in shared memory."""
+"""The default runtime: persistent worker processes on this machine, with tensors in shared
+memory.
+"""

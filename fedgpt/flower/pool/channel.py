@@ -1,7 +1,8 @@
-"""Frames between the pool's server and one worker: JSON, Flower's own protobuf and at most one descriptor.
+"""Frames between the pool's server and one worker: JSON, Flower's own protobuf and at most one
+descriptor.
 
-No pickle: a frame is what a reader can check. Arrays never pass through the socket, only the descriptor of the
-memory they are in (SCM_RIGHTS).
+No pickle: a frame is what a reader can check. Arrays never pass through the socket, only the
+descriptor of the memory they are in (SCM_RIGHTS).
 """
 
 from __future__ import annotations
@@ -51,14 +52,18 @@ class Channel:
         return self._socket.fileno()
 
     def send(self, frame: Frame) -> bool:
-        """Send a frame, or as much as goes without blocking; False where `flush` has to finish it."""
+        """Send a frame, or as much as goes without blocking; False where `flush` has to finish
+        it.
+        """
         text = json.dumps(frame.header).encode()
         head = _HEAD.pack(len(text), len(frame.body), frame.memory is not None)
         self._unsent.append((memoryview(head + text + frame.body), frame.memory))
         return self.flush()
 
     def flush(self) -> bool:
-        """Send what is unsent; False where the socket is full. A reader that is gone shows up in `receive`."""
+        """Send what is unsent; False where the socket is full. A reader that is gone shows up in
+        `receive`.
+        """
         while self._unsent:
             data, memory = self._unsent[0]
             try:

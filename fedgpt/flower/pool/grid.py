@@ -1,8 +1,9 @@
 """The pool runtime: Flower's Grid over persistent worker processes on this machine.
 
-Messages queue here, workers draw them in order (crew.py), arrays pass through anonymous shared memory (shared.py).
-There is no thread and no polling: sockets are pumped inside push_messages, pull_messages and wait, so a server that
-computes for long between them may call `pull_messages([])` to keep the workers fed.
+Messages queue here, workers draw them in order (crew.py), arrays pass through anonymous shared
+memory (shared.py). There is no thread and no polling: sockets are pumped inside push_messages,
+pull_messages and wait, so a server that computes for long between them may call `pull_messages([])`
+to keep the workers fed.
 """
 
 from __future__ import annotations
@@ -37,7 +38,9 @@ _RUN, _TASK = 1, 1  # ids that Flower wants; they are global, so there is one gr
 
 @dataclass(eq=False)
 class _Broadcast:
-    """Arrays written once for all messages that refer to the same Array objects; freed with the last of them."""
+    """Arrays written once for all messages that refer to the same Array objects; freed with the
+    last of them.
+    """
 
     memory: Memory
     specs: list[dict[str, Any]]
@@ -67,19 +70,22 @@ class _Answer:
 
 
 class PoolGrid(Grid):
-    """A Grid whose nodes are virtual clients 1000 + i, run by `workers` processes of `threads` threads each.
+    """A Grid whose nodes are virtual clients 1000 + i, run by `workers` processes of `threads`
+    threads each.
 
-    All processes start at construction and join when ready. Every message gets a fresh Context: its state is not
-    carried from one message to the next (our clients keep their state in files), and two messages to one node may
-    run at the same time. Array objects are written to shared memory when first pushed: share one record between
-    messages, and make a new one per version, because a change in place is not seen.
+    All processes start at construction and join when ready. Every message gets a fresh Context: its
+    state is not carried from one message to the next (our clients keep their state in files), and
+    two messages to one node may run at the same time. Array objects are written to shared memory
+    when first pushed: share one record between messages, and make a new one per version, because a
+    change in place is not seen.
 
-    Workers get no new job while as many replies as there are workers lie unread, unless somebody waits for another
-    one: a reader slower than its clients must not fill the memory with their replies.
+    Workers get no new job while as many replies as there are workers lie unread, unless somebody
+    waits for another one: a reader slower than its clients must not fill the memory with their
+    replies.
 
-    Failures come back as error replies: 2 the client raised, 3 expired in the queue, 4 expired while running (its
-    worker is killed) or before the reply was pulled, 5 no such node, 8 the worker died. RuntimeError is raised only
-    where no worker can start.
+    Failures come back as error replies: 2 the client raised, 3 expired in the queue, 4 expired
+    while running (its worker is killed) or before the reply was pulled, 5 no such node, 8 the
+    worker died. RuntimeError is raised only where no worker can start.
     """
 
     def __init__(  # what a launcher has to say
@@ -92,9 +98,11 @@ class PoolGrid(Grid):
         env: Mapping[str, str] | None = None,
         gpus: Sequence[str] = (),
     ):
-        """Start the workers; `client_app` is `module:attribute`, `env` is added to their environment.
+        """Start the workers; `client_app` is `module:attribute`, `env` is added to their
+        environment.
 
-        Each worker sees one of the `gpus`, by its name in CUDA_VISIBLE_DEVICES: the one that fewest others have.
+        Each worker sees one of the `gpus`, by its name in CUDA_VISIBLE_DEVICES: the one that fewest
+        others have.
         """
         if num_clients < 1 or workers < 1 or threads < 1:
             raise ValueError(f"need at least 1 each of {num_clients=}, {workers=}, {threads=}")
@@ -147,7 +155,9 @@ class PoolGrid(Grid):
         return list(range(FIRST_NODE, FIRST_NODE + self._num_clients))
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
-        """Queue messages and return their new ids in order; raises ValueError for one that is no request."""
+        """Queue messages and return their new ids in order; raises ValueError for one that is no
+        request.
+        """
         self._check_open()
         pushed = list(messages)  # held until the end, so that identities below stay true
         for message in pushed:
@@ -191,9 +201,11 @@ class PoolGrid(Grid):
     # Beyond Flower's Grid
 
     def wait(self, timeout: float | None = None, message_ids: Iterable[str] | None = None) -> bool:
-        """Whether a reply can be pulled (of `message_ids`, else of any message); returns as soon as one can.
+        """Whether a reply can be pulled (of `message_ids`, else of any message); returns as soon as
+        one can.
 
-        Waits at most `timeout` seconds (None: as long as a ttl allows); False at once where nothing is under way.
+        Waits at most `timeout` seconds (None: as long as a ttl allows); False at once where nothing
+        is under way.
         """
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         return self._wait(deadline, None if message_ids is None else set(message_ids))
@@ -204,7 +216,9 @@ class PoolGrid(Grid):
         return list(self._answers)
 
     def seconds_of(self, message_id: str) -> float | None:
-        """How long a worker was at a message whose reply is ready, nan for its first; None where there is no reply."""
+        """How long a worker was at a message whose reply is ready, nan for its first; None where
+        there is no reply.
+        """
         answer = self._answers.get(message_id)
         return (
             answer.outcome.header["seconds"]
@@ -213,14 +227,15 @@ class PoolGrid(Grid):
         )
 
     def discard(self, message_ids: Iterable[str]) -> None:
-        """Forget messages: queued ones never run, a running one's reply is dropped when it comes."""
+        """Forget messages: queued ones never run, a running one's reply is dropped when it
+        comes.
+        """
         for message_id in message_ids:
             self._answers.pop(message_id, None)
             queued = self._messages.get(message_id)
             if queued and queued.running:
-                queued.wanted = (
-                    False  # its ttl still holds, so that a client that hangs gives its worker back
-                )
+                # its ttl still holds, so that a client that hangs gives its worker back
+                queued.wanted = False
             elif queued:
                 del self._messages[message_id]
 
@@ -273,7 +288,9 @@ class PoolGrid(Grid):
         return message_id
 
     def _broadcast(self, arrays: Sequence[Array]) -> _Broadcast | None:
-        """The shared copy of `arrays`, written now unless these very objects are in flight already."""
+        """The shared copy of `arrays`, written now unless these very objects are in flight
+        already.
+        """
         if not arrays:
             return None
         key = tuple(id(array) for array in arrays)

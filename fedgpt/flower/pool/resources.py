@@ -1,4 +1,6 @@
-"""What a run uses of this machine: the same answer for the server, the launcher and every client process."""
+"""What a run uses of this machine: the same answer for the server, the launcher and every client
+process.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,16 @@ class Resources:
     @property
     def workers_text(self) -> str:
         """Workers and threads with their reason, as the opening prints them."""
-        return f"{self.workers} worker{_s(self.workers)} x {self.threads} thread{_s(self.threads)} ({self.reason})"
+        return (
+            f"{self.workers} worker{_s(self.workers)} x {self.threads} thread{_s(self.threads)}"
+            f" ({self.reason})"
+        )
 
 
 def resources_for(options: RunOptions, clients: int) -> Resources:
-    """The machine for a run with `clients` clients, of whom `pace.clients` train at the same time."""
+    """The machine for a run with `clients` clients, of whom `pace.clients` train at the same
+    time.
+    """
     runtime = options.runtime
     compute = choose_compute(
         runtime.device, options.local.precision, options.privacy.unit == "example"

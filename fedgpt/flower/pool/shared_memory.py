@@ -1,8 +1,9 @@
-"""Arrays in anonymous shared memory, and a Flower Array that holds an ndarray instead of its serialised copy.
+"""Arrays in anonymous shared memory, and a Flower Array that holds an ndarray instead of its
+serialised copy.
 
-Server and workers of the pool exchange large arrays through `Memory`: memory that belongs to file descriptors
-only. It has no name (nothing is ever in /dev/shm), so the kernel frees all of it when the processes end, by
-kill -9 too.
+Server and workers of the pool exchange large arrays through `Memory`: memory that belongs to file
+descriptors only. It has no name (nothing is ever in /dev/shm), so the kernel frees all of it when
+the processes end, by kill -9 too.
 """
 
 from __future__ import annotations
@@ -39,7 +40,8 @@ class Memory:
         memory = cls(_anonymous_file())
         os.ftruncate(memory.fileno(), max(end, 1))  # an empty file cannot be mapped
         for part, offset in zip(parts, offsets, strict=True):
-            # Written, not copied into a mapping: no page faults and no zeroing of pages that are filled anyway.
+            # Written, not copied into a mapping: no page faults and no zeroing of pages that are
+            # filled anyway.
             _write(memory.fileno(), np.ascontiguousarray(part).reshape(-1).view(np.uint8), offset)
         _seal(memory.fileno())
         return memory, offsets
@@ -52,7 +54,8 @@ class Memory:
 
     def view(self) -> np.ndarray:
         """All of it as read-only bytes, zero-copy; the view keeps the mapping alive."""
-        # Private, because older kernels refuse a shared mapping of sealed memory; the pages are shared all the same.
+        # Private, because older kernels refuse a shared mapping of sealed memory; the pages are
+        # shared all the same.
         mapping = mmap.mmap(self.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
         return np.frombuffer(mapping, np.uint8)
 
@@ -90,11 +93,13 @@ def _seal(descriptor: int) -> None:
 
 
 class NdArray(Array):
-    """A Flower Array around an ndarray: no copy going in, none in `numpy()`; treat the array as read-only.
+    """A Flower Array around an ndarray: no copy going in, none in `numpy()`; treat the array as
+    read-only.
 
-    The np.save bytes (`data`) are made only when asked for, and then kept. It travels over a SuperLink as a plain
-    Array (the receiver looks the class name up) and over Ray as itself. Insert it with `record[key] = NdArray(a)`
-    or use `array_record`: `ArrayRecord({...})` rebuilds plain Arrays and serialises at once.
+    The np.save bytes (`data`) are made only when asked for, and then kept. It travels over a
+    SuperLink as a plain Array (the receiver looks the class name up) and over Ray as itself. Insert
+    it with `record[key] = NdArray(a)` or use `array_record`: `ArrayRecord({...})` rebuilds plain
+    Arrays and serialises at once.
     """
 
     def __init__(self, ndarray: np.ndarray):
@@ -151,7 +156,8 @@ class NdArray(Array):
 def array_record(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
     """An ArrayRecord over `arrays` without copying or serialising them.
 
-    Build one per version and share it between messages: the pool then writes it to shared memory once.
+    Build one per version and share it between messages: the pool then writes it to shared memory
+    once.
     """
     record = ArrayRecord()
     for key, value in arrays.items():
@@ -199,7 +205,9 @@ def attach(memory: Memory, specs: Sequence[Mapping[str, Any]]) -> list[Array]:
 
 
 def _decoded(array: Array) -> np.ndarray | None:
-    """The ndarray inside, or None where the bytes are of another kind or damaged (the receiver's to judge)."""
+    """The ndarray inside, or None where the bytes are of another kind or damaged (the receiver's to
+    judge).
+    """
     if isinstance(array, NdArray):
         return array.numpy()
     try:

@@ -1,7 +1,9 @@
-"""One worker process of the pool: `python -m fedgpt.flower.pool.worker SOCKET LIFELINE` (two inherited descriptors).
+"""One worker process of the pool: `python -m fedgpt.flower.pool.worker SOCKET LIFELINE` (two
+inherited descriptors).
 
-It imports the ClientApp once, says ready and answers jobs until the server closes the socket. The lifeline is a
-pipe whose other end only the server holds: when it closes, the process ends at once, in the middle of a job too.
+It imports the ClientApp once, says ready and answers jobs until the server closes the socket. The
+lifeline is a pipe whose other end only the server holds: when it closes, the process ends at once,
+in the middle of a job too.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ _REASON = 2000  # characters of an exception's text that are sent
 
 def main(descriptor: int, lifeline: int) -> None:
     """Serve jobs that arrive on the socket `descriptor`."""
-    # A copy is used and the descriptor itself never closed: the server sees the end of the socket when this process
-    # is gone, not when an interpreter that shuts down closes its sockets.
+    # A copy is used and the descriptor itself never closed: the server sees the end of the socket
+    # when this process is gone, not when an interpreter that shuts down closes its sockets.
     sock = socket.socket(fileno=os.dup(descriptor))
     os.set_inheritable(descriptor, False)
     # A forked child (a DataLoader's) that held the socket would hide our end from the server.
@@ -74,7 +76,9 @@ def load_app(name: str) -> ClientApp:
 
 
 def answer(app: ClientApp, job: Frame, run_config: dict[str, Any]) -> Frame:
-    """Run one job; an exception of the client becomes an error reply, its traceback stays on this stderr."""
+    """Run one job; an exception of the client becomes an error reply, its traceback stays on this
+    stderr.
+    """
     metadata = Metadata(**job.header["metadata"])
     TaskIdentity.run_id, TaskIdentity.node_id = metadata.run_id, metadata.dst_node_id
     TaskIdentity.task_id = metadata.dst_task_id or 0
@@ -144,7 +148,9 @@ def _end_with_server(lifeline: int) -> None:
 
 
 def _restore_stderr(setup: Frame) -> None:
-    """Up to here stderr was a file that the server quotes when the start fails; repeat it on the real one."""
+    """Up to here stderr was a file that the server quotes when the start fails; repeat it on the
+    real one.
+    """
     if setup.memory is None:
         return
     sys.stderr.flush()

@@ -32,16 +32,19 @@ class WorkerProcess:
         environment: Mapping[str, str],
         gpu: str | None = None,
     ):
-        """Start it and return at once. `lifeline` is the read end of the pipe that only the server holds open.
+        """Start it and return at once. `lifeline` is the read end of the pipe that only the server
+        holds open.
 
-        `gpu` is the one that it may see, by its name in CUDA_VISIBLE_DEVICES; None leaves that as it is.
+        `gpu` is the one that it may see, by its name in CUDA_VISIBLE_DEVICES; None leaves that as
+        it is.
         """
         self.ready, self.gpu = False, gpu
         self.start_deadline = time.monotonic() + START_LIMIT
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # stderr until ready: quoted when a start fails
         ours, theirs = socket.socketpair()
         self.channel = Channel(ours)
-        # -P: the folder we happen to be in must not shadow modules; the server's own path comes with the setup.
+        # -P: the folder we happen to be in must not shadow modules; the server's own path comes
+        # with the setup.
         command = [
             sys.executable,
             "-P",
@@ -85,7 +88,8 @@ class WorkerProcess:
 
     def how_it_ended(self) -> str:
         """`exit code 3` or `signal SIGKILL`, of a worker whose socket has closed."""
-        # The socket closes a moment before the process can be waited for; a process that lives on without it is ended.
+        # The socket closes a moment before the process can be waited for; a process that lives on
+        # without it is ended.
         wait_all([self], _GRACE)
         if self.process.poll() is None:
             self.kill()
@@ -103,9 +107,11 @@ class WorkerProcess:
 
 
 def end(workers: Sequence[WorkerProcess], at_rest: Sequence[WorkerProcess], lifeline: int) -> None:
-    """End all workers by process id, each step harder than the last: leave, lifeline, SIGTERM, SIGKILL.
+    """End all workers by process id, each step harder than the last: leave, lifeline, SIGTERM,
+    SIGKILL.
 
-    `at_rest` run no job: they get the time to leave by themselves. Closes `lifeline`, the write end.
+    `at_rest` run no job: they get the time to leave by themselves. Closes `lifeline`, the write
+    end.
     """
     for worker in workers:
         worker.close()
@@ -130,7 +136,9 @@ def wait_all(workers: Sequence[WorkerProcess], seconds: float) -> None:
 
 
 def worker_environment(threads: int, extra: Mapping[str, str] | None) -> dict[str, str]:
-    """Our own environment with the thread count that math libraries read when they are loaded, then `extra`."""
+    """Our own environment with the thread count that math libraries read when they are loaded, then
+    `extra`.
+    """
     environment = dict(os.environ)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         environment[name] = str(threads)
@@ -151,7 +159,9 @@ def _standard_error() -> Memory | None:
 
 @contextlib.contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Hold Ctrl-C back; a child starts with this mask, so that none hits it before it ignores them."""
+    """Hold Ctrl-C back; a child starts with this mask, so that none hits it before it ignores
+    them.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

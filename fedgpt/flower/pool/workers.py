@@ -1,4 +1,6 @@
-"""The pool's worker processes together: started, watched, fed, replaced, ended. Knows jobs, not messages."""
+"""The pool's worker processes together: started, watched, fed, replaced, ended. Knows jobs, not
+messages.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ _LONGEST = 3600.0  # seconds of one select, which refuses to wait for months
 
 
 class WorkerPool:
-    """`count` workers that draw jobs from `next_job` and hand results to `finished`, both called inside `pump`.
+    """`count` workers that draw jobs from `next_job` and hand results to `finished`, both called
+    inside `pump`.
 
     `next_job() -> (key, frame) | None`; `finished(key, reply frame or error)`, once per job.
     """
@@ -36,7 +39,9 @@ class WorkerPool:
         finished: Callable[[str, Frame | Error], None],
         gpus: Sequence[str] = (),
     ):
-        """Start all processes without waiting for them; each sees one of the `gpus`, where there are any."""
+        """Start all processes without waiting for them; each sees one of the `gpus`, where there
+        are any.
+        """
         self._setup, self._environment, self._gpus = setup, environment, gpus
         self._next_job, self._finished = next_job, finished
         self._failed_starts, self._failure = 0, ""
@@ -79,7 +84,9 @@ class WorkerPool:
         self._ending = [worker for worker in self._ending if not worker.reaped()]
 
     def stop(self, key: str) -> None:
-        """Kill the worker that is at this job and start another; `finished` is not called for it."""
+        """Kill the worker that is at this job and start another; `finished` is not called for
+        it.
+        """
         for worker, job in list(self._busy.items()):
             if job == key:
                 self._replace(worker)
@@ -117,7 +124,9 @@ class WorkerPool:
         self._feed()
 
     def _lost(self, worker: WorkerProcess) -> None:
-        """A worker is gone: its job ends with an error, a new process starts and joins when it is ready."""
+        """A worker is gone: its job ends with an error, a new process starts and joins when it is
+        ready.
+        """
         how = worker.how_it_ended()
         if not worker.ready:
             self._start_failed(worker, how)

@@ -1,4 +1,6 @@
-"""The pool's Grid contract, and that nothing outlives it: no process, no descriptor, no shared memory."""
+"""The pool's Grid contract, and that nothing outlives it: no process, no descriptor, no shared
+memory.
+"""
 
 import gc
 import math
@@ -408,7 +410,9 @@ def test_workers_end_with_the_server(environment, how, code):
 
 
 def test_workers_wait_for_a_reader_who_is_slower(grid):
-    """Replies as large as the model must not pile up unread; who waits for a certain one still gets it."""
+    """Replies as large as the model must not pile up unread; who waits for a certain one still gets
+    it.
+    """
     ids = grid.push_messages([request(1000 + i) for i in range(12)])
     assert grid.wait(LONG)
     end = time.monotonic() + 1.0

@@ -1,4 +1,6 @@
-"""Shared memory and NdArray: zero-copy, equal after every way of travelling, nothing left behind."""
+"""Shared memory and NdArray: zero-copy, equal after every way of travelling, nothing left
+behind.
+"""
 
 import copy
 import gc
