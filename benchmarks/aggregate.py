@@ -195,9 +195,8 @@ def peak(do: Callable[[], np.ndarray]) -> float:
     tracemalloc.start()
     try:
         do()
-        return (
-            tracemalloc.get_traced_memory()[1] + 2 * 4 * do().size
-        )  # the int64 accumulator was there before
+        # the int64 accumulator was there before
+        return tracemalloc.get_traced_memory()[1] + 2 * 4 * do().size
     finally:
         tracemalloc.stop()
 

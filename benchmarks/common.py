@@ -22,9 +22,8 @@ def child(command: Sequence[str | Path], log: Path) -> Iterator[subprocess.Popen
     """A process `python *command`, ended with the block; its output goes to `log` and is shown
     where it fails.
     """
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # a stop request ends like Ctrl-C: nothing is left behind
+    # a stop request ends like Ctrl-C: nothing is left behind
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with log.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, *map(str, command)], stdout=out, stderr=subprocess.STDOUT
@@ -33,9 +32,8 @@ def child(command: Sequence[str | Path], log: Path) -> Iterator[subprocess.Popen
             yield process
         finally:
             if process.poll() is None:
-                process.send_signal(
-                    signal.SIGTERM
-                )  # both kinds of child take their own children along
+                # both kinds of child take their own children along
+                process.send_signal(signal.SIGTERM)
                 signal_all(process.pid, signal.SIGCONT)
                 process.wait()
     refuse_failure(process, log)

@@ -100,9 +100,8 @@ def measure(options: list[str]) -> Peak:
                 time.sleep(SAMPLE)
             resident = unmapped = 0
             if process.poll() is None:
-                Path(f"/proc/{process.pid}/clear_refs").write_text(
-                    "5"
-                )  # forget the peak of the start
+                # forget the peak of the start
+                Path(f"/proc/{process.pid}/clear_refs").write_text("5")
                 resident, unmapped = watch(process.pid, folder, rounds)
             process.wait()
         # past the block, so that a run which failed has said so

@@ -71,9 +71,8 @@ class Side:
     folder: Path
     clock: float = 0.0  # seconds in which it was not stopped
     stamps: list[float] = field(default_factory=list)  # the clock at the end of each server step
-    cpu_stamps: list[float] = field(
-        default_factory=list
-    )  # CPU seconds of all its processes, likewise
+    # CPU seconds of all its processes, likewise
+    cpu_stamps: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.versions = Versions(self.folder)

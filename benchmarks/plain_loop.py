@@ -44,9 +44,11 @@ from fedgpt.core.seeds import derive_seed, numpy_generator
 from fedgpt.data.batches import Batches
 from fedgpt.data.partition import Shard, partition
 from fedgpt.data.prepare import Prepared, prepare
+
+# two environment variables, no code: both sides' processes get them
 from fedgpt.flower.launch import (
     KEEP_HEAP,
-)  # two environment variables, no code: both sides' processes get them
+)
 from fedgpt.local.optimizer import Moments
 from fedgpt.local.trainer import Trainer
 from fedgpt.model.gpt import GPT
@@ -188,9 +190,8 @@ class Parent:
 
     def round(self, version: int, pipes: list[Connection]) -> None:
         """One round: the mean of the updates, weighted by tokens, comes off the weights."""
-        draw = numpy_generator(
-            self.options.seed, "cohort", version
-        )  # the same clients as in fedgpt's round
+        # the same clients as in fedgpt's round
+        draw = numpy_generator(self.options.seed, "cohort", version)
         chosen = sorted(int(i) for i in draw.choice(len(self.numbers), self.cohort, replace=False))
         jobs = deque(self.job(slot, client, version) for slot, client in enumerate(chosen))
         busy = pipes[: len(jobs)]

@@ -132,9 +132,8 @@ def plain_job(
     def job() -> None:
         batches = Batches(TOKENS, model.block_size, local.batch_size, 0)
         torch.set_float32_matmul_precision("high")
-        torch.use_deterministic_algorithms(
-            False
-        )  # the trainer needs the same bits every time; this loop does not
+        # the trainer needs the same bits every time; this loop does not
+        torch.use_deterministic_algorithms(False)
         for _ in range(steps):
             inputs, targets = batches.next()
             if on_gpu:

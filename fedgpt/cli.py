@@ -228,12 +228,10 @@ def dispatch(command: str, arguments: list[str]) -> int:
         )
         return 2
     if (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(
-            here
-        )  # as `python -m fedgpt` has it: where a user's own strategy._target_=mine.Rule is
-    signal.signal(
-        signal.SIGTERM, signal.default_int_handler
-    )  # a stop request ends like Ctrl-C: checkpoint, 130
+        # as `python -m fedgpt` has it: where a user's own strategy._target_=mine.Rule is
+        sys.path.append(here)
+    # a stop request ends like Ctrl-C: checkpoint, 130
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return COMMANDS[command](arguments)
     except FedGPTError as error:

@@ -11,11 +11,12 @@ import pytest
 import fedgpt
 
 MODULES = ["fedgpt", *(found.name for found in pkgutil.walk_packages(fedgpt.__path__, "fedgpt."))]
+# at least these
 EXAMPLES = {
     "fedgpt.core.seeds": 1,
     "fedgpt.client.state": 1,
     "fedgpt.report.progress": 4,
-}  # at least these
+}
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "fedgpt.__main__"])

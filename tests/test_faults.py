@@ -122,12 +122,13 @@ def test_three_crashes_right_after_a_start_go_back_to_the_checkpoint_before(tmp_
     done = start(env, *options, f"run_dir={tmp_path / 'whole'}")
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "killed"
+    # the last first: a fault that kills hides those behind it
     faults = (
         "aggregate:3",
         "open:4",
         "open:3",
         "open:2",
-    )  # the last first: a fault that kills hides those behind it
+    )
     assert until_the_end(env, faults, folder, options) == 4
     assert [path.name for path in (folder / "checkpoints").glob("*.damaged")] == [
         "version-00000002.damaged"
@@ -191,9 +192,8 @@ def test_a_disk_that_is_full_is_a_clear_error_and_costs_no_checkpoint(tmp_path, 
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
     limit += "import fedgpt.__main__ as it; sys.exit(it.main())"
     command = [sys.executable, "-c", limit, "run", *options, f"run_dir={folder}"]
-    assert (
-        start(env, *options, "rounds=1", f"run_dir={tmp_path / 'cache'}").returncode == 0
-    )  # the tokens are there
+    # the tokens are there
+    assert start(env, *options, "rounds=1", f"run_dir={tmp_path / 'cache'}").returncode == 0
     done = subprocess.run(
         command, env=env, capture_output=True, text=True, timeout=LONG, check=False
     )

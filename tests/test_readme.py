@@ -53,9 +53,8 @@ def typed(text: str) -> list[str]:
     ]
     lines = [line for body in shell for line in body.splitlines()]
     lines += re.findall(r"^ {4,}(\S.*)$", prose, re.M) + re.findall(r"`([^`\n]+)`", prose)
-    return [
-        re.sub(r"<[\w ./-]+>", "PLACEHOLDER", line).removeprefix("$ ") for line in lines
-    ]  # <the folder of a run>
+    # <the folder of a run>
+    return [re.sub(r"<[\w ./-]+>", "PLACEHOLDER", line).removeprefix("$ ") for line in lines]
 
 
 def commands(text: str) -> list[list[str]]:

@@ -28,9 +28,8 @@ class Strategy:
     new values out, inputs left alone; what a rule remembers is in `state.memory` and nowhere else.
     """
 
-    paces: ClassVar[frozenset[str]] = frozenset(
-        {"cohort"}
-    )  # the pacings it is right for; others are refused
+    # the pacings it is right for; others are refused
+    paces: ClassVar[frozenset[str]] = frozenset({"cohort"})
     because: ClassVar[
         Mapping[str, str]
     ] = {}  # pacing -> why it is refused and what to take instead

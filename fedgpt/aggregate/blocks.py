@@ -17,9 +17,8 @@ from fedgpt.aggregate.base import Strategy
 from fedgpt.core.errors import StoppedEarly
 from fedgpt.core.messages import Pacing, Update
 
-BLOCK = (
-    1 << 17
-)  # elements; 1 MiB of float64, so that several passes over a block stay in a second-level cache
+# elements; 1 MiB of float64, so that several passes over a block stay in a second-level cache
+BLOCK = 1 << 17
 
 
 def shortage(

@@ -23,9 +23,8 @@ CHUNK = (
     # elements; with shorter chunks threads wait for the interpreter more than they gain from the
     # cache
 )
-PIECE = (
-    1 << 13
-)  # elements divided at a time, once a version: small, as a copy of the model waits for the result
+# elements divided at a time, once a version: small, as a copy of the model waits for the result
+PIECE = 1 << 13
 SINGLE_BITS, SUM_BITS = 51, 53  # |one contribution| <= 2^51, |sum| <= 2^53
 TOGETHER = 2  # updates added in one pass over the accumulator, which is twice as long as they are
 Part = tuple[np.ndarray, np.float32]  # a delta, and what it is multiplied with
@@ -70,9 +69,8 @@ class ExactSum:
                 f"no scale for bound={self.bound}, max_weight={self.max_weight}, count={self.count}"
             )
         bits = min(SINGLE_BITS, SUM_BITS - (self.count - 1).bit_length())
-        self._scale = math.ldexp(
-            1.0, bits - math.frexp(largest)[1]
-        )  # a power of two: multiplying by it is exact
+        # a power of two: multiplying by it is exact
+        self._scale = math.ldexp(1.0, bits - math.frexp(largest)[1])
         self.added = self._folded = 0
         self._waiting: list[Part] = []
 

@@ -35,9 +35,8 @@ class FedYogi(Strategy):
         m = state.memory.get("momentum", 0.0)
         v = state.memory.get("second_moment", self.tau**2)
         m = self.beta1 * m + (1 - self.beta1) * d
-        v = v - (1 - self.beta2) * d**2 * np.sign(
-            v - d**2
-        )  # stays >= 0: D^2 is subtracted only where v is above it
+        # stays >= 0: D^2 is subtracted only where v is above it
+        v = v - (1 - self.beta2) * d**2 * np.sign(v - d**2)
         return advance(
             state,
             state.params - self.eta * m / (np.sqrt(v) + self.tau),

@@ -21,9 +21,8 @@ from fedgpt.aggregate.parallel import map_slices
 from fedgpt.aggregate.refusals import ROBUST
 from fedgpt.core.messages import Pacing, ServerState, Update
 
-PIECE = (
-    1 << 16
-)  # elements of a product in float32: pieces of eight updates lie in the second-level cache
+# elements of a product in float32: pieces of eight updates lie in the second-level cache
+PIECE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -82,9 +81,8 @@ class Krum(Strategy):
         lengths = np.diag(gram)
         squares = np.maximum(lengths[:, None] + lengths - 2 * gram, 0.0)
         np.fill_diagonal(squares, 0.0)
-        return np.sort(squares, axis=1)[:, 1 : len(updates) - self.attackers - 1].sum(
-            axis=1
-        )  # column 0 is the update itself
+        # column 0 is the update itself
+        return np.sort(squares, axis=1)[:, 1 : len(updates) - self.attackers - 1].sum(axis=1)
 
 
 def _products(updates: Sequence[Update], share: range) -> np.ndarray:

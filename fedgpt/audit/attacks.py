@@ -37,10 +37,11 @@ from fedgpt.server.collector import UpdateCollector
 from fedgpt.server.privacy import PaidByServer
 from fedgpt.storage.checkpoint import RunTables
 
+# privacy=client: random directions of which any two are nearly orthogonal
 CANARIES, DIMENSIONS = (
     600,
     20_000,
-)  # privacy=client: random directions of which any two are nearly orthogonal
+)
 BLOCKS, STEPS = 96, 8  # privacy=example: blocks of random tokens, all in every batch
 
 

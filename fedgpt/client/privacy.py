@@ -81,9 +81,8 @@ class ClientPrivacy:
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / ".ledger.lock"):
             path = self.folder / "privacy.key"
-            fresh = (
-                plan.state_job < 0 and not path.exists()
-            )  # it is made last: with it, there was a ledger
+            # it is made last: with it, there was a ledger
+            fresh = plan.state_job < 0 and not path.exists()
             ledger = Ledger(
                 self.folder / "ledger.json", o.unit, digest(self.tokens), plan.delta, fresh
             )

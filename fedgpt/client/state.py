@@ -19,9 +19,8 @@ from safetensors.torch import save_file
 from fedgpt.core.files import replacing
 from fedgpt.local.optimizer import Moments
 
-PLAIN = frozenset(
-    b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_- "
-)  # bytes that a name keeps
+# bytes that a name keeps
+PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_- ")
 MOST_NAME = 100  # bytes; file systems take 255
 # versions of the model that a client keeps, where the server sends steps from one of them
 MODELS = 4

@@ -92,9 +92,8 @@ class ClientWork:
         with watchdog(self.options.runtime.watchdog, job.plan.seconds):
             reach("client.begin")
             header, payload = self._do(job, job.client, tokens, lies)
-            time.sleep(
-                max(0.0, began + job.plan.seconds - time.monotonic())
-            )  # a slow client of a simulated fleet
+            # a slow client of a simulated fleet
+            time.sleep(max(0.0, began + job.plan.seconds - time.monotonic()))
             reach("client.done")
         return header, payload
 
@@ -164,9 +163,8 @@ class ClientWork:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
-        if (
-            compute.device != "cpu"
-        ):  # whose bits hang on more than we record: there a job is another one each time
+        # whose bits hang on more than we record: there a job is another one each time
+        if compute.device != "cpu":
             environment["once"] = secrets.token_hex(8)
         folder = ClientStore(self.state_root, job.plan.run, job.client).folder
         return ClientPrivacy(self.options, folder, tokens, environment)

@@ -55,9 +55,8 @@ def _types(cls: type, prefix: str = "") -> Iterator[tuple[str, tuple[Any, ...]]]
 
 
 TYPES = dict(_types(RunOptions))
-CHOICES = {
-    key for key in RANGES if key not in ("name", "run_dir", "cache_dir")
-}  # among what is a text by its type
+# among what is a text by its type
+CHOICES = {key for key in RANGES if key not in ("name", "run_dir", "cache_dir")}
 TEXTS = {
     key
     for key, kinds in TYPES.items()
@@ -211,9 +210,8 @@ def jobs(
     axes = [choices for o in parsed if o.is_sweep_override() and (choices := _choices(o, groups))]
     while prod(map(len, axes)) > MOST_JOBS:
         max(axes, key=len).pop()
-    kept = cache(
-        lambda chosen: composed([*fixed, *chosen], config_dir)
-    )  # takes longer than to change values
+    # takes longer than to change values
+    kept = cache(lambda chosen: composed([*fixed, *chosen], config_dir))
 
     def compose_job(texts: tuple[str, ...]) -> DictConfig:
         chosen = [parser.parse_override(text) for text in texts]

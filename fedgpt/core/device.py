@@ -72,9 +72,8 @@ def repeat_exactly(device: str) -> None:
     if device == "cuda":
         import torch
 
-        os.environ.setdefault(
-            "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-        )  # read with the first matrix product
+        # read with the first matrix product
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         # else every torch.empty is written with NaN first
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
@@ -124,7 +123,6 @@ def _has_amx() -> bool | None:
     """Whether the CPU has AMX tiles; None where this torch cannot say."""
     import torch
 
-    probe = getattr(
-        torch.cpu, "_is_amx_tile_supported", None
-    )  # private: absent in other torch versions
+    # private: absent in other torch versions
+    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return None if probe is None else bool(probe())

@@ -33,9 +33,8 @@ class FlatParams:
     @classmethod
     def of(cls, module: nn.Module) -> FlatParams:
         """Layout of `module`'s parameters; matrices first, each group in the module's own order."""
-        params = dict(
-            module.named_parameters()
-        )  # named_parameters leaves out the second name of a tied weight
+        # named_parameters leaves out the second name of a tied weight
+        params = dict(module.named_parameters())
         matrices = [name for name, p in params.items() if p.dim() >= 2]
         vectors = [name for name, p in params.items() if p.dim() < 2]
         names = (*matrices, *vectors)

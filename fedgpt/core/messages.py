@@ -35,9 +35,8 @@ class Plan:
     noise_multiplier: float = 0.0
     participations: int = 0  # privacy=example, local: jobs that the client may do at most
     delta: float = 0.0  # privacy=example, local: at which epsilon is meant
-    cached_version: int = (
-        -1
-    )  # int8, int4: version that the client has cached, so that only deltas travel; -1: none
+    # int8, int4: version that the client has cached, so that only deltas travel; -1: none
+    cached_version: int = -1
 
 
 @dataclass(frozen=True)
@@ -99,9 +98,8 @@ class Observed:
     """What a strategy that may change the pacing decides from."""
 
     pacing: str  # the present one
-    seconds: Mapping[
-        str, float
-    ]  # client -> of a whole job, as far as is known (server/pacing_advisor.py)
+    # client -> of a whole job, as far as is known (server/pacing_advisor.py)
+    seconds: Mapping[str, float]
     record: Mapping[str, Any]  # metrics of the version that was just made; empty within a version
     waited: float = 0.0  # seconds that the oldest job has been out
 

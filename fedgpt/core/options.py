@@ -118,18 +118,16 @@ class FleetOptions:
     """
 
     name: str = "none"
-    step_seconds: list[float] = field(
-        default_factory=lambda: [1.0]
-    )  # constant: of a local step, client by client
+    # constant: of a local step, client by client
+    step_seconds: list[float] = field(default_factory=lambda: [1.0])
     median: float = 1.0  # lognormal: seconds of a local step
     spread: float = 0.5  # lognormal: sigma of its logarithm
     down: float = 0.0  # seconds per megabyte to the client
     up: float = 0.0  # seconds per megabyte from the client, of the message as encoded
     jitter: float = 0.0  # sigma of the logarithm of each job's own factor
     dropout: float = 0.0  # probability that a job is lost on the way
-    window: list[float] = field(
-        default_factory=list
-    )  # [seconds there, seconds away], each client with its own phase
+    # [seconds there, seconds away], each client with its own phase
+    window: list[float] = field(default_factory=list)
     # trace: CSV with client,step_seconds[,down,up]; replay: events.jsonl of a run
     path: str | None = None
 

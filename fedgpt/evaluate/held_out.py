@@ -83,9 +83,8 @@ class HeldOut:
         """Score `params`, (parameters,) float32."""
         self.load(params)
         device = self._working.device
-        total = torch.zeros(
-            (), dtype=torch.float64, device=device
-        )  # read at the end: a GPU need not be waited for
+        # read at the end: a GPU need not be waited for
+        total = torch.zeros((), dtype=torch.float64, device=device)
         for start in range(0, len(self._inputs), self._batch):
             targets = self._targets[start : start + self._batch].to(device)
             mean = self.model.loss(self._inputs[start : start + self._batch].to(device), targets)

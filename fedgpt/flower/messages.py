@@ -50,9 +50,8 @@ def params_record(job: Job) -> ArrayRecord:
 
 def job_bytes(job: Job) -> int:
     """Size of what a job puts on the wire: the vector and its JSON."""
-    told = _job_json(
-        replace(job, plan=replace(job.plan, keep=()))
-    )  # what a restart left to keep is no traffic of the run
+    # what a restart left to keep is no traffic of the run
+    told = _job_json(replace(job, plan=replace(job.plan, keep=())))
     if job.plan.cached_version >= 0:
         return sum(step.nbytes for step in job.model_deltas) + len(told)
     return job.params.nbytes // (2 if job.plan.downlink == "bf16" else 1) + len(told)

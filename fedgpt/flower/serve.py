@@ -130,9 +130,8 @@ class _Run:
                 " and the server's own update needs more than"
                 f" model.block_size={o.model.block_size}; raise it"
             )
-        _claim(
-            self.folder, o
-        )  # nothing is wrong with it so far: what is refused leaves no run behind
+        # nothing is wrong with it so far: what is refused leaves no run behind
+        _claim(self.folder, o)
         display = ProgressDisplay(
             o, switches=strategy.switches, pacing=snapshot.tables.pacing or None
         )

@@ -65,9 +65,8 @@ class FlowerStrategy(Strategy):
     """
 
     inner: stock.Strategy
-    _fresh: dict[str, Any] = field(
-        init=False, repr=False
-    )  # attributes as constructed, those we can compare
+    # attributes as constructed, those we can compare
+    _fresh: dict[str, Any] = field(init=False, repr=False)
     _unsaved: set[str] = field(init=False, repr=False)  # attributes that no checkpoint can carry
 
     def __post_init__(self) -> None:
@@ -105,9 +104,8 @@ class FlowerStrategy(Strategy):
         are.
         """
         updates = sorted(updates, key=lambda update: (update.client, update.number))
-        nodes = [
-            derive_seed(0, "node", update.client) for update in updates
-        ]  # stable over rounds and restarts
+        # stable over rounds and restarts
+        nodes = [derive_seed(0, "node", update.client) for update in updates]
         record = ArrayRecord({ARRAY: Array(state.params)})
         self._restore(state.memory)
         try:
@@ -262,10 +260,11 @@ class _Nodes:
 
     def __init__(self, nodes: Sequence[int], inner: stock.Strategy):
         wanted = max(getattr(inner, "min_available_nodes", 1), getattr(inner, "min_train_nodes", 1))
+        # else it waits for nodes for ever
         self.nodes = [
             *nodes,
             *range(1, 1 + max(0, wanted - len(nodes))),
-        ]  # else it waits for nodes for ever
+        ]
 
     def get_node_ids(self) -> list[int]:
         return self.nodes
@@ -373,9 +372,8 @@ def _encode(name: str, value: Any) -> dict[str, np.ndarray] | None:
     """
     if value is None:
         return {f"{MEMORY}.{name}.none.": np.zeros(0, np.float32)}
-    if isinstance(
-        value, np.generic
-    ):  # not the same as a number: it decides the dtype of what it is multiplied by
+    # not the same as a number: it decides the dtype of what it is multiplied by
+    if isinstance(value, np.generic):
         kind, arrays = "scalar", {"": np.asarray(value)}
     elif isinstance(value, bool | int | float):
         kind, arrays = "number", {"": np.asarray(value)}
@@ -391,9 +389,8 @@ def _encode(name: str, value: Any) -> dict[str, np.ndarray] | None:
 def _decode(memory: dict[str, np.ndarray]) -> dict[str, Any]:
     """Attributes from what `_encode` made of them."""
     attributes: dict[str, Any] = {}
-    for path in sorted(
-        memory, key=lambda path: (len(path), path)
-    ):  # items of a list in their order
+    # items of a list in their order
+    for path in sorted(memory, key=lambda path: (len(path), path)):
         _, name, kind, key = path.split(".", 3)
         array = np.array(memory[path])  # strategies may write into it; the state stays as it is
         if kind == "none":

@@ -168,9 +168,8 @@ def _simulation(clients: int, resources: Resources) -> list[str]:
         "init-args-num-cpus": resources.workers * resources.threads,
     }
     if gpus := len(resources.gpus):  # Ray hides them from an actor that asks for none
-        share = 1 / math.ceil(
-            resources.workers / gpus
-        )  # parts of one GPU: Ray puts no actor across two
+        # parts of one GPU: Ray puts no actor across two
+        share = 1 / math.ceil(resources.workers / gpus)
         settings |= {"client-resources-num-gpus": share, "init-args-num-gpus": gpus}
     return ["--federation-config", " ".join(f"{name}={value}" for name, value in settings.items())]
 

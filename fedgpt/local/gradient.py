@@ -44,9 +44,8 @@ class RecordedGradient(BatchGradient):
             torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2)
         )
         self._graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-        with torch.random.fork_rng(
-            [device]
-        ):  # dropout draws here, too, and the next job's seed is set already
+        # dropout draws here, too, and the next job's seed is set already
+        with torch.random.fork_rng([device]):
             aside.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(aside):
                 for _ in range(WARM_UP):

@@ -35,9 +35,8 @@ class OpacusHooks:
         self._hooked.enable_hooks()
         try:
             values = losses()
-            with (
-                warnings.catch_warnings()
-            ):  # torch's, that an embedding's input has no gradient: it needs none
+            # torch's, that an embedding's input has no gradient: it needs none
+            with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Full backward hook is firing")
                 values.sum().backward()
         finally:

@@ -34,9 +34,8 @@ class FlatAdamW:
     ):
         self.params, self.grad, self.options = params, grad, options
         self.first, self.second = torch.zeros_like(params), torch.zeros_like(params)
-        self._steps = torch.zeros(
-            (), device=params.device
-        )  # the kernel wants the count as a float tensor
+        # the kernel wants the count as a float tensor
+        self._steps = torch.zeros((), device=params.device)
         self._ranges = (
             (slice(0, decayed), options.weight_decay),
             (slice(decayed, params.numel()), 0.0),

@@ -126,9 +126,8 @@ class Trainer:
             else:
                 losses += self._gradient(batches)
             if mu:
-                self.grad.add_(self.params, alpha=mu).sub_(
-                    self._start, alpha=mu
-                )  # mu (w - start), FedProx
+                # mu (w - start), FedProx
+                self.grad.add_(self.params, alpha=mu).sub_(self._start, alpha=mu)
             norm = self._clip()
             tokens_done = plan.tokens_done + (step + 1) * plan.tokens_per_step
             o = self.options
@@ -177,9 +176,8 @@ class Trainer:
             raise ValueError(
                 f"received {start.dtype}{start.shape}, this model has float32({self.layout.size},)"
             )
-        np.copyto(
-            self._delta.numpy(), start
-        )  # not torch.from_numpy(start): received vectors are read-only
+        # not torch.from_numpy(start): received vectors are read-only
+        np.copyto(self._delta.numpy(), start)
         self._start.copy_(self._delta)
         self.params.copy_(self._start)
         if self.working is not self.params:

@@ -36,9 +36,8 @@ def generate(
     _check_sampling(samples, temperature, top_k, top_p)
     generator = torch.Generator().manual_seed(seed)
     device = model.lm_head.weight.device
-    ids = torch.tensor(
-        [list(prompt_ids)] * samples, dtype=torch.int64, device=device
-    )  # (samples, time)
+    # (samples, time)
+    ids = torch.tensor([list(prompt_ids)] * samples, dtype=torch.int64, device=device)
     ended = torch.zeros(samples, dtype=torch.bool)
     reader = _Reader(model, cache, len(prompt_ids) + max_new_tokens)
     was_training = model.training
@@ -88,9 +87,8 @@ def choose(
     if top_p is not None:
         ordered, order = logits.sort(dim=-1, descending=True)
         shares = ordered.softmax(-1)
-        before = (
-            shares.cumsum(-1) - shares
-        )  # what likelier tokens add up to; 0 for the first, which always stays
+        # what likelier tokens add up to; 0 for the first, which always stays
+        before = shares.cumsum(-1) - shares
         ordered = ordered.masked_fill(before >= top_p, -torch.inf)
         logits = torch.empty_like(logits).scatter_(-1, order, ordered)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]

@@ -130,9 +130,8 @@ class GPT(nn.Module):
             raise ConfigError(problems)
         self.options, self.vocab_size = replace(options), vocab_size
         channels = options.n_embd
-        with torch.device(
-            "meta"
-        ):  # no memory and no global random numbers for values that init_weights replaces
+        # no memory and no global random numbers for values that init_weights replaces
+        with torch.device("meta"):
             wte = nn.Embedding(vocab_size, channels)
             modules: dict[str, nn.Module] = {"wte": wte}
             if options.positions == "learned":
@@ -251,9 +250,8 @@ def attend_explicitly(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> 
     seen = k.size(2)
     q, k, v = (part.reshape(batch * heads, -1, width) for part in (q, k, v))
     mask = torch.full((new, seen), -math.inf, dtype=q.dtype, device=q.device).triu_(1 + seen - new)
-    scores = torch.baddbmm(
-        mask, q, k.transpose(1, 2), alpha=width**-0.5
-    )  # (batch * heads, new, seen)
+    # (batch * heads, new, seen)
+    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=width**-0.5)
     shares = F.dropout(scores.softmax(-1), dropout)
     return torch.bmm(shares, v).view(batch, heads, new, width)
 
@@ -266,9 +264,8 @@ def rotation(positions: Tensor, width: int, dtype: torch.dtype) -> Rotation:
     / width).
     """
     exponents = torch.arange(0, width, 2, device=positions.device) / width
-    angles = (
-        positions[:, None] * ROTARY_BASE**-exponents
-    )  # (time, width / 2), float32 whatever the model's dtype
+    # (time, width / 2), float32 whatever the model's dtype
+    angles = positions[:, None] * ROTARY_BASE**-exponents
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 

@@ -30,11 +30,12 @@ ACTIVATIONS = {
     "gelu_new": "tanh",
     "gelu_pytorch_tanh": "tanh",
 }
+# transformers' Conv1D stores (in, out)
 TRANSPOSED = (
     "c_attn.weight",
     "c_proj.weight",
     "c_fc.weight",
-)  # transformers' Conv1D stores (in, out)
+)
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -78,11 +79,12 @@ NEOX_NAMES = {  # parts of our parameter names -> parts of GPT-NeoX's
     # files keep this name; the module is called lm_head since transformers 5
     "lm_head.": "embed_out.",
 }
+# old files carry them
 NEOX_BUFFERS = (
     ".attention.bias",
     ".attention.masked_bias",
     ".rotary_emb.inv_freq",
-)  # old files carry them
+)
 Weights = dict[str, Tensor]
 
 
@@ -114,9 +116,8 @@ def export_model(
     folder.mkdir(parents=True, exist_ok=True)
     end_of_text = model.vocab_size - 1 if end_of_text is None else end_of_text
     form = FORMATS[model_type(model.options)]
-    weights = {
-        name: p.detach().cpu() for name, p in model.named_parameters()
-    }  # a tied head stands once
+    # a tied head stands once
+    weights = {name: p.detach().cpu() for name, p in model.named_parameters()}
     weights = form.to_file(weights, model.options)
     with replacing(folder / WEIGHTS) as temporary:
         save_file(
@@ -258,9 +259,8 @@ def _gpt2_options(config: dict[str, Any]) -> ModelOptions:
 
 def _neox_options(config: dict[str, Any]) -> ModelOptions:
     config = NEOX_DEFAULTS | config
-    rope = (
-        config.get("rope_parameters") or config.get("rope_scaling") or {}
-    )  # the former since transformers 5
+    # the former since transformers 5
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     renamed = {"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"}
     config |= {old: rope[new] for old, new in renamed.items() if new in rope}
     config["rope_type"] = rope.get("rope_type", rope.get("type", "default"))

@@ -110,9 +110,8 @@ def renyi_epsilon(events: Iterable[Event], delta: float) -> float:
     import dp_accounting
     from dp_accounting.rdp import RdpAccountant
 
-    absl.logging.set_verbosity(
-        absl.logging.ERROR
-    )  # it reports orders that it leaves out, which is harmless
+    # it reports orders that it leaves out, which is harmless
+    absl.logging.set_verbosity(absl.logging.ERROR)
     accountant: Any = RdpAccountant()
     for event in events:
         gaussian = dp_accounting.GaussianDpEvent(event.noise_multiplier)

@@ -34,9 +34,8 @@ class Release:
 
     number: int  # of the version or the task
     tag: str
-    shares: dict[str, float] = field(
-        default_factory=dict
-    )  # client -> its part of one full charge, where clients pay
+    # client -> its part of one full charge, where clients pay
+    shares: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,9 +47,8 @@ class Account:
     delta: float
     events: tuple[Event, ...] = ()  # that everybody pays for
     releases: tuple[Release, ...] = ()
-    spent: dict[str, float] = field(
-        default_factory=dict
-    )  # client -> full charges, where clients pay each for itself
+    # client -> full charges, where clients pay each for itself
+    spent: dict[str, float] = field(default_factory=dict)
     noise_multiplier: float = 0.0  # of one full charge of a client
 
     @property
@@ -171,9 +169,8 @@ class Ledger:
         """
         if self.known(number, tag):
             return
-        if any(
-            release.number >= number for release in self.account.releases
-        ):  # older tags may be forgotten
+        # older tags may be forgotten
+        if any(release.number >= number for release in self.account.releases):
             raise BudgetExhausted(
                 f"release {number} of this series was made before, of another sum: correlated noise"
                 " cannot go back"

@@ -24,9 +24,8 @@ from fedgpt.core.errors import FedGPTError
 from fedgpt.core.files import sync
 
 KEY_BYTES = 32
-CHUNK = (
-    1 << 20
-)  # values made at a time: the steps between random bits and normal values stay in the cache
+# values made at a time: the steps between random bits and normal values stay in the cache
+CHUNK = 1 << 20
 
 
 class SecureStream:

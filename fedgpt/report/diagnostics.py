@@ -286,9 +286,8 @@ def _norms(records: list[dict[str, Any]]) -> Panel | None:
         "mean of a version's updates": _series(records, "update_norm"),
         "server step": _series(records, "step_norm"),
     }
-    found = {
-        label: {v: y for v, y in ys.items() if y > 0} for label, ys in found.items()
-    }  # 0: a step without updates
+    # 0: a step without updates
+    found = {label: {v: y for v, y in ys.items() if y > 0} for label, ys in found.items()}
     values = [y for ys in found.values() for y in ys.values()]
     if not values:
         return None

@@ -33,16 +33,14 @@ class ProgressDisplay:
         """
         self.options, self.console = options, console or Console(highlight=False)
         self._switches, self._pacing = switches, pacing or options.pace.name
-        self._end = (
-            options.tokens
-        )  # where the run ends; 0: after `rounds` versions, or not known before "open"
+        # where the run ends; 0: after `rounds` versions, or not known before "open"
+        self._end = options.tokens
         self._began = time.monotonic()
         self._first_version = 0
         # the first record: a resumed run has trained before
         self._first: dict[str, Any] | None = None
-        self._flying: set[tuple[str, int]] = (
-            set()
-        )  # (client, job number) that were sent and have not come back
+        # (client, job number) that were sent and have not come back
+        self._flying: set[tuple[str, int]] = set()
         self._earlier = 0  # jobs in flight that an earlier sitting sent
         self._tokens = self._version = self._back = 0
         self._bytes = 0
@@ -112,9 +110,8 @@ class ProgressDisplay:
             if self._first is None:
                 self._first = about
                 self._earlier += about.get("in_flight", 0)
-            if (
-                "loss" in about or self._pacing == "cohort"
-            ):  # asynchronous steps are too many for a line each
+            # asynchronous steps are too many for a line each
+            if "loss" in about or self._pacing == "cohort":
                 self.say(self.line(about))
         self._bar.update(self._task, completed=self._version, state=self._state())
 
@@ -141,9 +138,8 @@ class ProgressDisplay:
                 parts.append(f"{clock(record['virtual_seconds'])} virtual")
             parts.append(f"{count(record['tokens'] / seconds)} tok/s")
             here = seconds - (self._first["wall_seconds"] if self._first else 0.0)
-            if (
-                here > 0
-            ):  # the version that a resumed run began with says nothing of this sitting's speed
+            # the version that a resumed run began with says nothing of this sitting's speed
+            if here > 0:
                 parts.append(f"{clock(here * self._to_do(version, record['tokens']))} left")
         return " | ".join(parts)
 

@@ -59,9 +59,8 @@ class UpdateCollector:
             self._sum.reset(self.private.clip, max_updates)
         elif self.strategy.linear:
             whole = Update("", 0, state.version, state.params, job_tokens)
-            self._sum.reset(
-                self.norm_limit, max_updates, self.strategy.weight(whole, 0)
-            )  # no update can weigh more
+            # no update can weigh more
+            self._sum.reset(self.norm_limit, max_updates, self.strategy.weight(whole, 0))
 
     def read(self, reply: Reply, job: Job, run: str, tokens: int) -> Update:
         """The update in a reply to `job`, which was of `tokens` tokens; raises UpdateRejected."""

@@ -38,9 +38,8 @@ class Sketch:
         if size < 1 or width < 1:
             raise ValueError(f"no sketch of size={size} and width={width}: both must be 1 or more")
         self.size, self.width = size, width
-        raw = numpy_generator(seed, "sketch").bit_generator.random_raw(
-            -(-size // 64)
-        )  # 64 signs a draw
+        # 64 signs a draw
+        raw = numpy_generator(seed, "sketch").bit_generator.random_raw(-(-size // 64))
         signs = np.unpackbits(np.asarray(raw, "<u8").view(np.uint8), count=size).view(np.int8)
         signs *= 2
         signs -= 1
@@ -58,9 +57,8 @@ class Sketch:
                 piece, self._signs[start : start + piece.size], out=self._buffer[: piece.size]
             )
             whole = piece.size - piece.size % self.width
-            buckets += (
-                signed[:whole].reshape(-1, self.width).sum(axis=0)
-            )  # (rows, width) -> (width,)
+            # (rows, width) -> (width,)
+            buckets += signed[:whole].reshape(-1, self.width).sum(axis=0)
             buckets[: piece.size - whole] += signed[whole:]
         return buckets
 

@@ -38,9 +38,8 @@ class Diagnostics:
         """Its norm; `cosine`: mean over pairs of updates; `step_correlation`: of this server step
         with the last one.
         """
-        by_client = sorted(
-            self._updates, key=lambda pair: pair[0]
-        )  # the same bits, whatever arrives first
+        # the same bits, whatever arrives first
+        by_client = sorted(self._updates, key=lambda pair: pair[0])
         in_order = [sketch for _, sketch in by_client]
         mean = mean_pairwise_cosine(in_order or self._recent)
         sketch = self._sketch.of(step)

@@ -16,9 +16,8 @@ from fedgpt.core.messages import ServerState
 from fedgpt.core.options import EvaluateOptions
 
 Record = dict[str, Any]
-Done = Callable[
-    [Record, np.ndarray | None], None
-]  # of a finished record, and of the weights where it has scores
+# of a finished record, and of the weights where it has scores
+Done = Callable[[Record, np.ndarray | None], None]
 
 
 class Evaluator(Protocol):

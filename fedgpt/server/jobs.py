@@ -95,11 +95,12 @@ class JobPlanner:
         """
         jobs = []
         for about in tables.in_flight:
+            # their steps may be gone
             told = {
                 **about["plan"],
                 "keep": tuple(about["plan"]["keep"]),
                 "cached_version": -1,
-            }  # their steps may be gone
+            }
             base = extra.get(f"base/{about['version']}", params)
             jobs.append(
                 Job(
@@ -120,9 +121,8 @@ class JobPlanner:
         full = self.options.local.steps
         if not self.options.pace.dylu or client not in speeds:
             return full
-        return max(
-            1, math.floor(full * speeds[client] / max(speeds.values()) + 1e-9)
-        )  # 0.29 * 100 is below 29
+        # 0.29 * 100 is below 29
+        return max(1, math.floor(full * speeds[client] / max(speeds.values()) + 1e-9))
 
     def measure(
         self, job: Job, now: float, speeds: dict[str, float], seconds: float | None = None

@@ -164,9 +164,8 @@ class Server:
         self._failed = 0
         self._at_goal = None
         self._version_began = self.transport.now()
-        self._start = replace(
-            self.state, params=self.published.advance(self.state)
-        )  # as clients get it
+        # as clients get it
+        self._start = replace(self.state, params=self.published.advance(self.state))
         max_updates = self.pace.max_updates(len(self.clients)) + len(self.flight)
         self.collector.begin(self.state, self.tables.norms, max_updates, self.planner.job_tokens)
         for client in self.quarantine.release(self.state.version):
@@ -265,9 +264,8 @@ class Server:
         key = (reply.client, reply.number)
         self._count(bytes_up=reply.bytes)
         job = self.flight.pop(*key)
-        if (
-            job is not None and reply.error and job.plan.cached_version >= 0
-        ):  # what it had may be gone: the whole model, then
+        # what it had may be gone: the whole model, then
+        if job is not None and reply.error and job.plan.cached_version >= 0:
             self._send(
                 [
                     replace(
@@ -350,9 +348,8 @@ class Server:
             enough = self._at_goal is not None and self.options.pace.goal is not None
             self._give_up(self.flight.keys(), "the version closed first", missed=not enough)
         accepted = len(self.collector)
-        minimum = (
-            0 if self.privacy.sums else self.options.pace.minimum
-        )  # how many came must not show
+        # how many came must not show
+        minimum = 0 if self.privacy.sums else self.options.pace.minimum
         if not self.pace.keeps_jobs and self._failed and accepted < minimum:
             raise StoppedEarly(
                 f"version {self.state.version + 1} got {accepted} valid updates of {accepted + self._failed} jobs, "
@@ -368,9 +365,8 @@ class Server:
         self._choose_pacing(self.tables.record)
         if self.options.evaluate.rollback is not None:
             self._keep_or_restore()
-        self._tell(
-            "version", **self.tables.record
-        )  # before the snapshot: a restart cuts the events after it
+        # before the snapshot: a restart cuts the events after it
+        self._tell("version", **self.tables.record)
         every = self._cadence(self.options.checkpoint.every)
         keep = bool(every and self.state.version % every == 0)
         self._take_snapshot(keep)

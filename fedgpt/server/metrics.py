@@ -14,10 +14,11 @@ from fedgpt.core.messages import Job, ServerState, Update
 from fedgpt.server.collector import UpdateCollector
 from fedgpt.storage.checkpoint import RunTables
 
+# what the stages of an update's way tell; see update/feedback.py
 STAGES = (
     "compress_error",
     "residual_norm",
-)  # what the stages of an update's way tell; see update/feedback.py
+)
 
 
 def first_record() -> dict[str, Any]:

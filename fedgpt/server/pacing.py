@@ -73,9 +73,8 @@ class Pace(Protocol):
         ...
 
 
-Coins = Callable[
-    [int, int], np.ndarray | None
-]  # (version, clients) -> a uniform value for each client
+# (version, clients) -> a uniform value for each client
+Coins = Callable[[int, int], np.ndarray | None]
 
 
 def make_pace(

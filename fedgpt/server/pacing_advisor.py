@@ -43,9 +43,8 @@ class PacingAdvisor:
         """
         done, oldest, self.patience = list(done), flight.oldest(), None
         if self.at_once is not None and len(flight) + len(done) > self.at_once:
-            return Choice(
-                pacing
-            )  # jobs queue for workers, and these never wait: no pacing would handle more
+            # jobs queue for workers, and these never wait: no pacing would handle more
+            return Choice(pacing)
         seconds = self.planner.job_seconds(done, flight, tables.speeds, now)
         waited = 0.0 if oldest is None else now - oldest.sent
         choice = self.strategy.choose_pacing(Observed(pacing, seconds, record, waited), state)

@@ -184,9 +184,8 @@ class PaidByServer(Privacy):
         so they may too.
         """
         self.options, self.plan = options, plan
-        fresh = (
-            fresh and not (folder / "privacy.key").exists()
-        )  # which is made last: with it, there was a ledger
+        # which is made last: with it, there was a ledger
+        fresh = fresh and not (folder / "privacy.key").exists()
         self.ledger = Ledger(folder / "ledger.json", "client", data, plan.delta, fresh)
         self.key = secret_key(folder / "privacy.key", fresh)
         if options.privacy.rng == "seeded":

@@ -22,12 +22,13 @@ from fedgpt.core.options import FleetOptions, RunOptions
 from fedgpt.core.seeds import numpy_generator
 from fedgpt.storage.run_folder import read_lines
 
+# seconds per step of DeepMind's asynchronous workers (arXiv 2401.09135)
 PUBLISHED = (
     0.58,
     0.75,
     1.51,
     3.33,
-)  # seconds per step of DeepMind's asynchronous workers (arXiv 2401.09135)
+)
 NAMES = ("none", "constant", "published", "lognormal", "trace", "replay")
 MEGABYTE = 1e6
 
@@ -165,9 +166,8 @@ class Replay:
                 "duplicate",
             ):
                 continue
-            number = (
-                event["number"] if "number" in event else event["task"]
-            )  # its name in older records
+            # its name in older records
+            number = event["number"] if "number" in event else event["task"]
             lost = event.get("detail", "") if event.get("code") == "client_error" else ""
             seconds = event.get("train_seconds") if event.get("measured", True) else math.nan
             self._trips[event["client"], number] = Trip(
@@ -200,9 +200,8 @@ def _trace(options: FleetOptions) -> dict[str, Device]:
     """client -> device of a CSV file; raises ConfigError with the line that is wrong."""
     named, devices = f"fleet.path={options.path}", {}
     try:
-        text = Path(str(options.path)).read_text(
-            encoding="utf-8-sig"
-        )  # a spreadsheet begins it with a mark
+        # a spreadsheet begins it with a mark
+        text = Path(str(options.path)).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(
             f"{named}: is no text in UTF-8 ({error.reason}); save it as CSV"

@@ -77,9 +77,8 @@ class VirtualTransport:
         """
         until = math.inf if timeout is None else self._now + timeout
         if timeout and until == self._now:
-            until = math.nextafter(
-                self._now, math.inf
-            )  # a wait shorter than the clock's last digit must end, too
+            # a wait shorter than the clock's last digit must end, too
+            until = math.nextafter(self._now, math.inf)
         if self._someone_is_away:
             until = min(until, self.timing.opening(self._now))
         self._someone_is_away = False

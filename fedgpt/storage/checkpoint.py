@@ -52,31 +52,24 @@ class RunTables:
     ] = ()  # `accepted` at the checkpoints a restart could load
     rejected: dict[str, int] = field(default_factory=dict)  # reason -> count
     norms: tuple[float, ...] = ()  # of the latest accepted updates
-    strikes: dict[str, int] = field(
-        default_factory=dict
-    )  # client -> misses and rejections in a row
-    quarantine: dict[str, int] = field(
-        default_factory=dict
-    )  # client -> version at which it is asked again
-    speeds: dict[str, float] = field(
-        default_factory=dict
-    )  # client -> local steps a second, smoothed
+    # client -> misses and rejections in a row
+    strikes: dict[str, int] = field(default_factory=dict)
+    # client -> version at which it is asked again
+    quarantine: dict[str, int] = field(default_factory=dict)
+    # client -> local steps a second, smoothed
+    speeds: dict[str, float] = field(default_factory=dict)
     trained: dict[str, int] = field(default_factory=dict)  # client -> tokens
-    charged: dict[str, float] = field(
-        default_factory=dict
-    )  # client -> private steps or jobs asked for, or shares
-    last: dict[str, int] = field(
-        default_factory=dict
-    )  # privacy=client: client -> version that its last update is in
+    # client -> private steps or jobs asked for, or shares
+    charged: dict[str, float] = field(default_factory=dict)
+    # privacy=client: client -> version that its last update is in
+    last: dict[str, int] = field(default_factory=dict)
     busy: dict[str, float] = field(default_factory=dict)  # client -> seconds of its accepted jobs
     pacing: str = ""  # the present one, where the strategy may change it
     in_flight: tuple[dict[str, Any], ...] = ()  # jobs sent and not answered, without their vectors
-    record: dict[str, Any] = field(
-        default_factory=dict
-    )  # metrics of this version, its evaluation still open
-    evaluation: dict[str, bool] = field(
-        default_factory=lambda: {"score": True, "sample": True}
-    )  # what it gets
+    # metrics of this version, its evaluation still open
+    record: dict[str, Any] = field(default_factory=dict)
+    # what it gets
+    evaluation: dict[str, bool] = field(default_factory=lambda: {"score": True, "sample": True})
     unsaved: tuple[
         str, ...
     ] = ()  # what the strategy remembers and no checkpoint holds: such a run cannot resume
@@ -116,9 +109,8 @@ class Snapshot:
 
     state: ServerState
     tables: RunTables
-    extra: dict[str, np.ndarray] = field(
-        default_factory=dict
-    )  # base/<version>: vectors that jobs in flight began from
+    # base/<version>: vectors that jobs in flight began from
+    extra: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 class Checkpoints:

@@ -380,9 +380,8 @@ def _read_entry(stream: IO[bytes]) -> Entry | None:
         return None
     magic, about_size, payload_size, checksum = HEAD.unpack(head)
     left = os.fstat(stream.fileno()).st_size - stream.tell()
-    if (
-        magic != MAGIC or about_size + payload_size > left
-    ):  # a damaged length must not size a buffer
+    # a damaged length must not size a buffer
+    if magic != MAGIC or about_size + payload_size > left:
         return None
     about, payload = stream.read(about_size), stream.read(payload_size)
     if zlib.crc32(payload, zlib.crc32(about)) != checksum:

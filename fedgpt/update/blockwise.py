@@ -24,9 +24,8 @@ import numpy as np
 
 from fedgpt.core.errors import ConfigError, UpdateRejected
 
-CHUNK = (
-    1 << 17
-)  # elements worked on at a time: with their scratch space they stay in one core's cache
+# elements worked on at a time: with their scratch space they stay in one core's cache
+CHUNK = 1 << 17
 MAX = np.finfo(np.float32).max
 LARGEST = 0x7F7FFFFF  # its bits; magnitudes above are infinities and NaN
 FLOOR = 2.0**-126  # the smallest normal float32
@@ -82,9 +81,8 @@ def round_bf16(values: np.ndarray) -> np.ndarray:
     rounded >>= 16
     halves = rounded.astype(np.uint16)
     magnitude = bits & 0x7FFFFFFF
-    if (
-        magnitude.size and magnitude.max() >= 0x7F7F8000
-    ):  # rounding went up to infinity, or was never finite
+    # rounding went up to infinity, or was never finite
+    if magnitude.size and magnitude.max() >= 0x7F7F8000:
         beyond = magnitude >= 0x7F7F8000
         sign = (bits[beyond] >> 16) & 0x8000
         halves[beyond] = sign | np.where(magnitude[beyond] <= LARGEST, 0x7F7F, 0x7FC0)
@@ -131,9 +129,8 @@ class Blockwise:
         """(n,) float32 -> (most_bytes(n),) uint8; the same bytes for the same delta."""
         payload = np.empty(self.most_bytes(delta.size), np.uint8)
         scales, codes = self._planes(payload, delta.size)
-        with np.errstate(
-            invalid="ignore", over="ignore"
-        ):  # what is not finite makes its scale so: the server refuses
+        # what is not finite makes its scale so: the server refuses
+        with np.errstate(invalid="ignore", over="ignore"):
             for start, stop, width in rows(delta.size, self.block):
                 part = np.ascontiguousarray(delta[start:stop], np.float32).reshape(-1, width)
                 scratch = np.abs(part)
@@ -257,9 +254,8 @@ class E3M0(Blockwise):
         power += 1 << 22  # half a mantissa: from 1.5 on a value counts as the next power of two
         power >>= 23  # now the exponent, 127 for a ratio of 1
         power -= 120  # 7 for 1, .. 1 for 1/64
-        code = np.maximum(power, above_zero).astype(
-            np.int8
-        )  # between 1/128 and 3/256 the power is 0, but 1/64 is nearest
+        # between 1/128 and 3/256 the power is 0, but 1/64 is nearest
+        code = np.maximum(power, above_zero).astype(np.int8)
         code |= np.signbit(part).view(np.int8) << 3
         code *= code != 8  # one zero only
         codes[:] = pack_nibbles(code.ravel())

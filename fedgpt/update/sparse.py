@@ -159,9 +159,8 @@ def two_levels(part: np.ndarray, kept: int) -> tuple[np.ndarray, np.ndarray]:
 
     A chunk with fewer than `kept` elements that are not zero ends with entries of all zero bits.
     """
-    where = largest_of_rows(
-        part.view(np.int32) & MAGNITUDE, kept
-    )  # (rows, kept) rising in each row
+    # (rows, kept) rising in each row
+    where = largest_of_rows(part.view(np.int32) & MAGNITUDE, kept)
     values = np.take_along_axis(part, where, axis=1)
     absent = values == 0
     if absent.any():

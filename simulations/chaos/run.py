@@ -54,10 +54,11 @@ ARMS = {
 }
 EXACT = ("rounds", "asynchronous, virtual clock")  # arms whose weights do not depend on time
 MARK = "FEDGPT_CHAOS_MARK"
+# at most in each arm; that there must have been for the study to say something
 KILLS, LEAST = (
     18,
     15,
-)  # at most in each arm; that there must have been for the study to say something
+)
 # that a server may hold beyond those at its first kill: each reply on its way has some
 DESCRIPTORS = 24
 # from the server's first sign of life, or the last kill, to the next kill, on average
@@ -88,10 +89,11 @@ class Chaos:
                 else [f"resume={self.folder}"]
             )
             if self.starts and not (self.folder / "config.yaml").exists():
+                # killed before it had written a line
                 arguments = [
                     *self.options,
                     f"run_dir={self.folder}",
-                ]  # killed before it had written a line
+                ]
             code = self._one_life(arguments)
             if self.starts > 200:
                 sys.exit(f"200 starts and no end; see {self.folder}")
@@ -136,9 +138,8 @@ class Chaos:
         """Return when the server has sent a job, or one start in five at once."""
         events = self.folder / "events.jsonl"
         before = events.stat().st_mtime if events.exists() else 0.0
-        while (
-            process.poll() is None and self.random.random() > 0.004
-        ):  # 20 % in the 5 s that a start takes
+        # 20 % in the 5 s that a start takes
+        while process.poll() is None and self.random.random() > 0.004:
             if events.exists() and events.stat().st_mtime > before and events.stat().st_size:
                 return
             time.sleep(0.1)

@@ -107,10 +107,11 @@ def test_a_buffer_of_one_is_delta_sgd():
 
 
 def test_fedbuff_divides_by_its_size_not_by_its_weights():
+    # server version 3, updates from versions 3 and 0
     rule, pacing = (
         FedBuff(power=1.0),
         Pacing("buffer", 4, 2),
-    )  # server version 3, updates from versions 3 and 0
+    )
     weights = [
         rule.weight(replace(updates(1)[0], version=version), 3 - version) for version in (3, 0)
     ]
@@ -147,9 +148,8 @@ def test_fedasync_of_fresh_updates_is_delta_sgd(k, dtype):
 
 def test_a_stale_model_pulls_fedasync_back_to_its_base():
     state = ServerState(np.array([2.0]), version=3)
-    update = Update(
-        "one", 0, 0, np.array([0.5]), 1, base=np.array([1.0])
-    )  # its model is 0.5, s(3) = 0.5
+    # its model is 0.5, s(3) = 0.5
+    update = Update("one", 0, 0, np.array([0.5]), 1, base=np.array([1.0]))
     d = FedAsync(alpha=0.6).combine([update], state)
     assert FedAsync().step(d, state).params[0] == pytest.approx(0.7 * 2 + 0.3 * 0.5)
 

@@ -142,9 +142,8 @@ def test_without_attackers_clients_that_differ_cost_a_bounded_distance(rule, off
     rows, honest, root = cohort(0, "x100", offset)
     d = d_of(rule, rows, root)
     spread = np.linalg.norm(honest - honest.mean(axis=0), axis=1).mean()
-    if (
-        rule.name == "fltrust"
-    ):  # as long as the server's own update at most, whatever the clients' lengths
+    # as long as the server's own update at most, whatever the clients' lengths
+    if rule.name == "fltrust":
         assert (
             np.linalg.norm(d) <= np.linalg.norm(root.delta) * (1 + 1e-6)
             and direction(d, honest) > 0.8

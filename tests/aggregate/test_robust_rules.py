@@ -161,9 +161,8 @@ def test_memory_is_a_few_vectors_whatever_the_cohort(rule):
     rule.combine(cohort, state, root)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert (
-        peak < 4 * state.params.nbytes + 8 * 8 * blocks.BLOCK
-    )  # all updates in float64 would be 24 times params
+    # all updates in float64 would be 24 times params
+    assert peak < 4 * state.params.nbytes + 8 * 8 * blocks.BLOCK
 
 
 # The sorting network: it sorts whatever sorts all zeros and ones (Knuth's 0-1 principle).
@@ -352,9 +351,8 @@ def test_norm_clip_follows_the_norms_of_earlier_versions():
         10,
         10,
     ]
-    state = turn(
-        rule, update_of(10, 10, 10), state
-    )  # what was received is remembered, so it can grow
+    # what was received is remembered, so it can grow
+    state = turn(rule, update_of(10, 10, 10), state)
     assert state.params[0] == pytest.approx(-5 / 3 - 12)
 
 
@@ -363,14 +361,12 @@ def test_centred_clip_starts_from_the_last_aggregate():
     state = turn(rule, update_of(1, 2, 3), state)
     assert state.memory["centre"].tolist() == pytest.approx([5 / 3])
     cohort = update_of(5 / 3, 5 / 3 + 1, 1000)
-    assert d_of(rule, cohort, state).tolist() == pytest.approx(
-        [5 / 3 + 2 / 3]
-    )  # tau 1, the median distance
+    # tau 1, the median distance
+    assert d_of(rule, cohort, state).tolist() == pytest.approx([5 / 3 + 2 / 3])
     assert d_of(replace(rule, tau=0.3), cohort, state).tolist() == pytest.approx([5 / 3 + 0.2])
     still = rule.step(rule.combine([], state), state)
-    assert (
-        still.memory["centre"].tolist() == state.memory["centre"].tolist()
-    )  # no updates: nothing is forgotten
+    # no updates: nothing is forgotten
+    assert still.memory["centre"].tolist() == state.memory["centre"].tolist()
 
 
 @given(matrices, st.floats(0.01, 10), st.integers(1, 5))
@@ -424,9 +420,8 @@ SMALL = [
 
 @pytest.mark.parametrize("rule, n, words", SMALL)
 def test_too_small_a_cohort_is_told_before_the_run(rule, n, words):
-    (problem,) = rule.problems(
-        Pacing("cohort", n + 5, n)
-    )  # the goal counts: the others may come too late
+    # the goal counts: the others may come too late
+    (problem,) = rule.problems(Pacing("cohort", n + 5, n))
     assert all(word in problem for word in words), problem
     assert list(rule.problems(Pacing("cohort", n + 1, n + 1))) == []
 

@@ -113,9 +113,8 @@ def test_a_server_that_asks_for_less_noise_or_longer_is_held_to_the_clients_own_
         )
     with pytest.raises(BudgetExhausted, match=r"delta 0\.5 is not below one over the 40 units"):
         client(o, tmp_path).steps(job(o, delta=0.5), "fresh")
-    client(o, tmp_path).steps(
-        job(o, participations=10_000), "fresh"
-    )  # one job is still within the budget
+    # one job is still within the budget
+    client(o, tmp_path).steps(job(o, participations=10_000), "fresh")
     assert events(tmp_path)[0]["count"] == 3
 
 

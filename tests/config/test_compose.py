@@ -43,9 +43,8 @@ def test_the_defaults_are_valid():
 
 @pytest.mark.parametrize("group, choice", CHOICES)
 def test_every_conf_file_composes_and_is_valid(group, choice, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        checks.importlib.util, "find_spec", lambda name: True
-    )  # whether Ray is installed or not
+    # whether Ray is installed or not
+    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: True)
     table = tmp_path / "fleet.csv"
     table.write_text(
         '{"event": "open"}\n' if choice == "replay" else "client,step_seconds\na,1.0\n"
@@ -64,9 +63,8 @@ def test_every_conf_file_composes_and_is_valid(group, choice, tmp_path, monkeypa
         )
     options = compose.load([f"{group}={choice}", *needs])
     if group in ("corpus", "tokenizer", "partition", "pace", "attack", "runtime"):
-        assert choice.startswith(
-            getattr(options, group).name
-        )  # corpus=sotu_addresses is the corpus sotu
+        # corpus=sotu_addresses is the corpus sotu
+        assert choice.startswith(getattr(options, group).name)
 
 
 def test_the_schema_names_the_choices_of_every_group():
@@ -359,9 +357,8 @@ def test_more_made_clients_than_supernodes_fit_is_in_the_list():
     [told] = problems("runtime=superlink", "partition=iid", "partition.clients=17")
     assert "there are 17 clients; take at most 16" in told
     compose.load(["runtime=superlink", "partition=iid", "partition.clients=16"])
-    compose.load(
-        ["runtime=superlink", "partition.clients=17"]
-    )  # of the largest: there may be fewer
+    # of the largest: there may be fewer
+    compose.load(["runtime=superlink", "partition.clients=17"])
 
 
 def test_configuration_never_imports_torch():

@@ -223,9 +223,8 @@ def test_pieces_may_run_over_the_end_of_a_document():
     dealt = np.sort(np.concatenate([shard.read(prepared.tokens) for shard in shards]))
     assert dealt.tolist() == [*range(7), *range(12, 28)]
     owner = next(shard for shard in shards if 6 in shard.read(prepared.tokens))
-    assert 12 in owner.read(
-        prepared.tokens
-    )  # the first piece is the first document and the next one's start
+    # the first piece is the first document and the next one's start
+    assert 12 in owner.read(prepared.tokens)
 
 
 def test_wrong_options_are_told_before_any_work():

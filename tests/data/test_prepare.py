@@ -267,8 +267,7 @@ def test_the_split_depends_on_texts_alone(texts, public, held_out, random):
     assert [where[text] for text in shuffled] == list(split_documents(shuffled, public, held_out))
     sizes = np.array([len(text.encode()) for text in texts])
     last = {hashlib.sha256(text.encode()).digest(): int(where[text]) for text in texts}
-    assert [last[key] for key in sorted(last)] == sorted(
-        last.values()
-    )  # parts are ranges in the order of hashes
+    # parts are ranges in the order of hashes
+    assert [last[key] for key in sorted(last)] == sorted(last.values())
     if public > 0:
         assert sizes[part == PUBLIC].sum() >= public * sizes.sum()

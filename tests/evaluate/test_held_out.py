@@ -86,12 +86,10 @@ def test_loss_is_that_of_a_loop_over_windows_in_float64(tokenizer, tokens):
 def test_bits_per_byte_divide_by_the_bytes_of_the_text(tokenizer, tokens):
     model, params = parameters(tokenizer.vocab_size)
     scores = HeldOut(MODEL, tokens, tokenizer.token_bytes, FP32)(params)
-    unpredicted = len(
-        tokenizer.decode(tokens[:1]).encode()
-    )  # only the first token is nobody's target
-    text_bytes = (
-        sum(len(text.encode()) for text in DOCUMENTS) - unpredicted
-    )  # end tokens stand for no byte
+    # only the first token is nobody's target
+    unpredicted = len(tokenizer.decode(tokens[:1]).encode())
+    # end tokens stand for no byte
+    text_bytes = sum(len(text.encode()) for text in DOCUMENTS) - unpredicted
     bits = math.fsum(slow_nats(model, tokens)) / math.log(2)
     assert scores.bits_per_byte == pytest.approx(bits / text_bytes, rel=1e-5)
 

@@ -101,9 +101,8 @@ def test_an_array_from_the_wire_is_read():
 
 
 FIRST = GOOD.index(b"(64,)")
-BOMB = (
-    GOOD[:FIRST] + b"(9999999999999,), }" + GOOD[FIRST + 19 :]
-)  # of the same length, so that the data begins there
+# of the same length, so that the data begins there
+BOMB = GOOD[:FIRST] + b"(9999999999999,), }" + GOOD[FIRST + 19 :]
 CONTENTS = {
     "npz": (content(wire(npz(NUMBERS))), "bad_encoding"),
     "zip": (content(wire(b"PK\x03\x04" + GOOD)), "bad_encoding"),

@@ -250,9 +250,8 @@ def test_a_numpy_number_a_list_and_none_are_remembered(identity):
         def aggregate_train(self, server_round, replies):
             arrays, metrics = super().aggregate_train(server_round, replies)
             mean = next(iter(arrays.values())).numpy()
-            scaled = mean * (
-                np.float64(1) if self.rate is None else self.rate
-            )  # float64 times float32
+            # float64 times float32
+            scaled = mean * (np.float64(1) if self.rate is None else self.rate)
             self.rate = np.float64(1 / (2 + self.calls))
             self.trace.append(np.array(float(self.calls)))
             self.limit = None

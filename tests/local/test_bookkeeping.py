@@ -29,9 +29,8 @@ VARIANTS = {
     "rotary": {"positions": "rotary"},
     "rmsnorm untied rotary": {"norm": "rmsnorm", "tie": False, "positions": "rotary"},
 }
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::UserWarning"
-)  # torch.func's about speed, hooks' about embeddings
+# torch.func's about speed, hooks' about embeddings
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
 def make(shift: float = 0.05, **options) -> tuple[GPT, FlatParams, torch.Tensor]:
@@ -249,9 +248,8 @@ def test_a_step_is_the_clipped_sum_and_noise_over_a_constant(engine):
     assert 2 < len(chosen) < 20 and len(chosen) != 10
     found = torch.zeros_like(vector)
     PrivateGradient(model, layout, engine, batch_size=3).fill(found, steps)  # in several parts
-    own = truth(
-        make()[0], layout, *steps.blocks.take(chosen)
-    )  # another one: torch.func does not take Opacus' hooks
+    # another one: torch.func does not take Opacus' hooks
+    own = truth(make()[0], layout, *steps.blocks.take(chosen))
     want = clipped_sum(own, 0.5) / 10  # q n, not as many as there are
     assert float((found - want).norm() / want.norm()) < 1e-5
 

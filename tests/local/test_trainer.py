@@ -107,9 +107,8 @@ def test_a_client_with_all_text_ends_with_the_bits_of_plain_training():
     trained = trainer.train(start(), batches(o), plan(), None)
     expected = plain_loop(o, plan(), batches(o))
     np.testing.assert_array_equal(trainer.params.numpy(), expected)  # at the client: bit for bit
-    np.testing.assert_allclose(
-        start() - trained.delta, expected, rtol=1e-6, atol=1e-7
-    )  # through the delta
+    # through the delta
+    np.testing.assert_allclose(start() - trained.delta, expected, rtol=1e-6, atol=1e-7)
     assert trained.tokens == 6 * 4 * 16
 
 

@@ -111,9 +111,8 @@ def test_rotary_gradients_equal_transformers(tmp_path):
             (ours.ln_1, other.input_layernorm),
         ):
             torch.testing.assert_close(a.weight.grad, b.weight.grad, rtol=1e-4, atol=1e-7)
-        by_head = other.attention.query_key_value.weight.grad.view(
-            4, 3, 8, 32
-        )  # (heads, q k v, width, channels)
+        # (heads, q k v, width, channels)
+        by_head = other.attention.query_key_value.weight.grad.view(4, 3, 8, 32)
         for part, grad in enumerate(ours.attn.c_attn.weight.grad.chunk(3)):
             torch.testing.assert_close(grad, by_head[:, part].reshape(32, 32), rtol=1e-4, atol=1e-7)
 

@@ -170,9 +170,8 @@ def test_jobs_that_never_wait_stay_in_flight_when_a_version_is_made():
     assert display._state().startswith("4 clients in flight, 0 back")
     for number, code in enumerate(("stale", "non_finite")):
         tell(display, [job("reject", "b", number, code=code), job("dispatch", "b", number + 1)])
-        display(
-            "reject", {"client": "b", "number": 0, "code": "late"}
-        )  # of a job that is not in flight
+        # of a job that is not in flight
+        display("reject", {"client": "b", "number": 0, "code": "late"})
         display("reject", {"client": "a", "number": 0, "code": "duplicate"})
         display("reject", {"client": "a", "number": 9, "code": "unknown_job"})
     assert display._state().startswith("4 clients in flight, 2 back")
@@ -184,9 +183,8 @@ def test_jobs_that_never_wait_stay_in_flight_when_a_version_is_made():
 
 def test_jobs_of_an_earlier_sitting_are_in_flight_too():
     display = silent(RunOptions(pace=PaceOptions("buffer", clients=3)))
-    tell(
-        display, [("open", {"version": 6, "clients": []}), job("accept", "a", 5)]
-    )  # before the first record
+    # before the first record
+    tell(display, [("open", {"version": 6, "clients": []}), job("accept", "a", 5)])
     display("record", record(6, in_flight=3))
     assert display._state() == "2 clients in flight, 1 back"
     tell(display, [job("dispatch", "a", 6), job("accept", "b", 5)])

@@ -315,9 +315,8 @@ def test_a_base_version_is_freed_with_the_last_job_on_it(tmp_path):
 
 
 def test_a_run_may_be_counted_in_tokens(tmp_path):
-    run = serve(
-        tmp_path, FOUR, DeltaSGD(), rounds=3, tokens=10_000
-    )  # a job is 512: rounds do not matter
+    # a job is 512: rounds do not matter
+    run = serve(tmp_path, FOUR, DeltaSGD(), rounds=3, tokens=10_000)
     assert run.summary["tokens"] == 10_240 and run.summary["versions"] == 20
     assert run.pool.jobs[-1].plan.tokens_total == 10_000
     assert "loss" in run.records[-1]

@@ -172,9 +172,8 @@ def test_more_clients_than_workers_are_no_reason_to_go_asynchronous(tmp_path):
                 began = min(self.free)
                 self.free[self.free.index(began)] = began + 1.0
                 (reply,) = trained(job)
-                took = (
-                    math.nan if job.number == 0 and job.client in "ab" else 1.0
-                )  # the start of a worker
+                # the start of a worker
+                took = math.nan if job.number == 0 and job.client in "ab" else 1.0
                 heapq.heappush(
                     self._queue, (began + 1.0, next(self._order), replace(reply[1], seconds=took))
                 )

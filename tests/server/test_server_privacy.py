@@ -225,9 +225,8 @@ def test_a_ledger_that_is_gone_is_missed_from_the_first_release_on(tmp_path):
     Mechanism(tmp_path, 1.0).release([])
     (tmp_path / "ledger.json").unlink()
     with pytest.raises(FedGPTError, match="what has been spent is unknown"):
-        Mechanism(
-            tmp_path, 1.0
-        )  # killed before its first checkpoint, it begins with version 0 again
+        # killed before its first checkpoint, it begins with version 0 again
+        Mechanism(tmp_path, 1.0)
 
 
 def test_an_update_that_is_not_finite_counts_as_zeros(tmp_path):

@@ -85,7 +85,6 @@ def test_a_best_version_after_the_checkpoint_is_kept_with_its_loss(tmp_path):
     with injected("aggregate:4:raise"), pytest.raises(Injected):
         run(o, CLIENTS, loss={0: 5.0, 1: 4.0, 2: 2.0, 3: 3.0})
     before = kept(tmp_path)
-    run(
-        o, CLIENTS, loss={0: 5.0, 1: 4.0, 2: 3.5, 3: 3.0, 4: 2.5}
-    )  # as if other clients had come first
+    # as if other clients had come first
+    run(o, CLIENTS, loss={0: 5.0, 1: 4.0, 2: 3.5, 3: 3.0, 4: 2.5})
     assert np.array_equal(kept(tmp_path), before)

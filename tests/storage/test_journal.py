@@ -293,10 +293,11 @@ def test_past_a_damaged_checkpoint_the_log_leads_to_where_the_run_stood(tmp_path
         run(o, uneven(1.0), DeltaSGD(), journal=True, outcomes=outcomes)
     damaged(tmp_path / "checkpoints" / "version-00000012.safetensors")
     again = run(o, uneven(-1.0), DeltaSGD(), journal=True)
+    # which the older checkpoint is of
     first, begun = (
         outcomes[0].accepted,
         outcomes[0].accepted_until(6),
-    )  # which the older checkpoint is of
+    )
     assert not {(job.client, job.number) for job in again.jobs} & {
         (c, number) for c, number, _ in first
     }

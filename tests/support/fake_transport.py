@@ -11,9 +11,8 @@ import numpy as np
 from fedgpt.core.messages import ClientInfo, Job, Reply, Update
 from fedgpt.update.codec import encode
 
-Behaviour = Callable[
-    [Job], list[tuple[float, Reply]]
-]  # a job -> (seconds until it arrives, reply), any number
+# a job -> (seconds until it arrives, reply), any number
+Behaviour = Callable[[Job], list[tuple[float, Reply]]]
 
 
 def honest(

@@ -60,9 +60,8 @@ class HereGrid(Grid):
                 )
             for record in reply.content.array_records.values() if reply.has_content() else ():
                 for key, array in list(record.items()):
-                    record[key] = NdArray(
-                        array.numpy().copy()
-                    )  # the app's next job overwrites what it sent
+                    # the app's next job overwrites what it sent
+                    record[key] = NdArray(array.numpy().copy())
             self.replies[ids[-1]] = reply
         return ids
 

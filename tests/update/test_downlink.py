@@ -101,9 +101,8 @@ def test_a_client_keeps_the_latest_models(tmp_path):
         store.save_model(version, np.full(3, version, np.float32))
     assert store.load_model(6).tolist() == [6, 6, 6] and store.load_model(7 - MODELS) is not None
     assert store.load_model(6 - MODELS) is None and store.load_model(7) is None
-    store.save_model(
-        3, np.full(3, 30, np.float32)
-    )  # the server has started again from an older checkpoint
+    # the server has started again from an older checkpoint
+    store.save_model(3, np.full(3, 30, np.float32))
     assert store.load_model(3).tolist() == [30, 30, 30] and store.load_model(6) is None
 
 

@@ -27,6 +27,7 @@ SYNCHRONOUS = [
     "flower", "flower strategy._target_=flwr.serverapp.strategy.FedTrimmedAvg",
 ]  # fmt: skip
 ASYNCHRONOUS = ["delta_sgd", "fedbuff", "fedasync", "delayed_nesterov"]
+# want a crowd
 ROBUST = [
     "median",
     "trimmed_mean",
@@ -35,7 +36,7 @@ ROBUST = [
     "norm_clip",
     "centred_clip",
     "fltrust",
-]  # want a crowd
+]
 
 
 @pytest.mark.slow

@@ -23,9 +23,8 @@ from fedgpt.flower.pool.shared_memory import Memory, attach
 
 _HEAD = struct.Struct("!II?")  # bytes of JSON, bytes of body, whether a descriptor belongs to it
 _READ = 1 << 18  # bytes asked of the socket at once
-_CLOEXEC = getattr(
-    socket, "MSG_CMSG_CLOEXEC", 0
-)  # Linux; without it a child of ours could inherit descriptors
+# Linux; without it a child of ours could inherit descriptors
+_CLOEXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 
 
 @dataclass(frozen=True)

@@ -109,9 +109,8 @@ class PoolGrid(Grid):
         self._owner, self._closed = os.getpid(), False
         self._num_clients, self._most_unread, self.workers = num_clients, workers, workers
         self._starving = False  # somebody waits for a reply that is not among the unread ones
-        self._queue: deque[str] = (
-            deque()
-        )  # message ids; those no longer in `_messages` are passed over
+        # message ids; those no longer in `_messages` are passed over
+        self._queue: deque[str] = deque()
         self._messages: dict[str, _Queued] = {}
         self._answers: dict[str, _Answer] = {}
         self._broadcasts: weakref.WeakValueDictionary[tuple[int, ...], _Broadcast] = (
@@ -241,9 +240,8 @@ class PoolGrid(Grid):
 
     def close(self) -> None:
         """End all workers by process id and give everything back; may be called twice."""
-        if (
-            self._closed or os.getpid() != self._owner
-        ):  # a forked child must not end its parent's workers
+        # a forked child must not end its parent's workers
+        if self._closed or os.getpid() != self._owner:
             return
         self._closed = True
         _OPEN.discard(self)

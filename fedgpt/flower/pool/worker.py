@@ -125,25 +125,22 @@ def _frames(channel: Channel) -> Iterator[Frame]:
         except EOFError:
             return
         while received:
-            yield received.pop(
-                0
-            )  # popped: a generator that kept the list would keep the frame's memory
+            # popped: a generator that kept the list would keep the frame's memory
+            yield received.pop(0)
 
 
 def _attend(lifeline: int) -> None:
     """Ignore Ctrl-C, which the server handles; end with the server."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.pthread_sigmask(
-        signal.SIG_UNBLOCK, {signal.SIGINT}
-    )  # blocked since before this process existed
+    # blocked since before this process existed
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     os.set_inheritable(lifeline, False)
     threading.Thread(target=_end_with_server, args=(lifeline,), daemon=True).start()
 
 
 def _end_with_server(lifeline: int) -> None:
-    os.read(
-        lifeline, 1
-    )  # nobody ever writes: this returns when the last holder of the other end is gone
+    # nobody ever writes: this returns when the last holder of the other end is gone
+    os.read(lifeline, 1)
     os._exit(1)
 
 

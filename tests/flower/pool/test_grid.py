@@ -401,9 +401,8 @@ def test_workers_end_with_the_server(environment, how, code):
         wait_until(lambda: not any(alive(pid) for pid in pids) and server.poll() is not None)
         _, errors = server.communicate(timeout=LONG)
         assert server.returncode == code
-        assert errors.count(b"KeyboardInterrupt") == (
-            how == "interrupt"
-        )  # the server's, not the workers'
+        # the server's, not the workers'
+        assert errors.count(b"KeyboardInterrupt") == (how == "interrupt")
     finally:
         server.kill()
         server.communicate(timeout=LONG)
