@@ -33,9 +33,9 @@ from fedgpt.privacy.accounting import gaussian_epsilon
 from fedgpt.privacy.clipping import clipped
 from fedgpt.privacy.plan import PrivacyPlan, sampling_probability
 from fedgpt.privacy.randomness import SecureStream
-from fedgpt.server.collector import UpdateCollector
+from fedgpt.server.collector import Collectors
 from fedgpt.server.privacy import PaidByServer
-from fedgpt.storage.checkpoint import RunTables
+from fedgpt.storage.tables import Clients
 
 # privacy=client: random directions of which any two are nearly orthogonal
 CANARIES, DIMENSIONS = (
@@ -71,9 +71,9 @@ def audit_client(o: RunOptions, strategy: Strategy, plan: PrivacyPlan, seed: int
         # many
         alone = replace(plan, budget=None, cohort=CANARIES / 2)
         privacy = PaidByServer(o, alone, Path(folder), "audit", fresh=True)
-        collector = UpdateCollector(o, strategy, DIMENSIONS, privacy)
         state = ServerState(np.zeros(DIMENSIONS, np.float32))
-        collector.begin(state, (), CANARIES, 1)
+        collectors = Collectors(o, strategy, privacy, DIMENSIONS, "audit")
+        collector = collectors.open(state, (), CANARIES, Clients())
         for i in np.flatnonzero(inside):
             # far longer than the clip, and some count for many tokens: neither may help a client to
             # be seen
@@ -84,7 +84,7 @@ def audit_client(o: RunOptions, strategy: Strategy, plan: PrivacyPlan, seed: int
             )
             collector.add(update, Job(update.client, 0, 0, state.params, Plan("", 1, 0, 1, 1)), 0)
         pacing = Pacing(o.pace.name, CANARIES, max(1, round(plan.cohort)))
-        released = -collector.step(state, pacing, None, RunTables("audit")).params
+        released = -collector.step(state, pacing).params
     mu = 1 / (plan.noise_multiplier * plan.scale)
     found = bounds(canaries @ released, inside, plan.delta)
     return Verdict(

@@ -7,14 +7,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from filelock import FileLock
 
-from fedgpt.core.messages import Job
+from fedgpt.core.messages import Job, plan_as_json
 from fedgpt.core.options import RunOptions
 from fedgpt.data.batches import Blocks
 from fedgpt.local.private import PrivateSteps
@@ -127,10 +127,8 @@ def _told(job: Job, state: str, environment: dict[str, Any]) -> list[Any]:
 
     Nor the run, which has a key of its own: with seeded noise another run is to repeat this one.
     """
-    plan = asdict(job.plan)
-    for name in ("run", "keep", "seconds", "cached_version"):
+    # by the names on the wire: another name would be other noise, and a resumed run would pay again
+    plan = plan_as_json(job.plan)
+    for name in ("run", "keep", "seconds", "held"):
         del plan[name]
-    # the names that these two had first: another name would be other noise, and a resumed run would
-    # pay again
-    plan["steps"], plan["state"] = plan.pop("local_steps"), plan.pop("state_job")
     return [job.client, job.number, job.version, digest(job.params), plan, state, environment]

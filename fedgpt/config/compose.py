@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -169,7 +169,7 @@ def flat_options(options: RunOptions) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if key not in FREE}
 
 
-def changed_options(before: dict[str, Any], options: RunOptions) -> str:
+def changed_options(before: Mapping[str, Any], options: RunOptions) -> str:
     """What differs between the options of a checkpoint and those of now, each as `name: old ->
     new`.
     """

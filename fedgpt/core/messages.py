@@ -7,7 +7,7 @@ Staleness counts server versions since the client's download.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,28 @@ class Plan:
     delta: float = 0.0  # privacy=example, local: at which epsilon is meant
     # int8, int4: version that the client has cached, so that only deltas travel; -1: none
     cached_version: int = -1
+
+
+# Plan's fields whose names on the wire and in checkpoints differ: these are the names that earlier
+# versions of fedgpt gave them, so that their runs, journals and clients are still understood.
+WIRE = {"local_steps": "steps", "state_job": "state", "cached_version": "held"}
+
+
+def plan_as_json(plan: Plan) -> dict[str, Any]:
+    """A plan as a message and a checkpoint hold it."""
+    return {WIRE.get(name, name): value for name, value in asdict(plan).items()}
+
+
+def plan_of_json(about: Mapping[str, Any]) -> Plan:
+    """The plan that `plan_as_json` wrote; raises TypeError for fields that do not exist.
+
+    >>> plan = Plan("run", 40, 0, 1, 100, keep=(1, 2), cached_version=3)
+    >>> plan_of_json(plan_as_json(plan)) == plan
+    True
+    """
+    fields = {wire: field for field, wire in WIRE.items()}
+    named = {fields.get(name, name): value for name, value in about.items()}
+    return Plan(**{**named, "keep": tuple(named["keep"])})
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ from typing import Any
 
 from fedgpt.config.compose import refuse_another_run, to_yaml
 from fedgpt.core.options import RunOptions
+from fedgpt.core.resources import Resources, resources_for
 from fedgpt.data.partition import partition
 from fedgpt.data.prepare import prepare
-from fedgpt.flower.pool.resources import Resources, resources_for
 
 FLOWER_ENV = {
     "FLWR_TELEMETRY_ENABLED": "0",

@@ -6,24 +6,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode, SType
 
 from fedgpt.core.errors import UpdateRejected
-from fedgpt.core.messages import ClientInfo, Job, Plan, Reply
+from fedgpt.core.messages import ClientInfo, Job, Reply, plan_as_json, plan_of_json
 from fedgpt.flower.pool.shared_memory import NdArray, array_record
 from fedgpt.update.blockwise import BF16
 from fedgpt.update.downlink import joined
 from fedgpt.update.npy import read_npy
 
 ARRAY = "flat"  # the one array of an ArrayRecord
-# names on the wire where they differ from Plan's: a client of an earlier version reads them, and so
-# does its journal
-WIRE = {"local_steps": "steps", "state_job": "state", "cached_version": "held"}
-FIELDS = {wire: field for field, wire in WIRE.items()}
 MOST_REASON = 500  # characters of a client's exception that are kept: they go to logs and messages
 
 
@@ -62,8 +58,7 @@ def read_job(message: Message) -> Job:
     `plan.cached_version` says so.
     """
     about = json.loads(_config_text(message.content, "job"))
-    fields = {FIELDS.get(name, str(name)): value for name, value in about["plan"].items()}
-    plan = Plan(**fields | {"keep": tuple(fields["keep"])})
+    plan = plan_of_json(about["plan"])
     params = _vector(message.content, "params")
     if plan.downlink == "bf16":
         params = BF16().decode(params, params.size // 2)
@@ -163,6 +158,6 @@ def _vector(content: RecordDict, name: str) -> np.ndarray:
 
 
 def _job_json(job: Job) -> str:
-    plan = {WIRE.get(name, name): value for name, value in asdict(job.plan).items()}
+    plan = plan_as_json(job.plan)
     about = {"client": job.client, "task": job.number, "version": job.version, "plan": plan}
     return json.dumps(about)

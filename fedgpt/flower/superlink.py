@@ -27,7 +27,7 @@ from fedgpt.config.checks import runtime_problems
 from fedgpt.config.compose import to_yaml
 from fedgpt.core.errors import ConfigError, FedGPTError, Interrupted, StoppedEarly
 from fedgpt.core.options import RunOptions
-from fedgpt.flower.pool.resources import Resources
+from fedgpt.core.resources import Resources
 from fedgpt.flower.serve import STOP_FILE
 
 STOP_SECONDS = 60.0  # that a server has for its checkpoint, once it was asked to stop

@@ -1,24 +1,30 @@
-"""Jobs that are sent and not answered, with the vectors they began from."""
+"""Jobs that are sent and not answered, and the replies that have come in."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from fedgpt.core.messages import Job
+from fedgpt.core.messages import Job, Reply, plan_as_json, plan_of_json
+from fedgpt.core.transport import Transport
 
-Key = tuple[str, int]  # (client, task)
+Key = tuple[str, int]  # (client, job number)
 
 
 class InFlight:
-    """A client has at most one job; a base version is freed with the last job on it."""
+    """The jobs under way on a transport; a client has at most one.
 
-    def __init__(self) -> None:
+    The vector that a job began from is freed with the last job that began from it.
+    """
+
+    def __init__(self, transport: Transport):
+        self.transport = transport
+        self.busy: set[str] = set()  # clients that have a job
         self._jobs: dict[Key, Job] = {}  # oldest first
-        self.busy: set[str] = set()  # clients
+        self._replies: deque[Reply] = deque()  # received, not taken yet
 
     def __len__(self) -> int:
         return len(self._jobs)
@@ -26,11 +32,23 @@ class InFlight:
     def __iter__(self) -> Iterator[Job]:
         return iter(self._jobs.values())
 
-    def add(self, jobs: Iterable[Job]) -> None:
-        """Note jobs as sent."""
+    def send(self, jobs: Sequence[Job]) -> None:
+        """Send jobs and keep them until they are taken out."""
         for job in jobs:
             self._jobs[job.client, job.number] = job
             self.busy.add(job.client)
+        self.transport.send(jobs)
+
+    @property
+    def has_reply(self) -> bool:
+        """Whether a reply can be had without waiting."""
+        return bool(self._replies)
+
+    def next_reply(self, timeout: float | None) -> Reply | None:
+        """The next reply; waits `timeout` seconds at most (None: until one comes)."""
+        if not self._replies:
+            self._replies.extend(self.transport.receive(timeout))
+        return self._replies.popleft() if self._replies else None
 
     def pop(self, client: str, number: int) -> Job | None:
         """Take a job out; None where it is not in flight."""
@@ -40,7 +58,7 @@ class InFlight:
         return job
 
     def keys(self) -> list[Key]:
-        """(client, task) of every job, sorted."""
+        """(client, number) of every job, sorted."""
         return sorted(self._jobs)
 
     def oldest(self) -> Job | None:
@@ -49,18 +67,34 @@ class InFlight:
 
     @property
     def bases(self) -> dict[int, np.ndarray]:
-        """Version -> vector, of those that jobs began from."""
+        """Version -> the vector that jobs began from, (parameters,) float32."""
         return {job.version: job.params for job in self._jobs.values()}
 
     def as_json(self) -> tuple[dict[str, Any], ...]:
         """The jobs without their vectors, for a checkpoint."""
         return tuple(
             {
-                "client": j.client,
-                "number": j.number,
-                "version": j.version,
-                "sent": j.sent,
-                "plan": asdict(j.plan),
+                "client": job.client,
+                "number": job.number,
+                "version": job.version,
+                "sent": job.sent,
+                "plan": plan_as_json(job.plan),
             }
-            for j in self._jobs.values()
+            for job in self._jobs.values()
         )
+
+
+def restored_jobs(
+    listed: Iterable[Mapping[str, Any]], extra: Mapping[str, np.ndarray], newest: np.ndarray
+) -> list[Job]:
+    """The jobs of a checkpoint, with the vectors that they began from; `newest` is the last one's.
+
+    They travel complete: the model deltas that a client could have used may be gone.
+    """
+    jobs = []
+    for about in listed:
+        plan = plan_of_json({**about["plan"], "held": -1})
+        base = extra.get(f"base/{about['version']}", newest)
+        client, number, version = about["client"], about["number"], about["version"]
+        jobs.append(Job(client, number, version, base, plan, about["sent"]))
+    return jobs

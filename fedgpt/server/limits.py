@@ -1,25 +1,30 @@
-"""What the server has learned of its clients: how long their updates usually are, and who fails
-again and again.
+"""How long an update may be: a limit that follows the updates accepted before.
 
-An update may be as long as `validate.norm` times the running median of the accepted ones. The
-median is that of the versions before, so that a limit never depends on who comes first. A client
-whose jobs end `validate.strikes` times in a row with a miss or a rejection is in quarantine: it
-gets no job for `validate.rest` rounds, then starts with a clean slate. One client at least always
-stays: a federation cannot shut itself out.
+An update may be as long as `validate.norm` times the running median of the accepted norms. The
+median is that of the versions before, so a limit never depends on who answers first.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 from fedgpt.core.messages import Update
 from fedgpt.core.options import RunOptions, ValidateOptions
 
-REMEMBERED = 64  # norms of accepted updates: the running median is theirs
-ENOUGH = 8  # norms before the median limits anything
-# times the length of the global model, which no update exceeds whatever the median is
-ABSOLUTE = 10.0
+REMEMBERED = 64  # norms of accepted updates that the running median is taken over
+ENOUGH = 8  # norms that must be known before the median limits anything
+ABSOLUTE = 10.0  # lengths of the global model that no update exceeds, whatever the median is
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the updates of one version are measured against; fixed when the version opens."""
+
+    norm: float  # a longer update is rejected
+    clip: float | None  # a longer update is scaled down to this length; None: never
+    max_updates: int  # the largest number of updates that one server step can have
 
 
 def validate_problems(o: RunOptions) -> Iterator[str]:
@@ -45,66 +50,13 @@ def norm_limit(options: ValidateOptions, norms: tuple[float, ...], model: float)
 
 
 def clip_length(options: ValidateOptions, norms: tuple[float, ...]) -> float | None:
-    """The length to which a version scales longer updates down; None: it leaves them as they
-    are.
-    """
+    """The length that longer updates of a version are scaled down to; None: none is scaled."""
     return (
         options.clip * statistics.median(norms) if options.clip and len(norms) >= ENOUGH else None
     )
 
 
 def remembered(norms: tuple[float, ...], accepted: Iterable[Update]) -> tuple[float, ...]:
-    """The norms to measure the next version by; the order of arrival does not matter."""
-    new = sorted(
-        (update.client, update.number, update.metrics["update_norm"]) for update in accepted
-    )
+    """The norms that the next version is measured by; the order of arrival does not matter."""
+    new = sorted((u.client, u.number, u.metrics["update_norm"]) for u in accepted)
     return (*norms, *(norm for _, _, norm in new if norm > 0))[-REMEMBERED:]
-
-
-class Quarantine:
-    """Who has failed how often in a row, and who is left in peace until when; the tables are the
-    ledgers'.
-    """
-
-    def __init__(self, options: ValidateOptions, strikes: dict[str, int], until: dict[str, int]):
-        """`strikes`: client -> failures in a row; `until`: client -> version at which it is asked
-        again.
-        """
-        self.options, self.strikes, self.until = options, strikes, until
-
-    def holds(self, client: str) -> bool:
-        """Whether the client gets no job now."""
-        return client in self.until
-
-    def told(self, clients: Collection[str]) -> str:
-        """How many of the clients it holds, for a message."""
-        return f"{sum(map(self.holds, clients))} of {len(clients)} are in quarantine"
-
-    def release(self, version: int) -> list[str]:
-        """Let go who has rested long enough; returns their names."""
-        free = sorted(client for client, until in self.until.items() if until <= version)
-        for client in free:
-            del self.until[client]
-        return free
-
-    def clear(self, client: str) -> None:
-        """The client has sent a good update."""
-        self.strikes.pop(client, None)
-
-    def strike(
-        self, client: str, version: int, a_round: int, clients: Mapping[str, object] | list[str]
-    ) -> int | None:
-        """Count a failure; the version until which the client now rests, where that was one too
-        many.
-
-        `a_round`: versions that take as many updates as clients train at once.
-        """
-        if not self.options.strikes or client in self.until:
-            return None
-        self.strikes[client] = self.strikes.get(client, 0) + 1
-        others = any(other != client and other not in self.until for other in clients)
-        if self.strikes[client] < self.options.strikes or not others:
-            return None
-        del self.strikes[client]
-        self.until[client] = version + 1 + self.options.rest * a_round
-        return self.until[client]

@@ -1,515 +1,491 @@
-"""The server loop: one for every pacing. Choose, dispatch, collect, validate, advance, evaluate,
-checkpoint.
+"""The server loop, one for every pacing: dispatch, receive, step, record.
+
+A version is under way from one server step to the next. While it is, jobs are dispatched to
+clients and replies are received one at a time; each is validated and collected, or rejected. When
+the pacing says so, the server steps: the collected updates become the next global model, which is
+recorded (metrics, snapshot, checkpoint, evaluation), and the next version opens.
+
+docs/architecture.md follows one update through this file.
 """
 
 from __future__ import annotations
 
-import time
-from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 
-from fedgpt.aggregate.base import Strategy
 from fedgpt.core.errors import ConfigError, FedGPTError, Interrupted, StoppedEarly, UpdateRejected
+from fedgpt.core.events import (
+    Event,
+    JobSent,
+    MetricsReady,
+    Observer,
+    PacingChanged,
+    QuarantineBegun,
+    QuarantineEnded,
+    ReplyRejected,
+    RunOpened,
+    UpdateAccepted,
+    VersionMade,
+)
 from fedgpt.core.faults import reach
-from fedgpt.core.messages import Job, Reply, ServerState, Update
-from fedgpt.core.options import RunOptions
-from fedgpt.core.transport import Transport
-from fedgpt.server.collector import UpdateCollector, model_length
-from fedgpt.server.diagnostics import Diagnostics
-from fedgpt.server.evaluation import BackgroundEvaluation, Evaluator
-from fedgpt.server.in_flight import InFlight
+from fedgpt.core.messages import Job, Pacing, Reply, ServerState, Update
+from fedgpt.server.background_evaluation import BackgroundEvaluation
+from fedgpt.server.collector import Collectors, model_length
+from fedgpt.server.in_flight import InFlight, Key, restored_jobs
 from fedgpt.server.jobs import JobPlanner
-from fedgpt.server.limits import Quarantine, remembered
-from fedgpt.server.metrics import counted, line_of_version, summary
-from fedgpt.server.pacing import Progress, Roster, make_pace, versions_per_round
+from fedgpt.server.metrics import RunMetrics, counted, line_of_version, summary
+from fedgpt.server.observers import Observers
+from fedgpt.server.pacing import Pace, Progress, Roster, make_pace, versions_per_round
 from fedgpt.server.pacing_advisor import PacingAdvisor
-from fedgpt.server.privacy import Privacy
-from fedgpt.simulate.fleet import Fleet
-from fedgpt.storage.best_weights import BestWeights
-from fedgpt.storage.checkpoint import Checkpoints, Snapshot
-from fedgpt.storage.journal import RecordedTransport
-from fedgpt.storage.run_folder import RunFolder
-from fedgpt.update.downlink import Published
+from fedgpt.server.parts import Parts
+from fedgpt.server.quarantine import Quarantine
+from fedgpt.server.saver import Saver
+from fedgpt.server.version import OpenVersion
+from fedgpt.storage.checkpoint import Snapshot
+from fedgpt.storage.tables import VersionLine
 
-Observer = Callable[[str, dict[str, Any]], None]
-RootTrainer = Callable[[Job], Update]
-FAILURES = 10  # jobs for each update that a step needs, all failed: the run stops
+MEETING_SECONDS = 300  # how long the server waits for the first clients
+# jobs, for each update that a server step needs, that may fail in a row before the run stops
+MOST_FAILURES = 10
 
 
 class Server:
     """A run from its first version, or from a snapshot, to its last."""
 
-    def __init__(
-        self,
-        options: RunOptions,
-        strategy: Strategy,
-        transport: Transport,
-        evaluator: Evaluator,
-        folder: RunFolder,
-        snapshot: Snapshot,
-        observers: Sequence[Observer] = (),
-        root: RootTrainer | None = None,
-        fleet: Fleet | None = None,
-        journal: RecordedTransport | None = None,
-        privacy: Privacy | None = None,
-    ):
-        """`root` trains the server's own update; `fleet` slows clients down; `journal` is
-        `transport`, if it is one.
-        """
-        self.options = options
-        self.strategy = strategy
-        self.transport = transport
-        self.root = root
-        self.fleet = fleet
-        self.folder, self.observers, self.journal = folder, observers, journal
-        self.state, self.tables = snapshot.state, snapshot.tables
-        self.snapshot, self._saved = replace(snapshot, tables=snapshot.tables.frozen()), -1
-        # an interrupted server saved between its usual checkpoints: what that one needs is kept,
-        # too
-        self.tables = self.tables.remembering()
-        self.privacy = privacy or Privacy()
-        self.pace = make_pace(
-            options.pace, options.seed, self.tables.pacing or None, self.privacy.coins
-        )
-        self.checkpoints = Checkpoints(
-            folder.checkpoints, options.checkpoint.keep, journal and journal.journal.drop
-        )
-        self.stage = BackgroundEvaluation(options.evaluate, evaluator, self._publish)
-        self.clients: list[str] = []
-        self._wall_began, self._earlier_wall = time.monotonic(), self.tables.wall_seconds
-        self.published = Published(options.update.downlink, snapshot.extra)
-        self.planner = JobPlanner(options, self.published, fleet, strategy.switches, self.privacy)
-        self.switch = PacingAdvisor(strategy, self.planner, transport.at_once)
-        self.diagnostics = Diagnostics(self.state.params.size, snapshot.extra)
-        self.quarantine = Quarantine(options.validate, self.tables.strikes, self.tables.quarantine)
-        self.best = BestWeights(options, self.checkpoints, snapshot)
-        self.flight = InFlight()
-        self.collector = UpdateCollector(options, strategy, self.state.params.size, self.privacy)
-        self._arrived, self._failures = deque[Reply](), 0  # failures in a row
-
-    # ---- the loop
+    def __init__(self, parts: Parts, snapshot: Snapshot, observers: Sequence[Observer] = ()):
+        options, identity = parts.options, snapshot.identity
+        self.parts = parts
+        self.state, self.totals = snapshot.state, snapshot.totals
+        self.clients = snapshot.clients.frozen()
+        # an interrupted server saved between its usual checkpoints: a restart may need that one
+        self.clients.remember_accepted()
+        self.saver = Saver(parts, snapshot)
+        self.metrics = RunMetrics(snapshot)
+        self.evaluation = BackgroundEvaluation(options.evaluate, parts.evaluator, self._publish)
+        self.observers = Observers(observers)
+        self.planner = JobPlanner(parts, identity.run, self.clients, snapshot.extra)
+        self.advisor = PacingAdvisor(self.planner)
+        self.quarantine = Quarantine(options.validate, self.clients)
+        self.jobs = InFlight(parts.transport)
+        self.pace = self._make_pace()
+        size = self.state.params.size
+        self.collectors = Collectors(options, parts.strategy, parts.privacy, size, identity.run)
+        self.version = OpenVersion(self.state, self.collectors.empty(), 0.0)  # none is open yet
 
     def run(self) -> dict[str, Any]:
         """Train to the last version; returns the summary that summary.json holds."""
         try:
             self._open()
-            while self._part(self.state.version, self.tables.tokens_done) < 1:
-                if (
-                    self.pace.due(self._progress())
-                    or len(self.collector) >= self.collector.max_updates
-                ):
-                    self._advance()
-                    continue
-                self._start_jobs()  # after the step: who is done gets the newest model
-                progress = self._progress()
-                if not self.pace.due(progress) and (reply := self._next_reply(progress)):
-                    self._receive(reply)
+            while self._part_done() < 1:
+                if self.version.collector.full or self.pace.due(self._progress()):
+                    self._step()
+                else:
+                    self._dispatch()
+                    self._receive()
             self._end(over=True)
-            wall, records = self._wall_seconds(), self.folder.metrics.read()
-            return summary(records, self.state, self.tables, wall, self.transport.virtual)
-        except (KeyboardInterrupt, StoppedEarly) as stop:
-            self._end(over=isinstance(stop, StoppedEarly))
-            raise (
-                Interrupted(str(self.folder.path)) if isinstance(stop, KeyboardInterrupt) else stop
-            ) from None
-        except (FedGPTError, OSError):  # a full disk, say
-            self.checkpoints.ended()  # stopped with a message is not crashed
+            return self._summary()
+        except StoppedEarly:
+            self._end(over=True)
+            raise
+        except KeyboardInterrupt:
+            self._end(over=False)
+            raise Interrupted(str(self.parts.folder.path)) from None
+        except (FedGPTError, OSError):  # for instance a full disk
+            self.saver.checkpoints.ended()  # a run that stopped with a message did not crash
             raise
         finally:
-            self.stage.close()
-            self.checkpoints.close()
-            self.transport.close()
+            self._close()
 
-    def _part(self, version: int, tokens: int) -> float:
-        """How much of the run is done, from 0 to 1: in tokens, where `tokens` says or the pacing
-        may change.
-        """
-        if self.options.tokens or self.strategy.switches:
-            return min(1.0, tokens / self.planner.tokens_total(self.pace.pacing(len(self.clients))))
-        return version / self.options.rounds
+    # ---- open
 
     def _open(self) -> None:
-        """Meet the clients, then publish the starting version: version 0, or the one that a
-        checkpoint left open.
-        """
-        self.checkpoints.started(self.state.version)
-        if self.options.checkpoint.every != 0:
-            self._save()
-        self.stage.finish(dict(self.tables.record), self.state.params, **self.tables.evaluation)
-        infos = self.transport.clients(timeout=300)
-        self.clients = [info.id for info in infos]
-        if not self.clients:
-            raise StoppedEarly("no client appeared within 300 s")
-        pacing = self.pace.pacing(len(self.clients))  # pace.clients=0 is a number only now
-        if problems := list(self.strategy.problems(pacing)):
+        """Meet the clients and send what was in flight; open the version that a restart finds."""
+        transport, state = self.parts.transport, self.state
+        self.saver.checkpoints.started(state.version)
+        if self.parts.options.checkpoint.every != 0:
+            self.saver.save()
+        self.evaluation.complete(self.metrics.line, state.params)
+        infos = transport.clients(timeout=MEETING_SECONDS)
+        if not infos:
+            raise StoppedEarly(f"no client appeared within {MEETING_SECONDS} s")
+        self.clients.ids = [info.id for info in infos]
+        pacing = self.pacing  # pace.clients=0 becomes a number now
+        if problems := list(self.parts.strategy.problems(pacing)):
             raise ConfigError(problems)
-        self.privacy.meet(infos)
-        about = {"version": self.state.version, "tokens_total": self.planner.tokens_total(pacing)}
-        self._tell("open", clients=[asdict(info) for info in infos], **about)
-        if self.fleet is not None:
-            self.fleet.meet(self.clients)
-        restored = self.planner.restored(self.tables, self.snapshot.extra, self.state.params)
-        self.flight.add(restored)
-        self.transport.send(restored)
-        self._begin_version()
+        self.parts.privacy.meet(infos)
+        total, now = self.planner.tokens_total(pacing), transport.now()
+        self._tell(RunOpened(tuple(infos), state.version, total, now))
+        if self.parts.fleet is not None:
+            self.parts.fleet.meet(self.clients.ids)
+        snapshot = self.saver.snapshot
+        self.jobs.send(restored_jobs(snapshot.in_flight, snapshot.extra, state.params))
+        self._open_version()
 
-    def _begin_version(self) -> None:
-        """Forget the last version's counts and freeze what its updates are measured against."""
-        self._asked = False
-        self._failed = 0
-        self._at_goal = None
-        self._version_began = self.transport.now()
-        # as clients get it
-        self._start = replace(self.state, params=self.published.advance(self.state))
-        max_updates = self.pace.max_updates(len(self.clients)) + len(self.flight)
-        self.collector.begin(self.state, self.tables.norms, max_updates, self.planner.job_tokens)
-        for client in self.quarantine.release(self.state.version):
-            self._tell("release", client=client, version=self.state.version)
+    def _open_version(self) -> None:
+        """Nothing has come in for the next version yet; fix what its updates are measured by."""
+        most = self.pace.max_updates(len(self.clients)) + len(self.jobs)
+        collector = self.collectors.open(self.state, self.totals.norms, most, self.clients)
+        start = replace(self.state, params=self.planner.published.advance(self.state))
+        look_again = self.version.look_again
+        self.version = OpenVersion(start, collector, self.parts.transport.now(), look_again)
+        for client in self.clients.end_rests(self.state.version):
+            now = self.parts.transport.now()
+            self._tell(QuarantineEnded(client, self.state.version, now))
 
-    def _progress(self) -> Progress:
-        now = self.transport.now()
-        return Progress(
-            self.state.version,
-            self.tables.dispatched,
-            self._asked,
-            len(self.flight),
-            len(self.collector),
-            now - self._version_began,
-            None if self._at_goal is None else now - self._at_goal,
-        )
+    # ---- dispatch
 
-    # ---- out
-
-    def _start_jobs(self) -> None:
+    def _dispatch(self) -> None:
+        """Give jobs to the clients that the pacing chooses, from the newest model."""
+        transport = self.parts.transport
         roster = Roster(
-            self.clients, self.flight.busy, lambda c: self._allowed(c) and self.transport.there(c)
+            self.clients.ids, self.jobs.busy, lambda c: self._may_ask(c) and transport.there(c)
         )
         chosen = self.pace.start(self._progress(), roster)
-        if not chosen and not len(self.flight) and not any(map(self._allowed, self.clients)):
-            raise StoppedEarly(
-                f"no client may be asked: {self.quarantine.told(self.clients)}{self.privacy.told}"
-            )
+        if not chosen and not len(self.jobs) and not any(map(self._may_ask, self.clients.ids)):
+            reasons = f"{self.quarantine.summary()}{self.parts.privacy.reason}"
+            raise StoppedEarly(f"no client may be asked: {reasons}")
         if chosen is None:
             return
-        if not self._asked:
-            self._asked, self._version_began = True, self.transport.now()
-        self._count(dispatched=len(chosen))
-        about = (self.tables, self.pace.pacing(len(self.clients)), self.strategy.client_numbers())
-        known = (*about, self.transport.now(), self.snapshot.tables.accepted)
-        self._send([self.planner.job(client, self._start, *known) for client in chosen])
-
-    def _allowed(self, client: str) -> bool:
-        return not self.quarantine.holds(client) and self.privacy.may_ask(
-            client, self.state.version, self.tables
+        version = self.version
+        if not version.asked:
+            version.asked, version.began = True, transport.now()
+        self.totals = self.totals.plus(dispatched=len(chosen))
+        job = partial(
+            self.planner.job,
+            start=version.start,
+            totals=self.totals,
+            pacing=self.pacing,
+            saved=self.saver.snapshot.clients,
+            now=transport.now(),
         )
+        self._send([job(client) for client in chosen])
+
+    def _may_ask(self, client: str) -> bool:
+        if self.clients.is_resting(client):
+            return False
+        return self.parts.privacy.may_ask(client, self.state.version, self.clients)
 
     def _send(self, jobs: list[Job]) -> None:
         if not jobs:
             return
-        self.flight.add(jobs)
+        transport = self.parts.transport
         for job in jobs:
-            self._count(bytes_down=self.transport.bytes_down(job))
-            self._tell(
-                "dispatch",
-                client=job.client,
-                number=job.number,
-                version=job.version,
-                steps=job.plan.local_steps,
-            )
-        self.transport.send(jobs)
+            self.totals = self.totals.plus(bytes_down=transport.bytes_down(job))
+            steps, now = job.plan.local_steps, transport.now()
+            self._tell(JobSent(job.client, job.number, job.version, steps, now))
+        self.jobs.send(jobs)
 
-    # ---- in
+    # ---- receive
 
-    def _next_reply(self, progress: Progress) -> Reply | None:
-        """One reply; None where the pacing's patience, or that with a single job, is over."""
-        if not self._arrived:
-            waits = [
-                self.pace.patience(progress),
-                None if self.pace.keeps_jobs else self.switch.patience,
-            ]
-            deadline = self.options.pace.deadline if self.pace.keeps_jobs else None
-            if deadline is not None and (oldest := self.flight.oldest()):
-                waits.append(left := oldest.sent + deadline - self.transport.now())
-                if left <= 0:
-                    self._give_up(
-                        [(oldest.client, oldest.number)],
-                        f"no reply within pace.deadline={deadline:g} s",
-                        True,
-                    )
-                    return None
-            self._arrived.extend(
-                self.transport.receive(min((s for s in waits if s is not None), default=None))
-            )
-            if not self._arrived:
-                self._choose_pacing({})
-        return self._arrived.popleft() if self._arrived else None
+    def _receive(self) -> None:
+        """Wait for one reply and collect its update, or give up the job that is overdue."""
+        progress = self._progress()
+        if self.pace.due(progress):
+            return
+        if not self.jobs.has_reply and self._give_up_overdue():
+            return
+        reply = self.jobs.next_reply(self._patience(progress))
+        if reply is None:
+            self._advise()
+        else:
+            self._handle(reply)
 
-    def _give_up(self, keys: list[tuple[str, int]], why: str, missed: bool) -> None:
-        """Wait for these jobs no longer; `missed`: their clients had the time."""
-        for key in keys:
-            job = self.flight.pop(*key)
-            if missed and job is not None:  # at least as slow as this
-                self.planner.measure(job, self.transport.now(), self.tables.speeds)
-            self._reject("no_reply", client=key[0], number=key[1], detail=why)
-            self._fail(key[0] if missed else None)
-        self.transport.abandon(keys)
+    def _patience(self, progress: Progress) -> float | None:
+        """Seconds to wait for a reply; None: until one comes."""
+        waits = [self.pace.patience(progress)]
+        if not self.pace.keeps_jobs:
+            waits.append(self.version.look_again)
+        elif (left := self._seconds_left()) is not None:
+            waits.append(left)
+        return min((seconds for seconds in waits if seconds is not None), default=None)
 
-    def _receive(self, reply: Reply) -> None:
-        """Validate one reply; a rejected one changes nothing but its counters."""
-        key = (reply.client, reply.number)
-        self._count(bytes_up=reply.bytes)
-        job = self.flight.pop(*key)
-        # what it had may be gone: the whole model, then
+    def _seconds_left(self) -> float | None:
+        """Until the oldest job is overdue, where jobs have a deadline of their own."""
+        deadline, oldest = self.parts.options.pace.deadline, self.jobs.oldest()
+        if not self.pace.keeps_jobs or deadline is None or oldest is None:
+            return None
+        return oldest.sent + deadline - self.parts.transport.now()
+
+    def _give_up_overdue(self) -> bool:
+        left, oldest = self._seconds_left(), self.jobs.oldest()
+        if left is None or oldest is None or left > 0:
+            return False
+        why = f"no reply within pace.deadline={self.parts.options.pace.deadline:g} s"
+        self._give_up([(oldest.client, oldest.number)], why, missed=True)
+        return True
+
+    def _give_up(self, keys: list[Key], why: str, missed: bool) -> None:
+        """Wait for these jobs no longer; `missed`: their clients had time enough."""
+        for client, number in keys:
+            job = self.jobs.pop(client, number)
+            if missed and job is not None:  # the client is at least as slow as this
+                self.planner.measure(job, self.parts.transport.now())
+            self._reject("no_reply", client, number, why)
+            self._fail(client if missed else None)
+        self.parts.transport.abandon(keys)
+
+    def _handle(self, reply: Reply) -> None:
+        """Validate one reply and collect its update; a rejected one changes only counters."""
+        self.totals = self.totals.plus(bytes_up=reply.bytes)
+        job = self.jobs.pop(reply.client, reply.number)
         if job is not None and reply.error and job.plan.cached_version >= 0:
-            self._send(
-                [
-                    replace(
-                        job,
-                        plan=replace(job.plan, cached_version=-1),
-                        model_deltas=(),
-                        sent=self.transport.now(),
-                    )
-                ]
-            )
+            self._send_complete(job)
             return
         try:
             if job is None:
-                raise UpdateRejected(self.tables.stray(*key), "not in flight")
-            update = self.collector.read(
-                reply, job, self.tables.run, job.plan.local_steps * self.planner.step_tokens
-            )
+                code = self.clients.reason_for_stray(reply.client, reply.number)
+                raise UpdateRejected(code, "not in flight")
+            tokens = job.plan.local_steps * self.planner.step_tokens
+            update = self.version.collector.read(reply, job, tokens)
             self._accept(update, job, reply.seconds)
-            self._choose_pacing({})
+            self._advise()
         except UpdateRejected as rejection:
-            self._reject(
-                rejection.code, client=reply.client, number=reply.number, detail=rejection.detail
-            )
+            self._reject(rejection.code, reply.client, reply.number, rejection.detail)
             if job is not None:
                 self._fail(None if rejection.code == "stale" else reply.client)
 
+    def _send_complete(self, job: Job) -> None:
+        """The client may have lost its cached model: the same job, with all parameters."""
+        plan = replace(job.plan, cached_version=-1)
+        now = self.parts.transport.now()
+        self._send([replace(job, plan=plan, model_deltas=(), sent=now)])
+
     def _accept(self, update: Update, job: Job, seconds: float | None) -> None:
         staleness = self.state.version - update.version
-        limit = self.options.pace.max_staleness
+        limit = self.parts.options.pace.max_staleness
         if limit is not None and staleness > limit:
-            raise UpdateRejected("stale", f"{staleness} versions old, pace.max_staleness={limit}")
-        update = self.collector.add(update, job, staleness)
-        took = self.planner.measure(job, self.transport.now(), self.tables.speeds, seconds)
-        if not self.privacy.sums:  # what is measured of single updates is not noised
-            self.diagnostics.update(update, self.pace.keeps_jobs)
-        self.privacy.answered(update, self.tables)
-        self.quarantine.clear(update.client)
-        self._failures = 0
-        self.tables.accepted[update.client] = update.number
-        self.tables.held[update.client] = update.version
-        self.tables.credit(update.client, update.tokens, took)
-        if len(self.collector) == (self.options.pace.goal or 1):
-            self._at_goal = self.transport.now()
-        self._tell(
-            "accept",
-            client=update.client,
-            number=update.number,
-            version=update.version,
-            tokens=update.tokens,
-            staleness=staleness,
-            train_seconds=took,
+            detail = f"{staleness} versions old, pace.max_staleness={limit}"
+            raise UpdateRejected("stale", detail)
+        update = self.version.collector.add(update, job, staleness)
+        took = self.planner.measure(job, self.parts.transport.now(), seconds)
+        if not self.parts.privacy.central:  # what single updates show is not noised
+            self.metrics.diagnostics.update(update, self.pace.keeps_jobs)
+        self.parts.privacy.answered(update, self.clients)
+        self.quarantine.failures = 0
+        self.clients.accept(update, took)
+        if len(self.version.collector) == (self.parts.options.pace.goal or 1):
+            self.version.goal_reached = self.parts.transport.now()
+        event = UpdateAccepted(
+            update.client,
+            update.number,
+            update.version,
+            update.tokens,
+            staleness,
+            took,
             measured=seconds in (None, took),
+            seconds=self.parts.transport.now(),
         )
+        self._tell(event)
         reach("accepted")
 
+    def _reject(self, code: str, client: str, number: int, detail: str) -> None:
+        self.version.rejections[code] += 1
+        self.totals = self.totals.plus_rejected(code)
+        self._tell(ReplyRejected(code, client, number, detail, self.parts.transport.now()))
+
     def _fail(self, client: str | None) -> None:
-        """Count a job that brought nothing, against its client where it is to blame; stop where
-        nothing else comes.
-        """
-        self._failed, self._failures = self._failed + 1, self._failures + 1
-        pacing = self.pace.pacing(len(self.clients))
+        """Count a failed job, against `client` if it is to blame; stop where nothing succeeds."""
+        self.version.failed += 1
+        self.quarantine.failures += 1
+        pacing, version = self.pacing, self.state.version
         if client is not None:
-            until = self.quarantine.strike(
-                client, self.state.version, versions_per_round(pacing), self.clients
-            )
+            until = self.quarantine.strike(client, version, versions_per_round(pacing))
             if until is not None:
-                self._tell("quarantine", client=client, until=until, version=self.state.version)
-        if self._failures >= FAILURES * max(pacing.clients, pacing.goal):
-            raise StoppedEarly(f"{self._failures} jobs in a row failed: {self._reasons()}")
+                self._tell(QuarantineBegun(client, until, version, self.parts.transport.now()))
+        if self.quarantine.failures >= MOST_FAILURES * max(pacing.clients, pacing.goal):
+            failures = f"{self.quarantine.failures} jobs in a row failed"
+            raise StoppedEarly(f"{failures}: {self._reasons()}")
 
-    def _reject(self, code: str, **about: Any) -> None:
-        self.collector.rejections[code] += 1
-        self.tables.rejected[code] = self.tables.rejected.get(code, 0) + 1
-        self._tell("reject", code=code, **about)
+    # ---- step
 
-    # ---- the server step
-
-    def _advance(self) -> None:
-        if not self.pace.keeps_jobs:
-            enough = self._at_goal is not None and self.options.pace.goal is not None
-            self._give_up(self.flight.keys(), "the version closed first", missed=not enough)
-        accepted = len(self.collector)
-        # how many came must not show
-        minimum = 0 if self.privacy.sums else self.options.pace.minimum
-        if not self.pace.keeps_jobs and self._failed and accepted < minimum:
-            raise StoppedEarly(
-                f"version {self.state.version + 1} got {accepted} valid updates of {accepted + self._failed} jobs, "
-                f"pace.minimum={minimum}: {self._reasons()}"
-            )
+    def _step(self) -> None:
+        """Make the next version from the collected updates, record it, open the one after it."""
+        self._close_version()
         reach("aggregate")
-        before = self.state
-        self.state = self.collector.step(
-            before, self.pace.pacing(len(self.clients)), self._root(), self.tables
-        )
+        before, pacing = self.state, self.pacing
+        part = self._part_done()
+        self.state = self.version.collector.step(before, pacing, self._root())
         model_length(self.state)  # a run that has diverged ends here
-        self._tally(before)
-        self._choose_pacing(self.tables.record)
-        if self.options.evaluate.rollback is not None:
+        self._count_version()
+        line = self._line(before, part)
+        self.metrics.line = line
+        self._advise(line.metrics)
+        if self.parts.options.evaluate.rollback is not None and line.score:
             self._keep_or_restore()
-        # before the snapshot: a restart cuts the events after it
-        self._tell("version", **self.tables.record)
-        every = self._cadence(self.options.checkpoint.every)
-        keep = bool(every and self.state.version % every == 0)
-        self._take_snapshot(keep)
-        if keep:
-            self.stage.wait()  # a checkpoint never runs ahead of metrics.jsonl
-            self._save()
-        self.stage.finish(dict(self.tables.record), self.state.params, **self.tables.evaluation)
-        self._begin_version()
+        self._record()
+        self._open_version()
+
+    def _close_version(self) -> None:
+        """Give up jobs that do not outlast a version; stop where too few updates are valid."""
+        if self.pace.keeps_jobs:
+            return
+        version, options = self.version, self.parts.options
+        enough = version.goal_reached is not None and options.pace.goal is not None
+        self._give_up(self.jobs.keys(), "the version closed first", missed=not enough)
+        accepted = len(version.collector)
+        # with privacy=client, how many updates came must not show
+        minimum = 0 if self.parts.privacy.central else options.pace.minimum
+        if version.failed and accepted < minimum:
+            raise StoppedEarly(
+                f"version {self.state.version + 1} got {accepted} valid updates of"
+                f" {accepted + version.failed} jobs, pace.minimum={minimum}: {self._reasons()}"
+            )
 
     def _root(self) -> Callable[[], Update] | None:
         """Trains the server's own update of this version, where the rule wants one."""
-        if not self.strategy.needs_root:
+        if not self.parts.strategy.needs_root:
             return None
-        assert self.root is not None, "a rule that needs a root update is given its trainer"
-        self.stage.wait()  # both compute on the server's device: one at a time
-        pacing = self.pace.pacing(len(self.clients))
-        every = self._cadence(self.options.checkpoint.every)
-        return partial(self.root, self.planner.root_job(self.state, self.tables, pacing, every))
+        assert self.parts.root is not None, "a rule that needs a root update gets its trainer"
+        self.evaluation.wait()  # both compute on the server's device: one at a time
+        every = self._versions_between(self.parts.options.checkpoint.every)
+        job = self.planner.root_job(self.state, self.totals, self.pacing, every)
+        return partial(self.parts.root, job)
+
+    def _count_version(self) -> None:
+        """Bring the totals to the new version."""
+        collector, pacing = self.version.collector, self.pacing
+        job_tokens = self.planner.job_tokens
+        trained = self.parts.privacy.tokens(collector.accepted, pacing, job_tokens)
+        self.totals = replace(
+            self.totals.plus(tokens_done=trained),
+            seconds=self.parts.transport.now(),
+            wall_seconds=self.metrics.wall_seconds(),
+            norms=collector.norms_after(self.totals.norms),
+        )
+
+    def _line(self, before: ServerState, part: float) -> VersionLine:
+        """The new version's line of metrics; `part`: how much of the run was done before it."""
+        metrics = line_of_version(self.version, self.totals, self.clients, self.jobs)
+        every = self._versions_between(self.parts.options.evaluate.every)
+        line = self.evaluation.plan(VersionLine(metrics), part, self._part_done(), every)
+        private = self.parts.privacy.metrics(self.clients) if line.score else {}
+        step = self.metrics.diagnostics.step(before.params - self.state.params)
+        return replace(line, metrics={**metrics, **private, **step, "pacing": self._pacing_name})
 
     def _keep_or_restore(self) -> None:
-        """Score the new version now, as it decides; go back to the best weights where it is worse
-        than allowed.
-        """
-        if self.tables.evaluation["score"]:
-            record = {
-                **self.tables.record,
-                **self.stage.scores(self.state, **self.tables.evaluation),
-            }
-            self.state, told = self.best.decide(self.state, record["loss"])
-            done = {"score": False, "sample": False}
-            self.tables = replace(self.tables, record={**record, **told}, evaluation=done)
+        """Score the new version now, as it decides: a version that is too bad is rolled back."""
+        line = self.metrics.line
+        scores = self.evaluation.scores(self.state, line.sample)
+        value = scores[self.parts.score.name]
+        self.state, restored = self.saver.best.decide(self.state, value)
+        metrics = {**line.metrics, **scores, **restored}
+        self.metrics.line = VersionLine(metrics, score=False, sample=False)
 
-    def _choose_pacing(self, record: dict[str, Any]) -> None:
-        """Ask a strategy that may change the pacing; `record` is that of a new version, or empty
-        within one.
-        """
-        if not self.strategy.switches or (self.pace.keeps_jobs and not record):
-            return
-        pacing = self.tables.pacing or self.options.pace.name
-        done = {u.client for u in self.collector.accepted}
-        choice = self.switch.ask(
-            pacing, done, self.flight, self.tables, self.state, record, self.transport.now()
+    # ---- record
+
+    def _record(self) -> None:
+        """Write the new version down: event, snapshot, checkpoint where one is due, evaluation."""
+        # before the snapshot: a restart cuts the events that came after it
+        self._tell(VersionMade(self.metrics.line.metrics, self.parts.transport.now()))
+        every = self._versions_between(self.parts.options.checkpoint.every)
+        due = bool(every and self.state.version % every == 0)
+        if due:  # one table more than checkpoints: the newest may still be on its way to the disk
+            self.clients.remember_accepted(self.parts.options.checkpoint.keep + 1)
+        self.saver.take(self._snapshot())
+        if due:
+            self.evaluation.wait()  # a checkpoint never runs ahead of metrics.jsonl
+            self.saver.save()
+        self.evaluation.complete(self.metrics.line, self.state.params)
+
+    def _snapshot(self) -> Snapshot:
+        """State and tables as they are between two versions; jobs sent later do not change it."""
+        bases = {f"base/{version}": base for version, base in self.jobs.bases.items()}
+        return Snapshot(
+            self.state,
+            self.saver.snapshot.identity,
+            self.metrics.line,
+            self.totals,
+            self.clients.frozen(),
+            self.jobs.as_json(),
+            self.parts.strategy.unsaved,
+            {
+                **bases,
+                **self.metrics.diagnostics.memory(),
+                **self.saver.best.memory(),
+                **self.planner.published.memory(),
+            },
         )
+
+    def _publish(self, metrics: dict[str, Any], params: np.ndarray | None) -> None:
+        """A version's line is complete; called by the evaluation's thread."""
+        self.saver.best.keep(metrics, params)
+        self.parts.folder.metrics.append(metrics)
+        reach("evaluated")
+        self.observers.publish(MetricsReady(metrics, params))
+
+    # ---- end
+
+    def _end(self, over: bool) -> None:
+        """The server stops in order; `over`: a restart would stop at the same place again."""
+        self.evaluation.wait()
+        self.saver.end(over)
+
+    def _close(self) -> None:
+        self.evaluation.close()
+        self.observers.close()
+        self.saver.checkpoints.close()
+        self.parts.transport.close()
+
+    def _summary(self) -> dict[str, Any]:
+        parts, identity = self.parts, self.saver.snapshot.identity
+        totals = replace(self.totals, wall_seconds=self.metrics.wall_seconds())
+        lines, virtual = parts.folder.metrics.read(), parts.transport.virtual
+        return summary(lines, self.state, totals, identity, parts.score, virtual)
+
+    # ---- pacing and small helpers
+
+    @property
+    def pacing(self) -> Pacing:
+        """The present pacing in numbers."""
+        return self.pace.pacing(len(self.clients))
+
+    @property
+    def _pacing_name(self) -> str:
+        return self.totals.pacing or self.parts.options.pace.name
+
+    def _make_pace(self) -> Pace:
+        options = self.parts.options
+        return make_pace(options.pace, options.seed, self._pacing_name, self.parts.privacy.coins)
+
+    def _advise(self, metrics: Mapping[str, Any] | None = None) -> None:
+        """Ask a strategy that may change the pacing; `metrics`: the line of a new version."""
+        if not self.parts.strategy.switches or (self.pace.keeps_jobs and metrics is None):
+            return
+        pacing, done = self._pacing_name, {u.client for u in self.version.collector.accepted}
+        advice = self.advisor.advise(pacing, done, self.jobs, self.state, metrics or {})
+        choice, self.version.look_again = advice.choice, advice.look_again
         if choice.memory:
             self.state = replace(self.state, memory={**self.state.memory, **choice.memory})
         if choice.pacing != pacing:
-            self.tables = replace(self.tables, pacing=choice.pacing)
-            self.pace = make_pace(
-                self.options.pace, self.options.seed, choice.pacing, self.privacy.coins
-            )
-            self._tell(
-                "pacing", pacing=choice.pacing, reason=choice.reason, version=self.state.version
-            )
+            self.totals = replace(self.totals, pacing=choice.pacing)
+            self.pace = self._make_pace()
+            now, version = self.parts.transport.now(), self.state.version
+            self._tell(PacingChanged(choice.pacing, choice.reason, version, now))
 
-    def _tally(self, before: ServerState) -> None:
-        """Bring the ledgers to the new version and open its record."""
-        accepted = self.collector.accepted
-        trained = self.privacy.tokens(
-            accepted, self.pace.pacing(len(self.clients)), self.planner.job_tokens
-        )
-        part = self._part(before.version, self.tables.tokens_done)
-        self._count(tokens_done=trained)
-        now = self._part(self.state.version, self.tables.tokens_done)
-        seconds, wall = self.transport.now(), self._wall_seconds()
-        evaluation = self.stage.plan(
-            self.state.version, part, now, self._cadence(self.options.evaluate.every)
-        )
-        norms = () if self.privacy.sums else remembered(self.tables.norms, accepted)
-        self.tables = replace(
-            self.tables, seconds=seconds, wall_seconds=wall, evaluation=evaluation, norms=norms
-        )
-        record = {
-            **line_of_version(
-                self.state.version, self.tables, self.collector, self.flight, self.transport.virtual
-            ),
-            **(self.privacy.record(self.tables) if evaluation["score"] else {}),
-            **self.diagnostics.step(before.params - self.state.params),
-            "pacing": self.tables.pacing or self.options.pace.name,
-        }
-        self.tables = replace(self.tables, record=record)
+    def _progress(self) -> Progress:
+        return self.version.progress(self.totals, len(self.jobs), self.parts.transport.now())
 
-    # ---- what survives
+    def _part_done(self) -> float:
+        """How much of the run is done, from 0 to 1; by tokens where rounds do not end it."""
+        options, strategy = self.parts.options, self.parts.strategy
+        if options.tokens or strategy.switches:
+            return min(1.0, self.totals.tokens_done / self.planner.tokens_total(self.pacing))
+        return self.state.version / options.rounds
 
-    def _take_snapshot(self, keep: bool) -> None:
-        """Freeze state and tables as they are between two versions; jobs sent later do not change
-        it.
-        """
-        if keep:  # one table more than checkpoints: the newest may still be on its way to the disk
-            self.tables = self.tables.remembering(self.options.checkpoint.keep + 1)
-        frozen = self.tables.frozen(unsaved=self.strategy.unsaved, in_flight=self.flight.as_json())
-        bases = {f"base/{version}": base for version, base in self.flight.bases.items()}
-        self.snapshot = Snapshot(
-            self.state,
-            frozen,
-            {**bases, **self.diagnostics.memory(), **self.best.memory(), **self.published.memory()},
-        )
-        if self.journal is not None:
-            self.journal.step(self.state.version)
-
-    def _save(self) -> None:
-        if self._saved != self.snapshot.state.version:
-            self._saved = self.snapshot.state.version
-            self.checkpoints.save(self.snapshot)
-
-    def _publish(self, record: dict[str, Any], params: np.ndarray | None) -> None:
-        """A version's finished record, with its weights where they were scored; called by the
-        evaluation thread.
-        """
-        self.best.keep(record, params)
-        self.folder.metrics.append(record)
-        reach("evaluated")
-        for observer in self.observers:
-            observer("record", record)
-
-    def _end(self, over: bool) -> None:
-        """The server stops by its own will; `over`: told the same again, it would stop again."""
-        self.stage.wait()
-        self._save()
-        self.checkpoints.wait()
-        self.checkpoints.ended()
-        if over and self.journal is not None:
-            self.journal.over()
-
-    # ---- small helpers
-
-    def _wall_seconds(self) -> float:
-        return self._earlier_wall + time.monotonic() - self._wall_began
+    def _versions_between(self, every: int | None) -> int:
+        """Of evaluations or checkpoints; by default the versions that a round's updates make."""
+        return versions_per_round(self.pacing) if every is None else every
 
     def _reasons(self) -> str:
-        return f"{counted(self.collector.rejections)}; see events.jsonl in {self.folder.path}"
+        rejected = counted(self.version.rejections)
+        return f"{rejected}; see events.jsonl in {self.parts.folder.path}"
 
-    def _cadence(self, every: int | None) -> int:
-        """Versions between evaluations or checkpoints; by default those that take as many updates
-        as a round.
-        """
-        return versions_per_round(self.pace.pacing(len(self.clients))) if every is None else every
-
-    def _count(self, **more: int) -> None:
-        self.tables = replace(
-            self.tables, **{name: getattr(self.tables, name) + n for name, n in more.items()}
-        )
-
-    def _tell(self, event: str, **about: Any) -> None:
-        about["seconds"] = self.transport.now()
-        for observer in self.observers:
-            observer(event, about)
+    def _tell(self, event: Event) -> None:
+        """Write an event to events.jsonl, except the opening, and deliver it to observers."""
+        if not isinstance(event, RunOpened):
+            self.parts.folder.events.append(event.as_json())
+        self.observers.publish(event)

@@ -4,153 +4,174 @@ from __future__ import annotations
 
 import hashlib
 import math
+import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from fedgpt.core.messages import Job, ServerState, Update
-from fedgpt.server.collector import UpdateCollector
-from fedgpt.storage.checkpoint import RunTables
+from fedgpt.core.messages import ServerState, Update
+from fedgpt.core.score import Score
+from fedgpt.server.collector import PrivateCollector, UpdateCollector
+from fedgpt.server.diagnostics import Diagnostics
+from fedgpt.server.in_flight import InFlight
+from fedgpt.server.version import OpenVersion
+from fedgpt.storage.checkpoint import Snapshot
+from fedgpt.storage.tables import Clients, RunIdentity, RunTotals, VersionLine
 
-# what the stages of an update's way tell; see update/feedback.py
-STAGES = (
-    "compress_error",
-    "residual_norm",
-)
+# what the stages of an update's way measure at the client; see update/feedback.py
+STAGES = ("compress_error", "residual_norm")
 
 
-def first_record() -> dict[str, Any]:
+# fields of every line; those of version 0, before its evaluation
+FIRST: Mapping[str, Any] = {
+    "version": 0,
+    "tokens": 0,
+    "wall_seconds": 0.0,
+    "virtual_seconds": None,
+    "bytes_up": 0,
+    "bytes_down": 0,
+    "accepted": 0,
+    "rejected": {},
+    "staleness": {},
+    "train_loss": None,
+    "lr": None,
+    "update_norm": None,
+    "update_tokens": None,
+    "step_norm": 0.0,
+    "cosine": None,
+    "step_correlation": None,
+    "mean_weight": None,
+    "in_flight": 0,
+    "bases": 0,
+    "state_lost": 0,
+    "tokens_by_client": {},
+    "idle_share": {},
+    "clipped": 0,
+    "quarantined": 0,
+    "restored": None,
+    "epsilon": None,
+    "pacing": None,
+    **dict.fromkeys(STAGES),
+}
+
+
+class RunMetrics:
+    """The newest version's line, and what the next line is computed from."""
+
+    def __init__(self, snapshot: Snapshot):
+        self.line = snapshot.line
+        self.diagnostics = Diagnostics(snapshot.state.params.size, snapshot.extra)
+        self._began = time.monotonic()
+        self._earlier = snapshot.totals.wall_seconds  # of earlier starts of this run
+
+    def wall_seconds(self) -> float:
+        """Wall time of the run, over all its starts."""
+        return self._earlier + time.monotonic() - self._began
+
+
+def first_line() -> VersionLine:
     """Version 0, before its evaluation."""
-    return {
-        "version": 0,
-        "tokens": 0,
-        "wall_seconds": 0.0,
-        "virtual_seconds": None,
-        "bytes_up": 0,
-        "bytes_down": 0,
-        "accepted": 0,
-        "rejected": {},
-        "staleness": {},
-        "train_loss": None,
-        "lr": None,
-        "update_norm": None,
-        "update_tokens": None,
-        "step_norm": 0.0,
-        "cosine": None,
-        "step_correlation": None,
-        "mean_weight": None,
-        "in_flight": 0,
-        "bases": 0,
-        "state_lost": 0,
-        "tokens_by_client": {},
-        "idle_share": {},
-        "clipped": 0,
-        "quarantined": 0,
-        "restored": None,
-        "epsilon": None,
-        "pacing": None,
-        **dict.fromkeys(STAGES),
-    }
+    return VersionLine(FIRST)
 
 
 def line_of_version(
-    version: int,
-    tables: RunTables,
-    collector: UpdateCollector,
-    in_flight: Iterable[Job],
-    virtual: bool,
+    version: OpenVersion, totals: RunTotals, clients: Clients, in_flight: InFlight
 ) -> dict[str, Any]:
-    """Where the run stands at a version, what came in for it, and what its clients have done so
-    far.
-    """
+    """The line of the version that has just been made of the updates of `version`."""
+    collector = version.collector
+    # who was in a sample, which amplifies privacy, must not be published
+    shown = [] if isinstance(collector, PrivateCollector) else collector.accepted
     return {
-        **_version_record(version, tables, virtual),
-        **_updates_record(collector, in_flight),
-        # who was in a sample, by which privacy is amplified, is not for everybody's eyes
-        **_clients_record([] if collector.private else collector.accepted, tables, tables.seconds),
+        **_position(version.start.version + 1, totals, clients, in_flight.transport.virtual),
+        **_updates(collector, version.rejections),
+        "in_flight": len(in_flight),
+        # a model is kept for every version that a job in flight began from
+        "bases": len({job.version for job in in_flight}),
+        **_clients(shown, clients, totals.seconds),
     }
 
 
-def _version_record(version: int, tables: RunTables, virtual: bool) -> dict[str, Any]:
+def _position(version: int, totals: RunTotals, clients: Clients, virtual: bool) -> dict[str, Any]:
     """Where the run stands."""
     return {
         "version": version,
-        "tokens": tables.tokens_done,
-        "wall_seconds": round(tables.wall_seconds, 3),
-        "virtual_seconds": round(tables.seconds, 6) if virtual else None,
-        "bytes_up": tables.bytes_up,
-        "bytes_down": tables.bytes_down,
-        "quarantined": len(tables.quarantine),
+        "tokens": totals.tokens_done,
+        "wall_seconds": round(totals.wall_seconds, 3),
+        "virtual_seconds": round(totals.seconds, 6) if virtual else None,
+        "bytes_up": totals.bytes_up,
+        "bytes_down": totals.bytes_down,
+        "quarantined": len(clients.resting),
         "restored": None,
     }
 
 
-def _updates_record(collector: UpdateCollector, in_flight: Iterable[Job]) -> dict[str, Any]:
+def _updates(collector: UpdateCollector, rejections: Counter[str]) -> dict[str, Any]:
     """What came in for a version."""
-    accepted, jobs = collector.accepted, list(in_flight)
+    accepted = collector.accepted
     staleness = Counter(int(update.metrics["staleness"]) for update in accepted)
+    means = ("train_loss", "lr", "update_norm", *STAGES)
+    count = len(accepted)
     return {
-        "accepted": len(accepted),
-        "rejected": dict(collector.rejections),
+        "accepted": count,
+        "rejected": dict(rejections),
         "clipped": collector.clipped,
-        "staleness": {str(tau): count for tau, count in sorted(staleness.items())},
-        **{name: _mean(accepted, name) for name in ("train_loss", "lr", "update_norm", *STAGES)},
-        "update_tokens": sum(update.tokens for update in accepted) / len(accepted)
-        if accepted
-        else None,
-        "mean_weight": math.fsum(collector.weights) / len(accepted) if accepted else None,
-        "in_flight": len(jobs),
-        # versions that jobs in flight began from, before the newest is sent: a model is kept for
-        # each of them
-        "bases": len({job.version for job in jobs}),
+        "staleness": {str(tau): n for tau, n in sorted(staleness.items())},
+        **{name: _mean(accepted, name) for name in means},
+        "update_tokens": sum(u.tokens for u in accepted) / count if count else None,
+        "mean_weight": math.fsum(collector.weights) / count if count else None,
         "state_lost": int(sum(update.metrics.get("state_lost", 0) for update in accepted)),
     }
 
 
-def _clients_record(
-    accepted: Sequence[Update], tables: RunTables, seconds: float
-) -> dict[str, Any]:
-    """Tokens trained and idle share so far, of the clients of this version."""
-    clients = sorted({update.client for update in accepted})
-    idle = (
-        {c: round(max(0.0, 1 - tables.busy[c] / seconds), 4) for c in clients}
-        if seconds > 0
-        else {}
-    )
-    return {"tokens_by_client": {c: tables.trained[c] for c in clients}, "idle_share": idle}
+def _clients(accepted: Sequence[Update], clients: Clients, seconds: float) -> dict[str, Any]:
+    """Tokens trained and share of idle time so far, of the clients whose updates came in."""
+    ids = sorted({update.client for update in accepted})
+    idle = {}
+    if seconds > 0:
+        shares = {c: 1 - clients.seconds_at_work(c) / seconds for c in ids}
+        idle = {c: round(max(0.0, share), 4) for c, share in shares.items()}
+    return {"tokens_by_client": {c: clients.tokens_trained(c) for c in ids}, "idle_share": idle}
 
 
 def summary(
-    records: Sequence[Mapping[str, Any]],
+    lines: Sequence[Mapping[str, Any]],
     state: ServerState,
-    tables: RunTables,
-    wall: float,
+    totals: RunTotals,
+    identity: RunIdentity,
+    score: Score,
     virtual: bool,
 ) -> dict[str, Any]:
-    """The machine-readable end of a run."""
-    score = [
-        {k: r[k] for k in ("version", "loss", "perplexity", "bits_per_byte")}
-        for r in records
-        if "loss" in r
-    ]
+    """The machine-readable end of a run; `lines` are those of metrics.jsonl."""
+    scored = [{n: line[n] for n in _score_names(line)} for line in lines if score.name in line]
+    best = scored[0]
+    for scores in scored[1:]:
+        if score.better(scores[score.name], best[score.name]):
+            best = scores
     return {
         "versions": state.version,
-        "tokens": tables.tokens_done,
-        "wall_seconds": round(wall, 3),
-        "virtual_seconds": tables.seconds if virtual else None,
-        "bytes_up": tables.bytes_up,
-        "bytes_down": tables.bytes_down,
-        "initial": score[0],
-        "final": score[-1],
-        "best": min(score, key=lambda s: s["loss"]),
+        "tokens": totals.tokens_done,
+        "wall_seconds": round(totals.wall_seconds, 3),
+        "virtual_seconds": totals.seconds if virtual else None,
+        "bytes_up": totals.bytes_up,
+        "bytes_down": totals.bytes_down,
+        "score": score.name,
+        "initial": scored[0],
+        "final": scored[-1],
+        "best": best,
         "weights_sha256": weights_digest(state.params),
-        "rejected": tables.rejected,
-        "epsilon": records[-1].get("epsilon"),
-        "delta": tables.privacy.get("delta"),
-        "private": bool(tables.privacy.get("private")),
+        "rejected": dict(totals.rejected),
+        "epsilon": lines[-1].get("epsilon"),
+        "delta": identity.privacy.get("delta"),
+        "private": bool(identity.privacy.get("private")),
     }
+
+
+def _score_names(line: Mapping[str, Any]) -> list[str]:
+    """The version and every number that the evaluation added to a line."""
+    added = [n for n in line if n not in FIRST and n not in ("prompt", "sample", "privacy_clip")]
+    return ["version", *added]
 
 
 def counted(rejections: Mapping[str, int]) -> str:

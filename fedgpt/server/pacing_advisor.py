@@ -1,53 +1,55 @@
-"""Asks a strategy that may change the pacing: at each arrival, at each version, and when time alone
-has told more.
-"""
+"""Asks a strategy that may change the pacing: at each arrival, at each version, as time passes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from fedgpt.aggregate.base import Strategy
 from fedgpt.core.messages import Choice, Observed, ServerState
 from fedgpt.server.in_flight import InFlight
-from fedgpt.server.jobs import JobPlanner
-from fedgpt.storage.checkpoint import RunTables
+from fedgpt.server.jobs import JobPlanner, job_seconds
 
-GROWTH = 0.02  # of the longest wait, after which a round that goes on is looked at again
+GROWTH = 0.02  # share of the longest job time after which a round is looked at again
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The strategy's choice, and when to ask it again if nothing arrives."""
+
+    choice: Choice
+    look_again: float | None = None  # seconds; None: only an arrival can change the answer
 
 
 class PacingAdvisor:
-    """What the server knows of its clients' times, for `Strategy.choose_pacing`."""
+    """What the server knows of its clients' times, put to `Strategy.choose_pacing`."""
 
-    def __init__(self, strategy: Strategy, planner: JobPlanner, at_once: int | None):
-        """`at_once`: jobs that can run at the same time; None: each client has a machine of its
-        own.
-        """
-        self.strategy, self.planner, self.at_once = strategy, planner, at_once
-        # seconds without an arrival after which the answer may be another; None: only an arrival
-        # can change it
-        self.patience: float | None = None
+    def __init__(self, planner: JobPlanner):
+        self.planner, self.parts = planner, planner.parts
 
-    def ask(
+    def advise(
         self,
         pacing: str,
         done: Iterable[str],
-        flight: InFlight,
-        tables: RunTables,
+        in_flight: InFlight,
         state: ServerState,
-        record: Mapping[str, Any],
-        now: float,
-    ) -> Choice:
-        """The strategy's choice; `done` have been accepted since the last version, `record` is
-        empty within one.
+        metrics: Mapping[str, Any],
+    ) -> Advice:
+        """The strategy's advice at this moment.
+
+        `done`: clients whose updates were accepted since the last version; `metrics`: the line of
+        a version that was just made, empty within one.
         """
-        done, oldest, self.patience = list(done), flight.oldest(), None
-        if self.at_once is not None and len(flight) + len(done) > self.at_once:
-            # jobs queue for workers, and these never wait: no pacing would handle more
-            return Choice(pacing)
-        seconds = self.planner.job_seconds(done, flight, tables.speeds, now)
+        done, oldest, at_once = list(done), in_flight.oldest(), self.parts.transport.at_once
+        if at_once is not None and len(in_flight) + len(done) > at_once:
+            # jobs queue for workers, which never idle: no pacing would handle more updates
+            return Advice(Choice(pacing))
+        now = self.parts.transport.now()
+        steps, speeds = self.parts.options.local.steps, self.planner.clients.speeds
+        seconds = job_seconds(steps, done, in_flight, speeds, now)
         waited = 0.0 if oldest is None else now - oldest.sent
-        choice = self.strategy.choose_pacing(Observed(pacing, seconds, record, waited), state)
+        observed = Observed(pacing, seconds, metrics, waited)
+        choice = self.parts.strategy.choose_pacing(observed, state)
         if choice.pacing == "cohort" and done and oldest is not None:
-            self.patience = GROWTH * max(seconds.values())
-        return choice
+            return Advice(choice, GROWTH * max(seconds.values()))
+        return Advice(choice)

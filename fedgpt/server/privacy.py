@@ -31,7 +31,7 @@ from fedgpt.privacy.ledger import BudgetExhausted, Ledger
 from fedgpt.privacy.plan import PrivacyPlan, count_blocks, sampling_probability
 from fedgpt.privacy.randomness import SecureStream, derive, secret_key
 from fedgpt.privacy.toeplitz import correlate
-from fedgpt.storage.checkpoint import RunTables
+from fedgpt.storage.tables import Clients
 
 CLIP = "privacy/clip"  # names in the state's memory
 NOISE = "privacy/noise"
@@ -42,53 +42,49 @@ OFTEN = (
 
 
 class Privacy:
-    """A run without privacy: everything passes. Those with privacy override what differs."""
+    """A run without privacy: nothing is limited. The classes below override what differs."""
 
-    sums = False  # whether this stands between sum and model
-    told = ""  # why it may let nobody take part, for a message
+    central = False  # whether the server noises the sum of a version's updates
+    reason = ""  # why nobody may take part, as the end of a message
 
     def job_numbers(self) -> dict[str, Any]:
-        """What a client is told with each job."""
+        """Fields of the plan that every job carries."""
         return {}
 
     def meet(self, infos: Iterable[ClientInfo]) -> None:
-        """Who takes part in this run."""
+        """The clients of this run, before its first job."""
 
-    def may_ask(self, client: str, version: int, tables: RunTables) -> bool:
-        """Whether a client may take part in a version that is still to be made."""
+    def may_ask(self, client: str, version: int, clients: Clients) -> bool:
+        """Whether a client may take part in the version that is made from `version`."""
         return True
 
-    def asked(self, client: str, steps: int, tables: RunTables) -> None:
-        """A job has been given."""
+    def asked(self, client: str, steps: int, clients: Clients) -> None:
+        """A job of so many local steps has been made for a client."""
 
-    def answered(self, update: Update, tables: RunTables) -> None:
+    def answered(self, update: Update, clients: Clients) -> None:
         """A job's update has been accepted."""
 
-    def longest(self, size: int) -> float:
-        """How long an update of so many parameters may be by its noise alone."""
+    def noise_length(self, size: int) -> float:
+        """How long an update of `size` parameters may be through its noise alone."""
         return 0.0
 
     def tokens(self, accepted: Sequence[Update], pacing: Pacing, job_tokens: int) -> int:
-        """By how many a version moves the schedule of learning rates."""
+        """By how many tokens a version moves the learning-rate schedule."""
         return sum(update.tokens for update in accepted)
 
     def coins(self, version: int, count: int) -> np.ndarray | None:
-        """(count,) uniform values by which clients are chosen; None: those of the run's seed will
-        do.
-        """
+        """(count,) secret uniform values that choose the clients; None: the run's seed does."""
         return None
 
-    def record(self, tables: RunTables) -> dict[str, Any]:
-        """What the line of a version that is scored says of privacy: an epsilon takes half a second
-        to compute.
-        """
+    def metrics(self, clients: Clients) -> dict[str, Any]:
+        """Fields of the line of a version that is scored; an epsilon takes half a second."""
         return {"epsilon": None}
 
 
 class PaidByClients(Privacy):
     """privacy=example and local: every client keeps its own ledger, and the server counts along."""
 
-    told = OFTEN
+    reason = OFTEN
 
     def __init__(self, options: RunOptions, plan: PrivacyPlan, folder: Path):
         self.options, self.plan, self.folder = options, plan, folder
@@ -105,77 +101,59 @@ class PaidByClients(Privacy):
         }
 
     def meet(self, infos: Iterable[ClientInfo]) -> None:
-        """Smaller shards are sampled more often and pay more."""
-        example = self.plan.unit == "example"
+        """Compute each client's sampling probability: a smaller shard is sampled more often."""
         for info in infos:
-            blocks = count_blocks(info.tokens, self.options)
-            self.probability[info.id] = (
-                sampling_probability(self.options, max(1, blocks)) if example else 1.0
-            )
+            probability = 1.0
+            if self.plan.unit == "example":
+                blocks = max(1, count_blocks(info.tokens, self.options))
+                probability = sampling_probability(self.options, blocks)
+            self.probability[info.id] = probability
 
-    def may_ask(self, client: str, version: int, tables: RunTables) -> bool:
-        """As long as a whole job is within the plan."""
-        return (
-            tables.charged.get(client, 0.0) + self.per_job
-            <= self.plan.participations * self.per_job
-        )
+    def may_ask(self, client: str, version: int, clients: Clients) -> bool:
+        """As long as a complete job is within the plan."""
+        charged = clients.charges.get(client, 0.0)
+        return charged + self.per_job <= self.plan.participations * self.per_job
 
-    def asked(self, client: str, steps: int, tables: RunTables) -> None:
-        """The client pays when it begins; the server counts as if it always did."""
-        tables.charged[client] = tables.charged.get(client, 0.0) + (
-            steps if self.plan.unit == "example" else 1
-        )
+    def asked(self, client: str, steps: int, clients: Clients) -> None:
+        """The client pays when it begins a job; the server counts as if it always began."""
+        clients.charge(client, steps if self.plan.unit == "example" else 1)
 
-    def longest(self, size: int) -> float:
-        """privacy=local: the noise of an update of length 2 C, twice, as some are longer than
-        most.
-        """
-        local = self.plan.unit == "local"
-        return (
-            2 * 2 * self.options.privacy.clip * self.plan.noise_multiplier * size**0.5
-            if local
-            else 0.0
-        )
+    def noise_length(self, size: int) -> float:
+        """privacy=local: twice the expected length, 2 C z sqrt(size), as some draws are longer."""
+        if self.plan.unit != "local":
+            return 0.0
+        return 2 * 2 * self.options.privacy.clip * self.plan.noise_multiplier * size**0.5
 
-    def answered(self, update: Update, tables: RunTables) -> None:
-        """It says what it has paid in all: more than the server knows of, where a job was done
-        again after a crash.
-        """
-        paid = float(update.metrics.get("charged", 0.0))
-        tables.charged[update.client] = max(paid, tables.charged.get(update.client, 0.0))
+    def answered(self, update: Update, clients: Clients) -> None:
+        """Note what the client says it has paid: more than the server knows after a crash."""
+        clients.charged_at_least(update.client, float(update.metrics.get("charged", 0.0)))
 
-    def record(self, tables: RunTables) -> dict[str, Any]:
-        """Epsilon of the client that has paid most: shards share no block, so the largest holds for
-        all.
-        """
-        z, worst, most = self.plan.noise_multiplier, None, 0.0
-        paid = {(self.probability[client], int(count)) for client, count in tables.charged.items()}
+    def metrics(self, clients: Clients) -> dict[str, Any]:
+        """Epsilon of the client that has paid most; it holds for all, as shards share no block."""
+        plan, worst, most = self.plan, None, 0.0
+        paid = {(self.probability[client], int(n)) for client, n in clients.charges.items()}
         for probability, count in paid:
-            if any(
-                p >= probability and c >= count and (p, c) != (probability, count) for p, c in paid
-            ):
-                continue  # another one pays more in any case
-            event = Event(z, probability, count)
-            if (epsilon := epsilon_of((event,), self.plan.delta)) >= most:
+            if any(p >= probability and n >= count for p, n in paid - {(probability, count)}):
+                continue  # another client pays more in any case
+            event = Event(plan.noise_multiplier, probability, count)
+            if (epsilon := epsilon_of((event,), plan.delta)) >= most:
                 worst, most = event, epsilon
         about = {
-            "unit": self.plan.unit,
-            "delta": self.plan.delta,
+            "unit": plan.unit,
+            "delta": plan.delta,
             "epsilon": most,
-            "clients": tables.charged,
+            "clients": dict(clients.charges),
+            "events": [] if worst is None else [asdict(worst)],
         }
-        events = [] if worst is None else [asdict(worst)]
-        write_text(
-            self.folder / "ledger.json", json.dumps({**about, "events": events}, indent=1) + "\n"
-        )
+        write_text(self.folder / "ledger.json", json.dumps(about, indent=1) + "\n")
         return {"epsilon": most}
 
 
 class PaidByServer(Privacy):
     """privacy=client: the release of one noisy sum for each version."""
 
-    sums = True
-    told = OFTEN
+    central = True
+    reason = OFTEN
 
     def __init__(
         self, options: RunOptions, plan: PrivacyPlan, folder: Path, data: str, fresh: bool
@@ -193,19 +171,17 @@ class PaidByServer(Privacy):
         self.adaptive = AdaptiveClip() if options.privacy.adaptive else None
         self.clip, self.bits, self.shares = options.privacy.clip, 0.0, dict[str, float]()
 
-    def may_ask(self, client: str, version: int, tables: RunTables) -> bool:
+    def may_ask(self, client: str, version: int, clients: Clients) -> bool:
         """So often at most, and never twice for one sum; by coins anybody, as the accounting has
         them all.
         """
         if self.plan.sampling == "poisson":
             return True
-        apart = version - tables.last.get(client, -self.options.privacy.separation)
+        last, separation = clients.released(client), self.options.privacy.separation
+        if client in self.shares or (last is not None and version - last < separation):
+            return False
         paid = self.ledger.spent_before(client, version)
-        return (
-            client not in self.shares
-            and apart >= self.options.privacy.separation
-            and (paid + 1 <= self.plan.participations + 1e-9)
-        )
+        return paid + 1 <= self.plan.participations + 1e-9
 
     def coins(self, version: int, count: int) -> np.ndarray | None:
         """Secret ones: the sample must not be guessed."""
@@ -237,7 +213,7 @@ class PaidByServer(Privacy):
         return self.plan.cohort
 
     def release(
-        self, mean: np.ndarray, divisor: float, state: ServerState, tables: RunTables
+        self, mean: np.ndarray, divisor: float, state: ServerState, clients: Clients
     ) -> tuple[np.ndarray, ServerState]:
         """Add the noise of one release, paid for before it is drawn, to the clipped sum over
         `divisor`; changes `mean`.
@@ -245,16 +221,9 @@ class PaidByServer(Privacy):
         Raises StoppedEarly where the budget does not allow the release.
         """
         version = state.version
-        words = (
-            "release",
-            version,
-            hashlib.sha256(mean.data).hexdigest(),
-            repr(self.bits),
-            self.clip,
-        )
-        tag = derive(
-            self.key, *words
-        ).hex()  # stands in the ledger: names the noise, and does not tell it
+        digest = hashlib.sha256(mean.data).hexdigest()
+        # the ledger holds the tag, which names the noise without giving it away
+        tag = derive(self.key, "release", version, digest, repr(self.bits), self.clip).hex()
         try:
             self._charge(version, tag)
         except BudgetExhausted as error:
@@ -262,7 +231,7 @@ class PaidByServer(Privacy):
                 f"privacy: {error}; the model of version {version} is the last that is paid for"
             ) from error
         for client in self.shares:
-            tables.last[client] = version
+            clients.note_release(client, version)
         return self._noised(mean, divisor, SecureStream(self.key, "noise", tag), state)
 
     def _charge(self, version: int, tag: str) -> None:
@@ -310,7 +279,7 @@ class PaidByServer(Privacy):
         mean += np.float32(std) * noise
         return mean, replace(state, memory=memory)
 
-    def record(self, tables: RunTables) -> dict[str, Any]:
+    def metrics(self, clients: Clients) -> dict[str, Any]:
         """Epsilon so far and the clip; nothing that was not released with noise."""
         return {"epsilon": self.ledger.account.epsilon, "privacy_clip": self.clip}
 

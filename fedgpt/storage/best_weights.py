@@ -1,10 +1,7 @@
-"""The best weights so far, by held-out loss: kept in a file, and gone back to where
-`evaluate.rollback` says so.
-"""
+"""The best weights so far, by the task's score: a copy on disk, and the target of a rollback."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,68 +10,73 @@ import numpy as np
 
 from fedgpt.core.messages import ServerState
 from fedgpt.core.options import RunOptions
+from fedgpt.core.score import Score
 from fedgpt.storage.checkpoint import Checkpoints, Snapshot
 
-PREFIX = "best/"
+PREFIX = "best/"  # names among the extra arrays of a checkpoint
 
 
 class BestWeights:
-    """Two things that a run may do with its best version; neither costs anything where it is not
-    asked for.
-    """
+    """Keeps the best version in a file (checkpoint.best), and returns to it (evaluate.rollback)."""
 
-    def __init__(self, options: RunOptions, checkpoints: Checkpoints, snapshot: Snapshot):
-        """The file may be of a version after the snapshot's: its weights are as good as they
-        were.
-        """
-        self.options, self.checkpoints = options, checkpoints
+    def __init__(
+        self, options: RunOptions, checkpoints: Checkpoints, snapshot: Snapshot, score: Score
+    ):
+        """Continue from a snapshot; the file may be of a later version, which is as good still."""
+        self.options, self.checkpoints, self.score = options, checkpoints, score
         kept = checkpoints.load_best() if options.checkpoint.best else None
-        self._lowest = math.inf if kept is None else kept[1]
-        self._state, self._loss = _restored(snapshot.extra)
+        self._kept = score.worst if kept is None else kept[1]
+        self._state, self._value = _restored(snapshot.extra, score)
 
-    def keep(self, record: Mapping[str, Any], params: np.ndarray | None) -> None:
-        """Write a scored version's weights, where no version before was as good."""
-        loss = record.get("loss", math.inf)
-        if params is not None and self.options.checkpoint.best and loss < self._lowest:
-            self._lowest = loss
-            self.checkpoints.save_best(params, record["version"], loss)
+    def keep(self, metrics: Mapping[str, Any], params: np.ndarray | None) -> None:
+        """Write a scored version's weights to the file where no version before was as good."""
+        value = metrics.get(self.score.name, self.score.worst)
+        if params is None or not self.options.checkpoint.best:
+            return
+        if self.score.better(value, self._kept):
+            self._kept = value
+            self.checkpoints.save_best(params, metrics["version"], value)
 
-    def decide(self, state: ServerState, loss: float) -> tuple[ServerState, dict[str, int]]:
-        """(the state to go on with, what the record says of it): the best one's weights and memory
-        after a regress.
+    def decide(self, state: ServerState, value: float) -> tuple[ServerState, dict[str, int]]:
+        """(the state to continue with, fields for the metrics line) of a version that is scored.
+
+        Where the score is worse than evaluate.rollback allows, the best version's weights and
+        memory come back.
         """
-        allowed = self._loss * (1 + (self.options.evaluate.rollback or 0.0))
-        if self._state is not None and not loss <= allowed:  # NaN is worse, too
+        if self._state is not None and not self._acceptable(value):
             best = self._state
-            # what has been released has been released: correlated noise goes on from there
-            private = {
-                name: array for name, array in state.memory.items() if name.startswith("privacy/")
-            }
+            # what has been released stays released: correlated noise continues from there
+            private = {n: array for n, array in state.memory.items() if n.startswith("privacy/")}
             memory = {**best.memory, **private}
-            return replace(state, params=best.params, memory=memory), {"restored": best.version}
-        if self._state is None or loss < self._loss:
-            self._state, self._loss = state, loss
+            restored = replace(state, params=best.params, memory=memory)
+            return restored, {"restored": best.version}
+        if self._state is None or self.score.better(value, self._value):
+            self._state, self._value = state, value
         return state, {}
 
+    def _acceptable(self, value: float) -> bool:
+        """Whether a score is at most the allowed share worse than the best; NaN is not."""
+        margin = abs(self._value) * (self.options.evaluate.rollback or 0.0)
+        if self.score.higher_is_better:
+            return value >= self._value - margin
+        return value <= self._value + margin
+
     def memory(self) -> dict[str, np.ndarray]:
-        """For a checkpoint: what a restart could have to go back to."""
+        """For a checkpoint: the version that a restarted server could have to return to."""
         if self._state is None:
             return {}
         best = self._state
         memory = {f"{PREFIX}memory/{name}": array for name, array in best.memory.items()}
-        numbers = {
-            f"{PREFIX}loss": np.array(self._loss),
-            f"{PREFIX}version": np.array(best.version),
-        }
+        value, version = np.array(self._value), np.array(best.version)
+        numbers = {f"{PREFIX}value": value, f"{PREFIX}version": version}
         return {f"{PREFIX}params": best.params, **numbers, **memory}
 
 
-def _restored(extra: Mapping[str, np.ndarray]) -> tuple[ServerState | None, float]:
+def _restored(extra: Mapping[str, np.ndarray], score: Score) -> tuple[ServerState | None, float]:
     if f"{PREFIX}params" not in extra:
-        return None, math.inf
+        return None, score.worst
     start = f"{PREFIX}memory/"
-    memory = {
-        name.removeprefix(start): array for name, array in extra.items() if name.startswith(start)
-    }
+    memory = {n.removeprefix(start): array for n, array in extra.items() if n.startswith(start)}
     version = int(extra[f"{PREFIX}version"])
-    return ServerState(extra[f"{PREFIX}params"], version, memory), float(extra[f"{PREFIX}loss"])
+    name = "value" if f"{PREFIX}value" in extra else "loss"  # its name in format 3
+    return ServerState(extra[f"{PREFIX}params"], version, memory), float(extra[f"{PREFIX}{name}"])

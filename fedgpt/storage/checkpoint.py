@@ -15,7 +15,7 @@ import json
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -27,80 +27,11 @@ from fedgpt.core.errors import FedGPTError, Unwritten
 from fedgpt.core.faults import reach
 from fedgpt.core.files import replacing, sha256_of, write_text
 from fedgpt.core.messages import ServerState
+from fedgpt.storage.tables import Clients, RunIdentity, RunTotals, VersionLine
 
-FORMAT = 3
+FORMAT = 4
 MOST_STARTS = 3  # from one checkpoint, without a version made: then it is put aside
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class RunTables:
-    """The server's counters and tables beside the model: plain JSON values only."""
-
-    run: str
-    tokens_done: int = 0
-    bytes_up: int = 0
-    bytes_down: int = 0
-    wall_seconds: float = 0.0
-    seconds: float = 0.0  # the run's clock, wall or virtual
-    dispatched: int = 0  # jobs sent
-    next_number: dict[str, int] = field(default_factory=dict)  # client -> number of its next task
-    accepted: dict[str, int] = field(default_factory=dict)  # client -> its last accepted task
-    held: dict[str, int] = field(default_factory=dict)  # client -> version of the model that it has
-    restorable: tuple[
-        dict[str, int], ...
-    ] = ()  # `accepted` at the checkpoints a restart could load
-    rejected: dict[str, int] = field(default_factory=dict)  # reason -> count
-    norms: tuple[float, ...] = ()  # of the latest accepted updates
-    # client -> misses and rejections in a row
-    strikes: dict[str, int] = field(default_factory=dict)
-    # client -> version at which it is asked again
-    quarantine: dict[str, int] = field(default_factory=dict)
-    # client -> local steps a second, smoothed
-    speeds: dict[str, float] = field(default_factory=dict)
-    trained: dict[str, int] = field(default_factory=dict)  # client -> tokens
-    # client -> private steps or jobs asked for, or shares
-    charged: dict[str, float] = field(default_factory=dict)
-    # privacy=client: client -> version that its last update is in
-    last: dict[str, int] = field(default_factory=dict)
-    busy: dict[str, float] = field(default_factory=dict)  # client -> seconds of its accepted jobs
-    pacing: str = ""  # the present one, where the strategy may change it
-    in_flight: tuple[dict[str, Any], ...] = ()  # jobs sent and not answered, without their vectors
-    # metrics of this version, its evaluation still open
-    record: dict[str, Any] = field(default_factory=dict)
-    # what it gets
-    evaluation: dict[str, bool] = field(default_factory=lambda: {"score": True, "sample": True})
-    unsaved: tuple[
-        str, ...
-    ] = ()  # what the strategy remembers and no checkpoint holds: such a run cannot resume
-    environment: dict[str, Any] = field(default_factory=dict)  # what bit-identity depends on
-    options: dict[str, Any] = field(default_factory=dict)  # the run's, dotted
-    privacy: dict[str, Any] = field(default_factory=dict)  # the statement of a private run
-
-    def stray(self, client: str, number: int) -> str:
-        """Why a reply that nobody waits for is refused."""
-        if number == self.accepted.get(client):
-            return "duplicate"
-        return "late" if 0 <= number < self.next_number.get(client, 0) else "unknown_job"
-
-    def credit(self, client: str, tokens: int, seconds: float) -> None:
-        """Note what a client has done for an accepted update."""
-        self.trained[client] = self.trained.get(client, 0) + tokens
-        self.busy[client] = self.busy.get(client, 0.0) + seconds
-
-    def remembering(self, most: int | None = None) -> RunTables:
-        """With the accepted tasks of now as one more table that a restart may ask for; the newest
-        `most` of them.
-        """
-        tables = (*self.restorable, dict(self.accepted))
-        return replace(self, restorable=tables if most is None else tables[-most:])
-
-    def frozen(self, **changes: Any) -> RunTables:
-        """A copy whose tables later entries do not reach."""
-        tables = {
-            name: dict(value) for name, value in vars(self).items() if isinstance(value, dict)
-        }
-        return replace(self, **{**tables, **changes})
 
 
 @dataclass(frozen=True)
@@ -108,8 +39,13 @@ class Snapshot:
     """One consistent moment: right after a server step, before its version's first job."""
 
     state: ServerState
-    tables: RunTables
-    # base/<version>: vectors that jobs in flight began from
+    identity: RunIdentity
+    line: VersionLine
+    totals: RunTotals = field(default_factory=RunTotals)
+    clients: Clients = field(default_factory=Clients)  # a copy that nothing changes
+    in_flight: tuple[dict[str, Any], ...] = ()  # jobs sent and not answered, without their vectors
+    unsaved: tuple[str, ...] = ()  # what the strategy remembers and no checkpoint can hold
+    # base/<version>: vectors that jobs in flight began from; the other prefixes are their owners'
     extra: dict[str, np.ndarray] = field(default_factory=dict)
 
 
@@ -223,9 +159,12 @@ class Checkpoints:
         """The server has stopped by its own will."""
         (self.folder / "starts.json").unlink(missing_ok=True)
 
-    def save_best(self, params: np.ndarray, version: int, loss: float) -> None:
-        """Replace the best weights; raises FedGPTError where they cannot be written."""
-        about = {"version": version, "loss": loss, "sha256": _digest(params)}
+    def save_best(self, params: np.ndarray, version: int, value: float) -> None:
+        """Replace the best weights; raises FedGPTError where they cannot be written.
+
+        `value` is the score that they were chosen by.
+        """
+        about = {"version": version, "value": value, "sha256": _digest(params)}
         try:
             with replacing(self._best) as temporary:
                 save_file({"params": params}, temporary, metadata={"fedgpt": json.dumps(about)})
@@ -233,14 +172,13 @@ class Checkpoints:
             raise Unwritten("the best weights", self.folder.parent, error) from error
 
     def load_best(self) -> tuple[np.ndarray, float] | None:
-        """(the best weights, (parameters,) float32, their loss); None where there are none, or
-        damaged ones.
-        """
+        """(best weights, (parameters,) float32, their score); None: missing or damaged."""
         try:
             with safe_open(self._best, framework="numpy") as stored:
                 about = json.loads(stored.metadata()["fedgpt"])
                 params = stored.get_tensor("params")
-            return (params, float(about["loss"])) if about["sha256"] == _digest(params) else None
+            value = about["value"] if "value" in about else about["loss"]  # its name in format 3
+            return (params, float(value)) if about["sha256"] == _digest(params) else None
         except (OSError, ValueError, KeyError, TypeError, SafetensorError):
             return None
 
@@ -266,7 +204,16 @@ class Checkpoints:
             **memory,
             **{f"extra/{n}": a for n, a in snapshot.extra.items()},
         }
-        about = {"format": FORMAT, "version": state.version, **vars(snapshot.tables)}
+        about = {
+            "format": FORMAT,
+            "version": state.version,
+            "identity": snapshot.identity.as_json(),
+            "line": asdict(snapshot.line),
+            "totals": snapshot.totals.as_json(),
+            "clients": snapshot.clients.as_json(),
+            "in_flight": snapshot.in_flight,
+            "unsaved": snapshot.unsaved,
+        }
         path = self._path(state.version)
         reach("checkpoint.begin")
         with replacing(path) as temporary:
@@ -295,17 +242,49 @@ class Checkpoints:
         with safe_open(path, framework="numpy") as stored:
             about = json.loads(stored.metadata()["fedgpt"])
             arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118, not a dict
-        if about.pop("format") != FORMAT:
-            raise ValueError(f"its format is not {FORMAT}")
+        if about["format"] == 3:
+            about = converted(about)
+        elif about["format"] != FORMAT:
+            raise ValueError(f"its format is {about['format']}, this version reads 3 and {FORMAT}")
         memory, extra = (
             {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
             for prefix in ("memory/", "extra/")
         )
-        about |= {
-            name: tuple(about[name]) for name in ("restorable", "unsaved", "in_flight", "norms")
-        }
-        state = ServerState(arrays["params"], about.pop("version"), memory)
-        return Snapshot(state, RunTables(**about), extra)
+        totals = {**about["totals"], "norms": tuple(about["totals"]["norms"])}
+        return Snapshot(
+            ServerState(arrays["params"], about["version"], memory),
+            RunIdentity(**about["identity"]),
+            VersionLine(**about["line"]),
+            RunTotals(**totals),
+            Clients(**about["clients"]),
+            tuple(about["in_flight"]),
+            tuple(about["unsaved"]),
+            extra,
+        )
+
+
+def converted(old: dict[str, Any]) -> dict[str, Any]:
+    """The JSON of format 3, of fedgpt 0.1 before November 2026, as this version writes it."""
+    columns = {
+        "next_number": "next_task", "accepted": "accepted", "cached_version": "held",
+        "strikes": "strikes", "resting_until": "quarantine", "speed": "speeds",
+        "tokens": "trained", "charged": "charged", "released": "last", "seconds": "busy",
+    }  # fmt: skip
+    codes = {"unknown_task": "unknown_job"}
+    totals = {field.name: old[field.name] for field in fields(RunTotals)}
+    totals["rejected"] = {codes.get(code, code): n for code, n in old["rejected"].items()}
+    return {
+        "version": old["version"],
+        "identity": {name: old[name] for name in ("run", "environment", "options", "privacy")},
+        "line": {"metrics": old["record"], **old["evaluation"]},
+        "totals": totals,
+        "clients": {
+            "columns": {new: old[name] for new, name in columns.items()},
+            "restorable": old["restorable"],
+        },
+        "in_flight": [{**job, "number": job["task"]} for job in old["in_flight"]],
+        "unsaved": old["unsaved"],
+    }
 
 
 def _digest(params: np.ndarray) -> str:

@@ -55,7 +55,7 @@ def test_a_private_run_says_what_it_promises_and_what_it_spent(tmp_path, options
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     for words in ("protects", "trusts", "not covered", "held-out part"):
         assert words in printed and words in card
-    kept = Checkpoints(tmp_path / "run" / "checkpoints", 1).load().tables.privacy
+    kept = Checkpoints(tmp_path / "run" / "checkpoints", 1).load().identity.privacy
     assert kept["delta"] == 0.004 and kept["not_covered"]
     last = list(read_lines(tmp_path / "run" / "metrics.jsonl"))[-1]
     assert last["epsilon"] == summary["epsilon"] and last["train_loss"] is None

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedgpt.core.device import Compute
-from fedgpt.flower.pool.resources import Resources
+from fedgpt.core.resources import Resources
 from fedgpt.flower.superlink import _simulation
 
 

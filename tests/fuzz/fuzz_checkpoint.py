@@ -22,8 +22,9 @@ with atheris.instrument_imports(include=["fedgpt.storage"]):
     from fedgpt.core.errors import FedGPTError
     from fedgpt.core.files import sha256_of
     from fedgpt.core.messages import Reply, ServerState
-    from fedgpt.storage.checkpoint import Checkpoints, RunTables, Snapshot
+    from fedgpt.storage.checkpoint import Checkpoints, Snapshot
     from fedgpt.storage.journal import Entry, Journal
+    from fedgpt.storage.tables import Clients, RunIdentity, VersionLine
 
 logging.disable(logging.WARNING)
 FOLDER = Path(tempfile.mkdtemp(prefix="fedgpt-fuzz-"))
@@ -34,9 +35,9 @@ def prepare() -> tuple[bytes, bytes]:
     """A checkpoint and a log that are whole."""
     checkpoints = Checkpoints(FOLDER, 2)
     state = ServerState(np.arange(8, dtype=np.float32), 4, {"momentum": np.ones(8, np.float32)})
-    checkpoints.save(
-        Snapshot(state, RunTables("run", accepted={"a": 1}), {"base/3": np.zeros(8, np.float32)})
-    )
+    clients, extra = Clients({"accepted": {"a": 1}}), {"base/3": np.zeros(8, np.float32)}
+    line = VersionLine({"version": 4})
+    checkpoints.save(Snapshot(state, RunIdentity("run"), line, clients=clients, extra=extra))
     checkpoints.close()
     journal = Journal(FOLDER)
     journal.begin(4)

@@ -23,7 +23,8 @@ from fedgpt.data.partition import partition
 from fedgpt.data.prepare import prepare
 from fedgpt.report.page import report_page
 from fedgpt.report.run_report import opening, samples_page, summary_text
-from fedgpt.storage.checkpoint import RunTables, Snapshot
+from fedgpt.storage.checkpoint import Snapshot
+from fedgpt.storage.tables import RunIdentity, VersionLine
 
 COMPUTE = Compute("cpu", "bf16", "this CPU has AMX bf16 units")
 
@@ -56,7 +57,9 @@ def told(prepared, version=0, attack=None, **pace) -> tuple[str, int]:
         attack=attack or AttackOptions(),
     )
     shards = partition(prepared, PartitionOptions(), 0, 17)
-    snapshot = Snapshot(ServerState(np.zeros(25_000, np.float32), version), RunTables("run"))
+    snapshot = Snapshot(
+        ServerState(np.zeros(25_000, np.float32), version), RunIdentity("run"), VersionLine({})
+    )
     text = opening(
         options, prepared, shards, snapshot, COMPUTE, "2 workers x 1 thread (2 cores)", 4321
     )

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from support.fake_transport import honest
-from support.virtual_run import LatePool, serve
+from support.harness import LatePool, run_virtual
 
 from fedgpt.aggregate.delayed_nesterov import DelayedNesterov
 from fedgpt.aggregate.delta_sgd import DeltaSGD
@@ -44,11 +44,11 @@ GOLDEN = [
 
 
 def accepted(run):
-    return [about for event, about in run.events if event == "accept"]
+    return run.told("accept")
 
 
 def test_the_published_workers_arrive_as_in_the_golden_trace(tmp_path):
-    run = serve(tmp_path, FOUR, DeltaSGD(), rounds=96)
+    run = run_virtual(tmp_path, FOUR, DeltaSGD(), rounds=96)
     trace = [(a["seconds"], "abcd".index(a["client"]), a["staleness"]) for a in accepted(run)]
     for (seconds, client, tau), golden in zip(trace, GOLDEN, strict=False):
         assert (pytest.approx(seconds), client, tau) == golden
@@ -61,13 +61,13 @@ def test_the_published_workers_arrive_as_in_the_golden_trace(tmp_path):
 
 
 def test_fedbuff_counts_staleness_in_flushes(tmp_path):
-    run = serve(tmp_path, FOUR, FedBuff(), rounds=24, goal=4)
+    run = run_virtual(tmp_path, FOUR, FedBuff(), rounds=24, goal=4)
     assert Counter(a["staleness"] for a in accepted(run)) == {0: 46, 1: 39, 2: 5, 3: 4, 4: 2}
 
 
 def test_dylu_makes_jobs_as_long_as_each_other(tmp_path):
-    run = serve(tmp_path, FOUR, DeltaSGD(), rounds=170, local={"steps": 50}, dylu=True)
-    steps = {about["client"]: about["steps"] for event, about in run.events if event == "dispatch"}
+    run = run_virtual(tmp_path, FOUR, DeltaSGD(), rounds=170, local={"steps": 50}, dylu=True)
+    steps = {about["client"]: about["steps"] for about in run.told("dispatch")}
     assert [steps[c] for c in "abcd"] == [50, 38, 19, 8]  # after one measured job each
     late = [a["staleness"] for a in accepted(run)][-100:]
     assert Counter(late).most_common(1)[0][0] == 3 and max(late) <= 4  # k - 1 nearly everywhere
@@ -84,15 +84,15 @@ def test_dylu_makes_jobs_as_long_as_each_other(tmp_path):
     ],
 )
 def test_dylu_steps_of_the_note(tmp_path, steps, expected):
-    run = serve(tmp_path, FOUR, DeltaSGD(), rounds=30, local={"steps": steps}, dylu=True)
-    last = {about["client"]: about["steps"] for event, about in run.events if event == "dispatch"}
+    run = run_virtual(tmp_path, FOUR, DeltaSGD(), rounds=30, local={"steps": steps}, dylu=True)
+    last = {about["client"]: about["steps"] for about in run.told("dispatch")}
     assert [last[c] for c in "abcd"] == expected
 
 
 def test_dylu_with_equal_speeds_changes_nothing(tmp_path):
     equal = FleetOptions("constant", step_seconds=[1.0])
-    run = serve(tmp_path, FOUR, DeltaSGD(), rounds=20, fleet=equal, dylu=True)
-    assert {about["steps"] for event, about in run.events if event == "dispatch"} == {10}
+    run = run_virtual(tmp_path, FOUR, DeltaSGD(), rounds=20, fleet=equal, dylu=True)
+    assert {about["steps"] for about in run.told("dispatch")} == {10}
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_dylu_with_equal_speeds_changes_nothing(tmp_path):
 )
 def test_the_order_of_computing_never_changes_a_bit(tmp_path, strategy):
     digests = {
-        serve(tmp_path / str(seed), FOUR, strategy, rounds=40, shuffle=seed).summary[
+        run_virtual(tmp_path / str(seed), FOUR, strategy, rounds=40, shuffle=seed).summary[
             "weights_sha256"
         ]
         for seed in range(4)
@@ -115,7 +115,7 @@ def test_the_order_of_computing_never_changes_a_bit(tmp_path, strategy):
 @pytest.mark.parametrize("crash_at", [3, 20, 33])
 def test_resume_in_the_middle_equals_not_stopping(tmp_path, strategy, every, crash_at):
     """A dead server's jobs in flight are sent again, from the versions that they began with."""
-    whole = serve(tmp_path / "whole", FOUR, strategy, rounds=40, checkpoint=every)
+    whole = run_virtual(tmp_path / "whole", FOUR, strategy, rounds=40, checkpoint=every)
 
     def dies(job):
         if job.version == crash_at:
@@ -123,14 +123,16 @@ def test_resume_in_the_middle_equals_not_stopping(tmp_path, strategy, every, cra
         return honest(job)
 
     with pytest.raises(Interrupted):
-        serve(tmp_path / "cut", dict.fromkeys("abcd", dies), strategy, rounds=40, checkpoint=every)
-    again = serve(tmp_path / "cut", FOUR, strategy, rounds=40, checkpoint=every)
+        run_virtual(
+            tmp_path / "cut", dict.fromkeys("abcd", dies), strategy, rounds=40, checkpoint=every
+        )
+    again = run_virtual(tmp_path / "cut", FOUR, strategy, rounds=40, checkpoint=every)
     wall = {"wall_seconds"}
     assert {k: v for k, v in again.summary.items() if k not in wall} == {
         k: v for k, v in whole.summary.items() if k not in wall
     }
-    assert [{k: v for k, v in r.items() if k not in wall} for r in again.records] == [
-        {k: v for k, v in r.items() if k not in wall} for r in whole.records
+    assert [{k: v for k, v in r.items() if k not in wall} for r in again.metrics] == [
+        {k: v for k, v in r.items() if k not in wall} for r in whole.metrics
     ]
 
 
@@ -151,12 +153,12 @@ def test_replaying_the_events_of_a_run_gives_its_weights(tmp_path, monkeypatch, 
             return replace(reply, seconds=math.nan) if reply and event.number == 0 else reply
 
         monkeypatch.setattr(VirtualTransport, "_arrival", untimed)
-    first = serve(
+    first = run_virtual(
         tmp_path / "a", FOUR, DeltaSGD(), rounds=60, fleet=rough, dylu=True, max_staleness=most
     )
     monkeypatch.undo()
     fleet = FleetOptions("replay", path=str(tmp_path / "a" / "events.jsonl"))
-    again = serve(
+    again = run_virtual(
         tmp_path / "b", FOUR, DeltaSGD(), rounds=60, fleet=fleet, dylu=True, max_staleness=most
     )
     assert again.summary["rejected"] == first.summary["rejected"]
@@ -167,10 +169,10 @@ def test_replaying_the_events_of_a_run_gives_its_weights(tmp_path, monkeypatch, 
 
 
 def test_a_replay_that_is_too_short_says_so(tmp_path):
-    serve(tmp_path / "a", FOUR, DeltaSGD(), rounds=10)
+    run_virtual(tmp_path / "a", FOUR, DeltaSGD(), rounds=10)
     fleet = FleetOptions("replay", path=str(tmp_path / "a" / "events.jsonl"))
     with pytest.raises(FedGPTError, match="stands still"):
-        serve(tmp_path / "b", FOUR, DeltaSGD(), rounds=30, fleet=fleet)
+        run_virtual(tmp_path / "b", FOUR, DeltaSGD(), rounds=30, fleet=fleet)
 
 
 def test_a_stale_update_changes_no_speed(tmp_path, monkeypatch):
@@ -182,31 +184,29 @@ def test_a_stale_update_changes_no_speed(tmp_path, monkeypatch):
         return measure(planner, job, *about)
 
     monkeypatch.setattr(JobPlanner, "measure", noted)
-    run = serve(tmp_path, FOUR, DeltaSGD(), rounds=60, max_staleness=4)
+    run = run_virtual(tmp_path, FOUR, DeltaSGD(), rounds=60, max_staleness=4)
     assert run.summary["rejected"]["stale"] > 0
-    assert len(measured) == sum(event == "accept" for event, _ in run.events)
+    assert len(measured) == len(run.told("accept"))
 
 
 def test_max_staleness_drops_with_a_reason(tmp_path):
-    run = serve(tmp_path, FOUR, DeltaSGD(), rounds=60, max_staleness=4)
+    run = run_virtual(tmp_path, FOUR, DeltaSGD(), rounds=60, max_staleness=4)
     assert max(a["staleness"] for a in accepted(run)) <= 4
     assert set(run.summary["rejected"]) == {"stale"}
-    free = serve(tmp_path / "free", FOUR, DeltaSGD(), rounds=60)
+    free = run_virtual(tmp_path / "free", FOUR, DeltaSGD(), rounds=60)
     assert max(a["staleness"] for a in accepted(free)) > 4
 
 
 def test_the_state_of_a_dropped_update_is_not_gone_on_from(tmp_path):
-    run = serve(tmp_path, FOUR, DeltaSGD(), rounds=60, max_staleness=4)
+    run = run_virtual(tmp_path, FOUR, DeltaSGD(), rounds=60, max_staleness=4)
     taken = {(a["client"], a["number"]) for a in accepted(run)}
-    assert all(
-        j.plan.state_job == -1 or (j.client, j.plan.state_job) in taken for j in run.pool.jobs
-    )
+    assert all(j.plan.state_job == -1 or (j.client, j.plan.state_job) in taken for j in run.jobs)
 
 
 def test_a_job_without_an_answer_is_given_up_and_its_client_asked_again(tmp_path):
     slow = FleetOptions("constant", step_seconds=[1.0, 1.0, 1.0, 100.0])
-    run = serve(tmp_path, FOUR, DeltaSGD(), rounds=30, fleet=slow, deadline=25.0)
-    given_up = [about for event, about in run.events if event == "reject"]
+    run = run_virtual(tmp_path, FOUR, DeltaSGD(), rounds=30, fleet=slow, deadline=25.0)
+    given_up = run.told("reject")
     assert {about["client"] for about in given_up} == {"d"} and {
         about["code"] for about in given_up
     } == {"no_reply"}
@@ -218,30 +218,30 @@ def test_clients_that_only_fail_stop_the_run(tmp_path):
         return [(0.0, Reply(job.client, job.number, error="code 2: no text"))]
 
     with pytest.raises(StoppedEarly, match="40 jobs in a row failed: client_error x40"):
-        serve(tmp_path, dict.fromkeys("abcd", broken), DeltaSGD(), rounds=10)
+        run_virtual(tmp_path, dict.fromkeys("abcd", broken), DeltaSGD(), rounds=10)
 
 
 def test_dropouts_and_windows_delay_and_never_block(tmp_path):
     fleet = FleetOptions("published", dropout=0.3, window=[100.0, 60.0], jitter=0.2)
-    run = serve(tmp_path, FOUR, DeltaSGD(), rounds=60, fleet=fleet)
-    lost = Counter(about["detail"] for event, about in run.events if event == "reject")
+    run = run_virtual(tmp_path, FOUR, DeltaSGD(), rounds=60, fleet=fleet)
+    lost = Counter(about["detail"] for about in run.told("reject"))
     assert run.summary["versions"] == 60 and {"dropped out", "went away"} <= set(lost)
 
 
 def test_everybody_away_means_waiting_for_the_first_who_returns(tmp_path):
     fleet = FleetOptions("constant", step_seconds=[1.0], window=[15.0, 500.0])
-    run = serve(tmp_path, dict.fromkeys("ab", honest), DeltaSGD(), rounds=4, fleet=fleet)
+    run = run_virtual(tmp_path, dict.fromkeys("ab", honest), DeltaSGD(), rounds=4, fleet=fleet)
     assert run.summary["versions"] == 4 and run.summary["virtual_seconds"] > 500
 
 
 def test_the_upload_takes_its_time_and_may_come_too_late(tmp_path):
-    plain = serve(tmp_path / "a", FOUR, DeltaSGD(), rounds=8, fleet=FleetOptions("published"))
+    plain = run_virtual(tmp_path / "a", FOUR, DeltaSGD(), rounds=8, fleet=FleetOptions("published"))
     heavy = FleetOptions("published", up=1000.0, down=1000.0)
-    slow = serve(tmp_path / "b", FOUR, DeltaSGD(), rounds=8, fleet=heavy)
+    slow = run_virtual(tmp_path / "b", FOUR, DeltaSGD(), rounds=8, fleet=heavy)
     first = accepted(slow)[0]
-    sent = slow.pool.jobs[0]
+    sent = slow.jobs[0]
     expected = 5.8 + 1000e-6 * (
-        sent.params.nbytes + slow.pool.sizes[first["client"], first["number"]]
+        sent.params.nbytes + slow.transport.sizes[first["client"], first["number"]]
     )
     assert first["seconds"] == pytest.approx(expected)
     assert slow.summary["virtual_seconds"] > plain.summary["virtual_seconds"]
@@ -268,7 +268,7 @@ def test_with_checkpoints_being_written_one_model_more_is_kept_than_jobs_in_flig
             self.jobs.clear()
 
     unscored = EvaluateOptions(every=0, samples=0)
-    run = serve(
+    run = run_virtual(
         tmp_path,
         dict.fromkeys("abcd", client),
         DeltaSGD(),
@@ -276,7 +276,7 @@ def test_with_checkpoints_being_written_one_model_more_is_kept_than_jobs_in_flig
         evaluate=unscored,
         pool=Forgetful,
     )
-    assert len(vectors) > 40 and max(record["bases"] for record in run.records) == 3, (
+    assert len(vectors) > 40 and max(record["bases"] for record in run.metrics) == 3, (
         "without the newest"
     )
     assert most <= 4 + 1
@@ -304,31 +304,31 @@ def test_a_base_version_is_freed_with_the_last_job_on_it(tmp_path):
 
     unscored = EvaluateOptions(every=0, samples=0)  # but for the first and the last
     clients = dict.fromkeys("abcd", client)
-    run = serve(
+    run = run_virtual(
         tmp_path, clients, DeltaSGD(), rounds=60, checkpoint=0, evaluate=unscored, pool=Forgetful
     )
     assert (
         len(counts) == 4 + 59 and max(counts) == 4 and len(vectors) == 60 and vectors[0]() is None
     )
     # a record is made before who is done gets the newest model: that one is not counted yet
-    assert [record["bases"] for record in run.records[1:60]] == [count - 1 for count in counts[4:]]
+    assert [record["bases"] for record in run.metrics[1:60]] == [count - 1 for count in counts[4:]]
 
 
 def test_a_run_may_be_counted_in_tokens(tmp_path):
     # a job is 512: rounds do not matter
-    run = serve(tmp_path, FOUR, DeltaSGD(), rounds=3, tokens=10_000)
+    run = run_virtual(tmp_path, FOUR, DeltaSGD(), rounds=3, tokens=10_000)
     assert run.summary["tokens"] == 10_240 and run.summary["versions"] == 20
-    assert run.pool.jobs[-1].plan.tokens_total == 10_000
-    assert "loss" in run.records[-1]
+    assert run.jobs[-1].plan.tokens_total == 10_000
+    assert "loss" in run.metrics[-1]
 
 
 def test_grace_takes_in_who_comes_soon_after(tmp_path):
     fleet = FleetOptions("constant", step_seconds=[1.0, 1.05, 1.1, 3.0])
-    run = serve(tmp_path, FOUR, FedBuff(), rounds=5, fleet=fleet, goal=1, grace=1.5)
-    assert run.records[1]["accepted"] == 3
+    run = run_virtual(tmp_path, FOUR, FedBuff(), rounds=5, fleet=fleet, goal=1, grace=1.5)
+    assert run.metrics[1]["accepted"] == 3
 
 
 def test_virtual_time_orders_ties_by_client(tmp_path):
     equal = FleetOptions("constant", step_seconds=[1.0])
-    run = serve(tmp_path, FOUR, DeltaSGD(), rounds=8, fleet=equal, shuffle=5)
+    run = run_virtual(tmp_path, FOUR, DeltaSGD(), rounds=8, fleet=equal, shuffle=5)
     assert [a["client"] for a in accepted(run)] == list("abcdabcd")

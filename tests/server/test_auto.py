@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 from support import harness as scripted
 from support.fake_transport import ScriptTransport, honest, reply_with
-from support.virtual_run import serve
+from support.harness import run_virtual
 
 from fedgpt.aggregate.auto import Auto, updates_gained
 from fedgpt.aggregate.delta_sgd import DeltaSGD
 from fedgpt.core.errors import Interrupted
 from fedgpt.core.messages import Job, Observed, Plan, ServerState
-from fedgpt.core.options import FleetOptions, LocalOptions, RunOptions
-from fedgpt.server.jobs import JobPlanner
-from fedgpt.update.downlink import Published
+from fedgpt.core.options import FleetOptions
+from fedgpt.server.jobs import job_seconds
 
 
 def trained(job):
@@ -31,15 +30,13 @@ EQUAL = FleetOptions("constant", step_seconds=[1.0])
 
 
 def auto_run(folder, clients=FOUR, strategy=None, **more):
-    return serve(folder, clients, strategy or Auto(), **{"name": "cohort", "rounds": 20, **more})
+    return run_virtual(
+        folder, clients, strategy or Auto(), **{"name": "cohort", "rounds": 20, **more}
+    )
 
 
 def switches(run):
-    return [
-        (round(about["seconds"], 1), about["pacing"])
-        for event, about in run.events
-        if event == "pacing"
-    ]
+    return [(round(about["seconds"], 1), about["pacing"]) for about in run.told("pacing")]
 
 
 def test_gain_is_what_the_note_says():
@@ -59,17 +56,15 @@ def test_unequal_clients_make_it_asynchronous_within_the_first_round(tmp_path):
     run = auto_run(tmp_path)
     ((seconds, pacing),) = switches(run)
     assert pacing == "buffer" and 9.16 <= seconds < 9.16 + 0.02 * 9.3 + 0.1
-    assert [about["steps"] for event, about in run.events if event == "dispatch"] == [10] * len(
-        run.pool.jobs
+    assert [about["steps"] for about in run.told("dispatch")] == [10] * len(run.jobs)
+    assert run.metrics[1]["accepted"] == 2 and all(
+        record["accepted"] == 1 for record in run.metrics[2:]
     )
-    assert run.records[1]["accepted"] == 2 and all(
-        record["accepted"] == 1 for record in run.records[2:]
-    )
-    assert [record["pacing"] for record in run.records] == [
+    assert [record["pacing"] for record in run.metrics] == [
         None,
-        *["buffer"] * (len(run.records) - 1),
+        *["buffer"] * (len(run.metrics) - 1),
     ]
-    (opened,) = (about for event, about in run.events if event == "open")
+    (opened,) = (about for about in run.told("open"))
     assert run.summary["tokens"] >= opened["tokens_total"] == 20 * 4 * 640, (
         "its length is counted in rounds"
     )
@@ -77,8 +72,8 @@ def test_unequal_clients_make_it_asynchronous_within_the_first_round(tmp_path):
 
 def test_equal_clients_keep_it_synchronous_to_the_bits_of_rounds(tmp_path):
     run = auto_run(tmp_path / "auto", fleet=EQUAL)
-    assert switches(run) == [] and {record["accepted"] for record in run.records[1:]} == {4}
-    same = serve(tmp_path / "rounds", FOUR, DeltaSGD(), name="cohort", rounds=20, fleet=EQUAL)
+    assert switches(run) == [] and {record["accepted"] for record in run.metrics[1:]} == {4}
+    same = run_virtual(tmp_path / "rounds", FOUR, DeltaSGD(), name="cohort", rounds=20, fleet=EQUAL)
     assert run.summary["weights_sha256"] == same.summary["weights_sha256"]
 
 
@@ -114,9 +109,9 @@ def test_with_a_deadline_who_missed_it_is_known_to_be_slow(tmp_path):
     fleet = FleetOptions("constant", step_seconds=[1.0, 1.0, 1.0, 100.0])
     run = auto_run(tmp_path, fleet=fleet, deadline=50.0, rounds=40)
     assert [pacing for _, pacing in switches(run)] == ["buffer", "cohort", "buffer"]
-    (quarantine,) = [about for event, about in run.events if event == "quarantine"]
+    (quarantine,) = run.told("quarantine")
     assert quarantine["seconds"] < switches(run)[1][0]
-    assert run.server.tables.speeds["d"] <= 10 / 50
+    assert run.server.clients.speeds["d"] <= 10 / 50
 
 
 def test_after_harm_a_client_that_never_answers_is_still_not_waited_for():
@@ -148,14 +143,11 @@ def test_clients_that_become_alike_for_two_rounds_bring_the_rounds_back_for_two(
 
 
 def test_who_is_still_out_counts_as_if_it_came_back_now():
-    planner = JobPlanner(RunOptions(local=LocalOptions(steps=10)), Published("fp32", {}))
     jobs = [Job(name, 0, 0, np.zeros(1, np.float32), Plan("r", 10, 0, 1, 1), 0.0) for name in "bcd"]
     speeds = {"a": 5.0, "c": 5.0}
-    late = planner.job_seconds("a", jobs, speeds, 8.0)
+    late = job_seconds(10, "a", jobs, speeds, 8.0)
     assert late == {"a": 2.0, "b": 8.0, "c": pytest.approx(10 / (0.5 * 5 + 0.5 * 1.25)), "d": 8.0}
-    assert planner.job_seconds("a", jobs, speeds, 1.0) == dict.fromkeys("abcd", 2.0), (
-        "no faster than a"
-    )
+    assert job_seconds(10, "a", jobs, speeds, 1.0) == dict.fromkeys("abcd", 2.0), "no faster than a"
 
 
 def test_more_clients_than_workers_are_no_reason_to_go_asynchronous(tmp_path):
@@ -181,7 +173,7 @@ def test_more_clients_than_workers_are_no_reason_to_go_asynchronous(tmp_path):
     o = scripted.options(tmp_path, rounds=12)
     run = scripted.run(o, dict.fromkeys("abcdefgh", trained), Auto(), kind=TwoWorkers)
     assert run.told("pacing") == [] and {record["accepted"] for record in run.metrics[1:]} == {8}
-    assert set(run.server.tables.speeds.values()) == {4.0}
+    assert set(run.server.clients.speeds.values()) == {4.0}
 
 
 def growing(job):
@@ -196,7 +188,7 @@ def growing(job):
 
 def test_updates_that_grow_bring_the_rounds_back_and_keep_them(tmp_path):
     run = auto_run(tmp_path, dict.fromkeys("abcd", growing), Auto(rest=5), rounds=30)
-    told = [about for event, about in run.events if event == "pacing"]
+    told = run.told("pacing")
     assert [about["pacing"] for about in told[:3]] == ["buffer", "cohort", "buffer"]
     assert "grown" in told[1]["reason"]
     assert told[2]["version"] - told[1]["version"] >= 5
@@ -222,7 +214,7 @@ def test_a_restart_goes_on_with_the_pacing_it_had(tmp_path, client, where):
     """Early and late, in the rest after harm, and after the switch that follows it."""
     strategy = Auto(rest=5)
     whole = auto_run(tmp_path / "whole", dict.fromkeys("abcd", client), strategy)
-    versions = [about["version"] for event, about in whole.events if event == "pacing"]
+    versions = [about["version"] for about in whole.told("pacing")]
     crash_at = (
         {"rest": versions[1] + 2, "back": versions[2] + 2}[where]
         if isinstance(where, str)

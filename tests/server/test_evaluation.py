@@ -10,8 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from support.fake_transport import honest, reply_with
-from support.harness import options, run
-from support.virtual_run import SIZE, serve
+from support.harness import SIZE, options, run, run_virtual
 
 from fedgpt.aggregate.fedavg import FedAvg
 from fedgpt.core.options import CheckpointOptions, EvaluateOptions, FleetOptions
@@ -71,10 +70,10 @@ def test_the_numbers_of_a_version_are_those_of_a_calculation_by_hand(tmp_path):
         return [(0.0, reply_with(job, delta, 128 if job.client == "a" else 384))]
 
     fleet = FleetOptions("constant", step_seconds=[0.1, 0.4])  # 10 steps
-    done = serve(
+    done = run_virtual(
         tmp_path, dict.fromkeys("ab", client), FedAvg(), name="cohort", rounds=2, fleet=fleet
     )
-    start, first, second = done.records
+    start, first, second = done.metrics
     # D = (3, 4) / 4 + (4, 3) * 3 / 4 = (3.75, 3.25), then (0, 5) / 4 + (5, 0) * 3 / 4 = (3.75,
     # 1.25)
     assert first["step_norm"] == pytest.approx((3.75**2 + 3.25**2) ** 0.5)
@@ -95,7 +94,7 @@ def test_the_numbers_of_a_version_are_those_of_a_calculation_by_hand(tmp_path):
         assert record["idle_share"] == {"a": 0.75, "b": 0.0}
     assert first["tokens_by_client"] == {"a": 128, "b": 384}
     assert second["tokens_by_client"] == {"a": 256, "b": 768}
-    assert [record["virtual_seconds"] for record in done.records] == [None, 4.0, 8.0] and start[
+    assert [record["virtual_seconds"] for record in done.metrics] == [None, 4.0, 8.0] and start[
         "idle_share"
     ] == {}
-    assert [record["tokens"] for record in done.records] == [0, 512, 1024]
+    assert [record["tokens"] for record in done.metrics] == [0, 512, 1024]

@@ -24,7 +24,9 @@ from fedgpt.aggregate.norm_clip import NormClip
 from fedgpt.aggregate.trimmed_mean import TrimmedMean
 from fedgpt.core.messages import Reply, Update
 from fedgpt.core.options import ValidateOptions
-from fedgpt.server.limits import ENOUGH, REMEMBERED, Quarantine, clip_length, norm_limit, remembered
+from fedgpt.server.limits import ENOUGH, REMEMBERED, clip_length, norm_limit, remembered
+from fedgpt.server.quarantine import Quarantine
+from fedgpt.storage.tables import Clients
 
 RULES = [
     FedAvg(),
@@ -60,24 +62,29 @@ def test_norms_are_remembered_in_an_order_that_does_not_depend_on_arrival():
     )
 
 
+def two_clients() -> Clients:
+    clients = Clients()
+    clients.ids = ["a", "b"]
+    return clients
+
+
 def test_three_failures_in_a_row_are_one_too_many():
-    quarantine = Quarantine(ValidateOptions(strikes=3, rest=2), {}, {})
-    assert quarantine.strike("a", 5, 1, ["a", "b"]) is None
-    quarantine.clear("a")
-    assert [quarantine.strike("a", 5, 4, ["a", "b"]) for _ in range(3)] == [
-        None,
-        None,
-        5 + 1 + 2 * 4,
-    ]
-    assert quarantine.holds("a") and not quarantine.holds("b")
-    assert quarantine.release(13) == [] and quarantine.release(14) == ["a"]
-    assert not quarantine.holds("a") and quarantine.strikes == {}
+    clients = two_clients()
+    quarantine = Quarantine(ValidateOptions(strikes=3, rest=2), clients)
+    assert quarantine.strike("a", 5, 1) is None
+    clients.accept(Update("a", 0, 0, np.zeros(1, np.float32), 1), 1.0)
+    assert [quarantine.strike("a", 5, 4) for _ in range(3)] == [None, None, 5 + 1 + 2 * 4]
+    assert clients.is_resting("a") and not clients.is_resting("b")
+    assert quarantine.summary() == "1 of 2 are in quarantine"
+    assert clients.end_rests(13) == [] and clients.end_rests(14) == ["a"]
+    assert not clients.is_resting("a") and clients.as_json()["columns"]["strikes"] == {}
 
 
 def test_one_client_always_stays():
-    quarantine = Quarantine(ValidateOptions(strikes=1, rest=9), {}, {})
-    assert quarantine.strike("a", 0, 1, ["a", "b"]) == 10
-    assert quarantine.strike("b", 0, 1, ["a", "b"]) is None and not quarantine.holds("b")
+    clients = two_clients()
+    quarantine = Quarantine(ValidateOptions(strikes=1, rest=9), clients)
+    assert quarantine.strike("a", 0, 1) == 10
+    assert quarantine.strike("b", 0, 1) is None and not clients.is_resting("b")
 
 
 def spoiled(spoil, **header):
@@ -159,7 +166,7 @@ def test_garbage_in_every_round_is_as_if_the_client_never_answered(tmp_path, rul
         outcomes.append(run(o, {**HONEST, "mallory": client}, rule, root=root))
     bad, without = outcomes
     assert np.array_equal(bad.params, without.params) and bad.version == len(GARBAGE)
-    assert bad.server.tables.rejected == dict.fromkeys(GARBAGE, 1)
+    assert bad.server.totals.rejected == dict.fromkeys(GARBAGE, 1)
     assert {e["client"] for e in bad.told("accept")} == set(HONEST)
     assert {e["client"] for e in bad.told("reject")} == {"mallory"}
 
@@ -206,7 +213,7 @@ def test_quarantine_ends_and_survives_a_restart(tmp_path):
         return o
 
     whole = run(two_rounds(tmp_path / "whole"), {**HONEST, "z": ill})
-    assert [e["version"] for e in whole.told("release")] == [5]
+    assert [e["version"] for e in whole.told("quarantine_end")] == [5]
     asked = [job.version for job in whole.jobs if job.client == "z"]
     assert asked == [0, 1, 2, 5, 6, 7]
     assert [m["quarantined"] for m in whole.metrics[1:]] == [0, 0, 1, 1, 1, 0, 0, 0]
@@ -222,7 +229,7 @@ def test_a_client_that_hangs_is_left_in_peace_after_three_deadlines(tmp_path):
     o = options(tmp_path, rounds=8, deadline=5.0)
     outcome = run(o, {**HONEST, "sleepy": lambda job: []})
     assert len([job for job in outcome.jobs if job.client == "sleepy"]) == 3
-    assert outcome.server.tables.rejected == {"no_reply": 3}
+    assert outcome.server.totals.rejected == {"no_reply": 3}
     assert outcome.metrics[-1]["virtual_seconds"] == 3 * 5.0 + 5 * 1.0, (
         "no later version waits for it"
     )

@@ -177,4 +177,4 @@ def test_what_the_server_has_learned_of_norms_does_not_reach_the_next_version(tm
 
     o, plan = private(tmp_path, pace={"clients": 8})
     done = scripted.run(o, {**CLIENTS, "a": long}, plan=plan)
-    assert not done.told("reject") and done.server.tables.norms == ()
+    assert not done.told("reject") and done.server.totals.norms == ()

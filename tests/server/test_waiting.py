@@ -10,7 +10,7 @@ from unittest.mock import ANY
 import numpy as np
 import pytest
 from support.fake_transport import honest, reply_with
-from support.virtual_run import serve
+from support.harness import run_virtual
 
 from fedgpt.aggregate.delta_sgd import DeltaSGD
 from fedgpt.aggregate.fedavg import FedAvg
@@ -28,12 +28,14 @@ FOUR = dict.fromkeys("abcd", honest)
 def test_a_deadline_ends_though_the_clock_has_few_digits(tmp_path, deadline, jitter):
     """30.3 - 20.2 is below 10.1, and 30.3 plus what is missing is 30.3."""
     fleet = FleetOptions("published", jitter=jitter)
-    run = serve(tmp_path, FOUR, FedAvg(), name="cohort", rounds=12, fleet=fleet, deadline=deadline)
+    run = run_virtual(
+        tmp_path, FOUR, FedAvg(), name="cohort", rounds=12, fleet=fleet, deadline=deadline
+    )
     assert run.summary["versions"] == 12
 
 
 def test_a_grace_ends_too(tmp_path):
-    run = serve(
+    run = run_virtual(
         tmp_path,
         FOUR,
         FedBuff(),
@@ -47,14 +49,14 @@ def test_a_grace_ends_too(tmp_path):
 
 def test_a_long_grace_takes_in_as_many_as_there_can_be(tmp_path):
     """Who was refilled may come again; a step never takes more than was planned for."""
-    run = serve(tmp_path, FOUR, FedBuff(), rounds=10, goal=2, grace=300.0)
-    assert all(2 <= record["accepted"] <= 10 for record in run.records[1:])
+    run = run_virtual(tmp_path, FOUR, FedBuff(), rounds=10, goal=2, grace=300.0)
+    assert all(2 <= record["accepted"] <= 10 for record in run.metrics[1:])
 
 
 def test_a_deadline_begins_when_somebody_is_asked(tmp_path):
     fleet = FleetOptions("constant", step_seconds=[1.0], window=[30.0, 200.0])
     two = dict.fromkeys("ab", honest)
-    run = serve(
+    run = run_virtual(
         tmp_path, two, FedAvg(), name="cohort", rounds=3, fleet=fleet, deadline=20.0, minimum=0
     )
     assert run.summary["versions"] == 3
@@ -63,7 +65,7 @@ def test_a_deadline_begins_when_somebody_is_asked(tmp_path):
 @pytest.mark.parametrize("pace", [{"name": "buffer"}, {"name": "cohort", "minimum": 0}])
 def test_replies_that_never_come_stop_the_run(tmp_path, pace):
     with pytest.raises(StoppedEarly, match="40 jobs in a row failed: no_reply"):
-        serve(tmp_path, FOUR, DeltaSGD(), rounds=100, deadline=1.0, **pace)
+        run_virtual(tmp_path, FOUR, DeltaSGD(), rounds=100, deadline=1.0, **pace)
 
 
 def test_failures_after_a_good_update_stop_the_run(tmp_path):
@@ -74,14 +76,14 @@ def test_failures_after_a_good_update_stop_the_run(tmp_path):
         )
 
     with pytest.raises(StoppedEarly, match="40 jobs in a row failed"):
-        serve(tmp_path, dict.fromkeys("abcd", once), FedBuff(), rounds=10, goal=2)
+        run_virtual(tmp_path, dict.fromkeys("abcd", once), FedBuff(), rounds=10, goal=2)
 
 
 @pytest.mark.parametrize("every", [0, 1, 4])
 @pytest.mark.parametrize("crash_at", [0, 2, 9])
 def test_interrupted_anywhere_and_resumed_is_the_same_run(tmp_path, every, crash_at):
     """Also in the first version, and between two checkpoints; every line of metrics is there."""
-    whole = serve(tmp_path / "whole", FOUR, FedBuff(), rounds=12, goal=2, checkpoint=every)
+    whole = run_virtual(tmp_path / "whole", FOUR, FedBuff(), rounds=12, goal=2, checkpoint=every)
     calls = []
 
     def dies(job):
@@ -91,7 +93,7 @@ def test_interrupted_anywhere_and_resumed_is_the_same_run(tmp_path, every, crash
         return honest(job)
 
     with pytest.raises(Interrupted):
-        serve(
+        run_virtual(
             tmp_path / "cut",
             dict.fromkeys("abcd", dies),
             FedBuff(),
@@ -99,30 +101,30 @@ def test_interrupted_anywhere_and_resumed_is_the_same_run(tmp_path, every, crash
             goal=2,
             checkpoint=every,
         )
-    again = serve(tmp_path / "cut", FOUR, FedBuff(), rounds=12, goal=2, checkpoint=every)
+    again = run_virtual(tmp_path / "cut", FOUR, FedBuff(), rounds=12, goal=2, checkpoint=every)
     assert again.summary["weights_sha256"] == whole.summary["weights_sha256"]
-    assert [record["version"] for record in again.records] == list(range(13))
+    assert [record["version"] for record in again.metrics] == list(range(13))
 
 
 def test_jobs_keep_the_state_that_an_interrupted_server_would_ask_for(tmp_path):
-    run = serve(tmp_path, FOUR, FedBuff(), rounds=30, goal=4, checkpoint=4)
-    for job in run.pool.jobs:
+    run = run_virtual(tmp_path, FOUR, FedBuff(), rounds=30, goal=4, checkpoint=4)
+    for job in run.jobs:
         assert job.plan.state_job == -1 or job.plan.state_job in job.plan.keep
 
 
 def test_checkpoints_that_are_all_damaged_are_never_started_over(tmp_path):
-    serve(tmp_path, FOUR, DeltaSGD(), rounds=4)
+    run_virtual(tmp_path, FOUR, DeltaSGD(), rounds=4)
     for path in (tmp_path / "checkpoints").glob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:-1] + b"torn")
     with pytest.raises(FedGPTError, match=r"no checkpoint in .* can be used"):
-        serve(tmp_path, FOUR, DeltaSGD(), rounds=4)
+        run_virtual(tmp_path, FOUR, DeltaSGD(), rounds=4)
 
 
 def test_a_damaged_checkpoint_does_not_outlive_the_ones_after_it(tmp_path):
-    first = serve(tmp_path, FOUR, DeltaSGD(), rounds=9)
+    first = run_virtual(tmp_path, FOUR, DeltaSGD(), rounds=9)
     newest = max((tmp_path / "checkpoints").glob("*.safetensors"))
     newest.write_bytes(b"torn")
-    assert serve(tmp_path, FOUR, DeltaSGD(), rounds=9).summary == {
+    assert run_virtual(tmp_path, FOUR, DeltaSGD(), rounds=9).summary == {
         **first.summary,
         "wall_seconds": ANY,
     }
@@ -134,9 +136,9 @@ def test_a_damaged_checkpoint_does_not_outlive_the_ones_after_it(tmp_path):
 
 def test_the_virtual_clock_forgets_replies_that_nobody_gets(tmp_path):
     fleet = FleetOptions("constant", step_seconds=[1.0], up=20_000.0, window=[40.0, 5.0])
-    run = serve(tmp_path, FOUR, DeltaSGD(), rounds=40, fleet=fleet)
+    run = run_virtual(tmp_path, FOUR, DeltaSGD(), rounds=40, fleet=fleet)
     assert run.summary["rejected"]["client_error"] > 5
-    assert len(run.server.transport._computed) <= 4
+    assert len(run.server.parts.transport._computed) <= 4
 
 
 def test_metrics_that_cannot_be_added_up_are_refused(tmp_path):
@@ -151,7 +153,7 @@ def test_metrics_that_cannot_be_added_up_are_refused(tmp_path):
             )
         ]
 
-    run = serve(tmp_path, {**FOUR, "a": liar, "b": liar}, FedAvg(), name="cohort", rounds=2)
+    run = run_virtual(tmp_path, {**FOUR, "a": liar, "b": liar}, FedAvg(), name="cohort", rounds=2)
     assert run.summary["rejected"] == {"bad_metric": 4}
 
 
@@ -162,5 +164,5 @@ def test_an_element_above_the_norm_limit_is_refused_whatever_float32_says(tmp_pa
         delta[0] = np.nextafter(np.float32(limit), np.float32(np.inf))
         return [(0.0, reply_with(job, delta))]
 
-    run = serve(tmp_path, {**FOUR, "a": spike}, FedAvg(), name="cohort", rounds=3)
+    run = run_virtual(tmp_path, {**FOUR, "a": spike}, FedAvg(), name="cohort", rounds=3)
     assert run.summary["rejected"] == {"norm_limit": 3}

@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from support.fake_transport import honest
-from support.virtual_run import serve
+from support.harness import run_virtual
 
 from fedgpt.aggregate.delta_sgd import DeltaSGD
 from fedgpt.core.errors import ConfigError
@@ -39,7 +39,7 @@ def test_a_table_of_the_published_speeds_is_the_published_fleet(tmp_path, table)
     )
     clients = dict.fromkeys("abcd", honest)
     runs = [
-        serve(tmp_path / fleet.name, clients, DeltaSGD(), rounds=30, fleet=fleet)
+        run_virtual(tmp_path / fleet.name, clients, DeltaSGD(), rounds=30, fleet=fleet)
         for fleet in (
             FleetOptions("published"),
             FleetOptions("trace", path=table("client,step_seconds\n" + rows)),

@@ -8,22 +8,21 @@ import pytest
 
 from fedgpt.core.errors import FedGPTError
 from fedgpt.core.messages import ServerState
-from fedgpt.storage.checkpoint import Checkpoints, RunTables, Snapshot
+from fedgpt.storage.checkpoint import Checkpoints, Snapshot
 from fedgpt.storage.run_folder import RunFolder
+from fedgpt.storage.tables import Clients, RunIdentity, RunTotals, VersionLine
 
 
 def snapshot(version: int) -> Snapshot:
     rng = np.random.default_rng(version)
     memory = {"m": rng.standard_normal(50).astype(np.float32), "count": np.array(version)}
-    tables = RunTables(
-        "run",
-        10 * version,
-        next_number={"a": version},
-        accepted={"a": version - 1},
-        restorable=({"a": 0},),
-    )
     return Snapshot(
-        ServerState(rng.standard_normal(50).astype(np.float32), version, memory), tables
+        ServerState(rng.standard_normal(50).astype(np.float32), version, memory),
+        RunIdentity("run", options={"rounds": 9}),
+        VersionLine({"version": version, "rejected": {}}, sample=False),
+        RunTotals(10 * version, rejected={"late": 2}, norms=(0.5, 1.5)),
+        Clients({"next_number": {"a": version}, "accepted": {"a": version - 1}}, [{"a": 0}]),
+        ({"client": "a", "number": version, "version": version, "sent": 0.5, "plan": {}},),
     )
 
 
@@ -35,7 +34,9 @@ def save(folder, *versions: int, keep: int = 3) -> None:
 
 
 def assert_same(a: Snapshot, b: Snapshot) -> None:
-    assert a.tables == b.tables and a.state.version == b.state.version
+    for name in ("identity", "line", "totals", "in_flight", "unsaved"):
+        assert getattr(a, name) == getattr(b, name), name
+    assert a.clients.as_json() == b.clients.as_json() and a.state.version == b.state.version
     np.testing.assert_array_equal(a.state.params, b.state.params)
     assert a.state.memory.keys() == b.state.memory.keys()
     for name, array in a.state.memory.items():

@@ -203,7 +203,7 @@ def test_a_server_that_fails_anywhere_loses_nothing_and_repeats_nothing(
     )
     if not pace.get("dylu"):
         assert (
-            again.server.tables.tokens_done
+            again.server.totals.tokens_done
             == sum(m["accepted"] for m in again.metrics[1:]) * JOB_TOKENS
         )
     assert not list((tmp_path / "wal").iterdir()), "a run that is over has no log"

@@ -1,7 +1,15 @@
-"""The real server over a scripted transport, in a run's folder: started, failed, started again."""
+"""The real server over scripted clients, in a run's folder: started, stopped, started again.
+
+`start_server` takes the production path (storage/resume.py, server/loop.py) with two parts of the
+tests' own: a transport that plays a script, and an evaluator without a model. `run` is for a
+scripted transport with a clock of its own (support/fake_transport.py), `run_virtual` for the
+virtual clock over clients whose replies are computed in any order.
+"""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +18,35 @@ from support.fake_transport import Behaviour, ScriptTransport
 
 from fedgpt.aggregate.base import Strategy
 from fedgpt.aggregate.fedavg import FedAvg
-from fedgpt.core.messages import ServerState
-from fedgpt.core.options import LocalOptions, ModelOptions, PaceOptions, RunOptions
+from fedgpt.core.events import Event
+from fedgpt.core.messages import ClientInfo, Job, Reply, ServerState
+from fedgpt.core.options import (
+    CheckpointOptions,
+    EvaluateOptions,
+    FleetOptions,
+    LocalOptions,
+    ModelOptions,
+    PaceOptions,
+    RunOptions,
+)
+from fedgpt.core.transport import Transport
 from fedgpt.privacy.plan import PrivacyPlan
-from fedgpt.server.loop import RootTrainer, Server
-from fedgpt.server.metrics import first_record
+from fedgpt.server.loop import Server
+from fedgpt.server.metrics import first_line
+from fedgpt.server.parts import Evaluator, Parts, RootTrainer
 from fedgpt.server.privacy import make_privacy
-from fedgpt.storage.checkpoint import Checkpoints, RunTables, Snapshot
+from fedgpt.simulate.fleet import make_timing
+from fedgpt.simulate.virtual_clock import VirtualTransport
+from fedgpt.storage.checkpoint import Snapshot
 from fedgpt.storage.journal import Journal, RecordedTransport
+from fedgpt.storage.resume import open_or_resume
 from fedgpt.storage.run_folder import RunFolder
+from fedgpt.storage.tables import RunIdentity
 
-SIZE = 300
+SIZE = 300  # parameters
 STEP_TOKENS = 128  # 2 sequences of 64
 JOB_TOKENS = 4 * STEP_TOKENS
+IDENTITY = RunIdentity("run")
 
 
 def options(folder: Path, rounds: int = 4, **pace: Any) -> RunOptions:
@@ -32,28 +56,27 @@ def options(folder: Path, rounds: int = 4, **pace: Any) -> RunOptions:
         run_dir=str(folder),
         model=ModelOptions(block_size=64),
         local=LocalOptions(steps=4, batch_size=2),
-        pace=PaceOptions(**pace),
+        pace=PaceOptions(**{"clients": 0, **pace}),
     )
 
 
 class Outcome:
     """What is left of one start of a server: its last state, its events, its jobs."""
 
-    def __init__(
-        self,
-        server: Server,
-        transport: ScriptTransport,
-        events: list[tuple[str, dict]],
-        folder: RunFolder,
-    ):
-        self.server = server
-        self.jobs = transport.jobs
-        self.events = events
+    def __init__(self, server: Server, transport: Any, events: list[Event], folder: RunFolder):
+        self.server, self.transport, self.events = server, transport, events
+        self.summary: dict[str, Any] = {}  # of a run that reached its end
         self.metrics = folder.metrics.read()
         self.params, self.version = server.state.params, server.state.version
 
-    def told(self, *names: str) -> list[dict]:
-        return [about for name, about in self.events if name in names]
+    @property
+    def jobs(self) -> list[Job]:
+        """Every job that was sent, in order."""
+        return self.transport.jobs
+
+    def told(self, *names: str) -> list[dict[str, Any]]:
+        """The events of these names, as events.jsonl has them."""
+        return [event.as_json() for event in self.events if event.name in names]
 
     @property
     def accepted(self) -> list[tuple[str, int, float]]:
@@ -61,12 +84,59 @@ class Outcome:
 
     def accepted_until(self, version: int) -> int:
         """How many updates had been accepted when `version` was made."""
-        if version == 0:
-            return 0
-        until = self.events.index(
-            next(e for e in self.events if e[0] == "version" and e[1]["version"] == version)
-        )
-        return sum(name == "accept" for name, _ in self.events[:until])
+        count = 0
+        for event in self.told("accept", "version"):
+            if event["event"] == "version" and event["version"] == version:
+                return count
+            count += event["event"] == "accept"
+        assert version == 0, f"version {version} was not made"
+        return 0
+
+
+def distance(version: int, params: np.ndarray, sample: bool) -> dict[str, float]:
+    """An evaluation without a model: the mean length of a parameter."""
+    value = float(np.abs(params).mean())
+    return {"loss": value, "perplexity": 1.0, "bits_per_byte": value}
+
+
+def start_server(
+    o: RunOptions,
+    connect: Callable[[Snapshot], Transport],
+    strategy: Strategy | None = None,
+    evaluator: Evaluator = distance,
+    plan: PrivacyPlan | None = None,
+    root: RootTrainer | None = None,
+    outcomes: list[Outcome] | None = None,
+) -> Outcome:
+    """One start of the server, from version 0 or from what its folder has.
+
+    The outcome is added to `outcomes` also where the server raises.
+    """
+    folder = RunFolder(o.run_dir)
+
+    def start() -> Snapshot:
+        params = np.linspace(-1, 1, SIZE, dtype=np.float32)
+        return Snapshot(ServerState(params), IDENTITY, first_line())
+
+    snapshot = open_or_resume(folder, o.checkpoint.keep, start)
+    transport = connect(snapshot)
+    fresh = snapshot.state.version == 0
+    privacy = make_privacy(o, plan, folder.path, "data", fresh)
+    parts = Parts(o, strategy or FedAvg(), transport, evaluator, folder, privacy=privacy, root=root)
+    events: list[Event] = []
+    server = Server(parts, snapshot, [events.append])
+    del snapshot  # the server decides how long the vector of its start is kept
+    summary: dict[str, Any] = {}
+    try:
+        summary = server.run()
+    finally:
+        inner = getattr(transport, "inner", transport)
+        outcome = Outcome(server, inner, events, folder)
+        outcome.summary = summary
+        if outcomes is not None:
+            outcomes.append(outcome)
+        folder.close()
+    return outcome
 
 
 def run(
@@ -75,48 +145,107 @@ def run(
     strategy: Strategy | None = None,
     journal: bool = False,
     loss: dict[int, float] | None = None,
-    outcomes: list[Outcome] | None = None,
-    plan: PrivacyPlan | None = None,
-    root: RootTrainer | None = None,
     kind: type[ScriptTransport] = ScriptTransport,
+    **more: Any,
 ) -> Outcome:
-    """One start of the server, from scratch or from what its folder holds; `loss` of versions is
-    what is scored.
+    """`start_server` over a script; `loss`: what each version scores."""
 
-    The outcome is added to `outcomes` also where the server raises.
-    """
-    folder = RunFolder(o.run_dir)
-    snapshot = Checkpoints(folder.checkpoints, o.checkpoint.keep).recover()
-    if snapshot is None:
-        folder.metrics.keep([])
-        params = np.linspace(-1, 1, SIZE, dtype=np.float32)
-        snapshot = Snapshot(ServerState(params), RunTables("run", record=first_record()))
-    else:
-        version = snapshot.state.version
-        folder.metrics.keep(r for r in folder.metrics.read() if r["version"] < version)
-
-    def evaluate(version: int, params: np.ndarray, sample: bool) -> dict[str, float]:
-        value = float(np.abs(params).mean()) if loss is None else loss[version]
+    def scores(version: int, params: np.ndarray, sample: bool) -> dict[str, float]:
+        assert loss is not None
+        value = loss[version]
         return {"loss": value, "perplexity": 1.0, "bits_per_byte": value}
 
-    script = kind(behaviours, snapshot.tables.seconds, own_clock=journal)
-    now = snapshot.tables.seconds
-    log = (
-        RecordedTransport(script, Journal(folder.wal), snapshot.state.version, now)
-        if journal
-        else None
+    def connect(snapshot: Snapshot) -> Transport:
+        now = snapshot.totals.seconds
+        script = kind(behaviours, now, own_clock=journal)
+        if not journal:
+            return script
+        log = Journal(Path(o.run_dir) / "wal")
+        return RecordedTransport(script, log, snapshot.state.version, now)
+
+    evaluator = distance if loss is None else scores
+    return start_server(o, connect, strategy, evaluator, **more)
+
+
+class LatePool:
+    """Real clients, as the virtual clock sees them: done in an order that means nothing."""
+
+    virtual = False
+    at_once: int | None = None
+
+    def __init__(self, behaviours: dict[str, Behaviour], shuffle: int = 0):
+        self.behaviours, self.random = behaviours, random.Random(shuffle)
+        self.jobs: list[Job] = []
+        self.sizes: dict[tuple[str, int], int] = {}
+        self._done: list[Reply] = []
+
+    def clients(self, timeout: float) -> list[ClientInfo]:
+        return [ClientInfo(name, 10_000) for name in sorted(self.behaviours)]
+
+    def there(self, client: str) -> bool:
+        return True
+
+    def send(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            self.jobs.append(job)
+            for _, reply in self.behaviours[job.client](job):
+                self.sizes[job.client, job.number] = reply.bytes
+                self._done.append(reply)
+
+    def receive(self, timeout: float | None) -> list[Reply]:
+        if not self._done:
+            return []
+        return [self._done.pop(self.random.randrange(len(self._done)))]
+
+    def abandon(self, keys: Iterable[tuple[str, int]]) -> None:
+        gone = set(keys)
+        self._done = [reply for reply in self._done if (reply.client, reply.number) not in gone]
+
+    def bytes_down(self, job: Job) -> int:
+        return job.params.nbytes
+
+    def now(self) -> float:
+        raise AssertionError("a virtual run never asks for real time")
+
+    def close(self) -> None:
+        pass
+
+
+def virtual_options(folder: Path, rounds: int = 10, **changes: Any) -> RunOptions:
+    """Options of a run on the virtual clock; `changes`: other groups by name, else the pacing's."""
+    groups = {
+        name: changes.pop(name) for name in ("tokens", "fleet", "evaluate") if name in changes
+    }
+    local = {"steps": 10, "batch_size": 1, **changes.pop("local", {})}
+    every = changes.pop("checkpoint", 1)
+    pace = {"name": "buffer", "clients": 0, **changes}
+    return RunOptions(
+        seed=3,
+        rounds=rounds,
+        clock="virtual",
+        run_dir=str(folder),
+        model=ModelOptions(block_size=64),
+        local=LocalOptions(**local),
+        pace=PaceOptions(**pace),
+        checkpoint=CheckpointOptions(every=every),
+        **{"fleet": FleetOptions("published"), "evaluate": EvaluateOptions(), **groups},
     )
-    events: list[tuple[str, dict]] = []
-    server = Server(
-        o, strategy or FedAvg(), log or script, evaluate, folder, snapshot,
-        [lambda event, about: events.append((event, dict(about)))], root, journal=log,
-        privacy=make_privacy(o, plan, folder.path, "data", snapshot.state.version == 0),
-    )  # fmt: skip
-    try:
-        server.run()
-    finally:
-        outcome = Outcome(server, script, events, folder)
-        if outcomes is not None:
-            outcomes.append(outcome)
-        folder.close()
-    return outcome
+
+
+def run_virtual(
+    folder: Path,
+    behaviours: dict[str, Behaviour],
+    strategy: Strategy,
+    *,
+    shuffle: int = 0,
+    pool: type[LatePool] = LatePool,
+    **changes: Any,
+) -> Outcome:
+    """`start_server` on the virtual clock, replies computed in an order that `shuffle` seeds."""
+    o = virtual_options(folder, **changes)
+
+    def connect(snapshot: Snapshot) -> Transport:
+        clients = pool(behaviours, shuffle)
+        return VirtualTransport(clients, make_timing(o), snapshot.totals.seconds)
+
+    return start_server(o, connect, strategy)

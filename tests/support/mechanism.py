@@ -17,9 +17,9 @@ from fedgpt.core.messages import Job, Pacing, Plan, ServerState, Update
 from fedgpt.core.options import PaceOptions, PrivacyOptions, RunOptions
 from fedgpt.privacy.accounting import Event
 from fedgpt.privacy.plan import PrivacyPlan
-from fedgpt.server.collector import UpdateCollector
+from fedgpt.server.collector import Collectors
 from fedgpt.server.privacy import PaidByServer
-from fedgpt.storage.checkpoint import RunTables
+from fedgpt.storage.tables import Clients
 
 SIZE, CLIP, COHORT = 4000, 0.5, 10
 QUIET = 1e-9  # a noise multiplier that hides nothing
@@ -53,13 +53,17 @@ class Mechanism:
         o = options(**privacy)
         sampling = "correlated" if o.privacy.bands > 1 else "poisson"
         self.privacy = PaidByServer(o, plan(noise, sampling), folder, "data", fresh=True)
-        self.collector = UpdateCollector(o, strategy or FedAvg(), size, self.privacy)
+        self.collectors = Collectors(o, strategy or FedAvg(), self.privacy, size, "run")
         self.state = ServerState(np.zeros(size, np.float32))
-        self.tables = RunTables("test")
+        self.clients = Clients()
+        self.collector = self.collectors.empty()
+
+    def open(self, most: int) -> None:
+        self.collector = self.collectors.open(self.state, (), most, self.clients)
 
     def release(self, updates: list[tuple[np.ndarray, int]]) -> np.ndarray:
         """D of one version from (delta, tokens) of each client."""
-        self.collector.begin(self.state, (), len(updates) + 1, 1)
+        self.open(len(updates) + 1)
         for number, (delta, tokens) in enumerate(updates):
             norm = float(np.linalg.norm(delta.astype(np.float64)))
             update = Update(
@@ -67,9 +71,7 @@ class Mechanism:
             )
             self.collector.add(update, Job(update.client, 0, 0, delta, Plan("test", 1, 0, 1, 1)), 0)
         before = self.state
-        self.state = self.collector.step(
-            before, Pacing("cohort", COHORT, COHORT), None, self.tables
-        )
+        self.state = self.collector.step(before, Pacing("cohort", COHORT, COHORT))
         return before.params - self.state.params
 
 
@@ -125,8 +127,8 @@ def clipped_after_averaging():
 
     right = PaidByServer.release
 
-    def release(self, mean, divisor, state, tables):
-        return right(self, clipped(mean, self.clip), divisor, state, tables)
+    def release(self, mean, divisor, state, clients):
+        return right(self, clipped(mean, self.clip), divisor, state, clients)
 
     with not_clipped(), patched("fedgpt.server.privacy.PaidByServer.release", release):
         yield

@@ -141,7 +141,7 @@ def test_who_has_lost_its_model_gets_it_whole_and_nothing_is_lost(tmp_path):
 
     calm = run(stepping(tmp_path / "calm"), dict.fromkeys("abc", honest))
     outcome = run(stepping(tmp_path / "lost"), {**dict.fromkeys("ab", honest), "c": forgetful})
-    assert np.array_equal(outcome.params, calm.params) and outcome.server.tables.rejected == {}
+    assert np.array_equal(outcome.params, calm.params) and outcome.server.totals.rejected == {}
     assert [(job.number, job.plan.cached_version) for job in outcome.jobs if job.client == "c"][
         3:5
     ] == [

@@ -134,7 +134,7 @@ def test_the_summary_has_its_keys_and_agrees_with_metrics_and_checkpoint(finishe
 
 
 def test_what_bit_identity_depends_on_is_recorded(finished):
-    environment = Checkpoints(finished.folder / "checkpoints", 2).load().tables.environment
+    environment = Checkpoints(finished.folder / "checkpoints", 2).load().identity.environment
     assert environment.keys() == {
         "fedgpt", "torch", "flwr", "numpy", "python", "device", "dtype", "threads", "cpu", "gpu",
     }  # fmt: skip

@@ -127,7 +127,7 @@ def test_too_few_updates_end_the_run_with_3_and_the_reason(world):
     assert done.stdout.count("rejected: no_reply (the version closed first)") == 3
     assert not (folder / "summary.json").exists()
     snapshot = Checkpoints(folder / "checkpoints", 2).load()
-    assert snapshot.state.version == 0 and snapshot.tables.accepted == {}
+    assert snapshot.state.version == 0 and snapshot.clients.as_json()["columns"]["accepted"] == {}
 
 
 def test_a_wrong_option_ends_with_2_before_any_work(world):

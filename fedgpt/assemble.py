@@ -1,0 +1,281 @@
+"""One run put together from its parts: text, model, strategy, transport, evaluation, loop, report.
+
+This file knows no Flower: flower/serve.py gives it a `Network`, and tests give it their own.
+The order matters: everything that can refuse a run comes before anything is written into its
+folder.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import secrets
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedgpt import __version__
+from fedgpt.aggregate.base import Strategy
+from fedgpt.client.work import ClientWork
+from fedgpt.config.compose import (
+    build_strategy,
+    changed_options,
+    flat_options,
+    refuse_another_run,
+    to_yaml,
+)
+from fedgpt.core.errors import ConfigError, Unwritten
+from fedgpt.core.files import write_text
+from fedgpt.core.messages import ServerState
+from fedgpt.core.options import RunOptions
+from fedgpt.core.resources import Resources, resources_for
+from fedgpt.core.seeds import derive_seed
+from fedgpt.core.transport import Transport
+from fedgpt.data.corpora import corpus_prompt
+from fedgpt.data.partition import Shard, partition
+from fedgpt.data.prepare import Prepared, prepare
+from fedgpt.evaluate.held_out import HeldOut
+from fedgpt.privacy.plan import PrivacyPlan, make_plan
+from fedgpt.privacy.statement import statement
+from fedgpt.report.progress import ProgressDisplay
+from fedgpt.report.results import write_results
+from fedgpt.report.run_report import opening, privacy_text, summary_text
+from fedgpt.server.loop import Server
+from fedgpt.server.metrics import first_line
+from fedgpt.server.parts import Evaluator, Parts
+from fedgpt.server.privacy import make_privacy
+from fedgpt.simulate.fleet import Fleet, make_timing
+from fedgpt.simulate.virtual_clock import VirtualTransport
+from fedgpt.storage.checkpoint import Snapshot
+from fedgpt.storage.initial_weights import initial_weights
+from fedgpt.storage.journal import Journal, RecordedTransport, needs_journal
+from fedgpt.storage.resume import open_or_resume
+from fedgpt.storage.run_folder import RunFolder
+from fedgpt.storage.tables import RunIdentity
+
+# errors that mean that there is no more room for a file
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+@dataclass(frozen=True)
+class Network:
+    """What carries messages between the server and its clients."""
+
+    # (shards, digest of the prepared text, seconds on the run's clock) -> a transport
+    connect: Callable[[Sequence[Shard], str, float], Transport]
+    # makes a Strategy of an object of another framework
+    adapt: Callable[[Any], Strategy]
+    versions: Mapping[str, str]  # of the libraries underneath, as bit-identity depends on them
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known of a run before its folder is read."""
+
+    options: RunOptions
+    folder: RunFolder
+    prepared: Prepared
+    shards: Sequence[Shard]
+    resources: Resources
+    environment: Mapping[str, Any]
+    plan: PrivacyPlan | None
+    statement: dict[str, Any]  # the promise of a private run
+
+
+def serve(options: RunOptions, network: Network) -> dict[str, Any]:
+    """Run `options` to the last version, or continue from the folder's checkpoint; the summary.
+
+    Raises FedGPTError for whatever a user can act on.
+    """
+    try:
+        with RunFolder(options.run_dir) as folder:
+            refuse_another_run(options)
+            return _serve(_setting(options, folder, network), network)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise Unwritten(str(error.filename or "a file"), Path(options.run_dir), error) from error
+
+
+def _serve(setting: Setting, network: Network) -> dict[str, Any]:
+    options, folder = setting.options, setting.folder
+    snapshot = _snapshot(setting)
+    held_out = _held_out(setting)
+    strategy = _strategy(setting, network)
+    _claim(folder, options)  # nothing is wrong so far: a run that is refused leaves no folder
+    switches, pacing = strategy.switches, snapshot.totals.pacing or None
+    display = ProgressDisplay(options, switches=switches, pacing=pacing)
+    display.say(_opening(setting, snapshot, held_out))
+    if setting.statement:
+        display.say(privacy_text(setting.statement))
+    environment = json.dumps(dict(setting.environment), indent=2)
+    write_text(folder.path / "environment.json", environment + "\n")
+    parts = _parts(setting, network, strategy, held_out, snapshot)
+    with display:
+        server = Server(parts, snapshot, [_told(display)])
+        del snapshot  # from now on the server decides how long the vectors in it are kept
+        summary = server.run()
+    end = {"summary": summary, "statement": setting.statement}
+    write_results(folder, options, setting.prepared, server.state.params, end)
+    display.say(summary_text(summary, folder.metrics.read(), folder.path))
+    return summary
+
+
+def _told(display: Any) -> Any:
+    names = {"metrics": "record"}
+
+    def observe(event: Any) -> None:
+        about = {k: v for k, v in event.as_json().items() if k != "event"}
+        display(names.get(event.name, event.name), about)
+
+    return observe
+
+
+def _setting(options: RunOptions, folder: RunFolder, network: Network) -> Setting:
+    prepared = prepare(options.corpus, options.tokenizer, options.cache_dir)
+    window = options.model.block_size + 1
+    shards = partition(prepared, options.partition, options.seed, window)
+    resources = resources_for(options, len(shards))
+    torch.set_num_threads(resources.threads)
+    plan = None
+    if options.privacy.unit != "none":
+        plan = make_plan(options, [shard.size for shard in shards])
+    promise = statement(options, plan, len(shards)) if plan else {}
+    environment = environment_of(resources, network.versions)
+    return Setting(options, folder, prepared, shards, resources, environment, plan, promise)
+
+
+def environment_of(resources: Resources, versions: Mapping[str, str]) -> dict[str, Any]:
+    """What bit-identity depends on, beside configuration and seed."""
+    cuda = resources.compute.device == "cuda"
+    return {
+        "fedgpt": __version__,
+        "torch": torch.__version__,
+        **versions,
+        "numpy": np.__version__,
+        "python": sys.version.split()[0],
+        "device": resources.compute.device,
+        "dtype": resources.compute.dtype,
+        "threads": resources.threads,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+    }
+
+
+def _snapshot(setting: Setting) -> Snapshot:
+    """Where the run stands: its newest usable checkpoint, or version 0."""
+    options = setting.options
+
+    def start() -> Snapshot:
+        run, flat = secrets.token_hex(8), flat_options(options)
+        identity = RunIdentity(run, setting.environment, flat, setting.statement)
+        params = initial_weights(options, setting.prepared.tokenizer)
+        return Snapshot(ServerState(params), identity, first_line())
+
+    return open_or_resume(
+        setting.folder,
+        options.checkpoint.keep,
+        start,
+        partial(changed_options, options=options),
+        setting.environment,
+    )
+
+
+def _strategy(setting: Setting, network: Network) -> Strategy:
+    options = setting.options
+    strategy = build_strategy(options.strategy, options.trusted_packages)
+    if not isinstance(strategy, Strategy):
+        strategy = network.adapt(strategy)
+    public, block = setting.prepared.public().size, options.model.block_size
+    if strategy.needs_root and public <= block:
+        raise ConfigError(
+            f"corpus.public={options.corpus.public}: {public} tokens are public, and the server's"
+            f" own update needs more than model.block_size={block}; raise it"
+        )
+    return strategy
+
+
+def _claim(folder: RunFolder, options: RunOptions) -> None:
+    """Write the run's configuration into a new folder."""
+    path = folder.path / "config.yaml"
+    if not path.exists():
+        write_text(path, to_yaml(options))
+        write_text(folder.path / "command.txt", shlex.join(sys.argv) + "\n")
+
+
+def _opening(setting: Setting, snapshot: Snapshot, held_out: HeldOut) -> str:
+    resources = setting.resources
+    return opening(
+        setting.options,
+        setting.prepared,
+        setting.shards,
+        snapshot,
+        resources.compute,
+        resources.workers_text,
+        held_out.tokens,
+    )
+
+
+def _held_out(setting: Setting) -> HeldOut:
+    options, tokenizer = setting.options, setting.prepared.tokenizer
+    text, compute = setting.prepared.held_out(), setting.resources.compute
+    return HeldOut(options.model, text, tokenizer.token_bytes, compute, options.evaluate.tokens)
+
+
+def _evaluator(setting: Setting, held_out: HeldOut) -> Evaluator:
+    """Scores a version on the held-out text, and writes a sample where one is asked for."""
+    options, tokenizer = setting.options, setting.prepared.tokenizer
+    prompt = options.evaluate.prompt
+    if prompt is None:
+        prompt = corpus_prompt(options.corpus)
+    ids = list(tokenizer.encode(prompt)) or [tokenizer.end]
+
+    def evaluate(version: int, params: np.ndarray, sample: bool) -> dict[str, Any]:
+        scores: dict[str, Any] = held_out(params).as_dict()
+        if sample:
+            seed = derive_seed(options.seed, "sample", version)
+            written = held_out.sample(ids, options.evaluate.sample_tokens, seed, tokenizer.end)
+            scores |= {"prompt": prompt, "sample": tokenizer.decode(written)}
+        return scores
+
+    return evaluate
+
+
+def _parts(
+    setting: Setting, network: Network, strategy: Strategy, held_out: HeldOut, snapshot: Snapshot
+) -> Parts:
+    options, folder = setting.options, setting.folder
+    fresh = snapshot.state.version == 0
+    digest = setting.prepared.digest
+    slowed = options.clock == "real" and options.fleet.name != "none"
+    return Parts(
+        options,
+        strategy,
+        _transport(setting, network, strategy, snapshot),
+        _evaluator(setting, held_out),
+        folder,
+        privacy=make_privacy(options, setting.plan, folder.path, digest, fresh),
+        root=ClientWork(options, str(folder.path / "clients")).train_root,
+        fleet=Fleet(options.fleet, options.seed) if slowed else None,
+    )
+
+
+def _transport(
+    setting: Setting, network: Network, strategy: Strategy, snapshot: Snapshot
+) -> Transport:
+    """The network's transport, inside the virtual clock or the journal where there is one."""
+    options, now = setting.options, snapshot.totals.seconds
+    real = network.connect(setting.shards, setting.prepared.digest, now)
+    if options.clock == "virtual":
+        return VirtualTransport(real, make_timing(options), now)
+    if needs_journal(options, strategy.switches):
+        journal = Journal(setting.folder.wal)
+        return RecordedTransport(real, journal, snapshot.state.version, now)
+    return real

@@ -1,0 +1,78 @@
+"""Central evaluation beside the loop: a thread scores a version while clients train the next."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from fedgpt.core.messages import ServerState
+from fedgpt.core.options import EvaluateOptions
+from fedgpt.server.parts import Evaluator
+from fedgpt.storage.tables import VersionLine
+
+Metrics = dict[str, Any]
+# gets a complete metrics line, and the weights where they were scored
+Done = Callable[[Metrics, np.ndarray | None], None]
+
+
+class BackgroundEvaluation:
+    """At most one evaluation at a time; lines are completed strictly in the order of versions."""
+
+    def __init__(self, options: EvaluateOptions, evaluator: Evaluator, done: Done):
+        """`done` is called in the evaluation's thread."""
+        self.options, self._evaluator, self._done = options, evaluator, done
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="evaluate")
+        self._pending: deque[Future[None]] = deque()
+
+    def plan(self, line: VersionLine, before: float, after: float, every: int) -> VersionLine:
+        """The line with its evaluation decided; before and after: the run's progress, 0 to 1.
+
+        Samples come at equal distances of progress, the first and the last version included.
+        """
+        version, samples = line.metrics["version"], self.options.samples
+        intervals = samples - 1
+        first = version == 0
+        last = after >= 1
+        passed = intervals > 0 and (
+            first or math.floor(after * intervals) > math.floor(before * intervals)
+        )
+        sample = passed or (last and samples > 0)
+        score = first or last or sample or bool(every and version % every == 0)
+        return replace(line, score=score, sample=sample)
+
+    def complete(self, line: VersionLine, params: np.ndarray) -> None:
+        """Complete a version's line, with scores where it gets any, and hand it to `done`.
+
+        Returns at once unless an earlier version is being scored and this one is to be scored,
+        too: so only one vector besides the present one is ever kept.
+        """
+        if line.score:
+            self.wait()
+        scored = params if line.score else None
+        self._pending.append(self._thread.submit(self._complete, line, scored))
+
+    def scores(self, state: ServerState, sample: bool) -> Metrics:
+        """The scores of a version, now: where the next step depends on them."""
+        self.wait()
+        return self._evaluator(state.version, state.params, sample)
+
+    def wait(self) -> None:
+        """Return when all lines so far are complete; raises what an evaluation raised."""
+        while self._pending:
+            self._pending.popleft().result()
+
+    def close(self) -> None:
+        """End the thread after its present work."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _complete(self, line: VersionLine, params: np.ndarray | None) -> None:
+        version, scores = line.metrics["version"], {}
+        if params is not None:
+            scores = self._evaluator(version, params, line.sample)
+        self._done({**line.metrics, **scores}, params)

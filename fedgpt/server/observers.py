@@ -1,0 +1,56 @@
+"""Delivers the events of a run to its observers, from one thread, in order.
+
+The server loop and the evaluation thread both publish; each only appends to a queue and goes on.
+The delivery thread calls every observer with one event after the other. So an observer is never
+called twice at the same time, and a slow one delays other observers but not training.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Sequence
+
+from fedgpt.core.events import Event, Observer
+
+THREAD = "observers"  # name of the delivery thread
+log = logging.getLogger(__name__)
+
+
+class Observers:
+    """The observers of a run; one that raises is reported once and gets no further event."""
+
+    def __init__(self, observers: Sequence[Observer]):
+        self._observers = list(observers)
+        self._events: queue.SimpleQueue[Event | threading.Event | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._deliver, name=THREAD, daemon=True)
+        self._thread.start()
+
+    def publish(self, event: Event) -> None:
+        """Deliver an event to every observer, later; may be called from any thread."""
+        self._events.put(event)
+
+    def flush(self) -> None:
+        """Return when every event published before has been delivered."""
+        if self._thread.is_alive():
+            delivered = threading.Event()
+            self._events.put(delivered)
+            delivered.wait()
+
+    def close(self) -> None:
+        """Deliver what is left and end the thread."""
+        self._events.put(None)
+        self._thread.join()
+
+    def _deliver(self) -> None:
+        while (event := self._events.get()) is not None:
+            if isinstance(event, threading.Event):
+                event.set()
+                continue
+            for observer in list(self._observers):
+                try:
+                    observer(event)
+                except Exception:  # whatever a tracker raises must not end the run
+                    log.exception("an observer failed and is left out from now on: %r", observer)
+                    self._observers.remove(observer)

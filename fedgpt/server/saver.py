@@ -1,0 +1,44 @@
+"""What a restart finds: snapshots, the checkpoints made of them, the journal, the best weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fedgpt.server.parts import Parts
+from fedgpt.storage.best_weights import BestWeights
+from fedgpt.storage.checkpoint import Checkpoints, Snapshot
+from fedgpt.storage.journal import RecordedTransport
+
+
+class Saver:
+    """Keeps the newest snapshot and writes it where a checkpoint is due."""
+
+    def __init__(self, parts: Parts, snapshot: Snapshot):
+        transport, options = parts.transport, parts.options
+        self.journal = transport if isinstance(transport, RecordedTransport) else None
+        committed = None if self.journal is None else self.journal.journal.drop
+        folder = parts.folder.checkpoints
+        self.checkpoints = Checkpoints(folder, options.checkpoint.keep, committed)
+        self.best = BestWeights(options, self.checkpoints, snapshot, parts.score)
+        self.snapshot = replace(snapshot, clients=snapshot.clients.frozen())
+        self._saved: int | None = None  # version of the newest checkpoint that was asked for
+
+    def take(self, snapshot: Snapshot) -> None:
+        """A version has been made: this is the state after it."""
+        self.snapshot = snapshot
+        if self.journal is not None:
+            self.journal.step(snapshot.state.version)
+
+    def save(self) -> None:
+        """Write the newest snapshot in the background, unless it is on its way already."""
+        if self._saved != self.snapshot.state.version:
+            self._saved = self.snapshot.state.version
+            self.checkpoints.save(self.snapshot)
+
+    def end(self, over: bool) -> None:
+        """The server stops in order; `over`: a restart would stop at the same place again."""
+        self.save()
+        self.checkpoints.wait()
+        self.checkpoints.ended()
+        if over and self.journal is not None:
+            self.journal.over()
