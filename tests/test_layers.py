@@ -22,7 +22,7 @@ FLOORS = {
     "client": 4, "simulate": 4,
     "server": 5,
     "audit": 6, "report": 6, "config": 6,
-    "flower": 7, "api": 8, "cli": 9, "__main__": 10, "__init__": 10,
+    "assemble": 7, "flower": 8, "api": 9, "cli": 10, "__main__": 11, "__init__": 11,
 }  # fmt: skip
 ROOMS = {
     "flwr": {"flower"},

@@ -11,10 +11,8 @@ server loop's, delivers the events of a run in the order in which they happened
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar, Protocol
-
-import numpy as np
 
 from fedgpt.core.messages import ClientInfo
 
@@ -135,8 +133,6 @@ class MetricsReady(Event):
 
     name: ClassVar[str] = "metrics"
     metrics: Mapping[str, Any]
-    # (parameters,) float32, read-only, of a version that was evaluated; it is not in as_json
-    params: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     def as_json(self) -> dict[str, Any]:
         """The line's fields."""

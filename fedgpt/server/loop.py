@@ -415,7 +415,7 @@ class Server:
         self.saver.best.keep(metrics, params)
         self.parts.folder.metrics.append(metrics)
         reach("evaluated")
-        self.observers.publish(MetricsReady(metrics, params))
+        self.observers.publish(MetricsReady(metrics))
 
     # ---- end
 

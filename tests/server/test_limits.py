@@ -127,7 +127,7 @@ GARBAGE = {  # reason code -> a client that earns it
     "too_large": spoiled(same, padding="x" * 100_000),
     "wrong_run": spoiled(same, run="another"),
     "wrong_sender": spoiled(same, client="a"),
-    "unknown_job": spoiled(same, number=10**6),
+    "unknown_job": spoiled(same, task=10**6),
     "size_mismatch": resent(lambda array: array[:-1]),
     "wrong_shape": resent(lambda array: array.reshape(-1, 1)),
     "wrong_dtype": resent(lambda array: array.astype(np.float64)),
@@ -189,7 +189,7 @@ def test_the_servers_own_update_and_an_evaluation_never_compute_at_once(tmp_path
         return root(job)
 
     outcome = run(options(tmp_path, rounds=4), HONEST, FLTrust(), loss=Slow(), root=watching)
-    records = outcome.server.folder.metrics.read()
+    records = outcome.server.parts.folder.metrics.read()
     assert met == [False] * 4 and [record.get("loss") for record in records] == [1.0] * 5
 
 
