@@ -284,7 +284,7 @@ def _pacing_problems(o: RunOptions, strategy: Any) -> Iterator[str]:
     """Whether the strategy is right for the pacing."""
     paces = getattr(strategy, "paces", {"cohort"})
     if o.pace.name not in paces:
-        reason = getattr(strategy, "because", {}).get(o.pace.name, "")
+        reason = getattr(strategy, "refused_pacings", {}).get(o.pace.name, "")
         only = f"{type(strategy).__name__} is right for pace={' or '.join(sorted(paces))} only"
         yield f"pace={o.pace.name}: {only}{': ' if reason else ''}{reason}"
     elif o.pace.clients and hasattr(strategy, "problems") and o.pace.name in ("cohort", "buffer"):

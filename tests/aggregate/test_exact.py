@@ -185,7 +185,7 @@ def test_cores_that_share_a_long_vector_find_the_bits_of_one(monkeypatch):
     """Also where an element that is too large lies in the last part only: then nothing has changed
     in the others.
     """
-    size = parallel.ALONE + 12_345
+    size = parallel.SINGLE_THREAD_ELEMENTS + 12_345
     rng = np.random.default_rng(1)
     deltas = [rng.standard_normal(size).astype(np.float32) for _ in range(3)]
     spoiled = deltas[0].copy()

@@ -430,7 +430,7 @@ def test_too_small_a_cohort_is_told_before_the_run(rule, n, words):
 def test_too_few_updates_stop_the_run(rule, n, words):
     state = start()
     with pytest.raises(
-        StoppedEarly, match=rf"strategy={rule.name} needs at least {n + 1} .* {n} came"
+        StoppedEarly, match=rf"strategy={rule.name} needs at least {n + 1} .* {n} arrived"
     ):
         rule.combine(updates(n), state)
     assert np.isfinite(rule.combine(updates(n + 1), state)).all()

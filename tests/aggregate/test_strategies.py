@@ -202,8 +202,8 @@ def test_wrong_numbers_are_refused_by_name(cls):
 @every
 def test_a_refused_pacing_has_a_reason_and_a_way_out(cls):
     rules = {other().name: other for other in ALL}
-    assert set(cls.because) == {"cohort", "buffer"} - cls.paces
-    for pace, why in cls.because.items():
+    assert set(cls.refused_pacings) == {"cohort", "buffer"} - cls.paces
+    for pace, why in cls.refused_pacings.items():
         named = re.findall(r"strategy=(\w+)", why)
         assert named and all(pace in rules[name].paces for name in named)
 
