@@ -17,10 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from fedgpt.aggregate.base import Strategy
 from fedgpt.config import checks, overrides
 from fedgpt.core.errors import ConfigError, nearest
 from fedgpt.core.options import RunOptions
-from fedgpt.privacy.problems import privacy_problems
+from fedgpt.privacy.problems import Rule, privacy_problems
 from fedgpt.server.pacing import make_pace, pace_problems
 from fedgpt.simulate.fleet import replay_problems
 
@@ -277,7 +278,10 @@ def _problems(o: RunOptions, here: bool) -> Iterator[str]:
                 f"corpus.public=0: strategy={strategy.name} trains the server's own update on the"
                 " public part; raise it, or take another rule, such as strategy=median"
             )
-        yield from privacy_problems(o, strategy)
+        rule = Rule(type(strategy).__name__)  # a strategy of another library, such as Flower's
+        if isinstance(strategy, Strategy):
+            rule = Rule(strategy.name, strategy.linear, strategy.switches)
+        yield from privacy_problems(o, rule)
 
 
 def _pacing_problems(o: RunOptions, strategy: Any) -> Iterator[str]:
