@@ -94,7 +94,7 @@ def test_correct_combinations_are_accepted(chosen):
         (
             ["privacy=example", "model.dropout=0.1"],
             "model.dropout=0.1",
-            "would change the gradients of others",
+            "the gradients of others would change",
         ),
         (["privacy.target_epsilon=4"], "privacy.target_epsilon=4", "privacy=none protects nothing"),
         (["privacy=example", "local.precision=bf16"], "local.precision=bf16", "computed in fp32"),
