@@ -5,11 +5,11 @@ gives every update a weight, adds the weighted updates up, divides the sum and t
 
     update -> weight -> exact sum -> / divisor = D -> step -> next ServerState
 
-A strategy is a frozen dataclass that overrides those of the four parts in which it differs from
+A strategy is a frozen dataclass that overrides `weight`, `divisor` and `step` where it differs from
 federated averaging. Robust rules (median, Krum, ...) need all updates at once, so they override
-`combine`, which replaces weight, sum and divisor. When the server takes a step (after a round, or
-after K arrivals) is called the pacing; the server decides it, and `paces` names the pacings for
-which a rule is right.
+`combine`, which replaces weight, sum and divisor. The pacing says when the server takes a step:
+after a round, or after K arrivals. It is not part of a strategy, but `paces` names the pacings for
+which a strategy is right.
 """
 
 from __future__ import annotations
@@ -145,9 +145,10 @@ class Strategy:
         return module if package == __package__ else type(self).__name__.lower()
 
     def discount(self, staleness: int) -> float:
-        """The part of `weight` that depends on staleness, in (0, 1]; see staleness.py.
+        """The factor of `weight` that depends on staleness, in (0, 1]; see staleness.py.
 
-        The server asks for it alone under privacy=client, where tokens must not count.
+        Under privacy=client the server weights updates by this factor alone, because the number of
+        tokens of a client must not count.
         """
         return 1.0
 
