@@ -1,21 +1,19 @@
-"""What a server step costs: our aggregation against stock Flower's, on the same updates of a GPT of
-10 M parameters.
+"""The cost of a server step: fedgpt's aggregation against Flower's, on updates of a 10 M GPT.
 
     python benchmarks/aggregate.py            # about 4 minutes, 3 GB of memory
     python benchmarks/aggregate.py --quick    # a smoke run
 
-Flower gets what it has when replies arrive, messages whose records hold the weights of a client,
-tensor by tensor, and does what its strategies do with them (`aggregate_train` of FedAvg, FedMedian,
-FedTrimmedAvg and Krum, which decode the arrays). We get what we have then: decoded flat updates.
-Ours is the whole of `combine`, or of adding every update as it arrives and dividing once
-(`ExactSum`, whose bits do not depend on the order). Both sides start from arrays that lie in
-memory; validation, which Flower does not do and which tells us an update's length, is in neither.
-Threads: our sum and our Krum use every core, Flower's Krum as many as OMP_NUM_THREADS allows,
-everything else is done by one thread.
+Each side starts from what it has in memory when the replies have arrived. For Flower these are
+messages with the weights of a client, tensor by tensor; timed is `aggregate_train` of FedAvg,
+FedMedian, FedTrimmedAvg and Krum, which also decodes the arrays. For fedgpt they are decoded, flat
+updates; timed is `combine`, or adding every update and dividing once (`ExactSum`, whose result does
+not depend on the order). Validation is timed on neither side: Flower does none, and fedgpt's gives
+the norm of an update to `ExactSum`. fedgpt's sum and its Krum use every core, Flower's Krum as many
+as OMP_NUM_THREADS allows; everything else runs in one thread.
 
-The sides take turns; figures are medians of the rounds, and speeds are Flower's seconds over ours.
-`exact_model_copies` is the memory that the sum adds at its peak beside the one update it looks at,
-in models. Every result is compared with one computed in float64, `error` being the largest
+The sides take turns. Figures are medians of the rounds, and a speed is Flower's seconds over
+fedgpt's. `exact_model_copies` is the memory at the peak of the sum, without the updates, in copies
+of the model. Every result is compared with one computed in float64: `error` is the largest
 difference over the largest element.
 """
 
@@ -45,20 +43,20 @@ from fedgpt.core.flat import flatten
 from fedgpt.core.messages import ServerState, Update
 from fedgpt.model.gpt import GPT
 
-TOKENS = 512.0  # of every update: the same weight, as Flower's robust strategies have none
-MANY, FEW = 32, 8  # updates
+TOKENS = (
+    512.0  # tokens of every update: equal weights, because Flower's robust strategies have none
+)
+MANY, FEW = 32, 8  # numbers of updates
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5, help="of which medians are taken (5)")
-    parser.add_argument(
-        "--quick", action="store_true", help="the nano model, two rounds: no figures"
-    )
+    parser.add_argument("--rounds", type=int, default=5, help="rounds to take medians of (5)")
+    parser.add_argument("--quick", action="store_true", help="a smoke run: nano model, two rounds")
     chosen = parser.parse_args()
     rounds, name = (2, "nano") if chosen.quick else (chosen.rounds, "mini")
     logging.getLogger("flwr").setLevel(logging.WARNING)
-    # Flower wants them for a message
+    # Flower needs these ids to make a message
     TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
     start, shapes = model(name)
     rng = np.random.default_rng(0)
@@ -76,23 +74,18 @@ def main() -> None:
         part = deltas[:count]
         weights = [start - delta for delta in part]
         times, results = turns(rounds, theirs, weights, shapes, work(ours, part, state))
-        want = reference(key, part)
-        errors = [far(start - results[0], want), far(results[1], want)]
+        expected = reference(key, part)
+        errors = [error(start - results[0], expected), error(results[1], expected)]
         figures[key] = round(times[0] / times[1], 2)
         figures[f"{key}_seconds"], figures[f"{key}_error"] = round(times[1], 4), errors[1]
-        print(
-            f"{key:<16}{times[0]:>10.3f}{times[1]:>10.3f}{figures[key]:>8}{errors[1]:>10.1e}{errors[0]:>14.1e}"
-        )
+        row = f"{key:<16}{times[0]:>10.3f}{times[1]:>10.3f}{figures[key]:>8}"
+        print(f"{row}{errors[1]:>10.1e}{errors[0]:>14.1e}")
         del weights
-    figures["exact_model_copies"] = round(peak(work(None, deltas, state)) / start.nbytes, 2)
-    print(
-        f"the sum of {MANY} updates adds {figures['exact_model_copies']} copies of the model at its peak"
-    )
-    print(
-        json.dumps(
-            {**figures, "parameters": start.size, "rounds": rounds, "model": name, **machine()}
-        )
-    )
+    copies = round(peak(work(None, deltas, state)) / start.nbytes, 2)
+    figures["exact_model_copies"] = copies
+    print(f"the sum of {MANY} updates needs {copies} copies of the model at its peak")
+    about = {"parameters": start.size, "rounds": rounds, "model": name, **machine()}
+    print(json.dumps({**figures, **about}))
 
 
 def model(name: str) -> tuple[np.ndarray, list[tuple[str, tuple[int, ...]]]]:
@@ -104,9 +97,7 @@ def model(name: str) -> tuple[np.ndarray, list[tuple[str, tuple[int, ...]]]]:
 
 
 def reply(weights: np.ndarray, shapes: Sequence[tuple[str, tuple[int, ...]]], node: int) -> Message:
-    """A client's reply as Flower's quickstart sends it: its weights by tensor, and its number of
-    examples.
-    """
+    """A client's reply as in Flower's quickstart: weights by tensor and number of examples."""
     arrays, begin = {}, 0
     for name, shape in shapes:
         end = begin + int(np.prod(shape))
@@ -123,8 +114,9 @@ def reply(weights: np.ndarray, shapes: Sequence[tuple[str, tuple[int, ...]]], no
 def work(
     rule: Strategy | None, deltas: Sequence[np.ndarray], state: ServerState
 ) -> Callable[[], np.ndarray]:
-    """Our side: a rule over held updates, or the exact sum of updates as they arrive."""
-    norms = [float(np.linalg.norm(delta)) for delta in deltas]  # a decoded update comes with it
+    """fedgpt's side: a rule over all updates, or the exact sum of updates as they arrive."""
+    # validation has computed the norm of a decoded update
+    norms = [float(np.linalg.norm(delta)) for delta in deltas]
     updates = [
         Update(f"{i:02}", 0, 0, delta, int(TOKENS), {"update_norm": norm})
         for i, (delta, norm) in enumerate(zip(deltas, norms, strict=True))
@@ -133,7 +125,7 @@ def work(
         return lambda: rule.combine(updates, state)
     bound = 10 * norms[0]
     total = ExactSum(state.params.size, bound, len(deltas), TOKENS)
-    total.add(deltas[0], TOKENS)  # as in a run, its memory has been used by the version before
+    total.add(deltas[0], TOKENS)  # touches the accumulator, as the version before does in a run
 
     def add_all() -> np.ndarray:
         total.reset(bound, len(deltas), TOKENS)
@@ -151,8 +143,9 @@ def turns(
     shapes: Sequence[tuple[str, tuple[int, ...]]],
     ours: Callable[[], np.ndarray],
 ) -> tuple[list[float], list[np.ndarray]]:
-    """Median seconds and last results of both sides; replies are made anew each time, as strategies
-    empty them.
+    """Median seconds and last results of both sides.
+
+    The replies are made anew in each round, because Flower's strategies empty them.
     """
     seconds: list[list[float]] = [[], []]
     for _ in range(rounds):
@@ -169,25 +162,24 @@ def turns(
 
 
 def reference(key: str, deltas: Sequence[np.ndarray]) -> np.ndarray:
-    """The rule's D in float64, written as its definition says."""
+    """The rule's D in float64, computed as in its definition."""
     if key.startswith("exact"):
-        return sum((delta.astype(np.float64) for delta in deltas), np.zeros(deltas[0].size)) / len(
-            deltas
-        )
+        total = sum((delta.astype(np.float64) for delta in deltas), np.zeros(deltas[0].size))
+        return total / len(deltas)
     if key.startswith("krum"):
-        apart = np.array(
-            [[np.sum((a.astype(np.float64) - b) ** 2) for b in deltas] for a in deltas]
-        )
-        nearest = np.sort(apart, axis=1)[:, 1 : len(deltas) - 2 - 1].sum(axis=1)  # n - f - 2 others
+        rows = [delta.astype(np.float64) for delta in deltas]
+        squares = np.array([[np.sum((a - b) ** 2) for b in rows] for a in rows])
+        # the n - f - 2 nearest others
+        nearest = np.sort(squares, axis=1)[:, 1 : len(deltas) - 2 - 1].sum(axis=1)
         return deltas[int(np.argmin(nearest))].astype(np.float64)
     columns = np.sort(np.stack(deltas).astype(np.float64), axis=0)
     cut = 2 if key.startswith("trimmed") else (len(deltas) - 1) // 2
     return columns[cut : len(deltas) - cut].mean(axis=0)
 
 
-def far(result: np.ndarray, want: np.ndarray) -> float:
+def error(result: np.ndarray, expected: np.ndarray) -> float:
     """The largest difference, over the largest element."""
-    return float(np.abs(result - want).max() / np.abs(want).max())
+    return float(np.abs(result - expected).max() / np.abs(expected).max())
 
 
 def peak(do: Callable[[], np.ndarray]) -> float:
@@ -195,7 +187,7 @@ def peak(do: Callable[[], np.ndarray]) -> float:
     tracemalloc.start()
     try:
         do()
-        # the int64 accumulator was there before
+        # the float64 accumulator was allocated before tracing started
         return tracemalloc.get_traced_memory()[1] + 2 * 4 * do().size
     finally:
         tracemalloc.stop()

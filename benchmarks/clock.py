@@ -1,13 +1,12 @@
-"""How many events a second the virtual clock and the sampler handle: 100,000 clients registered,
-1,000 in flight.
+"""Events a second of the virtual clock and the sampler: 100,000 clients, 1,000 in flight.
 
     python benchmarks/clock.py            # about ten seconds
     python benchmarks/clock.py --quick    # a smoke run
 
-No vectors and no training: the server's own pacing (pace=buffer), fleet and event queue, with
-replies that are there at once. An event is one arrival: it is taken from the queue, a server step
-is due, an idle client is drawn, and its job's time is modelled and queued. `events_per_second` is
-the median of the rounds.
+The benchmark runs the server's pacing (pace=buffer), the simulated fleet and the event queue, with
+empty vectors and clients that reply immediately, so nothing is trained. An event is one arrival:
+it is taken from the queue, a server step is due, an idle client is drawn, and the time of its job
+is modelled and queued. `events_per_second` is the median of the rounds.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ FLEETS = {
 
 
 class Instant:
-    """Real clients that are done the moment they are asked."""
+    """A transport whose clients reply immediately."""
 
     virtual = False
 
@@ -73,9 +72,7 @@ class Instant:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="1,000 clients, 50 in flight: no figures"
-    )
+    parser.add_argument("--quick", action="store_true", help="a smoke run: 1,000 clients")
     chosen = parser.parse_args()
     clients, in_flight, events = (1_000, 50, 200) if chosen.quick else (100_000, 1_000, 4_000)
     print(
@@ -85,20 +82,13 @@ def main() -> None:
     for name, fleet in FLEETS.items():
         speeds[name] = statistics.median(rounds(fleet, clients, in_flight, events))
         print(f"{name:<32} {speeds[name]:>9,.0f}", flush=True)
-    about = {
-        "clients": clients,
-        "in_flight": in_flight,
-        "events": events,
-        "model": "none",
-        **machine(),
-    }
-    print(
-        json.dumps({"events_per_second": round(min(speeds.values())), "by_fleet": speeds, **about})
-    )
+    figures = {"events_per_second": round(min(speeds.values())), "by_fleet": speeds}
+    about = {"clients": clients, "in_flight": in_flight, "events": events, "model": "none"}
+    print(json.dumps({**figures, **about, **machine()}))
 
 
 def rounds(fleet: FleetOptions, clients: int, in_flight: int, events: int) -> list[float]:
-    """Events a second, five times `events` in a row after the first fill."""
+    """Events a second in five rounds of `events` each, after the fleet has been filled."""
     names = [f"client{i:06d}" for i in range(clients)]
     clock, flight = VirtualTransport(Instant(names), Fleet(fleet, seed=0)), InFlight()
     clock.clients(0)

@@ -1,5 +1,6 @@
-"""What the benchmarks share: starting a run as a child process, and what the kernel says about it
-(Linux: /proc).
+"""Shared by the benchmarks: runs as child processes, and the kernel's numbers about them.
+
+The numbers come from /proc, so they need Linux.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-TICK = os.sysconf("SC_CLK_TCK")
+TICK = os.sysconf("SC_CLK_TCK")  # clock ticks a second, the unit of CPU times in /proc
 
 
 @contextmanager
 def child(command: Sequence[str | Path], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process `python *command`, ended with the block; its output goes to `log` and is shown
-    where it fails.
+    """A process `python *command` that ends with the block.
+
+    Its output goes to `log`, and is shown if it fails.
     """
-    # a stop request ends like Ctrl-C: nothing is left behind
+    # SIGTERM ends the benchmark like Ctrl-C, so that no child stays behind
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -32,7 +34,7 @@ def child(command: Sequence[str | Path], log: Path) -> Iterator[subprocess.Popen
             yield process
         finally:
             if process.poll() is None:
-                # both kinds of child take their own children along
+                # a fedgpt run and the plain loop both end their own children
                 process.send_signal(signal.SIGTERM)
                 signal_all(process.pid, signal.SIGCONT)
                 process.wait()
@@ -40,7 +42,7 @@ def child(command: Sequence[str | Path], log: Path) -> Iterator[subprocess.Popen
 
 
 def refuse_failure(process: subprocess.Popen[bytes], log: Path) -> None:
-    """End the benchmark with what a failed child wrote."""
+    """End the benchmark with the output of a child that failed."""
     if process.returncode:
         raise SystemExit(
             f"{process.args} ended with {process.returncode}:\n{log.read_text()[-3000:]}"
@@ -48,7 +50,7 @@ def refuse_failure(process: subprocess.Popen[bytes], log: Path) -> None:
 
 
 def family(pid: int) -> list[int]:
-    """A process and its living descendants."""
+    """The ids of a process and its living descendants."""
     below = [
         int(i)
         for path in Path(f"/proc/{pid}/task").glob("*/children")
@@ -71,20 +73,18 @@ def cpu_seconds(pid: int) -> float:
 
 
 def fedgpt_run(folder: Path, options: Sequence[str]) -> list[str]:
-    """The command of the default pool run with `options` in `folder`."""
+    """The command for a run with `options` in `folder`."""
     return ["-m", "fedgpt", "run", *options, f"run_dir={folder}"]
 
 
 class Versions:
-    """Counts the server steps that a run's events.jsonl tells of; reads each byte once: looking
-    must cost nothing.
-    """
+    """Counts the server steps in a run's events.jsonl; it reads each byte once, so it is cheap."""
 
     def __init__(self, folder: Path):
         self.path, self.count, self._offset = folder / "events.jsonl", 0, 0
 
     def look(self) -> int:
-        """How many there are now."""
+        """The number of server steps so far."""
         try:
             if self.path.stat().st_size == self._offset:
                 return self.count
@@ -92,14 +92,14 @@ class Versions:
             return 0
         with self.path.open("rb") as stream:
             stream.seek(self._offset)
-            whole, end, _ = stream.read().rpartition(b"\n")
-        self._offset += len(whole + end)
-        self.count += sum(json.loads(line)["event"] == "version" for line in whole.splitlines())
+            lines, end, _ = stream.read().rpartition(b"\n")  # the last line may be incomplete
+        self._offset += len(lines + end)
+        self.count += sum(json.loads(line)["event"] == "version" for line in lines.splitlines())
         return self.count
 
 
 def machine(precision: str = "auto") -> dict[str, Any]:
-    """What the figures depend on beside the code."""
+    """What the figures depend on besides the code."""
     import torch
 
     from fedgpt.core.device import choose_compute, cores

@@ -1,15 +1,14 @@
-"""What compression of a delta costs and saves: bytes, error and speed of every codec, on Gaussian
-numbers.
+"""Bytes, error and speed of every codec, on a delta of Gaussian numbers.
 
     python benchmarks/compress.py            # 10 M elements, five rounds, about half a minute
     python benchmarks/compress.py --quick    # a smoke run
 
-Codecs take turns with a plain copy of the float32 delta into a buffer that is there (one thread, as
-all of this is). `encode` and `decode` are GB/s of float32 input, medians over rounds;
-`encode_vs_copy` and `decode_vs_copy` are medians of the ratio to the copy of the same round, which
-another machine or another job on this one moves less. The clock is the process's CPU time.
-`percent` is the payload's size in percent of float32, `error` the relative L2 error, of the whole
-delta, and `error_sent` of those elements that did not become zero.
+Each codec takes turns with a plain copy of the float32 delta into an allocated buffer; everything
+runs in one thread, and the clock is the CPU time of the process. `encode` and `decode` are GB/s of
+float32 input, medians over rounds. `encode_vs_copy` and `decode_vs_copy` are medians of the ratio
+to the copy in the same round, which depends less on the machine and on other jobs. `percent` is the
+size of the payload in percent of float32, `error` the relative L2 error of the delta, and
+`error_sent` that of the elements that did not become zero.
 """
 
 from __future__ import annotations
@@ -44,49 +43,32 @@ def main() -> None:
     parser.add_argument(
         "--size", type=int, default=10_000_000, help="elements of the delta (10,000,000)"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="of which medians are taken (5)")
-    parser.add_argument(
-        "--quick", action="store_true", help="200,000 elements, two rounds: no figures"
-    )
+    parser.add_argument("--rounds", type=int, default=5, help="rounds to take medians of (5)")
+    parser.add_argument("--quick", action="store_true", help="a smoke run: 200,000 elements")
     chosen = parser.parse_args()
     size, rounds = (200_000, 2) if chosen.quick else (chosen.size, chosen.rounds)
     about = {"elements": size, "rounds": rounds, "model": "none", **machine()}
     delta = np.random.default_rng(0).standard_normal(size).astype(np.float32)
     copy = np.empty_like(delta)
     lines, copies = [], []
-    header = (
-        "codec",
-        "% of fp32",
-        "error",
-        "sent",
-        "encode",
-        "decode GB/s",
-        "encode",
-        "decode / copy",
-    )
-    print(("{:<30}" + "{:>14}" * 7).format(*header))
+    sizes = ("codec", "% of fp32", "error", "sent")
+    speeds = ("encode", "decode GB/s", "encode", "decode / copy")
+    print(("{:<30}" + "{:>14}" * 7).format(*sizes, *speeds))
     for name, options in CODECS:
         codec = make_compressor(name, **options)
         figures, seconds = measured(codec, delta, copy, rounds)
         copies += seconds
         lines.append(figures)
         print(("{:<30}" + "{:>14.4g}" * 7).format(*figures.values()))
-    print(
-        json.dumps(
-            {
-                "codecs": lines,
-                "copy_gb_per_second": 4e-9 * size / statistics.median(copies),
-                **about,
-            }
-        )
-    )
+    copy_speed = 4e-9 * size / statistics.median(copies)
+    print(json.dumps({"codecs": lines, "copy_gb_per_second": copy_speed, **about}))
 
 
 def measured(
     codec: Compressor, delta: np.ndarray, copy: np.ndarray, rounds: int
 ) -> tuple[dict[str, object], list[float]]:
     """Figures of one codec, and the seconds of a plain copy in each round."""
-    payload = codec.encode(delta)  # untimed: memory is fetched, code is warm
+    payload = codec.encode(delta)  # not timed: allocates memory and warms caches
     back = codec.decode(payload, delta.size)
     kept = back != 0
     seconds = [
@@ -113,7 +95,7 @@ def measured(
 
 
 def cpu(work: Callable[[], object]) -> float:
-    """CPU seconds of this process for one piece of work."""
+    """CPU seconds that this process needs for `work`."""
     began = time.process_time()
     work()
     return max(time.process_time() - began, 1e-9)

@@ -1,23 +1,24 @@
-"""Whether the server's memory grows with the cohort: 64 clients a round against 8, at the mini
-model.
+"""Does the server's memory grow with the cohort? 64 clients a round against 8, with the mini model.
 
     python benchmarks/memory.py              # about two minutes on 2 cores
-    python benchmarks/memory.py --quick      # a smoke run with the nano model, under a minute: no figures
+    python benchmarks/memory.py --quick      # a smoke run with the nano model, under a minute
 
-Both are `fedgpt run` on the pool in a process of its own, with the same 64 clients (partition=iid),
-two rounds of one local step on one sequence, and no evaluation inside the window. That process
-holds the ServerApp. Its peak is
+Both runs are `fedgpt run` on the pool, in a process of their own that contains the server. They
+have the same 64 clients (partition=iid) and two rounds of one local step on one sequence. The peak
+of that process is the sum of
 
-    the kernel's peak of its resident set (VmHWM: its own memory, and every page of a reply that it
-    has mapped and read)
-  + the largest sum, over samples, of shared memory that it holds by a descriptor without having
-  mapped it.
+  - the kernel's peak of its resident set (VmHWM: its own memory, and every page of a reply that it
+    has mapped and read), and
+  - the largest amount, over samples, of shared memory for which it has an open descriptor but no
+    mapping.
 
-The second part makes it fair: a reply that waits for the server is in no process' resident set and
-yet takes memory. Pages that are both held and mapped may be counted twice, never left out. The
-window is that of the rounds: the peak is reset (/proc/PID/clear_refs) at the first job and read
-until the last server step, as the report that follows makes another copy of the model, whatever the
-cohort. `growth_model_copies` is (peak_64 - peak_8) / model_bytes.
+The second part is needed because a reply that waits for the server is in no process's resident set
+and yet takes memory. Pages may be counted in both parts, but are never left out.
+
+The peak is measured during the rounds only: it is reset (/proc/PID/clear_refs) at the first job and
+read until the last server step. No evaluation takes place in between, and the report after the last
+step would add one copy of the model for any cohort. `growth_model_copies` is
+(peak_64 - peak_8) / model_bytes.
 """
 
 from __future__ import annotations
@@ -33,21 +34,22 @@ from pathlib import Path
 from common import Versions, child, fedgpt_run, machine
 from safetensors import safe_open
 
-SAMPLE = 0.005  # seconds between looks at the process
-COHORTS = (8, 64)
+SAMPLE = 0.005  # seconds between two samples of the process
+COHORTS = (8, 64)  # clients a round
 OPTIONS = (
-    "corpus=sotu", "partition=iid", "partition.clients=64", "local.steps=1", "local.batch_size=1",
-    "local.moments=reset", "evaluate=ends", "evaluate.tokens=256", "checkpoint=none", "rounds=2",
-)  # fmt: skip
+    *("corpus=sotu", "partition=iid", "partition.clients=64"),
+    *("local.steps=1", "local.batch_size=1", "local.moments=reset"),
+    *("evaluate=ends", "evaluate.tokens=256", "checkpoint=none", "rounds=2"),
+)
 
 
 @dataclass(frozen=True)
 class Peak:
-    """Bytes at most, in the window."""
+    """The server's peak in bytes, and the size of the model."""
 
-    resident: int
-    unmapped: int
-    model: int  # bytes of one model copy
+    resident: int  # resident set
+    unmapped: int  # shared memory with a descriptor but no mapping
+    model: int  # bytes of one copy of the model
 
     @property
     def total(self) -> int:
@@ -56,14 +58,12 @@ class Peak:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument(
-        "--quick", action="store_true", help="the nano model and one round: no figures"
-    )
+    parser.add_argument("--quick", action="store_true", help="a smoke run: nano model, one round")
     parser.add_argument("options", nargs="*", help="more options of fedgpt run")
     chosen = parser.parse_args()
     model, about = "nano" if chosen.quick else "mini", machine()
     extra = ["rounds=1"] if chosen.quick else []
-    print(f"clients a round   resident MB   held unmapped MB   peak MB   ({model} model)")
+    print(f"clients a round   resident MB        unmapped MB   peak MB   ({model} model)")
     peaks = {}
     for cohort in COHORTS:
         peaks[cohort] = p = measure(
@@ -100,11 +100,11 @@ def measure(options: list[str]) -> Peak:
                 time.sleep(SAMPLE)
             resident = unmapped = 0
             if process.poll() is None:
-                # forget the peak of the start
+                # reset the peak
                 Path(f"/proc/{process.pid}/clear_refs").write_text("5")
                 resident, unmapped = watch(process.pid, folder, rounds)
             process.wait()
-        # past the block, so that a run which failed has said so
+        # after the block, which reports a run that failed
         with safe_open(
             next((folder / "checkpoints").glob("*.safetensors")), framework="numpy"
         ) as stored:
@@ -113,40 +113,42 @@ def measure(options: list[str]) -> Peak:
 
 
 def watch(pid: int, folder: Path, rounds: int) -> tuple[int, int]:
-    """(peak resident set, peak of what is held unmapped) until the last server step."""
+    """(peak resident set, peak of unmapped shared memory) until the last server step."""
     resident, unmapped, steps = 0, 0, Versions(folder)
-    with suppress(FileNotFoundError, ProcessLookupError):  # it ended early: its exit code says why
+    with suppress(
+        FileNotFoundError, ProcessLookupError
+    ):  # the run has failed, which `child` reports
         while True:
-            peak, held = high_water(pid), held_unmapped(pid)
-            if steps.look() >= rounds:  # what was just read may lie behind the last step
+            peak, now = high_water(pid), unmapped_bytes(pid)
+            if steps.look() >= rounds:  # these two may have been read after the last step
                 break
-            resident, unmapped = peak, max(unmapped, held)
+            resident, unmapped = peak, max(unmapped, now)
             time.sleep(SAMPLE)
     return resident, unmapped
 
 
 def high_water(pid: int) -> int:
-    """The peak of the resident set since it was reset."""
+    """The peak of the resident set since the last reset, in bytes."""
     for text in Path(f"/proc/{pid}/status").read_text().splitlines():
         if text.startswith("VmHWM:"):
             return 1024 * int(text.split()[1])
-    raise ProcessLookupError(pid)  # a zombie has no memory
+    raise ProcessLookupError(pid)  # the process has ended
 
 
-def held_unmapped(pid: int) -> int:
-    """Bytes of anonymous shared memory that the process holds by descriptor and has not mapped."""
-    held: dict[int, int] = {}
+def unmapped_bytes(pid: int) -> int:
+    """Bytes of anonymous shared memory for which a process has a descriptor but no mapping."""
+    sizes: dict[int, int] = {}  # inode -> bytes
     for path in Path(f"/proc/{pid}/fd").iterdir():
-        with suppress(FileNotFoundError):  # closed since it was listed
+        with suppress(FileNotFoundError):  # closed in the meantime
             if "memfd:" in str(path.readlink()):
                 about = path.stat()
-                held[about.st_ino] = 512 * about.st_blocks
+                sizes[about.st_ino] = 512 * about.st_blocks
     mapped = {
         int(text.split()[4])
         for text in Path(f"/proc/{pid}/maps").read_text().splitlines()
         if "memfd:" in text
     }
-    return sum(size for inode, size in held.items() if inode not in mapped)
+    return sum(size for inode, size in sizes.items() if inode not in mapped)
 
 
 if __name__ == "__main__":

@@ -1,31 +1,31 @@
-"""What the framework costs: the default pool run against a plain loop that does the same work.
+"""The overhead of the framework: a default run against a plain loop that does the same work.
 
-    python benchmarks/overhead.py              # 20 rounds of each side, about five minutes on 2 cores
-    python benchmarks/overhead.py --quick      # a smoke run, under a minute
+    python benchmarks/overhead.py            # 20 rounds of each side, about 5 minutes on 2 cores
+    python benchmarks/overhead.py --quick    # a smoke run, under a minute
 
-A (fedgpt): `fedgpt run` as a user types it: nano model, corpus sotu, 8 of its 43 clients a round,
-the default local
-    steps, one process of one thread per core, with evaluate=ends and checkpoint=none. Everything a
-    round has stays on: sampling, messages, digests, validation, exact sums, Adam's moments in a
-    file for each client, events, metrics.
-B (plain): benchmarks/plain_loop.py: as many processes and threads with the same environment
-variables (KEEP_HEAP of
-    flower/launch.py and the thread pools'), the same Trainer on the same batches, an idle process
-    gets the next client, float32 averages in place in shared memory, moments parked in shared
-    memory too. No evaluation, no files.
+A (fedgpt): `fedgpt run` as a user types it, with the nano model, corpus sotu, 8 of its 43 clients a
+    round, the default local steps, one process of one thread per core, evaluate=ends and
+    checkpoint=none. Everything else in a round stays on: sampling, messages, digests, validation,
+    exact sums, Adam's moments in a file for each client, events and metrics.
+B (plain): benchmarks/plain_loop.py, with as many processes and threads, the same environment
+    variables (KEEP_HEAP of flower/launch.py and those of the thread pools) and the same Trainer on
+    the same batches. An idle process gets the next client; updates are averaged in float32, and
+    moments are kept, in shared memory. It does not evaluate and writes no files.
 
-Both live side by side and take turns of a second: the processes of one are stopped (SIGSTOP) while
-those of the other go on, so that both meet the same machine, round by round. Each has a clock that
-stands still with it. A round is what this clock shows from the end of a server step to the end of
-the next, seen in the run's own events to 10 ms: it holds all of the server's work. Outside of what
-is timed lie start-up, the first round (processes join, buffers are made, version 0 is scored beside
-it) and what follows the last step.
+Both runs are alive at the same time and take turns of a second: the processes of one are stopped
+(SIGSTOP) while those of the other continue, so that both see the same machine in each round. The
+clock of a side counts only the seconds in which it is not stopped. A round lasts from the end of a
+server step to the end of the next on that clock, so it contains all work of the server; the end of
+a step is seen in the run's events, to 10 ms. Not timed are the start, the first round (in which
+processes join, buffers are allocated and version 0 is evaluated) and everything after the last
+step.
 
-`overhead` is the median over rounds of A / B - 1, in wall time. `overhead_cpu` is the ratio of the
-CPU seconds of all processes over all rounds: another job on the machine disturbs it less, but it
-counts no waiting. `distance` compares the final weights, relative to how far training moved them:
-small, as both sides did the same work; not zero, as the sums round differently and training
-amplifies that (local.precision=fp32: 3e-6 after two rounds, 0.3 after twenty).
+`overhead` is the median over rounds of A / B - 1, in wall time. `overhead_cpu` is the same ratio
+for the CPU seconds of all processes over all rounds: other jobs on the machine disturb it less, but
+it does not count waiting. `distance` is the distance between the final weights, relative to how far
+training moved them. It is small, because both sides do the same work, and not zero, because the
+sums are rounded differently and training amplifies that (with local.precision=fp32: 3e-6 after two
+rounds, 0.3 after twenty).
 """
 
 from __future__ import annotations
@@ -49,18 +49,13 @@ from fedgpt.config import compose
 from fedgpt.core.device import cores
 
 OPTIONS = (
-    "model=nano",
-    "corpus=sotu",
-    "pace.clients=8",
-    "evaluate=ends",
-    "evaluate.tokens=1024",
-    "checkpoint=none",
-    f"runtime.workers={min(8, cores())}",
-    "runtime.threads=1",
+    *("model=nano", "corpus=sotu", "pace.clients=8"),
+    *("evaluate=ends", "evaluate.tokens=1024", "checkpoint=none"),
+    *(f"runtime.workers={min(8, cores())}", "runtime.threads=1"),
 )
 PLAIN = Path(__file__).with_name("plain_loop.py")
-POLL = 0.01  # seconds between looks at a run's events
-TURN = 1.0  # seconds
+POLL = 0.01  # seconds between two looks at a run's events
+TURN = 1.0  # seconds of a turn
 
 
 @dataclass
@@ -71,7 +66,7 @@ class Side:
     folder: Path
     clock: float = 0.0  # seconds in which it was not stopped
     stamps: list[float] = field(default_factory=list)  # the clock at the end of each server step
-    # CPU seconds of all its processes, likewise
+    # CPU seconds of all its processes at the end of each server step
     cpu_stamps: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -79,7 +74,7 @@ class Side:
 
     @property
     def seconds(self) -> list[float]:
-        """Of each timed round."""
+        """Seconds of each timed round."""
         return np.diff(self.stamps).tolist()
 
     @property
@@ -88,7 +83,7 @@ class Side:
         return np.diff(self.cpu_stamps).tolist()
 
     def turn(self, last: int, limit: float = math.inf) -> None:
-        """Let it go on for `limit` seconds, or until it has done version `last`."""
+        """Let it continue for `limit` seconds, or until version `last` is complete."""
         if len(self.stamps) >= last:
             return
         began = time.monotonic()
@@ -105,7 +100,7 @@ class Side:
         self.clock += time.monotonic() - began
 
     def finish(self) -> None:
-        """Let it end."""
+        """Let it run to its end."""
         signal_all(self.process.pid, signal.SIGCONT)
         self.process.wait()
 
@@ -113,35 +108,25 @@ class Side:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--pairs", type=int, default=20, help="timed rounds of each side (20)")
-    parser.add_argument(
-        "--quick", action="store_true", help="2 pairs with 2 local steps: no figures"
-    )
+    parser.add_argument("--quick", action="store_true", help="a smoke run: 2 rounds of 2 steps")
     parser.add_argument(
         "options", nargs="*", help="more options of fedgpt run, e.g. local.precision=fp32"
     )
     chosen = parser.parse_args()
     pairs = 2 if chosen.quick else chosen.pairs
-    options = [
-        *OPTIONS,
-        f"rounds={pairs + 1}",
-        *(["local.steps=2"] if chosen.quick else []),
-        *chosen.options,
-    ]
+    quick = ["local.steps=2"] if chosen.quick else []
+    options = [*OPTIONS, f"rounds={pairs + 1}", *quick, *chosen.options]
     about = describe(options)
     print(json.dumps(about))
     with tempfile.TemporaryDirectory(prefix="overhead-") as name:
         a, b = Path(name, "fedgpt"), Path(name, "plain")
         ours, plain = compare(a, fedgpt_run(a, options), b, [str(PLAIN), str(b), *options], pairs)
-        apart = distance(a, b)
-    print(
-        json.dumps(
-            {**figures(ours, plain), "distance": apart, "pairs": pairs, "rounds": pairs, **about}
-        )
-    )
+        results = {**figures(ours, plain), "distance": distance(a, b)}
+    print(json.dumps({**results, "pairs": pairs, "rounds": pairs, **about}))
 
 
 def compare(a: Path, ours: list[str], b: Path, plain: list[str], pairs: int) -> tuple[Side, Side]:
-    """Run both commands in turns, to their ends."""
+    """Run both commands in turns, to their end."""
     with child(ours, a.with_suffix(".log")) as fedgpt:
         first = Side(fedgpt, a)
         first.turn(1)
@@ -183,7 +168,7 @@ def figures(ours: Side, plain: Side) -> dict[str, object]:
 
 
 def distance(a: Path, b: Path) -> float:
-    """How far the final weights of two sides are apart."""
+    """The distance between the final weights, over the distance that training moved them."""
     ours = load_file(next((a / "checkpoints").glob("*.safetensors")))["params"]
     with np.load(b / "params.npz") as plain:
         first, last = plain["first"], plain["last"]
@@ -191,7 +176,7 @@ def distance(a: Path, b: Path) -> float:
 
 
 def describe(options: list[str]) -> dict[str, object]:
-    """What is compared, and where."""
+    """The compared runs and the machine."""
     o = compose.load(options)
     return {
         "model": "nano",

@@ -1,18 +1,17 @@
-"""Federated averaging as one would write it without a framework: the reference of
-benchmarks/overhead.py.
+"""Federated averaging written without a framework: the reference of benchmarks/overhead.py.
 
     python benchmarks/plain_loop.py FOLDER [key=value ...]      # the options of `fedgpt run`
 
-Persistent spawned processes, one pipe each, all vectors in shared memory. Nothing of fedgpt's
-engine or Flower side is used: no messages, digests, validation, exact sums, files, records or
-resuming. What a client does is the same: the same Trainer, the same shards, batches, seeds and
-learning rates, so that the weights end (nearly) the same too. Each round the parent deals the next
-client to the process that is idle, and adds a finished update in place, float32. Adam's moments of
-a client are parked in shared memory, one row for each client, because the next round may meet it in
-the other process.
+The processes are spawned once, with one pipe each; all vectors are in shared memory. Nothing of
+fedgpt's server or of Flower is used: there are no messages, digests, validation, exact sums, files,
+metrics or resuming. A client does the same work as in fedgpt, with the same Trainer, shards,
+batches, seeds and learning rates, so that the final weights are (nearly) the same. In each round
+the parent gives the next client to a process that is idle, and adds a finished update in place, in
+float32. The Adam moments of the clients are kept in shared memory, one row for each client, because
+another process may train the client in the next round.
 
-FOLDER gets events.jsonl, one line after each server step with the seconds so far, and params.npz,
-the `first` and `last` weights.
+The program writes events.jsonl to FOLDER, one line with the seconds so far after each server step,
+and params.npz with the `first` and `last` weights.
 """
 
 from __future__ import annotations
@@ -44,19 +43,16 @@ from fedgpt.core.seeds import derive_seed, numpy_generator
 from fedgpt.data.batches import Batches
 from fedgpt.data.partition import Shard, partition
 from fedgpt.data.prepare import Prepared, prepare
-
-# two environment variables, no code: both sides' processes get them
-from fedgpt.flower.launch import (
-    KEEP_HEAP,
-)
+from fedgpt.flower.launch import KEEP_HEAP  # environment variables that both sides set
 from fedgpt.local.optimizer import Moments
 from fedgpt.local.trainer import Trainer
 from fedgpt.model.gpt import GPT
 
 
 class SharedArray:
-    """A float32 array in anonymous memory that spawned processes get by descriptor (/dev/shm may be
-    small).
+    """A float32 array in anonymous shared memory, passed to processes as a descriptor.
+
+    It does not use /dev/shm, which may be small.
     """
 
     def __init__(self, *shape: int):
@@ -79,17 +75,17 @@ class SharedArray:
 
 @dataclass(frozen=True)
 class Job:
-    """What goes down a pipe; the answer is its slot and the tokens trained."""
+    """A message to a process; the reply is the slot and the number of trained tokens."""
 
-    slot: int  # where the update goes
+    slot: int  # row of Memory.updates for the update
     client: int
-    number: int  # how many jobs the client had before
+    number: int  # number of earlier jobs of the client
     plan: Plan
 
 
 @dataclass(frozen=True)
 class Memory:
-    """All vectors, shared by all processes."""
+    """All vectors; every process shares them."""
 
     params: SharedArray  # (parameters,)
     updates: SharedArray  # (clients of a round, parameters)
@@ -104,12 +100,12 @@ def load(options: RunOptions) -> tuple[Prepared, list[Shard]]:
 
 
 def work(pipe: Connection, memory: Memory, options: RunOptions, threads: int) -> None:
-    """A process: train one job after the other until the pipe brings None."""
+    """The loop of a process: train one job after the other, until None arrives."""
     torch.set_num_threads(threads)
     prepared, shards = load(options)
     compute = choose_compute(options.runtime.device, options.local.precision)
     trainer = Trainer(options.model, prepared.tokenizer.vocab_size, options.local, compute)
-    params, updates, parked = (
+    params, updates, kept = (
         array.tensor for array in (memory.params, memory.updates, memory.moments)
     )
     while (job := pipe.recv()) is not None:
@@ -120,16 +116,16 @@ def work(pipe: Connection, memory: Memory, options: RunOptions, threads: int) ->
         ]
         tokens = shard.read(prepared.tokens)
         batches = Batches(tokens, options.model.block_size, options.local.batch_size, seeds[0])
-        moments = Moments(parked[job.client, 0], parked[job.client, 1], done) if done else None
+        moments = Moments(kept[job.client, 0], kept[job.client, 1], done) if done else None
         trained = trainer.train(params.numpy(), batches, job.plan, moments, seeds[1])
-        parked[job.client, 0].copy_(trained.moments.first)
-        parked[job.client, 1].copy_(trained.moments.second)
+        kept[job.client, 0].copy_(trained.moments.first)
+        kept[job.client, 1].copy_(trained.moments.second)
         updates[job.slot].copy_(torch.from_numpy(trained.delta))
         pipe.send((job.slot, trained.tokens))
 
 
 class Parent:
-    """The one loop: deal, add, step."""
+    """The server: it hands out jobs, adds updates and takes a step."""
 
     def __init__(self, options: RunOptions):
         self.options = options
@@ -152,16 +148,13 @@ class Parent:
         self.tokens_total = options.rounds * local.steps * self.step_tokens
 
     def run(self, stamps: TextIO) -> None:
-        """Start the processes, do all rounds, end the processes."""
+        """Start the processes, run all rounds, end the processes."""
         pipes, processes = self.start()
         began = time.monotonic()
         for version in range(self.options.rounds):
             self.round(version, pipes)
-            about = {
-                "event": "version",
-                "version": version + 1,
-                "wall_seconds": time.monotonic() - began,
-            }
+            seconds = time.monotonic() - began
+            about = {"event": "version", "version": version + 1, "wall_seconds": seconds}
             print(json.dumps(about), file=stamps, flush=True)
         for pipe in pipes:
             pipe.send(None)
@@ -189,8 +182,8 @@ class Parent:
         return pipes, processes
 
     def round(self, version: int, pipes: list[Connection]) -> None:
-        """One round: the mean of the updates, weighted by tokens, comes off the weights."""
-        # the same clients as in fedgpt's round
+        """One round: subtract the mean of the updates, weighted by tokens, from the parameters."""
+        # the same clients as in a round of fedgpt
         draw = numpy_generator(self.options.seed, "cohort", version)
         chosen = sorted(int(i) for i in draw.choice(len(self.numbers), self.cohort, replace=False))
         jobs = deque(self.job(slot, client, version) for slot, client in enumerate(chosen))
@@ -199,7 +192,7 @@ class Parent:
             pipe.send(jobs.popleft())
         weight = 0
         self.total.zero_()
-        for pipe in self.answers(busy):
+        for pipe in self.replies(busy):
             slot, tokens = pipe.recv()
             if jobs:
                 pipe.send(jobs.popleft())
@@ -208,8 +201,8 @@ class Parent:
             weight += tokens
         self.memory.params.tensor.sub_(self.total, alpha=1 / weight)
 
-    def answers(self, busy: list[Connection]) -> Iterator[Connection]:
-        """The pipes that have an answer, as they come; `busy` grows while one is handled."""
+    def replies(self, busy: list[Connection]) -> Iterator[Connection]:
+        """The pipes with a reply, as they arrive; `busy` may grow while one is handled."""
         while busy:
             for pipe in wait(busy):
                 assert isinstance(pipe, Connection)
@@ -220,9 +213,8 @@ class Parent:
         steps, number = self.options.local.steps, self.numbers[client]
         self.numbers[client] += 1
         done = version * steps * self.step_tokens
-        return Job(
-            slot, client, number, Plan("plain", steps, done, self.step_tokens, self.tokens_total)
-        )
+        plan = Plan("plain", steps, done, self.step_tokens, self.tokens_total)
+        return Job(slot, client, number, plan)
 
 
 def main() -> None:

@@ -1,15 +1,16 @@
-"""What DP-SGD costs a training step: book-keeping and Opacus' hooks against the step without
-privacy.
+"""The cost of DP-SGD in a training step: book-keeping and Opacus' hooks against a plain step.
 
-    python benchmarks/privacy.py            # the mini model, ten rounds, about three minutes on one core
+    python benchmarks/privacy.py            # mini model, ten rounds: about 3 minutes on one core
     python benchmarks/privacy.py --quick    # a smoke run on a tiny model
 
-A step is the trainer's own: batch, forward, backward, clipping of the whole gradient, fused AdamW.
-That of book-keeping also clips example by example and adds secure noise. `hooks` is Opacus as its
-tutorial has it: GradSampleModule in hooks mode and DPOptimizer around torch's fused AdamW, with
-torch's own noise; `hooks_here` is fedgpt's other engine, Opacus' per-example gradients with our sum
-and noise. All in fp32 and with the same examples (sampling probability 1), the heap kept as the
-pool's workers keep it. They take turns; ratios are medians of the ratio in the same round, in wall
+`plain` is the trainer's step: batch, forward, backward, clipping of the gradient's norm, fused
+AdamW. `bookkeeping` also clips the gradient of every example and adds secure noise. `hooks` is
+Opacus as in its tutorial: GradSampleModule in hooks mode and DPOptimizer around torch's fused
+AdamW, with torch's noise. `hooks_here` is fedgpt's other engine, which takes Opacus' per-example
+gradients and adds them up itself, with secure noise.
+
+All steps are in fp32 and on the same examples (sampling probability 1), with the heap settings of
+the pool's workers. They take turns; a ratio is the median of the ratios in the same round, in wall
 time.
 """
 
@@ -44,9 +45,9 @@ Step = Callable[[], None]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=10, help="of which medians are taken (10)")
+    parser.add_argument("--rounds", type=int, default=10, help="rounds to take medians of (10)")
     parser.add_argument("--batch", type=int, default=8, help="examples in a step (8)")
-    parser.add_argument("--quick", action="store_true", help="a tiny model, two rounds: no figures")
+    parser.add_argument("--quick", action="store_true", help="a smoke run: tiny model, two rounds")
     chosen = parser.parse_args()
     if not KEEP_HEAP.keys() <= os.environ.keys():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**KEEP_HEAP, **os.environ})
@@ -54,12 +55,14 @@ def main() -> None:
     about = machine("fp32")
     local = LocalOptions(batch_size=chosen.batch)
     steps = {
-        "plain": plain(model, local), "bookkeeping": private(model, local, "bookkeeping"),
-        "hooks": stock_opacus(model, local), "hooks_here": private(model, local, "opacus"),
-    }  # fmt: skip
+        "plain": plain(model, local),
+        "bookkeeping": private(model, local, "bookkeeping"),
+        "hooks": stock_opacus(model, local),
+        "hooks_here": private(model, local, "opacus"),
+    }
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
-        step()  # untimed: memory is fetched, code is warm
+        step()  # not timed: allocates memory and warms caches
     for _ in range(rounds):
         for name, step in steps.items():
             began = time.perf_counter()
@@ -73,17 +76,8 @@ def main() -> None:
         "bookkeeping_over_hooks": over(seconds["bookkeeping"], seconds["hooks"]),
         "hooks_over_plain": over(seconds["hooks"], seconds["plain"]),
     }
-    print(
-        json.dumps(
-            {
-                **ratios,
-                "rounds": rounds,
-                "batch": chosen.batch,
-                "block_size": model.block_size,
-                **about,
-            }
-        )
-    )
+    shape = {"rounds": rounds, "batch": chosen.batch, "block_size": model.block_size}
+    print(json.dumps({**ratios, **shape, **about}))
 
 
 def plain(model: ModelOptions, local: LocalOptions) -> Step:
@@ -114,7 +108,7 @@ def private(model: ModelOptions, local: LocalOptions, engine: str) -> Step:
 
 
 def stock_opacus(model: ModelOptions, local: LocalOptions) -> Step:
-    """A step as Opacus' users write it."""
+    """A step as in Opacus' tutorial."""
     from opacus.grad_sample import GradSampleModule
     from opacus.optimizers import DPOptimizer
 
@@ -129,21 +123,20 @@ def stock_opacus(model: ModelOptions, local: LocalOptions) -> Step:
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        torch.nn.functional.cross_entropy(
-            hooked(inputs).flatten(0, 1), targets.flatten()
-        ).backward()
+        logits = hooked(inputs).flatten(0, 1)
+        torch.nn.functional.cross_entropy(logits, targets.flatten()).backward()
         optimizer.step()
 
     return step
 
 
 def tokens_of(model: ModelOptions, local: LocalOptions) -> np.ndarray:
-    """As many tokens as one batch of blocks has."""
+    """The tokens of one batch of blocks."""
     return np.random.default_rng(0).integers(VOCAB, size=local.batch_size * (model.block_size + 1))
 
 
 def over(own: list[float], reference: list[float]) -> float:
-    """Median of the ratios, round by round."""
+    """The median of the ratios in the same round."""
     return round(statistics.median(a / b for a, b in zip(own, reference, strict=True)), 4)
 
 

@@ -1,20 +1,19 @@
-"""How fast a client trains: our trainer against a loop in nanoGPT's manner, on a CPU or a GPU.
+"""Training speed of a client: fedgpt's trainer against a loop like nanoGPT's, on a CPU or a GPU.
 
-    python benchmarks/train.py                          # nano and mini, five rounds, about five minutes on one core
+    python benchmarks/train.py                          # nano and mini: 5 minutes on one core
     python benchmarks/train.py --models gpt2 --compile  # for a GPU
     python benchmarks/train.py --quick                  # a smoke run
 
-A (fedgpt): whole jobs of `Trainer.train`, as a client does them: the model comes in as a float32
-vector in main memory,
-    the delta goes out as one.
-B (plain): the same model, batches, clipping and precision as one writes it: autocast where A
-computes in bf16, AdamW
-    with fused kernels and two groups, clip_grad_norm_; on a GPU batches from pinned memory and TF32
-    for what is left.
+A (fedgpt): a job of `Trainer.train`, as a client does it, from the model as a float32 vector in
+    main memory to the delta as another one.
+B (plain): the same model, batches, clipping and precision in a plain loop: autocast if A computes
+    in bf16, fused AdamW with two parameter groups, clip_grad_norm_; on a GPU also batches from
+    pinned memory, and TF32 for everything that is not bf16.
 C (compiled, with --compile): B with torch.compile.
 
-They take turns in one process. A figure is the median of the ratio in the same round, in wall time;
-compiling, recording and the first job of each lie outside. `tokens_per_second` are A's.
+They take turns in one process. A figure is the median of the ratios in the same round, in wall
+time. The first job of each, with compilation and the capture of CUDA graphs, is not timed.
+`tokens_per_second` is A's.
 """
 
 from __future__ import annotations
@@ -48,13 +47,11 @@ Job = Callable[[], object]
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", default="nano,mini", help="presets of conf/model (nano,mini)")
-    parser.add_argument("--rounds", type=int, default=5, help="of which medians are taken (5)")
-    parser.add_argument("--steps", type=int, default=20, help="of a job (20)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds to take medians of (5)")
+    parser.add_argument("--steps", type=int, default=20, help="steps of a job (20)")
     parser.add_argument("--batch", type=int, default=8, help="sequences in a step (8)")
-    parser.add_argument("--compile", action="store_true", help="compare with torch.compile, too")
-    parser.add_argument(
-        "--quick", action="store_true", help="the nano model, two rounds of two steps: no figures"
-    )
+    parser.add_argument("--compile", action="store_true", help="also compare with torch.compile")
+    parser.add_argument("--quick", action="store_true", help="a smoke run: nano, 2 rounds")
     chosen = parser.parse_args()
     if not KEEP_HEAP.keys() <= os.environ.keys():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**KEEP_HEAP, **os.environ})
@@ -80,13 +77,8 @@ def main() -> None:
         figures[f"{name}_tokens_per_second"] = round(
             chosen.steps * local.batch_size * model.block_size / ours
         )
-    shape = {
-        "rounds": chosen.rounds,
-        "steps": chosen.steps,
-        "batch": chosen.batch,
-        "model": chosen.models,
-    }
-    print(json.dumps({**figures, **shape, "gpu": gpu_name(), **about}))
+    job = {"rounds": chosen.rounds, "steps": chosen.steps, "batch": chosen.batch}
+    print(json.dumps({**figures, **job, "model": chosen.models, "gpu": gpu_name(), **about}))
 
 
 def take_turns(jobs: dict[str, Job], rounds: int) -> dict[str, list[float]]:
@@ -98,7 +90,7 @@ def take_turns(jobs: dict[str, Job], rounds: int) -> dict[str, list[float]]:
             job()
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            if number:  # the first warms up
+            if number:  # the first round warms up
                 seconds[kind].append(time.perf_counter() - began)
     return seconds
 
@@ -116,15 +108,14 @@ def fedgpt_job(model: ModelOptions, local: LocalOptions, compute: Compute, steps
 def plain_job(
     model: ModelOptions, local: LocalOptions, compute: Compute, steps: int, compiled: bool
 ) -> Job:
-    """The same steps as one writes them."""
+    """The same steps in a plain loop."""
     gpt = GPT(model, VOCAB).to(compute.device).train()
     loss_of = torch.compile(gpt.loss) if compiled else gpt.loss
+    matrices = [p for p in gpt.parameters() if p.dim() >= 2]
+    others = [p for p in gpt.parameters() if p.dim() < 2]
     groups = [
-        {
-            "params": [p for p in gpt.parameters() if p.dim() >= 2],
-            "weight_decay": local.weight_decay,
-        },
-        {"params": [p for p in gpt.parameters() if p.dim() < 2], "weight_decay": 0.0},
+        {"params": matrices, "weight_decay": local.weight_decay},
+        {"params": others, "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(groups, lr=local.lr, betas=(local.beta1, local.beta2), fused=True)
     on_gpu, bf16 = compute.device == "cuda", compute.dtype == "bf16"
@@ -153,7 +144,7 @@ def plain_job(
 
 
 def over(own: list[float], reference: list[float]) -> float:
-    """Median of the ratios, round by round."""
+    """The median of the ratios in the same round."""
     return round(statistics.median(a / b for a, b in zip(own, reference, strict=True)), 3)
 
 

@@ -1,5 +1,7 @@
-"""What every study does around its runs: configurations in, results.json with its circumstances
-out.
+"""Shared by the studies: running arms with seeds, tables, and results.json.
+
+A study is a set of arms. An arm is a list of options of `fedgpt run`; every arm runs once for each
+seed, and results.json records the figures together with the command, machine and commit.
 """
 
 from __future__ import annotations
@@ -26,38 +28,37 @@ import fedgpt
 from fedgpt.core.device import cores
 
 REPOSITORY = Path(__file__).parent.parent
+# colours of the lines of a figure, in order
 COLOURS = (
-    "#1f5fa8",
-    "#c46210",
-    "#2e8b57",
-    "#8b3a8b",
-    "#b8860b",
-    "#4d4d4d",
-    "#c2185b",
-    "#00838f",
-    "#6d4c41",
+    *("#1f5fa8", "#c46210", "#2e8b57", "#8b3a8b", "#b8860b"),
+    *("#4d4d4d", "#c2185b", "#00838f", "#6d4c41"),
 )
+# options that make the runs of a smoke run short
+SMALL = ("evaluate.tokens=2048", "corpus=stdlib", "tokenizer=bytes")
 
 
 def arguments(description: str) -> argparse.Namespace:
-    """`--quick` (a smoke run that leaves results.json alone) and `--runs FOLDER`."""
+    """Parse `--quick` (a smoke run that does not write results.json) and `--runs FOLDER`."""
     parser = argparse.ArgumentParser(
         description=description.splitlines()[0],
         epilog=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--quick", action="store_true", help="a smoke run of less than a minute; results.json stays"
+        "--quick",
+        action="store_true",
+        help="a smoke run of less than a minute; results.json is not written",
     )
     parser.add_argument(
-        "--runs", type=Path, help="keep the run folders here and reuse those that are finished"
+        "--runs", type=Path, help="keep the run folders here, and reuse finished runs"
     )
     return parser.parse_args()
 
 
 def run(folder: Path, *overrides: str) -> fedgpt.Run:
-    """One run into `folder`, in a process of its own, so that runs do not share memory or
-    threads.
+    """Run `fedgpt run` into `folder`, unless it contains a finished run.
+
+    Every run has a process of its own, so that runs share neither memory nor threads.
     """
     if not (folder / "summary.json").exists():
         command = [sys.executable, "-m", "fedgpt", "run", *overrides, f"run_dir={folder}"]
@@ -80,10 +81,10 @@ def run_arms(
     seeds: Sequence[int],
     common: Sequence[str] = (),
 ) -> dict[str, list[fedgpt.Run]]:
-    """Every arm with every seed; arm -> its runs in the order of the seeds.
+    """Run every arm with every seed; returns arm -> its runs in the order of the seeds.
 
-    As many runs at once as there are cores, each on one worker of one thread: on the virtual clock
-    that changes no bit, and nobody waits for another run's start or evaluation.
+    As many runs as cores take place at the same time, each with one worker of one thread. On the
+    virtual clock that does not change the results.
     """
     one_worker = ["runtime.workers=1", "runtime.threads=1"]
     with ThreadPoolExecutor(cores()) as pool:
@@ -105,18 +106,19 @@ def run_arms(
 
 
 def _slug(name: str) -> str:
-    """A name as a folder that needs no quotes."""
+    """A name as the name of a folder, without characters that a shell would interpret."""
     return re.sub(r"[^\w.]+", "-", name).strip("-")
 
 
 def scored(one: fedgpt.Run) -> list[dict[str, Any]]:
-    """The records that have a held-out loss."""
+    """The lines of metrics.jsonl that have a held-out loss."""
     return [record for record in one.metrics if "loss" in record]
 
 
 def seconds_to(one: fedgpt.Run, loss: float) -> float | None:
-    """Virtual seconds until the held-out loss is `loss`, linear between evaluations; None where it
-    never is.
+    """Virtual seconds until the held-out loss reaches `loss`, or None if it never does.
+
+    Between two evaluations the loss is interpolated linearly.
     """
     before = None
     for record in scored(one):
@@ -132,17 +134,17 @@ def seconds_to(one: fedgpt.Run, loss: float) -> float | None:
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """Mean, least and largest."""
+    """Mean, minimum and maximum."""
     return {"mean": statistics.mean(values), "min": min(values), "max": max(values)}
 
 
 def runs_folder(chosen: Path | None) -> Path:
-    """Where a study's runs go."""
+    """The folder for a study's runs: the chosen one, or a temporary one."""
     return chosen if chosen is not None else Path(tempfile.mkdtemp(prefix="fedgpt-study-"))
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, with columns as wide as they need."""
+    """A Markdown table with aligned columns."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     lines = [
         " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
@@ -153,7 +155,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def write_results(study: Path, seeds: Sequence[int], figures: Mapping[str, Any]) -> None:
-    """results.json: the figures with command, seeds, machine and commit."""
+    """Write results.json: the figures, with command, seeds, machine, commit and date."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
         cwd=REPOSITORY,

@@ -1,6 +1,4 @@
-"""A figure that several studies share: a dot for every mean, a line from the least to the largest
-value.
-"""
+"""A figure that several studies share: a dot for each mean and a line from minimum to maximum."""
 
 from __future__ import annotations
 
@@ -17,15 +15,15 @@ from matplotlib import pyplot
 def draw_dots(
     series: Mapping[str, Mapping[str, Mapping[str, float]]], label: str, path: Path
 ) -> None:
-    """`series` -> row -> mean, min and max; rows from top to bottom, each series in its colour."""
+    """Draw `series` -> row -> {mean, min, max}: rows from top to bottom, one colour a series."""
     names = list(dict.fromkeys(row for rows in series.values() for row in rows))
-    shared = sum(map(len, series.values())) > len(names)
+    shared = sum(map(len, series.values())) > len(names)  # whether rows have several series
     figure, axis = pyplot.subplots(
         figsize=(7, 1.2 + (0.55 if shared else 0.3) * len(names)), layout="constrained"
     )
     for number, ((name, rows), colour) in enumerate(zip(series.items(), COLOURS, strict=False)):
-        aside = 0.14 * (number - (len(series) - 1) / 2) if shared else 0.0
-        heights = [names.index(row) + aside for row in rows]
+        offset = 0.14 * (number - (len(series) - 1) / 2) if shared else 0.0
+        heights = [names.index(row) + offset for row in rows]
         axis.hlines(
             heights,
             [r["min"] for r in rows.values()],

@@ -1,1 +1,1 @@
-"""Strategies: updates -> next global model."""
+"""Strategies: the rules that turn clients' updates into the next global model; base.py first."""

@@ -1,23 +1,28 @@
-"""Synchronous or asynchronous, chosen by the server while the run goes on. The arithmetic is
-delta-SGD's under both.
+"""Rounds or asynchrony, chosen by the server during the run from what it measures.
 
-Waits. With job times t_i, a round takes max t_i and brings k updates; k clients that never wait
-bring sum 1 / t_i a second. gain = max t_i * mean(1 / t_i) is how many times more updates asynchrony
-handles. It is looked at whenever a reply arrives and, in a round, as time goes by: a job that is
-still out counts as if it came back now, and a client of which nothing is known as the slowest that
-is. So within the first round `gain` only grows towards its true value.
+In a round the fast clients wait for the slowest one; asynchrony never waits, but its updates are
+stale. This rule starts with rounds, estimates what asynchrony would gain, switches when the gain is
+worth it, and switches back when asynchrony gains nothing or does harm. The server step is
+delta-SGD's under both pacings.
 
-    cohort -> buffer   gain >= `gain`: the sooner, the less is waited; or a client that is out for ENDLESS times the
-                       usual time, however recent the last change
-    buffer -> cohort   gain < `back` in all versions of STAY rounds: the clients have become alike; the next STAY
-                       rounds are synchronous in any case. Or asynchrony does harm: the smoothed
-                       correlation (cosine) of a server step with the one before is below
-                       `correlation` (steps take each other back), or the mean norm of the updates,
-                       per token and learning rate, is above `growth` times its smoothed value;
-                       after harm the run stays synchronous for `rest` versions
+Gain. With job times t_i, a round of k clients takes max t_i and handles k updates; k clients that
+never wait handle sum 1 / t_i updates a second. gain = max t_i * mean(1 / t_i) is how many times
+more updates asynchrony handles. It is computed whenever a reply arrives and, in a round, again as
+time passes: a job that is still out counts as if it came back now, and a client that has not
+replied yet counts as that slowest one. So within the first round `gain` only grows towards its true
+value.
 
-Staleness is judged by that harm and not by its size: with k jobs in flight its mean is k - 1 on
-every fleet.
+    cohort -> buffer   gain >= `gain` (the sooner, the less is waited); or a client is out for
+                       ENDLESS times the usual time, however recent the last switch
+    buffer -> cohort   the clients have become alike: gain < `back` in all versions of STAY rounds;
+                       the next STAY rounds are then synchronous in any case.
+                       Or asynchrony does harm: the smoothed correlation (cosine) of a server step
+                       with the one before is below `correlation` (steps undo each other), or the
+                       mean norm of the updates, per token and learning rate, is above `growth`
+                       times its smoothed value; the next `rest` versions are then synchronous
+
+The rule looks at the harm of staleness and not at its size, because with k jobs in flight the mean
+staleness is k - 1 for any clients.
 """
 
 from __future__ import annotations
@@ -34,30 +39,30 @@ from fedgpt.aggregate.staleness import RANGES
 from fedgpt.core.messages import Choice, Observed, Pacing, ServerState
 
 SMOOTH = 0.9  # share of the old value in smoothed statistics
-STAY = 2  # rounds for which clients must be alike before rounds come back, and that these then last
-ENDLESS = 10  # times the median job: nobody waits for that long
+# rounds for which the clients must be alike before the run returns to rounds, and rounds that it
+# then keeps at least
+STAY = 2
+ENDLESS = 10  # median job times after which the server stops waiting for a client
 AT_LEAST_ONE = Range(lambda value: value >= 1, "a number of at least 1")
 
 
 @dataclass(frozen=True)
 class Auto(DeltaSGD):
-    """Starts with pace=cohort, watches arrival times and update statistics, switches to buffer and
-    back.
-    """
+    """Starts with pace=cohort, watches job times and updates, and switches to buffer and back."""
 
-    paces = frozenset({"cohort"})  # where it starts
-    because = {
+    paces = frozenset({"cohort"})  # the pacing that it starts with
+    refused_pacings = {
         "buffer": (
-            "it starts with a round to learn how fast clients are; leave pace out, or"
+            "it starts with rounds, to measure how fast the clients are; leave pace out, or take"
             " strategy=delta_sgd"
         )
     }
     switches = True
 
-    gain: float = 1.2  # times more updates per second from which asynchrony is worth its staleness
-    back: float = 1.05  # and below which it is not
-    correlation: float = -0.3  # of successive server steps, smoothed: below it they undo each other
-    growth: float = 3.0  # of the update norm over its smoothed value: above it the run is diverging
+    gain: float = 1.2  # gain in updates per second from which asynchrony is worth its staleness
+    back: float = 1.05  # gain below which asynchrony is no longer worth it
+    correlation: float = -0.3  # smoothed correlation below which server steps undo each other
+    growth: float = 3.0  # update norm over its smoothed value above which the run is diverging
     rest: int = 20  # versions without asynchrony after it did harm
 
     def __post_init__(self) -> None:
@@ -71,13 +76,16 @@ class Auto(DeltaSGD):
         check(self, eta=POSITIVE, rest=COUNT, **ranges, **RANGES)
 
     def problems(self, pacing: Pacing) -> Iterator[str]:
-        """A cohort must be waited for in full, or there is nothing to learn of its slowest."""
+        """The server must wait for the full cohort, or it learns nothing about the slowest one."""
         if pacing.name == "cohort" and pacing.goal != pacing.clients:
-            yield f"pace.goal={pacing.goal}: strategy=auto watches whole rounds; leave it out"
+            yield (
+                f"pace.goal={pacing.goal}: strategy=auto must see every client of a round; leave"
+                " it out"
+            )
         if self.back > self.gain:
             yield (
-                f"strategy.back={self.back}: above strategy.gain={self.gain}, it would switch for"
-                " ever; lower it"
+                f"strategy.back={self.back}: above strategy.gain={self.gain}, so the run would"
+                " switch back and forth at every look; lower it"
             )
 
     def choose_pacing(self, observed: Observed, state: ServerState) -> Choice:
@@ -99,24 +107,25 @@ class Auto(DeltaSGD):
             "auto_norm": np.array(norm),
             "auto_alike": np.array(alike),
         }
-        why, rest = "", self.rest
+        reason, rest = "", self.rest
         if correlation < self.correlation:
-            why = f"server steps undo each other (smoothed correlation {correlation:.2f})"
+            reason = f"server steps undo each other (smoothed correlation {correlation:.2f})"
         elif growth > self.growth:
-            why = f"updates have grown to {growth:.1f} times their usual norm"
+            reason = f"updates have grown to {growth:.1f} times their usual norm"
         elif alike >= STAY * max(1, len(seconds)):
-            why = f"the clients are alike: asynchrony handles {gain:.2f} times the updates"
+            reason = f"the clients are alike: asynchrony handles {gain:.2f} times the updates"
             rest = STAY
-        if not why:
+        if not reason:
             return Choice("buffer", memory=memory)
         back = {"auto_rest": state.version + rest, "auto_correlation": 0.0, "auto_alike": 0}
         return Choice(
-            "cohort", why, memory | {name: np.array(value) for name, value in back.items()}
+            "cohort", reason, memory | {name: np.array(value) for name, value in back.items()}
         )
 
     def _smoothed(self, observed: Observed, state: ServerState) -> tuple[float, float, float]:
-        """(correlation, usual update norm, how many times that the norm is), from the newest
-        version's record.
+        """(correlation, usual norm, growth): smoothed with the newest version's metrics.
+
+        The growth is the newest norm over the usual one.
         """
         correlation = float(state.memory.get("auto_correlation", 0.0))
         usual = float(state.memory.get("auto_norm", 0.0))
@@ -125,8 +134,8 @@ class Auto(DeltaSGD):
             correlation = SMOOTH * correlation + (1 - SMOOTH) * record["step_correlation"]
         if not record.get("update_norm"):
             return correlation, usual, 1.0
-        # an AdamW step is as long as the learning rate says: warm-up and shorter jobs are no
-        # divergence
+        # per token and learning rate, because an AdamW step is as long as the learning rate allows:
+        # warm-up and jobs of different length must not look like divergence
         norm = record["update_norm"] / (
             (record.get("lr") or 1.0) * (record.get("update_tokens") or 1.0)
         )
@@ -135,7 +144,7 @@ class Auto(DeltaSGD):
 
 
 def updates_gained(seconds: list[float]) -> float:
-    """max t * mean(1 / t): the published workers give 3.35, equal ones 1.
+    """max t * mean(1 / t): 1 for equal job times; 3.35 for the workers of Liu et al. (2024).
 
     >>> round(updates_gained([5.8, 7.5, 15.1, 33.3]), 2)
     3.35

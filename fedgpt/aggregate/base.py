@@ -1,9 +1,15 @@
-"""What a server rule is: from clients' updates to the next global model.
+"""What a strategy is: the rule by which a server turns clients' updates into the next global model.
 
-A strategy is a frozen dataclass that overrides what differs from federated averaging. Its place in
-the flow: validated updates -> weight -> exact sum (or `combine`) -> / divisor -> `step` -> next
-`ServerState`. When a step happens is not its business (pacing, server/); `paces` names the pacings
-it is right for.
+A client trains the global model for a while and returns its update, delta = start - end. The server
+gives every update a weight, adds the weighted updates up, divides the sum and takes a step:
+
+    update -> weight -> exact sum -> / divisor = D -> step -> next ServerState
+
+A strategy is a frozen dataclass that overrides `weight`, `divisor` and `step` where it differs from
+federated averaging. Robust rules (median, Krum, ...) need all updates at once, so they override
+`combine`, which replaces weight, sum and divisor. The pacing says when the server takes a step:
+after a round, or after K arrivals. It is not part of a strategy, but `paces` names the pacings for
+which a strategy is right.
 """
 
 from __future__ import annotations
@@ -22,120 +28,166 @@ from fedgpt.core.messages import Choice, Observed, Pacing, ServerState, Update
 
 @dataclass(frozen=True)
 class Strategy:
-    """Federated averaging's frame: `params <- params - D`, D = sum(weight * delta) / divisor.
+    """Federated averaging, and the interface of every other rule.
 
-    D is a pseudo-gradient (start - end), so every rule subtracts it. Methods are pure: values in,
-    new values out, inputs left alone; what a rule remembers is in `state.memory` and nowhere else.
+    params <- params - D with D = sum(weight * delta) / divisor. D is a pseudo-gradient (start -
+    end), so every rule subtracts it. Methods are pure: they return new values and do not change
+    their arguments. What a rule remembers from step to step is in `state.memory`, which every
+    checkpoint contains, and nowhere else.
+
+    A rule that weights clients by the square root of their tokens, halves the step, and remembers
+    the last D:
+
+    >>> @dataclass(frozen=True)
+    ... class RootWeighted(Strategy):
+    ...     eta: float = 0.5
+    ...
+    ...     def weight(self, update, staleness):
+    ...         return update.tokens**0.5
+    ...
+    ...     def step(self, d, state):
+    ...         return advance(state, state.params - self.eta * d, last=d)
+
+    One round of it, done by hand as the server does it (which adds up with `ExactSum`):
+
+    >>> rule, state = RootWeighted(), ServerState(np.float32([1, 1]))
+    >>> updates = [
+    ...     Update("ann", 0, 0, delta=np.float32([0.4, 0.0]), tokens=100),
+    ...     Update("bob", 0, 0, delta=np.float32([0.0, 0.8]), tokens=900),
+    ... ]
+    >>> weights = [rule.weight(update, staleness=0) for update in updates]
+    >>> weights
+    [10.0, 30.0]
+    >>> total = sum(weight * update.delta for weight, update in zip(weights, updates))
+    >>> total
+    array([ 4., 24.], dtype=float32)
+    >>> d = total / rule.divisor(weights, Pacing("cohort", clients=2, goal=2))
+    >>> d
+    array([0.1, 0.6], dtype=float32)
+    >>> state = rule.step(d, state)
+    >>> state.params, state.version, state.memory
+    (array([0.95, 0.7 ], dtype=float32), 1, {'last': array([0.1, 0.6], dtype=float32)})
     """
 
-    # the pacings it is right for; others are refused
-    paces: ClassVar[frozenset[str]] = frozenset({"cohort"})
-    because: ClassVar[
-        Mapping[str, str]
-    ] = {}  # pacing -> why it is refused and what to take instead
-    needs_base: ClassVar[bool] = False  # whether `combine` reads Update.base
-    # whether `combine` wants an update that the server trained on public text
-    needs_root: ClassVar[bool] = False
-
-    switches: ClassVar[bool] = False  # whether `choose_pacing` may change the pacing of a run
-
-    @property
-    def name(self) -> str:
-        """How messages and reports call it; a built-in one is selected by this name, its
-        module's.
-        """
-        package, _, module = type(self).__module__.rpartition(".")
-        return module if package == __package__ else type(self).__name__.lower()
-
-    @property
-    def linear(self) -> bool:
-        """Whether D is a fixed weighted sum, so that updates need not be held: True where combine
-        is not overridden.
-        """
-        return type(self).combine is Strategy.combine
-
-    @property
-    def unsaved(self) -> tuple[str, ...]:
-        """Names of what it remembers outside `state.memory`: a run with any cannot be resumed."""
-        return ()
-
-    def problems(self, pacing: Pacing) -> Iterator[str]:
-        """What is wrong with this rule under that pacing, each named as typed with what to
-        change.
-        """
-        yield from ()
-
-    def choose_pacing(self, observed: Observed, state: ServerState) -> Choice:
-        """The pacing to go on with, asked at every version and, within a cohort, at every
-        arrival.
-        """
-        return Choice(observed.pacing)
+    # One server step.
 
     def weight(self, update: Update, staleness: int) -> float:
-        """Weight of one update, above 0, largest at staleness 0; staleness counts server versions
-        since download.
+        """Weight of one update, above 0: by default the number of tokens it was trained on.
+
+        `staleness` counts the server versions since the client's download; the weight must be
+        largest at staleness 0.
         """
         return float(update.tokens)
 
     def divisor(self, weights: Sequence[float], pacing: Pacing) -> float:
-        """What the weighted sum is divided by; exactly rounded, so the order of arrival does not
-        matter.
+        """What the weighted sum is divided by: by default the sum of the weights.
+
+        `math.fsum` rounds once, so the order in which the updates arrive does not matter.
         """
         return math.fsum(weights)
-
-    def combine(
-        self, updates: Sequence[Update], state: ServerState, root: Update | None = None
-    ) -> np.ndarray:
-        """D of a rule that is not a weighted sum (median, Krum, ...).
-
-        Updates come in the order of stable client ids (pace=cohort) or of arrival (pace=buffer);
-        `root` is the server's own, where `needs_root`.
-        """
-        raise NotImplementedError(f"{self.name} is linear: its updates are summed, not combined")
-
-    def remember(self, updates: Sequence[Update], state: ServerState) -> dict[str, np.ndarray]:
-        """What a combining rule adds to memory beside D, from the same updates; `step` then finds
-        it there.
-        """
-        return {}
 
     def step(self, d: np.ndarray, state: ServerState) -> ServerState:
         """The next state; d has the shape and dtype of `state.params`."""
         return advance(state, state.params - d)
 
     def client_numbers(self) -> dict[str, float]:
-        """The client half, by name and value (never as code); the client looks names up in its own
+        """Numbers that change the clients' training, by name, such as `proximal_mu`.
+
+        They are sent with every job. Code is never sent: clients look the names up in their own
         registry.
         """
         return {}
 
+    # The pacings that the rule is right for.
+
+    paces: ClassVar[frozenset[str]] = frozenset({"cohort"})  # names of the allowed pacings
+    # name of a pacing that is not allowed -> the reason, and what to choose instead
+    refused_pacings: ClassVar[Mapping[str, str]] = {}
+
+    def problems(self, pacing: Pacing) -> Iterator[str]:
+        """Yield a message for every option that is wrong under this pacing, before a run starts."""
+        yield from ()
+
+    # Rules that are not a weighted sum.
+
+    needs_base: ClassVar[bool] = False  # whether `combine` reads Update.base
+    # whether `combine` needs an update that the server trained itself, on public text
+    needs_root: ClassVar[bool] = False
+
+    @property
+    def linear(self) -> bool:
+        """Whether D is a weighted sum, so that no update needs to be kept: combine is as here."""
+        return type(self).combine is Strategy.combine
+
+    def combine(
+        self, updates: Sequence[Update], state: ServerState, root: Update | None = None
+    ) -> np.ndarray:
+        """D from all updates of a step, in place of weight, sum and divisor.
+
+        The updates are in the order of stable client ids under pace=cohort and in the order of
+        arrival under pace=buffer. `root` is the server's own update if `needs_root`.
+        """
+        raise NotImplementedError(f"{self.name} is linear: its updates are summed, not combined")
+
+    def remember(self, updates: Sequence[Update], state: ServerState) -> dict[str, np.ndarray]:
+        """What a combining rule adds to `state.memory` before `step`, such as recent norms."""
+        return {}
+
+    # Rarely needed.
+
+    @property
+    def name(self) -> str:
+        """The rule in messages and reports: a built-in rule's module, else the class in lower case.
+
+        A built-in rule is selected by this name, as in `strategy=fedavg`.
+        """
+        package, _, module = type(self).__module__.rpartition(".")
+        return module if package == __package__ else type(self).__name__.lower()
+
+    def discount(self, staleness: int) -> float:
+        """The factor of `weight` that depends on staleness, in (0, 1]; see staleness.py.
+
+        Under privacy=client the server weights updates by this factor alone, because the number of
+        tokens of a client must not count.
+        """
+        return 1.0
+
+    switches: ClassVar[bool] = False  # whether `choose_pacing` may change the pacing of a run
+
+    def choose_pacing(self, observed: Observed, state: ServerState) -> Choice:
+        """The pacing to continue with, asked at every version and, in a round, at every arrival."""
+        return Choice(observed.pacing)
+
+    @property
+    def unsaved(self) -> tuple[str, ...]:
+        """Names of what it remembers outside `state.memory`: with any, a run cannot be resumed."""
+        return ()
+
 
 def advance(state: ServerState, params: np.ndarray, **memory: np.ndarray) -> ServerState:
-    """The state one version on, with `memory` added to what is remembered; params keep their dtype.
+    """The next version of `state`, with these parameters and with `memory` added to its memory.
 
-    Floats shaped like params get params' dtype too: a stray np.float64 factor would otherwise
-    double the model, the checkpoint and the traffic.
+    The parameters keep their dtype, and floating-point arrays of their shape get it too: a stray
+    np.float64 factor would otherwise double the model, the checkpoint and the traffic.
     """
     dtype, shape = state.params.dtype, state.params.shape
     if params.shape != shape:
         raise ValueError(
             f"a step changed the shape of the parameters from {shape} to {params.shape}"
         )
-    cast = {
-        name: (
-            array.astype(dtype, copy=False)
-            if array.shape == shape and array.dtype.kind == "f"
-            else array
-        )
-        for name, array in memory.items()
-    }
+
+    def cast(array: np.ndarray) -> np.ndarray:
+        model_sized = array.shape == shape and array.dtype.kind == "f"
+        return array.astype(dtype, copy=False) if model_sized else array
+
+    added = {name: cast(array) for name, array in memory.items()}
     return ServerState(
-        params.astype(dtype, copy=False), state.version + 1, {**state.memory, **cast}
+        params.astype(dtype, copy=False), state.version + 1, {**state.memory, **added}
     )
 
 
 class Range(NamedTuple):
-    """Values an option may take, as a test and in words."""
+    """The values that an option may take, as a test and in words."""
 
     holds: Callable[[Any], bool]
     words: str
@@ -150,29 +202,22 @@ COUNT = Range(lambda value: value >= 1, "a whole number of at least 1", Integral
 
 
 def one_of(*words: str) -> Range:
-    """The values of an option that is a word."""
+    """The range of an option that is one of these words."""
     return Range(lambda value: value in words, f"one of {', '.join(words)}", str)
 
 
 def check(strategy: Strategy, **ranges: Range) -> None:
-    """For `__post_init__`: raise ConfigError that lists every field outside its range, named as
-    typed.
-    """
+    """Raise ConfigError that lists every field outside its range; for use in `__post_init__`."""
     defaults = {field.name: field.default for field in fields(strategy)}
     problems = []
     for field, allowed in ranges.items():
         value = getattr(strategy, field)
-        right = isinstance(value, allowed.kind) and not isinstance(value, bool)
-        if (
-            not right
-            or (allowed.kind is not str and not math.isfinite(value))
-            or not allowed.holds(value)
-        ):
-            default = (
-                ""
-                if defaults[field] is MISSING
-                else f", or leave it out for the default, {defaults[field]}"
-            )
-            problems.append(f"strategy.{field}={value} must be {allowed.words}: change it{default}")
+        right_kind = isinstance(value, allowed.kind) and not isinstance(value, bool)
+        finite = right_kind and (allowed.kind is str or math.isfinite(value))
+        if not finite or not allowed.holds(value):
+            problem = f"strategy.{field}={value} must be {allowed.words}: change it"
+            if defaults[field] is not MISSING:
+                problem += f", or leave it out for the default, {defaults[field]}"
+            problems.append(problem)
     if problems:
         raise ConfigError(problems)

@@ -1,9 +1,9 @@
-"""What rules that hold a cohort's updates share: a fixed order, and one block of parameters at a
-time.
+"""Helpers of the rules that need all updates of a cohort at once (median, Krum, ...).
 
-The largest thing beside the updates and the result is a block, (updates, parameters of the block);
-results are float32. Rows are in the order of stable client ids, so the order of arrival does not
-change a bit.
+The updates are rows of a matrix (updates, parameters), too large for a float64 copy, so the rules
+work on one block of parameters at a time: beside the updates and the result they allocate a block.
+The rows are in the order of stable client ids, so the order of arrival does not change any bit of
+the result, which is float32.
 """
 
 from __future__ import annotations
@@ -17,16 +17,14 @@ from fedgpt.aggregate.base import Strategy
 from fedgpt.core.errors import StoppedEarly
 from fedgpt.core.messages import Pacing, Update
 
-# elements; 1 MiB of float64, so that several passes over a block stay in a second-level cache
+# elements of a block: 1 MiB of float64, so that several passes over it stay in a second-level cache
 BLOCK = 1 << 17
 
 
 def shortage(
     rule: Strategy, needed: int, pacing: Pacing, option: str = "", change: str = ""
 ) -> Iterator[str]:
-    """For `problems`: the one of a cohort that is too small for `option`, or for the rule
-    itself.
-    """
+    """For `problems`: that the cohort is too small for `option`, or for the rule itself."""
     if pacing.goal < needed:
         yield (
             f"{option or f'strategy={rule.name}'} needs at least {needed} updates a server step and"
@@ -35,28 +33,27 @@ def shortage(
 
 
 def in_order(rule: Strategy, updates: Sequence[Update], needed: int = 1) -> list[Update]:
-    """The updates by stable client id; raises StoppedEarly where there are some, but fewer than the
-    rule needs.
+    """The updates by stable client id.
+
+    Raises StoppedEarly if there are some updates, but fewer than the rule needs.
     """
     if 0 < len(updates) < needed:
         raise StoppedEarly(
             f"strategy={rule.name} needs at least {needed} updates a server step, {len(updates)}"
-            " came and the other clients failed or were rejected: a result of so few would not be"
-            " robust; raise pace.clients"
+            " arrived and the other clients failed or were rejected: the result of so few would"
+            " not be robust; raise pace.clients"
         )
     return sorted(updates, key=lambda update: (update.client, update.number))
 
 
 def parts(size: int, rows: int = 1) -> Iterator[slice]:
-    """Slices that cover `size` parameters, `rows` of each together at most a block."""
+    """Slices that cover `size` parameters; `rows` rows of a slice are at most one block."""
     step = max(1, BLOCK // rows)
     return (slice(start, min(start + step, size)) for start in range(0, size, step))
 
 
 def blocks(updates: Sequence[Update]) -> Iterator[tuple[slice, np.ndarray]]:
-    """Parameters and the updates' values there, (updates, parameters) float64; nothing for no
-    updates.
-    """
+    """For each block: its slice of the parameters, and the updates there as float64 rows."""
     if updates:
         for part in parts(updates[0].delta.size, len(updates)):
             yield part, np.stack([update.delta[part] for update in updates], dtype=np.float64)
@@ -65,8 +62,9 @@ def blocks(updates: Sequence[Update]) -> Iterator[tuple[slice, np.ndarray]]:
 def reduced(
     updates: Sequence[Update], params: np.ndarray, rule: Callable[[np.ndarray], np.ndarray]
 ) -> np.ndarray:
-    """D like params from a rule per block, (updates, parameters) -> (parameters,); zeros for no
-    updates.
+    """D, with shape and dtype of params, from a rule (updates, parameters) -> (parameters,).
+
+    The rule is applied to each block; D is zero if there are no updates.
     """
     out = np.zeros_like(params)
     for part, block in blocks(updates):
@@ -75,12 +73,12 @@ def reduced(
 
 
 def weighted(updates: Sequence[Update], weights: np.ndarray, params: np.ndarray) -> np.ndarray:
-    """sum_i weights_i D_i, like params."""
+    """sum_i weights_i D_i, with shape and dtype of params."""
     return reduced(updates, params, lambda block: (weights[:, None] * block).sum(axis=0))
 
 
 def distances(updates: Sequence[Update], centre: np.ndarray | None = None) -> np.ndarray:
-    """(updates,) float64: ||D_i - centre||, or ||D_i||; from differences, so nothing cancels."""
+    """(updates,) float64: ||D_i - centre||, or ||D_i||; the difference is taken first."""
     squares = np.zeros(len(updates))
     for part, block in blocks(updates):
         apart = block if centre is None else block - centre[part]
@@ -89,17 +87,17 @@ def distances(updates: Sequence[Update], centre: np.ndarray | None = None) -> np
 
 
 def ratio(numerator: np.ndarray | float, denominator: np.ndarray) -> np.ndarray:
-    """numerator / denominator, and 0 where the denominator is 0: a zero update has no direction."""
+    """numerator / denominator, and 0 where that is 0, because a zero update has no direction."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(denominator > 0, np.divide(numerator, denominator), 0.0)
 
 
 def middle(updates: Sequence[Update], cut: int, params: np.ndarray) -> np.ndarray:
-    """D like params: the mean of every coordinate without its `cut` lowest and `cut` highest
-    values; in float64.
+    """D: the mean of every coordinate without its `cut` lowest and `cut` highest values.
 
-    Columns are ordered by a sorting network over the updates, a minimum and a maximum of two rows
-    at a time: rows of a block stay in the second-level cache, and nothing is moved within a row.
+    A sorting network over the updates sorts every coordinate, taking the minimum and the maximum of
+    two rows at a time: the rows of a block stay in the second-level cache, and no element moves
+    within its row. The mean is computed in float64.
     """
     if not updates:
         return np.zeros_like(params)
@@ -129,10 +127,10 @@ def middle(updates: Sequence[Update], cut: int, params: np.ndarray) -> np.ndarra
 
 @lru_cache
 def comparators(count: int, wanted: range) -> tuple[tuple[int, int], ...]:
-    """Pairs (low, high) that put the `wanted` ranks of `count` values in their places, when applied
-    in order.
+    """Pairs (low, high) that, applied in order, sort the `wanted` ranks of `count` values.
 
-    Batcher's odd-even merge network (1968) for any count, without what cannot reach a wanted rank.
+    This is Batcher's odd-even merge network (1968) for any count, without the comparisons that
+    cannot affect a wanted rank.
 
     >>> comparators(3, range(3))
     ((0, 1), (0, 2), (1, 2))

@@ -1,10 +1,14 @@
-"""Centred clipping (Karimireddy et al. 2020, arXiv 2012.10333): clip around the last aggregate
-instead of around 0.
+"""Centred clipping (Karimireddy et al. 2020, arXiv 2012.10333): clip around the last aggregate.
 
-From v = the last D (0 at first), `passes` times v <- v + mean_i (D_i - v) min(1, tau / ||D_i -
-v||); D = v. An attacker moves v by at most tau / n in a pass. tau = 0 takes the median of the ||D_i
-- v|| in each pass: a number is right for one model, learning rate and number of local steps only,
-and the median follows honest clients while they are more than half.
+Clipping an update's norm stops long updates. Clipping its distance to the last aggregate v also
+stops updates of usual length that point elsewhere. Starting from v = the last D (0 at first),
+`passes` times
+
+    v <- v + mean_i (D_i - v) min(1, tau / ||D_i - v||)
+
+and D = v. An attacker moves v by at most tau / n in a pass. tau = 0 takes the median of the
+||D_i - v|| in each pass: a fixed number fits one model, learning rate and number of local steps
+only, and the median follows the honest clients as long as they are more than half.
 """
 
 from __future__ import annotations
@@ -16,20 +20,18 @@ import numpy as np
 
 from fedgpt.aggregate.base import COUNT, NOT_NEGATIVE, Strategy, advance, check
 from fedgpt.aggregate.blocks import distances, in_order, ratio, weighted
-from fedgpt.aggregate.refusals import ROBUST
+from fedgpt.aggregate.refusals import COMPARISON_NEEDS_COHORT
 from fedgpt.core.messages import ServerState, Update
 
 
 @dataclass(frozen=True)
 class CentredClip(Strategy):
-    """Norm clipping that also stops updates of usual size that differ from what was agreed before;
-    remembers v.
-    """
+    """Norm clipping around the last aggregate; remembers v."""
 
-    because = ROBUST
+    refused_pacings = COMPARISON_NEEDS_COHORT
 
-    tau: float = 0.0  # radius, on the scale of the updates' norms; 0: their median distance to v
-    passes: int = 5
+    tau: float = 0.0  # clipping radius, in units of the updates; 0: their median distance to v
+    passes: int = 5  # clipping passes a server step
 
     def __post_init__(self) -> None:
         check(self, tau=NOT_NEGATIVE, passes=COUNT)
@@ -49,5 +51,5 @@ class CentredClip(Strategy):
         return v
 
     def step(self, d: np.ndarray, state: ServerState) -> ServerState:
-        """theta - D; D becomes v, unless there was nothing to learn from."""
+        """theta - D; D becomes v, unless no update arrived or all were zero."""
         return advance(state, state.params - d, **({"centre": d} if d.any() else {}))

@@ -1,10 +1,15 @@
-"""Delayed Nesterov (Liu et al. 2024, arXiv 2401.09135, algorithm 3): momentum moves once in N
-arrivals.
+"""Delayed Nesterov (Liu et al. 2024, arXiv 2401.09135, algorithm 3): momentum for pace=buffer.
 
-On arrival t = 0, 1, ... of update g: B <- B + g, and where N divides t + 1
-    m <- mu m + B / N ; theta <- theta - eta ((1 - c N + c) mu m + g / N) ; B <- 0
-else theta <- theta - eta (c mu m + g / N). m0 = B0 = 0, 0 <= c <= 1/N. With c = 0, N arrivals move
-like one step of Nesterov on their mean; c > 0 spreads the momentum over the arrivals between.
+Momentum that is updated on every arrival compounds and diverges. Here every arrival g moves the
+model by g / N, but the momentum m is updated only once in N arrivals, from their mean B / N. On
+arrival t = 0, 1, ...: B <- B + g, and
+
+    if N divides t + 1:  m <- mu m + B / N ; theta <- theta - eta ((1 - c N + c) mu m + g / N) ;
+                         B <- 0
+    else:                theta <- theta - eta (c mu m + g / N)
+
+with m0 = B0 = 0 and 0 <= c <= 1/N. With c = 0, N arrivals move the model like one step of Nesterov
+on their mean; c > 0 spreads the momentum over the arrivals between two updates of it.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedgpt.aggregate.base import COUNT, FRACTION, POSITIVE, Range, Strategy, advance, check
-from fedgpt.aggregate.refusals import BUFFERED
+from fedgpt.aggregate.refusals import ARRIVALS_NEED_BUFFER
 from fedgpt.core.messages import Pacing, ServerState, Update
 
 
@@ -23,28 +28,26 @@ from fedgpt.core.messages import Pacing, ServerState, Update
 class DelayedNesterov(Strategy):
     """Nesterov for pace=buffer with pace.goal=1; remembers m, B and the number of arrivals.
 
-    Take a period of 2 x pace.clients, and mu 0.5 to 0.6, when training from scratch.
+    Good values for training from scratch are a period of 2 x pace.clients and mu 0.5 to 0.6.
     """
 
     paces = frozenset({"buffer"})
-    because = BUFFERED
+    refused_pacings = ARRIVALS_NEED_BUFFER
 
     eta: float = 0.7  # server learning rate
     mu: float = 0.9  # momentum; 0 is delta-SGD with eta / period
-    period: int = 8  # N, arrivals between two moves of the momentum
-    c: float = 0.0  # share of the momentum that an arrival between them moves
+    period: int = 8  # N, arrivals from one update of the momentum to the next
+    c: float = 0.0  # share of the momentum that is applied on each arrival between two updates
 
     def __post_init__(self) -> None:
         check(self, eta=POSITIVE, mu=FRACTION, period=COUNT)
-        check(
-            self,
-            c=Range(lambda c: 0 <= c * self.period <= 1, f"a number in [0, 1 / {self.period}]"),
+        up_to_1_over_n = Range(
+            lambda c: 0 <= c * self.period <= 1, f"a number in [0, 1 / {self.period}]"
         )
+        check(self, c=up_to_1_over_n)
 
     def problems(self, pacing: Pacing) -> Iterator[str]:
-        """Every arrival is a server step, and the momentum must not move before all clients had a
-        chance to come.
-        """
+        """Every arrival must be a server step, and a period must have room for every client."""
         if pacing.goal != 1:
             yield (
                 f"pace.goal={pacing.goal}: strategy=delayed_nesterov counts single arrivals and"
@@ -63,15 +66,15 @@ class DelayedNesterov(Strategy):
             )
 
     def weight(self, update: Update, staleness: int) -> float:
-        """1: the rule divides by N itself."""
+        """1, because `step` divides by N itself."""
         return 1.0
 
     def divisor(self, weights: Sequence[float], pacing: Pacing) -> float:
-        """1: D is the one update that arrived."""
+        """1, because D is the one update that arrived."""
         return 1.0
 
     def step(self, d: np.ndarray, state: ServerState) -> ServerState:
-        """One arrival."""
+        """The state after one arrival."""
         m = state.memory.get("momentum", np.zeros_like(d))
         buffer = state.memory.get("buffer", np.zeros_like(d)) + d
         arrivals = int(state.memory.get("arrivals", 0)) + 1

@@ -1,8 +1,12 @@
-"""Asynchronous delta-SGD (the memoryless rule of Liu et al. 2024, arXiv 2401.09135): an arrival
-moves 1 / k of itself.
+"""Asynchronous delta-SGD (the rule without memory of Liu et al. 2024, arXiv 2401.09135).
 
-theta <- theta - eta sum_i s(tau_i) D_i / k over the updates of one server step, k = clients that
-train at once. k is a constant, not the number that happens to be alive: pace.clients.
+Each arriving update moves the model by 1 / k of itself, so that k clients which reply equally often
+together move it by the mean of their updates:
+
+    theta <- theta - eta sum_i s(tau_i) D_i / k
+
+over the updates of one server step, with s the staleness discount. k is the constant pace.clients,
+not the number of clients that are alive at the moment.
 """
 
 from __future__ import annotations
@@ -19,10 +23,10 @@ from fedgpt.core.messages import Pacing, ServerState, Update
 
 @dataclass(frozen=True)
 class DeltaSGD(Discount, Strategy):
-    """The default of pace=buffer: no memory, so nothing that staleness could spoil.
+    """The default rule of pace=buffer; it has no memory that stale updates could spoil.
 
-    Under pace=cohort it is the uniform mean, but for clients that fail: k stays, so the step is
-    smaller without them.
+    Under pace=cohort D is the uniform mean, except that k does not shrink when clients fail: the
+    step is then smaller.
     """
 
     paces = frozenset({"cohort", "buffer"})
@@ -34,11 +38,11 @@ class DeltaSGD(Discount, Strategy):
         check(self, eta=POSITIVE, **RANGES)
 
     def weight(self, update: Update, staleness: int) -> float:
-        """s(tau); tokens do not count."""
+        """s(tau), whatever the number of tokens."""
         return self.discount(staleness)
 
     def divisor(self, weights: Sequence[float], pacing: Pacing) -> float:
-        """k; in a cohort that closes at a goal, the goal."""
+        """k; under pace=cohort the number of updates that a round waits for."""
         return float(pacing.goal if pacing.name == "cohort" else pacing.clients)
 
     def step(self, d: np.ndarray, state: ServerState) -> ServerState:

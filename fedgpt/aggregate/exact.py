@@ -1,11 +1,13 @@
-"""The weighted sum of updates whose bits do not depend on the order in which they arrive.
+"""A weighted sum of updates in fixed point: the order in which updates arrive changes no bit of it.
 
-Floating-point addition is not associative, addition of whole numbers is, as long as none gets too
-large for its format. Each element of each update becomes a whole number by a rule that looks at
-that update alone, q = rint(delta * weight * 2^k), and whole numbers below 2^53 are added in float64
-without any error. The scale 2^k is fixed before the first update from a bound on |delta|, on the
-weight and on the number of updates, so that no sum can leave that range. Products are float32's, so
-half of the work moves half of the bytes. Memory is one accumulator and one update, whatever the
+Floating-point addition is not associative: (a + b) + c and a + (b + c) round differently. Integer
+addition is, as long as no number is too large for its format. So each element of each update is
+converted to fixed point, q = rint(delta * weight * 2^k), by a rule that looks at that update alone,
+and the integers q are added. float64 holds them, since it adds integers below 2^53 without error.
+
+The scale 2^k is fixed before the first update, from bounds on |delta|, on the weight and on the
+number of updates, such that no sum can leave that range. The products are computed in float32, so
+half of the work moves half of the bytes. The memory is one accumulator and one update, whatever the
 number of updates.
 """
 
@@ -18,27 +20,29 @@ import numpy as np
 
 from fedgpt.aggregate.parallel import map_slices
 
-CHUNK = (
-    1 << 17
-    # elements; with shorter chunks threads wait for the interpreter more than they gain from the
-    # cache
-)
-# elements divided at a time, once a version: small, as a copy of the model waits for the result
+# elements of a chunk; with shorter ones, threads lose more time waiting for the GIL than the cache
+# saves them
+CHUNK = 1 << 17
+# elements divided at a time, once a version: few, because a copy of the model waits for the result
 PIECE = 1 << 13
 SINGLE_BITS, SUM_BITS = 51, 53  # |one contribution| <= 2^51, |sum| <= 2^53
-TOGETHER = 2  # updates added in one pass over the accumulator, which is twice as long as they are
-Part = tuple[np.ndarray, np.float32]  # a delta, and what it is multiplied with
+# updates added in one pass over the accumulator, whose elements are twice as long as theirs
+TOGETHER = 2
+Part = tuple[np.ndarray, np.float32]  # a delta, and the factor that it is multiplied by
 
 
 class ExactSum:
-    """sum(weight * delta) over float32 vectors, to the same bits in any order.
+    """sum(weight * delta) over float32 vectors, with the same bits in any order.
 
     Every accepted update has |element| <= bound and 0 < weight <= max_weight, and there are at most
-    `count` of them; what exceeds that is refused with OverflowError and changes nothing. With u =
-    `resolution`, n updates and s the sum of |weight * delta|, an element of `mean(divisor)` is off
-    by at most (0.5 n u + 2^-22.9 s) / divisor (float32's rounding of weights and products) +
-    2^-23.9 of its value (that of the result). u is at most bound * max_weight * 2^-51 times the
-    count: choose max_weight near the weights in use, each factor of two costs a bit.
+    `count` of them. An update that exceeds a limit is refused with OverflowError and changes
+    nothing.
+
+    With u = `resolution`, n updates and s the sum of |weight * delta|, an element of
+    `mean(divisor)` is off by at most (0.5 n u + 2^-22.9 s) / divisor (float32's rounding of weights
+    and products) + 2^-23.9 of its value (float32's rounding of the result). u is at most bound *
+    max_weight * 2^-51 times the count: choose max_weight close to the weights in use, because each
+    factor of two costs a bit.
 
     >>> total = ExactSum(size=2, bound=1.0, count=10, max_weight=4)
     >>> total.add(np.float32([0.5, -0.25]), weight=3)
@@ -49,14 +53,15 @@ class ExactSum:
 
     def __init__(self, size: int, bound: float, count: int, max_weight: float = 1.0):
         self.size = size
-        self._sum = np.empty(size)  # whole numbers
+        self._sum = np.empty(size)  # the integers q, added up
         self.reset(bound, count, max_weight)
 
     def reset(
         self, bound: float | None = None, count: int | None = None, max_weight: float | None = None
     ) -> None:
-        """Start the next version, with new limits where given; keeps the memory (fresh pages cost
-        more than adding).
+        """Start the next version, with new limits where given.
+
+        The accumulator stays allocated, because fresh pages cost more time than adding.
         """
         self.bound = self.bound if bound is None else float(bound)
         self.count = self.count if count is None else count
@@ -76,18 +81,16 @@ class ExactSum:
 
     @property
     def resolution(self) -> float:
-        """The unit of the whole numbers: an error of at most half of it in the sum for each
-        update.
-        """
+        """The fixed-point unit: each update adds an error of at most half of it to the sum."""
         return 1.0 / self._scale
 
     def add(self, delta: np.ndarray, weight: float = 1.0, norm: float = math.inf) -> None:
-        """Add weight * delta; raises OverflowError, and changes nothing, where a limit is exceeded
-        or delta is NaN.
+        """Add weight * delta, where delta is (size,) float32.
 
-        `norm` is the delta's length, where it is known: no element exceeds it, and the look at all
-        of them is spared. A delta may be added only with the next one: it must not change until
-        then.
+        Raises OverflowError, and changes nothing, if a limit is exceeded or an element is NaN.
+        `norm` is the L2 norm of delta if the caller knows it: no element exceeds the norm, so the
+        elements need not be checked one by one. The delta may be added only together with the next
+        one, so it must not change until then.
         """
         if delta.shape != (self.size,) or delta.dtype != np.float32:
             raise ValueError(f"expected {self.size} float32, got {delta.shape} {delta.dtype}")
@@ -97,7 +100,7 @@ class ExactSum:
             raise OverflowError(f"weight={weight} is above max_weight={self.max_weight}")
         if self.added == self.count:
             raise OverflowError(f"more than count={self.count} updates")
-        # a norm in float32 is a little off
+        # 0.99, because a norm computed in float32 may be slightly too small
         if not norm <= 0.99 * self.bound and not all(
             map_slices(self.size, lambda share: self._fits(delta, share))
         ):
@@ -110,7 +113,7 @@ class ExactSum:
             self._fold_waiting()
 
     def mean(self, divisor: float, out: np.ndarray | None = None) -> np.ndarray:
-        """(size,) float32: the sum divided by `divisor`, or zeros where nothing was added."""
+        """(size,) float32: the sum divided by `divisor`, or zeros if nothing was added."""
         out = np.empty(self.size, np.float32) if out is None else out
         if self.added == 0:
             out.fill(0)
@@ -125,7 +128,7 @@ class ExactSum:
         return out
 
     def _fits(self, delta: np.ndarray, share: range) -> bool:
-        """Whether every element of a share is within the bound; False for NaN."""
+        """Whether every element of a share of delta is within the bound; False if one is NaN."""
         pieces = (delta[chunk] for chunk in _chunks(share, CHUNK))
         return all(piece.max() <= self.bound and piece.min() >= -self.bound for piece in pieces)
 
@@ -136,18 +139,18 @@ class ExactSum:
             self._folded += len(parts)
 
     def _fold(self, parts: Sequence[Part], share: range) -> None:
-        """Add whole numbers to a share of the accumulator, a chunk of all parts at a time."""
+        """Add the parts, in fixed point, to a share of the accumulator, one chunk at a time."""
         buffer = np.empty(min(CHUNK, len(share)), np.float32)
         for chunk in _chunks(share, CHUNK):
             total = self._sum[chunk]
-            whole = buffer[: total.size]
+            fixed = buffer[: total.size]
             for number, (delta, factor) in enumerate(parts):
-                np.multiply(delta[chunk], factor, out=whole)
-                np.rint(whole, out=whole)
+                np.multiply(delta[chunk], factor, out=fixed)
+                np.rint(fixed, out=fixed)
                 if self._folded + number == 0:
-                    total[...] = whole  # no zero fill
+                    total[...] = fixed  # the first update of a version: no need to fill with zeros
                 else:
-                    np.add(total, whole, out=total)
+                    np.add(total, fixed, out=total)
 
 
 def _chunks(share: range, length: int) -> Iterator[slice]:

@@ -1,8 +1,10 @@
 """FedAsync (Xie et al. 2019, arXiv 1903.03934): each arriving model is mixed into the server's.
 
-theta <- (1 - a) theta + a theta_i = theta - a (theta - base_i + D_i), a = alpha s(tau_i), base_i =
-the model client i started from. It mixes models, not updates, so a stale one pulls theta back
-toward its base. Clients add (rho / 2) ||w - w_received||^2 to their loss (FedProx's term).
+    theta <- (1 - a) theta + a theta_i = theta - a (theta - base_i + D_i), a = alpha s(tau_i)
+
+where base_i is the model from which client i started. The rule mixes models and not updates, so a
+stale client also pulls theta back towards the old model that it started from. Clients add
+(rho / 2) ||w - w_received||^2 to their loss (FedProx's term).
 """
 
 from __future__ import annotations
@@ -14,53 +16,49 @@ import numpy as np
 
 from fedgpt.aggregate.base import NOT_NEGATIVE, Range, Strategy, check
 from fedgpt.aggregate.blocks import parts
-from fedgpt.aggregate.refusals import BUFFERED
+from fedgpt.aggregate.refusals import ARRIVALS_NEED_BUFFER
 from fedgpt.aggregate.staleness import RANGES, Discount
 from fedgpt.core.messages import Pacing, ServerState, Update
 
 
 @dataclass(frozen=True)
 class FedAsync(Discount, Strategy):
-    """A baseline for pace=buffer with pace.goal=1; no memory."""
+    """A baseline for pace=buffer with pace.goal=1; it has no memory."""
 
     paces = frozenset({"buffer"})
-    because = BUFFERED
+    refused_pacings = ARRIVALS_NEED_BUFFER
     needs_base = True
 
     alpha: float = 0.6  # share of a fresh client's model in the next one
-    rho: float = 0.005  # strength of the clients' pull to the received model
+    rho: float = 0.005  # strength with which clients are pulled to the received model
 
     def __post_init__(self) -> None:
-        check(
-            self,
-            alpha=Range(lambda v: 0 < v <= 1, "a number in (0, 1]"),
-            rho=NOT_NEGATIVE,
-            **RANGES,
-        )
+        share = Range(lambda value: 0 < value <= 1, "a number in (0, 1]")
+        check(self, alpha=share, rho=NOT_NEGATIVE, **RANGES)
 
     def problems(self, pacing: Pacing) -> Iterator[str]:
         """The rule is defined for one arrival at a time."""
         if pacing.goal != 1:
             yield (
-                f"pace.goal={pacing.goal}: strategy=fedasync mixes every arrival in at once and allows pace.goal=1 "
-                "only; set it, or take strategy=fedbuff"
+                f"pace.goal={pacing.goal}: strategy=fedasync mixes every arrival in at once and"
+                " allows pace.goal=1 only; set it, or take strategy=fedbuff"
             )
 
     def combine(
         self, updates: Sequence[Update], state: ServerState, root: Update | None = None
     ) -> np.ndarray:
-        """theta minus the mixed model; several updates are mixed one after the other, as given."""
+        """theta minus the mixed model; several updates are mixed one by one, in the given order."""
         shares = [self.alpha * self.discount(state.version - update.version) for update in updates]
         out = np.zeros_like(state.params)
         for part in parts(state.params.size):
             theta = state.params[part].astype(np.float64)
-            moved = np.zeros_like(theta)  # summed by itself: theta would round it
+            moved = np.zeros_like(theta)  # summed apart from theta, which would round it
             for share, update in zip(shares, updates, strict=True):
-                assert update.base is not None, "the engine attaches the base where needs_base"
+                assert update.base is not None, "the server attaches the base if needs_base"
                 moved += share * (theta - moved - update.base[part] + update.delta[part])
             out[part] = moved
         return out
 
     def client_numbers(self) -> dict[str, float]:
-        """`proximal_mu`: the factor of (w - w_received) in every local gradient."""
+        """`proximal_mu`: the factor on (w - w_received) in every local gradient."""
         return {"proximal_mu": float(self.rho)}

@@ -1,5 +1,6 @@
-"""Federated averaging (McMahan et al. 2017, arXiv 1602.05629): theta <- theta - eta sum_i w_i
-D_i.
+"""Federated averaging (McMahan et al. 2017, arXiv 1602.05629): the mean of the clients' models.
+
+theta <- theta - eta D, D = sum_i w_i D_i / sum_i w_i, with w_i the tokens that client i trained on.
 """
 
 from __future__ import annotations
@@ -9,17 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedgpt.aggregate.base import POSITIVE, Strategy, advance, check
-from fedgpt.aggregate.refusals import AVERAGE
+from fedgpt.aggregate.refusals import AVERAGE_NEEDS_COHORT
 from fedgpt.core.messages import ServerState
 
 
 @dataclass(frozen=True)
 class FedAvg(Strategy):
-    """Mean of the clients' models, weighted by tokens trained; eta 1 lands exactly on that mean. No
-    memory.
-    """
+    """The mean of the clients' models, weighted by tokens; eta 1 gives exactly that mean."""
 
-    because = AVERAGE
+    refused_pacings = AVERAGE_NEEDS_COHORT
 
     eta: float = 1.0  # server learning rate, a factor on the mean update
 

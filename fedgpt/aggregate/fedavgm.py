@@ -1,8 +1,9 @@
 """FedAvgM (Hsu et al. 2019, arXiv 1909.06335): heavy-ball momentum at the server.
 
-m <- mu m + D ; theta <- theta - eta m, m0 = 0. This is the sum form (torch.optim.SGD's): the gain
-on a constant D tends to eta / (1 - mu). (The average form, m <- b m + (1 - b) D, has gain eta; it
-is not used here.)
+    m <- mu m + D ; theta <- theta - eta m, m0 = 0
+
+This is the sum form of momentum, as in torch.optim.SGD: on a constant D a step approaches
+eta / (1 - mu) times D. (The average form m <- b m + (1 - b) D approaches eta D; it is not used.)
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedgpt.aggregate.base import FRACTION, POSITIVE, Strategy, advance, check
-from fedgpt.aggregate.refusals import MOMENTUM
+from fedgpt.aggregate.refusals import MOMENTUM_NEEDS_COHORT
 from fedgpt.core.messages import ServerState
 
 
@@ -20,19 +21,19 @@ from fedgpt.core.messages import ServerState
 class FedAvgM(Strategy):
     """Federated averaging with momentum; remembers m.
 
-    mu 0.9, the paper's, multiplies a steady update by 10 and needs many server steps or a smaller
-    eta; the default multiplies by 2.
+    The paper's mu of 0.9 multiplies a constant update by 10, so it needs many server steps or a
+    smaller eta; the default multiplies it by 2.
     """
 
-    because = MOMENTUM
+    refused_pacings = MOMENTUM_NEEDS_COHORT
 
     eta: float = 1.0  # server learning rate
-    mu: float = 0.5  # momentum; 0 is federated averaging
+    mu: float = 0.5  # momentum; 0 gives federated averaging
 
     def __post_init__(self) -> None:
         check(self, eta=POSITIVE, mu=FRACTION)
 
     def step(self, d: np.ndarray, state: ServerState) -> ServerState:
-        """theta - eta m with m = mu m + D."""
+        """theta - eta m, after m <- mu m + D."""
         m = self.mu * state.memory.get("momentum", 0.0) + d
         return advance(state, state.params - self.eta * m, momentum=m)

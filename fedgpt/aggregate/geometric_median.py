@@ -1,9 +1,12 @@
-"""Geometric median, RFA (Pillutla et al. 2019, arXiv 1912.13445), by the smoothed Weiszfeld
-iteration.
+"""Geometric median, RFA (Pillutla et al. 2019, arXiv 1912.13445): argmin_z sum_i ||z - D_i||.
 
-argmin_z sum_i ||z - D_i||: from z = mean, repeat z <- sum_i D_i / r_i / sum_i 1 / r_i, r_i =
-max(nu, ||z - D_i||). Each pass starts again from equal weights: weights carried from pass to pass
-would collapse onto one client.
+One update far away moves a mean by its distance, but the geometric median hardly at all. It is
+found by the smoothed Weiszfeld iteration, a mean with weights 1 / r_i that are computed anew:
+
+    z = mean_i D_i, then repeat: r_i = max(nu, ||z - D_i||) ; z <- sum_i D_i / r_i / sum_i 1 / r_i
+
+The weights of a pass replace those of the pass before; multiplied, they would collapse onto one
+client.
 """
 
 from __future__ import annotations
@@ -15,29 +18,28 @@ import numpy as np
 
 from fedgpt.aggregate.base import COUNT, POSITIVE, Strategy, check
 from fedgpt.aggregate.blocks import distances, in_order, shortage, weighted
-from fedgpt.aggregate.refusals import ROBUST
+from fedgpt.aggregate.refusals import COMPARISON_NEEDS_COHORT
 from fedgpt.core.messages import Pacing, ServerState, Update
 
 
 @dataclass(frozen=True)
 class GeometricMedian(Strategy):
-    """Withstands attackers up to half of the updates and does not depend on the axes, as the median
-    does.
+    """Withstands attackers up to half of the updates; unlike the median, it ignores the axes.
 
-    Every client counts the same: tokens would let one that does much count for many.
+    All clients count the same, because a client that claims many tokens would count for many.
     """
 
-    because = ROBUST
-    needed = 3  # of two, every point between them is one
+    refused_pacings = COMPARISON_NEEDS_COHORT
+    needed = 3  # updates; for two, every point between them is a geometric median
 
-    nu: float = 1e-6  # distances below it count as it
+    nu: float = 1e-6  # lower limit of the distances
     iterations: int = 8  # passes; the paper needs 3 to 8
 
     def __post_init__(self) -> None:
         check(self, nu=POSITIVE, iterations=COUNT)
 
     def problems(self, pacing: Pacing) -> Iterator[str]:
-        """At least three updates."""
+        """The cohort must have at least three updates."""
         yield from shortage(self, self.needed, pacing, change=", or take strategy=fedavg")
 
     def combine(

@@ -1,10 +1,14 @@
-"""Multi-Krum (Blanchard et al. 2017, arXiv 1703.02757): the mean of the updates with the closest
-neighbours.
+"""Multi-Krum (Blanchard et al. 2017, arXiv 1703.02757): keep the updates with close neighbours.
 
-score_i = sum of the n - f - 2 smallest ||D_i - D_j||^2 over the others; D = mean of the m lowest
-scores. Distances are |a|^2 + |b|^2 - 2 a b, products of pieces in float32 and their sums in
-float64: off by about 1e-7 of |a|^2 + |b|^2. On weights that would lose small updates (5 times too
-large at 0.01); on updates nothing larger is taken off.
+An attacker's update is assumed to be far from the honest ones. With n updates and f attackers
+
+    score_i = sum of the n - f - 2 smallest ||D_i - D_j||^2 over the others
+    D = mean of the m updates with the lowest scores
+
+||a - b||^2 is computed as |a|^2 + |b|^2 - 2 a b, with products of pieces in float32 and their sums
+in float64: the error is about 1e-7 of |a|^2 + |b|^2. Between models, whose norms are much larger
+than their differences, that error would hide the differences (distances 5 times too large for
+updates of norm 0.01); between updates it is negligible.
 """
 
 from __future__ import annotations
@@ -18,34 +22,35 @@ import numpy as np
 from fedgpt.aggregate.base import COUNT, WHOLE, Strategy, check
 from fedgpt.aggregate.blocks import in_order, middle, shortage
 from fedgpt.aggregate.parallel import map_slices
-from fedgpt.aggregate.refusals import ROBUST
+from fedgpt.aggregate.refusals import COMPARISON_NEEDS_COHORT
 from fedgpt.core.messages import Pacing, ServerState, Update
 
-# elements of a product in float32: pieces of eight updates lie in the second-level cache
+# elements of a product in float32: such pieces of eight updates fit in the second-level cache
 PIECE = 1 << 16
 
 
 @dataclass(frozen=True)
 class Krum(Strategy):
-    """Withstands `attackers` that stand apart as a whole; clients whose text differs much look the
-    same to it.
+    """Withstands `attackers` whose updates are far from all others.
+
+    It cannot tell them from honest clients whose text differs much from the others' text.
     """
 
-    because = ROBUST
+    refused_pacings = COMPARISON_NEEDS_COHORT
 
-    attackers: int = 1  # f
-    keep: int = 0  # m, updates to average; 0 is n - f, and 1 the single Krum
+    attackers: int = 1  # f, attackers to expect in a cohort
+    keep: int = 0  # m, updates to average; 0: n - f; 1: the original Krum
 
     def __post_init__(self) -> None:
         check(self, attackers=COUNT, keep=WHOLE)
 
     @property
     def needed(self) -> int:
-        """The paper's bound."""
+        """Updates that a step needs at least: the paper's bound."""
         return 2 * self.attackers + 3
 
     def problems(self, pacing: Pacing) -> Iterator[str]:
-        """n >= 2 f + 3, and no attacker among those kept."""
+        """n >= 2 f + 3 must hold, and no attacker may be among the updates kept."""
         most = (pacing.goal - 3) // 2
         change = (
             f" or lower strategy.attackers to at most {most}"
@@ -69,24 +74,24 @@ class Krum(Strategy):
         ordered = in_order(self, updates, self.needed)
         if not ordered:
             return np.zeros_like(state.params)
-        most = len(ordered) - self.attackers  # where clients have failed `keep` may be more
+        most = len(ordered) - self.attackers  # smaller than `keep` if clients have failed
         keep = min(self.keep or most, most)
         lowest = np.argsort(self.scores(ordered), kind="stable")[:keep]
         kept = [ordered[i] for i in sorted(lowest)]
         return middle(kept, 0, state.params)
 
     def scores(self, updates: Sequence[Update]) -> np.ndarray:
-        """(updates,) float64: sums of squared distances to the nearest others; low is trusted."""
+        """(updates,) float64: sums of squared distances to the nearest others; lower is better."""
         gram = sum(map_slices(updates[0].delta.size, partial(_products, updates)))
         lengths = np.diag(gram)
         squares = np.maximum(lengths[:, None] + lengths - 2 * gram, 0.0)
         np.fill_diagonal(squares, 0.0)
-        # column 0 is the update itself
+        # column 0 is the distance of each update to itself
         return np.sort(squares, axis=1)[:, 1 : len(updates) - self.attackers - 1].sum(axis=1)
 
 
 def _products(updates: Sequence[Update], share: range) -> np.ndarray:
-    """(updates, updates) float64: inner products over a part of the parameters."""
+    """(updates, updates) float64: inner products over a slice of the parameters."""
     import torch
 
     count = len(updates)
@@ -96,5 +101,6 @@ def _products(updates: Sequence[Update], share: range) -> np.ndarray:
         pieces = buffer[:, : stop - start]
         for row, update in zip(pieces.numpy(), updates, strict=True):
             np.copyto(row, update.delta[start:stop])
-        gram += torch.mm(pieces, pieces.T).numpy()  # numpy's own is slow on so few and so long rows
+        # torch, because numpy's product is slow on so few and so long rows
+        gram += torch.mm(pieces, pieces.T).numpy()
     return gram

@@ -1,7 +1,8 @@
 """Coordinate-wise median (Yin et al. 2018, arXiv 1803.01498): D_j = median_i D_ij.
 
-For an even number of updates it is the mean of the two in the middle (the lower one alone would be
-biased).
+A minority of attackers cannot move the middle of the sorted values beyond the honest ones. For an
+even number of updates it is the mean of the two values in the middle, because the lower one alone
+would be biased.
 """
 
 from __future__ import annotations
@@ -13,21 +14,22 @@ import numpy as np
 
 from fedgpt.aggregate.base import Strategy
 from fedgpt.aggregate.blocks import in_order, middle, shortage
-from fedgpt.aggregate.refusals import ROBUST
+from fedgpt.aggregate.refusals import COMPARISON_NEEDS_COHORT
 from fedgpt.core.messages import Pacing, ServerState, Update
 
 
 @dataclass(frozen=True)
 class Median(Strategy):
-    """Withstands attackers up to half of the updates, without a number to set; every client counts
-    the same.
+    """Withstands attackers up to half of the updates; there is no number to set.
+
+    All clients count the same.
     """
 
-    because = ROBUST
-    needed = 3  # of two the median is the mean
+    refused_pacings = COMPARISON_NEEDS_COHORT
+    needed = 3  # updates; the median of two is their mean
 
     def problems(self, pacing: Pacing) -> Iterator[str]:
-        """At least three updates."""
+        """The cohort must have at least three updates."""
         yield from shortage(self, self.needed, pacing, change=", or take strategy=fedavg")
 
     def combine(

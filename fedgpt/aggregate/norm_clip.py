@@ -1,7 +1,9 @@
-"""Norm clipping (Sun et al. 2019, arXiv 1911.07963) at a norm that follows the clients'.
+"""Norm clipping (Sun et al. 2019, arXiv 1911.07963) at a limit C that follows the clients' norms.
 
-D = mean_i D_i min(1, C / ||D_i||), C = median of the last `window` norms of earlier versions; in
-the first version, of the norms at hand. What counts is the norm as received, so C can grow as well
+    D = mean_i D_i min(1, C / ||D_i||)
+
+C is the median of the last `window` norms of earlier versions; in the first version, of that
+version's own norms. The norms are remembered as received, before clipping, so C can grow as well
 as shrink.
 """
 
@@ -14,19 +16,18 @@ import numpy as np
 
 from fedgpt.aggregate.base import COUNT, Strategy, check
 from fedgpt.aggregate.blocks import distances, in_order, ratio, weighted
-from fedgpt.aggregate.refusals import ROBUST
+from fedgpt.aggregate.refusals import COMPARISON_NEEDS_COHORT
 from fedgpt.core.messages import ServerState, Update
 
 
 @dataclass(frozen=True)
 class NormClip(Strategy):
-    """Bounds what a large update can do, at almost no cost; one of usual size and wrong direction
-    passes.
+    """Bounds the effect of a large update, at almost no cost; remembers norms.
 
-    Remembers norms. Every client counts the same.
+    An update of usual length in a wrong direction passes. All clients count the same.
     """
 
-    because = ROBUST
+    refused_pacings = COMPARISON_NEEDS_COHORT
 
     window: int = 100  # updates whose norms are remembered
 
@@ -36,7 +37,7 @@ class NormClip(Strategy):
     def combine(
         self, updates: Sequence[Update], state: ServerState, root: Update | None = None
     ) -> np.ndarray:
-        """The mean of clipped updates."""
+        """The mean of the clipped updates."""
         ordered = in_order(self, updates)
         if not ordered:
             return np.zeros_like(state.params)
@@ -45,11 +46,11 @@ class NormClip(Strategy):
         return weighted(ordered, np.minimum(1, ratio(clip, norms)) / len(ordered), state.params)
 
     def remember(self, updates: Sequence[Update], state: ServerState) -> dict[str, np.ndarray]:
-        """The last `window` norms, these included, but none of 0: a clip of 0 would let nothing
-        through.
+        """The last `window` norms above 0, including this version's.
+
+        Norms of 0 are left out, because a limit of 0 would stop all further learning.
         """
         norms = distances(in_order(self, updates))
-        recent = np.concatenate([state.memory.get("norms", np.zeros(0)), norms[norms > 0]])[
-            -self.window :
-        ]
+        all_norms = np.concatenate([state.memory.get("norms", np.zeros(0)), norms[norms > 0]])
+        recent = all_norms[-self.window :]
         return {"norms": recent} if recent.size else {}

@@ -1,5 +1,6 @@
-"""The server's cores share a long vector: each works on a part of its own, with numpy, which lets
-the others run.
+"""A long vector cut into slices, one for each core of the server, with one thread for each slice.
+
+Threads suffice because numpy releases the GIL while it works on an array.
 """
 
 from __future__ import annotations
@@ -11,20 +12,19 @@ from typing import TypeVar
 
 from fedgpt.core.device import cores
 
-ALONE = 1 << 20  # elements up to which one thread is done before others have begun
+# elements of a vector up to which one thread finishes before a second one would have started
+SINGLE_THREAD_ELEMENTS = 1 << 20
 T = TypeVar("T")
 
 
 def map_slices(size: int, work: Callable[[range], T]) -> list[T]:
-    """What `work` returns for each part of a vector of `size` elements, in order; the parts are
-    alike in length.
-    """
-    threads = cores() if size > ALONE else 1
+    """The results of `work` on slices of equal length that cover `size` elements, in order."""
+    threads = cores() if size > SINGLE_THREAD_ELEMENTS else 1
     step = max(1, -(-size // threads))
-    parts = [range(start, min(start + step, size)) for start in range(0, size, step)]
-    return [*_team(threads).map(work, parts)] if threads > 1 else [*map(work, parts)]
+    slices = [range(start, min(start + step, size)) for start in range(0, size, step)]
+    return [*_executor(threads).map(work, slices)] if threads > 1 else [*map(work, slices)]
 
 
 @cache
-def _team(threads: int) -> ThreadPoolExecutor:
+def _executor(threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads, thread_name_prefix="aggregate")

@@ -1,34 +1,36 @@
-"""Why a rule is wrong for a pacing and what to take instead: texts that several rules' `because`
-share.
+"""Why a rule is refused under a pacing, and what to choose instead: several rules share a text.
+
+Each constant is the `Strategy.refused_pacings` of a family of rules.
 """
 
 from __future__ import annotations
 
-AVERAGE = {
+AVERAGE_NEEDS_COHORT = {
     "buffer": (
-        "an average of what happens to be in the buffer moves one client's whole update per arrival"
-        " and takes no account of staleness; take strategy=delta_sgd or strategy=fedbuff"
+        "an average of the updates in the buffer moves the model by the full update of a single"
+        " client at every arrival and ignores staleness; take strategy=delta_sgd or"
+        " strategy=fedbuff"
     )
 }
-MOMENTUM = {
+MOMENTUM_NEEDS_COHORT = {
     "buffer": (
         "momentum compounds on every arrival (Nesterov, mu 0.9: 4 equal updates D move 12.1 D where"
         " their mean moves 1.9 D) and diverges; take strategy=delayed_nesterov"
     )
 }
-ADAPTIVE = {
+MOMENTS_NEED_COHORT = {
     "buffer": (
         "its moments decay once per arrival, so they follow single, stale updates instead of their"
         " mean; take strategy=delta_sgd, or strategy=delayed_nesterov for momentum"
     )
 }
-ROBUST = {
+COMPARISON_NEEDS_COHORT = {
     "buffer": (
         "it compares updates that started from the same model, and a fast client could fill the"
         " buffer alone; take pace=cohort, or strategy=fedbuff without robustness"
     )
 }
-BUFFERED = {
+ARRIVALS_NEED_BUFFER = {
     "cohort": (
         "it is made for updates that arrive one by one; take pace=buffer, or strategy=delta_sgd,"
         " fedavg or diloco"

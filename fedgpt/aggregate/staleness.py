@@ -1,9 +1,14 @@
-"""How much an update counts that started tau server versions ago: s(tau), shared by the rules of
-pace=buffer.
+"""The staleness discount s(tau): how much an update counts that started tau server versions ago.
 
-constant 1 ; polynomial (1 + tau)^-power ; hinge 1 up to `grace`, then 1 / (slope (tau - grace) + 1)
-(FedAsync, Xie et al. 2019, arXiv 1903.03934, which calls power and slope `a` and grace `b`). tau is
-counted before the version rises, so a fresh update has s(0) = 1, and s never grows.
+Under pace=buffer a client may train on a model that the server has since replaced. Its update is
+still useful, but less so the older its model is. The rules for pace=buffer share three discounts:
+
+    constant    1
+    polynomial  (1 + tau)^-power
+    hinge       1 up to tau = grace, then 1 / (slope (tau - grace) + 1)
+
+They are FedAsync's (Xie et al. 2019, arXiv 1903.03934, where power and slope are called `a` and
+grace `b`). tau is counted before the version rises, so a fresh update has s(0) = 1; s never grows.
 """
 
 from __future__ import annotations
@@ -20,14 +25,14 @@ class Discount:
     staleness: str = "polynomial"  # constant, polynomial or hinge
     power: float = 0.5  # polynomial: how fast s falls
     slope: float = 10.0  # hinge: how fast s falls after `grace`
-    grace: float = 4.0  # hinge: versions that cost nothing
+    grace: float = 4.0  # hinge: number of versions without a discount
 
-    def discount(self, tau: int) -> float:
+    def discount(self, staleness: int) -> float:
         """s(tau), in (0, 1]."""
         if self.staleness == "polynomial":
-            return float((1 + tau) ** -self.power)
-        if self.staleness == "hinge" and tau > self.grace:
-            return float(1 / (self.slope * (tau - self.grace) + 1))
+            return float((1 + staleness) ** -self.power)
+        if self.staleness == "hinge" and staleness > self.grace:
+            return float(1 / (self.slope * (staleness - self.grace) + 1))
         return 1.0
 
 

@@ -1,7 +1,7 @@
 """Coordinate-wise trimmed mean (Yin et al. 2018, arXiv 1803.01498).
 
-D_j = mean of the D_ij without the b lowest and the b highest. b counts clients: a fraction would
-round to "trims nothing" in a small cohort (0.2 of 4 clients) and say nothing.
+D_j = mean of the D_ij without the b lowest and the b highest. b is a number of clients and not a
+fraction, because a fraction of a small cohort (0.2 of 4 clients) is silently rounded down to 0.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 
 from fedgpt.aggregate.base import COUNT, Strategy, check
 from fedgpt.aggregate.blocks import in_order, middle, shortage
-from fedgpt.aggregate.refusals import ROBUST
+from fedgpt.aggregate.refusals import COMPARISON_NEEDS_COHORT
 from fedgpt.core.messages import Pacing, ServerState, Update
 
 
@@ -21,20 +21,20 @@ from fedgpt.core.messages import Pacing, ServerState, Update
 class TrimmedMean(Strategy):
     """Withstands up to `trim` attackers, and uses more of the honest updates than the median."""
 
-    because = ROBUST
+    refused_pacings = COMPARISON_NEEDS_COHORT
 
-    trim: int = 1  # b, clients cut at each end of every coordinate
+    trim: int = 1  # b, values removed at each end of every coordinate
 
     def __post_init__(self) -> None:
         check(self, trim=COUNT)
 
     @property
     def needed(self) -> int:
-        """Something must be left."""
+        """Updates that a step needs, so that a value is left."""
         return 2 * self.trim + 1
 
     def problems(self, pacing: Pacing) -> Iterator[str]:
-        """More than 2 b updates."""
+        """The cohort must have more than 2 b updates."""
         most = (pacing.goal - 1) // 2
         change = (
             f" or lower strategy.trim to at most {most}" if most else ", or take strategy=fedavg"
@@ -44,5 +44,5 @@ class TrimmedMean(Strategy):
     def combine(
         self, updates: Sequence[Update], state: ServerState, root: Update | None = None
     ) -> np.ndarray:
-        """The mean of what is left of every coordinate."""
+        """The mean of the remaining values of every coordinate."""
         return middle(in_order(self, updates, self.needed), self.trim, state.params)

@@ -1,1 +1,6 @@
-"""Attacks on what a private run promises, with the statistics that turn them into bounds."""
+"""`fedgpt audit`: attacks on what a run promises, through the code that a run uses.
+
+attacks.py     the attacks: canaries, membership, token leak; `audit` runs all of them
+statistics.py  lower bounds on the privacy loss from an attacker's scores, and AUC
+report.py      the text that the command prints
+"""

@@ -1,9 +1,10 @@
-"""`fedgpt audit`: attack the mechanism that a configuration names, through the code that a run
-uses.
+"""Attacks on the privacy mechanism of a configuration, through the code that a run uses.
 
-Three attacks. Canaries: units made to be found, in or out by a coin, against the claim for one
-release (client) or one job (example). Membership: whether text that was trained on has a lower
-loss. Token leak: whether one client's update tells which tokens its text has.
+Canaries test a promise: units that are easy to find again take part or not by a coin flip, and an
+attacker guesses which ones did. Guesses that are too good refute the claimed mu and epsilon of one
+release (privacy=client) or one job (privacy=example). The other two measure what leaks, with and
+without privacy: membership asks whether text that a model was trained on has a lower loss than
+other text, token leak whether one client's update reveals which tokens its text contains.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import math
 import secrets
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,87 +24,142 @@ import torch
 from fedgpt.aggregate.base import Strategy
 from fedgpt.audit.statistics import Bounds, auc, bounds, rate_at
 from fedgpt.core.device import choose_compute
+from fedgpt.core.errors import ConfigError
 from fedgpt.core.messages import Job, Pacing, Plan, ServerState, Update
 from fedgpt.core.options import PrivacyOptions, RunOptions
 from fedgpt.data.batches import Batches, Blocks
+from fedgpt.data.partition import Shard
+from fedgpt.data.prepare import Prepared
 from fedgpt.local.bookkeeping import BookKeeping
 from fedgpt.local.private import PrivateSteps, example_losses
 from fedgpt.local.trainer import Trainer
 from fedgpt.privacy.accounting import gaussian_epsilon
 from fedgpt.privacy.clipping import clipped
-from fedgpt.privacy.plan import PrivacyPlan, sampling_probability
+from fedgpt.privacy.plan import PrivacyPlan, make_plan, sampling_probability
 from fedgpt.privacy.randomness import SecureStream
 from fedgpt.server.collector import Collectors
 from fedgpt.server.privacy import PaidByServer
 from fedgpt.storage.tables import Clients
 
-# privacy=client: random directions of which any two are nearly orthogonal
-CANARIES, DIMENSIONS = (
-    600,
-    20_000,
-)
-BLOCKS, STEPS = 96, 8  # privacy=example: blocks of random tokens, all in every batch
+# privacy=client: canary clients, and parameters of the model; in so many dimensions any two of the
+# random canary updates are nearly orthogonal
+CANARIES, DIMENSIONS = 600, 20_000
+# privacy=example: canary blocks of random tokens, all in every batch, and steps of the attacked job
+BLOCKS, STEPS = 96, 8
+# membership: local steps, enough for a small model to memorise some of one client's text
+MEMBER_STEPS = 300
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """An audit's bounds beside what was promised."""
+    """The bounds that canaries prove, beside the promise."""
 
     bounds: Bounds
-    mu: float  # promised
-    epsilon: float  # promised
-    what: str
+    mu: float  # promised mu
+    delta: float
+    what: str  # what was attacked, in words
+
+    @property
+    def epsilon(self) -> float:
+        """The promised epsilon, which follows from mu."""
+        return gaussian_epsilon(self.mu, self.delta)
 
     @property
     def holds(self) -> bool:
-        """Whether neither statistic refutes the promise."""
+        """Whether neither bound refutes the promise."""
         return self.bounds.mu_bound <= self.mu and self.bounds.epsilon_bound <= self.epsilon
 
 
+@dataclass(frozen=True)
+class Findings:
+    """What all attacks on a configuration found."""
+
+    unit: str  # privacy.unit
+    canaries: Verdict | None  # None without privacy
+    client: str  # the client whose text membership and token leak are about
+    member_steps: int  # local steps of the model in membership
+    leak_steps: int  # local steps of the update in token leak
+    membership: dict[str, float]  # see `membership`
+    token_leak: dict[str, float]  # see `token_leak`
+
+    @property
+    def holds(self) -> bool:
+        """Whether the promise was not refuted."""
+        return self.canaries is None or self.canaries.holds
+
+
+def audit(
+    o: RunOptions, strategy: Strategy, prepared: Prepared, shards: Sequence[Shard]
+) -> Findings:
+    """All attacks; raises ConfigError if the configuration has no mechanism to attack."""
+    if o.privacy.unit == "local":
+        raise ConfigError(
+            "privacy=local: an update is noised before it leaves the client, so there is nothing to"
+            " attack; audit privacy=example or privacy=client"
+        )
+    plan = make_plan(o, [shard.size for shard in shards]) if o.privacy.unit != "none" else None
+    vocab_size = prepared.tokenizer.vocab_size
+    verdict = None
+    if plan is not None:
+        client = plan.unit == "client"
+        verdict = audit_client(o, strategy, plan) if client else audit_example(o, vocab_size, plan)
+    # the client with the median size represents the others
+    shard = sorted(shards, key=lambda s: s.size)[len(shards) // 2]
+    tokens = shard.read(prepared.tokens)
+    return Findings(
+        o.privacy.unit,
+        verdict,
+        shard.client,
+        MEMBER_STEPS,
+        o.local.steps,
+        membership(o, vocab_size, tokens, plan, MEMBER_STEPS),
+        token_leak(o, vocab_size, tokens, plan, o.local.steps),
+    )
+
+
 def audit_client(o: RunOptions, strategy: Strategy, plan: PrivacyPlan, seed: int = 0) -> Verdict:
-    """Canary clients through intake and release: one version of a model of 20,000 zeros."""
+    """Canary clients in one release of the server: one version of a model of 20,000 zeros."""
     rng = np.random.default_rng(seed)
     inside = rng.random(CANARIES) < 0.5
     canaries = rng.standard_normal((CANARIES, DIMENSIONS), dtype=np.float32)
     canaries /= np.linalg.norm(canaries, axis=1, keepdims=True)
     with tempfile.TemporaryDirectory() as folder:
-        # a cohort of all canaries that are expected: what a build does with the sum, it does with
-        # many
+        # a cohort of as many canaries as are expected to take part, so that a mistake in how the
+        # server treats the sum is seen on many updates
         alone = replace(plan, budget=None, cohort=CANARIES / 2)
         privacy = PaidByServer(o, alone, Path(folder), "audit", fresh=True)
         state = ServerState(np.zeros(DIMENSIONS, np.float32))
         collectors = Collectors(o, strategy, privacy, DIMENSIONS, "audit")
         collector = collectors.open(state, (), CANARIES, Clients())
         for i in np.flatnonzero(inside):
-            # far longer than the clip, and some count for many tokens: neither may help a client to
-            # be seen
+            # far longer than the clip, and half of them with many tokens: neither may make a client
+            # easier to find
             delta = canaries[i] * np.float32(1000 * o.privacy.clip)
             tokens = 1000 if i % 2 else 1
-            update = Update(
-                f"canary {i}", 0, 0, delta, tokens, {"update_norm": float(np.linalg.norm(delta))}
-            )
+            norm = {"update_norm": float(np.linalg.norm(delta))}
+            update = Update(f"canary {i}", 0, 0, delta, tokens, norm)
             collector.add(update, Job(update.client, 0, 0, state.params, Plan("", 1, 0, 1, 1)), 0)
         pacing = Pacing(o.pace.name, CANARIES, max(1, round(plan.cohort)))
         released = -collector.step(state, pacing).params
     mu = 1 / (plan.noise_multiplier * plan.scale)
     found = bounds(canaries @ released, inside, plan.delta)
-    return Verdict(
-        found, mu, gaussian_epsilon(mu, plan.delta), f"one release, {CANARIES} canary clients"
-    )
+    return Verdict(found, mu, plan.delta, f"one release, {CANARIES} canary clients")
 
 
 def audit_example(o: RunOptions, vocab_size: int, plan: PrivacyPlan, seed: int = 0) -> Verdict:
-    """Canary blocks of random tokens in one client's job: the attacker sees every step's noisy
-    gradient.
+    """Canary blocks of random tokens in one client's job.
+
+    The attacker sees the noisy gradient of every step. A block's score is the product of its own
+    gradient and the noisy one, summed over the steps.
     """
     rng = np.random.default_rng(seed)
     tokens = rng.integers(vocab_size, size=(BLOCKS, o.model.block_size + 1))
     inside = rng.random(BLOCKS) < 0.5
     trainer = _trainer(o, vocab_size)
     everything = Blocks(tokens.reshape(-1), o.model.block_size)
-    there = Blocks(tokens[inside].reshape(-1), o.model.block_size)
+    trained = Blocks(tokens[inside].reshape(-1), o.model.block_size)
     stream = SecureStream(secrets.token_bytes(32), "audit")
-    steps = PrivateSteps(there, stream, 1.0, plan.noise_multiplier, o.privacy.clip)
+    steps = PrivateSteps(trained, stream, 1.0, plan.noise_multiplier, o.privacy.clip)
     attacker, scores = _trainer(replace(o, privacy=PrivacyOptions()), vocab_size), np.zeros(BLOCKS)
     for _ in range(STEPS):
         before = trainer.params.clone()
@@ -114,19 +170,16 @@ def audit_example(o: RunOptions, vocab_size: int, plan: PrivacyPlan, seed: int =
         trainer.optimizer.step(o.local.lr)
     mu = math.sqrt(STEPS) / plan.noise_multiplier
     found = bounds(scores, inside, plan.delta)
-    return Verdict(
-        found,
-        mu,
-        gaussian_epsilon(mu, plan.delta),
-        f"{STEPS} steps, {BLOCKS} canary blocks, full batch",
-    )
+    return Verdict(found, mu, plan.delta, f"{STEPS} steps, {BLOCKS} canary blocks, full batch")
 
 
 def membership(
     o: RunOptions, vocab_size: int, tokens: np.ndarray, plan: PrivacyPlan | None, steps: int
 ) -> dict[str, float]:
-    """Train one client on every second of its blocks; how well a low loss tells those from the
-    others.
+    """Train one client on every second block; how well a low loss separates those from the others.
+
+    Returns "auc", "tpr_at_1_percent_fpr" (share of the trained blocks found at 1 % false alarms)
+    and "blocks" (number of trained blocks).
     """
     width = o.model.block_size + 1
     blocks = np.asarray(tokens[: len(tokens) // (2 * width) * 2 * width]).reshape(-1, width)
@@ -135,10 +188,10 @@ def membership(
     trainer.train(
         _start(o, vocab_size), _source(o, members.reshape(-1), plan), _plan(o, steps), None
     )
-    told = [-_losses(trainer, part) for part in (members, others)]
+    inside, outside = (-_losses(trainer, part) for part in (members, others))
     return {
-        "auc": auc(told[0], told[1]),
-        "tpr_at_1_percent_fpr": rate_at(told[0], told[1]),
+        "auc": auc(inside, outside),
+        "tpr_at_1_percent_fpr": rate_at(inside, outside),
         "blocks": float(len(members)),
     }
 
@@ -146,19 +199,19 @@ def membership(
 def token_leak(
     o: RunOptions, vocab_size: int, tokens: np.ndarray, plan: PrivacyPlan | None, steps: int
 ) -> dict[str, float]:
-    """How well one update tells the tokens that it was trained on from those that its client's text
-    does not have.
+    """How well one update separates tokens that it was trained on from tokens not in the text.
 
-    AUC over the vocabulary. Under privacy=client also what a release tells to whoever knows all
-    other updates in it: `released_auc`.
+    Returns "auc" over the vocabulary, and the numbers of tokens: "present" in the batches and
+    "absent" from the text. Under privacy=client also "released_auc", for an attacker who sees the
+    release and knows all other updates in it.
     """
     trainer, source = _trainer(o, vocab_size), _source(o, tokens, plan)
     seen, absent = np.zeros(vocab_size, bool), np.ones(vocab_size, bool)
     absent[np.unique(tokens)] = False
-    with _watched(source, seen):
+    with _recorded(source, seen):
         delta = trainer.train(_start(o, vocab_size), source, _plan(o, steps), None).delta.copy()
     found = {
-        "auc": _told_by(trainer, delta, seen, absent),
+        "auc": _leak_auc(trainer, delta, seen, absent),
         "present": float(seen.sum()),
         "absent": float(absent.sum()),
     }
@@ -167,32 +220,32 @@ def token_leak(
         released = clipped(delta, o.privacy.clip) + noise * np.float32(
             plan.noise_multiplier * plan.scale * o.privacy.clip
         )
-        found["released_auc"] = _told_by(trainer, released, seen, absent)
+        found["released_auc"] = _leak_auc(trainer, released, seen, absent)
     return found
 
 
-def _told_by(trainer: Trainer, delta: np.ndarray, seen: np.ndarray, absent: np.ndarray) -> float:
-    """AUC of the rows of the embedding; seen and absent, (vocabulary,) bool."""
+def _leak_auc(trainer: Trainer, delta: np.ndarray, seen: np.ndarray, absent: np.ndarray) -> float:
+    """AUC of a score for each row of the embedding; seen and absent are (vocabulary,) bool."""
     rows = trainer.layout.views(torch.from_numpy(delta))["transformer.wte.weight"].numpy()
-    # the head pushes the rows of all tokens that do not come one way; those that come are pulled
-    # back
+    # the output layer shares the embedding: its gradient pushes the rows of all tokens that do not
+    # occur in the same direction, and pulls the rows of those that occur back
     scores = -(rows @ np.median(rows, axis=0))
     return auc(scores[seen], scores[absent])
 
 
 @contextmanager
-def _watched(source: Batches | PrivateSteps, seen: np.ndarray) -> Iterator[None]:
-    """Mark in `seen` the tokens of whatever the source hands out."""
+def _recorded(source: Batches | PrivateSteps, seen: np.ndarray) -> Iterator[None]:
+    """Mark in `seen` the tokens of all batches that the source returns."""
     owner, name = (source, "next") if isinstance(source, Batches) else (source.blocks, "take")
-    handed = getattr(owner, name)
+    original = getattr(owner, name)
 
-    def watched(*asked: Any) -> Any:
-        batch = handed(*asked)
+    def recorded(*arguments: Any) -> Any:
+        batch = original(*arguments)
         for part in batch:
             seen[part.numpy()] = True
         return batch
 
-    setattr(owner, name, watched)
+    setattr(owner, name, recorded)
     yield
     delattr(owner, name)
 
@@ -223,23 +276,22 @@ def _source(o: RunOptions, tokens: np.ndarray, plan: PrivacyPlan | None) -> Batc
 
 
 def _products(attacker: Trainer, blocks: Blocks, clip: float, released: torch.Tensor) -> np.ndarray:
-    """(blocks,): the clipped gradient of each, as the attacker makes it, times what was
-    released.
-    """
+    """(blocks,): the product of each block's clipped gradient and the released gradient."""
     book, found = BookKeeping(attacker.model, attacker.layout), []
     for part in np.array_split(
         np.arange(len(blocks)), -(-len(blocks) // attacker.private.examples)
     ):
         inputs, targets = blocks.take(part)
         rows, _ = book.gradients(lambda x=inputs, y=targets: example_losses(attacker.model, x, y))
-        whole = torch.cat([rows[name].flatten(1) for name in attacker.layout.names], 1)
-        factors = (clip / whole.norm(dim=1)).clamp(max=1.0)
-        found.append((factors * (whole @ released)).cpu().numpy())
+        flat = torch.cat([rows[name].flatten(1) for name in attacker.layout.names], 1)
+        factors = (clip / flat.norm(dim=1)).clamp(max=1.0)
+        found.append((factors * (flat @ released)).cpu().numpy())
     return np.concatenate(found)
 
 
 @torch.no_grad()
 def _losses(trainer: Trainer, blocks: np.ndarray) -> np.ndarray:
+    """(blocks,): the mean loss of each block."""
     found: list[Any] = []
     for part in np.array_split(
         torch.from_numpy(blocks.astype(np.int64)), max(1, len(blocks) // 32)

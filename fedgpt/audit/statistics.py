@@ -1,9 +1,13 @@
-"""What an attacker's guesses prove: lower bounds on the privacy that a mechanism can have given.
+"""Lower bounds on the privacy loss of a mechanism, from an attacker's scores.
 
-Canaries are units that are in or out by a fair coin and easy to find again. Two statistics over one
-run: how far the scores of those that were in lie from the others', as the mu of a Gaussian
-mechanism; and how many of the most extreme scores are guessed right (Steinke, Nasr & Jagielski
-2023, arXiv 2305.08846), which assumes nothing of the mechanism.
+Each canary is a unit that takes part (is inside) or not by a fair coin, and the attacker gives it a
+score that should be higher if it took part. Two bounds follow from the scores of one run:
+
+- by means: the distance between the mean scores of both groups, in standard deviations, is an
+  estimate of the mu of a Gaussian mechanism;
+- by ranks: the number of right guesses among the most extreme scores refutes every epsilon that
+  makes so many too unlikely (Steinke, Nasr & Jagielski 2023, arXiv 2305.08846). This bound assumes
+  nothing about the mechanism.
 """
 
 from __future__ import annotations
@@ -13,38 +17,36 @@ from dataclasses import dataclass
 
 import numpy as np
 
-CONFIDENCE = 0.99
-QUANTILE = 2.58  # two-sided 99 % of a normal
+CONFIDENCE = 0.99  # probability with which the bound by ranks is right
+QUANTILE = 2.58  # two-sided 99 % quantile of the normal distribution, for the bound by means
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a correct mechanism exceeds once in a hundred audits."""
+    """Lower bounds on mu and epsilon; each is wrong in at most one of a hundred audits."""
 
-    mu: float  # estimate
-    mu_bound: float  # mu is at least this
-    epsilon_bound: float  # epsilon is at least this, by ranks
+    mu: float  # estimate of mu, by means
+    mu_bound: float  # lower bound on mu, by means
+    epsilon_bound: float  # lower bound on epsilon, by ranks
 
 
 def bounds(scores: np.ndarray, inside: np.ndarray, delta: float) -> Bounds:
-    """Lower bounds from (m,) scores and who was inside, (m,) bool."""
-    there, away = scores[inside], scores[~inside]
-    spread = math.sqrt(
-        (there.var(ddof=1) * (len(there) - 1) + away.var(ddof=1) * (len(away) - 1))
-        / (len(scores) - 2)
-    )
-    mu = float((there.mean() - away.mean()) / spread) if spread > 0 else math.inf
-    error = (
-        math.sqrt(1 / len(there) + 1 / len(away) + mu**2 / (2 * len(scores)))
-        if math.isfinite(mu)
-        else 0.0
-    )
+    """Lower bounds from (m,) scores and (m,) bool, whether each canary was inside."""
+    a, b = scores[inside], scores[~inside]
+    squares = a.var(ddof=1) * (len(a) - 1) + b.var(ddof=1) * (len(b) - 1)
+    spread = math.sqrt(squares / (len(scores) - 2))
+    mu = float((a.mean() - b.mean()) / spread) if spread > 0 else math.inf
+    error = 0.0
+    if math.isfinite(mu):
+        error = math.sqrt(1 / len(a) + 1 / len(b) + mu**2 / (2 * len(scores)))
     return Bounds(mu, mu - QUANTILE * error, rank_bound(scores, inside, delta))
 
 
 def rank_bound(scores: np.ndarray, inside: np.ndarray, delta: float) -> float:
-    """The largest epsilon that right guesses refute: the r/2 highest scores are guessed in, the r/2
-    lowest out.
+    """The largest epsilon that the number of right guesses refutes.
+
+    The attacker guesses that the r/2 highest scores were inside and the r/2 lowest outside, for
+    several r, which share the probability of an error.
     """
     order, m, best = np.argsort(scores), len(scores), 0.0
     shares = (m // 10, m // 4, m // 2, m)
@@ -67,22 +69,20 @@ def rank_bound(scores: np.ndarray, inside: np.ndarray, delta: float) -> float:
 
 
 def _p_value(epsilon: float, guesses: int, right: int, m: int, delta: float) -> float:
-    """How likely so many right guesses are at most, of an (epsilon, delta) mechanism."""
+    """Upper bound on the probability of `right` guesses under an (epsilon, delta) mechanism."""
     from scipy.special import bdtr, bdtrc
 
     p = 1 / (1 + math.exp(-epsilon))
     if right == 0:
         return 1.0
-    below = bdtr(np.arange(right), guesses, p)  # P[Bin <= k] of k < right
-    fewer = np.concatenate([below[:-1][::-1], [0.0]])  # P[Bin < right - i] of i = 1 .. right
+    below = bdtr(np.arange(right), guesses, p)  # P[Bin <= k] for k < right
+    fewer = np.concatenate([below[:-1][::-1], [0.0]])  # P[Bin < right - i] for i = 1 .. right
     alpha = float(np.max((below[-1] - fewer) / np.arange(1, right + 1)))
     return float(bdtrc(right - 1, guesses, p)) + 2 * m * delta * alpha
 
 
 def auc(positive: np.ndarray, negative: np.ndarray) -> float:
-    """Probability that a random positive scores above a random negative; 0.5 tells nothing, as
-    where there are none.
-    """
+    """Probability that a random positive scores above a random negative; 0.5 if one is empty."""
     from scipy.stats import rankdata
 
     if not len(positive) or not len(negative):
@@ -93,5 +93,5 @@ def auc(positive: np.ndarray, negative: np.ndarray) -> float:
 
 
 def rate_at(positive: np.ndarray, negative: np.ndarray, false: float = 0.01) -> float:
-    """Share of the positives found where a share `false` of the negatives is taken for one."""
+    """Share of the positives above the score that a share `false` of the negatives exceeds."""
     return float((positive > np.quantile(negative, 1 - false)).mean())

@@ -17,10 +17,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from fedgpt.aggregate.base import Strategy
 from fedgpt.config import checks, overrides
 from fedgpt.core.errors import ConfigError, nearest
 from fedgpt.core.options import RunOptions
-from fedgpt.privacy.problems import privacy_problems
+from fedgpt.privacy.problems import Rule, privacy_problems
 from fedgpt.server.pacing import make_pace, pace_problems
 from fedgpt.simulate.fleet import replay_problems
 
@@ -277,14 +278,17 @@ def _problems(o: RunOptions, here: bool) -> Iterator[str]:
                 f"corpus.public=0: strategy={strategy.name} trains the server's own update on the"
                 " public part; raise it, or take another rule, such as strategy=median"
             )
-        yield from privacy_problems(o, strategy)
+        rule = Rule(type(strategy).__name__)  # a strategy of another library, such as Flower's
+        if isinstance(strategy, Strategy):
+            rule = Rule(strategy.name, strategy.linear, strategy.switches)
+        yield from privacy_problems(o, rule)
 
 
 def _pacing_problems(o: RunOptions, strategy: Any) -> Iterator[str]:
     """Whether the strategy is right for the pacing."""
     paces = getattr(strategy, "paces", {"cohort"})
     if o.pace.name not in paces:
-        reason = getattr(strategy, "because", {}).get(o.pace.name, "")
+        reason = getattr(strategy, "refused_pacings", {}).get(o.pace.name, "")
         only = f"{type(strategy).__name__} is right for pace={' or '.join(sorted(paces))} only"
         yield f"pace={o.pace.name}: {only}{': ' if reason else ''}{reason}"
     elif o.pace.clients and hasattr(strategy, "problems") and o.pace.name in ("cohort", "buffer"):

@@ -1,9 +1,13 @@
 """How much privacy a list of noisy releases costs: epsilon at a delta.
 
-Sampled releases are composed by dp-accounting's privacy loss distributions (tight), under
-add-or-remove-one adjacency. Releases without sampling are Gaussian mechanisms, whose composition is
-a closed form: mu^2 adds up (Dong, Roth & Su, arXiv 1905.02383), and that also holds where a
-client's later updates depend on earlier releases.
+A release is a clipped sum plus Gaussian noise, and an attacker sees all releases of a run. Each one
+costs privacy, and composition says what they cost together. There are two cases:
+
+- Without sampling (every unit may be in every release) they are Gaussian mechanisms. Their
+  composition has a closed form: mu^2 adds up (Dong, Roth & Su, arXiv 1905.02383), even if a
+  client's later updates depend on earlier releases.
+- With Poisson sampling (every unit is in a release with a fixed probability) they are composed by
+  dp-accounting's privacy loss distributions, which are tight, under add-or-remove-one adjacency.
 """
 
 from __future__ import annotations
@@ -14,28 +18,27 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-# of the privacy losses; halving it changed no epsilon of the tests by more than 1e-4
+# discretisation of the privacy losses; half of it changed no epsilon of the tests by more than 1e-4
 INTERVAL = 1e-4
-COARSE = 1e-3  # while noise is searched for: ten times as fast
-PRECISE = 1e-3  # relative, of a calibrated noise multiplier
-MOST_NOISE = 1e6
-# below it losses are so wide that their distributions fill the memory; Renyi's bound will do
+COARSE = 1e-3  # discretisation while a noise multiplier is searched for: ten times as fast
+PRECISE = 1e-3  # relative precision of a calibrated noise multiplier
+MOST_NOISE = 1e6  # largest noise multiplier that calibration tries
+# noise multiplier below which the loss distributions are too wide for the memory; Renyi's looser
+# bound is used instead
 LEAST_NOISE = 0.2
 
 
 @dataclass(frozen=True)
 class Event:
-    """`count` releases with noise of `noise_multiplier` sensitivities, each of a sample that
-    everybody joins alike.
-    """
+    """`count` releases of the same kind."""
 
-    noise_multiplier: float
-    sampling_probability: float
+    noise_multiplier: float  # standard deviation of the noise over the sensitivity of the sum
+    sampling_probability: float  # probability with which each unit is in a release
     count: int
 
 
 def epsilon_of(events: Iterable[Event], delta: float) -> float:
-    """Epsilon of all these releases together; math.inf where one has no noise."""
+    """Epsilon of all these releases together; math.inf if one has no noise."""
     events = [event for event in events if event.count]
     if any(event.noise_multiplier <= 0 for event in events):
         return math.inf
@@ -49,8 +52,9 @@ def epsilon_of(events: Iterable[Event], delta: float) -> float:
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
-    """Epsilon of a mu-GDP mechanism: delta = Phi(mu/2 - eps/mu) - e^eps Phi(-mu/2 - eps/mu), solved
-    by bisection.
+    """Epsilon of a mu-GDP mechanism, by bisection.
+
+    Solves delta = Phi(mu/2 - eps/mu) - e^eps Phi(-mu/2 - eps/mu) for eps.
 
     >>> round(gaussian_epsilon(1.0, 1e-5), 2)
     4.38
@@ -67,7 +71,7 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 
 
 def gaussian_mu(epsilon: float, delta: float) -> float:
-    """The largest mu whose epsilon is not above this one."""
+    """The largest mu whose epsilon at `delta` is at most `epsilon`."""
     low, high = 0.0, 1.0
     while gaussian_epsilon(high, delta) < epsilon:
         high *= 2
@@ -78,9 +82,7 @@ def gaussian_mu(epsilon: float, delta: float) -> float:
 
 
 def calibrate(target: float, sampling_probability: float, count: int, delta: float) -> float:
-    """The smallest noise multiplier, to 1e-3 of it, whose `count` releases stay within epsilon
-    `target`.
-    """
+    """The smallest noise multiplier, to 1e-3 of it, for `count` releases of epsilon `target`."""
     if sampling_probability == 1:
         return math.sqrt(count) / gaussian_mu(target, delta)
 
@@ -95,22 +97,20 @@ def calibrate(target: float, sampling_probability: float, count: int, delta: flo
     low = high / 2
     while cost(low, COARSE) <= target:
         low /= 2
-    solve: Any = brentq  # its annotations name numpy's floats
+    solve: Any = brentq  # typed as Any, because its annotations ask for numpy's floats
     found = float(solve(lambda z: cost(z, COARSE) - target, low, high, rtol=PRECISE))
-    while cost(found) > target:  # both intervals err on the safe side, the coarse one by more
+    while cost(found) > target:  # both discretisations overestimate epsilon, the coarse one by more
         found *= 1 + PRECISE
     return found
 
 
 def renyi_epsilon(events: Iterable[Event], delta: float) -> float:
-    """An upper bound by Renyi divergences (Mironov et al., arXiv 1908.10530): fast, and a check of
-    the tight one.
-    """
+    """An upper bound on epsilon by Renyi divergences (Mironov et al., arXiv 1908.10530); fast."""
     import absl.logging
     import dp_accounting
     from dp_accounting.rdp import RdpAccountant
 
-    # it reports orders that it leaves out, which is harmless
+    # the accountant warns about orders that it leaves out, which is harmless
     absl.logging.set_verbosity(absl.logging.ERROR)
     accountant: Any = RdpAccountant()
     for event in events:
@@ -123,7 +123,7 @@ def renyi_epsilon(events: Iterable[Event], delta: float) -> float:
 
 @lru_cache(maxsize=256)
 def _composed(events: tuple[Event, ...], delta: float, interval: float = INTERVAL) -> float:
-    """By privacy loss distributions, each distinct kind of release composed with itself first."""
+    """Epsilon by privacy loss distributions; each event is first composed with itself."""
     total: Any = None
     for event in events:
         loss = _single(event.noise_multiplier, event.sampling_probability, interval).self_compose(
@@ -143,7 +143,7 @@ def _single(noise_multiplier: float, sampling_probability: float, interval: floa
 
 
 def _bracket(cost: Callable[[float], float], target: float) -> float:
-    """A value, at most 2 % too large, at which a falling cost is within the target."""
+    """A value, at most 2 % too large, at which a decreasing cost is within the target."""
     high = 1.0
     while cost(high) > target:
         high *= 2
@@ -159,9 +159,7 @@ def _bracket(cost: Callable[[float], float], target: float) -> float:
 
 
 def _gaussian_delta(mu: float, epsilon: float) -> float:
-    """Phi(mu/2 - eps/mu) - e^eps Phi(-mu/2 - eps/mu); the second term by logarithms, as e^eps
-    overflows.
-    """
+    """Phi(mu/2 - eps/mu) - e^eps Phi(-mu/2 - eps/mu); in logarithms, because e^eps overflows."""
     from scipy.special import log_ndtr, ndtr
 
     return float(

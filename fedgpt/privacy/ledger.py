@@ -1,9 +1,11 @@
-"""What has been paid: a file that is on the disk before anything is released, and that a restart
-must find again.
+"""The privacy ledger: a file of all releases that have been paid for.
 
-A charge names its release by a tag, an HMAC of all that the release depends on. The same tag again
-is the same release made again after a crash: it costs nothing. Another tag under the same number is
-another release: both are paid for.
+A charge is written to disk, with fsync, before the release is made; a restart must find the file
+again. So a crash can lose a release that was paid for, but never a payment.
+
+A charge names its release by a tag, an HMAC of everything that the release depends on. If a crash
+makes the server compute the same release again, its tag is the same and it costs nothing. Another
+tag under the same number is another release, and both are paid for.
 """
 
 from __future__ import annotations
@@ -20,21 +22,21 @@ from fedgpt.core.files import write_text
 from fedgpt.privacy.accounting import Event, epsilon_of
 
 FORMAT = 1
-ROUNDING = 1e-9  # relative, of an epsilon that was calibrated to meet the budget
-REMEMBERED = 256  # releases whose tags are kept; an older one that is made again is paid for again
+ROUNDING = 1e-9  # relative tolerance for an epsilon that was calibrated to meet the budget
+REMEMBERED = 256  # releases whose tags are kept; an older release made again is paid for again
 
 
 class BudgetExhausted(FedGPTError):
-    """The next release would cost more than there is; nothing was charged."""
+    """The next release would exceed the budget; nothing was charged."""
 
 
 @dataclass(frozen=True)
 class Release:
-    """A charge that can still be recognised."""
+    """A release that was paid for, and whose tag is still remembered."""
 
-    number: int  # of the version or the task
+    number: int  # number of the version (privacy=client) or of the job
     tag: str
-    # client -> its part of one full charge, where clients pay
+    # client -> its share of one full charge, if each client pays for itself
     shares: dict[str, float] = field(default_factory=dict)
 
 
@@ -43,28 +45,28 @@ class Account:
     """The content of a ledger."""
 
     unit: str
-    data: str  # fingerprint of what is protected
+    data: str  # digest of the text that is protected
     delta: float
-    events: tuple[Event, ...] = ()  # that everybody pays for
-    releases: tuple[Release, ...] = ()
-    # client -> full charges, where clients pay each for itself
+    events: tuple[Event, ...] = ()  # releases that every unit pays for
+    releases: tuple[Release, ...] = ()  # the newest ones, for their tags
+    # client -> number of full charges, if each client pays for itself
     spent: dict[str, float] = field(default_factory=dict)
-    noise_multiplier: float = 0.0  # of one full charge of a client
+    noise_multiplier: float = 0.0  # noise multiplier of one full charge of a client
 
     @property
     def total(self) -> tuple[Event, ...]:
-        """All events; those of the client that has spent most, where each pays for itself."""
+        """All events; if each client pays for itself, those of the client that has spent most."""
         most = max(self.spent.values(), default=0.0)
         own = () if not most else (_full_charges(self.noise_multiplier, most),)
         return (*self.events, *own)
 
     @property
     def epsilon(self) -> float:
-        """What the releases so far cost at `delta`."""
+        """The cost of all releases so far, at `delta`."""
         return epsilon_of(self.total, self.delta)
 
     def within(self, planned: Event, more: Event) -> bool:
-        """Whether all that was paid and `more` are releases of `planned`, no more of them."""
+        """Whether the paid events and `more` are of the planned kind, and no more than planned."""
         kind = (planned.noise_multiplier, planned.sampling_probability)
         events = (*self.events, more)
         same = all((e.noise_multiplier, e.sampling_probability) == kind for e in events)
@@ -75,8 +77,9 @@ class Ledger:
     """One ledger file."""
 
     def __init__(self, path: Path, unit: str, data: str, delta: float, fresh: bool):
-        """Open the ledger of `data`, or begin one where `fresh`; raises FedGPTError where it is not
-        what it must be.
+        """Open the ledger of `data`; create it if it is missing and `fresh`.
+
+        Raises FedGPTError if it is missing otherwise, damaged, or the ledger of something else.
         """
         self.path = path
         if path.exists():
@@ -85,8 +88,8 @@ class Ledger:
             for name, value in expected.items():
                 if (found := getattr(self.account, name)) != value:
                     raise FedGPTError(
-                        f"{path} is the ledger of {name} {found}, not of {value}; start again"
-                        " elsewhere"
+                        f"{path} is the ledger of {name} {found}, not of {value}; start a new run"
+                        " in another folder"
                     )
         elif fresh:
             self.account = Account(unit, data, delta)
@@ -98,25 +101,27 @@ class Ledger:
             )
 
     def known(self, number: int, tag: str) -> bool:
-        """Whether this very release has been paid for."""
+        """Whether exactly this release has been paid for."""
         return any(
             (release.number, release.tag) == (number, tag) for release in self.account.releases
         )
 
     def made(self, number: int) -> bool:
-        """Whether a release of this number has been paid for, of this or of another sum."""
+        """Whether a release with this number has been paid for, whatever its tag."""
         return any(release.number == number for release in self.account.releases)
 
     def spent_before(self, client: str, number: int) -> float:
-        """Full charges of a client without those of release `number` and later ones, which are made
-        again now.
+        """Full charges of a client before release `number`.
+
+        After a restart the releases from `number` on are made again, so they do not count.
         """
         later = sum(r.shares.get(client, 0.0) for r in self.account.releases if r.number >= number)
         return self.account.spent.get(client, 0.0) - later
 
     def charge(self, number: int, tag: str, event: Event, budget: float | None) -> None:
-        """Pay for a release before it is made; raises BudgetExhausted where that exceeds the
-        `budget` epsilon.
+        """Pay for a release before it is made.
+
+        Raises BudgetExhausted if epsilon would exceed `budget`.
         """
         if self.known(number, tag):
             return
@@ -134,19 +139,18 @@ class Ledger:
         most: int,
         budget: float | None = None,
     ) -> None:
-        """Pay for a release in which each client has a part of its own, up to 1, and `most` over
-        the whole run.
+        """Pay for a release in which each client has a share of its own, of at most 1.
 
-        Raises BudgetExhausted where a client would pay for more, or the one that has paid most for
-        more than `budget`.
+        Raises BudgetExhausted if the shares of a client over the run would exceed `most`, or the
+        epsilon of the client that has spent most would exceed `budget`.
         """
         if self.known(number, tag):
             return
         before = self.account.noise_multiplier
         if before not in (0.0, noise_multiplier):
             raise FedGPTError(
-                f"{self.path} is of noise {before:g}, this run has {noise_multiplier:g}; start"
-                " again elsewhere"
+                f"{self.path} is for noise {before:g}, this run has {noise_multiplier:g}; start a"
+                " new run in another folder"
             )
         spent = dict(self.account.spent)
         for client, share in shares.items():
@@ -164,16 +168,17 @@ class Ledger:
         self._write(account)
 
     def note(self, number: int, tag: str) -> None:
-        """Remember a release that is paid for as part of a series; raises BudgetExhausted where it
-        was another one.
+        """Remember a release that was paid for as part of a series.
+
+        Raises BudgetExhausted if this or a later release was made before, from another sum.
         """
         if self.known(number, tag):
             return
-        # older tags may be forgotten
+        # a later number suffices as proof, because the tags of old releases are forgotten
         if any(release.number >= number for release in self.account.releases):
             raise BudgetExhausted(
-                f"release {number} of this series was made before, of another sum: correlated noise"
-                " cannot go back"
+                f"release {number} of this series was made before, from another sum: a series of"
+                " correlated noise cannot be repeated from an earlier version"
             )
         self._write(replace(self.account, releases=self._noted(Release(number, tag))))
 
@@ -203,7 +208,7 @@ def _read(path: Path) -> Account:
     try:
         about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         if about.pop("sha256") != _digest(about):
-            raise ValueError("its digest is another")
+            raise ValueError("its digest does not match its content")
         if about.pop("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
         about["events"] = tuple(Event(**event) for event in about.pop("charged"))
@@ -213,7 +218,8 @@ def _read(path: Path) -> Account:
             raise ValueError("it has negative numbers")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FedGPTError(
-            f"{path} is damaged ({error}): what has been spent is unknown; start again elsewhere"
+            f"{path} is damaged ({error}): what has been spent is unknown; start a new run in"
+            " another folder"
         ) from error
     return account
 
@@ -223,7 +229,7 @@ def _digest(about: Mapping[str, Any]) -> str:
 
 
 def _added(events: tuple[Event, ...], more: Event) -> tuple[Event, ...]:
-    """The events with one more; those of the same kind are one."""
+    """The events with one more; events of the same kind are merged into one."""
     kind = (more.noise_multiplier, more.sampling_probability)
     same = [
         event for event in events if (event.noise_multiplier, event.sampling_probability) == kind
@@ -233,8 +239,6 @@ def _added(events: tuple[Event, ...], more: Event) -> tuple[Event, ...]:
 
 
 def _full_charges(noise_multiplier: float, charges: float) -> Event:
-    """`charges` full charges, not always whole, as whole ones with a little less noise in each: the
-    same mu.
-    """
+    """A fractional number of charges as an integer number with less noise each and the same mu."""
     count = max(1, int(-(-charges // 1)))
     return Event(noise_multiplier * (count / charges) ** 0.5, 1.0, count)

@@ -1,4 +1,9 @@
-"""What a private run protects and what that will cost, known before anything runs."""
+"""The privacy plan: what a run protects, with how much noise, at what epsilon.
+
+It is made before anything runs, from the options and the sizes of the clients' shards: how often
+one unit can be in a release, and by which kind of sampling, decides how much noise reaches the
+target epsilon.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,8 @@ from fedgpt.privacy.accounting import Event, calibrate, epsilon_of
 from fedgpt.privacy.clipping import AdaptiveClip
 from fedgpt.privacy.toeplitz import sensitivity
 
-# delta = n^-1.1 by default: below 1/n, at which a mechanism may simply publish one of n
+# the default delta of n units is n^-EXPONENT; it must be below 1/n, because with a delta of 1/n a
+# mechanism could simply publish the data of one unit
 EXPONENT = 1.1
 
 
@@ -22,33 +28,34 @@ class PrivacyPlan:
     """The mechanism of a run in numbers, and its cost if the run goes as planned."""
 
     unit: str  # example, client, local
-    # poisson: everybody by a coin; bounded: whoever comes, so often at most; correlated: as one
-    # event
+    # poisson: each unit is in a release by a coin flip; bounded: a client is in at most
+    # `participations` releases; correlated: the noise of a series of releases is one event
     sampling: str
-    planned: Event  # of one unit that takes part as often as it may
+    planned: Event  # the releases of a unit that takes part as often as it may
     delta: float
     budget: float | None  # epsilon that is never exceeded; None: no limit
-    protected: int  # clients, or blocks of the largest client
-    # releases (client) or jobs (example, local) that one client takes part in at most
+    protected: int  # number of clients (client, local) or of the largest client's blocks (example)
+    # largest number of releases (client) or jobs (example, local) that one client takes part in
     participations: int
     cohort: float  # client: K, the constant that a sum is divided by
-    # correlated: how far one client moves the whole series, in clips; a factor on the noise
+    # correlated: how far one client moves all releases together, in clips; a factor on the noise
     scale: float = 1.0
 
     @property
     def noise_multiplier(self) -> float:
-        """Standard deviation of the noise over how far one unit can move what it is added to."""
+        """Standard deviation of the noise over the distance by which one unit can move the sum."""
         return self.planned.noise_multiplier
 
     @property
     def epsilon(self) -> float:
-        """If the run goes as planned."""
+        """Epsilon at `delta`, if the run goes as planned."""
         return epsilon_of((self.planned,), self.delta)
 
 
 def make_plan(o: RunOptions, shards: Sequence[int]) -> PrivacyPlan:
-    """The plan of a run over clients with so many tokens each; raises ConfigError where no
-    accounting is right.
+    """The plan of a run whose clients have `shards` tokens each.
+
+    Raises ConfigError if there is no correct accounting, or the budget cannot be met.
     """
     unit, blocks = o.privacy.unit, [count_blocks(size, o) for size in shards]
     protected = max(blocks) if unit == "example" else len(shards)
@@ -60,7 +67,7 @@ def make_plan(o: RunOptions, shards: Sequence[int]) -> PrivacyPlan:
         raise ConfigError(problems)
     probability, count, scale = 1.0, participations, 1.0
     if unit == "example":
-        # the smallest shard pays most; all add the same noise
+        # the smallest shard costs most, because all clients add the same noise
         probability = sampling_probability(o, min(blocks))
         count = participations * o.local.steps
     elif sampling == "poisson":
@@ -70,15 +77,13 @@ def make_plan(o: RunOptions, shards: Sequence[int]) -> PrivacyPlan:
         count = 1
     noise = o.privacy.noise_multiplier
     if noise is None:
-        assert o.privacy.target_epsilon is not None, (
-            "one of the two is there: checked with the options"
-        )
+        assert o.privacy.target_epsilon is not None, "checked by privacy_problems"
         noise = _calibrated(o.privacy.target_epsilon, probability, count, delta)
     if o.privacy.adaptive and not math.isfinite(AdaptiveClip().release_noise(noise, cohort)):
         raise ConfigError(
-            f"privacy.adaptive=true: noise of {noise:.3g} needs more than"
-            f" {noise / 2 / AdaptiveClip().share:.0f} clients in a cohort to count bits under, this"
-            f" run has {cohort:g}; raise pace.rate or pace.clients, or leave it out"
+            f"privacy.adaptive=true: with noise of {noise:.3g}, adapting the clip needs more than"
+            f" {noise / 2 / AdaptiveClip().share:.0f} clients in a cohort, this run has"
+            f" {cohort:g}; raise pace.rate or pace.clients, or leave it out"
         )
     planned = Event(noise, probability, count)
     budget = o.privacy.target_epsilon
@@ -88,14 +93,14 @@ def make_plan(o: RunOptions, shards: Sequence[int]) -> PrivacyPlan:
     if unit != "client" and budget is not None and plan.epsilon > budget:
         raise ConfigError(
             f"privacy.noise_multiplier={noise:g}: {count} releases would cost epsilon"
-            f" {plan.epsilon:.3g}, and privacy.target_epsilon={budget:g}; leave the noise out, from"
-            " which it follows, or lower rounds"
+            f" {plan.epsilon:.3g}, above privacy.target_epsilon={budget:g}; leave the noise out, so"
+            " that it follows from the target, or lower rounds"
         )
     return plan
 
 
 def sampling_of(o: RunOptions) -> str:
-    """How a unit comes to take part, which decides the accounting."""
+    """How the units of a release are chosen, which decides the accounting."""
     if o.privacy.unit == "example":
         return "poisson"
     if o.privacy.unit == "client" and o.privacy.bands > 1:
@@ -108,34 +113,36 @@ def sampling_of(o: RunOptions) -> str:
 
 
 def count_blocks(tokens: int, o: RunOptions) -> int:
-    """Blocks of a shard: block_size inputs and the target of the last, cut once, none
-    overlapping.
+    """Number of blocks of a shard; a block is block_size inputs and one more target.
+
+    Blocks do not overlap, and are cut once for the run.
     """
     return tokens // (o.model.block_size + 1)
 
 
 def sampling_probability(o: RunOptions, blocks: int) -> float:
-    """With which a block is in a batch, such that a batch has local.batch_size x local.accumulate
-    on average.
+    """Probability with which each block is in a batch.
+
+    It gives batches of local.batch_size x local.accumulate blocks on average.
     """
     return min(1.0, o.local.batch_size * o.local.accumulate / blocks)
 
 
 def default_delta(units: int) -> float:
-    """units^-1.1, and below one half for one or two."""
+    """units^-1.1; for one unit, the value for two."""
     return max(2, units) ** -EXPONENT
 
 
 @lru_cache(maxsize=16)
 def _calibrated(target: float, probability: float, count: int, delta: float) -> float:
-    """Rounded up to four figures, so that it can be read and typed."""
+    """The calibrated noise multiplier, rounded up to four digits, so that it can be typed."""
     noise = calibrate(target, probability, count, delta)
     unit = 10.0 ** (math.floor(math.log10(noise)) - 3)
     return round(math.ceil(noise / unit) * unit, 12)
 
 
 def _cohort(o: RunOptions, clients: int) -> float:
-    """K: the updates that a server step expects; never how many came."""
+    """K: the number of updates that a server step expects; not the number that arrived."""
     if o.pace.name == "buffer":
         return float(o.pace.goal or 1)
     if o.pace.rate is not None:
@@ -145,8 +152,11 @@ def _cohort(o: RunOptions, clients: int) -> float:
 
 
 def _participations(o: RunOptions, clients: int, cohort: float) -> int:
-    """How often one client may come, where the options do not say: always; or its share and three
-    deviations more.
+    """How often one client may take part, if the options do not say.
+
+    privacy=client: in every version that privacy.separation allows. Otherwise: in every round if
+    all clients are in every round, else its expected share of the jobs plus three standard
+    deviations.
     """
     if o.privacy.unit == "client":
         return -(-o.rounds // o.privacy.separation)
@@ -164,12 +174,15 @@ def _problems(
 ) -> Iterator[str]:
     noun = "blocks of the largest client" if o.privacy.unit == "example" else "clients"
     if protected < 1:
-        yield f"model.block_size={o.model.block_size}: no client has a whole block; lower it"
+        yield (
+            f"model.block_size={o.model.block_size}: no client has enough tokens for a block;"
+            " lower it"
+        )
     elif delta >= 1 / protected and protected > 1:
         yield (
-            f"privacy.delta={delta:g}: must be below 1/{protected}, one over the {noun}; a"
-            " mechanism with more may publish one of them; leave it out for"
-            f" {default_delta(protected):.2g}"
+            f"privacy.delta={delta:g}: must be below 1/{protected}, one over the number of"
+            f" {noun}, because with a larger delta a mechanism could publish one of them; leave it"
+            f" out for {default_delta(protected):.2g}"
         )
     apart = o.privacy.separation
     if (
@@ -180,7 +193,7 @@ def _problems(
     ):
         yield (
             f"privacy.separation={apart}: {clients} clients cannot fill {cohort:g} places in each"
-            f" of {apart} versions without coming back; lower it to"
+            f" of {apart} versions without one taking part twice; lower it to"
             f" {max(1, int(clients // cohort))} at most, or lower pace.clients"
         )
     if min(cohort, clients) <= 0:

@@ -1,12 +1,14 @@
-"""Combinations that have no correct accounting, or that look private and are not: refused, each
-with the reason.
+"""Combinations of options that are refused under privacy, each with the reason.
+
+A combination is refused if its epsilon could not be computed correctly, or if it would look private
+and not be so.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from math import inf
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedgpt.core.options import RunOptions
 
@@ -27,48 +29,61 @@ RANGES: dict[str, tuple[str, Any]] = {
 }
 
 
-def privacy_problems(o: RunOptions, strategy: Any) -> Iterator[str]:
-    """What is wrong with `privacy` beside the other options; `strategy` is the rule of the run."""
+class Rule(NamedTuple):
+    """What the accounting must know of the run's strategy.
+
+    The defaults hold for a strategy of another library, such as Flower's.
+    """
+
+    name: str
+    linear: bool = False  # whether its result is a plain sum of the updates
+    switches: bool = False  # whether it may change the pacing
+
+
+def privacy_problems(o: RunOptions, rule: Rule) -> Iterator[str]:
+    """What is wrong with the privacy options together with the other options and the strategy."""
     p = o.privacy
     if p.unit not in UNITS:
         return
     if p.unit == "none":
-        for option in ("target_epsilon", "noise_multiplier", "delta"):
-            if (value := getattr(p, option)) is not None:
-                yield (
-                    f"privacy.{option}={value}: privacy=none protects nothing; choose example,"
-                    " client or local"
-                )
+        yield from _none(o)
         return
     name = f"privacy={p.unit}"
     if p.target_epsilon is None and p.noise_multiplier is None:
         yield (
-            f"{name}: how much? set privacy.target_epsilon, from which the noise follows, or"
-            " privacy.noise_multiplier"
+            f"{name}: the amount of noise is missing; set privacy.target_epsilon, from which the"
+            " noise follows, or privacy.noise_multiplier"
         )
     if o.tokens:
         yield (
             f"tokens={o.tokens}: the number of releases must be known before a private run; set"
             " rounds instead"
         )
-    yield from {"example": _example, "client": _client, "local": _local}[p.unit](o, strategy)
+    if p.unit == "example":
+        yield from _example(o)
+    elif p.unit == "client":
+        yield from _client(o, rule)
+    else:
+        yield from _local(o)
     if p.unit != "client":
-        for option, default in (
-            ("adaptive", False),
-            ("bands", 1),
-            ("separation", 1),
-            ("single", False),
-        ):
-            if getattr(p, option) != default:
-                yield (
-                    f"privacy.{option}={getattr(p, option)}: an option of privacy=client; leave"
-                    " it out"
-                )
+        defaults = {"adaptive": False, "bands": 1, "separation": 1, "single": False}
+        for option, default in defaults.items():
+            if (value := getattr(p, option)) != default:
+                yield f"privacy.{option}={value}: an option of privacy=client; leave it out"
     if p.unit != "example" and p.engine != "bookkeeping":
         yield f"privacy.engine={p.engine}: an option of privacy=example; leave it out"
 
 
-def _example(o: RunOptions, strategy: Any) -> Iterator[str]:
+def _none(o: RunOptions) -> Iterator[str]:
+    for option in ("target_epsilon", "noise_multiplier", "delta"):
+        if (value := getattr(o.privacy, option)) is not None:
+            yield (
+                f"privacy.{option}={value}: privacy=none protects nothing; choose example,"
+                " client or local"
+            )
+
+
+def _example(o: RunOptions) -> Iterator[str]:
     if o.local.precision == "bf16":
         yield (
             "local.precision=bf16: per-example gradients are computed in fp32; take"
@@ -76,56 +91,56 @@ def _example(o: RunOptions, strategy: Any) -> Iterator[str]:
         )
     if o.model.dropout:
         yield (
-            f"model.dropout={o.model.dropout}: its masks go by the place in the batch, so that one"
-            " block less would change the gradients of others, too; take model.dropout=0"
+            f"model.dropout={o.model.dropout}: its masks depend on the place in the batch, so"
+            " without one block the gradients of others would change, too; take model.dropout=0"
         )
 
 
-def _local(o: RunOptions, strategy: Any) -> Iterator[str]:
+def _local(o: RunOptions) -> Iterator[str]:
     if o.update.error_feedback:
         yield (
-            f"update.error_feedback=true ({o.update.compress}): it would carry what privacy=local"
-            " has hidden into the next update; take update=int8, or set"
+            f"update.error_feedback=true ({o.update.compress}): it would add to the next update"
+            " what privacy=local has hidden in this one; take update=int8, or set"
             " update.error_feedback=false"
         )
 
 
-def _client(o: RunOptions, strategy: Any) -> Iterator[str]:
-    p, rule = o.privacy, getattr(strategy, "name", type(strategy).__name__)
-    if not getattr(strategy, "linear", False):
+def _client(o: RunOptions, rule: Rule) -> Iterator[str]:
+    p = o.privacy
+    if not rule.linear:
         yield (
-            f"strategy={rule}: privacy=client needs a plain sum of clipped updates, and this rule"
-            " is none: how far one client moves its result is not bounded by the clip; take"
-            " fedavg, fedavgm, diloco, delta_sgd or fedbuff"
+            f"strategy={rule.name}: privacy=client needs a plain sum of clipped updates, and this"
+            " rule computes something else: the clip does not bound how far one client moves its"
+            " result; take fedavg, fedavgm, diloco, delta_sgd or fedbuff"
         )
-    if getattr(strategy, "switches", False):
+    if rule.switches:
         yield (
-            f"strategy={rule}: it may change the pacing, on which the accounting of privacy=client"
-            " depends; name one"
+            f"strategy={rule.name}: it may change the pacing, on which the accounting of"
+            " privacy=client depends; take a strategy with a fixed pacing, such as delta_sgd"
         )
     if o.validate.clip:
         yield (
-            f"validate.clip={o.validate.clip}: its length follows other clients' norms, which"
+            f"validate.clip={o.validate.clip}: this limit follows other clients' norms, which"
             " privacy=client must not reveal; set privacy.adaptive=true for a clip that follows"
             " them privately, or leave it out"
         )
     if o.pace.dylu:
         yield (
-            "pace.dylu=true: how many steps others take would follow one client's speed; under"
-            " privacy=client all take the same, leave it out"
+            "pace.dylu=true: the number of steps of others would follow one client's speed; under"
+            " privacy=client all clients take the same number of steps; leave it out"
         )
     if o.pace.rate is not None and p.participations is not None:
         yield (
-            f"privacy.participations={p.participations}: with coins (pace.rate={o.pace.rate})"
-            " anybody may come each time, and the accounting counts on it; leave it out"
+            f"privacy.participations={p.participations}: with coins (pace.rate={o.pace.rate}) any"
+            " client may be in every release, and the accounting relies on that; leave it out"
         )
     if o.pace.name == "buffer":
         yield from _buffer(o)
     elif o.pace.rate is not None and o.pace.goal is not None:
         yield (
-            f"pace.goal={o.pace.goal}: one client more would push another out of the cohort, so"
-            " coins would amplify nothing; leave it out, or choose pace.clients instead of"
-            " pace.rate"
+            f"pace.goal={o.pace.goal}: an additional client would push another out of the cohort,"
+            " so sampling by coins would amplify nothing; leave it out, or choose pace.clients"
+            " instead of pace.rate"
         )
     if p.bands > 1:
         yield from _correlated(o)
@@ -140,15 +155,15 @@ def _buffer(o: RunOptions) -> Iterator[str]:
     p = o.privacy
     if p.participations is None:
         yield (
-            "privacy.participations: who comes how often is not random in an asynchronous run, so"
-            " sampling amplifies nothing and each client's updates must be counted; set how many"
-            " one client may give"
+            "privacy.participations: how often a client takes part is not random in an"
+            " asynchronous run, so sampling amplifies nothing and each client's updates must be"
+            " counted; set how many updates one client may send"
         )
     if (o.pace.goal or 1) == 1 and not p.single:
         yield (
-            f"pace.goal={o.pace.goal or 1}: every server step would carry one client's update"
-            " alone, under as much noise as privacy=local; raise pace.goal, or say"
-            " privacy.single=true"
+            f"pace.goal={o.pace.goal or 1}: every server step would contain one client's update"
+            " alone, with as much noise as privacy=local needs; raise pace.goal, or set"
+            " privacy.single=true to accept that"
         )
 
 
@@ -156,17 +171,17 @@ def _correlated(o: RunOptions) -> Iterator[str]:
     p = o.privacy
     if o.pace.rate is not None:
         yield (
-            f"privacy.bands={p.bands}: correlated noise and coins have no common accounting; set"
-            " pace.clients instead"
+            f"privacy.bands={p.bands}: correlated noise and sampling by coins have no common"
+            " accounting; set pace.clients instead of pace.rate"
         )
     if p.separation < p.bands:
         yield (
-            f"privacy.bands={p.bands}: a client must stay away for as many versions as noise is"
-            f" correlated over; raise privacy.separation={p.separation} to {p.bands}, or lower the"
-            " bands"
+            f"privacy.bands={p.bands}: a client must stay away for as many versions as the noise"
+            f" is correlated over; raise privacy.separation={p.separation} to {p.bands}, or lower"
+            " privacy.bands"
         )
     if p.adaptive:
         yield (
             "privacy.adaptive=true: the clip must not change within a series of correlated noise;"
-            " leave one out"
+            " leave it out, or set privacy.bands=1"
         )

@@ -1,10 +1,10 @@
-"""Noise that nobody can predict or repeat: a keyed stream of AES-256 in counter mode.
+"""Noise that nobody without the key can predict or repeat: AES-256 in counter mode.
 
-A run's key comes from the system's generator and stays in one file of its owner (0600). Every use
-derives a key of its own, HMAC-SHA256(key, what it is for), so that no two uses share a value. What
-is released is part of "what it is for": a release that is made again after a crash, of the very
-same sum, gets the same noise and tells nothing new; of any other sum it gets noise that is
-independent, and is charged as another release.
+A run's key comes from the system's generator and stays in one file that only its owner may read
+(0600). Every use derives a key of its own, HMAC-SHA256(key, purpose), so that no two uses share a
+value. The purpose includes the sum that is released. So if a crash makes the server compute the
+same release again, it gets the same noise and reveals nothing new; a release of any other sum gets
+independent noise, and is charged as another release.
 """
 
 from __future__ import annotations
@@ -24,14 +24,12 @@ from fedgpt.core.errors import FedGPTError
 from fedgpt.core.files import sync
 
 KEY_BYTES = 32
-# values made at a time: the steps between random bits and normal values stay in the cache
+# values that are made at a time, so that the intermediate arrays stay in the cache
 CHUNK = 1 << 20
 
 
 class SecureStream:
-    """An endless stream of random values, known only to who has the key; the same key and words,
-    the same stream.
-    """
+    """An endless stream of random values; the same key and words give the same stream."""
 
     def __init__(self, key: bytes, *words: str | float):
         derived = derive(key, *words)
@@ -42,7 +40,7 @@ class SecureStream:
         return (self._words(2 * count).view(np.uint64) >> 11) * 2.0**-53
 
     def add_normal(self, out: torch.Tensor, std: float) -> None:
-        """Add N(0, std^2) to every element of a contiguous float32 vector, wherever it is.
+        """Add N(0, std^2) to every element of a contiguous float32 vector, on any device.
 
         Box-Muller from two 32-bit uniforms in (0, 1): no value is beyond 6.7 standard deviations.
         """
@@ -59,8 +57,8 @@ class SecureStream:
 
     def _normal(self, count: int) -> torch.Tensor:
         half = (count + 1) // 2
-        # float32 holds the small ones, where the tail is, to 24 bits; those near 1 become 1, a
-        # radius of 0
+        # float32 keeps 24 bits of the small uniforms, which give the tail; those next to 1 are
+        # rounded to 1, a radius of 0
         uniforms = (
             torch.from_numpy(self._words(2 * half).astype(np.float32)).add_(0.5).mul_(2.0**-32)
         )
@@ -74,8 +72,9 @@ class SecureStream:
 
 
 def derive(key: bytes, *words: str | float) -> bytes:
-    """A key for one use: HMAC-SHA256 of the words, each with its length, so that no two lists are
-    one text.
+    """A key for one use: HMAC-SHA256 of the words.
+
+    Each word is preceded by its length, so that no two lists of words give the same text.
     """
     text = b"".join(
         len(part).to_bytes(4, "big") + part for part in (str(word).encode() for word in words)
@@ -84,14 +83,15 @@ def derive(key: bytes, *words: str | float) -> bytes:
 
 
 def secret_key(path: Path, fresh: bool) -> bytes:
-    """The key in `path`; made, for its owner's eyes only, where `fresh`; raises FedGPTError where
-    it is missing.
+    """The key in `path`; created there, readable only by its owner, if missing and `fresh`.
+
+    Raises FedGPTError if it is missing otherwise, or damaged.
     """
     if not path.exists():
         if not fresh:
             raise FedGPTError(
-                f"{path} is missing: without its key a private run cannot go on; start again"
-                " elsewhere"
+                f"{path} is missing: without its key a private run cannot continue; start a new"
+                " run in another folder"
             )
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -102,7 +102,7 @@ def secret_key(path: Path, fresh: bool) -> bytes:
     key = path.read_bytes()
     if len(key) != KEY_BYTES:
         raise FedGPTError(
-            f"{path} has {len(key)} bytes, a key has {KEY_BYTES}: it is damaged; start again"
-            " elsewhere"
+            f"{path} has {len(key)} bytes, a key has {KEY_BYTES}: it is damaged; start a new run"
+            " in another folder"
         )
     return key

@@ -1,5 +1,7 @@
-"""What a private run promises, in words: printed at its start, kept with its checkpoints, part of
-its model card.
+"""What a private run promises, in words.
+
+The statement is printed at the start of a run, saved with its checkpoints and part of its model
+card. It says what is protected, how much, against whom, and what is not covered.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from typing import Any
 from fedgpt.core.options import RunOptions
 from fedgpt.privacy.plan import PrivacyPlan
 
-FEW = 100  # clients below which privacy=client gains little from sampling
+FEW = 100  # number of clients below which privacy=client gains little from sampling
 
 UNIT = {
     "example": "one block of {block} tokens of a client's text, cut once",
@@ -24,11 +26,11 @@ ADJACENCY = {
     ("local", "bounded"): "against any other updates of its own",
 }
 TRUST = {
-    "example": "the client itself and who sets its options; what leaves it is already noised",
+    "example": "the client itself and whoever sets its options; what leaves it is already noised",
     "client": (
         "the server, which sees single updates and adds the noise; nobody who only has the model"
     ),
-    "local": "the client itself and who sets its options",
+    "local": "the client itself and whoever sets its options",
 }
 NOT_COVERED = {
     "example": (
@@ -36,28 +38,22 @@ NOT_COVERED = {
         "how much text a client has, and when and how often it takes part",
     ),
     "client": (
-        (
-            "the server, and whoever reads in its folder: of it publish model/, samples.md and"
-            " summary.json alone"
-        ),
-        "how many clients there are, and how many took part in all",
+        "the server, and whoever can read its folder: publish only model/, samples.md and"
+        " summary.json of it",
+        "the number of clients, and how many took part in total",
     ),
     "local": ("how much text a client has, and when and how often it takes part",),
 }
 BOUNDED = "when and how often a client takes part"
 ALWAYS_OPEN = (
-    (
-        "the public part, which trained the tokenizer, and the held-out part, on which the model is"
-        " scored"
-    ),
+    "the public part, which trained the tokenizer, and the held-out part, on which the model is"
+    " scored",
     "other runs on the same text: their epsilons add to this one",
 )
 
 
 def statement(o: RunOptions, plan: PrivacyPlan, clients: int) -> dict[str, Any]:
-    """The promise as plain values: unit, adjacency, epsilon as planned, delta, sampling,
-    accountant, trust, limits.
-    """
+    """The promise as plain values that JSON can represent."""
     event = plan.planned
     closed = event.sampling_probability == 1
     return {
@@ -81,36 +77,39 @@ def statement(o: RunOptions, plan: PrivacyPlan, clients: int) -> dict[str, Any]:
     }
 
 
-def rows(told: dict[str, Any]) -> list[tuple[str, str]]:
-    """The statement for a person: what, how much, how, for whom, and what not."""
+def rows(promise: dict[str, Any]) -> list[tuple[str, str]]:
+    """The statement as (label, text) rows, for a person."""
     budget = ""
-    if told["target_epsilon"] is not None:
-        fits = told["planned_epsilon"] <= told["target_epsilon"]
+    if promise["target_epsilon"] is not None:
+        fits = promise["planned_epsilon"] <= promise["target_epsilon"]
         budget = (
             f", {'never' if fits else 'but the run ends before it is'} above"
-            f" {told['target_epsilon']:g}"
+            f" {promise['target_epsilon']:g}"
         )
     mark = (
         []
-        if told["private"]
-        else [("NOT PRIVATE", "privacy.rng=seeded: whoever knows the seed can take the noise off")]
+        if promise["private"]
+        else [("NOT PRIVATE", "privacy.rng=seeded: whoever knows the seed can subtract the noise")]
     )
     return [
         *mark,
-        ("protects", f"{told['protects']} ({told['adjacency']})"),
+        ("protects", f"{promise['protects']} ({promise['adjacency']})"),
         (
             "epsilon",
-            f"{told['planned_epsilon']:.3g} as planned{budget}, at delta {told['delta']:.2g}",
+            f"{promise['planned_epsilon']:.3g} as planned{budget}, at delta {promise['delta']:.2g}",
         ),
-        ("noise", f"{told['noise_multiplier']:.4g} x clip {told['clip']:g}, {told['sampling']}"),
-        ("accountant", told["accountant"]),
-        ("trusts", told["trust"]),
-        *(("not covered", text) for text in told["not_covered"]),
+        (
+            "noise",
+            f"{promise['noise_multiplier']:.4g} x clip {promise['clip']:g}, {promise['sampling']}",
+        ),
+        ("accountant", promise["accountant"]),
+        ("trusts", promise["trust"]),
+        *(("not covered", text) for text in promise["not_covered"]),
     ]
 
 
 def _open(o: RunOptions, plan: PrivacyPlan) -> list[str]:
-    """What the promise does not speak of."""
+    """What the promise does not cover."""
     known = [BOUNDED] if plan.unit == "client" and plan.sampling != "poisson" else []
     start = (
         [] if o.init_from is None else [f"the weights that it starts from, init_from={o.init_from}"]
@@ -126,7 +125,10 @@ def _sampling(o: RunOptions, plan: PrivacyPlan, clients: int) -> str:
             " secret coin; larger shards pay less"
         )
     if plan.unit == "local":
-        return f"twice, as an update may become any other; at most {count} updates of a client"
+        return (
+            "doubled, because an update may be replaced by any other; at most"
+            f" {count} updates of a client"
+        )
     if plan.sampling == "poisson":
         few = (
             f"; few clients ({clients}): privacy=example may serve better" if clients < FEW else ""

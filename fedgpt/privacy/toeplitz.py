@@ -1,9 +1,14 @@
-"""Correlated noise for a series of releases: what one adds, later ones take back in part.
+"""Correlated noise for a series of releases: later noise partly cancels earlier noise.
 
-The strategy matrix is the Toeplitz matrix of (1 - x)^(-1/2) cut to b bands (banded matrix
-factorisation, Choquette-Choo et al., arXiv 2306.08153). The noise of release t is y_t = xi_t -
-sum_{j=1}^{b-1} c_j y_{t-j}, scaled by the sensitivity of a client that takes part at most k times,
-at least b releases apart. The whole run is then ONE Gaussian mechanism.
+A model is the sum of all releases, so only the noise of that sum matters. Independent noise grows
+like a random walk; noise that is negatively correlated grows more slowly. Its strategy matrix is
+the Toeplitz matrix of (1 - x)^(-1/2) cut to b bands (banded matrix factorisation, Choquette-Choo et
+al., arXiv 2306.08153). The noise of release t is
+
+    y_t = xi_t - sum_{j=1}^{b-1} c_j y_{t-j}
+
+with independent xi_t, scaled by the sensitivity of a client that takes part at most k times, at
+least b releases apart. All releases of the run together are then ONE Gaussian mechanism.
 """
 
 from __future__ import annotations
@@ -24,11 +29,10 @@ def coefficients(bands: int) -> np.ndarray:
 
 
 def sensitivity(bands: int, releases: int, separation: int, participations: int) -> float:
-    """|| sum_j column (j * separation) ||, j < participations: how far one client moves all
-    releases, in clips.
+    """How far one client moves all releases together, in clips.
 
-    Columns of a client that takes part `separation` >= `bands` releases apart do not overlap.
-    Raises ValueError where they could.
+    This is || sum_j column(j * separation) || over j < participations. Raises ValueError if
+    `separation` is below `bands`, because the columns of one client could then overlap.
     """
     if separation < bands:
         raise ValueError(f"separation={separation} is below bands={bands}")
@@ -38,7 +42,7 @@ def sensitivity(bands: int, releases: int, separation: int, participations: int)
 
 
 def correlate(fresh: np.ndarray, earlier: list[np.ndarray], bands: int) -> np.ndarray:
-    """y_t from xi_t and the noise of the releases before, the newest first; writes into `fresh`."""
+    """y_t from xi_t (`fresh`, changed in place) and the earlier noise, the newest first."""
     for c, y in zip(coefficients(bands)[1:], earlier, strict=False):
         fresh -= np.float32(c) * y
     return fresh

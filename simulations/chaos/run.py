@@ -1,15 +1,16 @@
-"""What do kill -9 and restarts cost a run? Its time, and not one bit of its weights.
+"""What do kill -9 and restarts cost a run? Some time, and no bit of its weights.
 
     python simulations/chaos/run.py            # about 10 minutes on 2 cores
     python simulations/chaos/run.py --quick    # a smoke run
 
-A run of 30 rounds is left alone once and disturbed once: at random moments its server or one of its
-workers gets SIGKILL, and whenever the server is gone the run is started again with `resume=`. This
-is done to rounds on the real clock and to an asynchronous run on the virtual clock, which must end
-in the weights of the undisturbed run, bit for bit; and to an asynchronous run on the real clock,
-whose weights depend on who comes first: there the log of accepted updates must have lost none and
-counted none twice. At the end no process of the run may live, no name may be left in shared memory,
-and the server must not hold more and more descriptors as its workers die.
+Each run takes place twice, once undisturbed and once disturbed: at random moments its server or one
+of its workers gets SIGKILL, and whenever the server is dead the run is started again with
+`resume=`. Rounds on the real clock and an asynchronous run on the virtual clock must end with the
+weights of the undisturbed run, bit for bit. The weights of an asynchronous run on the real clock
+depend on the order of the replies, so it is only run disturbed, and the log of its accepted updates
+must have lost none and counted none twice. At the end no process of the run may be alive, no name
+may be left in shared memory, and the server must not have opened more and more descriptors as its
+workers died.
 """
 
 from __future__ import annotations
@@ -35,16 +36,9 @@ sys.path.insert(0, str(STUDY.parent))
 from common import arguments, run, runs_folder, table, write_results  # noqa: E402
 
 COMMON = [
-    "experiment=fleet",
-    "tokens=0",
-    "tokenizer=bytes",
-    "local.steps=10",
-    "local.batch_size=4",
-    "runtime.workers=2",
-    "runtime.threads=1",
-    "evaluate.tokens=4096",
-    "evaluate.every=5",
-    "checkpoint.every=null",
+    *("experiment=fleet", "tokens=0", "tokenizer=bytes", "local.steps=10", "local.batch_size=4"),
+    *("runtime.workers=2", "runtime.threads=1", "checkpoint.every=null"),
+    *("evaluate.tokens=4096", "evaluate.every=5"),
 ]
 ROUNDS = ["clock=real", "fleet=none", "partition.clients=8", "pace.clients=8"]
 ARMS = {
@@ -53,61 +47,52 @@ ARMS = {
     "asynchronous, real clock": [*ROUNDS, "pace=buffer", "rounds=240"],
 }
 EXACT = ("rounds", "asynchronous, virtual clock")  # arms whose weights do not depend on time
-MARK = "FEDGPT_CHAOS_MARK"
-# at most in each arm; that there must have been for the study to say something
-KILLS, LEAST = (
-    18,
-    15,
-)
-# that a server may hold beyond those at its first kill: each reply on its way has some
+MARK = "FEDGPT_CHAOS_MARK"  # environment variable that marks the processes of a run
+KILLS, LEAST = 18, 15  # largest number of kills in an arm, and the number needed for a conclusion
+# descriptors that a server may have beyond those at its first kill; replies in transit need some
 DESCRIPTORS = 24
-# from the server's first sign of life, or the last kill, to the next kill, on average
+# mean seconds from the first job of a start, or from the last kill, to the next kill
 SECONDS = 2.0
 SERVER = 0.5  # share of the kills that hit the server
 
 
 class Chaos:
-    """One run under attack."""
+    """One disturbed run."""
 
     def __init__(self, folder: Path, options: list[str], seed: int, wanted: int):
-        """At most `wanted` kills."""
+        """A run that gets at most `wanted` kills."""
         self.folder, self.options, self.wanted = folder, options, wanted
         self.random, self.mark = random.Random(seed), uuid.uuid4().hex
         self.kills: Counter[str] = Counter()
         self.starts = 0
-        self.seen: list[dict[str, Any]] = []  # accept events, as they were before a kill
-        self.descriptors: list[int] = []  # how many more the server held than at its first kill
-        self.wrong: list[str] = []
+        self.seen: list[dict[str, Any]] = []  # the accept events before the last kill of the server
+        self.descriptors: list[
+            int
+        ] = []  # descriptors of the server, minus those before the first kill
+        self.wrong: list[str] = []  # what went wrong, in words
 
     def go(self) -> fedgpt.Run:
-        """Start the run again until it is at its end."""
+        """Start the run again until it has finished."""
         code = None
         while code != 0:
-            arguments = (
-                [*self.options, f"run_dir={self.folder}"]
-                if self.starts == 0
-                else [f"resume={self.folder}"]
-            )
-            if self.starts and not (self.folder / "config.yaml").exists():
-                # killed before it had written a line
-                arguments = [
-                    *self.options,
-                    f"run_dir={self.folder}",
-                ]
-            code = self._one_life(arguments)
+            if self.starts and (self.folder / "config.yaml").exists():
+                arguments = [f"resume={self.folder}"]
+            else:  # the first start, or killed before it had written anything
+                arguments = [*self.options, f"run_dir={self.folder}"]
+            code = self._start(arguments)
             if self.starts > 200:
-                sys.exit(f"200 starts and no end; see {self.folder}")
+                sys.exit(f"not finished after 200 starts; see {self.folder}")
         return fedgpt.open_run(self.folder)
 
     def leftovers(self) -> list[int]:
-        """Processes of this run that are still there after 10 s."""
+        """Processes of this run that are still alive after 10 s."""
         end = time.monotonic() + 10
         while (found := list(self._processes())) and time.monotonic() < end:
             time.sleep(0.1)
         return found
 
-    def _one_life(self, arguments: list[str]) -> int:
-        """From a start of the server to its end, however that comes; its exit code."""
+    def _start(self, arguments: list[str]) -> int:
+        """Start the server and wait until it has finished or died; returns its exit code."""
         self.starts += 1
         environment = {**os.environ, MARK: self.mark}
         command = [sys.executable, "-m", "fedgpt", "run", *arguments]
@@ -135,22 +120,22 @@ class Chaos:
         return code
 
     def _wait_for_work(self, process: subprocess.Popen[bytes]) -> None:
-        """Return when the server has sent a job, or one start in five at once."""
+        """Return when the server has sent a job, or, in one start of five, earlier at random."""
         events = self.folder / "events.jsonl"
         before = events.stat().st_mtime if events.exists() else 0.0
-        # 20 % in the 5 s that a start takes
+        # 0.4 % in each 0.1 s: 20 % in the 5 s that a start takes
         while process.poll() is None and self.random.random() > 0.004:
             if events.exists() and events.stat().st_mtime > before and events.stat().st_size:
                 return
             time.sleep(0.1)
 
-    def _kill(self, who: str, pid: int) -> None:
+    def _kill(self, role: str, pid: int) -> None:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-            self.kills[who] += 1
+            self.kills[role] += 1
 
     def _remember(self) -> None:
-        """What has been accepted so far must still be there at the end."""
+        """Note the accepted updates, which must not be lost."""
         self.seen = [e for e in read_lines(self.folder / "events.jsonl") if e["event"] == "accept"]
 
     def _processes(self) -> Iterator[int]:
@@ -175,12 +160,8 @@ def main() -> None:
         figures[name] = measured(chaos, chaos.go(), calm)
         print(f"{name}: {figures[name]}", flush=True)
     left = sorted(names_in_shared_memory() - shared)
-    print(
-        table(
-            ("run", "kills of the server", "of workers", "starts", "identical", "counted twice"),
-            rows(figures),
-        )
-    )
+    head = ("run", "kills of the server", "of workers", "starts", "identical", "counted twice")
+    print(table(head, rows(figures)))
     least = 0 if chosen.quick else LEAST
     problems = [
         f"{name}: {problem}" for name, figure in figures.items() for problem in wrong(figure, least)
@@ -188,31 +169,34 @@ def main() -> None:
     problems += [f"left in shared memory: {', '.join(left)}"] * bool(left)
     print("\n".join(problems) or "nothing lost, nothing counted twice, nothing left behind")
     if not chosen.quick:
-        write_results(STUDY, [0, 1, 2], {
-            "identical": not problems, "problems": problems,
+        results = {
+            "identical": not problems,
+            "problems": problems,
             "kills": sum(sum(f["kills"].values()) for f in figures.values()),
-            "arms": figures, "options": {n: [*COMMON, *o] for n, o in arms.items()},
-        })  # fmt: skip
+            "arms": figures,
+            "options": {name: [*COMMON, *options] for name, options in arms.items()},
+        }
+        write_results(STUDY, [0, 1, 2], results)
     sys.exit(1 if problems else 0)
 
 
 def wrong(figure: dict[str, Any], least: int) -> list[str]:
-    """What must not be in the figures of an arm."""
+    """The problems in the figures of an arm, in words."""
     zero = ("counted_twice", "lost", "state_lost", "processes_left", "wrong")
     found = [f"{name}: {figure[name]}" for name in zero if figure[name]]
     if figure["identical"] is False:
-        found.append("ended in other weights or numbers than the undisturbed run")
+        found.append("ended with other weights or numbers than the undisturbed run")
     if sum(figure["kills"].values()) < least:
-        found.append(f"{sum(figure['kills'].values())} kills, at least {least} were wanted")
+        found.append(f"{sum(figure['kills'].values())} kills, at least {least} are needed")
     if figure["more_descriptors"] > DESCRIPTORS:
         found.append(
-            f"its server held {figure['more_descriptors']} descriptors more than at its first kill"
+            f"its server had {figure['more_descriptors']} descriptors more than at its first kill"
         )
     return found
 
 
 def measured(chaos: Chaos, disturbed: fedgpt.Run, calm: fedgpt.Run | None) -> dict[str, Any]:
-    """What became of a disturbed run."""
+    """The figures of a disturbed run."""
     accepted = [e for e in read_lines(chaos.folder / "events.jsonl") if e["event"] == "accept"]
     numbers = Counter((e["client"], e["number"]) for e in accepted)
     before = [(e["client"], e["number"]) for e in chaos.seen]
@@ -224,16 +208,14 @@ def measured(chaos: Chaos, disturbed: fedgpt.Run, calm: fedgpt.Run | None) -> di
         "counted_twice": sum(count - 1 for count in numbers.values()),
         "lost": sum(number not in numbers for number in before),
         "state_lost": sum(record["state_lost"] for record in disturbed.metrics),
-        "more_descriptors": max(chaos.descriptors, default=0),  # replies on their way have some
+        "more_descriptors": max(chaos.descriptors, default=0),
         "processes_left": chaos.leftovers(),
         "wrong": chaos.wrong,
     }
 
 
 def same(calm: dict[str, Any], disturbed: dict[str, Any]) -> bool:
-    """Whether all of two summaries is equal, weights, scores, bytes and rejections, but the time it
-    took.
-    """
+    """Whether two summaries (weights, scores, bytes, rejections) are equal, except for the time."""
     return {**calm, "wall_seconds": 0} == {**disturbed, "wall_seconds": 0}
 
 
@@ -252,7 +234,7 @@ def rows(figures: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def children(pid: int) -> list[int]:
-    """Direct children of a process, of all its threads."""
+    """The direct children of a process, started by any of its threads."""
     found: list[int] = []
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         with suppress(OSError):
@@ -267,9 +249,8 @@ def descriptors(pid: int) -> int:
 
 
 def names_in_shared_memory() -> set[str]:
-    return (
-        {path.name for path in Path("/dev/shm").iterdir()} if Path("/dev/shm").is_dir() else set()
-    )
+    folder = Path("/dev/shm")
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
-"""What do compressed updates cost in loss, and save in bytes? Every codec at equal tokens, three
-seeds each.
+"""What do compressed updates cost in loss, and how many bytes do they save?
 
     python simulations/compression/run.py            # about 12 minutes on 2 cores
     python simulations/compression/run.py --quick    # a smoke run
 
 All runs are `experiment=fleet` with rounds (pace=cohort, strategy=fedavg): 4 iid clients, 32 rounds
-of 10 local steps. Bytes are those of the encoded messages, headers included. The sparse codecs send
-1/64 of the elements: for `sparse_loco` the decay of its error feedback and the server's rate are
-tuned on seed 0 first, and the grid is in results.json; the other codecs have their defaults. A
-codec without error feedback forgets what it leaves out.
+of 10 local steps, three seeds. Bytes are those of the encoded messages, headers included. The
+sparse codecs send 1/64 of the elements; with error feedback, a client adds what it left out to its
+next update. For one arm of `sparse_loco` the decay of the error feedback and the server's learning
+rate are tuned on seed 0 first (the grid is in results.json); all other arms have the defaults.
 """
 
 from __future__ import annotations
@@ -23,16 +22,19 @@ from matplotlib import pyplot
 
 STUDY = Path(__file__).parent
 sys.path.insert(0, str(STUDY.parent))
-from common import COLOURS, arguments, run_arms, runs_folder, spread, table, write_results  # noqa: E402
+from common import (  # noqa: E402
+    COLOURS,
+    SMALL,
+    arguments,
+    run_arms,
+    runs_folder,
+    spread,
+    table,
+    write_results,
+)
 
 COMMON = ["experiment=fleet", "pace=cohort", "strategy=fedavg"]
-QUICK = [
-    "tokens=20480",
-    "evaluate.tokens=2048",
-    "corpus=stdlib",
-    "tokenizer=bytes",
-    "model.n_embd=32",
-]
+QUICK = [*SMALL, "tokens=20480", "model.n_embd=32"]
 GRID = {
     f"decay {decay}, eta {eta}": (decay, eta)
     for decay in (0.9, 0.95, 1.0)
@@ -75,7 +77,7 @@ def loco(decay: float, eta: float) -> list[str]:
 
 
 def tune(folder: Path, common: list[str], grid: dict[str, tuple[float, float]]) -> dict[str, float]:
-    """Final held-out loss of sparse_loco for every setting, seed 0."""
+    """The final held-out loss of sparse_loco for every setting, with seed 0."""
     arms = {f"loco {name}": loco(*setting) for name, setting in grid.items()}
     runs = run_arms(folder, arms, [0], common)
     losses = {name: runs[f"loco {name}"][0].summary["final"]["loss"] for name in grid}
@@ -84,9 +86,7 @@ def tune(folder: Path, common: list[str], grid: dict[str, tuple[float, float]]) 
 
 
 def figures_of(runs: list, plain: list) -> dict:
-    """What the table and results.json say of a codec; `over_none` compares runs of the same
-    seed.
-    """
+    """The figures of a codec; `over_none` compares runs with the same seed."""
     ratios = [
         one.summary["final"]["loss"] / base.summary["final"]["loss"] - 1
         for one, base in zip(runs, plain, strict=True)
@@ -103,19 +103,12 @@ def figures_of(runs: list, plain: list) -> dict:
 
 def row(name: str, f: dict) -> tuple[str, ...]:
     loss, over = f["loss"], f["over_none"]["mean"]
-    between = f"[{loss['min']:.3f}, {loss['max']:.3f}]"
-    return (
-        name,
-        f"{loss['mean']:.3f}",
-        between,
-        f"{over:+.2%}",
-        f"{f['bytes_up']:,.0f}",
-        f"{f['times_fewer']:.1f}",
-    )
+    losses = f"{loss['mean']:.3f}", f"[{loss['min']:.3f}, {loss['max']:.3f}]"
+    return name, *losses, f"{over:+.2%}", f"{f['bytes_up']:,.0f}", f"{f['times_fewer']:.1f}"
 
 
 def draw(figures: dict, path: Path) -> None:
-    """Loss against bytes, a point with its spread for each codec."""
+    """Draw loss against bytes: for each codec a point, and a line from minimum to maximum."""
     figure, axis = pyplot.subplots(figsize=(8, 4.5), layout="constrained")
     for number, (name, f) in enumerate(figures.items()):
         loss, colour = f["loss"], COLOURS[number % len(COLOURS)]

@@ -1,14 +1,13 @@
-"""What do clients with different texts cost? Four strategies on five partitions of the same
-presidents' addresses.
+"""What do clients with different texts cost? Four strategies on five partitions of one corpus.
 
     python simulations/noniid/run.py            # about 15 minutes on 2 cores
     python simulations/noniid/run.py --quick    # a smoke run
 
 All runs are `experiment=fleet` with 8 clients, all of them in every round (asynchronous: 8 in
-flight), and equal tokens. iid deals shuffled pieces; dirichlet skews who holds which party's text,
-and how much; grouped deals whole presidents; natural keeps the 8 presidents with most text, so it
-also has less text than the held-out part is drawn from. Every cell has three seeds; what a
-partition costs is compared seed by seed.
+flight), and equal tokens. The text is the State of the Union addresses. iid deals shuffled pieces;
+dirichlet skews how much text a client has, and of which party; grouped gives all addresses of a
+president to one client; natural keeps the 8 presidents with most text, so it has less text than the
+others. Every cell has three seeds; the cost of a partition is computed seed by seed.
 """
 
 from __future__ import annotations
@@ -54,37 +53,29 @@ def main() -> None:
             for p in partitions
         }
         losses[strategy] = {partition: spread(of) for partition, of in found.items()}
+        iid = found.pop("iid")
         ratios[strategy] = {
-            partition: spread([loss / iid - 1 for loss, iid in zip(of, found["iid"], strict=True)])
-            for partition, of in found.items() if partition != "iid"
-        }  # fmt: skip
-    print(
-        table(
-            ("held-out loss", *partitions),
-            [(s, *map(cell, of.values())) for s, of in losses.items()],
-        )
-    )
-    print(
-        table(
-            ("over iid", *partitions[1:]),
-            [(s, *map(percent, of.values())) for s, of in ratios.items()],
-        )
-    )
-    draw_dots(
-        losses, "held-out loss (nats a token)", (folder if chosen.quick else STUDY) / "figure.png"
-    )
+            partition: spread([loss / base - 1 for loss, base in zip(of, iid, strict=True)])
+            for partition, of in found.items()
+        }
+    rows = [(s, *map(cell, of.values())) for s, of in losses.items()]
+    print(table(("held-out loss", *partitions), rows))
+    rows = [(s, *map(percent, of.values())) for s, of in ratios.items()]
+    print(table(("over iid", *partitions[1:]), rows))
+    path = (folder if chosen.quick else STUDY) / "figure.png"
+    draw_dots(losses, "held-out loss (nats a token)", path)
     if not chosen.quick:
         options = {"common": common, "partitions": PARTITIONS, "strategies": STRATEGIES}
         write_results(STUDY, seeds, {"loss": losses, "loss_over_iid": ratios, "options": options})
 
 
 def cell(loss: dict[str, float]) -> str:
-    """The mean and the spread."""
+    """A loss: mean [min, max]."""
     return f"{loss['mean']:.3f} [{loss['min']:.3f}, {loss['max']:.3f}]"
 
 
 def percent(ratio: dict[str, float]) -> str:
-    """What a partition costs, mean and spread."""
+    """The cost of a partition: mean [min, max]."""
     return f"{ratio['mean']:+.1%} [{ratio['min']:+.1%}, {ratio['max']:+.1%}]"
 
 

@@ -1,18 +1,19 @@
-"""What does privacy cost in loss? Epsilon none, 8, 4, 2 for both units, synchronous and not, from
-scratch and not.
+"""What does privacy cost in loss? Epsilon 8, 4, 2 and none, for two units of privacy.
 
     python simulations/privacy/run.py            # about 40 minutes on 2 cores
     python simulations/privacy/run.py --quick    # a smoke run
 
 The text is the State of the Union addresses as bytes, dealt evenly; the model has 33,000
-parameters. privacy=example: 50 clients, 10 train at a time, 4 steps of 128 blocks on average (from
-scratch 16 of 32). privacy=client: 200 clients, sums of 50 updates of 4 steps of 8 windows, by
-secret coins or, asynchronously, from a buffer to which each client gives 8 updates at most.
-Asynchronous runs are on the virtual clock with log-normal speeds. `public` starts from weights
-trained on the source of Python's standard library, which is no one's secret. The runs without
-privacy have the same clients and tokens, and steps and a learning rate of their own. Learning rates
-and clips were chosen on seed 0 at epsilon 8. Synchronous runs at none, 8 and 2 have three seeds,
-the others one.
+parameters. Runs are synchronous or asynchronous, and start from scratch or from weights trained on
+public text: the source of Python's standard library.
+
+privacy=example: 50 clients, of which 10 train at a time, with 4 steps of 128 blocks on average
+(from scratch 16 of 32). privacy=client: 200 clients with 4 steps of 8 windows; sums of 50 updates,
+which are chosen by secret coins or, asynchronously, come from a buffer to which each client sends
+at most 8 updates. Asynchronous runs are on the virtual clock with log-normal speeds. The runs
+without privacy have the same clients and tokens, but their own number of steps and learning rate.
+Learning rates and clips were chosen on seed 0 at epsilon 8. Synchronous runs at none, 8 and 2 have
+three seeds, the others one.
 """
 
 from __future__ import annotations
@@ -27,34 +28,34 @@ from matplotlib import pyplot
 
 STUDY = Path(__file__).parent
 sys.path.insert(0, str(STUDY.parent))
-from common import COLOURS, arguments, run, run_arms, runs_folder, spread, table, write_results  # noqa: E402
+from common import (  # noqa: E402
+    COLOURS,
+    arguments,
+    run,
+    run_arms,
+    runs_folder,
+    spread,
+    table,
+    write_results,
+)
 
 MODEL = [
-    "tokenizer=bytes",
-    "model.n_layer=2",
-    "model.n_head=2",
-    "model.n_embd=32",
-    "model.block_size=64",
-    "local.precision=fp32",
-    "evaluate=ends",
-    "evaluate.tokens=16384",
-    "evaluate.samples=0",
-    "checkpoint.every=0",
+    *("tokenizer=bytes", "model.n_layer=2", "model.n_head=2", "model.n_embd=32"),
+    *("model.block_size=64", "local.precision=fp32", "checkpoint.every=0"),
+    *("evaluate=ends", "evaluate.tokens=16384", "evaluate.samples=0"),
 ]
+# the run that trains the public weights
 PUBLIC = [
-    "corpus=stdlib", "partition=iid", "partition.clients=1", "pace.clients=1", "local.steps=100",
-    "local.batch_size=64", "local.lr=5e-3", "rounds=15", "seed=0",
-]  # fmt: skip
+    *("corpus=stdlib", "partition=iid", "partition.clients=1", "pace.clients=1", "seed=0"),
+    *("local.steps=100", "local.batch_size=64", "local.lr=5e-3", "rounds=15"),
+]
 TEXT = ["corpus=sotu_addresses", "partition=iid"]
 ASYNC = ["pace=buffer", "clock=virtual", "fleet=lognormal"]
 UNITS = {
     "example": ["partition.clients=50", "local.steps=4", "local.batch_size=128"],
     "client": [
-        "partition.clients=200",
-        "local=reset",
-        "local.warmup=0",
-        "local.steps=4",
-        "local.batch_size=8",
+        *("partition.clients=200", "local=reset", "local.warmup=0"),
+        *("local.steps=4", "local.batch_size=8"),
     ],
 }
 PACES = {
@@ -62,11 +63,8 @@ PACES = {
     ("example", "async"): [*ASYNC, "pace.clients=10", "rounds=80"],
     ("client", "sync"): ["pace.rate=0.25", "rounds=24"],
     ("client", "async"): [
-        *ASYNC,
-        "strategy=fedbuff",
-        "pace.clients=50",
-        "pace.goal=50",
-        "rounds=24",
+        *(*ASYNC, "strategy=fedbuff"),
+        *("pace.clients=50", "pace.goal=50", "rounds=24"),
     ],
 }
 PRIVATE = {
@@ -75,7 +73,7 @@ PRIVATE = {
     ("client", "sync"): ["privacy=client"],
     ("client", "async"): ["privacy=client", "privacy.participations=8"],
 }
-TUNED = {  # (unit, start): (without privacy, with it)
+TUNED = {  # (unit, start): (options without privacy, options with privacy)
     ("example", "scratch"): (
         ["local.steps=32", "local.batch_size=16", "local.lr=4e-3"],
         ["local.steps=16", "local.batch_size=32", "local.lr=1e-2"],
@@ -85,13 +83,8 @@ TUNED = {  # (unit, start): (without privacy, with it)
     ("client", "public"): (["local.lr=3e-3"], ["local.lr=3e-3", "privacy.clip=0.2"]),
 }
 EPSILONS = (None, 8, 4, 2)
-QUICK = [
-    "model.n_embd=16",
-    "model.block_size=16",
-    "local.batch_size=4",
-    "local.steps=1",
-    "rounds=2",
-]
+SHORT = ["local.batch_size=4", "local.steps=1", "rounds=2"]
+QUICK = ["model.n_embd=16", "model.block_size=16", *SHORT]
 
 
 def main() -> None:
@@ -112,61 +105,39 @@ def main() -> None:
         for epsilon in EPSILONS
     }
     if chosen.quick:
-        arms = {
-            name: arms[name]
-            for name in (
-                "example sync public none",
-                "example sync public 8",
-                "client async scratch 2",
-            )
-        }
-    shown = {
-        name: arm for name, arm in arms.items() if " sync " in name and not name.endswith(" 4")
-    }
+        kept = ("example sync public none", "example sync public 8", "client async scratch 2")
+        arms = {name: arms[name] for name in kept}
+    repeated = {n: arm for n, arm in arms.items() if " sync " in n and not n.endswith(" 4")}
     first = run_arms(folder, arms, seeds[:1], MODEL)
-    more = run_arms(folder, shown, seeds[1:], MODEL)
+    more = run_arms(folder, repeated, seeds[1:], MODEL)
     runs = {name: of + more.get(name, []) for name, of in first.items()}
     figures = {
         name: figures_of(of, runs.get(f"{name.rsplit(' ', 1)[0]} none"))
         for name, of in runs.items()
     }
-    print(
-        table(
-            ("unit", "pace", "start", "epsilon", "held-out loss", "[min, max]", "over none"),
-            rows(figures),
-        )
-    )
+    arm = ("unit", "pace", "start", "epsilon")
+    print(table((*arm, "held-out loss", "[min, max]", "over none"), rows(figures)))
     if not chosen.quick:
         draw(figures, STUDY / "figure.png")
-        options = {name: [*MODEL, *arm] for name, arm in arms.items()}
-        write_results(
-            STUDY,
-            seeds,
-            {
-                "arms": figures,
-                "public": {
-                    "loss_before": runs["example sync public none"][0].summary["initial"]["loss"]
-                },
-                "options": {
-                    name: [o for o in of if not o.startswith("init_from")]
-                    for name, of in options.items()
-                },
-            },
-        )
+        before = runs["example sync public none"][0].summary["initial"]["loss"]
+        options = {
+            name: [*MODEL, *(option for option in arm if not option.startswith("init_from"))]
+            for name, arm in arms.items()
+        }
+        results = {"arms": figures, "public": {"loss_before": before}, "options": options}
+        write_results(STUDY, seeds, results)
 
 
 def federation(unit: str, pace: str, start: str, epsilon: int | None) -> list[str]:
-    without, within = TUNED[unit, start]
-    told = (
-        without
-        if epsilon is None
-        else [*PRIVATE[unit, pace], *within, f"privacy.target_epsilon={epsilon}"]
-    )
-    return [*TEXT, *UNITS[unit], *PACES[unit, pace], *told]
+    """The options of an arm, without its initial weights."""
+    tuned, private = TUNED[unit, start]
+    if epsilon is not None:
+        tuned = [*PRIVATE[unit, pace], *private, f"privacy.target_epsilon={epsilon}"]
+    return [*TEXT, *UNITS[unit], *PACES[unit, pace], *tuned]
 
 
 def figures_of(runs: list, plain: list | None) -> dict:
-    """Losses in nats a byte; `over_none` compares runs of the same seed."""
+    """The figures of an arm, in nats a byte; `over_none` compares runs with the same seed."""
     losses = [one.summary["final"]["loss"] for one in runs]
     ratios = [a / b.summary["final"]["loss"] - 1 for a, b in zip(losses, plain or [], strict=False)]
     spent = [one.summary["epsilon"] for one in runs]
@@ -190,9 +161,7 @@ def rows(figures: dict) -> list[tuple[str, ...]]:
 
 
 def draw(figures: dict, path: Path) -> None:
-    """Held-out loss against epsilon: a panel for each unit, a line for each pacing and start, with
-    its spread.
-    """
+    """Draw loss against epsilon: a panel for each unit, a line for each pacing and start."""
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     places = {"none": 3, "8": 2, "4": 1, "2": 0}
     for axis, unit in zip(axes, UNITS, strict=True):
@@ -204,16 +173,8 @@ def draw(figures: dict, path: Path) -> None:
                 [f["mean"] - f["min"] for f in found.values()],
                 [f["max"] - f["mean"] for f in found.values()],
             ]
-            axis.errorbar(
-                at,
-                mean,
-                yerr=off,
-                color=colour,
-                marker="o",
-                markersize=4,
-                capsize=3,
-                label=f"{pace}, {start}",
-            )
+            style = {"color": colour, "marker": "o", "markersize": 4, "capsize": 3}
+            axis.errorbar(at, mean, yerr=off, label=f"{pace}, {start}", **style)
         axis.set_xticks(list(places.values()), list(places))
         axis.set_xlabel("epsilon")
         axis.set_title(f"privacy={unit}", fontsize=10)

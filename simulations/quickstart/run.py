@@ -1,11 +1,11 @@
 """The demo and its central twin: what does federation cost in two minutes on a laptop?
 
-    python simulations/quickstart/run.py            # three seeds of both sides, about 15 minutes on 2 cores
+    python simulations/quickstart/run.py            # about 15 minutes on 2 cores
     python simulations/quickstart/run.py --quick    # a smoke run
 
-Federated: `fedgpt run experiment=demo`. Central twin: one client that holds the same text and
-trains the same tokens in as many steps, with batches as large as those of all sampled clients
-together.
+The federated side is `fedgpt run experiment=demo`. The central twin is one client that has the same
+text and trains the same tokens in as many steps, with batches as large as those of all sampled
+clients together. Both sides have three seeds.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def main() -> None:
 
 
 def figures_of(summaries: list[dict]) -> dict:
-    """Mean over seeds, with the spread of the quantity that decides."""
+    """The figures of a side: means over seeds, and the spread of the bits per byte."""
     final = [s["final"] for s in summaries]
     return {
         "bits_per_byte": spread([f["bits_per_byte"] for f in final]),

@@ -1,15 +1,15 @@
-"""Which rules withstand clients that lie? Eight rules against three attacks by 2 of 10 clients, and
-against none.
+"""Which rules withstand malicious clients? Eight rules against attacks by 2 of 10 clients.
 
     python simulations/robust/run.py            # about 8 minutes on 2 cores
     python simulations/robust/run.py --quick    # a smoke run
 
 All runs are `experiment=fleet` on the real clock with 10 iid clients, all of them in every round,
-equal tokens, seed 0, without the server's own limits on length (validate=off). The attackers train
-as they are asked and send something else: -3 times their update (sign_flip), noise 10 times as long
-(gaussian), or 10 times the update (scale). The rules that need to know the number of attackers are
-told 2. The time of a server step is the median, without an attack, from a round's last update to
-the new model; FLTrust's includes the training of the server's own update.
+equal tokens, seed 0, without the server's limit on the norm of updates (validate=off). The
+attackers train like the others, but send -3 times their update (sign_flip), noise 10 times as long
+(gaussian), or 10 times the update (scale); a fourth column is without an attack. The rules with an
+option for the number of attackers have the right number, 2. The time of a server step is the median
+time, without an attack, from the last update of a round to the new model; FLTrust's includes the
+training of the server's own update.
 """
 
 from __future__ import annotations
@@ -23,27 +23,15 @@ from fedgpt.storage.run_folder import read_lines
 
 STUDY = Path(__file__).parent
 sys.path.insert(0, str(STUDY.parent))
-from common import arguments, run_arms, runs_folder, spread, table, write_results  # noqa: E402
+from common import SMALL, arguments, run_arms, runs_folder, spread, table, write_results  # noqa: E402
 from dots import draw_dots  # noqa: E402
 
 COMMON = [
-    "experiment=fleet",
-    "clock=real",
-    "fleet=none",
-    "partition.clients=10",
-    "pace.clients=10",
-    # 10 rounds of 10 clients x 5 steps x 512 tokens
-    "validate=off",
-    "local.steps=5",
-    "tokens=256000",
+    *("experiment=fleet", "clock=real", "fleet=none", "validate=off"),
+    *("partition.clients=10", "pace.clients=10", "local.steps=5"),
+    "tokens=256000",  # 10 rounds of 10 clients x 5 steps x 512 tokens
 ]
-QUICK = [
-    "tokens=20480",
-    "local.steps=2",
-    "evaluate.tokens=2048",
-    "corpus=stdlib",
-    "tokenizer=bytes",
-]
+QUICK = [*SMALL, "tokens=20480", "local.steps=2"]
 RULES = {
     "fedavg": [],
     "median": [],
@@ -79,37 +67,30 @@ def main() -> None:
         for a in attacks
     }
     seconds = {rule: step_seconds(runs[f"{rule}, none"]) for rule in rules}
-    rejected = {
-        name: one.summary["rejected"] for name, one in runs.items() if one.summary["rejected"]
-    }
+    counts = {name: one.summary["rejected"] for name, one in runs.items()}
+    rejected = {name: count for name, count in counts.items() if count}
+    means = {a: {rule: of["mean"] for rule, of in losses[a].items()} for a in attacks}
     rows = [
-        (r, *(f"{losses[a][r]['mean']:.3f}" for a in attacks), f"{1000 * seconds[r]:.0f}")
-        for r in rules
+        (rule, *(f"{means[a][rule]:.3f}" for a in attacks), f"{1000 * seconds[rule]:.0f}")
+        for rule in rules
     ]
     print(table(("held-out loss", *attacks, "server step, ms"), rows))
     print(f"updates that the server rejected before any rule saw them: {rejected or 'none'}")
-    draw_dots(
-        losses, "held-out loss (nats a token)", (folder if chosen.quick else STUDY) / "figure.png"
-    )
+    path = (folder if chosen.quick else STUDY) / "figure.png"
+    draw_dots(losses, "held-out loss (nats a token)", path)
     if not chosen.quick:
-        write_results(
-            STUDY,
-            [0],
-            {
-                "loss": {
-                    a: {rule: of["mean"] for rule, of in by_rule.items()}
-                    for a, by_rule in losses.items()
-                },
-                "loss_at_start": runs["fedavg, none"].summary["initial"]["loss"],
-                "step_seconds": seconds,
-                "rejected": rejected,
-                "options": {name: [*common, *arm] for name, arm in arms.items()},
-            },
-        )
+        results = {
+            "loss": means,
+            "loss_at_start": runs["fedavg, none"].summary["initial"]["loss"],
+            "step_seconds": seconds,
+            "rejected": rejected,
+            "options": {name: [*common, *arm] for name, arm in arms.items()},
+        }
+        write_results(STUDY, [0], results)
 
 
 def step_seconds(one: fedgpt.Run) -> float:
-    """Median over versions, from the last update that came in to the next model."""
+    """The median time from the last accepted update of a version to the next model."""
     taken, last = [], 0.0
     for event in read_lines(one.folder / "events.jsonl"):
         if event["event"] == "accept":

@@ -1,14 +1,14 @@
-"""What does a round of a thousand clients cost? Seconds, tokens a second and the server's memory,
-from 4 clients up.
+"""What does a round of a thousand clients cost in time and in the server's memory?
 
     python simulations/scaling/run.py            # about 2 minutes on 2 cores
     python simulations/scaling/run.py --quick    # a smoke run
 
-All runs are `experiment=fleet` on the real clock: 1,000 iid clients, of which 4 to 1,000 are in
-each of 3 rounds, every one with 2 steps of 256 tokens from fresh moments. Runs follow each other,
-on one worker per core. Seconds a round are the mean of the rounds after the first, which also
-starts the workers. The server's memory is the kernel's peak of the resident set (VmHWM) of the
-process that holds the server, from its start to its end; this needs Linux.
+All runs are `experiment=fleet` on the real clock: 1,000 iid clients, of which 4 to 1,000 take part
+in each of 3 rounds, each with 2 steps of 256 tokens and fresh optimiser moments. The runs take
+place one after the other, with one worker per core. Seconds a round are the mean over the rounds
+after the first, which also starts the workers. The server's memory is the kernel's peak of the
+resident set (VmHWM) of the process that contains the server, from its start to its end; this needs
+Linux.
 """
 
 from __future__ import annotations
@@ -29,20 +29,12 @@ sys.path.insert(0, str(STUDY.parent))
 from common import COLOURS, arguments, run, runs_folder, table, write_results  # noqa: E402
 
 COMMON = [
-    "experiment=fleet",
-    "clock=real",
-    "fleet=none",
-    "partition.clients=1000",
-    "partition.piece=512",
-    "local=reset",
-    "local.steps=2",
-    "local.batch_size=4",
-    "tokens=0",
-    "rounds=3",
-    "evaluate.every=0",
+    *("experiment=fleet", "clock=real", "fleet=none", "evaluate.every=0"),
+    *("partition.clients=1000", "partition.piece=512", "tokens=0", "rounds=3"),
+    *("local=reset", "local.steps=2", "local.batch_size=4"),
 ]
 QUICK = ["partition.clients=16", "rounds=2", "evaluate.tokens=2048", "tokenizer=bytes"]
-CLIENTS = (4, 16, 64, 256, 1000)
+CLIENTS = (4, 16, 64, 256, 1000)  # clients a round
 FIGURES = {
     "seconds_a_round": "seconds a round",
     "tokens_a_second": "tokens a second",
@@ -55,24 +47,19 @@ FIGURES = {
 def main() -> None:
     chosen = arguments(__doc__ or "")
     folder, common = runs_folder(chosen.runs), [*COMMON, *(QUICK if chosen.quick else [])]
-    figures = {
-        clients: measure(folder, clients, common)
-        for clients in (CLIENTS[:2] if chosen.quick else CLIENTS)
-    }
-    print(
-        table(
-            ("clients a round", *FIGURES.values()),
-            [(f"{n:,}", *cells(f)) for n, f in figures.items()],
-        )
-    )
+    cohorts = CLIENTS[:2] if chosen.quick else CLIENTS
+    figures = {clients: measure(folder, clients, common) for clients in cohorts}
+    rows = [(f"{clients:,}", *cells(f)) for clients, f in figures.items()]
+    print(table(("clients a round", *FIGURES.values()), rows))
     draw(figures, (folder if chosen.quick else STUDY) / "figure.png")
     if not chosen.quick:
         write_results(STUDY, [0], {"clients_a_round": figures, "options": common})
 
 
 def measure(folder: Path, clients: int, common: list[str]) -> dict[str, float]:
-    """One run and what the table says of it; its peak is kept beside it, for a study that reuses
-    its runs.
+    """Run with so many clients a round; returns the figures.
+
+    The peak is saved in the folder of the run, so that a study can reuse the run.
     """
     here = folder / f"{clients}-clients"
     peak = here / "server_peak_bytes"
@@ -92,7 +79,7 @@ def measure(folder: Path, clients: int, common: list[str]) -> dict[str, float]:
 
 
 def watched(folder: Path, *options: str) -> int:
-    """Do the run; returns the peak of its resident set, in bytes."""
+    """Do the run; returns the peak of its resident set in bytes."""
     peak = 0
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(run, folder, *options)
@@ -104,7 +91,7 @@ def watched(folder: Path, *options: str) -> int:
 
 
 def children() -> list[str]:
-    """Ids of the processes that this one has started."""
+    """Ids of the processes that this process has started."""
     return [
         pid
         for listed in Path("/proc/self/task").glob("*/children")
@@ -113,7 +100,7 @@ def children() -> list[str]:
 
 
 def high_water(pid: int) -> int:
-    """The kernel's peak of a process' resident set; 0 where it is gone."""
+    """The peak of a process's resident set in bytes; 0 if the process has ended."""
     with suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -1,13 +1,13 @@
-"""How do the strategies compare at equal tokens? Seven synchronous rules, six robust, five
-asynchronous, and auto.
+"""How do the strategies compare at equal tokens?
 
     python simulations/strategies/run.py            # about 15 minutes on 2 cores
     python simulations/strategies/run.py --quick    # a smoke run
 
+Seven synchronous rules, six robust ones, five asynchronous ones and auto, with three seeds each.
 All runs are `experiment=fleet`: 4 iid clients of 0.58, 0.75, 1.51 and 3.33 seconds a step on the
-virtual clock. Every rule has its defaults of conf/strategy/, but for the numbers in its name; none
-is tuned for this setting. Each has three seeds. Krum is not here, as it needs five clients at
-least: simulations/robust has it, and attackers.
+virtual clock. Every rule has the defaults of conf/strategy/, except for the numbers in its name;
+none is tuned for this setting. Krum is not included, because it needs at least five clients:
+simulations/robust compares it, with attackers.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 
 STUDY = Path(__file__).parent
 sys.path.insert(0, str(STUDY.parent))
-from common import arguments, run_arms, runs_folder, spread, table, write_results  # noqa: E402
+from common import SMALL, arguments, run_arms, runs_folder, spread, table, write_results  # noqa: E402
 from dots import draw_dots  # noqa: E402
 
 COMMON = ["experiment=fleet", "tokens=327680"]  # 16 rounds of 4 clients x 10 steps x 512 tokens
-QUICK = ["tokens=8192", "local.steps=2", "evaluate.tokens=2048", "corpus=stdlib", "tokenizer=bytes"]
+QUICK = [*SMALL, "tokens=8192", "local.steps=2"]
 SYNCHRONOUS = {
     "fedavg": ["strategy=fedavg"],
     "fedprox": ["strategy=fedprox"],
@@ -50,7 +50,7 @@ ASYNCHRONOUS = {
         "strategy.period=8",
     ],
 }
-AUTO = ["strategy=auto"]  # starts with a cohort
+AUTO = ["strategy=auto"]  # starts with pace=cohort
 
 
 def main() -> None:
@@ -73,25 +73,18 @@ def main() -> None:
         name: figures_of(runs) for name, runs in run_arms(folder, arms, seeds, common).items()
     }
     head = ("strategy", "pacing", "held-out loss", "[min, max]", "virtual s", "MB up", "MB down")
-    print(
-        table(
-            head,
-            [row(kind, name, figures[name]) for kind, rules in kinds.items() for name in rules],
-        )
-    )
-    series = {
-        kind: {name: figures[name]["loss"] for name in rules} for kind, rules in kinds.items()
-    }
-    draw_dots(
-        series, "held-out loss (nats a token)", (folder if chosen.quick else STUDY) / "figure.png"
-    )
+    rows = [row(kind, name, figures[name]) for kind, rules in kinds.items() for name in rules]
+    print(table(head, rows))
+    series = {kind: {n: figures[n]["loss"] for n in rules} for kind, rules in kinds.items()}
+    path = (folder if chosen.quick else STUDY) / "figure.png"
+    draw_dots(series, "held-out loss (nats a token)", path)
     if not chosen.quick:
         options = {name: [*common, *arm] for name, arm in arms.items()}
         write_results(STUDY, seeds, {"arms": figures, "options": options})
 
 
 def figures_of(runs: list) -> dict:
-    """What the table and results.json say of a rule; bytes are the mean over seeds."""
+    """The figures of a rule; bytes are the mean over seeds."""
     summaries = [one.summary for one in runs]
     return {
         "loss": spread([s["final"]["loss"] for s in summaries]),
@@ -105,15 +98,9 @@ def figures_of(runs: list) -> dict:
 
 def row(kind: str, name: str, f: dict) -> tuple[str, ...]:
     loss, seconds = f["loss"], f"{f['virtual_seconds']['mean']:.0f}"
+    losses = f"{loss['mean']:.3f}", f"[{loss['min']:.3f}, {loss['max']:.3f}]"
     megabytes = (f"{f[way] / 1e6:.0f}" for way in ("bytes_up", "bytes_down"))
-    return (
-        name,
-        kind,
-        f"{loss['mean']:.3f}",
-        f"[{loss['min']:.3f}, {loss['max']:.3f}]",
-        seconds,
-        *megabytes,
-    )
+    return name, kind, *losses, seconds, *megabytes
 
 
 if __name__ == "__main__":

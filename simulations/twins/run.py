@@ -1,15 +1,14 @@
-"""What does federation cost? Synchronous clients of 10 local steps against a central twin of as
-many steps.
+"""What does federation cost? Synchronous clients against a central twin of as many steps.
 
     python simulations/twins/run.py            # about 40 minutes on 2 cores
     python simulations/twins/run.py --quick    # a smoke run
 
-k iid clients of equal speed (`experiment=fleet` without its fleet) train in 128 rounds of 10 steps
-of 512 tokens each; the twin is one client with all text, the same number of steps (1,280) and k
-times the batch, so the same tokens. Both sides are tuned on seed 0: rules and learning rates for
-four clients, the learning rate for the twin; eight clients try the two best settings of four, on
-either side. The best of each side then has three seeds. `cost` is the mean held-out loss of the
-best synchronous setting over the twin's, less one.
+k iid clients of equal speed (`experiment=fleet` with fleet=none) train in 128 rounds of 10 steps of
+512 tokens each. The twin is one client with all text, the same number of steps (1,280) and k times
+the batch, so it trains the same tokens. For k = 4 both sides are tuned on seed 0: the federation
+over rules and learning rates, the twin over learning rates. For k = 8 each side tries its two best
+settings of k = 4. The best setting of each side is then run with three seeds. `cost` is the mean
+held-out loss of the best synchronous setting over that of the twin, minus one.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from common import arguments, run_arms, runs_folder, spread, table, write_result
 
 COMMON = ["experiment=fleet", "clock=real", "fleet=none", "evaluate.every=16"]
 QUICK = ["corpus=stdlib", "tokenizer=bytes", "model.n_embd=32", "evaluate.tokens=2048"]
-TOKENS = 655_360  # of each client
+TOKENS = 655_360  # tokens that each client trains on
 RULES = {"fedavg": ["strategy=fedavg"]} | {
     f"diloco {eta}/{mu}": ["strategy=diloco", f"strategy.eta={eta}", f"strategy.mu={mu}"]
     for eta, mu in ((1.0, 0.3), (1.0, 0.5), (0.7, 0.6), (0.6, 0.8))
@@ -64,31 +63,24 @@ def main() -> None:
         final = losses(folder, list(best.values()), clients, tokens, seeds, common)
         figures[str(clients)] = {
             "cost": statistics.mean(final[best["sync"]]) / statistics.mean(final[best["twin"]]) - 1,
-            "grid": {told(setting): loss[0] for setting, loss in found.items()},
+            "grid": {label(setting): loss[0] for setting, loss in found.items()},
             "best": {
-                side: {"setting": told(one), "loss": spread(final[one])}
+                side: {"setting": label(one), "loss": spread(final[one])}
                 for side, one in best.items()
             },
         }
         grid, twins = ranked["sync"][:2], ranked["twin"][:2]
     for clients, f in figures.items():
-        print(
-            table(
-                (f"{clients} clients", "loss, seed 0"),
-                [(name, f"{loss:.4f}") for name, loss in f["grid"].items()],
-            )
-        )
-        print(
-            "  ".join(
-                f"{side}: {b['setting']} {b['loss']['mean']:.4f}" for side, b in f["best"].items()
-            )
-        )
+        rows = [(name, f"{loss:.4f}") for name, loss in f["grid"].items()]
+        print(table((f"{clients} clients", "loss, seed 0"), rows))
+        best = f["best"].items()
+        print("  ".join(f"{side}: {b['setting']} {b['loss']['mean']:.4f}" for side, b in best))
         print(f"cost {f['cost']:+.1%}")
     if not chosen.quick:
         write_results(STUDY, seeds, {"clients": figures, "options": COMMON})
 
 
-def told(setting: Setting) -> str:
+def label(setting: Setting) -> str:
     return f"{setting[0]} lr={setting[1]:g}"
 
 
@@ -100,27 +92,16 @@ def losses(
     seeds: list[int],
     common: list[str],
 ) -> dict[Setting, list[float]]:
-    """Final held-out losses of every setting, seed by seed."""
-    arms = {}
+    """The final held-out losses of every setting, in the order of the seeds."""
+    arms, fixed = {}, ["pace=cohort", f"tokens={clients * tokens}"]
     for rule, lr in settings:
-        rate = [
-            f"local.lr={lr}",
-            f"local.min_lr={lr / 10:g}",
-            f"tokens={clients * tokens}",
-            "pace=cohort",
-        ]
+        rate = [f"local.lr={lr}", f"local.min_lr={lr / 10:g}"]
         if rule == "twin":
-            alone = [
-                "strategy=fedavg",
-                "partition.clients=1",
-                "pace.clients=1",
-                f"local.batch_size={8 * clients}",
-            ]
-            arms[f"{clients} {rule} {lr:g}"] = [*rate, *alone]
+            number, options = 1, ["strategy=fedavg", f"local.batch_size={8 * clients}"]
         else:
-            arms[f"{clients} {rule} {lr:g}"] = [
-                *rate, *RULES[rule], f"partition.clients={clients}", f"pace.clients={clients}",
-            ]  # fmt: skip
+            number, options = clients, RULES[rule]
+        cohort = [f"partition.clients={number}", f"pace.clients={number}"]
+        arms[f"{clients} {rule} {lr:g}"] = [*fixed, *rate, *options, *cohort]
     runs = run_arms(folder, arms, seeds, common)
     return {
         setting: [one.summary["final"]["loss"] for one in of]

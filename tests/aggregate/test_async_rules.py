@@ -1,6 +1,4 @@
-"""Numbers of the rules of pace=buffer: identities, hand values, and why momentum must not act on
-every arrival.
-"""
+"""The rules for pace=buffer: identities, values computed by hand, and the danger of momentum."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load, save
-from support.cohorts import d_of, run, setup_e, start, turn, updates
+from support.cohorts import d_of, eight_gradients, run, start, turn, updates
 
 from fedgpt.aggregate.delayed_nesterov import DelayedNesterov
 from fedgpt.aggregate.delta_sgd import DeltaSGD
@@ -38,7 +36,7 @@ discounted = pytest.mark.parametrize("cls", [DeltaSGD, FedAsync, FedBuff])
         ("hinge", {0: 1, 4: 1, 5: 0.0909, 6: 0.0476, 12: 0.0123}),
     ],
 )
-def test_discount_of_staleness(cls, staleness, table):
+def test_the_discount_by_staleness(cls, staleness, table):
     rule = cls(staleness=staleness)
     assert {tau: rule.discount(tau) for tau in table} == pytest.approx(table, abs=5e-5)
 
@@ -59,7 +57,7 @@ def test_a_fresh_update_counts_fully_and_a_staler_one_never_more(
     assert 0 < rule.discount(tau + 1) <= rule.discount(tau) <= 1
 
 
-def test_weights_are_the_discount_and_not_the_tokens():
+def test_weights_depend_on_staleness_and_not_on_tokens():
     update = replace(updates(1)[0], tokens=1000)
     assert DeltaSGD().weight(update, 7) == 1.0
     assert FedBuff().weight(update, 3) == 0.5
@@ -77,28 +75,28 @@ def test_an_unknown_discount_is_refused(cls):
 # Delta-SGD and FedBuff.
 
 
-def test_k_arrivals_of_the_same_update_move_delta_sgd_by_it():
+def test_k_arrivals_of_one_update_move_delta_sgd_by_that_update():
     state, (update,), k = start(), updates(1), 4
     for _ in range(k):
         state = turn(DeltaSGD(), [update], state, Pacing("buffer", k, 1))
     np.testing.assert_allclose(start().params - state.params, update.delta, rtol=0, atol=1e-8)
 
 
-def test_delta_sgd_of_a_cohort_is_the_uniform_mean_over_those_expected():
+def test_delta_sgd_of_a_cohort_divides_by_the_expected_number_of_clients():
     cohort, state = updates(4), start()
     mean = np.mean([update.delta for update in cohort], axis=0, dtype=np.float64)
-    whole, half = (d_of(DeltaSGD(), cohort[:n], state, Pacing("cohort", 4, 4)) for n in (4, 2))
-    np.testing.assert_allclose(whole, mean, rtol=1e-6)
+    full, half = (d_of(DeltaSGD(), cohort[:n], state, Pacing("cohort", 4, 4)) for n in (4, 2))
+    np.testing.assert_allclose(full, mean, rtol=1e-6)
     np.testing.assert_allclose(half, (cohort[0].delta + cohort[1].delta) / 4, rtol=1e-6)
 
 
-def test_a_fresh_buffer_of_all_clients_is_a_uniform_federated_average():
+def test_a_fresh_buffer_of_all_clients_equals_uniform_federated_averaging():
     cohort, state = [replace(update, tokens=1) for update in updates(4)], start()
     one = turn(FedBuff(), cohort, state, Pacing("buffer", 4, 4))
     assert one.params.tobytes() == turn(FedAvg(), cohort, state).params.tobytes()
 
 
-def test_a_buffer_of_one_is_delta_sgd():
+def test_fedbuff_with_a_buffer_of_one_equals_delta_sgd():
     one = two = start()
     for update in updates(6):
         one = turn(FedBuff(staleness="constant", eta=1 / 4), [update], one, Pacing("buffer", 4, 1))
@@ -107,18 +105,16 @@ def test_a_buffer_of_one_is_delta_sgd():
 
 
 def test_fedbuff_divides_by_its_size_not_by_its_weights():
+    rule, pacing = FedBuff(power=1.0), Pacing("buffer", 4, 2)
     # server version 3, updates from versions 3 and 0
-    rule, pacing = (
-        FedBuff(power=1.0),
-        Pacing("buffer", 4, 2),
-    )
-    weights = [
-        rule.weight(replace(updates(1)[0], version=version), 3 - version) for version in (3, 0)
-    ]
+    update = updates(1)[0]
+    weights = [rule.weight(replace(update, version=start), 3 - start) for start in (3, 0)]
     d = np.array([1.0, 0.0]) * weights[0] + np.array([0.0, 1.0]) * weights[1]
     new = rule.step(d / rule.divisor(weights, pacing), ServerState(np.zeros(2)))
     assert new.params.tolist() == [-0.5, -0.125]
-    assert rule.divisor(weights[:1], pacing) == 2  # closed early by a timer: still K
+    assert (
+        rule.divisor(weights[:1], pacing) == 2
+    )  # a buffer that a timer closed early is still divided by K
 
 
 # FedAsync.
@@ -148,7 +144,7 @@ def test_fedasync_of_fresh_updates_is_delta_sgd(k, dtype):
 
 def test_a_stale_model_pulls_fedasync_back_to_its_base():
     state = ServerState(np.array([2.0]), version=3)
-    # its model is 0.5, s(3) = 0.5
+    # the client's model is 0.5, and s(3) = 0.5
     update = Update("one", 0, 0, np.array([0.5]), 1, base=np.array([1.0]))
     d = FedAsync(alpha=0.6).combine([update], state)
     assert FedAsync().step(d, state).params[0] == pytest.approx(0.7 * 2 + 0.3 * 0.5)
@@ -169,7 +165,7 @@ def test_fedasync_mixes_several_updates_one_after_the_other_in_the_order_given()
 
 
 @given(st.floats(0.01, 1), st.integers(0, 50), st.integers(0, 2**32 - 1))
-def test_fedasync_ends_between_the_models(alpha, tau, seed):
+def test_fedasync_ends_between_the_two_models(alpha, tau, seed):
     rng = np.random.default_rng(seed)
     base, delta, params = rng.standard_normal((3, 5))
     state = ServerState(params, version=tau)
@@ -179,7 +175,7 @@ def test_fedasync_ends_between_the_models(alpha, tau, seed):
     assert (low - 1e-12 <= new).all() and (new <= high + 1e-12).all()
 
 
-def test_fedasync_clients_are_held_by_rho():
+def test_rho_of_fedasync_goes_to_the_clients():
     assert FedAsync(rho=0.5).client_numbers() == {"proximal_mu": 0.5}
     for alpha in (0, 1.1):
         with pytest.raises(ConfigError, match=r"strategy\.alpha"):
@@ -190,33 +186,31 @@ def test_fedasync_clients_are_held_by_rho():
 
 
 @given(st.floats(0, 1), st.floats(0, 0.99), st.floats(0.01, 2))
-def test_with_period_1_it_is_nesterov_to_the_bit(c, mu, eta):
-    one = run(DelayedNesterov(eta=eta, mu=mu, period=1, c=c), setup_e(), ZERO)
-    assert np.array_equal(one, run(DiLoCo(eta, mu), setup_e(), ZERO))
+def test_delayed_nesterov_with_period_1_has_the_bits_of_diloco(c, mu, eta):
+    one = run(DelayedNesterov(eta=eta, mu=mu, period=1, c=c), eight_gradients(), ZERO)
+    assert np.array_equal(one, run(DiLoCo(eta, mu), eight_gradients(), ZERO))
 
 
 def means_of_4():
-    return setup_e().reshape(2, 4, 5).mean(axis=1)
+    return eight_gradients().reshape(2, 4, 5).mean(axis=1)
 
 
-def test_without_c_a_period_is_one_step_of_nesterov_on_its_mean():
-    delayed = run(DelayedNesterov(period=4), setup_e(), ZERO)
+def test_without_c_a_period_equals_one_step_of_nesterov_on_its_mean():
+    delayed = run(DelayedNesterov(period=4), eight_gradients(), ZERO)
     np.testing.assert_allclose(delayed[3::4], run(DiLoCo(), means_of_4(), ZERO), rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("c, apart", [(0.1, 0.1131), (0.25, 0.2827)])
-def test_with_c_it_is_another_rule(c, apart):
-    delayed = run(DelayedNesterov(period=4, c=c), setup_e(), ZERO)
+def test_with_c_a_period_differs_from_one_step_of_nesterov(c, apart):
+    delayed = run(DelayedNesterov(period=4, c=c), eight_gradients(), ZERO)
     nesterov = run(DiLoCo(), means_of_4(), ZERO)
-    assert np.linalg.norm(delayed[-1] - nesterov[-1]) / np.linalg.norm(
-        nesterov[-1]
-    ) == pytest.approx(apart, abs=5e-5)
-    np.testing.assert_allclose(
-        delayed[3] / nesterov[0], (1 + 0.9 * (1 - 4 * c + c)) / 1.9, rtol=1e-12
-    )
+    distance = np.linalg.norm(delayed[-1] - nesterov[-1]) / np.linalg.norm(nesterov[-1])
+    assert distance == pytest.approx(apart, abs=5e-5)
+    first = (1 + 0.9 * (1 - 4 * c + c)) / 1.9
+    np.testing.assert_allclose(delayed[3] / nesterov[0], first, rtol=1e-12)
 
 
-def test_a_resumed_period_ends_where_it_would_have():
+def test_a_resume_within_a_period_changes_no_bit():
     rule, state = DelayedNesterov(period=4, c=0.1), start()
     for update in updates(6):
         state = turn(rule, [update], state, Pacing("buffer", 4, 1))
@@ -238,11 +232,11 @@ def test_c_is_at_most_1_over_the_period():
         DelayedNesterov(period=4, c=0.26)
 
 
-# Nesterov on every arrival, which is refused.
+# Nesterov on every arrival, which `diloco` refuses.
 
 
 def moved(gradients, m0=0.0, mu=0.9):
-    """How far DiLoCo moves, in units of eta, with a step for each gradient."""
+    """The distance that DiLoCo moves with one step for each gradient, in units of eta."""
     state = ServerState(np.zeros(1), memory={"momentum": np.array([m0])})
     return -run(DiLoCo(eta=1.0, mu=mu), [np.array([g]) for g in gradients], state)[-1][0]
 
@@ -255,11 +249,10 @@ def test_nesterov_on_every_arrival_moves_far_more_than_on_the_mean(k, far):
 
 
 def asynchronous(rule, rounds=100, k=4):
-    """Distance from the optimum after `rounds` arrivals of each of k clients, all with the loss
-    |x|^2 / 2, in turn.
+    """Distance from the optimum after `rounds` arrivals of each of k clients, in turn.
 
-    A client's D is 0.2 x for the x that it downloaded k - 1 arrivals ago: local steps that go a
-    fifth of the way.
+    All clients have the loss |x|^2 / 2, and local steps that go a fifth of the way: a client's D is
+    0.2 x for the x that it downloaded k - 1 arrivals ago.
     """
     state, divisor = ServerState(np.ones(1)), rule.divisor([1.0], Pacing("buffer", k, 1))
     bases = [state.params] * k
@@ -269,21 +262,19 @@ def asynchronous(rule, rounds=100, k=4):
     return abs(state.params.item())
 
 
-def test_on_equal_quadratics_nesterov_on_every_arrival_diverges_where_delta_sgd_arrives():
+def test_on_quadratics_nesterov_on_every_arrival_diverges_and_delta_sgd_converges():
     assert asynchronous(DeltaSGD(eta=0.7)) < 1e-3
     assert asynchronous(DiLoCo(eta=0.7, mu=0.9)) > 1e9
-    assert asynchronous(DelayedNesterov(eta=0.7, mu=0.6, period=8)) < 1e-3, (
-        "what it is refused in favour of"
-    )
+    assert asynchronous(DelayedNesterov(eta=0.7, mu=0.6, period=8)) < 1e-3
 
 
-def test_smaller_weights_do_not_mend_it():
+def test_smaller_weights_do_not_make_nesterov_on_every_arrival_right():
     assert moved([1 / 4] * 4) == pytest.approx(3.036, abs=1e-3)
     assert moved([2 / 4] * 4) == pytest.approx(6.072, abs=1e-3)  # sqrt(k) / k
-    assert moved([0.0] * 4, m0=1.0) == pytest.approx(
-        0.9**2 * (1 + 0.9 + 0.9**2 + 0.9**3), abs=1e-12
-    )
-    assert moved([0.0] * 4, m0=1.0) == pytest.approx(2.7856, abs=1e-4)
+    # the momentum of earlier arrivals is applied k times as well
+    from_momentum = moved([0.0] * 4, m0=1.0)
+    assert from_momentum == pytest.approx(0.9**2 * (1 + 0.9 + 0.9**2 + 0.9**3), abs=1e-12)
+    assert from_momentum == pytest.approx(2.7856, abs=1e-4)
 
 
 def test_delayed_nesterov_moves_as_far_as_one_step_on_the_mean():
@@ -295,23 +286,15 @@ def test_delayed_nesterov_moves_as_far_as_one_step_on_the_mean():
 
 
 @pytest.mark.parametrize(
-    "rule, pacing, words",
+    "rule, sizes, words",
     [
-        (FedAsync(), Pacing("buffer", 4, 2), ["pace.goal=2", "pace.goal=1", "strategy=fedbuff"]),
-        (
-            DelayedNesterov(),
-            Pacing("buffer", 4, 3),
-            ["pace.goal=3", "pace.goal=1", "strategy=fedbuff"],
-        ),
-        (
-            DelayedNesterov(),
-            Pacing("buffer", 9, 1),
-            ["strategy.period=8", "pace.clients, 9", "strategy.period=18"],
-        ),
+        (FedAsync(), (4, 2), ["pace.goal=2", "pace.goal=1", "strategy=fedbuff"]),
+        (DelayedNesterov(), (4, 3), ["pace.goal=3", "pace.goal=1", "strategy=fedbuff"]),
+        (DelayedNesterov(), (9, 1), ["strategy.period=8", "pace.clients, 9", "strategy.period=18"]),
     ],
 )
-def test_a_pacing_that_breaks_the_rule_is_told_with_a_way_out(rule, pacing, words):
-    (problem,) = rule.problems(pacing)
+def test_a_wrong_pacing_is_reported_with_an_alternative(rule, sizes, words):
+    (problem,) = rule.problems(Pacing("buffer", *sizes))
     assert all(word in problem for word in words), problem
 
 
@@ -326,9 +309,9 @@ def test_a_pacing_that_breaks_the_rule_is_told_with_a_way_out(rule, pacing, word
         (DelayedNesterov(), Pacing("buffer", 8, 1)),
     ],
 )
-def test_a_pacing_that_fits_is_no_problem(rule, pacing):
+def test_a_right_pacing_has_no_problem(rule, pacing):
     assert pacing.name in rule.paces and list(rule.problems(pacing)) == []
 
 
-def test_all_problems_of_a_pacing_are_told_at_once():
+def test_all_problems_of_a_pacing_are_reported_at_once():
     assert len(list(DelayedNesterov(period=2).problems(Pacing("buffer", 4, 4)))) == 2

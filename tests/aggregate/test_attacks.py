@@ -1,8 +1,7 @@
-"""Ten clients, some of them attackers who know what the honest ones send and agree on what they
-send themselves.
+"""Robust rules under attack: ten clients, some of which know all honest updates and collude.
 
-Robust rules stay near the honest mean where the mean does not; with too many attackers each breaks
-in its own way.
+Robust rules stay near the honest mean where the plain mean does not. With too many attackers each
+rule fails in a different way.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from fedgpt.aggregate.trimmed_mean import TrimmedMean
 from fedgpt.core.messages import Update
 
 SIZE, CLIENTS = 2000, 10
-# (honest updates, own generator) -> what an attacker sends; mean and spread are the honest ones'
+# name -> (honest updates, random generator) -> what an attacker sends
 ATTACKS = {
     "sign flip x3": lambda honest, rng: -3 * honest[0],
     "x100": lambda honest, rng: 100 * honest[0],
@@ -34,17 +33,18 @@ every_attack = pytest.mark.parametrize("attack", ATTACKS)
 
 
 def rules(bad: int) -> list:
-    """Every robust rule, told of `bad` attackers where it asks, or of as many as ten clients allow
-    (Krum: 3).
+    """Every robust rule, configured for `bad` attackers if it has such an option.
+
+    Krum expects at most 3, because ten clients allow no more.
     """
-    told = [TrimmedMean(trim=bad), Krum(attackers=min(bad, 3))]
-    return [Median(), *told, GeometricMedian(), NormClip(), CentredClip(), FLTrust()]
+    configured = [TrimmedMean(trim=bad), Krum(attackers=min(bad, 3))]
+    return [Median(), *configured, GeometricMedian(), NormClip(), CentredClip(), FLTrust()]
 
 
 def cohort(bad, attack, offset=0.0):
-    """(all updates as rows, attackers first; the honest ones; the server's own update).
+    """(all updates as rows, attackers first; the honest updates; the server's own update).
 
-    `offset`: how far the means of honest clients are apart, as with texts of different authors.
+    `offset` is how much the honest clients differ, as with texts of different authors.
     """
     rng = np.random.default_rng(7)
     truth = rng.standard_normal(SIZE) * 0.01
@@ -68,7 +68,7 @@ def direction(d, honest):
 
 
 def distance(d, honest):
-    """From the honest mean, in lengths of it."""
+    """Distance from the honest mean, over its norm."""
     mean = honest.mean(axis=0)
     return float(np.linalg.norm(d - mean) / np.linalg.norm(mean))
 
@@ -85,9 +85,10 @@ def test_two_attackers_of_ten_hardly_move_a_robust_rule(rule, attack):
     "attack, least",
     [("sign flip x3", 0.8), ("x100", 20), ("gaussian x100", 10), ("IPM 0.5", 0.29), ("IPM 10", 2)],
 )
-def test_they_do_move_the_mean(attack, least):
-    """Otherwise the test above would say nothing. ALIE hides within the spread: in one step it
-    moves nobody far.
+def test_two_attackers_of_ten_move_the_mean(attack, least):
+    """Without this, the test above would prove nothing.
+
+    ALIE is not here: it stays within the spread of the honest updates and moves the mean little.
     """
     rows, honest, _ = cohort(2, attack)
     assert distance(rows.mean(axis=0), honest) >= least
@@ -97,28 +98,23 @@ def test_they_do_move_the_mean(attack, least):
 @pytest.mark.parametrize(
     "rule", [r for r in rules(4) if r.name != "krum"], ids=lambda rule: rule.name
 )
-def test_four_of_ten_shorten_a_step_and_turn_it_but_never_against_the_honest_mean(rule, attack):
-    """Short of half of the clients: the step keeps its direction, more or less, and is off by one
-    length at most.
-    """
+def test_four_attackers_of_ten_disturb_a_robust_rule_but_do_not_reverse_it(rule, attack):
+    """With fewer attackers than half of the clients, the step keeps roughly its direction."""
     rows, honest, root = cohort(4, attack)
     d = d_of(rule, rows, root)
     assert direction(d, honest) >= 0.45 and distance(d, honest) <= 1.0
 
 
 @every_attack
-def test_fltrust_does_not_mind_how_many_they_are(attack):
+def test_fltrust_withstands_a_majority_of_attackers(attack):
     rows, honest, root = cohort(7, attack)
     d = d_of(FLTrust(), rows, root)
-    assert direction(d, honest) >= 0.75 and np.linalg.norm(d) <= np.linalg.norm(root.delta) * (
-        1 + 1e-6
-    )
+    assert direction(d, honest) >= 0.75
+    assert np.linalg.norm(d) <= np.linalg.norm(root.delta) * (1 + 1e-6)
 
 
-def test_krum_breaks_with_one_attacker_more_than_it_is_told_of():
-    """Four who send the same are each other's nearest: Krum, which ten clients allow to expect
-    three, keeps them.
-    """
+def test_krum_fails_with_one_attacker_more_than_configured():
+    """Four equal updates are each other's nearest neighbours, so Krum keeps them."""
     rows, honest, root = cohort(4, "IPM 10")
     assert direction(d_of(Krum(attackers=3), rows, root), honest) < -0.9
     rows, honest, root = cohort(3, "IPM 10")
@@ -128,26 +124,21 @@ def test_krum_breaks_with_one_attacker_more_than_it_is_told_of():
 @pytest.mark.parametrize(
     "rule", [Median(), TrimmedMean(trim=4), GeometricMedian()], ids=lambda rule: rule.name
 )
-def test_half_of_the_clients_are_the_end_of_rules_that_compare(rule):
+def test_rules_that_compare_updates_fail_with_a_majority_of_attackers(rule):
     rows, honest, root = cohort(6, "IPM 10")
     assert direction(d_of(rule, rows, root), honest) < 0
 
 
 @pytest.mark.parametrize("rule", rules(2), ids=lambda rule: rule.name)
 @pytest.mark.parametrize("offset", [0.0, 0.01, 0.03, 0.1])
-def test_without_attackers_clients_that_differ_cost_a_bounded_distance(rule, offset):
-    """Honest means spread up to ten times as wide as their common part: D stays among the clients,
-    near their mean.
-    """
+def test_without_attackers_d_is_close_to_the_mean_of_clients_that_differ(rule, offset):
+    """The clients differ by up to ten times the length of their common part."""
     rows, honest, root = cohort(0, "x100", offset)
     d = d_of(rule, rows, root)
     spread = np.linalg.norm(honest - honest.mean(axis=0), axis=1).mean()
-    # as long as the server's own update at most, whatever the clients' lengths
-    if rule.name == "fltrust":
-        assert (
-            np.linalg.norm(d) <= np.linalg.norm(root.delta) * (1 + 1e-6)
-            and direction(d, honest) > 0.8
-        )
+    if rule.name == "fltrust":  # no longer than the server's own update
+        assert np.linalg.norm(d) <= np.linalg.norm(root.delta) * (1 + 1e-6)
+        assert direction(d, honest) > 0.8
     else:
         assert np.linalg.norm(d - honest.mean(axis=0)) <= 0.25 * spread
         assert (d >= rows.min(axis=0) - 1e-6).all() and (d <= rows.max(axis=0) + 1e-6).all()

@@ -1,3 +1,5 @@
+"""The fixed-point sum: the same bits in any order, the documented error, and its limits."""
+
 import hashlib
 import itertools
 from fractions import Fraction
@@ -44,24 +46,23 @@ def test_the_error_is_within_the_documented_bound(cohort):
     for index in range(3):
         parts = [Fraction(float(np.float32(d[index]))) * Fraction(w) for d, w in cohort]
         true, length = sum(parts) / Fraction(divisor), float(sum(abs(part) for part in parts))
-        bound = (
-            0.5 * len(cohort) * total.resolution + 2**-22.9 * length
-        ) / divisor + 2**-23.9 * abs(float(true))
-        bound += 1e-45
+        bound = (0.5 * len(cohort) * total.resolution + 2**-22.9 * length) / divisor
+        bound += 2**-23.9 * abs(float(true)) + 1e-45
         assert abs(float(Fraction(float(mean[index])) - true)) <= bound
 
 
 @given(st.floats(1e-6, 1e6), st.integers(1, 5000), st.floats(1e-3, 1e9))
-def test_resolution_is_what_the_docstring_says_and_nothing_can_overflow(bound, count, max_weight):
+def test_the_documented_resolution_holds_and_no_sum_can_overflow(bound, count, max_weight):
     total = ExactSum(1, bound, count, max_weight)
     assert total.resolution <= bound * max_weight * 2.0**-51 * max(2, count)
     assert bound * max_weight / total.resolution < 2**51
     assert count * bound * max_weight / total.resolution <= 2**53
 
 
-def test_resolution_is_far_below_float32_at_the_size_of_the_weights():
-    """A thousand clients of the small model, the loosest bound there is: ten times the length of
-    its weights.
+def test_the_resolution_is_far_below_the_spacing_of_float32_weights():
+    """With a thousand clients of the small model, and the largest bound that a run uses.
+
+    That bound is ten times the norm of the model's parameters.
     """
     total = ExactSum(1, bound=360.0, count=1000, max_weight=5120.0)
     assert total.resolution / 5120 < np.spacing(np.float32(0.02)) / 10
@@ -87,7 +88,7 @@ def test_cancellation_is_exact():
 @pytest.mark.parametrize("bad", [1.0000001, -1.1, np.inf, -np.inf, np.nan, np.float32(3.4e38)])
 @pytest.mark.parametrize("position", [0, 7, 9])
 @pytest.mark.parametrize("before", [0, 2])
-def test_what_is_refused_changes_nothing(bad, position, before, monkeypatch):
+def test_a_refused_update_changes_nothing(bad, position, before, monkeypatch):
     monkeypatch.setattr(exact, "CHUNK", 4)
     rng = np.random.default_rng(0)
     updates = rng.uniform(-1, 1, (4, 10)).astype(np.float32)
@@ -130,11 +131,11 @@ def test_bad_calls_are_refused():
             total.reset(**limits)
 
 
-def test_nothing_added_is_no_step():
+def test_the_mean_of_nothing_is_zero():
     assert ExactSum(2, 1.0, 4).mean(0.0).tolist() == [0.0, 0.0]
 
 
-def test_reset_starts_over_in_the_same_memory(monkeypatch):
+def test_reset_starts_again_with_the_same_accumulator(monkeypatch):
     monkeypatch.setattr(exact, "CHUNK", 4)
     rng = np.random.default_rng(1)
     updates = rng.uniform(-1, 1, (5, 11)).astype(np.float32)
@@ -153,7 +154,7 @@ def test_reset_starts_over_in_the_same_memory(monkeypatch):
     np.testing.assert_allclose(out, updates.astype(np.float64).mean(0), rtol=1e-6)
 
 
-def test_the_fast_rounding_is_rint():
+def test_rounding_is_to_even_as_in_rint():
     rng = np.random.default_rng(2)
     values = np.float32([0.5, -0.5, 1.5, 2.5, -2.5, 0.49999997, 3, *rng.uniform(-1000, 1000, 50)])
     total = ExactSum(values.size, bound=2.0**51 * 0.75, count=1)  # the scale is 1
@@ -162,7 +163,7 @@ def test_the_fast_rounding_is_rint():
     np.testing.assert_array_equal(total.mean(1), np.rint(values.astype(np.float64)))
 
 
-def test_all_24_orders_of_four_replies_are_one_digest():
+def test_all_24_orders_of_four_replies_give_one_digest():
     rng = np.random.default_rng(0)
     replies = [
         (rng.standard_normal(1000).astype(np.float32), weight)
@@ -178,14 +179,12 @@ def test_all_24_orders_of_four_replies_are_one_digest():
             (delta * np.float32(weight) for delta, weight in order), np.zeros(1000, np.float32)
         )
         floats.add(hashlib.sha256(plain.tobytes()).hexdigest())
-    assert len(digests) == 1 and len(floats) > 1, "in floating point the order shows"
+    assert len(digests) == 1 and len(floats) > 1, "a floating-point sum depends on the order"
 
 
-def test_cores_that_share_a_long_vector_find_the_bits_of_one(monkeypatch):
-    """Also where an element that is too large lies in the last part only: then nothing has changed
-    in the others.
-    """
-    size = parallel.ALONE + 12_345
+def test_several_threads_give_the_bits_of_one(monkeypatch):
+    """A refused update changes nothing, even if its bad element is in the last slice."""
+    size = parallel.SINGLE_THREAD_ELEMENTS + 12_345
     rng = np.random.default_rng(1)
     deltas = [rng.standard_normal(size).astype(np.float32) for _ in range(3)]
     spoiled = deltas[0].copy()

@@ -1,4 +1,4 @@
-"""Properties of every strategy in the folder."""
+"""Properties that every built-in strategy has; a new one is tested here as soon as it exists."""
 
 from __future__ import annotations
 
@@ -25,21 +25,19 @@ from fedgpt.core.messages import Pacing, ServerState
 CONF = Path(__file__).parents[2] / "conf" / "strategy"
 ALL = every_strategy()
 every = pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.__name__)
-cohort_rules = pytest.mark.parametrize(
-    "cls", [c for c in ALL if "cohort" in c.paces or c().linear], ids=lambda cls: cls.__name__
-)
-combining = pytest.mark.parametrize(
-    "cls", [c for c in ALL if not c().linear], ids=lambda cls: cls.__name__
-)
+ORDERLESS = [c for c in ALL if "cohort" in c.paces or c().linear]
+COMBINING = [c for c in ALL if not c().linear]
+orderless = pytest.mark.parametrize("cls", ORDERLESS, ids=lambda cls: cls.__name__)
+combining = pytest.mark.parametrize("cls", COMBINING, ids=lambda cls: cls.__name__)
 
 
-def test_all_strategies_are_found():
+def test_every_strategy_has_a_file_in_conf():
     names = {path.stem for path in CONF.glob("*.yaml")} - {"flower"}
     assert {cls().name for cls in ALL} == names and len(ALL) == len(names) == 18
 
 
 @every
-def test_moves_toward_a_unanimous_update(cls):
+def test_a_step_moves_the_model_towards_a_unanimous_update(cls):
     strategy, state, base = cls(), start(), updates(1)[0]
     cohort = [replace(base, client=f"client{i}", tokens=i + 1) for i in range(5)]
     for _ in range(3):
@@ -49,10 +47,10 @@ def test_moves_toward_a_unanimous_update(cls):
         state = new
 
 
-@cohort_rules
+@orderless
 @given(order=st.permutations(range(7)))
 @settings(max_examples=20, deadline=None)
-def test_order_of_arrival_is_irrelevant(cls, order):
+def test_the_order_of_arrival_changes_no_bit(cls, order):
     strategy, state, cohort = cls(), start(), updates(7)
     reference = turn(strategy, cohort, state)
     shuffled = turn(strategy, [cohort[i] for i in order], state)
@@ -63,7 +61,7 @@ def test_order_of_arrival_is_irrelevant(cls, order):
 
 
 @every
-def test_negated_updates_move_the_other_way(cls):
+def test_negated_updates_move_the_model_the_other_way(cls):
     strategy, state = cls(), ServerState(np.zeros(40, np.float32))
     one = turn(strategy, updates(), state)
     two = turn(strategy, [replace(update, delta=-update.delta) for update in updates()], state)
@@ -79,18 +77,18 @@ def test_a_zero_update_with_empty_memory_changes_nothing(cls):
 
 
 @every
-def test_clients_that_learnt_nothing_change_nothing(cls):
-    """No NaN from a norm, a distance or a cosine of zero; the memory is of use afterwards."""
-    still = [replace(update, delta=np.zeros_like(update.delta)) for update in updates()]
+def test_zero_updates_change_nothing(cls):
+    """A norm, distance or cosine of zero gives no NaN, and the memory stays usable."""
+    zeros = [replace(update, delta=np.zeros_like(update.delta)) for update in updates()]
     state = start()
-    new = turn(cls(), still, state)
+    new = turn(cls(), zeros, state)
     assert new.params.tobytes() == state.params.tobytes()
     after = turn(cls(), updates(), new)
     assert np.isfinite(after.params).all() and (after.params != new.params).any()
 
 
 @every
-def test_one_zero_update_among_others_is_no_nan(cls):
+def test_one_zero_update_among_others_gives_no_nan(cls):
     cohort = updates()
     cohort[2] = replace(cohort[2], delta=np.zeros_like(cohort[2].delta))
     assert np.isfinite(turn(cls(), cohort, start()).params).all()
@@ -98,7 +96,7 @@ def test_one_zero_update_among_others_is_no_nan(cls):
 
 @combining
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_a_version_without_updates_is_no_step(cls, dtype):
+def test_without_updates_d_is_zero(cls, dtype):
     state = start(dtype=dtype)
     d = cls().combine([], state, updates(1)[0])
     assert d.dtype == dtype and d.tolist() == [0.0] * 40
@@ -106,7 +104,7 @@ def test_a_version_without_updates_is_no_step(cls, dtype):
 
 
 @combining
-def test_combining_leaves_its_inputs_alone_and_keeps_the_dtype(cls):
+def test_combining_does_not_change_its_inputs_and_keeps_the_dtype(cls):
     strategy, state = cls(), turn(cls(), updates(), start())
     cohort = updates(seed=3)
     for array in (state.params, *(update.delta for update in cohort), *state.memory.values()):
@@ -121,7 +119,7 @@ def test_combining_leaves_its_inputs_alone_and_keeps_the_dtype(cls):
 @every
 def test_a_step_is_pure(cls):
     strategy, state = cls(), start()
-    state = turn(strategy, updates(), state)  # with something in memory
+    state = turn(strategy, updates(), state)  # so that the memory is not empty
     cohort = updates(seed=3)
     d = d_of(strategy, cohort, state)
     for array in (state.params, d, *state.memory.values()):
@@ -167,14 +165,14 @@ def test_memory_survives_a_checkpoint(cls):
 
 
 @every
-def test_memory_of_others_is_kept(cls):
+def test_the_memory_of_other_parts_of_the_server_is_kept(cls):
     state = replace(start(), memory={"clip_norm": np.array(0.5)})
     state = turn(cls(), updates(), state)
     assert state.memory["clip_norm"] == 0.5
 
 
 @every
-def test_conf_names_the_class_and_its_defaults(cls):
+def test_the_file_in_conf_has_the_class_and_its_defaults(cls):
     lines = (CONF / f"{cls().name}.yaml").read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith("# ")
     values = dict(line.split(": ", 1) for line in lines[1:])
@@ -185,7 +183,7 @@ def test_conf_names_the_class_and_its_defaults(cls):
 
 
 @every
-def test_wrong_numbers_are_refused_by_name(cls):
+def test_wrong_values_are_refused_by_name(cls):
     assert all(field.default is not MISSING for field in fields(cls))
     for field in fields(cls):
         for wrong in (-1, float("nan"), float("inf"), "much", None, True):
@@ -200,43 +198,38 @@ def test_wrong_numbers_are_refused_by_name(cls):
 
 
 @every
-def test_a_refused_pacing_has_a_reason_and_a_way_out(cls):
+def test_a_refused_pacing_has_a_reason_and_an_alternative(cls):
     rules = {other().name: other for other in ALL}
-    assert set(cls.because) == {"cohort", "buffer"} - cls.paces
-    for pace, why in cls.because.items():
-        named = re.findall(r"strategy=(\w+)", why)
+    assert set(cls.refused_pacings) == {"cohort", "buffer"} - cls.paces
+    for pace, reason in cls.refused_pacings.items():
+        named = re.findall(r"strategy=(\w+)", reason)
         assert named and all(pace in rules[name].paces for name in named)
 
 
 @every
-def test_a_usual_cohort_or_buffer_is_no_problem(cls):
+def test_a_usual_cohort_or_buffer_has_no_problem(cls):
     pacing = Pacing("cohort", 8, 8) if "cohort" in cls.paces else Pacing("buffer", 8, 1)
     assert list(cls().problems(pacing)) == []
 
 
-def test_all_problems_are_told_at_once():
+def test_all_problems_are_reported_at_once():
     with pytest.raises(ConfigError) as error:
         FedAdam(eta=0, beta1=1.0, beta2=0.5, tau=-1)
     assert len(error.value.problems) == 3
 
 
-def test_the_frame_is_federated_averaging():
-    frame, state, pacing = Strategy(), start(), Pacing("cohort", 5, 5)
+def test_the_base_class_is_federated_averaging():
+    base, state, pacing = Strategy(), start(), Pacing("cohort", 5, 5)
     cohort = updates()
-    assert frame.linear and frame.paces == {"cohort"} and frame.client_numbers() == {}
-    assert frame.weight(cohort[0], 3) == cohort[0].tokens
-    assert (
-        frame.divisor([1e16, 1.0, 1.0], pacing)
-        == frame.divisor([1.0, 1.0, 1e16], pacing)
-        == 1e16 + 2
-    )
-    assert list(frame.problems(pacing)) == [] and frame.remember(cohort, state) == {}
-    assert (
-        turn(frame, cohort, state).params.tobytes()
-        == turn(FedAvg(), cohort, state).params.tobytes()
-    )
+    assert base.linear and base.paces == {"cohort"} and base.client_numbers() == {}
+    assert base.weight(cohort[0], 3) == cohort[0].tokens
+    for weights in ([1e16, 1.0, 1.0], [1.0, 1.0, 1e16]):
+        assert base.divisor(weights, pacing) == 1e16 + 2
+    assert list(base.problems(pacing)) == [] and base.remember(cohort, state) == {}
+    one, two = turn(base, cohort, state), turn(FedAvg(), cohort, state)
+    assert one.params.tobytes() == two.params.tobytes()
     with pytest.raises(NotImplementedError, match="linear"):
-        frame.combine(ready(frame, cohort, state), state)
+        base.combine(ready(base, cohort, state), state)
 
 
 def test_overriding_combine_makes_a_rule_non_linear():
@@ -253,8 +246,11 @@ def test_a_step_cannot_change_the_shape():
         advance(start(3), np.zeros((2, 3), np.float32))
 
 
-def test_aggregate_imports_in_no_time():
-    script = "import sys, fedgpt.aggregate.exact, fedgpt.aggregate.fedadam; print(*map(sys.modules.get, ('torch', 'flwr')))"
+def test_strategies_import_neither_torch_nor_flower():
+    script = (
+        "import sys, fedgpt.aggregate.exact, fedgpt.aggregate.fedadam;"
+        " print(*map(sys.modules.get, ('torch', 'flwr')))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60
     )

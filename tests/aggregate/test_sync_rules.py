@@ -1,13 +1,11 @@
-"""Numbers of the rules of pace=cohort that average: torch.optim, hand values, identities (the
-strategies note).
-"""
+"""The averaging rules for pace=cohort: equality with torch.optim, hand values, identities."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from support.cohorts import d_of, run, setup_e, start, torch_history, turn, updates
+from support.cohorts import d_of, eight_gradients, run, start, torch_history, turn, updates
 
 from fedgpt.aggregate.diloco import DiLoCo
 from fedgpt.aggregate.fedadam import FedAdam
@@ -30,18 +28,18 @@ from fedgpt.core.messages import ServerState
     ],
 )
 def test_equals_torch_sgd(strategy, optimizer):
-    ds = setup_e()
+    ds = eight_gradients()
     ours = run(strategy, ds, ServerState(np.zeros(5)))
     np.testing.assert_allclose(ours, torch_history(optimizer, ds), rtol=0, atol=1e-14)
 
 
 def test_fedadam_equals_torch_adam_but_for_the_bias_correction():
-    ds = setup_e()
+    ds = eight_gradients()
     eta = 0.1
     tau = 1e-3
     state = ServerState(np.zeros(5), memory={"second_moment": np.zeros(5)})
     history = []
-    for t, d in enumerate(ds, 1):  # Adam's correction, put into eta and tau
+    for t, d in enumerate(ds, 1):  # Adam's bias correction, expressed by eta and tau
         root = (1 - 0.99**t) ** 0.5
         state = FedAdam(eta=eta * root / (1 - 0.9**t), tau=tau * root).step(d, state)
         history.append(state.params)
@@ -60,8 +58,8 @@ def test_hand_values_of_the_adaptive_rules(cls, second):
 
 
 @pytest.mark.parametrize("cls", [FedAdam, FedYogi])
-def test_adaptive_rules_equal_the_paper_in_plain_floats(cls):
-    """From v0 = tau^2; large and small D so that Yogi's sign takes both values."""
+def test_adaptive_rules_equal_the_formula_of_the_paper(cls):
+    """D is first large and then small, so that the sign in Yogi's rule takes both values."""
     ds = [1.0, -0.5, 0.01, 0.3, -0.002]
     eta, b1, b2, tau = 0.05, 0.9, 0.99, 0.1
     theta, m, v, expected = 0.0, 0.0, tau * tau, []
@@ -83,10 +81,10 @@ def test_adaptive_rules_equal_the_paper_in_plain_floats(cls):
     np.testing.assert_allclose(np.ravel(ours), expected, rtol=1e-12)
 
 
-def test_five_ways_to_write_nesterov_agree():
+def test_four_ways_to_write_nesterov_agree():
     eta, mu, zero = 0.7, 0.9, np.zeros(5)
     by_momentum, photon, muloco = (zero, zero), (zero, zero), (zero, zero)
-    for d in setup_e():
+    for d in eight_gradients():
         theta, m = by_momentum  # equation 4 of DiLoCo
         by_momentum = theta - eta * (mu**2 * m + (1 + mu) * d), mu * m + d
         theta, v = photon
@@ -94,7 +92,7 @@ def test_five_ways_to_write_nesterov_agree():
         theta, u = muloco
         u = mu * u + eta * d
         muloco = theta - mu * u - eta * d, u
-    ours = run(DiLoCo(eta, mu), setup_e(), ServerState(zero))[-1]
+    ours = run(DiLoCo(eta, mu), eight_gradients(), ServerState(zero))[-1]
     for other, _ in (by_momentum, photon, muloco):
         np.testing.assert_allclose(ours, other, rtol=1e-14, atol=1e-14)
 
@@ -106,18 +104,16 @@ def test_five_ways_to_write_nesterov_agree():
         (0.6, {1: 1.6, 2: 1.96, 5: 2.38}),
     ],
 )
-def test_gain_of_nesterov_on_a_constant_update(mu, gains):
-    history = [
-        0.0,
-        *np.ravel(run(DiLoCo(eta=1.0, mu=mu), [np.ones(1)] * 400, ServerState(np.zeros(1)))),
-    ]
+def test_the_gain_of_nesterov_on_a_constant_update(mu, gains):
+    params = run(DiLoCo(eta=1.0, mu=mu), [np.ones(1)] * 400, ServerState(np.zeros(1)))
+    history = [0.0, *np.ravel(params)]
     for t, gain in gains.items():
         assert history[t - 1] - history[t] == pytest.approx((1 - mu ** (t + 1)) / (1 - mu))
         assert history[t - 1] - history[t] == pytest.approx(gain, abs=0.006)
 
 
 def test_nesterov_is_not_heavy_ball_but_one_step_ahead_on_a_constant_update():
-    ds = setup_e()
+    ds = eight_gradients()
     ball, nesterov = FedAvgM(eta=0.7, mu=0.9), DiLoCo(eta=0.7, mu=0.9)
     one, two = (run(rule, ds, ServerState(np.zeros(5)))[-1] for rule in (ball, nesterov))
     assert np.linalg.norm(one - two) / np.linalg.norm(two) == pytest.approx(0.174, abs=5e-4)
@@ -139,13 +135,13 @@ def test_fedavg_is_the_weighted_mean_of_the_clients_models():
 
 
 @pytest.mark.parametrize("twin", [FedAvgM(mu=0), DiLoCo(eta=1, mu=0), FedProx(mu=0)])
-def test_without_its_number_a_rule_is_fedavg(twin):
+def test_rules_with_momentum_or_pull_of_zero_equal_fedavg(twin):
     state = start()
     ds = [d_of(FedAvg(), updates(seed=seed), state) for seed in range(3)]
     np.testing.assert_allclose(run(twin, ds, state), run(FedAvg(), ds, state), rtol=1e-6)
 
 
-def test_scale_acts_on_the_update_not_on_the_parameters():
+def test_eta_multiplies_the_update_and_not_the_parameters():
     state = start()
     d = d_of(FedAvg(), updates(), state)
     one, two = FedAvg().step(d, state), FedAvg(eta=2).step(d, state)

@@ -92,7 +92,7 @@ def test_the_plan_of_longer_and_noisier_runs(options, name, capsys):
 
 @pytest.mark.parametrize("name", ["none", "example", "coins"])
 def test_an_audit_ends_with_a_line_for_scripts(options, name, capsys, monkeypatch):
-    monkeypatch.setattr("fedgpt.audit.report.MEMBER_STEPS", 3)
+    monkeypatch.setattr("fedgpt.audit.attacks.MEMBER_STEPS", 3)
     chosen = ["privacy.delta=null"] if name == "none" else [
         *CHOICES[name], "privacy.noise_multiplier=4", "privacy.target_epsilon=null"
     ]  # fmt: skip
@@ -109,7 +109,8 @@ def test_noise_that_its_budget_does_not_allow_is_refused_before_a_client_is_aske
     from fedgpt.core.errors import ConfigError
 
     with pytest.raises(
-        ConfigError, match="leave the noise out, from which it follows, or lower rounds"
+        ConfigError,
+        match="leave the noise out, so that it follows from the target, or lower rounds",
     ):
         run_here(
             *options, "privacy=example", "privacy.noise_multiplier=0.5", "privacy.target_epsilon=1"

@@ -1,4 +1,4 @@
-"""Epsilon against published figures, other libraries and closed forms."""
+"""Epsilon, compared with published figures, other libraries and closed forms."""
 
 from __future__ import annotations
 
@@ -15,28 +15,27 @@ from fedgpt.privacy.accounting import (
     renyi_epsilon,
 )
 
-# z, q, steps, delta -> dp-accounting's PLD and RDP, Opacus' PRV: computed with those libraries
-# alone
+# releases, delta -> epsilon by dp-accounting's PLD and RDP and Opacus' PRV accountant, computed
+# with those libraries directly
 ROWS = [
-    (1.0, 0.01, 1000, 1e-5, 1.828, 2.101, 1.838),
-    (0.8, 0.016, 500, 1e-5, 3.749, 4.386, 3.759),
-    (0.6, 0.05, 200, 1e-4, 13.119, 15.227, 13.130),
-    (2.0, 0.1, 300, 1e-4, 3.597, 3.992, 3.607),
-    (0.5, 0.02, 20, 1e-3, 3.389, 4.863, 3.400),
+    (Event(1.0, 0.01, 1000), 1e-5, 1.828, 2.101, 1.838),
+    (Event(0.8, 0.016, 500), 1e-5, 3.749, 4.386, 3.759),
+    (Event(0.6, 0.05, 200), 1e-4, 13.119, 15.227, 13.130),
+    (Event(2.0, 0.1, 300), 1e-4, 3.597, 3.992, 3.607),
+    (Event(0.5, 0.02, 20), 1e-3, 3.389, 4.863, 3.400),
 ]
 
 
-@pytest.mark.parametrize(("z", "q", "steps", "delta", "pld", "rdp", "prv"), ROWS)
-def test_sampled_releases_cost_what_other_accountants_say(z, q, steps, delta, pld, rdp, prv):
-    event = Event(z, q, steps)
+@pytest.mark.parametrize(("event", "delta", "pld", "rdp", "prv"), ROWS)
+def test_sampled_releases_cost_the_same_as_in_other_accountants(event, delta, pld, rdp, prv):
     assert epsilon_of([event], delta) == pytest.approx(pld, abs=1e-3)
     assert renyi_epsilon([event], delta) == pytest.approx(rdp, abs=2e-3)
     assert 0 <= prv - epsilon_of([event], delta) < 0.012, (
-        "Opacus reports its estimate and an error on top"
+        "Opacus adds its error bound to its estimate"
     )
 
 
-def test_opacus_agrees_today():
+def test_the_installed_opacus_agrees():
     from opacus.accountants import PRVAccountant, RDPAccountant
 
     z, q, steps, delta = 1.0, 0.02, 200, 1e-5
@@ -51,7 +50,7 @@ def test_opacus_agrees_today():
     )
 
 
-def test_dp_accounting_agrees_today_also_for_mixed_events():
+def test_the_installed_dp_accounting_agrees_on_mixed_events():
     import dp_accounting
     from dp_accounting.pld import PLDAccountant
 
@@ -77,13 +76,13 @@ def test_dp_accounting_agrees_today_also_for_mixed_events():
         (8, 50, 3.80),
     ],
 )
-def test_bounded_participation_is_a_closed_form(z, participations, epsilon):
+def test_bounded_participation_has_a_closed_form(z, participations, epsilon):
     found = epsilon_of([Event(z, 1.0, participations)], 1e-5)
     assert found == pytest.approx(epsilon, rel=2e-3)
     assert found == gaussian_epsilon(math.sqrt(participations) / z, 1e-5)
 
 
-def test_the_closed_form_is_dp_accountings_composition():
+def test_the_closed_form_equals_the_composition_of_dp_accounting():
     from dp_accounting.pld import privacy_loss_distribution
 
     loss = privacy_loss_distribution.from_gaussian_mechanism(
@@ -98,13 +97,13 @@ def test_nothing_costs_nothing_and_no_noise_costs_everything():
     assert epsilon_of([], 1e-5) == 0
     assert epsilon_of([Event(1.0, 0.1, 0)], 1e-5) == 0
     assert epsilon_of([Event(0.0, 0.1, 1)], 1e-5) == math.inf
-    assert gaussian_epsilon(1e-9, 1e-5) == 0, "below delta for free"
-    assert gaussian_epsilon(60.0, 1e-6) > 1000, "e^eps overflows long before"
+    assert gaussian_epsilon(1e-9, 1e-5) == 0, "such a small mu costs less than delta"
+    assert gaussian_epsilon(60.0, 1e-6) > 1000, "e^eps alone would overflow"
 
 
 @pytest.mark.parametrize(("q", "count"), [(0.05, 100), (1.0, 10)])
 @pytest.mark.parametrize("target", [0.5, 2.0, 8.0])
-def test_calibrated_noise_is_just_enough(target, q, count):
+def test_calibrated_noise_is_the_least_that_suffices(target, q, count):
     z = calibrate(target, q, count, 1e-5)
     assert target * 0.995 < epsilon_of([Event(z, q, count)], 1e-5) <= target
     assert epsilon_of([Event(z * 0.995, q, count)], 1e-5) > target
@@ -114,11 +113,11 @@ def test_mu_and_epsilon_are_inverse():
     assert gaussian_epsilon(gaussian_mu(3.0, 1e-5), 1e-5) == pytest.approx(3.0, abs=1e-6)
 
 
-def test_noise_is_found_where_it_costs_nothing_at_the_delta_of_few_clients():
+def test_noise_is_calibrated_even_if_the_delta_of_few_clients_makes_it_free():
     assert epsilon_of([Event(calibrate(0.5, 0.5, 1, 0.3), 0.5, 1)], 0.3) <= 0.5
 
 
-def test_next_to_no_noise_is_an_upper_bound_and_does_not_fill_the_memory():
+def test_tiny_noise_gives_an_upper_bound_without_filling_the_memory():
     tight = epsilon_of([Event(0.2, 0.1, 3)], 1e-3)
     assert (
         tight < epsilon_of([Event(0.199, 0.1, 3)], 1e-3) < epsilon_of([Event(0.001, 0.1, 3)], 1e-3)

@@ -1,4 +1,4 @@
-"""One unit's reach: clipping, and the clip that follows the norms."""
+"""Clipping to a norm, and the clip that adapts to the clients' norms."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from fedgpt.privacy.clipping import AdaptiveClip, clipped
     ),
     st.floats(1e-3, 1e3),
 )
-def test_nothing_is_longer_than_the_clip(delta, clip):
+def test_no_result_is_longer_than_the_clip(delta, clip):
     found = clipped(delta, clip)
     assert np.isfinite(found).all()
     assert np.linalg.norm(found.astype(np.float64)) <= clip
@@ -30,7 +30,7 @@ def test_nothing_is_longer_than_the_clip(delta, clip):
         assert not found.any()
 
 
-def test_the_direction_stays_and_short_ones_do_not_change():
+def test_clipping_keeps_the_direction_and_short_vectors():
     delta = np.float32([3, 4])
     np.testing.assert_allclose(clipped(delta, 1.0), [0.6, 0.8], rtol=1e-5)
     np.testing.assert_array_equal(clipped(delta, 6.0), delta)
@@ -47,10 +47,10 @@ def test_an_adaptive_clip_finds_the_median(start):
     assert clip == pytest.approx(1.0, abs=0.03)
 
 
-def test_sum_and_bits_together_cost_what_was_asked_for():
+def test_updates_and_bits_together_cost_the_given_noise_multiplier():
     rule = AdaptiveClip()
     z = rule.release_noise(1.0, 50)
     assert z == pytest.approx(1.0206, abs=1e-4)
-    # the bits' sensitivity is 1/2 and their noise sigma: mu_total^2 = 1/z^2 + (1/2 / sigma)^2
+    # the bits have sensitivity 1/2 and noise sigma, so mu_total^2 = 1/z^2 + (1/2 / sigma)^2
     assert 1 / z**2 + (0.5 / rule.sigma(50)) ** 2 == pytest.approx(1.0)
     assert rule.release_noise(5.0, 50) == math.inf, "z >= 2 sigma_b: the bits alone cost more"

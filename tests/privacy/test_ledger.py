@@ -1,4 +1,4 @@
-"""The ledger: paid before, remembered after, and never guessed."""
+"""The ledger: a release is paid before it is made, and a restart finds what was paid."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def open_ledger(folder, fresh=False, data="d", delta=1e-5, unit="example"):
     return Ledger(folder / "ledger.json", unit, data, delta, fresh)
 
 
-def test_a_fresh_process_each_round_adds_up_as_one_run_would(tmp_path):
+def test_a_new_process_in_each_round_adds_up_to_the_same_epsilon_as_one_run(tmp_path):
     open_ledger(tmp_path, fresh=True)
     found = []
     for number in range(5):
@@ -25,13 +25,13 @@ def test_a_fresh_process_each_round_adds_up_as_one_run_would(tmp_path):
         ledger.charge(number, f"tag {number}", STEP, budget=3.0)
         found.append(ledger.account.epsilon)
     assert found == pytest.approx([1.427, 1.853, 2.198, 2.500, 2.773], abs=2e-3)
-    assert found[-1] == epsilon_of([Event(1.0, 0.02, 500)], 1e-5), "equal events are one event"
+    assert found[-1] == epsilon_of([Event(1.0, 0.02, 500)], 1e-5), "equal events are merged"
     before = (tmp_path / "ledger.json").read_text()
     with pytest.raises(
         BudgetExhausted, match=r"from 2\.77\d to 3\.02\d, privacy\.target_epsilon=3"
     ):
         open_ledger(tmp_path).charge(5, "tag 5", STEP, budget=3.0)
-    assert (tmp_path / "ledger.json").read_text() == before, "what was refused is not paid"
+    assert (tmp_path / "ledger.json").read_text() == before, "a refused charge is not paid"
 
 
 def test_the_same_release_again_is_free_and_another_is_not(tmp_path):
@@ -45,7 +45,7 @@ def test_the_same_release_again_is_free_and_another_is_not(tmp_path):
     assert again.account.epsilon > once
 
 
-def test_clients_pay_each_for_itself_and_the_dearest_counts(tmp_path):
+def test_each_client_pays_for_itself_and_the_largest_total_counts(tmp_path):
     ledger = open_ledger(tmp_path, fresh=True, unit="client")
     ledger.charge_clients(0, "a", {"x": 1.0, "y": 0.25}, 4.0, most=2)
     ledger.charge_clients(1, "b", {"x": 0.5}, 4.0, most=2)
@@ -60,17 +60,17 @@ def test_clients_pay_each_for_itself_and_the_dearest_counts(tmp_path):
         ledger.charge_clients(2, "c", {"x": 1.0}, 4.0, most=2)
 
 
-def test_a_series_cannot_go_back(tmp_path):
+def test_a_series_cannot_be_repeated_from_an_earlier_release(tmp_path):
     ledger = open_ledger(tmp_path, fresh=True, unit="client")
     ledger.note(3, "a")
     ledger.note(3, "a")
     with pytest.raises(BudgetExhausted, match="release 3 of this series was made before"):
         ledger.note(3, "b")
     with pytest.raises(BudgetExhausted, match="release 2 of this series was made before"):
-        ledger.note(2, "c")  # its tag may be forgotten
+        ledger.note(2, "c")  # its tag may no longer be remembered
 
 
-def test_a_missing_ledger_is_no_empty_ledger(tmp_path):
+def test_a_missing_ledger_does_not_count_as_an_empty_one(tmp_path):
     with pytest.raises(FedGPTError, match="is missing: what has been spent is unknown"):
         open_ledger(tmp_path)
 
@@ -86,14 +86,14 @@ def test_a_ledger_of_something_else_is_refused(tmp_path, about):
     "text",
     ["", "{", "[]", '{"format": 1}', '{"format": 9}', '{"format": 1, "events": 3, "charged": 3}'],
 )
-def test_a_damaged_ledger_is_told_and_left_as_it_is(tmp_path, text):
+def test_a_damaged_ledger_is_refused_and_left_unchanged(tmp_path, text):
     (tmp_path / "ledger.json").write_text(text)
     with pytest.raises(FedGPTError, match="is damaged"):
         open_ledger(tmp_path, fresh=True)
     assert (tmp_path / "ledger.json").read_text() == text
 
 
-def test_every_cut_of_a_ledger_is_damaged_and_no_other_text(tmp_path):
+def test_a_ledger_cut_off_anywhere_is_damaged(tmp_path):
     ledger = open_ledger(tmp_path, fresh=True)
     ledger.charge(0, "a", STEP, None)
     text = (tmp_path / "ledger.json").read_text()
@@ -103,7 +103,7 @@ def test_every_cut_of_a_ledger_is_damaged_and_no_other_text(tmp_path):
             open_ledger(tmp_path)
 
 
-def test_a_digit_that_has_changed_is_damage(tmp_path):
+def test_a_ledger_with_a_changed_digit_is_damaged(tmp_path):
     open_ledger(tmp_path, fresh=True).charge(0, "a", STEP, None)
     path = tmp_path / "ledger.json"
     path.write_text(path.read_text().replace('"count": 100', '"count": 1'))
@@ -111,20 +111,20 @@ def test_a_digit_that_has_changed_is_damage(tmp_path):
         open_ledger(tmp_path)
 
 
-def test_clients_cannot_go_on_with_other_noise(tmp_path):
+def test_clients_cannot_continue_with_other_noise(tmp_path):
     ledger = open_ledger(tmp_path, fresh=True, unit="client")
     ledger.charge_clients(0, "a", {"x": 1.0}, 4.0, most=2)
-    with pytest.raises(FedGPTError, match="is of noise 4, this run has 9"):
+    with pytest.raises(FedGPTError, match="is for noise 4, this run has 9"):
         ledger.charge_clients(1, "b", {"x": 1.0}, 9.0, most=2)
 
 
-def test_what_is_on_the_disk_is_what_was_paid_when_the_charge_returns(tmp_path, monkeypatch):
+def test_a_charge_that_could_not_be_written_is_not_known(tmp_path, monkeypatch):
     ledger = open_ledger(tmp_path, fresh=True)
 
-    def full(*args, **kwargs):
+    def disk_full(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("fedgpt.privacy.ledger.write_text", full)
+    monkeypatch.setattr("fedgpt.privacy.ledger.write_text", disk_full)
     with pytest.raises(OSError, match="No space left"):
         ledger.charge(0, "a", STEP, None)
     assert not ledger.known(0, "a") and ledger.account.epsilon == 0

@@ -1,4 +1,4 @@
-"""What is refused with its reason, and what a run is planned to cost."""
+"""Refused combinations of options with their reasons, and the planned cost of a run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def refused(*overrides: str) -> str:
 @pytest.mark.parametrize(
     "chosen", [CLIENT, COINS, BUFFER, ["privacy=example"], ["privacy=local"]], ids=str
 )
-def test_what_is_right_is_taken(chosen):
+def test_correct_combinations_are_accepted(chosen):
     assert compose.load(chosen).privacy.unit in chosen[0]
 
 
@@ -89,12 +89,12 @@ def test_what_is_right_is_taken(chosen):
         (
             [*COINS, "privacy.participations=3"],
             "privacy.participations=3",
-            "anybody may come each time",
+            "any client may be in every release",
         ),
         (
             ["privacy=example", "model.dropout=0.1"],
             "model.dropout=0.1",
-            "would change the gradients of others",
+            "the gradients of others would change",
         ),
         (["privacy.target_epsilon=4"], "privacy.target_epsilon=4", "privacy=none protects nothing"),
         (["privacy=example", "local.precision=bf16"], "local.precision=bf16", "computed in fp32"),
@@ -119,12 +119,12 @@ def test_what_is_right_is_taken(chosen):
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
 )
-def test_what_has_no_correct_accounting_is_refused(chosen, option, why):
-    told = refused(*chosen)
-    assert option in told and why in told, told
+def test_combinations_without_correct_accounting_are_refused(chosen, option, why):
+    message = refused(*chosen)
+    assert option in message and why in message, message
 
 
-def test_a_single_update_in_a_step_can_be_asked_for():
+def test_steps_of_a_single_update_can_be_allowed():
     assert compose.load([*BUFFER, "pace.goal=1", "privacy.single=true"]).privacy.single
 
 
@@ -142,7 +142,7 @@ MANY = [2000] * 200
         (
             ["privacy=example", "privacy.delta=0.05"],
             MANY,
-            "must be below 1/30, one over the blocks",
+            "must be below 1/30, one over the number of blocks",
         ),
         (
             [*CLIENT, "privacy.separation=30"],
@@ -152,19 +152,19 @@ MANY = [2000] * 200
         (
             [*COINS, "privacy.adaptive=true", "privacy.noise_multiplier=3"],
             MANY,
-            "privacy.adaptive=true: noise of 3",
+            "privacy.adaptive=true: with noise of 3",
         ),
-        (["privacy=example"], [20, 30], "no client has a whole block"),
+        (["privacy=example"], [20, 30], "no client has enough tokens for a block"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_depends_on_the_clients_is_refused_before_the_run(chosen, shards, why):
+def test_problems_that_depend_on_the_clients_are_refused_before_the_run(chosen, shards, why):
     with pytest.raises(ConfigError) as error:
         plan(shards, *chosen)
     assert why in str(error.value)
 
 
-def test_coins_are_accounted_with_amplification():
+def test_sampling_by_coins_is_accounted_with_amplification():
     found = plan(MANY, *COINS, "rounds=50")
     assert found.sampling == "poisson" and found.cohort == 20 and found.planned.count == 50
     assert 7.9 < found.epsilon <= 8.0
@@ -185,7 +185,7 @@ def test_fixed_cohorts_and_buffers_are_accounted_by_participation():
     assert fixed.noise_multiplier > 3 * buffered.noise_multiplier
 
 
-def test_correlated_noise_is_one_event_of_a_series():
+def test_a_series_of_correlated_noise_is_one_event():
     chosen = ["privacy.bands=10", "privacy.separation=20", "rounds=200"]
     found = plan(MANY, *CLIENT, *chosen)
     assert (
@@ -195,11 +195,11 @@ def test_correlated_noise_is_one_event_of_a_series():
     alone = plan(MANY, *CLIENT, "rounds=200", "privacy.separation=20")
     correlated = found.noise_multiplier * found.scale * running_noise(10, 200)
     assert 2.2 < alone.noise_multiplier * running_noise(1, 200) / correlated < 2.7, (
-        "19.0 / 7.7 of the table"
+        "19.0 / 7.7, see test_toeplitz.py"
     )
 
 
-def test_the_smallest_shard_pays_most():
+def test_the_smallest_shard_costs_most():
     found = plan(
         [1000, 65 * 400], "privacy=example", "rounds=10", "pace.clients=0", "local.steps=5"
     )
@@ -207,37 +207,23 @@ def test_the_smallest_shard_pays_most():
     assert found.delta == 400**-1.1 and found.protected == 400
 
 
-def test_who_comes_by_chance_has_room_for_luck():
+def test_clients_chosen_at_random_may_take_part_more_often_than_on_average():
     found = plan(MANY, "privacy=example", "rounds=100", "pace.clients=10")
-    assert found.participations == 12, "5 on average, and three deviations"
+    assert found.participations == 12, "5 on average, plus three standard deviations"
     assert plan(MANY, "privacy=example", "rounds=7", "pace.clients=0").participations == 7
 
 
-def test_the_statement_says_what_and_what_not():
-    for chosen in (
-        ["privacy=example"],
-        CLIENT,
-        COINS,
-        BUFFER,
-        ["privacy=local"],
-        [*COINS, "privacy.rng=seeded"],
-    ):
+def test_the_statement_says_what_is_covered_and_what_is_not():
+    seeded = [*COINS, "privacy.rng=seeded"]
+    for chosen in (["privacy=example"], CLIENT, COINS, BUFFER, ["privacy=local"], seeded):
         o = compose.load(chosen)
-        told = statement(o, make_plan(o, MANY), len(MANY))
-        text = "\n".join(f"{name} {words}" for name, words in rows(told))
-        for word in (
-            "protects",
-            "epsilon",
-            "delta",
-            "noise",
-            "accountant",
-            "trusts",
-            "not covered",
-        ):
+        promise = statement(o, make_plan(o, MANY), len(MANY))
+        text = "\n".join(f"{name} {words}" for name, words in rows(promise))
+        for word in ("protects", "epsilon", "delta", "noise", "accountant", "trusts"):
             assert word in text
-        assert ("NOT PRIVATE" in text) == ("privacy.rng=seeded" in chosen)
-        assert len(told["not_covered"]) >= 3
+        assert ("NOT PRIVATE" in text) == (chosen is seeded)
+        assert "not covered" in text and len(promise["not_covered"]) >= 3
 
 
-def test_no_privacy_has_no_options_to_refuse():
+def test_privacy_none_is_accepted():
     assert isinstance(compose.load(["privacy=none"]), RunOptions)

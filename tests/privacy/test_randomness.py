@@ -1,4 +1,4 @@
-"""Noise: normal, unpredictable, never twice."""
+"""Noise: normally distributed, unpredictable and never used twice."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ KEY = bytes(range(32))
 
 
 def test_it_is_a_standard_normal():
-    values = SecureStream(KEY, "a").normal(1_000_001)  # odd: pairs are made
+    values = SecureStream(KEY, "a").normal(
+        1_000_001
+    )  # an odd number, because values are made in pairs
     assert stats.kstest(values, "norm").pvalue > 1e-3
     assert abs(values.std() - 1) < 4 / np.sqrt(2 * values.size)
     tail = np.abs(values) > 4
     assert tail.sum() == pytest.approx(63.3, abs=4 * np.sqrt(63.3)), (
-        "the tail is there: 6.3e-5 of the values"
+        "6.3e-5 of the values are in the tail"
     )
 
 
-def test_many_small_streams_have_the_right_spread():
+def test_many_short_streams_have_the_right_spread():
     scores = [
         (SecureStream(KEY, "spread", i).normal(2000).var() - 1) * np.sqrt(1000) for i in range(60)
     ]
@@ -39,7 +41,7 @@ def test_uniforms_are_uniform():
     assert values.min() >= 0 and values.max() < 1
 
 
-def test_another_word_another_key_another_stream():
+def test_another_word_or_key_gives_another_stream():
     one = SecureStream(KEY, "a", 1).normal(10_000)
     np.testing.assert_array_equal(one, SecureStream(KEY, "a", 1).normal(10_000))
     for other in (
@@ -48,27 +50,24 @@ def test_another_word_another_key_another_stream():
         SecureStream(bytes(32), "a", 1),
     ):
         assert abs(np.corrcoef(one, other.normal(10_000))[0, 1]) < 4 / 100
-    assert derive(KEY, "ab", "c") != derive(KEY, "a", "bc"), "where a word ends is part of it"
+    assert derive(KEY, "ab", "c") != derive(KEY, "a", "bc"), "the lengths of the words count"
 
 
-def test_a_stream_goes_on_and_does_not_repeat_itself():
+def test_a_stream_continues_and_does_not_repeat_itself():
     stream = SecureStream(KEY, "a")
     first, second = stream.normal(10_000), stream.normal(10_000)
     assert abs(np.corrcoef(first, second)[0, 1]) < 4 / 100
 
 
-def test_noise_is_added_in_place_in_any_length():
+def test_noise_is_added_in_place_to_vectors_of_any_length():
     for size in (1, 2, 3, (1 << 20) + 5):
         vector = torch.full((size,), 100.0)
         SecureStream(KEY, size).add_normal(vector, 0.5)
-        assert (
-            vector.isfinite().all()
-            and (vector != 100).any()
-            and float((vector - 100).abs().max()) < 0.5 * 6.8
-        )
+        assert vector.isfinite().all() and (vector != 100).any()
+        assert float((vector - 100).abs().max()) < 0.5 * 6.8
 
 
-def test_seeds_of_other_generators_have_no_say():
+def test_global_seeds_have_no_effect():
     np.random.seed(0)
     torch.manual_seed(0)
     one = SecureStream(secret_key_bytes(), "a").normal(100)
@@ -83,7 +82,7 @@ def secret_key_bytes() -> bytes:
     return secrets.token_bytes(32)
 
 
-def test_the_key_is_its_owners_alone_and_stays(tmp_path):
+def test_only_the_owner_may_read_the_key_and_a_restart_finds_it(tmp_path):
     path = tmp_path / "run" / "privacy.key"
     key = secret_key(path, fresh=True)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
@@ -91,7 +90,7 @@ def test_the_key_is_its_owners_alone_and_stays(tmp_path):
     assert secret_key(tmp_path / "other.key", fresh=True) != key
 
 
-def test_a_lost_or_damaged_key_is_told(tmp_path):
+def test_a_missing_or_damaged_key_is_refused(tmp_path):
     with pytest.raises(FedGPTError, match=r"privacy\.key is missing"):
         secret_key(tmp_path / "privacy.key", fresh=False)
     (tmp_path / "privacy.key").write_bytes(b"short")

@@ -1,6 +1,4 @@
-"""Correlated noise: its sensitivity by brute force, its gain as computed elsewhere, its recursion
-as a matrix.
-"""
+"""Correlated noise: sensitivity by brute force, known noise levels, the recursion as a matrix."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from fedgpt.privacy.accounting import gaussian_mu
 from fedgpt.privacy.toeplitz import coefficients, correlate, sensitivity
 
 
-def test_the_coefficients_are_those_of_one_over_the_root_of_1_minus_x():
+def test_the_coefficients_are_the_taylor_series_of_one_over_the_root_of_1_minus_x():
     np.testing.assert_allclose(
         np.convolve(coefficients(20), coefficients(20))[:20], np.ones(20), rtol=1e-12
     )
@@ -40,19 +38,19 @@ def test_participations_that_could_overlap_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("flushes", "apart", "most", "delta", "bands", "noise"),
+    ("releases", "apart", "most", "delta", "bands", "noise"),
     [
-        (200, 20, 10, 1e-5, 1, 19.0), (200, 20, 10, 1e-5, 10, 7.7), (200, 20, 10, 1e-5, 20, 6.2),
-        (200, 50, 4, 1e-5, 1, 12.0), (200, 50, 4, 1e-5, 50, 3.3), (100, 10, 10, 1e-4, 10, 5.2),
+        (200, 20, 10, 1e-5, 1, 19.0),
+        (200, 20, 10, 1e-5, 10, 7.7),
+        (200, 20, 10, 1e-5, 20, 6.2),
+        (200, 50, 4, 1e-5, 1, 12.0),
+        (200, 50, 4, 1e-5, 50, 3.3),
+        (100, 10, 10, 1e-4, 10, 5.2),
     ],
-)  # fmt: skip
-def test_the_noise_in_the_model_at_epsilon_8(flushes, apart, most, delta, bands, noise):
-    found = (
-        sensitivity(bands, flushes, apart, most)
-        / gaussian_mu(8.0, delta)
-        * running_noise(bands, flushes)
-    )
-    assert found == pytest.approx(noise, abs=0.06)
+)
+def test_the_noise_in_the_model_at_epsilon_8(releases, apart, most, delta, bands, noise):
+    z = sensitivity(bands, releases, apart, most) / gaussian_mu(8.0, delta)
+    assert z * running_noise(bands, releases) == pytest.approx(noise, abs=0.06)
 
 
 def test_the_recursion_is_the_inverse_of_the_matrix():

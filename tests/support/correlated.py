@@ -1,6 +1,4 @@
-"""Correlated noise as matrices, without the recursion of fedgpt/privacy/toeplitz.py: what its tests
-compare it with.
-"""
+"""Correlated noise as explicit matrices, for comparison with fedgpt/privacy/toeplitz.py."""
 
 from __future__ import annotations
 
@@ -10,15 +8,11 @@ import numpy as np
 
 
 def matrix(bands: int, size: int) -> np.ndarray:
-    """The strategy matrix: Taylor coefficients of (1 - x)^(-1/2) on the lowest `bands`
-    diagonals.
-    """
+    """The strategy matrix: Taylor coefficients of (1 - x)^(-1/2) on the first `bands` diagonals."""
     return sum(math.comb(2 * k, k) / 4**k * np.eye(size, k=-k) for k in range(min(bands, size)))
 
 
 def running_noise(bands: int, releases: int) -> float:
-    """Root mean square of the noise in the running sum of releases, for unit xi: what a model ends
-    up with.
-    """
+    """Root mean square of the noise in the running sum of releases (the model), for unit xi."""
     sums = np.tri(releases) @ np.linalg.inv(matrix(bands, releases))
     return float(np.linalg.norm(sums)) / math.sqrt(releases)

@@ -1,5 +1,7 @@
-"""privacy=client and example as the engine has them, small enough to be attacked by the hundred;
-and broken builds.
+"""The real mechanism of privacy=client on a small vector, and broken versions of it.
+
+It is small enough to be attacked hundreds of times. Each broken version is a context manager that
+introduces one mistake which other implementations have made; the tests must find it.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from fedgpt.server.privacy import PaidByServer
 from fedgpt.storage.tables import Clients
 
 SIZE, CLIP, COHORT = 4000, 0.5, 10
-QUIET = 1e-9  # a noise multiplier that hides nothing
+QUIET = 1e-9  # a noise multiplier that changes nothing visibly
 
 
 def options(**privacy: Any) -> RunOptions:
@@ -40,7 +42,7 @@ def plan(
 
 
 class Mechanism:
-    """Releases of privacy=client, one version after the other."""
+    """A server under privacy=client that makes one release after the other."""
 
     def __init__(
         self,
@@ -75,11 +77,11 @@ class Mechanism:
         return before.params - self.state.params
 
 
-def patched(where: str, new: Any) -> Any:
-    return mock.patch(where, new)
+def patched(name: str, new: Any) -> Any:
+    return mock.patch(name, new)
 
 
-# ---- broken builds: each is one mistake that was made elsewhere
+# Broken versions.
 
 
 @contextmanager
@@ -92,10 +94,10 @@ def no_noise():
 def noise_times(factor: float):
     from fedgpt.privacy.randomness import SecureStream
 
-    right = SecureStream.add_normal
+    correct = SecureStream.add_normal
     with patched(
         "fedgpt.privacy.randomness.SecureStream.add_normal",
-        lambda self, out, std: right(self, out, std * factor),
+        lambda self, out, std: correct(self, out, std * factor),
     ):
         yield
 
@@ -125,10 +127,10 @@ def not_clipped():
 def clipped_after_averaging():
     from fedgpt.privacy.clipping import clipped
 
-    right = PaidByServer.release
+    correct = PaidByServer.release
 
     def release(self, mean, divisor, state, clients):
-        return right(self, clipped(mean, self.clip), divisor, state, clients)
+        return correct(self, clipped(mean, self.clip), divisor, state, clients)
 
     with not_clipped(), patched("fedgpt.server.privacy.PaidByServer.release", release):
         yield
@@ -158,10 +160,10 @@ def clipped_to(factor: float):
 
 @contextmanager
 def weighted_by_tokens(most: float = 1000.0):
-    right = PaidByServer.take
+    correct = PaidByServer.take
 
     def take(self, update, rule, staleness):
-        clipped_update, _ = right(self, update, rule, staleness)
+        clipped_update, _ = correct(self, update, rule, staleness)
         return clipped_update, min(most, float(update.tokens))
 
     with patched("fedgpt.server.privacy.PaidByServer.take", take), wide_sum(max_weight=most):
@@ -182,26 +184,24 @@ def reused_noise():
 def wrong_sign():
     from fedgpt.privacy.clipping import AdaptiveClip
 
-    right = AdaptiveClip.next
+    correct = AdaptiveClip.next
 
-    def climb(self, clip, bits, cohort, noise):
-        return clip**2 / right(self, clip, bits, cohort, noise)
+    def wrong(self, clip, bits, cohort, noise):
+        return clip**2 / correct(self, clip, bits, cohort, noise)
 
-    with patched("fedgpt.privacy.clipping.AdaptiveClip.next", climb):
+    with patched("fedgpt.privacy.clipping.AdaptiveClip.next", wrong):
         yield
 
 
 @contextmanager
 def wide_sum(max_weight: float = 1.0):
-    """A sum that takes longer vectors: the exact one refuses what a broken build lets through,
-    which hides it.
-    """
+    """A sum with wide limits; otherwise it refuses the long updates of a broken version."""
     from fedgpt.aggregate.exact import ExactSum
 
-    right = ExactSum.reset
+    correct = ExactSum.reset
 
     def reset(self, bound=None, count=None, _=None):
-        right(self, 1e6 if bound is None else 1e6 * bound, count, max_weight)
+        correct(self, 1e6 if bound is None else 1e6 * bound, count, max_weight)
 
     with patched("fedgpt.aggregate.exact.ExactSum.reset", reset):
         yield
