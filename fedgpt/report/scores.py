@@ -55,7 +55,7 @@ def columns(line: Mapping[str, Any], score: str = "loss") -> list[str]:
     >>> columns({"loss": 2.0, "perplexity": 7.4, "bits_per_byte": 0.7}), columns({"f1": 1}, "f1")
     (['loss', 'bits_per_byte'], ['f1'])
     """
-    return [name for name in dict.fromkeys((score, shown(line, score))) if name in line]
+    return [name for name in dict.fromkeys((score, SHOWN_FIRST)) if name in line]
 
 
 def cell(name: str, value: float) -> str:
