@@ -47,12 +47,13 @@ from fedgpt.model.gpt import GPT
 from fedgpt.model.hf import export_model
 from fedgpt.privacy.plan import make_plan
 from fedgpt.privacy.statement import statement
-from fedgpt.report.diagnostics import timeline_figure, updates_figure
 from fedgpt.report.figures import loss_figure
 from fedgpt.report.model_card import model_card
 from fedgpt.report.page import report_page
 from fedgpt.report.progress import ProgressDisplay
 from fedgpt.report.run_report import opening, privacy_text, samples_page, summary_text
+from fedgpt.report.timeline import timeline_figure
+from fedgpt.report.updates import updates_figure
 from fedgpt.server.loop import Server
 from fedgpt.server.metrics import first_record
 from fedgpt.server.privacy import make_privacy
@@ -141,8 +142,8 @@ class _Run:
                 self.prepared,
                 self.shards,
                 snapshot,
-                self.compute,
-                self.resources.workers_text,
+                f"{self.compute.device}, {self.compute.dtype} ({self.compute.reason}),"
+                f" {self.resources.workers_text}",
                 stage.tokens,
             )
         )

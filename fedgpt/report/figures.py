@@ -1,4 +1,4 @@
-"""The figure of a run's score.
+"""The figure of a run's score, and what all figures share.
 
 No figure of this package uses pyplot: in a notebook, a run would switch the plotting backend and
 draw into the user's open figures.
@@ -14,6 +14,8 @@ from fedgpt.report.scores import label, shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+BLUE, ORANGE, PALE, GREY, FAINT = "#1f5fa8", "#c46210", "#9dbbdc", "#a8b0b8", "#e4e6e8"
 
 
 def loss_figure(metrics: Sequence[Mapping[str, Any]], path: Path, score: str = "loss") -> None:
@@ -41,7 +43,7 @@ def loss_figure(metrics: Sequence[Mapping[str, Any]], path: Path, score: str = "
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
     for axis, (x_label, xs) in zip(axes, axes_data, strict=True):
-        axis.plot(xs, heights, marker="o", markersize=3, color="#1f5fa8")
+        axis.plot(xs, heights, marker="o", markersize=3, color=BLUE)
         axis.set_xlabel(x_label)
         axis.grid(alpha=0.3)
     axes[0].set_ylabel(f"held-out {label(name)}")

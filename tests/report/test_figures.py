@@ -85,8 +85,9 @@ from pathlib import Path
 import matplotlib
 from matplotlib import pyplot
 
-from fedgpt.report.diagnostics import timeline_figure, updates_figure
 from fedgpt.report.figures import loss_figure
+from fedgpt.report.timeline import timeline_figure
+from fedgpt.report.updates import updates_figure
 
 pyplot.figure(7)
 line = {"version": 1, "tokens": 1, "bytes_up": 1, "bytes_down": 1, "step_norm": 1.0}
