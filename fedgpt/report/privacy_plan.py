@@ -1,4 +1,4 @@
-"""`fedgpt privacy plan`: the epsilon of a private run, and how rounds, noise and clients change it."""
+"""`fedgpt privacy plan`: the epsilon of a private run, and what rounds and noise change about it."""
 
 from __future__ import annotations
 
