@@ -1,4 +1,4 @@
-"""`fedgpt privacy plan`: the epsilon of a private run, and what rounds and noise change about it."""
+"""`fedgpt privacy plan`: the epsilon of a private run, and how its options change it."""
 
 from __future__ import annotations
 

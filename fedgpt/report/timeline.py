@@ -16,7 +16,7 @@ from fedgpt.report.progress import one_line
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# what can still be told apart in one figure
+# limits of one figure; with more, its details could not be distinguished
 MOST_ROWS = 24  # clients
 MOST_SPANS = 400  # jobs
 MOST_STEPS = 60  # server steps
@@ -28,7 +28,7 @@ OUTCOMES = {
     "open": (PALE, "still at work at the end"),
     "waiting": (FAINT, "sent, waits for a worker"),
 }
-TRAINING = ("dispatch", "accept", "reject", "version")  # events that a client may be busy between
+TRAINING = ("dispatch", "accept", "reject", "version")  # events that say what clients do
 
 
 class Span(NamedTuple):
@@ -44,11 +44,13 @@ class Activity:
     """What one client did in a run."""
 
     spans: tuple[Span, ...]
-    tokens: int  # of accepted updates
+    tokens: int  # tokens of accepted updates
     busy_seconds: float
-    idle_share: float  # of the time from the run's first dispatch to its last reply or version
-    accepted: int  # jobs that ended so
-    rejected: int
+    idle_share: (
+        float  # share of the time from the run's first dispatch to its last reply or version
+    )
+    accepted: int  # number of jobs with an accepted update
+    rejected: int  # number of jobs with a rejected reply, or with none
 
 
 def activity(events: Sequence[Mapping[str, Any]]) -> dict[str, Activity]:
@@ -64,7 +66,7 @@ def activity(events: Sequence[Mapping[str, Any]]) -> dict[str, Activity]:
     training = [event for event in events if event["event"] in TRAINING and "seconds" in event]
     for event in training:
         kind, client = event["event"], event.get("client", "")
-        key = client, event.get("number", event.get("task"))  # older runs call it task
+        key = client, event.get("number", event.get("task"))  # older runs call the number task
         if kind == "dispatch":
             began[key] = event["seconds"]  # a job sent again after a restart begins again
         elif kind in ("accept", "reject") and key in began:
@@ -126,7 +128,7 @@ def timeline_figure(events: Sequence[Mapping[str, Any]], path: Path) -> None:
         _draw_steps(jobs, [step / scale for step in steps], len(shown))
     for number, switch in enumerate(switches):
         _draw_switch(jobs, switch, number, switch["seconds"] > (begin + end) / 2, scale)
-    jobs.set_ylim(len(shown) - 0.5, -0.5 - HEADER * header)  # the first client on top
+    jobs.set_ylim(len(shown) - 0.5, -0.5 - HEADER * header)  # the first client is at the top
     jobs.set_xlim(begin / scale, end / scale)
     jobs.set_xlabel(f"time on the run's clock ({unit})", fontsize=9)
     _draw_bars(tokens, [did.tokens / 1e3 for did in shown.values()], "tokens (thousands)", BLUE)
@@ -183,7 +185,7 @@ def _draw_jobs(
                 label=label,
                 zorder=2,
                 edgecolor="white",
-                # a thick edge would hide a short bar
+                # short bars get thinner edges, which would otherwise hide them
                 linewidth=[min(0.8, 80 * length / (end - begin)) for length in lengths],
             )
     names = [f"client {client}" if client.isdigit() else _short(client, 18) for client in shown]
