@@ -28,8 +28,8 @@ class Tracker(ABC):
 
     A tracker gets every event of core/events.py and ignores those that it has no use for. It gets
     each version's MetricsReady once and in order, also when the run is killed and resumed: after
-    `open`, the lines of metrics.jsonl that the tracker lacks come first, as MetricsReady events
-    without parameters. Other events of a process that was killed are not repeated.
+    `open`, the lines of metrics.jsonl that the tracker lacks come first, as MetricsReady events.
+    Other events of a process that was killed are not repeated.
 
     All methods are called on one thread, which is not the server loop's. When a method raises,
     there is one warning, the tracker is closed, and the run continues without it. With
