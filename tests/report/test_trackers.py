@@ -34,7 +34,6 @@ from fedgpt.core.options import PrivacyOptions, RunOptions
 from fedgpt.report.published import PUBLISHED
 from fedgpt.report.trackers import MEMBERS, make_trackers
 from fedgpt.report.trackers.base import Tracker, flat
-from fedgpt.server.metrics import first_record
 
 # A third-party tracker: a class outside the package. It cannot drop lines that it has.
 CHART = """
@@ -100,17 +99,24 @@ def options(*nodes, unit: str = "none") -> RunOptions:
 
 
 def metrics(version: int) -> dict:
-    """A line of metrics.jsonl with a value in every field; each second version has scores."""
+    """A line of metrics.jsonl as server/metrics.py makes it; each second version has scores."""
     line = {
-        **first_record(),
         "version": version,
         "tokens": 100 * version,
         "wall_seconds": 1.5 * version,
+        "virtual_seconds": None,
+        "bytes_up": 1000 * version,
+        "bytes_down": 1001 * version,
         "accepted": 3,
         "rejected": {"late": 2, "norm_limit": 1},
         "staleness": {"0": 2, "3": 1},
         "train_loss": 5.25 if version else None,
+        "lr": 0.003,
         "update_norm": 0.1 * version,
+        "step_norm": 0.05 * version,
+        "cosine": None,
+        "pacing": "cohort" if version else None,
+        "in_flight": 2,
         "tokens_by_client": {"ann": 40, "bob": 60},
         "idle_share": {"ann": 0.5, "bob": 0.25},
         "epsilon": 0.5 * version,
