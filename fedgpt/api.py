@@ -1,16 +1,25 @@
-"""The Python side of the command line: run a configuration, open a run's folder, write text with
-its model.
+"""fedgpt in Python: run a configuration, open a run's folder, use its model.
+
+import fedgpt
+
+run = fedgpt.run("model=nano", "rounds=5")        # the options of `fedgpt run`, one text each
+run.summary["final"]                              # scores of the last version
+run.generate("Fellow citizens", tokens=50)
+
+old = fedgpt.open_run("runs/2026-01-31_12-00-00-run", best=True)
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedgpt.core.errors import ConfigError, FedGPTError
+from fedgpt.report.scores import named, score_of, shown
 
 if TYPE_CHECKING:
     from fedgpt.core.options import RunOptions
@@ -19,12 +28,18 @@ if TYPE_CHECKING:
 
 
 def run(*overrides: str) -> Run:
-    """Run a configuration, typed as on the command line, to its end; `resume=FOLDER` alone
-    continues that run.
+    """Train to the end and return the finished run; options are written as for `fedgpt run`.
 
-    Raises ConfigError for what `fedgpt run` would refuse.
+    `resume=FOLDER` alone continues the run in that folder. Progress is printed. Raises ConfigError,
+    with every problem that was found, for options that `fedgpt run` would refuse.
 
-    >>> run("model=nano", "rounds=5").summary["final"]["bits_per_byte"]  # doctest: +SKIP
+    >>> run("rounds=5", "partition.clients=4")  # doctest: +SKIP
+    <Run runs/2026-01-31_12-00-00-run: finished at version 5, 2.098 bits per byte>
+    >>> run("rounds=5", "model=huge")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    fedgpt.core.errors.ConfigError: 1 problem in the configuration:
+      - model=huge: ...
     """
     from fedgpt.config import compose
     from fedgpt.flower.launch import launch
@@ -39,8 +54,9 @@ def run(*overrides: str) -> Run:
 
 
 def resumed(arguments: Sequence[str]) -> RunOptions | None:
-    """Options of the run that `resume=FOLDER` names, or None; raises ConfigError where it does not
-    stand alone.
+    """Return the options of the run that `resume=FOLDER` names, or None without `resume`.
+
+    Raises ConfigError where there are other options beside it, or where FOLDER is no run.
     """
     from fedgpt.config import compose
 
@@ -58,15 +74,21 @@ def resumed(arguments: Sequence[str]) -> RunOptions | None:
 
 
 def open_run(folder: str | Path, best: bool = False) -> Run:
-    """The run in `folder`, its model the newest, or the `best`; raises ConfigError where there is
-    none.
+    """Open the folder of a run, which may be finished, stopped or still training.
+
+    The run's model is that of the newest checkpoint, or with `best` the one with the best held-out
+    score. Raises ConfigError where `folder` is not the folder of a run.
+
+    >>> open_run("runs/2026-01-31_12-00-00-run").summary["versions"]  # doctest: +SKIP
+    50
     """
     return Run(_found(folder, str(folder)), best)
 
 
 def _found(folder: str | Path, typed: str) -> Path:
-    """A run's folder; the error names it as `typed`. An empty name is no folder, least of all the
-    present one.
+    """Return the path of a run's folder; the ConfigError for any other folder names it as `typed`.
+
+    An empty name is refused: as a path it would mean the current folder.
     """
     path = Path(folder).expanduser()
     if not str(folder) or not (path / "config.yaml").is_file():
@@ -77,46 +99,74 @@ def _found(folder: str | Path, typed: str) -> Path:
 
 
 class Run:
-    """A run's folder as an object."""
+    """A run's folder: its metrics, its summary and its model.
+
+    `folder` is its absolute path. With `best`, the model is the one with the best held-out score.
+    """
 
     def __init__(self, folder: str | Path, best: bool = False):
         self.folder, self.best = Path(folder).resolve(), best
 
+    def __repr__(self) -> str:
+        """Folder, state and newest score; it reads files, and never raises."""
+        summary: dict[str, Any] = {}
+        with suppress(OSError, ValueError):  # not finished, or damaged
+            summary = json.loads(self._summary.read_text(encoding="utf-8"))
+        metrics = self.metrics
+        if not metrics:
+            return f"<Run {self.folder}: no version yet>"
+        version = metrics[-1]["version"]
+        finished = "finished at" if summary.get("versions") == version else "at"
+        scored = next((line for line in reversed(metrics) if shown(line, score_of(summary))), {})
+        name = shown(scored, score_of(summary))
+        score = f", {named(name, scored[name])}" if name else ""
+        return f"<Run {self.folder}: {finished} version {version}{score}>"
+
     @property
     def summary(self) -> dict[str, Any]:
-        """summary.json: the end of a finished run."""
-        path = self.folder / "summary.json"
-        if not path.exists():
+        """The end of a finished run, as in summary.json: `final` and `best` scores, totals.
+
+        Raises FedGPTError where the run is not finished.
+        """
+        if not self._summary.exists():
             raise FedGPTError(
                 f"{self.folder} has no summary yet; finish it with: fedgpt run resume={self.folder}"
             )
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(self._summary.read_text(encoding="utf-8"))
+
+    @property
+    def _summary(self) -> Path:
+        return self.folder / "summary.json"
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
-        """metrics.jsonl: one record per server version."""
+        """One dictionary for each server version, as in metrics.jsonl; version 0 is the start.
+
+        Versions that were evaluated have scores in it, such as `loss` and `bits_per_byte`.
+        """
         from fedgpt.storage.run_folder import read_lines
 
         return list(read_lines(self.folder / "metrics.jsonl"))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The run's tokenizer."""
+        """The run's tokenizer: `encode(text)` gives ids, `decode(ids)` text."""
         from fedgpt.config import compose
         from fedgpt.data.prepare import prepare
         from fedgpt.data.tokenizer import load_tokenizer
 
-        if (
-            self.folder / "model" / "tokenizer.json"
-        ).is_file():  # the file that an export writes last but one
+        # an export writes this file after the others that load_tokenizer reads
+        if (self.folder / "model" / "tokenizer.json").is_file():
             return load_tokenizer(self.folder / "model")
         options = compose.of_run(self.folder)
         return prepare(options.corpus, options.tokenizer, options.cache_dir).tokenizer
 
     @cached_property
     def model(self) -> GPT:
-        """The run's newest model in float32, that of its newest whole checkpoint, or its best by
-        held-out loss.
+        """The run's model as a torch module in float32, in evaluation mode.
+
+        It is the model of the newest intact checkpoint, or the best one with `best`. Raises
+        FedGPTError where there is none.
         """
         import numpy as np
 
@@ -136,7 +186,7 @@ class Run:
             params = snapshot.state.params
         else:
             raise FedGPTError(
-                f"{self.folder} has no whole checkpoint; start it with: fedgpt run"
+                f"{self.folder} has no intact checkpoint; continue it with: fedgpt run"
                 f" resume={self.folder}"
             )
         model = GPT(options.model, self.tokenizer.vocab_size).eval()
@@ -146,8 +196,13 @@ class Run:
     def generate(
         self, prompt: str, tokens: int = 200, samples: int = 1, seed: int = 0, **sampling: Any
     ) -> list[str]:
-        """Continuations of `prompt`; `sampling` is temperature, top_k and top_p of
-        model/generate.py.
+        """Return `samples` continuations of `prompt`, of at most `tokens` tokens each.
+
+        `sampling` takes `temperature` (default 0.8), `top_k` (default 50) and `top_p`. The same
+        seed gives the same texts. Raises FedGPTError for values out of range.
+
+        >>> run = open_run("runs/2026-01-31_12-00-00-run")  # doctest: +SKIP
+        >>> run.generate("Fellow citizens", tokens=40, samples=2, top_p=0.9)  # doctest: +SKIP
         """
         from fedgpt.model.generate import generate
 

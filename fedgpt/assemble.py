@@ -47,6 +47,7 @@ from fedgpt.privacy.statement import statement
 from fedgpt.report.progress import ProgressDisplay
 from fedgpt.report.results import write_results
 from fedgpt.report.run_report import opening, privacy_text, summary_text
+from fedgpt.report.trackers import make_trackers
 from fedgpt.server.loop import Server
 from fedgpt.server.metrics import first_line
 from fedgpt.server.parts import Evaluator, Parts
@@ -118,24 +119,19 @@ def _serve(setting: Setting, network: Network) -> dict[str, Any]:
     environment = json.dumps(dict(setting.environment), indent=2)
     write_text(folder.path / "environment.json", environment + "\n")
     parts = _parts(setting, network, strategy, held_out, snapshot)
+    trackers = make_trackers(options, folder.path, snapshot.state.version)
     with display:
-        server = Server(parts, snapshot, [_told(display)])
+        server = Server(parts, snapshot, [display, *trackers])
         del snapshot  # from now on the server decides how long the vectors in it are kept
-        summary = server.run()
+        try:
+            summary = server.run()
+        finally:
+            for tracker in trackers:
+                tracker.close()
     end = {"summary": summary, "statement": setting.statement}
     write_results(folder, options, setting.prepared, server.state.params, end)
     display.say(summary_text(summary, folder.metrics.read(), folder.path))
     return summary
-
-
-def _told(display: Any) -> Any:
-    names = {"metrics": "record"}
-
-    def observe(event: Any) -> None:
-        about = {k: v for k, v in event.as_json().items() if k != "event"}
-        display(names.get(event.name, event.name), about)
-
-    return observe
 
 
 def _setting(options: RunOptions, folder: RunFolder, network: Network) -> Setting:
@@ -211,16 +207,10 @@ def _claim(folder: RunFolder, options: RunOptions) -> None:
 
 
 def _opening(setting: Setting, snapshot: Snapshot, held_out: HeldOut) -> str:
-    resources = setting.resources
-    return opening(
-        setting.options,
-        setting.prepared,
-        setting.shards,
-        snapshot,
-        resources.compute,
-        resources.workers_text,
-        held_out.tokens,
-    )
+    compute, workers = setting.resources.compute, setting.resources.workers_text
+    words = f"{compute.device}, {compute.dtype} ({compute.reason}), {workers}"
+    text, shards = setting.prepared, setting.shards
+    return opening(setting.options, text, shards, snapshot, words, held_out.tokens)
 
 
 def _held_out(setting: Setting) -> HeldOut:

@@ -26,7 +26,8 @@ from fedgpt.server.pacing import make_pace, pace_problems
 from fedgpt.simulate.fleet import replay_problems
 
 TRUSTED = ("fedgpt.aggregate", "flwr.serverapp.strategy")
-FREE = ("cache_dir", "run_dir", "runtime.workers")  # where a run computes may change
+# where a run computes may change, and who watches it
+FREE = ("cache_dir", "run_dir", "runtime.workers", "track")
 
 
 def load(words: Sequence[str] = (), config_dir: str | None = None) -> RunOptions:

@@ -245,6 +245,8 @@ class RunOptions:
     resume: str | None = None  # folder of a run to continue; excludes every other option
     cache_dir: str = ""
     trusted_packages: list[str] = field(default_factory=list)  # whose classes `_target_` may name
+    # trackers that get the metrics: names (csv), or mappings with `_target_` and its fields
+    track: list[Any] = field(default_factory=list)
     corpus: CorpusOptions = field(default_factory=CorpusOptions)
     tokenizer: TokenizerOptions = field(default_factory=TokenizerOptions)
     partition: PartitionOptions = field(default_factory=PartitionOptions)

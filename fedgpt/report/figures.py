@@ -1,39 +1,52 @@
-"""Pictures of a run. None uses pyplot: a run in a notebook leaves the user's plotting backend and
-figures alone.
+"""The figure of a run's score, and what all figures share.
+
+No figure of this package uses pyplot: in a notebook, a run would switch the plotting backend and
+draw into the user's open figures.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from fedgpt.report.scores import label, shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+BLUE, ORANGE, PALE, GREY, FAINT = "#1f5fa8", "#c46210", "#9dbbdc", "#a8b0b8", "#e4e6e8"
 
-def loss_figure(records: list[dict[str, Any]], path: Path) -> None:
-    """Held-out bits per byte against versions, tokens and bytes, as PNG; nothing is drawn without
-    an evaluation.
+
+def loss_figure(metrics: Sequence[Mapping[str, Any]], path: Path, score: str = "loss") -> None:
+    """Draw the held-out score against versions, tokens and bytes, as a PNG at `path`.
+
+    `score` is the name of the score that the run is judged by; scores.py says which one is drawn.
+    Nothing is drawn where no version was evaluated.
     """
-    scored = [r for r in records if "bits_per_byte" in r]
+    scored = [line for line in metrics if shown(line, score)]
     if not scored:
         return
+    name = shown(scored[-1], score) or score
     axes_data = [
-        ("server version", [r["version"] for r in scored]),
-        ("tokens trained (millions)", [r["tokens"] / 1e6 for r in scored]),
-        ("bytes up and down (MB)", [(r["bytes_up"] + r["bytes_down"]) / 1e6 for r in scored]),
+        ("server version", [line["version"] for line in scored]),
+        ("tokens trained (millions)", [line["tokens"] / 1e6 for line in scored]),
+        (
+            "bytes up and down (MB)",
+            [(line["bytes_up"] + line["bytes_down"]) / 1e6 for line in scored],
+        ),
     ]
-    heights = [r["bits_per_byte"] for r in scored]
+    heights = [line[name] for line in scored]
 
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     axes = figure.subplots(1, 3, sharey=True)
-    for axis, (label, xs) in zip(axes, axes_data, strict=True):
-        axis.plot(xs, heights, marker="o", markersize=3, color="#1f5fa8")
-        axis.set_xlabel(label)
+    for axis, (x_label, xs) in zip(axes, axes_data, strict=True):
+        axis.plot(xs, heights, marker="o", markersize=3, color=BLUE)
+        axis.set_xlabel(x_label)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("held-out bits per byte")
+    axes[0].set_ylabel(f"held-out {label(name)}")
     axes[0].annotate(
         f"{heights[-1]:.3f}",
         (axes_data[0][1][-1], heights[-1]),
@@ -45,6 +58,6 @@ def loss_figure(records: list[dict[str, Any]], path: Path) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Write a picture; its folder is made if missing."""
+    """Write a figure as PNG; its folder is made if it is missing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -1,19 +1,23 @@
-"""README.md of an exported model: how it was made, what it scores, what is private about it."""
+"""README.md of an exported model: how it was trained, its scores, and its privacy."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from fedgpt.core.options import RunOptions
 from fedgpt.privacy.statement import rows
 from fedgpt.report.progress import count, rule
+from fedgpt.report.scores import cell, label, names
 
 
-def model_card(o: RunOptions, summary: dict[str, Any], statement: dict[str, Any]) -> str:
-    """Markdown with the front matter that model hubs read; `statement` is empty for a run without
-    privacy.
+def model_card(o: RunOptions, summary: Mapping[str, Any], statement: dict[str, Any]) -> str:
+    """Return Markdown with the front matter that model hubs read.
+
+    `statement` is the privacy statement of a private run (privacy/statement.py), else empty.
     """
     final = summary["final"]
+    scores = {label(name): cell(name, final[name]) for name in names(final)}
     lines = [
         "---",
         "library_name: transformers",
@@ -30,12 +34,9 @@ def model_card(o: RunOptions, summary: dict[str, Any], statement: dict[str, Any]
             f" `{o.corpus.name}` at its clients."
         ),
         "",
-        "| held-out text | loss | perplexity | bits per byte |",
-        "|---|---|---|---|",
-        (
-            f"| last version | {final['loss']:.4f} | {final['perplexity']:.2f} |"
-            f" {final['bits_per_byte']:.4f} |"
-        ),
+        f"| held-out text | {' | '.join(scores)} |",
+        f"|---|{'---|' * len(scores)}",
+        f"| last version | {' | '.join(scores.values())} |",
         "",
         f"sha256 of the flat float32 weights: `{summary['weights_sha256']}`",
         "",

@@ -3,45 +3,48 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from fedgpt.report.progress import count, size
 from fedgpt.report.run_report import summary_text
+from fedgpt.report.scores import cell, columns, label, score_of, shown
 
-MOST_ROWS = 40  # of the table: evenly spaced, first and last among them
+MOST_ROWS = 40  # rows of the table: evenly spaced versions, the first and the last among them
 STYLE = (
-    "body{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0"
-    " 1em}pre{white-space:pre-wrap;"
+    "body{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
+    "pre{white-space:pre-wrap;background:#f4f4f4;padding:1em}"
+    "td,th{text-align:right;padding:0 1em}img{max-width:100%}"
 )
-STYLE += "background:#f4f4f4;padding:1em}td,th{text-align:right;padding:0 1em}img{max-width:100%}"
-HEAD = ("version", "tokens", "held-out loss", "bits per byte", "up", "down")
 
 
-def report_page(summary: dict[str, Any], records: Sequence[dict[str, Any]], folder: Path) -> str:
-    """The summary, the figures that lie in `folder`, the scores of versions, the command and the
-    configuration.
+def report_page(
+    summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], folder: Path
+) -> str:
+    """Return the page: summary, figures in `folder`, scores, command and configuration.
 
-    Of a private run no figure of who took part when: the page is for others, and that is nobody's
-    business.
+    `metrics` are the lines of metrics.jsonl. The page of a private run has only the figure of the
+    score, because the other figures show which clients took part in which version.
     """
-    scored = [record for record in records if "loss" in record]
+    score = score_of(summary)
+    scored = [line for line in metrics if shown(line, score)]
     step = max(1, -(-len(scored) // MOST_ROWS))
-    shown = [record for i, record in enumerate(scored) if i % step == 0 or i == len(scored) - 1]
+    table = [line for i, line in enumerate(scored) if i % step == 0 or i == len(scored) - 1]
+    names = columns(summary["final"], score)
+    first, *others = (label(name) for name in names)
+    head = ("version", "tokens", f"held-out {first}", *others, "up", "down")
     figures = "*.png" if summary.get("epsilon") is None else "loss.png"
     parts = [
-        (
-            '<!doctype html><html lang="en"><meta'
-            f' charset="utf-8"><title>{escape(folder.name)}</title>'
-        ),
+        '<!doctype html><html lang="en"><meta charset="utf-8">',
+        f"<title>{escape(folder.name)}</title>",
         f"<style>{STYLE}</style><h1>{escape(folder.name)}</h1>",
-        f"<pre>{escape(summary_text(summary, list(records), folder).strip())}</pre>",
+        f"<pre>{escape(summary_text(summary, metrics, folder).strip())}</pre>",
         *(_picture(path) for path in sorted((folder / "figures").glob(figures))),
         "<h2>Versions that were evaluated</h2><table>",
-        _row("th", HEAD),
-        *(_row("td", _cells(record)) for record in shown),
+        _row("th", head),
+        *(_row("td", _cells(line, names)) for line in table),
         "</table>",
     ]
     for name in ("command.txt", "config.yaml"):
@@ -55,10 +58,10 @@ def _picture(path: Path) -> str:
     return f'<p><img alt="{escape(path.stem)}" src="data:image/png;base64,{data}"></p>'
 
 
-def _cells(record: dict[str, Any]) -> tuple[str, ...]:
-    scores = (f"{record[name]:.4f}" for name in ("loss", "bits_per_byte"))
-    traffic = (size(record[way]) for way in ("bytes_up", "bytes_down"))
-    return str(record["version"]), count(record["tokens"]), *scores, *traffic
+def _cells(line: Mapping[str, Any], names: Sequence[str]) -> tuple[str, ...]:
+    scores = (cell(name, line[name]) for name in names)
+    traffic = (size(line[way]) for way in ("bytes_up", "bytes_down"))
+    return str(line["version"]), count(line["tokens"]), *scores, *traffic
 
 
 def _row(kind: str, cells: Sequence[str]) -> str:

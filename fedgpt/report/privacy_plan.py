@@ -1,6 +1,4 @@
-"""`fedgpt privacy plan`: the cost of a private run, and how it would change with rounds, noise and
-clients.
-"""
+"""`fedgpt privacy plan`: the epsilon of a private run, and how its options change it."""
 
 from __future__ import annotations
 
@@ -17,16 +15,17 @@ from fedgpt.privacy.statement import rows, statement
 
 
 def plan_text(o: RunOptions, shards: Sequence[int], vocab_size: int) -> str:
-    """The statement, the noise beside the signal, and a table of what less or more of each would
-    cost.
+    """Return the privacy statement, the size of the noise, and epsilon for other noise and lengths.
+
+    `shards` are the tokens of each client. Raises ConfigError for privacy=none.
     """
     if o.privacy.unit == "none":
         raise ConfigError(
-            "privacy=none: there is nothing to plan; choose privacy=example, client or local"
+            "privacy=none: has no cost to plan; choose privacy=example, client or local"
         )
     plan = make_plan(o, shards)
-    told = [*rows(statement(o, plan, len(shards))), *_noise_rows(o, plan, vocab_size)]
-    lines = [f"{name:>12}  {text}" for name, text in told]
+    facts = [*rows(statement(o, plan, len(shards))), *_noise_rows(o, plan, vocab_size)]
+    lines = [f"{name:>12}  {text}" for name, text in facts]
     lines += ["", f"{'noise':>12}  {'planned':>10}  {'half as long':>12}  {'twice as long':>13}"]
     for factor in (0.5, 1.0, 2.0):
         costs = [_cost(o, shards, plan, factor, times) for times in (1.0, 0.5, 2.0)]
@@ -40,7 +39,8 @@ def plan_text(o: RunOptions, shards: Sequence[int], vocab_size: int) -> str:
 def _noise_rows(o: RunOptions, plan: PrivacyPlan, vocab_size: int) -> list[tuple[str, str]]:
     parameters = count_parameters(o.model, vocab_size)
     units = o.local.batch_size * o.local.accumulate if plan.unit == "example" else plan.cohort
-    reach = 2.0 if plan.unit == "local" else plan.scale  # how far a unit moves a release, in clips
+    # how far the data of one unit can move a release, as a multiple of the clip
+    reach = 2.0 if plan.unit == "local" else plan.scale
     units = 1 if plan.unit == "local" else units
     ratio = plan.noise_multiplier * reach * math.sqrt(parameters) / units
     release, signal, more = {
@@ -77,10 +77,12 @@ def _noise_rows(o: RunOptions, plan: PrivacyPlan, vocab_size: int) -> list[tuple
 def _cost(
     o: RunOptions, shards: Sequence[int], plan: PrivacyPlan, factor: float, times: float
 ) -> float:
-    """Epsilon with so much more noise in a run that is so many times as long."""
+    """Return epsilon with `factor` times the noise in a run that is `times` as long."""
     noise = replace(
         o.privacy, noise_multiplier=plan.noise_multiplier, target_epsilon=None, adaptive=False
     )
     other = make_plan(replace(o, rounds=max(1, round(o.rounds * times)), privacy=noise), shards)
-    z = plan.noise_multiplier * factor * plan.scale / other.scale  # the same noise in each release
+    z = (
+        plan.noise_multiplier * factor * plan.scale / other.scale
+    )  # so that each release has that noise
     return epsilon_of((replace(other.planned, noise_multiplier=z),), plan.delta)

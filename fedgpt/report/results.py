@@ -12,11 +12,12 @@ from fedgpt.core.options import RunOptions
 from fedgpt.data.prepare import Prepared
 from fedgpt.model.gpt import GPT
 from fedgpt.model.hf import export_model
-from fedgpt.report.diagnostics import timeline_figure, updates_figure
 from fedgpt.report.figures import loss_figure
 from fedgpt.report.model_card import model_card
 from fedgpt.report.page import report_page
 from fedgpt.report.run_report import samples_page
+from fedgpt.report.timeline import timeline_figure
+from fedgpt.report.updates import updates_figure
 from fedgpt.storage.run_folder import RunFolder
 
 

@@ -1,19 +1,19 @@
-"""What a person reads before and after a run."""
+"""The texts before and after a run: its choices, privacy promise, summary and samples."""
 
 from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fedgpt.core.device import Compute
 from fedgpt.core.options import RunOptions
 from fedgpt.data.partition import Shard
 from fedgpt.data.prepare import Prepared
 from fedgpt.privacy.statement import rows
 from fedgpt.report.progress import clock, count, rule, size
+from fedgpt.report.scores import first_to_last, named, shown
 from fedgpt.storage.checkpoint import Snapshot
 
 
@@ -22,21 +22,17 @@ def opening(
     prepared: Prepared,
     shards: Sequence[Shard],
     snapshot: Snapshot,
-    compute: Compute,
-    workers: str,
+    compute: str,
     held_out_tokens: int,
 ) -> str:
-    """Every automatic choice with its reason, and the numbers that follow from the options."""
-    o, local, model = options, options.local, options.model
-    parameters = snapshot.state.params.size
-    asked = min(o.pace.clients or len(shards), len(shards))
-    job = local.steps * local.accumulate * local.batch_size * model.block_size
-    who = (
-        f"{asked} of {len(shards)} clients"
-        if o.pace.rate is None
-        else f"each of {len(shards)} with p={o.pace.rate}"
-    )
-    told = [
+    """Return every automatic choice with its reason, and the numbers that follow from the options.
+
+    `compute` describes device, dtype and processes in words.
+    """
+    o = options
+    parameters, version = snapshot.state.params.size, snapshot.state.version
+    tokenizer = f"{o.tokenizer.name}, {prepared.tokenizer.vocab_size} entries"
+    choices = [
         ("run", o.run_dir),
         (
             "text",
@@ -47,99 +43,97 @@ def opening(
         ),
         (
             "tokenizer",
-            (
-                f"{o.tokenizer.name}, {prepared.tokenizer.vocab_size} entries, trained on the"
-                " public part only"
-                if o.tokenizer.name == "bpe"
-                else f"{o.tokenizer.name}, {prepared.tokenizer.vocab_size} entries"
-            ),
+            tokenizer + (", trained on the public part only" if o.tokenizer.name == "bpe" else ""),
         ),
         (
             "model",
             (
-                f"{count(parameters)} parameters: {model.n_layer} layers, width {model.n_embd}, "
-                f"context {model.block_size}"
+                f"{count(parameters)} parameters: {o.model.n_layer} layers,"
+                f" width {o.model.n_embd}, context {o.model.block_size}"
             ),
         ),
-        _pacing_row(o, f"{rule(o)}: {who}", asked, job, parameters),
-        ("compute", f"{compute.device}, {compute.dtype} ({compute.reason}), {workers}"),
+        _pacing_row(o, len(shards), parameters),
+        ("compute", compute),
     ]
     if o.attack.clients:
-        liars = f"{o.attack.clients} of {len(shards)} clients"
-        told.append(
+        choices.append(
             (
                 "attack",
-                f"{o.attack.name} of strength {o.attack.strength:g} by {liars}, for research only",
+                (
+                    f"{o.attack.name} of strength {o.attack.strength:g} by {o.attack.clients} of"
+                    f" {len(shards)} clients, for research only"
+                ),
             )
         )
-    if snapshot.state.version:
-        told.append(
-            (
-                "resume",
-                f"from version {snapshot.state.version}" + ("" if o.tokens else f" of {o.rounds}"),
-            )
-        )
-    return "\n".join(f"{name:>10}  {text}" for name, text in told)
+    if version:
+        end = "" if o.tokens else f" of {o.rounds}"
+        choices.append(("resume", f"from version {version}{end}"))
+    return "\n".join(f"{name:>10}  {text}" for name, text in choices)
 
 
-def privacy_text(told: dict[str, Any]) -> str:
-    """The promise of a private run."""
-    return "\n".join(f"{name:>12}  {text}" for name, text in rows(told))
+def privacy_text(statement: dict[str, Any]) -> str:
+    """Return the promise of a private run (privacy/statement.py) as lines."""
+    return "\n".join(f"{name:>12}  {text}" for name, text in rows(statement))
 
 
-def _pacing_row(o: RunOptions, who: str, asked: int, job: int, parameters: int) -> tuple[str, str]:
+def _pacing_row(o: RunOptions, clients: int, parameters: int) -> tuple[str, str]:
+    """Return how jobs and server steps are timed, with their size."""
+    cohort = min(o.pace.clients or clients, clients)
+    chosen = (
+        f"{cohort} of {clients} clients"
+        if o.pace.rate is None
+        else f"each of {clients} with p={o.pace.rate}"
+    )
+    jobs = f"{rule(o)}: {chosen}"
     steps = f"{o.local.steps} steps" + (" at most (DyLU)" if o.pace.dylu else "")
-    clock_text = f"; virtual clock, fleet {o.fleet.name}" if o.clock == "virtual" else ""
+    fleet = f"; virtual clock, fleet {o.fleet.name}" if o.clock == "virtual" else ""
     if o.pace.name == "buffer":
         goal = o.pace.goal or 1
         every = "every arrival" if goal == 1 else f"every {goal} arrivals"
-        return "async", f"{who} always in flight x {steps}, a server step at {every}{clock_text}"
-    each_way = size(asked * parameters * 4)
+        return "async", f"{jobs} always in flight x {steps}, a server step at {every}{fleet}"
+    job_tokens = o.local.steps * o.local.accumulate * o.local.batch_size * o.model.block_size
+    each_way = size(cohort * parameters * 4)
     return (
         "round",
-        f"{who} x {steps} = {count(asked * job)} tokens, {each_way} each way{clock_text}",
+        f"{jobs} x {steps} = {count(cohort * job_tokens)} tokens, {each_way} each way{fleet}",
     )
 
 
-def summary_text(summary: dict[str, Any], records: list[dict[str, Any]], folder: Path) -> str:
-    """The end of a run in a few lines, with a text that the model wrote."""
-    first, last, best = summary["initial"], summary["final"], summary["best"]
-    speed = summary["tokens"] / summary["wall_seconds"] if summary["wall_seconds"] else 0.0
-    rejected = sum(summary["rejected"].values())
+def summary_text(
+    summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], folder: Path
+) -> str:
+    """Return the end of a run in a few lines, with the newest text that the model wrote."""
+    seconds = summary["wall_seconds"]
+    speed = summary["tokens"] / seconds if seconds else 0.0
     lines = [
         "",
+        first_to_last(summary),
         (
-            f"held-out bits per byte  {first['bits_per_byte']:.3f} -> {last['bits_per_byte']:.3f}"
-            f"   (perplexity {first['perplexity']:.0f} -> {last['perplexity']:.1f}; "
-            f"best {best['bits_per_byte']:.3f} at version {best['version']})"
+            f"trained                 {count(summary['tokens'])} tokens in {clock(seconds)}"
+            f" = {count(speed)} tok/s"
         ),
-        (
-            f"trained                 {count(summary['tokens'])} tokens in"
-            f" {clock(summary['wall_seconds'])} = {count(speed)} tok/s"
-        ),
-        *(
-            [f"virtual time            {clock(summary['virtual_seconds'])}"]
-            if summary["virtual_seconds"]
-            else []
-        ),
-        (
-            f"traffic                 {size(summary['bytes_up'])} up, {size(summary['bytes_down'])}"
-            f" down, {rejected} updates rejected"
-        ),
-        *([_spent(summary)] if summary.get("epsilon") is not None else []),
-        f"weights                 sha256 {summary['weights_sha256'][:16]}",
     ]
-    sample = next((r for r in reversed(records) if "sample" in r), None)
-    if sample:
-        lines += ["", _text(sample).strip(), ""]
+    if summary["virtual_seconds"]:
+        lines.append(f"virtual time            {clock(summary['virtual_seconds'])}")
     lines.append(
-        f"everything is in {folder}: report.html, samples.md, figures/, metrics.jsonl, model/"
+        f"traffic                 {size(summary['bytes_up'])} up, {size(summary['bytes_down'])}"
+        f" down, {sum(summary['rejected'].values())} updates rejected"
     )
-    lines.append(f'more text: fedgpt generate {shlex.quote(str(folder))} --prompt "..."')
-    return "\n".join(lines)
+    if summary.get("epsilon") is not None:
+        lines.append(_privacy_line(summary))
+    lines.append(f"weights                 sha256 {summary['weights_sha256'][:16]}")
+    if sample := next((line for line in reversed(metrics) if "sample" in line), None):
+        lines += ["", _written_text(sample).strip(), ""]
+    return "\n".join(
+        [
+            *lines,
+            f"everything is in {folder}: report.html, samples.md, figures/, metrics.jsonl, model/",
+            f'more text: fedgpt generate {shlex.quote(str(folder))} --prompt "..."',
+        ]
+    )
 
 
-def _spent(summary: dict[str, Any]) -> str:
+def _privacy_line(summary: Mapping[str, Any]) -> str:
     mark = "" if summary["private"] else "NOT PRIVATE (privacy.rng=seeded): with secret noise "
     return (
         f"privacy                 {mark}epsilon {summary['epsilon']:.4g} at delta"
@@ -147,20 +141,25 @@ def _spent(summary: dict[str, Any]) -> str:
     )
 
 
-def samples_page(records: list[dict[str, Any]]) -> str:
-    """samples.md: what the model wrote at several versions."""
+def samples_page(metrics: Sequence[Mapping[str, Any]], score: str = "loss") -> str:
+    """Return samples.md: what the model wrote at several versions.
+
+    `score` is the name of the score that the run is judged by.
+    """
     lines = ["# What the model wrote", ""]
-    for record in records:
-        if "sample" in record:
-            title = f"## Version {record['version']}: {record['bits_per_byte']:.3f} bits per byte"
-            lines += [title, "", "```text", _text(record).replace("```", "` ` `"), "```", ""]
+    for line in metrics:
+        if "sample" not in line:
+            continue
+        name = shown(line, score)
+        value = f": {named(name, line[name])}" if name else ""
+        text = _written_text(line).replace("```", "` ` `")
+        lines += [f"## Version {line['version']}{value}", "", "```text", text, "```", ""]
     return "\n".join(lines)
 
 
-def _text(record: dict[str, Any]) -> str:
-    """Prompt and sample; a young byte model writes control codes, which no terminal shall
-    follow.
+def _written_text(line: Mapping[str, Any]) -> str:
+    """Return prompt and sample without control codes.
+
+    A byte model with little training writes control codes, which must not reach a terminal.
     """
-    return re.sub(
-        r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", f"{record['prompt']}{record['sample']}"
-    )
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", f"{line['prompt']}{line['sample']}")

@@ -1,4 +1,4 @@
-"""What `fedgpt data` prints: the corpus, its split, and how many tokens each client holds."""
+"""The output of `fedgpt data`: the corpus, its split, and how many tokens each client has."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from fedgpt.data.prepare import Prepared
 if TYPE_CHECKING:
     from rich.console import Console
 
-BAR = 40  # characters of the longest bar
-NAMED = 5  # largest and smallest clients listed by name
+BAR = 40  # length of the longest bar, in characters
+NAMED = 5  # number of largest clients, and of smallest ones, that are listed by name
 PART_NAMES = {
     "public": "public (trains the tokenizer)",
     "held_out": "held-out (evaluation)",
@@ -24,7 +24,7 @@ PART_NAMES = {
 
 
 def data_report(prepared: Prepared, shards: Sequence[Shard], console: Console) -> None:
-    """Print what a run would use; plain text in ASCII where `console` is not a terminal."""
+    """Print the data of a run; on a `console` that is no terminal, as plain ASCII text."""
     from rich.table import Table
 
     manifest = prepared.manifest
@@ -58,7 +58,7 @@ def data_report(prepared: Prepared, shards: Sequence[Shard], console: Console) -
 
 
 def _print_clients(prepared: Prepared, shards: Sequence[Shard], console: Console) -> None:
-    """Number of clients, what was left out, the histogram, and the ends of the range by name."""
+    """Print the number of clients, a histogram of their tokens, and the largest and smallest."""
     sizes = np.array([shard.size for shard in shards])
     _say(console, f"{_count(len(shards), 'client')}, tokens per client: {_range(sizes)}")
     left = prepared.manifest["split"]["clients"]["tokens"] - int(sizes.sum())
@@ -84,11 +84,11 @@ def _print_clients(prepared: Prepared, shards: Sequence[Shard], console: Console
 
 
 def histogram(sizes: np.ndarray, full: str = "#") -> list[str]:
-    """One line per bin of tokens per client: range, number of clients, bar.
+    """Return one line for each range of tokens per client: range, number of clients, bar.
 
-    Bins double in width where the largest client has more than eight times the smallest's tokens
-    (natural data spans orders of magnitude, and equal bins would show one bar), and are equal
-    otherwise.
+    `sizes` has one entry for each client. Ranges double in width where the largest client has more
+    than eight times the tokens of the smallest, as in most natural data, where equal ranges would
+    show a single bar. Otherwise they are equal.
     """
     low, high = int(sizes.min()), int(sizes.max())
     if low == high:
@@ -110,7 +110,7 @@ def histogram(sizes: np.ndarray, full: str = "#") -> list[str]:
 
 
 def _say(console: Console, text: str = "") -> None:
-    """One line of output; soft_wrap keeps a long one whole, so that a path in it can be copied."""
+    """Print one line; a long one is not wrapped, so that a path in it can be copied."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 

@@ -1,4 +1,4 @@
-"""What the tests of figures share."""
+"""Fixtures of the tests of figures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """The figures that were saved."""
+    """The figures that a test saves, in a list."""
     from matplotlib.figure import Figure
 
     kept, save = [], Figure.savefig

@@ -1,4 +1,4 @@
-"""What `fedgpt privacy plan` says of the noise, and that what it says lowers it does."""
+"""`fedgpt privacy plan` states the size of the noise, and what it says would lower it does."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ LOCAL = ["privacy=local"]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Epsilons take seconds, and are not what these tests look at."""
+    """Epsilons take seconds to compute, and these tests do not look at them."""
     for name in ("_cost", "epsilon_of", "renyi_epsilon"):
         monkeypatch.setattr(privacy_plan, name, lambda *_: 1.0)
 
 
-def told(*chosen: str) -> dict[str, str]:
+def plan_rows(*chosen: str) -> dict[str, str]:
     """The rows of the plan, by name."""
     text = privacy_plan.plan_text(
         compose.load(["rounds=20", "privacy.target_epsilon=2", *chosen]), SHARDS, VOCABULARY
@@ -41,13 +41,13 @@ def ratio(rows: dict[str, str]) -> float:
     [
         (EXAMPLE, 8, "one step is so many times as long as the longest clipped gradient"),
         (CLIENT, 50, "one release is so many times as long as the longest clipped update"),
-        # an update may become any other, two clips away
+        # the update of one client may change to any other one, which is two clips away
         (LOCAL, 0.5, "one update is so many times as long as the longest clipped update"),
     ],
     ids=str,
 )
 def test_the_ratio_is_the_length_of_the_noise_in_clips(chosen, units, words):
-    rows = told(*chosen, "privacy.target_epsilon=null", "privacy.noise_multiplier=1.5")
+    rows = plan_rows(*chosen, "privacy.target_epsilon=null", "privacy.noise_multiplier=1.5")
     parameters = count_parameters(compose.load([]).model, VOCABULARY)
     assert ratio(rows) == pytest.approx(1.5 * math.sqrt(parameters) / units, rel=0.01)
     assert (
@@ -66,7 +66,7 @@ def test_the_ratio_is_the_length_of_the_noise_in_clips(chosen, units, words):
     ids=str,
 )
 def test_what_is_said_to_lower_it_does(chosen, more, words):
-    before = told(*chosen)
+    before = plan_rows(*chosen)
     assert before["lower with"].startswith(words)
     for change in (more, ["model.n_layer=1"], ["privacy.target_epsilon=4"]):
-        assert change is None or ratio(told(*chosen, *change)) < ratio(before), change
+        assert change is None or ratio(plan_rows(*chosen, *change)) < ratio(before), change

@@ -1,4 +1,4 @@
-"""What a person reads before and after a run, and the page of samples."""
+"""The texts before and after a run, the page of samples, the report and the model card."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedgpt.core.device import Compute
 from fedgpt.core.messages import ServerState
 from fedgpt.core.options import (
     AttackOptions,
@@ -21,12 +20,13 @@ from fedgpt.core.options import (
 )
 from fedgpt.data.partition import partition
 from fedgpt.data.prepare import prepare
+from fedgpt.report.model_card import model_card
 from fedgpt.report.page import report_page
 from fedgpt.report.run_report import opening, samples_page, summary_text
 from fedgpt.storage.checkpoint import Snapshot
 from fedgpt.storage.tables import RunIdentity, VersionLine
 
-COMPUTE = Compute("cpu", "bf16", "this CPU has AMX bf16 units")
+COMPUTE = "cpu, bf16 (this CPU has AMX bf16 units), 2 workers x 1 thread (2 cores)"
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def prepared(tmp_path_factory):
     return prepare(corpus, TokenizerOptions(name="bytes"), folder / "cache")
 
 
-def told(prepared, version=0, attack=None, **pace) -> tuple[str, int]:
+def opening_text(prepared, version=0, attack=None, **pace) -> tuple[str, int]:
     options = RunOptions(
         run_dir="/runs/x",
         rounds=9,
@@ -60,14 +60,12 @@ def told(prepared, version=0, attack=None, **pace) -> tuple[str, int]:
     snapshot = Snapshot(
         ServerState(np.zeros(25_000, np.float32), version), RunIdentity("run"), VersionLine({})
     )
-    text = opening(
-        options, prepared, shards, snapshot, COMPUTE, "2 workers x 1 thread (2 cores)", 4321
-    )
+    text = opening(options, prepared, shards, snapshot, COMPUTE, 4321)
     return text, sum(shard.size for shard in shards)
 
 
 def test_the_opening_says_every_choice_and_what_follows_from_it(prepared):
-    text, tokens = told(prepared, clients=3)
+    text, tokens = opening_text(prepared, clients=3)
     assert 1000 < tokens < 10_000
     assert text == "\n".join(
         [
@@ -75,8 +73,8 @@ def test_the_opening_says_every_choice_and_what_follows_from_it(prepared):
             f"      text  files: {tokens / 1000:.3g}k tokens at 4 clients, 4,321 held-out tokens",
             " tokenizer  bytes, 257 entries",
             "     model  25k parameters: 2 layers, width 32, context 16",
-            # 10 steps x 2 micro-batches x 4 sequences x 16 tokens x 3 clients; 3 vectors of 25,000
-            # float32
+            # 10 steps x 2 micro-batches x 4 sequences x 16 tokens x 3 clients; each way, three
+            # clients send 25,000 parameters as float32
             "     round  FedAdam: 3 of 4 clients x 10 steps = 3.84k tokens, 300 kB each way",
             "   compute  cpu, bf16 (this CPU has AMX bf16 units), 2 workers x 1 thread (2 cores)",
         ]
@@ -92,11 +90,11 @@ def test_the_opening_says_every_choice_and_what_follows_from_it(prepared):
     ],
 )
 def test_who_takes_part(prepared, pace, part):
-    assert part in told(prepared, **pace)[0]
+    assert part in opening_text(prepared, **pace)[0]
 
 
 def test_an_attack_is_not_silent(prepared):
-    text = told(prepared, attack=AttackOptions("scale", clients=2, strength=10.0))[0]
+    text = opening_text(prepared, attack=AttackOptions("scale", clients=2, strength=10.0))[0]
     assert (
         text.splitlines()[-1]
         == "    attack  scale of strength 10 by 2 of 4 clients, for research only"
@@ -104,7 +102,9 @@ def test_an_attack_is_not_silent(prepared):
 
 
 def test_a_resumed_run_says_where_it_is(prepared):
-    assert told(prepared, version=4)[0].splitlines()[-1] == "    resume  from version 4 of 9"
+    assert (
+        opening_text(prepared, version=4)[0].splitlines()[-1] == "    resume  from version 4 of 9"
+    )
 
 
 def score(version: int, loss: float) -> dict:
@@ -123,7 +123,7 @@ SUMMARY = {
     "weights_sha256": "0123456789abcdef" * 4,
     "rejected": {"late": 2, "non_finite": 1},
 }
-RECORDS = [
+METRICS = [
     {**score(0, 8.0), "prompt": "The river", "sample": " was first."},
     score(1, 5.0),
     {**score(2, 6.0), "prompt": "The river", "sample": " rose again.  "},
@@ -143,7 +143,7 @@ more text: fedgpt generate /runs/x --prompt "..."
 
 
 def test_the_summary_is_before_and_after_speed_traffic_and_the_newest_sample():
-    assert summary_text(SUMMARY, RECORDS, Path("/runs/x")) + "\n" == GOLDEN
+    assert summary_text(SUMMARY, METRICS, Path("/runs/x")) + "\n" == GOLDEN
 
 
 def test_a_summary_without_samples_or_time():
@@ -153,19 +153,19 @@ def test_a_summary_without_samples_or_time():
 
 def test_the_command_for_more_text_can_be_pasted():
     assert "fedgpt generate '/my runs/x' --prompt" in summary_text(
-        SUMMARY, RECORDS, Path("/my runs/x")
+        SUMMARY, METRICS, Path("/my runs/x")
     )
 
 
 def test_a_byte_model_cannot_write_control_codes_to_the_terminal():
-    wild = {**RECORDS[2], "sample": " rose\x1b[2J\x00 and\tfell\nagain"}
+    wild = {**METRICS[2], "sample": " rose\x1b[2J\x00 and\tfell\nagain"}
     text = summary_text(SUMMARY, [wild], Path("/runs/x"))
     assert "The river rose\ufffd[2J\ufffd and\tfell\nagain" in text
     assert "\x1b" not in samples_page([wild]) and "\x00" not in samples_page([wild])
 
 
 def test_samples_are_one_section_a_version():
-    assert samples_page(RECORDS) == (
+    assert samples_page(METRICS) == (
         "# What the model wrote\n\n"
         "## Version 0: 2.000 bits per byte\n\n```text\nThe river was first.\n```\n\n"
         "## Version 2: 1.500 bits per byte\n\n```text\nThe river rose again.  \n```\n"
@@ -173,12 +173,81 @@ def test_samples_are_one_section_a_version():
 
 
 def test_a_sample_cannot_end_its_own_block():
-    page = samples_page([{**RECORDS[0], "sample": "\n```\n# not a heading"}])
+    page = samples_page([{**METRICS[0], "sample": "\n```\n# not a heading"}])
     assert page.count("```") == 2
 
 
 def test_a_page_without_samples_is_only_its_title():
     assert samples_page([score(0, 8.0)]) == "# What the model wrote\n"
+
+
+# ---- another task, which is judged by its accuracy
+
+
+def of_accuracy(version: int, accuracy: float, loss: float) -> dict:
+    return {"version": version, "accuracy": accuracy, "loss": loss}
+
+
+LABELLED = {
+    **SUMMARY,
+    "versions": 2,
+    "score": "accuracy",
+    "initial": of_accuracy(0, 0.25, 1.5),
+    "final": of_accuracy(2, 0.75, 0.5),
+    "best": of_accuracy(1, 0.875, 0.625),
+    "epsilon": None,
+}
+
+
+def test_the_summary_of_another_task_names_its_score():
+    line = summary_text(LABELLED, [], Path("/runs/x")).splitlines()[1]
+    assert line == (
+        "held-out accuracy       0.250 -> 0.750   (loss 1.500 -> 0.500; best 0.875 at version 1)"
+    )
+
+
+def test_samples_of_another_task_stand_beside_its_score():
+    line = {**of_accuracy(3, 0.75, 0.5), "prompt": "Good?", "sample": " yes"}
+    assert "## Version 3: accuracy 0.750\n" in samples_page([line], "accuracy")
+
+
+def test_the_report_of_another_task_has_a_column_for_its_score(tmp_path):
+    for name in ("command.txt", "config.yaml"):
+        (tmp_path / name).write_text("seed: 1\n")
+    traffic = {"tokens": 7, "bytes_up": 1, "bytes_down": 1}
+    page = report_page(LABELLED, [{**of_accuracy(2, 0.75, 0.5), **traffic}], tmp_path)
+    assert "<th>tokens</th><th>held-out accuracy</th><th>up</th>" in page
+    assert "<td>7</td><td>0.7500</td><td>1 B</td>" in page and "bits per byte" not in page
+
+
+@pytest.mark.parametrize(
+    "summary, table",
+    [
+        (
+            {**SUMMARY, "versions": 2},
+            [
+                "| held-out text | loss | perplexity | bits per byte |",
+                "|---|---|---|---|",
+                "| last version | 6.0000 | 64.00 | 1.5000 |",
+            ],
+        ),
+        (
+            LABELLED,
+            [
+                "| held-out text | accuracy | loss |",
+                "|---|---|---|",
+                "| last version | 0.7500 | 0.5000 |",
+            ],
+        ),
+    ],
+    ids=["lm", "accuracy"],
+)
+def test_a_model_card_has_every_score(summary, table):
+    options = RunOptions(strategy={"_target_": "fedgpt.aggregate.fedavg.FedAvg"})
+    assert "\n".join(table) in model_card(options, summary, {})
+
+
+# ---- the report
 
 
 def test_the_report_shows_text_and_never_runs_it(tmp_path):

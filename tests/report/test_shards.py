@@ -1,3 +1,7 @@
+"""The output of `fedgpt data`."""
+
+from __future__ import annotations
+
 import io
 
 import numpy as np
@@ -14,7 +18,7 @@ from fedgpt.report.shards import data_report, histogram
 
 @pytest.fixture
 def prepared(tmp_path):
-    """Twelve people, the n-th of whom wrote n pages."""
+    """Twelve writers: the n-th has written n pages."""
     folder = tmp_path / "text"
     for person in range(12):
         (folder / f"writer {person:02d} [x]").mkdir(parents=True)
@@ -33,7 +37,7 @@ def report(prepared, shards, **console) -> str:
     return stream.getvalue()
 
 
-def test_the_report_tells_what_a_run_would_use(prepared):
+def test_the_report_shows_the_data_of_a_run(prepared):
     shards = partition(prepared, PartitionOptions(), 0, 65)
     text = report(prepared, shards)
     split = prepared.manifest["split"]
@@ -61,7 +65,7 @@ def test_without_a_terminal_it_is_plain(prepared):
     )
 
 
-def test_it_says_who_is_left_out(prepared):
+def test_it_says_how_many_clients_are_left_out(prepared):
     shards = partition(prepared, PartitionOptions(clients=3), 0, 65)
     everybody = partition(prepared, PartitionOptions(), 0, 1)
     missing = sum(shard.size for shard in everybody) - sum(shard.size for shard in shards)

@@ -1,0 +1,62 @@
+"""The Python interface: what an object says of a run's folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fedgpt import open_run
+from fedgpt.core.errors import ConfigError, FedGPTError
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (tmp_path / "config.yaml").write_text("seed: 0\n")
+    return tmp_path
+
+
+def write(folder: Path, lines: list[dict], summary: dict | None = None) -> str:
+    """The representation of a run with these files."""
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if summary is not None:
+        (folder / "summary.json").write_text(json.dumps(summary))
+    return repr(open_run(folder))
+
+
+START = {"version": 0, "loss": 8.0, "bits_per_byte": 2.9}
+NEWEST = {"version": 3, "tokens": 30}
+
+
+def test_a_run_says_its_folder_its_state_and_its_newest_score(folder):
+    assert repr(open_run(folder)) == f"<Run {folder}: no version yet>"
+    assert write(folder, [NEWEST]) == f"<Run {folder}: at version 3>"
+    lines = [START, NEWEST]
+    assert write(folder, lines) == f"<Run {folder}: at version 3, 2.900 bits per byte>"
+    finished = f"<Run {folder}: finished at version 3, 2.900 bits per byte>"
+    assert write(folder, lines, {"versions": 3}) == finished
+
+
+def test_a_run_of_another_task_says_the_score_that_it_is_judged_by(folder):
+    lines = [{"version": 0, "accuracy": 0.25}, {"version": 1, "accuracy": 0.75}]
+    summary = {"versions": 1, "score": "accuracy"}
+    assert write(folder, lines, summary).endswith(": finished at version 1, accuracy 0.750>")
+
+
+def test_a_damaged_summary_does_not_hide_a_run(folder):
+    (folder / "summary.json").write_text("{")
+    assert write(folder, [NEWEST]) == f"<Run {folder}: at version 3>"
+
+
+def test_a_run_that_is_not_finished_has_no_summary(folder):
+    with pytest.raises(FedGPTError, match="has no summary yet; finish it with: fedgpt run resume="):
+        _ = open_run(folder).summary
+    assert open_run(folder).metrics == []
+
+
+@pytest.mark.parametrize("name", ["", "nowhere"])
+def test_what_is_no_run_is_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="is not a run's folder, as it has no config"):
+        open_run(name)
