@@ -20,6 +20,7 @@ from yaml import YAMLError
 from fedgpt.config import checks, overrides
 from fedgpt.core.errors import ConfigError, nearest
 from fedgpt.core.options import RunOptions
+from fedgpt.core.runtimes import runtime_problems
 from fedgpt.privacy.problems import privacy_problems
 from fedgpt.server.pacing import make_pace, pace_problems
 from fedgpt.simulate.fleet import replay_problems
@@ -259,9 +260,7 @@ def _problems(o: RunOptions, here: bool) -> Iterator[str]:
     yield from wrong
     if here:
         yield from checks.folder_problems(o)
-        yield from checks.runtime_problems(
-            o.runtime.name, o.partition.clients if o.partition.name != "natural" else 0
-        )
+        yield from runtime_problems(o, o.partition.clients if o.partition.name != "natural" else 0)
     try:
         strategy = build_strategy(o.strategy, o.trusted_packages)
     except ConfigError as error:

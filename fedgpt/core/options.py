@@ -193,9 +193,11 @@ class AttackOptions:
 
 @dataclass
 class RuntimeOptions:
-    """runtime=pool|ray|superlink: what carries messages and who runs the clients."""
+    """runtime=pool|ray|superlink|inprocess|custom: what runs the clients and carries messages."""
 
     name: str = "pool"
+    _target_: str | None = None  # runtime=custom: full name of a class
+    arguments: Any = None  # runtime=custom: the constructor arguments of that class, by name
     workers: int = 0  # client processes; 0 = one per core (or one per GPU)
     threads: int = 0  # torch threads of each; 0 = cores / workers
     device: str = "auto"  # auto, cpu, cuda

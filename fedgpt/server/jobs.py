@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fedgpt.core.messages import Job, Pacing, Plan, ServerState
+from fedgpt.core.messages import Job, JobTime, Pacing, Plan, ServerState
 from fedgpt.core.options import RunOptions
 from fedgpt.server.privacy import Privacy
 from fedgpt.simulate.fleet import Fleet
@@ -125,15 +125,15 @@ class JobPlanner:
         return max(1, math.floor(full * speeds[client] / max(speeds.values()) + 1e-9))
 
     def measure(
-        self, job: Job, now: float, speeds: dict[str, float], seconds: float | None = None
+        self, job: Job, now: float, speeds: dict[str, float], job_time: JobTime = JobTime()
     ) -> float:
         """Smooth a client's speed, in local steps a second as the server sees them; returns how
         long the job took.
 
-        `seconds` as in `Reply`. The first job that is measured counts in full.
+        The first job that is measured counts in full.
         """
-        took = now - job.sent if seconds is None or math.isnan(seconds) else seconds
-        if took > 0 and (seconds is None or not math.isnan(seconds)):
+        took = now - job.sent if job_time.seconds is None else job_time.seconds
+        if took > 0 and job_time.measured:
             speeds[job.client] = self._smoothed(speeds.get(job.client), job.plan.local_steps / took)
         return took
 

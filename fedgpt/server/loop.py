@@ -16,7 +16,7 @@ import numpy as np
 from fedgpt.aggregate.base import Strategy
 from fedgpt.core.errors import ConfigError, FedGPTError, Interrupted, StoppedEarly, UpdateRejected
 from fedgpt.core.faults import reach
-from fedgpt.core.messages import Job, Reply, ServerState, Update
+from fedgpt.core.messages import Job, JobTime, Reply, ServerState, Update
 from fedgpt.core.options import RunOptions
 from fedgpt.core.transport import Transport
 from fedgpt.server.collector import UpdateCollector, model_length
@@ -283,7 +283,7 @@ class Server:
             update = self.collector.read(
                 reply, job, self.tables.run, job.plan.local_steps * self.planner.step_tokens
             )
-            self._accept(update, job, reply.seconds)
+            self._accept(update, job, reply.job_time)
             self._choose_pacing({})
         except UpdateRejected as rejection:
             self._reject(
@@ -292,13 +292,13 @@ class Server:
             if job is not None:
                 self._fail(None if rejection.code == "stale" else reply.client)
 
-    def _accept(self, update: Update, job: Job, seconds: float | None) -> None:
+    def _accept(self, update: Update, job: Job, job_time: JobTime) -> None:
         staleness = self.state.version - update.version
         limit = self.options.pace.max_staleness
         if limit is not None and staleness > limit:
             raise UpdateRejected("stale", f"{staleness} versions old, pace.max_staleness={limit}")
         update = self.collector.add(update, job, staleness)
-        took = self.planner.measure(job, self.transport.now(), self.tables.speeds, seconds)
+        took = self.planner.measure(job, self.transport.now(), self.tables.speeds, job_time)
         if not self.privacy.sums:  # what is measured of single updates is not noised
             self.diagnostics.update(update, self.pace.keeps_jobs)
         self.privacy.answered(update, self.tables)
@@ -317,7 +317,7 @@ class Server:
             tokens=update.tokens,
             staleness=staleness,
             train_seconds=took,
-            measured=seconds in (None, took),
+            measured=job_time.measured,
         )
         reach("accepted")
 
