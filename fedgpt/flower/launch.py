@@ -42,7 +42,7 @@ def launch(options: RunOptions) -> None:
 
 
 def client_environment(options: RunOptions, resources: Resources) -> dict[str, str]:
-    """Variables of the client processes on this machine: thread counts, the folder of their state."""
+    """Environment variables of client processes: thread counts, and the folder of their state."""
     pools = dict.fromkeys(
         ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(resources.threads)
     )

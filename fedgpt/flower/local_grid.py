@@ -80,7 +80,7 @@ class LocalGrid(Grid):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
-        """Push the messages, then pull until all replies have come or `timeout` seconds are over."""
+        """Push the messages, then pull until all replies have come or `timeout` is over."""
         missing, replies = dict.fromkeys(self.push_messages(messages)), []
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         while missing:

@@ -149,7 +149,7 @@ def _raise_failure(folder: Path) -> None:
 
 
 def _wait_until_healthy(port: int, home: Path) -> None:
-    """Return when the SuperLink answers; raise FedGPTError with the end of its log if it does not."""
+    """Return when the SuperLink answers; raises FedGPTError with the end of its log if it fails."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         try:

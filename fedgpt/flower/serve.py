@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import logging
-import os
 import secrets
 import shlex
 import sys
@@ -33,6 +32,7 @@ from fedgpt.core.files import write_text
 from fedgpt.core.flat import flatten
 from fedgpt.core.messages import ClientInfo, ServerState
 from fedgpt.core.options import RunOptions
+from fedgpt.core.resources import Resources, resources_for
 from fedgpt.core.seeds import derive_seed
 from fedgpt.core.transport import Transport
 from fedgpt.data.corpora import corpus_prompt
@@ -40,8 +40,7 @@ from fedgpt.data.partition import Shard, partition
 from fedgpt.data.prepare import Prepared, prepare
 from fedgpt.evaluate.held_out import HeldOut
 from fedgpt.flower.grid_transport import GridTransport
-from fedgpt.flower.pool.grid import PoolGrid
-from fedgpt.flower.pool.resources import Resources, resources_for
+from fedgpt.flower.local_grid import LocalGrid
 from fedgpt.flower.strategy_adapter import FlowerStrategy
 from fedgpt.model.gpt import GPT
 from fedgpt.model.hf import export_model
@@ -65,8 +64,6 @@ from fedgpt.storage.run_folder import RunFolder
 
 # seconds past the deadline before a client that hangs is given up (the pool ends its worker)
 TTL_MARGIN = 10.0
-# names a file by which a launcher in another process asks a server to stop
-STOP_FILE = "FEDGPT_STOP_FILE"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # no more room for a file
 log = logging.getLogger(__name__)
 
@@ -251,16 +248,13 @@ class _Run:
         journal go around.
         """
         known = None
-        if isinstance(self.grid, PoolGrid):
+        if isinstance(self.grid, LocalGrid):
             infos = [ClientInfo(shard.client, shard.size) for shard in self.shards]
             known = dict(zip(self.grid.get_node_ids(), infos, strict=True))
         virtual, deadline = self.options.clock == "virtual", self.options.pace.deadline
         ttl = None if deadline is None or virtual else deadline + TTL_MARGIN
         now = snapshot.tables.seconds
-        stop = Path(os.environ[STOP_FILE]) if STOP_FILE in os.environ else None
-        real = GridTransport(
-            self.grid, len(self.shards), self.prepared.digest, known, ttl, now, stop
-        )
+        real = GridTransport(self.grid, len(self.shards), self.prepared.digest, known, ttl, now)
         if virtual:
             return VirtualTransport(real, make_timing(self.options), now)
         return (

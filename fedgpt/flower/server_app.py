@@ -41,7 +41,5 @@ def main(grid: Grid, context: Context) -> None:
 
 def run_on(grid: Grid, options: RunOptions) -> None:
     """Run the ServerApp in this process on `grid`, to the last version."""
-    context = Context(
-        grid.run.run_id, SUPERLINK_NODE_ID, {}, RecordDict(), run_config_of(options)
-    )
+    context = Context(grid.run.run_id, SUPERLINK_NODE_ID, {}, RecordDict(), run_config_of(options))
     app(grid, context)

@@ -15,6 +15,7 @@ from fedgpt.simulate.fleet import Fleet
 from fedgpt.storage.checkpoint import RunTables
 from fedgpt.update.downlink import Published
 
+UNKNOWN = JobTime()
 SPEED_MEMORY = 0.5  # share of the old value in a client's smoothed speed
 
 
@@ -125,7 +126,7 @@ class JobPlanner:
         return max(1, math.floor(full * speeds[client] / max(speeds.values()) + 1e-9))
 
     def measure(
-        self, job: Job, now: float, speeds: dict[str, float], job_time: JobTime = JobTime()
+        self, job: Job, now: float, speeds: dict[str, float], job_time: JobTime = UNKNOWN
     ) -> float:
         """Smooth a client's speed, in local steps a second as the server sees them; returns how
         long the job took.

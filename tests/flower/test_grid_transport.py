@@ -18,7 +18,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedgpt.core.errors import FedGPTError, StoppedEarly
 from fedgpt.core.messages import ClientInfo, Job, Plan
-from fedgpt.flower.grid_transport import ATTEMPTS, GridTransport
+from fedgpt.flower.grid_transport import ATTEMPTS, STOP_FILE, GridTransport
 from fedgpt.flower.messages import info_content, read_job, update_content
 
 DIED, RAISED = ErrorCode.CLIENT_APP_CRASHED, ErrorCode.CLIENT_APP_RAISED_EXCEPTION
@@ -217,12 +217,13 @@ def test_waiting_for_their_names_ends_too():
         made.clients(timeout=0.2)
 
 
-def test_a_file_ends_every_wait(tmp_path):
-    """How a launcher stops a server whose process or thread gets no signal of its own."""
+def test_a_file_ends_every_wait(tmp_path, monkeypatch):
+    """A launcher stops a server this way if the server's process or thread gets no signal."""
     stop = tmp_path / "stop"
+    monkeypatch.setenv(STOP_FILE, str(stop))
     known = {7: ClientInfo("a", 10)}
-    made = GridTransport(Asked({}), 1, "digest", stop=stop)
-    working = GridTransport(Grid({}), 1, "digest", known, stop=stop)
+    made = GridTransport(Asked({}), 1, "digest")
+    working = GridTransport(Grid({}), 1, "digest", known)
     assert working.receive(0.1) == []
     stop.touch()
     for wait in (lambda: made.clients(timeout=60), lambda: working.receive(60.0)):

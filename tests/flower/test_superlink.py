@@ -1,4 +1,4 @@
-"""What Flower's own tools are told of a machine."""
+"""The settings of Flower's simulation engine."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedgpt.core.device import Compute
-from fedgpt.flower.pool.resources import Resources
-from fedgpt.flower.superlink import _simulation
+from fedgpt.core.resources import Resources
+from fedgpt.flower.runtimes.ray import simulation_settings
 
 
 def settings(workers: int, gpus: int) -> dict[str, float]:
     compute = Compute("cuda" if gpus else "cpu", "fp32", "test")
-    flag, text = _simulation(
-        8, Resources(compute, workers, 3, "test", tuple(map(str, range(gpus))))
-    )
-    assert flag == "--federation-config"
+    names = tuple(map(str, range(gpus)))
+    text = simulation_settings(8, Resources(compute, workers, 3, "test", names))
     return {name: float(value) for name, _, value in (part.partition("=") for part in text.split())}
 
 

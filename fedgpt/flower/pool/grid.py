@@ -58,7 +58,7 @@ class _Queued:
 
 @dataclass(eq=False)
 class _Answer:
-    """A reply that was not pulled yet: a worker's frame, with arrays not mapped yet, or an error."""
+    """A reply that was not pulled yet: the frame of a worker, its arrays not mapped, or an error."""
 
     request: Metadata
     outcome: Frame | Error

@@ -3,7 +3,6 @@ memory.
 """
 
 import gc
-import math
 import os
 import signal
 import subprocess
@@ -16,10 +15,13 @@ import pytest
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
+from fedgpt.core.messages import JobTime
 from fedgpt.flower.pool.grid import PoolGrid
 from fedgpt.flower.pool.shared_memory import array_record
+from fedgpt.flower.pool.workers import WorkerSettings
 
 HERE = Path(__file__).resolve().parents[2] / "support"
+APP = "toy_app:app"
 CLIENTS, WORKERS = 40, 2
 LONG = 30.0  # seconds; bounds every wait, none is expected to come near
 
@@ -32,7 +34,9 @@ def environment(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shared_grid(environment):
-    with PoolGrid("toy_app:app", CLIENTS, WORKERS, 1, {"hello": "world"}, environment) as made:
+    with PoolGrid(
+        CLIENTS, WorkerSettings(APP, WORKERS, 1, {"hello": "world"}, environment)
+    ) as made:
         yield made
 
 
@@ -120,7 +124,7 @@ def test_metadata_of_replies(grid):
 
 
 def test_workers_share_the_gpus_and_one_that_follows_another_takes_its_place(environment):
-    with PoolGrid("toy_app:app", 4, 4, 1, {}, environment, gpus=["5", "7"]) as grid:
+    with PoolGrid(4, WorkerSettings(APP, 4, 1, {}, environment, ["5", "7"])) as grid:
 
         def gpus() -> list[int]:
             seen: dict[int, int] = {}
@@ -181,7 +185,7 @@ def test_two_versions_in_flight_at_once(grid):
 
 
 def test_a_client_that_raises(environment, capfd):
-    with PoolGrid("toy_app:app", CLIENTS, 1, 1, {}, environment) as grid:
+    with PoolGrid(CLIENTS, WorkerSettings(APP, 1, 1, {}, environment)) as grid:
         bad, none, good = ask(grid, request(do="raise"), request(do="nothing"), request())
     assert bad.error.code == 2 and bad.error.reason == "KeyError: 'no such thing'"
     assert none.error.code == 2 and "NoneType" in none.error.reason
@@ -272,7 +276,7 @@ def test_wait_is_bounded(grid):
 
 
 def test_sending_does_not_wait_for_a_worker_that_does_not_read(environment):
-    with PoolGrid("toy_app:app", 4, 1, 1, {}, environment) as grid:
+    with PoolGrid(4, WorkerSettings(APP, 1, 1, {}, environment)) as grid:
         pid = metric(ask(grid, request())[0], "pid")
         os.kill(pid, signal.SIGSTOP)
         big = request()
@@ -306,7 +310,7 @@ def test_the_server_does_not_grow_with_messages_in_flight(grid):
 
 def test_close_leaves_nothing(environment):
     before, processes, visible = descriptors(), children(), sorted(Path("/dev/shm").iterdir())
-    grid = PoolGrid("toy_app:app", 4, 2, 1, {}, environment)
+    grid = PoolGrid(4, WorkerSettings(APP, 2, 1, {}, environment))
     ask(grid, *(request(1000 + i, arrays=array_record({"w": np.zeros(1000)})) for i in range(4)))
     grid.push_messages(
         [
@@ -324,7 +328,7 @@ def test_close_leaves_nothing(environment):
 
 def test_close_while_workers_start(environment):
     before, processes = descriptors(), children()
-    PoolGrid("toy_app:app", 4, 2, 1, {}, environment).close()
+    PoolGrid(4, WorkerSettings(APP, 2, 1, {}, environment)).close()
     assert children() == processes and descriptors() == before
 
 
@@ -337,14 +341,14 @@ def test_close_while_workers_start(environment):
     ],
 )
 def test_an_app_that_cannot_be_loaded(environment, name, text):
-    with PoolGrid(name, 4, 3, 1, {}, environment) as grid:
+    with PoolGrid(4, WorkerSettings(name, 3, 1, {}, environment)) as grid:
         grid.push_messages([request()])
         with pytest.raises(RuntimeError, match="(?s)no worker could start.*" + text):
             grid.wait(LONG)
         with pytest.raises(RuntimeError, match=text):
             grid.pull_messages([])
     with pytest.raises(ValueError, match="num_clients=0"):
-        PoolGrid(name, 0, 1, 1, {})
+        PoolGrid(0, WorkerSettings(name, 1))
 
 
 SERVER = """
@@ -352,11 +356,12 @@ import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would we
 from flwr.app import ConfigRecord, Message, RecordDict
 from fedgpt.flower.pool.grid import PoolGrid
+from fedgpt.flower.pool.workers import WorkerSettings
 
 def content(do):
     return RecordDict({"config": ConfigRecord({"do": do, "seconds": 600.0})})
 
-grid = PoolGrid("toy_app:app", 4, 2, 1, {})
+grid = PoolGrid(4, WorkerSettings("toy_app:app", 2))
 pids = set()
 while len(pids) < 2:
     replies = grid.send_and_receive([Message(content(""), 1000, "train") for _ in range(8)])
@@ -428,17 +433,16 @@ def test_workers_wait_for_a_reader_who_is_slower(grid):
 
 
 def test_a_job_takes_as_long_as_a_worker_is_at_it_and_not_its_time_in_the_queue(environment):
-    with PoolGrid("toy_app:app", 3, 1, 1, {}, environment) as grid:
+    with PoolGrid(3, WorkerSettings(APP, 1, 1, {}, environment)) as grid:
         ids = grid.push_messages([request(1000 + i, do="sleep", seconds=0.4) for i in range(3)])
-        assert math.isnan(seconds_of(grid, ids[0])), "the first has the start of its worker in it"
+        assert not time_of(grid, ids[0]).measured, "the first job includes the start of its worker"
         for later in ids[1:]:
-            assert 0.4 <= seconds_of(grid, later) < 0.8
-        assert grid.seconds_of(ids[0]) is None, "it has been pulled"
+            assert 0.4 <= time_of(grid, later).seconds < 0.8
+        assert grid.time_of(ids[0]) == JobTime(), "its reply has been pulled"
 
 
-def seconds_of(grid: PoolGrid, message_id: str) -> float:
+def time_of(grid: PoolGrid, message_id: str) -> JobTime:
     assert grid.wait(LONG, [message_id])
-    seconds = grid.seconds_of(message_id)
+    took = grid.time_of(message_id)
     grid.pull_messages([message_id])
-    assert seconds is not None
-    return seconds
+    return took
