@@ -22,7 +22,7 @@ from fedgpt.core.options import RunOptions
 from fedgpt.core.runtimes import runtime_problems
 from fedgpt.privacy.problems import privacy_problems
 from fedgpt.server.pacing import make_pace, pace_problems
-from fedgpt.simulate.fleet import replay_problems
+from fedgpt.simulate.replay import replay_problems
 
 TRUSTED = ("fedgpt.aggregate", "flwr.serverapp.strategy")
 FREE = ("cache_dir", "run_dir", "runtime.workers")  # where a run computes may change

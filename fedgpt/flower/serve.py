@@ -55,8 +55,8 @@ from fedgpt.report.run_report import opening, privacy_text, samples_page, summar
 from fedgpt.server.loop import Server
 from fedgpt.server.metrics import first_record
 from fedgpt.server.privacy import make_privacy
-from fedgpt.simulate.fleet import Fleet, make_timing
-from fedgpt.simulate.virtual_clock import VirtualTransport
+from fedgpt.simulate.fleet import Fleet
+from fedgpt.simulate.virtual_clock import VirtualTransport, make_timing
 from fedgpt.storage.checkpoint import Checkpoints, RunTables, Snapshot
 from fedgpt.storage.initial_weights import initial_weights
 from fedgpt.storage.journal import Journal, RecordedTransport, needs_journal

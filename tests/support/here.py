@@ -14,7 +14,7 @@ def run_here(*overrides: str) -> dict[str, Any]:
 
 
 def tiny_run(folder: Path) -> list[str]:
-    """Options of a small run in `folder`: two clients, each with the text of one writer, 3 rounds."""
+    """Options of a small run in `folder`: two clients with one writer's text each, 3 rounds."""
     for writer in ("ann", "bob"):
         (folder / "text" / writer).mkdir(parents=True)
         for page in range(6):

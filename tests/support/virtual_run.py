@@ -26,8 +26,7 @@ from fedgpt.core.options import (
 )
 from fedgpt.server.loop import Server
 from fedgpt.server.metrics import first_record
-from fedgpt.simulate.fleet import make_timing
-from fedgpt.simulate.virtual_clock import VirtualTransport
+from fedgpt.simulate.virtual_clock import VirtualTransport, make_timing
 from fedgpt.storage.checkpoint import Checkpoints, RunTables, Snapshot
 from fedgpt.storage.run_folder import RunFolder
 

@@ -353,7 +353,8 @@ def test_an_app_that_cannot_be_loaded(environment, name, text):
 
 SERVER = """
 import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would we
+# a shell's background jobs ignore SIGINT, and children inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from flwr.app import ConfigRecord, Message, RecordDict
 from fedgpt.flower.pool.grid import PoolGrid
 from fedgpt.flower.pool.workers import WorkerSettings
