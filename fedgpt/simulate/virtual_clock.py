@@ -59,7 +59,7 @@ class VirtualTransport:
         return there
 
     def send(self, jobs: Sequence[Job]) -> None:
-        """Start to compute every job whose reply will arrive, and record the time of its arrival."""
+        """Start to compute every job whose reply will arrive, and record when it arrives."""
         for job in jobs:
             trip = self.timing.trip(job, self.inner.bytes_down(job))
             settled = bool(trip.lost) or trip.per_byte == 0
@@ -73,7 +73,7 @@ class VirtualTransport:
         self.inner.send(sorted(real, key=lambda job: trips[id(job)].arrives))
 
     def receive(self, timeout: float | None) -> list[Reply]:
-        """The next reply; [] if none arrives in `timeout` seconds or an unavailable client returns."""
+        """The next reply; [] after `timeout` seconds or when an unavailable client returns."""
         until = math.inf if timeout is None else self._now + timeout
         if timeout and until == self._now:
             # a timeout below the clock's resolution must end, too

@@ -111,7 +111,9 @@ def test_a_server_that_asks_for_less_noise_or_longer_is_held_to_the_clients_own_
         client(o, tmp_path).steps(
             replace(refund, plan=replace(refund.plan, local_steps=-3)), "fresh"
         )
-    with pytest.raises(BudgetExhausted, match=r"delta 0\.5 is not below one over the 40 units"):
+    with pytest.raises(
+        BudgetExhausted, match=r"delta 0\.5 is not below 1 / 40, one over this client's units"
+    ):
         client(o, tmp_path).steps(job(o, delta=0.5), "fresh")
     # one job is still within the budget
     client(o, tmp_path).steps(job(o, participations=10_000), "fresh")

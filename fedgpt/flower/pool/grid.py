@@ -58,7 +58,7 @@ class _Queued:
 
 @dataclass(eq=False)
 class _Answer:
-    """A reply that was not pulled yet: the frame of a worker, its arrays not mapped, or an error."""
+    """An unread reply: a worker's frame, whose arrays are not mapped yet, or an error."""
 
     request: Metadata
     outcome: Frame | Error

@@ -241,7 +241,7 @@ def test_a_message_that_waits_longer_than_its_ttl(grid):
     busy = [request(do="sleep", seconds=1.0) for _ in range(WORKERS)]
     late = request(ttl=0.3)
     *_, reply = ask(grid, *busy, late)
-    assert reply.error.code == 3 and "queued" in reply.error.reason
+    assert reply.error.code == 3 and "in the queue" in reply.error.reason
 
 
 def test_a_reply_that_nobody_pulls_in_time(grid):
