@@ -64,7 +64,8 @@ def read_job(message: Message) -> Job:
     """
     about = json.loads(_config_text(message.content, "job"))
     fields: dict[str, Any] = {FIELDS.get(n, str(n)): v for n, v in about["plan"].items()}
-    plan = Plan(**fields | {"keep": tuple(fields["keep"])})
+    fields["keep"] = tuple(fields["keep"])
+    plan = Plan(**fields)
     params = _vector(message.content, "params")
     if plan.downlink == "bf16":
         params = BF16().decode(params, params.size // 2)
@@ -115,8 +116,8 @@ def read_info(message: Message) -> tuple[ClientInfo, str]:
     return ClientInfo(str(who["id"]), int(str(size["tokens"]))), str(who["digest"])
 
 
-# Records are read by name, because the properties of a RecordDict (`array_records` and others) create
-# a reference cycle, which would keep each large array in memory until the garbage collector runs.
+# Records are read by name, because properties of a RecordDict (`array_records` and others) create a
+# reference cycle, which would keep each large array in memory until the garbage collector runs.
 
 
 def _config_text(content: RecordDict, name: str) -> str:
