@@ -237,8 +237,8 @@ def _refusal(inner: object) -> str:
     if isinstance(inner, _DP):
         return (
             f"{typed}: its noise comes from a global generator, which is not secret and cannot be"
-            " resumed, and it weights clipped updates by token counts, which breaks the sensitivity;"
-            " take another strategy and privacy=client"
+            " resumed, and it weights clipped updates by token counts, which breaks the"
+            " sensitivity; take another strategy and privacy=client"
         )
     if isinstance(inner, stock.FedXgbBagging | stock.FedXgbCyclic):
         return (

@@ -65,8 +65,8 @@ def test_runtimes_are_checked_without_flower_and_torch():
 
 
 def test_a_runtime_that_does_not_exist_is_refused():
-    told = list(runtime_problems(options_with("pol"), 0))
-    assert told == [
+    problems = list(runtime_problems(options_with("pol"), 0))
+    assert problems == [
         "runtime.name=pol: allowed are inprocess, pool, ray, superlink, custom;"
         " did you mean 'pool'?"
     ]

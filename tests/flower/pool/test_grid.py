@@ -1,6 +1,4 @@
-"""The pool's Grid contract, and that nothing outlives it: no process, no descriptor, no shared
-memory.
-"""
+"""The pool as a Flower Grid; after it no process, descriptor or shared memory is left."""
 
 import gc
 import os
@@ -23,7 +21,7 @@ from fedgpt.flower.pool.workers import WorkerSettings
 HERE = Path(__file__).resolve().parents[2] / "support"
 APP = "toy_app:app"
 CLIENTS, WORKERS = 40, 2
-LONG = 30.0  # seconds; bounds every wait, none is expected to come near
+LONG = 30.0  # seconds at most of every wait; all are expected to be much shorter
 
 
 @pytest.fixture(scope="module")
@@ -123,12 +121,12 @@ def test_metadata_of_replies(grid):
     assert 0 < reply.metadata.ttl < message.metadata.ttl
 
 
-def test_workers_share_the_gpus_and_one_that_follows_another_takes_its_place(environment):
+def test_workers_share_the_gpus_and_a_replacement_gets_the_gpu_of_its_predecessor(environment):
     with PoolGrid(4, WorkerSettings(APP, 4, 1, {}, environment, ["5", "7"])) as grid:
 
         def gpus() -> list[int]:
             seen: dict[int, int] = {}
-            while len(seen) < 4:  # some are starting still
+            while len(seen) < 4:  # some workers are still starting
                 replies = ask(
                     grid, *(request(node, do="sleep", seconds=0.2) for node in grid.get_node_ids())
                 )
@@ -173,7 +171,7 @@ def test_one_array_for_many_messages_is_written_once(grid):
     params = array_record({"w": np.zeros(100_000)})
     replies = ask(grid, *(request(1000 + i, arrays=params) for i in range(8)))
     assert len({metric(reply, "inode") for reply in replies}) == 1
-    assert not grid._broadcasts  # and is gone with the last of them
+    assert not grid._broadcasts  # and is freed with the last of them
     (later,) = ask(grid, request(arrays=params))
     assert metric(later, "inode") != metric(replies[0], "inode")
 
@@ -198,7 +196,7 @@ def test_no_such_node(grid):
     assert low.error.code == high.error.code == 5 and good.has_content()
 
 
-def test_what_cannot_be_pushed(grid):
+def test_messages_that_cannot_be_pushed(grid):
     (reply,) = ask(grid, request())
     with pytest.raises(ValueError, match="only a request"):
         grid.push_messages([request(), reply])
@@ -260,12 +258,12 @@ def test_discarded_messages_leave_no_trace(grid):
     assert ask(grid, request())[0].has_content() and grid.pull_messages(ids) == []
     hung = grid.push_messages([request(do="sleep", seconds=600, ttl=0.4) for _ in range(WORKERS)])
     grid.discard(hung)
-    (reply,) = ask(grid, request())  # its ttl still gives the worker back
+    (reply,) = ask(grid, request())  # the running one's ttl frees the worker
     assert reply.has_content() and not grid.wait(0)
 
 
 def test_wait_is_bounded(grid):
-    assert not grid.wait()  # nothing under way: at once, not for ever
+    assert not grid.wait()  # nothing is queued or running: returns at once
     ids = grid.push_messages([request(do="sleep", seconds=0.5)])
     assert not grid.wait(0.05)
     hung = request(do="sleep", seconds=600, ttl=1.0)
@@ -280,7 +278,7 @@ def test_sending_does_not_wait_for_a_worker_that_does_not_read(environment):
         pid = metric(ask(grid, request())[0], "pid")
         os.kill(pid, signal.SIGSTOP)
         big = request()
-        big.content["config"]["raw"] = bytes(4 << 20)  # far more than a socket holds
+        big.content["config"]["raw"] = bytes(4 << 20)  # far more than the buffer of a socket
         ids = grid.push_messages([big])
         assert not grid.wait(0.2)
         os.kill(pid, signal.SIGCONT)
@@ -367,7 +365,7 @@ pids = set()
 while len(pids) < 2:
     replies = grid.send_and_receive([Message(content(""), 1000, "train") for _ in range(8)])
     pids |= {reply.content["metrics"]["pid"] for reply in replies}
-grid.push_messages([Message(content("sleep"), 1000, "train")])  # one works, one is idle
+grid.push_messages([Message(content("sleep"), 1000, "train")])  # one worker is busy, one is idle
 print(*pids, flush=True)
 if sys.argv[1] == "leave":
     sys.exit(0)
@@ -385,7 +383,7 @@ grid.wait(600)
     ],
 )
 def test_workers_end_with_the_server(environment, how, code):
-    # No main guard, no file even: a user's script needs none.
+    # the server is not in a file and has no main guard: a user's script needs none
     root = str(HERE.parents[1])
     env = {**os.environ, **environment, "PYTHONPATH": f"{HERE}{os.pathsep}{root}"}
     server = subprocess.Popen(
@@ -414,10 +412,8 @@ def test_workers_end_with_the_server(environment, how, code):
         server.communicate(timeout=LONG)
 
 
-def test_workers_wait_for_a_reader_who_is_slower(grid):
-    """Replies as large as the model must not pile up unread; who waits for a certain one still gets
-    it.
-    """
+def test_workers_wait_for_a_slower_reader(grid):
+    """Unread replies must not fill the memory, but a caller that waits for one of them gets it."""
     ids = grid.push_messages([request(1000 + i) for i in range(12)])
     assert grid.wait(LONG)
     end = time.monotonic() + 1.0
@@ -433,7 +429,7 @@ def test_workers_wait_for_a_reader_who_is_slower(grid):
     assert {reply.metadata.reply_to_message_id for reply in replies} == set(ids)
 
 
-def test_a_job_takes_as_long_as_a_worker_is_at_it_and_not_its_time_in_the_queue(environment):
+def test_the_time_of_a_job_excludes_its_time_in_the_queue(environment):
     with PoolGrid(3, WorkerSettings(APP, 1, 1, {}, environment)) as grid:
         ids = grid.push_messages([request(1000 + i, do="sleep", seconds=0.4) for i in range(3)])
         assert not time_of(grid, ids[0]).measured, "the first job includes the start of its worker"
