@@ -119,9 +119,14 @@ def test_one_process_per_gpu(monkeypatch, gpus, workers, threads, chosen):
 
 @pytest.mark.parametrize(
     "visible, count, names",
-    [(None, 2, ("0", "1")), ("3,5", 2, ("3", "5")), ("GPU-1a, GPU-2b", 2, ("GPU-1a", "GPU-2b")),
-     ("1,7", 1, ("1",)), ("-1", 0, ())],
-)  # fmt: skip
+    [
+        (None, 2, ("0", "1")),
+        ("3,5", 2, ("3", "5")),
+        ("GPU-1a, GPU-2b", 2, ("GPU-1a", "GPU-2b")),
+        ("1,7", 1, ("1",)),
+        ("-1", 0, ()),
+    ],
+)
 def test_gpus_keep_the_names_that_this_process_knows_them_by(monkeypatch, visible, count, names):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)

@@ -91,9 +91,11 @@ def test_the_plan_of_longer_and_noisier_runs(options, name, capsys):
 @pytest.mark.parametrize("name", ["none", "example", "coins"])
 def test_an_audit_ends_with_a_line_for_scripts(options, name, capsys, monkeypatch):
     monkeypatch.setattr("fedgpt.audit.report.MEMBER_STEPS", 3)
-    chosen = ["privacy.delta=null"] if name == "none" else [
-        *CHOICES[name], "privacy.noise_multiplier=4", "privacy.target_epsilon=null"
-    ]  # fmt: skip
+    chosen = (
+        ["privacy.delta=null"]
+        if name == "none"
+        else [*CHOICES[name], "privacy.noise_multiplier=4", "privacy.target_epsilon=null"]
+    )
     code = cli.audit([*options, *chosen])
     lines = capsys.readouterr().out.splitlines()
     found = json.loads(lines[-1])

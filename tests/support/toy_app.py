@@ -56,7 +56,7 @@ def query(message: Message, context: Context) -> Message:
 
 
 def _inode_of(array: np.ndarray) -> int:
-    """Inode of the mapping that contains an array; arrays in the same shared memory have the same."""
+    """Inode of the mapping that contains an array: one for each piece of shared memory."""
     address = array.__array_interface__["data"][0]
     with Path("/proc/self/maps").open() as maps:
         for line in maps:
