@@ -98,14 +98,14 @@ def test_another_job_of_the_same_number_is_paid_for_and_gets_other_noise(tmp_pat
 
 def test_the_clients_own_budget_limits_a_server_that_asks_for_less_noise_or_more_steps(tmp_path):
     o = options()
-    with pytest.raises(BudgetExhausted, match="a job with noise 0"):
+    with pytest.raises(BudgetExhausted, match="the job has noise 0"):
         client(o, tmp_path).steps(job(o, noise_multiplier=0.0), "fresh")
     with pytest.raises(BudgetExhausted, match=r"privacy\.target_epsilon=4"):
         client(o, tmp_path).steps(job(o, noise_multiplier=0.2), "fresh")
     with pytest.raises(BudgetExhausted, match="delta nan is not below"):
         client(o, tmp_path).steps(job(o, delta=float("nan")), "fresh")
     refund = job(o)
-    with pytest.raises(BudgetExhausted, match="a job of -3 steps"):
+    with pytest.raises(BudgetExhausted, match="the job has -3 steps"):
         client(o, tmp_path).steps(
             replace(refund, plan=replace(refund.plan, local_steps=-3)), "fresh"
         )
