@@ -52,8 +52,8 @@ from fedgpt.server.loop import Server
 from fedgpt.server.metrics import first_line
 from fedgpt.server.parts import Evaluator, Parts
 from fedgpt.server.privacy import make_privacy
-from fedgpt.simulate.fleet import Fleet, make_timing
-from fedgpt.simulate.virtual_clock import VirtualTransport
+from fedgpt.simulate.fleet import Fleet
+from fedgpt.simulate.virtual_clock import VirtualTransport, make_timing
 from fedgpt.storage.checkpoint import Snapshot
 from fedgpt.storage.initial_weights import initial_weights
 from fedgpt.storage.journal import Journal, RecordedTransport, needs_journal

@@ -1,3 +1,1 @@
-"""One client's work: from a job to an update, with its state, its privacy and, for research, its
-attacks.
-"""
+"""The client's side: from a job to an update, with local state, privacy and simulated attacks."""

@@ -1,8 +1,6 @@
-"""Clients that lie, for research on robust rules: what they send instead of the update they
-trained.
+"""Simulated attackers, for research on robust strategies: they send a manipulated update.
 
-Each attacker acts alone and knows its own update only; attacks of clients that agree on one are not
-here.
+Each attacker acts alone and knows only its own update; there are no colluding attackers.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ NAMES = ("none", "sign_flip", "scale", "gaussian")
 
 
 def attack_problems(o: RunOptions) -> Iterator[str]:
-    """Attackers without an attack, an attack without attackers, and more attackers than clients."""
+    """Attackers without an attack, an attack without attackers, more attackers than clients."""
     name, clients = o.attack.name, o.attack.clients
     if name == "none" and clients:
         yield (
@@ -37,10 +35,12 @@ def attack_problems(o: RunOptions) -> Iterator[str]:
 def attacked(
     delta: np.ndarray, options: AttackOptions, seed: int, client: str, number: int
 ) -> np.ndarray:
-    """What an attacker sends for its `delta`, (parameters,) float32; the same job gives the same
-    bits.
+    """The delta that an attacker sends instead of its `delta`, (parameters,) float32.
 
-    >>> attacked(np.ones(2, np.float32), AttackOptions("sign_flip", clients=1, strength=3.0), 0, "eve", 0)
+    The same job gives the same bits.
+
+    >>> flip = AttackOptions("sign_flip", clients=1, strength=3.0)
+    >>> attacked(np.ones(2, np.float32), flip, 0, "eve", 0)
     array([-3., -3.], dtype=float32)
     """
     strength = np.float32(options.strength)

@@ -1,6 +1,4 @@
-"""The client's own side of privacy: its key, its ledger, and what it checks before it lets anything
-out.
-"""
+"""The client's side of privacy: its secret key, its ledger, and its checks before each release."""
 
 from __future__ import annotations
 
@@ -27,26 +25,29 @@ from fedgpt.update.codec import digest
 
 
 class ClientPrivacy:
-    """What one client adds to one job, paid for in its own ledger first; nothing here trusts the
-    server.
+    """The private part of one client's job, which its own ledger is charged for first.
+
+    The client does not trust the server: it checks all numbers of the job against its own options.
     """
 
     def __init__(
         self, options: RunOptions, folder: Path, tokens: np.ndarray, environment: dict[str, Any]
     ):
-        """`folder` is the client's own; `environment` is what the bits of its result depend on
-        beside the job.
+        """`folder` holds the client's key and ledger.
+
+        `environment` is what the bits of a result depend on besides the job, e.g. the device.
         """
         self.options = options
         self.folder = folder
         self.tokens = tokens
         self.environment = environment
-        # releases paid for since the client's first job, those of the present one included
+        # releases that the ledger was charged for, including those of the present job
         self.charged = 0.0
 
     def steps(self, job: Job, state: str) -> PrivateSteps:
-        """privacy=example: what makes the steps of `job` private; `state` names the moments that it
-        starts from.
+        """privacy=example: the settings of the private steps of `job`.
+
+        `state` identifies the optimiser moments from which the job starts.
         """
         o = self.options
         blocks = Blocks(self.tokens, o.model.block_size)
@@ -56,32 +57,33 @@ class ClientPrivacy:
         return PrivateSteps(blocks, stream, probability, job.plan.noise_multiplier, o.privacy.clip)
 
     def hidden(self, job: Job, delta: np.ndarray, state: str) -> np.ndarray:
-        """privacy=local: the update, clipped and noised: one update may become any other, which
-        moves it by 2 C.
+        """privacy=local: the clipped update with noise.
+
+        The sensitivity is 2 C, since one clipped update may be replaced by any other.
         """
         z, clip = job.plan.noise_multiplier, self.options.privacy.clip
         stream = self._paid(job, f"{state} {digest(delta)}", Event(z, 1.0, 1), 1, units=1)
         return clipped(delta, clip) + stream.normal(delta.size) * np.float32(2 * clip * z)
 
     def _paid(self, job: Job, state: str, event: Event, per_job: int, units: int) -> SecureStream:
-        """Charge the ledger for `event`; returns the noise of this job, the same only for the very
-        same job.
-        """
+        """Charge the ledger for `event`; returns the noise, which only the same job gets again."""
         o, plan = self.options.privacy, job.plan
         if not 0 < event.noise_multiplier < math.inf:
             raise BudgetExhausted(
-                f"a job with noise {event.noise_multiplier:g}, which privacy={o.unit} forbids"
+                f"the job has noise {event.noise_multiplier:g}, which privacy={o.unit} forbids"
             )
         if not 0 < plan.delta < 1 / max(2, units):
             raise BudgetExhausted(
-                f"delta {plan.delta:g} is not below one over the {units} units of this client"
+                f"delta {plan.delta:g} is not below 1 / {units}, one over this client's units"
             )
         if not (event.count >= 1 and plan.participations >= 1):
-            raise BudgetExhausted(f"a job of {event.count} steps, one of {plan.participations}")
+            raise BudgetExhausted(
+                f"the job has {event.count} steps and is one of {plan.participations} jobs"
+            )
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / ".ledger.lock"):
             path = self.folder / "privacy.key"
-            # it is made last: with it, there was a ledger
+            # the key is written after the ledger: if it exists, so did the ledger
             fresh = plan.state_job < 0 and not path.exists()
             ledger = Ledger(
                 self.folder / "ledger.json", o.unit, digest(self.tokens), plan.delta, fresh
@@ -89,10 +91,9 @@ class ClientPrivacy:
             key = secret_key(path, fresh)
             if o.rng == "seeded":
                 key = hashlib.sha256(f"{self.options.seed} {job.client}".encode()).digest()
-            told = json.dumps(_told(job, state, self.environment), sort_keys=True)
-            tag = derive(
-                key, "job", told
-            ).hex()  # stands in the ledger: names the noise, and does not tell it
+            inputs = json.dumps(_inputs(job, state, self.environment), sort_keys=True)
+            # identifies the noise in the ledger without revealing it
+            tag = derive(key, "job", inputs).hex()
             planned = replace(event, count=plan.participations * per_job)
             budget = None if self._as_planned(ledger, event, planned) else o.target_epsilon
             ledger.charge(job.number, tag, event, budget)
@@ -100,10 +101,10 @@ class ClientPrivacy:
         return SecureStream(key, "noise", tag)
 
     def _as_planned(self, ledger: Ledger, event: Event, planned: Event) -> bool:
-        """Whether the whole plan is within this client's budget and the job within the plan.
+        """Whether the job is part of the plan and the complete plan is within the client's budget.
 
-        Then no epsilon need be computed for each job; and what a smaller shard pays, no larger one
-        exceeds.
+        Then no epsilon has to be computed for single jobs. A larger sampling probability (a smaller
+        shard) costs more, so the cache holds the largest probability that the budget allows.
         """
         account, budget = ledger.account, self.options.privacy.target_epsilon
         if budget is None or not account.within(planned, event):
@@ -116,16 +117,15 @@ class ClientPrivacy:
         return True
 
 
-_within: dict[
-    tuple[float, int, float, float], float
-] = {}  # a plan -> the largest probability known to be in budget
+# (noise multiplier, count, delta, budget) of a plan -> largest sampling probability within budget
+_within: dict[tuple[float, int, float, float], float] = {}
 
 
-def _told(job: Job, state: str, environment: dict[str, Any]) -> list[Any]:
-    """All that the bits of a job's result depend on; not how the job came here, or what is kept for
-    a restart.
+def _inputs(job: Job, state: str, environment: dict[str, Any]) -> list[Any]:
+    """Everything that determines the bits of a job's result, except for the options.
 
-    Nor the run, which has a key of its own: with seeded noise another run is to repeat this one.
+    How the job was sent and what is kept for a restart do not. The run's id is left out because
+    each run has its own key, and because seeded noise must be the same in a repeated run.
     """
     # by the names on the wire: another name would be other noise, and a resumed run would pay again
     plan = plan_as_json(job.plan)

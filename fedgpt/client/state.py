@@ -1,6 +1,6 @@
-"""What a client keeps between its jobs, in files keyed by run, client and accepted task.
+"""What a client keeps between its jobs, in files named by run, client and job number.
 
-A job names the task whose state it starts from, so a task that is run again, after a crash or a
+A job names the earlier job whose state it starts from. So a job that runs again, after a crash or a
 lost reply, starts from the same bytes.
 """
 
@@ -19,19 +19,19 @@ from safetensors.torch import save_file
 from fedgpt.core.files import replacing
 from fedgpt.local.optimizer import Moments
 
-# bytes that a name keeps
+# bytes of a name that need no escape
 PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_- ")
-MOST_NAME = 100  # bytes; file systems take 255
-# versions of the model that a client keeps, where the server sends steps from one of them
+MOST_NAME = 100  # bytes of a file name at most; file systems allow 255
+# versions of the model that a client caches, if the server sends deltas from one of them
 MODELS = 4
 
 
 @dataclass(frozen=True)
 class ClientState:
-    """What a client's next job goes on from."""
+    """The state from which a client's next job continues."""
 
-    moments: Moments | None = None  # of AdamW, where they are kept
-    # (parameters,) float32 that compression left out, where it is fed back
+    moments: Moments | None = None  # of AdamW, if local.moments=keep
+    # error feedback: (parameters,) float32 that compression left out
     residual: np.ndarray | None = None
 
 
@@ -42,9 +42,7 @@ class ClientStore:
         self.folder = Path(root) / safe_name(run) / safe_name(client)
 
     def load(self, number: int) -> ClientState | None:
-        """The state as it was after `task`; None where there is none (a first job, or a lost
-        file).
-        """
+        """The state after job `number`; None if there is none (first job, lost or damaged file)."""
         path = self._path(number)
         if number < 0 or not path.exists():
             return None
@@ -53,7 +51,7 @@ class ClientStore:
                 names, steps = set(stored.keys()), int(stored.metadata()["steps"])
                 tensors = {name: stored.get_tensor(name) for name in names}
         except (SafetensorError, KeyError, ValueError, TypeError):
-            return None  # damaged is as good as lost: the caller reports it
+            return None  # the caller reports a damaged file like a lost one
         moments = (
             Moments(tensors["first"], tensors["second"], steps)
             if {"first", "second"} <= names
@@ -62,9 +60,7 @@ class ClientStore:
         return ClientState(moments, tensors["residual"].numpy() if "residual" in names else None)
 
     def save(self, number: int, state: ClientState) -> None:
-        """Write the state after `task`; whole or absent, though not forced to the disk (a power cut
-        may lose it).
-        """
+        """Write the state after job `number` atomically; it is not synced to the disk."""
         tensors, steps = {}, 0
         if state.moments is not None:
             tensors |= {"first": state.moments.first.cpu(), "second": state.moments.second.cpu()}
@@ -75,7 +71,7 @@ class ClientStore:
             save_file(tensors, temporary, metadata={"steps": str(steps)})
 
     def load_model(self, version: int) -> np.ndarray | None:
-        """The model of a version as the client got it; None where it is not kept (any more)."""
+        """The cached model of a version as the client received it; None if it is not cached."""
         try:
             with safe_open(self._model(version), framework="numpy") as stored:
                 return stored.get_tensor("params")
@@ -83,9 +79,9 @@ class ClientStore:
             return None
 
     def save_model(self, version: int, params: np.ndarray) -> None:
-        """Keep a version's model, and the few before it that a restarted server may think of.
+        """Cache a version's model; earlier ones stay, as a restarted server may refer to them.
 
-        Later ones are of a future that this server has left behind.
+        Later versions are deleted: they belong to a course of the run before a restart.
         """
         with replacing(self._model(version), durable=False) as temporary:
             save_numpy({"params": np.ascontiguousarray(params)}, temporary)
@@ -96,33 +92,30 @@ class ClientStore:
             path.unlink(missing_ok=True)
 
     def keep(self, numbers: set[int]) -> None:
-        """Delete the state of every other task up to the newest of these; a later one is another
-        job's.
-        """
+        """Delete the state of all other jobs up to the newest of `numbers`."""
         if not self.folder.exists():
             return
         for path in self.folder.glob("task-*.safetensors"):
-            if (
-                int(path.stem.removeprefix("task-")) < max(numbers)
-                and int(path.stem.removeprefix("task-")) not in numbers
-            ):
+            number = int(path.stem.removeprefix("task-"))
+            if number < max(numbers) and number not in numbers:
                 path.unlink(missing_ok=True)
 
     def _model(self, version: int) -> Path:
         return self.folder / f"model-{version:08d}.safetensors"
 
     def _path(self, number: int) -> Path:
+        # job numbers were called tasks in earlier versions, whose files are still read
         return self.folder / f"task-{number}.safetensors"
 
 
 def safe_name(name: str) -> str:
-    """A name as one path component that cannot leave its folder; distinct names stay distinct.
+    """A name as one path component inside its folder; distinct names stay distinct.
 
     >>> safe_name("a/../b"), safe_name("")
     ('a%2f%2e%2e%2fb', '~')
     """
-    whole = name.encode("utf-8", "surrogatepass")
-    escaped = "".join(chr(byte) if byte in PLAIN else f"%{byte:02x}" for byte in whole)
+    encoded = name.encode("utf-8", "surrogatepass")
+    escaped = "".join(chr(byte) if byte in PLAIN else f"%{byte:02x}" for byte in encoded)
     if len(escaped) > MOST_NAME:
-        escaped = f"{escaped[:60]}~{hashlib.sha256(whole).hexdigest()[:32]}"
-    return escaped or "~"  # which is escaped where a name has it
+        escaped = f"{escaped[:60]}~{hashlib.sha256(encoded).hexdigest()[:32]}"
+    return escaped or "~"  # a "~" in a name is escaped, so no other name gives this

@@ -1,6 +1,4 @@
-"""What a client does with a job: find its shard and state, train, keep the new state, lie if told
-to, encode.
-"""
+"""What a client does with a job: load shard and state, train, save the state, compress, encode."""
 
 from __future__ import annotations
 
@@ -34,14 +32,12 @@ from fedgpt.update.compress import Plain, compressor_of
 from fedgpt.update.downlink import STEPS, rebuilt
 from fedgpt.update.feedback import feed, measured, rest
 
-# under this name it keeps its own optimiser state, where a rule wants a root update
+# client name under which the server keeps its optimiser state, if the strategy needs a root update
 ROOT = "the server"
 
 
 class ClientWork:
-    """The work of every client that this process plays; data and buffers are made once and
-    reused.
-    """
+    """The work of all clients of this process, which share its data and buffers."""
 
     def __init__(self, options: RunOptions, state_root: str):
         self.options, self.state_root = options, state_root
@@ -49,18 +45,18 @@ class ClientWork:
 
     @cached_property
     def prepared(self) -> Prepared:
-        """The tokens, as every process of this machine shares them."""
+        """The tokens, from a cache that all processes of this machine share."""
         return prepare(self.options.corpus, self.options.tokenizer, self.options.cache_dir)
 
     @cached_property
     def shards(self) -> list[Shard]:
-        """Who holds which text; the same list at every client and at the server."""
+        """The shard of each client; clients and server compute the same list."""
         window = self.options.model.block_size + 1
         return partition(self.prepared, self.options.partition, self.options.seed, window)
 
     @cached_property
     def trainer(self) -> Trainer:
-        """The buffers of this process."""
+        """The model and the training buffers of this process."""
         options = self.options
         private = options.privacy.unit == "example"
         compute = choose_compute(options.runtime.device, options.local.precision, private)
@@ -70,15 +66,15 @@ class ClientWork:
         )
 
     def info(self, index: int) -> ClientInfo:
-        """Who the client with partition number `index` is."""
+        """The id and the size of the client with partition number `index`."""
         shard = self.shards[index]
         return ClientInfo(shard.client, shard.size)
 
     def train(self, job: Job, index: int) -> tuple[str, np.ndarray]:
-        """Do one job; returns the update's header and its array (a kept buffer: copy or send it at
-        once).
+        """Do one job; returns the header and the array of its update.
 
-        The same job gives the same bits however often and wherever it is done.
+        The next job reuses the array's memory: copy or send it before. The same job gives the same
+        bits in every process. Raises ValueError if the job is for another client.
         """
         shard = self.shards[index]
         if shard.client != job.client:
@@ -92,36 +88,38 @@ class ClientWork:
         with watchdog(self.options.runtime.watchdog, job.plan.seconds):
             reach("client.begin")
             header, payload = self._do(job, job.client, tokens, lies)
-            # a slow client of a simulated fleet
+            # a simulated fleet on the real clock: wait as long as this client is to take
             time.sleep(max(0.0, began + job.plan.seconds - time.monotonic()))
             reach("client.done")
         return header, payload
 
     def train_root(self, job: Job) -> Update:
-        """The server's own update: the same training, on the public text."""
+        """The server's own update: the same training on the public text."""
         update, state = self._trained(job, ROOT, self.prepared.public(), self._state(job, ROOT))
         self._keep(job, ROOT, state)
         return update
 
     def _received(self, job: Job) -> Job:
-        """The job with its whole vector, which is kept where later ones may be steps from it."""
+        """The job with its complete params, cached if later jobs may be sent as deltas to them."""
         downlink = self.options.update.downlink
         if downlink not in STEPS:
             return job
         store = ClientStore(self.state_root, job.plan.run, job.client)
         if job.plan.cached_version >= 0:
-            held = store.load_model(job.plan.cached_version)
-            if held is None:  # the server sends the whole model then
+            cached = store.load_model(job.plan.cached_version)
+            if cached is None:  # the server then sends the complete model
                 raise LookupError(
-                    f"the model of version {job.plan.cached_version} is not here any more"
+                    f"the model of version {job.plan.cached_version} is not in the client's cache"
                 )
             payload = job.params if job.version > job.plan.cached_version else np.empty(0, np.uint8)
-            job = replace(job, params=rebuilt(held, payload, downlink) if payload.size else held)
+            job = replace(
+                job, params=rebuilt(cached, payload, downlink) if payload.size else cached
+            )
         store.save_model(job.version, job.params)
         return job
 
     def _do(self, job: Job, name: str, tokens: np.ndarray, lies: bool) -> tuple[str, np.ndarray]:
-        """Train, add what was left out before, compress, keep what is left out now, encode."""
+        """Train, add the residual of earlier jobs, compress, keep the new residual, encode."""
         options = self.options.update
         before = self._state(job, name)
         update, after = self._trained(job, name, tokens, before, self._privacy(job, tokens))
@@ -137,24 +135,22 @@ class ClientWork:
         left = self._left_out(update.delta, payload)
         if options.error_feedback:
             after = replace(after, residual=left)
-        if left is not None and self.options.privacy.unit == "none":  # it is measured on the text
+        if left is not None and self.options.privacy.unit == "none":  # computed from the text
             update = replace(update, metrics={**update.metrics, **measured(update.delta, left)})
         self._keep(job, name, after)
         return header_of(job.plan.run, update, payload, self.compressor), payload
 
     def _left_out(self, delta: np.ndarray, payload: np.ndarray) -> np.ndarray | None:
-        """What the server will not get of a delta; None where all of it travels, or no server takes
-        it.
-        """
+        """What compression leaves out of a delta; None if nothing or if the delta is not finite."""
         if isinstance(self.compressor, Plain):
             return None
         try:
             return rest(delta, self.compressor.decode(payload, delta.size))
-        except UpdateRejected:  # NaN or infinity: the server says so, too
+        except UpdateRejected:  # NaN or infinity: the server rejects the update, too
             return None
 
     def _privacy(self, job: Job, tokens: np.ndarray) -> ClientPrivacy | None:
-        """What makes a client's job private; the server's own, on public text, is not."""
+        """The private part of a client's job; None for a run without privacy at the client."""
         if self.options.privacy.unit not in ("example", "local"):
             return None
         compute = self.trainer.compute
@@ -163,7 +159,8 @@ class ClientWork:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
-        # whose bits hang on more than we record: there a job is another one each time
+        # results on other devices depend on more than is recorded here, so that a repeated job
+        # counts as a new one and gets new noise
         if compute.device != "cpu":
             environment["once"] = secrets.token_hex(8)
         folder = ClientStore(self.state_root, job.plan.run, job.client).folder
@@ -193,7 +190,7 @@ class ClientWork:
         )
         if privacy is not None and options.privacy.unit == "local":
             trained = replace(trained, delta=privacy.hidden(job, trained.delta, _named(moments)))
-        # in a private run nothing leaves of what was measured on the text
+        # in a private run no measurement on the text leaves the client
         metrics = (
             trained.metrics if options.privacy.unit == "none" else {"lr": trained.metrics["lr"]}
         )
@@ -226,7 +223,7 @@ class ClientWork:
 
 
 def _named(moments: Moments | None) -> str:
-    """A name of the moments that a job starts from, the same only for the same bits."""
+    """A text that identifies the moments from which a job starts: equal only for equal bits."""
     if moments is None:
         return "fresh"
     return (
@@ -237,11 +234,11 @@ def _named(moments: Moments | None) -> str:
 
 @contextmanager
 def watchdog(seconds: float, slow: float = 0.0) -> Iterator[None]:
-    """End this process where the block hangs: its stack goes to stderr, the server is told and goes
-    on.
+    """End this process if the block takes more than `seconds` (0: no limit) and `slow` seconds.
 
-    `slow`: seconds that the job is meant to last. The timer is the interpreter's own thread, which
-    needs no lock that a hanging library could hold.
+    Its stacks go to stderr, and the server is informed that the process has ended. `slow` is the
+    time that the job of a simulated slow client takes. The timer is a thread of the interpreter
+    that needs no lock, so a library that hangs while it holds the GIL cannot stop it.
     """
     if seconds:
         faulthandler.dump_traceback_later(seconds + slow, exit=True)

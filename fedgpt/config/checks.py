@@ -4,7 +4,6 @@ each other.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator, Mapping
 from math import isfinite
@@ -13,6 +12,8 @@ from typing import Any
 
 from fedgpt.client import attack
 from fedgpt.core.options import RunOptions
+from fedgpt.core.runtimes import RUNTIMES
+from fedgpt.core.targets import CUSTOM
 from fedgpt.data.corpora import corpus_problems
 from fedgpt.data.partition import partition_problems
 from fedgpt.data.tokenizer import tokenizer_problems
@@ -22,7 +23,7 @@ from fedgpt.server import limits
 from fedgpt.simulate import fleet
 from fedgpt.update.compress import update_problems
 
-MOST_NODES = 16  # one SuperNode is two Python processes of some 340 MB while it trains
+RUNTIME_NAMES = (*RUNTIMES.names(), CUSTOM)
 
 # option -> (what is allowed, test), of finite numbers; one that a user could get wrong has its line
 # here
@@ -68,7 +69,7 @@ RANGES: dict[str, tuple[str, Any]] = {
     "attack.name": (", ".join(attack.NAMES), attack.NAMES.__contains__),
     "attack.clients": ("at least 0", lambda v: v >= 0),
     "attack.strength": ("above 0", lambda v: v > 0),
-    "runtime.name": ("pool, ray or superlink", ("pool", "ray", "superlink").__contains__),
+    "runtime.name": (", ".join(RUNTIME_NAMES), RUNTIME_NAMES.__contains__),
     "runtime.workers": ("at least 0 (0 = choose)", lambda v: v >= 0),
     "runtime.threads": ("at least 0 (0 = choose)", lambda v: v >= 0),
     "runtime.device": ("auto, cpu or cuda", ("auto", "cpu", "cuda").__contains__),
@@ -185,20 +186,4 @@ def folder_problems(o: RunOptions) -> Iterator[str]:
         yield (
             f"init_from={o.init_from}: {what}; name the folder of a finished run, or of a Hugging"
             " Face model"
-        )
-
-
-def runtime_problems(runtime: str, clients: int) -> Iterator[str]:
-    """Why a run with so many clients (0: not known yet) cannot start on this machine with this
-    runtime.
-    """
-    if runtime == "ray" and importlib.util.find_spec("ray") is None:
-        yield (
-            'runtime=ray: Ray is not installed; pip install ".[ray]" in a clone, or take'
-            " runtime=pool"
-        )
-    if runtime == "superlink" and clients > MOST_NODES:
-        yield (
-            f"runtime=superlink: starts one SuperNode per client, and there are {clients} clients; "
-            f"take at most {MOST_NODES} (partition.clients=2), or runtime=pool"
         )

@@ -1,3 +1,1 @@
-"""Words shared by every room: the flat parameter vector, jobs and updates, seeds, options,
-errors.
-"""
+"""What all packages share: the flat parameter vector, jobs and updates, seeds, options, errors."""

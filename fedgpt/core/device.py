@@ -1,4 +1,4 @@
-"""Where and in which precision to compute, each choice with its reason."""
+"""The device, the dtype, the processes and the threads of a run, each choice with its reason."""
 
 from __future__ import annotations
 
@@ -14,33 +14,32 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Compute:
-    """A device and a dtype for forward and backward; the master weights are always float32."""
+    """The device and dtype of the forward and backward pass; master weights are always float32."""
 
     device: str
     dtype: str  # fp32, bf16
-    reason: str
+    reason: str  # why these two, for the first lines that a run prints
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The dtype as torch's."""
+        """The dtype as a torch.dtype."""
         import torch
 
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype]
 
 
 def choose_compute(device: str = "auto", precision: str = "auto", private: bool = False) -> Compute:
-    """Device and dtype for options `runtime.device` and `local.precision`; values are checked by
-    the configuration.
+    """Device and dtype for the options `runtime.device` and `local.precision`.
 
-    `private`: gradients are clipped one by one, in fp32. Raises ConfigError for a GPU where there
-    is none.
+    `private` training clips per-example gradients, always in fp32. Raises ConfigError if a GPU is
+    asked for and torch finds none.
     """
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
         has = "is built without CUDA" if torch.version.cuda is None else "finds none"
         raise ConfigError(
-            [f"runtime.device=cuda: no GPU here, torch {torch.__version__} {has}; take auto or cpu"]
+            f"runtime.device=cuda: no GPU here, torch {torch.__version__} {has}; take auto or cpu"
         )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,8 +54,8 @@ def choose_compute(device: str = "auto", precision: str = "auto", private: bool 
         return Compute(device, "fp32", "the GPU has no bf16 units")
     known = _has_amx()
     if known is None:
-        # a timing would differ from process to process, and server and clients must choose the same
-        # dtype
+        # a benchmark could decide differently in each process, but the server and the clients must
+        # choose the same dtype
         return Compute(device, "fp32", "this torch cannot tell whether the CPU has bf16 units")
     if known:
         return Compute(device, "bf16", "this CPU has AMX bf16 units")
@@ -64,28 +63,28 @@ def choose_compute(device: str = "auto", precision: str = "auto", private: bool 
 
 
 def repeat_exactly(device: str) -> None:
-    """From now on the same work on the same GPU has the same bits, as on a CPU; for the whole
-    process.
+    """Make operations on a GPU deterministic in this process, as they are on a CPU.
 
-    Costs 0 to 6 % of a step (H100); an operation that cannot is a RuntimeError of torch.
+    It costs 0 to 6 % of a step on an H100. An operation without a deterministic kernel then raises
+    torch's RuntimeError.
     """
     if device == "cuda":
         import torch
 
-        # read with the first matrix product
+        # cuBLAS reads the variable at the first matrix product
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        # else every torch.empty is written with NaN first
+        # otherwise every torch.empty is filled with NaN, which takes time
         torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def cores() -> int:
-    """CPU cores this process may use."""
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def visible_gpus() -> tuple[str, ...]:
-    """The GPUs that this process may use, by the names that CUDA_VISIBLE_DEVICES has for them."""
+    """Names, as in CUDA_VISIBLE_DEVICES, of the GPUs that this process may use."""
     import torch
 
     count = torch.cuda.device_count()
@@ -98,12 +97,12 @@ def visible_gpus() -> tuple[str, ...]:
 
 
 def choose_workers(workers: int, threads: int, gpus: int, clients: int) -> tuple[int, int, str]:
-    """(worker processes, torch threads of each, reason) for `runtime.workers` and
-    `runtime.threads`, 0 = choose.
+    """(worker processes, torch threads of each, reason) for the options; 0 means "choose".
 
-    One process per core with one thread each beats one process with many threads on small models,
-    and processes x threads above the number of cores collapses, because waiting threads spin. With
-    `gpus` > 0 it is one process for each of them. More processes than `clients` at work would idle.
+    On small models one process per core with one thread each is faster than one process with many
+    threads. With more threads than cores in total it becomes very slow, because waiting threads
+    spin. On GPUs it is one process for each GPU. There are never more processes than `clients`
+    that train at the same time.
     """
     if gpus:
         chosen = min(clients, workers or gpus)
@@ -120,9 +119,9 @@ def choose_workers(workers: int, threads: int, gpus: int, clients: int) -> tuple
 
 
 def _has_amx() -> bool | None:
-    """Whether the CPU has AMX tiles; None where this torch cannot say."""
+    """Whether the CPU has AMX tiles; None if this version of torch cannot say."""
     import torch
 
-    # private: absent in other torch versions
+    # a private function, which other versions of torch may not have
     probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return None if probe is None else bool(probe())

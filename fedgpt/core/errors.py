@@ -1,4 +1,4 @@
-"""Errors a user or an operator can act on."""
+"""Errors that a user can act on, and the rejection of a client's update."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ from pathlib import Path
 
 
 class FedGPTError(Exception):
-    """A failure with a message meant for the user: printed without a traceback."""
+    """A failure whose message is meant for the user; it is printed without a traceback."""
 
 
 class ConfigError(FedGPTError):
-    """One or more wrong options, told all at once.
+    """One or more wrong options, reported together.
 
     Each problem names the option as typed, its value, what is allowed and what to change.
+
+    >>> print(ConfigError("rounds=0: must be at least 1"))
+    1 problem in the configuration:
+      - rounds=0: must be at least 1
     """
 
     def __init__(self, problems: Iterable[str] | str):
@@ -26,7 +30,7 @@ class ConfigError(FedGPTError):
 
 
 class Unwritten(FedGPTError):
-    """A file of the run in `folder` that could not be written, most often as the disk is full."""
+    """A file of the run in `folder` could not be written, usually because the disk is full."""
 
     def __init__(self, what: str, folder: Path, error: Exception):
         command = f"fedgpt run resume={shlex.quote(str(folder))}"
@@ -36,20 +40,21 @@ class Unwritten(FedGPTError):
 
 
 class StoppedEarly(FedGPTError):
-    """A run that ended before its last version for a stated reason (exit code 3)."""
+    """The run ended before its last version, for the reason in the message (exit code 3)."""
 
 
 class Interrupted(FedGPTError):
-    """SIGINT or SIGTERM: everything is on the disk and the run can be continued (exit code 130)."""
+    """The run got SIGINT or SIGTERM, is saved, and can be continued (exit code 130)."""
 
     def __init__(self, folder: str):
         super().__init__(f"interrupted; continue with: fedgpt run resume={shlex.quote(folder)}")
 
 
 class UpdateRejected(Exception):
-    """A client's reply that changes nothing, with a reason code from a closed set.
+    """A client's update is not used, for the reason in `code`.
 
-    `detail` holds names and numbers, never payload: it is written to logs.
+    The codes are a fixed set, which metrics count. `detail` is written to logs, so it holds names
+    and numbers, never the client's data.
     """
 
     def __init__(self, code: str, detail: str = ""):
@@ -58,7 +63,11 @@ class UpdateRejected(Exception):
 
 
 def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
-    """A `; did you mean ...` ending for an error about an unknown name, or an empty string."""
+    """The end of an error message about an unknown name: similar known names, or nothing.
+
+    >>> nearest("fedavgm", ["fedavg", "fedadam", "krum"], count=1)
+    "; did you mean 'fedavg'?"
+    """
     names = list(known)
     close = [name for name in names if name.endswith(f".{word}")] or difflib.get_close_matches(
         word, names, count, 0.5

@@ -1,11 +1,12 @@
-"""Fault injection: named points in server and client where a test, or a study, lets a process fail.
+"""Fault injection: named points in server and client at which a test can make a process fail.
 
-    FEDGPT_FAULT="checkpoint.renamed:2:kill"      the second time that any process comes to this point it kills itself
-    FEDGPT_FAULT_MARKS=<folder>                   who came there and what has fired, for all processes of a run
+    FEDGPT_FAULT="checkpoint.renamed:2:kill"   the process that is second to reach this point is
+                                               killed
+    FEDGPT_FAULT_MARKS=<folder>                counts the arrivals of all processes of a run
 
-Each fault fires once: a restarted process finds its mark and goes on. Without the variable a point
-costs one look at an empty list. In the same process, `injected("aggregate:1:raise")` does it for
-the time of a `with` block.
+Each fault fires once: a restarted process sees in the folder that it has fired. Without the
+variable a point costs one look at an empty list. Within one process,
+`injected("aggregate:1:raise")` does the same in a `with` block.
 """
 
 from __future__ import annotations
@@ -22,22 +23,22 @@ ACTIONS = ("kill", "raise", "hang")
 
 
 class Injected(RuntimeError):
-    """What the action `raise` raises."""
+    """The exception of the action `raise`."""
 
 
 @dataclass
 class Fault:
-    """One failure that waits for its time."""
+    """One failure at one point."""
 
     point: str
-    time: int  # which arrival at the point, from 1
-    action: str
-    marks: Path | None = None  # counts over all processes; None: of this process
-    arrivals: int = 0
-    fired: list[str] = field(default_factory=list)
+    time: int  # number of the arrival at which it fails, from 1
+    action: str  # one of ACTIONS
+    marks: Path | None = None  # folder that counts arrivals of all processes; None: count here
+    arrivals: int = 0  # arrivals so far, where they are counted here
+    fired: list[str] = field(default_factory=list)  # the point, once it has failed
 
     def reach(self) -> None:
-        """Count an arrival; fail at the right one."""
+        """Count an arrival, and fail if it is number `time`."""
         if self._count() != self.time:
             return
         self.fired.append(self.point)
@@ -51,7 +52,7 @@ class Fault:
         if self.marks is None:
             self.arrivals += 1
             return self.arrivals
-        # one byte an arrival: O_APPEND is atomic between processes, and survives a kill
+        # one byte per arrival: appending is atomic between processes, and the file survives a kill
         descriptor = os.open(
             self.marks / f"{self.point}.{self.time}", os.O_CREAT | os.O_APPEND | os.O_WRONLY
         )
@@ -63,7 +64,7 @@ class Fault:
 
 
 def parse(text: str, marks: Path | None = None) -> tuple[Fault, ...]:
-    """Faults of `point:time:action`, several with commas; raises ValueError for anything else.
+    """The faults in `point:time:action`, separated by commas; raises ValueError if it is malformed.
 
     >>> parse("aggregate:2:raise")[0].time
     2
@@ -88,7 +89,7 @@ _faults = list(_from_environment())
 
 
 def reach(point: str) -> None:
-    """A named point of the program: fail here if that was asked for."""
+    """Mark the point `point` of the program; fail here if a fault asks for it."""
     for fault in _faults:
         if fault.point == point:
             fault.reach()
@@ -96,9 +97,7 @@ def reach(point: str) -> None:
 
 @contextmanager
 def injected(text: str) -> Iterator[tuple[Fault, ...]]:
-    """Faults for the time of a block, counted in this process alone; yields them, to see what
-    fired.
-    """
+    """Set faults for the time of a block, counted in this process; yields them."""
     before, here = list(_faults), parse(text)
     _faults[:] = here
     try:

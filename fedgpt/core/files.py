@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside, synced, renamed."""
+"""Atomic writes: a new file is written beside the old one, synced, and renamed over it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: str | Path, durable: bool = True) -> Iterator[Path]:
-    """Yield a temporary path in the same folder that takes `path`'s name when the block succeeds.
+    """Yield a temporary path in the same folder, which is renamed to `path` if the block succeeds.
 
-    `durable` syncs file and folder, so that the new content survives a power cut, not only a killed
-    process.
+    If `durable`, file and folder are synced (fsync), so that the new content survives a power
+    failure. Otherwise it survives only the end of the process.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,13 +34,13 @@ def replacing(path: str | Path, durable: bool = True) -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str, durable: bool = True) -> None:
-    """Write `text` as UTF-8 so that a reader sees the old content or the new one."""
+    """Write `text` as UTF-8; a reader sees either the old or the new content."""
     with replacing(path, durable) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def sync(path: Path) -> None:
-    """Ask the kernel to put a file or a folder on the disk now."""
+    """Write a file or folder to the disk (fsync)."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

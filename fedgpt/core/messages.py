@@ -144,6 +144,20 @@ class ClientInfo:
 
 
 @dataclass(frozen=True)
+class JobTime:
+    """How long a client worked on a job, as far as the transport knows.
+
+    >>> JobTime(2.5)  # reported by the client's process
+    JobTime(seconds=2.5, measured=True)
+    """
+
+    # None: unknown, so the server takes the time from dispatch to arrival
+    seconds: float | None = None
+    # False: the job includes the start of a process, so it says nothing about the client's speed
+    measured: bool = True
+
+
+@dataclass(frozen=True)
 class Reply:
     """Client -> server as it arrives: a payload that nobody has looked at yet, or a failure."""
 
@@ -154,5 +168,4 @@ class Reply:
     error: str = ""  # reason when there is no payload
     code: str = "client_error"  # what an error counts as
     bytes: int = 0  # size of the encoded message
-    # at the job; None: all since it was sent; nan: with a start, so nothing is learnt
-    seconds: float | None = None
+    job_time: JobTime = JobTime()

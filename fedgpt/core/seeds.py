@@ -1,7 +1,7 @@
-"""Stateless randomness: every draw has its own seed, so nothing about it needs saving.
+"""Stateless randomness: every draw has its own seed, so there is no generator state to save.
 
-A retried task, a resumed run and another runtime give the same bits because the seed depends only
-on what is drawn, never on what was drawn before.
+A seed depends only on what is drawn, never on what was drawn before. So a retried job, a resumed
+run and another runtime give the same bits.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import numpy as np
 
 
 def derive_seed(run_seed: int, purpose: str, *parts: str | int) -> int:
-    """63-bit seed = sha256(run seed, purpose, parts); an attempt number must not be among the
-    parts.
+    """63-bit seed: sha256 of the run's seed, the purpose and the parts.
+
+    The number of an attempt must not be among the parts, so that a retry draws the same numbers.
 
     >>> derive_seed(0, "batches", "alice", 3) == derive_seed(0, "batches", "alice", 3)
     True
@@ -23,5 +24,5 @@ def derive_seed(run_seed: int, purpose: str, *parts: str | int) -> int:
 
 
 def numpy_generator(run_seed: int, purpose: str, *parts: str | int) -> np.random.Generator:
-    """A fresh numpy generator for one purpose."""
+    """A new numpy generator with the seed of `derive_seed`."""
     return np.random.Generator(np.random.PCG64(derive_seed(run_seed, purpose, *parts)))

@@ -1,1 +1,1 @@
-"""Flower apps, runtimes and adapters: the only place that imports flwr."""
+"""Flower's side: apps, runtimes, grids and adapters; the only package that imports flwr."""

@@ -1,6 +1,4 @@
-"""The ClientApp: a thin caller of the engine's client work. The same app runs on the pool, on Ray
-and on SuperNodes.
-"""
+"""The ClientApp: calls client/work.py. The same app runs on every runtime."""
 
 from __future__ import annotations
 
@@ -19,17 +17,20 @@ app = ClientApp()
 
 
 class ClientFailed(Exception):
-    """What the server is told of an exception: its kind. Its words may hold text or paths: they
-    stay in our own log.
+    """An exception of the client as the server learns of it: only the name of its class.
+
+    The exception's message may contain text of the client or paths, so it stays in the client's
+    log.
     """
 
 
-_works: dict[str, ClientWork] = {}  # one per run configuration: buffers and data outlive a message
+# run config -> work of the latest run, so that data and buffers are reused for its next message
+_works: dict[str, ClientWork] = {}
 
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """Say which client this node is."""
+    """Answer which client this node is."""
     work, index = _work(context)
     return Message(info_content(work.info(index), work.prepared.digest), reply_to=message)
 
@@ -40,7 +41,7 @@ def train(message: Message, context: Context) -> Message:
     work, index = _work(context)
     try:
         header, delta = work.train(read_job(message), index)
-    except FedGPTError:  # its message is meant to be read
+    except FedGPTError:  # its message is meant for the user
         raise
     except Exception as error:
         raise ClientFailed(type(error).__name__) from error
@@ -48,7 +49,7 @@ def train(message: Message, context: Context) -> Message:
 
 
 def _work(context: Context) -> tuple[ClientWork, int]:
-    """This process' work for the run, and the partition that the node stands for."""
+    """The work of the run in this process, and the number of the node's partition."""
     key = repr(sorted(context.run_config.items()))
     if key not in _works:
         options = options_of(context.run_config)

@@ -1,8 +1,9 @@
-"""The engine's Transport over any Flower Grid: pool, Ray simulation or SuperLink."""
+"""The server's Transport over any Flower Grid, and over the grids of this package a faster one."""
 
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -13,7 +14,8 @@ from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedgpt.core.errors import FedGPTError, StoppedEarly
-from fedgpt.core.messages import ClientInfo, Job, Reply
+from fedgpt.core.messages import ClientInfo, Job, JobTime, Reply
+from fedgpt.flower.local_grid import LocalGrid
 from fedgpt.flower.messages import (
     died,
     job_bytes,
@@ -24,18 +26,21 @@ from fedgpt.flower.messages import (
     unreadable,
 )
 
-POLL_SECONDS = 0.05  # for grids that cannot wait; Flower's own send_and_receive sleeps 3 s
-# at a job whose client process dies; the same job gives the same bits, wherever it is done
+# seconds between two polls of a grid without `wait`; Flower's own send_and_receive sleeps 3 s
+POLL_SECONDS = 0.05
+# attempts at a job whose client process dies; each gives the same bits, in whatever process it runs
 ATTEMPTS = 3
+# environment variable with the path of a file: when the file appears, the server stops
+STOP_FILE = "FEDGPT_STOP_FILE"
 log = logging.getLogger(__name__)
 
 
 class GridTransport:
-    """Jobs out and replies in over a Grid's push and pull.
+    """Sends jobs and receives replies through a Grid's push and pull.
 
-    `known` maps node ids to clients where the caller knows them (the pool); otherwise every node is
-    asked once. `expected` clients must appear; `digest` is that of the server's prepared data,
-    which each client's must equal.
+    It waits until `expected` clients have connected. `known` maps node ids to clients if the caller
+    knows them (the pool); otherwise every node is asked once. `digest` is that of the server's
+    prepared data; each client must have the same.
     """
 
     virtual = False
@@ -48,30 +53,27 @@ class GridTransport:
         known: dict[int, ClientInfo] | None = None,
         ttl: float | None = None,
         now: float = 0.0,
-        stop: Path | None = None,
     ):
-        """`ttl` in seconds; `now` is where the run's clock stands; where the file `stop` appears,
-        waits end.
-
-        Flower runs a ServerApp in a process or a thread that gets no signal of ours.
-        """
-        self._stop = stop
-        self.at_once: int | None = getattr(grid, "workers", None)
+        """`ttl` is the time to live of a job in seconds; `now` is the time on the run's clock."""
+        # a launcher in another process stops the server through a file, because Flower runs a
+        # ServerApp in a process or thread that gets no signal
+        self._stop = Path(os.environ[STOP_FILE]) if STOP_FILE in os.environ else None
+        self._local = grid if isinstance(grid, LocalGrid) else None
+        self.at_once = None if self._local is None else self._local.workers
         self.grid, self.expected, self.digest, self.ttl = grid, expected, digest, ttl
         self._nodes: dict[str, int] = {}
         self._known = known
         self._began = time.monotonic() - now
-        self._pending: dict[
-            str, tuple[Job, int]
-        ] = {}  # message id -> its job, and at which attempt
-        self._abandoned: set[str] = set()  # message ids that may still be answered
-        self._refused: list[Reply] = []
-        self._sweep = 0.0  # seconds that the last look at all messages took
-        # a version's params -> held -> as sent
+        # message id -> its job, and the number of the attempt
+        self._pending: dict[str, tuple[Job, int]] = {}
+        self._abandoned: set[str] = set()  # ids of messages whose replies are not wanted any more
+        self._refused: list[Reply] = []  # failures of messages that the SuperLink did not accept
+        self._sweep = 0.0  # seconds that the last poll of all messages took
+        # the params of the version that was sent last, and cached version -> record as sent
         self._broadcast: tuple[object, dict[int, ArrayRecord]] | None = None
 
     def clients(self, timeout: float) -> list[ClientInfo]:
-        """Clients sorted by id; raises FedGPTError where one has other data than the server."""
+        """Clients sorted by id; raises FedGPTError if one has other data than the server."""
         infos = self._known if self._known is not None else self._ask(timeout)
         self._nodes = {info.id: node for node, info in infos.items()}
         if len(self._nodes) != len(infos):
@@ -81,7 +83,7 @@ class GridTransport:
         return sorted(infos.values(), key=lambda info: info.id)
 
     def send(self, jobs: Sequence[Job]) -> None:
-        """Push one message per job; the params of a version travel once."""
+        """Push one message per job; the params of a version are sent once."""
         self._send(jobs, attempt=1)
 
     def _send(self, jobs: Sequence[Job], attempt: int) -> None:
@@ -97,7 +99,7 @@ class GridTransport:
                 Message(content, self._nodes[job.client], MessageType.TRAIN, ttl=self.ttl)
             )
         for job, message_id in zip(jobs, self.grid.push_messages(messages), strict=True):
-            if message_id is None:  # how a SuperLink grid says no
+            if message_id is None:  # a SuperLink's grid returns None for a message that it refuses
                 self._refused.append(
                     Reply(job.client, job.number, error="the SuperLink refused the message")
                 )
@@ -105,7 +107,7 @@ class GridTransport:
                 self._pending[message_id] = (job, attempt)
 
     def receive(self, timeout: float | None) -> list[Reply]:
-        """Replies that have come; waits up to `timeout` seconds for the first."""
+        """Replies that have arrived; waits up to `timeout` seconds for the first."""
         deadline = None if timeout is None else self.now() + timeout
         while True:
             replies = self._pull()
@@ -115,17 +117,15 @@ class GridTransport:
             self._wait(left)
 
     def there(self, client: str) -> bool:
-        """Always: a client that is gone answers with an error."""
+        """Always true: a job for a client that has left gets an error reply."""
         return True
 
     def abandon(self, keys: Iterable[tuple[str, int]]) -> None:
-        """Nothing can be stopped at a SuperNode: its late reply is refused. The pool drops what is
-        still queued.
-        """
+        """Cancel jobs on a local grid; elsewhere they run, and their late replies are dropped."""
         wanted = set(keys)
         ids = [i for i, (job, _) in self._pending.items() if (job.client, job.number) in wanted]
-        if discard := getattr(self.grid, "discard", None):
-            discard(ids)
+        if self._local is not None:
+            self._local.discard(ids)
             for message_id in ids:
                 del self._pending[message_id]
         else:
@@ -136,21 +136,19 @@ class GridTransport:
         return job_bytes(job)
 
     def now(self) -> float:
-        """The run's clock: monotonic, and it stands still while no server runs."""
+        """Seconds on the run's clock, which is monotonic and stops while no server runs."""
         return time.monotonic() - self._began
 
     def close(self) -> None:
-        """Nothing of its own to free: who made the grid closes it."""
+        """Do nothing: whoever made the grid closes it."""
 
     def _pull(self) -> list[Reply]:
-        """What has come; one at a time where the grid can tell, as every reply is as large as the
-        model.
-        """
+        """Replies that have arrived; a local grid gives one at a time, as each is a large array."""
         replies, self._refused = self._refused, []
-        ready = getattr(self.grid, "ready", None)
-        ids = (
-            list(self._pending) if ready is None else [i for i in ready() if i in self._pending][:1]
-        )
+        if self._local is None:
+            ids = list(self._pending)
+        else:
+            ids = [i for i in self._local.ready() if i in self._pending][:1]
         began = time.monotonic()
         for message_id in ids:
             replies += self._taken(message_id)
@@ -158,21 +156,20 @@ class GridTransport:
         return replies
 
     def _message(self, message_id: str) -> Message | Exception | None:
-        """The reply to one message, None where it is not there yet, or what Flower raised as it
-        read it.
+        """The reply to one message, None if it has not arrived, or the exception of reading it.
 
-        Asked for alone, a message that cannot be read takes no other along.
+        Messages are pulled one by one, so that one unreadable reply does not lose others.
         """
         try:
             return next(iter(self.grid.pull_messages([message_id])), None)
-        except httpx.HTTPError:  # the SuperLink is gone: not the message's fault
+        except httpx.HTTPError:  # the SuperLink does not answer: not an error of the message
             raise
         except Exception as error:
             return error
 
     def _taken(self, message_id: str) -> list[Reply]:
-        """The reply to a job, if it is there."""
-        took = getattr(self.grid, "seconds_of", lambda _: None)(message_id)  # only the pool knows
+        """The reply to a job, if it has arrived and does not lead to another attempt."""
+        took = JobTime() if self._local is None else self._local.time_of(message_id)
         message = self._message(message_id)
         if message is None:
             return []
@@ -187,20 +184,19 @@ class GridTransport:
             )
             self._send([job], attempt + 1)
             return []
-        return [replace(read_reply(message, job.client, job.number), seconds=took)]
+        return [replace(read_reply(message, job.client, job.number), job_time=took)]
 
     def _wait(self, seconds: float | None) -> None:
         if self._stop is not None and self._stop.exists():
             raise KeyboardInterrupt
-        wait = getattr(self.grid, "wait", None)
-        if wait is not None:
-            wait(seconds)
+        if self._local is not None:
+            self._local.wait(seconds)
         else:
-            pause = max(POLL_SECONDS, self._sweep)  # questions take half of the time at most
+            pause = max(POLL_SECONDS, self._sweep)  # polls take at most half of the time
             time.sleep(pause if seconds is None else min(pause, seconds))
 
     def _ask(self, timeout: float) -> dict[int, ClientInfo]:
-        """Query every node for its client; waits until `expected` nodes are there."""
+        """Ask every node for its client; waits until `expected` nodes have connected."""
         deadline = self.now() + timeout
         while len(nodes := sorted(self.grid.get_node_ids())) < self.expected:
             if self.now() > deadline:
@@ -220,8 +216,9 @@ class GridTransport:
                 infos[node], digest = _introduced(message, node)
                 if digest != self.digest:
                     raise FedGPTError(
-                        f"client {infos[node].id!r} prepared other data ({digest}) than the server ({self.digest}); "
-                        "corpus, tokenizer and their package versions must be the same"
+                        f"client {infos[node].id!r} prepared other data ({digest}) than the server"
+                        f" ({self.digest}); corpus, tokenizer and their package versions must be"
+                        " the same"
                     )
             if waiting and self.now() > deadline:
                 raise StoppedEarly(
@@ -232,15 +229,13 @@ class GridTransport:
 
 
 def _introduced(message: Message | Exception, node: int) -> tuple[ClientInfo, str]:
-    """(client, digest of its data) that a node has answered; raises FedGPTError where it is no
-    answer.
-    """
+    """(client, digest of its data) in a node's answer; raises FedGPTError if it has neither."""
     try:
         if isinstance(message, Exception):
             raise message
         if not message.has_error():
             return read_info(message)
-        told = message.error.reason
+        reason = message.error.reason
     except Exception as error:  # whatever a malformed answer raises
-        told = f"its answer cannot be read ({type(error).__name__})"
-    raise FedGPTError(f"node {node} did not say who it is: {told}")
+        reason = f"its answer cannot be read ({type(error).__name__})"
+    raise FedGPTError(f"node {node} did not say who it is: {reason}")

@@ -1,15 +1,14 @@
-"""Start a run on its runtime: in this process for the pool, through Flower's own tools for Ray and
-SuperLink.
-"""
+"""Start a run on the runtime that its options name."""
 
 from __future__ import annotations
 
 import os
-from typing import Any
 
-from fedgpt.config.compose import refuse_another_run, to_yaml
+from fedgpt.config.compose import refuse_another_run
+from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import RunOptions
 from fedgpt.core.resources import Resources, resources_for
+from fedgpt.core.runtimes import runtime_of
 from fedgpt.data.partition import partition
 from fedgpt.data.prepare import prepare
 
@@ -19,14 +18,14 @@ FLOWER_ENV = {
     "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
     "RAY_usage_stats_enabled": "0",
 }
-# glibc returns every freed tensor of some MB to the kernel and faults its pages in again at the
-# next step; keeping the heap saved 15 % of a training step at the nano model. Other C libraries
-# ignore these names.
+# By default glibc returns a freed tensor of some MB to the kernel, and the next step faults its
+# pages in again. Keeping the heap saved 15 % of a training step of the nano model. Other C
+# libraries ignore these names.
 KEEP_HEAP = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(4 << 30)}
 
 
 def launch(options: RunOptions) -> None:
-    """Run `options` to the end; raises the run's error where there is one."""
+    """Run `options` to the end; raises the error that ends the run, if any."""
     refuse_another_run(options)
     for name, value in FLOWER_ENV.items():
         os.environ.setdefault(name, value)
@@ -34,36 +33,17 @@ def launch(options: RunOptions) -> None:
     clients = len(
         partition(prepared, options.partition, options.seed, options.model.block_size + 1)
     )
+    runtime = runtime_of(options)
+    # the number of natural clients was not known when the options were checked
+    if problems := list(runtime.problems(options, clients)):
+        raise ConfigError(problems)
     resources = resources_for(options, clients)
-    environment = client_environment(options, resources)
-    if options.runtime.name == "pool":
-        _launch_pool(options, clients, resources, environment)
-    else:
-        from fedgpt.flower.superlink import launch_flwr
-
-        launch_flwr(options, clients, resources, environment)
+    runtime.start(options, clients, resources, client_environment(options, resources))
 
 
 def client_environment(options: RunOptions, resources: Resources) -> dict[str, str]:
-    """What client processes on this machine get: where their state lives, and quiet thread
-    pools.
-    """
+    """Environment variables of client processes: thread counts, and the folder of their state."""
     pools = dict.fromkeys(
         ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(resources.threads)
     )
     return {**FLOWER_ENV, **pools, **KEEP_HEAP, "FEDGPT_STATE_DIR": f"{options.run_dir}/clients"}
-
-
-def _launch_pool(
-    options: RunOptions, clients: int, resources: Resources, environment: dict[str, str]
-) -> None:
-    from flwr.app import Context, RecordDict
-
-    from fedgpt.flower.pool.grid import PoolGrid
-    from fedgpt.flower.server_app import app
-
-    run_config: dict[str, Any] = {"config": to_yaml(options)}
-    client_app = "fedgpt.flower.client_app:app"
-    sizes = clients, resources.workers, resources.threads
-    with PoolGrid(client_app, *sizes, run_config, environment, resources.gpus) as grid:
-        app(grid, Context(grid.run.run_id, 1, {}, RecordDict(), run_config))

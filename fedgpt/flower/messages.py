@@ -1,5 +1,6 @@
-"""Jobs and updates as Flower messages: one array and one JSON text each way, because Flower's cost
-is per array.
+"""Jobs and updates as Flower messages: one array and one JSON text in each direction.
+
+It is one array because the cost of a message in Flower grows with the number of arrays.
 """
 
 from __future__ import annotations
@@ -24,9 +25,7 @@ MOST_REASON = 500  # characters of a client's exception that are kept: they go t
 
 
 def vector_record(vector: np.ndarray) -> ArrayRecord:
-    """A record that holds `vector` without copying it; it must not change while a message uses
-    it.
-    """
+    """A record of `vector`, which is not copied: do not change it while a message refers to it."""
     return array_record({ARRAY: vector})
 
 
@@ -36,8 +35,9 @@ def job_content(job: Job, params: ArrayRecord) -> RecordDict:
 
 
 def params_record(job: Job) -> ArrayRecord:
-    """The vector of a job on its way to clients, or its steps; shared by all jobs of one version
-    from one other.
+    """The params of a job as they are sent, or its deltas from the client's cached version.
+
+    All jobs of one version with the same cached version share one record.
     """
     if job.plan.cached_version >= 0:
         return vector_record(joined(job.model_deltas))
@@ -45,17 +45,18 @@ def params_record(job: Job) -> ArrayRecord:
 
 
 def job_bytes(job: Job) -> int:
-    """Size of what a job puts on the wire: the vector and its JSON."""
-    # what a restart left to keep is no traffic of the run
-    told = _job_json(replace(job, plan=replace(job.plan, keep=())))
+    """Size in bytes of a job's message: the array and the JSON."""
+    # `keep` depends on restarts, but the traffic that a run reports must not
+    text = _job_json(replace(job, plan=replace(job.plan, keep=())))
     if job.plan.cached_version >= 0:
-        return sum(step.nbytes for step in job.model_deltas) + len(told)
-    return job.params.nbytes // (2 if job.plan.downlink == "bf16" else 1) + len(told)
+        return sum(step.nbytes for step in job.model_deltas) + len(text)
+    return job.params.nbytes // (2 if job.plan.downlink == "bf16" else 1) + len(text)
 
 
 def read_job(message: Message) -> Job:
-    """The job in a message; its params may be a read-only view, or the bytes of steps where
-    `plan.cached_version` says so.
+    """The job in a message.
+
+    `params` may be a read-only view. With a `plan.cached_version` they are the bytes of deltas.
     """
     about = json.loads(_config_text(message.content, "job"))
     plan = plan_of_json(about["plan"])
@@ -71,9 +72,7 @@ def update_content(header: str, delta: np.ndarray) -> RecordDict:
 
 
 def read_reply(message: Message, client: str, number: int) -> Reply:
-    """A client's reply as it came; nothing in it is believed yet, and nothing it holds can raise
-    here.
-    """
+    """A client's reply, which is not validated yet; no content of a message makes this raise."""
     if message.has_error():
         return Reply(
             client, number, error=f"code {message.error.code}: {message.error.reason}"[:MOST_REASON]
@@ -83,24 +82,24 @@ def read_reply(message: Message, client: str, number: int) -> Reply:
         return Reply(client, number, header, payload, bytes=payload.nbytes + len(header))
     except UpdateRejected as rejection:
         return Reply(client, number, error=rejection.detail or rejection.code, code=rejection.code)
-    except Exception as error:  # whatever a hostile message raises while it is read
+    except Exception as error:  # a malicious message may raise any exception
         return unreadable(client, number, error)
 
 
 def unreadable(client: str, number: int, error: Exception) -> Reply:
-    """A reply that raised `error` while it was read."""
+    """The failure for a reply whose reading raised `error`."""
     return Reply(
         client, number, error=f"unreadable reply ({type(error).__name__})", code="bad_encoding"
     )
 
 
 def died(message: Message) -> bool:
-    """Whether a reply only says that the client's process ended in the middle of its job."""
+    """Whether a reply reports that the client's process ended during the job."""
     return message.has_error() and message.error.code == ErrorCode.CLIENT_APP_CRASHED
 
 
 def info_content(info: ClientInfo, digest: str) -> RecordDict:
-    """The answer to the first query: who the client is and which prepared data it has."""
+    """The answer to the server's first query: the client, and the digest of its prepared data."""
     about = MetricRecord({"tokens": info.tokens})
     return RecordDict({"size": about, "who": ConfigRecord({"id": info.id, "digest": digest})})
 
@@ -111,9 +110,8 @@ def read_info(message: Message) -> tuple[ClientInfo, str]:
     return ClientInfo(str(who["id"]), int(str(size["tokens"]))), str(who["digest"])
 
 
-# Records are read by name: the properties of a RecordDict (`array_records` and the like) leave a
-# reference cycle in it, and then every vector that passed stays in memory until the garbage
-# collector happens to come by.
+# Records are read by name, because properties of a RecordDict (`array_records` and others) create a
+# reference cycle, which would keep each large array in memory until the garbage collector runs.
 
 
 def _config_text(content: RecordDict, name: str) -> str:
@@ -124,7 +122,7 @@ def _config_text(content: RecordDict, name: str) -> str:
 
 
 def _update(content: RecordDict) -> tuple[str, np.ndarray]:
-    """(header, array) of an update, which is all that a reply may hold."""
+    """(header, array) of an update; raises UpdateRejected if the reply contains anything else."""
     _exactly(content, "update", "delta")
     about, arrays = content["update"], content["delta"]
     if not isinstance(about, ConfigRecord) or not isinstance(arrays, ArrayRecord):
@@ -136,7 +134,7 @@ def _update(content: RecordDict) -> tuple[str, np.ndarray]:
     header, array = about["json"], arrays[ARRAY]
     if not isinstance(header, str):
         raise UpdateRejected("bad_encoding", f"a header of {type(header).__name__}")
-    if isinstance(array, NdArray):  # of this machine: memory, not bytes
+    if isinstance(array, NdArray):  # from a process of this machine: an array in memory, no bytes
         return header, array.numpy()
     if array.stype != SType.NUMPY:
         raise UpdateRejected("bad_encoding", f"an array of stype {array.stype!r:.40}")
@@ -147,7 +145,7 @@ def _exactly(record: Mapping[str, object], *names: str) -> None:
     if missing := sorted(set(names) - set(record)):
         raise UpdateRejected("missing_key", ", ".join(missing))
     if extra := set(record) - set(names):
-        raise UpdateRejected("extra_key", f"{len(extra)} of them, beside {', '.join(names)}")
+        raise UpdateRejected("extra_key", f"{len(extra)} keys besides {', '.join(names)}")
 
 
 def _vector(content: RecordDict, name: str) -> np.ndarray:

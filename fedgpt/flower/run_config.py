@@ -1,6 +1,4 @@
-"""Flower's flat run config as our options: a whole YAML text, or Hydra overrides for `flwr run .
--c`.
-"""
+"""A run's options in Flower's flat run config."""
 
 from __future__ import annotations
 
@@ -12,8 +10,15 @@ from fedgpt.config import compose
 from fedgpt.core.options import RunOptions
 
 
+def run_config_of(options: RunOptions) -> dict[str, Any]:
+    """The run config that our launcher sends: all options as one YAML text."""
+    return {"config": compose.to_yaml(options)}
+
+
 def options_of(run_config: Mapping[str, Any]) -> RunOptions:
-    """Options of a run: `config` is resolved YAML (what our launcher sends); else `overrides` are
+    """The options in a run config.
+
+    `config` is the YAML text of our launcher. If it is empty, `overrides` (of `flwr run . -c`) are
     composed here.
     """
     text = str(run_config.get("config", ""))

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from fedgpt.core.messages import Job, Pacing, Plan, ServerState
+from fedgpt.core.messages import Job, JobTime, Pacing, Plan, ServerState
 from fedgpt.core.options import RunOptions
 from fedgpt.server.parts import Parts
 from fedgpt.storage.tables import Clients, RunTotals
 from fedgpt.update.downlink import Published
 
+UNKNOWN = JobTime()  # a transport that reports no time: it counts from dispatch
 SPEED_MEMORY = 0.5  # share of the old value in a client's smoothed speed
 
 
@@ -84,13 +85,13 @@ class JobPlanner:
         # 0.29 * 100 is below 29
         return max(1, math.floor(full * speeds[client] / max(speeds.values()) + 1e-9))
 
-    def measure(self, job: Job, now: float, seconds: float | None = None) -> float:
+    def measure(self, job: Job, now: float, job_time: JobTime = UNKNOWN) -> float:
         """Learn a client's speed, as the server sees it; returns how long the job took.
 
-        `seconds` as in `Reply`. The first measured job counts in full.
+        The first measured job counts in full.
         """
-        took = now - job.sent if seconds is None or math.isnan(seconds) else seconds
-        if took > 0 and (seconds is None or not math.isnan(seconds)):
+        took = now - job.sent if job_time.seconds is None else job_time.seconds
+        if took > 0 and job_time.measured:
             self.clients.learn_speed(job.client, job.plan.local_steps / took, SPEED_MEMORY)
         return took
 

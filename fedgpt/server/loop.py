@@ -32,7 +32,7 @@ from fedgpt.core.events import (
     VersionMade,
 )
 from fedgpt.core.faults import reach
-from fedgpt.core.messages import Job, Pacing, Reply, ServerState, Update
+from fedgpt.core.messages import Job, JobTime, Pacing, Reply, ServerState, Update
 from fedgpt.server.background_evaluation import BackgroundEvaluation
 from fedgpt.server.collector import Collectors, model_length
 from fedgpt.server.in_flight import InFlight, Key, restored_jobs
@@ -241,7 +241,7 @@ class Server:
                 raise UpdateRejected(code, "not in flight")
             tokens = job.plan.local_steps * self.planner.step_tokens
             update = self.version.collector.read(reply, job, tokens)
-            self._accept(update, job, reply.seconds)
+            self._accept(update, job, reply.job_time)
             self._advise()
         except UpdateRejected as rejection:
             self._reject(rejection.code, reply.client, reply.number, rejection.detail)
@@ -254,14 +254,14 @@ class Server:
         now = self.parts.transport.now()
         self._send([replace(job, plan=plan, model_deltas=(), sent=now)])
 
-    def _accept(self, update: Update, job: Job, seconds: float | None) -> None:
+    def _accept(self, update: Update, job: Job, job_time: JobTime) -> None:
         staleness = self.state.version - update.version
         limit = self.parts.options.pace.max_staleness
         if limit is not None and staleness > limit:
             detail = f"{staleness} versions old, pace.max_staleness={limit}"
             raise UpdateRejected("stale", detail)
         update = self.version.collector.add(update, job, staleness)
-        took = self.planner.measure(job, self.parts.transport.now(), seconds)
+        took = self.planner.measure(job, self.parts.transport.now(), job_time)
         if not self.parts.privacy.central:  # what single updates show is not noised
             self.metrics.diagnostics.update(update, self.pace.keeps_jobs)
         self.parts.privacy.answered(update, self.clients)
@@ -276,7 +276,7 @@ class Server:
             update.tokens,
             staleness,
             took,
-            measured=seconds in (None, took),
+            measured=job_time.measured,
             seconds=self.parts.transport.now(),
         )
         self._tell(event)

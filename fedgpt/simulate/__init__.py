@@ -1,3 +1,1 @@
-"""Simulated time: how fast modelled clients are, and the virtual clock that delivers their
-replies.
-"""
+"""Simulated time: fleets of modelled clients, the virtual clock, and replays of recorded runs."""

@@ -1,8 +1,7 @@
-"""The simulated fleet: how long a client's job takes, whether it comes back, and when a client is
-there.
+"""Simulated fleets: how long a client's job takes, whether it is lost, when a client is available.
 
-Everything is a function of the options, the seed, the client and the task, so that a virtual run
-has one course of events however often and on however many workers it is computed.
+Everything is a function of the options, the seed, the client and the job number. So a run on the
+virtual clock has the same events however often, and on however many workers, it is computed.
 """
 
 from __future__ import annotations
@@ -16,75 +15,69 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from fedgpt.core.errors import ConfigError, FedGPTError
-from fedgpt.core.messages import Job
+from fedgpt.core.errors import ConfigError
+from fedgpt.core.messages import Job, JobTime
 from fedgpt.core.options import FleetOptions, RunOptions
 from fedgpt.core.seeds import numpy_generator
 from fedgpt.storage.run_folder import read_lines
 
-# seconds per step of DeepMind's asynchronous workers (arXiv 2401.09135)
-PUBLISHED = (
-    0.58,
-    0.75,
-    1.51,
-    3.33,
-)
+# seconds per local step of the four kinds of workers in arXiv 2401.09135 (DeepMind)
+PUBLISHED = (0.58, 0.75, 1.51, 3.33)
 NAMES = ("none", "constant", "published", "lognormal", "trace", "replay")
-MEGABYTE = 1e6
+MEGABYTE = 1e6  # bytes
 
 
 @dataclass(frozen=True)
 class Trip:
-    """One job's way through the fleet, in seconds of the run's clock."""
+    """The course of one job on the virtual clock; times are seconds on the run's clock."""
 
-    arrives: float  # without the upload, where `per_byte` is above 0
-    lost: str = ""  # why no reply comes; `arrives` is then when the server learns of it
-    per_byte: float = 0.0  # seconds per byte of the reply
-    leaves: float = math.inf  # the client goes away then
-    order: int = 0  # of arrivals at one time, before client and task
-    # how long the client was at it, where a record says so; as in Reply
-    seconds: float | None = None
+    arrives: float  # time at which the reply arrives, before the upload if `per_byte` is above 0
+    lost: str = ""  # reason why no reply comes; the server learns of it at `arrives`
+    per_byte: float = 0.0  # seconds of upload per byte of the reply
+    leaves: float = math.inf  # time at which the client becomes unavailable
+    order: int = 0  # order of arrivals at the same time, before client and job number
+    job_time: JobTime | None = None  # as recorded; None: all the time since the job was sent
 
 
 class Timing(Protocol):
-    """What the virtual clock asks of a fleet."""
+    """What the virtual clock asks a fleet."""
 
     def meet(self, clients: Sequence[str]) -> None:
-        """Learn who the clients are, in the order of their ids."""
+        """Take the ids of all clients, in order; called before all other methods."""
         ...
 
     def trip(self, job: Job, bytes_down: int) -> Trip:
-        """When the job's reply arrives."""
+        """When the job's reply arrives, or why it is lost; `bytes_down` is the job's size."""
         ...
 
     def there(self, client: str, now: float) -> bool:
-        """Whether a client takes jobs."""
+        """Whether a client is available at the time `now`."""
         ...
 
     def opening(self, now: float) -> float:
-        """When the next client that is away comes back; inf where nobody does."""
+        """The next time after `now` at which an unavailable client returns; inf if none does."""
         ...
 
 
 class Device(NamedTuple):
-    """What a client computes and sends with."""
+    """The speeds of one client."""
 
-    step: float  # seconds of a local step
-    down: float  # seconds per megabyte to it
-    up: float  # and from it
+    step: float  # seconds per local step
+    down: float  # seconds per megabyte of download
+    up: float  # seconds per megabyte of upload
 
 
 class Fleet:
-    """Modelled clients: constant, published or log-normal speeds, or a table of them."""
+    """Clients with constant, published or log-normal speeds, or with the speeds of a table."""
 
     def __init__(self, options: FleetOptions, seed: int):
         self.options, self.seed = options, seed
         self._devices: dict[str, Device] = {}
         self._phases: dict[str, float] = {}
-        self._openings = np.zeros(0)  # when windows open, within one period, sorted
+        self._openings = np.zeros(0)  # sorted times within one period at which windows open
 
     def meet(self, clients: Sequence[str]) -> None:
-        """Give every client its device and its window's phase."""
+        """Draw the speed of each client and the phase of its window."""
         o = self.options
         table = _trace(o) if o.name == "trace" else {}
         if missing := [client for client in clients if client not in table and o.name == "trace"]:
@@ -112,9 +105,7 @@ class Fleet:
         return self._devices[client].step
 
     def trip(self, job: Job, bytes_down: int) -> Trip:
-        """Download, local steps, upload; a job is lost by chance, or when its client's window
-        closes.
-        """
+        """Time of download, local steps and upload; a job may be lost, or its window may close."""
         o, device = self.options, self._devices[job.client]
         draw = numpy_generator(self.seed, "trip", job.client, job.number)
         factor = math.exp(o.jitter * draw.standard_normal())
@@ -128,11 +119,11 @@ class Fleet:
         return Trip(job.sent + work, per_byte=device.up / MEGABYTE, leaves=leaves)
 
     def there(self, client: str, now: float) -> bool:
-        """Whether the client's window is open."""
+        """Whether the client's window of availability is open."""
         return self._left(client, now) > 0
 
     def opening(self, now: float) -> float:
-        """The next moment at which a window opens."""
+        """The next time at which a window opens."""
         if not self.options.window:
             return math.inf
         period = sum(self.options.window)
@@ -141,66 +132,21 @@ class Fleet:
         following = (
             self._openings[index] if index < self._openings.size else self._openings[0] + period
         )
-        return now + float(following - position) + 1e-6  # just past the edge
+        return now + float(following - position) + 1e-6  # just after the edge
 
     def _left(self, client: str, now: float) -> float:
-        """Seconds until the client's window closes; 0 where it is closed."""
+        """Seconds until the client's window closes; 0 if it is closed."""
         if not self.options.window:
             return math.inf
         position = (now + self._phases[client]) % sum(self.options.window)
         return max(0.0, self.options.window[0] - position)
 
 
-class Replay:
-    """The course of an earlier run, from its events.jsonl: every job arrives when and in the order
-    that it did.
-    """
-
-    def __init__(self, path: str | Path):
-        self.path = path
-        self._trips: dict[tuple[str, int], Trip] = {}
-        for order, event in enumerate(read_lines(Path(path))):
-            if event["event"] not in ("accept", "reject") or event.get("code") in (
-                "no_reply",
-                "late",
-                "duplicate",
-            ):
-                continue
-            # its name in older records
-            number = event["number"] if "number" in event else event["task"]
-            lost = event.get("detail", "") if event.get("code") == "client_error" else ""
-            seconds = event.get("train_seconds") if event.get("measured", True) else math.nan
-            self._trips[event["client"], number] = Trip(
-                event["seconds"], lost, order=order, seconds=seconds
-            )
-
-    def meet(self, clients: Sequence[str]) -> None:
-        """Nothing to learn: the record names them."""
-
-    def trip(self, job: Job, bytes_down: int) -> Trip:
-        """As recorded; a job that nobody saw arrive never does."""
-        return self._trips.get((job.client, job.number), Trip(math.inf, lost="not in the record"))
-
-    def there(self, client: str, now: float) -> bool:
-        """Always: who was asked is in the record."""
-        return True
-
-    def opening(self, now: float) -> float:
-        """Never."""
-        return math.inf
-
-
-def make_timing(options: RunOptions) -> Timing:
-    """The fleet that the options describe."""
-    fleet = options.fleet
-    return Replay(str(fleet.path)) if fleet.name == "replay" else Fleet(fleet, options.seed)
-
-
 def _trace(options: FleetOptions) -> dict[str, Device]:
-    """client -> device of a CSV file; raises ConfigError with the line that is wrong."""
+    """client -> device of the CSV file fleet.path; raises ConfigError with the wrong line."""
     named, devices = f"fleet.path={options.path}", {}
     try:
-        # a spreadsheet begins it with a mark
+        # spreadsheets write a byte order mark
         text = Path(str(options.path)).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ConfigError(
@@ -217,11 +163,11 @@ def _trace(options: FleetOptions) -> dict[str, Device]:
         step = _number(row["step_seconds"])
         down, up = (_number(row.get(name, getattr(options, name))) for name in ("down", "up"))
         if not (0 < step < math.inf and 0 <= down < math.inf and 0 <= up < math.inf):
-            told = ", ".join(
+            values = ", ".join(
                 f"{name}={row[name]}" for name in ("step_seconds", "down", "up") if name in row
             )
             raise ConfigError(
-                f"{named} line {rows.line_num}: {told}: must be above 0, down and up at least 0"
+                f"{named} line {rows.line_num}: {values}: must be above 0, down and up at least 0"
             )
         devices[row["client"]] = Device(step, down, up)
     return devices
@@ -290,37 +236,3 @@ def _trace_problems(options: RunOptions) -> Iterator[str]:
                 f"fleet.path={options.fleet.path}: down and up are modelled by clock=virtual only;"
                 " leave them out"
             )
-
-
-def replay_problems(options: RunOptions, switches: bool) -> Iterator[str]:
-    """What a record cannot repeat: it holds arrivals, not moments between them; `switches`: the
-    pacing may change.
-    """
-    if options.fleet.name != "replay":
-        return
-    why = "fleet=replay: a record holds when replies arrived"
-    for name in ("grace", "deadline"):
-        if (value := getattr(options.pace, name)) is not None:
-            yield (
-                f"pace.{name}={value:g}: {why}, not when the server stopped waiting for others;"
-                f" only runs without pace.{name} can be replayed: leave it out in both"
-            )
-    if options.privacy.unit != "none" and options.privacy.rng == "secure":
-        yield (
-            f"privacy={options.privacy.unit}: {why}, and noise that nobody can know does not come"
-            " again; only runs without privacy, or with privacy.rng=seeded in both, can be"
-            " replayed"
-        )
-    if switches:
-        yield (
-            f"strategy=auto: {why}, not how long the others had been at work when it chose the"
-            " pacing; only runs of one pacing can be replayed: name it, e.g. pace=buffer"
-            " strategy=delta_sgd, in both"
-        )
-
-
-def nothing_left(waiting: int) -> FedGPTError:
-    """The virtual clock has no event any more."""
-    return FedGPTError(
-        f"the virtual clock stands still: {waiting} jobs in flight and none of them ever arrives"
-    )

@@ -1,9 +1,8 @@
-"""The virtual clock: a Transport that lets real clients compute and delivers what they send in
-modelled time.
+"""The virtual clock: a Transport in which real clients compute and replies arrive in modelled time.
 
-Replies come out in the order of (modelled arrival, client, task), whatever the order in which they
-were computed, so a run has the same bits on one worker and on eight. Jobs in flight are computed at
-once, in parallel.
+Replies are delivered in the order of (modelled arrival, client, job number), whatever the order in
+which they were computed, so a run has the same bits on one worker and on eight. Jobs in flight are
+computed in parallel.
 """
 
 from __future__ import annotations
@@ -14,26 +13,28 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from fedgpt.core.errors import FedGPTError
-from fedgpt.core.messages import ClientInfo, Job, Reply
+from fedgpt.core.messages import ClientInfo, Job, JobTime, Reply
+from fedgpt.core.options import RunOptions
 from fedgpt.core.transport import Transport
-from fedgpt.simulate.fleet import Timing, Trip, nothing_left
+from fedgpt.simulate.fleet import Fleet, Timing, Trip
+from fedgpt.simulate.replay import Replay
 
-Key = tuple[str, int]  # (client, task)
+Key = tuple[str, int]  # (client, job number)
 
 
 @dataclass(order=True)
 class _Event:
-    """A reply's arrival, or the earliest moment that it can have."""
+    """The arrival of a reply, or the earliest possible time of it."""
 
     time: float
     order: int
     client: str
     number: int
-    settled: bool  # False: the upload is not in `time` yet, as its size is not known
+    settled: bool  # False: `time` does not include the upload yet, as its size is not known
 
 
 class VirtualTransport:
-    """Time moves only in `receive`, from one arrival to the next."""
+    """A Transport around another one; its time advances only in `receive`, to the next arrival."""
 
     virtual = True
     at_once: int | None = None
@@ -41,8 +42,8 @@ class VirtualTransport:
     def __init__(self, inner: Transport, timing: Timing, now: float = 0.0):
         self.inner, self.timing, self._now = inner, timing, now
         self._events: list[_Event] = []
-        self._trips: dict[Key, tuple[Trip, float]] = {}  # what is in flight, and when it was sent
-        self._computed: dict[Key, Reply] = {}  # real replies whose time has not come
+        self._trips: dict[Key, tuple[Trip, float]] = {}  # jobs in flight, and when each was sent
+        self._computed: dict[Key, Reply] = {}  # replies that are computed but have not arrived yet
         self._someone_is_away = False
 
     def clients(self, timeout: float) -> list[ClientInfo]:
@@ -52,13 +53,13 @@ class VirtualTransport:
         return infos
 
     def there(self, client: str) -> bool:
-        """Whether the client takes jobs at this moment of the clock."""
+        """Whether the client is available at the present virtual time."""
         there = self.timing.there(client, self._now)
         self._someone_is_away |= not there
         return there
 
     def send(self, jobs: Sequence[Job]) -> None:
-        """Start computing every job that will come back, and note when it arrives."""
+        """Start to compute every job whose reply will arrive, and record when it arrives."""
         for job in jobs:
             trip = self.timing.trip(job, self.inner.bytes_down(job))
             settled = bool(trip.lost) or trip.per_byte == 0
@@ -68,16 +69,14 @@ class VirtualTransport:
             self._trips[job.client, job.number] = trip, job.sent
         trips = {id(job): self._trips[job.client, job.number][0] for job in jobs}
         real = [job for job in jobs if not trips[id(job)].lost]
-        # in the order of arrival, so that few replies are computed long before their time
+        # in the order of arrival, so that few replies are stored for long
         self.inner.send(sorted(real, key=lambda job: trips[id(job)].arrives))
 
     def receive(self, timeout: float | None) -> list[Reply]:
-        """The next reply; [] where `timeout` seconds pass without one, or a client comes back that
-        was missed.
-        """
+        """The next reply; [] after `timeout` seconds or when an unavailable client returns."""
         until = math.inf if timeout is None else self._now + timeout
         if timeout and until == self._now:
-            # a wait shorter than the clock's last digit must end, too
+            # a timeout below the clock's resolution must end, too
             until = math.nextafter(self._now, math.inf)
         if self._someone_is_away:
             until = min(until, self.timing.opening(self._now))
@@ -89,20 +88,23 @@ class VirtualTransport:
                 self._now = max(self._now, event.time)
                 return [reply]
         if until == math.inf:
-            raise nothing_left(len(self._trips))
+            raise FedGPTError(
+                f"the virtual clock stands still: {len(self._trips)} jobs are in flight and none"
+                " of them ever arrives"
+            )
         self._now = until
         return []
 
     def abandon(self, keys: Iterable[Key]) -> None:
-        """Clients stop with these jobs and are free."""
+        """Cancel these jobs."""
         keys = list(keys)
         for key in keys:
-            self._trips.pop(key, None)  # their events are passed over
+            self._trips.pop(key, None)  # their events are skipped
             self._computed.pop(key, None)
         self.inner.abandon(keys)
 
     def bytes_down(self, job: Job) -> int:
-        """As the inner transport counts."""
+        """The size of a job's message, as the inner transport counts it."""
         return self.inner.bytes_down(job)
 
     def now(self) -> float:
@@ -114,7 +116,7 @@ class VirtualTransport:
         self.inner.close()
 
     def _arrival(self, event: _Event) -> Reply | None:
-        """The reply of an event; None where its job was abandoned or its time had to be put off."""
+        """The reply of an event; None if its job was cancelled or it is postponed by the upload."""
         key = event.client, event.number
         if key not in self._trips:
             return None
@@ -134,16 +136,22 @@ class VirtualTransport:
             )
             return None
         del self._trips[key], self._computed[key]
-        return replace(reply, seconds=event.time - sent if trip.seconds is None else trip.seconds)
+        return replace(reply, job_time=trip.job_time or JobTime(event.time - sent))
 
     def _wait_for(self, key: Key) -> Reply:
-        """The real reply of a job, computed by now or waited for."""
+        """The real reply of a job; waits until it is computed."""
         while key not in self._computed:
             replies = self.inner.receive(None)
             if not replies:
-                raise FedGPTError(f"the job {key} vanished: no reply and nothing under way")
+                raise FedGPTError(f"the job {key} has no reply and is not in flight")
             arrived = {(reply.client, reply.number): reply for reply in replies}
             self._computed.update(
                 {known: reply for known, reply in arrived.items() if known in self._trips}
             )
         return self._computed[key]
+
+
+def make_timing(options: RunOptions) -> Timing:
+    """The fleet that the options choose."""
+    fleet = options.fleet
+    return Replay(str(fleet.path)) if fleet.name == "replay" else Fleet(fleet, options.seed)

@@ -26,6 +26,7 @@ import struct
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import isnan, nan
 from pathlib import Path
 from typing import IO, Any
 
@@ -33,8 +34,9 @@ import numpy as np
 
 from fedgpt.core.faults import reach
 from fedgpt.core.files import sync
-from fedgpt.core.messages import ClientInfo, Job, Reply
+from fedgpt.core.messages import ClientInfo, Job, JobTime, Reply
 from fedgpt.core.options import RunOptions
+from fedgpt.core.runtimes import runtime_of
 from fedgpt.core.transport import Transport
 
 HEAD = struct.Struct("<4sIQI")
@@ -54,7 +56,7 @@ def needs_journal(options: RunOptions, switches: bool) -> bool:
     if options.checkpoint.journal is not None:
         return options.checkpoint.journal
     asynchronous = options.pace.name == "buffer" or switches
-    return options.clock == "real" and (asynchronous or options.runtime.name == "superlink")
+    return options.clock == "real" and (asynchronous or runtime_of(options).real_clients)
 
 
 @dataclass(frozen=True)
@@ -362,7 +364,7 @@ def _as_json(entry: Entry) -> dict[str, Any]:
     replies = []
     for r in entry.replies:
         array = None if r.payload is None else [r.payload.dtype.str, list(r.payload.shape)]
-        replies.append([r.client, r.number, r.header, r.error, r.code, r.bytes, r.seconds, array])
+        replies.append([r.client, r.number, r.header, r.error, r.code, r.bytes, _seconds(r), array])
     return {
         "call": entry.call,
         "jobs": entry.jobs,
@@ -371,6 +373,11 @@ def _as_json(entry: Entry) -> dict[str, Any]:
         "away": sorted(entry.away),
         "clients": entry.clients,
     }
+
+
+def _seconds(reply: Reply) -> float | None:
+    """The reply's JobTime as one number, as earlier versions wrote it: NaN is "not measured"."""
+    return reply.job_time.seconds if reply.job_time.measured else nan
 
 
 def _read_entry(stream: IO[bytes]) -> Entry | None:
@@ -393,7 +400,8 @@ def _read_entry(stream: IO[bytes]) -> Entry | None:
         if array is not None:
             values = np.ndarray(array[1], array[0], payload, start)
             start += values.nbytes
-        replies.append(Reply(client, number, header, values, error, code, size, seconds))
+        took = JobTime(None, False) if seconds is not None and isnan(seconds) else JobTime(seconds)
+        replies.append(Reply(client, number, header, values, error, code, size, took))
     jobs = tuple((client, number) for client, number in told["jobs"])
     return Entry(
         told["call"],

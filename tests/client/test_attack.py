@@ -1,6 +1,4 @@
-"""Clients that lie: what they send, that it repeats, who does, and that the server hears them
-out.
-"""
+"""Simulated attackers: what they send, that it is deterministic, and who attacks."""
 
 from __future__ import annotations
 
@@ -38,12 +36,12 @@ def test_gaussian_noise_has_the_asked_length_and_no_direction():
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_a_lie_repeats_and_stays_float32(name):
+def test_an_attack_is_deterministic_and_float32(name):
     assert lie(name).dtype == np.float32
     assert np.array_equal(lie(name), lie(name))
 
 
-def test_noise_differs_by_seed_client_and_task():
+def test_noise_differs_by_seed_client_and_job_number():
     for other in (
         lie("gaussian", seed=1),
         lie("gaussian", client="mallory"),
@@ -95,7 +93,7 @@ def train(tmp_path):
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_only_the_first_clients_lie_and_the_server_lets_them(train, name):
+def test_only_the_first_clients_attack_and_their_updates_are_accepted(train, name):
     honest = [train(index).delta.copy() for index in range(3)]
     updates = [train(index, f"attack={name}", "attack.clients=2").delta for index in range(3)]
     assert [np.array_equal(a, b) for a, b in zip(honest, updates, strict=True)] == [

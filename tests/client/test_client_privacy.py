@@ -1,6 +1,4 @@
-"""The client's own side: it pays before it trains, once for one job, and refuses what its options
-do not allow.
-"""
+"""The client charges its ledger once per job before it trains, and enforces its own options."""
 
 from __future__ import annotations
 
@@ -33,18 +31,18 @@ def options(unit: str = "example", **privacy) -> RunOptions:
 
 def job(o: RunOptions, number: int = 0, **plan) -> Job:
     planned = make_plan(o, [TOKENS.size])
-    told = {
+    numbers = {
         "noise_multiplier": planned.noise_multiplier,
         "participations": planned.participations,
         "delta": planned.delta,
-        "state": number - 1,
+        "state_job": number - 1,
         "tokens_done": 0,
         "tokens_per_step": 64,
         **plan,
     }
     params = np.full(10, number, np.float32)
     return Job(
-        "alice", number, number, params, Plan("run", o.local.steps, tokens_total=1000, **told)
+        "alice", number, number, params, Plan("run", o.local.steps, tokens_total=1000, **numbers)
     )
 
 
@@ -98,20 +96,22 @@ def test_another_job_of_the_same_number_is_paid_for_and_gets_other_noise(tmp_pat
     assert events(tmp_path)[0]["count"] == 6
 
 
-def test_a_server_that_asks_for_less_noise_or_longer_is_held_to_the_clients_own_budget(tmp_path):
+def test_the_clients_own_budget_limits_a_server_that_asks_for_less_noise_or_more_steps(tmp_path):
     o = options()
-    with pytest.raises(BudgetExhausted, match="a job with noise 0"):
+    with pytest.raises(BudgetExhausted, match="the job has noise 0"):
         client(o, tmp_path).steps(job(o, noise_multiplier=0.0), "fresh")
     with pytest.raises(BudgetExhausted, match=r"privacy\.target_epsilon=4"):
         client(o, tmp_path).steps(job(o, noise_multiplier=0.2), "fresh")
     with pytest.raises(BudgetExhausted, match="delta nan is not below"):
         client(o, tmp_path).steps(job(o, delta=float("nan")), "fresh")
     refund = job(o)
-    with pytest.raises(BudgetExhausted, match="a job of -3 steps"):
+    with pytest.raises(BudgetExhausted, match="the job has -3 steps"):
         client(o, tmp_path).steps(
             replace(refund, plan=replace(refund.plan, local_steps=-3)), "fresh"
         )
-    with pytest.raises(BudgetExhausted, match=r"delta 0\.5 is not below one over the 40 units"):
+    with pytest.raises(
+        BudgetExhausted, match=r"delta 0\.5 is not below 1 / 40, one over this client's units"
+    ):
         client(o, tmp_path).steps(job(o, delta=0.5), "fresh")
     # one job is still within the budget
     client(o, tmp_path).steps(job(o, participations=10_000), "fresh")
@@ -119,7 +119,7 @@ def test_a_server_that_asks_for_less_noise_or_longer_is_held_to_the_clients_own_
 
 
 @pytest.mark.parametrize("name", ["ledger.json", "privacy.key"])
-def test_without_its_ledger_or_key_a_client_does_not_go_on(tmp_path, name):
+def test_without_its_ledger_or_key_a_client_refuses_to_continue(tmp_path, name):
     o = options()
     client(o, tmp_path).steps(job(o), "fresh")
     (tmp_path / name).unlink()
@@ -130,11 +130,11 @@ def test_without_its_ledger_or_key_a_client_does_not_go_on(tmp_path, name):
             client(o, tmp_path).steps(job(o, 0), "fresh")
 
 
-def test_the_ledger_names_the_noise_and_does_not_tell_it(tmp_path):
+def test_the_ledger_identifies_the_noise_without_revealing_it(tmp_path):
     o = options("local", clip=1.0)
     noise = client(o, tmp_path).hidden(job(o), np.zeros(5000, np.float32), "fresh")
-    (told,) = json.loads((tmp_path / "ledger.json").read_text())["releases"]
-    guess = SecureStream(bytes.fromhex(told["tag"]), "noise").normal(5000)
+    (release,) = json.loads((tmp_path / "ledger.json").read_text())["releases"]
+    guess = SecureStream(bytes.fromhex(release["tag"]), "noise").normal(5000)
     assert abs(np.corrcoef(noise, guess)[0, 1]) < 0.07
 
 
@@ -148,7 +148,7 @@ def test_a_damaged_ledger_and_one_of_other_text_are_refused(tmp_path):
         client(o, tmp_path).steps(job(o, 1), "fresh")
 
 
-def test_files_are_the_owners_alone(tmp_path):
+def test_only_the_owner_can_read_the_files(tmp_path):
     o = options()
     client(o, tmp_path).steps(job(o), "fresh")
     assert {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import subprocess
 import sys
 from dataclasses import asdict, fields
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from support.refused import problems
 
-from fedgpt.config import checks, compose, overrides
+from fedgpt.config import compose, overrides
 from fedgpt.core import options as options_module
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import RunOptions
@@ -44,12 +45,14 @@ def test_the_defaults_are_valid():
 @pytest.mark.parametrize("group, choice", CHOICES)
 def test_every_conf_file_composes_and_is_valid(group, choice, tmp_path, monkeypatch):
     # whether Ray is installed or not
-    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     table = tmp_path / "fleet.csv"
     table.write_text(
         '{"event": "open"}\n' if choice == "replay" else "client,step_seconds\na,1.0\n"
     )
     needs = [f"corpus.path={tmp_path}"] if choice == "files" else []
+    if (group, choice) == ("runtime", "custom"):
+        needs = ["runtime._target_=fedgpt.flower.runtimes.pool.Pool"]
     if group == "fleet" and choice != "none":
         needs = [
             "clock=virtual",
@@ -273,7 +276,7 @@ def test_sweeps_are_checked_choice_by_choice():
         ),
         (
             ["privacy=client"],
-            "privacy=client: fleet=replay: a record holds when replies arrived, and noise that nobody",
+            "privacy=client: fleet=replay: a record holds when replies arrived, and secret noise",
         ),
         (
             ["strategy=auto"],
@@ -345,9 +348,9 @@ def test_a_sweep_without_m_is_told_how_it_is_typed():
 
 
 def test_what_this_machine_cannot_start_is_in_the_list(monkeypatch, tmp_path):
-    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     (tmp_path / "config.yaml").write_text(compose.to_yaml(compose.load(["runtime=ray"])))
-    monkeypatch.setattr(checks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     told = problems("runtime=ray", "rounds=0")
     assert len(told) == 2 and any('pip install ".[ray]"' in problem for problem in told)
     assert compose.of_run(tmp_path).runtime.name == "ray", "a run's folder is read without Ray, too"

@@ -1,4 +1,4 @@
-"""Automatic choices and their reasons, on machines that this one need not be."""
+"""Automatic choices of device, dtype, processes and threads, on simulated machines."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def no_gpu(monkeypatch):
         (False, "fp32", "this CPU has no AMX bf16 units"),
     ],
 )
-def test_what_torch_knows_of_the_cpu_decides(monkeypatch, amx, dtype, reason):
+def test_the_dtype_depends_on_the_cpu(monkeypatch, amx, dtype, reason):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
     assert choose_compute() == Compute("cpu", dtype, reason)
 
 
-def test_where_torch_cannot_tell_every_process_takes_fp32(monkeypatch):
+def test_if_torch_cannot_detect_amx_every_process_takes_fp32(monkeypatch):
     monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported", raising=False)
     assert choose_compute() == Compute(
         "cpu", "fp32", "this torch cannot tell whether the CPU has bf16 units"
@@ -46,16 +46,16 @@ def test_a_precision_that_is_asked_for_is_taken(monkeypatch, precision, amx):
 
 
 @pytest.mark.parametrize("units, dtype", [(True, "bf16"), (False, "fp32")])
-def test_a_gpu_is_taken_where_there_is_one(monkeypatch, units, dtype):
+def test_a_gpu_is_used_if_there_is_one(monkeypatch, units, dtype):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: units)
     chosen = choose_compute()
     assert (chosen.device, chosen.dtype) == ("cuda", dtype) and "GPU" in chosen.reason
-    assert choose_compute("cpu", "fp32").device == "cpu", "asked for beats found"
+    assert choose_compute("cpu", "fp32").device == "cpu", "an option overrides detection"
 
 
 @pytest.mark.parametrize("built, why", [(None, "is built without CUDA"), ("13.0", "finds none")])
-def test_a_gpu_that_is_not_there_is_a_wrong_option(monkeypatch, built, why):
+def test_a_missing_gpu_is_a_wrong_option(monkeypatch, built, why):
     monkeypatch.setattr(torch.version, "cuda", built)
     with pytest.raises(
         ConfigError, match=rf"runtime.device=cuda: no GPU here, torch .* {why}; take auto or cpu"
@@ -119,9 +119,14 @@ def test_one_process_per_gpu(monkeypatch, gpus, workers, threads, chosen):
 
 @pytest.mark.parametrize(
     "visible, count, names",
-    [(None, 2, ("0", "1")), ("3,5", 2, ("3", "5")), ("GPU-1a, GPU-2b", 2, ("GPU-1a", "GPU-2b")),
-     ("1,7", 1, ("1",)), ("-1", 0, ())],
-)  # fmt: skip
+    [
+        (None, 2, ("0", "1")),
+        ("3,5", 2, ("3", "5")),
+        ("GPU-1a, GPU-2b", 2, ("GPU-1a", "GPU-2b")),
+        ("1,7", 1, ("1",)),
+        ("-1", 0, ()),
+    ],
+)
 def test_gpus_keep_the_names_that_this_process_knows_them_by(monkeypatch, visible, count, names):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -130,7 +135,7 @@ def test_gpus_keep_the_names_that_this_process_knows_them_by(monkeypatch, visibl
     assert visible_gpus() == names
 
 
-def test_processes_that_would_have_no_client_are_not_started(monkeypatch):
+def test_there_are_never_more_processes_than_clients(monkeypatch):
     monkeypatch.setattr("fedgpt.core.device.cores", lambda: 8)
     assert choose_workers(0, 0, 0, 3)[:2] == (3, 2)
     assert choose_workers(0, 0, 0, 1)[:2] == (1, 8)

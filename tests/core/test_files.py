@@ -1,4 +1,4 @@
-"""A file is the old one or the new one, never a part of it."""
+"""A reader sees the old or the new content of a file, never a part of it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def synced(monkeypatch) -> list[str]:
     return seen
 
 
-def test_the_block_writes_beside_and_the_name_changes_at_the_end(tmp_path, durable):
+def test_the_block_writes_a_temporary_file_that_is_renamed_at_the_end(tmp_path, durable):
     path = tmp_path / "model.bin"
     path.write_bytes(b"old")
     with replacing(path, durable) as temporary:
@@ -54,7 +54,7 @@ def test_an_exception_leaves_the_old_content_and_no_temporary(tmp_path, durable)
 
 
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
-def test_so_does_a_stop_request(tmp_path, durable, kind):
+def test_an_interrupt_leaves_the_old_content_and_no_temporary(tmp_path, durable, kind):
     with pytest.raises(kind), replacing(tmp_path / "never", durable) as temporary:
         temporary.write_bytes(b"half")
         raise kind
@@ -85,7 +85,7 @@ def test_a_durable_file_is_synced_before_and_its_folder_after_the_rename(
     assert synced == ["file", "rename", "folder"]
 
 
-def test_what_need_not_be_durable_is_never_synced(tmp_path, synced):
+def test_a_file_that_is_not_durable_is_not_synced(tmp_path, synced):
     write_text(tmp_path / "x", "text", durable=False)
     assert synced == [] and (tmp_path / "x").read_text() == "text"
 

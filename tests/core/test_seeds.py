@@ -1,4 +1,4 @@
-"""Every draw has its own seed, the same on every machine and in every year."""
+"""Every draw has its own seed, the same on every machine and in every version."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_the_seed_is_the_documented_hash():
 
 
 def test_golden_values():
-    """Frozen: a change here means that no old run can be repeated."""
+    """If these values change, no earlier run can be repeated."""
     assert derive_seed(0, "init") == 925402481798332886
     assert derive_seed(0, "batches", "client-000", 0) == 5147622629600170615
     assert numpy_generator(0, "cohort", 1).integers(0, 1000, 5).tolist() == [
@@ -40,7 +40,7 @@ def test_a_seed_fits_torch_and_numpy_and_is_stateless(run, purpose, parts):
     assert seed == derive_seed(run, purpose, *parts)
 
 
-def test_everything_that_names_a_draw_changes_its_seed():
+def test_every_part_of_a_draws_name_changes_its_seed():
     named = [
         (run, purpose, client, number)
         for run, purpose, client, number in itertools.product(
@@ -50,7 +50,7 @@ def test_everything_that_names_a_draw_changes_its_seed():
     assert len({derive_seed(*names) for names in named}) == len(named)
 
 
-def test_parts_do_not_run_together():
+def test_parts_are_separated():
     seeds = {
         derive_seed(1, "x", "ab", "c"),
         derive_seed(1, "x", "a", "bc"),

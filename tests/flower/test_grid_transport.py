@@ -1,6 +1,4 @@
-"""The transport over a grid that answers as it is told: jobs of processes that die are done again,
-others are not.
-"""
+"""The transport over a scripted grid: retries, cancelled jobs, unreadable replies, waits."""
 
 from __future__ import annotations
 
@@ -18,16 +16,14 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedgpt.core.errors import FedGPTError, StoppedEarly
 from fedgpt.core.messages import ClientInfo, Job, Plan
-from fedgpt.flower.grid_transport import ATTEMPTS, GridTransport
+from fedgpt.flower.grid_transport import ATTEMPTS, STOP_FILE, GridTransport
 from fedgpt.flower.messages import info_content, read_job, update_content
 
 DIED, RAISED = ErrorCode.CLIENT_APP_CRASHED, ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
 
 class Grid:
-    """Answers the messages to a node with its list of error codes, then with what a client
-    sends.
-    """
+    """Answers messages to a node with its error codes, one by one, then with a client's reply."""
 
     def __init__(self, codes: dict[int, list[int]]):
         self.codes, self.numbers = codes, itertools.count()
@@ -73,7 +69,7 @@ def job(client: str) -> Job:
     return Job(client, 0, 3, np.arange(4, dtype=np.float32), Plan("run", 1, 0, 1, 1))
 
 
-def test_the_job_of_a_process_that_died_is_done_again(caplog):
+def test_the_job_of_a_process_that_died_is_retried(caplog):
     made, grid = transport({7: [DIED] * (ATTEMPTS - 1)})
     made.send([job("a"), job("b")])
     replies = []
@@ -93,7 +89,7 @@ def test_the_job_of_a_process_that_died_is_done_again(caplog):
 @pytest.mark.parametrize(
     "codes, tries", [([DIED] * 9, ATTEMPTS), ([RAISED], 1), ([ErrorCode.NODE_UNAVAILABLE], 1)]
 )
-def test_what_fails_again_and_again_or_by_itself_is_an_error(codes, tries):
+def test_a_job_that_fails_in_all_attempts_or_raises_is_an_error(codes, tries):
     made, grid = transport({7: list(codes)})
     made.send([job("a")])
     replies = []
@@ -102,29 +98,27 @@ def test_what_fails_again_and_again_or_by_itself_is_an_error(codes, tries):
     assert replies[0].error.startswith(f"code {codes[-1]}") and len(grid.pushed) == tries
 
 
-def test_a_job_that_was_given_up_is_not_done_again():
+def test_a_cancelled_job_is_not_retried():
     made, grid = transport({7: [DIED]})
     made.send([job("a")])
     made.abandon([("a", 0)])
     assert [reply.client for reply in made.receive(0.0)] == ["a"] and len(grid.pushed) == 1
 
 
-def test_the_clock_goes_on_from_where_the_run_stood():
+def test_the_clock_continues_at_the_time_of_the_run():
     made, _ = transport({})
     assert 100.0 <= made.now() <= made.now() < 110.0
 
 
 class Broken(Grid):
-    """Flower cannot read the answers to these nodes, and raises; other answers are taken from where
-    they lie.
-    """
+    """Flower raises an exception when it reads a reply from one of these nodes."""
 
     def __init__(self, nodes: set[int], raised: Exception):
         super().__init__({})
         self.nodes, self.raised = nodes, raised
 
     def pull_messages(self, ids: Iterable[str]) -> list[Message]:
-        found = super().pull_messages(ids)  # they are gone from here on, as with a SuperLink
+        found = super().pull_messages(ids)  # a SuperLink, too, gives each reply only once
         if any(message.metadata.src_node_id in self.nodes for message in found):
             raise self.raised
         return found
@@ -133,7 +127,7 @@ class Broken(Grid):
 @pytest.mark.parametrize(
     "raised", [KeyError("x"), json.JSONDecodeError("", "", 0), MemoryError()], ids=repr
 )
-def test_a_message_that_flower_cannot_read_is_the_error_of_its_client_and_takes_no_other_along(
+def test_a_reply_that_flower_cannot_read_is_an_error_of_its_client_only(
     raised,
 ):
     made = GridTransport(
@@ -150,7 +144,7 @@ def test_a_message_that_flower_cannot_read_is_the_error_of_its_client_and_takes_
 
 
 class Asked(Grid):
-    """Nodes that answer the first query with what they are told to."""
+    """Nodes whose answers to the first query are given."""
 
     def __init__(self, answers: dict[int, RecordDict]):
         super().__init__({})
@@ -170,7 +164,7 @@ class Asked(Grid):
         return ids
 
 
-def test_nodes_say_who_they_are():
+def test_nodes_answer_which_client_they_are():
     made = GridTransport(
         Asked({n: info_content(ClientInfo(f"c{n}", n), "digest") for n in (7, 8)}), 2, "digest"
     )
@@ -193,7 +187,7 @@ def test_nodes_say_who_they_are():
     ],
     ids=["empty", "without tokens", "half a token"],
 )
-def test_an_answer_that_does_not_say_who_it_is_is_told_by_its_node(answer):
+def test_the_error_for_an_unreadable_answer_names_the_node(answer):
     made = GridTransport(Asked({8: answer}), 1, "digest")
     with pytest.raises(
         FedGPTError, match=r"node 8 did not say who it is: its answer cannot be read"
@@ -201,13 +195,13 @@ def test_an_answer_that_does_not_say_who_it_is_is_told_by_its_node(answer):
         made.clients(timeout=1)
 
 
-def test_waiting_for_clients_ends_with_how_many_came():
+def test_the_error_for_missing_clients_says_how_many_connected():
     made = GridTransport(Asked({7: info_content(ClientInfo("a", 1), "digest")}), 3, "digest")
     with pytest.raises(StoppedEarly, match=r"1 of 3 clients connected within 0 s"):
         made.clients(timeout=0.2)
 
 
-def test_waiting_for_their_names_ends_too():
+def test_waiting_for_the_answers_of_nodes_has_a_time_limit():
     class Silent(Asked):
         def pull_messages(self, ids: Iterable[str]) -> list[Message]:
             return []
@@ -217,12 +211,13 @@ def test_waiting_for_their_names_ends_too():
         made.clients(timeout=0.2)
 
 
-def test_a_file_ends_every_wait(tmp_path):
-    """How a launcher stops a server whose process or thread gets no signal of its own."""
+def test_the_stop_file_ends_every_wait(tmp_path, monkeypatch):
+    """A launcher stops a server this way if the server's process or thread gets no signal."""
     stop = tmp_path / "stop"
+    monkeypatch.setenv(STOP_FILE, str(stop))
     known = {7: ClientInfo("a", 10)}
-    made = GridTransport(Asked({}), 1, "digest", stop=stop)
-    working = GridTransport(Grid({}), 1, "digest", known, stop=stop)
+    made = GridTransport(Asked({}), 1, "digest")
+    working = GridTransport(Grid({}), 1, "digest", known)
     assert working.receive(0.1) == []
     stop.touch()
     for wait in (lambda: made.clients(timeout=60), lambda: working.receive(60.0)):
@@ -230,10 +225,8 @@ def test_a_file_ends_every_wait(tmp_path):
             wait()
 
 
-def test_a_wall_clock_that_jumps_moves_no_deadline(monkeypatch):
-    """By an hour at each look: waits are as long as asked for, and the run's clock goes on
-    evenly.
-    """
+def test_jumps_of_the_wall_clock_move_no_deadline(monkeypatch):
+    """Each reading jumps by an hour; waits keep their length, and the run's clock is monotonic."""
     real, jumps = time.time, itertools.count()
     monkeypatch.setattr(time, "time", lambda: real() + 3600 * next(jumps))
     made, _ = transport({})

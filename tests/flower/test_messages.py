@@ -1,4 +1,4 @@
-"""Messages: what a reply holds is free again when it is read."""
+"""Messages: reading a reply leaves no reference to its arrays, and accepts no malformed content."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def no_collector():
 
 
 class Vector(np.ndarray):
-    """An array that can be watched."""
+    """An array that a weak reference can point to."""
 
 
 def vector() -> np.ndarray:
     return np.zeros(10, np.float32).view(Vector)
 
 
-def test_a_reply_that_was_read_keeps_no_vector_alive():
+def test_reading_a_reply_leaves_no_reference_to_its_vector():
     array = vector()
     watched = weakref.ref(array)
     message = Message(update_content("{}", array), 5, MessageType.TRAIN)
@@ -51,7 +51,7 @@ def test_a_reply_that_was_read_keeps_no_vector_alive():
     assert watched() is None, "only the garbage collector would free it"
 
 
-def test_a_job_that_was_read_keeps_no_vector_alive():
+def test_reading_a_job_leaves_no_reference_to_its_vector():
     array = vector()
     watched = weakref.ref(array)
     plan = Plan("run", 1, 0, 1, 1, keep=(1, 2))
@@ -64,7 +64,7 @@ def test_a_job_that_was_read_keeps_no_vector_alive():
     assert about == ("a", 3, 2, plan)
 
 
-# ---- what a stranger may send in the place of an array
+# ---- malicious content in the place of an array
 
 
 def npy(array: np.ndarray, **how) -> bytes:
@@ -141,7 +141,7 @@ def test_whatever_a_reply_holds_is_an_update_or_an_error_with_a_documented_code(
     assert 0 < len(reply.error) < 200, "names and numbers for a line of a log"
 
 
-def test_of_a_clients_exception_only_so_much_is_kept():
+def test_the_error_of_a_client_is_cut_to_a_maximum_length():
     asked = Message(RecordDict(), 5, MessageType.TRAIN)
     asked.metadata.__dict__["_message_id"] = "1"
     message = Message(

@@ -1,6 +1,4 @@
-"""Whole private runs in this process, and the commands around them: what a user reads, and what is
-left on the disk.
-"""
+"""Complete private runs in this process, and the privacy commands."""
 
 from __future__ import annotations
 
@@ -61,7 +59,7 @@ def test_a_private_run_says_what_it_promises_and_what_it_spent(tmp_path, options
     assert last["epsilon"] == summary["epsilon"] and last["train_loss"] is None
 
 
-def test_seeded_noise_is_called_not_private_wherever_an_epsilon_stands(tmp_path, options, capsys):
+def test_every_epsilon_of_seeded_noise_is_called_not_private(tmp_path, options, capsys):
     summary = run_here(*options, *FIXED, "privacy.rng=seeded")
     card = (tmp_path / "run" / "model" / "README.md").read_text()
     assert not summary["private"]
@@ -86,26 +84,28 @@ def test_the_plan_of_longer_and_noisier_runs(options, name, capsys):
     assert code == 0 and [row[0] for row in table] == [1.0, 2.0, 4.0]
     for noise, planned, half, twice in table:
         assert noise > 0 and half <= planned <= twice
-        assert half < twice or name == "buffer", "there the number of updates of a client is given"
+        assert half < twice or name == "buffer", "fixed by the options"
     assert table[0][1] > table[1][1] > table[2][1]
 
 
 @pytest.mark.parametrize("name", ["none", "example", "coins"])
 def test_an_audit_ends_with_a_line_for_scripts(options, name, capsys, monkeypatch):
     monkeypatch.setattr("fedgpt.audit.attacks.MEMBER_STEPS", 3)
-    chosen = ["privacy.delta=null"] if name == "none" else [
-        *CHOICES[name], "privacy.noise_multiplier=4", "privacy.target_epsilon=null"
-    ]  # fmt: skip
+    chosen = (
+        ["privacy.delta=null"]
+        if name == "none"
+        else [*CHOICES[name], "privacy.noise_multiplier=4", "privacy.target_epsilon=null"]
+    )
     code = cli.audit([*options, *chosen])
     lines = capsys.readouterr().out.splitlines()
-    told = json.loads(lines[-1])
-    assert code == (0 if told.get("holds", True) else 1)
-    assert 0 <= told["membership"]["auc"] <= 1 and 0 <= told["token_leak"]["auc"] <= 1
-    assert ("released_auc" in told["token_leak"]) == (name == "coins")
-    assert ("claimed_mu" in told) == (name != "none")
+    found = json.loads(lines[-1])
+    assert code == (0 if found.get("holds", True) else 1)
+    assert 0 <= found["membership"]["auc"] <= 1 and 0 <= found["token_leak"]["auc"] <= 1
+    assert ("released_auc" in found["token_leak"]) == (name == "coins")
+    assert ("claimed_mu" in found) == (name != "none")
 
 
-def test_noise_that_its_budget_does_not_allow_is_refused_before_a_client_is_asked(options):
+def test_noise_below_the_budget_is_refused_before_a_job_is_sent(options):
     from fedgpt.core.errors import ConfigError
 
     with pytest.raises(

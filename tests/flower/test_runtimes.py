@@ -1,4 +1,4 @@
-"""The same two apps on three runtimes, and by Flower's own command: one seed, one digest."""
+"""The same two apps on pool, Ray and SuperLink, and with `flwr run`: one seed, one digest."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def virtual_pool(tmp_path_factory, env) -> dict:
 
 @pytest.mark.parametrize("runtime", [pytest.param("ray", marks=needs_ray), "superlink"])
 def test_asynchronous_runs(runtime, tmp_path, env, virtual_pool):
-    """On the virtual clock to the bits of the pool; on the wall clock whoever is done goes on."""
+    """On the virtual clock the bits are those of the pool; on the real clock no client waits."""
     summary = run(
         runtime, tmp_path / "virtual", env, *ASYNCHRONOUS, "clock=virtual", "fleet=published"
     )
@@ -120,16 +120,14 @@ def test_asynchronous_runs(runtime, tmp_path, env, virtual_pool):
         json.loads(line) for line in (tmp_path / "real" / "metrics.jsonl").read_text().splitlines()
     ]
     assert all(record["in_flight"] == 1 for record in records[1:]), (
-        "the other one is never waited for"
+        "the server never waits for the other client"
     )
     assert not children_of_flower(env)
 
 
 @needs_ray
 def test_flowers_own_command_from_the_repository(tmp_path, env, pool):
-    """`flwr run . -c 'overrides="..."'`: Flower bundles the app and composes the configuration on
-    the server.
-    """
+    """`flwr run . -c 'overrides="..."'`: the options are composed on the server."""
     folder = tmp_path / "run"
     env = {
         **env,
@@ -162,22 +160,22 @@ def test_flowers_own_command_from_the_repository(tmp_path, env, pool):
             time.sleep(0.2)
 
 
-STOPPED = ["rounds=5", "checkpoint.every=0"]  # the only checkpoint is that of the interrupt
+STOPPED = ["rounds=5", "checkpoint.every=0"]  # no checkpoint but the one of the interrupt
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, env) -> dict:
-    return run("pool", tmp_path_factory.mktemp("whole") / "run", env, *STOPPED)
+def uninterrupted(tmp_path_factory, env) -> dict:
+    return run("pool", tmp_path_factory.mktemp("uninterrupted") / "run", env, *STOPPED)
 
 
 @pytest.mark.parametrize(
     "runtime, number",
     [pytest.param("ray", signal.SIGTERM, marks=needs_ray), ("superlink", signal.SIGINT)],
 )
-def test_interrupted_it_writes_a_checkpoint_and_says_how_to_go_on(
-    runtime, number, tmp_path, env, whole
+def test_an_interrupted_run_writes_a_checkpoint_and_says_how_to_continue(
+    runtime, number, tmp_path, env, uninterrupted
 ):
-    """Like the pool: exit code 130, the command, and then the same run."""
+    """As on the pool: exit code 130, the command to continue, and then the same weights."""
     folder = tmp_path / "run"
     command = [
         sys.executable,
@@ -211,7 +209,7 @@ def test_interrupted_it_writes_a_checkpoint_and_says_how_to_go_on(
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert_same_run(json.loads((folder / "summary.json").read_text()), whole)
+    assert_same_run(json.loads((folder / "summary.json").read_text()), uninterrupted)
 
 
 def test_superlink_with_too_many_clients_is_refused_with_what_to_change(tmp_path, env):
@@ -236,8 +234,8 @@ def test_superlink_with_too_many_clients_is_refused_with_what_to_change(tmp_path
     assert "partition.clients=2" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_client_that_fails_on_a_supernode_is_told_and_the_run_says_why_it_stopped(tmp_path, env):
-    """A failure crosses two processes as a reason and an exit code."""
+def test_a_run_whose_supernodes_fail_says_why_it_stopped(tmp_path, env):
+    """The reason and the exit code pass through two processes."""
     command = [
         sys.executable,
         "-m",
@@ -261,9 +259,7 @@ def test_a_client_that_fails_on_a_supernode_is_told_and_the_run_says_why_it_stop
 
 
 def children_of_flower(env: dict[str, str]) -> list[int]:
-    """Live processes of Flower's tools that were started, however indirectly, with this
-    environment.
-    """
+    """Ids of live processes of Flower's programs that have this environment."""
     mark = f"FEDGPT_TEST_MARK={env['FEDGPT_TEST_MARK']}".encode()
     found = []
     for path in Path("/proc").glob("[0-9]*"):

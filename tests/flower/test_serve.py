@@ -1,4 +1,4 @@
-"""A whole run in this process: what its records hold, and what becomes of it on a full disk."""
+"""Complete runs in this process: their records, and errors such as a full disk."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def full_for(name: str):
     return lambda lines, record: full() if lines.path.name == name else append(lines, record)
 
 
-def test_too_little_public_text_for_the_servers_own_update_is_told_before_a_round(
+def test_too_little_public_text_for_the_servers_own_update_is_an_error_before_a_round(
     tmp_path, options
 ):
     few = ["corpus.public=1e-9", "tokenizer=bytes", "strategy=fltrust", "model.block_size=1000"]
@@ -47,7 +47,7 @@ def test_too_little_public_text_for_the_servers_own_update_is_told_before_a_roun
     assert not list((tmp_path / "run" / "clients").glob("*"))
 
 
-def test_a_run_that_cannot_start_leaves_its_folder_to_another(tmp_path, options):
+def test_a_run_that_cannot_start_leaves_its_folder_free(tmp_path, options):
     weights = tmp_path / "weights"
     weights.mkdir()
     (weights / "config.json").write_text("[1, 2]")
@@ -67,8 +67,8 @@ PLACES = {
 
 
 @pytest.mark.parametrize("file", PLACES)
-def test_a_full_disk_is_one_clear_error_wherever_it_is_met(tmp_path, options, monkeypatch, file):
-    """And with room on the disk it goes on to the weights of a run that always had room."""
+def test_a_full_disk_is_one_clear_error_for_every_file(tmp_path, options, monkeypatch, file):
+    """With space on the disk the run continues to the weights of an undisturbed run."""
     folder = tmp_path / "run"
     owner, name, broken = PLACES[file]
     with monkeypatch.context() as patched, pytest.raises(FedGPTError) as error:
@@ -81,8 +81,8 @@ def test_a_full_disk_is_one_clear_error_wherever_it_is_met(tmp_path, options, mo
     assert not (folder / "checkpoints" / "starts.json").exists(), "it did not crash"
     summary = run_here(*options)
     assert [r["version"] for r in read_lines(folder / "metrics.jsonl")] == [0, 1, 2, 3]
-    whole = run_here(*options[:-2], f"run_dir={tmp_path / 'whole'}", options[-1])
-    assert whole["weights_sha256"] == summary["weights_sha256"]
+    undisturbed = run_here(*options[:-2], f"run_dir={tmp_path / 'undisturbed'}", options[-1])
+    assert undisturbed["weights_sha256"] == summary["weights_sha256"]
 
 
 @pytest.mark.parametrize(
@@ -97,9 +97,9 @@ def test_what_a_codec_leaves_out_is_in_the_metrics(tmp_path, options, update, er
             assert record["compress_error"] is None and record["residual_norm"] is None
         else:
             assert error / 100 < record["compress_error"] < error
-            # of one update they are exactly proportional; of two alike ones nearly
-            whole = record["residual_norm"] / record["compress_error"]
-            assert math.isclose(whole, record["update_norm"], rel_tol=0.2) or update == "topk"
+            # proportional for one update, and almost so for the mean of two similar ones
+            norm = record["residual_norm"] / record["compress_error"]
+            assert math.isclose(norm, record["update_norm"], rel_tol=0.2) or update == "topk"
 
 
 @pytest.mark.parametrize("unit", ["client", "local", "example"])
@@ -122,7 +122,7 @@ def test_nothing_that_is_measured_on_private_text_leaves_the_client(
     assert all(r["compress_error"] is None for r in read_lines(tmp_path / "run" / "metrics.jsonl"))
 
 
-def test_of_a_clients_exception_only_its_kind_is_told(tmp_path, options, monkeypatch):
+def test_only_the_class_of_a_clients_exception_reaches_the_server(tmp_path, options, monkeypatch):
     def failing(work, job, index):
         raise KeyError(f"the secret text of {job.client} in {tmp_path}")
 
@@ -133,10 +133,8 @@ def test_of_a_clients_exception_only_its_kind_is_told(tmp_path, options, monkeyp
     assert "ClientFailed: KeyError" in events and "secret" not in events
 
 
-def test_the_model_that_a_run_began_with_is_freed_once_nobody_trains_on_it(
-    tmp_path, options, monkeypatch
-):
-    """After a resume it has company: the base versions of all jobs that were in flight."""
+def test_the_initial_model_is_freed_when_no_job_uses_it(tmp_path, options, monkeypatch):
+    """After a resume the same holds for the base versions of all jobs that were in flight."""
     kept = []
 
     class Watched(serve.Server):
@@ -153,12 +151,10 @@ def test_the_model_that_a_run_began_with_is_freed_once_nobody_trains_on_it(
     assert kept == [False]
 
 
-def test_a_log_that_leads_to_a_crash_is_given_up_with_its_checkpoint(
+def test_a_journal_whose_replay_crashes_is_discarded_with_its_checkpoint(
     tmp_path, options, monkeypatch, caplog
 ):
-    """Told again, it would lead there again: the clients are asked instead, and the run comes to
-    its end.
-    """
+    """A replay of the journal would crash again, so the jobs are sent again and the run ends."""
     options = [
         *options,
         "pace=buffer",

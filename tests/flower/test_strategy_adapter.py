@@ -1,6 +1,4 @@
-"""Each stock strategy inside our loop gives the bits it gives when called by hand on the same
-replies.
-"""
+"""Flower's strategies in our server give the bits of calling them by hand on the same updates."""
 
 import gc
 import logging
@@ -78,7 +76,7 @@ def identity():
 
 
 def by_hand(strategy, versions):
-    """The strategy's own life, one instance kept, as Flower's start() drives it."""
+    """The same instance of the strategy in all rounds, as Flower's start() runs it."""
     params, history = start().params, []
     for version in range(versions):
         arrays = ArrayRecord({"w": Array(params)})
@@ -116,11 +114,11 @@ def test_same_bits_as_the_stock_strategy(make, identity):
 
 @every
 def test_a_resumed_run_gives_the_same_bits(make):
-    whole, _ = ours(FlowerStrategy(make()), start(), range(4))
+    complete, _ = ours(FlowerStrategy(make()), start(), range(4))
     first, state = ours(FlowerStrategy(make()), start(), range(2), resume=True)
     second, _ = ours(FlowerStrategy(make()), state, range(2, 4))
     assert FlowerStrategy(make()).unsaved == ()
-    assert [p.tobytes() for p in first + second] == [p.tobytes() for p in whole]
+    assert [p.tobytes() for p in first + second] == [p.tobytes() for p in complete]
 
 
 @every
@@ -161,7 +159,7 @@ def test_memory_holds_the_moments_and_no_copy_of_the_model():
     }
 
 
-def test_no_update_at_all_leaves_the_model():
+def test_without_updates_the_model_does_not_change():
     for make in STOCK.values():
         state = start()
         strategy = FlowerStrategy(make())
@@ -169,7 +167,7 @@ def test_no_update_at_all_leaves_the_model():
         assert new.params.tobytes() == state.params.tobytes() and new.version == 1
 
 
-def test_a_skipped_round_is_told(caplog):
+def test_a_skipped_round_is_logged(caplog):
     state, strategy = start(), FlowerStrategy(stock.Bulyan(num_malicious_nodes=1))
     with caplog.at_level(logging.WARNING):
         new = strategy.step(strategy.combine(cohort(0, 3), state), state)
@@ -205,7 +203,7 @@ def test_the_contract_of_a_strategy():
     assert FlowerStrategy(stock.FedAvg()).client_numbers() == {}
 
 
-def test_step_wants_the_result_of_combine():
+def test_step_needs_the_result_of_combine():
     strategy, state = FlowerStrategy(stock.FedAvg()), start()
     d = strategy.combine(cohort(0), state)
     for changed in (np.asarray(d), d * 2):
@@ -230,7 +228,7 @@ def test_clients_are_ordered_by_id_and_keep_their_node():
     assert seen[1][1] == seen[3][1] and len(set(seen[1][1])) == CLIENTS
 
 
-def test_leaves_the_process_as_it_was():
+def test_global_state_is_restored():
     FlowerStrategy(stock.FedAvg()).combine(cohort(0), start())
     with pytest.raises(RuntimeError):
         _ = TaskIdentity.run_id
@@ -258,16 +256,16 @@ def test_a_numpy_number_a_list_and_none_are_remembered(identity):
             assert [int(item) for item in self.trace] == list(range(1, self.calls + 1))
             return ArrayRecord({"params": Array(scaled)}), metrics
 
-    whole, end = ours(FlowerStrategy(Odd()), start(), range(12))
+    complete, end = ours(FlowerStrategy(Odd()), start(), range(12))
     _, state = ours(FlowerStrategy(Odd()), start(), range(11), resume=True)
     resumed, _ = ours(FlowerStrategy(Odd()), state, [11])
-    assert resumed[0].tobytes() == whole[11].tobytes()
-    assert [p.tobytes() for p in whole] == [p.tobytes() for p in by_hand(Odd(), 12)]
+    assert resumed[0].tobytes() == complete[11].tobytes()
+    assert [p.tobytes() for p in complete] == [p.tobytes() for p in by_hand(Odd(), 12)]
     assert end.memory["flower.calls.number."] == 12
 
 
 class RememberingSet(stock.FedAvg):
-    """Remembers what no checkpoint can carry."""
+    """Remembers a value that no checkpoint can store."""
 
     def __init__(self, late):
         super().__init__()
@@ -308,7 +306,7 @@ def test_a_strategy_that_cannot_be_saved_says_so_and_still_works(late, caplog):
         (object(), "not a strategy of Flower"),
     ],
 )
-def test_what_cannot_work_is_refused_with_the_reason(inner, reason):
+def test_a_strategy_that_cannot_work_is_refused_with_the_reason(inner, reason):
     with pytest.raises(ConfigError, match=reason):
         FlowerStrategy(inner)
 

@@ -4,7 +4,6 @@ resume, replay.
 
 from __future__ import annotations
 
-import math
 import weakref
 from collections import Counter
 from dataclasses import replace
@@ -19,7 +18,7 @@ from fedgpt.aggregate.delta_sgd import DeltaSGD
 from fedgpt.aggregate.fedasync import FedAsync
 from fedgpt.aggregate.fedbuff import FedBuff
 from fedgpt.core.errors import FedGPTError, Interrupted, StoppedEarly
-from fedgpt.core.messages import Reply
+from fedgpt.core.messages import JobTime, Reply
 from fedgpt.core.options import EvaluateOptions, FleetOptions
 from fedgpt.server.jobs import JobPlanner
 from fedgpt.simulate.virtual_clock import VirtualTransport
@@ -150,7 +149,11 @@ def test_replaying_the_events_of_a_run_gives_its_weights(tmp_path, monkeypatch, 
 
         def untimed(transport, event):
             reply = arrival(transport, event)
-            return replace(reply, seconds=math.nan) if reply and event.number == 0 else reply
+            return (
+                replace(reply, job_time=JobTime(measured=False))
+                if reply and event.number == 0
+                else reply
+            )
 
         monkeypatch.setattr(VirtualTransport, "_arrival", untimed)
     first = run_virtual(

@@ -15,7 +15,7 @@ from support.harness import run_virtual
 from fedgpt.aggregate.auto import Auto, updates_gained
 from fedgpt.aggregate.delta_sgd import DeltaSGD
 from fedgpt.core.errors import Interrupted
-from fedgpt.core.messages import Job, Observed, Plan, ServerState
+from fedgpt.core.messages import Job, JobTime, Observed, Plan, ServerState
 from fedgpt.core.options import FleetOptions
 from fedgpt.server.jobs import job_seconds
 
@@ -165,9 +165,10 @@ def test_more_clients_than_workers_are_no_reason_to_go_asynchronous(tmp_path):
                 self.free[self.free.index(began)] = began + 1.0
                 (reply,) = trained(job)
                 # the start of a worker
-                took = math.nan if job.number == 0 and job.client in "ab" else 1.0
+                measured = job.number > 0 or job.client not in "ab"
+                took = JobTime(1.0) if measured else JobTime(measured=False)
                 heapq.heappush(
-                    self._queue, (began + 1.0, next(self._order), replace(reply[1], seconds=took))
+                    self._queue, (began + 1.0, next(self._order), replace(reply[1], job_time=took))
                 )
 
     o = scripted.options(tmp_path, rounds=12)

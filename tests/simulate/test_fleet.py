@@ -1,6 +1,4 @@
-"""A fleet that was measured: a table of devices, what a run makes of it, and what is wrong with a
-table.
-"""
+"""fleet=trace and replay: a table of measured devices, the run with it, and wrong files."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ def table(tmp_path):
     return write
 
 
-def told(path: str, clock: str = "virtual", **more) -> list[str]:
+def problems(path: str, clock: str = "virtual", **more) -> list[str]:
     options = RunOptions(clock=clock, fleet=FleetOptions("trace", path=path, **more))
     return [problem.removeprefix(f"fleet.path={path}") for problem in fleet_problems(options)]
 
@@ -69,8 +67,10 @@ def test_links_that_a_table_leaves_out_are_those_of_the_options(table):
     assert trip.arrives == pytest.approx(4 + 10) and trip.per_byte == pytest.approx(6e-6)
 
 
-def test_the_mark_of_a_spreadsheet_and_other_columns_do_no_harm(table):
-    assert told(table("client,model,step_seconds\r\na,phone,1.5\r\n", encoding="utf-8-sig")) == []
+def test_a_byte_order_mark_and_other_columns_are_ignored(table):
+    assert (
+        problems(table("client,model,step_seconds\r\na,phone,1.5\r\n", encoding="utf-8-sig")) == []
+    )
 
 
 @pytest.mark.parametrize(
@@ -99,36 +99,36 @@ def test_the_mark_of_a_spreadsheet_and_other_columns_do_no_harm(table):
         ),
     ],
 )
-def test_a_table_that_is_wrong_is_told_before_the_run(table, text, problem):
-    assert told(table(text)) == [problem]
+def test_a_wrong_table_is_refused_before_the_run(table, text, problem):
+    assert problems(table(text)) == [problem]
 
 
-def test_a_file_that_is_no_text_is_told(table):
-    assert told(table("client,step_seconds\na,1\n", encoding="utf-16"))[0].startswith(
+def test_a_file_that_is_no_text_is_refused(table):
+    assert problems(table("client,step_seconds\na,1\n", encoding="utf-16"))[0].startswith(
         ": is no text in UTF-8"
     )
 
 
-def test_links_on_the_real_clock_are_told(table):
+def test_links_on_the_real_clock_are_refused(table):
     path = table("client,step_seconds,up\na,1,2\n")
-    assert told(path, clock="real") == [
+    assert problems(path, clock="real") == [
         ": down and up are modelled by clock=virtual only; leave them out"
     ]
-    assert told(table("client,step_seconds,up\na,1,0\n"), clock="real") == []
+    assert problems(table("client,step_seconds,up\na,1,0\n"), clock="real") == []
 
 
 @pytest.mark.parametrize(
     "text, good",
     [('{"event": "open"}\n', True), ('{"a": 1}\n', False), ("5\n", False), ("", False)],
 )
-def test_what_is_no_record_of_a_run_is_not_replayed(table, text, good):
+def test_a_file_that_is_no_record_of_a_run_is_not_replayed(table, text, good):
     path = table(text)
     options = RunOptions(clock="virtual", fleet=FleetOptions("replay", path=path))
-    told = f"fleet.path={path}: fleet=replay needs a run's events.jsonl, and this is none"
-    assert list(fleet_problems(options)) == ([] if good else [told])
+    problem = f"fleet.path={path}: fleet=replay needs a run's events.jsonl, and this is none"
+    assert list(fleet_problems(options)) == ([] if good else [problem])
 
 
-def test_clients_without_a_line_are_named(table):
+def test_the_error_names_clients_without_a_line(table):
     fleet = Fleet(FleetOptions("trace", path=table("client,step_seconds\na,1\n")), seed=0)
     with pytest.raises(ConfigError, match=r"has no line for 4 of 5 clients: 'b', 'c', 'd', \.\.\."):
         fleet.meet(list("abcde"))

@@ -22,7 +22,7 @@ from fedgpt.aggregate.median import Median
 from fedgpt.cli import exit_code
 from fedgpt.core.errors import Interrupted, StoppedEarly
 from fedgpt.core.faults import Injected, injected
-from fedgpt.core.messages import Reply
+from fedgpt.core.messages import JobTime, Reply
 from fedgpt.core.options import CheckpointOptions, RunOptions, RuntimeOptions
 from fedgpt.storage.checkpoint import Checkpoints
 from fedgpt.storage.journal import Entry, Journal, needs_journal
@@ -41,7 +41,7 @@ def entries() -> list[Entry]:
         ),
         Entry(
             "receive",
-            replies=(Reply("a", 0, '{"x": 1}', update, bytes=20, seconds=2.0),),
+            replies=(Reply("a", 0, '{"x": 1}', update, bytes=20, job_time=JobTime(2.0)),),
             times=(2.0,),
             clients=3,
         ),
@@ -56,8 +56,8 @@ def same(one: Entry, other: Entry) -> bool:
         return False
     pairs = list(zip(one.replies, other.replies, strict=True))
     plain = all(
-        (a.client, a.number, a.header, a.error, a.code, a.bytes, a.seconds)
-        == (b.client, b.number, b.header, b.error, b.code, b.bytes, b.seconds)
+        (a.client, a.number, a.header, a.error, a.code, a.bytes, a.job_time)
+        == (b.client, b.number, b.header, b.error, b.code, b.bytes, b.job_time)
         for a, b in pairs
     )
     return plain and all(

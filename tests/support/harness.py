@@ -35,8 +35,7 @@ from fedgpt.server.loop import Server
 from fedgpt.server.metrics import first_line
 from fedgpt.server.parts import Evaluator, Parts, RootTrainer
 from fedgpt.server.privacy import make_privacy
-from fedgpt.simulate.fleet import make_timing
-from fedgpt.simulate.virtual_clock import VirtualTransport
+from fedgpt.simulate.virtual_clock import VirtualTransport, make_timing
 from fedgpt.storage.checkpoint import Snapshot
 from fedgpt.storage.journal import Journal, RecordedTransport
 from fedgpt.storage.resume import open_or_resume

@@ -1,4 +1,4 @@
-"""A ClientApp without a model: what it does is told by `config["do"]`."""
+"""A ClientApp without a model: `config["do"]` says what it does."""
 
 import os
 import signal
@@ -56,9 +56,7 @@ def query(message: Message, context: Context) -> Message:
 
 
 def _inode_of(array: np.ndarray) -> int:
-    """Inode of the mapping that an array lies in: two arrays in one piece of shared memory have the
-    same.
-    """
+    """Inode of the mapping that contains an array: one for each piece of shared memory."""
     address = array.__array_interface__["data"][0]
     with Path("/proc/self/maps").open() as maps:
         for line in maps:

@@ -1,3 +1,1 @@
-"""The default runtime: persistent worker processes on this machine, with tensors in shared
-memory.
-"""
+"""The grid of the default runtime: persistent worker processes, and arrays in shared memory."""

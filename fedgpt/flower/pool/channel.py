@@ -1,8 +1,7 @@
-"""Frames between the pool's server and one worker: JSON, Flower's own protobuf and at most one
-descriptor.
+"""Frames between the server and one worker: JSON, Flower's protobuf and at most one descriptor.
 
-No pickle: a frame is what a reader can check. Arrays never pass through the socket, only the
-descriptor of the memory they are in (SCM_RIGHTS).
+Nothing is pickled, so a received frame cannot run code. Arrays never pass through the socket, only
+the descriptor of the memory that they are in (SCM_RIGHTS).
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict  # type: ign
 from fedgpt.flower.pool.shared_memory import Memory, attach
 
 _HEAD = struct.Struct("!II?")  # bytes of JSON, bytes of body, whether a descriptor belongs to it
-_READ = 1 << 18  # bytes asked of the socket at once
-# Linux; without it a child of ours could inherit descriptors
+_READ = 1 << 18  # bytes that one call reads from the socket at most
+# a flag of Linux: no child process inherits a received descriptor
 _CLOEXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 
 
@@ -51,17 +50,16 @@ class Channel:
         return self._socket.fileno()
 
     def send(self, frame: Frame) -> bool:
-        """Send a frame, or as much as goes without blocking; False where `flush` has to finish
-        it.
-        """
+        """Send a frame as far as the socket takes it; False if `flush` has to send the rest."""
         text = json.dumps(frame.header).encode()
         head = _HEAD.pack(len(text), len(frame.body), frame.memory is not None)
         self._unsent.append((memoryview(head + text + frame.body), frame.memory))
         return self.flush()
 
     def flush(self) -> bool:
-        """Send what is unsent; False where the socket is full. A reader that is gone shows up in
-        `receive`.
+        """Send what is unsent; False if the socket is full.
+
+        If the other side has ended, this returns True, and `receive` raises EOFError.
         """
         while self._unsent:
             data, memory = self._unsent[0]
@@ -82,7 +80,7 @@ class Channel:
         return True
 
     def receive(self) -> list[Frame]:
-        """The frames completed by one read; raises EOFError when the other side is gone."""
+        """The frames that one read completes; raises EOFError if the other side has ended."""
         try:
             data, descriptors, _, _ = socket.recv_fds(self._socket, _READ, 8, _CLOEXEC)
         except BlockingIOError:
@@ -91,7 +89,7 @@ class Channel:
             data, descriptors = b"", []
         self._memories.extend(Memory(descriptor) for descriptor in descriptors)
         if not data:
-            raise EOFError("the other side of the channel is gone")
+            raise EOFError("the other side of the channel has ended")
         self._received += data
         return self._complete()
 
@@ -109,7 +107,7 @@ class Channel:
         return frames
 
     def close(self) -> None:
-        """Close the socket and every descriptor still under way."""
+        """Close the socket and every descriptor that was not passed on."""
         self._socket.close()
         self._unsent.clear()
         while self._memories:
@@ -118,15 +116,15 @@ class Channel:
 
 @dataclass(frozen=True)
 class Content:
-    """A RecordDict taken apart: arrays aside, everything else as JSON and protobuf."""
+    """A RecordDict split into its arrays and everything else, as JSON and protobuf."""
 
-    records: list[tuple[str, list[str] | None]]  # name and, for an ArrayRecord, its keys; in order
+    records: list[tuple[str, list[str] | None]]  # name and, for an ArrayRecord, its keys, in order
     body: bytes
     arrays: list[Array]
 
 
 def take_apart(content: RecordDict) -> Content:
-    """Split `content`; its arrays are referred to, not copied."""
+    """Split `content` without copying its arrays."""
     rest, records, arrays = RecordDict(), [], []
     for name, record in content.items():
         if isinstance(record, ArrayRecord):
@@ -141,7 +139,7 @@ def take_apart(content: RecordDict) -> Content:
 def put_together(
     records: Sequence[Sequence[Any]], body: bytes, arrays: Sequence[Array]
 ) -> RecordDict:
-    """The RecordDict that `take_apart` split, its records in their order."""
+    """The RecordDict that `take_apart` split, with its records in their order."""
     rest = recorddict_from_proto(ProtoRecordDict.FromString(body))
     content, left = RecordDict(), iter(arrays)
     for name, keys in records:
@@ -156,7 +154,7 @@ def put_together(
 
 
 def content_of(frame: Frame) -> RecordDict:
-    """The content that a frame carries; its arrays are views of the frame's memory."""
+    """The content of a frame; its arrays are views of the frame's memory."""
     arrays = [] if frame.memory is None else attach(frame.memory, frame.header["arrays"])
     return put_together(frame.header["records"], frame.body, arrays)
 

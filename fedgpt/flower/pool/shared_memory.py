@@ -1,9 +1,8 @@
-"""Arrays in anonymous shared memory, and a Flower Array that holds an ndarray instead of its
-serialised copy.
+"""Arrays in anonymous shared memory, and a Flower Array around an ndarray, without serialisation.
 
-Server and workers of the pool exchange large arrays through `Memory`: memory that belongs to file
-descriptors only. It has no name (nothing is ever in /dev/shm), so the kernel frees all of it when
-the processes end, by kill -9 too.
+The server and the workers of the pool exchange large arrays through `Memory`, which only file
+descriptors refer to. It has no name (there is no file in /dev/shm), so the kernel frees all of it
+when the processes end, also after kill -9.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ import numpy as np
 from flwr.app import Array, ArrayRecord
 from flwr.common.constant import SType
 
-ALIGN = 64  # bytes: a cache line, and enough for every vector load
+ALIGN = 64  # bytes; offsets are multiples of a cache line, which suits every vector load
 
 
 class Memory:
-    """Anonymous shared memory; closes its descriptor when dropped. Mappings made of it live on."""
+    """Anonymous shared memory; its mappings stay valid after the descriptor is closed."""
 
     def __init__(self, descriptor: int):
         """Take over `descriptor`."""
@@ -32,7 +31,7 @@ class Memory:
 
     @classmethod
     def holding(cls, parts: Sequence[np.ndarray]) -> tuple[Memory, list[int]]:
-        """New memory with a copy of each array, and where each begins (bytes, multiples of 64)."""
+        """New memory with a copy of each array, and the offset of each in bytes."""
         offsets, end = [], 0
         for part in parts:
             offsets.append(end)
@@ -40,8 +39,8 @@ class Memory:
         memory = cls(_anonymous_file())
         os.ftruncate(memory.fileno(), max(end, 1))  # an empty file cannot be mapped
         for part, offset in zip(parts, offsets, strict=True):
-            # Written, not copied into a mapping: no page faults and no zeroing of pages that are
-            # filled anyway.
+            # writing to the file causes no page faults and zeroes no pages, unlike a copy into a
+            # mapping
             _write(memory.fileno(), np.ascontiguousarray(part).reshape(-1).view(np.uint8), offset)
         _seal(memory.fileno())
         return memory, offsets
@@ -53,69 +52,68 @@ class Memory:
         return self._descriptor
 
     def view(self) -> np.ndarray:
-        """All of it as read-only bytes, zero-copy; the view keeps the mapping alive."""
-        # Private, because older kernels refuse a shared mapping of sealed memory; the pages are
-        # shared all the same.
+        """All bytes, read-only and without a copy; the view keeps the mapping alive."""
+        # a private mapping, because older kernels refuse a shared one of sealed memory; processes
+        # share the pages in both cases
         mapping = mmap.mmap(self.fileno(), 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ)
         return np.frombuffer(mapping, np.uint8)
 
     def close(self) -> None:
-        """Give the descriptor back; may be called twice."""
+        """Close the descriptor; may be called twice."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
 
     def __del__(self) -> None:
-        with contextlib.suppress(OSError):  # never at interpreter exit
+        with contextlib.suppress(OSError):  # an error at interpreter exit has no reader
             self.close()
 
 
 def _anonymous_file() -> int:
     if hasattr(os, "memfd_create"):
         return os.memfd_create("fedgpt", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-    with tempfile.TemporaryFile() as stream:  # elsewhere than Linux: already unlinked
+    with tempfile.TemporaryFile() as stream:  # not Linux: a file without a name
         return os.dup(stream.fileno())
 
 
 def _write(descriptor: int, data: np.ndarray, offset: int) -> None:
     """Write all of `data` (bytes); one call moves at most 2 GiB."""
-    left = memoryview(data)  # type: ignore[arg-type]  # an ndarray has a buffer, its stubs do not say so before 3.12
+    left = data.data  # a memoryview
     while left:
         written = os.pwrite(descriptor, left, offset)
         left, offset = left[written:], offset + written
 
 
 def _seal(descriptor: int) -> None:
-    """Nobody changes or shrinks it from here on: readers get neither torn arrays nor SIGBUS."""
+    """Forbid changes of content and size: readers see no half-written array and get no SIGBUS."""
     if hasattr(os, "memfd_create"):
         seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
 
 
 class NdArray(Array):
-    """A Flower Array around an ndarray: no copy going in, none in `numpy()`; treat the array as
-    read-only.
+    """A Flower Array around an ndarray, which is never copied; treat it as read-only.
 
-    The np.save bytes (`data`) are made only when asked for, and then kept. It travels over a
-    SuperLink as a plain Array (the receiver looks the class name up) and over Ray as itself. Insert
-    it with `record[key] = NdArray(a)` or use `array_record`: `ArrayRecord({...})` rebuilds plain
-    Arrays and serialises at once.
+    The bytes of np.save (`data`) are made when they are first asked for. Over a SuperLink it is
+    sent as a plain Array, because the receiver looks up the class by its name; over Ray as an
+    NdArray. Insert it with `record[key] = NdArray(a)` or use `array_record`: `ArrayRecord({...})`
+    would build plain Arrays and serialise them at once.
     """
 
     def __init__(self, ndarray: np.ndarray):
-        """Hold `ndarray`; raises TypeError for object and structured dtypes."""
+        """Keep a reference to `ndarray`; raises TypeError for object and structured dtypes."""
         if ndarray.dtype.hasobject or ndarray.dtype.names is not None:
             raise TypeError(f"an array of dtype {ndarray.dtype} cannot be sent; plain numbers can")
         fields = {"dtype": str(ndarray.dtype), "shape": tuple(ndarray.shape), "stype": SType.NUMPY}
-        self.__dict__.update(fields, _ndarray=ndarray)  # past Array.__init__, which would serialise
+        self.__dict__.update(fields, _ndarray=ndarray)  # without Array.__init__, which serialises
 
     def numpy(self) -> np.ndarray:
         """The array itself, not a copy."""
         return self.__dict__["_ndarray"]
 
     @property
-    def data(self) -> bytes:  # type: ignore[override]  # a field in the base, made on demand here
-        """The np.save bytes."""
+    def data(self) -> bytes:  # type: ignore[override]  # a field in the base class, computed here
+        """The bytes of np.save."""
         return self._plain.data
 
     @property
@@ -144,20 +142,20 @@ class NdArray(Array):
         mine = (self.dtype, self.shape, self.stype)
         return mine == (other.dtype, tuple(other.shape), other.stype) and self.data == other.data
 
-    __hash__ = None  # type: ignore[assignment]  # like Array: equal by content
+    __hash__ = None  # type: ignore[assignment]  # not hashable, like Array
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return NdArray, (self.numpy(),)  # for Ray and copy.deepcopy: never the serialised copy
+        return NdArray, (self.numpy(),)  # for Ray and copy.deepcopy: without the serialised copy
 
     def __repr__(self) -> str:
         return f"NdArray(dtype={self.dtype!r}, shape={self.shape})"
 
 
 def array_record(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
-    """An ArrayRecord over `arrays` without copying or serialising them.
+    """An ArrayRecord of `arrays`, which are neither copied nor serialised.
 
     Build one per version and share it between messages: the pool then writes it to shared memory
-    once.
+    only once.
     """
     record = ArrayRecord()
     for key, value in arrays.items():
@@ -166,11 +164,11 @@ def array_record(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
 
 
 def share(arrays: Sequence[Array]) -> tuple[Memory, list[dict[str, Any]]]:
-    """Write Flower Arrays into one new memory; the specs (JSON) tell `attach` what lies where."""
+    """Write Flower Arrays into new memory; the specs (JSON) say what `attach` finds where."""
     parts, specs = [], []
     for array in arrays:
         part = _decoded(array)
-        if part is None:  # not ours to understand: its bytes travel as they are
+        if part is None:  # not a plain array: its bytes are sent as they are
             part = np.frombuffer(array.data, np.uint8)
             specs.append(
                 {
@@ -190,10 +188,10 @@ def share(arrays: Sequence[Array]) -> tuple[Memory, list[dict[str, Any]]]:
 
 
 def attach(memory: Memory, specs: Sequence[Mapping[str, Any]]) -> list[Array]:
-    """The arrays of `share`, as zero-copy read-only views; `memory` may be closed afterwards."""
-    whole, arrays = memory.view(), []
+    """The arrays that `share` wrote, as read-only views; `memory` may be closed afterwards."""
+    content, arrays = memory.view(), []
     for spec in specs:
-        part = whole[spec["offset"] : spec["offset"] + spec["bytes"]]
+        part = content[spec["offset"] : spec["offset"] + spec["bytes"]]
         shape = tuple(spec["shape"])
         if "stype" in spec:
             arrays.append(
@@ -205,15 +203,13 @@ def attach(memory: Memory, specs: Sequence[Mapping[str, Any]]) -> list[Array]:
 
 
 def _decoded(array: Array) -> np.ndarray | None:
-    """The ndarray inside, or None where the bytes are of another kind or damaged (the receiver's to
-    judge).
-    """
+    """The ndarray inside, or None if the bytes are no plain array; the receiver rejects them."""
     if isinstance(array, NdArray):
         return array.numpy()
     try:
         value = array.numpy()
-    except Exception:  # fuzzed .npy bytes raise nearly anything; see flower.md, section 10
+    except Exception:  # damaged .npy bytes may raise almost any exception
         return None
     if not isinstance(value, np.ndarray) or value.dtype.hasobject or value.dtype.names is not None:
-        return None  # np.load takes an archive for an array
+        return None  # np.load also returns archives and structured arrays
     return value

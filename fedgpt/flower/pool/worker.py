@@ -1,15 +1,13 @@
-"""One worker process of the pool: `python -m fedgpt.flower.pool.worker SOCKET LIFELINE` (two
-inherited descriptors).
+"""One worker process of the pool: `python -m fedgpt.flower.pool.worker SOCKET LIFELINE`.
 
-It imports the ClientApp once, says ready and answers jobs until the server closes the socket. The
-lifeline is a pipe whose other end only the server holds: when it closes, the process ends at once,
-in the middle of a job too.
+Both arguments are inherited descriptors. The process imports the ClientApp once, sends "ready" and
+answers jobs until the server closes the socket. The lifeline is a pipe whose other end only the
+server has open: when it closes, the process exits at once, even in the middle of a job.
 """
 
 from __future__ import annotations
 
 import importlib
-import math
 import os
 import signal
 import socket
@@ -18,6 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from flwr.app import Context, Error, Message, Metadata, RecordDict
@@ -26,6 +25,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedgpt.core.messages import JobTime
 from fedgpt.flower.pool.channel import Channel, Frame, content_of, metadata_to_json, take_apart
 from fedgpt.flower.pool.shared_memory import share
 
@@ -34,11 +34,12 @@ _REASON = 2000  # characters of an exception's text that are sent
 
 def main(descriptor: int, lifeline: int) -> None:
     """Serve jobs that arrive on the socket `descriptor`."""
-    # A copy is used and the descriptor itself never closed: the server sees the end of the socket
-    # when this process is gone, not when an interpreter that shuts down closes its sockets.
+    # A copy is used and the descriptor itself is never closed, so that the server sees the end of
+    # the socket when this process has ended, not while the interpreter shuts down.
     sock = socket.socket(fileno=os.dup(descriptor))
     os.set_inheritable(descriptor, False)
-    # A forked child (a DataLoader's) that held the socket would hide our end from the server.
+    # A forked child (of a DataLoader) must not keep the socket open: the server would not notice
+    # that this process has ended.
     os.register_at_fork(after_in_child=lambda: (os.close(descriptor), sock.close()))
     _attend(lifeline)
     channel = Channel(sock)
@@ -48,19 +49,20 @@ def main(descriptor: int, lifeline: int) -> None:
         return
     sys.path.extend(entry for entry in setup.header["path"] if entry not in sys.path)
     app = load_app(setup.header["app"])
-    if torch := sys.modules.get("torch"):  # otherwise OMP_NUM_THREADS holds when a job imports it
+    if torch := sys.modules.get("torch"):  # else a job imports it and it reads OMP_NUM_THREADS
         torch.set_num_threads(setup.header["threads"])
     _restore_stderr(setup)
     channel.send(Frame({"kind": "ready"}))
-    fresh = True
+    first = True
     for job in frames:
         began = time.monotonic()
         reply = answer(app, job, setup.header["run_config"])
-        # the first job also imports, reads and warms up: how long it took says nothing of the next
-        reply.header["seconds"] = math.nan if fresh else time.monotonic() - began
+        # the first job also imports modules, reads data and compiles: the next will be faster
+        took = JobTime(measured=False) if first else JobTime(time.monotonic() - began)
+        reply.header["time"] = asdict(took)
         channel.send(reply)
-        fresh = False
-        del job, reply  # their arrays shall not stay while we wait
+        first = False
+        del job, reply  # frees their arrays before the process waits for its next job
         sys.stdout.flush()
 
 
@@ -76,9 +78,7 @@ def load_app(name: str) -> ClientApp:
 
 
 def answer(app: ClientApp, job: Frame, run_config: dict[str, Any]) -> Frame:
-    """Run one job; an exception of the client becomes an error reply, its traceback stays on this
-    stderr.
-    """
+    """Run one job; an exception becomes an error reply, and its traceback goes to stderr."""
     metadata = Metadata(**job.header["metadata"])
     TaskIdentity.run_id, TaskIdentity.node_id = metadata.run_id, metadata.dst_node_id
     TaskIdentity.task_id = metadata.dst_task_id or 0
@@ -103,7 +103,8 @@ def _checked(reply: object, message_id: str) -> Message:
         raise TypeError(f"the ClientApp returned a {type(reply).__name__}, not a Message")
     if reply.metadata.reply_to_message_id != message_id:
         raise ValueError(
-            "the ClientApp's Message is no reply to the one it was given (Message(..., reply_to=msg))"
+            "the ClientApp returned a Message that does not answer the job; build it with"
+            " Message(content, reply_to=message)"
         )
     return reply
 
@@ -118,44 +119,45 @@ def _reply_frame(reply: Message) -> Frame:
 
 
 def _frames(channel: Channel) -> Iterator[Frame]:
-    """Frames as they come, until the server closes the socket."""
+    """Frames as they arrive, until the server closes the socket."""
     while True:
         try:
             received = channel.receive()
         except EOFError:
             return
         while received:
-            # popped: a generator that kept the list would keep the frame's memory
+            # removed from the list, so that the frame's memory can be freed
             yield received.pop(0)
 
 
 def _attend(lifeline: int) -> None:
-    """Ignore Ctrl-C, which the server handles; end with the server."""
+    """Ignore SIGINT, which the server handles; exit when the server ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # blocked since before this process existed
+    # the server blocked it before it started this process
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     os.set_inheritable(lifeline, False)
     threading.Thread(target=_end_with_server, args=(lifeline,), daemon=True).start()
 
 
 def _end_with_server(lifeline: int) -> None:
-    # nobody ever writes: this returns when the last holder of the other end is gone
+    # nothing is ever written: read returns when the server's end is closed
     os.read(lifeline, 1)
     os._exit(1)
 
 
 def _restore_stderr(setup: Frame) -> None:
-    """Up to here stderr was a file that the server quotes when the start fails; repeat it on the
-    real one.
+    """Send what stderr got so far, and all that follows, to the server's stderr.
+
+    Until now stderr was a file, which the server quotes if the start fails.
     """
     if setup.memory is None:
         return
     sys.stderr.flush()
-    begun = os.pread(2, os.fstat(2).st_size, 0)
+    earlier = os.pread(2, os.fstat(2).st_size, 0)
     os.dup2(setup.memory.fileno(), 2)
     setup.memory.close()
-    if begun:
-        os.write(2, begun)
+    if earlier:
+        os.write(2, earlier)
 
 
 if __name__ == "__main__":

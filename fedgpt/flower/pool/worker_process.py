@@ -1,4 +1,4 @@
-"""A worker process as the server sees it: started, fed, and ended by its process id."""
+"""One worker process as the server sees it: started, given jobs, and ended by its process id."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedgpt.flower.pool.shared_memory import Memory
 
 START_LIMIT = 300.0  # seconds a worker may take until it says ready
 _TAIL = 4000  # bytes of stderr quoted when a start fails
-_GRACE = 1.0  # seconds between the steps of `end`, each harder than the last
+_GRACE = 1.0  # seconds that workers have to exit before `end` takes its next, harder step
 
 
 class WorkerProcess:
@@ -32,19 +32,18 @@ class WorkerProcess:
         environment: Mapping[str, str],
         gpu: str | None = None,
     ):
-        """Start it and return at once. `lifeline` is the read end of the pipe that only the server
-        holds open.
+        """Start the process and return at once.
 
-        `gpu` is the one that it may see, by its name in CUDA_VISIBLE_DEVICES; None leaves that as
-        it is.
+        `lifeline` is the read end of a pipe whose write end only the server has open. `gpu` is the
+        value of CUDA_VISIBLE_DEVICES; None leaves the variable as it is.
         """
         self.ready, self.gpu = False, gpu
         self.start_deadline = time.monotonic() + START_LIMIT
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # stderr until ready: quoted when a start fails
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115  # its stderr until it is ready
         ours, theirs = socket.socketpair()
         self.channel = Channel(ours)
-        # -P: the folder we happen to be in must not shadow modules; the server's own path comes
-        # with the setup.
+        # -P: a file in the working directory must not shadow a module; the server's sys.path comes
+        # with the setup frame
         command = [
             sys.executable,
             "-P",
@@ -53,7 +52,7 @@ class WorkerProcess:
             str(theirs.fileno()),
             str(lifeline),
         ]
-        with theirs, _interrupts_held():
+        with theirs, _interrupts_blocked():
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -65,12 +64,12 @@ class WorkerProcess:
         self.channel.send(Frame(dict(setup), memory=_standard_error()))
 
     def joined(self) -> None:
-        """The worker said ready; from now on its stderr is ours."""
+        """Note that the worker is ready; from now on it writes to our stderr."""
         self.ready = True
         self._errors.close()
 
     def stderr_tail(self) -> str:
-        """The end of what a worker that never got ready wrote."""
+        """The last lines on stderr of a worker that is not ready."""
         size = os.fstat(self._errors.fileno()).st_size
         return (
             os.pread(self._errors.fileno(), _TAIL, max(0, size - _TAIL))
@@ -79,7 +78,7 @@ class WorkerProcess:
         )
 
     def kill(self) -> None:
-        """Send SIGKILL; `reaped` tells when it is gone."""
+        """Send SIGKILL; `reaped` says when the process has ended."""
         self.process.kill()
 
     def reaped(self) -> bool:
@@ -88,8 +87,8 @@ class WorkerProcess:
 
     def how_it_ended(self) -> str:
         """`exit code 3` or `signal SIGKILL`, of a worker whose socket has closed."""
-        # The socket closes a moment before the process can be waited for; a process that lives on
-        # without it is ended.
+        # the socket closes shortly before the process ends; a process that closed its socket and
+        # stays alive is killed
         wait_all([self], _GRACE)
         if self.process.poll() is None:
             self.kill()
@@ -101,17 +100,15 @@ class WorkerProcess:
         return f"signal {name}" + (" (out of memory?)" if -code == signal.SIGKILL else "")
 
     def close(self) -> None:
-        """Close our end of the socket, which asks the worker to leave, and the stderr file."""
+        """Close the stderr file and our end of the socket, which makes an idle worker exit."""
         self.channel.close()
         self._errors.close()
 
 
 def end(workers: Sequence[WorkerProcess], at_rest: Sequence[WorkerProcess], lifeline: int) -> None:
-    """End all workers by process id, each step harder than the last: leave, lifeline, SIGTERM,
-    SIGKILL.
+    """End all workers: close the sockets, then the `lifeline` (its write end), SIGTERM, SIGKILL.
 
-    `at_rest` run no job: they get the time to leave by themselves. Closes `lifeline`, the write
-    end.
+    Workers `at_rest` run no job and get time to exit after the first step.
     """
     for worker in workers:
         worker.close()
@@ -128,29 +125,27 @@ def end(workers: Sequence[WorkerProcess], at_rest: Sequence[WorkerProcess], life
 
 
 def wait_all(workers: Sequence[WorkerProcess], seconds: float) -> None:
-    """Wait until all of `workers` have ended, together at most `seconds`."""
+    """Wait until all of `workers` have ended, at most `seconds` in total."""
     deadline = time.monotonic() + seconds
     for worker in workers:
         with contextlib.suppress(subprocess.TimeoutExpired):
             worker.process.wait(max(0.0, deadline - time.monotonic()))
 
 
-def worker_environment(threads: int, extra: Mapping[str, str] | None) -> dict[str, str]:
-    """Our own environment with the thread count that math libraries read when they are loaded, then
-    `extra`.
-    """
+def worker_environment(threads: int, extra: Mapping[str, str]) -> dict[str, str]:
+    """Our environment, the thread counts that math libraries read at import, and `extra`."""
     environment = dict(os.environ)
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         environment[name] = str(threads)
-    environment.update(extra or {})
-    root = str(Path(__file__).resolve().parents[3])  # where fedgpt is, should it not be installed
+    environment.update(extra)
+    root = str(Path(__file__).resolve().parents[3])  # fedgpt's folder, in case it is not installed
     path = environment.get("PYTHONPATH")
     environment["PYTHONPATH"] = os.pathsep.join([path, root]) if path else root
     return environment
 
 
 def _standard_error() -> Memory | None:
-    """Our stderr as something that can be sent; None where it is closed."""
+    """A copy of our stderr that can be sent over a channel; None if stderr is closed."""
     try:
         return Memory(os.dup(2))
     except OSError:
@@ -158,10 +153,8 @@ def _standard_error() -> Memory | None:
 
 
 @contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Hold Ctrl-C back; a child starts with this mask, so that none hits it before it ignores
-    them.
-    """
+def _interrupts_blocked() -> Iterator[None]:
+    """Block SIGINT; a child inherits the mask, so that Ctrl-C cannot end it while it starts."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -1,5 +1,6 @@
-"""The pool's worker processes together: started, watched, fed, replaced, ended. Knows jobs, not
-messages.
+"""All worker processes of the pool: started, watched, given jobs, replaced and ended.
+
+This module knows jobs as pairs of a key and a frame; Flower's messages are the grid's business.
 """
 
 from __future__ import annotations
@@ -11,38 +12,48 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from flwr.app import Error
 from flwr.common.constant import ErrorCode
 
 from fedgpt.flower.pool.channel import Frame
-from fedgpt.flower.pool.worker_process import WorkerProcess, end
+from fedgpt.flower.pool.worker_process import WorkerProcess, end, worker_environment
 
-FAILED_STARTS = 3  # workers that end before they are ready, in a row, until the pool gives up
-_LONGEST = 3600.0  # seconds of one select, which refuses to wait for months
+FAILED_STARTS = 3  # failed starts in a row after which the pool gives up
+_LONGEST = 3600.0  # seconds of one select at most: it raises an error if asked to wait for months
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """What the worker processes of a pool run, and with what."""
+
+    app: str  # the ClientApp, as `module:attribute`
+    count: int  # processes
+    threads: int = 1  # torch threads of each process
+    run_config: Mapping[str, Any] = field(default_factory=dict)  # of every Context
+    environment: Mapping[str, str] = field(default_factory=dict)  # variables beside our own
+    # names as in CUDA_VISIBLE_DEVICES; each process sees the one that fewest others see
+    gpus: Sequence[str] = ()
 
 
 class WorkerPool:
-    """`count` workers that draw jobs from `next_job` and hand results to `finished`, both called
-    inside `pump`.
+    """Worker processes that take jobs from `next_job` and pass results to `finished`.
 
-    `next_job() -> (key, frame) | None`; `finished(key, reply frame or error)`, once per job.
+    `next_job() -> (key, frame) | None` and `finished(key, reply frame or error)`, once per job, are
+    called inside `pump`.
     """
 
     def __init__(
         self,
-        count: int,
-        setup: Mapping[str, Any],
-        environment: Mapping[str, str],
+        settings: WorkerSettings,
         next_job: Callable[[], tuple[str, Frame] | None],
         finished: Callable[[str, Frame | Error], None],
-        gpus: Sequence[str] = (),
     ):
-        """Start all processes without waiting for them; each sees one of the `gpus`, where there
-        are any.
-        """
-        self._setup, self._environment, self._gpus = setup, environment, gpus
+        """Start all processes without waiting for them."""
+        self._settings = settings
+        self._environment = worker_environment(settings.threads, settings.environment)
         self._next_job, self._finished = next_job, finished
         self._failed_starts, self._failure = 0, ""
         self._lifeline_read, self._lifeline = os.pipe()
@@ -52,7 +63,7 @@ class WorkerPool:
         self._busy: dict[WorkerProcess, str] = {}  # worker -> key of its job
         self._idle: deque[WorkerProcess] = deque()
         try:
-            for _ in range(count):
+            for _ in range(settings.count):
                 self._start()
         except BaseException:
             self.close()
@@ -60,13 +71,13 @@ class WorkerPool:
 
     @property
     def running(self) -> list[str]:
-        """Keys of the jobs that workers are at."""
+        """Keys of the jobs that are running."""
         return list(self._busy.values())
 
     def pump(self, seconds: float) -> None:
-        """Wait at most `seconds` for the workers, read what they sent and feed the idle ones.
+        """Wait at most `seconds` for the workers, read what they sent, give idle ones a job.
 
-        Raises RuntimeError once no worker can start.
+        Raises RuntimeError if no worker can start.
         """
         if self._failure:
             raise RuntimeError(self._failure)
@@ -84,15 +95,13 @@ class WorkerPool:
         self._ending = [worker for worker in self._ending if not worker.reaped()]
 
     def stop(self, key: str) -> None:
-        """Kill the worker that is at this job and start another; `finished` is not called for
-        it.
-        """
+        """Kill the worker that runs this job and start another; `finished` is not called."""
         for worker, job in list(self._busy.items()):
             if job == key:
                 self._replace(worker)
 
     def close(self) -> None:
-        """End all workers by process id, wait for each, and give every descriptor back."""
+        """End all workers by process id, wait for each, and close every descriptor."""
         self._selector.close()
         end([*self._workers, *self._ending], list(self._idle), self._lifeline)
         os.close(self._lifeline_read)
@@ -124,9 +133,7 @@ class WorkerPool:
         self._feed()
 
     def _lost(self, worker: WorkerProcess) -> None:
-        """A worker is gone: its job ends with an error, a new process starts and joins when it is
-        ready.
-        """
+        """Replace a worker that has died; its job ends with an error."""
         how = worker.how_it_ended()
         if not worker.ready:
             self._start_failed(worker, how)
@@ -146,7 +153,7 @@ class WorkerPool:
     def _start_failed(self, worker: WorkerProcess, why: str) -> None:
         self._failed_starts += 1
         if self._failed_starts >= FAILED_STARTS:
-            app, tail = self._setup["app"], worker.stderr_tail()
+            app, tail = self._settings.app, worker.stderr_tail()
             self._failure = f"no worker could start with the client app {app!r} ({why}):\n{tail}"
             raise RuntimeError(self._failure)
         self._replace(worker)
@@ -164,10 +171,15 @@ class WorkerPool:
         self._start()
 
     def _start(self) -> None:
+        settings = self._settings
         used = [worker.gpu for worker in self._workers]
-        gpu = min(self._gpus, key=used.count, default=None)
-        # sys.path as it is now: a script may have added to it.
-        setup = {**self._setup, "path": sys.path}
+        gpu = min(settings.gpus, key=used.count, default=None)
+        setup = {
+            "app": settings.app,
+            "threads": settings.threads,
+            "run_config": dict(settings.run_config),
+            "path": sys.path,  # as it is now: a script may have added to it
+        }
         worker = WorkerProcess(setup, self._lifeline_read, self._environment, gpu)
         self._workers.append(worker)
         self._selector.register(worker.channel, selectors.EVENT_READ, worker)

@@ -1,9 +1,6 @@
-"""The pool's Grid contract, and that nothing outlives it: no process, no descriptor, no shared
-memory.
-"""
+"""The pool as a Flower Grid; after it no process, descriptor or shared memory is left."""
 
 import gc
-import math
 import os
 import signal
 import subprocess
@@ -16,12 +13,15 @@ import pytest
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
+from fedgpt.core.messages import JobTime
 from fedgpt.flower.pool.grid import PoolGrid
 from fedgpt.flower.pool.shared_memory import array_record
+from fedgpt.flower.pool.workers import WorkerSettings
 
 HERE = Path(__file__).resolve().parents[2] / "support"
+APP = "toy_app:app"
 CLIENTS, WORKERS = 40, 2
-LONG = 30.0  # seconds; bounds every wait, none is expected to come near
+LONG = 30.0  # seconds at most of every wait; all are expected to be much shorter
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,9 @@ def environment(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def shared_grid(environment):
-    with PoolGrid("toy_app:app", CLIENTS, WORKERS, 1, {"hello": "world"}, environment) as made:
+    with PoolGrid(
+        CLIENTS, WorkerSettings(APP, WORKERS, 1, {"hello": "world"}, environment)
+    ) as made:
         yield made
 
 
@@ -119,12 +121,12 @@ def test_metadata_of_replies(grid):
     assert 0 < reply.metadata.ttl < message.metadata.ttl
 
 
-def test_workers_share_the_gpus_and_one_that_follows_another_takes_its_place(environment):
-    with PoolGrid("toy_app:app", 4, 4, 1, {}, environment, gpus=["5", "7"]) as grid:
+def test_workers_share_the_gpus_and_a_replacement_gets_the_gpu_of_its_predecessor(environment):
+    with PoolGrid(4, WorkerSettings(APP, 4, 1, {}, environment, ["5", "7"])) as grid:
 
         def gpus() -> list[int]:
             seen: dict[int, int] = {}
-            while len(seen) < 4:  # some are starting still
+            while len(seen) < 4:  # some workers are still starting
                 replies = ask(
                     grid, *(request(node, do="sleep", seconds=0.2) for node in grid.get_node_ids())
                 )
@@ -169,7 +171,7 @@ def test_one_array_for_many_messages_is_written_once(grid):
     params = array_record({"w": np.zeros(100_000)})
     replies = ask(grid, *(request(1000 + i, arrays=params) for i in range(8)))
     assert len({metric(reply, "inode") for reply in replies}) == 1
-    assert not grid._broadcasts  # and is gone with the last of them
+    assert not grid._broadcasts  # and is freed with the last of them
     (later,) = ask(grid, request(arrays=params))
     assert metric(later, "inode") != metric(replies[0], "inode")
 
@@ -181,7 +183,7 @@ def test_two_versions_in_flight_at_once(grid):
 
 
 def test_a_client_that_raises(environment, capfd):
-    with PoolGrid("toy_app:app", CLIENTS, 1, 1, {}, environment) as grid:
+    with PoolGrid(CLIENTS, WorkerSettings(APP, 1, 1, {}, environment)) as grid:
         bad, none, good = ask(grid, request(do="raise"), request(do="nothing"), request())
     assert bad.error.code == 2 and bad.error.reason == "KeyError: 'no such thing'"
     assert none.error.code == 2 and "NoneType" in none.error.reason
@@ -194,7 +196,7 @@ def test_no_such_node(grid):
     assert low.error.code == high.error.code == 5 and good.has_content()
 
 
-def test_what_cannot_be_pushed(grid):
+def test_messages_that_cannot_be_pushed(grid):
     (reply,) = ask(grid, request())
     with pytest.raises(ValueError, match="only a request"):
         grid.push_messages([request(), reply])
@@ -237,7 +239,7 @@ def test_a_message_that_waits_longer_than_its_ttl(grid):
     busy = [request(do="sleep", seconds=1.0) for _ in range(WORKERS)]
     late = request(ttl=0.3)
     *_, reply = ask(grid, *busy, late)
-    assert reply.error.code == 3 and "queued" in reply.error.reason
+    assert reply.error.code == 3 and "in the queue" in reply.error.reason
 
 
 def test_a_reply_that_nobody_pulls_in_time(grid):
@@ -256,12 +258,12 @@ def test_discarded_messages_leave_no_trace(grid):
     assert ask(grid, request())[0].has_content() and grid.pull_messages(ids) == []
     hung = grid.push_messages([request(do="sleep", seconds=600, ttl=0.4) for _ in range(WORKERS)])
     grid.discard(hung)
-    (reply,) = ask(grid, request())  # its ttl still gives the worker back
+    (reply,) = ask(grid, request())  # the running one's ttl frees the worker
     assert reply.has_content() and not grid.wait(0)
 
 
 def test_wait_is_bounded(grid):
-    assert not grid.wait()  # nothing under way: at once, not for ever
+    assert not grid.wait()  # nothing is queued or running: returns at once
     ids = grid.push_messages([request(do="sleep", seconds=0.5)])
     assert not grid.wait(0.05)
     hung = request(do="sleep", seconds=600, ttl=1.0)
@@ -272,11 +274,11 @@ def test_wait_is_bounded(grid):
 
 
 def test_sending_does_not_wait_for_a_worker_that_does_not_read(environment):
-    with PoolGrid("toy_app:app", 4, 1, 1, {}, environment) as grid:
+    with PoolGrid(4, WorkerSettings(APP, 1, 1, {}, environment)) as grid:
         pid = metric(ask(grid, request())[0], "pid")
         os.kill(pid, signal.SIGSTOP)
         big = request()
-        big.content["config"]["raw"] = bytes(4 << 20)  # far more than a socket holds
+        big.content["config"]["raw"] = bytes(4 << 20)  # far more than the buffer of a socket
         ids = grid.push_messages([big])
         assert not grid.wait(0.2)
         os.kill(pid, signal.SIGCONT)
@@ -306,7 +308,7 @@ def test_the_server_does_not_grow_with_messages_in_flight(grid):
 
 def test_close_leaves_nothing(environment):
     before, processes, visible = descriptors(), children(), sorted(Path("/dev/shm").iterdir())
-    grid = PoolGrid("toy_app:app", 4, 2, 1, {}, environment)
+    grid = PoolGrid(4, WorkerSettings(APP, 2, 1, {}, environment))
     ask(grid, *(request(1000 + i, arrays=array_record({"w": np.zeros(1000)})) for i in range(4)))
     grid.push_messages(
         [
@@ -324,7 +326,7 @@ def test_close_leaves_nothing(environment):
 
 def test_close_while_workers_start(environment):
     before, processes = descriptors(), children()
-    PoolGrid("toy_app:app", 4, 2, 1, {}, environment).close()
+    PoolGrid(4, WorkerSettings(APP, 2, 1, {}, environment)).close()
     assert children() == processes and descriptors() == before
 
 
@@ -337,31 +339,33 @@ def test_close_while_workers_start(environment):
     ],
 )
 def test_an_app_that_cannot_be_loaded(environment, name, text):
-    with PoolGrid(name, 4, 3, 1, {}, environment) as grid:
+    with PoolGrid(4, WorkerSettings(name, 3, 1, {}, environment)) as grid:
         grid.push_messages([request()])
         with pytest.raises(RuntimeError, match="(?s)no worker could start.*" + text):
             grid.wait(LONG)
         with pytest.raises(RuntimeError, match=text):
             grid.pull_messages([])
     with pytest.raises(ValueError, match="num_clients=0"):
-        PoolGrid(name, 0, 1, 1, {})
+        PoolGrid(0, WorkerSettings(name, 1))
 
 
 SERVER = """
 import signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would we
+# a shell's background jobs ignore SIGINT, and children inherit that
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from flwr.app import ConfigRecord, Message, RecordDict
 from fedgpt.flower.pool.grid import PoolGrid
+from fedgpt.flower.pool.workers import WorkerSettings
 
 def content(do):
     return RecordDict({"config": ConfigRecord({"do": do, "seconds": 600.0})})
 
-grid = PoolGrid("toy_app:app", 4, 2, 1, {})
+grid = PoolGrid(4, WorkerSettings("toy_app:app", 2))
 pids = set()
 while len(pids) < 2:
     replies = grid.send_and_receive([Message(content(""), 1000, "train") for _ in range(8)])
     pids |= {reply.content["metrics"]["pid"] for reply in replies}
-grid.push_messages([Message(content("sleep"), 1000, "train")])  # one works, one is idle
+grid.push_messages([Message(content("sleep"), 1000, "train")])  # one worker is busy, one is idle
 print(*pids, flush=True)
 if sys.argv[1] == "leave":
     sys.exit(0)
@@ -379,7 +383,7 @@ grid.wait(600)
     ],
 )
 def test_workers_end_with_the_server(environment, how, code):
-    # No main guard, no file even: a user's script needs none.
+    # the server is not in a file and has no main guard: a user's script needs none
     root = str(HERE.parents[1])
     env = {**os.environ, **environment, "PYTHONPATH": f"{HERE}{os.pathsep}{root}"}
     server = subprocess.Popen(
@@ -408,10 +412,8 @@ def test_workers_end_with_the_server(environment, how, code):
         server.communicate(timeout=LONG)
 
 
-def test_workers_wait_for_a_reader_who_is_slower(grid):
-    """Replies as large as the model must not pile up unread; who waits for a certain one still gets
-    it.
-    """
+def test_workers_wait_for_a_slower_reader(grid):
+    """Unread replies must not fill the memory, but a caller that waits for one of them gets it."""
     ids = grid.push_messages([request(1000 + i) for i in range(12)])
     assert grid.wait(LONG)
     end = time.monotonic() + 1.0
@@ -427,18 +429,17 @@ def test_workers_wait_for_a_reader_who_is_slower(grid):
     assert {reply.metadata.reply_to_message_id for reply in replies} == set(ids)
 
 
-def test_a_job_takes_as_long_as_a_worker_is_at_it_and_not_its_time_in_the_queue(environment):
-    with PoolGrid("toy_app:app", 3, 1, 1, {}, environment) as grid:
+def test_the_time_of_a_job_excludes_its_time_in_the_queue(environment):
+    with PoolGrid(3, WorkerSettings(APP, 1, 1, {}, environment)) as grid:
         ids = grid.push_messages([request(1000 + i, do="sleep", seconds=0.4) for i in range(3)])
-        assert math.isnan(seconds_of(grid, ids[0])), "the first has the start of its worker in it"
+        assert not time_of(grid, ids[0]).measured, "the first job includes the start of its worker"
         for later in ids[1:]:
-            assert 0.4 <= seconds_of(grid, later) < 0.8
-        assert grid.seconds_of(ids[0]) is None, "it has been pulled"
+            assert 0.4 <= time_of(grid, later).seconds < 0.8
+        assert grid.time_of(ids[0]) == JobTime(), "its reply has been pulled"
 
 
-def seconds_of(grid: PoolGrid, message_id: str) -> float:
+def time_of(grid: PoolGrid, message_id: str) -> JobTime:
     assert grid.wait(LONG, [message_id])
-    seconds = grid.seconds_of(message_id)
+    took = grid.time_of(message_id)
     grid.pull_messages([message_id])
-    assert seconds is not None
-    return seconds
+    return took

@@ -1,6 +1,4 @@
-"""Shared memory and NdArray: zero-copy, equal after every way of travelling, nothing left
-behind.
-"""
+"""Shared memory and NdArray: no copies, equal after every transport, nothing left behind."""
 
 import copy
 import gc
@@ -72,7 +70,7 @@ def test_written_memory_cannot_be_changed_or_shrunk():
         os.ftruncate(memory.fileno(), 1)
 
 
-def test_without_memfd_an_unlinked_file_serves(monkeypatch):
+def test_without_memfd_an_unlinked_file_is_used(monkeypatch):
     monkeypatch.delattr(os, "memfd_create")
     memory, specs = share([NdArray(np.arange(100))])
     np.testing.assert_array_equal(attach(memory, specs)[0].numpy(), np.arange(100))
@@ -104,7 +102,7 @@ def test_ndarray_neither_copies_nor_serialises_until_asked():
 
 
 @pytest.mark.parametrize("dtype", [object, [("a", "f4")]])
-def test_ndarray_refuses_what_is_not_numbers(dtype):
+def test_ndarray_refuses_other_values_than_numbers(dtype):
     with pytest.raises(TypeError, match="cannot be sent"):
         NdArray(np.zeros(2, dtype))
 
@@ -164,7 +162,7 @@ def test_channel_carries_frames_and_descriptors_through_small_reads():
         for i in range(6)
     ]
     done = [here.send(frame) for frame in sent]
-    assert not all(done)  # more than a socket holds: nothing blocked
+    assert not all(done)  # more than the buffer of a socket: nothing blocked
     received = []
     while len(received) < len(sent):
         received += there.receive()

@@ -1,0 +1,105 @@
+"""The interface of a runtime: what starts the clients of a run and carries messages to them.
+
+A member is one file in fedgpt/flower/runtimes/ with one class, and `runtime=pool` chooses it by the
+name of the file. A class of another package is named by `runtime=custom` and
+`runtime._target_=package.module.Class`. Nothing here imports Flower or torch, and a member's file
+imports them only inside `start`: the options of a run are checked before heavy libraries are
+loaded.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import ClassVar
+
+from fedgpt.core.errors import ConfigError
+from fedgpt.core.options import RunOptions
+from fedgpt.core.resources import Resources
+from fedgpt.core.targets import Members
+
+
+class Runtime(ABC):
+    """One way to run the clients of a run; this toy prints instead of training.
+
+    >>> class Printing(Runtime):
+    ...     name = "printing"
+    ...     summary = "prints how many clients a run would have"
+    ...     limits = ("No client trains.",)
+    ...
+    ...     def problems(self, options, clients):
+    ...         if clients > 3:
+    ...             yield f"runtime=printing: takes at most 3 clients, not {clients}"
+    ...
+    ...     def start(self, options, clients, resources, environment):
+    ...         print(f"{options.name}: {clients} clients")
+    >>> Printing().start(RunOptions(name="test"), 2, None, {})
+    test: 2 clients
+    >>> list(Printing().problems(RunOptions(), 9))
+    ['runtime=printing: takes at most 3 clients, not 9']
+    """
+
+    name: ClassVar[str]  # as in `runtime=name`
+    summary: ClassVar[str]  # what the runtime is for, in one line of help
+    limits: ClassVar[tuple[str, ...]] = ()  # what it cannot do, in sentences of help
+    # whether `start` runs the server in the process that calls it; otherwise the server writes its
+    # errors to the run folder's failure.json, where `start` finds them
+    in_process: ClassVar[bool] = False
+    # whether clients have machines of their own: their work is then too expensive to repeat, so the
+    # server keeps a journal of their replies
+    real_clients: ClassVar[bool] = False
+
+    def problems(self, options: RunOptions, clients: int) -> Iterator[str]:
+        """Yield a message for each reason why the run cannot start here; `clients` is 0 if unknown.
+
+        It is called before data is prepared, and again when the number of clients is known.
+        """
+        yield from ()
+
+    @abstractmethod
+    def start(
+        self,
+        options: RunOptions,
+        clients: int,
+        resources: Resources,
+        environment: Mapping[str, str],
+    ) -> None:
+        """Run `options` with `clients` clients to the end; return when the run folder is complete.
+
+        `resources` are the processes, threads and GPUs to use. `environment` holds the variables
+        that client processes need. Raises FedGPTError where the run fails, and Interrupted after
+        SIGINT or SIGTERM.
+        """
+
+
+class _Members(Members[Runtime]):
+    """The members are not beside their interface: they may import Flower, this package may not."""
+
+    @property
+    def folder(self) -> str:
+        return "fedgpt.flower.runtimes"
+
+
+RUNTIMES = _Members("runtime", "runtime.name", Runtime)
+
+
+def runtime_of(options: RunOptions) -> Runtime:
+    """The runtime that the options name; raises ConfigError if there is no such class.
+
+    >>> runtime_of(RunOptions()).name
+    'pool'
+    """
+    return RUNTIMES.build(options.runtime, options.trusted_packages)
+
+
+def runtime_problems(options: RunOptions, clients: int) -> Iterator[str]:
+    """Yield a message for each reason why this machine cannot start a run with so many clients.
+
+    `clients` is 0 where their number is not known yet.
+    """
+    try:
+        runtime = runtime_of(options)
+    except ConfigError as error:
+        yield from error.problems
+    else:
+        yield from runtime.problems(options, clients)

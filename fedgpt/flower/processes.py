@@ -1,0 +1,86 @@
+"""Child processes in process groups of their own, which end with all processes they started."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+END_SECONDS = 5.0  # seconds between SIGTERM and SIGKILL
+
+
+@contextmanager
+def child(
+    command: Sequence[str], environment: Mapping[str, str], log: Path | None
+) -> Iterator[subprocess.Popen[bytes]]:
+    """Start a program that is installed beside this interpreter; end its process group on leaving.
+
+    Its output goes to the file `log`, or where this process's output goes if that is None.
+    """
+    stream: IO[bytes] | None = None if log is None else log.open("wb")
+    process = subprocess.Popen(
+        [str(Path(sys.executable).parent / command[0]), *command[1:]],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=stream,
+        stderr=stream,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        _end_group(process)
+        if stream is not None:
+            stream.close()
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """End the process's group and the groups of its descendants: SIGTERM, later SIGKILL."""
+    # Flower's programs start others in sessions of their own, which a signal to the group misses
+    descendants = _descendants(process.pid)
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, sign)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(timeout=END_SECONDS)
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()
+    deadline = time.monotonic() + END_SECONDS
+    while descendants := [pid for pid in descendants if _alive(pid)]:
+        if time.monotonic() > deadline:
+            for pid in descendants:
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            return
+        time.sleep(0.02)
+
+
+def _descendants(pid: int) -> list[int]:
+    """Process ids of all descendants of `pid`; an empty list on systems without /proc."""
+    parents = {int(path.name): _stat(int(path.name))[1] for path in Path("/proc").glob("[0-9]*")}
+    found = [pid]
+    for parent in found:  # the list grows in the loop
+        found += [child for child, of in parents.items() if of == parent]
+    return found[1:]
+
+
+def _alive(pid: int) -> bool:
+    return _stat(pid)[0] not in ("", "Z")
+
+
+def _stat(pid: int) -> tuple[str, int]:
+    """(state, parent id) of a process; ("", 0) if it has ended."""
+    try:
+        state, parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[:2]
+    except OSError:
+        return "", 0
+    return state, int(parent)

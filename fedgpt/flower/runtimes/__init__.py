@@ -1,0 +1,1 @@
+"""The runtimes, one class in each file; fedgpt/core/runtimes.py has their interface and names."""
