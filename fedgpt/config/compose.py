@@ -6,8 +6,6 @@ Free of torch, so a typo is answered at once. `_target_` is resolved only inside
 
 from __future__ import annotations
 
-import importlib
-import inspect
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from fedgpt.config import checks, overrides
-from fedgpt.core.errors import ConfigError, nearest
+from fedgpt.core import targets
+from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import RunOptions
 from fedgpt.privacy.problems import privacy_problems
 from fedgpt.server.pacing import make_pace, pace_problems
@@ -207,48 +206,7 @@ def build_strategy(node: Any, trusted: Iterable[str] = ()) -> Any:
 
     Only classes inside fedgpt, Flower's strategies and `trusted_packages` are ever imported.
     """
-    if not isinstance(node, dict) or not isinstance(node.get("_target_"), str):
-        raise ConfigError(
-            f"strategy={node!r}: a strategy needs `_target_`, the full name of its class"
-        )
-    target = node["_target_"]
-    allowed = (*TRUSTED, *trusted)
-    if not any(target.startswith(f"{package}.") for package in allowed):
-        raise ConfigError(
-            f"strategy._target_={target}: only classes in {', '.join(allowed)} are used; "
-            f"to trust another package add trusted_packages=[{target.split('.')[0]}]"
-        )
-    module_name, _, class_name = target.rpartition(".")
-    try:
-        module = importlib.import_module(module_name)
-    except ImportError as error:
-        raise ConfigError(
-            f"strategy._target_={target}: cannot import {module_name} ({error})"
-        ) from error
-    cls = getattr(module, class_name, None)
-    if not inspect.isclass(cls):
-        names = [name for name, member in vars(module).items() if inspect.isclass(member)]
-        raise ConfigError(
-            f"strategy._target_={target}: {module_name} has no class"
-            f" {class_name}{nearest(class_name, names)}"
-        )
-    return _call(cls, {key: value for key, value in node.items() if key != "_target_"})
-
-
-def _call(cls: type, arguments: dict[str, Any]) -> Any:
-    known = inspect.signature(cls).parameters
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
-    if not takes_any and (unknown := [name for name in arguments if name not in known]):
-        allowed = ", ".join(known) or "none"
-        raise ConfigError(
-            f"strategy.{name}={arguments[name]}: the options of {cls.__name__} are"
-            f" {allowed}{nearest(name, known)}"
-            for name in unknown
-        )
-    try:
-        return cls(**arguments)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"strategy: {cls.__name__} refused its options: {error}") from error
+    return targets.build("strategy", node, TRUSTED, trusted)
 
 
 def _problems(o: RunOptions, here: bool) -> Iterator[str]:

