@@ -23,7 +23,8 @@ from collections.abc import Callable
 import numpy as np
 from common import machine
 
-from fedgpt.update.compress import Compressor, make_compressor
+from fedgpt.update.codecs.base import Codec
+from fedgpt.update.compress import make_codec
 
 CODECS: tuple[tuple[str, dict[str, object]], ...] = (
     ("none", {}),
@@ -66,7 +67,7 @@ def main() -> None:
     )
     print(("{:<30}" + "{:>14}" * 7).format(*header))
     for name, options in CODECS:
-        codec = make_compressor(name, **options)
+        codec = make_codec(name, **options)
         figures, seconds = measured(codec, delta, copy, rounds)
         copies += seconds
         lines.append(figures)
@@ -83,7 +84,7 @@ def main() -> None:
 
 
 def measured(
-    codec: Compressor, delta: np.ndarray, copy: np.ndarray, rounds: int
+    codec: Codec, delta: np.ndarray, copy: np.ndarray, rounds: int
 ) -> tuple[dict[str, object], list[float]]:
     """Figures of one codec, and the seconds of a plain copy in each round."""
     payload = codec.encode(delta)  # untimed: memory is fetched, code is warm

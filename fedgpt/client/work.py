@@ -30,7 +30,8 @@ from fedgpt.data.prepare import Prepared, prepare
 from fedgpt.local.optimizer import Moments
 from fedgpt.local.trainer import Trainer
 from fedgpt.update.codec import compress, digest, header_of
-from fedgpt.update.compress import Plain, compressor_of
+from fedgpt.update.codecs.none import Plain
+from fedgpt.update.compress import codec_of
 from fedgpt.update.downlink import STEPS, rebuilt
 from fedgpt.update.feedback import feed, measured, rest
 
@@ -45,7 +46,7 @@ class ClientWork:
 
     def __init__(self, options: RunOptions, state_root: str):
         self.options, self.state_root = options, state_root
-        self.compressor = compressor_of(options.update)
+        self.codec = codec_of(options.update, options.trusted_packages)
 
     @cached_property
     def prepared(self) -> Prepared:
@@ -133,23 +134,23 @@ class ClientWork:
         if options.error_feedback:
             residual = None if before is None else before.residual
             update = replace(update, delta=feed(update.delta, residual, options.decay))
-        payload = compress(update.delta, self.compressor)
+        payload = compress(update.delta, self.codec)
         left = self._left_out(update.delta, payload)
         if options.error_feedback:
             after = replace(after, residual=left)
         if left is not None and self.options.privacy.unit == "none":  # it is measured on the text
             update = replace(update, metrics={**update.metrics, **measured(update.delta, left)})
         self._keep(job, name, after)
-        return header_of(job.plan.run, update, payload, self.compressor), payload
+        return header_of(job.plan.run, update, payload, self.codec), payload
 
     def _left_out(self, delta: np.ndarray, payload: np.ndarray) -> np.ndarray | None:
         """What the server will not get of a delta; None where all of it travels, or no server takes
         it.
         """
-        if isinstance(self.compressor, Plain):
+        if isinstance(self.codec, Plain):
             return None
         try:
-            return rest(delta, self.compressor.decode(payload, delta.size))
+            return rest(delta, self.codec.decode(payload, delta.size))
         except UpdateRejected:  # NaN or infinity: the server says so, too
             return None
 

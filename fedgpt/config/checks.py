@@ -151,7 +151,7 @@ def problems(o: RunOptions) -> Iterator[str]:
         )
     yield from fleet.fleet_problems(o)
     yield from attack.attack_problems(o)
-    yield from update_problems(o.update)
+    yield from update_problems(o.update, o.trusted_packages)
     yield from limits.validate_problems(o)
     if o.checkpoint.journal and o.clock == "virtual":
         yield (

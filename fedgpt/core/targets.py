@@ -50,7 +50,7 @@ def load_class(
     if not any(target.startswith(f"{package}.") for package in allowed):
         raise ConfigError(
             f"{option}._target_={target}: only classes in {', '.join(allowed)} are used; "
-            f"to trust another package add trusted_packages=[{target.split('.')[0]}]"
+            f"to trust another package add trusted_packages=[{target.split('.', maxsplit=1)[0]}]"
         )
     module_name, _, class_name = target.rpartition(".")
     try:
@@ -84,6 +84,11 @@ def call(option: str, cls: type, arguments: Mapping[str, Any]) -> Any:
         return cls(**arguments)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{option}: {cls.__name__} refused its options: {error}") from error
+
+
+def field_names(dataclass: Any) -> list[str]:
+    """Return the names of the fields of a dataclass, or of an instance of one."""
+    return [field.name for field in fields(dataclass)]
 
 
 class Chosen(Protocol):
@@ -156,15 +161,14 @@ class Members(Generic[Part]):
 
     def _values(self, cls: type, options: Any) -> dict[str, Any]:
         """The options that a built-in class has fields for, but for those that are null."""
-        typed = {field.name for field in fields(options)} - {"_target_", "arguments"}
+        typed = set(field_names(options)) - {"_target_", "arguments"}
         if twice := sorted(typed & (options.arguments or {}).keys()):
             raise ConfigError(
                 f"{self.group}.arguments.{name}={options.arguments[name]}: is an option of its own;"
                 f" type {self.group}.{name}={options.arguments[name]}"
                 for name in twice
             )
-        shared = [field.name for field in fields(cls) if field.name in typed]
-        values = {name: getattr(options, name) for name in shared}
+        values = {name: getattr(options, name) for name in field_names(cls) if name in typed}
         return {name: value for name, value in values.items() if value is not None}
 
     def _custom(self, target: str | None, trusted: Iterable[str]) -> type[Part]:

@@ -15,7 +15,7 @@ from flwr.common.constant import ErrorCode, SType
 from fedgpt.core.errors import UpdateRejected
 from fedgpt.core.messages import ClientInfo, Job, Plan, Reply
 from fedgpt.flower.pool.shared_memory import NdArray, array_record
-from fedgpt.update.blockwise import BF16
+from fedgpt.update.codecs.bf16 import BF16
 from fedgpt.update.downlink import joined
 from fedgpt.update.npy import read_npy
 

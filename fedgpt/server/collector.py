@@ -20,7 +20,7 @@ from fedgpt.server.limits import clip_length, norm_limit
 from fedgpt.server.privacy import PaidByServer, Privacy
 from fedgpt.storage.checkpoint import RunTables
 from fedgpt.update.codec import Expected, decode
-from fedgpt.update.compress import compressor_of
+from fedgpt.update.compress import codec_of
 
 # of a model's weights: their squares still add up in float32, and none that learns is near
 LONGEST = 1e18
@@ -32,7 +32,7 @@ class UpdateCollector:
     def __init__(self, options: RunOptions, strategy: Strategy, size: int, privacy: Privacy):
         self.options, self.strategy = options, strategy
         self.private = privacy if isinstance(privacy, PaidByServer) else None
-        self.compressor = compressor_of(options.update)
+        self.codec = codec_of(options.update, options.trusted_packages)
         self.noise_length = privacy.longest(size)
         self._sum = ExactSum(size, bound=1.0, count=1)  # untouched memory, if no rule adds to it
 
@@ -67,7 +67,7 @@ class UpdateCollector:
         size = job.params.size
         limit = self.norm_limit if self.private is None else math.inf
         expected = Expected(
-            run, reply.client, reply.number, job.version, size, tokens, limit, self.compressor
+            run, reply.client, reply.number, job.version, size, tokens, limit, self.codec
         )
         try:
             return decode(reply, expected)
