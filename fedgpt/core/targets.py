@@ -86,11 +86,6 @@ def call(option: str, cls: type, arguments: Mapping[str, Any]) -> Any:
         raise ConfigError(f"{option}: {cls.__name__} refused its options: {error}") from error
 
 
-def field_names(dataclass: Any) -> list[str]:
-    """Return the names of the fields of a dataclass, or of an instance of one."""
-    return [field.name for field in fields(dataclass)]
-
-
 class Chosen(Protocol):
     """The options of a group: a dataclass with the member's name and these two fields."""
 
@@ -102,8 +97,9 @@ class Chosen(Protocol):
 class Members(Generic[Part]):
     """The parts that a group of options chooses from: every file of a folder, and trusted classes.
 
-    A built-in member is a dataclass. Where it has a field of the same name as an option of the
-    group, it gets that option's value; null leaves the member's own default.
+    An option of the group is passed to a built-in member that has an argument of that name. An
+    option whose default is null, where it is set, is passed to any member: one that has no such
+    argument is an error, so that nothing that was typed is ignored.
     """
 
     group: str  # the group of options, e.g. corpus
@@ -147,29 +143,45 @@ class Members(Generic[Part]):
                 f"{self.group}.arguments={arguments}: must be names and values, such as"
                 f" '{self.group}.arguments={{name: 1}}'"
             )
-        name = getattr(options, self.key.rpartition(".")[2])
-        if name == CUSTOM:
+        if self.name_of(options) == CUSTOM:
             cls = self._custom(options._target_, trusted)
-            return call(f"{self.group}.arguments", cls, arguments)
-        if options._target_ is not None:
+        elif options._target_ is not None:
             raise ConfigError(
-                f"{self.group}._target_={options._target_}: {self.group}={name} has a class of its"
-                f" own; add {self.group}={CUSTOM}, or leave it out"
+                f"{self.group}._target_={options._target_}: {self.group}={self.name_of(options)}"
+                f" has a class of its own; add {self.group}={CUSTOM}, or leave it out"
             )
-        cls = self.load(name)
-        return call(f"{self.group}.arguments", cls, {**self._values(cls, options), **arguments})
+        else:
+            cls = self.load(self.name_of(options))
+        values = self._values(cls, options)
+        return call(f"{self.group}.arguments", cls, {**values, **arguments})
+
+    def name_of(self, options: Chosen) -> str:
+        """Return the member's name that `options` choose."""
+        return getattr(options, self.key.rpartition(".")[2])
 
     def _values(self, cls: type, options: Any) -> dict[str, Any]:
-        """The options that a built-in class has fields for, but for those that are null."""
-        typed = set(field_names(options)) - {"_target_", "arguments"}
-        if twice := sorted(typed & (options.arguments or {}).keys()):
-            raise ConfigError(
-                f"{self.group}.arguments.{name}={options.arguments[name]}: is an option of its own;"
-                f" type {self.group}.{name}={options.arguments[name]}"
-                for name in twice
-            )
-        values = {name: getattr(options, name) for name in field_names(cls) if name in typed}
-        return {name: value for name, value in values.items() if value is not None}
+        """Return the options that are passed to the class, by name."""
+        known, name = inspect.signature(cls).parameters, self.name_of(options)
+        typed = [one for one in fields(options) if one.name not in ("_target_", "arguments")]
+        values = {one.name: getattr(options, one.name) for one in typed}
+        optional = {one.name for one in typed if one.default is None}
+        given = {key: value for key, value in values.items() if value is not None}
+        has = f"it has {', '.join(known)}" if known else "it has none"
+        problems = [
+            f"{self.group}.{key}={value}: no option of {self.key}={name}; {has}"
+            for key, value in given.items()
+            if key in optional and key not in known
+        ]
+        own = set(given) & optional if name == CUSTOM else set(values)
+        problems += [
+            f"{self.group}.arguments.{key}={value}: is an option of its own; type"
+            f" {self.group}.{key}={value}"
+            for key, value in (options.arguments or {}).items()
+            if key in own
+        ]
+        if problems:
+            raise ConfigError(problems)
+        return {key: value for key, value in given.items() if key in own and key in known}
 
     def _custom(self, target: str | None, trusted: Iterable[str]) -> type[Part]:
         """Import the class `target`, which must inherit from the interface."""

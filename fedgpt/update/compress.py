@@ -16,11 +16,10 @@ from typing import Any
 
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import UpdateOptions
-from fedgpt.core.targets import CUSTOM, Members, field_names
+from fedgpt.core.targets import Members
 from fedgpt.update.codecs.base import Codec
 
 CODECS = Members("update", "update.compress", Codec)
-OPTIONS = ("block", "density")  # options that only some codecs have; null: the codec's default
 DOWNLINKS = ("fp32", "bf16", "int8", "int4")  # values of update.downlink
 
 
@@ -34,10 +33,7 @@ def codec_of(options: UpdateOptions, trusted: Sequence[str] = ()) -> Codec:
     >>> codec_of(UpdateOptions(compress="topk", density=1 / 128))
     TopK(density=0.0078125)
     """
-    codec = CODECS.build(options, trusted)
-    if problems := list(_foreign_options(options)):
-        raise ConfigError(problems)
-    return codec
+    return CODECS.build(options, trusted)
 
 
 def make_codec(name: str, **options: Any) -> Codec:
@@ -52,10 +48,9 @@ def make_codec(name: str, **options: Any) -> Codec:
 def update_problems(options: UpdateOptions, trusted: Sequence[str] = ()) -> Iterator[str]:
     """Yield what is wrong with `update.*`."""
     try:
-        CODECS.build(options, trusted)
+        codec_of(options, trusted)
     except ConfigError as error:
         yield from error.problems
-    yield from _foreign_options(options)
     if options.compress == "none" and options.error_feedback:
         yield (
             "update.error_feedback=true: update.compress=none leaves nothing out; choose a codec,"
@@ -68,19 +63,3 @@ def update_problems(options: UpdateOptions, trusted: Sequence[str] = ()) -> Iter
         )
     if options.downlink not in DOWNLINKS:
         yield f"update.downlink={options.downlink}: must be fp32, bf16, int8 or int4"
-
-
-def _foreign_options(options: UpdateOptions) -> Iterator[str]:
-    """Yield a problem for each option that is set and that the chosen codec does not have."""
-    name, known, has = options.compress, [], ""
-    if name == CUSTOM:
-        has = "give the options of a class of your own in update.arguments"
-    elif name in CODECS.names():
-        known = field_names(CODECS.load(name))
-        has = f"it has {', '.join(known)}" if known else "it has none"
-    else:
-        return  # the name itself is the problem
-    for option in OPTIONS:
-        value = getattr(options, option)
-        if value is not None and option not in known:
-            yield f"update.{option}={value}: no option of update.compress={name}; {has}"

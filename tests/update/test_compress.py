@@ -305,7 +305,7 @@ def test_a_codec_from_outside_is_built_from_its_name_and_arguments():
             "update.arguments.steps=1: the options of Sign are step; did you mean 'step'",
         ),
         (custom(arguments=3), "update.arguments=3: must be names and values"),
-        (custom(block=64), "update.block=64: no option of update.compress=custom"),
+        (custom(block=64), "update.block=64: no option of update.compress=custom; it has step"),
         (
             UpdateOptions(compress="int8", _target_="outsider.Sign"),
             "update._target_=outsider.Sign: update=int8 has a class of its own",

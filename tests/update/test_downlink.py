@@ -122,7 +122,9 @@ def test_the_server_sends_steps_to_clients_with_a_cached_version(tmp_path):
     ]
     later = outcome.jobs[-1]
     record = params_record(later)["flat"].numpy()
-    assert record.nbytes == sum(step.nbytes for step in later.model_deltas) < later.params.nbytes / 3
+    assert (
+        record.nbytes == sum(step.nbytes for step in later.model_deltas) < later.params.nbytes / 3
+    )
     assert job_bytes(later) < record.nbytes + 1000
     assert later.params.tobytes() != outcome.server.state.params.tobytes()
 
