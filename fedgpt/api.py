@@ -111,7 +111,9 @@ class Run:
         ).is_file():  # the file that an export writes last but one
             return load_tokenizer(self.folder / "model")
         options = compose.of_run(self.folder)
-        return prepare(options.corpus, options.tokenizer, options.cache_dir).tokenizer
+        return prepare(
+            options.corpus, options.tokenizer, options.cache_dir, options.trusted_packages
+        ).tokenizer
 
     @cached_property
     def model(self) -> GPT:

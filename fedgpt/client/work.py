@@ -51,13 +51,22 @@ class ClientWork:
     @cached_property
     def prepared(self) -> Prepared:
         """The tokens, as every process of this machine shares them."""
-        return prepare(self.options.corpus, self.options.tokenizer, self.options.cache_dir)
+        options = self.options
+        return prepare(
+            options.corpus, options.tokenizer, options.cache_dir, options.trusted_packages
+        )
 
     @cached_property
     def shards(self) -> list[Shard]:
         """Who holds which text; the same list at every client and at the server."""
-        window = self.options.model.block_size + 1
-        return partition(self.prepared, self.options.partition, self.options.seed, window)
+        options = self.options
+        return partition(
+            self.prepared,
+            options.partition,
+            options.seed,
+            options.model.block_size + 1,
+            options.trusted_packages,
+        )
 
     @cached_property
     def trainer(self) -> Trainer:

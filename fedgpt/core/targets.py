@@ -152,15 +152,21 @@ class Members(Generic[Part]):
             )
         else:
             cls = self.load(self.name_of(options))
-        values = self._values(cls, options)
-        return call(f"{self.group}.arguments", cls, {**values, **arguments})
+        values, problems = self._values(cls, options)
+        try:
+            part = call(f"{self.group}.arguments", cls, {**values, **arguments})
+        except ConfigError as error:
+            raise ConfigError([*problems, *error.problems]) from error
+        if problems:
+            raise ConfigError(problems)
+        return part
 
     def name_of(self, options: Chosen) -> str:
         """Return the member's name that `options` choose."""
         return getattr(options, self.key.rpartition(".")[2])
 
-    def _values(self, cls: type, options: Any) -> dict[str, Any]:
-        """Return the options that are passed to the class, by name."""
+    def _values(self, cls: type, options: Any) -> tuple[dict[str, Any], list[str]]:
+        """Return the options that are passed to the class, and what is wrong with the others."""
         known, name = inspect.signature(cls).parameters, self.name_of(options)
         typed = [one for one in fields(options) if one.name not in ("_target_", "arguments")]
         values = {one.name: getattr(options, one.name) for one in typed}
@@ -179,9 +185,7 @@ class Members(Generic[Part]):
             for key, value in (options.arguments or {}).items()
             if key in own
         ]
-        if problems:
-            raise ConfigError(problems)
-        return {key: value for key, value in given.items() if key in own and key in known}
+        return {key: given[key] for key in given if key in own and key in known}, problems
 
     def _custom(self, target: str | None, trusted: Iterable[str]) -> type[Part]:
         """Import the class `target`, which must inherit from the interface."""

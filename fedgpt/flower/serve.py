@@ -35,7 +35,7 @@ from fedgpt.core.messages import ClientInfo, ServerState
 from fedgpt.core.options import RunOptions
 from fedgpt.core.seeds import derive_seed
 from fedgpt.core.transport import Transport
-from fedgpt.data.corpora import corpus_prompt
+from fedgpt.data.corpus import corpus_prompt
 from fedgpt.data.partition import Shard, partition
 from fedgpt.data.prepare import Prepared, prepare
 from fedgpt.evaluate.held_out import HeldOut
@@ -78,9 +78,15 @@ def serve(options: RunOptions, grid: Grid) -> dict[str, Any]:
     try:
         with RunFolder(options.run_dir) as folder:
             refuse_another_run(options)
-            prepared = prepare(options.corpus, options.tokenizer, options.cache_dir)
+            prepared = prepare(
+                options.corpus, options.tokenizer, options.cache_dir, options.trusted_packages
+            )
             shards = partition(
-                prepared, options.partition, options.seed, options.model.block_size + 1
+                prepared,
+                options.partition,
+                options.seed,
+                options.model.block_size + 1,
+                options.trusted_packages,
             )
             return _Run(options, folder, prepared, shards, grid).go()
     except OSError as error:
@@ -233,7 +239,11 @@ class _Run:
 
     def _evaluator(self, stage: HeldOut) -> Any:
         o, tokenizer = self.options, self.prepared.tokenizer
-        prompt = o.evaluate.prompt if o.evaluate.prompt is not None else corpus_prompt(o.corpus)
+        prompt = (
+            o.evaluate.prompt
+            if o.evaluate.prompt is not None
+            else corpus_prompt(o.corpus, o.trusted_packages)
+        )
         ids = list(tokenizer.encode(prompt)) or [tokenizer.end]
 
         def evaluate(version: int, params: np.ndarray, sample: bool) -> dict[str, Any]:

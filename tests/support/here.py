@@ -83,9 +83,17 @@ def run_here(*overrides: str) -> dict[str, Any]:
     from fedgpt.data.prepare import prepare
 
     options = compose.load(overrides)
-    prepared = prepare(options.corpus, options.tokenizer, options.cache_dir)
+    prepared = prepare(
+        options.corpus, options.tokenizer, options.cache_dir, options.trusted_packages
+    )
     clients = len(
-        partition(prepared, options.partition, options.seed, options.model.block_size + 1)
+        partition(
+            prepared,
+            options.partition,
+            options.seed,
+            options.model.block_size + 1,
+            options.trusted_packages,
+        )
     )
     return serve(
         options,

@@ -11,9 +11,11 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from fedgpt.data.corpora.base import Corpus
+from fedgpt.data.partitions.base import Partition
 from fedgpt.update.codecs.base import Codec
 
-INTERFACES = (Codec,)
+INTERFACES = (Codec, Corpus, Partition)
 MODULE = "outsider"
 TRUSTED = f"trusted_packages=[{MODULE}]"
 
