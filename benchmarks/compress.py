@@ -22,7 +22,8 @@ from collections.abc import Callable
 import numpy as np
 from common import machine
 
-from fedgpt.update.compress import Compressor, make_compressor
+from fedgpt.update.codecs.base import Codec
+from fedgpt.update.compress import make_codec
 
 CODECS: tuple[tuple[str, dict[str, object]], ...] = (
     ("none", {}),
@@ -55,7 +56,7 @@ def main() -> None:
     speeds = ("encode", "decode GB/s", "encode", "decode / copy")
     print(("{:<30}" + "{:>14}" * 7).format(*sizes, *speeds))
     for name, options in CODECS:
-        codec = make_compressor(name, **options)
+        codec = make_codec(name, **options)
         figures, seconds = measured(codec, delta, copy, rounds)
         copies += seconds
         lines.append(figures)
@@ -65,7 +66,7 @@ def main() -> None:
 
 
 def measured(
-    codec: Compressor, delta: np.ndarray, copy: np.ndarray, rounds: int
+    codec: Codec, delta: np.ndarray, copy: np.ndarray, rounds: int
 ) -> tuple[dict[str, object], list[float]]:
     """Figures of one codec, and the seconds of a plain copy in each round."""
     payload = codec.encode(delta)  # not timed: allocates memory and warms caches

@@ -93,9 +93,15 @@ class Memory:
 
 
 def load(options: RunOptions) -> tuple[Prepared, list[Shard]]:
-    prepared = prepare(options.corpus, options.tokenizer, options.cache_dir)
+    prepared = prepare(
+        options.corpus, options.tokenizer, options.cache_dir, options.trusted_packages
+    )
     return prepared, partition(
-        prepared, options.partition, options.seed, options.model.block_size + 1
+        prepared,
+        options.partition,
+        options.seed,
+        options.model.block_size + 1,
+        options.trusted_packages,
     )
 
 

@@ -159,7 +159,9 @@ class Run:
         if (self.folder / "model" / "tokenizer.json").is_file():
             return load_tokenizer(self.folder / "model")
         options = compose.of_run(self.folder)
-        return prepare(options.corpus, options.tokenizer, options.cache_dir).tokenizer
+        return prepare(
+            options.corpus, options.tokenizer, options.cache_dir, options.trusted_packages
+        ).tokenizer
 
     @cached_property
     def model(self) -> GPT:

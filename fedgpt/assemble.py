@@ -38,7 +38,7 @@ from fedgpt.core.options import RunOptions
 from fedgpt.core.resources import Resources, resources_for
 from fedgpt.core.seeds import derive_seed
 from fedgpt.core.transport import Transport
-from fedgpt.data.corpora import corpus_prompt
+from fedgpt.data.corpus import corpus_prompt
 from fedgpt.data.partition import Shard, partition
 from fedgpt.data.prepare import Prepared, prepare
 from fedgpt.evaluate.held_out import HeldOut
@@ -135,9 +135,9 @@ def _serve(setting: Setting, network: Network) -> dict[str, Any]:
 
 
 def _setting(options: RunOptions, folder: RunFolder, network: Network) -> Setting:
-    prepared = prepare(options.corpus, options.tokenizer, options.cache_dir)
-    window = options.model.block_size + 1
-    shards = partition(prepared, options.partition, options.seed, window)
+    trusted, window = options.trusted_packages, options.model.block_size + 1
+    prepared = prepare(options.corpus, options.tokenizer, options.cache_dir, trusted)
+    shards = partition(prepared, options.partition, options.seed, window, trusted)
     resources = resources_for(options, len(shards))
     torch.set_num_threads(resources.threads)
     plan = None
@@ -224,7 +224,7 @@ def _evaluator(setting: Setting, held_out: HeldOut) -> Evaluator:
     options, tokenizer = setting.options, setting.prepared.tokenizer
     prompt = options.evaluate.prompt
     if prompt is None:
-        prompt = corpus_prompt(options.corpus)
+        prompt = corpus_prompt(options.corpus, options.trusted_packages)
     ids = list(tokenizer.encode(prompt)) or [tokenizer.end]
 
     def evaluate(version: int, params: np.ndarray, sample: bool) -> dict[str, Any]:

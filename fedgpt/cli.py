@@ -104,8 +104,16 @@ def data(arguments: list[str]) -> int:
     from fedgpt.report.shards import data_report
 
     options = compose.load(*_words(arguments))
-    prepared = prepare(options.corpus, options.tokenizer, options.cache_dir)
-    shards = partition(prepared, options.partition, options.seed, options.model.block_size + 1)
+    prepared = prepare(
+        options.corpus, options.tokenizer, options.cache_dir, options.trusted_packages
+    )
+    shards = partition(
+        prepared,
+        options.partition,
+        options.seed,
+        options.model.block_size + 1,
+        options.trusted_packages,
+    )
     data_report(prepared, shards, Console(highlight=False))
     return 0
 
@@ -124,8 +132,16 @@ def privacy(arguments: list[str]) -> int:
             f"fedgpt privacy {' '.join(arguments)}: the command is `fedgpt privacy plan [key=value ...]`"
         )
     options = compose.load(*_words(arguments[1:]))
-    prepared = prepare(options.corpus, options.tokenizer, options.cache_dir)
-    shards = partition(prepared, options.partition, options.seed, options.model.block_size + 1)
+    prepared = prepare(
+        options.corpus, options.tokenizer, options.cache_dir, options.trusted_packages
+    )
+    shards = partition(
+        prepared,
+        options.partition,
+        options.seed,
+        options.model.block_size + 1,
+        options.trusted_packages,
+    )
     print(plan_text(options, [shard.size for shard in shards], prepared.tokenizer.vocab_size))
     return 0
 
@@ -140,8 +156,16 @@ def audit(arguments: list[str]) -> int:
     from fedgpt.data.prepare import prepare
 
     options = compose.load(*_words(arguments))
-    prepared = prepare(options.corpus, options.tokenizer, options.cache_dir)
-    shards = partition(prepared, options.partition, options.seed, options.model.block_size + 1)
+    prepared = prepare(
+        options.corpus, options.tokenizer, options.cache_dir, options.trusted_packages
+    )
+    shards = partition(
+        prepared,
+        options.partition,
+        options.seed,
+        options.model.block_size + 1,
+        options.trusted_packages,
+    )
     strategy = compose.build_strategy(options.strategy, options.trusted_packages)
     text, holds = audit_report(options, strategy, prepared, shards)
     print(text)

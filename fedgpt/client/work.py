@@ -28,7 +28,8 @@ from fedgpt.data.prepare import Prepared, prepare
 from fedgpt.local.optimizer import Moments
 from fedgpt.local.trainer import Trainer
 from fedgpt.update.codec import compress, digest, header_of
-from fedgpt.update.compress import Plain, compressor_of
+from fedgpt.update.codecs.none import Plain
+from fedgpt.update.compress import codec_of
 from fedgpt.update.downlink import STEPS, rebuilt
 from fedgpt.update.feedback import feed, measured, rest
 
@@ -41,18 +42,27 @@ class ClientWork:
 
     def __init__(self, options: RunOptions, state_root: str):
         self.options, self.state_root = options, state_root
-        self.compressor = compressor_of(options.update)
+        self.codec = codec_of(options.update, options.trusted_packages)
 
     @cached_property
     def prepared(self) -> Prepared:
         """The tokens, from a cache that all processes of this machine share."""
-        return prepare(self.options.corpus, self.options.tokenizer, self.options.cache_dir)
+        options = self.options
+        return prepare(
+            options.corpus, options.tokenizer, options.cache_dir, options.trusted_packages
+        )
 
     @cached_property
     def shards(self) -> list[Shard]:
         """The shard of each client; clients and server compute the same list."""
-        window = self.options.model.block_size + 1
-        return partition(self.prepared, self.options.partition, self.options.seed, window)
+        options = self.options
+        return partition(
+            self.prepared,
+            options.partition,
+            options.seed,
+            options.model.block_size + 1,
+            options.trusted_packages,
+        )
 
     @cached_property
     def trainer(self) -> Trainer:
@@ -131,21 +141,21 @@ class ClientWork:
         if options.error_feedback:
             residual = None if before is None else before.residual
             update = replace(update, delta=feed(update.delta, residual, options.decay))
-        payload = compress(update.delta, self.compressor)
+        payload = compress(update.delta, self.codec)
         left = self._left_out(update.delta, payload)
         if options.error_feedback:
             after = replace(after, residual=left)
         if left is not None and self.options.privacy.unit == "none":  # computed from the text
             update = replace(update, metrics={**update.metrics, **measured(update.delta, left)})
         self._keep(job, name, after)
-        return header_of(job.plan.run, update, payload, self.compressor), payload
+        return header_of(job.plan.run, update, payload, self.codec), payload
 
     def _left_out(self, delta: np.ndarray, payload: np.ndarray) -> np.ndarray | None:
         """What compression leaves out of a delta; None if nothing or if the delta is not finite."""
-        if isinstance(self.compressor, Plain):
+        if isinstance(self.codec, Plain):
             return None
         try:
-            return rest(delta, self.compressor.decode(payload, delta.size))
+            return rest(delta, self.codec.decode(payload, delta.size))
         except UpdateRejected:  # NaN or infinity: the server rejects the update, too
             return None
 

@@ -14,7 +14,7 @@ from fedgpt.client import attack
 from fedgpt.core.options import RunOptions
 from fedgpt.core.runtimes import RUNTIMES
 from fedgpt.core.targets import CUSTOM
-from fedgpt.data.corpora import corpus_problems
+from fedgpt.data.corpus import corpus_problems
 from fedgpt.data.partition import partition_problems
 from fedgpt.data.tokenizer import tokenizer_problems
 from fedgpt.model.shape import check_model
@@ -88,10 +88,14 @@ RANGES: dict[str, tuple[str, Any]] = {
 # option -> the group and its choices that it belongs to; typed beside another choice it would do
 # nothing
 BELONGS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "corpus.client": ("corpus", ("sotu", "stdlib", "files")),
+    "corpus._target_": ("corpus", ("custom",)),
     "corpus.text_field": ("corpus", ("files",)),
     "corpus.label_field": ("corpus", ("files",)),
     "corpus.document_bytes": ("corpus", ("files",)),
     "tokenizer.vocab_size": ("tokenizer", ("bpe",)),
+    "partition.clients": ("partition", ("natural", "grouped", "iid", "dirichlet", "quantity")),
+    "partition._target_": ("partition", ("custom",)),
     "partition.alpha": ("partition", ("dirichlet",)),
     "partition.exponent": ("partition", ("quantity",)),
     "partition.piece": ("partition", ("iid", "dirichlet", "quantity")),
@@ -137,9 +141,9 @@ def problems(o: RunOptions) -> Iterator[str]:
         elif not test(value):
             yield f"{option}={value}: must be {allowed}"
     yield from check_model(o.model)
-    yield from corpus_problems(o.corpus)
+    yield from corpus_problems(o.corpus, o.trusted_packages)
     yield from tokenizer_problems(o.tokenizer)
-    yield from partition_problems(o.partition)
+    yield from partition_problems(o.partition, o.trusted_packages)
     if o.corpus.public == 0 and o.tokenizer.name == "bpe":
         yield (
             "corpus.public=0: tokenizer=bpe is trained on the public part; raise it or take"
@@ -152,7 +156,7 @@ def problems(o: RunOptions) -> Iterator[str]:
         )
     yield from fleet.fleet_problems(o)
     yield from attack.attack_problems(o)
-    yield from update_problems(o.update)
+    yield from update_problems(o.update, o.trusted_packages)
     yield from limits.validate_problems(o)
     if o.checkpoint.journal and o.clock == "virtual":
         yield (

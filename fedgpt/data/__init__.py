@@ -1,3 +1,7 @@
-"""Text to tokens to shards: corpora, tokenizers, the prepared token array, partitioners,
-batches.
+"""Text becomes tokens, and tokens become the clients' shards.
+
+corpus      corpora/     documents, each with its owner
+prepare     prepare.py   documents split into public, held out and the clients'; one token array
+partition   partitions/  the clients' part of the array dealt out as shards
+batches     batches.py   a shard's tokens as windows that a model is trained on
 """

@@ -1,5 +1,11 @@
-"""From a shard's tokens to what a model is fed: random training batches, and windows for
-evaluation.
+"""From a shard's tokens to the inputs and targets of a model.
+
+    tokens    t0 t1 t2 t3 t4 t5 ..
+    inputs    t0 t1 t2 t3                a window of block_size = 4
+    targets      t1 t2 t3 t4             each input's next token
+
+Training draws random windows (Batches). Evaluation reads every token once (windows). Differential
+privacy needs windows that share no token (Blocks).
 """
 
 from __future__ import annotations
@@ -14,9 +20,7 @@ class Batches:
     """An endless stream of random windows over one shard; same seed, same batches."""
 
     def __init__(self, tokens: np.ndarray, block_size: int, batch_size: int, seed: int):
-        """Copy `tokens` (n,) into memory once; raises ValueError where they do not fill one
-        window.
-        """
+        """Copy `tokens` (n,) into memory; raises ValueError where they do not fill a window."""
         if len(tokens) < block_size + 1:
             raise ValueError(
                 f"{len(tokens)} tokens are too few for block_size={block_size}: a window needs"
@@ -24,28 +28,26 @@ class Batches:
             )
         self._tokens = torch.from_numpy(np.asarray(tokens, dtype=np.int64))  # (n,)
         self._offsets = torch.arange(block_size + 1)
-        self._starts = len(tokens) - block_size  # how many places a window can start at
+        self._starts = len(tokens) - block_size  # number of places where a window can start
         self._batch_size = batch_size
         self._generator = torch.Generator().manual_seed(seed)
 
     def next(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets, each (batch, block_size) int64; targets are the inputs one token
-        later.
-        """
+        """Return inputs and targets of the next batch, each (batch_size, block_size) int64."""
         starts = torch.randint(self._starts, (self._batch_size, 1), generator=self._generator)
         chunk = self._tokens[starts + self._offsets]  # (batch, block_size + 1)
         return chunk[:, :-1].contiguous(), chunk[:, 1:].contiguous()
 
 
 def windows(tokens: np.ndarray, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Inputs and targets, each (windows, block_size) int64, with every token but the first a target
-    exactly once.
+    """Return inputs and targets, each (windows, block_size) int64.
 
-    The last window is padded: input 0, target IGNORE, so cross_entropy and a mask `targets >= 0`
-    both leave the padding out. Raises ValueError for fewer than two tokens.
+    Every token but the first is a target exactly once. The last window is padded with input 0 and
+    target IGNORE, so cross_entropy and a mask `targets >= 0` both leave the padding out. Raises
+    ValueError for fewer than two tokens.
     """
     if len(tokens) < 2:
-        raise ValueError(f"{len(tokens)} tokens hold no target: evaluation needs at least 2")
+        raise ValueError(f"{len(tokens)} tokens have no target: evaluation needs at least 2")
     stream = torch.from_numpy(np.asarray(tokens, dtype=np.int64))
     targets = len(stream) - 1
     padding = -targets % block_size
@@ -55,29 +57,29 @@ def windows(tokens: np.ndarray, block_size: int) -> tuple[torch.Tensor, torch.Te
 
 
 class Blocks:
-    """A shard cut once, from its start, into blocks of block_size + 1 tokens that share none: the
-    units of privacy.
+    """A shard cut once, from its start, into blocks of block_size + 1 tokens: the units of privacy.
 
-    Random or overlapping windows would put one token into many units, and what protects a unit
-    would not protect it.
+    No two blocks share a token. With random or overlapping windows one token would be in many
+    units, and what protects one unit would not protect that token.
     """
 
     def __init__(self, tokens: np.ndarray, block_size: int):
-        """Cut `tokens` (n,); the rest that fills no block is left out. Raises ValueError where
-        there is no block.
+        """Cut `tokens` (n,), without the rest that fills no block.
+
+        Raises ValueError where there are too few tokens for one block.
         """
         count = len(tokens) // (block_size + 1)
         if not count:
             raise ValueError(
-                f"{len(tokens)} tokens are no block of block_size={block_size} and a target"
+                f"{len(tokens)} tokens do not fill a block of block_size={block_size} and a target"
             )
-        whole = np.asarray(tokens[: count * (block_size + 1)], dtype=np.int64)
-        self._blocks = torch.from_numpy(whole.reshape(count, block_size + 1))
+        filled = np.asarray(tokens[: count * (block_size + 1)], dtype=np.int64)
+        self._blocks = torch.from_numpy(filled.reshape(count, block_size + 1))
 
     def __len__(self) -> int:
         return len(self._blocks)
 
     def take(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs and targets of some blocks, each (len(indices), block_size) int64."""
+        """Return inputs and targets of some blocks, each (len(indices), block_size) int64."""
         chosen = self._blocks[torch.from_numpy(indices)]
         return chosen[:, :-1].contiguous(), chosen[:, 1:].contiguous()

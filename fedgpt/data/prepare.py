@@ -1,8 +1,13 @@
-"""From text to one memory-mapped token array, split once by document, prepared once per machine.
+"""From documents to one memory-mapped token array, prepared once per machine and cached.
 
-The split depends on the text alone, never on a run's seed, so that two runs compare and no document
-is ever held out in one and trained on in the other. The cache is keyed by content: a changed corpus
-is a new entry.
+    documents   d0       d1          d2    d3            the rows that a corpus yields
+    part        clients  held_out    ..    public        split once, by the hash of the text
+    tokens      t t t E  t t t t t E t t E t t t t E     E: the end of a document
+    starts      0        4           10    13        18  d is tokens[starts[d]:starts[d+1]]
+
+The split depends on the text alone and never on a run's seed. So runs can be compared, and no
+document is held out in one run and trained on in another. The cache key is a hash of the content:
+a changed corpus makes a new entry.
 """
 
 from __future__ import annotations
@@ -23,14 +28,16 @@ from filelock import FileLock, Timeout
 from fedgpt.core.errors import ConfigError, FedGPTError
 from fedgpt.core.files import sync
 from fedgpt.core.options import CorpusOptions, TokenizerOptions
-from fedgpt.data.corpora import Document, corpus_problems, corpus_source, load_corpus
+from fedgpt.core.targets import CUSTOM
+from fedgpt.data.corpora.base import Corpus, Document
+from fedgpt.data.corpus import corpus_of, corpus_problems, load_documents
 from fedgpt.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, tokenizer_problems
 
-FORMAT = 1  # raise when the files of a cache entry or the split change
+FORMAT = 1  # version of the files of a cache entry and of the split: raise it when these change
 PUBLIC, HELD_OUT, CLIENTS = 0, 1, 2
 PARTS = {"public": PUBLIC, "held_out": HELD_OUT, "clients": CLIENTS}
 LOCK_SECONDS = 1800  # how long to wait for another process that prepares the same corpus
-ENCODE_AT_ONCE = 256  # documents
+ENCODE_AT_ONCE = 256  # documents in one call of the tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,28 +45,23 @@ class Prepared:
     """A tokenised corpus: one token array, the documents in it, and the part each belongs to."""
 
     folder: Path
-    # (tokens,) uint16 or uint32, memory-mapped, read-only; each document ends with the end token
-    tokens: np.ndarray
+    tokens: np.ndarray  # (tokens,) uint16 or uint32, memory-mapped, read-only
     starts: np.ndarray  # (documents + 1,) int64: document d is tokens[starts[d] : starts[d + 1]]
     part: np.ndarray  # (documents,) int8: PUBLIC, HELD_OUT or CLIENTS
-    clients: list[str]  # per document: who owns it
-    labels: list[str]  # per document
-    ids: list[str]  # per document
-    bytes: np.ndarray  # (documents,) int64: UTF-8 bytes of the text
+    clients: list[str]  # owner of each document
+    labels: list[str]  # label of each document
+    ids: list[str]  # id of each document
+    bytes: np.ndarray  # (documents,) int64: UTF-8 bytes of each text
     tokenizer: Tokenizer
     manifest: dict[str, Any]
-    digest: str  # of text, options and versions: equal digests mean equal tokens
+    digest: str  # hash of text, options and versions: equal digests mean equal tokens
 
     def held_out(self) -> np.ndarray:
-        """Tokens of the held-out documents, concatenated in document order: central evaluation
-        only.
-        """
+        """Return the tokens of the held-out documents in order: only the evaluation uses them."""
         return self._part(HELD_OUT)
 
     def public(self) -> np.ndarray:
-        """Tokens of the public documents, concatenated in document order: everybody may see
-        them.
-        """
+        """Return the tokens of the public documents in order: everybody may see them."""
         return self._part(PUBLIC)
 
     def _part(self, part: int) -> np.ndarray:
@@ -68,55 +70,53 @@ class Prepared:
         return np.concatenate(pieces) if pieces else np.empty(0, self.tokens.dtype)
 
 
-def prepare(corpus: CorpusOptions, tokenizer: TokenizerOptions, cache_dir: str | Path) -> Prepared:
+def prepare(
+    corpus: CorpusOptions,
+    tokenizer: TokenizerOptions,
+    cache_dir: str | Path,
+    trusted: Sequence[str] = (),
+) -> Prepared:
     """Load, split, tokenise and cache a corpus, or open it from the cache.
 
-    Safe to call from several processes at once: one prepares, the others wait and open. Raises
-    ConfigError for options or text that cannot be prepared.
+    `trusted` are the packages that `corpus._target_` may name. Safe to call from several processes
+    at once: one prepares, the others wait and open. Raises ConfigError for options or text that
+    cannot be prepared.
     """
-    if problems := [*corpus_problems(corpus), *tokenizer_problems(tokenizer)]:
+    if problems := [*corpus_problems(corpus, trusted), *tokenizer_problems(tokenizer)]:
         raise ConfigError(problems)
-    documents = load_corpus(corpus)
-    source = corpus_source(corpus)
+    reader = corpus_of(corpus, trusted)
+    documents = load_documents(reader)
     text_digest = digest_of(documents)
-    digest = _cache_key(corpus, tokenizer, source, text_digest)
+    digest = _cache_key(corpus, tokenizer, reader.source, text_digest)
     cache = Path(cache_dir).expanduser()
     folder = cache / f"{corpus.name}-{digest}"
-    if (ready := _open_if_whole(folder)) is not None:
+    if (ready := _open_if_valid(folder)) is not None:
         return ready
     cache.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(cache / f"{folder.name}.lock", timeout=LOCK_SECONDS):
-            if (ready := _open_if_whole(folder)) is not None:  # another process was faster
+            if (ready := _open_if_valid(folder)) is not None:  # another process was faster
                 return ready
-            # damaged, or of a killed process
-            for leftover in (
-                folder,
-                *cache.glob(f".{folder.name}.*"),
-            ):
+            # a damaged entry, or what a killed process left
+            for leftover in (folder, *cache.glob(f".{folder.name}.*")):
                 shutil.rmtree(leftover, ignore_errors=True)
+            manifest = {"format": FORMAT, "digest": digest, **_identity(corpus, reader)}
+            manifest |= {"source": reader.source, "sha256": text_digest}
             with tempfile.TemporaryDirectory(dir=cache, prefix=f".{folder.name}.") as temporary:
-                manifest = {
-                    "format": FORMAT,
-                    "digest": digest,
-                    "source": source,
-                    "sha256": text_digest,
-                }
-                built = _build(Path(temporary) / "new", documents, corpus, tokenizer, manifest)
-                built.rename(folder)
+                made = _split_and_tokenise(documents, corpus, tokenizer, reader.too_few)
+                _write(Path(temporary) / "new", documents, *made, manifest).rename(folder)
     except Timeout as error:
         raise FedGPTError(
             f"waited {LOCK_SECONDS} s for another process that prepares this corpus in {folder}; "
-            "is it still running? Another cache_dir= does not wait"
+            "is it still running? With another cache_dir= there is nothing to wait for"
         ) from error
     return open_prepared(folder)
 
 
 def open_prepared(folder: str | Path) -> Prepared:
-    """Open a folder that `prepare` made, without reading the corpus again (workers, later
-    commands).
+    """Open a folder that `prepare` made, without reading the corpus again.
 
-    Raises OSError, ValueError or KeyError where the folder is absent or damaged.
+    Raises OSError, ValueError or KeyError where the folder is missing or damaged.
     """
     folder = Path(folder)
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -128,7 +128,7 @@ def open_prepared(folder: str | Path) -> Prepared:
         or len(tokens) != manifest["tokens"]
         or starts[-1] != len(tokens)
     ):
-        raise ValueError(f"{folder}: not a whole data folder of format {FORMAT}")
+        raise ValueError(f"{folder}: not a complete data folder of format {FORMAT}")
     return Prepared(
         folder=folder,
         tokens=tokens,
@@ -145,10 +145,10 @@ def open_prepared(folder: str | Path) -> Prepared:
 
 
 def split_documents(texts: Sequence[str], public: float, held_out: float) -> np.ndarray:
-    """Part of each document, (documents,) int8; equal texts are always in one part.
+    """Return the part of each document, (documents,) int8; equal texts are always in one part.
 
-    Distinct texts, in the order of their hashes, fill the public part until its share of the bytes
-    is reached, then the held-out part; the clients get the rest.
+    Distinct texts, in the order of their hashes, go to the public part until it has its share of
+    the bytes, then to the held-out part until it has its own. The clients get the rest.
     """
     keys = [hashlib.sha256(text.encode()).digest() for text in texts]
     sizes: dict[bytes, int] = {}
@@ -170,12 +170,12 @@ def split_documents(texts: Sequence[str], public: float, held_out: float) -> np.
 
 
 def digest_of(documents: Sequence[Document]) -> str:
-    """Hexadecimal sha256 over owner, id, label and text of every document in order."""
+    """Return the hexadecimal sha256 of owner, id, label and text of every document in order."""
     digest = hashlib.sha256()
     for document in documents:
         for field in (document.client, document.id, document.label, document.text):
             data = field.encode()
-            # framed, so that moving text between fields shows
+            # the length first, so that text moved from one field to the next changes the digest
             digest.update(len(data).to_bytes(8, "big"))
             digest.update(data)
     return digest.hexdigest()
@@ -184,87 +184,118 @@ def digest_of(documents: Sequence[Document]) -> str:
 def _cache_key(
     corpus: CorpusOptions, tokenizer: TokenizerOptions, source: str, text_digest: str
 ) -> str:
-    """Short hash of all that decides what is in a cache entry; seed, path and partition do not."""
+    """Return a short hash of everything that decides what is in a cache entry.
+
+    Not part of it are the seed, the partition, and the path of corpus=files.
+    """
     kind = asdict(tokenizer) if tokenizer.name == "bpe" else {"name": tokenizer.name}
     library = importlib.metadata.version("tokenizers") if tokenizer.name == "bpe" else ""
     shares = [corpus.public, corpus.held_out]
     parts = [FORMAT, corpus.name, corpus.client, source, text_digest, shares, kind, library]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+    if corpus._target_ or corpus.arguments:  # absent otherwise, so that older entries stay valid
+        parts.append([corpus._target_, corpus.arguments])
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()[:16]
 
 
-def _open_if_whole(folder: Path) -> Prepared | None:
-    """The cache entry, or None where it is absent or damaged and must be made (again)."""
+def _identity(options: CorpusOptions, corpus: Corpus) -> dict[str, Any]:
+    """Return what a manifest says of the corpus: its name or class, and what its clients are."""
+    name = options._target_ if options.name == CUSTOM else options.name
+    identity = {"corpus": name, "client": corpus.owner}
+    return identity | ({"arguments": options.arguments} if options.arguments else {})
+
+
+def _open_if_valid(folder: Path) -> Prepared | None:
+    """Return the cache entry, or None where it is missing or damaged and must be made (again)."""
     try:
         return open_prepared(folder)
     except (OSError, ValueError, KeyError, FedGPTError):
         return None
 
 
-def _build(
-    folder: Path,
+def _split_and_tokenise(
     documents: Sequence[Document],
     corpus: CorpusOptions,
-    tokenizer: TokenizerOptions,
+    options: TokenizerOptions,
+    remedy: str,
+) -> tuple[np.ndarray, Tokenizer, list[np.ndarray]]:
+    """Return the part of each document, the tokenizer, and the ids of each document.
+
+    `remedy` is what to do where there are too few documents.
+    """
+    texts = [document.text for document in documents]
+    part = split_documents(texts, corpus.public, corpus.held_out)
+    _check_split(part, corpus, options, remedy)
+    public = [text for text, number in zip(texts, part, strict=True) if number == PUBLIC]
+    tokenizer = make_tokenizer(options, public)
+    dtype = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32
+    return part, tokenizer, [ids.astype(dtype) for ids in _encode(texts, tokenizer)]
+
+
+def _encode(texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """Yield the ids of every document, followed by the end token."""
+    for first in range(0, len(texts), ENCODE_AT_ONCE):
+        for ids in tokenizer.encode_many(texts[first : first + ENCODE_AT_ONCE]):
+            yield np.append(ids, tokenizer.end)
+
+
+def _write(
+    folder: Path,
+    documents: Sequence[Document],
+    part: np.ndarray,
+    tokenizer: Tokenizer,
+    encoded: Sequence[np.ndarray],
     manifest: dict[str, Any],
 ) -> Path:
     """Write all files of a cache entry to `folder`, the manifest last, and return it."""
-    texts = [document.text for document in documents]
-    part = split_documents(texts, corpus.public, corpus.held_out)
-    _check_split(part, corpus, tokenizer)
-    made = make_tokenizer(
-        tokenizer, [text for text, where in zip(texts, part, strict=True) if where == PUBLIC]
-    )
-    dtype = np.uint16 if made.vocab_size <= 65536 else np.uint32
-    encoded = [ids.astype(dtype) for ids in _encode(texts, made)]
-    starts = np.concatenate([[0], np.cumsum([len(ids) for ids in encoded])]).astype(np.int64)
-    sizes = np.array([len(text.encode()) for text in texts], dtype=np.int64)
-
-    folder.mkdir()
-    arrays = {"tokens": np.concatenate(encoded), "starts": starts, "part": part, "bytes": sizes}
-    for name, array in arrays.items():
-        np.save(folder / f"{name}.npy", array, allow_pickle=False)
+    lengths = np.array([len(ids) for ids in encoded], dtype=np.int64)
+    sizes = np.array([len(document.text.encode()) for document in documents], dtype=np.int64)
+    arrays = {
+        "tokens": np.concatenate(encoded),
+        "starts": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+        "part": part,
+        "bytes": sizes,
+    }
     names = {
         "clients": [document.client for document in documents],
         "labels": [document.label for document in documents],
         "ids": [document.id for document in documents],
     }
-    (folder / "documents.json").write_text(json.dumps(names, ensure_ascii=False), encoding="utf-8")
-    made.save(folder)
-    lengths = np.diff(starts)
-    manifest |= {
-        "corpus": corpus.name,
-        "client": corpus.client,
+    split = {
+        name: {
+            "documents": int((part == number).sum()),
+            "tokens": int(lengths[part == number].sum()),
+            "bytes": int(sizes[part == number].sum()),
+        }
+        for name, number in PARTS.items()
+    }
+    manifest = manifest | {
         "documents": len(documents),
-        "tokens": int(starts[-1]),
+        "tokens": int(lengths.sum()),
         "bytes": int(sizes.sum()),
         "owners": len(set(names["clients"])),
-        "split": {
-            name: {
-                "documents": int((part == number).sum()),
-                "tokens": int(lengths[part == number].sum()),
-                "bytes": int(sizes[part == number].sum()),
-            }
-            for name, number in PARTS.items()
+        "split": split,
+        "tokenizer": {
+            "name": tokenizer.name,
+            "vocab_size": tokenizer.vocab_size,
+            "digest": tokenizer.digest,
         },
-        "tokenizer": {"name": made.name, "vocab_size": made.vocab_size, "digest": made.digest},
         "versions": {"tokenizers": importlib.metadata.version("tokenizers")},
     }
+    folder.mkdir()
+    for name, array in arrays.items():
+        np.save(folder / f"{name}.npy", array, allow_pickle=False)
+    (folder / "documents.json").write_text(json.dumps(names, ensure_ascii=False), encoding="utf-8")
+    tokenizer.save(folder)
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     for file in folder.iterdir():
         sync(file)
     return folder
 
 
-def _encode(texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Ids of every document with the end token behind them."""
-    for first in range(0, len(texts), ENCODE_AT_ONCE):
-        for ids in tokenizer.encode_many(texts[first : first + ENCODE_AT_ONCE]):
-            yield np.append(ids, tokenizer.end)
-
-
-def _check_split(part: np.ndarray, corpus: CorpusOptions, tokenizer: TokenizerOptions) -> None:
-    """Raise ConfigError where a part that is needed stayed empty."""
-    remedy = "add text" if corpus.name != "files" else "add text or lower corpus.document_bytes"
+def _check_split(
+    part: np.ndarray, corpus: CorpusOptions, tokenizer: TokenizerOptions, remedy: str
+) -> None:
+    """Raise ConfigError where a part that is needed has no document."""
     problems = []
     if tokenizer.name == "bpe" and not (part == PUBLIC).any():
         problems.append(

@@ -1,8 +1,12 @@
 """Text to token ids and back: byte-level BPE trained on public text, or raw bytes.
 
+    "the river"  -> bpe   -> [the][ river]                    2 ids, of 3 and 6 bytes
+    "the river"  -> bytes -> [t][h][e][ ][r][i][v][e][r]      9 ids, of 1 byte each
+    end of a document     -> [<|endoftext|>]                  the last id, of 0 bytes
+
 Both are one class over one file, `tokenizer.json` in Hugging Face's format (raw bytes are a BPE
-without merges), so an exported model can be read by transformers. Every token stands for a known
-number of bytes, which bits per byte need; the end of a document is the last id and stands for none.
+without merges), so transformers can read an exported model. The number of bytes that each id stands
+for is known: bits per byte are computed from it.
 """
 
 from __future__ import annotations
@@ -23,24 +27,24 @@ from fedgpt.core.options import TokenizerOptions
 
 END = "<|endoftext|>"
 KINDS = ("bpe", "bytes")
-# characters handed to the library at once: time per character grows with a string's length
+# characters in one string for the library: its time per character grows with the string's length
 PIECE = 4096
-BATCH = 512  # pieces per call: bounds the memory that the library's results take
+BATCH = 512  # pieces in one call, which bounds the memory that the library's results take
 
-# Between a visible character and a space or line end GPT-2's pattern always starts a new word, so
-# cutting there changes no id.
+# GPT-2's pattern always starts a new word between a visible character and a space or line end, so
+# cutting a text there changes no id.
 BOUNDARY = re.compile(r"(?<=\S)(?=[ \n])")
 
 
 def byte_characters() -> list[str]:
-    """The printable character that stands for each byte 0..255 in GPT-2's byte-level vocabulary."""
+    """Return the printable character for each byte 0..255 in GPT-2's byte-level vocabulary."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
 
 
 def tokenizer_problems(options: TokenizerOptions) -> list[str]:
-    """What is wrong with the options themselves."""
+    """Return what is wrong with the options themselves."""
     if options.name not in KINDS:
         return [
             f"tokenizer.name={options.name}: allowed are"
@@ -57,21 +61,18 @@ def tokenizer_problems(options: TokenizerOptions) -> list[str]:
 class Tokenizer:
     """A byte-level vocabulary: any Unicode text round-trips exactly, and nothing is unknown.
 
-    A literal `<|endoftext|>` inside a text is encoded as ordinary characters, never as the end
-    token.
+    A literal `<|endoftext|>` in a text is encoded as ordinary characters, never as the end token.
     """
 
     def __init__(self, definition: str):
-        """Take the content of a `tokenizer.json`; raises ValueError where it is not byte-level
-        BPE.
-        """
+        """Read the content of a `tokenizer.json`; raises ValueError unless it is byte-level BPE."""
         from tokenizers import Tokenizer as Library
 
         self._definition = definition
         parsed = json.loads(definition)
         try:
             self._library = Library.from_str(definition)
-        except Exception as error:  # the library raises nothing narrower
+        except Exception as error:  # the library raises no narrower class
             raise ValueError(str(error)) from error
         self._library.encode_special_tokens = True  # as characters, see above
         vocabulary = sorted(parsed["model"]["vocab"].items(), key=lambda entry: entry[1])
@@ -83,8 +84,8 @@ class Tokenizer:
         ):
             raise ValueError(f"not a byte-level vocabulary that ends with {END}")
         self._table = [bytes(byte_of[character] for character in name) for name in entries] + [b""]
-        # "a b" in files of older library versions, ["a", "b"] in newer ones; a byte-level token
-        # holds no space
+        # older versions of the library write "a b", newer ones ["a", "b"]; a byte-level token
+        # contains no space
         merges = [
             merge.split(" ") if isinstance(merge, str) else merge
             for merge in parsed["model"]["merges"]
@@ -104,27 +105,28 @@ class Tokenizer:
 
     @property
     def name(self) -> str:
-        """Bytes or bpe, as in `tokenizer=`."""
+        """The choice of `tokenizer=`: bytes or bpe."""
         return "bytes" if self._plain else "bpe"
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
-        """Bytes that each id stands for, (vocab_size,) int64; 0 for the end token."""
+        """Number of bytes that each id stands for, (vocab_size,) int64; 0 for the end token."""
         return np.array([len(entry) for entry in self._table], dtype=np.int64)
 
     @cached_property
     def digest(self) -> str:
-        """Short hash of vocabulary and merges that two sides compare before they exchange a
-        model.
-        """
+        """Short hash of vocabulary and merges; with equal digests models can be exchanged."""
         return hashlib.sha256(self._identity.encode()).hexdigest()[:16]
 
     def encode(self, text: str) -> np.ndarray:
-        """Ids of one text, (tokens,) int64, without an end token."""
+        """Return the ids of one text, (tokens,) int64, without an end token."""
         return self.encode_many([text])[0]
 
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Ids of each text, (tokens,) int64; uses all cores (RAYON_NUM_THREADS limits them)."""
+        """Return the ids of each text, (tokens,) int64.
+
+        The library uses all cores; RAYON_NUM_THREADS limits them.
+        """
         if self._plain:
             return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) for text in texts]
         ids: list[list[int]] = [[] for _ in texts]
@@ -138,13 +140,11 @@ class Tokenizer:
         return [np.array(each, dtype=np.int64) for each in ids]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of the ids; end tokens stand for nothing, bytes that are not UTF-8 become U+FFFD."""
+        """Return the text of the ids, without end tokens; invalid UTF-8 becomes U+FFFD."""
         return b"".join(self._table[int(token)] for token in ids).decode("utf-8", errors="replace")
 
     def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, which transformers' AutoTokenizer
-        reads.
-        """
+        """Write tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer reads."""
         settings = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": END,
@@ -157,9 +157,7 @@ class Tokenizer:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """The tokenizer that `Tokenizer.save` wrote to `folder`; raises FedGPTError where there is
-    none.
-    """
+    """Return the tokenizer that `Tokenizer.save` wrote to `folder`; raises FedGPTError."""
     path = Path(folder) / "tokenizer.json"
     try:
         return Tokenizer(path.read_text(encoding="utf-8"))
@@ -168,11 +166,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 
 
 def make_tokenizer(options: TokenizerOptions, public_texts: Iterable[str]) -> Tokenizer:
-    """The tokenizer that the options ask for; bpe is trained on the given texts and on nothing
-    else.
+    """Return the tokenizer that the options choose; bpe is trained on `public_texts` only.
 
-    The vocabulary is smaller than asked where the text has no more pairs that occur twice. Same
-    texts, same tokenizer. Raises ConfigError for wrong options and for bpe without text.
+    The same texts give the same tokenizer. Its vocabulary is smaller than vocab_size where no more
+    pairs of tokens occur twice. Raises ConfigError for wrong options and for bpe without text.
     """
     if problems := tokenizer_problems(options):
         raise ConfigError(problems)
@@ -191,7 +188,7 @@ def make_tokenizer(options: TokenizerOptions, public_texts: Iterable[str]) -> To
         texts = [text for text in public_texts if text]
         if not texts:
             raise ConfigError(
-                "tokenizer.name=bpe: there is no public text to train it on; raise corpus.public or"
+                "tokenizer.name=bpe: has no public text to be trained on; raise corpus.public or"
                 " use tokenizer=bytes"
             )
         trainer = trainers.BpeTrainer(
@@ -201,13 +198,13 @@ def make_tokenizer(options: TokenizerOptions, public_texts: Iterable[str]) -> To
             show_progress=False,
         )
         library.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
-    # Added after training: as a `special_tokens` of the trainer it would take id 0.
+    # Added after training: the trainer would give a special token id 0.
     library.add_special_tokens([AddedToken(END, special=True, normalized=False)])
     return Tokenizer(library.to_str())
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Consecutive parts of about PIECE characters, cut where no token can lie across."""
+    """Yield consecutive parts of about PIECE characters, cut where no token can span the cut."""
     start = 0
     while start < len(text):
         match = BOUNDARY.search(text, start + PIECE)

@@ -29,9 +29,17 @@ def launch(options: RunOptions) -> None:
     refuse_another_run(options)
     for name, value in FLOWER_ENV.items():
         os.environ.setdefault(name, value)
-    prepared = prepare(options.corpus, options.tokenizer, options.cache_dir)
+    prepared = prepare(
+        options.corpus, options.tokenizer, options.cache_dir, options.trusted_packages
+    )
     clients = len(
-        partition(prepared, options.partition, options.seed, options.model.block_size + 1)
+        partition(
+            prepared,
+            options.partition,
+            options.seed,
+            options.model.block_size + 1,
+            options.trusted_packages,
+        )
     )
     runtime = runtime_of(options)
     # the number of natural clients was not known when the options were checked

@@ -16,7 +16,7 @@ from flwr.common.constant import ErrorCode, SType
 from fedgpt.core.errors import UpdateRejected
 from fedgpt.core.messages import ClientInfo, Job, Reply, plan_as_json, plan_of_json
 from fedgpt.flower.pool.shared_memory import NdArray, array_record
-from fedgpt.update.blockwise import BF16
+from fedgpt.update.codecs.bf16 import BF16
 from fedgpt.update.downlink import joined
 from fedgpt.update.npy import read_npy
 

@@ -22,7 +22,7 @@ from fedgpt.server.limits import Limits, clip_length, norm_limit, remembered
 from fedgpt.server.privacy import PaidByServer, Privacy
 from fedgpt.storage.tables import Clients
 from fedgpt.update.codec import Expected, decode
-from fedgpt.update.compress import Compressor, compressor_of
+from fedgpt.update.compress import Codec, codec_of
 
 # length of a model's weights up to which their squares can be added in float32; no run that learns
 # comes near it
@@ -35,7 +35,7 @@ class Collecting:
 
     rule: Strategy
     run: str  # the run's id
-    compressor: Compressor
+    codec: Codec
     total: ExactSum  # its memory is used again by every version
 
 
@@ -110,9 +110,8 @@ class UpdateCollector:
         return remembered(norms, self.accepted)
 
     def _expected(self, job: Job, tokens: int, norm: float) -> Expected:
-        run, compressor = self.common.run, self.common.compressor
-        size = job.params.size
-        return Expected(run, job.client, job.number, job.version, size, tokens, norm, compressor)
+        run, codec, size = self.common.run, self.common.codec, job.params.size
+        return Expected(run, job.client, job.number, job.version, size, tokens, norm, codec)
 
     def _weighed(self, update: Update, staleness: int) -> tuple[Update, float]:
         return update, self.common.rule.weight(update, staleness)
@@ -172,7 +171,9 @@ class Collectors:
         """`size`: parameters of the model; `run`: the run's id."""
         self.options, self.privacy, self.size = options, privacy, size
         total = ExactSum(size, bound=1.0, count=1)  # memory that is touched with the first update
-        self.common = Collecting(rule, run, compressor_of(options.update), total)
+        self.common = Collecting(
+            rule, run, codec_of(options.update, options.trusted_packages), total
+        )
 
     def open(
         self, state: ServerState, norms: tuple[float, ...], max_updates: int, clients: Clients

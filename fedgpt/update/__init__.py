@@ -1,1 +1,5 @@
-"""The way of an update from client to server: encode, decode, validate."""
+"""What an update passes on its way: error feedback, a codec, the wire format, validation.
+
+client   delta -> feed (feedback.py) -> codec (codecs/) -> encode (codec.py) -> network
+server   network -> read_npy (npy.py) -> decode (codec.py) -> Update -> aggregation
+"""

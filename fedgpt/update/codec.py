@@ -1,8 +1,11 @@
 """An update on the wire: one array, compressed or not, and a JSON header with its digest.
 
-`decode` is the only door into aggregation: it returns a valid Update or raises UpdateRejected with
-a reason code. Nothing that a client sends sizes a buffer or slices an array here; the checks run
-cheapest first.
+    client   Update -> encode -> header (JSON text) + array        -> network
+    server   Reply  -> decode -> Update, or UpdateRejected(reason) -> aggregation
+
+`decode` is the only way into aggregation: it returns a valid Update or raises UpdateRejected with a
+reason code. Nothing that a client sends decides how much memory is allocated or which part of an
+array is read. The cheapest checks run first.
 """
 
 from __future__ import annotations
@@ -16,12 +19,13 @@ import numpy as np
 
 from fedgpt.core.errors import UpdateRejected
 from fedgpt.core.messages import Reply, Update
-from fedgpt.update.compress import Compressor, Plain
+from fedgpt.update.codecs.base import Codec
+from fedgpt.update.codecs.none import Plain
 
 FORMAT = 2
 PLAIN = Plain()
-MOST_HEADER = 1 << 16  # characters; ours has some hundred
-MOST_METRIC = 1e30  # sums over many clients stay finite
+MOST_HEADER = 1 << 16  # characters in a header; an honest one has a few hundred
+MOST_METRIC = 1e30  # largest metric: sums over many clients stay finite
 REASONS = (
     "client_error",
     "no_reply",
@@ -49,9 +53,7 @@ REASONS = (
 
 @dataclass(frozen=True)
 class Expected:
-    """What the server knows of the reply it waits for; every check compares with this, never with
-    the client's word.
-    """
+    """What the server knows of the reply that it waits for: every check compares with this."""
 
     run: str
     client: str
@@ -59,23 +61,23 @@ class Expected:
     version: int
     size: int  # parameters
     tokens: int  # tokens of the job: more cannot have been trained
-    norm_limit: float  # of the delta, frozen at the start of the version
-    compressor: Compressor = PLAIN
+    norm_limit: float  # longest delta that is accepted, fixed at the start of the version
+    codec: Codec = PLAIN
 
 
-def encode(run: str, update: Update, compressor: Compressor = PLAIN) -> tuple[str, np.ndarray]:
-    """(header, array) of an update: its float32 delta as it is, or the uint8 payload of a codec."""
-    payload = compress(update.delta, compressor)
-    return header_of(run, update, payload, compressor), payload
+def encode(run: str, update: Update, codec: Codec = PLAIN) -> tuple[str, np.ndarray]:
+    """Return (header, array) of an update; the array is its delta, or the payload of a codec."""
+    payload = compress(update.delta, codec)
+    return header_of(run, update, payload, codec), payload
 
 
-def compress(delta: np.ndarray, compressor: Compressor) -> np.ndarray:
-    """The array that travels for a (parameters,) float32 delta."""
-    return delta if isinstance(compressor, Plain) else compressor.encode(delta)
+def compress(delta: np.ndarray, codec: Codec) -> np.ndarray:
+    """Return the array that is sent for a (parameters,) float32 delta."""
+    return delta if isinstance(codec, Plain) else codec.encode(delta)
 
 
-def header_of(run: str, update: Update, payload: np.ndarray, compressor: Compressor) -> str:
-    """The header that belongs to a payload."""
+def header_of(run: str, update: Update, payload: np.ndarray, codec: Codec) -> str:
+    """Return the header that belongs to a payload."""
     header = {
         "format": FORMAT,
         "run": run,
@@ -83,7 +85,7 @@ def header_of(run: str, update: Update, payload: np.ndarray, compressor: Compres
         "task": update.number,
         "version": update.version,
         "size": int(update.delta.size),
-        "compress": compressor.name,
+        "compress": codec.name,
         "sha256": digest(payload),
         "tokens": update.tokens,
         "metrics": update.metrics,
@@ -92,14 +94,12 @@ def header_of(run: str, update: Update, payload: np.ndarray, compressor: Compres
 
 
 def digest(array: np.ndarray) -> str:
-    """sha256 over the array's bytes."""
+    """Return the hexadecimal sha256 of the array's bytes."""
     return hashlib.sha256(np.ascontiguousarray(array).view(np.uint8).data).hexdigest()
 
 
 def decode(reply: Reply, expected: Expected) -> Update:
-    """The update in `reply`, or UpdateRejected(code, detail); no other exception leaves this
-    function.
-    """
+    """Return the update in `reply`; raises UpdateRejected(code, detail) and nothing else."""
     if reply.error:
         raise UpdateRejected(reply.code, reply.error)
     try:
@@ -123,7 +123,7 @@ def _decode(reply: Reply, expected: Expected) -> Update:
     _same(header, "task", expected.number, "unknown_job")
     _same(header, "version", expected.version, "late")
     _same(header, "size", expected.size, "size_mismatch")
-    _same(header, "compress", expected.compressor.name, "bad_encoding")
+    _same(header, "compress", expected.codec.name, "bad_encoding")
     array = _array(reply.payload, header, expected)
     tokens = header.get("tokens")
     if type(tokens) is not int or not 0 < tokens <= expected.tokens:
@@ -134,10 +134,11 @@ def _decode(reply: Reply, expected: Expected) -> Update:
 
 
 def _array(payload: object, header: dict[str, object], expected: Expected) -> np.ndarray:
-    """(size,) float32 from a payload whose type, shape and digest are as announced."""
-    plain = isinstance(expected.compressor, Plain)
+    """Return the delta, (size,) float32, of a payload of the expected type, shape and digest."""
+    codec, size = expected.codec, expected.size
+    plain = isinstance(codec, Plain)
     dtype = np.dtype("<f4") if plain else np.dtype(np.uint8)
-    shape = (expected.size if plain else expected.compressor.most_bytes(expected.size),)
+    shape = (size if plain else codec.payload_bytes(size),)
     if not isinstance(payload, np.ndarray):
         raise UpdateRejected("bad_encoding", f"payload is {type(payload).__name__}, not an array")
     if payload.dtype != dtype:
@@ -146,7 +147,12 @@ def _array(payload: object, header: dict[str, object], expected: Expected) -> np
         raise UpdateRejected("wrong_shape", f"{payload.shape}, expected {shape}")
     if digest(payload) != header.get("sha256"):
         raise UpdateRejected("digest_mismatch")
-    return payload if plain else expected.compressor.decode(payload, expected.size)
+    if plain:
+        return payload
+    delta = codec.decode(payload, size)
+    if not isinstance(delta, np.ndarray) or (delta.dtype, delta.shape) != (np.float32, (size,)):
+        raise UpdateRejected("bad_encoding", f"{codec.name} did not decode to {size} float32")
+    return delta
 
 
 def _same(header: dict[str, object], key: str, value: object, code: str) -> None:
@@ -169,8 +175,9 @@ def _metrics(sent: object) -> dict[str, float]:
 
 
 def _checked_norm(array: np.ndarray, limit: float) -> float:
-    """L2 norm; a finite float32 norm proves that every element is finite, at a tenth of isfinite's
-    cost.
+    """Return the L2 norm; raises UpdateRejected where it is above the limit or not finite.
+
+    A finite float32 norm proves that every element is finite, at a tenth of isfinite's cost.
     """
     with np.errstate(over="ignore", invalid="ignore"):
         norm = math.sqrt(float(np.dot(array, array))) if array.size else 0.0

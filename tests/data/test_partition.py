@@ -1,20 +1,29 @@
 import string
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import third_party  # noqa: F401  # makes the module `outsider`
 
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import PartitionOptions
-from fedgpt.data.partition import KINDS, Shard, natural_owners, partition, partition_problems
+from fedgpt.data.partition import (
+    PARTITIONS,
+    Shard,
+    natural_owners,
+    partition,
+    partition_of,
+    partition_problems,
+)
+from fedgpt.data.partitions.base import Partition
 from fedgpt.data.prepare import CLIENTS, HELD_OUT, PUBLIC
 
 
 def corpus(lengths, owners, labels, parts) -> Any:
-    """A prepared corpus of numbered tokens, so that a token tells where it came from."""
+    """A prepared corpus of numbered tokens, so that a token says where it came from."""
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     return SimpleNamespace(
         tokens=np.arange(starts[-1], dtype=np.uint32),
@@ -50,27 +59,34 @@ def corpora(draw):
     return corpus(each(st.integers(2, 60)), each(st.integers(0, 5)), labels, parts)
 
 
-options = st.builds(
+made = st.builds(
     PartitionOptions,
-    name=st.sampled_from(KINDS),
+    name=st.sampled_from(PARTITIONS.names()),
     clients=st.integers(1, 6),
     alpha=st.floats(0.01, 100),
     exponent=st.floats(0, 3),
     piece=st.integers(1, 20),
     min_tokens=st.integers(0, 20),
 )
+outside = st.builds(
+    PartitionOptions,
+    name=st.just("custom"),
+    _target_=st.just("outsider.Alternate"),
+    arguments=st.fixed_dictionaries({"clients": st.integers(1, 6)}),
+    min_tokens=st.integers(0, 20),
+)
 
 
 @settings(deadline=None, max_examples=300)
-@given(corpora(), options, st.integers(0, 2**31), st.integers(1, 12))
+@given(corpora(), made | outside, st.integers(0, 2**31), st.integers(1, 12))
 def test_every_token_once_and_enough_for_each_or_an_error(prepared, options, seed, window):
     try:
-        shards = partition(prepared, options, seed, window)
+        shards = partition(prepared, options, seed, window, ["outsider"])
     except ConfigError as error:
         assert "partition." in str(error)
         return
     assert [shard.client for shard in shards] == sorted({shard.client for shard in shards})
-    assert len(shards) == options.clients
+    assert len(shards) == (options.arguments or {}).get("clients", options.clients)
     dealt = np.concatenate([shard.read(prepared.tokens) for shard in shards])
     assert len(np.unique(dealt)) == len(dealt)
     assert np.isin(dealt, tokens_of_the_part(prepared)).all()
@@ -84,15 +100,13 @@ def test_every_token_once_and_enough_for_each_or_an_error(prepared, options, see
     for shard in shards:
         assert shard.size == len(shard.read(prepared.tokens)) >= max(window, options.min_tokens)
         assert (shard.spans[1:, 0] > shard.spans[:-1, 1]).all()  # sorted and merged
-    again = partition(prepared, options, seed, window)
+    again = partition(prepared, options, seed, window, ["outsider"])
     assert all(np.array_equal(a.spans, b.spans) for a, b in zip(shards, again, strict=True))
 
 
 @pytest.fixture
 def ten():
-    """Ten documents of 100 tokens in the clients' part, owned by a (4), b (3), c (2), d (1); two
-    others between.
-    """
+    """Ten documents of 100 tokens of the clients a (4), b (3), c (2) and d (1), and two others."""
     parts = [CLIENTS] * 3 + [PUBLIC] + [CLIENTS] * 4 + [HELD_OUT] + [CLIENTS] * 3
     owners = [0, 0, 0, 5, 0, 1, 1, 1, 5, 2, 2, 3]
     return corpus([100] * 12, owners, [0, 1] * 6, parts)
@@ -227,7 +241,7 @@ def test_pieces_may_run_over_the_end_of_a_document():
     assert 12 in owner.read(prepared.tokens)
 
 
-def test_wrong_options_are_told_before_any_work():
+def test_wrong_options_are_refused_before_any_work():
     wrong = PartitionOptions(name="dirichlet", clients=0, alpha=0.0, piece=0, min_tokens=-1)
     text = "\n".join(partition_problems(wrong))
     for option in ("clients=0", "alpha=0.0", "piece=0", "min_tokens=-1"):
@@ -248,14 +262,72 @@ def test_a_shard_reads_its_ranges_in_order():
     assert shard.read(np.arange(10, 20)).tolist() == [11, 12, 15]
 
 
-def test_grouped_deals_whole_natural_clients_evenly(ten):
+def test_grouped_joins_natural_clients_evenly(ten):
     natural = {s.client: s for s in partition(ten, PartitionOptions(), 0, 1)}
     groups = partition(ten, PartitionOptions(name="grouped", clients=2), 0, 1)
     tokens = [set(s.read(np.arange(ten.tokens.size))) for s in groups]
     for shard in natural.values():
-        held = set(shard.read(np.arange(ten.tokens.size)))
-        assert sum(held <= group for group in tokens) == 1, "an owner's text stays together"
+        owned = set(shard.read(np.arange(ten.tokens.size)))
+        assert sum(owned <= group for group in tokens) == 1, "an owner's text stays together"
     sizes = sorted(s.size for s in groups)
     assert sizes[1] - sizes[0] <= max(s.size for s in natural.values())
-    with pytest.raises(ConfigError, match="partition=grouped deals whole natural clients"):
+    with pytest.raises(ConfigError, match="partition=grouped joins natural clients"):
         partition(ten, PartitionOptions(name="grouped", clients=99), 0, 1)
+
+
+# ---- a partition from outside
+
+
+def test_the_folder_is_the_list_of_partitions():
+    assert PARTITIONS.names() == ["dirichlet", "grouped", "iid", "natural", "quantity"]
+
+
+def test_a_partition_from_outside_is_built_from_its_name_and_arguments(ten):
+    options = PartitionOptions(
+        name="custom", _target_="outsider.Alternate", arguments={"clients": 5}
+    )
+    assert partition_of(options, ["outsider"]).clients == 5
+    shards = partition(ten, options, 0, 1, ["outsider"])
+    assert [(shard.client, shard.size) for shard in shards] == [
+        (f"client-00{number}", 200) for number in range(5)
+    ]
+    assert partition_problems(options)[0].startswith("partition._target_=outsider.Alternate: only")
+    with pytest.raises(
+        ConfigError,
+        match=r"partition\._target_=outsider\.Alternate: 5 of 5 clients have fewer than 300 tok.*"
+        r"change partition\.arguments, or lower model\.block_size",
+    ):
+        partition(ten, options, 0, 300, ["outsider"])
+
+
+class Careless(Partition):
+    """A partition whose `deal` breaks its promise in the way that the spans say."""
+
+    spans: ClassVar[Any] = {}
+
+    def deal(self, documents, seed):
+        return [Shard(name, np.array(spans)) for name, spans in self.spans]
+
+
+@pytest.mark.parametrize(
+    "spans, text",
+    [
+        ([], "makes no client"),
+        ([("a", [[0, 100]]), ("a", [[100, 200]])], "makes two clients of one name"),
+        ([("a", [0, 100])], r"gives a spans that are not an array \(spans, 2\)"),
+        ([("a", [[0, 100]]), ("b", [[99, 200]])], "deals a token twice"),
+        ([("a", [[0, 100], [50, 150]])], "deals a token twice"),
+        ([("a", [[300, 400]])], "deals a token that is not in the clients' part"),  # it is public
+        ([("a", [[299, 301]])], "deals a token that is not in the clients' part"),
+        ([("a", [[-5, 10]])], "deals a token that is not in the clients' part"),
+        ([("a", [[1100, 1300]])], "deals a token that is not in the clients' part"),
+        ([("a", [[100, 100]])], "deals a span without tokens"),
+        ([("a", [[200, 100]])], "deals a span without tokens"),
+        ([("a", [[0, 100]]), ("b", [[100, 105]])], "1 of 2 clients have fewer than 10 tokens"),
+    ],
+)
+def test_what_a_careless_partition_deals_is_checked(ten, spans, text, monkeypatch):
+    monkeypatch.setattr(Careless, "spans", spans)
+    options = PartitionOptions(name="custom", _target_=f"{__name__}.Careless")
+    with pytest.raises(ConfigError, match=text):
+        partition(ten, options, 0, 10, [__name__.partition(".")[0]])

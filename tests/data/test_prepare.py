@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import third_party  # noqa: F401  # makes the module `outsider`
 
 import fedgpt
 from fedgpt.core.errors import ConfigError, FedGPTError
 from fedgpt.core.options import CorpusOptions, TokenizerOptions
 from fedgpt.data import prepare as module
-from fedgpt.data.corpora import load_corpus
+from fedgpt.data.corpus import corpus_of, load_documents
 from fedgpt.data.prepare import CLIENTS, HELD_OUT, PUBLIC, open_prepared, prepare, split_documents
 from fedgpt.data.tokenizer import make_tokenizer
 
@@ -47,7 +48,7 @@ def text_of(prepared, document: int) -> str:
 
 @pytest.mark.parametrize("tokenizer", [BPE, BYTES], ids=["bpe", "bytes"])
 def test_tokens_are_the_documents_each_with_its_end(corpus, tokenizer, tmp_path):
-    documents = load_corpus(corpus)
+    documents = load_documents(corpus_of(corpus))
     prepared = prepare(corpus, tokenizer, tmp_path / "cache")
     assert prepared.tokens.dtype == np.uint16 and isinstance(prepared.tokens, np.memmap)
     assert not prepared.tokens.flags.writeable
@@ -83,10 +84,10 @@ def test_the_split_keeps_texts_apart_and_covers_all(corpus, tmp_path):
         == prepared.bytes.sum()
         == prepared.manifest["bytes"]
     )
-    held = "".join(
+    held_out = "".join(
         text for text, part in zip(texts, prepared.part, strict=True) if part == HELD_OUT
     )
-    assert prepared.tokenizer.decode(prepared.held_out()) == held
+    assert prepared.tokenizer.decode(prepared.held_out()) == held_out
 
 
 def test_the_tokenizer_sees_the_public_part_only(corpus, tmp_path, monkeypatch):
@@ -103,9 +104,9 @@ def test_the_tokenizer_sees_the_public_part_only(corpus, tmp_path, monkeypatch):
     ]
 
 
-def test_the_second_time_comes_from_the_cache(corpus, tmp_path, monkeypatch):
+def test_a_corpus_is_prepared_once_and_then_read_from_the_cache(corpus, tmp_path, monkeypatch):
     first = prepare(corpus, BPE, tmp_path / "cache")
-    monkeypatch.setattr(module, "_build", lambda *_: pytest.fail("prepared again"))
+    monkeypatch.setattr(module, "_split_and_tokenise", lambda *_: pytest.fail("prepared again"))
     second = prepare(corpus, BPE, tmp_path / "cache")
     assert (second.folder, second.digest, second.manifest) == (
         first.folder,
@@ -130,6 +131,34 @@ def test_what_changes_the_content_changes_the_digest_and_nothing_else_does(corpu
     note.write_text(note.read_text(encoding="utf-8") + "one line more\n", encoding="utf-8")
     digests.append(prepare(corpus, BYTES, cache).digest)
     assert len(set(digests)) == len(digests)
+
+
+def test_an_older_cache_entry_of_a_built_in_corpus_stays_valid(tmp_path):
+    """The name is that of an entry that an earlier version wrote, so that old runs find theirs."""
+    for number in range(8):
+        (tmp_path / f"{number}.txt").write_text(f"note {number}\n" * 20, encoding="utf-8")
+    options = CorpusOptions(
+        name="files", client="file", path=str(tmp_path), public=0.2, held_out=0.2
+    )
+    prepared = prepare(options, BYTES, tmp_path / "cache")
+    assert prepared.folder.name == "files-9a1b0ba02ea8309e"
+    assert "arguments" not in prepared.manifest
+    assert (prepared.manifest["corpus"], prepared.manifest["client"]) == ("files", "file")
+
+
+def test_a_corpus_from_outside_is_cached_by_its_class_arguments_and_text(tmp_path):
+    def entry(**arguments: int):
+        options = CorpusOptions(name="custom", _target_="outsider.Poems", arguments=arguments)
+        return prepare(options, BYTES, tmp_path, ["outsider"])
+
+    first = entry(stanzas=1)
+    assert entry(stanzas=1).folder == first.folder
+    assert first.folder.name.startswith("custom-")
+    others = {entry(stanzas=2).digest, entry().digest}
+    assert len(others | {first.digest}) == 3
+    manifest = first.manifest
+    assert (manifest["corpus"], manifest["arguments"]) == ("outsider.Poems", {"stanzas": 1})
+    assert (manifest["source"], manifest["client"]) == ("outsider.Poems", "author")
 
 
 def test_a_cache_made_twice_is_the_same_to_the_byte(corpus, tmp_path):
@@ -169,13 +198,13 @@ def test_what_a_killed_process_left_is_removed(corpus, tmp_path):
 
 
 def test_threads_at_once_build_once(corpus, tmp_path, monkeypatch):
-    build, builds, results = module._build, [], []
+    build, builds, results = module._split_and_tokenise, [], []
 
     def counting(*arguments):
         builds.append(1)
         return build(*arguments)
 
-    monkeypatch.setattr(module, "_build", counting)
+    monkeypatch.setattr(module, "_split_and_tokenise", counting)
     run = lambda: results.append(prepare(corpus, BPE, tmp_path / "cache").digest)  # noqa: E731
     threads = [threading.Thread(target=run) for _ in range(4)]
     for thread in threads:

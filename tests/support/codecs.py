@@ -1,21 +1,25 @@
-"""The codecs and the deltas that tests of the compress stage go through."""
+"""The codecs, every built-in one and one from outside, and the deltas that they are tested with."""
 
 from __future__ import annotations
 
+from importlib import import_module
+
 import numpy as np
 import pytest
+from support import third_party
 
-from fedgpt.update.blockwise import MAX
-from fedgpt.update.compress import Compressor, make_compressor
+from fedgpt.update.codecs.base import MAX, Codec
+from fedgpt.update.compress import make_codec
 
 FAMILY = [
-    make_compressor("none"),
-    make_compressor("bf16"),
-    *[make_compressor("int8", block=block) for block in (16, 256, 1024)],
-    *[make_compressor("int4", block=block) for block in (16, 64, 256)],
-    *[make_compressor("e3m0", block=block) for block in (16, 256)],
-    *[make_compressor("topk", density=density) for density in (1 / 64, 0.3, 1.0)],
-    make_compressor("sparse_loco"),
+    make_codec("none"),
+    make_codec("bf16"),
+    *[make_codec("int8", block=block) for block in (16, 256, 1024)],
+    *[make_codec("int4", block=block) for block in (16, 64, 256)],
+    *[make_codec("e3m0", block=block) for block in (16, 256)],
+    *[make_codec("topk", density=density) for density in (1 / 64, 0.3, 1.0)],
+    make_codec("sparse_loco"),
+    import_module(third_party.MODULE).Sign(step=0.25),
 ]
 INTEGER = [codec for codec in FAMILY if codec.name in ("int8", "int4")]
 every_codec = pytest.mark.parametrize("codec", FAMILY, ids=repr)
@@ -74,5 +78,5 @@ def delta_of(size: int, kind: str, seed: int) -> np.ndarray:
     return x.astype(np.float32)
 
 
-def through(codec: Compressor, delta: np.ndarray) -> np.ndarray:
+def through(codec: Codec, delta: np.ndarray) -> np.ndarray:
     return codec.decode(codec.encode(delta), delta.size)

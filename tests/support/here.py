@@ -26,6 +26,15 @@ def tiny_run(folder: Path) -> list[str]:
         "corpus=files",
         "corpus.client=folder",
         f"corpus.path={folder / 'text'}",
+        *tiny_model(),
+        f"run_dir={folder / 'run'}",
+        f"cache_dir={folder / 'cache'}",
+    ]
+
+
+def tiny_model() -> list[str]:
+    """Options of the smallest training there is, on any corpus: 3 rounds of one step."""
+    return [
         "corpus.public=0.2",
         "corpus.held_out=0.2",
         "tokenizer=bytes",
@@ -39,6 +48,4 @@ def tiny_run(folder: Path) -> list[str]:
         "runtime.threads=1",
         "local.precision=fp32",
         "evaluate.samples=0",
-        f"run_dir={folder / 'run'}",
-        f"cache_dir={folder / 'cache'}",
     ]

@@ -1,5 +1,4 @@
-"""Messages that went wrong: a good one of every codec, changed in ways that a choice of numbers
-decides.
+"""Damaged messages: a valid one of every codec, changed in ways that drawn numbers decide.
 
 `choose(n)` gives a number from 0 to n - 1: hypothesis draws it, a fuzzer reads it from its bytes.
 """
@@ -10,19 +9,26 @@ import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from typing import Any
 
 import numpy as np
+from support import third_party
 
 from fedgpt.core.errors import UpdateRejected
 from fedgpt.core.messages import Reply, Update
 from fedgpt.update.codec import REASONS, Expected, decode, digest, encode
-from fedgpt.update.compress import COMPRESSORS, Compressor, make_compressor
+from fedgpt.update.codecs.base import Codec
+from fedgpt.update.compress import CODECS as BUILT_IN
+from fedgpt.update.compress import make_codec
 from fedgpt.update.npy import read_npy
 
 SIZE, TOKENS, LIMIT = 5000, 640, 50.0
 DELTA = np.random.default_rng(0).standard_normal(SIZE).astype(np.float32) / 10
-CODECS: list[Compressor] = [make_compressor(name) for name in COMPRESSORS]
+CODECS: list[Codec] = [
+    *(make_codec(name) for name in BUILT_IN.names()),
+    import_module(third_party.MODULE).Sign(step=0.25),
+]
 GOOD = [
     encode("run", Update("alice", 3, 5, DELTA, 512, {"train_loss": 2.5}), codec) for codec in CODECS
 ]
@@ -110,9 +116,7 @@ def message(choose: Choose) -> tuple[Reply, Expected]:
 
 
 def check(reply: Reply, expected: Expected) -> str:
-    """The reason code, or `valid` where every promise of a valid update holds; anything else is a
-    failed assertion.
-    """
+    """Return the reason code, or `valid` where the update keeps every promise; else assert."""
     try:
         if isinstance(reply.payload, Npy):
             reply = replace(reply, payload=read_npy(reply.payload))

@@ -1,4 +1,4 @@
-"""The door into aggregation: a valid update or a reason code, and nothing else."""
+"""Decoding an update: a valid one or a reason code, and nothing else."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 from fedgpt.core.errors import UpdateRejected
 from fedgpt.core.messages import Reply, Update
 from fedgpt.update.codec import REASONS, Expected, decode, encode
+from fedgpt.update.codecs.base import Codec
 
 DELTA = np.linspace(-1, 1, 40, dtype=np.float32)
 EXPECTED = Expected("run", "alice", 3, 5, DELTA.size, 100, norm_limit=50.0)
@@ -40,7 +41,7 @@ def test_a_good_update_comes_back_as_it_was_with_its_norm():
     np.testing.assert_array_equal(update.delta, DELTA)
 
 
-def test_negative_zero_and_denormals_are_values_like_others():
+def test_negative_zero_and_denormals_are_accepted():
     delta = np.array([-0.0, 1e-45, *DELTA[2:]], np.float32)
     header, payload = encode("run", replace(UPDATE, delta=delta))
     np.testing.assert_array_equal(decode(Reply("alice", 3, header, payload), EXPECTED).delta, delta)
@@ -119,10 +120,15 @@ def test_an_error_reply_is_a_client_error_with_its_reason():
 @pytest.mark.parametrize(
     "text, code",
     [
-        ("", "bad_encoding"), ("null", "bad_encoding"), ("[" * 50_000, "bad_encoding"), ("9" * 9_999, "bad_encoding"),
-        ('{"format": 2', "bad_encoding"), ("x" * 70_000, "too_large"), ("\ud800", "bad_encoding"),
+        ("", "bad_encoding"),
+        ("null", "bad_encoding"),
+        ("[" * 50_000, "bad_encoding"),
+        ("9" * 9_999, "bad_encoding"),
+        ('{"format": 2', "bad_encoding"),
+        ("x" * 70_000, "too_large"),
+        ("\ud800", "bad_encoding"),
     ],
-)  # fmt: skip
+)
 def test_a_header_that_cannot_be_read_has_its_code(text, code):
     assert code_of(Reply("alice", 3, text, DELTA)) == code
 
@@ -146,3 +152,42 @@ def test_a_header_without_a_field_is_rejected(missing):
     header, payload = encode("run", UPDATE)
     fields = {name: value for name, value in json.loads(header).items() if name != missing}
     assert code_of(Reply("alice", 3, json.dumps(fields), payload)) in REASONS
+
+
+class Careless(Codec):
+    """A codec from outside whose `decode` breaks its promise in the way that `broken` says."""
+
+    def __init__(self, broken: object):
+        self.broken = broken
+
+    def payload_bytes(self, size: int) -> int:
+        return size
+
+    def encode(self, delta: np.ndarray) -> np.ndarray:
+        return np.ones(delta.size, np.uint8)
+
+    def decode(self, payload: np.ndarray, size: int) -> np.ndarray:
+        if isinstance(self.broken, Exception):
+            raise self.broken
+        return self.broken  # pyright: ignore[reportReturnType]  # wrong on purpose
+
+
+@pytest.mark.parametrize(
+    "broken, code",
+    [
+        (ValueError("x"), "bad_encoding"),
+        (None, "bad_encoding"),
+        (DELTA.tolist(), "bad_encoding"),
+        (DELTA.astype(np.float64), "bad_encoding"),
+        (DELTA[:-1], "bad_encoding"),
+        (DELTA[None], "bad_encoding"),
+        (np.full(DELTA.size, np.nan, np.float32), "non_finite"),
+        (np.full(DELTA.size, 60, np.float32), "norm_limit"),
+    ],
+)
+def test_what_a_careless_codec_decodes_is_validated(broken, code):
+    codec = Careless(broken)
+    header, payload = encode("run", UPDATE, codec)
+    with pytest.raises(UpdateRejected) as caught:
+        decode(Reply("alice", 3, header, payload), replace(EXPECTED, codec=codec))
+    assert caught.value.code == code

@@ -1,6 +1,4 @@
-"""The model's way to the clients: whoever comes to a version by whatever steps has the same bits,
-near the model.
-"""
+"""The downlink: a version has the same bits at every client, whatever steps led to it."""
 
 from __future__ import annotations
 
@@ -35,13 +33,13 @@ def walk(versions: int, seed: int = 0) -> list[ServerState]:
 @steps
 @settings(max_examples=25, deadline=None)
 @given(visits=st.lists(st.integers(1, 12), max_size=5), seed=st.integers(0, 99))
-def test_every_way_to_a_version_ends_in_the_same_bits(downlink, visits, seed):
-    published, held, mine = Published(downlink, {}), -1, None
+def test_any_sequence_of_steps_to_a_version_gives_the_same_bits(downlink, visits, seed):
+    published, cached, mine = Published(downlink, {}), -1, None
     for state in walk(12, seed):
         vector = published.advance(state)
         if state.version not in visits:
             continue
-        known = published.steps(held, state.version)
+        known = published.steps(cached, state.version)
         mine = (
             vector.copy()
             if known is None
@@ -49,14 +47,14 @@ def test_every_way_to_a_version_ends_in_the_same_bits(downlink, visits, seed):
             if known
             else mine
         )
-        held = state.version
+        cached = state.version
         assert mine.tobytes() == vector.tobytes()
         assert known is None or sum(step.nbytes for step in known) < vector.nbytes
 
 
 @steps
-def test_what_a_step_leaves_out_never_adds_up(downlink):
-    """After 200 versions P is as near the model as after two: within one step's error."""
+def test_the_error_of_steps_does_not_accumulate(downlink):
+    """After 200 versions P is as near the model as after two: within the error of one step."""
     published = Published(downlink, {})
     errors = []
     for state in walk(200):
@@ -69,13 +67,13 @@ def test_what_a_step_leaves_out_never_adds_up(downlink):
 @steps
 def test_a_restart_publishes_the_same(downlink):
     states = walk(9)
-    whole, first = Published(downlink, {}), Published(downlink, {})
+    without, first = Published(downlink, {}), Published(downlink, {})
     for state in states[:5]:
-        whole.advance(state), first.advance(state)
+        without.advance(state), first.advance(state)
     second = Published(downlink, first.memory())
     for state in states[5:]:
-        assert whole.advance(state).tobytes() == second.advance(state).tobytes()
-        ours, theirs = whole.steps(3, state.version), second.steps(3, state.version)
+        assert without.advance(state).tobytes() == second.advance(state).tobytes()
+        ours, theirs = without.steps(3, state.version), second.steps(3, state.version)
         assert (ours is None) == (theirs is None)
         assert ours is None or joined(ours).tobytes() == joined(theirs).tobytes()
 
@@ -90,7 +88,7 @@ def test_without_steps_nothing_is_kept():
 def test_damaged_steps_are_refused(downlink):
     codec = step_codec(downlink)
     payload = codec.encode(np.ones(SIZE, np.float32))
-    payload[:4] = 255  # a scale that is no number
+    payload[:4] = 255  # a scale that is NaN
     with pytest.raises(UpdateRejected):
         rebuilt(np.zeros(SIZE, np.float32), payload, downlink)
 
@@ -112,7 +110,7 @@ def stepping(folder: Path, rounds: int = 6):
     return o
 
 
-def test_the_server_sends_steps_to_those_who_have_a_version(tmp_path):
+def test_the_server_sends_steps_to_clients_with_a_cached_version(tmp_path):
     outcome = run(stepping(tmp_path), dict.fromkeys("abc", honest))
     assert [job.plan.cached_version for job in outcome.jobs if job.client == "a"] == [
         -1,
@@ -124,13 +122,15 @@ def test_the_server_sends_steps_to_those_who_have_a_version(tmp_path):
     ]
     later = outcome.jobs[-1]
     record = params_record(later)["flat"].numpy()
-    assert record.nbytes == sum(step.nbytes for step in later.steps) < later.params.nbytes / 3
+    assert (
+        record.nbytes == sum(step.nbytes for step in later.model_deltas) < later.params.nbytes / 3
+    )
     assert job_bytes(later) < record.nbytes + 1000
     assert later.params.tobytes() != outcome.server.state.params.tobytes()
 
 
-def test_who_has_lost_its_model_gets_it_whole_and_nothing_is_lost(tmp_path):
-    """The same job again, the same weights as if nothing had happened."""
+def test_a_client_that_lost_its_cached_model_gets_the_complete_one(tmp_path):
+    """The same job is sent again, and the weights are the same as without the loss."""
 
     def forgetful(job: Job):
         if job.plan.cached_version >= 0 and job.version == 3:

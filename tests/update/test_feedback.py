@@ -1,4 +1,4 @@
-"""Error feedback keeps the mass: what is left out now is sent later, once."""
+"""Error feedback preserves the sum of the deltas: what is left out now is sent later, once."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedgpt.core.errors import UpdateRejected
-from fedgpt.update.compress import make_compressor
+from fedgpt.update.compress import make_codec
 from fedgpt.update.feedback import BETA, feed, rest
 
 LOSSY = [
-    make_compressor("bf16"),
-    make_compressor("int8", block=64),
-    make_compressor("int4", block=64),
-    make_compressor("e3m0", block=64),
-    make_compressor("topk", density=1 / 16),
-    make_compressor("sparse_loco"),
+    make_codec("bf16"),
+    make_codec("int8", block=64),
+    make_codec("int4", block=64),
+    make_codec("e3m0", block=64),
+    make_codec("topk", density=1 / 16),
+    make_codec("sparse_loco"),
 ]
 
 
@@ -48,7 +48,7 @@ def discounted(vectors: list[np.ndarray], beta: float) -> np.ndarray:
     seed=st.integers(0, 2**32),
 )
 @settings(max_examples=60, deadline=None)
-def test_mass_is_kept_whatever_is_sent(count, size, beta, keep, seed):
+def test_the_sum_is_preserved_whatever_is_sent(count, size, beta, keep, seed):
     rng = np.random.default_rng(seed)
     given_, sent, residual = [rng.standard_normal(size) for _ in range(count)], [], None
     for delta in given_:
@@ -63,7 +63,7 @@ def test_mass_is_kept_whatever_is_sent(count, size, beta, keep, seed):
 
 @pytest.mark.parametrize("codec", LOSSY, ids=repr)
 @pytest.mark.parametrize("beta", [BETA, 1.0])
-def test_mass_is_kept_through_each_codec(codec, beta):
+def test_the_sum_is_preserved_by_each_codec(codec, beta):
     given_, sent, residual = deltas(12, 500, 1), [], None
     for delta in given_:
         q, residual = number(codec, delta, residual, beta)
@@ -79,7 +79,7 @@ def test_mass_is_kept_through_each_codec(codec, beta):
 
 @pytest.mark.parametrize("name, options", [("none", {}), ("topk", {"density": 1.0})])
 def test_when_all_is_sent_nothing_is_left(name, options):
-    codec, residual = make_compressor(name, **options), None
+    codec, residual = make_codec(name, **options), None
     for delta in deltas(3, 100, 2):
         q, residual = number(codec, delta, residual)
         np.testing.assert_array_equal(q, delta)
@@ -96,10 +96,10 @@ def test_a_constant_delta_arrives_in_the_mean(codec):
     assert np.linalg.norm(total / 400 - delta) < 0.12 * np.linalg.norm(delta)
 
 
-def test_a_dropped_round_leaves_no_trace_and_a_second_try_has_the_same_bytes():
-    codec, given_ = make_compressor("topk", density=1 / 16), deltas(6, 500, 4)
+def test_a_dropped_job_changes_nothing_and_a_retry_sends_the_same_bytes():
+    codec, given_ = make_codec("topk", density=1 / 16), deltas(6, 500, 4)
     dropped = {2, 3}
-    accepted, sent, residual = [], [], None  # `residual` is that of the last accepted task
+    accepted, sent, residual = [], [], None  # `residual` is that of the last accepted job
     for number, delta in enumerate(given_):
         q, after = number(codec, delta, residual)
         again, _ = number(codec, delta, residual)
@@ -113,7 +113,7 @@ def test_a_dropped_round_leaves_no_trace_and_a_second_try_has_the_same_bytes():
     )
 
 
-def test_inputs_are_left_alone_and_results_are_new():
+def test_inputs_are_not_changed_and_results_are_new_arrays():
     delta, residual = deltas(2, 10, 5)
     before = delta.copy(), residual.copy()
     first, fed = feed(delta, None), feed(delta, residual)
@@ -132,9 +132,9 @@ def test_inputs_are_left_alone_and_results_are_new():
 def test_a_sum_beyond_float32_is_refused_by_the_server():
     largest = np.full(3, np.finfo(np.float32).max)
     with pytest.raises(UpdateRejected, match="non_finite"):
-        number(make_compressor("int8"), largest, largest)
+        number(make_codec("int8"), largest, largest)
 
 
-def test_a_residual_of_another_model_is_a_bug_of_ours():
+def test_a_residual_of_another_shape_is_an_assertion():
     with pytest.raises(AssertionError, match="residual"):
         feed(np.zeros(3), np.zeros(4))

@@ -1,6 +1,4 @@
-"""Fifty thousand messages that went wrong: each is a valid update, or rejected with a code of the
-closed set.
-"""
+"""Fifty thousand damaged messages: each is a valid update or is rejected with a known code."""
 
 from __future__ import annotations
 
@@ -18,7 +16,7 @@ MANY = 50_000
 TELLS = HealthCheck.too_slow, HealthCheck.data_too_large
 
 
-def test_messages_that_did_not_go_wrong_are_valid():
+def test_undamaged_messages_are_valid():
     for codec, (header, payload) in zip(CODECS, GOOD, strict=True):
         expected = Expected("run", "alice", 3, 5, SIZE, TOKENS, LIMIT, codec)
         assert check(Reply("alice", 3, header, payload), expected) == "valid"

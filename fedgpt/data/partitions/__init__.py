@@ -1,0 +1,1 @@
+"""The built-in partitions: one file each, named like the choice (`partition=iid` is iid.py)."""

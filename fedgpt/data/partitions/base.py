@@ -1,0 +1,179 @@
+"""What a partition is: it deals the clients' documents out, so that each client has a shard.
+
+    tokens     0 ....... 300 ....... 500 ....... 800 ....... 900     the prepared token array
+    documents  [ann, 0-300) [ann, 300-500) [bob, 500-800) ...        rows: owner, label, span
+    shards     client-000: [0, 300), [500, 650)                      spans of the same array
+               client-001: [300, 500), [650, 800)
+
+A shard is a list of spans of the one token array. No text is copied, and the same options and seed
+give the same shards in every process.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+
+from fedgpt.core.errors import ConfigError
+
+
+@dataclass(frozen=True, eq=False)
+class Shard:
+    """One client's tokens, as spans of the prepared token array."""
+
+    client: str
+    spans: np.ndarray  # (spans, 2) int64: first token, one past the last; sorted, not touching
+
+    @property
+    def size(self) -> int:
+        """Number of tokens."""
+        return int((self.spans[:, 1] - self.spans[:, 0]).sum())
+
+    def read(self, tokens: np.ndarray) -> np.ndarray:
+        """Return the shard's tokens, concatenated, (size,), copied out of `tokens`."""
+        return np.concatenate([tokens[first:last] for first, last in self.spans])
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """The documents that are dealt out, in the order of the corpus: one row each."""
+
+    clients: list[str]  # the owner of each
+    labels: list[str]  # the label of each
+    spans: np.ndarray  # (documents, 2) int64: first token of each, one past its last
+    minimum: int  # tokens that a client needs, at least one training window
+
+
+class Partition(ABC):
+    """One way to deal documents out to clients: a frozen dataclass with its options.
+
+    A partition outside of fedgpt is a file like this one, mine.py:
+
+    >>> from dataclasses import dataclass
+    >>> import numpy as np
+    >>> from fedgpt.data.partitions.base import Documents, Partition, made_clients, shards_of
+    >>> @dataclass(frozen=True)
+    ... class Alternate(Partition):
+    ...     clients: int = 2  # document d goes to client d % clients
+    ...
+    ...     def deal(self, documents, seed):
+    ...         owners = np.arange(len(documents.spans)) % self.clients
+    ...         return shards_of(made_clients(self.clients), documents.spans, owners)
+
+    Three documents of 10 tokens, dealt to two clients:
+
+    >>> spans = np.array([[0, 10], [10, 20], [20, 30]])
+    >>> documents = Documents(["ann", "ann", "bob"], ["", "", ""], spans, minimum=1)
+    >>> for shard in Alternate(clients=2).deal(documents, seed=0):
+    ...     print(shard.client, shard.spans.tolist())
+    client-000 [[0, 10], [20, 30]]
+    client-001 [[10, 20]]
+
+    With mine.py on the PYTHONPATH a run uses it by:
+
+        fedgpt run partition=custom partition._target_=mine.Alternate \\
+            'partition.arguments={clients: 3}' 'trusted_packages=[mine]'
+
+    Every process deals for itself. So the result may depend on the arguments alone; draw random
+    numbers from `fedgpt.core.seeds.numpy_generator(seed, "partition", ...)`. Options are checked in
+    `__post_init__`, which raises ConfigError.
+    """
+
+    # what to change where a client has too few tokens
+    remedies: ClassVar[tuple[str, ...]] = ("change partition.arguments",)
+
+    @abstractmethod
+    def deal(self, documents: Documents, seed: int) -> list[Shard]:
+        """Return the clients' shards, in any order; raises ConfigError where it cannot.
+
+        No token may be in two shards, and only tokens of `documents` may be in one. The caller
+        checks this, sorts the shards by client, and refuses one of fewer than `documents.minimum`
+        tokens: a partition may also leave such clients out.
+        """
+
+
+def check_clients(clients: int, name: str, piece: int = 1, more: str = "") -> None:
+    """Raise ConfigError for wrong options of the partition `name`, which makes clients.
+
+    `more` is a problem with another option, or empty.
+    """
+    problems = [more] if more else []
+    if clients < 1:
+        problems.append(
+            f"partition.clients={clients}: partition={name} makes clients; say how many, 1 or more"
+        )
+    if piece < 1:
+        problems.append(f"partition.piece={piece}: tokens handed out together, 1 or more")
+    if problems:
+        raise ConfigError(problems)
+
+
+def made_clients(count: int) -> list[str]:
+    """Return names of `count` clients that sort as their numbers do.
+
+    >>> made_clients(2)
+    ['client-000', 'client-001']
+    """
+    digits = max(3, len(str(count - 1)))
+    return [f"client-{number:0{digits}d}" for number in range(count)]
+
+
+def shards_of(clients: Sequence[str], spans: np.ndarray, owners: np.ndarray) -> list[Shard]:
+    """Return a shard for each of `clients`, given spans (n, 2) and the client's index (n,) of each.
+
+    Spans may be in any order; those of one client that touch become one.
+    """
+    order = np.lexsort((spans[:, 0], owners))
+    spans, owners = spans[order], owners[order]
+    limits = np.searchsorted(owners, np.arange(len(clients) + 1))
+    return [Shard(name, merged(spans[limits[i] : limits[i + 1]])) for i, name in enumerate(clients)]
+
+
+def merged(spans: np.ndarray) -> np.ndarray:
+    """Return sorted spans (n, 2) with touching neighbours made one, as int64.
+
+    >>> merged(np.array([[0, 10], [10, 20], [30, 40]])).tolist()
+    [[0, 20], [30, 40]]
+    """
+    if len(spans) == 0:
+        return np.empty((0, 2), np.int64)
+    apart = spans[1:, 0] != spans[:-1, 1]
+    first = spans[np.concatenate([[True], apart]), 0]
+    last = spans[np.concatenate([apart, [True]]), 1]
+    return np.stack([first, last], axis=1).astype(np.int64)
+
+
+def cut_pieces(spans: np.ndarray, piece: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cut the concatenation of spans (n, 2) every `piece` tokens.
+
+    Returns fragments (fragments, 2) and the number of the piece that each belongs to (fragments,).
+    A piece that runs over the end of a document has several fragments.
+
+    >>> fragments, number = cut_pieces(np.array([[0, 7], [12, 20]]), 10)
+    >>> fragments.tolist(), number.tolist()
+    ([[0, 7], [12, 15], [15, 20]], [0, 0, 1])
+    """
+    lengths = spans[:, 1] - spans[:, 0]
+    ends = np.cumsum(lengths)
+    bounds = np.union1d(np.concatenate([[0], ends]), np.arange(0, ends[-1], piece))
+    first = bounds[:-1]  # where each fragment starts in the concatenation
+    span = np.searchsorted(ends, first, side="right")
+    start = spans[span, 0] + first - (ends - lengths)[span]
+    return np.stack([start, start + np.diff(bounds)], axis=1), first // piece
+
+
+def deal_pieces(count: int, shares: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Return the client's index of each of `count` pieces, (count,), in random order.
+
+    `shares` (clients,) sum to 1; each client gets a number of pieces as near to its share as
+    possible.
+    """
+    exact = shares * count
+    counts = np.floor(exact).astype(np.int64)
+    largest_rest = np.argsort(-(exact - counts), kind="stable")
+    counts[largest_rest[: count - counts.sum()]] += 1
+    return generator.permutation(np.repeat(np.arange(len(shares)), counts))

@@ -1,0 +1,60 @@
+"""partition=dirichlet: every client has its own mixture of labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+from typing import ClassVar
+
+import numpy as np
+
+from fedgpt.core.errors import ConfigError
+from fedgpt.core.seeds import numpy_generator
+from fedgpt.data.partitions.base import (
+    Documents,
+    Partition,
+    Shard,
+    check_clients,
+    cut_pieces,
+    deal_pieces,
+    made_clients,
+    shards_of,
+)
+
+
+@dataclass(frozen=True)
+class Dirichlet(Partition):
+    """Pieces of each label, dealt by proportions drawn for that label from Dirichlet(alpha)."""
+
+    clients: int = 8
+    alpha: float = 0.5  # concentration: a smaller one gives more uneven mixtures
+    piece: int = 1024  # tokens
+    remedies: ClassVar[tuple[str, ...]] = (
+        "lower partition.clients",
+        "lower partition.piece",
+        "raise partition.alpha",
+    )
+
+    def __post_init__(self) -> None:
+        right = 0 < self.alpha < inf
+        more = f"partition.alpha={self.alpha}: a concentration above 0, e.g. 0.1 (uneven) or 10"
+        check_clients(self.clients, "dirichlet", self.piece, "" if right else f"{more} (even)")
+
+    def deal(self, documents: Documents, seed: int) -> list[Shard]:
+        """Return `clients` shards; raises ConfigError where all documents have one label."""
+        names, label = np.unique(np.array(documents.labels, dtype=object), return_inverse=True)
+        if len(names) < 2:
+            raise ConfigError(
+                "partition.name=dirichlet: distributes labels unevenly, and all documents have the"
+                " same one; set corpus.label_field (.jsonl) or put files in sub-folders, or make"
+                " sizes uneven with partition=quantity"
+            )
+        fragments, owners = [], []
+        for index, name in enumerate(names):
+            generator = numpy_generator(seed, "partition", "dirichlet", str(name))
+            pieces, number = cut_pieces(documents.spans[label == index], self.piece)
+            shares = generator.dirichlet(np.full(self.clients, self.alpha))
+            fragments.append(pieces)
+            owners.append(deal_pieces(int(number[-1]) + 1, shares, generator)[number])
+        clients = made_clients(self.clients)
+        return shards_of(clients, np.concatenate(fragments), np.concatenate(owners))

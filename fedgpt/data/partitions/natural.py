@@ -1,0 +1,49 @@
+"""partition=natural: every owner of text is a client."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedgpt.core.errors import ConfigError
+from fedgpt.data.partitions.base import Documents, Partition, Shard, shards_of
+
+
+@dataclass(frozen=True)
+class Natural(Partition):
+    """The owners with enough tokens, or the `clients` largest of them."""
+
+    clients: int = 0  # how many of the largest to keep; 0: all
+    min_tokens: int = 0  # named in a message only: `documents.minimum` takes it into account
+
+    def __post_init__(self) -> None:
+        if self.clients < 0:
+            raise ConfigError(
+                f"partition.clients={self.clients}: the number of largest clients to keep, or 0"
+                " for all"
+            )
+
+    def deal(self, documents: Documents, seed: int) -> list[Shard]:
+        """Return the shards of the largest owners; those below the minimum are left out."""
+        names, owners = np.unique(np.array(documents.clients, dtype=object), return_inverse=True)
+        shards = shards_of([str(name) for name in names], documents.spans, owners)
+        minimum = documents.minimum
+        large = [shard for shard in shards if shard.size >= minimum]
+        if not large:
+            largest = max(shard.size for shard in shards)
+            raise ConfigError(
+                f"partition.min_tokens={self.min_tokens}: all {len(shards)} natural clients are"
+                f" below {minimum} tokens (the largest has {largest}); lower partition.min_tokens"
+                " or model.block_size, or use partition=iid"
+            )
+        if self.clients > len(large):
+            raise ConfigError(
+                f"partition.clients={self.clients}: the corpus has {len(large)} natural clients of"
+                f" at least {minimum} tokens; use that many or fewer (0 = all), or partition=iid,"
+                " which makes any number"
+            )
+        if self.clients:
+            large.sort(key=lambda shard: (-shard.size, shard.client))
+            del large[self.clients :]
+        return large
