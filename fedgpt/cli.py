@@ -85,13 +85,20 @@ def _hydra(arguments: list[str], readable: list[str]) -> int:
 
 
 def _start(options: Any) -> float:
-    """Run one configuration; returns the held-out loss, which is what Hydra's sweepers minimise."""
+    """Run one configuration; returns THE score of its last version as Hydra's sweepers take it.
+
+    They minimise unless they are configured otherwise, so a score of which higher is better is
+    returned with a minus sign.
+    """
     import json
 
+    from fedgpt.core.score import Score
     from fedgpt.flower.launch import launch
 
     launch(options)
-    return json.loads((Path(options.run_dir) / "summary.json").read_text())["final"]["loss"]
+    summary = json.loads((Path(options.run_dir) / "summary.json").read_text())
+    score = Score(summary["score"], summary["higher_is_better"])
+    return score.to_minimise(summary["final"][score.name])
 
 
 def data(arguments: list[str]) -> int:

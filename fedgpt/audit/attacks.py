@@ -27,7 +27,7 @@ from fedgpt.core.messages import Job, Pacing, Plan, ServerState, Update
 from fedgpt.core.options import PrivacyOptions, RunOptions
 from fedgpt.data.batches import Batches, Blocks
 from fedgpt.local.bookkeeping import BookKeeping
-from fedgpt.local.private import PrivateSteps, example_losses
+from fedgpt.local.private import PrivateSteps
 from fedgpt.local.trainer import Trainer
 from fedgpt.privacy.accounting import gaussian_epsilon
 from fedgpt.privacy.clipping import clipped
@@ -183,7 +183,7 @@ def _told_by(trainer: Trainer, delta: np.ndarray, seen: np.ndarray, absent: np.n
 @contextmanager
 def _watched(source: Batches | PrivateSteps, seen: np.ndarray) -> Iterator[None]:
     """Mark in `seen` the tokens of whatever the source hands out."""
-    owner, name = (source, "next") if isinstance(source, Batches) else (source.blocks, "take")
+    owner, name = (source, "next") if isinstance(source, Batches) else (source.units, "take")
     handed = getattr(owner, name)
 
     def watched(*asked: Any) -> Any:
@@ -230,8 +230,7 @@ def _products(attacker: Trainer, blocks: Blocks, clip: float, released: torch.Te
     for part in np.array_split(
         np.arange(len(blocks)), -(-len(blocks) // attacker.private.examples)
     ):
-        inputs, targets = blocks.take(part)
-        rows, _ = book.gradients(lambda x=inputs, y=targets: example_losses(attacker.model, x, y))
+        rows, _ = book.gradients(attacker.private.losses_of(blocks.take(part)))
         whole = torch.cat([rows[name].flatten(1) for name in attacker.layout.names], 1)
         factors = (clip / whole.norm(dim=1)).clamp(max=1.0)
         found.append((factors * (whole @ released)).cpu().numpy())
@@ -245,5 +244,5 @@ def _losses(trainer: Trainer, blocks: np.ndarray) -> np.ndarray:
         torch.from_numpy(blocks.astype(np.int64)), max(1, len(blocks) // 32)
     ):
         ids = torch.as_tensor(part)
-        found.append(example_losses(trainer.model, ids[:, :-1], ids[:, 1:]).numpy())
+        found.append(trainer.private.losses_of((ids[:, :-1], ids[:, 1:]))().numpy())
     return np.concatenate(found)

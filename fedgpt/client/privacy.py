@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from fedgpt.core.messages import Job
 from fedgpt.core.options import RunOptions
-from fedgpt.data.batches import Blocks
+from fedgpt.data.examples import ExampleSet
 from fedgpt.local.private import PrivateSteps
 from fedgpt.privacy.accounting import Event, epsilon_of
 from fedgpt.privacy.clipping import clipped
@@ -44,16 +44,16 @@ class ClientPrivacy:
         # releases paid for since the client's first job, those of the present one included
         self.charged = 0.0
 
-    def steps(self, job: Job, state: str) -> PrivateSteps:
-        """privacy=example: what makes the steps of `job` private; `state` names the moments that it
-        starts from.
+    def steps(self, job: Job, state: str, units: ExampleSet) -> PrivateSteps:
+        """privacy=example: what makes the steps of `job` private, on the `units` of its text.
+
+        `state` names the moments that the job starts from.
         """
         o = self.options
-        blocks = Blocks(self.tokens, o.model.block_size)
-        probability = sampling_probability(o, len(blocks))
+        probability = sampling_probability(o, len(units))
         event = Event(job.plan.noise_multiplier, probability, job.plan.local_steps)
-        stream = self._paid(job, state, event, o.local.steps, len(blocks))
-        return PrivateSteps(blocks, stream, probability, job.plan.noise_multiplier, o.privacy.clip)
+        stream = self._paid(job, state, event, o.local.steps, len(units))
+        return PrivateSteps(units, stream, probability, job.plan.noise_multiplier, o.privacy.clip)
 
     def hidden(self, job: Job, delta: np.ndarray, state: str) -> np.ndarray:
         """privacy=local: the update, clipped and noised: one update may become any other, which

@@ -24,11 +24,12 @@ from fedgpt.core.faults import reach
 from fedgpt.core.messages import ClientInfo, Job, Update
 from fedgpt.core.options import RunOptions
 from fedgpt.core.seeds import derive_seed
-from fedgpt.data.batches import Batches
 from fedgpt.data.partition import Shard, partition
-from fedgpt.data.prepare import Prepared, prepare
+from fedgpt.data.prepare import PUBLIC, Prepared, prepare
+from fedgpt.data.text import Text, part_text, shard_text
 from fedgpt.local.optimizer import Moments
 from fedgpt.local.trainer import Trainer
+from fedgpt.tasks.base import make_task
 from fedgpt.update.codec import compress, digest, header_of
 from fedgpt.update.compress import Plain, compressor_of
 from fedgpt.update.downlink import STEPS, rebuilt
@@ -65,9 +66,8 @@ class ClientWork:
         private = options.privacy.unit == "example"
         compute = choose_compute(options.runtime.device, options.local.precision, private)
         engine = options.privacy.engine
-        return Trainer(
-            options.model, self.prepared.tokenizer.vocab_size, options.local, compute, engine
-        )
+        size, task = self.prepared.tokenizer.vocab_size, make_task(options)
+        return Trainer(options.model, size, options.local, compute, engine, task)
 
     def info(self, index: int) -> ClientInfo:
         """Who the client with partition number `index` is."""
@@ -88,10 +88,10 @@ class ClientWork:
         job = self._received(job)
         began = time.monotonic()
         lies = index < self.options.attack.clients
-        tokens = shard.read(self.prepared.tokens)
+        text = shard_text(self.prepared, shard)
         with watchdog(self.options.runtime.watchdog, job.plan.seconds):
             reach("client.begin")
-            header, payload = self._do(job, job.client, tokens, lies)
+            header, payload = self._do(job, job.client, text, lies)
             # a slow client of a simulated fleet
             time.sleep(max(0.0, began + job.plan.seconds - time.monotonic()))
             reach("client.done")
@@ -99,7 +99,8 @@ class ClientWork:
 
     def train_root(self, job: Job) -> Update:
         """The server's own update: the same training, on the public text."""
-        update, state = self._trained(job, ROOT, self.prepared.public(), self._state(job, ROOT))
+        text = part_text(self.prepared, PUBLIC)
+        update, state = self._trained(job, ROOT, text, self._state(job, ROOT))
         self._keep(job, ROOT, state)
         return update
 
@@ -120,11 +121,11 @@ class ClientWork:
         store.save_model(job.version, job.params)
         return job
 
-    def _do(self, job: Job, name: str, tokens: np.ndarray, lies: bool) -> tuple[str, np.ndarray]:
+    def _do(self, job: Job, name: str, text: Text, lies: bool) -> tuple[str, np.ndarray]:
         """Train, add what was left out before, compress, keep what is left out now, encode."""
         options = self.options.update
         before = self._state(job, name)
-        update, after = self._trained(job, name, tokens, before, self._privacy(job, tokens))
+        update, after = self._trained(job, name, text, before, self._privacy(job, text))
         if lies:
             delta = attacked(
                 update.delta, self.options.attack, self.options.seed, job.client, job.number
@@ -153,7 +154,7 @@ class ClientWork:
         except UpdateRejected:  # NaN or infinity: the server says so, too
             return None
 
-    def _privacy(self, job: Job, tokens: np.ndarray) -> ClientPrivacy | None:
+    def _privacy(self, job: Job, text: Text) -> ClientPrivacy | None:
         """What makes a client's job private; the server's own, on public text, is not."""
         if self.options.privacy.unit not in ("example", "local"):
             return None
@@ -167,23 +168,23 @@ class ClientWork:
         if compute.device != "cpu":
             environment["once"] = secrets.token_hex(8)
         folder = ClientStore(self.state_root, job.plan.run, job.client).folder
-        return ClientPrivacy(self.options, folder, tokens, environment)
+        return ClientPrivacy(self.options, folder, text.tokens, environment)
 
     def _trained(
         self,
         job: Job,
         name: str,
-        tokens: np.ndarray,
+        text: Text,
         before: ClientState | None,
         privacy: ClientPrivacy | None = None,
     ) -> tuple[Update, ClientState]:
-        options = self.options
+        options, task, window = self.options, self.trainer.task, self.options.model.block_size
         moments = None if before is None else before.moments
         if privacy is not None and options.privacy.unit == "example":
-            batches = privacy.steps(job, _named(moments))
+            batches = privacy.steps(job, _named(moments), task.units(text, window))
         else:
             seed = derive_seed(options.seed, "batches", name, job.number)
-            batches = Batches(tokens, options.model.block_size, options.local.batch_size, seed)
+            batches = task.batches(text, window, options.local.batch_size, seed)
         trained = self.trainer.train(
             job.params,
             batches,

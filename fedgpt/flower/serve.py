@@ -33,12 +33,10 @@ from fedgpt.core.files import write_text
 from fedgpt.core.flat import flatten
 from fedgpt.core.messages import ClientInfo, ServerState
 from fedgpt.core.options import RunOptions
-from fedgpt.core.seeds import derive_seed
 from fedgpt.core.transport import Transport
-from fedgpt.data.corpora import corpus_prompt
 from fedgpt.data.partition import Shard, partition
 from fedgpt.data.prepare import Prepared, prepare
-from fedgpt.evaluate.held_out import HeldOut
+from fedgpt.evaluate.central import CentralEvaluation
 from fedgpt.flower.grid_transport import GridTransport
 from fedgpt.flower.pool.grid import PoolGrid
 from fedgpt.flower.pool.resources import Resources, resources_for
@@ -62,6 +60,7 @@ from fedgpt.storage.checkpoint import Checkpoints, RunTables, Snapshot
 from fedgpt.storage.initial_weights import initial_weights
 from fedgpt.storage.journal import Journal, RecordedTransport, needs_journal
 from fedgpt.storage.run_folder import RunFolder
+from fedgpt.tasks.base import make_task
 
 # seconds past the deadline before a client that hangs is given up (the pool ends its worker)
 TTL_MARGIN = 10.0
@@ -120,7 +119,7 @@ class _Run:
     def go(self) -> dict[str, Any]:
         o = self.options
         snapshot = self._snapshot()
-        stage = self._held_out()
+        evaluation = CentralEvaluation(o, self.prepared, make_task(o), self.compute)
         strategy = build_strategy(o.strategy, o.trusted_packages)
         if not isinstance(strategy, Strategy):
             strategy = FlowerStrategy(strategy)
@@ -143,7 +142,7 @@ class _Run:
                 snapshot,
                 self.compute,
                 self.resources.workers_text,
-                stage.tokens,
+                evaluation.held_out.tokens,
             )
         )
         if self.statement:
@@ -164,7 +163,7 @@ class _Run:
                 o,
                 strategy,
                 transport,
-                self._evaluator(stage),
+                evaluation,
                 self.folder,
                 snapshot,
                 (self._log_event, display),
@@ -172,6 +171,7 @@ class _Run:
                 slowed,
                 transport if isinstance(transport, RecordedTransport) else None,
                 privacy,
+                evaluation.scoring,
             )
             del snapshot  # the server says how long the vectors in it are kept
             summary = server.run()
@@ -220,31 +220,6 @@ class _Run:
                 differing,
             )
         return snapshot
-
-    def _held_out(self) -> HeldOut:
-        tokenizer, o = self.prepared.tokenizer, self.options
-        return HeldOut(
-            o.model,
-            self.prepared.held_out(),
-            tokenizer.token_bytes,
-            self.compute,
-            o.evaluate.tokens,
-        )
-
-    def _evaluator(self, stage: HeldOut) -> Any:
-        o, tokenizer = self.options, self.prepared.tokenizer
-        prompt = o.evaluate.prompt if o.evaluate.prompt is not None else corpus_prompt(o.corpus)
-        ids = list(tokenizer.encode(prompt)) or [tokenizer.end]
-
-        def evaluate(version: int, params: np.ndarray, sample: bool) -> dict[str, Any]:
-            scores: dict[str, Any] = stage(params).as_dict()
-            if sample:
-                seed = derive_seed(o.seed, "sample", version)
-                written = stage.sample(ids, o.evaluate.sample_tokens, seed, tokenizer.end)
-                scores |= {"prompt": prompt, "sample": tokenizer.decode(written)}
-            return scores
-
-        return evaluate
 
     def _transport(self, snapshot: Snapshot, journal: Journal | None) -> Transport:
         """The pool knows its clients by partition; other runtimes are asked. Virtual clock or

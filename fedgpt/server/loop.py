@@ -18,6 +18,7 @@ from fedgpt.core.errors import ConfigError, FedGPTError, Interrupted, StoppedEar
 from fedgpt.core.faults import reach
 from fedgpt.core.messages import Job, Reply, ServerState, Update
 from fedgpt.core.options import RunOptions
+from fedgpt.core.score import LANGUAGE, Scoring
 from fedgpt.core.transport import Transport
 from fedgpt.server.collector import UpdateCollector, model_length
 from fedgpt.server.diagnostics import Diagnostics
@@ -57,11 +58,12 @@ class Server:
         fleet: Fleet | None = None,
         journal: RecordedTransport | None = None,
         privacy: Privacy | None = None,
+        scoring: Scoring = LANGUAGE,
     ):
         """`root` trains the server's own update; `fleet` slows clients down; `journal` is
         `transport`, if it is one.
         """
-        self.options = options
+        self.options, self.scoring = options, scoring
         self.strategy = strategy
         self.transport = transport
         self.root = root
@@ -87,7 +89,7 @@ class Server:
         self.switch = PacingAdvisor(strategy, self.planner, transport.at_once)
         self.diagnostics = Diagnostics(self.state.params.size, snapshot.extra)
         self.quarantine = Quarantine(options.validate, self.tables.strikes, self.tables.quarantine)
-        self.best = BestWeights(options, self.checkpoints, snapshot)
+        self.best = BestWeights(options, self.checkpoints, snapshot, scoring.score)
         self.flight = InFlight()
         self.collector = UpdateCollector(options, strategy, self.state.params.size, self.privacy)
         self._arrived, self._failures = deque[Reply](), 0  # failures in a row
@@ -111,7 +113,9 @@ class Server:
                     self._receive(reply)
             self._end(over=True)
             wall, records = self._wall_seconds(), self.folder.metrics.read()
-            return summary(records, self.state, self.tables, wall, self.transport.virtual)
+            return summary(
+                records, self.state, self.tables, wall, self.transport.virtual, self.scoring
+            )
         except (KeyboardInterrupt, StoppedEarly) as stop:
             self._end(over=isinstance(stop, StoppedEarly))
             raise (
@@ -395,7 +399,9 @@ class Server:
                 **self.tables.record,
                 **self.stage.scores(self.state, **self.tables.evaluation),
             }
-            self.state, told = self.best.decide(self.state, record["loss"])
+            self.state, told = self.best.decide(
+                self.state, record[self.scoring.score.name]
+            )
             done = {"score": False, "sample": False}
             self.tables = replace(self.tables, record={**record, **told}, evaluation=done)
 

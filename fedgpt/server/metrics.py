@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fedgpt.core.messages import Job, ServerState, Update
+from fedgpt.core.score import LANGUAGE, Scoring
 from fedgpt.server.collector import UpdateCollector
 from fedgpt.storage.checkpoint import RunTables
 
@@ -128,13 +129,15 @@ def summary(
     tables: RunTables,
     wall: float,
     virtual: bool,
+    scoring: Scoring = LANGUAGE,
 ) -> dict[str, Any]:
     """The machine-readable end of a run."""
-    score = [
-        {k: r[k] for k in ("version", "loss", "perplexity", "bits_per_byte")}
-        for r in records
-        if "loss" in r
-    ]
+    evaluated = scoring.evaluated(records)
+    ends = {
+        "initial": evaluated[0],
+        "final": evaluated[-1],
+        "best": scoring.best(evaluated),
+    }
     return {
         "versions": state.version,
         "tokens": tables.tokens_done,
@@ -142,9 +145,9 @@ def summary(
         "virtual_seconds": tables.seconds if virtual else None,
         "bytes_up": tables.bytes_up,
         "bytes_down": tables.bytes_down,
-        "initial": score[0],
-        "final": score[-1],
-        "best": min(score, key=lambda s: s["loss"]),
+        "score": scoring.score.name,
+        "higher_is_better": scoring.score.higher_is_better,
+        **{end: {"version": r["version"], **scoring.of(r)} for end, r in ends.items()},
         "weights_sha256": weights_digest(state.params),
         "rejected": tables.rejected,
         "epsilon": records[-1].get("epsilon"),

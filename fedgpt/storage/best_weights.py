@@ -1,10 +1,7 @@
-"""The best weights so far, by held-out loss: kept in a file, and gone back to where
-`evaluate.rollback` says so.
-"""
+"""The best weights so far by THE score of the task: kept in a file, restored by evaluate.rollback."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,6 +10,7 @@ import numpy as np
 
 from fedgpt.core.messages import ServerState
 from fedgpt.core.options import RunOptions
+from fedgpt.core.score import LANGUAGE, Score
 from fedgpt.storage.checkpoint import Checkpoints, Snapshot
 
 PREFIX = "best/"
@@ -23,28 +21,37 @@ class BestWeights:
     asked for.
     """
 
-    def __init__(self, options: RunOptions, checkpoints: Checkpoints, snapshot: Snapshot):
+    def __init__(
+        self,
+        options: RunOptions,
+        checkpoints: Checkpoints,
+        snapshot: Snapshot,
+        score: Score = LANGUAGE.score,
+    ):
         """The file may be of a version after the snapshot's: its weights are as good as they
         were.
         """
-        self.options, self.checkpoints = options, checkpoints
+        self.options, self.checkpoints, self.score = options, checkpoints, score
         kept = checkpoints.load_best() if options.checkpoint.best else None
-        self._lowest = math.inf if kept is None else kept[1]
-        self._state, self._loss = _restored(snapshot.extra)
+        self._saved = score.worst if kept is None else kept[1]
+        self._state, self._best = _restored(snapshot.extra, score)
 
     def keep(self, record: Mapping[str, Any], params: np.ndarray | None) -> None:
         """Write a scored version's weights, where no version before was as good."""
-        loss = record.get("loss", math.inf)
-        if params is not None and self.options.checkpoint.best and loss < self._lowest:
-            self._lowest = loss
-            self.checkpoints.save_best(params, record["version"], loss)
+        value = record.get(self.score.name, self.score.worst)
+        better = self.score.better(value, self._saved)
+        if params is not None and self.options.checkpoint.best and better:
+            self._saved = value
+            self.checkpoints.save_best(params, record["version"], value)
 
-    def decide(self, state: ServerState, loss: float) -> tuple[ServerState, dict[str, int]]:
+    def decide(self, state: ServerState, value: float) -> tuple[ServerState, dict[str, int]]:
         """(the state to go on with, what the record says of it): the best one's weights and memory
         after a regress.
         """
-        allowed = self._loss * (1 + (self.options.evaluate.rollback or 0.0))
-        if self._state is not None and not loss <= allowed:  # NaN is worse, too
+        allowed = self.score.tolerated(self._best, self.options.evaluate.rollback or 0.0)
+        # NaN is worse, too
+        worse = value != allowed and not self.score.better(value, allowed)
+        if self._state is not None and worse:
             best = self._state
             # what has been released has been released: correlated noise goes on from there
             private = {
@@ -52,8 +59,8 @@ class BestWeights:
             }
             memory = {**best.memory, **private}
             return replace(state, params=best.params, memory=memory), {"restored": best.version}
-        if self._state is None or loss < self._loss:
-            self._state, self._loss = state, loss
+        if self._state is None or self.score.better(value, self._best):
+            self._state, self._best = state, value
         return state, {}
 
     def memory(self) -> dict[str, np.ndarray]:
@@ -63,15 +70,15 @@ class BestWeights:
         best = self._state
         memory = {f"{PREFIX}memory/{name}": array for name, array in best.memory.items()}
         numbers = {
-            f"{PREFIX}loss": np.array(self._loss),
+            f"{PREFIX}loss": np.array(self._best),
             f"{PREFIX}version": np.array(best.version),
         }
         return {f"{PREFIX}params": best.params, **numbers, **memory}
 
 
-def _restored(extra: Mapping[str, np.ndarray]) -> tuple[ServerState | None, float]:
+def _restored(extra: Mapping[str, np.ndarray], score: Score) -> tuple[ServerState | None, float]:
     if f"{PREFIX}params" not in extra:
-        return None, math.inf
+        return None, score.worst
     start = f"{PREFIX}memory/"
     memory = {
         name.removeprefix(start): array for name, array in extra.items() if name.startswith(start)

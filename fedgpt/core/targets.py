@@ -1,0 +1,186 @@
+"""Interchangeable parts: built-in ones are named by their file, anybody's by their class.
+
+    corpus=stdlib                              built in: the class in fedgpt/data/corpora/stdlib.py
+    corpus=custom corpus._target_=mine.Poems   any class, where trusted_packages=[mine] allows it
+
+The folder is the list of built-in members: a new one is a new file, and nothing else lists it.
+Importing a module runs its code, and a configuration may come from somebody else. So a class is
+imported only from an allow-list: the folder itself and the packages that the user trusts.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Generic, Protocol, TypeVar
+
+from fedgpt.core.errors import ConfigError, nearest
+
+CUSTOM = "custom"  # the choice under which `_target_` names the class
+INTERFACE = "base"  # the module of a folder that defines what its members inherit
+
+Part = TypeVar("Part")
+
+
+def build(option: str, node: Any, rooms: Iterable[str] = (), trusted: Iterable[str] = ()) -> Any:
+    """Return the object that `node` describes: its `_target_` class called with the other keys.
+
+    `option` is the name under which messages speak of the node. Only classes inside the packages
+    `rooms` and `trusted` are imported. Raises ConfigError.
+
+    >>> build("share", {"_target_": "fractions.Fraction", "numerator": 3}, trusted=["fractions"])
+    Fraction(3, 1)
+    """
+    if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
+        raise ConfigError(
+            f"{option}={node!r}: a {option} needs `_target_`, the full name of its class"
+        )
+    cls = load_class(option, node["_target_"], rooms, trusted)
+    return call(option, cls, {key: value for key, value in node.items() if key != "_target_"})
+
+
+def load_class(
+    option: str, target: str, rooms: Iterable[str] = (), trusted: Iterable[str] = ()
+) -> type:
+    """Import the class `target`, written package.module.Class; raises ConfigError."""
+    allowed = (*rooms, *trusted)
+    if not any(target.startswith(f"{package}.") for package in allowed):
+        raise ConfigError(
+            f"{option}._target_={target}: only classes in {', '.join(allowed)} are used; "
+            f"to trust another package add trusted_packages=[{target.split('.')[0]}]"
+        )
+    module_name, _, class_name = target.rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+    except ImportError as error:
+        raise ConfigError(
+            f"{option}._target_={target}: cannot import {module_name} ({error})"
+        ) from error
+    cls = getattr(module, class_name, None)
+    if not inspect.isclass(cls):
+        names = [name for name, member in vars(module).items() if inspect.isclass(member)]
+        raise ConfigError(
+            f"{option}._target_={target}: {module_name} has no class"
+            f" {class_name}{nearest(class_name, names)}"
+        )
+    return cls
+
+
+def call(option: str, cls: type, arguments: Mapping[str, Any]) -> Any:
+    """Return `cls(**arguments)`; raises ConfigError that names each argument `option.<name>`."""
+    known = inspect.signature(cls).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    if not takes_any and (unknown := [name for name in arguments if name not in known]):
+        allowed = ", ".join(known) or "none"
+        raise ConfigError(
+            f"{option}.{name}={arguments[name]}: the options of {cls.__name__} are"
+            f" {allowed}{nearest(name, known)}"
+            for name in unknown
+        )
+    try:
+        return cls(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{option}: {cls.__name__} refused its options: {error}") from error
+
+
+class Chosen(Protocol):
+    """The options of a group: a dataclass with the member's name and these two fields."""
+
+    _target_: str | None
+    arguments: Any  # name -> value, or None
+
+
+@dataclass(frozen=True)
+class Members(Generic[Part]):
+    """The parts that a group of options chooses from: every file of a folder, and trusted classes.
+
+    A built-in member is a dataclass. Where it has a field of the same name as an option of the
+    group, it gets that option's value; null leaves the member's own default.
+    """
+
+    group: str  # the group of options, e.g. corpus
+    key: str  # the option that names a member, e.g. corpus.name
+    base: type[Part]  # what a member inherits; its package is the folder
+
+    @property
+    def folder(self) -> str:
+        """The package whose modules are the built-in members."""
+        return self.base.__module__.rpartition(".")[0]
+
+    def names(self) -> list[str]:
+        """Names of the built-in members, in alphabetical order."""
+        path = importlib.import_module(self.folder).__path__
+        return sorted(m.name for m in pkgutil.iter_modules(path) if m.name != INTERFACE)
+
+    def load(self, name: str) -> type[Part]:
+        """Import the class of the built-in member `name`; raises ConfigError for another name."""
+        known = self.names()
+        if name not in known:
+            names = [*known, CUSTOM]
+            raise ConfigError(
+                f"{self.key}={name}: allowed are {', '.join(names)}{nearest(name, names)}"
+            )
+        module = importlib.import_module(f"{self.folder}.{name}")
+        found = [
+            value
+            for value in vars(module).values()
+            if inspect.isclass(value)
+            and issubclass(value, self.base)
+            and value.__module__ == module.__name__
+        ]
+        assert len(found) == 1, f"{module.__name__} must define one {self.base.__name__}"
+        return found[0]
+
+    def build(self, options: Chosen, trusted: Iterable[str] = ()) -> Part:
+        """Return the member that `options` choose; raises ConfigError."""
+        arguments = options.arguments or {}
+        if not isinstance(arguments, Mapping):
+            raise ConfigError(
+                f"{self.group}.arguments={arguments}: must be names and values, such as"
+                f" '{self.group}.arguments={{name: 1}}'"
+            )
+        name = getattr(options, self.key.rpartition(".")[2])
+        if name == CUSTOM:
+            cls = self._custom(options._target_, trusted)
+            return call(f"{self.group}.arguments", cls, arguments)
+        if options._target_ is not None:
+            raise ConfigError(
+                f"{self.group}._target_={options._target_}: {self.group}={name} has a class of its"
+                f" own; add {self.group}={CUSTOM}, or leave it out"
+            )
+        cls = self.load(name)
+        return call(f"{self.group}.arguments", cls, {**self._values(cls, options), **arguments})
+
+    def _values(self, cls: type, options: Any) -> dict[str, Any]:
+        """The options that a built-in class has fields for, but for those that are null."""
+        typed = {field.name for field in fields(options)} - {"_target_", "arguments"}
+        if twice := sorted(typed & (options.arguments or {}).keys()):
+            raise ConfigError(
+                f"{self.group}.arguments.{name}={options.arguments[name]}: is an option of its own;"
+                f" type {self.group}.{name}={options.arguments[name]}"
+                for name in twice
+            )
+        shared = [field.name for field in fields(cls) if field.name in typed]
+        values = {name: getattr(options, name) for name in shared}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def _custom(self, target: str | None, trusted: Iterable[str]) -> type[Part]:
+        """Import the class `target`, which must inherit from the interface."""
+        if target is None:
+            raise ConfigError(
+                f"{self.group}._target_ is not set: {self.group}={CUSTOM} needs the full name of a"
+                f" class, {self.group}._target_=package.module.Class"
+            )
+        cls = load_class(self.group, target, (self.folder,), trusted)
+        interface = f"{self.base.__module__}.{self.base.__name__}"
+        if not issubclass(cls, self.base):
+            raise ConfigError(f"{self.group}._target_={target}: must inherit from {interface}")
+        if missing := sorted(getattr(cls, "__abstractmethods__", ())):
+            raise ConfigError(
+                f"{self.group}._target_={target}: must define {' and '.join(missing)}, as"
+                f" {interface} says"
+            )
+        return cls
