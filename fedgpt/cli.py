@@ -85,18 +85,23 @@ def _hydra(arguments: list[str], readable: list[str]) -> int:
 
 
 def _start(options: Any) -> float:
-    """Run one configuration; returns THE score of its last version as Hydra's sweepers take it.
+    """Run one configuration; returns what Hydra's sweepers minimise."""
+    from fedgpt.flower.launch import launch
 
-    They minimise unless they are configured otherwise, so a score of which higher is better is
-    returned with a minus sign.
+    launch(options)
+    return sweep_score(Path(options.run_dir))
+
+
+def sweep_score(folder: Path) -> float:
+    """THE score of a finished run's last version, for a sweeper, which minimises it.
+
+    A score of which higher is better is returned with a minus sign.
     """
     import json
 
     from fedgpt.core.score import Score
-    from fedgpt.flower.launch import launch
 
-    launch(options)
-    summary = json.loads((Path(options.run_dir) / "summary.json").read_text())
+    summary = json.loads((folder / "summary.json").read_text())
     score = Score(summary["score"], summary["higher_is_better"])
     return score.to_minimise(summary["final"][score.name])
 

@@ -19,7 +19,7 @@ from yaml import YAMLError
 
 from fedgpt.config import checks, overrides
 from fedgpt.core.errors import ConfigError, nearest
-from fedgpt.core.options import RunOptions
+from fedgpt.core.options import RunOptions, TaskOptions
 from fedgpt.privacy.problems import privacy_problems
 from fedgpt.server.pacing import make_pace, pace_problems
 from fedgpt.simulate.fleet import replay_problems
@@ -278,6 +278,22 @@ def _problems(o: RunOptions, here: bool) -> Iterator[str]:
                 " public part; raise it, or take another rule, such as strategy=median"
             )
         yield from privacy_problems(o, strategy)
+    if o.task != TaskOptions() or o.metrics:
+        yield from _task_problems(o)
+
+
+def _task_problems(o: RunOptions) -> Iterator[str]:
+    """Whether task and metrics can be built; they need torch, which a plain run need not wait for."""
+    from fedgpt.evaluate.metrics.base import make_metrics
+    from fedgpt.tasks.base import make_task
+
+    try:
+        task = make_task(o)
+        make_metrics(o.metrics, o.trusted_packages, task.scoring)
+    except ConfigError as error:
+        yield from error.problems
+    else:
+        yield from task.problems(o)
 
 
 def _pacing_problems(o: RunOptions, strategy: Any) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The best weights so far by THE score of the task: kept in a file, restored by evaluate.rollback."""
+"""The best weights so far by THE score of a task: kept in a file, restored by evaluate.rollback."""
 
 from __future__ import annotations
 
