@@ -9,6 +9,20 @@ from fedgpt.privacy.statement import rows
 from fedgpt.report.progress import count, rule
 
 
+def _scores(final: dict[str, Any]) -> list[str]:
+    if "bits_per_byte" not in final:
+        scores = {name: value for name, value in final.items() if name != "version"}
+        cells = " | ".join(f"{value:.4f}" for value in scores.values())
+        head = ["| held-out text | " + " | ".join(scores) + " |", "|---|" + "---|" * len(scores)]
+        return [*head, f"| last version | {cells} |"]
+    return [
+        "| held-out text | loss | perplexity | bits per byte |",
+        "|---|---|---|---|",
+        f"| last version | {final['loss']:.4f} | {final['perplexity']:.2f} |"
+        f" {final['bits_per_byte']:.4f} |",
+    ]
+
+
 def model_card(o: RunOptions, summary: dict[str, Any], statement: dict[str, Any]) -> str:
     """Markdown with the front matter that model hubs read; `statement` is empty for a run without
     privacy.
@@ -30,12 +44,7 @@ def model_card(o: RunOptions, summary: dict[str, Any], statement: dict[str, Any]
             f" `{o.corpus.name}` at its clients."
         ),
         "",
-        "| held-out text | loss | perplexity | bits per byte |",
-        "|---|---|---|---|",
-        (
-            f"| last version | {final['loss']:.4f} | {final['perplexity']:.2f} |"
-            f" {final['bits_per_byte']:.4f} |"
-        ),
+        *_scores(final),
         "",
         f"sha256 of the flat float32 weights: `{summary['weights_sha256']}`",
         "",

@@ -112,6 +112,10 @@ def summary_text(summary: dict[str, Any], records: list[dict[str, Any]], folder:
             f"held-out bits per byte  {first['bits_per_byte']:.3f} -> {last['bits_per_byte']:.3f}"
             f"   (perplexity {first['perplexity']:.0f} -> {last['perplexity']:.1f}; "
             f"best {best['bits_per_byte']:.3f} at version {best['version']})"
+            if "bits_per_byte" in first
+            else f"held-out {summary['score']}  {first[summary['score']]:.3f} ->"
+            f" {last[summary['score']]:.3f}   (best {best[summary['score']]:.3f} at version"
+            f" {best['version']})"
         ),
         (
             f"trained                 {count(summary['tokens'])} tokens in"
@@ -152,7 +156,9 @@ def samples_page(records: list[dict[str, Any]]) -> str:
     lines = ["# What the model wrote", ""]
     for record in records:
         if "sample" in record:
-            title = f"## Version {record['version']}: {record['bits_per_byte']:.3f} bits per byte"
+            title = f"## Version {record['version']}"
+            if "bits_per_byte" in record:
+                title += f": {record['bits_per_byte']:.3f} bits per byte"
             lines += [title, "", "```text", _text(record).replace("```", "` ` `"), "```", ""]
     return "\n".join(lines)
 
