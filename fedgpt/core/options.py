@@ -70,7 +70,7 @@ class TaskOptions:
 
     name: str = "lm"
     _target_: str | None = None  # custom: the class, package.module.Class; see trusted_packages
-    arguments: dict[str, Any] = field(default_factory=dict)  # fields of the task's class
+    arguments: Any = None  # {name: value}: fields of the task's class
 
 
 @dataclass
