@@ -16,13 +16,14 @@ from filelock import FileLock
 
 from fedgpt.core.messages import Job
 from fedgpt.core.options import RunOptions
-from fedgpt.data.examples import ExampleSet
+from fedgpt.data.text import Text
 from fedgpt.local.private import PrivateSteps
 from fedgpt.privacy.accounting import Event, epsilon_of
 from fedgpt.privacy.clipping import clipped
 from fedgpt.privacy.ledger import BudgetExhausted, Ledger
 from fedgpt.privacy.plan import sampling_probability
 from fedgpt.privacy.randomness import SecureStream, derive, secret_key
+from fedgpt.tasks.base import Task
 from fedgpt.update.codec import digest
 
 
@@ -32,24 +33,32 @@ class ClientPrivacy:
     """
 
     def __init__(
-        self, options: RunOptions, folder: Path, tokens: np.ndarray, environment: dict[str, Any]
+        self,
+        options: RunOptions,
+        folder: Path,
+        text: Text,
+        environment: dict[str, Any],
+        task: Task,
     ):
-        """`folder` is the client's own; `environment` is what the bits of its result depend on
-        beside the job.
+        """`folder` and `text` are the client's own.
+
+        `environment` is what the bits of its result depend on beside the job.
         """
         self.options = options
         self.folder = folder
-        self.tokens = tokens
+        self.text = text
+        self.task = task
         self.environment = environment
         # releases paid for since the client's first job, those of the present one included
         self.charged = 0.0
 
-    def steps(self, job: Job, state: str, units: ExampleSet) -> PrivateSteps:
-        """privacy=example: what makes the steps of `job` private, on the `units` of its text.
+    def steps(self, job: Job, state: str) -> PrivateSteps:
+        """privacy=example: what makes the steps of `job` private.
 
         `state` names the moments that the job starts from.
         """
         o = self.options
+        units = self.task.units(self.text, o.model.block_size)
         probability = sampling_probability(o, len(units))
         event = Event(job.plan.noise_multiplier, probability, job.plan.local_steps)
         stream = self._paid(job, state, event, o.local.steps, len(units))
@@ -84,7 +93,7 @@ class ClientPrivacy:
             # it is made last: with it, there was a ledger
             fresh = plan.state_job < 0 and not path.exists()
             ledger = Ledger(
-                self.folder / "ledger.json", o.unit, digest(self.tokens), plan.delta, fresh
+                self.folder / "ledger.json", o.unit, digest(self.text.tokens), plan.delta, fresh
             )
             key = secret_key(path, fresh)
             if o.rng == "seeded":

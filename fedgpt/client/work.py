@@ -168,7 +168,7 @@ class ClientWork:
         if compute.device != "cpu":
             environment["once"] = secrets.token_hex(8)
         folder = ClientStore(self.state_root, job.plan.run, job.client).folder
-        return ClientPrivacy(self.options, folder, text.tokens, environment)
+        return ClientPrivacy(self.options, folder, text, environment, self.trainer.task)
 
     def _trained(
         self,
@@ -178,13 +178,14 @@ class ClientWork:
         before: ClientState | None,
         privacy: ClientPrivacy | None = None,
     ) -> tuple[Update, ClientState]:
-        options, task, window = self.options, self.trainer.task, self.options.model.block_size
+        options = self.options
         moments = None if before is None else before.moments
         if privacy is not None and options.privacy.unit == "example":
-            batches = privacy.steps(job, _named(moments), task.units(text, window))
+            batches = privacy.steps(job, _named(moments))
         else:
             seed = derive_seed(options.seed, "batches", name, job.number)
-            batches = task.batches(text, window, options.local.batch_size, seed)
+            window, size = options.model.block_size, options.local.batch_size
+            batches = self.trainer.task.batches(text, window, size, seed)
         trained = self.trainer.train(
             job.params,
             batches,
