@@ -135,7 +135,7 @@ class Task:
         `token_bytes`, (vocabulary,) int64: bytes of text that each token stands for.
         """
         count = counted(batch)
-        return {"nats": self.loss(outputs, batch).double() * count, "tokens": count}
+        return {"nats": self.loss(outputs, batch).detach().double() * count, "tokens": count}
 
     def scores(self, totals: Mapping[str, float]) -> dict[str, float]:
         """The scores that `scoring` names, from the tallies added up over the held-out text."""

@@ -186,4 +186,6 @@ def test_a_hopeless_model_has_infinite_perplexity_and_finite_loss(tokenizer, tok
     with torch.no_grad():
         views["transformer.ln_f.weight"].mul_(1e6)
     scores = scorer(tokens, tokenizer.token_bytes)(params)
-    assert scores["loss"] > 700 and math.isfinite(scores["loss"]) and scores["perplexity"] == math.inf
+    assert (
+        scores["loss"] > 700 and math.isfinite(scores["loss"]) and scores["perplexity"] == math.inf
+    )

@@ -255,7 +255,9 @@ def test_a_step_is_the_clipped_sum_and_noise_over_a_constant(engine):
     chosen = np.flatnonzero(SecureStream(bytes(32), "test").uniform(40) < 0.25)
     assert 2 < len(chosen) < 20 and len(chosen) != 10
     found = torch.zeros_like(vector)
-    PrivateGradient(model, layout, TASK, engine, batch_size=3).fill(found, steps)  # in several parts
+    PrivateGradient(model, layout, TASK, engine, batch_size=3).fill(
+        found, steps
+    )  # in several parts
     # another one: torch.func does not take Opacus' hooks
     own = truth(make()[0], layout, *steps.units.take(chosen))
     want = clipped_sum(own, 0.5) / 10  # q n, not as many as there are

@@ -36,9 +36,7 @@ class DocumentLabel(Task):
         targets[-1] = self.labels.index(label)
         yield inputs, targets
 
-    def tally(
-        self, outputs: Tensor, batch: Batch, token_bytes: Tensor | None
-    ) -> dict[str, Tensor]:
+    def tally(self, outputs: Tensor, batch: Batch, token_bytes: Tensor | None) -> dict[str, Tensor]:
         best = outputs[..., : len(self.labels)].argmax(-1)
         right = ((best == batch[1]) & (batch[1] != IGNORE)).sum()
         return {**super().tally(outputs, batch, token_bytes), "right": right}
