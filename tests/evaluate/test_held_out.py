@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.labels_task import TopTokens
 
 from fedgpt.core.device import Compute
 from fedgpt.core.flat import flatten
@@ -16,6 +17,7 @@ from fedgpt.core.options import ModelOptions, TokenizerOptions
 from fedgpt.data.text import Text
 from fedgpt.data.tokenizer import Tokenizer, make_tokenizer
 from fedgpt.evaluate.held_out import HeldOut
+from fedgpt.evaluate.metrics.accuracy import Accuracy
 from fedgpt.model.gpt import GPT
 from fedgpt.tasks.lm import LanguageModel
 
@@ -124,6 +126,23 @@ def test_a_uniform_model_needs_log2_of_the_vocabulary_for_every_token(tokenizer,
         math.log2(vocab) * held_out.tokens / int(tokenizer.token_bytes[predicted(held_out)].sum()),
         rel=1e-6,
     )
+
+
+def test_metrics_come_from_the_pass_that_gives_the_scores(tokenizer, tokens):
+    model, params = parameters(tokenizer.vocab_size)
+    held_out = scorer(tokens, tokenizer.token_bytes, metrics=(Accuracy(), TopTokens(k=3)))
+    scores = held_out(params)
+    plain = scorer(tokens, tokenizer.token_bytes)(params)
+    assert plain.items() <= scores.items() and list(scores)[-2:] == ["accuracy", "top_tokens"]
+    right = top = 0
+    for inputs, targets in zip(*held_out.examples.rows, strict=True):
+        for row, target in zip(model(inputs[None])[0], targets.tolist(), strict=True):
+            order = row.argsort(descending=True).tolist()
+            right += order[0] == target
+            top += target in order[:3]
+    assert 0 < right < top
+    assert scores["accuracy"] == right / held_out.tokens
+    assert scores["top_tokens"] == top / held_out.tokens
 
 
 def test_batches_do_not_change_the_score(tokenizer, tokens):

@@ -17,9 +17,13 @@ from fedgpt.tasks.base import Sample
 
 OWN = {name: make_metrics([name], (), LANGUAGE)[0] for name in METRICS.names()}
 MEMBERS: dict[str, Any] = {**OWN, "top tokens": TopTokens(k=3), "length": SampleLength()}
-BATCH = (torch.zeros(6, 5, dtype=torch.int64), torch.randint(8, (6, 5)))
+GENERATOR = torch.Generator().manual_seed(0)
+BATCH = (
+    torch.zeros(6, 5, dtype=torch.int64),
+    torch.randint(8, (6, 5), generator=GENERATOR),
+)
 BATCH[1][2:4, 1:] = IGNORE
-OUTPUTS = torch.randn(6, 5, 8)
+OUTPUTS = torch.randn(6, 5, 8, generator=GENERATOR)
 
 
 def value(metric: BatchMetric, outputs: torch.Tensor, *parts: slice) -> float:
