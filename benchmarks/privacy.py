@@ -86,7 +86,7 @@ def plain(model: ModelOptions, local: LocalOptions) -> Step:
     batches = Batches(tokens_of(model, local), model.block_size, local.batch_size, seed=0)
 
     def step() -> None:
-        trainer._gradient(batches)
+        trainer.gradient.fill(batches, local.accumulate)
         trainer._clip()
         trainer.optimizer.step(1e-3)
 

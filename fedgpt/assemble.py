@@ -36,12 +36,10 @@ from fedgpt.core.files import write_text
 from fedgpt.core.messages import ServerState
 from fedgpt.core.options import RunOptions
 from fedgpt.core.resources import Resources, resources_for
-from fedgpt.core.seeds import derive_seed
 from fedgpt.core.transport import Transport
-from fedgpt.data.corpus import corpus_prompt
 from fedgpt.data.partition import Shard, partition
 from fedgpt.data.prepare import Prepared, prepare
-from fedgpt.evaluate.held_out import HeldOut
+from fedgpt.evaluate.central import CentralEvaluation
 from fedgpt.privacy.plan import PrivacyPlan, make_plan
 from fedgpt.privacy.statement import statement
 from fedgpt.report.progress import ProgressDisplay
@@ -50,7 +48,7 @@ from fedgpt.report.run_report import opening, privacy_text, summary_text
 from fedgpt.report.trackers import make_trackers
 from fedgpt.server.loop import Server
 from fedgpt.server.metrics import first_line
-from fedgpt.server.parts import Evaluator, Parts
+from fedgpt.server.parts import Parts
 from fedgpt.server.privacy import make_privacy
 from fedgpt.simulate.fleet import Fleet
 from fedgpt.simulate.virtual_clock import VirtualTransport, make_timing
@@ -60,6 +58,7 @@ from fedgpt.storage.journal import Journal, RecordedTransport, needs_journal
 from fedgpt.storage.resume import open_or_resume
 from fedgpt.storage.run_folder import RunFolder
 from fedgpt.storage.tables import RunIdentity
+from fedgpt.tasks.base import make_task
 
 # errors that mean that there is no more room for a file
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
@@ -108,18 +107,21 @@ def serve(options: RunOptions, network: Network) -> dict[str, Any]:
 def _serve(setting: Setting, network: Network) -> dict[str, Any]:
     options, folder = setting.options, setting.folder
     snapshot = _snapshot(setting)
-    held_out = _held_out(setting)
+    task, compute = make_task(options), setting.resources.compute
+    evaluation = CentralEvaluation(options, setting.prepared, task, compute)
     strategy = _strategy(setting, network)
+    names, resumed_at = evaluation.scoring.names, snapshot.state.version
+    trackers = make_trackers(options, folder.path, resumed_at, names)
     _claim(folder, options)  # nothing is wrong so far: a run that is refused leaves no folder
     switches, pacing = strategy.switches, snapshot.totals.pacing or None
-    display = ProgressDisplay(options, switches=switches, pacing=pacing)
-    display.say(_opening(setting, snapshot, held_out))
+    score = evaluation.scoring.score.name
+    display = ProgressDisplay(options, switches=switches, pacing=pacing, score=score)
+    display.say(_opening(setting, snapshot, evaluation.held_out.tokens))
     if setting.statement:
         display.say(privacy_text(setting.statement))
     environment = json.dumps(dict(setting.environment), indent=2)
     write_text(folder.path / "environment.json", environment + "\n")
-    parts = _parts(setting, network, strategy, held_out, snapshot)
-    trackers = make_trackers(options, folder.path, snapshot.state.version)
+    parts = _parts(setting, network, strategy, evaluation, snapshot)
     with display:
         server = Server(parts, snapshot, [display, *trackers])
         del snapshot  # from now on the server decides how long the vectors in it are kept
@@ -206,40 +208,19 @@ def _claim(folder: RunFolder, options: RunOptions) -> None:
         write_text(folder.path / "command.txt", shlex.join(sys.argv) + "\n")
 
 
-def _opening(setting: Setting, snapshot: Snapshot, held_out: HeldOut) -> str:
+def _opening(setting: Setting, snapshot: Snapshot, held_out_tokens: int) -> str:
     compute, workers = setting.resources.compute, setting.resources.workers_text
     words = f"{compute.device}, {compute.dtype} ({compute.reason}), {workers}"
     text, shards = setting.prepared, setting.shards
-    return opening(setting.options, text, shards, snapshot, words, held_out.tokens)
-
-
-def _held_out(setting: Setting) -> HeldOut:
-    options, tokenizer = setting.options, setting.prepared.tokenizer
-    text, compute = setting.prepared.held_out(), setting.resources.compute
-    return HeldOut(options.model, text, tokenizer.token_bytes, compute, options.evaluate.tokens)
-
-
-def _evaluator(setting: Setting, held_out: HeldOut) -> Evaluator:
-    """Scores a version on the held-out text, and writes a sample where one is asked for."""
-    options, tokenizer = setting.options, setting.prepared.tokenizer
-    prompt = options.evaluate.prompt
-    if prompt is None:
-        prompt = corpus_prompt(options.corpus, options.trusted_packages)
-    ids = list(tokenizer.encode(prompt)) or [tokenizer.end]
-
-    def evaluate(version: int, params: np.ndarray, sample: bool) -> dict[str, Any]:
-        scores: dict[str, Any] = held_out(params).as_dict()
-        if sample:
-            seed = derive_seed(options.seed, "sample", version)
-            written = held_out.sample(ids, options.evaluate.sample_tokens, seed, tokenizer.end)
-            scores |= {"prompt": prompt, "sample": tokenizer.decode(written)}
-        return scores
-
-    return evaluate
+    return opening(setting.options, text, shards, snapshot, words, held_out_tokens)
 
 
 def _parts(
-    setting: Setting, network: Network, strategy: Strategy, held_out: HeldOut, snapshot: Snapshot
+    setting: Setting,
+    network: Network,
+    strategy: Strategy,
+    evaluation: CentralEvaluation,
+    snapshot: Snapshot,
 ) -> Parts:
     options, folder = setting.options, setting.folder
     fresh = snapshot.state.version == 0
@@ -249,8 +230,9 @@ def _parts(
         options,
         strategy,
         _transport(setting, network, strategy, snapshot),
-        _evaluator(setting, held_out),
+        evaluation,
         folder,
+        evaluation.scoring,
         privacy=make_privacy(options, setting.plan, folder.path, digest, fresh),
         root=ClientWork(options, str(folder.path / "clients")).train_root,
         fleet=Fleet(options.fleet, options.seed) if slowed else None,

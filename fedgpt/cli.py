@@ -85,13 +85,25 @@ def _hydra(arguments: list[str], readable: list[str]) -> int:
 
 
 def _start(options: Any) -> float:
-    """Run one configuration; returns the held-out loss, which is what Hydra's sweepers minimise."""
-    import json
-
+    """Run one configuration; returns what Hydra's sweepers minimise."""
     from fedgpt.flower.launch import launch
 
     launch(options)
-    return json.loads((Path(options.run_dir) / "summary.json").read_text())["final"]["loss"]
+    return sweep_score(Path(options.run_dir))
+
+
+def sweep_score(folder: Path) -> float:
+    """THE score of a finished run's last version, for a sweeper, which minimises it.
+
+    A score of which higher is better is returned with a minus sign.
+    """
+    import json
+
+    from fedgpt.core.score import Score
+
+    summary = json.loads((folder / "summary.json").read_text())
+    score = Score(summary["score"], summary["higher_is_better"])
+    return score.to_minimise(summary["final"][score.name])
 
 
 def data(arguments: list[str]) -> int:

@@ -21,6 +21,7 @@ from fedgpt.core.flat import flatten
 from fedgpt.core.messages import Plan
 from fedgpt.core.options import LocalOptions, ModelOptions
 from fedgpt.data.batches import Batches, Blocks
+from fedgpt.data.text import Text
 from fedgpt.evaluate.held_out import HeldOut
 from fedgpt.local.gradient import BatchGradient
 from fedgpt.local.private import PrivateSteps
@@ -29,6 +30,7 @@ from fedgpt.model.generate import generate
 from fedgpt.model.gpt import GPT
 from fedgpt.privacy.randomness import SecureStream
 from fedgpt.storage.run_folder import read_lines
+from fedgpt.tasks.lm import LanguageModel
 
 pytestmark = [
     pytest.mark.gpu,
@@ -113,17 +115,15 @@ def test_dropout_is_drawn_again_the_same():
 def test_a_recorded_gradient_has_the_bits_of_one_that_is_launched_kernel_by_kernel(dtype):
     trainer = Trainer(MODEL, VOCAB, LOCAL, Compute("cuda", dtype, "test"))
     trainer._receive(start())
-    plain = BatchGradient(trainer.model)
+    plain = BatchGradient(trainer.model, trainer.task, trainer.layout, trainer.grad)
     batches = Batches(TOKENS, MODEL.block_size, LOCAL.batch_size, 3)
     for _ in range(3):
-        inputs, targets = batches.next()
-        loss, grads = plain(inputs.cuda(), targets.cuda())
-        again, recorded = trainer.gradient(inputs, targets)
+        batch = batches.next()
+        loss, grads = plain(batch)
+        again, recorded = trainer.gradient(batch)
         assert again == loss and all(map(torch.equal, recorded, grads))
-    with pytest.raises(
-        ValueError, match=r"recorded for batches of \(4, 32\), this one is \(1, 32\)"
-    ):
-        trainer.gradient(inputs[:1], targets[:1])
+    with pytest.raises(ValueError, match=r"recorded for batches of .*4, 32.*, this one is .*1, 32"):
+        trainer.gradient(tuple(tensor[:1] for tensor in batch))
 
 
 def test_jobs_leave_no_memory_behind():
@@ -139,15 +139,15 @@ def test_jobs_leave_no_memory_behind():
 
 def test_scores_and_text_are_those_of_a_cpu():
     lengths = np.ones(VOCAB, np.int64)
+    task = LanguageModel()
+    examples = task.held_out(Text.of([TOKENS[:18_000]]), MODEL.block_size)
     there, here = (
-        HeldOut(MODEL, TOKENS[:18_000], lengths, Compute(d, "fp32", "test"))
-        for d in ("cuda", "cpu")
+        HeldOut(MODEL, examples, lengths, Compute(d, "fp32", "test"), task) for d in ("cuda", "cpu")
     )
-    assert len(there._inputs) > 2 * there._batch and len(there._inputs) % there._batch, (
-        "several batches, one ragged"
-    )
+    rows = there._batch_size
+    assert len(examples) > 2 * rows and len(examples) % rows, "several batches, one ragged"
     vector = 5 * start()
-    assert there(vector).loss == pytest.approx(here(vector).loss, rel=1e-5)
+    assert there(vector)["loss"] == pytest.approx(here(vector)["loss"], rel=1e-5)
     texts = [
         generate(side.model, [1, 2, 3], 20, samples=2, top_k=20, seed=4) for side in (there, here)
     ]

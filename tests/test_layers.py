@@ -17,12 +17,13 @@ PACKAGE = Path(__file__).parent.parent / "fedgpt"
 FLOORS = {
     "core": 0,
     "data": 1, "model": 1, "privacy": 1, "update": 1, "aggregate": 1,
-    "local": 2, "evaluate": 2,
-    "storage": 3,
-    "client": 4, "simulate": 4,
-    "server": 5,
-    "audit": 6, "report": 6, "config": 6,
-    "assemble": 7, "flower": 8, "api": 9, "cli": 10, "__main__": 11, "__init__": 11,
+    "tasks": 2,
+    "local": 3, "evaluate": 3,
+    "storage": 4,
+    "client": 5, "simulate": 5,
+    "server": 6,
+    "audit": 7, "report": 7, "config": 7,
+    "assemble": 8, "flower": 9, "api": 10, "cli": 11, "__main__": 12, "__init__": 12,
 }  # fmt: skip
 ROOMS = {
     "flwr": {"flower"},

@@ -31,7 +31,7 @@ from fedgpt.data.batches import Batches, Blocks
 from fedgpt.data.partition import Shard
 from fedgpt.data.prepare import Prepared
 from fedgpt.local.bookkeeping import BookKeeping
-from fedgpt.local.private import PrivateSteps, example_losses
+from fedgpt.local.private import PrivateSteps
 from fedgpt.local.trainer import Trainer
 from fedgpt.privacy.accounting import gaussian_epsilon
 from fedgpt.privacy.clipping import clipped
@@ -236,7 +236,7 @@ def _leak_auc(trainer: Trainer, delta: np.ndarray, seen: np.ndarray, absent: np.
 @contextmanager
 def _recorded(source: Batches | PrivateSteps, seen: np.ndarray) -> Iterator[None]:
     """Mark in `seen` the tokens of all batches that the source returns."""
-    owner, name = (source, "next") if isinstance(source, Batches) else (source.blocks, "take")
+    owner, name = (source, "next") if isinstance(source, Batches) else (source.units, "take")
     original = getattr(owner, name)
 
     def recorded(*arguments: Any) -> Any:
@@ -281,8 +281,7 @@ def _products(attacker: Trainer, blocks: Blocks, clip: float, released: torch.Te
     for part in np.array_split(
         np.arange(len(blocks)), -(-len(blocks) // attacker.private.examples)
     ):
-        inputs, targets = blocks.take(part)
-        rows, _ = book.gradients(lambda x=inputs, y=targets: example_losses(attacker.model, x, y))
+        rows, _ = book.gradients(attacker.private.losses_of(blocks.take(part)))
         flat = torch.cat([rows[name].flatten(1) for name in attacker.layout.names], 1)
         factors = (clip / flat.norm(dim=1)).clamp(max=1.0)
         found.append((factors * (flat @ released)).cpu().numpy())
@@ -297,5 +296,5 @@ def _losses(trainer: Trainer, blocks: np.ndarray) -> np.ndarray:
         torch.from_numpy(blocks.astype(np.int64)), max(1, len(blocks) // 32)
     ):
         ids = torch.as_tensor(part)
-        found.append(example_losses(trainer.model, ids[:, :-1], ids[:, 1:]).numpy())
+        found.append(trainer.private.losses_of((ids[:, :-1], ids[:, 1:]))().numpy())
     return np.concatenate(found)

@@ -14,13 +14,14 @@ from filelock import FileLock
 
 from fedgpt.core.messages import Job, plan_as_json
 from fedgpt.core.options import RunOptions
-from fedgpt.data.batches import Blocks
+from fedgpt.data.text import Text
 from fedgpt.local.private import PrivateSteps
 from fedgpt.privacy.accounting import Event, epsilon_of
 from fedgpt.privacy.clipping import clipped
 from fedgpt.privacy.ledger import BudgetExhausted, Ledger
 from fedgpt.privacy.plan import sampling_probability
 from fedgpt.privacy.randomness import SecureStream, derive, secret_key
+from fedgpt.tasks.base import Task
 from fedgpt.update.codec import digest
 
 
@@ -31,7 +32,12 @@ class ClientPrivacy:
     """
 
     def __init__(
-        self, options: RunOptions, folder: Path, tokens: np.ndarray, environment: dict[str, Any]
+        self,
+        options: RunOptions,
+        folder: Path,
+        text: Text,
+        environment: dict[str, Any],
+        task: Task,
     ):
         """`folder` holds the client's key and ledger.
 
@@ -39,7 +45,8 @@ class ClientPrivacy:
         """
         self.options = options
         self.folder = folder
-        self.tokens = tokens
+        self.text = text
+        self.task = task
         self.environment = environment
         # releases that the ledger was charged for, including those of the present job
         self.charged = 0.0
@@ -50,11 +57,11 @@ class ClientPrivacy:
         `state` identifies the optimiser moments from which the job starts.
         """
         o = self.options
-        blocks = Blocks(self.tokens, o.model.block_size)
-        probability = sampling_probability(o, len(blocks))
+        units = self.task.units(self.text, o.model.block_size)
+        probability = sampling_probability(o, len(units))
         event = Event(job.plan.noise_multiplier, probability, job.plan.local_steps)
-        stream = self._paid(job, state, event, o.local.steps, len(blocks))
-        return PrivateSteps(blocks, stream, probability, job.plan.noise_multiplier, o.privacy.clip)
+        stream = self._paid(job, state, event, o.local.steps, len(units))
+        return PrivateSteps(units, stream, probability, job.plan.noise_multiplier, o.privacy.clip)
 
     def hidden(self, job: Job, delta: np.ndarray, state: str) -> np.ndarray:
         """privacy=local: the clipped update with noise.
@@ -86,7 +93,7 @@ class ClientPrivacy:
             # the key is written after the ledger: if it exists, so did the ledger
             fresh = plan.state_job < 0 and not path.exists()
             ledger = Ledger(
-                self.folder / "ledger.json", o.unit, digest(self.tokens), plan.delta, fresh
+                self.folder / "ledger.json", o.unit, digest(self.text.tokens), plan.delta, fresh
             )
             key = secret_key(path, fresh)
             if o.rng == "seeded":

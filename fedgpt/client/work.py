@@ -22,11 +22,12 @@ from fedgpt.core.faults import reach
 from fedgpt.core.messages import ClientInfo, Job, Update
 from fedgpt.core.options import RunOptions
 from fedgpt.core.seeds import derive_seed
-from fedgpt.data.batches import Batches
 from fedgpt.data.partition import Shard, partition
-from fedgpt.data.prepare import Prepared, prepare
+from fedgpt.data.prepare import PUBLIC, Prepared, prepare
+from fedgpt.data.text import Text, part_text, shard_text
 from fedgpt.local.optimizer import Moments
 from fedgpt.local.trainer import Trainer
+from fedgpt.tasks.base import make_task
 from fedgpt.update.codec import compress, digest, header_of
 from fedgpt.update.codecs.none import Plain
 from fedgpt.update.compress import codec_of
@@ -71,9 +72,8 @@ class ClientWork:
         private = options.privacy.unit == "example"
         compute = choose_compute(options.runtime.device, options.local.precision, private)
         engine = options.privacy.engine
-        return Trainer(
-            options.model, self.prepared.tokenizer.vocab_size, options.local, compute, engine
-        )
+        size, task = self.prepared.tokenizer.vocab_size, make_task(options)
+        return Trainer(options.model, size, options.local, compute, engine, task)
 
     def info(self, index: int) -> ClientInfo:
         """The id and the size of the client with partition number `index`."""
@@ -94,10 +94,10 @@ class ClientWork:
         job = self._received(job)
         began = time.monotonic()
         lies = index < self.options.attack.clients
-        tokens = shard.read(self.prepared.tokens)
+        text = shard_text(self.prepared, shard)
         with watchdog(self.options.runtime.watchdog, job.plan.seconds):
             reach("client.begin")
-            header, payload = self._do(job, job.client, tokens, lies)
+            header, payload = self._do(job, job.client, text, lies)
             # a simulated fleet on the real clock: wait as long as this client is to take
             time.sleep(max(0.0, began + job.plan.seconds - time.monotonic()))
             reach("client.done")
@@ -105,7 +105,8 @@ class ClientWork:
 
     def train_root(self, job: Job) -> Update:
         """The server's own update: the same training on the public text."""
-        update, state = self._trained(job, ROOT, self.prepared.public(), self._state(job, ROOT))
+        text = part_text(self.prepared, PUBLIC)
+        update, state = self._trained(job, ROOT, text, self._state(job, ROOT))
         self._keep(job, ROOT, state)
         return update
 
@@ -128,11 +129,11 @@ class ClientWork:
         store.save_model(job.version, job.params)
         return job
 
-    def _do(self, job: Job, name: str, tokens: np.ndarray, lies: bool) -> tuple[str, np.ndarray]:
+    def _do(self, job: Job, name: str, text: Text, lies: bool) -> tuple[str, np.ndarray]:
         """Train, add the residual of earlier jobs, compress, keep the new residual, encode."""
         options = self.options.update
         before = self._state(job, name)
-        update, after = self._trained(job, name, tokens, before, self._privacy(job, tokens))
+        update, after = self._trained(job, name, text, before, self._privacy(job, text))
         if lies:
             delta = attacked(
                 update.delta, self.options.attack, self.options.seed, job.client, job.number
@@ -159,7 +160,7 @@ class ClientWork:
         except UpdateRejected:  # NaN or infinity: the server rejects the update, too
             return None
 
-    def _privacy(self, job: Job, tokens: np.ndarray) -> ClientPrivacy | None:
+    def _privacy(self, job: Job, text: Text) -> ClientPrivacy | None:
         """The private part of a client's job; None for a run without privacy at the client."""
         if self.options.privacy.unit not in ("example", "local"):
             return None
@@ -174,13 +175,13 @@ class ClientWork:
         if compute.device != "cpu":
             environment["once"] = secrets.token_hex(8)
         folder = ClientStore(self.state_root, job.plan.run, job.client).folder
-        return ClientPrivacy(self.options, folder, tokens, environment)
+        return ClientPrivacy(self.options, folder, text, environment, self.trainer.task)
 
     def _trained(
         self,
         job: Job,
         name: str,
-        tokens: np.ndarray,
+        text: Text,
         before: ClientState | None,
         privacy: ClientPrivacy | None = None,
     ) -> tuple[Update, ClientState]:
@@ -190,7 +191,8 @@ class ClientWork:
             batches = privacy.steps(job, _named(moments))
         else:
             seed = derive_seed(options.seed, "batches", name, job.number)
-            batches = Batches(tokens, options.model.block_size, options.local.batch_size, seed)
+            window, size = options.model.block_size, options.local.batch_size
+            batches = self.trainer.task.batches(text, window, size, seed)
         trained = self.trainer.train(
             job.params,
             batches,

@@ -19,7 +19,7 @@ from fedgpt.aggregate.base import Strategy
 from fedgpt.config import checks, overrides
 from fedgpt.core import targets
 from fedgpt.core.errors import ConfigError
-from fedgpt.core.options import RunOptions
+from fedgpt.core.options import RunOptions, TaskOptions
 from fedgpt.core.runtimes import runtime_problems
 from fedgpt.privacy.problems import Rule, privacy_problems
 from fedgpt.server.pacing import make_pace, pace_problems
@@ -240,6 +240,22 @@ def _problems(o: RunOptions, here: bool) -> Iterator[str]:
         if isinstance(strategy, Strategy):
             rule = Rule(strategy.name, strategy.linear, strategy.switches)
         yield from privacy_problems(o, rule)
+    if o.task != TaskOptions() or o.metrics:
+        yield from _task_problems(o)
+
+
+def _task_problems(o: RunOptions) -> Iterator[str]:
+    """Whether task and metrics can be built: checked apart, as their classes import torch."""
+    from fedgpt.evaluate.metrics.base import make_metrics
+    from fedgpt.tasks.base import make_task
+
+    try:
+        task = make_task(o)
+        make_metrics(o.metrics, o.trusted_packages, task.scoring)
+    except ConfigError as error:
+        yield from error.problems
+    else:
+        yield from task.problems(o)
 
 
 def _pacing_problems(o: RunOptions, strategy: Any) -> Iterator[str]:

@@ -69,6 +69,15 @@ class ModelOptions:
 
 
 @dataclass
+class TaskOptions:
+    """task=lm|custom: the kind of learning problem (tasks/base.py)."""
+
+    name: str = "lm"
+    _target_: str | None = None  # custom: the class, package.module.Class; see trusted_packages
+    arguments: Any = None  # {name: value}: fields of the task's class
+
+
+@dataclass
 class LocalOptions:
     """local=adamw|reset: what a client does between download and upload."""
 
@@ -259,6 +268,9 @@ class RunOptions:
     tokenizer: TokenizerOptions = field(default_factory=TokenizerOptions)
     partition: PartitionOptions = field(default_factory=PartitionOptions)
     model: ModelOptions = field(default_factory=ModelOptions)
+    task: TaskOptions = field(default_factory=TaskOptions)
+    # more numbers of each evaluation: names in evaluate/metrics/, or {_target_: class, its fields}
+    metrics: list[Any] = field(default_factory=list)
     local: LocalOptions = field(default_factory=LocalOptions)
     strategy: Any = None  # {_target_: class, its fields}
     pace: PaceOptions = field(default_factory=PaceOptions)

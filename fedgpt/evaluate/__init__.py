@@ -1,1 +1,1 @@
-"""The central evaluation stage: held-out loss, perplexity, bits per byte."""
+"""The central evaluation: scores and samples of a model on held-out text."""

@@ -1,101 +1,81 @@
-"""Held-out loss, perplexity and bits per byte of a flat parameter vector."""
+"""The scores of a flat parameter vector on held-out text."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedgpt.core.device import Compute
 from fedgpt.core.flat import flatten
 from fedgpt.core.options import ModelOptions
-from fedgpt.data.batches import windows
-from fedgpt.model.generate import generate
+from fedgpt.data.examples import Examples, counted, on_device
+from fedgpt.evaluate.metrics.base import BatchMetric
 from fedgpt.model.gpt import GPT
+from fedgpt.tasks.base import Task
 
-MOST_LOGITS = 1 << 26  # at a time on a GPU: 256 MB in float32
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Scores of one model on the held-out text.
-
-    Bits per byte divide by the bytes of the text instead of by tokens, so models with different
-    tokenizers compare.
-    """
-
-    loss: float  # nats per token
-    perplexity: float  # exp(loss)
-    bits_per_byte: float
-
-    def as_dict(self) -> dict[str, float]:
-        """As metrics.jsonl has it."""
-        return asdict(self)
+MOST_LOGITS = 1 << 26  # logits in a GPU's memory at a time: 256 MB in float32
+CPU_TOKENS = 512  # tokens a batch on a CPU, so that its cache keeps their logits
+GPU_TOKENS = 8192  # tokens a batch on a GPU, which clients use at the same time
 
 
 class HeldOut:
-    """The central evaluation stage: its own model, held-out tokens cut into windows of block_size.
+    """A model of its own and the examples that it is scored on.
 
-    Every token is predicted once, from at most block_size - 1 earlier ones of its window: a lower
-    bound of what the model can do. `tokens` > 0 takes that many, spread evenly over the held-out
-    text.
+    One pass over the examples gives the tallies of the task and of the metrics; added up over all
+    batches, each owner makes its scores of them.
     """
 
     def __init__(
         self,
         model: ModelOptions,
-        tokens: np.ndarray,
+        examples: Examples,
         token_bytes: np.ndarray,
         compute: Compute,
-        limit: int = 0,
+        task: Task,
+        metrics: Sequence[BatchMetric] = (),
     ):
-        self.model = (
-            GPT(model, len(token_bytes)).to(device=compute.device, dtype=compute.torch_dtype).eval()
-        )
+        """`token_bytes`, (vocabulary,): bytes of text that each token stands for."""
+        size = len(token_bytes)
+        self.model = GPT(model, size).to(device=compute.device, dtype=compute.torch_dtype).eval()
         self.layout, self._working = flatten(self.model)
-        inputs, targets = windows(tokens, model.block_size)
-        if limit and limit < tokens.size:
-            rows = (
-                np.linspace(0, len(inputs) - 1, max(1, limit // model.block_size))
-                .round()
-                .astype(np.int64)
-            )
-            rows = torch.from_numpy(np.unique(rows))
-            inputs, targets = inputs[rows], targets[rows]
-        self._inputs, self._targets = inputs, targets
-        scored = targets[targets >= 0].numpy()
-        self.tokens, self.bytes = int(scored.size), int(token_bytes[scored].sum())
-        # tokens at a time: a CPU's cache shall keep their logits, and a GPU has room for clients,
-        # too
-        together = 512 if compute.device == "cpu" else min(8192, MOST_LOGITS // len(token_bytes))
-        self._batch = max(1, together // model.block_size)
+        self.examples, self.task, self.metrics = examples, task, metrics
+        self.tokens = int(counted(examples.rows))  # targets that are scored
+        self._token_bytes = torch.as_tensor(token_bytes).to(compute.device, torch.int64)
+        at_once = CPU_TOKENS if compute.device == "cpu" else min(GPU_TOKENS, MOST_LOGITS // size)
+        self._batch_size = max(1, at_once // model.block_size)
 
     def load(self, params: np.ndarray) -> None:
-        """Put a flat vector into the evaluation's model."""
+        """Put a flat vector, (parameters,) float32, into the evaluation's model."""
         host = torch.empty(params.size)
         np.copyto(host.numpy(), params)
         self._working.copy_(host)
 
     @torch.inference_mode()
-    def __call__(self, params: np.ndarray) -> Evaluation:
-        """Score `params`, (parameters,) float32."""
+    def __call__(self, params: np.ndarray) -> dict[str, float]:
+        """The scores of `params`, (parameters,) float32, by name."""
         self.load(params)
         device = self._working.device
-        # read at the end: a GPU need not be waited for
-        total = torch.zeros((), dtype=torch.float64, device=device)
-        for start in range(0, len(self._inputs), self._batch):
-            targets = self._targets[start : start + self._batch].to(device)
-            mean = self.model.loss(self._inputs[start : start + self._batch].to(device), targets)
-            total += mean.double() * (targets >= 0).sum()
-        nats = float(total)
-        loss = nats / self.tokens
-        perplexity = math.exp(loss) if loss < 700 else math.inf
-        return Evaluation(loss, perplexity, nats / math.log(2) / max(self.bytes, 1))
+        # tallies stay on the device until the end, so that the host does not wait for every batch
+        totals: dict[tuple[str, str], Tensor] = {}
+        for start in range(0, len(self.examples), self._batch_size):
+            rows = np.arange(start, min(start + self._batch_size, len(self.examples)))
+            batch = on_device(self.examples.take(rows), device)
+            outputs = self.task.forward(self.model, batch)
+            tallies = {"": self.task.tally(outputs, batch, self._token_bytes)}
+            tallies |= {metric.name: metric.tally(outputs, batch) for metric in self.metrics}
+            for owner, tally in tallies.items():
+                for name, value in tally.items():
+                    key = owner, name
+                    totals[key] = totals[key] + value if key in totals else value
+        numbers = {key: float(value) for key, value in totals.items()}
+        scores = self.task.scores(_owned(numbers, ""))
+        for metric in self.metrics:
+            scores[metric.name] = metric.value(_owned(numbers, metric.name))
+        return scores
 
-    def sample(self, prompt: list[int], length: int, seed: int, end: int) -> list[int]:
-        """Tokens that the model last loaded or evaluated writes after `prompt`."""
-        return generate(self.model, prompt, length, temperature=0.8, top_k=50, stop=end, seed=seed)[
-            0
-        ]
+
+def _owned(totals: dict[tuple[str, str], float], owner: str) -> dict[str, float]:
+    return {name: value for (whose, name), value in totals.items() if whose == owner}

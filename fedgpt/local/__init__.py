@@ -1,1 +1,1 @@
-"""What a client does with a job: optimiser, schedule, precision, training."""
+"""Local training: optimiser, schedule, precision, gradients with and without DP-SGD."""

@@ -1,12 +1,12 @@
-"""Per-example gradients by book-keeping (Bu et al. 2022, arXiv 2210.00038): one backward pass,
-clipped sums.
+"""Per-example gradients by book-keeping (Bu et al. 2022, arXiv 2210.00038): clipped sums of them
+in one backward pass.
 
-Forward hooks keep each layer's input a and output. One autograd pass gives the gradients g of the
-outputs only, so no weight gradient is ever made for the batch as a whole. As the loss of example i
-depends on example i alone, row i of g is its own, and its gradient follows layer by layer: a
-Linear's is g_i^T a_i, an Embedding's adds g_i to the rows of its tokens, a norm's and a bias' are
-sums over time. All of an example's gradients together give its norm; the sum takes each example
-with its clip factor. Making them one by one costs what the one for the batch would have cost.
+Forward hooks keep the input a and the output of each layer. One autograd pass gives the gradients g
+of the outputs, not those of the weights. As the loss of example i depends on example i alone, row i
+of g belongs to it, and its weight gradients follow layer by layer: a Linear's is g_i^T a_i, an
+Embedding's adds g_i to the rows of its tokens, those of norms and biases are sums over time. The
+norm of all gradients of an example gives its clip factor. Computing them one by one costs about as
+much as the one gradient of the batch would have cost.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from fedgpt.core.flat import FlatParams
 
 
 class Unsupported(TypeError):
-    """A module or an option of one for which there is no rule: never guessed."""
+    """A module, or an option of a module, whose per-example gradients are not implemented."""
 
 
 @dataclass
@@ -37,18 +37,17 @@ class Use:
 class BookKeeping:
     """Clipped sums of per-example gradients of a model whose parameters lie in one flat vector.
 
-    Knows Linear, Embedding, LayerNorm and RMSNorm; raises Unsupported for a model with parameters
-    elsewhere, and for inputs without a batch dimension (positions that all examples share would be
-    counted once for all of them).
+    It knows Linear, Embedding, LayerNorm and RMSNorm. It raises Unsupported for a model with
+    parameters elsewhere, and for inputs without a batch dimension: the gradient of positions that
+    all examples share could not be divided among them.
     """
 
     def __init__(self, model: nn.Module, layout: FlatParams):
         self.model, self.layout = model, layout
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._uses: list[Use] = []
-        self._buffers: dict[
-            str, Tensor
-        ] = {}  # parameter -> (examples, *shape): fresh pages cost as much as the product
+        # parameter -> (examples, *shape), reused: fresh memory costs as much as the product in it
+        self._buffers: dict[str, Tensor] = {}
         leaves = [
             m for m in model.modules() if any(p is not None for p in m.parameters(recurse=False))
         ]
@@ -63,7 +62,7 @@ class BookKeeping:
     ) -> tuple[Tensor, Tensor]:
         """Add every example's gradient, scaled to norm `clip` at most, to the flat vector `total`.
 
-        `losses` runs the model and returns each example's own loss, (batch,). An example whose
+        `losses` runs the model and returns the loss of each example, (batch,). An example whose
         gradient is not finite adds nothing. Returns the norms before clipping and the losses,
         (batch,) each.
         """
@@ -76,8 +75,9 @@ class BookKeeping:
 
     @torch.enable_grad()
     def gradients(self, losses: Callable[[], Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-        """Each example's own gradient, parameter -> (batch, *shape), and loss, (batch,), until the
-        next call.
+        """Gradients by example, parameter -> (batch, *shape), and losses, (batch,).
+
+        The next call overwrites the gradients.
         """
         handles = [module.register_forward_hook(self._keep) for module in self._leaves]
         try:
@@ -94,18 +94,18 @@ class BookKeeping:
         self._uses.append(Use(module, args[0].detach(), output))
 
     def _examples(self, grads: tuple[Tensor, ...], batch: int) -> dict[str, Tensor]:
-        """Parameter -> (batch, *shape): its gradient for each example, over all uses of it."""
+        """Parameter -> (batch, *shape): its gradient for each example, summed over its uses."""
         found: dict[str, Tensor] = {}
-        lookups: list[
-            tuple[str, Tensor, Tensor]
-        ] = []  # embeddings last: they only add rows to what a tied head has
+        # embeddings come last: where the head is tied, they add rows to its gradient
+        lookups: list[tuple[str, Tensor, Tensor]] = []
         for use, grad in zip(self._uses, grads, strict=True):
             if len(use.input) != batch or use.input.dim() != (
                 2 if isinstance(use.module, nn.Embedding) else 3
             ):
                 shape = tuple(use.input.shape)
                 raise Unsupported(
-                    f"{type(use.module).__name__} got {shape}: not (batch, time, ...) of {batch} examples"
+                    f"{type(use.module).__name__} got {shape}: not (batch, time, ...) of {batch}"
+                    " examples"
                 )
             if isinstance(use.module, nn.Embedding):
                 lookups.append((self._names[id(use.module.weight)], use.input, grad))
@@ -124,7 +124,7 @@ class BookKeeping:
     def _add(self, found: dict[str, Tensor], module: nn.Module, a: Tensor, g: Tensor) -> None:
         """The gradients of one use of a layer: a (batch, time, in), g (batch, time, out)."""
         weight, bias = module.weight, getattr(module, "bias", None)
-        assert isinstance(weight, nn.Parameter), "_check lets nothing else through"
+        assert isinstance(weight, nn.Parameter), "guaranteed by _check"
         if weight.requires_grad:
             name = self._names[id(weight)]
             if not isinstance(module, nn.Linear):
@@ -150,11 +150,11 @@ class BookKeeping:
         return torch.stack(squares).sum(0).sqrt()
 
     def _sum(self, examples: dict[str, Tensor], factors: Tensor, total: Tensor) -> None:
-        whole = bool((factors > 0).all())
+        all_finite = bool((factors > 0).all())
         views = self.layout.views(total)
         for name, gradients in examples.items():
             rows = gradients.flatten(1)
-            if not whole:  # 0 * NaN is NaN: what is left out must not be multiplied
+            if not all_finite:  # 0 * NaN is NaN, so rows that are left out must be cleared
                 rows[factors == 0] = 0
             views[name].view(-1).addmv_(rows.t(), factors)
 
@@ -164,15 +164,15 @@ def _into(found: dict[str, Tensor], name: str, gradient: Tensor) -> None:
 
 
 def _normalized(norm: nn.Module, a: Tensor) -> Tensor:
-    """What a norm multiplies its weight with."""
+    """The normalised input, which a norm multiplies with its weight."""
     if isinstance(norm, nn.RMSNorm):
         return F.rms_norm(a, list(norm.normalized_shape), eps=norm.eps)
-    assert isinstance(norm, nn.LayerNorm), "_check lets nothing else through"
+    assert isinstance(norm, nn.LayerNorm), "guaranteed by _check"
     return F.layer_norm(a, list(norm.normalized_shape), eps=norm.eps)
 
 
 def _check(module: nn.Module) -> None:
-    """Raise Unsupported where there is no rule for a module with parameters."""
+    """Raise Unsupported for a module with parameters that has no rule."""
     kind = type(module)
     if kind not in (nn.Linear, nn.Embedding, nn.LayerNorm, nn.RMSNorm):
         raise Unsupported(f"no per-example rule for the parameters of {kind.__name__}")

@@ -1,5 +1,7 @@
-"""Loss and gradients of a batch; on a GPU recorded once, because a small model leaves it waiting
-for launches.
+"""The gradient of a step: the mean over micro-batches, written into one flat vector.
+
+On a GPU the passes of a batch are recorded once and replayed, because a small model leaves the GPU
+waiting for kernels to be launched.
 """
 
 from __future__ import annotations
@@ -7,63 +9,88 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fedgpt.core.flat import FlatParams
+from fedgpt.data.examples import Batch, BatchSource, on_device
 from fedgpt.model.gpt import GPT
+from fedgpt.tasks.base import Task
 
-WARM_UP = 3  # passes before a recording, in which libraries make what cannot be made in it
+WARM_UP = 3  # passes before a recording, in which libraries allocate what a recording may not
 
 
 class BatchGradient:
-    """The mean loss of a batch and its gradient with respect to every parameter."""
+    """The mean loss of a batch and its gradient with respect to every trainable parameter."""
 
-    def __init__(self, model: GPT):
-        self.model, self._leaves = model, list(model.parameters())
+    def __init__(self, model: GPT, task: Task, layout: FlatParams, grad: Tensor):
+        """`grad` is the flat gradient vector, of the layout `layout`."""
+        self.model, self.task, self.grad = model, task, grad
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        views = layout.views(grad)
+        self._leaves, self._views = list(trained.values()), [views[name] for name in trained]
 
-    def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """inputs and targets (batch, time) int64 -> scalar, and gradients in the order of
-        `model.parameters()`.
-        """
-        loss = self.model.loss(inputs, targets)
+    def __call__(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The loss, a scalar, and the gradients in the order of the trainable parameters."""
+        batch = on_device(batch, self.grad.device)
+        loss = self.task.loss(self.task.forward(self.model, batch), batch)
         return loss.detach(), torch.autograd.grad(loss, self._leaves)
+
+    def fill(self, source: BatchSource, count: int) -> Tensor:
+        """Write the mean gradient of `count` micro-batches into `grad`; returns their mean loss."""
+        total = torch.zeros((), device=self.grad.device)
+        for micro in range(count):
+            loss, grads = self(source.next())
+            if micro == 0:
+                # no public form
+                torch._foreach_copy_(self._views, grads)  # pyright: ignore[reportPrivateImportUsage]
+            else:
+                for view, grad in zip(self._views, grads, strict=True):
+                    view.add_(grad)
+            total += loss
+        if count > 1:
+            self.grad.div_(count)
+        return total / count
 
 
 class RecordedGradient(BatchGradient):
-    """As BatchGradient, for batches of one shape: a CUDA graph, whose kernels take one launch all
-    together.
+    """As BatchGradient, for batches of one shape: a CUDA graph, launched as one.
 
     A step of the nano model takes an H100 1 ms, and one CPU core 10 ms to launch kernel by kernel.
-    The recording reads and writes at fixed places: the parameters must stay where they are, and
-    what a call returns is overwritten by the next. Dropout draws anew at every call, as torch's
-    generator tells it.
+    The first batch is recorded. A recording reads and writes fixed addresses: the parameters must
+    stay where they are, and the next call overwrites what a call returned. Dropout draws new
+    numbers in every replay, from torch's generator.
     """
 
-    def __init__(self, model: GPT, batch_size: int):
-        super().__init__(model)
-        device = self._leaves[0].device
-        shape = (batch_size, model.options.block_size)
-        self._inputs, self._targets = (
-            torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2)
-        )
+    def __init__(self, model: GPT, task: Task, layout: FlatParams, grad: Tensor):
+        super().__init__(model, task, layout, grad)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._batch: Batch = ()
+        self._recorded: tuple[Tensor, tuple[Tensor, ...]] | None = None
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """As BatchGradient, of a batch on any device.
+
+        Raises ValueError for a batch of another shape than the first one.
+        """
+        if self._graph is None:
+            self._record(batch)
+        assert self._graph is not None and self._recorded is not None
+        shapes = [[tuple(tensor.shape) for tensor in each] for each in (self._batch, batch)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"recorded for batches of {shapes[0]}, this one is {shapes[1]}")
+        for place, tensor in zip(self._batch, batch, strict=True):
+            place.copy_(tensor)
+        self._graph.replay()
+        return self._recorded
+
+    def _record(self, batch: Batch) -> None:
+        device = self.grad.device
+        self._batch = tuple(tensor.to(device, copy=True) for tensor in batch)
         self._graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-        # dropout draws here, too, and the next job's seed is set already
+        # a recording draws dropout, too, and this job's seed is set already
         with torch.random.fork_rng([device]):
             aside.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(aside):
                 for _ in range(WARM_UP):
-                    super().__call__(self._inputs, self._targets)
+                    super().__call__(self._batch)
             torch.cuda.current_stream(device).wait_stream(aside)
             with torch.cuda.graph(self._graph):
-                self._recorded = super().__call__(self._inputs, self._targets)
-
-    def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """As BatchGradient, of a batch on any device; raises ValueError for one of another
-        shape.
-        """
-        if not inputs.shape == targets.shape == self._inputs.shape:
-            raise ValueError(
-                f"recorded for batches of {tuple(self._inputs.shape)}, this one is"
-                f" {tuple(inputs.shape)}"
-            )
-        self._inputs.copy_(inputs)
-        self._targets.copy_(targets)
-        self._graph.replay()
-        return self._recorded
+                self._recorded = super().__call__(self._batch)

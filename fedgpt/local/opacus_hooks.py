@@ -1,6 +1,4 @@
-"""Per-example gradients by Opacus' hooks: the reference that book-keeping is checked against, and a
-way without it.
-"""
+"""Per-example gradients by Opacus' hooks: the reference implementation for book-keeping."""
 
 from __future__ import annotations
 
@@ -14,17 +12,15 @@ from fedgpt.core.flat import FlatParams
 
 
 class OpacusHooks:
-    """As BookKeeping; Opacus makes the gradients, in its hooks mode, the one that is exact for tied
-    weights.
-    """
+    """As BookKeeping, with gradients from Opacus' hooks mode, which is exact for tied weights."""
 
     def __init__(self, model: nn.Module, layout: FlatParams):
         from opacus.grad_sample import GradSampleModule
 
         self.layout = layout
         self._parameters = dict(model.named_parameters())
-        # "mean" would have Opacus multiply by the batch; each loss here is one example's own, and
-        # they are summed
+        # with "mean" Opacus would multiply by the batch size; these losses are of single examples
+        # and are summed
         self._hooked = GradSampleModule(model, batch_first=True, loss_reduction="sum")
         self._hooked.disable_hooks()
 
@@ -35,7 +31,7 @@ class OpacusHooks:
         self._hooked.enable_hooks()
         try:
             values = losses()
-            # torch's, that an embedding's input has no gradient: it needs none
+            # torch warns that an embedding's input has no gradient, and it needs none
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Full backward hook is firing")
                 values.sum().backward()
@@ -57,9 +53,7 @@ class OpacusHooks:
         return norms, values.detach()
 
     def _taken(self, parameter: nn.Parameter) -> Tensor:
-        """The parameter's gradients, (batch, *shape); a tied weight has one from each of its
-        uses.
-        """
+        """The parameter's gradients, (batch, *shape), summed over the uses of a tied weight."""
         sample = getattr(parameter, "grad_sample")  # noqa: B009 - an attribute that Opacus adds
         parameter.grad = None
         parameter.grad_sample = None  # pyright: ignore[reportAttributeAccessIssue]

@@ -11,22 +11,19 @@ from fedgpt.core.options import LocalOptions
 
 @dataclass(frozen=True)
 class Moments:
-    """Adam's memory of one client: first and second moments, (parameters,) float32 each, and the
-    steps done.
-    """
+    """The state of Adam at one client."""
 
-    first: torch.Tensor
-    second: torch.Tensor
-    steps: int
+    first: torch.Tensor  # (parameters,) float32
+    second: torch.Tensor  # (parameters,) float32
+    steps: int  # optimiser steps done
 
 
 class FlatAdamW:
-    """AdamW with decoupled weight decay (Loshchilov & Hutter, 1711.05101) on one parameter and one
-    gradient vector.
+    """AdamW (Loshchilov & Hutter, 1711.05101) on one parameter and one gradient vector.
 
-    The first `decayed` elements take weight decay. Calls the kernel behind
-    torch.optim.AdamW(fused=True): the same bits, without the compiler that constructing an
-    optimiser imports (1.8 s in every worker).
+    The first `decayed` elements take weight decay. It calls the kernel of
+    torch.optim.AdamW(fused=True) and gives the same bits. Constructing torch's own optimiser would
+    import torch's compiler, which takes 1.8 s in every worker.
     """
 
     def __init__(
@@ -34,7 +31,7 @@ class FlatAdamW:
     ):
         self.params, self.grad, self.options = params, grad, options
         self.first, self.second = torch.zeros_like(params), torch.zeros_like(params)
-        # the kernel wants the count as a float tensor
+        # the kernel takes the number of steps as a float tensor
         self._steps = torch.zeros((), device=params.device)
         self._ranges = (
             (slice(0, decayed), options.weight_decay),
@@ -42,7 +39,7 @@ class FlatAdamW:
         )
 
     def load(self, moments: Moments | None) -> None:
-        """Start from a client's moments, or from zero."""
+        """Start from a client's moments; None: from zero."""
         if moments is None:
             self.first.zero_()
             self.second.zero_()
@@ -52,7 +49,7 @@ class FlatAdamW:
         self._steps.fill_(0 if moments is None else moments.steps)
 
     def moments(self) -> Moments:
-        """The present moments: views that the next job overwrites."""
+        """The present moments, in buffers that the next job overwrites."""
         return Moments(self.first, self.second, int(self._steps.item()))
 
     @torch.no_grad()

@@ -1,9 +1,9 @@
-"""DP-SGD (Abadi et al. 2016, arXiv 1607.00133): a step's gradient from a Poisson sample, clipped,
-noised.
+"""DP-SGD (Abadi et al. 2016, arXiv 1607.00133): a step's gradient is a clipped, noised sum.
 
-g = (sum_{i in S} c_i g_i + N(0, (z C)^2)) / (q n), c_i = min(1, C / ||g_i||); every block is in S
-with probability q, by itself. The divisor is the constant q n, never |S|: who is in S must not
-show. An empty S still gives a noisy step.
+g = (sum_{i in S} c_i g_i + N(0, (z C)^2)) / (q n), c_i = min(1, C / ||g_i||). Each of the n units
+is in the sample S with probability q, independently of the others (Poisson sampling). The divisor
+is the constant q n, never |S|, because the size of S must stay secret. An empty S gives a step of
+noise alone.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from typing import Protocol
 
 import numpy as np
 from torch import Tensor
-from torch.nn import functional as F
 
 from fedgpt.core.flat import FlatParams
-from fedgpt.data.batches import Blocks
+from fedgpt.data.examples import Batch, ExampleSet, on_device
 from fedgpt.local.bookkeeping import BookKeeping
 from fedgpt.local.opacus_hooks import OpacusHooks
 from fedgpt.model.gpt import GPT
 from fedgpt.privacy.randomness import SecureStream
+from fedgpt.tasks.base import Task
 
-MOST_BYTES = 1 << 29  # of per-example gradients held at a time
+MOST_BYTES = 1 << 29  # memory for per-example gradients
 
 
 class Engine(Protocol):
-    """Whatever makes clipped sums of per-example gradients."""
+    """An implementation of clipped sums of per-example gradients."""
 
     def add_clipped(
         self, losses: Callable[[], Tensor], clip: float, total: Tensor
@@ -40,41 +40,35 @@ class Engine(Protocol):
 class PrivateSteps:
     """What makes one job's steps private."""
 
-    blocks: Blocks
-    stream: SecureStream  # of this job alone
+    units: ExampleSet  # of the client's text; privacy hides whether one of them was in it
+    stream: SecureStream  # sampling and noise of this job alone
     probability: float  # q
     noise_multiplier: float  # z
     clip: float  # C
 
 
 class PrivateGradient:
-    """The private counterpart of a step's gradient, for one model's buffers."""
+    """The gradient of a private step; its buffers are reused from step to step."""
 
-    def __init__(self, model: GPT, layout: FlatParams, engine: str, batch_size: int):
-        self.model = model
+    def __init__(self, model: GPT, layout: FlatParams, task: Task, engine: str, batch_size: int):
+        self.model, self.task = model, task
         self.engine: Engine = {"bookkeeping": BookKeeping, "opacus": OpacusHooks}[engine](
             model, layout
         )
-        self.examples = max(1, min(batch_size, MOST_BYTES // (4 * layout.size)))  # at a time
+        # examples of which the gradients are in memory at the same time
+        self.examples = max(1, min(batch_size, MOST_BYTES // (4 * layout.size)))
 
     def fill(self, grad: Tensor, steps: PrivateSteps) -> None:
         """Write one step's noisy gradient into the flat vector `grad`."""
-        blocks = steps.blocks
-        chosen = np.flatnonzero(steps.stream.uniform(len(blocks)) < steps.probability)
+        units = steps.units
+        chosen = np.flatnonzero(steps.stream.uniform(len(units)) < steps.probability)
         grad.zero_()
         for part in np.array_split(chosen, -(-len(chosen) // self.examples)) if len(chosen) else ():
-            inputs, targets = blocks.take(part)
-            self.engine.add_clipped(
-                self._losses(inputs.to(grad.device), targets.to(grad.device)), steps.clip, grad
-            )
+            batch = on_device(units.take(part), grad.device)
+            self.engine.add_clipped(self.losses_of(batch), steps.clip, grad)
         steps.stream.add_normal(grad, steps.noise_multiplier * steps.clip)
-        grad.div_(steps.probability * len(blocks))
+        grad.div_(steps.probability * len(units))
 
-    def _losses(self, inputs: Tensor, targets: Tensor) -> Callable[[], Tensor]:
-        return lambda: example_losses(self.model, inputs, targets)
-
-
-def example_losses(model: GPT, inputs: Tensor, targets: Tensor) -> Tensor:
-    """(batch,) mean cross-entropy of each example's own tokens."""
-    losses = F.cross_entropy(model(inputs).flatten(0, 1), targets.flatten(), reduction="none")
-    return losses.view(len(inputs), -1).mean(1)
+    def losses_of(self, batch: Batch) -> Callable[[], Tensor]:
+        """A function that runs the model and returns each example's own loss, (batch,)."""
+        return lambda: self.task.example_losses(self.task.forward(self.model, batch), batch)

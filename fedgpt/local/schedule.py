@@ -1,4 +1,4 @@
-"""The learning rate, a function of the tokens that all clients together have trained."""
+"""The learning rate: a function of the tokens that all clients together have trained on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ def learning_rate(
 ) -> float:
     """Linear warm-up over the share `warmup` of all tokens, then a cosine from `lr` to `min_lr`.
 
-    >>> [round(learning_rate(t, 100, lr=1.0, min_lr=0.1, warmup=0.1), 3) for t in (0, 5, 10, 55, 100, 200)]
+    >>> rate = lambda tokens: learning_rate(tokens, 100, lr=1.0, min_lr=0.1, warmup=0.1)
+    >>> [round(rate(tokens), 3) for tokens in (0, 5, 10, 55, 100, 200)]
     [0.0, 0.5, 1.0, 0.55, 0.1, 0.1]
     """
     warm = warmup * tokens_total

@@ -1,5 +1,4 @@
-"""Local training: H optimiser steps on a client's shard, on buffers that live as long as the
-process.
+"""Local training: H optimiser steps on a client's text, on buffers that the process reuses.
 
 Master weights, gradients and moments are flat float32 vectors. In bf16 the model's parameters are
 views of a second, bf16 vector that is rewritten after each step; in fp32 they are views of the
@@ -11,7 +10,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -20,36 +18,34 @@ from fedgpt.core.device import Compute, repeat_exactly
 from fedgpt.core.flat import flatten
 from fedgpt.core.messages import Plan
 from fedgpt.core.options import LocalOptions, ModelOptions
+from fedgpt.data.examples import BatchSource
 from fedgpt.local.gradient import BatchGradient, RecordedGradient
 from fedgpt.local.optimizer import FlatAdamW, Moments
 from fedgpt.local.private import PrivateGradient, PrivateSteps
 from fedgpt.local.schedule import learning_rate
 from fedgpt.model.gpt import GPT
+from fedgpt.tasks.base import Task
+from fedgpt.tasks.lm import LanguageModel
 
-CLIENT_NUMBERS = frozenset({"proximal_mu"})  # what a strategy may ask of a client, by name
-
-
-class BatchSource(Protocol):
-    """Anything that yields (inputs, targets), each (batch, time) int64."""
-
-    def next(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next batch."""
-        ...
+# numbers of a strategy's client half that local training knows, by name
+CLIENT_NUMBERS = frozenset({"proximal_mu"})
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The outcome of one job; `delta` is a kept buffer that the next job overwrites."""
+    """The outcome of one job."""
 
-    delta: np.ndarray  # (parameters,) float32, start - end
-    tokens: int
+    delta: np.ndarray  # (parameters,) float32, start - end; a buffer that the next job overwrites
+    tokens: int  # input positions trained on
     moments: Moments
     metrics: dict[str, float]
 
 
 class Trainer:
-    """One model's buffers and the loop over them; reused for every client that this process
-    trains.
+    """One model's buffers and the training loop; reused for every client that this process plays.
+
+    In a step, `gradient` or `private` fills the gradient vector and `optimizer` changes the
+    parameter vector.
     """
 
     def __init__(
@@ -59,12 +55,16 @@ class Trainer:
         local: LocalOptions,
         compute: Compute,
         engine: str = "bookkeeping",
+        task: Task | None = None,
     ):
-        """`engine` makes the per-example gradients of private jobs: bookkeeping or opacus."""
+        """`engine` makes the per-example gradients of private jobs: bookkeeping or opacus.
+
+        Without `task` it is task=lm.
+        """
         self.options = local
         self.compute = compute
-        self.block_size = model.block_size
         self.engine = engine
+        self.task = task or LanguageModel()
         device = torch.device(compute.device)
         repeat_exactly(device.type)
         self.model = GPT(model, vocab_size).to(device=device, dtype=compute.torch_dtype)
@@ -77,36 +77,32 @@ class Trainer:
         )
         self.grad = torch.zeros_like(self.params)
         self.optimizer = FlatAdamW(self.params, self.grad, self.layout.decayed, local)
-        views = self.layout.views(self.grad)
-        self._grad_views = [views[name] for name, _ in self.model.named_parameters()]
         self._start = torch.zeros_like(self.params)
         self._delta = torch.zeros(self.layout.size, pin_memory=device.type == "cuda")
 
     @cached_property
     def gradient(self) -> BatchGradient:
-        """The gradients of jobs that are not private; on a GPU a recording, made when first asked
-        for.
-        """
-        if self.params.device.type == "cuda":
-            return RecordedGradient(self.model, self.options.batch_size)
-        return BatchGradient(self.model)
+        """The gradients of jobs that are not private; on a GPU a recording."""
+        kind = RecordedGradient if self.params.device.type == "cuda" else BatchGradient
+        return kind(self.model, self.task, self.layout, self.grad)
 
     @cached_property
     def private(self) -> PrivateGradient:
         """The gradients of private jobs."""
-        return PrivateGradient(self.model, self.layout, self.engine, self.options.batch_size)
+        size = self.options.batch_size
+        return PrivateGradient(self.model, self.layout, self.task, self.engine, size)
 
     def train(
         self,
         start: np.ndarray,
-        batches: BatchSource | PrivateSteps,
+        source: BatchSource | PrivateSteps,
         plan: Plan,
         moments: Moments | None,
         dropout_seed: int = 0,
     ) -> Trained:
-        """Train `plan.local_steps` steps from `start` and return `start - end`; private ones tell
-        nothing of their loss.
+        """Train `plan.local_steps` steps from `start` and return `start - end`.
 
+        The metrics of private steps have no loss, because it would reveal something of the text.
         Raises ValueError for a strategy number this client does not know.
         """
         if unknown := set(plan.numbers) - CLIENT_NUMBERS:
@@ -114,6 +110,7 @@ class Trainer:
                 f"the strategy asks for {sorted(unknown)}; this client knows"
                 f" {sorted(CLIENT_NUMBERS)}"
             )
+        o = self.options
         torch.manual_seed(dropout_seed)
         self._receive(start)
         self.optimizer.load(moments)
@@ -121,50 +118,30 @@ class Trainer:
         losses, norm = torch.zeros((), device=self.params.device), torch.zeros(())
         lr = 0.0
         for step in range(plan.local_steps):
-            if isinstance(batches, PrivateSteps):
-                self.private.fill(self.grad, batches)
+            if isinstance(source, PrivateSteps):
+                self.private.fill(self.grad, source)
             else:
-                losses += self._gradient(batches)
+                losses += self.gradient.fill(source, o.accumulate)
             if mu:
                 # mu (w - start), FedProx
                 self.grad.add_(self.params, alpha=mu).sub_(self._start, alpha=mu)
             norm = self._clip()
             tokens_done = plan.tokens_done + (step + 1) * plan.tokens_per_step
-            o = self.options
             lr = learning_rate(
                 tokens_done, plan.tokens_total, lr=o.lr, min_lr=o.last_lr, warmup=o.warmup
             )
             self.optimizer.step(lr)
             if self.working is not self.params:
                 self.working.copy_(self.params)
-        tokens = (
-            plan.local_steps * self.options.accumulate * self.options.batch_size * self.block_size
-        )
+        window = self.model.options.block_size
+        tokens = plan.local_steps * o.accumulate * o.batch_size * window
         metrics = {"lr": lr, "grad_norm": float(norm)}
-        if not isinstance(batches, PrivateSteps):
+        if not isinstance(source, PrivateSteps):
             metrics["train_loss"] = float(losses) / max(plan.local_steps, 1)
         return Trained(self._send(), tokens, self.optimizer.moments(), metrics)
 
-    def _gradient(self, batches: BatchSource) -> torch.Tensor:
-        """Fill the gradient vector from the step's micro-batches; returns their mean loss."""
-        total = torch.zeros((), device=self.params.device)
-        count = self.options.accumulate
-        for micro in range(count):
-            loss, grads = self.gradient(*batches.next())
-            if micro == 0:
-                torch._foreach_copy_(self._grad_views, grads)  # pyright: ignore[reportPrivateImportUsage]  # no public form
-            else:
-                for view, grad in zip(self._grad_views, grads, strict=True):
-                    view.add_(grad)
-            total += loss
-        if count > 1:
-            self.grad.div_(count)
-        return total / count
-
     def _clip(self) -> torch.Tensor:
-        """Scale the gradient to norm `grad_clip` at most, as torch.nn.utils.clip_grad_norm_
-        does.
-        """
+        """Scale the gradient to norm `grad_clip` at most, as torch's clip_grad_norm_ does."""
         norm = torch.linalg.vector_norm(self.grad)
         limit = self.options.grad_clip
         if limit and not math.isinf(limit):

@@ -16,6 +16,7 @@ from fedgpt.report.figures import loss_figure
 from fedgpt.report.model_card import model_card
 from fedgpt.report.page import report_page
 from fedgpt.report.run_report import samples_page
+from fedgpt.report.scores import score_of
 from fedgpt.report.timeline import timeline_figure
 from fedgpt.report.updates import updates_figure
 from fedgpt.storage.run_folder import RunFolder
@@ -31,13 +32,13 @@ def write_results(
     complete.
     """
     summary, statement = end["summary"], end["statement"]
-    path, lines = folder.path, folder.metrics.read()
+    path, lines, score = folder.path, folder.metrics.read(), score_of(summary)
     model = GPT(options.model, prepared.tokenizer.vocab_size)
     np.copyto(flatten(model)[1].numpy(), params)
     card = model_card(options, summary, statement)
     export_model(path / "model", model, prepared.folder, card)
-    write_text(path / "samples.md", samples_page(lines))
-    loss_figure(lines, path / "figures" / "loss.png")
+    write_text(path / "samples.md", samples_page(lines, score))
+    loss_figure(lines, path / "figures" / "loss.png", score)
     timeline_figure(folder.events.read(), path / "figures" / "timeline.png")
     updates_figure(lines, path / "figures" / "updates.png")
     write_text(path / "report.html", report_page(summary, lines, path))

@@ -370,7 +370,7 @@ class Server:
         """Score the new version now, as it decides: a version that is too bad is rolled back."""
         line = self.metrics.line
         scores = self.evaluation.scores(self.state, line.sample)
-        value = scores[self.parts.score.name]
+        value = scores[self.parts.scoring.score.name]
         self.state, restored = self.saver.best.decide(self.state, value)
         metrics = {**line.metrics, **scores, **restored}
         self.metrics.line = VersionLine(metrics, score=False, sample=False)
@@ -434,7 +434,7 @@ class Server:
         parts, identity = self.parts, self.saver.snapshot.identity
         totals = replace(self.totals, wall_seconds=self.metrics.wall_seconds())
         lines, virtual = parts.folder.metrics.read(), parts.transport.virtual
-        return summary(lines, self.state, totals, identity, parts.score, virtual)
+        return summary(lines, self.state, totals, identity, parts.scoring, virtual)
 
     # ---- pacing and small helpers
 

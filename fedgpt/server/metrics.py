@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fedgpt.core.messages import ServerState, Update
-from fedgpt.core.score import Score
+from fedgpt.core.score import Scoring
 from fedgpt.server.collector import PrivateCollector, UpdateCollector
 from fedgpt.server.diagnostics import Diagnostics
 from fedgpt.server.in_flight import InFlight
@@ -140,15 +140,12 @@ def summary(
     state: ServerState,
     totals: RunTotals,
     identity: RunIdentity,
-    score: Score,
+    scoring: Scoring,
     virtual: bool,
 ) -> dict[str, Any]:
     """The machine-readable end of a run; `lines` are those of metrics.jsonl."""
-    scored = [{n: line[n] for n in _score_names(line)} for line in lines if score.name in line]
-    best = scored[0]
-    for scores in scored[1:]:
-        if score.better(scores[score.name], best[score.name]):
-            best = scores
+    evaluated = scoring.evaluated(lines)
+    ends = {"initial": evaluated[0], "final": evaluated[-1], "best": scoring.best(evaluated)}
     return {
         "versions": state.version,
         "tokens": totals.tokens_done,
@@ -156,22 +153,15 @@ def summary(
         "virtual_seconds": totals.seconds if virtual else None,
         "bytes_up": totals.bytes_up,
         "bytes_down": totals.bytes_down,
-        "score": score.name,
-        "initial": scored[0],
-        "final": scored[-1],
-        "best": best,
+        "score": scoring.score.name,
+        "higher_is_better": scoring.score.higher_is_better,
+        **{end: {"version": line["version"], **scoring.of(line)} for end, line in ends.items()},
         "weights_sha256": weights_digest(state.params),
         "rejected": dict(totals.rejected),
         "epsilon": lines[-1].get("epsilon"),
         "delta": identity.privacy.get("delta"),
         "private": bool(identity.privacy.get("private")),
     }
-
-
-def _score_names(line: Mapping[str, Any]) -> list[str]:
-    """The version and every number that the evaluation added to a line."""
-    added = [n for n in line if n not in FIRST and n not in ("prompt", "sample", "privacy_clip")]
-    return ["version", *added]
 
 
 def counted(rejections: Mapping[str, int]) -> str:

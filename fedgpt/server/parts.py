@@ -11,7 +11,7 @@ import numpy as np
 from fedgpt.aggregate.base import Strategy
 from fedgpt.core.messages import Job, Update
 from fedgpt.core.options import RunOptions
-from fedgpt.core.score import Score
+from fedgpt.core.score import LANGUAGE, Scoring
 from fedgpt.core.transport import Transport
 from fedgpt.server.privacy import Privacy
 from fedgpt.simulate.fleet import Fleet
@@ -37,7 +37,7 @@ class Parts:
     transport: Transport
     evaluator: Evaluator
     folder: RunFolder
-    score: Score = field(default_factory=lambda: Score("loss"))
+    scoring: Scoring = LANGUAGE  # the names of the scores, and the one that the run is judged by
     privacy: Privacy = field(default_factory=Privacy)
     root: RootTrainer | None = None  # trains the server's own update, for rules that want one
     fleet: Fleet | None = None  # slows the clients of a real clock down

@@ -19,7 +19,7 @@ class Saver:
         committed = None if self.journal is None else self.journal.journal.drop
         folder = parts.folder.checkpoints
         self.checkpoints = Checkpoints(folder, options.checkpoint.keep, committed)
-        self.best = BestWeights(options, self.checkpoints, snapshot, parts.score)
+        self.best = BestWeights(options, self.checkpoints, snapshot, parts.scoring.score)
         self.snapshot = replace(snapshot, clients=snapshot.clients.frozen())
         self._saved: int | None = None  # version of the newest checkpoint that was asked for
 

@@ -56,10 +56,8 @@ class BestWeights:
 
     def _acceptable(self, value: float) -> bool:
         """Whether a score is at most the allowed share worse than the best; NaN is not."""
-        margin = abs(self._value) * (self.options.evaluate.rollback or 0.0)
-        if self.score.higher_is_better:
-            return value >= self._value - margin
-        return value <= self._value + margin
+        allowed = self.score.tolerated(self._value, self.options.evaluate.rollback or 0.0)
+        return value == allowed or self.score.better(value, allowed)
 
     def memory(self) -> dict[str, np.ndarray]:
         """For a checkpoint: the version that a restarted server could have to return to."""

@@ -12,10 +12,12 @@ from fedgpt.client.privacy import ClientPrivacy
 from fedgpt.core.errors import FedGPTError
 from fedgpt.core.messages import Job, Plan
 from fedgpt.core.options import LocalOptions, ModelOptions, PrivacyOptions, RunOptions
+from fedgpt.data.text import Text
 from fedgpt.privacy.accounting import Event, epsilon_of
 from fedgpt.privacy.ledger import BudgetExhausted
 from fedgpt.privacy.plan import make_plan
 from fedgpt.privacy.randomness import SecureStream
+from fedgpt.tasks.lm import LanguageModel
 
 TOKENS = np.random.default_rng(0).integers(64, size=40 * 17)
 
@@ -47,7 +49,7 @@ def job(o: RunOptions, number: int = 0, **plan) -> Job:
 
 
 def client(o: RunOptions, folder, tokens=TOKENS, **environment) -> ClientPrivacy:
-    return ClientPrivacy(o, folder, tokens, environment)
+    return ClientPrivacy(o, folder, Text.of([tokens]), environment, LanguageModel())
 
 
 def events(folder) -> list[dict]:

@@ -9,13 +9,17 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.labels_task import TopTokens
 
 from fedgpt.core.device import Compute
 from fedgpt.core.flat import flatten
 from fedgpt.core.options import ModelOptions, TokenizerOptions
+from fedgpt.data.text import Text
 from fedgpt.data.tokenizer import Tokenizer, make_tokenizer
 from fedgpt.evaluate.held_out import HeldOut
+from fedgpt.evaluate.metrics.accuracy import Accuracy
 from fedgpt.model.gpt import GPT
+from fedgpt.tasks.lm import LanguageModel
 
 BLOCK = 8
 MODEL = ModelOptions(n_layer=2, n_head=2, n_embd=32, block_size=BLOCK)
@@ -30,6 +34,13 @@ def parameters(vocab: int, seed: int = 5, scale: float = 10.0) -> tuple[GPT, np.
     vector = flatten(model)[1]
     vector.mul_(scale)
     return model, vector.numpy()
+
+
+def scorer(tokens, token_bytes, compute: Compute = FP32, limit: int = 0, **about) -> HeldOut:
+    """Of the task lm, on tokens of one document."""
+    task = LanguageModel()
+    examples = task.held_out(Text.of([tokens]), BLOCK).spread(limit)
+    return HeldOut(MODEL, examples, token_bytes, compute, task, **about)
 
 
 def slow_nats(model: GPT, tokens: np.ndarray) -> list[float]:
@@ -72,26 +83,26 @@ def tokens(tokenizer) -> np.ndarray:
 
 def test_loss_is_that_of_a_loop_over_windows_in_float64(tokenizer, tokens):
     model, params = parameters(tokenizer.vocab_size)
-    held_out = HeldOut(MODEL, tokens, tokenizer.token_bytes, FP32)
+    held_out = scorer(tokens, tokenizer.token_bytes)
     scores = held_out(params)
     nats = slow_nats(model, tokens)
     assert len(nats) == len(tokens) - 1 == held_out.tokens
-    assert scores.loss == pytest.approx(math.fsum(nats) / len(nats), rel=1e-5)
-    assert scores.loss > 1.2 * math.log(tokenizer.vocab_size), (
+    assert scores["loss"] == pytest.approx(math.fsum(nats) / len(nats), rel=1e-5)
+    assert scores["loss"] > 1.2 * math.log(tokenizer.vocab_size), (
         "a model that is wrong in its own way"
     )
-    assert scores.perplexity == math.exp(scores.loss)
+    assert scores["perplexity"] == math.exp(scores["loss"])
 
 
 def test_bits_per_byte_divide_by_the_bytes_of_the_text(tokenizer, tokens):
     model, params = parameters(tokenizer.vocab_size)
-    scores = HeldOut(MODEL, tokens, tokenizer.token_bytes, FP32)(params)
+    scores = scorer(tokens, tokenizer.token_bytes)(params)
     # only the first token is nobody's target
     unpredicted = len(tokenizer.decode(tokens[:1]).encode())
     # end tokens stand for no byte
     text_bytes = sum(len(text.encode()) for text in DOCUMENTS) - unpredicted
     bits = math.fsum(slow_nats(model, tokens)) / math.log(2)
-    assert scores.bits_per_byte == pytest.approx(bits / text_bytes, rel=1e-5)
+    assert scores["bits_per_byte"] == pytest.approx(bits / text_bytes, rel=1e-5)
 
 
 def test_bits_per_byte_of_three_bytes_by_hand():
@@ -99,47 +110,66 @@ def test_bits_per_byte_of_three_bytes_by_hand():
     text.
     """
     tokenizer = make_tokenizer(TokenizerOptions(name="bytes"), [])
-    held_out = HeldOut(MODEL, np.array([97, 98, 256]), tokenizer.token_bytes, FP32)
-    assert (held_out.tokens, held_out.bytes) == (2, 1)
+    held_out = scorer(np.array([97, 98, 256]), tokenizer.token_bytes)
+    assert held_out.tokens == 2
     scores = held_out(np.zeros(held_out.layout.size, np.float32))
-    assert scores.bits_per_byte == pytest.approx(2 * math.log2(257), rel=1e-6)
+    assert scores["bits_per_byte"] == pytest.approx(2 * math.log2(257), rel=1e-6)
 
 
 def test_a_uniform_model_needs_log2_of_the_vocabulary_for_every_token(tokenizer, tokens):
-    held_out = HeldOut(MODEL, tokens, tokenizer.token_bytes, FP32)
+    held_out = scorer(tokens, tokenizer.token_bytes)
     scores = held_out(np.zeros(held_out.layout.size, np.float32))
     vocab = tokenizer.vocab_size
-    assert scores.loss == pytest.approx(math.log(vocab), rel=1e-6)
-    assert scores.perplexity == pytest.approx(vocab, rel=1e-5)
-    assert scores.bits_per_byte == pytest.approx(
-        math.log2(vocab) * held_out.tokens / held_out.bytes, rel=1e-6
+    assert scores["loss"] == pytest.approx(math.log(vocab), rel=1e-6)
+    assert scores["perplexity"] == pytest.approx(vocab, rel=1e-5)
+    assert scores["bits_per_byte"] == pytest.approx(
+        math.log2(vocab) * held_out.tokens / int(tokenizer.token_bytes[predicted(held_out)].sum()),
+        rel=1e-6,
     )
+
+
+def test_metrics_come_from_the_pass_that_gives_the_scores(tokenizer, tokens):
+    model, params = parameters(tokenizer.vocab_size)
+    held_out = scorer(tokens, tokenizer.token_bytes, metrics=(Accuracy(), TopTokens(k=3)))
+    scores = held_out(params)
+    plain = scorer(tokens, tokenizer.token_bytes)(params)
+    assert plain.items() <= scores.items() and list(scores)[-2:] == ["accuracy", "top_tokens"]
+    right = top = 0
+    for inputs, targets in zip(*held_out.examples.rows, strict=True):
+        for row, target in zip(model(inputs[None])[0], targets.tolist(), strict=True):
+            order = row.argsort(descending=True).tolist()
+            right += order[0] == target
+            top += target in order[:3]
+    assert 0 < right < top
+    assert scores["accuracy"] == right / held_out.tokens
+    assert scores["top_tokens"] == top / held_out.tokens
 
 
 def test_batches_do_not_change_the_score(tokenizer, tokens):
     _, params = parameters(tokenizer.vocab_size)
-    held_out = HeldOut(MODEL, tokens, tokenizer.token_bytes, FP32)
+    held_out = scorer(tokens, tokenizer.token_bytes)
     together = held_out(params)
-    held_out._batch = 3  # a last batch that is smaller and holds the padded window
-    assert held_out(params).loss == pytest.approx(together.loss, rel=1e-6)
+    held_out._batch_size = 3  # a last batch that is smaller and holds the padded window
+    assert held_out(params)["loss"] == pytest.approx(together["loss"], rel=1e-6)
 
 
 def predicted(held_out: HeldOut) -> np.ndarray:
-    return held_out._targets[held_out._targets >= 0].numpy()
+    targets = held_out.examples.rows[1]
+    return targets[targets >= 0].numpy()
 
 
 @given(st.integers(2, 200))
 def test_every_token_but_the_first_is_predicted_once(length):
     tokens = np.arange(length)
-    held_out = HeldOut(ModelOptions(1, 1, 4, BLOCK), tokens, np.ones(length, np.int64), FP32)
+    held_out = scorer(tokens, np.ones(length, np.int64))
     assert sorted(predicted(held_out)) == list(range(1, length))
-    assert held_out.tokens == held_out.bytes == length - 1
+    assert held_out.tokens == length - 1
 
 
 @given(st.integers(2, 400), st.integers(1, 500))
 def test_a_limit_spreads_over_the_text_and_is_kept(length, limit):
     tokens = np.arange(length)
-    held_out = HeldOut(ModelOptions(1, 1, 4, BLOCK), tokens, np.ones(length, np.int64), FP32, limit)
+    held_out = scorer(tokens, np.ones(length, np.int64), limit=limit)
     seen = predicted(held_out)
     assert len(set(seen)) == len(seen) == held_out.tokens
     if limit >= length:
@@ -154,7 +184,7 @@ def test_a_limit_spreads_over_the_text_and_is_kept(length, limit):
 
 
 def test_a_score_depends_on_the_vector_given_and_on_nothing_before(tokenizer, tokens):
-    held_out = HeldOut(MODEL, tokens, tokenizer.token_bytes, FP32)
+    held_out = scorer(tokens, tokenizer.token_bytes)
     a, b = (parameters(tokenizer.vocab_size, seed)[1] for seed in (1, 2))
     first, other = held_out(a), held_out(b)
     kept = a.copy()
@@ -164,9 +194,9 @@ def test_a_score_depends_on_the_vector_given_and_on_nothing_before(tokenizer, to
 
 def test_bf16_scores_are_near_those_of_fp32(tokenizer, tokens):
     _, params = parameters(tokenizer.vocab_size, scale=1.0)
-    exact = HeldOut(MODEL, tokens, tokenizer.token_bytes, FP32)(params)
-    rough = HeldOut(MODEL, tokens, tokenizer.token_bytes, Compute("cpu", "bf16", ""))(params)
-    assert rough.loss == pytest.approx(exact.loss, rel=5e-3)
+    exact = scorer(tokens, tokenizer.token_bytes)(params)
+    rough = scorer(tokens, tokenizer.token_bytes, Compute("cpu", "bf16", ""))(params)
+    assert rough["loss"] == pytest.approx(exact["loss"], rel=5e-3)
 
 
 def test_a_hopeless_model_has_infinite_perplexity_and_finite_loss(tokenizer, tokens):
@@ -174,18 +204,7 @@ def test_a_hopeless_model_has_infinite_perplexity_and_finite_loss(tokenizer, tok
     views = dict(model.named_parameters())
     with torch.no_grad():
         views["transformer.ln_f.weight"].mul_(1e6)
-    scores = HeldOut(MODEL, tokens, tokenizer.token_bytes, FP32)(params)
-    assert scores.loss > 700 and math.isfinite(scores.loss) and scores.perplexity == math.inf
-
-
-def test_samples_are_seeded_and_stop_at_the_end(tokenizer, tokens):
-    held_out = HeldOut(MODEL, tokens, tokenizer.token_bytes, FP32)
-    held_out.load(parameters(tokenizer.vocab_size, scale=1.0)[1])
-    prompt = tokenizer.encode("The").tolist()
-    written = held_out.sample(prompt, 20, 3, tokenizer.end)
+    scores = scorer(tokens, tokenizer.token_bytes)(params)
     assert (
-        written
-        == held_out.sample(prompt, 20, 3, tokenizer.end)
-        != held_out.sample(prompt, 20, 4, tokenizer.end)
+        scores["loss"] > 700 and math.isfinite(scores["loss"]) and scores["perplexity"] == math.inf
     )
-    assert 0 < len(written) <= 20 and tokenizer.end not in written

@@ -16,9 +16,10 @@ from fedgpt.core.options import ModelOptions
 from fedgpt.data.batches import Blocks
 from fedgpt.local.bookkeeping import BookKeeping, Unsupported
 from fedgpt.local.opacus_hooks import OpacusHooks
-from fedgpt.local.private import PrivateGradient, PrivateSteps, example_losses
+from fedgpt.local.private import PrivateGradient, PrivateSteps
 from fedgpt.model.gpt import GPT
 from fedgpt.privacy.randomness import SecureStream
+from fedgpt.tasks.lm import LanguageModel
 
 VOCAB, TIME, BATCH = 64, 16, 7
 VARIANTS = {
@@ -46,6 +47,13 @@ def batch(size: int = BATCH) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(VOCAB, (size, TIME + 1), generator=generator)
     return ids[:, :-1], ids[:, 1:]
+
+
+TASK = LanguageModel()
+
+
+def example_losses(model: GPT, *batch: torch.Tensor) -> torch.Tensor:
+    return TASK.example_losses(TASK.forward(model, batch), batch)
 
 
 def truth(
@@ -247,9 +255,11 @@ def test_a_step_is_the_clipped_sum_and_noise_over_a_constant(engine):
     chosen = np.flatnonzero(SecureStream(bytes(32), "test").uniform(40) < 0.25)
     assert 2 < len(chosen) < 20 and len(chosen) != 10
     found = torch.zeros_like(vector)
-    PrivateGradient(model, layout, engine, batch_size=3).fill(found, steps)  # in several parts
+    PrivateGradient(model, layout, TASK, engine, batch_size=3).fill(
+        found, steps
+    )  # in several parts
     # another one: torch.func does not take Opacus' hooks
-    own = truth(make()[0], layout, *steps.blocks.take(chosen))
+    own = truth(make()[0], layout, *steps.units.take(chosen))
     want = clipped_sum(own, 0.5) / 10  # q n, not as many as there are
     assert float((found - want).norm() / want.norm()) < 1e-5
 
@@ -257,7 +267,7 @@ def test_a_step_is_the_clipped_sum_and_noise_over_a_constant(engine):
 def test_an_empty_batch_still_gives_noise():
     model, layout, vector = make()
     found = torch.zeros_like(vector)
-    PrivateGradient(model, layout, "bookkeeping", 8).fill(
+    PrivateGradient(model, layout, TASK, "bookkeeping", 8).fill(
         found, steps_of(probability=1e-9, noise=2.0)
     )
     std = 2.0 * 0.5 / (1e-9 * 40)
@@ -266,7 +276,7 @@ def test_an_empty_batch_still_gives_noise():
 
 def test_coins_are_independent_and_as_likely_as_promised():
     model, layout, vector = make()
-    gradient = PrivateGradient(model, layout, "bookkeeping", 8)
+    gradient = PrivateGradient(model, layout, TASK, "bookkeeping", 8)
     sizes: list[int] = []
     steps = steps_of(count=100, probability=0.2)
     gradient.engine = Counting(sizes)

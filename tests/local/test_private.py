@@ -19,6 +19,7 @@ from fedgpt.local.bookkeeping import BookKeeping
 from fedgpt.local.private import PrivateGradient, PrivateSteps
 from fedgpt.model.gpt import GPT
 from fedgpt.privacy.randomness import SecureStream
+from fedgpt.tasks.lm import LanguageModel
 
 VOCAB, TIME, COUNT, CLIP, Q = 32, 8, 24, 0.01, 0.5
 
@@ -43,7 +44,7 @@ class Step:
         torch.manual_seed(0)
         model = GPT(ModelOptions(n_layer=1, n_head=1, n_embd=16, block_size=TIME), VOCAB)
         layout, vector = flatten(model)
-        self.gradient = PrivateGradient(model, layout, "bookkeeping", 8)
+        self.gradient = PrivateGradient(model, layout, LanguageModel(), "bookkeeping", 8)
         self.grad = torch.zeros_like(vector)
         tokens = np.random.default_rng(0).integers(VOCAB, size=COUNT * (TIME + 1))
         self.blocks = Blocks(tokens, TIME)

@@ -99,6 +99,8 @@ def test_the_summary_has_its_keys_and_agrees_with_metrics_and_checkpoint(finishe
         "virtual_seconds",
         "bytes_up",
         "bytes_down",
+        "score",
+        "higher_is_better",
         "initial",
         "final",
         "best",
@@ -113,6 +115,7 @@ def test_the_summary_has_its_keys_and_agrees_with_metrics_and_checkpoint(finishe
         and told["tokens"] == records[-1]["tokens"]
         and told["wall_seconds"] > 0
     )
+    assert (told["score"], told["higher_is_better"]) == ("loss", False)
     for name, record in (
         ("initial", records[0]),
         ("final", records[2]),

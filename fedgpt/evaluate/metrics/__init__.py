@@ -1,0 +1,1 @@
+"""More numbers of each central evaluation, one file each: the names that `metrics=` takes."""

@@ -1,0 +1,128 @@
+"""The interface of a metric: a number beside the task's own scores, asked for by `metrics=`."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from fedgpt.core.errors import ConfigError, nearest
+from fedgpt.core.score import Scoring
+from fedgpt.core.targets import Members, build
+from fedgpt.data.examples import Batch
+from fedgpt.tasks.base import Sample
+
+
+@dataclass(frozen=True)
+class Metric(ABC):
+    """What both kinds of metric have."""
+
+    name: ClassVar[str]  # in metrics.jsonl and summary.json
+
+
+@dataclass(frozen=True)
+class BatchMetric(Metric):
+    """A number computed from the same pass over the held-out text as the task's scores.
+
+    Its options are its fields. Like a task it adds up a tally of every batch and makes its number
+    of the totals. This one counts how often the right token is among the `k` likeliest ones:
+
+    >>> import torch
+    >>> @dataclass(frozen=True)
+    ... class TopAccuracy(BatchMetric):
+    ...     name: ClassVar[str] = "top_accuracy"
+    ...     k: int = 2
+    ...     def tally(self, outputs, batch):
+    ...         counted = batch[1] >= 0
+    ...         found = (outputs.topk(self.k).indices == batch[1][..., None]).any(-1)
+    ...         return {"hits": (found & counted).sum(), "count": counted.sum()}
+    ...     def value(self, totals):
+    ...         return totals["hits"] / totals["count"]
+    >>> outputs = torch.tensor([[[0.1, 0.5, 0.4], [0.1, 0.5, 0.4], [0.1, 0.5, 0.4]]])
+    >>> batch = (torch.tensor([[0, 1, 2]]), torch.tensor([[2, 0, -100]]))
+    >>> metric = TopAccuracy()
+    >>> {name: int(value) for name, value in metric.tally(outputs, batch).items()}
+    {'hits': 1, 'count': 2}
+    >>> metric.value({"hits": 1, "count": 2})
+    0.5
+
+    `fedgpt run metrics=[{_target_:mine.TopAccuracy,k:5}] trusted_packages=[mine]` adds it to
+    metrics.jsonl, summary.json, the progress line and the report under its name.
+    """
+
+    @abstractmethod
+    def tally(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
+        """Named 0-d tensors of one batch, which are added up over all batches.
+
+        `outputs` is what the task's `forward` returned: (batch, time, vocabulary) of task=lm.
+        """
+
+    @abstractmethod
+    def value(self, totals: Mapping[str, float]) -> float:
+        """The number, from the tallies added up over the held-out text."""
+
+
+@dataclass(frozen=True)
+class SampleMetric(Metric):
+    """A number computed from the text that a version wrote, at the versions that write one.
+
+    >>> @dataclass(frozen=True)
+    ... class Length(SampleMetric):
+    ...     name: ClassVar[str] = "sample_length"
+    ...     def value(self, sample):
+    ...         return float(len(sample.written))
+    >>> Length().value(Sample("Once", " upon a time"))
+    12.0
+    """
+
+    @abstractmethod
+    def value(self, sample: Sample) -> float:
+        """The number."""
+
+
+METRICS = Members("metrics", "metrics", Metric)
+
+
+def make_metrics(
+    options: Iterable[Any], trusted: Iterable[str], scoring: Scoring
+) -> list[BatchMetric | SampleMetric]:
+    """The metrics that `options` names, beside the scores of a task.
+
+    An option is the name of a module of this folder or a mapping with `_target_` and fields.
+    Raises ConfigError for an unknown one, and for two numbers of one name.
+    """
+    metrics: list[BatchMetric | SampleMetric] = []
+    taken = dict.fromkeys(scoring.names, "the task has a score")
+    for option in options:
+        metric = _named(option) if isinstance(option, str) else _custom(option, trusted)
+        if metric.name in taken:
+            raise ConfigError(
+                f"metrics={option}: {taken[metric.name]} of the name {metric.name!r} already; leave"
+                " one of them out"
+            )
+        taken[metric.name] = "there is a metric"
+        metrics.append(metric)
+    return metrics
+
+
+def _named(name: str) -> Any:
+    if name not in METRICS.names():
+        raise ConfigError(
+            f"metrics=[{name}]: choose from {', '.join(METRICS.names())}"
+            f"{nearest(name, METRICS.names())}, or name a class of your own:"
+            " metrics=[{_target_:package.module.Class}]"
+        )
+    return METRICS.load(name)()
+
+
+def _custom(node: Any, trusted: Iterable[str]) -> Any:
+    metric = build("metrics", node, (METRICS.folder,), trusted)
+    if not isinstance(metric, BatchMetric | SampleMetric):
+        raise ConfigError(
+            f"metrics._target_={node['_target_']}: must inherit from BatchMetric or SampleMetric of"
+            f" {__name__}"
+        )
+    return metric

@@ -1,0 +1,57 @@
+"""Pre-training, the task of nanoGPT: predict every token from those before it in its window."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from fedgpt.core.score import LANGUAGE, Scoring
+from fedgpt.data.batches import IGNORE, Batches, Blocks, windows
+from fedgpt.data.examples import Batch, BatchSource, Examples, ExampleSet
+from fedgpt.data.text import Text
+from fedgpt.tasks.base import Task
+
+
+@dataclass(frozen=True)
+class LanguageModel(Task):
+    """All text of a party is one stream: documents follow each other, parted by the end token.
+
+    Training takes random windows of the stream, DP-SGD blocks that share no token. Evaluation cuts
+    it into windows, so that every token is predicted once, from at most block_size - 1 earlier
+    ones: a lower bound of what the model can do.
+    """
+
+    scoring: ClassVar[Scoring] = LANGUAGE
+    units_are_blocks: ClassVar[bool] = True
+
+    def batches(self, text: Text, block_size: int, batch_size: int, seed: int) -> BatchSource:
+        """Random windows."""
+        return Batches(text.tokens, block_size, batch_size, seed)
+
+    def units(self, text: Text, block_size: int) -> ExampleSet:
+        """Blocks."""
+        return Blocks(text.tokens, block_size)
+
+    def held_out(self, text: Text, block_size: int) -> Examples:
+        """Windows."""
+        return Examples(windows(text.tokens, block_size))
+
+    def tally(self, outputs: Tensor, batch: Batch, token_bytes: Tensor | None) -> dict[str, Tensor]:
+        """Beside the nats, the bytes of the text that was predicted."""
+        assert token_bytes is not None, "the central evaluation has the tokenizer's table"
+        bytes_each = token_bytes[batch[1].clamp(min=0)]
+        read = (bytes_each * (batch[1] != IGNORE)).sum()
+        return {**super().tally(outputs, batch, token_bytes), "bytes": read}
+
+    def scores(self, totals: Mapping[str, float]) -> dict[str, float]:
+        """Loss and perplexity a token, and bits per byte.
+
+        Bits per byte divide by the bytes of the text instead of by tokens, so models with
+        different tokenizers compare.
+        """
+        bits = totals["nats"] / math.log(2)
+        return {**super().scores(totals), "bits_per_byte": bits / max(totals["bytes"], 1)}
