@@ -31,10 +31,11 @@ class Tracker(ABC):
     `open`, the lines of metrics.jsonl that the tracker lacks come first, as MetricsReady events.
     Other events of a process that was killed are not repeated.
 
-    All methods are called on one thread, which is not the server loop's. When a method raises,
-    there is one warning, the tracker is closed, and the run continues without it. With
-    privacy=client a tracker gets only RunOpened and MetricsReady, with the fields that may be
-    published (report/published.py).
+    `open` and the events come on the thread that delivers events, so a slow tracker does not slow
+    training down; `close` comes on the main thread, after the last event. When a method raises, one
+    warning is logged, the tracker is closed, and the run continues without it. With privacy=client
+    a tracker gets only RunOpened and MetricsReady, with the fields that may be published
+    (report/published.py).
 
     A run that is resumed at version 2, with a tracker that has kept version 0 only:
 
