@@ -152,6 +152,8 @@ def type_in(words: list[str], env: dict[str, str], folder: Path) -> str:
 def test_the_tutorial_does_what_it_says(tmp_path):
     env = os.environ | {
         "PYTHONPATH": str(ROOT),
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_HOME": str(tmp_path / "flwr"),
         "FEDGPT_CACHE": str(tmp_path / "cache"),
         "COLUMNS": "120",
