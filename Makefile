@@ -6,7 +6,7 @@ ENV := FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_DISABLE_RUNTIME
 JOBS ?= 2
 TEST := $(ENV) $(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal
 
-.PHONY: help install demo test test-slow test-all lint bench studies
+.PHONY: help install demo test test-slow test-long test-all lint bench studies
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -27,7 +27,10 @@ test: install ## the default test suite
 test-slow: install ## the other tests: Ray, SuperLink, kill and resume, each study's smoke run
 	$(TEST) -m slow
 
-test-all: install ## both
+test-long: install ## tests of more than 60 s each
+	$(TEST) -m long
+
+test-all: install ## all of them
 	$(TEST) -m ""
 
 lint: install ## style and types
