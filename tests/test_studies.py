@@ -1,4 +1,4 @@
-"""Each study's smoke run ends with its table and leaves the study's own files alone."""
+"""Studies: their pages agree with results.json, and a smoke run prints a table."""
 
 from __future__ import annotations
 
@@ -17,13 +17,14 @@ STUDIES = sorted(path.parent.name for path in SIMULATIONS.glob("*/run.py"))
 
 
 def files(study: str) -> dict[str, bytes]:
+    """The contents of a study's folder."""
     return {
         path.name: path.read_bytes() for path in (SIMULATIONS / study).iterdir() if path.is_file()
     }
 
 
 @pytest.mark.parametrize("study", STUDIES)
-def test_a_study_says_how_to_run_it_and_composes_runs_only(study):
+def test_a_study_says_how_to_run_it_and_does_not_train_itself(study):
     command = f"python simulations/{study}/run.py"
     source = (SIMULATIONS / study / "run.py").read_text()
     assert command in source
@@ -33,7 +34,7 @@ def test_a_study_says_how_to_run_it_and_composes_runs_only(study):
 
 
 @pytest.mark.parametrize("study", STUDIES)
-def test_every_loss_of_a_readmes_tables_is_in_the_results_beside_it(study):
+def test_every_loss_in_the_tables_of_a_page_is_in_results_json(study):
     results, readme = SIMULATIONS / study / "results.json", SIMULATIONS / study / "README.md"
     recorded = {f"{number:.3f}" for number in numbers(json.loads(results.read_text()))}
     rows = [line for line in readme.read_text().splitlines() if line.startswith("|")]
@@ -44,6 +45,7 @@ def test_every_loss_of_a_readmes_tables_is_in_the_results_beside_it(study):
 
 
 def numbers(tree: Any) -> Iterator[float]:
+    """All numbers in a JSON value."""
     if isinstance(tree, dict | list):
         for part in tree.values() if isinstance(tree, dict) else tree:
             yield from numbers(part)
@@ -53,15 +55,10 @@ def numbers(tree: Any) -> Iterator[float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("study", STUDIES)
-def test_a_smoke_run_prints_a_table_and_leaves_the_results_alone(study, tmp_path):
+def test_a_smoke_run_prints_a_table_and_does_not_change_the_results(study, tmp_path):
     before = files(study)
-    command = [
-        sys.executable,
-        str(SIMULATIONS / study / "run.py"),
-        "--quick",
-        "--runs",
-        str(tmp_path / "runs"),
-    ]
+    script = SIMULATIONS / study / "run.py"
+    command = [sys.executable, str(script), "--quick", "--runs", str(tmp_path / "runs")]
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=tmp_path, timeout=600, check=False
     )

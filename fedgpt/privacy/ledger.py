@@ -178,7 +178,7 @@ class Ledger:
         if any(release.number >= number for release in self.account.releases):
             raise BudgetExhausted(
                 f"release {number} of this series was made before, from another sum: a series of"
-                " correlated noise cannot be repeated from an earlier version"
+                " correlated noise cannot go back to an earlier version"
             )
         self._write(replace(self.account, releases=self._noted(Release(number, tag))))
 
