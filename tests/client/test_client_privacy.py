@@ -37,7 +37,7 @@ def job(o: RunOptions, number: int = 0, **plan) -> Job:
         "noise_multiplier": planned.noise_multiplier,
         "participations": planned.participations,
         "delta": planned.delta,
-        "state": number - 1,
+        "state_job": number - 1,
         "tokens_done": 0,
         "tokens_per_step": 64,
         **plan,

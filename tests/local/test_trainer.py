@@ -76,7 +76,7 @@ def plain_loop(
     optimizer = torch.optim.AdamW(groups, betas=(o.beta1, o.beta2), eps=1e-8, fused=True)
     if dropout_seed is not None:
         torch.manual_seed(dropout_seed)
-    for step in range(p.steps):
+    for step in range(p.local_steps):
         optimizer.zero_grad()
         for _ in range(o.accumulate):
             x, y = batches.next()
