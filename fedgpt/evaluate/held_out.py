@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -12,8 +13,8 @@ from fedgpt.core.device import Compute
 from fedgpt.core.flat import flatten
 from fedgpt.core.options import ModelOptions
 from fedgpt.data.batches import windows
+from fedgpt.model.build import build_model
 from fedgpt.model.generate import generate
-from fedgpt.model.gpt import GPT
 
 MOST_LOGITS = 1 << 26  # at a time on a GPU: 256 MB in float32
 
@@ -50,10 +51,11 @@ class HeldOut:
         token_bytes: np.ndarray,
         compute: Compute,
         limit: int = 0,
+        base: Mapping[str, torch.Tensor] | None = None,
     ):
-        self.model = (
-            GPT(model, len(token_bytes)).to(device=compute.device, dtype=compute.torch_dtype).eval()
-        )
+        """`base` holds the frozen weights, if `model.trainable` leaves some out."""
+        self.model = build_model(model, len(token_bytes), base).eval()
+        self.model.to(compute.device, compute.torch_dtype)
         self.layout, self._working = flatten(self.model)
         inputs, targets = windows(tokens, model.block_size)
         if limit and limit < tokens.size:

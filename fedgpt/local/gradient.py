@@ -13,14 +13,15 @@ WARM_UP = 3  # passes before a recording, in which libraries make what cannot be
 
 
 class BatchGradient:
-    """The mean loss of a batch and its gradient with respect to every parameter."""
+    """The mean loss of a batch and its gradient with respect to every trainable parameter."""
 
     def __init__(self, model: GPT):
-        self.model, self._leaves = model, list(model.parameters())
+        self.model = model
+        self._leaves = [p for p in model.parameters() if p.requires_grad]
 
     def __call__(self, inputs: Tensor, targets: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """inputs and targets (batch, time) int64 -> scalar, and gradients in the order of
-        `model.parameters()`.
+        """inputs and targets (batch, time) int64 -> scalar, and gradients in the order of the
+        trainable ones of `model.parameters()`.
         """
         loss = self.model.loss(inputs, targets)
         return loss.detach(), torch.autograd.grad(loss, self._leaves)

@@ -9,6 +9,7 @@ master itself.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -17,14 +18,14 @@ import numpy as np
 import torch
 
 from fedgpt.core.device import Compute, repeat_exactly
-from fedgpt.core.flat import flatten
+from fedgpt.core.flat import base_digest, flatten
 from fedgpt.core.messages import Plan
 from fedgpt.core.options import LocalOptions, ModelOptions
 from fedgpt.local.gradient import BatchGradient, RecordedGradient
 from fedgpt.local.optimizer import FlatAdamW, Moments
 from fedgpt.local.private import PrivateGradient, PrivateSteps
 from fedgpt.local.schedule import learning_rate
-from fedgpt.model.gpt import GPT
+from fedgpt.model.build import build_model
 
 CLIENT_NUMBERS = frozenset({"proximal_mu"})  # what a strategy may ask of a client, by name
 
@@ -59,15 +60,20 @@ class Trainer:
         local: LocalOptions,
         compute: Compute,
         engine: str = "bookkeeping",
+        base: Mapping[str, torch.Tensor] | None = None,
     ):
-        """`engine` makes the per-example gradients of private jobs: bookkeeping or opacus."""
+        """`engine` makes the per-example gradients of private jobs: bookkeeping or opacus.
+
+        `base` holds the frozen weights, if `model.trainable` leaves some out.
+        """
         self.options = local
         self.compute = compute
         self.block_size = model.block_size
         self.engine = engine
         device = torch.device(compute.device)
         repeat_exactly(device.type)
-        self.model = GPT(model, vocab_size).to(device=device, dtype=compute.torch_dtype)
+        self.base_digest = base_digest(base or {})
+        self.model = build_model(model, vocab_size, base).to(device, compute.torch_dtype)
         self.model.train()
         self.layout, self.working = flatten(self.model)
         self.params = (
@@ -78,7 +84,8 @@ class Trainer:
         self.grad = torch.zeros_like(self.params)
         self.optimizer = FlatAdamW(self.params, self.grad, self.layout.decayed, local)
         views = self.layout.views(self.grad)
-        self._grad_views = [views[name] for name, _ in self.model.named_parameters()]
+        names = [name for name, p in self.model.named_parameters() if p.requires_grad]
+        self._grad_views = [views[name] for name in names]
         self._start = torch.zeros_like(self.params)
         self._delta = torch.zeros(self.layout.size, pin_memory=device.type == "cuda")
 
