@@ -128,6 +128,8 @@ def _told(job: Job, state: str, environment: dict[str, Any]) -> list[Any]:
     Nor the run, which has a key of its own: with seeded noise another run is to repeat this one.
     """
     plan = asdict(job.plan)
+    if not job.plan.base_digest:  # nothing is frozen: the same noise as before there was a base
+        del plan["base_digest"]
     for name in ("run", "keep", "seconds", "cached_version"):
         del plan[name]
     # the names that these two had first: another name would be other noise, and a resumed run would

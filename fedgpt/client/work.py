@@ -19,7 +19,7 @@ from fedgpt.client.attack import attacked
 from fedgpt.client.privacy import ClientPrivacy
 from fedgpt.client.state import ClientState, ClientStore
 from fedgpt.core.device import choose_compute
-from fedgpt.core.errors import UpdateRejected
+from fedgpt.core.errors import FedGPTError, UpdateRejected
 from fedgpt.core.faults import reach
 from fedgpt.core.messages import ClientInfo, Job, Update
 from fedgpt.core.options import RunOptions
@@ -29,6 +29,7 @@ from fedgpt.data.partition import Shard, partition
 from fedgpt.data.prepare import Prepared, prepare
 from fedgpt.local.optimizer import Moments
 from fedgpt.local.trainer import Trainer
+from fedgpt.storage.initial_weights import base_weights
 from fedgpt.update.codec import compress, digest, header_of
 from fedgpt.update.compress import Plain, compressor_of
 from fedgpt.update.downlink import STEPS, rebuilt
@@ -61,12 +62,16 @@ class ClientWork:
     @cached_property
     def trainer(self) -> Trainer:
         """The buffers of this process."""
-        options = self.options
+        options, tokenizer = self.options, self.prepared.tokenizer
         private = options.privacy.unit == "example"
         compute = choose_compute(options.runtime.device, options.local.precision, private)
-        engine = options.privacy.engine
         return Trainer(
-            options.model, self.prepared.tokenizer.vocab_size, options.local, compute, engine
+            options.model,
+            tokenizer.vocab_size,
+            options.local,
+            compute,
+            options.privacy.engine,
+            base_weights(options, tokenizer),
         )
 
     def info(self, index: int) -> ClientInfo:
@@ -78,13 +83,15 @@ class ClientWork:
         """Do one job; returns the update's header and its array (a kept buffer: copy or send it at
         once).
 
-        The same job gives the same bits however often and wherever it is done.
+        The same job gives the same bits however often and wherever it is done. Raises FedGPTError
+        if this client's frozen weights are not the run's.
         """
         shard = self.shards[index]
         if shard.client != job.client:
             raise ValueError(
                 f"the job is for client {job.client!r}, partition {index} is {shard.client!r}"
             )
+        self._check_base(job.plan.base_digest)
         job = self._received(job)
         began = time.monotonic()
         lies = index < self.options.attack.clients
@@ -102,6 +109,16 @@ class ClientWork:
         update, state = self._trained(job, ROOT, self.prepared.public(), self._state(job, ROOT))
         self._keep(job, ROOT, state)
         return update
+
+    def _check_base(self, expected: str) -> None:
+        """An update to other frozen weights than the run's would harm every other client."""
+        found = self.trainer.base_digest
+        if found != expected:
+            source = self.options.init_from or f"seed {self.options.seed}"
+            raise FedGPTError(
+                f"base weights differ: this client's are {found[:16] or 'none'} (from {source}),"
+                f" the run's are {expected[:16] or 'none'}; give both the same init_from"
+            )
 
     def _received(self, job: Job) -> Job:
         """The job with its whole vector, which is kept where later ones may be steps from it."""

@@ -37,6 +37,8 @@ class Plan:
     delta: float = 0.0  # privacy=example, local: at which epsilon is meant
     # int8, int4: version that the client has cached, so that only deltas travel; -1: none
     cached_version: int = -1
+    # digest of the frozen weights that the client must have (core/flat.py); "": none are frozen
+    base_digest: str = ""
 
 
 @dataclass(frozen=True)

@@ -164,5 +164,7 @@ def _vector(content: RecordDict, name: str) -> np.ndarray:
 
 def _job_json(job: Job) -> str:
     plan = {WIRE.get(name, name): value for name, value in asdict(job.plan).items()}
+    if not job.plan.base_digest:  # a client of an earlier version does not know the name
+        del plan["base_digest"]
     about = {"client": job.client, "task": job.number, "version": job.version, "plan": plan}
     return json.dumps(about)

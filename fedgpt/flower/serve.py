@@ -30,7 +30,7 @@ from fedgpt.config.compose import (
 )
 from fedgpt.core.errors import ConfigError, FedGPTError, Unwritten
 from fedgpt.core.files import write_text
-from fedgpt.core.flat import flatten
+from fedgpt.core.flat import base_digest, flatten
 from fedgpt.core.messages import ClientInfo, ServerState
 from fedgpt.core.options import RunOptions
 from fedgpt.core.seeds import derive_seed
@@ -43,7 +43,7 @@ from fedgpt.flower.grid_transport import GridTransport
 from fedgpt.flower.pool.grid import PoolGrid
 from fedgpt.flower.pool.resources import Resources, resources_for
 from fedgpt.flower.strategy_adapter import FlowerStrategy
-from fedgpt.model.gpt import GPT
+from fedgpt.model.build import build_model
 from fedgpt.model.hf import export_model
 from fedgpt.privacy.plan import make_plan
 from fedgpt.privacy.statement import statement
@@ -59,7 +59,7 @@ from fedgpt.server.privacy import make_privacy
 from fedgpt.simulate.fleet import Fleet, make_timing
 from fedgpt.simulate.virtual_clock import VirtualTransport
 from fedgpt.storage.checkpoint import Checkpoints, RunTables, Snapshot
-from fedgpt.storage.initial_weights import initial_weights
+from fedgpt.storage.initial_weights import base_weights, initial_weights
 from fedgpt.storage.journal import Journal, RecordedTransport, needs_journal
 from fedgpt.storage.run_folder import RunFolder
 
@@ -108,7 +108,11 @@ class _Run:
         self.resources = resources_for(options, len(shards))
         self.compute = self.resources.compute
         torch.set_num_threads(self.resources.threads)
+        # the frozen weights of the run, none unless model.trainable leaves some out
+        self.base = base_weights(options, prepared.tokenizer)
         self.environment = _environment(self.resources)
+        if self.base:
+            self.environment["base"] = base_digest(self.base)
         private = options.privacy.unit != "none"
         self.privacy_plan = (
             make_plan(options, [shard.size for shard in shards]) if private else None
@@ -205,6 +209,14 @@ class _Run:
                 f" checkpoint was made ({changed}); change it back, or start again with another"
                 " run_dir"
             )
+        base_before = snapshot.tables.environment.get("base")
+        if base_before != self.environment.get("base"):
+            source = self.options.init_from or f"seed {self.options.seed}"
+            raise FedGPTError(
+                f"{self.folder.path} cannot be continued: base weights differ: {source} now gives"
+                f" {self.environment['base'][:16]}, the run began with {base_before[:16]}; restore"
+                " them, or start again with another run_dir"
+            )
         if snapshot.tables.unsaved:
             raise FedGPTError(
                 f"{self.folder.path} cannot be continued: its strategy remembers"
@@ -229,6 +241,7 @@ class _Run:
             tokenizer.token_bytes,
             self.compute,
             o.evaluate.tokens,
+            self.base,
         )
 
     def _evaluator(self, stage: HeldOut) -> Any:
@@ -281,7 +294,7 @@ class _Run:
         """
         path = self.folder.path
         records = self.folder.metrics.read()
-        model = GPT(self.options.model, self.prepared.tokenizer.vocab_size)
+        model = build_model(self.options.model, self.prepared.tokenizer.vocab_size, self.base)
         np.copyto(flatten(model)[1].numpy(), params)
         card = model_card(self.options, summary, self.statement)
         export_model(path / "model", model, self.prepared.folder, card)

@@ -117,8 +117,8 @@ def _check_trainable(options: ModelOptions) -> list[str]:
         parts = name.split(".")
         known |= dict.fromkeys(f"{'.'.join(parts[:end])}.*" for end in range(1, len(parts)))
     return [
-        f"model.trainable=[{pattern}]: no parameter of this model has such a name, as"
-        f" {names[0]} is one{nearest(pattern, known)}"
+        f"model.trainable=[{pattern}]: selects no parameter of this model; take names such as"
+        f" {names[0]}, with * for any characters{nearest(pattern, known)}"
         for pattern in options.trainable
         if not any(fnmatchcase(name, pattern) for name in names)
     ]

@@ -70,6 +70,7 @@ class JobPlanner:
             downlink=self.options.update.downlink,
             cached_version=-1 if known is None else held,
             seconds=0.0 if self.fleet is None else steps * self.fleet.step_seconds(client),
+            base_digest=tables.environment.get("base", ""),
         )
         return Job(client, number, state.version, state.params, plan, now, known or ())
 

@@ -64,7 +64,8 @@ def test_count_of_variants(change):
         ({"n_embd": 3}, "model.n_embd=3: must be a multiple of model.n_head=4; try 4"),
         (
             {"n_embd": 132, "positions": "rotary"},
-            "model.n_embd=132: model.positions=rotary needs a multiple of 2 * model.n_head=8; try 128 or 136",
+            "model.n_embd=132: model.positions=rotary needs a multiple of 2 * model.n_head=8;"
+            " try 128 or 136",
         ),
         ({"n_layer": 0}, "model.n_layer=0: must be at least 1"),
         ({"dropout": 1.0}, "model.dropout=1.0: must be at least 0 and below 1"),
@@ -110,13 +111,14 @@ def test_names_and_shapes_are_those_of_the_module(change):
     [
         (
             ["transformer.h.7.*", "transformer.wpe.weight"],
-            "model.trainable=[transformer.h.7.*]: no parameter of this model has such a name, as"
-            " transformer.wte.weight is one; did you mean 'transformer.h.1.*'",
+            "model.trainable=[transformer.h.7.*]: selects no parameter of this model; take names"
+            " such as transformer.wte.weight, with * for any characters; did you mean"
+            " 'transformer.h.1.*'",
         ),
         (
             ["lm_haed.*"],
-            "model.trainable=[lm_haed.*]: no parameter of this model has such a name, as"
-            " transformer.wte.weight is one; did you mean 'lm_head.*'?",
+            "model.trainable=[lm_haed.*]: selects no parameter of this model; take names such as"
+            " transformer.wte.weight, with * for any characters; did you mean 'lm_head.*'",
         ),
     ],
 )
@@ -128,7 +130,7 @@ def test_a_pattern_that_selects_nothing_is_refused(patterns, message):
 
 def test_positions_that_the_model_does_not_have_cannot_be_trained():
     options = ModelOptions(positions="rotary", trainable=["transformer.wpe.*"])
-    assert "no parameter of this model" in check_model(options)[0]
+    assert "selects no parameter of this model" in check_model(options)[0]
 
 
 @pytest.mark.parametrize(
