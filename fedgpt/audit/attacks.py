@@ -23,12 +23,15 @@ import torch
 from fedgpt.aggregate.base import Strategy
 from fedgpt.audit.statistics import Bounds, auc, bounds, rate_at
 from fedgpt.core.device import choose_compute
+from fedgpt.core.flat import frozen_weights
 from fedgpt.core.messages import Job, Pacing, Plan, ServerState, Update
 from fedgpt.core.options import PrivacyOptions, RunOptions
 from fedgpt.data.batches import Batches, Blocks
 from fedgpt.local.bookkeeping import BookKeeping
 from fedgpt.local.private import PrivateSteps, example_losses
 from fedgpt.local.trainer import Trainer
+from fedgpt.model.build import freeze
+from fedgpt.model.gpt import GPT
 from fedgpt.privacy.accounting import gaussian_epsilon
 from fedgpt.privacy.clipping import clipped
 from fedgpt.privacy.plan import PrivacyPlan, sampling_probability
@@ -42,6 +45,8 @@ CANARIES, DIMENSIONS = (
     600,
     20_000,
 )
+# parameters with one row for each token, which token_leak looks at; the first that is trained
+PER_TOKEN = ("transformer.wte.weight", "lm_head.weight")
 BLOCKS, STEPS = 96, 8  # privacy=example: blocks of random tokens, all in every batch
 
 
@@ -173,7 +178,8 @@ def token_leak(
 
 def _told_by(trainer: Trainer, delta: np.ndarray, seen: np.ndarray, absent: np.ndarray) -> float:
     """AUC of the rows of the embedding; seen and absent, (vocabulary,) bool."""
-    rows = trainer.layout.views(torch.from_numpy(delta))["transformer.wte.weight"].numpy()
+    views = trainer.layout.views(torch.from_numpy(delta))
+    rows = views[next(name for name in PER_TOKEN if name in views)].numpy()
     # the head pushes the rows of all tokens that do not come one way; those that come are pulled
     # back
     scores = -(rows @ np.median(rows, axis=0))
@@ -199,7 +205,10 @@ def _watched(source: Batches | PrivateSteps, seen: np.ndarray) -> Iterator[None]
 
 def _trainer(o: RunOptions, vocab_size: int) -> Trainer:
     compute = choose_compute(o.runtime.device, "fp32")
-    return Trainer(o.model, vocab_size, o.local, compute, o.privacy.engine)
+    fresh = GPT(o.model, vocab_size)
+    freeze(fresh, o.model.trainable)
+    base = frozen_weights(fresh)
+    return Trainer(o.model, vocab_size, o.local, compute, o.privacy.engine, base)
 
 
 def _start(o: RunOptions, vocab_size: int) -> np.ndarray:

@@ -8,11 +8,12 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from fedgpt.audit.attacks import audit_client, audit_example, membership, token_leak
+from fedgpt.audit.attacks import PER_TOKEN, audit_client, audit_example, membership, token_leak
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import RunOptions
 from fedgpt.data.partition import Shard
 from fedgpt.data.prepare import Prepared
+from fedgpt.model.shape import is_trainable
 from fedgpt.privacy.plan import make_plan
 
 MEMBER_STEPS = 300  # of one client: enough for a small model to know some of its text by heart
@@ -27,6 +28,11 @@ def audit_report(
     if o.privacy.unit == "local":
         raise ConfigError(
             "privacy=local: an update is noised before it leaves; audit privacy=example or client"
+        )
+    if o.model.trainable and not any(is_trainable([n], o.model.trainable) for n in PER_TOKEN):
+        raise ConfigError(
+            f"model.trainable={o.model.trainable}: fedgpt audit looks for tokens in the update of"
+            " the embedding or the head; add transformer.wte.* or lm_head.*, or leave it out"
         )
     plan = make_plan(o, [shard.size for shard in shards]) if o.privacy.unit != "none" else None
     vocab = prepared.tokenizer.vocab_size

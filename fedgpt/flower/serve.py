@@ -209,13 +209,12 @@ class _Run:
                 f" checkpoint was made ({changed}); change it back, or start again with another"
                 " run_dir"
             )
-        base_before = snapshot.tables.environment.get("base")
-        if base_before != self.environment.get("base"):
-            source = self.options.init_from or f"seed {self.options.seed}"
+        base_before = snapshot.tables.environment.get("base", "")
+        if (base_now := self.environment.get("base", "")) != base_before:
             raise FedGPTError(
-                f"{self.folder.path} cannot be continued: base weights differ: {source} now gives"
-                f" {self.environment['base'][:16]}, the run began with {base_before[:16]}; restore"
-                " them, or start again with another run_dir"
+                f"{self.folder.path} cannot be continued: its base weights differ, as"
+                f" init_from={self.options.init_from} has changed ({base_before[:16]} ->"
+                f" {base_now[:16]}); restore that folder, or start again with another run_dir"
             )
         if snapshot.tables.unsaved:
             raise FedGPTError(

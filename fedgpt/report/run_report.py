@@ -12,6 +12,7 @@ from fedgpt.core.device import Compute
 from fedgpt.core.options import RunOptions
 from fedgpt.data.partition import Shard
 from fedgpt.data.prepare import Prepared
+from fedgpt.model.shape import count_parameters
 from fedgpt.privacy.statement import rows
 from fedgpt.report.progress import clock, count, rule, size
 from fedgpt.storage.checkpoint import Snapshot
@@ -57,8 +58,8 @@ def opening(
         (
             "model",
             (
-                f"{count(parameters)} parameters: {model.n_layer} layers, width {model.n_embd}, "
-                f"context {model.block_size}"
+                f"{_counted(o, parameters, prepared)}: {model.n_layer} layers, width"
+                f" {model.n_embd}, context {model.block_size}"
             ),
         ),
         _pacing_row(o, f"{rule(o)}: {who}", asked, job, parameters),
@@ -85,6 +86,14 @@ def opening(
 def privacy_text(told: dict[str, Any]) -> str:
     """The promise of a private run."""
     return "\n".join(f"{name:>12}  {text}" for name, text in rows(told))
+
+
+def _counted(o: RunOptions, trained: int, prepared: Prepared) -> str:
+    """How many parameters the model has, and how many of them are trained."""
+    if not o.model.trainable:
+        return f"{count(trained)} parameters"
+    every = count_parameters(o.model, prepared.tokenizer.vocab_size)
+    return f"{count(trained)} of {count(every)} parameters are trained"
 
 
 def _pacing_row(o: RunOptions, who: str, asked: int, job: int, parameters: int) -> tuple[str, str]:
