@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from support.here import HereGrid, run_here, tiny_run
+from support.world import TESTS
 from support.world import summary as summary_of
 from test_families import ASYNCHRONOUS, ROBUST, SYNCHRONOUS
 
@@ -42,6 +43,9 @@ HALF = [
 SIZE = 12 * 16**2 + 13 * 16 + 2 * 16 + 257 * 16  # of the trained half: block, norm, head
 HEADER = 600  # bytes, more than the JSON of any update
 SEEDED = "privacy.rng=seeded"
+WAYS = sorted(path.stem for path in (TESTS.parent / "conf" / "update").glob("*.yaml"))
+# one strategy of each kind: linear, with memory, Flower's, asynchronous, robust, with a root update
+FAST = ("fedavg", "fedadam", "flower", "fedbuff", "median", "fltrust")
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,11 @@ class Half:
         )
 
 
+def mostly_slow(names: list[str], fast: tuple[str, ...]) -> list[Any]:
+    """All names as parameters; only the `fast` ones are in the default suite."""
+    return [n if n in fast else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
 @pytest.fixture(scope="module")
 def half(tmp_path_factory) -> Half:
     folder = tmp_path_factory.mktemp("half")
@@ -83,7 +92,7 @@ def half(tmp_path_factory) -> Half:
     return Half(folder, options, start)
 
 
-@pytest.mark.parametrize("strategy", SYNCHRONOUS + ASYNCHRONOUS + ROBUST)
+@pytest.mark.parametrize("strategy", mostly_slow(SYNCHRONOUS + ASYNCHRONOUS + ROBUST, FAST))
 def test_every_strategy_trains_the_half(half, strategy):
     name = strategy.replace(" ", "-")
     more = [f"strategy={strategy.split()[0]}", *strategy.split()[1:]]
@@ -93,12 +102,12 @@ def test_every_strategy_trains_the_half(half, strategy):
         more += ["partition=iid", "partition.clients=5", "partition.piece=64"]
     done = half.run(name, *more)
     half.check(name)
-    assert done["rejected"] == {} and done["versions"] == 2
+    assert done["rejected"] == {} and done["versions"] >= 2
     updates = done["bytes_up"] // (4 * SIZE)
     assert updates >= 2 and done["bytes_up"] - updates * 4 * SIZE < updates * HEADER
 
 
-@pytest.mark.parametrize("way", sorted(p.stem for p in Path("conf/update").glob("*.yaml")))
+@pytest.mark.parametrize("way", mostly_slow(WAYS, ("int8", "topk")))
 def test_every_codec_sends_the_half(half, way):
     done = half.run(f"way-{way}", f"update={way}")
     half.check(f"way-{way}")
@@ -108,7 +117,7 @@ def test_every_codec_sends_the_half(half, way):
     assert done["bytes_up"] / 4 == pytest.approx(expected, rel=0.02, abs=HEADER)
 
 
-@pytest.mark.parametrize("downlink", ["bf16", "int8"])
+@pytest.mark.parametrize("downlink", mostly_slow(["bf16", "int8"], ("int8",)))
 def test_every_way_down_carries_the_half(half, downlink):
     done = half.run(f"down-{downlink}", f"update.downlink={downlink}")
     half.check(f"down-{downlink}")
@@ -118,8 +127,8 @@ def test_every_way_down_carries_the_half(half, downlink):
 @pytest.mark.parametrize(
     "privacy",
     [
-        "example privacy.target_epsilon=8",
-        "example privacy.target_epsilon=8 privacy.engine=opacus",
+        "example privacy.noise_multiplier=1",
+        "example privacy.noise_multiplier=1 privacy.engine=opacus",
         "client privacy.noise_multiplier=1",
         "local privacy.noise_multiplier=0.1",
     ],
@@ -134,7 +143,7 @@ def test_both_engines_make_the_same_private_steps(half):
     """The same coins and noise: what is left is rounding."""
     ends = []
     for engine in ("bookkeeping", "opacus"):
-        more = ("privacy=example", SEEDED, "privacy.target_epsilon=8", f"privacy.engine={engine}")
+        more = ("privacy=example", SEEDED, "privacy.noise_multiplier=1", f"privacy.engine={engine}")
         half.run(f"engine-{engine}", *more, "privacy.clip=0.1")
         ends.append(half.exported(f"engine-{engine}"))
     moved = [torch.cat([(end[name] - half.start[name]).flatten() for name in end]) for end in ends]
@@ -163,7 +172,7 @@ def test_one_client_ends_as_plain_training_with_frozen_parameters(half):
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": o.local.weight_decay},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, betas=(o.local.beta1, o.local.beta2), eps=1e-8)
+    optimizer = torch.optim.AdamW(groups, betas=(o.local.beta1, o.local.beta2), fused=True)
     seed = derive_seed(o.seed, "batches", shard.client, 0)
     batches = Batches(shard.read(prepared.tokens), o.model.block_size, o.local.batch_size, seed)
     per_step = o.local.batch_size * o.model.block_size
@@ -171,9 +180,7 @@ def test_one_client_ends_as_plain_training_with_frozen_parameters(half):
         optimizer.zero_grad()
         module.loss(*batches.next()).backward()
         tokens, total, local = step * per_step, 6 * per_step, o.local
-        lr = learning_rate(
-            tokens, total, lr=local.lr, min_lr=local.last_lr, warmup=local.warmup
-        )
+        lr = learning_rate(tokens, total, lr=local.lr, min_lr=local.last_lr, warmup=local.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()
@@ -200,7 +207,8 @@ def test_best_weights_and_the_python_side_have_the_complete_model(half):
         model = fedgpt.open_run(half.folder / "opened", best=best).model
         assert all(torch.equal(p, end[name]) for name, p in model.named_parameters()) or best
         frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
-        assert len(frozen) == 14 and all(torch.equal(frozen[n], half.start[n]) for n in frozen)
+        assert frozen.keys() == {n for n in half.start if not n.startswith(TRAINED)}
+        assert all(torch.equal(p, half.start[n]) for n, p in frozen.items())
     assert len(fedgpt.open_run(half.folder / "opened").generate("ann", tokens=3)) == 1
 
 
@@ -250,7 +258,7 @@ def test_a_run_whose_base_has_changed_is_refused_before_anything_is_written(half
     assert half.run("changed", *more)["versions"] == 2
 
 
-def test_a_client_with_another_base_refuses_by_name(half, caplog):
+def test_a_client_with_another_base_refuses_by_name(half, capsys):
     for name, seed in (("ours", 7), ("theirs", 8)):
         pretrained(half, name, seed)
     run_dir = f"run_dir={half.folder / 'refused'}"
@@ -259,9 +267,9 @@ def test_a_client_with_another_base_refuses_by_name(half, caplog):
         for name in ("ours", "theirs")
     )
     grid = HereGrid(2, {"config": compose.to_yaml(theirs)}, str(half.folder / "clients"))
-    with pytest.raises(FedGPTError) as stopped:
+    with pytest.raises(FedGPTError, match="0 valid updates of 2 jobs"):
         serve(ours, grid)
-    told = str(stopped.value) + caplog.text
+    told = capsys.readouterr().out
     assert "base weights differ: this client's are" in told
     assert "give both the same init_from" in told
 
