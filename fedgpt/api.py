@@ -14,6 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ from fedgpt.core.errors import ConfigError, FedGPTError
 from fedgpt.report.scores import named, score_of, shown
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fedgpt.core.options import RunOptions
     from fedgpt.data.tokenizer import Tokenizer
     from fedgpt.model.gpt import GPT
@@ -174,7 +177,7 @@ class Run:
 
         from fedgpt.config import compose
         from fedgpt.core.flat import flatten
-        from fedgpt.model.gpt import GPT
+        from fedgpt.model.build import build_model
         from fedgpt.storage.checkpoint import Checkpoints
 
         options = compose.of_run(self.folder)
@@ -191,9 +194,31 @@ class Run:
                 f"{self.folder} has no intact checkpoint; continue it with: fedgpt run"
                 f" resume={self.folder}"
             )
-        model = GPT(options.model, self.tokenizer.vocab_size).eval()
+        model = build_model(options.model, self.tokenizer.vocab_size, self._base(options)).eval()
         np.copyto(flatten(model)[1].numpy(), params)
         return model
+
+    def _base(self, options: RunOptions) -> dict[str, Tensor]:
+        """The frozen weights that the run trained on, made anew or read from its own export."""
+        from fedgpt.core.flat import base_digest
+        from fedgpt.storage.checkpoint import Checkpoints
+        from fedgpt.storage.initial_weights import base_weights
+
+        if not options.model.trainable:
+            return {}
+        checkpoints = Checkpoints(self.folder / "checkpoints", options.checkpoint.keep)
+        snapshot = checkpoints.load()
+        expected = None if snapshot is None else snapshot.identity.environment.get("base")
+        # a finished run has its complete model in model/, which is read as an init_from
+        for start in (options, replace(options, init_from=str(self.folder))):
+            with suppress(FedGPTError):
+                base = base_weights(start, self.tokenizer)
+                if base_digest(base) == expected:
+                    return base
+        raise FedGPTError(
+            f"{self.folder}: base weights differ from those that the run began with, and it has no"
+            f" exported model; restore init_from={options.init_from}"
+        )
 
     def generate(
         self, prompt: str, tokens: int = 200, samples: int = 1, seed: int = 0, **sampling: Any

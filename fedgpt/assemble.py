@@ -33,6 +33,7 @@ from fedgpt.config.compose import (
 )
 from fedgpt.core.errors import ConfigError, Unwritten
 from fedgpt.core.files import write_text
+from fedgpt.core.flat import base_digest, flatten
 from fedgpt.core.messages import ServerState
 from fedgpt.core.options import RunOptions
 from fedgpt.core.resources import Resources, resources_for
@@ -40,6 +41,7 @@ from fedgpt.core.transport import Transport
 from fedgpt.data.partition import Shard, partition
 from fedgpt.data.prepare import Prepared, prepare
 from fedgpt.evaluate.central import CentralEvaluation
+from fedgpt.model.build import build_model
 from fedgpt.privacy.plan import PrivacyPlan, make_plan
 from fedgpt.privacy.statement import statement
 from fedgpt.report.progress import ProgressDisplay
@@ -53,7 +55,7 @@ from fedgpt.server.privacy import make_privacy
 from fedgpt.simulate.fleet import Fleet
 from fedgpt.simulate.virtual_clock import VirtualTransport, make_timing
 from fedgpt.storage.checkpoint import Snapshot
-from fedgpt.storage.initial_weights import initial_weights
+from fedgpt.storage.initial_weights import base_weights, initial_weights
 from fedgpt.storage.journal import Journal, RecordedTransport, needs_journal
 from fedgpt.storage.resume import open_or_resume
 from fedgpt.storage.run_folder import RunFolder
@@ -84,6 +86,7 @@ class Setting:
     prepared: Prepared
     shards: Sequence[Shard]
     resources: Resources
+    base: Mapping[str, torch.Tensor]  # the frozen weights; empty if all parameters are trained
     environment: Mapping[str, Any]
     plan: PrivacyPlan | None
     statement: dict[str, Any]  # the promise of a private run
@@ -108,7 +111,7 @@ def _serve(setting: Setting, network: Network) -> dict[str, Any]:
     options, folder = setting.options, setting.folder
     snapshot = _snapshot(setting)
     task, compute = make_task(options), setting.resources.compute
-    evaluation = CentralEvaluation(options, setting.prepared, task, compute)
+    evaluation = CentralEvaluation(options, setting.prepared, task, compute, setting.base)
     strategy = _strategy(setting, network)
     names, resumed_at = evaluation.scoring.names, snapshot.state.version
     trackers = make_trackers(options, folder.path, resumed_at, names)
@@ -130,8 +133,9 @@ def _serve(setting: Setting, network: Network) -> dict[str, Any]:
         finally:
             for tracker in trackers:
                 tracker.close()
-    end = {"summary": summary, "statement": setting.statement}
-    write_results(folder, options, setting.prepared, server.state.params, end)
+    model = build_model(options.model, setting.prepared.tokenizer.vocab_size, setting.base)
+    np.copyto(flatten(model)[1].numpy(), server.state.params)
+    write_results(folder, options, setting.prepared, model, summary, setting.statement)
     display.say(summary_text(summary, folder.metrics.read(), folder.path))
     return summary
 
@@ -146,8 +150,11 @@ def _setting(options: RunOptions, folder: RunFolder, network: Network) -> Settin
     if options.privacy.unit != "none":
         plan = make_plan(options, [shard.size for shard in shards])
     promise = statement(options, plan, len(shards)) if plan else {}
+    base = base_weights(options, prepared.tokenizer)
     environment = environment_of(resources, network.versions)
-    return Setting(options, folder, prepared, shards, resources, environment, plan, promise)
+    if base:
+        environment["base"] = base_digest(base)
+    return Setting(options, folder, prepared, shards, resources, base, environment, plan, promise)
 
 
 def environment_of(resources: Resources, versions: Mapping[str, str]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from fedgpt.aggregate.base import Strategy
 from fedgpt.audit.statistics import Bounds, auc, bounds, rate_at
 from fedgpt.core.device import choose_compute
 from fedgpt.core.errors import ConfigError
+from fedgpt.core.flat import frozen_weights
 from fedgpt.core.messages import Job, Pacing, Plan, ServerState, Update
 from fedgpt.core.options import PrivacyOptions, RunOptions
 from fedgpt.data.batches import Batches, Blocks
@@ -33,6 +34,8 @@ from fedgpt.data.prepare import Prepared
 from fedgpt.local.bookkeeping import BookKeeping
 from fedgpt.local.private import PrivateSteps
 from fedgpt.local.trainer import Trainer
+from fedgpt.model.build import freeze
+from fedgpt.model.gpt import GPT
 from fedgpt.privacy.accounting import gaussian_epsilon
 from fedgpt.privacy.clipping import clipped
 from fedgpt.privacy.plan import PrivacyPlan, make_plan, sampling_probability
@@ -44,6 +47,8 @@ from fedgpt.storage.tables import Clients
 # privacy=client: canary clients, and parameters of the model; in so many dimensions any two of the
 # random canary updates are nearly orthogonal
 CANARIES, DIMENSIONS = 600, 20_000
+# parameters with one row for each token, of which the token-leak attack takes the first trained one
+PER_TOKEN = ("transformer.wte.weight", "lm_head.weight")
 # privacy=example: canary blocks of random tokens, all in every batch, and steps of the attacked job
 BLOCKS, STEPS = 96, 8
 # membership: local steps, enough for a small model to memorise some of one client's text
@@ -226,7 +231,8 @@ def token_leak(
 
 def _leak_auc(trainer: Trainer, delta: np.ndarray, seen: np.ndarray, absent: np.ndarray) -> float:
     """AUC of a score for each row of the embedding; seen and absent are (vocabulary,) bool."""
-    rows = trainer.layout.views(torch.from_numpy(delta))["transformer.wte.weight"].numpy()
+    views = trainer.layout.views(torch.from_numpy(delta))
+    rows = views[next(name for name in PER_TOKEN if name in views)].numpy()
     # the output layer shares the embedding: its gradient pushes the rows of all tokens that do not
     # occur in the same direction, and pulls the rows of those that occur back
     scores = -(rows @ np.median(rows, axis=0))
@@ -252,7 +258,10 @@ def _recorded(source: Batches | PrivateSteps, seen: np.ndarray) -> Iterator[None
 
 def _trainer(o: RunOptions, vocab_size: int) -> Trainer:
     compute = choose_compute(o.runtime.device, "fp32")
-    return Trainer(o.model, vocab_size, o.local, compute, o.privacy.engine)
+    fresh = GPT(o.model, vocab_size)
+    freeze(fresh, o.model.trainable)
+    base = frozen_weights(fresh)
+    return Trainer(o.model, vocab_size, o.local, compute, o.privacy.engine, base)
 
 
 def _start(o: RunOptions, vocab_size: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from fedgpt.client.attack import attacked
 from fedgpt.client.privacy import ClientPrivacy
 from fedgpt.client.state import ClientState, ClientStore
 from fedgpt.core.device import choose_compute
-from fedgpt.core.errors import UpdateRejected
+from fedgpt.core.errors import FedGPTError, UpdateRejected
 from fedgpt.core.faults import reach
 from fedgpt.core.messages import ClientInfo, Job, Update
 from fedgpt.core.options import RunOptions
@@ -27,6 +27,7 @@ from fedgpt.data.prepare import PUBLIC, Prepared, prepare
 from fedgpt.data.text import Text, part_text, shard_text
 from fedgpt.local.optimizer import Moments
 from fedgpt.local.trainer import Trainer
+from fedgpt.storage.initial_weights import base_weights
 from fedgpt.tasks.base import make_task
 from fedgpt.update.codec import compress, digest, header_of
 from fedgpt.update.codecs.none import Plain
@@ -68,12 +69,14 @@ class ClientWork:
     @cached_property
     def trainer(self) -> Trainer:
         """The model and the training buffers of this process."""
-        options = self.options
+        options, tokenizer = self.options, self.prepared.tokenizer
         private = options.privacy.unit == "example"
         compute = choose_compute(options.runtime.device, options.local.precision, private)
-        engine = options.privacy.engine
-        size, task = self.prepared.tokenizer.vocab_size, make_task(options)
-        return Trainer(options.model, size, options.local, compute, engine, task)
+        engine, task = options.privacy.engine, make_task(options)
+        base = base_weights(options, tokenizer)
+        return Trainer(
+            options.model, tokenizer.vocab_size, options.local, compute, engine, task, base
+        )
 
     def info(self, index: int) -> ClientInfo:
         """The id and the size of the client with partition number `index`."""
@@ -84,13 +87,15 @@ class ClientWork:
         """Do one job; returns the header and the array of its update.
 
         The next job reuses the array's memory: copy or send it before. The same job gives the same
-        bits in every process. Raises ValueError if the job is for another client.
+        bits in every process. Raises ValueError if the job is for another client, and FedGPTError if
+        this client's frozen weights are not the run's.
         """
         shard = self.shards[index]
         if shard.client != job.client:
             raise ValueError(
                 f"the job is for client {job.client!r}, partition {index} is {shard.client!r}"
             )
+        self._check_base(job.plan.base_digest)
         job = self._received(job)
         began = time.monotonic()
         lies = index < self.options.attack.clients
@@ -109,6 +114,16 @@ class ClientWork:
         update, state = self._trained(job, ROOT, text, self._state(job, ROOT))
         self._keep(job, ROOT, state)
         return update
+
+    def _check_base(self, expected: str) -> None:
+        """An update to other frozen weights than the run's would harm every other client."""
+        found = self.trainer.base_digest
+        if found != expected:
+            source = self.options.init_from or f"seed {self.options.seed}"
+            raise FedGPTError(
+                f"base weights differ: this client's are {found[:16] or 'none'} (from {source}),"
+                f" the run's are {expected[:16] or 'none'}; give both the same init_from"
+            )
 
     def _received(self, job: Job) -> Job:
         """The job with its complete params, cached if later jobs may be sent as deltas to them."""

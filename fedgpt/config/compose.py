@@ -176,7 +176,7 @@ def changed_options(before: Mapping[str, Any], options: RunOptions) -> str:
     new`.
     """
     now = flat_options(options)
-    keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    keys = _differing(before, now)
     return ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys)
 
 
@@ -193,9 +193,7 @@ def refuse_another_run(options: RunOptions) -> None:
         raise ConfigError(
             f"run_dir={options.run_dir}: its config.yaml is damaged ({error.problems[0]})"
         ) from error
-    differing = sorted(
-        k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in FREE
-    )
+    differing = [key for key in _differing(before, now) if key not in FREE]
     if differing:
         raise ConfigError(
             f"run_dir={options.run_dir}: holds another run, which differs in"
@@ -267,6 +265,12 @@ def _pacing_problems(o: RunOptions, strategy: Any) -> Iterator[str]:
         yield f"pace={o.pace.name}: {only}{': ' if reason else ''}{reason}"
     elif o.pace.clients and hasattr(strategy, "problems") and o.pace.name in ("cohort", "buffer"):
         yield from strategy.problems(make_pace(o.pace, o.seed).pacing(o.pace.clients))
+
+
+def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Options whose values differ; one that a folder's version did not know has its default."""
+    before = {"model.trainable": [], **before}
+    return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
 
 
 def _flat(cfg: Any) -> dict[str, Any]:

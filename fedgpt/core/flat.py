@@ -1,7 +1,12 @@
-"""All parameters of a model are views into ONE contiguous vector.
+"""The trainable parameters of a model are views into ONE contiguous vector.
 
 An update is then one subtraction, an optimiser step one fused kernel, a strategy a few lines of
 vector arithmetic and a message one array. The model stays an ordinary nn.Module.
+
+Parameters with requires_grad=False are not in the vector. They are the BASE of the run: frozen,
+equal at the server and at every client, known by a digest and never sent. Whatever holds the
+vector (strategies, codecs, privacy, checkpoints) works on its length and does not know that there
+is a base.
 """
 
 from __future__ import annotations
@@ -9,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,22 +25,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FlatParams:
-    """Layout of the flat vector: name, shape and offset of every parameter; tied weights stand
-    once, buffers never.
+    """Layout of the flat vector: name, shape and order of every trainable parameter.
 
-    Parameters that weight decay applies to (matrices and embeddings) come first, so decay is one
-    range.
+    A tied weight is in it once, buffers and frozen parameters are not. Parameters that take weight
+    decay (matrices and embeddings) come first, so that decay applies to one range of the vector.
     """
 
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
-    decayed: int  # the first `decayed` elements take weight decay
+    decayed: int  # number of elements at the start of the vector that take weight decay
 
     @classmethod
     def of(cls, module: nn.Module) -> FlatParams:
-        """Layout of `module`'s parameters; matrices first, each group in the module's own order."""
-        # named_parameters leaves out the second name of a tied weight
-        params = dict(module.named_parameters())
+        """Layout of `module`'s trainable parameters: matrices first, otherwise in its own order."""
+        params = _trainable(module)
         matrices = [name for name, p in params.items() if p.dim() >= 2]
         vectors = [name for name, p in params.items() if p.dim() < 2]
         names = (*matrices, *vectors)
@@ -53,12 +57,12 @@ class FlatParams:
 
     @property
     def digest(self) -> str:
-        """Short hash that two sides compare before they exchange vectors."""
+        """Short hash of names and shapes, which two sides compare before they exchange vectors."""
         text = json.dumps([self.names, self.shapes])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def views(self, vector: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Each parameter as a view of `vector`; raises ValueError where the length does not fit."""
+        """Each parameter as a view of `vector`; raises ValueError if the lengths differ."""
         if vector.numel() != self.size:
             raise ValueError(
                 f"a vector of {vector.numel()} elements does not fit a layout of {self.size}"
@@ -71,15 +75,16 @@ class FlatParams:
 
 
 def flatten(module: nn.Module) -> tuple[FlatParams, torch.Tensor]:
-    """Move `module`'s parameters into one new vector and make them views of it; returns layout and
-    vector.
+    """Make `module`'s trainable parameters views of one new vector; returns layout and vector.
 
-    The vector has the dtype and device of the parameters; writing to it changes the module.
+    The vector has the dtype and device of the parameters. Writing to it changes the module. Frozen
+    parameters keep their own tensors. Raises ValueError if every parameter is frozen.
     """
     import torch
 
-    layout = FlatParams.of(module)
-    params = dict(module.named_parameters())
+    layout, params = FlatParams.of(module), _trainable(module)
+    if not params:
+        raise ValueError("the module has no trainable parameter")
     first = next(iter(params.values()))
     vector = torch.empty(layout.size, dtype=first.dtype, device=first.device)
     with torch.no_grad():
@@ -87,3 +92,32 @@ def flatten(module: nn.Module) -> tuple[FlatParams, torch.Tensor]:
             view.copy_(params[name])
             params[name].data = view
     return layout, vector
+
+
+def frozen_weights(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The base of `module`: name -> tensor of each parameter that is not trainable."""
+    # named_parameters leaves out the second name of a tied weight
+    return {name: p.detach() for name, p in module.named_parameters() if not p.requires_grad}
+
+
+def base_digest(base: Mapping[str, torch.Tensor]) -> str:
+    """sha256 over name, shape and float32 bytes of each frozen weight; "" if there is none.
+
+    The order of the weights and their dtype do not matter, as long as float32 holds their values.
+
+    >>> import torch
+    >>> base_digest({"scale": torch.ones(2)})[:8], base_digest({})
+    ('ba7422d9', '')
+    """
+    if not base:
+        return ""
+    digest = hashlib.sha256()
+    for name in sorted(base):
+        weights = base[name].detach().cpu().float().contiguous()
+        digest.update(json.dumps([name, list(weights.shape)]).encode())
+        digest.update(weights.numpy().astype("<f4", copy=False).data)
+    return digest.hexdigest()
+
+
+def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}

@@ -37,6 +37,8 @@ class Plan:
     delta: float = 0.0  # privacy=example, local: at which epsilon is meant
     # int8, int4: version that the client has cached, so that only deltas travel; -1: none
     cached_version: int = -1
+    # digest of the frozen weights that the client must have (core/flat.py); "": none are frozen
+    base_digest: str = ""
 
 
 # Plan's fields whose names on the wire and in checkpoints differ: these are the names that earlier
@@ -46,7 +48,10 @@ WIRE = {"local_steps": "steps", "state_job": "state", "cached_version": "held"}
 
 def plan_as_json(plan: Plan) -> dict[str, Any]:
     """A plan as a message and a checkpoint hold it."""
-    return {WIRE.get(name, name): value for name, value in asdict(plan).items()}
+    about = {WIRE.get(name, name): value for name, value in asdict(plan).items()}
+    if not plan.base_digest:  # a client of an earlier version does not know the name
+        del about["base_digest"]
+    return about
 
 
 def plan_of_json(about: Mapping[str, Any]) -> Plan:

@@ -66,6 +66,9 @@ class ModelOptions:
     bias: bool = True  # in the linear layers
     gelu: str = "exact"  # exact (erf), tanh (what GPT-2 was trained with)
     tie: bool = True  # the head shares the token embedding
+    # names of the parameters to train, with * for any characters; empty = all. The others are
+    # frozen, as init_from or the seed makes them, and are never sent
+    trainable: list[str] = field(default_factory=list)
 
 
 @dataclass

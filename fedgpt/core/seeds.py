@@ -1,7 +1,7 @@
-"""Stateless randomness: every draw has its own seed, so there is no generator state to save.
+"""Stateless randomness: every draw has a seed of its own, so there is no generator state to save.
 
-A seed depends only on what is drawn, never on what was drawn before. So a retried job, a resumed
-run and another runtime give the same bits.
+A seed depends only on what is drawn, never on what was drawn before. A retried job, a resumed run
+and another runtime therefore give the same bits.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ import numpy as np
 
 
 def derive_seed(run_seed: int, purpose: str, *parts: str | int) -> int:
-    """63-bit seed: sha256 of the run's seed, the purpose and the parts.
+    """A 63-bit seed, sha256(run seed, purpose, parts).
 
-    The number of an attempt must not be among the parts, so that a retry draws the same numbers.
+    The parts name the draw, such as a client and its job number. The number of an attempt must not
+    be among them: a retry must repeat the draw.
 
     >>> derive_seed(0, "batches", "alice", 3) == derive_seed(0, "batches", "alice", 3)
     True
@@ -24,5 +25,5 @@ def derive_seed(run_seed: int, purpose: str, *parts: str | int) -> int:
 
 
 def numpy_generator(run_seed: int, purpose: str, *parts: str | int) -> np.random.Generator:
-    """A new numpy generator with the seed of `derive_seed`."""
+    """A new numpy generator for one purpose, seeded by `derive_seed`."""
     return np.random.Generator(np.random.PCG64(derive_seed(run_seed, purpose, *parts)))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from fedgpt.core.device import Compute
 from fedgpt.core.options import RunOptions
@@ -20,7 +22,15 @@ from fedgpt.tasks.base import SampleRequest, Task
 class CentralEvaluation:
     """Scores, metrics and samples of a version's weights on the held-out text."""
 
-    def __init__(self, options: RunOptions, prepared: Prepared, task: Task, compute: Compute):
+    def __init__(
+        self,
+        options: RunOptions,
+        prepared: Prepared,
+        task: Task,
+        compute: Compute,
+        base: Mapping[str, Tensor] | None = None,
+    ):
+        """`base` holds the frozen weights, if `model.trainable` leaves some out."""
         self.options, self.task, self.tokenizer = options, task, prepared.tokenizer
         metrics = make_metrics(options.metrics, options.trusted_packages, task.scoring)
         self.scoring = task.scoring.adding(metric.name for metric in metrics)
@@ -33,6 +43,7 @@ class CentralEvaluation:
             compute,
             task,
             [metric for metric in metrics if isinstance(metric, BatchMetric)],
+            base,
         )
         self._sample_metrics = [metric for metric in metrics if isinstance(metric, SampleMetric)]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from fedgpt.core.flat import flatten
 from fedgpt.core.options import ModelOptions
 from fedgpt.data.examples import Examples, counted, on_device
 from fedgpt.evaluate.metrics.base import BatchMetric
-from fedgpt.model.gpt import GPT
+from fedgpt.model.build import build_model
 from fedgpt.tasks.base import Task
 
 MOST_LOGITS = 1 << 26  # logits in a GPU's memory at a time: 256 MB in float32
@@ -36,10 +36,14 @@ class HeldOut:
         compute: Compute,
         task: Task,
         metrics: Sequence[BatchMetric] = (),
+        base: Mapping[str, torch.Tensor] | None = None,
     ):
-        """`token_bytes`, (vocabulary,): bytes of text that each token stands for."""
-        size = len(token_bytes)
-        self.model = GPT(model, size).to(device=compute.device, dtype=compute.torch_dtype).eval()
+        """`token_bytes`, (vocabulary,): bytes of text that each token stands for.
+
+        `base` holds the frozen weights, if `model.trainable` leaves some out.
+        """
+        self.model = build_model(model, len(token_bytes), base).eval()
+        self.model.to(compute.device, compute.torch_dtype)
         self.layout, self._working = flatten(self.model)
         self.examples, self.task, self.metrics = examples, task, metrics
         self.tokens = int(counted(examples.rows))  # targets that are scored

@@ -8,6 +8,7 @@ master itself.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 
 from fedgpt.core.device import Compute, repeat_exactly
-from fedgpt.core.flat import flatten
+from fedgpt.core.flat import base_digest, flatten
 from fedgpt.core.messages import Plan
 from fedgpt.core.options import LocalOptions, ModelOptions
 from fedgpt.data.examples import BatchSource
@@ -23,7 +24,7 @@ from fedgpt.local.gradient import BatchGradient, RecordedGradient
 from fedgpt.local.optimizer import FlatAdamW, Moments
 from fedgpt.local.private import PrivateGradient, PrivateSteps
 from fedgpt.local.schedule import learning_rate
-from fedgpt.model.gpt import GPT
+from fedgpt.model.build import build_model
 from fedgpt.tasks.base import Task
 from fedgpt.tasks.lm import LanguageModel
 
@@ -56,10 +57,12 @@ class Trainer:
         compute: Compute,
         engine: str = "bookkeeping",
         task: Task | None = None,
+        base: Mapping[str, torch.Tensor] | None = None,
     ):
         """`engine` makes the per-example gradients of private jobs: bookkeeping or opacus.
 
-        Without `task` it is task=lm.
+        Without `task` it is task=lm. `base` holds the frozen weights, if `model.trainable` leaves
+        some out.
         """
         self.options = local
         self.compute = compute
@@ -67,7 +70,8 @@ class Trainer:
         self.task = task or LanguageModel()
         device = torch.device(compute.device)
         repeat_exactly(device.type)
-        self.model = GPT(model, vocab_size).to(device=device, dtype=compute.torch_dtype)
+        self.base_digest = base_digest(base or {})
+        self.model = build_model(model, vocab_size, base).to(device, compute.torch_dtype)
         self.model.train()
         self.layout, self.working = flatten(self.model)
         self.params = (

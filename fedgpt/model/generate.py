@@ -1,6 +1,4 @@
-"""Text from a GPT: greedy or sampled continuations, several at once, with a cache of keys and
-values.
-"""
+"""Text from a GPT: greedy or sampled continuations, several at once, with a key-value cache."""
 
 from __future__ import annotations
 
@@ -25,12 +23,12 @@ def generate(
     seed: int = 0,
     cache: bool = True,
 ) -> list[list[int]]:
-    """Continue `prompt_ids`: the new tokens of each sample, up to and without `stop`.
+    """Continue `prompt_ids`; returns the new tokens of each sample, up to and without `stop`.
 
-    temperature=0 takes the likeliest token. `cache=False` computes the whole context for every
-    token: slow, the reference in tests. Text longer than block_size is cropped as `window_start`
-    says, with and without the cache. Raises ValueError, naming argument and value, for values out
-    of range.
+    temperature=0 takes the likeliest token. `cache=False` computes the complete context again for
+    every token: slow, the reference in tests. Text longer than block_size is cropped as
+    `window_start` describes, with and without the cache. Raises ValueError, naming argument and
+    value, for values out of range.
     """
     _check_tokens(model, prompt_ids, max_new_tokens, stop)
     _check_sampling(samples, temperature, top_k, top_p)
@@ -45,7 +43,7 @@ def generate(
     try:
         with torch.inference_mode():
             for _ in range(max_new_tokens):
-                # on the CPU in fp32 (fp64 stays), so that a seed means the same on every device
+                # on the CPU in fp32 (fp64 stays), so that a seed draws the same on every device
                 logits = reader.logits(ids).cpu()  # (samples, vocab)
                 logits = logits if logits.dtype == torch.float64 else logits.float()
                 token = choose(logits, generator, temperature, top_k, top_p)
@@ -62,8 +60,8 @@ def generate(
 def window_start(length: int, block_size: int) -> int:
     """Index of the first of `length` tokens that the model still sees.
 
-    It moves by a quarter of block_size at a time: positions in the cache are fixed, so that every
-    move means to read the window anew. Moving by single tokens would do that for every token.
+    It moves by a quarter of block_size at a time. Positions in the cache are fixed, so that the
+    window must be read again after every move; moving by one token would do that for every token.
     """
     step = max(1, block_size // 4)
     too_many = max(0, length - block_size)
@@ -77,7 +75,7 @@ def choose(
     top_k: int | None,
     top_p: float | None,
 ) -> Tensor:
-    """Draw one token a row: logits (samples, vocab) -> (samples,) int64."""
+    """Draw one token per row: logits (samples, vocab) -> (samples,) int64."""
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature
@@ -87,7 +85,7 @@ def choose(
     if top_p is not None:
         ordered, order = logits.sort(dim=-1, descending=True)
         shares = ordered.softmax(-1)
-        # what likelier tokens add up to; 0 for the first, which always stays
+        # total probability of the likelier tokens; 0 for the first, which therefore always stays
         before = shares.cumsum(-1) - shares
         ordered = ordered.masked_fill(before >= top_p, -torch.inf)
         logits = torch.empty_like(logits).scatter_(-1, order, ordered)
@@ -95,9 +93,7 @@ def choose(
 
 
 class _Reader:
-    """Logits of the next token of growing sequences; with a cache it reads each token once per
-    window.
-    """
+    """Logits of the next token of growing sequences; a cache reads each token once per window."""
 
     def __init__(self, model: GPT, use_cache: bool, longest: int):
         self.model, self.use_cache = model, use_cache
@@ -105,7 +101,7 @@ class _Reader:
         self.start, self.cache = 0, None
 
     def logits(self, ids: Tensor) -> Tensor:
-        """ids (samples, time), one token more than at the last call -> (samples, vocab)."""
+        """ids (samples, time), one token more than in the last call -> (samples, vocab)."""
         start = window_start(ids.size(1), self.model.options.block_size)
         if self.use_cache and (self.cache is None or start != self.start):
             self.start, self.cache = start, KVCache(self.model, ids.size(0), self.capacity)

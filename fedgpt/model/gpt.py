@@ -1,10 +1,15 @@
-"""A GPT in the nanoGPT sense: pre-norm blocks of causal attention and MLP, learned or rotary
-positions.
+"""A GPT as in nanoGPT: pre-norm blocks of causal attention and MLP, learned or rotary positions.
 
-Parameter names follow GPT-2, so that export (hf.py) is a rename and a transposition. There are no
-buffers and no bare parameters on the root, position indices have a batch dimension, norms are
-torch's own modules: Opacus' hooks then give exact per-example gradients. Shapes: batch, time,
-channels, heads, width = channels / heads.
+Read it from GPT.hidden downwards: that is the whole model in a dozen lines. Tokens become vectors
+(one row of an embedding each), the vectors pass through the blocks, which add to them, and the
+head turns the last ones into a score for every token that could come next.
+
+Parameter names follow GPT-2, so that export (hf.py) is a rename and a transposition. Three things
+are there for exact per-example gradients (differential privacy; Opacus' hooks and
+local/bookkeeping.py): no buffers and no parameters on the root module, norms that are torch's own
+modules, and position indices with a batch dimension.
+
+Shapes in comments: batch, time (tokens), channels (n_embd), heads, width (channels / heads), vocab.
 """
 
 from __future__ import annotations
@@ -14,44 +19,36 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import ModelOptions
+from fedgpt.model.kernels import IGNORE, RowwiseCrossEntropy, attend_explicitly
 from fedgpt.model.shape import check_model
 
-IGNORE = -100  # targets that do not count in the loss
 NORM_EPS = 1e-5  # GPT-2's; torch's default for RMSNorm depends on the dtype and is 8e-3 in bf16
-ROTARY_BASE = 10_000.0
-# rows of logits that RowwiseCrossEntropy takes at once: one megabyte in fp32 at 4,097 tokens
-ROWS = 64
-# time: the explicit attention stores time x time scores, worth it only for short contexts
+ROTARY_BASE = 10_000.0  # how slowly the last pair of channels turns
+# longest context (tokens) of the explicit attention, which stores time x time scores
 EXPLICIT_UP_TO = 512
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, preallocated for `capacity` tokens of `batch`
-    sequences.
+    """Keys and values of the tokens seen so far, allocated for `capacity` tokens at once.
+
+    Generation adds one token at a time. The keys and values of earlier tokens do not change, so
+    that each step computes those of the new token only.
     """
 
     def __init__(self, model: GPT, batch: int, capacity: int):
         options, weight = model.options, model.lm_head.weight
-        shape = (
-            2,
-            options.n_layer,
-            batch,
-            options.n_head,
-            capacity,
-            options.n_embd // options.n_head,
-        )
+        width = options.n_embd // options.n_head
+        # keys and values: (2, layers, batch, heads, capacity, width)
+        shape = (2, options.n_layer, batch, options.n_head, capacity, width)
         self.keys, self.values = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-        self.length = 0  # tokens stored; raised by the model once all layers have written
+        self.length = 0  # tokens stored; the model raises it after all layers have written
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one layer's new keys and values, return all of them: (batch, heads, seen,
-        width).
-        """
+        """Write one layer's new keys and values; returns all: (batch, heads, seen, width)."""
         end = self.length + k.size(2)
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
@@ -59,35 +56,39 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention."""
+    """Causal multi-head self-attention: every token collects from itself and earlier tokens."""
 
     def __init__(self, options: ModelOptions):
         super().__init__()
         self.heads, self.dropout = options.n_head, options.dropout
+        # queries, keys and values of all heads from one matrix: one large product is faster
         self.c_attn = nn.Linear(options.n_embd, 3 * options.n_embd, bias=options.bias)
         self.c_proj = nn.Linear(options.n_embd, options.n_embd, bias=options.bias)
 
     def forward(
         self, x: Tensor, layer: int, turn: Rotation | None, cache: KVCache | None
     ) -> Tensor:
-        """(batch, time, channels) -> the same; `turn` holds rotary positions, `cache` the tokens
-        before `x`.
+        """(batch, time, channels) -> the same.
+
+        `turn` holds the angles of rotary positions, `cache` the tokens before `x`.
         """
         batch, time, channels = x.shape
-        # Unbind before transposing: the backward then writes the three gradients into place with
-        # one copy.
+        # Unbind before transposing: the backward pass then writes the three gradients into place
+        # with one copy.
         qkv = self.c_attn(x).view(batch, time, 3, self.heads, channels // self.heads).unbind(2)
         q, k, v = (part.transpose(1, 2) for part in qkv)  # (batch, heads, time, width)
         if turn is not None:
+            # values are not turned: a position says where to look, not what is found there
             q, k = rotate(q, turn), rotate(k, turn)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         y = attend(q, k, v, self.dropout if self.training else 0.0)
+        # put the heads side by side again and mix what they have found
         return self.c_proj(y.transpose(1, 2).reshape(batch, time, channels))
 
 
 class MLP(nn.Module):
-    """Two linear layers around a GELU, four times as wide inside."""
+    """Two linear layers around a GELU, four times as wide inside; each token by itself."""
 
     def __init__(self, options: ModelOptions):
         super().__init__()
@@ -101,7 +102,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Norm, attention, norm, MLP, each half added to the residual stream."""
+    """One layer: attention lets tokens exchange information, the MLP works on each of them."""
 
     def __init__(self, options: ModelOptions):
         super().__init__()
@@ -115,13 +116,16 @@ class Block(nn.Module):
         self, x: Tensor, layer: int, turn: Rotation | None, cache: KVCache | None
     ) -> Tensor:
         """(batch, time, channels) -> the same."""
+        # Both halves add to x. The sum over all layers is the residual stream, through which the
+        # gradient reaches the first layer undiminished.
         x = x + self.dropout(self.attn(self.ln_1(x), layer, turn, cache))
         return x + self.dropout(self.mlp(self.ln_2(x)))
 
 
 class GPT(nn.Module):
-    """Token ids in, logits of the next token out; raises ConfigError where the options do not fit
-    together.
+    """Token ids in, logits of the next token out; raises ConfigError for options that do not fit.
+
+    A run's model comes from build.py, which also freezes what `model.trainable` leaves out.
     """
 
     def __init__(self, options: ModelOptions, vocab_size: int):
@@ -130,7 +134,8 @@ class GPT(nn.Module):
             raise ConfigError(problems)
         self.options, self.vocab_size = replace(options), vocab_size
         channels = options.n_embd
-        # no memory and no global random numbers for values that init_weights replaces
+        # Without memory ("meta") and without global random numbers: init_weights below fills in
+        # the values.
         with torch.device("meta"):
             wte = nn.Embedding(vocab_size, channels)
             modules: dict[str, nn.Module] = {"wte": wte}
@@ -143,6 +148,8 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(options.dropout)
         self.to_empty(device="cpu")
         if options.tie:
+            # One matrix for reading and writing tokens: it learns from both uses, and in a small
+            # model it is a large part of all parameters.
             self.lm_head.weight = wte.weight
         self.init_weights(seed=0)
 
@@ -151,8 +158,9 @@ class GPT(nn.Module):
         return self.lm_head(self.hidden(ids))
 
     def loss(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats per token, a float32 scalar; targets (batch, time), -100 does
-        not count.
+        """Mean cross-entropy in nats per token, a float32 scalar.
+
+        ids and targets are (batch, time); a target of -100 does not count.
         """
         return cross_entropy(self(ids), targets)
 
@@ -173,8 +181,8 @@ class GPT(nn.Module):
         x = self.transformer["wte"](ids)  # (batch, time, channels)
         turn = None
         if self.options.positions == "learned":
-            # One row of positions per example, by repeat: Opacus sums over a missing batch
-            # dimension without notice.
+            # One row of positions per example, by repeat. With a single row for all examples,
+            # Opacus would add up their gradients without notice.
             x = x + self.transformer["wpe"](positions.repeat(batch, 1))
         else:
             turn = rotation(positions, self.options.n_embd // self.options.n_head, x.dtype)
@@ -194,8 +202,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """GPT-2's start, a function of `seed` alone: N(0, 0.02), projections into the residual
-        smaller with depth.
+        """GPT-2's initial weights, a function of `seed` alone.
+
+        Matrices are N(0, 0.02), biases 0, norms 1. Each block adds two projections to the residual
+        stream; they start smaller in deeper models, so that the stream's variance does not grow
+        with depth.
         """
         generator = torch.Generator().manual_seed(seed)
         for name, p in self.named_parameters():
@@ -204,26 +215,21 @@ class GPT(nn.Module):
             elif p.dim() == 1:  # norms
                 p.fill_(1.0)
             else:
-                std = (
-                    0.02 / math.sqrt(2 * self.options.n_layer)
-                    if name.endswith("c_proj.weight")
-                    else 0.02
-                )
+                residual = name.endswith("c_proj.weight")
+                std = 0.02 / math.sqrt(2 * self.options.n_layer) if residual else 0.02
+                # drawn on the CPU: the same numbers on every device
                 p.copy_(torch.empty(p.shape, device="cpu").normal_(0.0, std, generator=generator))
 
 
 def make_norm(options: ModelOptions) -> nn.Module:
-    """The norm that `model.norm` names; torch's own modules, whose per-example gradients Opacus
-    knows.
-    """
+    """The norm that `model.norm` names, as torch's own module, for which Opacus has a rule."""
     if options.norm == "rmsnorm":
         return nn.RMSNorm(options.n_embd, eps=NORM_EPS)
     return nn.LayerNorm(options.n_embd, eps=NORM_EPS)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """Causal attention: q (batch, heads, new, width), k and v (batch, heads, seen, width) -> like
-    q.
+    """Causal attention: q (batch, heads, new, width), k and v (batch, heads, seen, width) -> as q.
 
     The `new` queries belong to the last of the `seen` tokens.
     """
@@ -232,36 +238,22 @@ def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
         return attend_explicitly(q, k, v, dropout)
     if new == seen:
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
-    # is_causal aligns its triangle with the first key, which is wrong once there are tokens before
-    # the first query.
-    mask = (
-        None
-        if new == 1
-        else torch.ones(new, seen, dtype=torch.bool, device=q.device).tril_(seen - new)
-    )
+    # is_causal aligns its triangle with the first key, which is wrong if there are tokens before
+    # the first query. A single query sees every key and needs no mask.
+    mask = None
+    if new > 1:
+        mask = torch.ones(new, seen, dtype=torch.bool, device=q.device).tril_(seen - new)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
-
-
-def attend_explicitly(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """What `attend` says, as two batched matmuls: twice as fast as torch's bf16 kernel on a CPU
-    with AMX.
-    """
-    batch, heads, new, width = q.shape
-    seen = k.size(2)
-    q, k, v = (part.reshape(batch * heads, -1, width) for part in (q, k, v))
-    mask = torch.full((new, seen), -math.inf, dtype=q.dtype, device=q.device).triu_(1 + seen - new)
-    # (batch * heads, new, seen)
-    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=width**-0.5)
-    shares = F.dropout(scores.softmax(-1), dropout)
-    return torch.bmm(shares, v).view(batch, heads, new, width)
 
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, each (time, width / 2)
 
 
 def rotation(positions: Tensor, width: int, dtype: torch.dtype) -> Rotation:
-    """Angles of rotary positions (Su et al. 2021): channel pair i turns by position * base ** (-2 i
-    / width).
+    """Angles of rotary positions (Su et al. 2021, arXiv 2104.09864).
+
+    Channel pair i turns by position * ROTARY_BASE ** (-2 i / width). The product of a query and a
+    key then depends on the distance of their positions only.
     """
     exponents = torch.arange(0, width, 2, device=positions.device) / width
     # (time, width / 2), float32 whatever the model's dtype
@@ -270,19 +262,16 @@ def rotation(positions: Tensor, width: int, dtype: torch.dtype) -> Rotation:
 
 
 def rotate(x: Tensor, turn: Rotation) -> Tensor:
-    """Turn channel pairs (i, i + width / 2) of x (batch, heads, time, width) by their position's
-    angles.
-    """
+    """Turn channel pairs (i, i + width / 2) of x (batch, heads, time, width) by the angles."""
     cos, sin = turn
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean cross-entropy in nats: logits (..., vocab), targets (...) int64, -100 does not count ->
-    float32 scalar.
+    """Mean cross-entropy in nats: logits (..., vocab), targets (...) int64 -> float32 scalar.
 
-    float64 logits give a float64 scalar.
+    A target of -100 does not count. float64 logits give a float64 scalar.
     """
     logits, targets = logits.flatten(0, -2), targets.flatten()  # (rows, vocab), (rows)
     if logits.requires_grad and logits.device.type == "cpu" and logits.dtype == torch.bfloat16:
@@ -291,46 +280,3 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
         return loss
     wide = logits if logits.dtype == torch.float64 else logits.float()
     return F.cross_entropy(wide, targets, ignore_index=IGNORE)
-
-
-class RowwiseCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of bf16 logits on a CPU, computed in fp32 for a few rows at a time.
-
-    Logits are the largest tensor of a small model, and casting them whole passes over memory some
-    ten times. Here a group of rows stays in the cache for loss and gradient alike, 2.7 times as
-    fast; for fp32 logits it gains nothing. Not for vmap or second derivatives: torch says so when
-    asked for them.
-    """
-
-    @staticmethod
-    def forward(ctx, logits: Tensor, targets: Tensor) -> Tensor:
-        """logits (rows, vocab), targets (rows) -> scalar; the gradient is made on the way and
-        kept.
-        """
-        counts = (targets != IGNORE).float()[:, None]  # (rows, 1)
-        weights = counts / counts.sum()
-        targets = targets.clamp(min=0)[:, None]
-        grad = torch.empty_like(logits)
-        losses = torch.empty_like(weights)
-        for start in range(0, len(logits), ROWS):
-            rows = slice(start, start + ROWS)
-            x, target = logits[rows].float(), targets[rows]
-            p = x.softmax(-1)
-            # log(sum(exp(x))) from the largest entry, whose share never underflows; log_softmax is
-            # four times slower
-            losses[rows] = x.amax(-1, True) - p.amax(-1, True).log() - x.gather(1, target)
-            p.scatter_add_(1, target, p.new_full((), -1.0).expand(target.shape))
-            grad[rows] = p.mul_(weights[rows])
-        ctx.save_for_backward(grad)
-        return (losses * weights).sum()
-
-    @staticmethod
-    @once_differentiable
-    def backward(  # pyright: ignore[reportIncompatibleMethodOverride] - the decorator hides the name ctx
-        ctx, *upstream: Tensor
-    ) -> tuple[Tensor, None]:
-        """The kept gradient, scaled where the loss was; one pass over it costs a tenth of a
-        step.
-        """
-        (grad,) = ctx.saved_tensors
-        return grad if upstream[0] == 1 else grad * upstream[0], None

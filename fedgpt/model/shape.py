@@ -1,8 +1,13 @@
-"""What a model's options mean in numbers: validity and parameters. Free of torch, so `--help` stays
-fast.
+"""What a model's options mean in numbers: are they valid, and which parameters do they make.
+
+Free of torch, so that `fedgpt --help` and the check of a configuration stay fast.
 """
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 
 from fedgpt.core.errors import nearest
 from fedgpt.core.options import ModelOptions
@@ -15,9 +20,7 @@ CHOICES = {
 
 
 def check_model(options: ModelOptions) -> list[str]:
-    """Every problem of `options`, each naming the option as typed; an empty list means they are
-    usable.
-    """
+    """Every problem of `options`, each naming the option as typed; empty if they are valid."""
     problems = []
     for name in ("n_layer", "n_head", "n_embd", "block_size"):
         value = getattr(options, name)
@@ -34,12 +37,62 @@ def check_model(options: ModelOptions) -> list[str]:
         problems.append(f"model.dropout={options.dropout}: must be at least 0 and below 1")
     if options.n_head >= 1 and options.n_embd >= 1:
         problems += _check_heads(options)
-    return problems
+    return problems + _check_trainable(options)
+
+
+def parameter_shapes(options: ModelOptions, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every parameter of `GPT(options, vocab_size)`, in the module's order.
+
+    A tied head is listed under its own name, too: whoever counts leaves out `lm_head.weight`.
+    """
+    width = options.n_embd
+    shapes: dict[str, tuple[int, ...]] = {"transformer.wte.weight": (vocab_size, width)}
+    if options.positions == "learned":
+        shapes["transformer.wpe.weight"] = (options.block_size, width)
+    for layer in range(options.n_layer):
+        block = f"transformer.h.{layer}"
+        shapes |= _norm(f"{block}.ln_1", options)
+        shapes |= _linear(f"{block}.attn.c_attn", (3 * width, width), options)
+        shapes |= _linear(f"{block}.attn.c_proj", (width, width), options)
+        shapes |= _norm(f"{block}.ln_2", options)
+        shapes |= _linear(f"{block}.mlp.c_fc", (4 * width, width), options)
+        shapes |= _linear(f"{block}.mlp.c_proj", (width, 4 * width), options)
+    shapes |= _norm("transformer.ln_f", options)
+    return shapes | {"lm_head.weight": (vocab_size, width)}
+
+
+def count_parameters(options: ModelOptions, vocab_size: int) -> int:
+    """Number of all parameters, trainable or frozen; a tied head counts once."""
+    shapes = parameter_shapes(options, vocab_size)
+    if options.tie:
+        del shapes["lm_head.weight"]
+    return sum(map(math.prod, shapes.values()))
+
+
+def count_trainable(options: ModelOptions, vocab_size: int) -> int:
+    """Number of trainable parameters: elements of the flat vector, and of every update."""
+    shapes = parameter_shapes(options, vocab_size)
+    names = {name for name in shapes if is_trainable([name], options.trainable)}
+    if options.tie and names & {"transformer.wte.weight", "lm_head.weight"}:
+        names = names - {"lm_head.weight"} | {"transformer.wte.weight"}
+    return sum(math.prod(shapes[name]) for name in names)
+
+
+def is_trainable(names: Iterable[str], patterns: Sequence[str]) -> bool:
+    """Whether `model.trainable=patterns` selects a parameter that has these names.
+
+    No pattern selects every parameter. `*` stands for any characters, dots among them. A tied
+    weight has two names and is selected by either.
+
+    >>> is_trainable(["transformer.h.1.ln_1.weight"], ["transformer.h.1.*"])
+    True
+    """
+    return not patterns or any(fnmatchcase(name, p) for name in names for p in patterns)
 
 
 def _check_heads(options: ModelOptions) -> list[str]:
     n_embd, n_head = options.n_embd, options.n_head
-    # rotary turns channels in pairs, so a head needs an even number of them
+    # rotary positions turn pairs of channels, so that a head needs an even number of them
     unit = 2 * n_head if options.positions == "rotary" else n_head
     if n_embd % unit == 0:
         return []
@@ -53,11 +106,29 @@ def _check_heads(options: ModelOptions) -> list[str]:
     return [f"model.n_embd={n_embd}: must be a multiple of model.n_head={n_head}; {proposal}"]
 
 
-def count_parameters(options: ModelOptions, vocab_size: int) -> int:
-    """Trainable parameters of `GPT(options, vocab_size)`; a tied head counts once."""
-    channels = options.n_embd
-    norm = 2 * channels if options.norm == "layernorm" else channels
-    block = 12 * channels**2 + 2 * norm + (9 * channels if options.bias else 0)
-    embeddings = vocab_size * channels * (1 if options.tie else 2)
-    positions = options.block_size * channels if options.positions == "learned" else 0
-    return embeddings + positions + options.n_layer * block + norm
+def _check_trainable(options: ModelOptions) -> list[str]:
+    """A pattern that selects nothing is a typing error, or meant for another model."""
+    if not options.trainable:
+        return []
+    names = list(parameter_shapes(options, vocab_size=1))
+    # what a pattern usually is: the name of one parameter, or a module's name and `.*`
+    known = dict.fromkeys(names)
+    for name in names:
+        parts = name.split(".")
+        known |= dict.fromkeys(f"{'.'.join(parts[:end])}.*" for end in range(1, len(parts)))
+    return [
+        f"model.trainable=[{pattern}]: selects no parameter of this model; take names such as"
+        f" {names[0]}, with * for any characters{nearest(pattern, known)}"
+        for pattern in options.trainable
+        if not any(fnmatchcase(name, pattern) for name in names)
+    ]
+
+
+def _norm(name: str, options: ModelOptions) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": (options.n_embd,)}
+    return shapes | ({f"{name}.bias": (options.n_embd,)} if options.norm == "layernorm" else {})
+
+
+def _linear(name: str, shape: tuple[int, int], options: ModelOptions) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape}
+    return shapes | ({f"{name}.bias": shape[:1]} if options.bias else {})

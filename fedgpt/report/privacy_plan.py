@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import RunOptions
-from fedgpt.model.shape import count_parameters
+from fedgpt.model.shape import count_trainable
 from fedgpt.privacy.accounting import epsilon_of, renyi_epsilon
 from fedgpt.privacy.plan import PrivacyPlan, make_plan
 from fedgpt.privacy.statement import rows, statement
@@ -37,7 +37,7 @@ def plan_text(o: RunOptions, shards: Sequence[int], vocab_size: int) -> str:
 
 
 def _noise_rows(o: RunOptions, plan: PrivacyPlan, vocab_size: int) -> list[tuple[str, str]]:
-    parameters = count_parameters(o.model, vocab_size)
+    parameters = count_trainable(o.model, vocab_size)
     units = o.local.batch_size * o.local.accumulate if plan.unit == "example" else plan.cohort
     # how far the data of one unit can move a release, as a multiple of the clip
     reach = 2.0 if plan.unit == "local" else plan.scale

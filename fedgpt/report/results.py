@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import json
 
-import numpy as np
-
 from fedgpt.core.files import write_text
-from fedgpt.core.flat import flatten
 from fedgpt.core.options import RunOptions
 from fedgpt.data.prepare import Prepared
 from fedgpt.model.gpt import GPT
@@ -23,18 +20,19 @@ from fedgpt.storage.run_folder import RunFolder
 
 
 def write_results(
-    folder: RunFolder, options: RunOptions, prepared: Prepared, params: np.ndarray, end: dict
+    folder: RunFolder,
+    options: RunOptions,
+    prepared: Prepared,
+    model: GPT,
+    summary: dict[str, Any],
+    statement: dict[str, Any],
 ) -> None:
     """Write everything a person or a script wants at the end of a run.
 
-    `params`: the last version's weights, (parameters,) float32; `end`: the summary, and the
-    statement of a private run under "statement". summary.json comes last: a run with it is
-    complete.
+    `model` has the last version's weights; `statement` is the promise of a private run, else empty.
+    summary.json comes last: a run with it is complete.
     """
-    summary, statement = end["summary"], end["statement"]
     path, lines, score = folder.path, folder.metrics.read(), score_of(summary)
-    model = GPT(options.model, prepared.tokenizer.vocab_size)
-    np.copyto(flatten(model)[1].numpy(), params)
     card = model_card(options, summary, statement)
     export_model(path / "model", model, prepared.folder, card)
     write_text(path / "samples.md", samples_page(lines, score))

@@ -11,6 +11,7 @@ from typing import Any
 from fedgpt.core.options import RunOptions
 from fedgpt.data.partition import Shard
 from fedgpt.data.prepare import Prepared
+from fedgpt.model.shape import count_parameters
 from fedgpt.privacy.statement import rows
 from fedgpt.report.progress import clock, count, rule, size
 from fedgpt.report.scores import first_to_last, named, shown
@@ -48,7 +49,7 @@ def opening(
         (
             "model",
             (
-                f"{count(parameters)} parameters: {o.model.n_layer} layers,"
+                f"{_counted(o, parameters, prepared)}: {o.model.n_layer} layers,"
                 f" width {o.model.n_embd}, context {o.model.block_size}"
             ),
         ),
@@ -74,6 +75,14 @@ def opening(
 def privacy_text(statement: dict[str, Any]) -> str:
     """Return the promise of a private run (privacy/statement.py) as lines."""
     return "\n".join(f"{name:>12}  {text}" for name, text in rows(statement))
+
+
+def _counted(o: RunOptions, trained: int, prepared: Prepared) -> str:
+    """Return how many parameters the model has, and how many of them are trained."""
+    if not o.model.trainable:
+        return f"{count(trained)} parameters"
+    every = count_parameters(o.model, prepared.tokenizer.vocab_size)
+    return f"{count(trained)} of {count(every)} parameters are trained"
 
 
 def _pacing_row(o: RunOptions, clients: int, parameters: int) -> tuple[str, str]:

@@ -11,7 +11,7 @@ import numpy as np
 from fedgpt.core.messages import Job, JobTime, Pacing, Plan, ServerState
 from fedgpt.core.options import RunOptions
 from fedgpt.server.parts import Parts
-from fedgpt.storage.tables import Clients, RunTotals
+from fedgpt.storage.tables import Clients, RunIdentity, RunTotals
 from fedgpt.update.downlink import Published
 
 UNKNOWN = JobTime()  # a transport that reports no time: it counts from dispatch
@@ -21,9 +21,15 @@ SPEED_MEMORY = 0.5  # share of the old value in a client's smoothed speed
 class JobPlanner:
     """Makes the jobs of a run; what it learns of clients is in their table."""
 
-    def __init__(self, parts: Parts, run: str, clients: Clients, extra: Mapping[str, np.ndarray]):
-        """`run`: the run's id; `extra`: arrays of a checkpoint, where downlinks were compressed."""
-        self.parts, self.run, self.clients = parts, run, clients
+    def __init__(
+        self,
+        parts: Parts,
+        identity: RunIdentity,
+        clients: Clients,
+        extra: Mapping[str, np.ndarray],
+    ):
+        """`extra`: the arrays of a checkpoint, where downlinks were compressed."""
+        self.parts, self.identity, self.clients = parts, identity, clients
         options = parts.options
         self.published = Published(options.update.downlink, extra)
         self.step_tokens, self.job_tokens = tokens_per_step(options), tokens_per_job(options)
@@ -59,6 +65,7 @@ class JobPlanner:
             downlink=parts.options.update.downlink,
             cached_version=-1 if deltas is None else cached,
             seconds=0.0 if parts.fleet is None else steps * parts.fleet.step_seconds(client),
+            base_digest=self.identity.environment.get("base", ""),
         )
         return Job(client, number, start.version, start.params, plan, now, deltas or ())
 
@@ -103,7 +110,7 @@ class JobPlanner:
         """Where a job stands in the run; all clients at work move the schedule's clock together."""
         together = pacing.clients if pacing.name == "buffer" else pacing.goal
         return {
-            "run": self.run,
+            "run": self.identity.run,
             "tokens_done": totals.tokens_done,
             "tokens_per_step": self.step_tokens * together,
             "tokens_total": self.tokens_total(pacing),

@@ -67,7 +67,7 @@ class Server:
         self.metrics = RunMetrics(snapshot)
         self.evaluation = BackgroundEvaluation(options.evaluate, parts.evaluator, self._publish)
         self.observers = Observers(observers)
-        self.planner = JobPlanner(parts, identity.run, self.clients, snapshot.extra)
+        self.planner = JobPlanner(parts, identity, self.clients, snapshot.extra)
         self.advisor = PacingAdvisor(self.planner)
         self.quarantine = Quarantine(options.validate, self.clients)
         self.jobs = InFlight(parts.transport)

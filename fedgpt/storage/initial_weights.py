@@ -1,5 +1,8 @@
-"""The weights that a run starts from: a fresh model's, or those of one that was trained before, on
-public text say.
+"""The weights that a run starts from: a new model's, or those of an earlier run or another model.
+
+They have two parts. The trainable ones are version 0 of the vector that the server averages. The
+frozen ones, which `model.trainable` leaves out, are the base: server and clients make it each for
+themselves, from the same `init_from` or seed, and compare its digest.
 """
 
 from __future__ import annotations
@@ -8,43 +11,65 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from fedgpt.core.errors import ConfigError, FedGPTError
-from fedgpt.core.flat import flatten
+from fedgpt.core.flat import FlatParams, flatten, frozen_weights
 from fedgpt.core.options import RunOptions
 from fedgpt.core.seeds import derive_seed
 from fedgpt.data.tokenizer import Tokenizer, load_tokenizer
+from fedgpt.model.build import freeze
 from fedgpt.model.gpt import GPT
 from fedgpt.model.hf import import_model
 
-FREE = {"dropout", "bias"}  # may differ, as long as the parameters are the same ones
+# options in which the model of `init_from` may differ, as long as it has the same parameters
+FREE = {"dropout", "bias", "trainable"}
 
 
 def initial_weights(o: RunOptions, tokenizer: Tokenizer) -> np.ndarray:
-    """(parameters,) float32: by the run's seed, or from `init_from`, a run's folder or a Hugging
-    Face folder.
+    """The run's vector at version 0, (parameters,) float32: the trainable weights.
 
-    Raises ConfigError where that model or its tokenizer is another one.
+    Raises ConfigError if the model or the tokenizer of `init_from` is another one.
     """
+    return flatten(_initial_model(o, tokenizer))[1].numpy()
+
+
+def base_weights(o: RunOptions, tokenizer: Tokenizer) -> dict[str, Tensor]:
+    """The run's frozen weights by name, float32; empty, without any work, if all are trained.
+
+    Raises ConfigError as `initial_weights` does.
+    """
+    return frozen_weights(_initial_model(o, tokenizer)) if o.model.trainable else {}
+
+
+def _initial_model(o: RunOptions, tokenizer: Tokenizer) -> GPT:
+    """The complete model before the first round, from `init_from` or from the run's seed."""
     model = GPT(o.model, tokenizer.vocab_size)
     if o.init_from is None:
         model.init_weights(derive_seed(o.seed, "init"))
-        return flatten(model)[1].numpy()
-    folder = Path(o.init_from)
+    else:
+        model = _imported(o.init_from, model, tokenizer)
+    freeze(model, o.model.trainable)
+    return model
+
+
+def _imported(init_from: str, model: GPT, tokenizer: Tokenizer) -> GPT:
+    """The model in a run's folder or a Hugging Face folder, which must fit `model`."""
+    folder = Path(init_from)
     folder = folder / "model" if (folder / "model" / "config.json").is_file() else folder
     try:
         found = import_model(folder)
     except FedGPTError as error:
-        raise ConfigError(f"init_from={o.init_from}: {error}") from error
-    if problems := _differences(o, found, model, folder, tokenizer):
+        raise ConfigError(f"init_from={init_from}: {error}") from error
+    if problems := _differences(init_from, found, model, folder, tokenizer):
         raise ConfigError(problems)
-    return flatten(found.float())[1].numpy()
+    return found.float()
 
 
 def _differences(
-    o: RunOptions, found: GPT, model: GPT, folder: Path, tokenizer: Tokenizer
+    init_from: str, found: GPT, model: GPT, folder: Path, tokenizer: Tokenizer
 ) -> list[str]:
-    where = f"init_from={o.init_from}"
+    where = f"init_from={init_from}"
     theirs, ours = asdict(found.options), asdict(model.options)
     problems = [
         f"{where}: its model.{name} is {theirs[name]}, this run's is {ours[name]}; set"
@@ -62,7 +87,8 @@ def _differences(
         problems.append(
             f"{where}: has {found.vocab_size} tokens, this run's tokenizer has {model.vocab_size}"
         )
-    if not problems and flatten(found)[0] != flatten(model)[0]:
+    # neither model is frozen yet: these layouts hold all parameters
+    if not problems and FlatParams.of(found) != FlatParams.of(model):
         problems.append(
             f"{where}: has other parameters (model.bias, model.tie); set them as that model has"
             " them"

@@ -43,6 +43,7 @@ def open_or_resume(
         Journal(folder.wal).clear()
         return snapshot
     _refuse(folder, snapshot, changed)
+    _refuse_other_base(folder, snapshot, environment or {})
     version = snapshot.state.version
     folder.metrics.keep(line for line in folder.metrics.read() if line["version"] < version)
     folder.events.keep(events_until(version, folder.events.read()))
@@ -79,4 +80,17 @@ def _refuse(
             f"{folder.path} cannot be continued: its strategy remembers"
             f" {', '.join(snapshot.unsaved)}, which no checkpoint holds; start again with another"
             " run_dir"
+        )
+
+
+def _refuse_other_base(
+    folder: RunFolder, snapshot: Snapshot, environment: Mapping[str, Any]
+) -> None:
+    """Raise FedGPTError where the frozen weights are not those that the run began with."""
+    before, now = snapshot.identity.environment.get("base", ""), environment.get("base", "")
+    if before != now:
+        raise FedGPTError(
+            f"{folder.path} cannot be continued: its base weights differ, as the model of init_from"
+            f" has changed ({before[:16]} -> {now[:16]}); restore that folder, or start again with"
+            " another run_dir"
         )

@@ -10,15 +10,8 @@ from fedgpt.core.errors import ConfigError
 from fedgpt.core.flat import flatten
 from fedgpt.core.options import ModelOptions
 from fedgpt.model import gpt
-from fedgpt.model.gpt import (
-    GPT,
-    KVCache,
-    attend,
-    attend_explicitly,
-    cross_entropy,
-    rotate,
-    rotation,
-)
+from fedgpt.model.gpt import GPT, KVCache, attend, cross_entropy, rotate, rotation
+from fedgpt.model.kernels import attend_explicitly
 
 SMALL = ModelOptions(n_layer=2, n_head=4, n_embd=32, block_size=16)
 VOCAB = 23

@@ -1,13 +1,19 @@
-import ast
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from fedgpt.core.options import ModelOptions
-from fedgpt.model import shape
+from fedgpt.model.build import freeze
 from fedgpt.model.gpt import GPT
-from fedgpt.model.shape import check_model, count_parameters
+from fedgpt.model.shape import (
+    check_model,
+    count_parameters,
+    count_trainable,
+    parameter_shapes,
+)
 
 PRESETS = {path.stem: path for path in sorted(Path("conf/model").glob("*.yaml"))}
 
@@ -58,7 +64,8 @@ def test_count_of_variants(change):
         ({"n_embd": 3}, "model.n_embd=3: must be a multiple of model.n_head=4; try 4"),
         (
             {"n_embd": 132, "positions": "rotary"},
-            "model.n_embd=132: model.positions=rotary needs a multiple of 2 * model.n_head=8; try 128 or 136",
+            "model.n_embd=132: model.positions=rotary needs a multiple of 2 * model.n_head=8;"
+            " try 128 or 136",
         ),
         ({"n_layer": 0}, "model.n_layer=0: must be at least 1"),
         ({"dropout": 1.0}, "model.dropout=1.0: must be at least 0 and below 1"),
@@ -85,6 +92,56 @@ def test_all_problems_are_told_at_once():
 
 
 def test_shape_is_free_of_torch():
-    tree = ast.parse(Path(shape.__file__).read_text())
-    imported = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
-    assert set(imported) == {"__future__", "fedgpt.core.errors", "fedgpt.core.options"}
+    """A fresh interpreter, as another test may have imported torch."""
+    code = "import sys, fedgpt.model.shape; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"tie": False}, {"bias": False}, {"norm": "rmsnorm"}, {"positions": "rotary"}]
+)
+def test_names_and_shapes_are_those_of_the_module(change):
+    options = replace(ModelOptions(n_layer=2, n_head=2, n_embd=16, block_size=8), **change)
+    module = GPT(options, 11).named_parameters(remove_duplicate=False)
+    assert parameter_shapes(options, 11) == {name: tuple(p.shape) for name, p in module}
+
+
+@pytest.mark.parametrize(
+    ("patterns", "message"),
+    [
+        (
+            ["transformer.h.7.*", "transformer.wpe.weight"],
+            "model.trainable=[transformer.h.7.*]: selects no parameter of this model; take names"
+            " such as transformer.wte.weight, with * for any characters; did you mean"
+            " 'transformer.h.1.*'",
+        ),
+        (
+            ["lm_haed.*"],
+            "model.trainable=[lm_haed.*]: selects no parameter of this model; take names such as"
+            " transformer.wte.weight, with * for any characters; did you mean 'lm_head.*'",
+        ),
+    ],
+)
+def test_a_pattern_that_selects_nothing_is_refused(patterns, message):
+    options = ModelOptions(n_layer=2, trainable=patterns)
+    (problem,) = check_model(options)
+    assert problem.startswith(message)
+
+
+def test_positions_that_the_model_does_not_have_cannot_be_trained():
+    options = ModelOptions(positions="rotary", trainable=["transformer.wpe.*"])
+    assert "selects no parameter of this model" in check_model(options)[0]
+
+
+@pytest.mark.parametrize(
+    "patterns", [[], ["*"], ["lm_head.*"], ["transformer.h.1.*", "*.bias"], ["*.wte.*"]]
+)
+@pytest.mark.parametrize("tie", [True, False])
+def test_trainable_parameters_are_counted_as_the_module_has_them(patterns, tie):
+    options = ModelOptions(
+        n_layer=2, n_head=2, n_embd=16, block_size=8, tie=tie, trainable=patterns
+    )
+    module = GPT(options, 11)
+    freeze(module, patterns)
+    counted = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert count_trainable(options, 11) == counted

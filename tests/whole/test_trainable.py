@@ -1,0 +1,305 @@
+"""Runs in which a half of the model is frozen: it keeps its bits, and only the rest travels."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from support.here import HereGrid, run_here, tiny_run
+from support.world import TESTS
+from support.world import summary as summary_of
+from test_families import ASYNCHRONOUS, ROBUST, SYNCHRONOUS
+
+import fedgpt
+from fedgpt.config import compose
+from fedgpt.core.errors import ConfigError, FedGPTError
+from fedgpt.core.files import sha256_of
+from fedgpt.core.messages import Job, Plan
+from fedgpt.core.seeds import derive_seed
+from fedgpt.data.batches import Batches
+from fedgpt.data.partition import partition
+from fedgpt.data.prepare import prepare
+from fedgpt.flower.messages import job_content, params_record, read_job
+from fedgpt.flower.serve import serve
+from fedgpt.local.schedule import learning_rate
+from fedgpt.model.gpt import GPT
+from fedgpt.model.hf import export_model, import_model
+from fedgpt.update.codec import compress
+from fedgpt.update.compress import compressor_of
+
+# the second of two blocks, the last norm and the head
+TRAINED = ("transformer.h.1.", "transformer.ln_f.", "lm_head.")
+HALF = [
+    "model.n_layer=2",
+    "model.tie=false",
+    f"model.trainable=[{','.join(name + '*' for name in TRAINED)}]",
+]
+SIZE = 12 * 16**2 + 13 * 16 + 2 * 16 + 257 * 16  # of the trained half: block, norm, head
+HEADER = 600  # bytes, more than the JSON of any update
+SEEDED = "privacy.rng=seeded"
+WAYS = sorted(path.stem for path in (TESTS.parent / "conf" / "update").glob("*.yaml"))
+# one strategy of each kind: linear, with memory, Flower's, asynchronous, robust, with a root update
+FAST = ("fedavg", "fedadam", "flower", "fedbuff", "median", "fltrust")
+
+
+@dataclass(frozen=True)
+class Half:
+    """A folder with text, options of a small run, and the model that every run starts from."""
+
+    folder: Path
+    options: list[str]
+    start: dict[str, torch.Tensor]
+
+    def run(self, name: str, *more: str) -> dict[str, Any]:
+        return run_here(*self.options, f"run_dir={self.folder / name}", *more)
+
+    def exported(self, name: str) -> dict[str, torch.Tensor]:
+        return dict(import_model(self.folder / name / "model").named_parameters())
+
+    def check(self, name: str, start: dict[str, torch.Tensor] | None = None) -> None:
+        """The exported model is complete, its frozen half as it was, the other half trained."""
+        start, end = start or self.start, self.exported(name)
+        assert end.keys() == start.keys()
+        for parameter, value in end.items():
+            if not parameter.startswith(TRAINED):
+                assert torch.equal(value, start[parameter]), parameter
+        assert any(
+            not torch.equal(value, start[parameter])
+            for parameter, value in end.items()
+            if parameter.startswith(TRAINED)
+        )
+
+
+def mostly_slow(names: list[str], fast: tuple[str, ...]) -> list[Any]:
+    """All names as parameters; only the `fast` ones are in the default suite."""
+    return [n if n in fast else pytest.param(n, marks=pytest.mark.slow) for n in names]
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory) -> Half:
+    folder = tmp_path_factory.mktemp("half")
+    options = [o for o in tiny_run(folder) if not o.startswith(("run_dir", "rounds"))]
+    options += [*HALF, "rounds=2", "evaluate=ends", "local.lr=0.01"]
+    model = GPT(compose.load(options).model, 257)
+    model.init_weights(derive_seed(0, "init"))
+    start = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return Half(folder, options, start)
+
+
+@pytest.mark.parametrize("strategy", mostly_slow(SYNCHRONOUS + ASYNCHRONOUS + ROBUST, FAST))
+def test_every_strategy_trains_the_half(half, strategy):
+    name = strategy.replace(" ", "-")
+    more = [f"strategy={strategy.split()[0]}", *strategy.split()[1:]]
+    if strategy in ASYNCHRONOUS:
+        more += ["pace=buffer", "pace.clients=2"]
+    if strategy in ROBUST:
+        more += ["partition=iid", "partition.clients=5", "partition.piece=64"]
+    done = half.run(name, *more)
+    half.check(name)
+    assert done["rejected"] == {} and done["versions"] >= 2
+    updates = done["bytes_up"] // (4 * SIZE)
+    assert updates >= 2 and done["bytes_up"] - updates * 4 * SIZE < updates * HEADER
+
+
+@pytest.mark.parametrize("way", mostly_slow(WAYS, ("int8", "topk")))
+def test_every_codec_sends_the_half(half, way):
+    done = half.run(f"way-{way}", f"update={way}")
+    half.check(f"way-{way}")
+    compressor = compressor_of(compose.load([f"update={way}"]).update)
+    delta = np.random.default_rng(0).standard_normal(SIZE).astype(np.float32)
+    expected = compress(delta, compressor).nbytes
+    assert done["bytes_up"] / 4 == pytest.approx(expected, rel=0.02, abs=HEADER)
+
+
+@pytest.mark.parametrize("downlink", mostly_slow(["bf16", "int8"], ("int8",)))
+def test_every_way_down_carries_the_half(half, downlink):
+    done = half.run(f"down-{downlink}", f"update.downlink={downlink}")
+    half.check(f"down-{downlink}")
+    assert done["bytes_down"] < 4 * (4 * SIZE + HEADER)
+
+
+@pytest.mark.parametrize(
+    "privacy",
+    [
+        "example privacy.noise_multiplier=1",
+        "example privacy.noise_multiplier=1 privacy.engine=opacus",
+        "client privacy.noise_multiplier=1",
+        "local privacy.noise_multiplier=0.1",
+    ],
+)
+def test_every_privacy_unit_protects_the_half(half, privacy):
+    name = f"private-{'-'.join(privacy.split())}"
+    half.run(name, *f"privacy={privacy}".split(), SEEDED)
+    half.check(name)
+
+
+def test_both_engines_make_the_same_private_steps(half):
+    """The same coins and noise: what is left is rounding."""
+    ends = []
+    for engine in ("bookkeeping", "opacus"):
+        more = ("privacy=example", SEEDED, "privacy.noise_multiplier=1", f"privacy.engine={engine}")
+        half.run(f"engine-{engine}", *more, "privacy.clip=0.1")
+        ends.append(half.exported(f"engine-{engine}"))
+    moved = [torch.cat([(end[name] - half.start[name]).flatten() for name in end]) for end in ends]
+    assert float((moved[0] - moved[1]).norm()) < 1e-3 * float(moved[0].norm())
+
+
+def test_bf16_freezes_the_half_in_full_precision(half):
+    """Clients compute with a bf16 copy of the base; the exported base is the one of the start."""
+    half.run("bf16", "local.precision=bf16")
+    half.check("bf16")
+
+
+def test_one_client_ends_as_plain_training_with_frozen_parameters(half):
+    """torch's own AdamW on the parameters that require a gradient, over the same batches."""
+    more = ("partition=iid", "partition.clients=1", "rounds=1", "local.steps=6")
+    half.run("plain", *more, "local.grad_clip=0")
+    o = compose.load([*half.options, *more])
+    prepared = prepare(o.corpus, o.tokenizer, o.cache_dir)
+    (shard,) = partition(prepared, o.partition, o.seed, o.model.block_size + 1)
+    module = GPT(replace(o.model, trainable=[]), 257)
+    module.load_state_dict(half.start)
+    for name, parameter in module.named_parameters():
+        parameter.requires_grad_(name.startswith(TRAINED))
+    trained = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": o.local.weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(o.local.beta1, o.local.beta2), fused=True)
+    seed = derive_seed(o.seed, "batches", shard.client, 0)
+    batches = Batches(shard.read(prepared.tokens), o.model.block_size, o.local.batch_size, seed)
+    per_step = o.local.batch_size * o.model.block_size
+    for step in range(1, 7):
+        optimizer.zero_grad()
+        module.loss(*batches.next()).backward()
+        tokens, total, local = step * per_step, 6 * per_step, o.local
+        lr = learning_rate(tokens, total, lr=local.lr, min_lr=local.last_lr, warmup=local.warmup)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    end = half.exported("plain")
+    for name, parameter in module.named_parameters():
+        torch.testing.assert_close(end[name], parameter.detach(), rtol=1e-5, atol=1e-6)
+    half.check("plain")
+
+
+def test_a_run_that_is_cut_off_goes_on_to_the_same_bits(half):
+    more = ("strategy=fedadam", "update=topk", "rounds=4", "checkpoint.every=1")
+    whole = half.run("whole", *more)
+    half.run("cut", *more)
+    for path in (half.folder / "cut" / "checkpoints").glob("version-00000004*"):
+        path.unlink()  # as if it had been killed before its last checkpoint
+    assert half.run("cut", *more)["weights_sha256"] == whole["weights_sha256"]
+    half.check("cut")
+
+
+def test_best_weights_and_the_python_side_have_the_complete_model(half):
+    half.run("opened")
+    end = half.exported("opened")
+    for best in (False, True):
+        model = fedgpt.open_run(half.folder / "opened", best=best).model
+        assert all(torch.equal(p, end[name]) for name, p in model.named_parameters()) or best
+        frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
+        assert frozen.keys() == {n for n in half.start if not n.startswith(TRAINED)}
+        assert all(torch.equal(p, half.start[n]) for n, p in frozen.items())
+    assert len(fedgpt.open_run(half.folder / "opened").generate("ann", tokens=3)) == 1
+
+
+# ---- the base from a folder, and what is refused
+
+
+def pretrained(half: Half, name: str, seed: int) -> dict[str, torch.Tensor]:
+    """Write a Hugging Face folder, which a run may take as its base; returns its weights."""
+    model = GPT(replace(compose.load(half.options).model, trainable=[]), 257)
+    model.init_weights(seed)
+    export_model(half.folder / name, model)
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def cut(folder: Path) -> None:
+    for path in (folder / "checkpoints").glob("version-00000002*"):
+        path.unlink()
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {str(p): sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def test_a_base_from_a_folder_is_part_of_what_is_exported_and_is_not_trained(half):
+    start = pretrained(half, "public", seed=7)
+    half.run("tuned", f"init_from={half.folder / 'public'}")
+    half.check("tuned", start)
+    shutil.rmtree(half.folder / "public")
+    model = fedgpt.open_run(half.folder / "tuned").model  # its base is in its own export
+    assert torch.equal(model.transformer["wte"].weight, start["transformer.wte.weight"])
+    shutil.rmtree(half.folder / "tuned" / "model")
+    with pytest.raises(FedGPTError, match="has no exported model; restore init_from="):
+        _ = fedgpt.open_run(half.folder / "tuned").model
+
+
+def test_a_run_whose_base_has_changed_is_refused_before_anything_is_written(half):
+    pretrained(half, "changing", seed=7)
+    more = (f"init_from={half.folder / 'changing'}", "checkpoint.every=1")
+    half.run("changed", *more)
+    cut(half.folder / "changed")
+    before = contents(half.folder / "changed")
+    pretrained(half, "changing", seed=8)
+    with pytest.raises(FedGPTError, match="cannot be continued: its base weights differ"):
+        half.run("changed", *more)
+    assert contents(half.folder / "changed") == before
+    pretrained(half, "changing", seed=7)
+    assert half.run("changed", *more)["versions"] == 2
+
+
+def test_a_client_with_another_base_refuses_by_name(half, capsys):
+    for name, seed in (("ours", 7), ("theirs", 8)):
+        pretrained(half, name, seed)
+    run_dir = f"run_dir={half.folder / 'refused'}"
+    ours, theirs = (
+        compose.load([*half.options, run_dir, f"init_from={half.folder / name}"])
+        for name in ("ours", "theirs")
+    )
+    grid = HereGrid(2, {"config": compose.to_yaml(theirs)}, str(half.folder / "clients"))
+    with pytest.raises(FedGPTError, match="0 valid updates of 2 jobs"):
+        serve(ours, grid)
+    told = capsys.readouterr().out
+    assert "base weights differ: this client's are" in told
+    assert "give both the same init_from" in told
+
+
+def test_a_pattern_that_selects_nothing_is_a_wrong_option(half):
+    with pytest.raises(ConfigError, match=r"model\.trainable=\[lm_haed\.\*\]: selects no"):
+        compose.load([*half.options, "model.trainable=[lm_haed.*]"])
+
+
+def test_the_wire_is_what_it_was_where_nothing_is_frozen():
+    job = Job("ann", 0, 0, np.zeros(3, np.float32), Plan("run", 1, 0, 1, 1))
+    text = str(job_content(job, params_record(job))["job"]["json"])
+    assert "base" not in text
+    frozen = replace(job, plan=replace(job.plan, base_digest="abc"))
+    content = job_content(frozen, params_record(frozen))
+    assert json.loads(str(content["job"]["json"]))["plan"]["base_digest"] == "abc"
+    assert read_job(Message(content)).plan == frozen.plan
+
+
+@dataclass(frozen=True)
+class Message:
+    content: Any
+
+
+@pytest.mark.slow
+def test_processes_of_the_pool_make_the_base_themselves(world, half):
+    options = [*world.options, *HALF, "runtime.workers=2"]
+    world.fedgpt("run", *options, f"run_dir={world.root / 'half'}")
+    done = summary_of(world.root / "half")
+    told = world.python(f"told['here'] = run_here(*OPTIONS, *{HALF!r}, 'run_dir=half-here')")
+    assert done["weights_sha256"] == told["here"]["weights_sha256"]
+    assert done["bytes_up"] == told["here"]["bytes_up"]
+    assert world.fedgpt("generate", str(world.root / "half"), "--tokens", "5").stdout
