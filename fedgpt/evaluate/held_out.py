@@ -48,7 +48,11 @@ class HeldOut:
         self.examples, self.task, self.metrics = examples, task, metrics
         self.tokens = int(counted(examples.rows))  # targets that are scored
         self._token_bytes = torch.as_tensor(token_bytes).to(compute.device, torch.int64)
-        at_once = CPU_TOKENS if compute.device == "cpu" else min(GPU_TOKENS, MOST_LOGITS // size)
+        at_once = (
+            CPU_TOKENS
+            if compute.device == "cpu"
+            else min(GPU_TOKENS, MOST_LOGITS // len(token_bytes))
+        )
         self._batch_size = max(1, at_once // model.block_size)
 
     def load(self, params: np.ndarray) -> None:

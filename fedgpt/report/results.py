@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 from fedgpt.core.files import write_text
 from fedgpt.core.options import RunOptions
