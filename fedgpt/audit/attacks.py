@@ -261,7 +261,7 @@ def _trainer(o: RunOptions, vocab_size: int) -> Trainer:
     fresh = GPT(o.model, vocab_size)
     freeze(fresh, o.model.trainable)
     base = frozen_weights(fresh)
-    return Trainer(o.model, vocab_size, o.local, compute, o.privacy.engine, base)
+    return Trainer(o.model, vocab_size, o.local, compute, o.privacy.engine, base=base)
 
 
 def _start(o: RunOptions, vocab_size: int) -> np.ndarray:

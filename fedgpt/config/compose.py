@@ -267,7 +267,7 @@ def _pacing_problems(o: RunOptions, strategy: Any) -> Iterator[str]:
         yield from strategy.problems(make_pace(o.pace, o.seed).pacing(o.pace.clients))
 
 
-def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Options whose values differ; one that a folder's version did not know has its default."""
     before = {"model.trainable": [], **before}
     return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
