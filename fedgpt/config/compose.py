@@ -25,6 +25,8 @@ from fedgpt.server.pacing import make_pace, pace_problems
 from fedgpt.simulate.fleet import replay_problems
 
 TRUSTED = ("fedgpt.aggregate", "flwr.serverapp.strategy")
+# options that the folder of an earlier version does not have, with what it did
+ADDED = {"model.trainable": []}
 FREE = ("cache_dir", "run_dir", "runtime.workers")  # where a run computes may change
 
 
@@ -174,6 +176,7 @@ def changed_options(before: dict[str, Any], options: RunOptions) -> str:
     new`.
     """
     now = flat_options(options)
+    before = {**ADDED, **before}
     keys = _differing(before, now)
     return ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys)
 
@@ -191,7 +194,7 @@ def refuse_another_run(options: RunOptions) -> None:
         raise ConfigError(
             f"run_dir={options.run_dir}: its config.yaml is damaged ({error.problems[0]})"
         ) from error
-    differing = [key for key in _differing(before, now) if key not in FREE]
+    differing = [key for key in _differing({**ADDED, **before}, now) if key not in FREE]
     if differing:
         raise ConfigError(
             f"run_dir={options.run_dir}: holds another run, which differs in"
@@ -290,8 +293,7 @@ def _pacing_problems(o: RunOptions, strategy: Any) -> Iterator[str]:
 
 
 def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Options whose values differ; one that a folder's version did not know has its default."""
-    before = {"model.trainable": [], **before}
+    """Options whose values differ, sorted."""
     return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
 
 
