@@ -176,6 +176,7 @@ def changed_options(before: Mapping[str, Any], options: RunOptions) -> str:
     new`.
     """
     now = flat_options(options)
+    before = {**ADDED, **before}
     keys = _differing(before, now)
     return ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys)
 
@@ -193,7 +194,7 @@ def refuse_another_run(options: RunOptions) -> None:
         raise ConfigError(
             f"run_dir={options.run_dir}: its config.yaml is damaged ({error.problems[0]})"
         ) from error
-    differing = [key for key in _differing(before, now) if key not in FREE]
+    differing = [key for key in _differing({**ADDED, **before}, now) if key not in FREE]
     if differing:
         raise ConfigError(
             f"run_dir={options.run_dir}: holds another run, which differs in"
@@ -269,8 +270,9 @@ def _pacing_problems(o: RunOptions, strategy: Any) -> Iterator[str]:
 
 def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Options whose values differ; one that a folder's version did not know has its default."""
-    before = {"model.trainable": [], **before}
-    return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    defaults = _flat(OmegaConf.structured(RunOptions()))
+    known = {**{key: defaults[key] for key in now.keys() & defaults.keys()}, **before}
+    return sorted(key for key in known.keys() | now.keys() if known.get(key) != now.get(key))
 
 
 def _flat(cfg: Any) -> dict[str, Any]:
