@@ -176,7 +176,6 @@ def changed_options(before: Mapping[str, Any], options: RunOptions) -> str:
     new`.
     """
     now = flat_options(options)
-    before = {**ADDED, **before}
     keys = _differing(before, now)
     return ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys)
 
@@ -194,7 +193,7 @@ def refuse_another_run(options: RunOptions) -> None:
         raise ConfigError(
             f"run_dir={options.run_dir}: its config.yaml is damaged ({error.problems[0]})"
         ) from error
-    differing = [key for key in _differing({**ADDED, **before}, now) if key not in FREE]
+    differing = [key for key in _differing(before, now) if key not in FREE]
     if differing:
         raise ConfigError(
             f"run_dir={options.run_dir}: holds another run, which differs in"
