@@ -2,7 +2,8 @@
 
 >>> import fedgpt
 >>> finished = fedgpt.run("rounds=5")  # doctest: +SKIP
->>> finished.summary["final"]["bits_per_byte"], finished.generate("Fellow citizens")  # doctest: +SKIP
+>>> finished.summary["final"]["bits_per_byte"]  # doctest: +SKIP
+>>> finished.generate("Fellow citizens")  # doctest: +SKIP
 """
 
 from __future__ import annotations
