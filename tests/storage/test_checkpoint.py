@@ -5,9 +5,12 @@ import logging
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from fedgpt.core.errors import FedGPTError
+from fedgpt.core.files import sha256_of
 from fedgpt.core.messages import ServerState
+from fedgpt.server.in_flight import restored_jobs
 from fedgpt.storage.checkpoint import Checkpoints, Snapshot
 from fedgpt.storage.run_folder import RunFolder
 from fedgpt.storage.tables import Clients, RunIdentity, RunTotals, VersionLine
@@ -190,3 +193,44 @@ def test_best_weights_that_are_damaged_are_as_good_as_none(tmp_path):
     assert checkpoints.load_best() is None
     path.unlink()
     assert checkpoints.load_best() is None
+
+
+def test_a_checkpoint_of_the_format_before_is_converted_as_it_is_read(tmp_path):
+    """Written as fedgpt 0.1 wrote it before tables and names changed."""
+    old = {
+        "format": 3, "version": 2, "run": "abc", "tokens_done": 640, "bytes_up": 10,
+        "bytes_down": 20, "wall_seconds": 1.5, "seconds": 1.5, "dispatched": 5,
+        "next_task": {"a": 3, "b": 2}, "accepted": {"a": 1, "b": 1}, "held": {"a": 1},
+        "restorable": [{"a": 0}], "rejected": {"unknown_task": 1, "late": 2}, "norms": [0.5],
+        "strikes": {"b": 1}, "quarantine": {"c": 9}, "speeds": {"a": 2.5}, "trained": {"a": 512},
+        "charged": {}, "last": {"a": 0}, "busy": {"a": 0.5}, "pacing": "buffer",
+        "in_flight": [{"client": "a", "task": 2, "version": 2, "sent": 1.0,
+                       "plan": {"run": "abc", "steps": 4, "tokens_done": 0, "tokens_per_step": 1,
+                                "tokens_total": 9, "numbers": {}, "state": 1, "keep": [1],
+                                "held": 1}}],
+        "record": {"version": 2, "loss": 3.0}, "evaluation": {"score": True, "sample": False},
+        "unsaved": [], "environment": {"torch": "2"}, "options": {"rounds": 9}, "privacy": {},
+    }  # fmt: skip
+    path = tmp_path / "version-00000002.safetensors"
+    params = np.arange(4, dtype=np.float32)
+    save_file({"params": params}, path, metadata={"fedgpt": json.dumps(old)})
+    path.with_suffix(".sha256").write_text(sha256_of(path) + "\n")
+    found = Checkpoints(tmp_path, 2).load()
+    assert found.state.version == 2 and found.identity.run == "abc"
+    assert found.totals.tokens_done == 640 and found.totals.pacing == "buffer"
+    assert dict(found.totals.rejected) == {"unknown_job": 1, "late": 2}
+    assert found.clients.accepted_number("b") == 1 and found.clients.cached_version("a") == 1
+    assert found.clients.is_resting("c") and found.clients.restorable_numbers("a") == {0}
+    assert found.line.metrics["loss"] == 3.0 and found.line.score and not found.line.sample
+    (job,) = restored_jobs(found.in_flight, found.extra, params)
+    assert (job.client, job.number, job.plan.local_steps, job.plan.state_job) == ("a", 2, 4, 1)
+    assert job.plan.cached_version == -1, "the deltas that it could use may be gone"
+
+
+def test_a_checkpoint_of_another_format_is_refused_by_name(tmp_path):
+    path = tmp_path / "version-00000002.safetensors"
+    about = {"fedgpt": json.dumps({"format": 99})}
+    save_file({"params": np.zeros(4, np.float32)}, path, metadata=about)
+    path.with_suffix(".sha256").write_text(sha256_of(path) + "\n")
+    with pytest.raises(FedGPTError, match="its format is 99, this version reads 3 and 4"):
+        Checkpoints(tmp_path, 2).load()
