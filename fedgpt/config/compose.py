@@ -21,7 +21,7 @@ from fedgpt.config import checks, overrides
 from fedgpt.core.errors import ConfigError, nearest
 from fedgpt.core.options import RunOptions
 from fedgpt.privacy.problems import privacy_problems
-from fedgpt.server.pacing import make_pace, pace_problems
+from fedgpt.server.pacing import make_pace
 from fedgpt.simulate.fleet import replay_problems
 
 TRUSTED = ("fedgpt.aggregate", "flwr.serverapp.strategy")
@@ -173,7 +173,8 @@ def changed_options(before: dict[str, Any], options: RunOptions) -> str:
     """What differs between the options of a checkpoint and those of now, each as `name: old ->
     new`.
     """
-    now = flat_options(options)
+    now, new = flat_options(options), flat_options(RunOptions())
+    before = {**{key: new[key] for key in new.keys() - before.keys()}, **before}
     keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     return ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys)
 
@@ -268,7 +269,7 @@ def _problems(o: RunOptions, here: bool) -> Iterator[str]:
         yield from error.problems
     else:
         switches = getattr(strategy, "switches", False)
-        yield from pace_problems(o.pace, switches)
+        yield from o.pace.rules_of_pacing(switches)
         yield from replay_problems(o, switches)
         if not any(problem.startswith("pace.") for problem in wrong):  # which sizes follow from
             yield from _pacing_problems(o, strategy)

@@ -5,14 +5,11 @@ mistakes at once.
 from __future__ import annotations
 
 import re
-import typing
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import is_dataclass
 from functools import cache, partial
 from itertools import product
 from math import prod
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -24,44 +21,27 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedgpt.config.checks import RANGES
+from fedgpt.config.checks import OPTIONS
 from fedgpt.core.errors import ConfigError, nearest
 from fedgpt.core.options import RunOptions
 
 PACKAGE = Path(__file__).parents[1]
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
 MOST_JOBS = 300  # of a sweep, that are checked before its first one runs
-WORDS = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "a text",
-    list[float]: "a list of numbers, such as [1,2]",
-    list[str]: "a list of texts, such as [a,b]",
-}
-
-ConfigStore.instance().store(name="schema", node=RunOptions)
+# options whose value is any text; it is quoted for Hydra where it is not yet
+TEXTS = {key for key, one in OPTIONS.items() if str in one.kinds and not one.facts.allowed.choices}
 
 
-def _types(cls: type, prefix: str = "") -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Dotted option -> what its value may be, None among it where null is allowed."""
-    for name, hint in typing.get_type_hints(cls).items():
-        if is_dataclass(hint):
-            yield from _types(typing.cast(type, hint), f"{prefix}{name}.")
-        elif hint in WORDS:
-            yield f"{prefix}{name}", (hint,)
-        elif NoneType in typing.get_args(hint):
-            yield f"{prefix}{name}", typing.get_args(hint)
+def _schema() -> DictConfig:
+    """The types and defaults of all options; `arguments` take any name, as each class has others."""
+    schema = OmegaConf.structured(RunOptions)
+    for one in OPTIONS.values():
+        if one.default == {}:
+            OmegaConf.set_struct(OmegaConf.select(schema, one.key), False)
+    return schema
 
 
-TYPES = dict(_types(RunOptions))
-# among what is a text by its type
-CHOICES = {key for key in RANGES if key not in ("name", "run_dir", "cache_dir")}
-TEXTS = {
-    key
-    for key, kinds in TYPES.items()
-    if str in kinds and key not in CHOICES and not key.endswith(".name")
-}
+ConfigStore.instance().store(name="schema", node=_schema())
 
 
 def readable(word: str, sweep: bool = False) -> str:
@@ -143,6 +123,8 @@ def _value_problems(override: Override, cfg: DictConfig) -> Iterator[str]:
     parent, _, leaf = key.rpartition(".")
     node = OmegaConf.select(cfg, parent, default=None) if parent else cfg
     exists = isinstance(node, DictConfig) and leaf in node
+    if ".arguments." in key:
+        exists = key.partition(".arguments.")[0] + "._target_" in OPTIONS
     if not exists and not (override.is_add() and parent.split(".")[0] == "strategy"):
         hint = (
             "; a new field of a strategy is typed with a plus: +" + key
@@ -163,16 +145,15 @@ def _wanted(key: str, value: Any) -> str:
     """What an option's value must be, in words; empty for an option of a strategy, whose class
     alone knows.
     """
-    if key not in TYPES:
+    if key not in OPTIONS or not OPTIONS[key].kinds:
         return ""
-    kinds = [WORDS[kind] if kind is not NoneType else "null" for kind in TYPES[key]]
-    allowed = f", {RANGES[key][0]}" if key in RANGES else ""
+    kinds, words = OPTIONS[key].kinds, OPTIONS[key].facts.allowed.words
     whole = (
         f"; type {value:.0f}"
-        if int in TYPES[key] and isinstance(value, float) and value.is_integer()
+        if int in kinds and isinstance(value, float) and value.is_integer()
         else ""
     )
-    return f"must be {' or '.join(kinds)}{allowed}{whole}"
+    return f"must be {OPTIONS[key].kind}{f', {words}' if words else ''}{whole}"
 
 
 def _choices(override: Override, groups: dict[str, list[str]]) -> list[str]:

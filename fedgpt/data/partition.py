@@ -10,12 +10,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedgpt.core.errors import ConfigError, nearest
+from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import PartitionOptions
 from fedgpt.core.seeds import numpy_generator
 from fedgpt.data.prepare import CLIENTS, Prepared
-
-KINDS = ("natural", "grouped", "iid", "dirichlet", "quantity")
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,40 +33,6 @@ class Shard:
         return np.concatenate([tokens[first:last] for first, last in self.spans])
 
 
-def partition_problems(options: PartitionOptions) -> list[str]:
-    """What is wrong with the options themselves, before any corpus is looked at."""
-    if options.name not in KINDS:
-        return [
-            f"partition.name={options.name}: allowed are"
-            f" {', '.join(KINDS)}{nearest(options.name, KINDS)}"
-        ]
-    problems = []
-    if options.name == "natural" and options.clients < 0:
-        problems.append(
-            f"partition.clients={options.clients}: the number of largest clients to keep, or 0"
-            " for all"
-        )
-    if options.name != "natural" and options.clients < 1:
-        problems.append(
-            f"partition.clients={options.clients}: partition={options.name} makes clients; say how"
-            " many, 1 or more"
-        )
-    if options.name == "dirichlet" and not 0 < options.alpha < float("inf"):
-        problems.append(
-            f"partition.alpha={options.alpha}: a concentration above 0, e.g. 0.1 (skewed) or 10"
-            " (even)"
-        )
-    if options.name == "quantity" and not 0 <= options.exponent < float("inf"):
-        problems.append(f"partition.exponent={options.exponent}: 0 (equal sizes) or more")
-    if options.name != "natural" and options.piece < 1:
-        problems.append(f"partition.piece={options.piece}: tokens handed out together, 1 or more")
-    if options.min_tokens < 0:
-        problems.append(
-            f"partition.min_tokens={options.min_tokens}: tokens a client needs, or 0 for one window"
-        )
-    return problems
-
-
 def partition(prepared: Prepared, options: PartitionOptions, seed: int, window: int) -> list[Shard]:
     """Deal the clients' part out to clients; the shards are sorted by client id and share no token.
 
@@ -77,7 +41,7 @@ def partition(prepared: Prepared, options: PartitionOptions, seed: int, window: 
     of the part is in exactly one shard, except those of natural clients left out or not among the
     largest `options.clients`.
     """
-    if problems := partition_problems(options):
+    if problems := list(options.problems()):
         raise ConfigError(problems)
     documents = np.flatnonzero(prepared.part == CLIENTS)
     # (documents, 2)

@@ -23,8 +23,8 @@ from filelock import FileLock, Timeout
 from fedgpt.core.errors import ConfigError, FedGPTError
 from fedgpt.core.files import sync
 from fedgpt.core.options import CorpusOptions, TokenizerOptions
-from fedgpt.data.corpora import Document, corpus_problems, corpus_source, load_corpus
-from fedgpt.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, tokenizer_problems
+from fedgpt.data.corpora import Document, corpus_source, load_corpus
+from fedgpt.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
 FORMAT = 1  # raise when the files of a cache entry or the split change
 PUBLIC, HELD_OUT, CLIENTS = 0, 1, 2
@@ -74,7 +74,7 @@ def prepare(corpus: CorpusOptions, tokenizer: TokenizerOptions, cache_dir: str |
     Safe to call from several processes at once: one prepares, the others wait and open. Raises
     ConfigError for options or text that cannot be prepared.
     """
-    if problems := [*corpus_problems(corpus), *tokenizer_problems(tokenizer)]:
+    if problems := [*corpus.problems(), *tokenizer.problems()]:
         raise ConfigError(problems)
     documents = load_corpus(corpus)
     source = corpus_source(corpus)

@@ -17,12 +17,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fedgpt.core.errors import ConfigError, FedGPTError, nearest
+from fedgpt.core.errors import ConfigError, FedGPTError
 from fedgpt.core.files import write_text
 from fedgpt.core.options import TokenizerOptions
 
 END = "<|endoftext|>"
-KINDS = ("bpe", "bytes")
 # characters handed to the library at once: time per character grows with a string's length
 PIECE = 4096
 BATCH = 512  # pieces per call: bounds the memory that the library's results take
@@ -37,21 +36,6 @@ def byte_characters() -> list[str]:
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
-
-
-def tokenizer_problems(options: TokenizerOptions) -> list[str]:
-    """What is wrong with the options themselves."""
-    if options.name not in KINDS:
-        return [
-            f"tokenizer.name={options.name}: allowed are"
-            f" {', '.join(KINDS)}{nearest(options.name, KINDS)}"
-        ]
-    if options.name == "bpe" and options.vocab_size < 256:
-        return [
-            f"tokenizer.vocab_size={options.vocab_size}: bpe needs 256 entries for the bytes; use"
-            " 256 or more"
-        ]
-    return []
 
 
 class Tokenizer:
@@ -174,7 +158,7 @@ def make_tokenizer(options: TokenizerOptions, public_texts: Iterable[str]) -> To
     The vocabulary is smaller than asked where the text has no more pairs that occur twice. Same
     texts, same tokenizer. Raises ConfigError for wrong options and for bpe without text.
     """
-    if problems := tokenizer_problems(options):
+    if problems := list(options.problems()):
         raise ConfigError(problems)
     from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Library

@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import ModelOptions
-from fedgpt.model.shape import check_model
 
 IGNORE = -100  # targets that do not count in the loss
 NORM_EPS = 1e-5  # GPT-2's; torch's default for RMSNorm depends on the dtype and is 8e-3 in bf16
@@ -126,7 +125,7 @@ class GPT(nn.Module):
 
     def __init__(self, options: ModelOptions, vocab_size: int):
         super().__init__()
-        if problems := check_model(options):
+        if problems := list(options.problems()):
             raise ConfigError(problems)
         self.options, self.vocab_size = replace(options), vocab_size
         channels = options.n_embd

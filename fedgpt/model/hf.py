@@ -56,6 +56,8 @@ NEOX_FIXED = {
     "rotary_pct": 1.0,
     "rotary_emb_base": ROTARY_BASE,
 }
+# what config.json says of a model; which parameters are trained is a matter of each run
+SHAPE = [field.name for field in fields(ModelOptions) if field.name != "trainable"]
 NEOX_DEFAULTS = {  # what transformers assumes where config.json is silent
     "use_parallel_residual": True,
     "rotary_pct": 0.25,
@@ -231,13 +233,12 @@ def neox_config(options: ModelOptions, vocab_size: int) -> dict[str, Any]:
 
 def fedgpt_config(options: ModelOptions, vocab_size: int) -> dict[str, Any]:
     """config.json for what the others cannot express: every model option by its own name."""
-    return {"model_type": "fedgpt", "architectures": ["GPT"], "vocab_size": vocab_size} | asdict(
-        options
-    )
+    about = {"model_type": "fedgpt", "architectures": ["GPT"], "vocab_size": vocab_size}
+    return about | {name: value for name, value in asdict(options).items() if name in SHAPE}
 
 
 def _fedgpt_options(config: dict[str, Any]) -> ModelOptions:
-    return ModelOptions(**{field.name: config[field.name] for field in fields(ModelOptions)})
+    return ModelOptions(**{name: config[name] for name in SHAPE})
 
 
 def _gpt2_options(config: dict[str, Any]) -> ModelOptions:

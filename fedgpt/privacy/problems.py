@@ -5,40 +5,16 @@ with the reason.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import inf
 from typing import Any
 
 from fedgpt.core.options import RunOptions
-
-UNITS = ("none", "example", "client", "local")
-ENGINES = ("bookkeeping", "opacus")
-
-RANGES: dict[str, tuple[str, Any]] = {
-    "privacy.unit": (", ".join(UNITS), UNITS.__contains__),
-    "privacy.target_epsilon": ("above 0", lambda v: v is None or 0 < v < inf),
-    "privacy.noise_multiplier": ("above 0", lambda v: v is None or 0 < v < inf),
-    "privacy.delta": ("between 0 and 1", lambda v: v is None or 0 < v < 1),
-    "privacy.clip": ("above 0 and finite", lambda v: 0 < v < inf),
-    "privacy.engine": (" or ".join(ENGINES), ENGINES.__contains__),
-    "privacy.participations": ("at least 1", lambda v: v is None or v >= 1),
-    "privacy.separation": ("at least 1 version", lambda v: v >= 1),
-    "privacy.bands": ("at least 1 (1 = independent noise)", lambda v: v >= 1),
-    "privacy.rng": ("secure or seeded", ("secure", "seeded").__contains__),
-}
+from fedgpt.core.options.privacy import PRIVATE
 
 
 def privacy_problems(o: RunOptions, strategy: Any) -> Iterator[str]:
     """What is wrong with `privacy` beside the other options; `strategy` is the rule of the run."""
     p = o.privacy
-    if p.unit not in UNITS:
-        return
-    if p.unit == "none":
-        for option in ("target_epsilon", "noise_multiplier", "delta"):
-            if (value := getattr(p, option)) is not None:
-                yield (
-                    f"privacy.{option}={value}: privacy=none protects nothing; choose example,"
-                    " client or local"
-                )
+    if p.unit not in PRIVATE:
         return
     name = f"privacy={p.unit}"
     if p.target_epsilon is None and p.noise_multiplier is None:
@@ -52,20 +28,6 @@ def privacy_problems(o: RunOptions, strategy: Any) -> Iterator[str]:
             " rounds instead"
         )
     yield from {"example": _example, "client": _client, "local": _local}[p.unit](o, strategy)
-    if p.unit != "client":
-        for option, default in (
-            ("adaptive", False),
-            ("bands", 1),
-            ("separation", 1),
-            ("single", False),
-        ):
-            if getattr(p, option) != default:
-                yield (
-                    f"privacy.{option}={getattr(p, option)}: an option of privacy=client; leave"
-                    " it out"
-                )
-    if p.unit != "example" and p.engine != "bookkeeping":
-        yield f"privacy.engine={p.engine}: an option of privacy=example; leave it out"
 
 
 def _example(o: RunOptions, strategy: Any) -> Iterator[str]:

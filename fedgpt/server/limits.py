@@ -11,25 +11,15 @@ stays: a federation cannot shut itself out.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from fedgpt.core.messages import Update
-from fedgpt.core.options import RunOptions, ValidateOptions
+from fedgpt.core.options import ValidateOptions
 
 REMEMBERED = 64  # norms of accepted updates: the running median is theirs
 ENOUGH = 8  # norms before the median limits anything
 # times the length of the global model, which no update exceeds whatever the median is
 ABSOLUTE = 10.0
-
-
-def validate_problems(o: RunOptions) -> Iterator[str]:
-    """What is wrong with `validate.*`."""
-    norm, clip = o.validate.norm, o.validate.clip
-    if norm and clip > norm:
-        yield (
-            f"validate.clip={clip}: above validate.norm={norm}, where updates are rejected, it"
-            " clips none; lower it"
-        )
 
 
 def norm_limit(options: ValidateOptions, norms: tuple[float, ...], model: float) -> float:

@@ -17,7 +17,7 @@ from fedgpt.data.tokenizer import Tokenizer, load_tokenizer
 from fedgpt.model.gpt import GPT
 from fedgpt.model.hf import import_model
 
-FREE = {"dropout", "bias"}  # may differ, as long as the parameters are the same ones
+FREE = {"dropout", "bias", "trainable"}  # may differ, as long as the parameters are the same ones
 
 
 def initial_weights(o: RunOptions, tokenizer: Tokenizer) -> np.ndarray:

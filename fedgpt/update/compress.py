@@ -85,23 +85,11 @@ def compressor_of(options: UpdateOptions) -> Compressor:
 
 
 def update_problems(options: UpdateOptions) -> Iterator[str]:
-    """What is wrong with `update.*`."""
+    """What is wrong with the options of the chosen codec."""
     try:
         compressor_of(options)
     except ConfigError as error:
         yield from error.problems
-    if options.compress == "none" and options.error_feedback:
-        yield (
-            "update.error_feedback=true: nothing is left out by update.compress=none; choose a"
-            " codec or leave it out"
-        )
-    if not 0 < options.decay <= 1:
-        yield (
-            f"update.decay={options.decay}: must be above 0 and at most 1 (1 = nothing is ever"
-            " lost)"
-        )
-    if options.downlink not in ("fp32", "bf16", "int8", "int4"):
-        yield f"update.downlink={options.downlink}: must be fp32, bf16, int8 or int4"
 
 
 def make_compressor(name: str, **options: object) -> Compressor:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import CorpusOptions
 from fedgpt.data import corpora
-from fedgpt.data.corpora import corpus_problems, corpus_prompt, corpus_source, cut, load_corpus
+from fedgpt.data.corpora import corpus_prompt, corpus_source, cut, load_corpus
 
 CHINESE = (
     "清晨的雾还没有散去,村口的老人已经在扫落叶。\n他说:“每一片叶子都记得一阵风。”\n\n"
@@ -221,7 +221,7 @@ def test_all_problems_of_the_options_are_told_at_once():
     options = CorpusOptions(
         name="sotu", client="party", path="x", document_bytes=1, public=0.7, held_out=0.5
     )
-    text = "\n".join(corpus_problems(options))
+    text = "\n".join(options.problems())
     for option in (
         "corpus.client=party",
         "corpus.path=x",
@@ -229,8 +229,8 @@ def test_all_problems_of_the_options_are_told_at_once():
         "their sum must be below 1",
     ):
         assert option in text
-    assert "did you mean 'sotu'" in corpus_problems(CorpusOptions(name="sotuu"))[0]
-    assert corpus_problems(CorpusOptions()) == []
+    assert "did you mean 'sotu'" in next(CorpusOptions(name="sotuu").problems())
+    assert not list(CorpusOptions().problems())
 
 
 def test_prompts_are_short():

@@ -1,0 +1,19 @@
+"""Options of the group `task`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fedgpt.core.options.option import Group, arguments, choice, target
+
+
+@dataclass
+class TaskOptions(Group):
+    """What the model learns to do: how text becomes batches, and what loss and scores are."""
+
+    group = "task"
+
+    name: str = choice("lm", "custom")
+    _target_: str | None = target("a class that is a learning task")
+    arguments: dict[str, Any] = arguments()
