@@ -18,7 +18,7 @@ from fedgpt.evaluate.held_out import HeldOut
 from fedgpt.model.gpt import GPT
 
 BLOCK = 8
-MODEL = ModelOptions(n_layer=2, n_head=2, n_embd=32, block_size=BLOCK)
+MODEL = ModelOptions(n_layer=2, n_head=2, n_embd=32, block_size=BLOCK, positions="learned")
 FP32 = Compute("cpu", "fp32", "the reference")
 TEXT = "The river rose; 河水上涨了, and nobody in the town by the river was surprised. "
 
@@ -131,7 +131,9 @@ def predicted(held_out: HeldOut) -> np.ndarray:
 @given(st.integers(2, 200))
 def test_every_token_but_the_first_is_predicted_once(length):
     tokens = np.arange(length)
-    held_out = HeldOut(ModelOptions(1, 1, 4, BLOCK), tokens, np.ones(length, np.int64), FP32)
+    held_out = HeldOut(
+        ModelOptions(1, 1, 4, BLOCK, positions="learned"), tokens, np.ones(length, np.int64), FP32
+    )
     assert sorted(predicted(held_out)) == list(range(1, length))
     assert held_out.tokens == held_out.bytes == length - 1
 
@@ -139,7 +141,13 @@ def test_every_token_but_the_first_is_predicted_once(length):
 @given(st.integers(2, 400), st.integers(1, 500))
 def test_a_limit_spreads_over_the_text_and_is_kept(length, limit):
     tokens = np.arange(length)
-    held_out = HeldOut(ModelOptions(1, 1, 4, BLOCK), tokens, np.ones(length, np.int64), FP32, limit)
+    held_out = HeldOut(
+        ModelOptions(1, 1, 4, BLOCK, positions="learned"),
+        tokens,
+        np.ones(length, np.int64),
+        FP32,
+        limit,
+    )
     seen = predicted(held_out)
     assert len(set(seen)) == len(seen) == held_out.tokens
     if limit >= length:

@@ -20,7 +20,7 @@ from fedgpt.model.gpt import (
     rotation,
 )
 
-SMALL = ModelOptions(n_layer=2, n_head=4, n_embd=32, block_size=16)
+SMALL = ModelOptions(n_layer=2, n_head=4, n_embd=32, block_size=16, positions="learned")
 VOCAB = 23
 VARIANTS = {
     "learned": {},

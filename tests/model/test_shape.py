@@ -47,7 +47,9 @@ def test_gpt2_has_the_published_size():
     "change", [{}, {"tie": False}, {"bias": False}, {"norm": "rmsnorm"}, {"positions": "rotary"}]
 )
 def test_count_of_variants(change):
-    options = replace(ModelOptions(n_layer=2, n_head=2, n_embd=16, block_size=8), **change)
+    options = replace(
+        ModelOptions(n_layer=2, n_head=2, n_embd=16, block_size=8, positions="learned"), **change
+    )
     assert count_parameters(options, 11) == parameters(GPT(options, 11))
 
 

@@ -30,7 +30,7 @@ def options(tmp_path, rounds=4, **pace) -> RunOptions:
         run_dir=str(tmp_path),
         model=ModelOptions(block_size=64),
         local=LocalOptions(steps=4, batch_size=2),  # a job is 512 tokens
-        pace=PaceOptions(**pace),
+        pace=PaceOptions(**{"clients": 0, **pace}),
         validate=ValidateOptions(strikes=0),  # quarantine has tests of its own
     )
 

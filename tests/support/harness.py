@@ -32,7 +32,7 @@ def options(folder: Path, rounds: int = 4, **pace: Any) -> RunOptions:
         run_dir=str(folder),
         model=ModelOptions(block_size=64),
         local=LocalOptions(steps=4, batch_size=2),
-        pace=PaceOptions(**pace),
+        pace=PaceOptions(**{"clients": 0, **pace}),
     )
 
 

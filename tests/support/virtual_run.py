@@ -102,7 +102,7 @@ def serve(
         run_dir=str(folder),
         model=ModelOptions(block_size=64),
         local=LocalOptions(**{"steps": 10, "batch_size": 1, **(local or {})}),
-        pace=PaceOptions(**{"name": "buffer", **pace}),
+        pace=PaceOptions(**{"name": "buffer", "clients": 0, **pace}),
         fleet=fleet or FleetOptions("published"),
         evaluate=evaluate or EvaluateOptions(),
         checkpoint=CheckpointOptions(every=checkpoint),
