@@ -21,9 +21,9 @@ import pytest
 from flwr.common.config import parse_config_args
 from support.here import run_here
 
-from fedgpt import api, cli
+from fedgpt import api
 from fedgpt.config import compose
-from fedgpt.config.overrides import CONF
+from fedgpt.config.choices import CONF
 from fedgpt.core.errors import ConfigError
 from fedgpt.flower.run_config import options_of
 
@@ -140,7 +140,7 @@ def check_options(command: str, words: list[str], folder: Path, readme: str) -> 
         if word.startswith("strategy._target_="):
             bring_strategy(word.partition("=")[2], folder, readme)
     config_dir = bring_choices(chosen.overrides, folder / "conf") if chosen.config_dir else None
-    (compose.precheck if chosen.multirun else compose.load)(chosen.overrides, config_dir)
+    (compose.check_sweep if chosen.multirun else compose.load)(chosen.overrides, config_dir)
 
 
 def bring_strategy(target: str, folder: Path, readme: str) -> None:

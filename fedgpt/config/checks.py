@@ -1,5 +1,5 @@
-"""What is wrong with the options of a run, in words: ranges of values, and values that contradict
-each other.
+"""What is wrong with the options of a run beside what their own groups check: options without
+effect, and what components and this machine cannot do.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from fedgpt.core.options import RunOptions
-from fedgpt.core.options.option import Group, described
+from fedgpt.core.options import OPTIONS, RunOptions
+from fedgpt.core.options.option import Group
 from fedgpt.simulate.fleet import fleet_problems
 from fedgpt.update.compress import update_problems
 
-OPTIONS = {one.key: one for one in described(RunOptions)}
 MOST_NODES = 16  # one SuperNode is two Python processes of some 340 MB while it trains
 
 
@@ -48,11 +47,11 @@ def folder_problems(o: RunOptions) -> Iterator[str]:
     """Folders that a run on this machine could not write to, or start from; paths are absolute."""
     for option in ("run_dir", "cache_dir"):
         path = Path(getattr(o, option))
-        there = next(p for p in (path, *path.parents) if p.exists())
-        if not there.is_dir():
-            yield f"{option}={path}: {there} is a file; name a folder"
-        elif not os.access(there, os.W_OK):
-            yield f"{option}={path}: nothing can be written in {there}; name another folder"
+        existing = next(p for p in (path, *path.parents) if p.exists())
+        if not existing.is_dir():
+            yield f"{option}={path}: {existing} is a file; name a folder"
+        elif not os.access(existing, os.W_OK):
+            yield f"{option}={path}: nothing can be written in {existing}; name another folder"
     if o.init_from and not any(
         (Path(o.init_from) / f"{at}config.json").is_file() for at in ("", "model/")
     ):

@@ -253,11 +253,11 @@ def test_a_users_folder_adds_choices(tmp_path):
 
 
 def test_sweeps_are_checked_choice_by_choice():
-    compose.precheck(["strategy=fedavg,diloco", "seed=0,1,2"])
+    compose.check_sweep(["strategy=fedavg,diloco", "seed=0,1,2"])
     with pytest.raises(ConfigError, match=r"strategy=diloko: .*did you mean 'diloco'"):
-        compose.precheck(["strategy=fedavg,diloko"])
+        compose.check_sweep(["strategy=fedavg,diloko"])
     with pytest.raises(ConfigError, match="seed=x"):
-        compose.precheck(["seed=0,x"])
+        compose.check_sweep(["seed=0,x"])
 
 
 @pytest.mark.parametrize(
@@ -293,7 +293,7 @@ def test_what_a_record_cannot_repeat_is_refused_before_it_is_replayed(overrides,
 
 def swept(*overrides: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        compose.precheck(overrides)
+        compose.check_sweep(overrides)
     return caught.value.problems
 
 
@@ -334,8 +334,8 @@ def test_what_is_wrong_with_every_job_is_told_once_and_beside_the_rest():
 
 
 def test_sweeps_that_are_right_pass():
-    compose.precheck(["strategy=diloco,fedavgm", "strategy.mu=0.5", "name='a,b','c'"])
-    compose.precheck(["model=glob(m*)", "pace.clients=range(1,4)", "hydra.sweep.dir=runs/x"])
+    compose.check_sweep(["strategy=diloco,fedavgm", "strategy.mu=0.5", "name='a,b','c'"])
+    compose.check_sweep(["model=glob(m*)", "pace.clients=range(1,4)", "hydra.sweep.dir=runs/x"])
 
 
 def test_a_sweep_without_m_is_told_how_it_is_typed():

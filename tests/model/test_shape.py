@@ -63,7 +63,7 @@ def test_count_of_variants(change):
             "model.n_embd=132: model.positions=rotary needs a multiple of 2 * model.n_head=8; try 128 or 136",
         ),
         ({"n_layer": 0}, "model.n_layer=0: must be at least 1"),
-        ({"dropout": 1.0}, "model.dropout=1.0: must be at least 0 and below 1"),
+        ({"dropout": 1.0}, "model.dropout=1.0: must be from 0 to below 1"),
         (
             {"norm": "rmsnrom"},
             "model.norm=rmsnrom: must be layernorm or rmsnorm; did you mean 'rmsnorm'?",

@@ -15,6 +15,7 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedgpt.config import compose
+from fedgpt.data.text import shards_of
 from fedgpt.flower.client_app import app
 from fedgpt.flower.pool.shared_memory import NdArray
 from fedgpt.flower.serve import serve
@@ -79,17 +80,11 @@ class HereGrid(Grid):
 
 def run_here(*overrides: str) -> dict[str, Any]:
     """`fedgpt run overrides`, in this process; returns the summary."""
-    from fedgpt.data.partition import partition
-    from fedgpt.data.prepare import prepare
-
     options = compose.load(overrides)
-    prepared = prepare(options.corpus, options.tokenizer, options.cache_dir)
-    clients = len(
-        partition(prepared, options.partition, options.seed, options.model.block_size + 1)
-    )
+    _, shards = shards_of(options)
     return serve(
         options,
-        HereGrid(clients, {"config": compose.to_yaml(options)}, f"{options.run_dir}/clients"),
+        HereGrid(len(shards), {"config": compose.to_yaml(options)}, f"{options.run_dir}/clients"),
     )
 
 

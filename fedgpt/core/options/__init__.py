@@ -12,6 +12,7 @@ from fedgpt.core.options.evaluate import EvaluateOptions
 from fedgpt.core.options.fleet import FleetOptions
 from fedgpt.core.options.local import LocalOptions
 from fedgpt.core.options.model import ModelOptions
+from fedgpt.core.options.option import described
 from fedgpt.core.options.pace import PaceOptions
 from fedgpt.core.options.partition import PartitionOptions
 from fedgpt.core.options.privacy import PrivacyOptions
@@ -22,7 +23,10 @@ from fedgpt.core.options.tokenizer import TokenizerOptions
 from fedgpt.core.options.update import UpdateOptions
 from fedgpt.core.options.validate import ValidateOptions
 
+OPTIONS = {one.key: one for one in described(RunOptions)}  # as typed -> its facts
+
 __all__ = [
+    "OPTIONS",
     "AttackOptions",
     "CheckpointOptions",
     "CorpusOptions",

@@ -59,7 +59,7 @@ class CorpusOptions(Group):
         " model on it.",
         allowed=share(zero=False),
     )
-    _target_: str | None = target("a class or function that loads a corpus")
+    _target_: str | None = target("a class or function")
     arguments: dict[str, Any] = arguments()
 
     def rules(self) -> Iterator[str]:

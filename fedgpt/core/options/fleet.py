@@ -37,7 +37,8 @@ class FleetOptions(Group):
     )
     spread: float = option(
         0.5,
-        "Standard deviation over the clients of the logarithm of that time. 0 makes all alike.",
+        "Standard deviation over the clients of the logarithm of the time of a local step. 0 makes"
+        " all clients alike.",
         allowed=between(0, 10),
         only_with=("lognormal",),
     )

@@ -129,7 +129,9 @@ def option(
 def choice(*choices: str) -> Any:
     """The field that says which choice of its group was made; the first one is the default."""
     return option(
-        choices[0], "Which kind this is. The choice of the group sets it.", allowed=one_of(*choices)
+        choices[0],
+        "The kind that was chosen. It is set by the choice of the group, not typed by itself.",
+        allowed=one_of(*choices),
     )
 
 

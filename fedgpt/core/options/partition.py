@@ -58,7 +58,7 @@ class PartitionOptions(Group):
         unit="tokens",
         allowed=at_least(0),
     )
-    _target_: str | None = target("a class or function that deals text out to clients")
+    _target_: str | None = target("a class or function")
     arguments: dict[str, Any] = arguments()
 
     def rules(self) -> Iterator[str]:

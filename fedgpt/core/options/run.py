@@ -28,7 +28,7 @@ FOLDER = Allowed("a folder", lambda value: value != "")
 
 @dataclass
 class RunOptions(Group):
-    """Length, seed and folders of a run."""
+    """Length, seed, folders and trackers of a run."""
 
     name: str = option(
         "run",
@@ -38,7 +38,7 @@ class RunOptions(Group):
     seed: int = option(
         0,
         "Seed of all random numbers. The same options and seed give the same run.",
-        allowed=Allowed("a whole number from 0", lambda value: value >= 0),
+        allowed=at_least(0),
     )
     rounds: int = option(
         20,

@@ -15,5 +15,5 @@ class TaskOptions(Group):
     group = "task"
 
     name: str = choice("lm", "custom")
-    _target_: str | None = target("a class that is a learning task")
+    _target_: str | None = target("a class")
     arguments: dict[str, Any] = arguments()

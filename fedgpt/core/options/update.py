@@ -45,7 +45,7 @@ class UpdateOptions(Group):
         " int4: only what has changed since the client received it last, compressed.",
         allowed=one_of("fp32", "bf16", "int8", "int4"),
     )
-    _target_: str | None = target("a class that is a codec")
+    _target_: str | None = target("a class")
     arguments: dict[str, Any] = arguments()
 
     def rules(self) -> Iterator[str]:

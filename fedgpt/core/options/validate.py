@@ -22,8 +22,8 @@ class ValidateOptions(Group):
     )
     clip: float = option(
         0.0,
-        "Longest update that counts in full, as a multiple of the same median. A longer update is"
-        " scaled down to this length.",
+        "Longest update that counts in full, as a multiple of the running median of the norms of"
+        " accepted updates. A longer update is scaled down to this length.",
         allowed=above(0, or_zero="off"),
     )
     strikes: int = option(
