@@ -49,22 +49,31 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "fedgpt generate",
         description="Write text with the newest model of a run.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("run", metavar="FOLDER", help="folder of a run")
     parser.add_argument("--prompt", metavar="TEXT", default="", help="text to continue")
-    parser.add_argument("--tokens", type=int, default=200, help="largest number of new tokens")
-    parser.add_argument("--samples", type=int, default=1, help="number of continuations")
     parser.add_argument(
-        "--temperature", type=float, default=0.8, help="randomness; 0 always takes the likeliest"
+        "--tokens", type=int, default=200, help="largest number of new tokens (%(default)s)"
     )
     parser.add_argument(
-        "--top-k", type=int, default=50, help="draw from this many likeliest tokens; 0 means all"
+        "--samples", type=int, default=1, help="number of continuations (%(default)s)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        help="randomness; 0 always takes the likeliest token (%(default)s)",
+    )
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        default=50,
+        help="draw from this many likeliest tokens; 0 means all (%(default)s)",
     )
     parser.add_argument(
         "--top-p", type=float, help="draw from the likeliest tokens of this total probability"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the draws")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws (%(default)s)")
     parser.add_argument(
         "--best", action="store_true", help="take the weights with the best held-out score"
     )

@@ -15,9 +15,9 @@ from typing import Any
 from fedgpt.cli import COMMANDS
 from fedgpt.cli.words import value_of
 from fedgpt.config.choices import Choice, defaults, groups, read_choice
-from fedgpt.core.errors import ConfigError, nearest
+from fedgpt.core.errors import nearest
 from fedgpt.core.options import OPTIONS, RunOptions
-from fedgpt.core.options.option import Group, Option, facts_of, one_of
+from fedgpt.core.options.option import Group, Option, one_of
 
 HELP = """
   fedgpt help                 all commands and groups
@@ -31,10 +31,17 @@ STEP = 6  # the meaning of an option is indented by this much
 
 
 def main(arguments: list[str]) -> int:
-    """Print what is asked for; raises ConfigError for what is no command, group or option."""
+    """Print what is asked for; the exit code is 2 for what is no command, group or option."""
     config_dir = value_of(arguments, "--config-dir", "-cd")
     words = [word for word in arguments if not word.startswith("-") and word != config_dir]
-    text = "\n\n".join(_explained(word, config_dir) for word in words) if words else overview()
+    parts = {word: _explained(word, config_dir) for word in words}
+    if unknown := [word for word, part in parts.items() if not part]:
+        everything = dict.fromkeys([*COMMANDS, *groups(config_dir), *OPTIONS])
+        for word in unknown:
+            more = nearest(word, everything)
+            print(f"fedgpt help {word}: no command, group or option{more}", file=sys.stderr)
+        return 2
+    text = "\n\n".join(parts.values()) if parts else overview()
     try:
         print(text, flush=True)
     except BrokenPipeError:  # `fedgpt run --help | head`; python would complain at its end, too
@@ -69,11 +76,6 @@ def _explained(word: str, config_dir: str | None) -> str:
         parts.append(_group(word, known[word], config_dir))
     if word in OPTIONS and word not in known:
         parts.append("\n".join(_option(OPTIONS[word])))
-    if not parts:
-        everything = [*COMMANDS, *known, *OPTIONS]
-        raise ConfigError(
-            f"help {word}: no command, group or option {word!r}{nearest(word, everything)}"
-        )
     return "\n\n".join(parts)
 
 
@@ -111,11 +113,12 @@ def _group(group: str, names: list[str], config_dir: str | None) -> str:
 
 def _sets(choice: Choice) -> str:
     """What a choice sets that differs from the defaults, without what only names the choice."""
-    names = {f"{choice.group}.{field}" for field in ("name", "unit", "compress")}
+    kind = _class_of(choice.group)
+    own_name = kind.key(kind.choice_field) if kind else ""
     return ", ".join(
         f"{key}={_typed(value)}"
         for key, value in choice.sets.items()
-        if key not in names and (key not in OPTIONS or OPTIONS[key].default != value)
+        if key != own_name and (key not in OPTIONS or OPTIONS[key].default != value)
     )
 
 
@@ -129,14 +132,16 @@ def _strategy_fields(choice: Choice) -> Iterator[str]:
 
 
 def _meaning(group: str) -> str:
-    """What a group decides, from the first line of its class."""
-    field = next((field for field in fields(RunOptions) if field.name == group), None)
-    if field is None:
-        return EXPERIMENT
-    kind: Any = field.default_factory
-    if isinstance(kind, type) and issubclass(kind, Group):
+    """What a group decides, from the docstring of its class."""
+    if kind := _class_of(group):
         return str(kind.__doc__).partition("\n\n")[0]
-    return facts_of(field).help
+    return OPTIONS[group].facts.help if group in OPTIONS else EXPERIMENT
+
+
+def _class_of(group: str) -> type[Group] | None:
+    """The class of a group; None for strategy and experiment, which have none."""
+    kinds = [field.default_factory for field in fields(RunOptions)]
+    return next((k for k in kinds if isinstance(k, type) and k.group == group), None)
 
 
 def _option(one: Option) -> Iterator[str]:

@@ -11,8 +11,8 @@ from fedgpt.core.errors import ConfigError, FedGPTError, Interrupted
 
 HELP = """
   fedgpt run                        a first run, with all defaults
-  fedgpt run model=mini rounds=50   another choice of the group model; a longer run
-  fedgpt run experiment=demo        many options at once: those of the README's demo
+  fedgpt run model=mini rounds=50   another model, and a longer run
+  fedgpt run experiment=demo        the options of the README's demo
   fedgpt run -m seed=0,1,2          a sweep: one run for each value
   fedgpt run resume=FOLDER          continue a run that was stopped
   fedgpt run --cfg job model=mini   print the configuration, and run nothing

@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import subprocess
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from support.refused import problems
 
-from fedgpt.config import checks, compose, overrides
-from fedgpt.core import options as options_module
+from fedgpt.config import checks, choices, compose, overrides
 from fedgpt.core.errors import ConfigError
-from fedgpt.core.options import RunOptions
+from fedgpt.core.options import OPTIONS, RunOptions
 
 CONF = Path(__file__).parents[2] / "conf"
 GROUPS = sorted({path.parent.name for path in CONF.glob("*/*.yaml")})
@@ -50,6 +49,8 @@ def test_every_conf_file_composes_and_is_valid(group, choice, tmp_path, monkeypa
         '{"event": "open"}\n' if choice == "replay" else "client,step_seconds\na,1.0\n"
     )
     needs = [f"corpus.path={tmp_path}"] if choice == "files" else []
+    if choice == "custom":
+        needs = [f"{group}._target_=mine.Mine", "trusted_packages=[mine]"]
     if group == "fleet" and choice != "none":
         needs = [
             "clock=virtual",
@@ -67,18 +68,35 @@ def test_every_conf_file_composes_and_is_valid(group, choice, tmp_path, monkeypa
         assert choice.startswith(getattr(options, group).name)
 
 
-def test_the_schema_names_the_choices_of_every_group():
-    told = {}
-    for field in fields(RunOptions):
-        if (
-            schema := getattr(options_module, f"{field.name.capitalize()}Options", None)
-        ) is not None:
-            name, _, choices = schema.__doc__.partition(":")[0].rstrip(".").partition("=")
-            told[name] = sorted(choices.split("|"))
-    choices = {group: sorted(choice for of, choice in CHOICES if of == group) for group in GROUPS}
-    assert told == {
-        group: choices[group] for group in GROUPS if group not in ("strategy", "experiment")
-    }
+def test_the_dataclasses_and_conf_have_the_same_defaults():
+    composed, schema = compose.load(), RunOptions()
+    assert composed.strategy["_target_"] == "fedgpt.aggregate.fedavg.FedAvg"
+    assert composed.run_dir and composed.cache_dir, "conf makes them from the time and the user"
+    schema.strategy, schema.run_dir, schema.cache_dir = (
+        composed.strategy,
+        composed.run_dir,
+        composed.cache_dir,
+    )
+    assert compose.flat_options(composed) == compose.flat_options(schema)
+    assert asdict(composed) == asdict(schema)
+
+
+def test_every_choice_of_the_schema_is_a_file_and_the_other_way_round():
+    for group in GROUPS:
+        if group in ("strategy", "experiment"):
+            continue
+        options = getattr(RunOptions(), group)
+        names = (
+            OPTIONS[options.key(options.choice_field)].facts.allowed.choices
+            if options.chosen
+            else ()
+        )
+        files = {choice for of, choice in CHOICES if of == group}
+        assert set(names) <= files
+        for choice in files if names else ():
+            chosen = choices.read_choice(group, choice).sets
+            value = chosen.get(options.key(options.choice_field), options.chosen)
+            assert value in names, f"{group}={choice}"
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -273,7 +291,7 @@ def test_sweeps_are_checked_choice_by_choice():
         ),
         (
             ["privacy=client"],
-            "privacy=client: fleet=replay: a record holds when replies arrived, and noise that nobody",
+            "privacy=client: fleet=replay: a record holds when replies arrived, and noise that",
         ),
         (
             ["strategy=auto"],
@@ -361,8 +379,60 @@ def test_more_made_clients_than_supernodes_fit_is_in_the_list():
     compose.load(["runtime=superlink", "partition.clients=17"])
 
 
+def test_a_class_of_ones_own_is_named_as_it_is_typed():
+    words = ["partition=custom", "partition._target_=mine.Deal", "trusted_packages=[mine]"]
+    options = compose.load([*words, "partition.arguments={lines: 40, by: [a,b]}"])
+    assert options.partition._target_ == "mine.Deal"
+    assert options.partition.arguments == {"lines": 40, "by": ["a", "b"]}
+    assert compose.load([*words, "partition.arguments.lines=3"]).partition.arguments == {"lines": 3}
+    assert asdict(compose.from_yaml(compose.to_yaml(options))) == asdict(options)
+    [problem] = problems("partition._target_=mine.Deal")
+    assert "does nothing with partition=natural; add partition=custom" in problem
+    [problem] = problems(*words, "partition.arguments=3")
+    assert problem == "partition.arguments=3: must be a mapping, such as {a: 1}"
+    [problem] = problems("partition.argumants.lines=3")
+    assert "no option 'partition.argumants.lines'" in problem
+
+
+def test_lists_of_names_and_classes_are_taken():
+    options = compose.load(["track=[tensorboard,{_target_: mine.T, port: 1}]", "metrics=[top5]"])
+    assert options.track == ["tensorboard", {"_target_": "mine.T", "port": 1}]
+    assert options.metrics == ["top5"]
+    assert compose.load(["model.trainable=['blocks.*']"]).model.trainable == ["blocks.*"]
+
+
+def test_a_checkpoint_that_is_older_than_an_option_has_its_default():
+    options = compose.load()
+    before = compose.flat_options(options)
+    new = ("task.name", "task._target_", "corpus._target_", "model.trainable", "track", "metrics")
+    for key in new:
+        del before[key]
+    assert compose.changed_options(before, options) == ""
+    options.model.trainable = ["blocks.*"]
+    assert compose.changed_options(before, options) == "model.trainable: [] -> ['blocks.*']"
+
+
+def test_a_folder_that_is_older_than_an_option_is_opened_and_resumed(tmp_path):
+    options = compose.load([f"run_dir={tmp_path}"])
+    old = OmegaConf.create(compose.to_yaml(options))
+    for key in ("task", "track", "metrics"):
+        del old[key]
+    for group in ("corpus", "partition", "update"):
+        del old[group]._target_, old[group].arguments
+    del old.model.trainable
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(old))
+    assert asdict(compose.of_run(tmp_path)) == asdict(options)
+    compose.refuse_another_run(options)
+    options.seed = 1
+    with pytest.raises(ConfigError, match="which differs in seed; continue"):
+        compose.refuse_another_run(options)
+
+
 def test_configuration_never_imports_torch():
-    code = "import sys; from fedgpt import config; compose.load(); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from fedgpt.config import compose; compose.load();"
+        " sys.exit('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -31,7 +31,7 @@ from fedgpt.config import compose, overrides
         ("pace.deadline=nan", "pace.deadline=nan: must be a finite number, above 0 seconds"),
         (
             "rounds==5",
-            "rounds==5: not of the form key=value; a value with special characters needs quotes within",
+            "rounds==5: not of the form key=value; a value with special characters needs quotes",
         ),
         ("~local.lr", "~local.lr: an option can be set, not deleted"),
         ("run_dir=", "run_dir=: must be a folder"),
