@@ -17,7 +17,7 @@ HELP = """
   fedgpt run resume=FOLDER          continue a run that was stopped
   fedgpt run --cfg job model=mini   print the configuration, and run nothing
   fedgpt run --config-dir=DIR model=mine
-                                    with choices of your own: DIR/model/mine.yaml
+                                    choices of your own: DIR/model/mine.yaml
 
 OPTION=VALUE sets one option. GROUP=CHOICE sets several options of a group at
 once; single options of the group may be typed beside it. Each option is listed

@@ -122,6 +122,10 @@ def test_ranges(allowed, good, bad):
     assert all(map(allowed.holds, good)) and not any(map(allowed.holds, bad))
 
 
+def test_a_run_may_be_called_custom():
+    assert not list(RunOptions(name="custom", run_dir="x", cache_dir="y").problems())
+
+
 def test_all_problems_of_all_groups_are_reported():
     wrong = RunOptions(run_dir="x", cache_dir="y", rounds=0)
     wrong.local.lr, wrong.local.min_lr, wrong.corpus.public = 0.5, 0.9, 2.0

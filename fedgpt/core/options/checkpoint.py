@@ -15,8 +15,9 @@ class CheckpointOptions(Group):
 
     every: int | None = option(
         None,
-        "Number of server versions from one checkpoint to the next. null means as many as there"
-        " are in a round; 0 means only the last version.",
+        "Number of server versions from one checkpoint to the next. null means one checkpoint for"
+        " each round (pace=buffer: for as many updates as a round would have); 0 means only the"
+        " last version.",
         unit="versions",
         allowed=at_least(0, zero="only the last"),
     )

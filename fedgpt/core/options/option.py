@@ -169,13 +169,15 @@ class Group:
 
     def problems(self) -> Iterator[str]:
         """Everything that is wrong with the values, first one by one, then side by side."""
-        for one in fields(self):  # pyright: ignore[reportArgumentType]  # groups are dataclasses
-            value = getattr(self, one.name)
+        own = fields(self)  # pyright: ignore[reportArgumentType]  # groups are dataclasses
+        values = {one.name: getattr(self, one.name) for one in own}
+        for one in own:
+            value = values[one.name]
             if isinstance(value, Group):
                 yield from value.problems()
             elif problem := value_problem(self.key(one.name), value, facts_of(one).allowed):
                 yield problem
-        if self.chosen == "custom" and not getattr(self, "_target_", None):
+        if self.chosen == "custom" and "_target_" in values and not values["_target_"]:
             yield (
                 f"{self.group}=custom: needs the full name of a class or function; add"
                 f" {self.group}._target_=my_package.Mine trusted_packages=[my_package]"
@@ -197,7 +199,8 @@ def value_problem(key: str, value: Any, allowed: Allowed) -> str:
     if value is None:
         return ""  # null is a matter of the type
     if isinstance(value, float) and not isfinite(value):
-        return f"{key}={value}: must be a finite number{f', {allowed.words}' * bool(allowed.words)}"
+        words = f", {allowed.words}" if allowed.words else ""
+        return f"{key}={value}: must be a finite number{words}"
     if allowed.holds(value):
         return ""
     return f"{key}={value}: must be {allowed.words}{nearest(str(value), allowed.choices)}"
