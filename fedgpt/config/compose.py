@@ -169,10 +169,18 @@ def changed_options(before: dict[str, Any], options: RunOptions) -> str:
     """What differs between the options of a checkpoint and those of now, each as `name: old ->
     new`; an option that the checkpoint does not know, as it is older, has its default there.
     """
-    now, new = flat_options(options), flat_options(RunOptions())
-    before = {**{key: new[key] for key in new.keys() - before.keys()}, **before}
-    keys = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    return ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys)
+    now = flat_options(options)
+    before = _with_new_options(before)
+    return ", ".join(f"{k}: {before.get(k)} -> {now.get(k)}" for k in _differing(before, now))
+
+
+def _with_new_options(before: dict[str, Any]) -> dict[str, Any]:
+    """Options of an older run, with the defaults of options that did not exist yet."""
+    return {**flat_options(RunOptions()), **before}
+
+
+def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
 
 
 def refuse_another_run(options: RunOptions) -> None:
@@ -183,14 +191,12 @@ def refuse_another_run(options: RunOptions) -> None:
     if not path.exists():
         return
     try:
-        before, now = _flat(_mapping(_text_of(path))), _flat(_mapping(to_yaml(options)))
+        before = _with_new_options(_flat(_mapping(_text_of(path))))
     except ConfigError as error:
         raise ConfigError(
             f"run_dir={options.run_dir}: its config.yaml is damaged ({error.problems[0]})"
         ) from error
-    differing = sorted(
-        k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in FREE
-    )
+    differing = [k for k in _differing(before, flat_options(options)) if k not in FREE]
     if differing:
         raise ConfigError(
             f"run_dir={options.run_dir}: holds another run, which differs in"

@@ -78,7 +78,7 @@ class FleetOptions(Group):
     )
     path: str | None = option(
         None,
-        "trace: a CSV file with the columns client, step_seconds and, if you like, down and up."
+        "trace: a CSV file with the columns client and step_seconds, and optionally down and up."
         " replay: events.jsonl of an earlier run.",
         only_with=("trace", "replay"),
     )

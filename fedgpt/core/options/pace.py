@@ -51,7 +51,7 @@ class PaceOptions(Group):
     )
     minimum: int = option(
         1,
-        "cohort: fewest updates of a version. With fewer the run stops and says so.",
+        "cohort: fewest updates of a version. With fewer updates the run stops with a message.",
         unit="updates",
         allowed=at_least(0),
     )

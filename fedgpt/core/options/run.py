@@ -55,9 +55,9 @@ class RunOptions(Group):
     )
     clock: str = option(
         "real",
-        "What time is. real: the time that passes. virtual: the time that the clients of fleet="
-        " would take, calculated; the run is deterministic and takes only as long as its"
-        " training.",
+        "Clock that the run goes by. real: the time that passes. virtual: the time that the clients"
+        " of the chosen fleet would take; such a run is deterministic, and takes only as long as"
+        " its training.",
         allowed=one_of("real", "virtual"),
     )
     run_dir: str = option(
