@@ -2,7 +2,8 @@
 
 >>> import fedgpt
 >>> finished = fedgpt.run("rounds=5")  # doctest: +SKIP
->>> finished.summary["final"]["bits_per_byte"], finished.generate("Fellow citizens")  # doctest: +SKIP
+>>> finished.summary["final"]["bits_per_byte"]  # doctest: +SKIP
+>>> finished.generate("Fellow citizens")  # doctest: +SKIP
 """
 
 from __future__ import annotations
@@ -14,6 +15,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["Run", "__version__", "open_run", "run"]
+
+
+def __dir__() -> list[str]:
+    """Show what `__getattr__` imports, too."""
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:
