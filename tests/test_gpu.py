@@ -171,9 +171,11 @@ def test_a_private_gradient_is_that_of_a_cpu(engine):
 @pytest.mark.parametrize(
     "more",
     [
-        [], ["strategy=fltrust"], ["pace=buffer", "clock=virtual", "fleet=published"], ["update=int8"],
+        [], ["strategy=fltrust"], ["update=int8"],
+        ["pace=buffer", "clock=virtual", "fleet=published"],
         ["privacy=example", "privacy.target_epsilon=50", "local=reset"],
-        ["privacy=client", "privacy.target_epsilon=50"], ["pace=buffer", "clock=real"], ["runtime.workers=2"],
+        ["privacy=client", "privacy.target_epsilon=50"],
+        ["pace=buffer", "clock=real"], ["runtime.workers=2"],
     ],
     ids=lambda more: " ".join(more) or "plain",
 )  # fmt: skip

@@ -36,6 +36,7 @@ from fedgpt.local.private import PrivateSteps
 from fedgpt.local.trainer import Trainer
 from fedgpt.model.build import freeze
 from fedgpt.model.gpt import GPT
+from fedgpt.model.shape import is_trainable
 from fedgpt.privacy.accounting import gaussian_epsilon
 from fedgpt.privacy.clipping import clipped
 from fedgpt.privacy.plan import PrivacyPlan, make_plan, sampling_probability
@@ -101,6 +102,11 @@ def audit(
         raise ConfigError(
             "privacy=local: an update is noised before it leaves the client, so there is nothing to"
             " attack; audit privacy=example or privacy=client"
+        )
+    if o.model.trainable and not any(is_trainable([n], o.model.trainable) for n in PER_TOKEN):
+        raise ConfigError(
+            f"model.trainable={o.model.trainable}: fedgpt audit looks for tokens in the update of"
+            " the embedding or the head; add transformer.wte.* or lm_head.*, or leave it out"
         )
     plan = make_plan(o, [shard.size for shard in shards]) if o.privacy.unit != "none" else None
     vocab_size = prepared.tokenizer.vocab_size
@@ -261,7 +267,7 @@ def _trainer(o: RunOptions, vocab_size: int) -> Trainer:
     fresh = GPT(o.model, vocab_size)
     freeze(fresh, o.model.trainable)
     base = frozen_weights(fresh)
-    return Trainer(o.model, vocab_size, o.local, compute, o.privacy.engine, base)
+    return Trainer(o.model, vocab_size, o.local, compute, o.privacy.engine, base=base)
 
 
 def _start(o: RunOptions, vocab_size: int) -> np.ndarray:

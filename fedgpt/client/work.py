@@ -82,8 +82,8 @@ class ClientWork:
         """Do one job; returns the header and the array of its update.
 
         The next job reuses the array's memory: copy or send it before. The same job gives the same
-        bits in every process. Raises ValueError if the job is for another client, and FedGPTError if
-        this client's frozen weights are not the run's.
+        bits in every process. Raises ValueError if the job is for another client, and FedGPTError
+        if this client's frozen weights are not the run's.
         """
         shard = self.shards[index]
         if shard.client != job.client:

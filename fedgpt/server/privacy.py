@@ -201,14 +201,14 @@ class PaidByServer(Privacy):
         count.
         """
         whole = update.metrics["update_norm"] <= self.clip
-        share = discount_of(rule, staleness)
+        share = min(1.0, rule.discount(staleness))
         self.bits += (0.5 if whole else -0.5) * share
         self.shares[update.client] = share**2
         return replace(update, delta=clipped(update.delta, self.clip)), share
 
     def divisor(self, rule: Strategy, pacing: Pacing) -> float:
         """K: never how many came, nor the sum of their weights."""
-        if pacing.name == "buffer" and hasattr(rule, "discount"):
+        if pacing.name == "buffer":
             return rule.divisor([1.0] * pacing.goal, pacing)
         return self.plan.cohort
 
@@ -282,12 +282,6 @@ class PaidByServer(Privacy):
     def metrics(self, clients: Clients) -> dict[str, Any]:
         """Epsilon so far and the clip; nothing that was not released with noise."""
         return {"epsilon": self.ledger.account.epsilon, "privacy_clip": self.clip}
-
-
-def discount_of(rule: Strategy, staleness: int) -> float:
-    """s(tau) of a rule that discounts stale updates, else 1."""
-    discount = getattr(rule, "discount", None)
-    return 1.0 if discount is None else min(1.0, float(discount(staleness)))
 
 
 def make_privacy(

@@ -241,7 +241,8 @@ class Checkpoints:
             raise ValueError("its digest does not match")
         with safe_open(path, framework="numpy") as stored:
             about = json.loads(stored.metadata()["fedgpt"])
-            arrays = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118, not a dict
+            names = list(stored.keys())
+            arrays = {name: stored.get_tensor(name) for name in names}
         if about["format"] == 3:
             about = converted(about)
         elif about["format"] != FORMAT:

@@ -8,8 +8,9 @@ same steps to the same bits, without asking a client, and goes on live where the
 accepted update is lost and none counts twice, and a privacy ledger that charges before a release
 charges the same again.
 
-    wal/version-00000012.log    what came after the server step that made version 12, one file a version
-    entry                       "FGJ2", length of the JSON, length of the payloads, CRC-32 of both; JSON; payloads
+    wal/version-00000012.log    what came after the server step that made version 12
+    entry                       "FGJ2", length of the JSON, length of the payloads, CRC-32 of both,
+                                JSON, payloads
 
 A crash can cut the last entry off: what is whole before it counts, and nothing behind it. Only the
 files of versions before the oldest kept checkpoint are deleted: from each of them the log leads to

@@ -210,13 +210,20 @@ class Fancy(nn.Linear):
 @pytest.mark.parametrize(
     "module",
     [
-        Odd(nn.Conv1d(TIME, TIME, 1)), Odd(nn.Bilinear(8, 8, 8)), Odd(Fancy(8, 8)), Odd(nn.BatchNorm1d(TIME)), Bare(),
-        Odd(nn.Embedding(4, 8, padding_idx=0)), Odd(nn.Embedding(4, 8, max_norm=1.0)),
-        Odd(nn.Embedding(4, 8, scale_grad_by_freq=True)), Odd(nn.Embedding(4, 8, sparse=True)),
-        Odd(nn.LayerNorm((TIME, 8))), Odd(nn.RMSNorm((TIME, 8))),
+        Odd(nn.Conv1d(TIME, TIME, 1)),
+        Odd(nn.Bilinear(8, 8, 8)),
+        Odd(Fancy(8, 8)),
+        Odd(nn.BatchNorm1d(TIME)),
+        Bare(),
+        Odd(nn.Embedding(4, 8, padding_idx=0)),
+        Odd(nn.Embedding(4, 8, max_norm=1.0)),
+        Odd(nn.Embedding(4, 8, scale_grad_by_freq=True)),
+        Odd(nn.Embedding(4, 8, sparse=True)),
+        Odd(nn.LayerNorm((TIME, 8))),
+        Odd(nn.RMSNorm((TIME, 8))),
     ],
     ids=lambda m: type(m).__name__ if type(m) is not Odd else repr(m.layer),
-)  # fmt: skip
+)
 def test_what_has_no_rule_is_refused(module):
     with pytest.raises(Unsupported, match="no per-example rule"):
         BookKeeping(module, FlatParams.of(module))

@@ -128,7 +128,8 @@ def test_signs_are_balanced_and_those_of_neighbours_independent():
 DIGEST = """
 import hashlib, numpy as np
 from fedgpt.server.count_sketch import Sketch
-print(hashlib.sha256(Sketch(50_000).of(np.arange(50_000, dtype=np.float32) % 97).tobytes()).hexdigest())
+vector = np.arange(50_000, dtype=np.float32) % 97
+print(hashlib.sha256(Sketch(50_000).of(vector).tobytes()).hexdigest())
 """
 
 

@@ -1,4 +1,4 @@
-"""A task and metrics from outside the package, named by `_target_`: from options to best weights."""
+"""A task and metrics from outside the package: from `_target_` options to best weights."""
 
 from __future__ import annotations
 

@@ -100,11 +100,11 @@ def test_a_dropped_job_changes_nothing_and_a_retry_sends_the_same_bytes():
     codec, given_ = make_codec("topk", density=1 / 16), deltas(6, 500, 4)
     dropped = {2, 3}
     accepted, sent, residual = [], [], None  # `residual` is that of the last accepted job
-    for number, delta in enumerate(given_):
+    for turn, delta in enumerate(given_):
         q, after = number(codec, delta, residual)
         again, _ = number(codec, delta, residual)
         np.testing.assert_array_equal(q, again)
-        if number not in dropped:
+        if turn not in dropped:
             residual = after
             accepted.append(delta)
             sent.append(q)

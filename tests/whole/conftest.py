@@ -89,7 +89,8 @@ def told(world, finished) -> dict[str, Any]:
 from fedgpt.core.errors import FedGPTError
 alone = fedgpt.run(*OPTIONS, "run_dir=alone", "runtime.workers=1")
 told["alone"], told["folder"] = alone.summary, str(alone.folder)
-told["reset"] = fedgpt.run(*OPTIONS, "run_dir=reset", "runtime.workers=1", "local.moments=reset").summary
+reset = ("run_dir=reset", "runtime.workers=1", "local.moments=reset")
+told["reset"] = fedgpt.run(*OPTIONS, *reset).summary
 told["repeated"] = fedgpt.run(*OPTIONS, "run_dir=finished", "runtime.workers=1").summary
 told["whole"] = fedgpt.run(*OPTIONS, *{STOPPED!r}, "run_dir=whole").summary
 try:

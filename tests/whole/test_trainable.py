@@ -282,6 +282,15 @@ def test_a_pattern_that_selects_nothing_is_a_wrong_option(half):
         compose.load([*half.options, "model.trainable=[lm_haed.*]"])
 
 
+def test_a_folder_made_before_the_option_existed_is_continued():
+    options = compose.load([])
+    before = compose.flat_options(options)
+    assert before.pop("model.trainable") == []
+    assert compose.changed_options(before, options) == ""
+    options.model.trainable = ["lm_head.*"]
+    assert "model.trainable: [] -> ['lm_head.*']" in compose.changed_options(before, options)
+
+
 def test_the_wire_is_what_it_was_where_nothing_is_frozen():
     job = Job("ann", 0, 0, np.zeros(3, np.float32), Plan("run", 1, 0, 1, 1))
     text = str(job_content(job, params_record(job))["job"]["json"])

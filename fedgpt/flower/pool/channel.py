@@ -16,7 +16,7 @@ from typing import Any
 
 from flwr.app import Array, ArrayRecord, Metadata, RecordDict
 from flwr.common.serde import recorddict_from_proto, recorddict_to_proto
-from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict  # type: ignore[attr-defined]  # generated
+from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict  # type: ignore[attr-defined]
 
 from fedgpt.flower.pool.shared_memory import Memory, attach
 
