@@ -121,7 +121,7 @@ def test_names_and_shapes_are_those_of_the_module(change):
     ],
 )
 def test_a_pattern_that_selects_nothing_is_refused(patterns, message):
-    options = ModelOptions(n_layer=2, trainable=patterns)
+    options = ModelOptions(n_layer=2, positions="learned", trainable=patterns)
     (problem,) = trainable_problems(options)
     assert problem.startswith(message)
 
