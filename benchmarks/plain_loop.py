@@ -41,8 +41,7 @@ from fedgpt.core.messages import Plan
 from fedgpt.core.options import RunOptions
 from fedgpt.core.seeds import derive_seed, numpy_generator
 from fedgpt.data.batches import Batches
-from fedgpt.data.partition import Shard, partition
-from fedgpt.data.prepare import Prepared, prepare
+from fedgpt.data.shards import load_shards
 from fedgpt.flower.launch import KEEP_HEAP  # environment variables that both sides set
 from fedgpt.local.optimizer import Moments
 from fedgpt.local.trainer import Trainer
@@ -92,23 +91,10 @@ class Memory:
     moments: SharedArray  # (clients, 2, parameters)
 
 
-def load(options: RunOptions) -> tuple[Prepared, list[Shard]]:
-    prepared = prepare(
-        options.corpus, options.tokenizer, options.cache_dir, options.trusted_packages
-    )
-    return prepared, partition(
-        prepared,
-        options.partition,
-        options.seed,
-        options.model.block_size + 1,
-        options.trusted_packages,
-    )
-
-
 def work(pipe: Connection, memory: Memory, options: RunOptions, threads: int) -> None:
     """The loop of a process: train one job after the other, until None arrives."""
     torch.set_num_threads(threads)
-    prepared, shards = load(options)
+    prepared, shards = load_shards(options)
     compute = choose_compute(options.runtime.device, options.local.precision)
     trainer = Trainer(options.model, prepared.tokenizer.vocab_size, options.local, compute)
     params, updates, kept = (
@@ -135,7 +121,7 @@ class Parent:
 
     def __init__(self, options: RunOptions):
         self.options = options
-        prepared, shards = load(options)
+        prepared, shards = load_shards(options)
         self.numbers = [0] * len(shards)
         self.cohort = min(options.pace.clients or len(shards), len(shards))
         model = GPT(options.model, prepared.tokenizer.vocab_size)

@@ -17,6 +17,11 @@ __version__ = "0.1.0"
 __all__ = ["Run", "__version__", "open_run", "run"]
 
 
+def __dir__() -> list[str]:
+    """Show what `__getattr__` imports, too."""
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     """Import the API when it is first used: `fedgpt --help` must not pay for it."""
     if name in ("Run", "open_run", "run"):

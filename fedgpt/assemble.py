@@ -38,8 +38,9 @@ from fedgpt.core.messages import ServerState
 from fedgpt.core.options import RunOptions
 from fedgpt.core.resources import Resources, resources_for
 from fedgpt.core.transport import Transport
-from fedgpt.data.partition import Shard, partition
-from fedgpt.data.prepare import Prepared, prepare
+from fedgpt.data.partitions.base import Shard
+from fedgpt.data.prepare import Prepared
+from fedgpt.data.shards import load_shards
 from fedgpt.evaluate.central import CentralEvaluation
 from fedgpt.model.build import build_model
 from fedgpt.privacy.plan import PrivacyPlan, make_plan
@@ -141,9 +142,7 @@ def _serve(setting: Setting, network: Network) -> dict[str, Any]:
 
 
 def _setting(options: RunOptions, folder: RunFolder, network: Network) -> Setting:
-    trusted, window = options.trusted_packages, options.model.block_size + 1
-    prepared = prepare(options.corpus, options.tokenizer, options.cache_dir, trusted)
-    shards = partition(prepared, options.partition, options.seed, window, trusted)
+    prepared, shards = load_shards(options)
     resources = resources_for(options, len(shards))
     torch.set_num_threads(resources.threads)
     plan = None

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from fedgpt import __version__
+import fedgpt as fedgpt_package
+from fedgpt import __version__, cli
 from fedgpt.__main__ import main
+from fedgpt.cli import COMMANDS, help
+from fedgpt.config import choices
+from fedgpt.config.choices import groups
+from fedgpt.core.options import OPTIONS
 
 
 def fedgpt(*arguments: str, cwd=None) -> subprocess.CompletedProcess[str]:
@@ -27,30 +33,97 @@ def test_help_imports_nothing_heavy_and_lists_the_groups():
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
-    for word in (
-        "fedgpt run",
-        "fedgpt data",
-        "fedgpt generate",
-        "strategy",
-        "diloco",
-        "superlink",
-        "resume=FOLDER",
-    ):
+    for word in (*[c.usage for c in COMMANDS.values()], "diloco", "superlink", "resume=FOLDER"):
         assert word in done.stdout
 
 
-@pytest.mark.parametrize(
-    "command", ["run", "data", "audit", "privacy", "privacy plan", "audit privacy=example"]
-)
+@pytest.mark.parametrize("command", [*COMMANDS, "privacy plan", "audit privacy=example"])
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_every_command_has_help(command, flag, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["fedgpt", *command.split(), flag])
-    assert main() == 0
+    try:
+        assert main() == 0
+    except SystemExit as ended:  # argparse
+        assert not ended.code
     assert f"fedgpt {command.split()[0]} " in capsys.readouterr().out
 
 
-def test_version():
-    assert fedgpt("--version").stdout.strip() == __version__
+@pytest.mark.parametrize("typed", ["--version", "run --version", "audit privacy=none --version"])
+def test_version(typed, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fedgpt", *typed.split()])
+    assert main() == 0
+    assert capsys.readouterr().out.strip() == __version__
+
+
+def helped(capsys, *words: str) -> str:
+    assert help.main(list(words)) == 0
+    return capsys.readouterr().out
+
+
+def test_every_option_and_choice_is_in_the_help_of_run(capsys):
+    lines = helped(capsys, "run").splitlines()
+    starts = {line.split()[0] for line in lines if line.startswith("  ") and line.strip()}
+    for one in OPTIONS.values():
+        if one.kinds:
+            assert any(s == one.key or s.startswith(f"{one.key}=") for s in starts), one.key
+    for group, names in groups().items():
+        assert {f"{group}={name}" for name in names} <= starts
+    assert "strategy.period=8" in starts, "options of strategies, too"
+
+
+@pytest.mark.parametrize("group", groups())
+@pytest.mark.parametrize("columns", [60, 80, 100])
+def test_the_help_of_a_group_fits_the_terminal(group, columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    text = helped(capsys, group)
+    text = text[text.index(f"{group}: ") :]  # privacy is a command, too
+    assert max(map(len, text.splitlines())) <= columns
+    for name in groups()[group]:
+        assert f"{group}={name}" in text and choices.read_choice(group, name).meaning
+    assert text.count("(default)") == (group != "experiment")
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_the_help_of_a_command_fits_the_terminal(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    for name in [name for name, command in COMMANDS.items() if not command.parses_help]:
+        assert max(map(len, helped(capsys, name).splitlines())) <= columns
+    assert max(map(len, helped(capsys).splitlines())) <= columns
+
+
+def test_help_says_what_a_choice_sets_and_what_an_option_of_a_strategy_is(capsys):
+    assert "Sets privacy.target_epsilon=8.0, privacy.clip=0.5." in helped(capsys, "privacy")
+    assert "Sets strategy=delta_sgd, pace.clients=4, pace.goal=1." in helped(capsys, "pace")
+    text = " ".join(helped(capsys, "strategy").split())
+    assert "strategy.mu=0.9 Momentum; 0.5 is better for short runs" in text
+    assert helped(capsys, "pace.goal").startswith("  pace.goal=null ")
+
+
+def test_help_of_what_there_is_not_names_what_is_near(capsys):
+    assert help.main(["privcy", "rounds"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith(
+        "fedgpt help privcy: no command, group or option; did you mean 'privacy'"
+    )
+
+
+def test_help_shows_a_users_own_choices(tmp_path, capsys):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/tiny.yaml").write_text("# A toy.\nn_layer: 1\n")
+    text = helped(capsys, "model", f"--config-dir={tmp_path}")
+    assert "  model=tiny            A toy.\n" in text and "Sets model.n_layer=1." in text
+
+
+def test_a_command_is_a_line_and_a_file():
+    files = {path.stem for path in Path(cli.__file__).parent.glob("*.py")}
+    assert set(COMMANDS) == files - {"__init__", "words"}
+    for command in COMMANDS.values():
+        assert callable(command.module.main) and command.help[0].islower()
+        assert command.parses_help or command.module.HELP.startswith("\n  fedgpt ")
+
+
+def test_what_is_imported_late_is_shown_by_dir():
+    assert {"run", "open_run", "Run", "__version__"} <= set(dir(fedgpt_package))
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_in_bf16_it_learns_as_in_fp32():
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_job_done_again_has_the_same_bits(dtype):
-    model = ModelOptions(n_layer=2, n_head=2, n_embd=128, block_size=256)
+    model = ModelOptions(n_layer=2, n_head=2, n_embd=128, block_size=256, positions="learned")
     local = LocalOptions(**{**vars(LOCAL), "batch_size": 16})
     trainer = Trainer(model, VOCAB, local, Compute("cuda", dtype, "test"))
     vector = np.random.default_rng(2).normal(0, 0.02, trainer.layout.size).astype(np.float32)

@@ -21,9 +21,10 @@ import pytest
 from flwr.common.config import parse_config_args
 from support.here import run_here
 
-from fedgpt import api, cli
+from fedgpt import api
+from fedgpt.cli import COMMANDS
 from fedgpt.config import compose
-from fedgpt.config.overrides import CONF
+from fedgpt.config.choices import CONF
 from fedgpt.core.errors import ConfigError
 from fedgpt.flower.run_config import options_of
 
@@ -89,20 +90,23 @@ def check(words: list[str], folder: Path, readme: str) -> None:
         assert {word for word in arguments if "=" not in word} <= make_targets(), words
     elif program == "python":
         check_python(arguments)
-    elif arguments[0] in ("run", "data"):
-        check_options(
-            arguments[0], [_filled(word, folder) for word in arguments[1:]], folder, readme
-        )
-    elif arguments[0] in (
-        "privacy",
-        "audit",
-    ):  # what they print is tested in tests/flower/test_private_run.py
-        assert arguments[:2] == ["privacy", "plan"] or arguments[0] == "audit"
-        compose.load([_filled(word, folder) for word in arguments[1:] if word != "plan"])
-    elif arguments[0] == "generate":
-        cli.generate([_filled(word, folder) for word in arguments[1:]])
+    elif arguments[0] in COMMANDS and "--help" not in arguments:
+        typed_words = [_filled(word, folder) for word in arguments[1:]]
+        check_command(arguments[0], typed_words, folder, readme)
     else:
-        assert arguments[0] in ("--help", "-h", "--version"), words
+        assert {"--help", "-h", "--version"} & set(arguments), words
+
+
+def check_command(name: str, words: list[str], folder: Path, readme: str) -> None:
+    """Raise where a command would refuse what is typed behind it; nothing is trained."""
+    fixed, takes_options, _ = COMMANDS[name].arguments.partition("[OPTIONS]")
+    if not takes_options:
+        # a command without words, such as `fedgpt generate`, is only mentioned
+        assert not words or COMMANDS[name].module.main(words) == 0
+        return
+    for word in fixed.split():  # "plan" of `privacy plan [OPTIONS]`
+        assert words.pop(0) == word, f"fedgpt {name} {word}"
+    check_options(name, words, folder, readme)
 
 
 def check_flower(line: str, folder: Path) -> None:
@@ -140,7 +144,7 @@ def check_options(command: str, words: list[str], folder: Path, readme: str) -> 
         if word.startswith("strategy._target_="):
             bring_strategy(word.partition("=")[2], folder, readme)
     config_dir = bring_choices(chosen.overrides, folder / "conf") if chosen.config_dir else None
-    (compose.precheck if chosen.multirun else compose.load)(chosen.overrides, config_dir)
+    (compose.check_sweep if chosen.multirun else compose.load)(chosen.overrides, config_dir)
 
 
 def bring_strategy(target: str, folder: Path, readme: str) -> None:
@@ -293,7 +297,8 @@ SAMPLE = """
 make install   # creates .venv
 $ fedgpt run model=mini \\
     corpus=files corpus.path=my_texts
-PYTHONPATH=. .venv/bin/fedgpt run strategy=flower strategy._target_=mine.Half trusted_packages=[mine]
+PYTHONPATH=. .venv/bin/fedgpt run strategy=flower \\
+    strategy._target_=mine.Half trusted_packages=[mine]
 fedgpt data corpus=files corpus.path=<your folder of text>
 pip install fedgpt
 python benchmarks/none.py
@@ -320,10 +325,12 @@ Then `make demo` and `fedgpt data`; not `fedgpt`, `makefile x` or `run=1`:
 @pytest.mark.parametrize(
     "line",
     [
-        "--node-config 'partition-id=0 state-dir=/var/lib/fedgpt'", "--node-config 'partition=0'",
-        "flwr run . -c 'overrides=\"rounds=5\"'", "flwr run . -c 'overrides=\"ronds=5 run_dir=/x\"'",
+        "--node-config 'partition-id=0 state-dir=/var/lib/fedgpt'",
+        "--node-config 'partition=0'",
+        "flwr run . -c 'overrides=\"rounds=5\"'",
+        "flwr run . -c 'overrides=\"ronds=5 run_dir=/x\"'",
     ],
-)  # fmt: skip
+)
 def test_wrong_words_for_flower_are_noticed(line, tmp_path):
     assert for_flower(f"`{line}`") == [line]
     with pytest.raises((AssertionError, ConfigError, click.ClickException)):
@@ -349,12 +356,19 @@ def test_commands_are_found_with_their_continued_lines():
 @pytest.mark.parametrize(
     "line",
     [
-        "fedgpt run rounds=5 resume=x", "fedgpt run model=huge", "fedgpt data local.stpes=3", "fedgpt train",
-        "fedgpt run -m seed=0,x", "fedgpt run --bogus", "fedgpt generate RUN --promt x", "make coffee",
-        "python no/such.py", "fedgpt data corpus=files corpus.path=$HOME/no such folder",
+        "fedgpt run rounds=5 resume=x",
+        "fedgpt run model=huge",
+        "fedgpt data local.stpes=3",
+        "fedgpt train",
+        "fedgpt run -m seed=0,x",
+        "fedgpt run --bogus",
+        "fedgpt generate RUN --promt x",
+        "make coffee",
+        "python no/such.py",
+        "fedgpt data corpus=files corpus.path=$HOME/no such folder",
         "fedgpt run strategy._target_=mine.Other trusted_packages=[mine]",
     ],
-)  # fmt: skip
+)
 def test_wrong_commands_are_noticed(line, tmp_path, capsys):
     with pytest.raises((AssertionError, ConfigError, SystemExit, ValueError)):
         check(shlex.split(line), tmp_path, SAMPLE)
@@ -364,10 +378,14 @@ def test_wrong_commands_are_noticed(line, tmp_path, capsys):
     "line",
     [
         *[shlex.join(words) for words in commands(SAMPLE)[:4]],
-        "fedgpt run resume=PLACEHOLDER", "fedgpt run -m seed=0,1 strategy=fedavg,diloco", "fedgpt --version",
-        "fedgpt run --config-dir my_conf strategy=mine", "fedgpt run --cfg job --resolve", "python -m fedgpt data",
-'fedgpt generate PLACEHOLDER --prompt "Once" --top-k 0',
+        "fedgpt run resume=PLACEHOLDER",
+        "fedgpt run -m seed=0,1 strategy=fedavg,diloco",
+        "fedgpt --version",
+        "fedgpt run --config-dir my_conf strategy=mine",
+        "fedgpt run --cfg job --resolve",
+        "python -m fedgpt data",
+        'fedgpt generate PLACEHOLDER --prompt "Once" --top-k 0',
     ],
-)  # fmt: skip
+)
 def test_right_commands_pass(line, tmp_path):
     check(shlex.split(line), tmp_path, SAMPLE)

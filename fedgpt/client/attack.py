@@ -5,31 +5,10 @@ Each attacker acts alone and knows only its own update; there are no colluding a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 
-from fedgpt.core.options import AttackOptions, RunOptions
+from fedgpt.core.options import AttackOptions
 from fedgpt.core.seeds import numpy_generator
-
-NAMES = ("none", "sign_flip", "scale", "gaussian")
-
-
-def attack_problems(o: RunOptions) -> Iterator[str]:
-    """Attackers without an attack, an attack without attackers, more attackers than clients."""
-    name, clients = o.attack.name, o.attack.clients
-    if name == "none" and clients:
-        yield (
-            f"attack.clients={clients}: attack=none has no attackers; choose"
-            f" attack={'|'.join(NAMES[1:])}"
-        )
-    if name in NAMES[1:] and clients == 0:
-        yield f"attack.clients=0: attack={name} needs attackers; say how many, or take attack=none"
-    if 0 < o.partition.clients < clients:
-        yield (
-            f"attack.clients={clients}: more than the partition.clients={o.partition.clients}"
-            " there are"
-        )
 
 
 def attacked(

@@ -22,8 +22,9 @@ from fedgpt.core.faults import reach
 from fedgpt.core.messages import ClientInfo, Job, Update
 from fedgpt.core.options import RunOptions
 from fedgpt.core.seeds import derive_seed
-from fedgpt.data.partition import Shard, partition
-from fedgpt.data.prepare import PUBLIC, Prepared, prepare
+from fedgpt.data.partitions.base import Shard
+from fedgpt.data.prepare import PUBLIC, Prepared
+from fedgpt.data.shards import load_shards
 from fedgpt.data.text import Text, part_text, shard_text
 from fedgpt.local.optimizer import Moments
 from fedgpt.local.trainer import Trainer
@@ -47,24 +48,18 @@ class ClientWork:
         self.codec = codec_of(options.update, options.trusted_packages)
 
     @cached_property
+    def _data(self) -> tuple[Prepared, list[Shard]]:
+        return load_shards(self.options)
+
+    @property
     def prepared(self) -> Prepared:
         """The tokens, from a cache that all processes of this machine share."""
-        options = self.options
-        return prepare(
-            options.corpus, options.tokenizer, options.cache_dir, options.trusted_packages
-        )
+        return self._data[0]
 
-    @cached_property
+    @property
     def shards(self) -> list[Shard]:
         """The shard of each client; clients and server compute the same list."""
-        options = self.options
-        return partition(
-            self.prepared,
-            options.partition,
-            options.seed,
-            options.model.block_size + 1,
-            options.trusted_packages,
-        )
+        return self._data[1]
 
     @cached_property
     def trainer(self) -> Trainer:

@@ -1,1 +1,1 @@
-"""Configuration: what a user types, composed by Hydra, checked, every mistake reported at once."""
+"""Configuration: Hydra composes what a user types, and every mistake is reported at once."""

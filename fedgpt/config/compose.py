@@ -1,7 +1,7 @@
-"""Configuration: Hydra composes conf/, this module checks it and says everything that is wrong at
-once.
+"""The options of a run: Hydra composes them from conf/ and from what is typed, and everything that
+is wrong is reported at once.
 
-Free of torch, so a typo is answered at once. `_target_` is resolved only inside an allow-list.
+Free of torch, so that a typo is answered at once. `_target_` is resolved only inside an allow-list.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import RunOptions, TaskOptions
 from fedgpt.core.runtimes import runtime_problems
 from fedgpt.privacy.problems import Rule, privacy_problems
-from fedgpt.server.pacing import make_pace, pace_problems
+from fedgpt.server.pacing import make_pace
 from fedgpt.simulate.replay import replay_problems
 
 TRUSTED = ("fedgpt.aggregate", "flwr.serverapp.strategy")
-# where a run computes may change, and who watches it
+# options that may change when a run is resumed: they do not change its result
 FREE = ("cache_dir", "run_dir", "runtime.workers", "track")
 
 
 def load(words: Sequence[str] = (), config_dir: str | None = None) -> RunOptions:
     """Options for `fedgpt run <words>`; raises ConfigError with every problem that was found."""
-    texts = [overrides.readable(word) for word in words]
-    problems, good = overrides.check(texts, config_dir)
+    texts = [overrides.quoted(word) for word in words]
+    problems, good = overrides.check_words(texts, config_dir)
     dropped = [text.partition("=")[0].lstrip("+~") for text in texts if text not in good]
     parsed = [OverridesParser.create().parse_override(text) for text in good]
     swept = [str(one.input_line) for one in parsed if one.is_sweep_override()]
@@ -42,58 +42,53 @@ def load(words: Sequence[str] = (), config_dir: str | None = None) -> RunOptions
         " typed in quotes"
         for text in swept
     ]
-    options, told = None, []
+    typed = {one.key_or_group: str(one.input_line) for one in parsed}
+    options = None
     try:
-        options = to_options(
-            overrides.composed([text for text in good if text not in swept], config_dir), here=True
-        )
-        told = list(
-            checks.unused_options(
-                {one.key_or_group: str(one.input_line) for one in parsed}, options
-            )
-        )
+        cfg = overrides.compose_config([text for text in good if text not in swept], config_dir)
+        options = to_options(cfg, on_this_machine=True)
+        found = list(checks.unused_options(typed, options))
     except ConfigError as error:
-        told = error.problems
+        found = error.problems
     problems += [
-        p
-        for p in told
-        if p not in problems and not any(overrides.follows(p, name) for name in dropped)
+        problem
+        for problem in found
+        if problem not in problems and not any(overrides.is_about(problem, o) for o in dropped)
     ]
     if problems or options is None:
         raise ConfigError(problems)
     return options
 
 
-def precheck(words: Sequence[str], config_dir: str | None = None) -> None:
-    """Like load, for a sweep (`seed=0,1,2`), all of whose jobs are checked; of more than MOST_JOBS,
-    that many.
+def check_sweep(words: Sequence[str], config_dir: str | None = None) -> None:
+    """Like load, for a sweep (`seed=0,1,2`): checks every job before the first one runs.
 
-    What is wrong with every job is told as such, the rest with the first job that it is wrong with.
+    A problem of every job is reported as it is, another one with the first job that has it. Of a
+    sweep with more than MOST_JOBS jobs only that many are checked.
     """
-    problems, good = overrides.check(
-        [overrides.readable(word, sweep=True) for word in words], config_dir
-    )
+    texts = [overrides.quoted(word, sweep=True) for word in words]
+    problems, good = overrides.check_words(texts, config_dir)
     found: dict[str, list[str]] = {}  # problem -> jobs that have it
-    jobs = list(overrides.jobs(good, config_dir))
-    for job, composed in jobs:
+    jobs = list(overrides.jobs_of_sweep(good, config_dir))
+    for job, compose_job in jobs:
         try:
-            to_options(composed(), here=True)
+            to_options(compose_job(), on_this_machine=True)
         except ConfigError as error:
             for problem in error.problems:
                 found.setdefault(problem, []).append(job)
     for problem, where in found.items():
         more = f" and {len(where) - 1} more" if len(where) > 1 else ""
-        told = problem if len(where) == len(jobs) else f"{problem} (in the job {where[0]}{more})"
-        problems += [told] if problem not in problems else []
+        shown = problem if len(where) == len(jobs) else f"{problem} (in the job {where[0]}{more})"
+        problems += [shown] if problem not in problems else []
     if problems:
         raise ConfigError(problems)
 
 
-def to_options(cfg: DictConfig, here: bool = False) -> RunOptions:
+def to_options(cfg: DictConfig, on_this_machine: bool = False) -> RunOptions:
     """Typed options of a composed configuration, checked one by one and against each other.
 
-    `here`: a run shall start on this machine. A run's folder is read elsewhere, too, where Ray may
-    be missing.
+    `on_this_machine`: the run is to start here. Its folder may also be read elsewhere, where Ray is
+    not installed.
     """
     try:
         options = OmegaConf.to_object(cfg)
@@ -111,7 +106,7 @@ def to_options(cfg: DictConfig, here: bool = False) -> RunOptions:
     ):
         if path := getattr(place, name):
             setattr(place, name, str(Path(path).expanduser().resolve()))
-    if problems := list(_problems(options, here)):
+    if problems := list(_problems(options, on_this_machine)):
         raise ConfigError(problems)
     return options
 
@@ -173,11 +168,20 @@ def flat_options(options: RunOptions) -> dict[str, Any]:
 
 def changed_options(before: Mapping[str, Any], options: RunOptions) -> str:
     """What differs between the options of a checkpoint and those of now, each as `name: old ->
-    new`.
+    new`; an option that the checkpoint does not know, as it is older, has its default there.
     """
     now = flat_options(options)
-    keys = _differing(before, now)
-    return ", ".join(f"{key}: {before.get(key)} -> {now.get(key)}" for key in keys)
+    before = _with_new_options(before)
+    return ", ".join(f"{k}: {before.get(k)} -> {now.get(k)}" for k in _differing(before, now))
+
+
+def _with_new_options(before: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of an older run, with the defaults of options that did not exist yet."""
+    return {**flat_options(RunOptions()), **before}
+
+
+def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    return sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k))
 
 
 def refuse_another_run(options: RunOptions) -> None:
@@ -188,12 +192,12 @@ def refuse_another_run(options: RunOptions) -> None:
     if not path.exists():
         return
     try:
-        before, now = _flat(_mapping(_text_of(path))), _flat(_mapping(to_yaml(options)))
+        before = _with_new_options(_flat(_mapping(_text_of(path))))
     except ConfigError as error:
         raise ConfigError(
             f"run_dir={options.run_dir}: its config.yaml is damaged ({error.problems[0]})"
         ) from error
-    differing = [key for key in _differing(before, now) if key not in FREE]
+    differing = [k for k in _differing(before, flat_options(options)) if k not in FREE]
     if differing:
         raise ConfigError(
             f"run_dir={options.run_dir}: holds another run, which differs in"
@@ -210,13 +214,11 @@ def build_strategy(node: Any, trusted: Iterable[str] = ()) -> Any:
     return targets.build("strategy", node, TRUSTED, trusted)
 
 
-def _problems(o: RunOptions, here: bool) -> Iterator[str]:
-    """Everything wrong with the values, alone and together; `here`: also with starting a run on
-    this machine.
-    """
+def _problems(o: RunOptions, on_this_machine: bool) -> Iterator[str]:
+    """Everything that is wrong with the values, alone and together."""
     wrong = list(checks.problems(o))
     yield from wrong
-    if here:
+    if on_this_machine:
         yield from checks.folder_problems(o)
         yield from runtime_problems(o, o.partition.clients if o.partition.name != "natural" else 0)
     try:
@@ -225,9 +227,10 @@ def _problems(o: RunOptions, here: bool) -> Iterator[str]:
         yield from error.problems
     else:
         switches = getattr(strategy, "switches", False)
-        yield from pace_problems(o.pace, switches)
+        yield from o.pace.rules_of_pacing(switches)
         yield from replay_problems(o, switches)
-        if not any(problem.startswith("pace.") for problem in wrong):  # which sizes follow from
+        # numbers of clients follow from pace.*, so they must be right before a strategy is asked
+        if not any(problem.startswith("pace.") for problem in wrong):
             yield from _pacing_problems(o, strategy)
         if o.corpus.public == 0 and getattr(strategy, "needs_root", False):
             yield (
@@ -265,13 +268,6 @@ def _pacing_problems(o: RunOptions, strategy: Any) -> Iterator[str]:
         yield f"pace={o.pace.name}: {only}{': ' if reason else ''}{reason}"
     elif o.pace.clients and hasattr(strategy, "problems") and o.pace.name in ("cohort", "buffer"):
         yield from strategy.problems(make_pace(o.pace, o.seed).pacing(o.pace.clients))
-
-
-def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Options whose values differ; one that a folder's version did not know has its default."""
-    defaults = _flat(OmegaConf.structured(RunOptions()))
-    known = {**{key: defaults[key] for key in now.keys() & defaults.keys()}, **before}
-    return sorted(key for key in known.keys() | now.keys() if known.get(key) != now.get(key))
 
 
 def _flat(cfg: Any) -> dict[str, Any]:

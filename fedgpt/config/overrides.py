@@ -1,18 +1,15 @@
-"""What is typed, override by override: each against the groups and options that there are, all
-mistakes at once.
+"""What is typed, override by override: each is checked against the groups and options that exist,
+and all mistakes are reported at once.
 """
 
 from __future__ import annotations
 
 import re
-import typing
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import is_dataclass
 from functools import cache, partial
 from itertools import product
 from math import prod
 from pathlib import Path
-from types import NoneType
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -24,51 +21,33 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from fedgpt.config.checks import RANGES
+from fedgpt.config.choices import CONF, groups
 from fedgpt.core.errors import ConfigError, nearest
-from fedgpt.core.options import RunOptions
+from fedgpt.core.options import OPTIONS, RunOptions
 
-PACKAGE = Path(__file__).parents[1]
-CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
-MOST_JOBS = 300  # of a sweep, that are checked before its first one runs
-WORDS = {
-    int: "a whole number",
-    float: "a number",
-    bool: "true or false",
-    str: "a text",
-    list[float]: "a list of numbers, such as [1,2]",
-    list[str]: "a list of texts, such as [a,b]",
-}
-
-ConfigStore.instance().store(name="schema", node=RunOptions)
+MOST_JOBS = 300  # jobs of a sweep that are checked before the first one runs
+# options whose value may be any text
+TEXTS = {key for key, one in OPTIONS.items() if str in one.kinds and not one.facts.allowed.choices}
 
 
-def _types(cls: type, prefix: str = "") -> Iterator[tuple[str, tuple[Any, ...]]]:
-    """Dotted option -> what its value may be, None among it where null is allowed."""
-    for name, hint in typing.get_type_hints(cls).items():
-        if is_dataclass(hint):
-            yield from _types(typing.cast(type, hint), f"{prefix}{name}.")
-        elif hint in WORDS:
-            yield f"{prefix}{name}", (hint,)
-        elif NoneType in typing.get_args(hint):
-            yield f"{prefix}{name}", typing.get_args(hint)
+def _schema() -> DictConfig:
+    """The types and defaults of all options; `arguments` are open, as each class has others."""
+    schema = OmegaConf.structured(RunOptions)
+    for one in OPTIONS.values():
+        if one.default == {}:
+            OmegaConf.set_struct(OmegaConf.select(schema, one.key), False)
+    return schema
 
 
-TYPES = dict(_types(RunOptions))
-# among what is a text by its type
-CHOICES = {key for key in RANGES if key not in ("name", "run_dir", "cache_dir")}
-TEXTS = {
-    key
-    for key, kinds in TYPES.items()
-    if str in kinds and key not in CHOICES and not key.endswith(".name")
-}
+ConfigStore.instance().store(name="schema", node=_schema())
 
 
-def readable(word: str, sweep: bool = False) -> str:
-    """A word as Hydra's grammar takes it: a path with blanks, `~` or `=`, or a prompt, is quoted
-    where it is not yet.
+def quoted(word: str, sweep: bool = False) -> str:
+    """A word with its value in quotes, where Hydra's grammar would not take it as the text it is.
 
-    >>> readable("corpus.path=~/my notes"), readable("seed=0,1")
+    Such values are paths with blanks, `~` or `=`, and prompts.
+
+    >>> quoted("corpus.path=~/my notes"), quoted("seed=0,1")
     ('corpus.path="~/my notes"', 'seed=0,1')
     """
     key, equals, value = word.partition("=")
@@ -85,10 +64,8 @@ def readable(word: str, sweep: bool = False) -> str:
     return f"{key}={mark}{escaped}{mark}"
 
 
-def check(overrides: Sequence[str], config_dir: str | None) -> tuple[list[str], list[str]]:
-    """(problems, overrides without any): each override is tried by itself, so all mistakes are told
-    at once.
-    """
+def check_words(overrides: Sequence[str], config_dir: str | None) -> tuple[list[str], list[str]]:
+    """(problems, overrides that have none); each override is tried by itself."""
     problems: list[str] = []
     good: list[str] = []
     parsed: list[Override] = []
@@ -99,23 +76,23 @@ def check(overrides: Sequence[str], config_dir: str | None) -> tuple[list[str], 
         except HydraException:
             key, equals, value = text.partition("=")
             how = (
-                "; a value with signs of its own is quoted within the shell's quotes:"
+                "; a value with special characters needs quotes within the shell's quotes:"
                 f" '{key}=\"{value}\"'"
             )
             problems.append(f"{text}: not of the form key=value{how if equals else ''}")
-    groups = _groups(config_dir)
-    for override in [o for o in parsed if o.key_or_group in groups]:
-        found = list(_group_problems(override, groups))
+    known = groups(config_dir)
+    for override in [o for o in parsed if o.key_or_group in known]:
+        found = list(_group_problems(override, known))
         problems += found
         if not found:
             good.append(str(override.input_line))
-    # options are looked up beside the first choice of every group; what is wrong beside others,
-    # their jobs tell
-    cfg = composed(
-        [text for line in good for text in _choices(parser.parse_override(line), groups)[:1]],
+    # options are looked up beside the first choice of every group of a sweep; what is wrong beside
+    # the other choices is found when their jobs are composed
+    cfg = compose_config(
+        [text for line in good for text in _single_values(parser.parse_override(line), known)[:1]],
         config_dir,
     )
-    for override in [o for o in parsed if o.key_or_group not in groups]:
+    for override in [o for o in parsed if o.key_or_group not in known]:
         found = list(_value_problems(override, cfg))
         problems += found
         if not found:
@@ -123,14 +100,15 @@ def check(overrides: Sequence[str], config_dir: str | None) -> tuple[list[str], 
     return problems, good
 
 
-def _group_problems(override: Override, groups: dict[str, list[str]]) -> Iterator[str]:
-    group, known = override.key_or_group, groups[override.key_or_group]
-    for choice in _values(override, groups):
+def _group_problems(override: Override, known: dict[str, list[str]]) -> Iterator[str]:
+    group = override.key_or_group
+    names = sorted(known[group])
+    for choice in _values(override, known):
         if choice is None and group == "experiment":
             continue
         for name in choice if isinstance(choice, list) else [choice]:
-            if str(name) not in known:
-                yield f"{group}={name}: choose from {', '.join(known)}{nearest(str(name), known)}"
+            if str(name) not in names:
+                yield f"{group}={name}: choose from {', '.join(names)}{nearest(str(name), names)}"
 
 
 def _value_problems(override: Override, cfg: DictConfig) -> Iterator[str]:
@@ -143,6 +121,8 @@ def _value_problems(override: Override, cfg: DictConfig) -> Iterator[str]:
     parent, _, leaf = key.rpartition(".")
     node = OmegaConf.select(cfg, parent, default=None) if parent else cfg
     exists = isinstance(node, DictConfig) and leaf in node
+    if ".arguments." in key:
+        exists = key.partition(".arguments.")[0] + "._target_" in OPTIONS
     if not exists and not (override.is_add() and parent.split(".")[0] == "strategy"):
         hint = (
             "; a new field of a strategy is typed with a plus: +" + key
@@ -153,46 +133,45 @@ def _value_problems(override: Override, cfg: DictConfig) -> Iterator[str]:
         return
     for value in _values(override, {}):
         try:
-            _updated(cfg, {key: value})
+            _with_values(cfg, {key: value})
         except OmegaConfBaseException as error:
             typed = f"{key}={value}" if override.is_sweep_override() else override.input_line
-            yield f"{typed}: {_wanted(key, value) or first_line(error)}"
+            yield f"{typed}: {_what_is_allowed(key, value) or first_line(error)}"
 
 
-def _wanted(key: str, value: Any) -> str:
-    """What an option's value must be, in words; empty for an option of a strategy, whose class
-    alone knows.
+def _what_is_allowed(key: str, value: Any) -> str:
+    """What an option's value must be; empty for an option of a strategy, which only its class
+    knows.
     """
-    if key not in TYPES:
+    if key not in OPTIONS or not OPTIONS[key].kinds:
         return ""
-    kinds = [WORDS[kind] if kind is not NoneType else "null" for kind in TYPES[key]]
-    allowed = f", {RANGES[key][0]}" if key in RANGES else ""
-    whole = (
+    kinds, words = OPTIONS[key].kinds, OPTIONS[key].facts.allowed.words
+    proposal = (
         f"; type {value:.0f}"
-        if int in TYPES[key] and isinstance(value, float) and value.is_integer()
+        if int in kinds and isinstance(value, float) and value.is_integer()
         else ""
     )
-    return f"must be {' or '.join(kinds)}{allowed}{whole}"
+    return f"must be {OPTIONS[key].kind}{f', {words}' if words else ''}{proposal}"
 
 
-def _choices(override: Override, groups: dict[str, list[str]]) -> list[str]:
+def _single_values(override: Override, known: dict[str, list[str]]) -> list[str]:
     """The override as typed, or an override for each value of a sweep over listed choices."""
     if not override.is_sweep_override():
         return [str(override.input_line)]
     value = override.value()
     if isinstance(value, Glob):
-        values = value.filter(groups.get(override.key_or_group, []))
+        values = value.filter(known.get(override.key_or_group, []))
     else:
         values = list(override.sweep_string_iterator()) if override.is_discrete_sweep() else []
     return [f"{override.get_key_element()}={value}" for value in values]
 
 
-def _values(override: Override, groups: dict[str, list[str]]) -> list[Any]:
+def _values(override: Override, known: dict[str, list[str]]) -> list[Any]:
     parser = OverridesParser.create()
-    return [parser.parse_override(text).value() for text in _choices(override, groups)]
+    return [parser.parse_override(text).value() for text in _single_values(override, known)]
 
 
-def _updated(cfg: DictConfig, values: dict[str, Any]) -> DictConfig:
+def _with_values(cfg: DictConfig, values: dict[str, Any]) -> DictConfig:
     changed = cfg.copy()
     OmegaConf.set_struct(changed, False)
     for key, value in values.items():
@@ -200,24 +179,26 @@ def _updated(cfg: DictConfig, values: dict[str, Any]) -> DictConfig:
     return changed
 
 
-def jobs(
+def jobs_of_sweep(
     overrides: Sequence[str], config_dir: str | None
 ) -> Iterator[tuple[str, Callable[[], DictConfig]]]:
-    """(its choices as typed, how to compose it) of every job of a sweep; at most MOST_JOBS."""
-    parser, groups = OverridesParser.create(), _groups(config_dir)
+    """(its values as typed, how to compose it) of every job of a sweep; at most MOST_JOBS."""
+    parser, known = OverridesParser.create(), groups(config_dir)
     parsed = [parser.parse_override(text) for text in overrides]
     fixed = [str(o.input_line) for o in parsed if not o.is_sweep_override()]
-    axes = [choices for o in parsed if o.is_sweep_override() and (choices := _choices(o, groups))]
+    axes = [
+        choices for o in parsed if o.is_sweep_override() and (choices := _single_values(o, known))
+    ]
     while prod(map(len, axes)) > MOST_JOBS:
         max(axes, key=len).pop()
-    # takes longer than to change values
-    kept = cache(lambda chosen: composed([*fixed, *chosen], config_dir))
+    # Hydra composes each combination of groups once: changing values is much faster
+    with_groups = cache(lambda chosen: compose_config([*fixed, *chosen], config_dir))
 
     def compose_job(texts: tuple[str, ...]) -> DictConfig:
         chosen = [parser.parse_override(text) for text in texts]
-        values = {o.key_or_group: o.value() for o in chosen if o.key_or_group not in groups}
-        cfg = kept(tuple(str(o.input_line) for o in chosen if o.key_or_group in groups))
-        return _updated(
+        values = {o.key_or_group: o.value() for o in chosen if o.key_or_group not in known}
+        cfg = with_groups(tuple(str(o.input_line) for o in chosen if o.key_or_group in known))
+        return _with_values(
             cfg,
             {
                 key: value
@@ -230,7 +211,7 @@ def jobs(
         yield " ".join(texts), partial(compose_job, texts)
 
 
-def composed(overrides: Sequence[str], config_dir: str | None) -> DictConfig:
+def compose_config(overrides: Sequence[str], config_dir: str | None) -> DictConfig:
     """The configuration that Hydra makes of overrides; raises ConfigError where it cannot."""
     if config_dir is not None and not Path(config_dir).is_dir():
         raise ConfigError(
@@ -246,34 +227,26 @@ def composed(overrides: Sequence[str], config_dir: str | None) -> DictConfig:
             raise ConfigError(first_line(error)) from error
 
 
-def follows(problem: str, dropped: str) -> bool:
-    """Whether a problem speaks of an option or group that was dropped as wrong: it may only follow
-    from that.
+def is_about(problem: str, option: str) -> bool:
+    """Whether a problem names an option or group: one that was dropped as wrong may have caused it.
 
-    >>> follows("privacy.delta=1: privacy=none protects nothing", "privacy"), follows("rounds=0: ...", "privacy")
-    (True, False)
+    >>> is_about("privacy.delta=1: privacy=none protects nothing", "privacy")
+    True
+    >>> is_about("rounds=0: must be at least 1", "privacy")
+    False
     """
-    end = r"(?!\w)" if "." in dropped else "[.=]"
-    return re.search(rf"(?<![\w.]){re.escape(dropped)}{end}", problem) is not None
+    end = r"(?!\w)" if "." in option else "[.=]"
+    return re.search(rf"(?<![\w.]){re.escape(option)}{end}", problem) is not None
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says, without its context lines; the cause's words where it has none
-    of its own.
+    """What a library's error says, without its context lines; that of its cause where it says
+    nothing itself.
     """
     text = str(getattr(error, "msg", None) or error).strip()
     if not text and error.__cause__ is not None:
         return first_line(error.__cause__)
     return text.splitlines()[0] if text else type(error).__name__
-
-
-def _groups(config_dir: str | None) -> dict[str, list[str]]:
-    """Group -> its choices, from the packaged conf/ and from the user's folder."""
-    groups: dict[str, list[str]] = {}
-    for root in [CONF, *([Path(config_dir)] if config_dir else [])]:
-        for path in sorted(root.glob("*/*.yaml")):
-            groups.setdefault(path.parent.name, []).append(path.stem)
-    return groups
 
 
 def _keys(cfg: DictConfig) -> list[str]:

@@ -161,6 +161,14 @@ class Members(Generic[Part]):
             raise ConfigError(problems)
         return part
 
+    def problems(self, options: Chosen, trusted: Iterable[str] = ()) -> list[str]:
+        """Return why `build` would raise ConfigError; empty where it would not."""
+        try:
+            self.build(options, trusted)
+        except ConfigError as error:
+            return error.problems
+        return []
+
     def name_of(self, options: Chosen) -> str:
         """Return the member's name that `options` choose."""
         return getattr(options, self.key.rpartition(".")[2])

@@ -24,27 +24,6 @@ def corpus_of(options: CorpusOptions, trusted: Sequence[str] = ()) -> Corpus:
     return CORPORA.build(options, trusted)
 
 
-def corpus_problems(options: CorpusOptions, trusted: Sequence[str] = ()) -> list[str]:
-    """Return what is wrong with the options themselves, before any file is read."""
-    problems = []
-    try:
-        corpus_of(options, trusted)
-    except ConfigError as error:
-        problems += error.problems
-    if not 0 <= options.public < 1:
-        problems.append(f"corpus.public={options.public}: a share of the bytes, from 0 to below 1")
-    if not 0 < options.held_out < 1:
-        problems.append(
-            f"corpus.held_out={options.held_out}: a share of the bytes, above 0 and below 1"
-        )
-    if options.public + options.held_out >= 1:
-        problems.append(
-            f"corpus.public={options.public} and corpus.held_out={options.held_out} leave nothing"
-            " to the clients: their sum must be below 1"
-        )
-    return problems
-
-
 def corpus_prompt(options: CorpusOptions, trusted: Sequence[str] = ()) -> str:
     """Return a short text in the corpus's style that samples continue; may be empty."""
     return corpus_of(options, trusted).prompt

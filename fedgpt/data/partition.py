@@ -28,20 +28,6 @@ def partition_of(options: PartitionOptions, trusted: Sequence[str] = ()) -> Part
     return PARTITIONS.build(options, trusted)
 
 
-def partition_problems(options: PartitionOptions, trusted: Sequence[str] = ()) -> list[str]:
-    """Return what is wrong with the options themselves, before any corpus is read."""
-    problems = []
-    try:
-        partition_of(options, trusted)
-    except ConfigError as error:
-        problems += error.problems
-    if options.min_tokens < 0:
-        problems.append(
-            f"partition.min_tokens={options.min_tokens}: tokens a client needs, or 0 for one window"
-        )
-    return problems
-
-
 def partition(
     prepared: Prepared,
     options: PartitionOptions,
@@ -54,7 +40,7 @@ def partition(
     `window` is block_size + 1, the fewest tokens that a client can train on. Raises ConfigError
     where a client has fewer tokens than it needs; partition=natural leaves those out instead.
     """
-    if problems := partition_problems(options, trusted):
+    if problems := [*options.problems(), *PARTITIONS.problems(options, trusted)]:
         raise ConfigError(problems)
     documents = _documents(prepared, max(options.min_tokens, window))
     dealer = partition_of(options, trusted)

@@ -30,8 +30,8 @@ from fedgpt.core.files import sync
 from fedgpt.core.options import CorpusOptions, TokenizerOptions
 from fedgpt.core.targets import CUSTOM
 from fedgpt.data.corpora.base import Corpus, Document
-from fedgpt.data.corpus import corpus_of, corpus_problems, load_documents
-from fedgpt.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer, tokenizer_problems
+from fedgpt.data.corpus import CORPORA, corpus_of, load_documents
+from fedgpt.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
 FORMAT = 1  # version of the files of a cache entry and of the split: raise it when these change
 PUBLIC, HELD_OUT, CLIENTS = 0, 1, 2
@@ -82,7 +82,8 @@ def prepare(
     at once: one prepares, the others wait and open. Raises ConfigError for options or text that
     cannot be prepared.
     """
-    if problems := [*corpus_problems(corpus, trusted), *tokenizer_problems(tokenizer)]:
+    problems = [*corpus.problems(), *CORPORA.problems(corpus, trusted), *tokenizer.problems()]
+    if problems:
         raise ConfigError(problems)
     reader = corpus_of(corpus, trusted)
     documents = load_documents(reader)

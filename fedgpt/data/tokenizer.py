@@ -21,12 +21,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fedgpt.core.errors import ConfigError, FedGPTError, nearest
+from fedgpt.core.errors import ConfigError, FedGPTError
 from fedgpt.core.files import write_text
 from fedgpt.core.options import TokenizerOptions
 
 END = "<|endoftext|>"
-KINDS = ("bpe", "bytes")
 # characters in one string for the library: its time per character grows with the string's length
 PIECE = 4096
 BATCH = 512  # pieces in one call, which bounds the memory that the library's results take
@@ -41,21 +40,6 @@ def byte_characters() -> list[str]:
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
-
-
-def tokenizer_problems(options: TokenizerOptions) -> list[str]:
-    """Return what is wrong with the options themselves."""
-    if options.name not in KINDS:
-        return [
-            f"tokenizer.name={options.name}: allowed are"
-            f" {', '.join(KINDS)}{nearest(options.name, KINDS)}"
-        ]
-    if options.name == "bpe" and options.vocab_size < 256:
-        return [
-            f"tokenizer.vocab_size={options.vocab_size}: bpe needs 256 entries for the bytes; use"
-            " 256 or more"
-        ]
-    return []
 
 
 class Tokenizer:
@@ -171,7 +155,7 @@ def make_tokenizer(options: TokenizerOptions, public_texts: Iterable[str]) -> To
     The same texts give the same tokenizer. Its vocabulary is smaller than vocab_size where no more
     pairs of tokens occur twice. Raises ConfigError for wrong options and for bpe without text.
     """
-    if problems := tokenizer_problems(options):
+    if problems := list(options.problems()):
         raise ConfigError(problems)
     from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as Library

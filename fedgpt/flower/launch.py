@@ -9,8 +9,7 @@ from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import RunOptions
 from fedgpt.core.resources import Resources, resources_for
 from fedgpt.core.runtimes import runtime_of
-from fedgpt.data.partition import partition
-from fedgpt.data.prepare import prepare
+from fedgpt.data.shards import load_shards
 
 FLOWER_ENV = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -29,18 +28,7 @@ def launch(options: RunOptions) -> None:
     refuse_another_run(options)
     for name, value in FLOWER_ENV.items():
         os.environ.setdefault(name, value)
-    prepared = prepare(
-        options.corpus, options.tokenizer, options.cache_dir, options.trusted_packages
-    )
-    clients = len(
-        partition(
-            prepared,
-            options.partition,
-            options.seed,
-            options.model.block_size + 1,
-            options.trusted_packages,
-        )
-    )
+    clients = len(load_shards(options)[1])
     runtime = runtime_of(options)
     # the number of natural clients was not known when the options were checked
     if problems := list(runtime.problems(options, clients)):

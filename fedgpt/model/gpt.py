@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import ModelOptions
 from fedgpt.model.kernels import IGNORE, RowwiseCrossEntropy, attend_explicitly
-from fedgpt.model.shape import check_model
+from fedgpt.model.shape import trainable_problems
 
 NORM_EPS = 1e-5  # GPT-2's; torch's default for RMSNorm depends on the dtype and is 8e-3 in bf16
 ROTARY_BASE = 10_000.0  # how slowly the last pair of channels turns
@@ -130,7 +130,7 @@ class GPT(nn.Module):
 
     def __init__(self, options: ModelOptions, vocab_size: int):
         super().__init__()
-        if problems := check_model(options):
+        if problems := [*options.problems(), *trainable_problems(options)]:
             raise ConfigError(problems)
         self.options, self.vocab_size = replace(options), vocab_size
         channels = options.n_embd

@@ -147,6 +147,7 @@ def _gpt2_options(config: dict[str, Any]) -> ModelOptions:
         n_embd=channels,
         block_size=config["n_positions"],
         dropout=_one_rate(rates),
+        positions="learned",
         gelu=_gelu("activation_function", config.get("activation_function", "gelu_new")),
         tie=config.get("tie_word_embeddings", True),
     )

@@ -1,4 +1,4 @@
-"""What a model's options mean in numbers: are they valid, and which parameters do they make.
+"""Which parameters a model has, and which of them are trained, from its options alone.
 
 Free of torch, so that `fedgpt --help` and the check of a configuration stay fast.
 """
@@ -11,33 +11,6 @@ from fnmatch import fnmatchcase
 
 from fedgpt.core.errors import nearest
 from fedgpt.core.options import ModelOptions
-
-CHOICES = {
-    "positions": ("learned", "rotary"),
-    "norm": ("layernorm", "rmsnorm"),
-    "gelu": ("exact", "tanh"),
-}
-
-
-def check_model(options: ModelOptions) -> list[str]:
-    """Every problem of `options`, each naming the option as typed; empty if they are valid."""
-    problems = []
-    for name in ("n_layer", "n_head", "n_embd", "block_size"):
-        value = getattr(options, name)
-        if value < 1:
-            problems.append(f"model.{name}={value}: must be at least 1")
-    for name, allowed in CHOICES.items():
-        value = getattr(options, name)
-        if value not in allowed:
-            problems.append(
-                f"model.{name}={value}: must be"
-                f" {' or '.join(allowed)}{nearest(str(value), allowed)}"
-            )
-    if not 0 <= options.dropout < 1:
-        problems.append(f"model.dropout={options.dropout}: must be at least 0 and below 1")
-    if options.n_head >= 1 and options.n_embd >= 1:
-        problems += _check_heads(options)
-    return problems + _check_trainable(options)
 
 
 def parameter_shapes(options: ModelOptions, vocab_size: int) -> dict[str, tuple[int, ...]]:
@@ -90,23 +63,7 @@ def is_trainable(names: Iterable[str], patterns: Sequence[str]) -> bool:
     return not patterns or any(fnmatchcase(name, p) for name in names for p in patterns)
 
 
-def _check_heads(options: ModelOptions) -> list[str]:
-    n_embd, n_head = options.n_embd, options.n_head
-    # rotary positions turn pairs of channels, so that a head needs an even number of them
-    unit = 2 * n_head if options.positions == "rotary" else n_head
-    if n_embd % unit == 0:
-        return []
-    below, above = n_embd // unit * unit, (n_embd // unit + 1) * unit
-    proposal = f"try {below} or {above}" if below else f"try {above}"
-    if n_embd % n_head == 0:
-        return [
-            f"model.n_embd={n_embd}: model.positions=rotary needs a multiple of 2 *"
-            f" model.n_head={unit}; {proposal}"
-        ]
-    return [f"model.n_embd={n_embd}: must be a multiple of model.n_head={n_head}; {proposal}"]
-
-
-def _check_trainable(options: ModelOptions) -> list[str]:
+def trainable_problems(options: ModelOptions) -> list[str]:
     """A pattern that selects nothing is a typing error, or meant for another model."""
     if not options.trainable:
         return []

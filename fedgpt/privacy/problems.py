@@ -7,26 +7,10 @@ and not be so.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from math import inf
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from fedgpt.core.options import RunOptions
-
-UNITS = ("none", "example", "client", "local")
-ENGINES = ("bookkeeping", "opacus")
-
-RANGES: dict[str, tuple[str, Any]] = {
-    "privacy.unit": (", ".join(UNITS), UNITS.__contains__),
-    "privacy.target_epsilon": ("above 0", lambda v: v is None or 0 < v < inf),
-    "privacy.noise_multiplier": ("above 0", lambda v: v is None or 0 < v < inf),
-    "privacy.delta": ("between 0 and 1", lambda v: v is None or 0 < v < 1),
-    "privacy.clip": ("above 0 and finite", lambda v: 0 < v < inf),
-    "privacy.engine": (" or ".join(ENGINES), ENGINES.__contains__),
-    "privacy.participations": ("at least 1", lambda v: v is None or v >= 1),
-    "privacy.separation": ("at least 1 version", lambda v: v >= 1),
-    "privacy.bands": ("at least 1 (1 = independent noise)", lambda v: v >= 1),
-    "privacy.rng": ("secure or seeded", ("secure", "seeded").__contains__),
-}
+from fedgpt.core.options.privacy import PRIVATE
 
 
 class Rule(NamedTuple):
@@ -43,10 +27,7 @@ class Rule(NamedTuple):
 def privacy_problems(o: RunOptions, rule: Rule) -> Iterator[str]:
     """What is wrong with the privacy options together with the other options and the strategy."""
     p = o.privacy
-    if p.unit not in UNITS:
-        return
-    if p.unit == "none":
-        yield from _none(o)
+    if p.unit not in PRIVATE:
         return
     name = f"privacy={p.unit}"
     if p.target_epsilon is None and p.noise_multiplier is None:
@@ -65,22 +46,6 @@ def privacy_problems(o: RunOptions, rule: Rule) -> Iterator[str]:
         yield from _client(o, rule)
     else:
         yield from _local(o)
-    if p.unit != "client":
-        defaults = {"adaptive": False, "bands": 1, "separation": 1, "single": False}
-        for option, default in defaults.items():
-            if (value := getattr(p, option)) != default:
-                yield f"privacy.{option}={value}: an option of privacy=client; leave it out"
-    if p.unit != "example" and p.engine != "bookkeeping":
-        yield f"privacy.engine={p.engine}: an option of privacy=example; leave it out"
-
-
-def _none(o: RunOptions) -> Iterator[str]:
-    for option in ("target_epsilon", "noise_multiplier", "delta"):
-        if (value := getattr(o.privacy, option)) is not None:
-            yield (
-                f"privacy.{option}={value}: privacy=none protects nothing; choose example,"
-                " client or local"
-            )
 
 
 def _example(o: RunOptions) -> Iterator[str]:

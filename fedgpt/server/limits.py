@@ -7,11 +7,11 @@ median is that of the versions before, so a limit never depends on who answers f
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fedgpt.core.messages import Update
-from fedgpt.core.options import RunOptions, ValidateOptions
+from fedgpt.core.options import ValidateOptions
 
 REMEMBERED = 64  # norms of accepted updates that the running median is taken over
 ENOUGH = 8  # norms that must be known before the median limits anything
@@ -25,16 +25,6 @@ class Limits:
     norm: float  # a longer update is rejected
     clip: float | None  # a longer update is scaled down to this length; None: never
     max_updates: int  # the largest number of updates that one server step can have
-
-
-def validate_problems(o: RunOptions) -> Iterator[str]:
-    """What is wrong with `validate.*`."""
-    norm, clip = o.validate.norm, o.validate.clip
-    if norm and clip > norm:
-        yield (
-            f"validate.clip={clip}: above validate.norm={norm}, where updates are rejected, it"
-            " clips none; lower it"
-        )
 
 
 def norm_limit(options: ValidateOptions, norms: tuple[float, ...], model: float) -> float:

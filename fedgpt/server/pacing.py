@@ -6,7 +6,7 @@ asynchronous).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -246,38 +246,3 @@ def _grace_left(progress: Progress, options: PaceOptions) -> list[float]:
     if options.grace is None or progress.at_goal is None:
         return []
     return [options.grace - progress.at_goal]
-
-
-def pace_problems(o: PaceOptions, switches: bool = False) -> Iterator[str]:
-    """Options that contradict each other; `switches`: the strategy may change the pacing."""
-    if switches and o.rate is not None:
-        yield (
-            f"pace.rate={o.rate}: the pacing may change to buffer, which has no coins; set"
-            " pace.clients"
-        )
-    if o.name == "buffer":
-        if o.rate is not None:
-            yield f"pace.rate={o.rate}: coins choose cohorts; leave it out with pace=buffer"
-        return
-    if o.goal is not None and 0 < o.clients < o.goal:
-        yield (
-            f"pace.goal={o.goal}: more than the pace.clients={o.clients} that are asked; raise"
-            " pace.clients"
-        )
-    if 0 < o.clients < o.minimum:
-        yield (
-            f"pace.minimum={o.minimum}: more than the pace.clients={o.clients} that are asked;"
-            " lower it"
-        )
-    if o.grace is not None and o.goal is None:
-        yield f"pace.grace={o.grace}: runs from the moment the goal is reached; set pace.goal"
-    if o.goal is not None and o.goal < o.minimum:
-        yield (
-            f"pace.minimum={o.minimum}: a version closes at pace.goal={o.goal} updates and would"
-            " stop there; lower it"
-        )
-    if o.max_staleness is not None and not switches:
-        yield (
-            f"pace.max_staleness={o.max_staleness}: updates of a cohort are never stale; leave"
-            " it out"
-        )

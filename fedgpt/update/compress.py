@@ -11,16 +11,14 @@ rest are error feedback (feedback.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import UpdateOptions
 from fedgpt.core.targets import Members
 from fedgpt.update.codecs.base import Codec
 
 CODECS = Members("update", "update.compress", Codec)
-DOWNLINKS = ("fp32", "bf16", "int8", "int4")  # values of update.downlink
 
 
 def codec_of(options: UpdateOptions, trusted: Sequence[str] = ()) -> Codec:
@@ -43,23 +41,3 @@ def make_codec(name: str, **options: Any) -> Codec:
     Int8(block=256)
     """
     return codec_of(UpdateOptions(compress=name, **options))
-
-
-def update_problems(options: UpdateOptions, trusted: Sequence[str] = ()) -> Iterator[str]:
-    """Yield what is wrong with `update.*`."""
-    try:
-        codec_of(options, trusted)
-    except ConfigError as error:
-        yield from error.problems
-    if options.compress == "none" and options.error_feedback:
-        yield (
-            "update.error_feedback=true: update.compress=none leaves nothing out; choose a codec,"
-            " or leave update.error_feedback out"
-        )
-    if not 0 < options.decay <= 1:
-        yield (
-            f"update.decay={options.decay}: must be above 0 and at most 1 (1 = nothing is ever"
-            " lost)"
-        )
-    if options.downlink not in DOWNLINKS:
-        yield f"update.downlink={options.downlink}: must be fp32, bf16, int8 or int4"

@@ -11,7 +11,7 @@ from support import mechanism as m
 
 from fedgpt.aggregate.fedavg import FedAvg
 from fedgpt.audit.attacks import audit_client, audit_example, membership, token_leak
-from fedgpt.core.options import LocalOptions, ModelOptions, PrivacyOptions, RunOptions
+from fedgpt.core.options import LocalOptions, ModelOptions, PaceOptions, PrivacyOptions, RunOptions
 from fedgpt.privacy.accounting import Event
 from fedgpt.privacy.plan import PrivacyPlan
 
@@ -51,13 +51,18 @@ def test_at_least_eight_of_nine_broken_servers_fail():
     assert "noise a fifth too small" in BROKEN.keys() - caught or len(caught) == 9
 
 
-TINY = ModelOptions(n_layer=2, n_head=2, n_embd=32, block_size=16)
+TINY = ModelOptions(n_layer=2, n_head=2, n_embd=32, block_size=16, positions="learned")
 VOCAB = 64
 
 
 def tiny(**privacy) -> tuple[RunOptions, PrivacyPlan]:
     chosen = PrivacyOptions(**{"unit": "example", "noise_multiplier": 2.0, "clip": 0.5, **privacy})
-    o = RunOptions(model=TINY, local=LocalOptions(steps=8, batch_size=16, lr=3e-3), privacy=chosen)
+    o = RunOptions(
+        model=TINY,
+        pace=PaceOptions(clients=0),
+        local=LocalOptions(steps=8, batch_size=16, lr=3e-3),
+        privacy=chosen,
+    )
     event = Event(float(chosen.noise_multiplier or 0), 1.0, 8)
     return o, PrivacyPlan("example", "poisson", event, 1e-5, None, 96, 1, 1.0)
 

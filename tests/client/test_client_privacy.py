@@ -25,7 +25,7 @@ TOKENS = np.random.default_rng(0).integers(64, size=40 * 17)
 def options(unit: str = "example", **privacy) -> RunOptions:
     return RunOptions(
         rounds=5,
-        model=ModelOptions(n_layer=1, n_head=1, n_embd=8, block_size=16),
+        model=ModelOptions(n_layer=1, n_head=1, n_embd=8, block_size=16, positions="learned"),
         local=LocalOptions(steps=3, batch_size=4),
         privacy=PrivacyOptions(**{"unit": unit, "target_epsilon": 4.0, **privacy}),
     )

@@ -7,7 +7,7 @@ import importlib
 import importlib.util
 import subprocess
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,13 +17,18 @@ from omegaconf import OmegaConf
 from support import third_party
 from support.refused import problems
 
-from fedgpt.config import compose, overrides
-from fedgpt.core import options as options_module
+from fedgpt.config import choices, compose, overrides
 from fedgpt.core.errors import ConfigError
-from fedgpt.core.options import RunOptions
+from fedgpt.core.options import OPTIONS, RunOptions
+from fedgpt.core.runtimes import RUNTIMES
+from fedgpt.data.corpus import CORPORA
+from fedgpt.data.partition import PARTITIONS
+from fedgpt.tasks.base import TASKS
+from fedgpt.update.compress import CODECS
 
 CONF = Path(__file__).parents[2] / "conf"
 GROUPS = sorted({path.parent.name for path in CONF.glob("*/*.yaml")})
+MEMBERS = {one.group: one for one in (CORPORA, PARTITIONS, CODECS, RUNTIMES, TASKS)}
 CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml"))
 
 
@@ -43,22 +48,27 @@ def test_the_defaults_are_valid():
     )
 
 
-OUTSIDE = {"corpus": "Poems", "partition": "Alternate", "update": "Sign"}
+CUSTOM = {
+    "corpus": f"{third_party.MODULE}.Poems",
+    "partition": f"{third_party.MODULE}.Alternate",
+    "update": f"{third_party.MODULE}.Sign",
+    "task": "fedgpt.tasks.lm.LanguageModel",
+    "runtime": "fedgpt.flower.runtimes.pool.Pool",
+}
 
 
 @pytest.mark.parametrize("group, choice", CHOICES)
 def test_every_conf_file_composes_and_is_valid(group, choice, tmp_path, monkeypatch):
+    real = importlib.util.find_spec
     # whether Ray is installed or not
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "ray" or real(name))
     table = tmp_path / "fleet.csv"
     table.write_text(
         '{"event": "open"}\n' if choice == "replay" else "client,step_seconds\na,1.0\n"
     )
     needs = [f"corpus.path={tmp_path}"] if choice == "files" else []
-    if (group, choice) == ("runtime", "custom"):
-        needs = ["runtime._target_=fedgpt.flower.runtimes.pool.Pool"]
-    elif choice == "custom":
-        needs = [f"{group}._target_={third_party.MODULE}.{OUTSIDE[group]}", third_party.TRUSTED]
+    if choice == "custom":
+        needs = [f"{group}._target_={CUSTOM[group]}", third_party.TRUSTED]
     if group == "fleet" and choice != "none":
         needs = [
             "clock=virtual",
@@ -76,18 +86,37 @@ def test_every_conf_file_composes_and_is_valid(group, choice, tmp_path, monkeypa
         assert choice.startswith(getattr(options, group).name)
 
 
-def test_the_schema_names_the_choices_of_every_group():
-    told = {}
-    for field in fields(RunOptions):
-        if (
-            schema := getattr(options_module, f"{field.name.capitalize()}Options", None)
-        ) is not None:
-            name, _, choices = schema.__doc__.partition(":")[0].rstrip(".").partition("=")
-            told[name] = sorted(choices.split("|"))
-    choices = {group: sorted(choice for of, choice in CHOICES if of == group) for group in GROUPS}
-    assert told == {
-        group: choices[group] for group in GROUPS if group not in ("strategy", "experiment")
-    }
+def test_the_dataclasses_and_conf_have_the_same_defaults():
+    composed, schema = compose.load(), RunOptions()
+    assert composed.strategy["_target_"] == "fedgpt.aggregate.fedavg.FedAvg"
+    assert composed.run_dir and composed.cache_dir, "conf makes them from the time and the user"
+    schema.strategy, schema.run_dir, schema.cache_dir = (
+        composed.strategy,
+        composed.run_dir,
+        composed.cache_dir,
+    )
+    assert compose.flat_options(composed) == compose.flat_options(schema)
+    assert asdict(composed) == asdict(schema)
+
+
+def names_of(group: str) -> set[str]:
+    """The kinds that a group may have; none for a group that does not note its choice."""
+    options = getattr(RunOptions(), group)
+    if group in MEMBERS:
+        return {*MEMBERS[group].names(), "custom"}
+    key = options.key(options.choice_field)
+    return set(OPTIONS[key].facts.allowed.choices) if options.chosen else set()
+
+
+@pytest.mark.parametrize("group", sorted(set(GROUPS) - {"strategy", "experiment"}))
+def test_every_kind_of_a_group_is_a_file_and_the_other_way_round(group):
+    options, names = getattr(RunOptions(), group), names_of(group)
+    files = {choice for of, choice in CHOICES if of == group}
+    assert names <= files
+    for choice in files if names else ():
+        chosen = choices.read_choice(group, choice).sets
+        value = chosen.get(options.key(options.choice_field), options.chosen)
+        assert value in names, f"{group}={choice}"
 
 
 @pytest.mark.parametrize("group", GROUPS)
@@ -262,11 +291,11 @@ def test_a_users_folder_adds_choices(tmp_path):
 
 
 def test_sweeps_are_checked_choice_by_choice():
-    compose.precheck(["strategy=fedavg,diloco", "seed=0,1,2"])
+    compose.check_sweep(["strategy=fedavg,diloco", "seed=0,1,2"])
     with pytest.raises(ConfigError, match=r"strategy=diloko: .*did you mean 'diloco'"):
-        compose.precheck(["strategy=fedavg,diloko"])
+        compose.check_sweep(["strategy=fedavg,diloko"])
     with pytest.raises(ConfigError, match="seed=x"):
-        compose.precheck(["seed=0,x"])
+        compose.check_sweep(["seed=0,x"])
 
 
 @pytest.mark.parametrize(
@@ -302,7 +331,7 @@ def test_what_a_record_cannot_repeat_is_refused_before_it_is_replayed(overrides,
 
 def swept(*overrides: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        compose.precheck(overrides)
+        compose.check_sweep(overrides)
     return caught.value.problems
 
 
@@ -343,8 +372,8 @@ def test_what_is_wrong_with_every_job_is_told_once_and_beside_the_rest():
 
 
 def test_sweeps_that_are_right_pass():
-    compose.precheck(["strategy=diloco,fedavgm", "strategy.mu=0.5", "name='a,b','c'"])
-    compose.precheck(["model=glob(m*)", "pace.clients=range(1,4)", "hydra.sweep.dir=runs/x"])
+    compose.check_sweep(["strategy=diloco,fedavgm", "strategy.mu=0.5", "name='a,b','c'"])
+    compose.check_sweep(["model=glob(m*)", "pace.clients=range(1,4)", "hydra.sweep.dir=runs/x"])
 
 
 def test_a_sweep_without_m_is_told_how_it_is_typed():
@@ -368,6 +397,59 @@ def test_more_made_clients_than_supernodes_fit_is_in_the_list():
     compose.load(["runtime=superlink", "partition=iid", "partition.clients=16"])
     # of the largest: there may be fewer
     compose.load(["runtime=superlink", "partition.clients=17"])
+
+
+def test_a_class_of_ones_own_is_named_as_it_is_typed():
+    target = f"partition._target_={third_party.MODULE}.Alternate"
+    words = ["partition=custom", target, third_party.TRUSTED]
+    options = compose.load([*words, "partition.arguments={clients: 3}"])
+    assert options.partition._target_ == "outsider.Alternate"
+    assert options.partition.arguments == {"clients": 3}
+    one_by_one = compose.load([*words, "partition.arguments.clients=3"])
+    assert one_by_one.partition.arguments == {"clients": 3}
+    assert asdict(compose.from_yaml(compose.to_yaml(options))) == asdict(options)
+    [problem] = problems(target, third_party.TRUSTED)
+    assert "partition=natural has a class of its own; add partition=custom" in problem
+    [problem] = problems(*words, "partition.arguments=3")
+    assert problem == "partition.arguments=3: must be a mapping, such as {a: 1}"
+    [problem] = problems(*words, "partition.arguments.lines=3")
+    assert "partition.arguments.lines=3: the options of Alternate are clients" in problem
+    [problem] = problems("partition.argumants.lines=3")
+    assert "no option 'partition.argumants.lines'" in problem
+
+
+def test_lists_of_names_and_classes_are_taken():
+    options = compose.load(["track=[csv,{_target_: mine.T, port: 1}]", "metrics=[accuracy]"])
+    assert options.track == ["csv", {"_target_": "mine.T", "port": 1}]
+    assert options.metrics == ["accuracy"]
+    assert compose.load(["model.trainable=['lm_head.*']"]).model.trainable == ["lm_head.*"]
+
+
+def test_a_checkpoint_that_is_older_than_an_option_has_its_default():
+    options = compose.load()
+    before = compose.flat_options(options)
+    new = ("task.name", "task._target_", "corpus._target_", "model.trainable", "metrics")
+    for key in new:
+        del before[key]
+    assert compose.changed_options(before, options) == ""
+    options.model.trainable = ["lm_head.*"]
+    assert compose.changed_options(before, options) == "model.trainable: [] -> ['lm_head.*']"
+
+
+def test_a_folder_that_is_older_than_an_option_is_opened_and_resumed(tmp_path):
+    options = compose.load([f"run_dir={tmp_path}"])
+    old = OmegaConf.create(compose.to_yaml(options))
+    for key in ("task", "track", "metrics"):
+        del old[key]
+    for group in ("corpus", "partition", "update"):
+        del old[group]._target_, old[group].arguments
+    del old.model.trainable
+    (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(old))
+    assert asdict(compose.of_run(tmp_path)) == asdict(options)
+    compose.refuse_another_run(options)
+    options.seed = 1
+    with pytest.raises(ConfigError, match="which differs in seed; continue"):
+        compose.refuse_another_run(options)
 
 
 def test_configuration_never_imports_torch():

@@ -31,7 +31,7 @@ from fedgpt.config import compose, overrides
         ("pace.deadline=nan", "pace.deadline=nan: must be a finite number, above 0 seconds"),
         (
             "rounds==5",
-            "rounds==5: not of the form key=value; a value with signs of its own is quoted within the shell's",
+            "rounds==5: not of the form key=value; a value with special characters needs quotes",
         ),
         ("~local.lr", "~local.lr: an option can be set, not deleted"),
         ("run_dir=", "run_dir=: must be a folder"),
@@ -91,9 +91,9 @@ def test_paths_and_prompts_need_no_quotes_beside_the_shells(value):
         options.corpus.path == options.run_dir == str(Path(value).expanduser())
         and options.evaluate.prompt == value
     )
-    assert (
-        compose.load([overrides.readable(f"evaluate.prompt={value}")]).evaluate.prompt == value
-    ), "as Hydra gets it"
+    assert compose.load([overrides.quoted(f"evaluate.prompt={value}")]).evaluate.prompt == value, (
+        "as Hydra gets it"
+    )
 
 
 def test_a_name_may_be_any_but_a_choice_is_no_text():
@@ -103,5 +103,5 @@ def test_a_name_may_be_any_but_a_choice_is_no_text():
 
 
 def test_a_sweep_over_texts_stays_one():
-    assert overrides.readable("evaluate.prompt=a,b", sweep=True) == "evaluate.prompt=a,b"
-    compose.precheck(["evaluate.prompt=a,b", "local.lr=1e-4,1e-3"])
+    assert overrides.quoted("evaluate.prompt=a,b", sweep=True) == "evaluate.prompt=a,b"
+    compose.check_sweep(["evaluate.prompt=a,b", "local.lr=1e-4,1e-3"])

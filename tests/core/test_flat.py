@@ -36,7 +36,7 @@ def test_matrices_come_first_ties_stand_once_and_buffers_never():
 
 
 def test_the_layout_of_a_gpt_is_all_of_its_parameters():
-    model = GPT(ModelOptions(n_layer=2, n_head=2, n_embd=8, block_size=4), 11)
+    model = GPT(ModelOptions(n_layer=2, n_head=2, n_embd=8, block_size=4, positions="learned"), 11)
     layout = FlatParams.of(model)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
     assert dict(zip(layout.names, layout.shapes, strict=True)) == shapes

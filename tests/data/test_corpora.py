@@ -16,7 +16,7 @@ from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import CorpusOptions
 from fedgpt.data.corpora import sotu
 from fedgpt.data.corpora.base import Corpus, Document, cut
-from fedgpt.data.corpus import CORPORA, corpus_of, corpus_problems, corpus_prompt, load_documents
+from fedgpt.data.corpus import CORPORA, corpus_of, corpus_prompt, load_documents
 
 CHINESE = (
     "清晨的雾还没有散去,村口的老人已经在扫落叶。\n他说:“每一片叶子都记得一阵风。”\n\n"
@@ -225,20 +225,20 @@ def test_wrong_paths_name_the_option(tmp_path):
 
 def test_all_problems_of_the_options_are_listed_at_once():
     options = CorpusOptions(name="sotu", client="party", path="x", public=0.7, held_out=0.5)
-    text = "\n".join(corpus_problems(options))
+    text = "\n".join([*options.problems(), *CORPORA.problems(options)])
     for option in (
         "corpus.client=party",
         "corpus.path=x",
         "their sum must be below 1",
     ):
         assert option in text
-    problems = corpus_problems(CorpusOptions(name="files", document_bytes=1))
-    assert [text.split(":")[0] for text in problems] == [
-        "corpus.path is not set",
-        "corpus.document_bytes=1",
-    ]
-    assert "did you mean 'sotu'" in corpus_problems(CorpusOptions(name="sotuu"))[0]
-    assert corpus_problems(CorpusOptions()) == []
+    [problem] = CorpusOptions(name="files", path="x", document_bytes=1).problems()
+    assert problem == "corpus.document_bytes=1: must be at least 64"
+    [problem] = CORPORA.problems(CorpusOptions(name="files", client="file"))
+    assert problem.startswith("corpus.path is not set")
+    [problem] = CORPORA.problems(CorpusOptions(name="sotuu"))
+    assert "did you mean 'sotu'" in problem
+    assert not [*CorpusOptions().problems(), *CORPORA.problems(CorpusOptions())]
 
 
 def test_prompts_are_short():
@@ -316,7 +316,7 @@ def test_a_corpus_from_outside_is_built_from_its_name_and_arguments():
 )
 def test_what_is_wrong_with_a_corpus_from_outside_is_named_as_typed(options, text):
     trusted = [] if options is EVERY["custom"] else ["outsider"]
-    (problem,) = corpus_problems(options, trusted)
+    (problem,) = CORPORA.problems(options, trusted)
     assert re.search(text, problem)
 
 

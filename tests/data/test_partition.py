@@ -16,7 +16,6 @@ from fedgpt.data.partition import (
     natural_owners,
     partition,
     partition_of,
-    partition_problems,
 )
 from fedgpt.data.partitions.base import Partition
 from fedgpt.data.prepare import CLIENTS, HELD_OUT, PUBLIC
@@ -243,15 +242,16 @@ def test_pieces_may_run_over_the_end_of_a_document():
 
 def test_wrong_options_are_refused_before_any_work():
     wrong = PartitionOptions(name="dirichlet", clients=0, alpha=0.0, piece=0, min_tokens=-1)
-    text = "\n".join(partition_problems(wrong))
+    text = "\n".join([*wrong.problems(), *PARTITIONS.problems(wrong)])
     for option in ("clients=0", "alpha=0.0", "piece=0", "min_tokens=-1"):
         assert f"partition.{option}" in text
-    assert (
-        "partition.exponent=-1"
-        in partition_problems(PartitionOptions(name="quantity", clients=2, exponent=-1))[0]
-    )
-    assert "partition.clients=-1" in partition_problems(PartitionOptions(clients=-1))[0]
-    assert "did you mean 'natural'" in partition_problems(PartitionOptions(name="nature"))[0]
+    for options, words in (
+        (PartitionOptions(name="quantity", clients=2, exponent=-1), "partition.exponent=-1"),
+        (PartitionOptions(clients=-1), "partition.clients=-1"),
+        (PartitionOptions(name="nature", clients=2), "did you mean 'natural'"),
+    ):
+        [problem] = [*options.problems(), *PARTITIONS.problems(options)]
+        assert words in problem
     with pytest.raises(ConfigError, match=r"4 problems"):
         partition(corpus([5], [0], [0], [CLIENTS]), wrong, 0, 1)
 
@@ -291,7 +291,7 @@ def test_a_partition_from_outside_is_built_from_its_name_and_arguments(ten):
     assert [(shard.client, shard.size) for shard in shards] == [
         (f"client-00{number}", 200) for number in range(5)
     ]
-    assert partition_problems(options)[0].startswith("partition._target_=outsider.Alternate: only")
+    assert PARTITIONS.problems(options)[0].startswith("partition._target_=outsider.Alternate: only")
     with pytest.raises(
         ConfigError,
         match=r"partition\._target_=outsider\.Alternate: 5 of 5 clients have fewer than 300 tok.*"

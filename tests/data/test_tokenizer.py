@@ -15,7 +15,6 @@ from fedgpt.data.tokenizer import (
     byte_characters,
     load_tokenizer,
     make_tokenizer,
-    tokenizer_problems,
 )
 
 CHINESE = (
@@ -141,7 +140,7 @@ def test_half_a_character_decodes_to_a_replacement():
 
 
 def test_wrong_options_and_files_say_what_to_change(tmp_path):
-    assert "did you mean 'bytes'" in tokenizer_problems(TokenizerOptions(name="byte"))[0]
+    assert "did you mean 'bytes'" in next(TokenizerOptions(name="byte").problems())
     with pytest.raises(ConfigError, match=r"tokenizer\.vocab_size=100.*256 or more"):
         make_tokenizer(TokenizerOptions(vocab_size=100), TEXTS)
     with pytest.raises(ConfigError, match=r"raise corpus\.public or use tokenizer=bytes"):

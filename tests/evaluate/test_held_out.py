@@ -22,7 +22,7 @@ from fedgpt.model.gpt import GPT
 from fedgpt.tasks.lm import LanguageModel
 
 BLOCK = 8
-MODEL = ModelOptions(n_layer=2, n_head=2, n_embd=32, block_size=BLOCK)
+MODEL = ModelOptions(n_layer=2, n_head=2, n_embd=32, block_size=BLOCK, positions="learned")
 FP32 = Compute("cpu", "fp32", "the reference")
 TEXT = "The river rose; 河水上涨了, and nobody in the town by the river was surprised. "
 

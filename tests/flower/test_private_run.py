@@ -7,7 +7,7 @@ import json
 import pytest
 from support.here import run_here, tiny_run
 
-from fedgpt import cli
+from fedgpt.cli import audit, privacy
 from fedgpt.privacy.accounting import Event, epsilon_of
 from fedgpt.storage.checkpoint import Checkpoints
 from fedgpt.storage.run_folder import read_lines
@@ -77,7 +77,7 @@ def test_the_plan_of_longer_and_noisier_runs(options, name, capsys):
     correlated = [*FIXED, "pace.clients=1", "privacy.bands=2", "privacy.separation=2"]
     chosen = correlated if name == "correlated" else CHOICES[name]
     noise = ["privacy.noise_multiplier=2", "privacy.target_epsilon=null"]
-    code = cli.privacy(["plan", *options, *chosen, *noise, "rounds=4"])
+    code = privacy.main(["plan", *options, *chosen, *noise, "rounds=4"])
     table = [
         [float(cell) for cell in line.split()] for line in capsys.readouterr().out.splitlines()[-3:]
     ]
@@ -96,7 +96,7 @@ def test_an_audit_ends_with_a_line_for_scripts(options, name, capsys, monkeypatc
         if name == "none"
         else [*CHOICES[name], "privacy.noise_multiplier=4", "privacy.target_epsilon=null"]
     )
-    code = cli.audit([*options, *chosen])
+    code = audit.main([*options, *chosen])
     lines = capsys.readouterr().out.splitlines()
     found = json.loads(lines[-1])
     assert code == (0 if found.get("holds", True) else 1)

@@ -4,6 +4,8 @@ what is refused.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -36,7 +38,8 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 def make(shift: float = 0.05, **options) -> tuple[GPT, FlatParams, torch.Tensor]:
     torch.manual_seed(0)
-    model = GPT(ModelOptions(n_layer=2, n_head=2, n_embd=32, block_size=TIME, **options), VOCAB)
+    shape = ModelOptions(n_layer=2, n_head=2, n_embd=32, block_size=TIME, positions="learned")
+    model = GPT(replace(shape, **options), VOCAB)
     layout, vector = flatten(model)
     with torch.no_grad():
         vector.add_(shift * torch.randn_like(vector))

@@ -42,7 +42,10 @@ class Step:
 
     def __init__(self):
         torch.manual_seed(0)
-        model = GPT(ModelOptions(n_layer=1, n_head=1, n_embd=16, block_size=TIME), VOCAB)
+        model = GPT(
+            ModelOptions(n_layer=1, n_head=1, n_embd=16, block_size=TIME, positions="learned"),
+            VOCAB,
+        )
         layout, vector = flatten(model)
         self.gradient = PrivateGradient(model, layout, LanguageModel(), "bookkeeping", 8)
         self.grad = torch.zeros_like(vector)

@@ -17,7 +17,7 @@ from fedgpt.local.schedule import learning_rate
 from fedgpt.local.trainer import Trainer
 from fedgpt.model.gpt import GPT
 
-MODEL = ModelOptions(n_layer=2, n_head=2, n_embd=32, block_size=16)
+MODEL = ModelOptions(n_layer=2, n_head=2, n_embd=32, block_size=16, positions="learned")
 VOCAB = 64
 FP32 = Compute("cpu", "fp32", "test")
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, 4000)

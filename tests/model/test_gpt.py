@@ -13,7 +13,7 @@ from fedgpt.model import gpt
 from fedgpt.model.gpt import GPT, KVCache, attend, cross_entropy, rotate, rotation
 from fedgpt.model.kernels import attend_explicitly
 
-SMALL = ModelOptions(n_layer=2, n_head=4, n_embd=32, block_size=16)
+SMALL = ModelOptions(n_layer=2, n_head=4, n_embd=32, block_size=16, positions="learned")
 VOCAB = 23
 VARIANTS = {
     "learned": {},

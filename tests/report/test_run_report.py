@@ -50,10 +50,10 @@ def opening_text(prepared, version=0, attack=None, **pace) -> tuple[str, int]:
         rounds=9,
         corpus=CorpusOptions(name="files"),
         tokenizer=TokenizerOptions(name="bytes"),
-        model=ModelOptions(n_layer=2, n_embd=32, block_size=16),
+        model=ModelOptions(n_layer=2, n_embd=32, block_size=16, positions="learned"),
         local=LocalOptions(steps=10, batch_size=4, accumulate=2),
         strategy={"_target_": "fedgpt.aggregate.fedadam.FedAdam", "eta": 0.1},
-        pace=PaceOptions(**pace),
+        pace=PaceOptions(**{"clients": 0, **pace}),
         attack=attack or AttackOptions(),
     )
     shards = partition(prepared, PartitionOptions(), 0, 17)

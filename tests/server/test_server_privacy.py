@@ -388,13 +388,19 @@ def test_the_coins_are_secret_and_stay_when_a_version_is_made_again(tmp_path):
 
 
 def test_the_client_that_paid_most_speaks_for_privacy_example(tmp_path):
-    from fedgpt.core.options import LocalOptions, ModelOptions, PrivacyOptions, RunOptions
+    from fedgpt.core.options import (
+        LocalOptions,
+        ModelOptions,
+        PaceOptions,
+        PrivacyOptions,
+        RunOptions,
+    )
     from fedgpt.privacy.plan import make_plan
     from fedgpt.server.privacy import PaidByClients
 
     o = RunOptions(
         rounds=10, model=ModelOptions(block_size=9), local=LocalOptions(steps=5, batch_size=4),
-        privacy=PrivacyOptions(unit="example", target_epsilon=4.0),
+        privacy=PrivacyOptions(unit="example", target_epsilon=4.0), pace=PaceOptions(clients=0),
     )  # fmt: skip
     plan = make_plan(o, [1000, 4000])
     assert plan.planned.sampling_probability == 0.04 and plan.planned.count == 50

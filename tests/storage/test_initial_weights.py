@@ -16,7 +16,14 @@ BYTES = make_tokenizer(TokenizerOptions("bytes"), [])
 
 
 def options(init_from=None, **model) -> RunOptions:
-    shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 8, **model}
+    shape = {
+        "n_layer": 1,
+        "n_head": 2,
+        "n_embd": 16,
+        "block_size": 8,
+        "positions": "learned",
+        **model,
+    }
     return RunOptions(seed=3, init_from=init_from, model=ModelOptions(**shape))
 
 

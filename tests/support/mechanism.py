@@ -29,7 +29,7 @@ QUIET = 1e-9  # a noise multiplier that changes nothing visibly
 
 def options(**privacy: Any) -> RunOptions:
     chosen = PrivacyOptions(**{"unit": "client", "noise_multiplier": 1.0, "clip": CLIP, **privacy})
-    return RunOptions(privacy=chosen, pace=PaceOptions(rate=0.1))
+    return RunOptions(privacy=chosen, pace=PaceOptions(clients=0, rate=0.1))
 
 
 def plan(

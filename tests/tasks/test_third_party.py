@@ -10,7 +10,7 @@ import pytest
 from support.here import run_here, tiny_run
 from support.labels_task import DocumentLabel
 
-from fedgpt.cli import sweep_score
+from fedgpt.cli.run import sweep_score
 from fedgpt.config import compose
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.messages import ServerState

@@ -16,7 +16,7 @@ from support.codecs import FAMILY, INTEGER, KINDS, SIZES, delta_of, every_codec,
 from fedgpt.core.errors import ConfigError, UpdateRejected
 from fedgpt.core.options import UpdateOptions
 from fedgpt.update.codecs.base import MAX
-from fedgpt.update.compress import CODECS, codec_of, make_codec, update_problems
+from fedgpt.update.compress import CODECS, codec_of, make_codec
 
 ROOT = Path(__file__).parents[2]
 quickly = settings(max_examples=40, deadline=None)
@@ -287,7 +287,7 @@ def custom(target: str | None = "outsider.Sign", **more) -> UpdateOptions:
 def test_a_codec_from_outside_is_built_from_its_name_and_arguments():
     codec = codec_of(custom(arguments={"step": 0.5}), ["outsider"])
     assert (codec.name, codec.step) == ("outsider.Sign", 0.5)
-    assert list(update_problems(custom(), ["outsider"])) == []
+    assert CODECS.problems(custom(), ["outsider"]) == []
     built_in = custom("fedgpt.update.codecs.topk.TopK", arguments={"density": 0.5})
     assert codec_of(built_in) == make_codec("topk", density=0.5)
 
@@ -319,7 +319,7 @@ def test_a_codec_from_outside_is_built_from_its_name_and_arguments():
 def test_what_is_wrong_with_a_codec_from_outside_is_named_as_typed(options, text):
     with pytest.raises(ConfigError, match=text):
         codec_of(options, ["outsider"])
-    assert len(list(update_problems(options, ["outsider"]))) == 1
+    assert len(CODECS.problems(options, ["outsider"])) == 1
 
 
 @given(size=st.integers(0, 10**12), density=st.floats(1e-6, 1))

@@ -16,7 +16,6 @@ from fedgpt.data.corpora.base import Corpus, Document, cut_document
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 # A file with such a name that cannot be read as text is an error; another one is skipped.
 TEXT_SUFFIXES = ("", ".txt", ".text", ".md", ".markdown", ".rst")
-SMALLEST_DOCUMENT = 64  # bytes
 
 
 @dataclass(frozen=True)
@@ -36,18 +35,11 @@ class Files(Corpus):
     too_few: ClassVar[str] = "add text or lower corpus.document_bytes"
 
     def __post_init__(self) -> None:
-        problems = []
         if not self.path:
-            problems.append(
+            raise ConfigError(
                 "corpus.path is not set: corpus=files needs corpus.path=FOLDER (text files) or"
                 " FILE.jsonl"
             )
-        if self.document_bytes < SMALLEST_DOCUMENT:
-            problems.append(
-                f"corpus.document_bytes={self.document_bytes}: use {SMALLEST_DOCUMENT} or more"
-            )
-        if problems:
-            raise ConfigError(problems)
 
     @property
     def source(self) -> str:

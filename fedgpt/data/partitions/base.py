@@ -96,20 +96,12 @@ class Partition(ABC):
         """
 
 
-def check_clients(clients: int, name: str, piece: int = 1, more: str = "") -> None:
-    """Raise ConfigError for wrong options of the partition `name`, which makes clients.
-
-    `more` is a problem with another option, or empty.
-    """
-    problems = [more] if more else []
+def check_clients(clients: int, name: str) -> None:
+    """Raise ConfigError where the partition `name`, which makes clients, is to make none."""
     if clients < 1:
-        problems.append(
+        raise ConfigError(
             f"partition.clients={clients}: partition={name} makes clients; say how many, 1 or more"
         )
-    if piece < 1:
-        problems.append(f"partition.piece={piece}: tokens handed out together, 1 or more")
-    if problems:
-        raise ConfigError(problems)
 
 
 def made_clients(count: int) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
 from typing import ClassVar
 
 import numpy as np
@@ -36,9 +35,7 @@ class Dirichlet(Partition):
     )
 
     def __post_init__(self) -> None:
-        right = 0 < self.alpha < inf
-        more = f"partition.alpha={self.alpha}: a concentration above 0, e.g. 0.1 (uneven) or 10"
-        check_clients(self.clients, "dirichlet", self.piece, "" if right else f"{more} (even)")
+        check_clients(self.clients, "dirichlet")
 
     def deal(self, documents: Documents, seed: int) -> list[Shard]:
         """Return `clients` shards; raises ConfigError where all documents have one label."""

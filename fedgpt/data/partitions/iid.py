@@ -29,7 +29,7 @@ class Iid(Partition):
     remedies: ClassVar[tuple[str, ...]] = ("lower partition.clients", "lower partition.piece")
 
     def __post_init__(self) -> None:
-        check_clients(self.clients, "iid", self.piece)
+        check_clients(self.clients, "iid")
 
     def deal(self, documents: Documents, seed: int) -> list[Shard]:
         """Return `clients` shards of as many pieces each, to within one."""

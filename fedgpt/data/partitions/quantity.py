@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import inf
 from typing import ClassVar
 
 import numpy as np
@@ -35,9 +34,7 @@ class Quantity(Partition):
     )
 
     def __post_init__(self) -> None:
-        right = 0 <= self.exponent < inf
-        more = "" if right else f"partition.exponent={self.exponent}: 0 (equal sizes) or more"
-        check_clients(self.clients, "quantity", self.piece, more)
+        check_clients(self.clients, "quantity")
 
     def deal(self, documents: Documents, seed: int) -> list[Shard]:
         """Return `clients` shards, the largest first."""

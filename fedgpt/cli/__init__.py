@@ -1,0 +1,85 @@
+"""The command line: one list of commands, and one file for each.
+
+A command is a line of COMMANDS and a module fedgpt/cli/<name>.py with HELP, a text, and `main`,
+which takes what was typed behind the command and returns the exit code. Modules import what is
+heavy inside `main`, so that help and wrong commands are answered at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import signal
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+from fedgpt.core.errors import ConfigError, FedGPTError, Interrupted, StoppedEarly, nearest
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: what may be typed behind it, and what it does in one line."""
+
+    name: str
+    arguments: str
+    help: str
+    parses_help: bool = False  # whether its own parser answers --help
+
+    @property
+    def usage(self) -> str:
+        """The command as it is typed."""
+        return f"fedgpt {self.name} {self.arguments}"
+
+    @property
+    def module(self) -> ModuleType:
+        """The file of the command."""
+        return importlib.import_module(f"fedgpt.cli.{self.name}")
+
+
+COMMANDS = {
+    command.name: command
+    for command in (
+        Command("run", "[OPTIONS]", "train a model; resume=FOLDER continues a run"),
+        Command("data", "[OPTIONS]", "show the text and the clients of a run"),
+        Command("privacy", "plan [OPTIONS]", "show what a private run would cost"),
+        Command("audit", "[OPTIONS]", "attack a private run; measure what leaks"),
+        Command("generate", "FOLDER [--prompt TEXT]", "write text with the model of a run", True),
+        Command("help", "[TOPIC]", "explain a command, a group or an option"),
+    )
+}
+
+
+def dispatch(command: str, arguments: list[str]) -> int:
+    """Run a command; failures a user can act on are one message and an exit code, never a
+    traceback.
+    """
+    if command not in COMMANDS:
+        print(
+            f"fedgpt: no command {command!r}{nearest(command, COMMANDS)} (fedgpt --help)",
+            file=sys.stderr,
+        )
+        return 2
+    if {"-h", "--help"} & set(arguments) and not COMMANDS[command].parses_help:
+        command, arguments = "help", [command]
+    if (here := str(Path.cwd())) not in sys.path:
+        # as `python -m fedgpt` has it: where a user's own strategy._target_=mine.Rule is
+        sys.path.append(here)
+    # a stop request ends like Ctrl-C: checkpoint, 130
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        return COMMANDS[command].module.main(arguments)
+    except FedGPTError as error:
+        print(f"fedgpt: {error}", file=sys.stderr)
+        return exit_code(error)
+    except KeyboardInterrupt:
+        print("fedgpt: interrupted", file=sys.stderr)
+        return 130
+
+
+def exit_code(error: FedGPTError) -> int:
+    """2 wrong usage, 3 stopped early for a stated reason, 130 interrupted and resumable, 1 anything
+    else.
+    """
+    kinds = ((ConfigError, 2), (StoppedEarly, 3), (Interrupted, 130))
+    return next((code for kind, code in kinds if isinstance(error, kind)), 1)

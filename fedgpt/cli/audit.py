@@ -1,0 +1,28 @@
+"""`fedgpt audit`: attack what these options promise; exit code 1 where it does not hold."""
+
+from __future__ import annotations
+
+from fedgpt.cli.words import split_words
+
+HELP = """
+  fedgpt audit privacy=example privacy.target_epsilon=4 rounds=2
+
+Trains with text that was planted, tries to find out from the updates which of
+it was used, and compares the success with what the privacy of these options
+allows. It may take minutes. The exit code is 1 where the promise does not hold.
+The options are those of `fedgpt run` (fedgpt help privacy).
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Print the audit of a private run."""
+    from fedgpt.audit.report import audit_report
+    from fedgpt.config import compose
+    from fedgpt.data.shards import load_shards
+
+    options = compose.load(*split_words(arguments))
+    prepared, shards = load_shards(options)
+    strategy = compose.build_strategy(options.strategy, options.trusted_packages)
+    text, holds = audit_report(options, strategy, prepared, shards)
+    print(text)
+    return 0 if holds else 1

@@ -1,0 +1,28 @@
+"""`fedgpt data`: what a run with these options would train on."""
+
+from __future__ import annotations
+
+from fedgpt.cli.words import split_words
+
+HELP = """
+  fedgpt data
+  fedgpt data corpus=files corpus.path=FOLDER partition=iid partition.clients=4
+
+Prints the source of the text, how it is divided into a public part, the
+clients' part and a held-out part, and how many tokens each client has. Nothing
+is trained. The options are those of `fedgpt run`; corpus, tokenizer and
+partition matter most (fedgpt help corpus).
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Print the shards of a run, without running it."""
+    from rich.console import Console
+
+    from fedgpt.config import compose
+    from fedgpt.data.shards import load_shards
+    from fedgpt.report.shards import data_report
+
+    prepared, shards = load_shards(compose.load(*split_words(arguments)))
+    data_report(prepared, shards, Console(highlight=False))
+    return 0

@@ -1,0 +1,80 @@
+"""`fedgpt generate RUN --prompt TEXT`: text from the newest model of a run."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from fedgpt.core.errors import ConfigError
+
+LARGEST_SEED = 2**63 - 1
+RANGES = {
+    "tokens": (0, math.inf),
+    "samples": (1, math.inf),
+    "temperature": (0, math.inf),
+    "top_k": (0, math.inf),
+    "top_p": (0, 1),
+    "seed": (0, LARGEST_SEED),
+}
+
+
+def main(arguments: list[str]) -> int:
+    """Print what the model writes."""
+    chosen = _parser().parse_args(arguments)
+    for name, (low, high) in RANGES.items():
+        value = getattr(chosen, name)
+        if value is not None and not low <= value <= high:
+            most = "" if high == math.inf else f" and at most {high}"
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least {low}{most}")
+
+    from fedgpt.api import open_run
+
+    texts = open_run(chosen.run, chosen.best).generate(
+        chosen.prompt,
+        tokens=chosen.tokens,
+        samples=chosen.samples,
+        temperature=chosen.temperature,
+        top_k=chosen.top_k or None,
+        top_p=chosen.top_p,
+        seed=chosen.seed,
+    )
+    for number, text in enumerate(texts):
+        if number:
+            print("-" * 40)
+        print(chosen.prompt + text)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "fedgpt generate",
+        description="Write text with the newest model of a run.",
+    )
+    parser.add_argument("run", metavar="FOLDER", help="folder of a run")
+    parser.add_argument("--prompt", metavar="TEXT", default="", help="text to continue")
+    parser.add_argument(
+        "--tokens", type=int, default=200, help="largest number of new tokens (%(default)s)"
+    )
+    parser.add_argument(
+        "--samples", type=int, default=1, help="number of continuations (%(default)s)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.8,
+        help="randomness; 0 always takes the likeliest token (%(default)s)",
+    )
+    parser.add_argument(
+        "--top-k",
+        type=int,
+        default=50,
+        help="draw from this many likeliest tokens; 0 means all (%(default)s)",
+    )
+    parser.add_argument(
+        "--top-p", type=float, help="draw from the likeliest tokens of this total probability"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the draws (%(default)s)")
+    parser.add_argument(
+        "--best", action="store_true", help="take the weights with the best held-out score"
+    )
+    return parser

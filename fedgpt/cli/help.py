@@ -1,0 +1,220 @@
+"""`fedgpt help`: commands, groups and options explained, from the list of commands, conf/ and the
+fields of the options.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from textwrap import wrap
+from typing import Any
+
+from fedgpt.cli import COMMANDS
+from fedgpt.cli.words import value_of
+from fedgpt.config.choices import Choice, defaults, groups, read_choice
+from fedgpt.core.errors import nearest
+from fedgpt.core.options import OPTIONS, RunOptions
+from fedgpt.core.options.option import Group, Option, one_of
+
+HELP = """
+  fedgpt help                 all commands and groups
+  fedgpt help run             all options of a run
+  fedgpt help privacy         the choices and options of one group
+  fedgpt help pace.goal       one option
+"""
+EXPERIMENT = "Settings of many groups at once."
+COLUMN = 24  # where the meaning of a command, group or choice starts
+STEP = 6  # the meaning of an option is indented by this much
+
+
+def main(arguments: list[str]) -> int:
+    """Print what is asked for; the exit code is 2 for what is no command, group or option."""
+    config_dir = value_of(arguments, "--config-dir", "-cd")
+    words = [word for word in arguments if not word.startswith("-") and word != config_dir]
+    parts = {word: _explained(word, config_dir) for word in words}
+    if unknown := [word for word, part in parts.items() if not part]:
+        everything = dict.fromkeys([*COMMANDS, *groups(config_dir), *OPTIONS])
+        for word in unknown:
+            more = nearest(word, everything)
+            print(f"fedgpt help {word}: no command, group or option{more}", file=sys.stderr)
+        return 2
+    text = "\n\n".join(parts.values()) if parts else overview()
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # `fedgpt run --help | head`; python would complain at its end, too
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def overview() -> str:
+    """The commands, and the groups with their choices."""
+    lines = [_bold("fedgpt: federated training of small GPTs"), ""]
+    for command in COMMANDS.values():
+        lines += _row(command.usage, command.help, column=36)
+    lines += _row("fedgpt --version", "print the version", column=36)
+    lines += [
+        "",
+        *_paragraph(
+            "Groups and their choices, the default first; fedgpt help GROUP explains a group:"
+        ),
+    ]
+    for group, names in groups().items():
+        lines += _row(group, ", ".join(names), column=14)
+    lines += ["", *_paragraph("fedgpt run --help lists every option with its default and meaning.")]
+    return "\n".join(lines)
+
+
+def _explained(word: str, config_dir: str | None) -> str:
+    known = groups(config_dir)
+    parts = []
+    if word in COMMANDS:
+        parts.append(_command(word, config_dir))
+    if word in known:
+        parts.append(_group(word, known[word], config_dir))
+    if word in OPTIONS and word not in known:
+        parts.append("\n".join(_option(OPTIONS[word])))
+    return "\n\n".join(parts)
+
+
+def _command(name: str, config_dir: str | None) -> str:
+    command = COMMANDS[name]
+    if command.parses_help:
+        command.module.main(["--help"])
+    lines = [_bold(command.usage), *_paragraph(f"{command.help[0].upper()}{command.help[1:]}.")]
+    lines.append(command.module.HELP.rstrip())
+    if name == "run":
+        top = [one for one in OPTIONS.values() if not one.group and one.kinds]
+        lines += ["", _title("run", str(RunOptions.__doc__)), ""]
+        lines += [line for one in top for line in _option(one)]
+        for group, names in groups(config_dir).items():
+            lines += ["", _group(group, names, config_dir)]
+    return "\n".join(lines)
+
+
+def _group(group: str, names: list[str], config_dir: str | None) -> str:
+    """The choices of a group, what each is and sets, and the options of the group."""
+    choices = [read_choice(group, name, config_dir) for name in names]
+    lines = [_title(group, _meaning(group)), ""]
+    for choice in choices:
+        default = " (default)" if defaults().get(group) == choice.name else ""
+        lines += _row(f"{group}={choice.name}", f"{choice.meaning}{default}")
+        if group == "strategy":
+            lines += _strategy_fields(choice)
+        elif sets := _sets(choice):
+            lines += _paragraph(f"Sets {sets}.", COLUMN, _dim)
+    options = [one for one in OPTIONS.values() if one.group == group]
+    return "\n".join(
+        [*lines, *[""][: len(options)], *[line for one in options for line in _option(one)]]
+    )
+
+
+def _sets(choice: Choice) -> str:
+    """What a choice sets that differs from the defaults, without what only names the choice."""
+    kind = _class_of(choice.group)
+    own_name = kind.key(kind.choice_field) if kind else ""
+    return ", ".join(
+        f"{key}={_typed(value)}"
+        for key, value in choice.sets.items()
+        if key != own_name and (key not in OPTIONS or OPTIONS[key].default != value)
+    )
+
+
+def _strategy_fields(choice: Choice) -> Iterator[str]:
+    """The options of a strategy, which are the fields of its class and lines of its file."""
+    for key, value in choice.sets.items():
+        name = key.removeprefix("strategy.")
+        if name != "_target_":
+            meaning = choice.comments.get(name, "")
+            yield from _row(f"    {key}={_typed(value)}", meaning, column=COLUMN + 14)
+
+
+def _meaning(group: str) -> str:
+    """What a group decides, from the docstring of its class."""
+    if kind := _class_of(group):
+        return str(kind.__doc__).partition("\n\n")[0]
+    return OPTIONS[group].facts.help if group in OPTIONS else EXPERIMENT
+
+
+def _class_of(group: str) -> type[Group] | None:
+    """The class of a group; None for strategy and experiment, which have none."""
+    kinds = [field.default_factory for field in fields(RunOptions)]
+    return next((k for k in kinds if isinstance(k, type) and k.group == group), None)
+
+
+def _option(one: Option) -> Iterator[str]:
+    """`option=default`, the values that it may have, and below them what it means."""
+    typed = one.key if one.default == "" else f"{one.key}={_typed(one.default)}"
+    first, *rest = _row(typed, _values(one), column=COLUMN + 10)
+    yield first.replace(one.key, _bold(one.key), 1)
+    yield from rest
+    names = one_of(*one.facts.only_with).words if one.facts.only_with else ""
+    only = f" Only with {one.group}={names}." if names else ""
+    yield from _paragraph(f"{one.facts.help}{only}", STEP)
+
+
+def _values(one: Option) -> str:
+    """The values of an option in words: its type, unit and range, or its choices."""
+    null = " or null" if type(None) in one.kinds else ""
+    allowed, unit = one.facts.allowed, one.facts.unit
+    if allowed.choices:
+        return f"{allowed.words}{null}"
+    kind = one.kind.removesuffix(" or null").partition(", such as")[0].removeprefix("a ")
+    of = f" of {unit}" if unit else ""
+    words = allowed.words.replace(f" {unit}", "") if unit else allowed.words
+    return f"{kind}{of}{null}{f', {words}' if words else ''}"
+
+
+def _typed(value: Any) -> str:
+    """A value as it is typed on the command line."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(map(_typed, value))}]"
+    return str(value)
+
+
+# ---- lines of text that fit the terminal
+
+
+def _width() -> int:
+    return max(60, min(100, shutil.get_terminal_size().columns))
+
+
+def _title(name: str, meaning: str) -> str:
+    text = f"{name}: {' '.join(meaning.split())}"
+    first, *rest = wrap(text, _width())
+    bold = _bold(name) + first.removeprefix(name)
+    return "\n".join([bold, *rest])
+
+
+def _row(name: str, meaning: str, column: int = COLUMN) -> list[str]:
+    """A name, and beside it or, where it is too long, below it what it means."""
+    text = wrap(meaning, _width() - column)
+    start = f"  {name}"
+    if len(start) + 2 > column:
+        return [start, *(" " * column + line for line in text)]
+    first, *rest = text or [""]
+    return [f"{start:<{column}}{first}".rstrip(), *(" " * column + line for line in rest)]
+
+
+def _paragraph(text: str, indent: int = 0, style: Any = str) -> list[str]:
+    lines = wrap(" ".join(text.split()), _width() - indent, break_on_hyphens=False)
+    return [" " * indent + style(line) for line in lines]
+
+
+def _bold(text: str) -> str:
+    return _styled(text, "1")
+
+
+def _dim(text: str) -> str:
+    return _styled(text, "2")
+
+
+def _styled(text: str, code: str) -> str:
+    plain = not sys.stdout.isatty() or "NO_COLOR" in os.environ
+    return text if plain else f"\x1b[{code}m{text}\x1b[0m"

@@ -1,0 +1,31 @@
+"""`fedgpt privacy plan`: what a private run with these options would cost, before anything runs."""
+
+from __future__ import annotations
+
+from fedgpt.cli.words import split_words
+from fedgpt.core.errors import ConfigError
+
+HELP = """
+  fedgpt privacy plan privacy=client privacy.target_epsilon=4 rounds=100
+
+Prints the noise that a run with these options would add, what it protects and
+how well, and what it does not protect. Nothing is trained. The options are
+those of `fedgpt run`; the group privacy follows.
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Print the plan of a private run."""
+    from fedgpt.config import compose
+    from fedgpt.data.shards import load_shards
+    from fedgpt.report.privacy_plan import plan_text
+
+    if not arguments or arguments[0] != "plan":
+        raise ConfigError(
+            f"fedgpt privacy {' '.join(arguments)}: the command is `fedgpt privacy plan"
+            " [key=value ...]`"
+        )
+    options = compose.load(*split_words(arguments[1:]))
+    prepared, shards = load_shards(options)
+    print(plan_text(options, [shard.size for shard in shards], prepared.tokenizer.vocab_size))
+    return 0

@@ -1,0 +1,104 @@
+"""`fedgpt run`: Hydra's command line (overrides, -m, --cfg job, --config-dir) over conf/."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from fedgpt.cli.words import split_words, value_of
+from fedgpt.core.errors import ConfigError, FedGPTError, Interrupted
+
+HELP = """
+  fedgpt run                        a first run, with all defaults
+  fedgpt run model=mini rounds=50   another model, and a longer run
+  fedgpt run experiment=demo        the options of the README's demo
+  fedgpt run -m seed=0,1,2          a sweep: one run for each value
+  fedgpt run resume=FOLDER          continue a run that was stopped
+  fedgpt run --cfg job model=mini   print the configuration, and run nothing
+  fedgpt run --config-dir=DIR model=mine
+                                    choices of your own: DIR/model/mine.yaml
+
+OPTION=VALUE sets one option. GROUP=CHOICE sets several options of a group at
+once; single options of the group may be typed beside it. Each option is listed
+as OPTION=DEFAULT, with the values that it may have. null stands for no value.
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """Check everything that was typed, then start the run, or the runs of a sweep."""
+    from fedgpt.api import resumed
+    from fedgpt.config import compose, overrides
+
+    if options := resumed(arguments):
+        _start(options)
+        return 0
+    words, config_dir = split_words(arguments)
+    sweep = "-m" in arguments or "--multirun" in arguments
+    if sweep and value_of(arguments, "--cfg", "-c"):
+        raise ConfigError(
+            "--cfg: prints one configuration, and -m asks for several; leave one of them out"
+        )
+    if sweep:
+        compose.check_sweep(words, config_dir)
+    else:
+        compose.load(words, config_dir)
+    quoted = [overrides.quoted(word, sweep) if word in words else word for word in arguments]
+    return _hydra(arguments, quoted)
+
+
+def _hydra(arguments: list[str], quoted: list[str]) -> int:
+    """Hand over to Hydra, which composes, sweeps, prints; each job comes back to `job`."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+    from omegaconf import DictConfig
+
+    from fedgpt.cli import exit_code
+    from fedgpt.config import compose
+    from fedgpt.config.choices import CONF
+
+    failures: list[FedGPTError] = []
+
+    def job(cfg: DictConfig) -> float | None:
+        sys.argv = ["fedgpt", "run", *arguments]  # what command.txt holds: words that a shell takes
+        settings = HydraConfig.get()
+        if settings.mode == RunMode.MULTIRUN and not any(
+            o.startswith("run_dir=") for o in settings.overrides.task
+        ):
+            cfg.run_dir = settings.runtime.output_dir
+        if any(isinstance(error, Interrupted) for error in failures):
+            return None
+        try:
+            return _start(compose.to_options(cfg))
+        except FedGPTError as error:
+            # Hydra would print a traceback; and a sweep goes on after a failed job
+            print(f"fedgpt: {error}", file=sys.stderr)
+            failures.append(error)
+            return None
+
+    sys.argv = ["fedgpt run", *quoted]
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name="run")(job)()
+    return exit_code(failures[-1]) if failures else 0
+
+
+def _start(options: Any) -> float:
+    """Run one configuration; returns what Hydra's sweepers minimise."""
+    from fedgpt.flower.launch import launch
+
+    launch(options)
+    return sweep_score(Path(options.run_dir))
+
+
+def sweep_score(folder: Path) -> float:
+    """THE score of a finished run's last version, for a sweeper, which minimises it.
+
+    A score of which higher is better is returned with a minus sign.
+    """
+    import json
+
+    from fedgpt.core.score import Score
+
+    summary = json.loads((folder / "summary.json").read_text())
+    score = Score(summary["score"], summary["higher_is_better"])
+    return score.to_minimise(summary["final"][score.name])

@@ -1,0 +1,101 @@
+"""The groups of conf/ and their choices, read from the files themselves.
+
+Free of Hydra, which takes longer to import than help may take to print.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+PACKAGE = Path(__file__).parents[1]
+# in a wheel conf/ lies inside the package, in a clone beside it
+CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One file of a group: `meaning` is its first comment, `sets` its options as typed -> value,
+    and `comments` what stands behind a value.
+    """
+
+    group: str
+    name: str
+    meaning: str
+    sets: dict[str, Any]
+    comments: dict[str, str]
+
+
+def groups(config_dir: str | None = None) -> dict[str, list[str]]:
+    """Group -> its choices, the default first; from conf/ and from a user's folder.
+
+    The order is that of run.yaml, so that related groups stand together.
+    """
+    found: dict[str, list[str]] = {group: [] for group in defaults()}
+    for root in [CONF, *([Path(config_dir)] if config_dir else [])]:
+        for path in sorted(root.glob("*/*.yaml")):
+            names = found.setdefault(path.parent.name, [])
+            names += [path.stem] if path.stem not in names else []
+    first = defaults()
+    return {
+        group: sorted(
+            names, key=lambda name, group=group: (name != first.get(group), name == "custom")
+        )
+        for group, names in found.items()
+    }
+
+
+@cache
+def defaults() -> dict[str, str | None]:
+    """Group -> the choice that run.yaml makes, None where it makes none."""
+    lines = yaml.safe_load((CONF / "run.yaml").read_text(encoding="utf-8"))["defaults"]
+    pairs = [pair for line in lines if isinstance(line, dict) for pair in line.items()]
+    return {group: choice for group, choice in pairs if " " not in group}
+
+
+def read_choice(group: str, name: str, config_dir: str | None = None) -> Choice:
+    """What a choice is and what it sets; a user's file goes before ours."""
+    roots = [*([Path(config_dir)] if config_dir else []), CONF]
+    path = next(path for root in roots if (path := root / group / f"{name}.yaml").is_file())
+    text = path.read_text(encoding="utf-8")
+    values = yaml.safe_load(text) or {}
+    anywhere = "@package _global_" in text.partition("\n")[0]
+    return Choice(
+        group=group,
+        name=name,
+        meaning=_first_comment(text),
+        sets={
+            **{key: value for line in values.pop("defaults", []) for key, value in _chosen(line)},
+            **dict(_flat(values, "" if anywhere else f"{group}.")),
+        },
+        comments=dict(re.findall(r"^(\w+):[^#\n]*#\s*(.+)$", text, re.M)),
+    )
+
+
+def _first_comment(text: str) -> str:
+    lines = []
+    for line in text.splitlines():
+        if not line.startswith("#"):
+            break
+        lines += [line.lstrip("# ")] if "@package" not in line else []
+    return " ".join(lines)
+
+
+def _chosen(line: Any) -> Iterator[tuple[str, Any]]:
+    """What a line of a defaults list chooses in other groups."""
+    for key, value in line.items() if isinstance(line, dict) else ():
+        yield key.removeprefix("override ").lstrip("/"), value
+
+
+def _flat(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,97 @@
+"""Options of the group `fleet`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import inf
+
+from fedgpt.core.options.option import Group, above, at_least, between, choice, option, share
+
+MODELLED = ("constant", "published", "lognormal", "trace")  # those whose links have options
+
+
+@dataclass
+class FleetOptions(Group):
+    """How fast the simulated clients and their links are.
+
+    With clock=virtual time is modelled; with clock=real a client that is done too early waits.
+    """
+
+    group = "fleet"
+
+    name: str = choice("none", "constant", "published", "lognormal", "trace", "replay")
+    step_seconds: list[float] = option(
+        [1.0],
+        "Time of a local step for each client, in the order of the clients; the list starts again"
+        " where there are more clients.",
+        unit="seconds",
+        only_with=("constant",),
+    )
+    median: float = option(
+        1.0,
+        "Median over the clients of the time of a local step.",
+        unit="seconds",
+        allowed=above(0, "seconds"),
+        only_with=("lognormal",),
+    )
+    spread: float = option(
+        0.5,
+        "Standard deviation over the clients of the logarithm of the time of a local step. 0 makes"
+        " all clients alike.",
+        allowed=between(0, 10),
+        only_with=("lognormal",),
+    )
+    down: float = option(
+        0.0,
+        "Time to send the model to a client, for each megabyte.",
+        unit="seconds per megabyte",
+        allowed=at_least(0, "seconds per megabyte"),
+        only_with=MODELLED,
+    )
+    up: float = option(
+        0.0,
+        "Time to send an update to the server, for each megabyte of the compressed message.",
+        unit="seconds per megabyte",
+        allowed=at_least(0, "seconds per megabyte"),
+        only_with=MODELLED,
+    )
+    jitter: float = option(
+        0.0,
+        "How much the time of a job varies: standard deviation of the logarithm of a factor that"
+        " is drawn for each job.",
+        allowed=between(0, 10),
+        only_with=MODELLED,
+    )
+    dropout: float = option(
+        0.0,
+        "Probability that the update of a job never arrives.",
+        allowed=share(),
+        only_with=MODELLED,
+    )
+    window: list[float] = option(
+        [],
+        "When clients are available, as [seconds available, seconds away], over and over; each"
+        " client starts at another point. An empty list means always.",
+        unit="seconds",
+        only_with=MODELLED,
+    )
+    path: str | None = option(
+        None,
+        "trace: a CSV file with the columns client and step_seconds, and optionally down and up."
+        " replay: events.jsonl of an earlier run.",
+        only_with=("trace", "replay"),
+    )
+
+    def rules(self) -> Iterator[str]:
+        """Lists must hold what they say."""
+        if not self.step_seconds or not all(0 < s < inf for s in self.step_seconds):
+            yield (
+                f"fleet.step_seconds={list(self.step_seconds)}: needs numbers above 0, one for each"
+                " client in turn"
+            )
+        if self.window and not (len(self.window) == 2 and min(self.window) > 0):
+            yield (
+                f"fleet.window={list(self.window)}: must be [seconds available, seconds away], both"
+                " above 0"
+            )

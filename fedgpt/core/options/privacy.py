@@ -1,0 +1,128 @@
+"""Options of the group `privacy`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+
+from fedgpt.core.options.option import (
+    Allowed,
+    Group,
+    above,
+    at_least,
+    facts_of,
+    one_of,
+    option,
+    share,
+)
+
+PRIVATE = ("example", "client", "local")
+
+
+@dataclass
+class PrivacyOptions(Group):
+    """Differential privacy: whose text cannot be recognised in the model, and how surely."""
+
+    group = "privacy"
+    choice_field = "unit"
+    reports_unused = True
+
+    unit: str = option(
+        "none",
+        "What is protected. example: one block of text (model.block_size tokens). client: all text"
+        " of a client. local: every single update, even from the server. The choice of the group"
+        " sets it.",
+        allowed=one_of("none", *PRIVATE),
+    )
+    target_epsilon: float | None = option(
+        None,
+        "Privacy budget epsilon that the run may spend. The noise follows from it, and the run"
+        " stops before it spends more. Smaller is more private. null where"
+        " privacy.noise_multiplier is set.",
+        allowed=above(0),
+        only_with=PRIVATE,
+    )
+    noise_multiplier: float | None = option(
+        None,
+        "Noise, instead of a budget: its standard deviation divided by privacy.clip (local: by"
+        " twice privacy.clip). null means that the noise follows from the budget.",
+        allowed=above(0),
+        only_with=PRIVATE,
+    )
+    delta: float | None = option(
+        None,
+        "Probability delta with which the bound epsilon may fail. null means n ** -1.1, where n is"
+        " the number of protected units (blocks or clients).",
+        allowed=share(zero=False),
+        only_with=PRIVATE,
+    )
+    clip: float = option(
+        1.0,
+        "Longest gradient of a block (example) or longest update (client, local). Longer ones are"
+        " scaled down to this norm before the noise is added.",
+        allowed=above(0),
+    )
+    participations: int | None = option(
+        None,
+        "How often one client may take part: releases with privacy=client, jobs otherwise. null"
+        " means as often as the rounds need.",
+        allowed=at_least(1),
+    )
+    engine: str = option(
+        "bookkeeping",
+        "What computes the gradients of single examples: bookkeeping, which is fedgpt's own and"
+        " fast, or the library opacus.",
+        allowed=one_of("bookkeeping", "opacus"),
+        only_with=("example",),
+    )
+    adaptive: bool = option(
+        False,
+        "Whether privacy.clip follows the median of the update norms, which is itself estimated"
+        " privately.",
+        only_with=("client",),
+    )
+    bands: int = option(
+        1,
+        "Number of successive releases whose noise is correlated (matrix factorisation), so that"
+        " later noise cancels earlier noise.",
+        unit="releases",
+        allowed=Allowed("at least 1 (1 = independent noise)", lambda value: value >= 1),
+        only_with=("client",),
+    )
+    separation: int = option(
+        1,
+        "Fewest versions between two updates of the same client.",
+        unit="versions",
+        allowed=at_least(1, "version"),
+        only_with=("client",),
+    )
+    single: bool = option(
+        False,
+        "Whether a new version may be made of one client's update alone. It needs as much noise as"
+        " privacy=local.",
+        only_with=("client",),
+    )
+    rng: str = option(
+        "secure",
+        "Source of the noise. secure: the operating system's generator. seeded: the run's seed,"
+        " which makes the run reproducible and therefore NOT PRIVATE.",
+        allowed=one_of("secure", "seeded"),
+    )
+
+    def rules(self) -> Iterator[str]:
+        """A value that another unit would need is never passed over in silence, typed or not."""
+        if self.unit not in ("none", *PRIVATE):
+            return
+        for one in fields(self):
+            only_with, value = facts_of(one).only_with, getattr(self, one.name)
+            if not only_with or self.unit in only_with or value == one.default:
+                continue
+            if self.unit == "none" and only_with == PRIVATE:
+                yield (
+                    f"privacy.{one.name}={value}: privacy=none protects nothing; choose example,"
+                    " client or local"
+                )
+            elif self.unit != "none":
+                yield (
+                    f"privacy.{one.name}={value}: an option of privacy={only_with[0]}; leave it out"
+                )

@@ -1,0 +1,139 @@
+"""All options of a run: those above the groups, and the groups."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from fedgpt.core.options.attack import AttackOptions
+from fedgpt.core.options.checkpoint import CheckpointOptions
+from fedgpt.core.options.corpus import CorpusOptions
+from fedgpt.core.options.evaluate import EvaluateOptions
+from fedgpt.core.options.fleet import FleetOptions
+from fedgpt.core.options.local import LocalOptions
+from fedgpt.core.options.model import ModelOptions
+from fedgpt.core.options.option import Allowed, Group, at_least, one_of, option
+from fedgpt.core.options.pace import PaceOptions
+from fedgpt.core.options.partition import PartitionOptions
+from fedgpt.core.options.privacy import PrivacyOptions
+from fedgpt.core.options.runtime import RuntimeOptions
+from fedgpt.core.options.task import TaskOptions
+from fedgpt.core.options.tokenizer import TokenizerOptions
+from fedgpt.core.options.update import UpdateOptions
+from fedgpt.core.options.validate import ValidateOptions
+
+FOLDER = Allowed("a folder", lambda value: value != "")
+
+
+@dataclass
+class RunOptions(Group):
+    """Length, seed, folders and trackers of a run."""
+
+    name: str = option(
+        "run",
+        "Name of the run. It is part of the name of its folder.",
+        allowed=Allowed("a name without a slash", lambda value: value != "" and "/" not in value),
+    )
+    seed: int = option(
+        0,
+        "Seed of all random numbers. The same options and seed give the same run.",
+        allowed=at_least(0),
+    )
+    rounds: int = option(
+        20,
+        "Length of the run: number of versions of the model that the server makes.",
+        unit="versions",
+        allowed=at_least(1),
+    )
+    tokens: int = option(
+        0,
+        "Length of the run, instead of rounds: it ends with the version with which this many"
+        " tokens have been trained on.",
+        unit="tokens",
+        allowed=at_least(0, zero="end after `rounds`"),
+    )
+    clock: str = option(
+        "real",
+        "Clock that the run goes by. real: the time that passes. virtual: the time that the clients"
+        " of the chosen fleet would take; such a run is deterministic, and takes only as long as"
+        " its training.",
+        allowed=one_of("real", "virtual"),
+    )
+    run_dir: str = option(
+        "",
+        "Folder of the run, for its results and checkpoints. By default a new one below runs/ with"
+        " the date, the time and the name of the run.",
+        allowed=FOLDER,
+    )
+    init_from: str | None = option(
+        None,
+        "Folder of a finished run, or of a Hugging Face model (GPT-2, GPT-NeoX), whose weights the"
+        " run starts from. null means random weights.",
+    )
+    resume: str | None = option(
+        None,
+        "Folder of a run to continue. It is typed alone: all other options are those of that run.",
+    )
+    cache_dir: str = option(
+        "",
+        "Folder for prepared corpora, which later runs use again. By default ~/.cache/fedgpt, or"
+        " the environment variable FEDGPT_CACHE.",
+        allowed=FOLDER,
+    )
+    trusted_packages: list[str] = option(
+        [],
+        "Python packages of your own that `_target_` may name. Their code is imported and runs"
+        " with your rights.",
+    )
+    corpus: CorpusOptions = field(default_factory=CorpusOptions)
+    tokenizer: TokenizerOptions = field(default_factory=TokenizerOptions)
+    partition: PartitionOptions = field(default_factory=PartitionOptions)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    task: TaskOptions = field(default_factory=TaskOptions)
+    local: LocalOptions = field(default_factory=LocalOptions)
+    strategy: Any = option(
+        None, "The server's rule: what it makes of updates to get the next version of the model."
+    )
+    pace: PaceOptions = field(default_factory=PaceOptions)
+    fleet: FleetOptions = field(default_factory=FleetOptions)
+    update: UpdateOptions = field(default_factory=UpdateOptions)
+    validate: ValidateOptions = field(default_factory=ValidateOptions)
+    privacy: PrivacyOptions = field(default_factory=PrivacyOptions)
+    attack: AttackOptions = field(default_factory=AttackOptions)
+    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
+    evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
+    checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
+    metrics: list[Any] = option(
+        [],
+        "Further metrics that each evaluation computes: names, or mappings with `_target_` and its"
+        " arguments for metrics of your own.",
+    )
+    track: list[Any] = option(
+        [],
+        "Trackers that follow the run: names, or mappings with `_target_` and its arguments for"
+        " trackers of your own.",
+    )
+
+    def rules(self) -> Iterator[str]:
+        """What contradicts itself across groups, as far as no component has to be asked."""
+        if self.corpus.public == 0 and self.tokenizer.name == "bpe":
+            yield (
+                "corpus.public=0: tokenizer=bpe is trained on the public part; raise it or take"
+                " tokenizer=bytes"
+            )
+        if 0 < self.partition.clients < self.attack.clients:
+            yield (
+                f"attack.clients={self.attack.clients}: more than the"
+                f" partition.clients={self.partition.clients} there are"
+            )
+        if self.checkpoint.journal and self.clock == "virtual":
+            yield (
+                "checkpoint.journal=true: clock=virtual repeats a run to the same bits without one;"
+                " leave it out"
+            )
+        if self.resume is not None:
+            yield (
+                f"resume={self.resume}: stands alone (fedgpt run resume=<folder>); the folder holds"
+                " its own options"
+            )
