@@ -35,12 +35,12 @@ class BatchGradient:
 
     def fill(self, source: BatchSource, count: int) -> Tensor:
         """Write the mean gradient of `count` micro-batches into `grad`; returns their mean loss."""
+        copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]  # no public form
         total = torch.zeros((), device=self.grad.device)
         for micro in range(count):
             loss, grads = self(source.next())
             if micro == 0:
-                # no public form
-                torch._foreach_copy_(self._views, grads)  # pyright: ignore[reportPrivateImportUsage]
+                copy(self._views, grads)
             else:
                 for view, grad in zip(self._views, grads, strict=True):
                     view.add_(grad)
