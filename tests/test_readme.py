@@ -141,15 +141,15 @@ def check_options(command: str, words: list[str], folder: Path, readme: str) -> 
         assert command == "run" and len(words) == 1, f"{words}: resume= stands alone"
         return
     for word in chosen.overrides:
-        if word.startswith("strategy._target_="):
-            bring_strategy(word.partition("=")[2], folder, readme)
+        for target in re.findall(r"_target_[=:]([\w.]+)", word):
+            bring_class(target, folder, readme)
     config_dir = bring_choices(chosen.overrides, folder / "conf") if chosen.config_dir else None
     (compose.check_sweep if chosen.multirun else compose.load)(chosen.overrides, config_dir)
 
 
-def bring_strategy(target: str, folder: Path, readme: str) -> None:
-    """Write the README's own class to the module that a command names, unless it is one of ours or
-    of Flower.
+def bring_class(target: str, folder: Path, readme: str) -> None:
+    """Write the document's own class to the module that a command names, unless it is one of ours
+    or of Flower.
     """
     module, _, name = target.rpartition(".")
     if module.split(".")[0] not in ("fedgpt", "flwr"):
