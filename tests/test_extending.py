@@ -105,6 +105,7 @@ def test_a_recipe_does_what_it_says(kind, folder, plain, tmp_path, monkeypatch, 
     recipe = RECIPES[kind]
     (code,) = blocks(recipe, "python")
     (folder / "mine.py").write_text(code)
+    printed, last = "", [""]
     for words in commands(recipe):
         if words[0] == "fedgpt" and len(words) > 2:
             assert type_in(small(words, tmp_path / "text"), monkeypatch) == 0
