@@ -85,8 +85,7 @@ def test_every_row_of_the_table_has_a_recipe_and_files_that_exist():
         for word in re.sub(r"^not possible$|[`}\]]", "", outside).split():
             assert word.split("[")[-1] in typed, f"{kind}: {word} is in no command"
         for path in re.findall(r"`([\w/.]+)`", inside):
-            if hasattr(cli, "Command") or kind != "command":
-                assert (ROOT / path).parent.is_dir(), path
+            assert (ROOT / path).parent.is_dir(), path
             assert path in RECIPES[kind], f"{kind}: {path} is only in the table"
 
 
@@ -179,7 +178,6 @@ SAID = {
 }
 
 
-@pytest.mark.skipif(not hasattr(cli, "Command"), reason="commands are not files yet")
 def test_the_recipe_of_a_command_does_what_it_says(folder, plain, monkeypatch, capfd):
     code, line = blocks(RECIPES["command"], "python")
     (shown,) = blocks(RECIPES["command"], "text")
