@@ -313,7 +313,7 @@ def test_blocks_share_no_token_and_start_at_the_start():
     inputs, targets = blocks.take(np.array([0, 3]))
     np.testing.assert_array_equal(inputs[0], range(9))
     np.testing.assert_array_equal(targets[1], range(31, 40))
-    with pytest.raises(ValueError, match="5 tokens are no block of block_size=9"):
+    with pytest.raises(ValueError, match="5 tokens do not fill a block of block_size=9"):
         Blocks(np.arange(5), 9)
 
 
