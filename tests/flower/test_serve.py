@@ -10,10 +10,10 @@ import weakref
 import pytest
 from support.here import run_here, tiny_run
 
+from fedgpt import assemble
 from fedgpt.client import work
 from fedgpt.core.errors import ConfigError, FedGPTError, StoppedEarly
 from fedgpt.core.faults import Injected, injected
-from fedgpt.flower import serve
 from fedgpt.storage import checkpoint
 from fedgpt.storage.journal import Journal
 from fedgpt.storage.run_folder import JsonLines, read_lines
@@ -137,7 +137,7 @@ def test_the_initial_model_is_freed_when_no_job_uses_it(tmp_path, options, monke
     """After a resume the same holds for the base versions of all jobs that were in flight."""
     kept = []
 
-    class Watched(serve.Server):
+    class Watched(assemble.Server):
         def __init__(self, *parts, **more):
             super().__init__(*parts, **more)
             self.began = weakref.ref(self.state.params)
@@ -146,7 +146,7 @@ def test_the_initial_model_is_freed_when_no_job_uses_it(tmp_path, options, monke
             super()._end(over)
             kept.append(self.began() is not None)
 
-    monkeypatch.setattr(serve, "Server", Watched)
+    monkeypatch.setattr(assemble, "Server", Watched)
     run_here(*options)
     assert kept == [False]
 

@@ -286,7 +286,7 @@ def test_a_strategy_that_cannot_be_saved_says_so_and_still_works(late, caplog):
         ours(strategy, start(), range(3))
     assert strategy.unsaved == ("seen",)
     assert {1, 2, 3} <= strategy.inner.seen
-    assert ("cannot resume" in caplog.text) is late
+    assert ("cannot be resumed" in caplog.text) is late
 
 
 @pytest.mark.parametrize(
