@@ -104,6 +104,7 @@ def test_a_recipe_does_what_it_says(kind, folder, plain, tmp_path, monkeypatch, 
     recipe = RECIPES[kind]
     (code,) = blocks(recipe, "python")
     (folder / "mine.py").write_text(code)
+    printed, last = "", [""]
     for words in commands(recipe):
         if words[0] == "fedgpt" and len(words) > 2:
             assert type_in(small(words, tmp_path / "text"), monkeypatch) == 0
@@ -177,7 +178,6 @@ SAID = {
 }
 
 
-@pytest.mark.skipif(not hasattr(cli, "Command"), reason="commands are not files yet")
 def test_the_recipe_of_a_command_does_what_it_says(folder, plain, monkeypatch, capfd):
     code, line = blocks(RECIPES["command"], "python")
     (shown,) = blocks(RECIPES["command"], "text")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from support.here import HereGrid, run_here, tiny_run
+from support.here import run_here, tiny_run
 from support.world import TESTS
 from support.world import summary as summary_of
 from test_families import ASYNCHRONOUS, ROBUST, SYNCHRONOUS
@@ -25,13 +25,16 @@ from fedgpt.core.seeds import derive_seed
 from fedgpt.data.batches import Batches
 from fedgpt.data.partition import partition
 from fedgpt.data.prepare import prepare
+from fedgpt.flower.client_app import app
+from fedgpt.flower.in_process_grid import InProcessGrid
 from fedgpt.flower.messages import job_content, params_record, read_job
+from fedgpt.flower.run_config import run_config_of
 from fedgpt.flower.serve import serve
 from fedgpt.local.schedule import learning_rate
 from fedgpt.model.gpt import GPT
 from fedgpt.model.hf import export_model, import_model
 from fedgpt.update.codec import compress
-from fedgpt.update.compress import compressor_of
+from fedgpt.update.compress import codec_of
 
 # the second of two blocks, the last norm and the head
 TRAINED = ("transformer.h.1.", "transformer.ln_f.", "lm_head.")
@@ -111,9 +114,9 @@ def test_every_strategy_trains_the_half(half, strategy):
 def test_every_codec_sends_the_half(half, way):
     done = half.run(f"way-{way}", f"update={way}")
     half.check(f"way-{way}")
-    compressor = compressor_of(compose.load([f"update={way}"]).update)
+    codec = codec_of(compose.load([f"update={way}"]).update)
     delta = np.random.default_rng(0).standard_normal(SIZE).astype(np.float32)
-    expected = compress(delta, compressor).nbytes
+    expected = compress(delta, codec).nbytes
     assert done["bytes_up"] / 4 == pytest.approx(expected, rel=0.02, abs=HEADER)
 
 
@@ -269,7 +272,7 @@ def test_a_client_with_another_base_refuses_by_name(half, capsys):
         compose.load([*half.options, run_dir, f"init_from={half.folder / name}"])
         for name in ("ours", "theirs")
     )
-    grid = HereGrid(2, {"config": compose.to_yaml(theirs)}, str(half.folder / "clients"))
+    grid = InProcessGrid(app, 2, run_config_of(theirs), str(half.folder / "clients"))
     with pytest.raises(FedGPTError, match="0 valid updates of 2 jobs"):
         serve(ours, grid)
     told = capsys.readouterr().out

@@ -16,10 +16,9 @@ from fedgpt.core.errors import ConfigError
 from fedgpt.core.messages import ServerState
 from fedgpt.core.options import EvaluateOptions, RunOptions
 from fedgpt.core.score import Score
-from fedgpt.server.metrics import first_line
 from fedgpt.storage.best_weights import BestWeights
 from fedgpt.storage.checkpoint import Checkpoints, Snapshot
-from fedgpt.storage.tables import RunIdentity
+from fedgpt.storage.tables import RunIdentity, VersionLine
 
 TASK = ("task=custom", "task._target_=support.labels_task.DocumentLabel")
 TRUST = "trusted_packages=[support]"
@@ -127,7 +126,8 @@ def test_a_label_that_the_task_does_not_know_is_an_error():
 
 def test_rollback_follows_the_direction_of_the_score(tmp_path):
     options = RunOptions(evaluate=EvaluateOptions(rollback=0.1))
-    snapshot = Snapshot(ServerState(np.zeros(3, np.float32)), RunIdentity("run"), first_line())
+    state = ServerState(np.zeros(3, np.float32))
+    snapshot = Snapshot(state, RunIdentity("run"), VersionLine({}))
     best = BestWeights(
         options, Checkpoints(tmp_path, 1), snapshot, Score("right", higher_is_better=True)
     )
