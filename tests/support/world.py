@@ -17,7 +17,7 @@ from typing import Any
 from fedgpt.storage.run_folder import read_lines
 
 TESTS = Path(__file__).parent.parent
-LONG = 180.0  # seconds; bounds every wait, none is expected to come near
+LONG = 600.0  # seconds; bounds every wait, none is expected to come near
 WRITERS = ("ann", "bob", "eve")
 PARAMETERS = 7_424  # of a model that is trained in no time
 ROUNDS = 6  # of the run that is stopped in different ways

@@ -75,6 +75,7 @@ for number, (name, more) in enumerate({needs!r}.items()):
 @pytest.mark.slow
 def test_every_way_of_an_update_trains_and_a_restart_keeps_what_was_left_out(world, finished):
     ways = sorted(path.stem for path in (TESTS.parent / "conf" / "update").glob("*.yaml"))
+    ways.remove("custom")  # it needs a class from outside
     told = world.python(f"""
 for number, way in enumerate({ways!r} + ["none update.downlink=bf16", "none update.downlink=int8"]):
     chosen = f"runtime.workers=1 rounds=4 run_dir=way-{{number}} update={{way}}".split()
