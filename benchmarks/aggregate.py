@@ -148,6 +148,7 @@ def turns(
     The replies are made anew in each round, because Flower's strategies empty them.
     """
     seconds: list[list[float]] = [[], []]
+    arrays, result = None, weights[0]
     for _ in range(rounds):
         replies = [reply(vector, shapes, number) for number, vector in enumerate(weights)]
         began = time.perf_counter()

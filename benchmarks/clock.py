@@ -40,6 +40,7 @@ class Instant:
     """A transport whose clients reply immediately."""
 
     virtual = False
+    at_once = None  # all clients
 
     def __init__(self, names: list[str]):
         self.names, self._done = names, list[Reply]()
@@ -47,7 +48,7 @@ class Instant:
     def clients(self, timeout: float) -> list[ClientInfo]:
         return [ClientInfo(name, 1000) for name in self.names]
 
-    def there(self, client: str) -> bool:
+    def available(self, client: str) -> bool:
         return True
 
     def send(self, jobs: Sequence[Job]) -> None:
@@ -90,11 +91,12 @@ def main() -> None:
 def rounds(fleet: FleetOptions, clients: int, in_flight: int, events: int) -> list[float]:
     """Events a second in five rounds of `events` each, after the fleet has been filled."""
     names = [f"client{i:06d}" for i in range(clients)]
-    clock, flight = VirtualTransport(Instant(names), Fleet(fleet, seed=0)), InFlight()
+    clock = VirtualTransport(Instant(names), Fleet(fleet, seed=0))
+    flight = InFlight(clock)
     clock.clients(0)
     pace = Buffer(PaceOptions("buffer", clients=in_flight), seed=0)
     plan = Plan("run", local_steps=40, tokens_done=0, tokens_per_step=1, tokens_total=1)
-    roster = Roster(names, flight.busy, clock.there)
+    roster = Roster(names, flight.busy, clock.available)
     dispatched = version = 0
     speeds = []
     for count in (in_flight, *[events] * 5):
@@ -106,8 +108,7 @@ def rounds(fleet: FleetOptions, clients: int, in_flight: int, events: int) -> li
                 Job(client, dispatched + i, version, NOTHING, plan, clock.now())
                 for i, client in enumerate(chosen)
             ]
-            flight.add(jobs)
-            clock.send(jobs)
+            flight.send(jobs)
             dispatched += len(jobs)
             for reply in clock.receive(None):
                 flight.pop(reply.client, reply.number)

@@ -27,7 +27,7 @@ class Transport(Protocol):
         """
         ...
 
-    def there(self, client: str) -> bool:
+    def available(self, client: str) -> bool:
         """Whether a client takes jobs now."""
         ...
 

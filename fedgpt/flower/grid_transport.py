@@ -116,7 +116,7 @@ class GridTransport:
                 return replies
             self._wait(left)
 
-    def there(self, client: str) -> bool:
+    def available(self, client: str) -> bool:
         """Always true: a job for a client that has left gets an error reply."""
         return True
 

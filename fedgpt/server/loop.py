@@ -142,7 +142,7 @@ class Server:
         """Give jobs to the clients that the pacing chooses, from the newest model."""
         transport = self.parts.transport
         roster = Roster(
-            self.clients.ids, self.jobs.busy, lambda c: self._may_ask(c) and transport.there(c)
+            self.clients.ids, self.jobs.busy, lambda c: self._may_ask(c) and transport.available(c)
         )
         chosen = self.pace.start(self._progress(), roster)
         if not chosen and not len(self.jobs) and not any(map(self._may_ask, self.clients.ids)):

@@ -38,11 +38,11 @@ class Roster:
 
     clients: Sequence[str]
     busy: Container[str]
-    there: Callable[[str], bool]
+    available: Callable[[str], bool]
 
     def free(self, client: str) -> bool:
         """Whether `client` is connected and without a job."""
-        return client not in self.busy and self.there(client)
+        return client not in self.busy and self.available(client)
 
 
 class Pace(Protocol):

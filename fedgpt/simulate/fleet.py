@@ -49,7 +49,7 @@ class Timing(Protocol):
         """When the job's reply arrives, or why it is lost; `bytes_down` is the job's size."""
         ...
 
-    def there(self, client: str, now: float) -> bool:
+    def available(self, client: str, now: float) -> bool:
         """Whether a client is available at the time `now`."""
         ...
 
@@ -117,7 +117,7 @@ class Fleet:
             return Trip(leaves, lost="went away")
         return Trip(job.sent + work, per_byte=device.up / MEGABYTE, leaves=leaves)
 
-    def there(self, client: str, now: float) -> bool:
+    def available(self, client: str, now: float) -> bool:
         """Whether the client's window of availability is open."""
         return self._left(client, now) > 0
 

@@ -39,7 +39,7 @@ class Replay:
         """The recorded trip; a job without a recorded arrival never arrives."""
         return self._trips.get((job.client, job.number), Trip(math.inf, lost="not in the record"))
 
-    def there(self, client: str, now: float) -> bool:
+    def available(self, client: str, now: float) -> bool:
         """Always true: the recorded run sent jobs to available clients only."""
         return True
 

@@ -52,11 +52,11 @@ class VirtualTransport:
         self.timing.meet([info.id for info in infos])
         return infos
 
-    def there(self, client: str) -> bool:
+    def available(self, client: str) -> bool:
         """Whether the client is available at the present virtual time."""
-        there = self.timing.there(client, self._now)
-        self._someone_is_away |= not there
-        return there
+        available = self.timing.available(client, self._now)
+        self._someone_is_away |= not available
+        return available
 
     def send(self, jobs: Sequence[Job]) -> None:
         """Start to compute every job whose reply will arrive, and record when it arrives."""

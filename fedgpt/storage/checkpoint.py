@@ -1,11 +1,13 @@
-"""Checkpoints: what a restart finds. Written beside, synced, renamed; the digest file is the commit
-mark.
+"""Checkpoints: the files that a run is resumed from.
 
-checkpoints/version-00000012.safetensors    state, counters, base versions of jobs in flight
-checkpoints/version-00000012.sha256         its digest, written last: the commit
-checkpoints/best.safetensors                the weights with the lowest held-out loss, their digest
-with them checkpoints/starts.json                     how often in a row the newest one was loaded
-and nothing came of it
+    checkpoints/version-00000012.safetensors  state, counters, base versions of jobs in flight
+    checkpoints/version-00000012.sha256       its digest, written last: it commits the checkpoint
+    checkpoints/best.safetensors              the best weights, with their score and digest
+    checkpoints/starts.json                   how many starts in a row were from the newest
+                                              checkpoint and made no new version
+
+Each file is written under a temporary name, synced and renamed, so a crash leaves the old file or
+the new one.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from fedgpt.core.messages import ServerState
 from fedgpt.storage.tables import Clients, RunIdentity, RunTotals, VersionLine
 
 FORMAT = 4
-MOST_STARTS = 3  # from one checkpoint, without a version made: then it is put aside
+MOST_STARTS = 3  # from one checkpoint without a new version: then the one before is used
 log = logging.getLogger(__name__)
 
 
@@ -50,17 +52,15 @@ class Snapshot:
 
 
 class Checkpoints:
-    """The `checkpoints/` folder of a run: the newest `keep` that are whole, and the best
-    weights.
-    """
+    """The `checkpoints/` folder of a run: the newest `keep` checkpoints and the best weights."""
 
     def __init__(self, folder: Path, keep: int, committed: Callable[[int], None] | None = None):
         """`committed` is called, in the writing thread, with the oldest version kept, once a new
         one is on the disk.
         """
         self.folder, self.keep, self._committed = folder, keep, committed
-        # a version that `recover` has put aside, as starts from it came to nothing
-        self.given_up: int | None = None
+        # the version whose checkpoint `recover` retired because no start from it made a new one
+        self.retired: int | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
@@ -86,8 +86,7 @@ class Checkpoints:
         self._writer.shutdown()
 
     def load(self) -> Snapshot | None:
-        """The newest checkpoint whose digest matches; those that cannot be used are passed over
-        with a warning.
+        """The newest checkpoint whose digest matches; unusable ones are skipped with a warning.
 
         None where none was ever committed; raises FedGPTError where all that were are damaged.
         Changes nothing: a reader may come while a run writes.
@@ -95,16 +94,15 @@ class Checkpoints:
         return self._newest()[0]
 
     def recover(self) -> Snapshot | None:
-        """What a run starts from, under its lock: as `load`, and what cannot be used is put aside
-        for good.
+        """As `load`, for the server that holds the run's lock: it also cleans the folder.
 
-        So is a checkpoint from which start after start came to nothing; what a killed write left is
-        deleted.
+        Unusable checkpoints are renamed to .damaged, also one from which MOST_STARTS starts in a
+        row made no new version. Temporary files of a killed server are deleted.
         """
-        snapshot, aside = self._newest()
-        for unusable in aside:  # it must not count as the newest again
+        snapshot, skipped = self._newest()
+        for unusable in skipped:  # it must not count as the newest again
             if self._starts(unusable) >= MOST_STARTS:
-                self.given_up = _version_of(unusable)
+                self.retired = _version_of(unusable)
             unusable.rename(unusable.with_suffix(".damaged"))
             _mark(unusable).unlink(missing_ok=True)
         for left in self.folder.glob(".*"):  # see core/files.py
@@ -113,8 +111,8 @@ class Checkpoints:
 
     def _newest(self) -> tuple[Snapshot | None, list[Path]]:
         """(the newest that can be used, those that cannot), as the files are."""
-        aside: list[Path] = []
-        tried: Snapshot | None = None  # whole, though starts from it came to nothing
+        skipped: list[Path] = []
+        tried: Snapshot | None = None  # undamaged, though no start from it made a new version
         damaged: list[str] = []
         paths = sorted(self.folder.glob("version-*.safetensors"), reverse=True)
         for path in paths:
@@ -124,39 +122,37 @@ class Checkpoints:
                 log.warning(
                     "checkpoint %s is damaged (%s); trying the one before", path.name, error
                 )
-                aside.append(path)
+                skipped.append(path)
                 damaged += [f"{path.name}: {error}"] if _mark(path).exists() else []
                 continue
             if self._starts(path) >= MOST_STARTS and path is not paths[-1]:
                 log.warning(
-                    "%d starts from %s came to nothing; trying the one before",
+                    "%d starts from %s made no new version; trying the one before",
                     MOST_STARTS,
                     path.name,
                 )
-                aside.append(path)
+                skipped.append(path)
                 tried = snapshot
                 continue
-            return snapshot, aside
+            return snapshot, skipped
         if tried is not None:
             return tried, []
         if damaged:
-            told = "; ".join(damaged)
+            reasons = "; ".join(damaged)
             raise FedGPTError(
-                f"no checkpoint in {self.folder} can be used ({told}); start again with another"
+                f"no checkpoint in {self.folder} can be used ({reasons}); start again with another"
                 " run_dir"
             )
         return None, []
 
     def started(self, version: int) -> None:
-        """Note that a server starts from `version`; `ended` and the next checkpoint take it
-        back.
-        """
+        """Count a start from `version`; `ended` and the next checkpoint reset the count."""
         starts = self._starts(self._path(version)) + 1
         write_text(self.folder / "starts.json", json.dumps({"version": version, "starts": starts}))
         reach("open")
 
     def ended(self) -> None:
-        """The server has stopped by its own will."""
+        """The server stopped in order: reset the count of starts."""
         (self.folder / "starts.json").unlink(missing_ok=True)
 
     def save_best(self, params: np.ndarray, version: int, value: float) -> None:
@@ -191,8 +187,8 @@ class Checkpoints:
 
     def _starts(self, path: Path) -> int:
         try:
-            told = json.loads((self.folder / "starts.json").read_text())
-            return int(told["starts"]) if self._path(told["version"]) == path else 0
+            counted = json.loads((self.folder / "starts.json").read_text())
+            return int(counted["starts"]) if self._path(counted["version"]) == path else 0
         except (OSError, ValueError, KeyError, TypeError):
             return 0
 
@@ -217,8 +213,8 @@ class Checkpoints:
         path = self._path(state.version)
         reach("checkpoint.begin")
         with replacing(path) as temporary:
-            # one metadata key: safetensors keeps several in no fixed order, and equal states shall
-            # be equal files
+            # one metadata key: safetensors writes several in random order, and equal states must
+            # give equal files
             tensors = {name: np.require(array, requirements="C") for name, array in tensors.items()}
             save_file(tensors, temporary, metadata={"fedgpt": json.dumps(about)})
             reach("checkpoint.written")
@@ -267,10 +263,17 @@ class Checkpoints:
 def converted(old: dict[str, Any]) -> dict[str, Any]:
     """The JSON of format 3, of fedgpt 0.1 before November 2026, as this version writes it."""
     columns = {
-        "next_number": "next_task", "accepted": "accepted", "cached_version": "held",
-        "strikes": "strikes", "resting_until": "quarantine", "speed": "speeds",
-        "tokens": "trained", "charged": "charged", "released": "last", "seconds": "busy",
-    }  # fmt: skip
+        "next_number": "next_task",
+        "accepted": "accepted",
+        "cached_version": "held",
+        "strikes": "strikes",
+        "resting_until": "quarantine",
+        "speed": "speeds",
+        "tokens": "trained",
+        "charged": "charged",
+        "released": "last",
+        "seconds": "busy",
+    }
     codes = {"unknown_task": "unknown_job"}
     totals = {field.name: old[field.name] for field in fields(RunTotals)}
     totals["rejected"] = {codes.get(code, code): n for code, n in old["rejected"].items()}

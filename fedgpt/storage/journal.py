@@ -1,21 +1,20 @@
-"""The write-ahead log of a run on the real clock: what came from outside since the newest
-checkpoint.
+"""The write-ahead log of a run on the real clock: everything from outside since a checkpoint.
 
-The server's loop is a function of its snapshot and of what its transport tells it: replies, the
-time, who is there. `Journaled` writes all of that down, in order, and forces it to the disk before
-the next job leaves. A restarted server loads the snapshot and is told the same again: it takes the
-same steps to the same bits, without asking a client, and goes on live where the log ends. So no
-accepted update is lost and none counts twice, and a privacy ledger that charges before a release
-charges the same again.
+The server's loop is a function of its snapshot and of what its transport returns: replies, the
+time, which clients are available. `RecordedTransport` records all of that, in order, and forces it
+to the disk before the next job is sent. A restarted server loads the snapshot and replays the log:
+it takes the same steps to the same bits, without asking a client, and continues live where the log
+ends. So no accepted update is lost and none counts twice, and a privacy ledger that charges before
+a release charges the same again.
 
     wal/version-00000012.log    what came after the server step that made version 12
     entry                       "FGJ2", length of the JSON, length of the payloads, CRC-32 of both,
                                 JSON, payloads
 
-A crash can cut the last entry off: what is whole before it counts, and nothing behind it. Only the
-files of versions before the oldest kept checkpoint are deleted: from each of them the log leads to
-where the run stood. Where a file is missing, or an entry does not fit the run, what follows is of a
-future that will not happen, and is deleted.
+A crash can truncate the last entry: the complete entries before it are replayed, and the rest is
+deleted. The log reaches back to the oldest checkpoint that is kept, so a restart can begin from any
+of them. Where a file is missing, or an entry does not fit the run, all later entries belong to a
+course that the run no longer takes, and are deleted.
 """
 
 from __future__ import annotations
@@ -42,17 +41,16 @@ from fedgpt.core.transport import Transport
 
 HEAD = struct.Struct("<4sIQI")
 MAGIC = b"FGJ2"
-Key = tuple[str, int]  # (client, task)
+Key = tuple[str, int]  # (client, number of its job)
 log = logging.getLogger(__name__)
 
 
 def needs_journal(options: RunOptions, switches: bool) -> bool:
-    """Whether a run keeps a journal: as `checkpoint.journal` says, else where work done again is
-    not the same work.
+    """Whether a run keeps a journal: as `checkpoint.journal` says, else where a restart could not
+    repeat lost work to the same bits, or only by asking real clients again.
 
     A cohort of simulated clients repeats its jobs to the same bits, and the virtual clock repeats
-    everything. A buffer on the real clock does not (`switches`: the strategy may change to one),
-    and real clients have better things to do.
+    everything. A buffer on the real clock does not (`switches`: the strategy may change to one).
     """
     if options.checkpoint.journal is not None:
         return options.checkpoint.journal
@@ -62,13 +60,13 @@ def needs_journal(options: RunOptions, switches: bool) -> bool:
 
 @dataclass(frozen=True)
 class Entry:
-    """One call of the transport, and what the loop had asked since the entry before."""
+    """One call of the transport, and the loop's other questions since the entry before."""
 
     call: str  # send, receive, or step: the end of a version
-    jobs: tuple[Key, ...] = ()  # that were sent
-    replies: tuple[Reply, ...] = ()  # that were received
+    jobs: tuple[Key, ...] = ()  # sent
+    replies: tuple[Reply, ...] = ()  # received
     times: tuple[float, ...] = ()  # readings of the clock
-    away: frozenset[str] = frozenset()  # clients that were not there
+    away: frozenset[str] = frozenset()  # clients that were not available
     clients: int = 0  # how many the run has
 
 
@@ -83,7 +81,7 @@ class Journal:
         self._last = (0, 0)  # version and place in its file of the entry that was read last
 
     def begin(self, version: int) -> None:
-        """What is appended from now on came after the server step that made `version`."""
+        """Append from now on to the file of `version`, which the server has just made."""
         self.close()
         self._version = version
 
@@ -113,53 +111,52 @@ class Journal:
             os.fsync(self._stream.fileno())
 
     def read(self, version: int) -> Iterator[Entry]:
-        """The entries from `version` on, each read when it is asked for, as far as one leads to the
-        next.
+        """Yield the entries from `version` on, read one at a time.
 
-        What follows a damaged entry, or a version whose end is missing, is deleted.
+        Everything after a damaged entry, or after a version without its last entry, is deleted.
         """
         # whether what was read ends with a server step, so that the next version's file goes on
         stepped = True
         while stepped and self._path(version).exists():
-            stepped, whole = False, 0
+            stepped, complete = False, 0
             with self._path(version).open("rb") as stream:
                 while (entry := _read_entry(stream)) is not None:
-                    self._last = (version, whole)
-                    whole = stream.tell()
+                    self._last = (version, complete)
+                    complete = stream.tell()
                     stepped = entry.call == "step"
                     yield entry
-                rest = os.fstat(stream.fileno()).st_size - whole
+                rest = os.fstat(stream.fileno()).st_size - complete
             if rest:
                 log.warning(
-                    "%s: the last %d bytes are not whole; they are left out",
+                    "%s: the last %d bytes are an incomplete entry; they are deleted",
                     self._path(version).name,
                     rest,
                 )
-                os.truncate(self._path(version), whole)
+                os.truncate(self._path(version), complete)
                 stepped = False
             version += 1
         self.forget(version)
 
     def cut(self) -> None:
-        """Delete the entry that was read last, and all behind it."""
+        """Delete the entry that was read last and all after it."""
         version, place = self._last
         os.truncate(self._path(version), place)
         self.forget(version + 1)
 
     def drop(self, before: int) -> None:
-        """Delete what came before version `before`: no checkpoint that is kept needs it."""
+        """Delete the files of versions before `before`, which no kept checkpoint needs."""
         for path in self._paths():
             if _version_of(path) < before:
                 path.unlink(missing_ok=True)
 
     def forget(self, version: int) -> None:
-        """Delete what came after the server step that made `version`."""
+        """Delete the files of `version` and of all later ones."""
         for path in self._paths():
             if _version_of(path) >= version:
                 path.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Delete everything: the run is over, or shall ask its clients again."""
+        """Delete the whole log: the run is over, or its clients are to be asked again."""
         self.close()
         self.forget(0)
 
@@ -178,7 +175,7 @@ class Journal:
 
 
 class RecordedTransport:
-    """A Transport that writes down what the inner one says, or says again what was written down."""
+    """A Transport that records what the inner one returns, or replays what was recorded."""
 
     virtual = False
 
@@ -186,35 +183,35 @@ class RecordedTransport:
         """Continue from the snapshot of `version`, taken at `now` on the run's clock."""
         self.inner, self.journal, self.at_once = inner, journal, inner.at_once
         journal.begin(version)
-        self._begun = False  # whether what was in flight at the snapshot is on its way again
+        self._begun = False  # whether the jobs in flight at the snapshot were handed to `send`
         self._entries = journal.read(version)
-        self._next: Entry | None = None  # to be told again; None: live
-        self._told = 0  # how many of its clock readings have been
+        self._next: Entry | None = None  # to be replayed; None: live
+        self._times_read = 0  # how many of its clock readings have been replayed
         self._times: list[float] = []  # live: readings since the last entry
-        self._there: dict[str, bool] = {}  # live: answers since the last entry
-        self._open: dict[Key, Job] = {}  # jobs sent again that the log has no reply to
+        self._available: dict[str, bool] = {}  # live: answers since the last entry
+        self._open: dict[Key, Job] = {}  # jobs sent in the log that no reply was replayed for
         self._last, self._offset = now, now - inner.now()
         self._clients = 0
 
     def clients(self, timeout: float) -> list[ClientInfo]:
-        """The inner transport's clients, all of whom must be back for the log to be of use."""
+        """The inner transport's clients; the log is replayed only if all of them are back."""
         infos = self.inner.clients(timeout)
         self._clients = len(infos)
         return infos
 
-    def there(self, client: str) -> bool:
-        """As the inner transport says, the same until something is sent or received."""
+    def available(self, client: str) -> bool:
+        """As the inner transport says; the answer is kept until something is sent or received."""
         if self._next is not None:
             return client not in self._next.away
-        if client not in self._there:
-            self._there[client] = self.inner.there(client)
-        return self._there[client]
+        if client not in self._available:
+            self._available[client] = self.inner.available(client)
+        return self._available[client]
 
     def send(self, jobs: Sequence[Job]) -> None:
-        """Write down that the jobs leave, with all before it, then let them.
+        """Record the jobs, with all before them, on the disk; then send them.
 
-        The first call is of what was in flight at the snapshot, none for a new run: there the log
-        begins.
+        The first call has the jobs in flight at the snapshot, none for a new run. The log begins
+        there.
         """
         keys = tuple((job.client, job.number) for job in jobs)
         if not self._begun:
@@ -229,7 +226,7 @@ class RecordedTransport:
             self.inner.send(jobs)
 
     def receive(self, timeout: float | None) -> list[Reply]:
-        """The inner transport's replies, written down."""
+        """The inner transport's replies, recorded."""
         if (entry := self._next) and self._replays("receive"):
             for reply in entry.replies:
                 self._open.pop((reply.client, reply.number), None)
@@ -241,9 +238,7 @@ class RecordedTransport:
         return replies
 
     def step(self, version: int) -> None:
-        """The server has made `version`: a snapshot of it contains all that is written up to
-        here.
-        """
+        """The server has made `version`: its snapshot contains everything recorded so far."""
         if self._replays("step"):
             self.journal.begin(version)
             self._advance()
@@ -266,18 +261,16 @@ class RecordedTransport:
     def now(self) -> float:
         """Seconds on the run's clock, which stands still while no server runs."""
         if self._next is not None:
-            if self._told < len(self._next.times):
-                self._last = self._next.times[self._told]
-                self._told += 1
+            if self._times_read < len(self._next.times):
+                self._last = self._next.times[self._times_read]
+                self._times_read += 1
         else:
             self._last = max(self._last, self._offset + self.inner.now())
             self._times.append(self._last)
         return self._last
 
     def over(self) -> None:
-        """Told the same again, the server would stop again; a log that nobody was told of is
-        kept.
-        """
+        """The run is over: delete the log, unless `send` was never called and it was not read."""
         if self._begun:
             self.journal.clear()
 
@@ -287,12 +280,13 @@ class RecordedTransport:
         self.inner.close()
 
     def _begin(self, jobs: dict[Key, Job]) -> None:
-        """Send what was in flight, or wait with that until the log is told."""
-        self._begun, self._times, self._there, self._open = True, [], {}, jobs
+        """Send the jobs in flight at the snapshot, at once or when the log has been replayed."""
+        self._begun, self._times, self._available, self._open = True, [], {}, jobs
         first = next(self._entries, None)
         if first is not None and first.clients != self._clients:
             log.warning(
-                "the log is of %d clients, %d are there: they are asked again",
+                "the log was written with %d clients, %d are connected: it is deleted, and the"
+                " clients are asked again",
                 first.clients,
                 self._clients,
             )
@@ -303,36 +297,34 @@ class RecordedTransport:
             self._go_live()
 
     def _write(self, call: str, **about: Any) -> None:
-        away = frozenset(client for client, there in self._there.items() if not there)
+        away = frozenset(client for client, available in self._available.items() if not available)
         entry = Entry(call, times=tuple(self._times), away=away, clients=self._clients, **about)
-        self._times, self._there = [], {}
+        self._times, self._available = [], {}
         self.journal.append(entry)
 
     def _replays(self, call: str, jobs: tuple[Key, ...] = ()) -> bool:
-        """Whether the next entry is of this call; a log that does not fit the run is left
-        behind.
-        """
+        """Whether the next entry is of this call; a log that does not fit the run is cut there."""
         if self._next is None:
             return False
         if (self._next.call, self._next.jobs) == (call, jobs):
             return True
         log.warning(
-            "the log does not fit the run from here on (was it made by another version?): going on"
-            " without it"
+            "the log does not fit the run from here on (was it written by another version of"
+            " fedgpt?): continuing without it"
         )
         self.journal.cut()
         self._go_live()
         return False
 
     def _advance(self) -> None:
-        assert self._next is not None, "only an entry that is there can be passed"
+        assert self._next is not None, "no entry to pass"
         self._last = self._next.times[-1] if self._next.times else self._last
-        self._next, self._told = next(self._entries, None), 0
+        self._next, self._times_read = next(self._entries, None), 0
         if self._next is None:
             self._go_live()
 
     def _go_live(self) -> None:
-        """Send what the log leaves open; the clock goes on from its last reading."""
+        """Send the jobs that the log has no reply to; the clock continues from its last reading."""
         self._next, self._times = None, []
         self._offset = self._last - self.inner.now()
         jobs, self._open = list(self._open.values()), {}
@@ -382,7 +374,7 @@ def _seconds(reply: Reply) -> float | None:
 
 
 def _read_entry(stream: IO[bytes]) -> Entry | None:
-    """The next entry; None at the end, and where it is not whole."""
+    """The next entry; None at the end of the file and for an incomplete or damaged entry."""
     head = stream.read(HEAD.size)
     if len(head) < HEAD.size:
         return None
@@ -394,23 +386,23 @@ def _read_entry(stream: IO[bytes]) -> Entry | None:
     about, payload = stream.read(about_size), stream.read(payload_size)
     if zlib.crc32(payload, zlib.crc32(about)) != checksum:
         return None
-    told = json.loads(about)
+    stored = json.loads(about)
     replies, start = [], 0
-    for client, number, header, error, code, size, seconds, array in told["replies"]:
+    for client, number, header, error, code, size, seconds, array in stored["replies"]:
         values = None
         if array is not None:
             values = np.ndarray(array[1], array[0], payload, start)
             start += values.nbytes
         took = JobTime(None, False) if seconds is not None and isnan(seconds) else JobTime(seconds)
         replies.append(Reply(client, number, header, values, error, code, size, took))
-    jobs = tuple((client, number) for client, number in told["jobs"])
+    jobs = tuple((client, number) for client, number in stored["jobs"])
     return Entry(
-        told["call"],
+        stored["call"],
         jobs,
         tuple(replies),
-        tuple(told["times"]),
-        frozenset(told["away"]),
-        told["clients"],
+        tuple(stored["times"]),
+        frozenset(stored["away"]),
+        stored["clients"],
     )
 
 

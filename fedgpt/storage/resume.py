@@ -34,8 +34,8 @@ def open_or_resume(
     checkpoints = Checkpoints(folder.checkpoints, keep)
     snapshot = checkpoints.recover()
     checkpoints.close()
-    if checkpoints.given_up is not None:  # the journal leads to where the starts failed
-        Journal(folder.wal).forget(checkpoints.given_up)
+    if checkpoints.retired is not None:  # the journal leads to where the starts failed
+        Journal(folder.wal).forget(checkpoints.retired)
     if snapshot is None:
         snapshot = start()
         folder.metrics.keep([])

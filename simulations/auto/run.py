@@ -66,9 +66,12 @@ def main() -> None:
 
 def mean_time(one, targets: tuple[float, ...]) -> float:
     """The mean virtual time to the losses; raises SystemExit if one is never reached."""
-    found = [seconds_to(one, loss) for loss in targets]
-    if None in found:
-        sys.exit(f"{one.folder} never reaches a loss of {targets[found.index(None)]}")
+    found = []
+    for loss in targets:
+        seconds = seconds_to(one, loss)
+        if seconds is None:
+            sys.exit(f"{one.folder} never reaches a loss of {loss}")
+        found.append(seconds)
     return statistics.mean(found)
 
 

@@ -1,4 +1,4 @@
-"""Every wrong option is told at once, named as typed, before any work."""
+"""All wrong options are reported together, named as typed, before any work."""
 
 from __future__ import annotations
 

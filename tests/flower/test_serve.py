@@ -177,4 +177,4 @@ def test_a_journal_whose_replay_crashes_is_discarded_with_its_checkpoint(
     monkeypatch.setattr(Journal, "read", noted)
     assert run_here(*options)["versions"] == 6
     assert found == [(3, ["version-00000003.log"])]
-    assert "3 starts from version-00000004.safetensors came to nothing" in caplog.text
+    assert "3 starts from version-00000004.safetensors made no new version" in caplog.text

@@ -43,7 +43,7 @@ GOLDEN = [
 
 
 def accepted(run):
-    return run.told("accept")
+    return run.events_of("accept")
 
 
 def test_the_published_workers_arrive_as_in_the_golden_trace(tmp_path):
@@ -66,7 +66,7 @@ def test_fedbuff_counts_staleness_in_flushes(tmp_path):
 
 def test_dylu_makes_jobs_as_long_as_each_other(tmp_path):
     run = run_virtual(tmp_path, FOUR, DeltaSGD(), rounds=170, local={"steps": 50}, dylu=True)
-    steps = {about["client"]: about["steps"] for about in run.told("dispatch")}
+    steps = {about["client"]: about["steps"] for about in run.events_of("dispatch")}
     assert [steps[c] for c in "abcd"] == [50, 38, 19, 8]  # after one measured job each
     late = [a["staleness"] for a in accepted(run)][-100:]
     assert Counter(late).most_common(1)[0][0] == 3 and max(late) <= 4  # k - 1 nearly everywhere
@@ -84,14 +84,14 @@ def test_dylu_makes_jobs_as_long_as_each_other(tmp_path):
 )
 def test_dylu_steps_of_the_note(tmp_path, steps, expected):
     run = run_virtual(tmp_path, FOUR, DeltaSGD(), rounds=30, local={"steps": steps}, dylu=True)
-    last = {about["client"]: about["steps"] for about in run.told("dispatch")}
+    last = {about["client"]: about["steps"] for about in run.events_of("dispatch")}
     assert [last[c] for c in "abcd"] == expected
 
 
 def test_dylu_with_equal_speeds_changes_nothing(tmp_path):
     equal = FleetOptions("constant", step_seconds=[1.0])
     run = run_virtual(tmp_path, FOUR, DeltaSGD(), rounds=20, fleet=equal, dylu=True)
-    assert {about["steps"] for about in run.told("dispatch")} == {10}
+    assert {about["steps"] for about in run.events_of("dispatch")} == {10}
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_a_stale_update_changes_no_speed(tmp_path, monkeypatch):
     monkeypatch.setattr(JobPlanner, "measure", noted)
     run = run_virtual(tmp_path, FOUR, DeltaSGD(), rounds=60, max_staleness=4)
     assert run.summary["rejected"]["stale"] > 0
-    assert len(measured) == len(run.told("accept"))
+    assert len(measured) == len(run.events_of("accept"))
 
 
 def test_max_staleness_drops_with_a_reason(tmp_path):
@@ -209,7 +209,7 @@ def test_the_state_of_a_dropped_update_is_not_gone_on_from(tmp_path):
 def test_a_job_without_an_answer_is_given_up_and_its_client_asked_again(tmp_path):
     slow = FleetOptions("constant", step_seconds=[1.0, 1.0, 1.0, 100.0])
     run = run_virtual(tmp_path, FOUR, DeltaSGD(), rounds=30, fleet=slow, deadline=25.0)
-    given_up = run.told("reject")
+    given_up = run.events_of("reject")
     assert {about["client"] for about in given_up} == {"d"} and {
         about["code"] for about in given_up
     } == {"no_reply"}
@@ -227,7 +227,7 @@ def test_clients_that_only_fail_stop_the_run(tmp_path):
 def test_dropouts_and_windows_delay_and_never_block(tmp_path):
     fleet = FleetOptions("published", dropout=0.3, window=[100.0, 60.0], jitter=0.2)
     run = run_virtual(tmp_path, FOUR, DeltaSGD(), rounds=60, fleet=fleet)
-    lost = Counter(about["detail"] for about in run.told("reject"))
+    lost = Counter(about["detail"] for about in run.events_of("reject"))
     assert run.summary["versions"] == 60 and {"dropped out", "went away"} <= set(lost)
 
 

@@ -35,7 +35,7 @@ def auto_run(folder, clients=FOUR, strategy=None, **more):
 
 
 def switches(run):
-    return [(round(about["seconds"], 1), about["pacing"]) for about in run.told("pacing")]
+    return [(round(about["seconds"], 1), about["pacing"]) for about in run.events_of("pacing")]
 
 
 def test_gain_is_what_the_note_says():
@@ -55,7 +55,7 @@ def test_unequal_clients_make_it_asynchronous_within_the_first_round(tmp_path):
     run = auto_run(tmp_path)
     ((seconds, pacing),) = switches(run)
     assert pacing == "buffer" and 9.16 <= seconds < 9.16 + 0.02 * 9.3 + 0.1
-    assert [about["steps"] for about in run.told("dispatch")] == [10] * len(run.jobs)
+    assert [about["steps"] for about in run.events_of("dispatch")] == [10] * len(run.jobs)
     assert run.metrics[1]["accepted"] == 2 and all(
         record["accepted"] == 1 for record in run.metrics[2:]
     )
@@ -63,7 +63,7 @@ def test_unequal_clients_make_it_asynchronous_within_the_first_round(tmp_path):
         None,
         *["buffer"] * (len(run.metrics) - 1),
     ]
-    (opened,) = (about for about in run.told("open"))
+    (opened,) = (about for about in run.events_of("open"))
     assert run.summary["tokens"] >= opened["tokens_total"] == 20 * 4 * 640, (
         "its length is counted in rounds"
     )
@@ -108,7 +108,7 @@ def test_with_a_deadline_who_missed_it_is_known_to_be_slow(tmp_path):
     fleet = FleetOptions("constant", step_seconds=[1.0, 1.0, 1.0, 100.0])
     run = auto_run(tmp_path, fleet=fleet, deadline=50.0, rounds=40)
     assert [pacing for _, pacing in switches(run)] == ["buffer", "cohort", "buffer"]
-    (quarantine,) = run.told("quarantine")
+    (quarantine,) = run.events_of("quarantine")
     assert quarantine["seconds"] < switches(run)[1][0]
     assert run.server.clients.speeds["d"] <= 10 / 50
 
@@ -172,7 +172,9 @@ def test_more_clients_than_workers_are_no_reason_to_go_asynchronous(tmp_path):
 
     o = scripted.options(tmp_path, rounds=12)
     run = scripted.run(o, dict.fromkeys("abcdefgh", trained), Auto(), kind=TwoWorkers)
-    assert run.told("pacing") == [] and {record["accepted"] for record in run.metrics[1:]} == {8}
+    assert run.events_of("pacing") == [] and {record["accepted"] for record in run.metrics[1:]} == {
+        8
+    }
     assert set(run.server.clients.speeds.values()) == {4.0}
 
 
@@ -188,7 +190,7 @@ def growing(job):
 
 def test_updates_that_grow_bring_the_rounds_back_and_keep_them(tmp_path):
     run = auto_run(tmp_path, dict.fromkeys("abcd", growing), Auto(rest=5), rounds=30)
-    told = run.told("pacing")
+    told = run.events_of("pacing")
     assert [about["pacing"] for about in told[:3]] == ["buffer", "cohort", "buffer"]
     assert "grown" in told[1]["reason"]
     assert told[2]["version"] - told[1]["version"] >= 5
@@ -214,7 +216,7 @@ def test_a_restart_goes_on_with_the_pacing_it_had(tmp_path, client, where):
     """Early and late, in the rest after harm, and after the switch that follows it."""
     strategy = Auto(rest=5)
     whole = auto_run(tmp_path / "whole", dict.fromkeys("abcd", client), strategy)
-    versions = [about["version"] for about in whole.told("pacing")]
+    versions = [about["version"] for about in whole.events_of("pacing")]
     crash_at = (
         {"rest": versions[1] + 2, "back": versions[2] + 2}[where]
         if isinstance(where, str)

@@ -167,8 +167,8 @@ def test_garbage_in_every_round_is_as_if_the_client_never_answered(tmp_path, rul
     bad, without = outcomes
     assert np.array_equal(bad.params, without.params) and bad.version == len(GARBAGE)
     assert bad.server.totals.rejected == dict.fromkeys(GARBAGE, 1)
-    assert {e["client"] for e in bad.told("accept")} == set(HONEST)
-    assert {e["client"] for e in bad.told("reject")} == {"mallory"}
+    assert {e["client"] for e in bad.events_of("accept")} == set(HONEST)
+    assert {e["client"] for e in bad.events_of("reject")} == {"mallory"}
 
 
 def test_the_servers_own_update_and_an_evaluation_never_compute_at_once(tmp_path):
@@ -195,7 +195,7 @@ def test_the_servers_own_update_and_an_evaluation_never_compute_at_once(tmp_path
 
 def test_garbage_three_times_in_a_row_is_quarantined(tmp_path):
     outcome = run(options(tmp_path, rounds=8), {**HONEST, "mallory": garbage})
-    (told,) = outcome.told("quarantine")
+    (told,) = outcome.events_of("quarantine")
     assert told["client"] == "mallory" and told["until"] == 3 + 10
 
 
@@ -213,7 +213,7 @@ def test_quarantine_ends_and_survives_a_restart(tmp_path):
         return o
 
     whole = run(two_rounds(tmp_path / "whole"), {**HONEST, "z": ill})
-    assert [e["version"] for e in whole.told("quarantine_end")] == [5]
+    assert [e["version"] for e in whole.events_of("quarantine_end")] == [5]
     asked = [job.version for job in whole.jobs if job.client == "z"]
     assert asked == [0, 1, 2, 5, 6, 7]
     assert [m["quarantined"] for m in whole.metrics[1:]] == [0, 0, 1, 1, 1, 0, 0, 0]
@@ -239,7 +239,7 @@ def test_being_too_late_for_a_goal_is_no_failure(tmp_path):
     o = options(tmp_path, rounds=8, goal=5)
     outcome = run(o, {**HONEST, "slow": lambda job: honest(job, 3.0)})
     assert (
-        outcome.told("quarantine") == []
+        outcome.events_of("quarantine") == []
         and len([j for j in outcome.jobs if j.client == "slow"]) == 8
     )
 

@@ -46,7 +46,8 @@ def ledger(folder: Path) -> dict:
 def test_coins_choose_and_every_version_is_paid(tmp_path):
     done = start(tmp_path, rounds=12)
     sizes = [
-        len([e for e in done.told("accept") if e["version"] == version]) for version in range(12)
+        len([e for e in done.events_of("accept") if e["version"] == version])
+        for version in range(12)
     ]
     assert 2 < np.mean(sizes) < 6 and len(set(sizes)) > 2
     assert ledger(tmp_path)["events"] == [
@@ -135,10 +136,12 @@ def test_in_a_buffer_nobody_is_twice_in_a_sum_or_too_often_in_the_run(tmp_path):
 
 def test_stale_updates_cost_less_so_clients_may_come_more_often(tmp_path):
     done = start(tmp_path, FedBuff(), rounds=9, pace=BUFFER, participations=3)
-    staleness = [e["staleness"] for e in done.told("accept")]
+    staleness = [e["staleness"] for e in done.events_of("accept")]
     assert max(staleness) > 0
     spent = ledger(tmp_path)["spent"]
-    counts = {client: sum(e["client"] == client for e in done.told("accept")) for client in spent}
+    counts = {
+        client: sum(e["client"] == client for e in done.events_of("accept")) for client in spent
+    }
     assert all(spent[client] <= 3 + 1e-9 for client in spent) and any(
         counts[c] > spent[c] + 0.4 for c in spent
     )
@@ -162,7 +165,7 @@ def test_clients_stay_as_many_versions_apart_as_they_must(tmp_path, bands):
     pace = {"name": "cohort", "clients": 2}
     done = start(tmp_path, rounds=8, pace=pace, separation=3, bands=bands, participations=3)
     versions: dict[str, list[int]] = {}
-    for e in done.told("accept"):
+    for e in done.events_of("accept"):
         versions.setdefault(e["client"], []).append(e["version"])
     gaps = [b - a for times in versions.values() for a, b in pairwise(times)]
     assert gaps and min(gaps) >= 3
@@ -177,4 +180,4 @@ def test_what_the_server_has_learned_of_norms_does_not_reach_the_next_version(tm
 
     o, plan = private(tmp_path, pace={"clients": 8})
     done = scripted.run(o, {**CLIENTS, "a": long}, plan=plan)
-    assert not done.told("reject") and done.server.totals.norms == ()
+    assert not done.events_of("reject") and done.server.totals.norms == ()

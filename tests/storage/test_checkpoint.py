@@ -107,7 +107,7 @@ def test_a_line_that_a_crash_cut_off_is_left_out(tmp_path):
     assert json.loads(path.read_text().splitlines()[0]) == {"version": 0}
 
 
-def test_after_three_starts_that_came_to_nothing_the_one_before_is_used(tmp_path, caplog):
+def test_after_three_starts_without_a_new_version_the_one_before_is_used(tmp_path, caplog):
     save(tmp_path, 1, 2)
     for _ in range(3):
         checkpoints = Checkpoints(tmp_path, 2)
@@ -116,8 +116,8 @@ def test_after_three_starts_that_came_to_nothing_the_one_before_is_used(tmp_path
         checkpoints.close()
     checkpoints = Checkpoints(tmp_path, 2)
     assert checkpoints.load().state.version == 1, "as a reader has it"
-    assert checkpoints.recover().state.version == 1 and checkpoints.given_up == 2
-    assert "3 starts from version-00000002.safetensors came to nothing" in caplog.text
+    assert checkpoints.recover().state.version == 1 and checkpoints.retired == 2
+    assert "3 starts from version-00000002.safetensors made no new version" in caplog.text
     assert (tmp_path / "version-00000002.damaged").exists()
 
 

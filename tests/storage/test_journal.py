@@ -1,6 +1,4 @@
-"""The write-ahead log: what it holds after any cut, and that a server that is told it again loses
-nothing.
-"""
+"""The write-ahead log: what it holds after any cut, and that replaying it loses nothing."""
 
 from __future__ import annotations
 
@@ -223,8 +221,10 @@ def test_a_pacing_that_changed_by_the_clock_changes_again_at_the_same_moment(tmp
     again = run(o, uneven(-1.0), Auto(), journal=True)
     first, begun = outcomes[0].accepted, outcomes[0].accepted_until(from_version)
     assert again.accepted[: len(first) - begun] == first[begun:]
-    switched = [about for about in outcomes[0].told("pacing") if about["version"] >= from_version]
-    assert again.told("pacing")[: len(switched)] == switched
+    switched = [
+        about for about in outcomes[0].events_of("pacing") if about["version"] >= from_version
+    ]
+    assert again.events_of("pacing")[: len(switched)] == switched
     assert switched or from_version or len(first) < 3, "or nothing was tested"
 
 
@@ -353,7 +353,7 @@ def test_without_its_clients_the_log_is_of_no_use(tmp_path, caplog):
     with injected("accepted:2:raise"), pytest.raises(Injected):
         run(o, dict.fromkeys("abc", honest), journal=True)
     again = run(o, dict.fromkeys("abcd", honest), journal=True)
-    assert "the log is of 3 clients, 4 are there" in caplog.text
+    assert "the log was written with 3 clients, 4 are connected" in caplog.text
     assert again.version == 2 and len(again.jobs) == 8
 
 

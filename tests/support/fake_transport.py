@@ -53,7 +53,7 @@ class ScriptTransport:
     def clients(self, timeout: float) -> list[ClientInfo]:
         return [ClientInfo(name, 10_000) for name in sorted(self.behaviours)]
 
-    def there(self, client: str) -> bool:
+    def available(self, client: str) -> bool:
         return True
 
     def abandon(self, keys) -> None:

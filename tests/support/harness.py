@@ -73,18 +73,18 @@ class Outcome:
         """Every job that was sent, in order."""
         return self.transport.jobs
 
-    def told(self, *names: str) -> list[dict[str, Any]]:
+    def events_of(self, *names: str) -> list[dict[str, Any]]:
         """The events of these names, as events.jsonl has them."""
         return [event.as_json() for event in self.events if event.name in names]
 
     @property
     def accepted(self) -> list[tuple[str, int, float]]:
-        return [(e["client"], e["number"], e["seconds"]) for e in self.told("accept")]
+        return [(e["client"], e["number"], e["seconds"]) for e in self.events_of("accept")]
 
     def accepted_until(self, version: int) -> int:
         """How many updates had been accepted when `version` was made."""
         count = 0
-        for event in self.told("accept", "version"):
+        for event in self.events_of("accept", "version"):
             if event["event"] == "version" and event["version"] == version:
                 return count
             count += event["event"] == "accept"
@@ -181,7 +181,7 @@ class LatePool:
     def clients(self, timeout: float) -> list[ClientInfo]:
         return [ClientInfo(name, 10_000) for name in sorted(self.behaviours)]
 
-    def there(self, client: str) -> bool:
+    def available(self, client: str) -> bool:
         return True
 
     def send(self, jobs: Sequence[Job]) -> None:
