@@ -40,7 +40,7 @@ class Instant:
     """A transport whose clients reply immediately."""
 
     virtual = False
-    at_once = None  # all clients
+    at_once: int | None = None  # every client
 
     def __init__(self, names: list[str]):
         self.names, self._done = names, list[Reply]()
