@@ -96,12 +96,38 @@ class Partition(ABC):
         """
 
 
-def check_clients(clients: int, name: str) -> None:
-    """Raise ConfigError where the partition `name`, which makes clients, is to make none."""
-    if clients < 1:
-        raise ConfigError(
-            f"partition.clients={clients}: partition={name} makes clients; say how many, 1 or more"
-        )
+@dataclass(frozen=True)
+class MadeClients(Partition):
+    """A partition that makes its clients, where others keep those of the corpus."""
+
+    clients: int = 8
+    remedies: ClassVar[tuple[str, ...]] = ("lower partition.clients",)
+
+    def __post_init__(self) -> None:
+        if self.clients < 1:
+            raise ConfigError(
+                f"partition.clients={self.clients}: partition={type(self).__name__.lower()} makes"
+                " clients; say how many, 1 or more"
+            )
+
+
+@dataclass(frozen=True)
+class Pieces(MadeClients):
+    """Deals pieces of text out to clients that it makes; a subclass sets the clients' shares."""
+
+    piece: int = 1024  # tokens
+    remedies: ClassVar[tuple[str, ...]] = ("lower partition.clients", "lower partition.piece")
+
+    def deal_pieces(
+        self, spans: np.ndarray, shares: np.ndarray, generator: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Cut spans (n, 2) into pieces and deal those out in random order, by shares that sum to 1.
+
+        Returns the fragments of the pieces, (fragments, 2), and the client's index of each,
+        (fragments,). Each of the `shares` (clients,) is met as nearly as whole pieces allow.
+        """
+        fragments, number = _cut(spans, self.piece)
+        return fragments, _deal(int(number[-1]) + 1, shares, generator)[number]
 
 
 def made_clients(count: int) -> list[str]:
@@ -139,13 +165,13 @@ def merged(spans: np.ndarray) -> np.ndarray:
     return np.stack([first, last], axis=1).astype(np.int64)
 
 
-def cut_pieces(spans: np.ndarray, piece: int) -> tuple[np.ndarray, np.ndarray]:
+def _cut(spans: np.ndarray, piece: int) -> tuple[np.ndarray, np.ndarray]:
     """Cut the concatenation of spans (n, 2) every `piece` tokens.
 
     Returns fragments (fragments, 2) and the number of the piece that each belongs to (fragments,).
     A piece that runs over the end of a document has several fragments.
 
-    >>> fragments, number = cut_pieces(np.array([[0, 7], [12, 20]]), 10)
+    >>> fragments, number = _cut(np.array([[0, 7], [12, 20]]), 10)
     >>> fragments.tolist(), number.tolist()
     ([[0, 7], [12, 15], [15, 20]], [0, 0, 1])
     """
@@ -158,7 +184,7 @@ def cut_pieces(spans: np.ndarray, piece: int) -> tuple[np.ndarray, np.ndarray]:
     return np.stack([start, start + np.diff(bounds)], axis=1), first // piece
 
 
-def deal_pieces(count: int, shares: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+def _deal(count: int, shares: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Return the client's index of each of `count` pieces, (count,), in random order.
 
     `shares` (clients,) sum to 1; each client gets a number of pieces as near to its share as

@@ -9,33 +9,15 @@ import numpy as np
 
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.seeds import numpy_generator
-from fedgpt.data.partitions.base import (
-    Documents,
-    Partition,
-    Shard,
-    check_clients,
-    cut_pieces,
-    deal_pieces,
-    made_clients,
-    shards_of,
-)
+from fedgpt.data.partitions.base import Documents, Pieces, Shard, made_clients, shards_of
 
 
 @dataclass(frozen=True)
-class Dirichlet(Partition):
+class Dirichlet(Pieces):
     """Pieces of each label, dealt by proportions drawn for that label from Dirichlet(alpha)."""
 
-    clients: int = 8
     alpha: float = 0.5  # concentration: a smaller one gives more uneven mixtures
-    piece: int = 1024  # tokens
-    remedies: ClassVar[tuple[str, ...]] = (
-        "lower partition.clients",
-        "lower partition.piece",
-        "raise partition.alpha",
-    )
-
-    def __post_init__(self) -> None:
-        check_clients(self.clients, "dirichlet")
+    remedies: ClassVar[tuple[str, ...]] = (*Pieces.remedies, "raise partition.alpha")
 
     def deal(self, documents: Documents, seed: int) -> list[Shard]:
         """Return `clients` shards; raises ConfigError where all documents have one label."""
@@ -49,9 +31,9 @@ class Dirichlet(Partition):
         fragments, owners = [], []
         for index, name in enumerate(names):
             generator = numpy_generator(seed, "partition", "dirichlet", str(name))
-            pieces, number = cut_pieces(documents.spans[label == index], self.piece)
             shares = generator.dirichlet(np.full(self.clients, self.alpha))
-            fragments.append(pieces)
-            owners.append(deal_pieces(int(number[-1]) + 1, shares, generator)[number])
+            spans, indices = self.deal_pieces(documents.spans[label == index], shares, generator)
+            fragments.append(spans)
+            owners.append(indices)
         clients = made_clients(self.clients)
         return shards_of(clients, np.concatenate(fragments), np.concatenate(owners))

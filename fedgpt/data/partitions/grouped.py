@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
 from fedgpt.core.errors import ConfigError
 from fedgpt.data.partitions.base import (
     Documents,
-    Partition,
+    MadeClients,
     Shard,
-    check_clients,
     made_clients,
     shards_of,
 )
 
 
 @dataclass(frozen=True)
-class Grouped(Partition):
+class Grouped(MadeClients):
     """Natural clients, the largest first, each given to the made client with the fewest tokens."""
-
-    clients: int = 8
-    remedies: ClassVar[tuple[str, ...]] = ("lower partition.clients",)
-
-    def __post_init__(self) -> None:
-        check_clients(self.clients, "grouped")
 
     def deal(self, documents: Documents, seed: int) -> list[Shard]:
         """Return `clients` shards; the documents of a natural client are all in one of them."""

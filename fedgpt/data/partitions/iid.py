@@ -3,38 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
 from fedgpt.core.seeds import numpy_generator
-from fedgpt.data.partitions.base import (
-    Documents,
-    Partition,
-    Shard,
-    check_clients,
-    cut_pieces,
-    deal_pieces,
-    made_clients,
-    shards_of,
-)
+from fedgpt.data.partitions.base import Documents, Pieces, Shard, made_clients, shards_of
 
 
 @dataclass(frozen=True)
-class Iid(Partition):
+class Iid(Pieces):
     """Pieces of all text, shuffled, in equal numbers for each client."""
-
-    clients: int = 8
-    piece: int = 1024  # tokens
-    remedies: ClassVar[tuple[str, ...]] = ("lower partition.clients", "lower partition.piece")
-
-    def __post_init__(self) -> None:
-        check_clients(self.clients, "iid")
 
     def deal(self, documents: Documents, seed: int) -> list[Shard]:
         """Return `clients` shards of as many pieces each, to within one."""
-        fragments, number = cut_pieces(documents.spans, self.piece)
         shares = np.full(self.clients, 1 / self.clients)
         generator = numpy_generator(seed, "partition", "iid")
-        owners = deal_pieces(int(number[-1]) + 1, shares, generator)[number]
+        fragments, owners = self.deal_pieces(documents.spans, shares, generator)
         return shards_of(made_clients(self.clients), fragments, owners)
