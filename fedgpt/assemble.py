@@ -1,8 +1,8 @@
 """One run put together from its parts: text, model, strategy, transport, evaluation, loop, report.
 
 This file knows no Flower: flower/serve.py gives it a `Network`, and tests give it their own.
-The order matters: everything that can refuse a run comes before anything is written into its
-folder.
+The order matters: everything that can refuse a run comes before its configuration is written into
+its folder.
 """
 
 from __future__ import annotations
@@ -110,13 +110,11 @@ def serve(options: RunOptions, network: Network) -> dict[str, Any]:
 
 def _serve(setting: Setting, network: Network) -> dict[str, Any]:
     options, folder = setting.options, setting.folder
+    strategy, evaluation = _strategy(setting, network), _evaluation(setting)
     snapshot = _snapshot(setting)
-    task, compute = make_task(options), setting.resources.compute
-    evaluation = CentralEvaluation(options, setting.prepared, task, compute, setting.base)
-    strategy = _strategy(setting, network)
     names, resumed_at = evaluation.scoring.names, snapshot.state.version
     trackers = make_trackers(options, folder.path, resumed_at, names)
-    _claim(folder, options)  # nothing is wrong so far: a run that is refused leaves no folder
+    _claim(folder, options)  # from here on nothing refuses the run
     switches, pacing = strategy.switches, snapshot.totals.pacing or None
     score = evaluation.scoring.score.name
     display = ProgressDisplay(options, switches=switches, pacing=pacing, score=score)
@@ -204,6 +202,19 @@ def _strategy(setting: Setting, network: Network) -> Strategy:
             f" own update needs more than model.block_size={block}; raise it"
         )
     return strategy
+
+
+def _evaluation(setting: Setting) -> CentralEvaluation:
+    options, task = setting.options, make_task(setting.options)
+    try:
+        return CentralEvaluation(
+            options, setting.prepared, task, setting.resources.compute, setting.base
+        )
+    except ValueError as error:  # a task raises it for held-out text that it cannot use
+        raise ConfigError(
+            f"task={options.task.name}: {type(task).__name__} refused the held-out text ({error});"
+            " change task.arguments, or raise corpus.held_out"
+        ) from error
 
 
 def _claim(folder: RunFolder, options: RunOptions) -> None:

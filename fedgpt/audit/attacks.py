@@ -98,6 +98,11 @@ def audit(
     o: RunOptions, strategy: Strategy, prepared: Prepared, shards: Sequence[Shard]
 ) -> Findings:
     """All attacks; raises ConfigError if the configuration has no mechanism to attack."""
+    if o.task.name != "lm":
+        raise ConfigError(
+            f"task={o.task.name}: fedgpt audit plants text for next-token prediction and looks for"
+            " it, so it attacks task=lm only; leave task out"
+        )
     if o.privacy.unit == "local":
         raise ConfigError(
             "privacy=local: an update is noised before it leaves the client, so there is nothing to"

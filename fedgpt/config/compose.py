@@ -22,6 +22,7 @@ from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import RunOptions, TaskOptions
 from fedgpt.core.runtimes import runtime_problems
 from fedgpt.privacy.problems import Rule, privacy_problems
+from fedgpt.report.trackers import tracker_problems
 from fedgpt.server.pacing import make_pace
 from fedgpt.simulate.replay import replay_problems
 
@@ -241,6 +242,7 @@ def _problems(o: RunOptions, on_this_machine: bool) -> Iterator[str]:
         if isinstance(strategy, Strategy):
             rule = Rule(strategy.name, strategy.linear, strategy.switches)
         yield from privacy_problems(o, rule)
+    yield from tracker_problems(o)
     if o.task != TaskOptions() or o.metrics:
         yield from _task_problems(o)
 

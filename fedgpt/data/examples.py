@@ -80,9 +80,10 @@ class Examples:
 
     def spread(self, tokens: int) -> Examples:
         """Examples that span about `tokens` input positions, evenly over all; 0: all of them."""
-        if not 0 < tokens <= int(counted((self.rows[0], self.rows[1]))):
+        width = self.rows[0].size(1)
+        if not 0 < tokens < len(self) * width:
             return self
-        count = max(1, tokens // self.rows[0].size(1))
+        count = max(1, tokens // width)
         chosen = np.linspace(0, len(self) - 1, count).round().astype(np.int64)
         return Examples(self.take(np.unique(chosen)))
 

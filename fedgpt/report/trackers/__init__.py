@@ -42,6 +42,15 @@ def make_trackers(
     return [_Guarded(name, tracker, run, shown) for name, tracker in _built(options)]
 
 
+def tracker_problems(options: RunOptions) -> list[str]:
+    """Return why `make_trackers` would raise ConfigError; empty where it would not."""
+    try:
+        _built(options)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
 class _Guarded(Tracker):
     """A tracker that lacks no version, gets no secret, and whose failure costs the run nothing."""
 
