@@ -10,8 +10,16 @@ import pytest
 from support import mechanism as m
 
 from fedgpt.aggregate.fedavg import FedAvg
-from fedgpt.audit.attacks import audit_client, audit_example, membership, token_leak
-from fedgpt.core.options import LocalOptions, ModelOptions, PaceOptions, PrivacyOptions, RunOptions
+from fedgpt.audit.attacks import audit, audit_client, audit_example, membership, token_leak
+from fedgpt.core.errors import ConfigError
+from fedgpt.core.options import (
+    LocalOptions,
+    ModelOptions,
+    PaceOptions,
+    PrivacyOptions,
+    RunOptions,
+    TaskOptions,
+)
 from fedgpt.privacy.accounting import Event
 from fedgpt.privacy.plan import PrivacyPlan
 
@@ -128,3 +136,10 @@ def test_members_are_found_if_the_model_has_memorised_its_text():
     noisy = replace(plan, planned=Event(30.0, 1.0, 300))
     hidden = [membership(o, VOCAB, tokens, noisy, 300) for _ in range(3)]
     assert np.mean([each["auc"] for each in hidden]) < 0.7 and hidden[0]["blocks"] == 20
+
+
+def test_another_task_than_language_modelling_is_refused():
+    o, _ = tiny()
+    o = replace(o, task=TaskOptions("custom", "support.labels_task.DocumentLabel"))
+    with pytest.raises(ConfigError, match="task=custom: fedgpt audit plants text"):
+        audit(o, FedAvg(), None, [])

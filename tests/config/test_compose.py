@@ -510,3 +510,12 @@ def test_any_value_of_any_option_is_valid_or_a_named_problem(option, value):
 def test_any_text_as_an_override_is_valid_or_a_named_problem(text):
     with contextlib.suppress(ConfigError):
         compose.load([text])
+
+
+def test_trackers_are_checked_with_the_other_options():
+    unknown, rounds = sorted(problems("track=[cvs]", "rounds=-1"), reverse=True)
+    assert unknown == (
+        "track=[cvs]: allowed are csv, or {_target_:package.module.Class}; did you mean 'csv'?"
+    )
+    assert rounds.startswith("rounds=-1: ")
+    assert "add trusted_packages=[mine]" in problems("track=[{_target_:mine.Chart}]")[0]

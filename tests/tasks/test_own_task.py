@@ -124,6 +124,15 @@ def test_a_label_that_the_task_does_not_know_is_an_error():
         list(DocumentLabel().examples(np.arange(5), "carol", 8))
 
 
+def test_held_out_text_that_the_task_cannot_use_is_refused_before_the_run(tmp_path):
+    words = [*tiny_run(tmp_path), *TASK, "task.arguments={labels: [ann]}", TRUST]
+    with pytest.raises(ConfigError) as caught:
+        run_here(*words)
+    (problem,) = caught.value.problems
+    assert problem.startswith("task=custom: DocumentLabel refused the held-out text (")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_rollback_follows_the_direction_of_the_score(tmp_path):
     options = RunOptions(evaluate=EvaluateOptions(rollback=0.1))
     state = ServerState(np.zeros(3, np.float32))
