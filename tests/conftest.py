@@ -1,6 +1,6 @@
-"""What holds for every test."""
+"""Settings for all tests."""
 
 import signal
 
-# a shell's background jobs ignore SIGINT, and so would all that tests start and interrupt
+# background jobs of a shell ignore SIGINT, and so would every process that a test starts from one
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,4 +1,4 @@
-"""The Python interface: what an object says of a run's folder."""
+"""The Python interface: how a Run describes the folder of a run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ START = {"version": 0, "loss": 8.0, "bits_per_byte": 2.9}
 NEWEST = {"version": 3, "tokens": 30}
 
 
-def test_a_run_says_its_folder_its_state_and_its_newest_score(folder):
+def test_repr_shows_folder_state_and_newest_score(folder):
     assert repr(open_run(folder)) == f"<Run {folder}: no version yet>"
     assert write(folder, [NEWEST]) == f"<Run {folder}: at version 3>"
     lines = [START, NEWEST]
@@ -38,7 +38,7 @@ def test_a_run_says_its_folder_its_state_and_its_newest_score(folder):
     assert write(folder, lines, {"versions": 3}) == finished
 
 
-def test_a_run_of_another_task_says_the_score_that_it_is_judged_by(folder):
+def test_repr_of_another_task_shows_its_score(folder):
     lines = [{"version": 0, "accuracy": 0.25}, {"version": 1, "accuracy": 0.75}]
     summary = {"versions": 1, "score": "accuracy"}
     assert write(folder, lines, summary).endswith(": finished at version 1, accuracy 0.750>")
@@ -56,7 +56,7 @@ def test_a_run_that_is_not_finished_has_no_summary(folder):
 
 
 @pytest.mark.parametrize("name", ["", "nowhere"])
-def test_what_is_no_run_is_refused(tmp_path, monkeypatch, name):
+def test_a_folder_without_a_run_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match="is not a run's folder, as it has no config"):
         open_run(name)

@@ -1,6 +1,4 @@
-"""Whole asynchronous runs by the command: real speeds, replay of the wall clock, kill -9 on the
-virtual one.
-"""
+"""Complete asynchronous runs by command: real speeds, replay of a real run, kill -9."""
 
 from __future__ import annotations
 
@@ -74,10 +72,8 @@ def events(folder: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def test_clients_of_different_real_speed_never_wait_and_the_run_can_be_replayed(tmp_path, env):
-    """Fast clients contribute in proportion; the record of the wall clock leads the virtual one to
-    the same weights.
-    """
+def test_clients_of_unequal_speed_never_wait_and_the_run_can_be_replayed(tmp_path, env):
+    """Faster clients contribute more; a replay on the virtual clock gives the same weights."""
     real, again = tmp_path / "real", tmp_path / "again"
     speeds = "fleet.step_seconds=[0.04,0.08,0.16,0.32]"  # jobs of 0.2, 0.4, 0.8 and 1.6 s
     finish(env, *SMALL, "fleet=constant", speeds, "rounds=60", "pace.dylu=false", f"run_dir={real}")
@@ -95,7 +91,7 @@ def test_clients_of_different_real_speed_never_wait_and_the_run_can_be_replayed(
         if (client, number + 1) in sent
     ]
     assert sorted(waits)[len(waits) // 2] < 0.1, (
-        "who is done gets the newest model at once: no barrier"
+        "a client that has finished gets the newest model at once"
     )
 
     record = f"fleet.path={real / 'events.jsonl'}"
@@ -115,10 +111,8 @@ def test_clients_of_different_real_speed_never_wait_and_the_run_can_be_replayed(
     ]
 
 
-def test_a_run_of_dylu_can_be_replayed_too(tmp_path, env):
-    """Slower clients take fewer steps, by measured time; a worker's first job, which also starts it
-    up, is not.
-    """
+def test_a_run_with_dylu_can_be_replayed(tmp_path, env):
+    """Slower clients take fewer steps; the first job of a worker is not measured."""
     real, again = tmp_path / "real", tmp_path / "again"
     pace = ["rounds=40", "local.steps=8", "pace.dylu=true"]
     finish(
@@ -135,7 +129,7 @@ def test_a_run_of_dylu_can_be_replayed_too(tmp_path, env):
     assert summary(again)["weights_sha256"] == summary(real)["weights_sha256"]
 
 
-def test_killed_in_the_middle_of_a_virtual_run_and_resumed_is_the_same_run(tmp_path, env):
+def test_a_virtual_run_killed_and_resumed_equals_the_uninterrupted_run(tmp_path, env):
     options = [
         *SMALL,
         "clock=virtual",
@@ -144,22 +138,22 @@ def test_killed_in_the_middle_of_a_virtual_run_and_resumed_is_the_same_run(tmp_p
         "checkpoint.every=3",
         "strategy=fedasync",
     ]
-    finish(env, *options, f"run_dir={tmp_path / 'whole'}", "runtime.workers=1")
-    cut = tmp_path / "cut"
+    finish(env, *options, f"run_dir={tmp_path / 'uninterrupted'}", "runtime.workers=1")
+    killed = tmp_path / "killed"
     process = subprocess.Popen(
-        command(*options, f"run_dir={cut}"), env=env, stdout=subprocess.DEVNULL
+        command(*options, f"run_dir={killed}"), env=env, stdout=subprocess.DEVNULL
     )
     end = time.monotonic() + LONG
-    while sum(event["event"] == "version" for event in whole_lines(cut)) < 40:
+    while sum(event["event"] == "version" for event in complete_lines(killed)) < 40:
         assert process.poll() is None and time.monotonic() < end
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    finish(env, f"resume={cut}")
+    finish(env, f"resume={killed}")
     drop = {"wall_seconds"}
     same = [
         {k: v for k, v in summary(tmp_path / name).items() if k not in drop}
-        for name in ("whole", "cut")
+        for name in ("uninterrupted", "killed")
     ]
     assert same[0] == same[1]
     accepted = [
@@ -168,12 +162,12 @@ def test_killed_in_the_middle_of_a_virtual_run_and_resumed_is_the_same_run(tmp_p
             for e in events(tmp_path / name)
             if e["event"] == "accept"
         ]
-        for name in ("whole", "cut")
+        for name in ("uninterrupted", "killed")
     ]
-    assert accepted[0] == accepted[1], "no update is lost and none comes twice"
+    assert accepted[0] == accepted[1], "no update is lost or counted twice"
 
 
-def whole_lines(folder: Path) -> list[dict]:
+def complete_lines(folder: Path) -> list[dict]:
     path = folder / "events.jsonl"
     text = path.read_text() if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]

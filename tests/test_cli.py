@@ -1,4 +1,4 @@
-"""The command line as a user meets it, in processes of its own."""
+"""The command line, in separate processes where its exit code matters."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_the_help_of_a_command_fits_the_terminal(columns, capsys, monkeypatch):
     assert max(map(len, helped(capsys).splitlines())) <= columns
 
 
-def test_help_says_what_a_choice_sets_and_what_an_option_of_a_strategy_is(capsys):
+def test_help_shows_what_a_choice_sets_and_the_options_of_strategies(capsys):
     assert "Sets privacy.target_epsilon=8.0, privacy.clip=0.5." in helped(capsys, "privacy")
     assert "Sets strategy=delta_sgd, pace.clients=4, pace.goal=1." in helped(capsys, "pace")
     text = " ".join(helped(capsys, "strategy").split())
@@ -99,7 +99,7 @@ def test_help_says_what_a_choice_sets_and_what_an_option_of_a_strategy_is(capsys
     assert helped(capsys, "pace.goal").startswith("  pace.goal=null ")
 
 
-def test_help_of_what_there_is_not_names_what_is_near(capsys):
+def test_help_of_an_unknown_word_names_the_nearest_one(capsys):
     assert help.main(["privcy", "rounds"]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(
@@ -114,7 +114,7 @@ def test_help_shows_a_users_own_choices(tmp_path, capsys):
     assert "  model=tiny            A toy.\n" in text and "Sets model.n_layer=1." in text
 
 
-def test_a_command_is_a_line_and_a_file():
+def test_every_command_has_a_file_and_every_file_a_command():
     files = {path.stem for path in Path(cli.__file__).parent.glob("*.py")}
     assert set(COMMANDS) == files - {"__init__", "words"}
     for command in COMMANDS.values():
@@ -122,7 +122,7 @@ def test_a_command_is_a_line_and_a_file():
         assert command.parses_help or command.module.HELP.startswith("\n  fedgpt ")
 
 
-def test_what_is_imported_late_is_shown_by_dir():
+def test_dir_shows_lazily_imported_names():
     assert {"run", "open_run", "Run", "__version__"} <= set(dir(fedgpt_package))
 
 
@@ -156,10 +156,10 @@ def test_a_mistake_is_one_message_and_never_a_traceback(arguments, part, tmp_pat
     assert part in done.stderr + done.stdout
     assert "Traceback" not in done.stderr
     assert done.returncode == 2
-    assert not (tmp_path / "runs").exists(), "no work before the options are right"
+    assert not (tmp_path / "runs").exists(), "no work begins before the options are valid"
 
 
-def test_cfg_job_prints_the_whole_configuration_without_running(tmp_path):
+def test_cfg_job_prints_the_complete_configuration_without_running(tmp_path):
     done = fedgpt("run", "--cfg", "job", "model=mini", "seed=5", cwd=tmp_path)
     assert done.returncode == 0
     assert (

@@ -1,4 +1,4 @@
-"""Every example in a docstring is run; those that would train are marked +SKIP."""
+"""Every example in a docstring runs; those that would train are marked +SKIP."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import fedgpt
 
 MODULES = ["fedgpt", *(found.name for found in pkgutil.walk_packages(fedgpt.__path__, "fedgpt."))]
-# at least these
+# module -> the least number of its examples
 EXAMPLES = {
     "fedgpt.core.seeds": 1,
     "fedgpt.client.state": 1,
@@ -20,7 +20,7 @@ EXAMPLES = {
 
 
 @pytest.mark.parametrize("name", [name for name in MODULES if name != "fedgpt.__main__"])
-def test_examples_in_docstrings_say_what_happens(name):
+def test_examples_in_docstrings_give_their_output(name):
     failed, tried = doctest.testmod(importlib.import_module(name), name=name)
     assert not failed, "see the captured output"
     assert tried >= EXAMPLES.get(name, 0), "doctest no longer finds the examples"

@@ -1,7 +1,8 @@
-"""Every recipe of docs/extending.md is followed, in an empty folder outside the repository."""
+"""The recipes of docs/extending.md, followed in an empty folder outside the repository."""
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import os
@@ -30,7 +31,7 @@ OUTSIDE = [kind for kind in RECIPES if kind != "command"]
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Iterator[Path]:
-    """The reader's empty folder, and nothing left in this process of what a command changes."""
+    """The reader's empty folder; changes of a command to this process are undone after the test."""
     reader = tmp_path / "reader"
     reader.mkdir()
     monkeypatch.chdir(reader)
@@ -45,7 +46,7 @@ def folder(tmp_path, monkeypatch) -> Iterator[Path]:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory) -> Run:
-    """A run of the same length without a class of the reader's."""
+    """A run of the same length without a class of the reader."""
     folder = tmp_path_factory.mktemp("plain")
     run_here(*tiny_run(folder), "rounds=2")
     return open_run(folder / "run")
@@ -58,7 +59,7 @@ def forget() -> None:
 
 
 def small(words: list[str], text: Path) -> list[str]:
-    """A command of the guide on two short texts and with a tiny model, in this process."""
+    """A command of the guide, on two short texts with a tiny model, in this process."""
     command, *typed = [word for word in words[1:] if not word.startswith("local.steps=")]
     own = {word.partition("=")[0] for word in typed}
     text.mkdir(exist_ok=True)
@@ -89,7 +90,7 @@ def test_every_row_of_the_table_has_a_recipe_and_files_that_exist():
             assert path in RECIPES[kind], f"{kind}: {path} is only in the table"
 
 
-def test_what_is_said_about_files_of_the_tests_is_so():
+def test_files_that_the_guide_names_exist_unless_it_adds_them():
     for path in sorted(set(re.findall(r"`((?:tests|conf)/[\w/]+\.\w+)`", GUIDE))):
         added = re.search(rf"Write\s`{path}`", GUIDE) is not None
         assert added != (ROOT / path).exists(), path
@@ -117,36 +118,36 @@ def test_a_recipe_does_what_it_says(kind, folder, plain, tmp_path, monkeypatch, 
         run_dir = next(word for word in last if word.startswith("run_dir=")).partition("=")[2]
         assert open_run(run_dir).summary["versions"] == 2
         assert "mine." in (folder / run_dir / "config.yaml").read_text()
-    if kind in SAID:
-        SAID[kind](folder / "runs" / kind, printed, last, plain)
+    if kind in CHECKS:
+        CHECKS[kind](folder / "runs" / kind, printed, last, plain)
 
 
-def said_strategy(run: Path, printed: str, words: list[str], plain: Run) -> None:
-    """Half of each step: slower than federated averaging."""
+def check_strategy(run: Path, printed: str, words: list[str], plain: Run) -> None:
+    """It applies half of each step, so it is slower than federated averaging."""
     slow, fast = open_run(run).summary, plain.summary
     assert slow["initial"]["loss"] == fast["initial"]["loss"]
     assert slow["initial"]["loss"] > slow["final"]["loss"] > fast["final"]["loss"]
 
 
-def said_codec(run: Path, printed: str, words: list[str], plain: Run) -> None:
-    """About a quarter of the bytes up, and no update rejected."""
+def check_codec(run: Path, printed: str, words: list[str], plain: Run) -> None:
+    """It sends about a quarter of the bytes, and no update is rejected."""
     summary = open_run(run).summary
     assert 0.24 < summary["bytes_up"] / summary["bytes_down"] < 0.3
     assert summary["rejected"] == {}
 
 
-def said_corpus(run: Path, printed: str, words: list[str], plain: Run) -> None:
-    """Three poets."""
+def check_corpus(run: Path, printed: str, words: list[str], plain: Run) -> None:
+    """It has three poets."""
     lines = (run / "events.jsonl").read_text().splitlines()
     assert {json.loads(line).get("client") for line in lines} >= {"ann", "bob", "eve"}
 
 
-def said_task(run: Path, printed: str, words: list[str], plain: Run) -> None:
+def check_task(run: Path, printed: str, words: list[str], plain: Run) -> None:
     assert "bits per byte" not in printed
     assert open_run(run).summary["score"] == "loss"
 
 
-def said_metric(run: Path, printed: str, words: list[str], plain: Run) -> None:
+def check_metric(run: Path, printed: str, words: list[str], plain: Run) -> None:
     lines = [line for line in open_run(run).metrics if "top_accuracy" in line]
     assert lines
     assert all(line["top_accuracy"] >= line["accuracy"] for line in lines)
@@ -154,7 +155,7 @@ def said_metric(run: Path, printed: str, words: list[str], plain: Run) -> None:
     assert "top accuracy" in (run / "report.html").read_text()
 
 
-def said_tracker(run: Path, printed: str, words: list[str], plain: Run) -> None:
+def check_tracker(run: Path, printed: str, words: list[str], plain: Run) -> None:
     lines = (run / "my_diary.txt").read_text().splitlines()
     versions = [line for line in lines if line.startswith("version")]
     assert versions == ["version 0", "version 1", "version 2"]
@@ -163,26 +164,34 @@ def said_tracker(run: Path, printed: str, words: list[str], plain: Run) -> None:
     assert len((run / "metrics.csv").read_text().splitlines()) == 4
 
 
-def said_runtime(run: Path, printed: str, words: list[str], plain: Run) -> None:
-    """It refuses what it cannot do, and changes no weight."""
+def check_runtime(run: Path, printed: str, words: list[str], plain: Run) -> None:
+    """It refuses too many clients, and changes no weight."""
     assert open_run(run).summary["weights_sha256"] == plain.summary["weights_sha256"]
     words += ["partition=iid", "partition.clients=51"]
     with pytest.raises(ConfigError, match="runtime=timed: takes at most 50 clients, not 51"):
         compose.load(words[2:])
 
 
-SAID = {
-    name.removeprefix("said_"): check
+CHECKS = {
+    name.removeprefix("check_"): check
     for name, check in list(globals().items())
-    if name.startswith("said_")
+    if name.startswith("check_")
 }
+
+
+def command_of(line: str) -> cli.Command:
+    """The command that a line of the guide adds to COMMANDS; its arguments must be literals."""
+    call = ast.parse(line.strip().removesuffix(","), mode="eval").body
+    assert isinstance(call, ast.Call) and ast.unparse(call.func) == "Command", line
+    arguments = [ast.literal_eval(argument) for argument in call.args]
+    return cli.Command(*arguments, **{str(k.arg): ast.literal_eval(k.value) for k in call.keywords})
 
 
 def test_the_recipe_of_a_command_does_what_it_says(folder, plain, monkeypatch, capfd):
     code, line = blocks(RECIPES["command"], "python")
     (shown,) = blocks(RECIPES["command"], "text")
     (folder / "scores.py").write_text(code)
-    command = eval(line.strip().removesuffix(","), {"Command": cli.Command})
+    command = command_of(line)
     monkeypatch.setattr(cli, "__path__", [*cli.__path__, str(folder)])
     monkeypatch.setitem(cli.COMMANDS, "scores", command)
     (folder / "runs").mkdir()

@@ -1,6 +1,4 @@
-"""Real processes that kill themselves at every named point, started again until the run is at its
-end.
-"""
+"""Processes that are killed at every named point, and resumed until the run ends."""
 
 from __future__ import annotations
 
@@ -35,9 +33,16 @@ SMALL = [
     "seed=5",
 ]
 SERVER = (
-    "open:1", "send:1", "accepted:3", "aggregate:2", "checkpoint.begin:4", "checkpoint.written:5",
-    "checkpoint.renamed:6", "checkpoint.committed:7", "evaluated:6",
-)  # fmt: skip
+    "open:1",
+    "send:1",
+    "accepted:3",
+    "aggregate:2",
+    "checkpoint.begin:4",
+    "checkpoint.written:5",
+    "checkpoint.renamed:6",
+    "checkpoint.committed:7",
+    "evaluated:6",
+)
 WORKER = ("client.begin:3", "client.done:9")
 
 
@@ -64,11 +69,12 @@ def start(env: dict[str, str], *options: str) -> subprocess.CompletedProcess[str
     )
 
 
-def until_the_end(
+def run_to_the_end(
     env: dict[str, str], faults: tuple[str, ...], folder: Path, options: list[str]
 ) -> int:
-    """Start, and start again whatever kills the server; how often it died. Every fault must have
-    fired.
+    """Start a run and resume it after each death of the server; returns the number of deaths.
+
+    Every fault must have fired.
     """
     marks = folder.parent / f"{folder.name}-marks"
     marks.mkdir()
@@ -82,7 +88,7 @@ def until_the_end(
     while done.returncode != 0:
         assert done.returncode == -signal.SIGKILL, done.stdout[-1000:] + done.stderr[-3000:]
         deaths += 1
-        assert deaths <= len(faults), "it dies where no fault is"
+        assert deaths <= len(faults), "it died at a point without a fault"
         done = start(env, f"resume={folder}")
     for fault in faults:
         point, _, time = fault.partition(":")
@@ -103,37 +109,30 @@ def accepted(folder: Path) -> list[tuple[str, int]]:
 
 
 @pytest.mark.slow
-def test_killed_at_every_point_a_synchronous_run_is_the_same_run(tmp_path, env):
-    """The journal on, so that its points are passed, too; workers die in the middle of a job and
-    after it.
-    """
+def test_a_synchronous_run_killed_at_every_point_equals_the_uninterrupted_run(tmp_path, env):
+    """With a journal, so that its points are reached; workers are killed during and after a job."""
     options = [*SMALL, "rounds=9", "checkpoint.journal=true"]
-    done = start(env, *options, f"run_dir={tmp_path / 'whole'}")
+    done = start(env, *options, f"run_dir={tmp_path / 'uninterrupted'}")
     assert done.returncode == 0, done.stderr
     faults = (*SERVER, "journal.half:9")
-    assert until_the_end(env, (*faults, *WORKER), tmp_path / "killed", options) == len(faults)
-    assert summary(tmp_path / "killed") == summary(tmp_path / "whole")
-    assert sorted(accepted(tmp_path / "killed")) == sorted(accepted(tmp_path / "whole"))
+    assert run_to_the_end(env, (*faults, *WORKER), tmp_path / "killed", options) == len(faults)
+    assert summary(tmp_path / "killed") == summary(tmp_path / "uninterrupted")
+    assert sorted(accepted(tmp_path / "killed")) == sorted(accepted(tmp_path / "uninterrupted"))
 
 
 @pytest.mark.slow
-def test_three_crashes_right_after_a_start_go_back_to_the_checkpoint_before(tmp_path, env):
+def test_after_three_crashes_at_the_start_the_previous_checkpoint_is_used(tmp_path, env):
     options = [*SMALL, "rounds=4"]
-    done = start(env, *options, f"run_dir={tmp_path / 'whole'}")
+    done = start(env, *options, f"run_dir={tmp_path / 'uninterrupted'}")
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "killed"
-    # the last first: a fault that kills hides those behind it
-    faults = (
-        "aggregate:3",
-        "open:4",
-        "open:3",
-        "open:2",
-    )
-    assert until_the_end(env, faults, folder, options) == 4
+    # in reverse order, because a fault that kills hides those behind it
+    faults = ("aggregate:3", "open:4", "open:3", "open:2")
+    assert run_to_the_end(env, faults, folder, options) == 4
     assert [path.name for path in (folder / "checkpoints").glob("*.damaged")] == [
         "version-00000002.damaged"
     ]
-    assert summary(folder) == summary(tmp_path / "whole")
+    assert summary(folder) == summary(tmp_path / "uninterrupted")
 
 
 @pytest.mark.slow
@@ -145,26 +144,27 @@ def test_three_crashes_right_after_a_start_go_back_to_the_checkpoint_before(tmp_
     ],
     ids=["client", "example"],
 )
-def test_killed_a_private_run_pays_for_every_release_once(tmp_path, env, unit, faults):
-    """Between payment and release, and after a job that its client has paid for; the noise is
-    seeded, to compare.
+def test_a_private_run_that_is_killed_pays_for_every_release_once(tmp_path, env, unit, faults):
+    """Killed between payment and release, or after a job that its client has paid for.
+
+    The noise is seeded, so that the runs can be compared.
     """
     noise = ["privacy.noise_multiplier=1.5", "privacy.target_epsilon=null", "privacy.rng=seeded"]
     options = [*SMALL, *unit, *noise, "rounds=3"]
-    done = start(env, *options, f"run_dir={tmp_path / 'whole'}")
+    done = start(env, *options, f"run_dir={tmp_path / 'uninterrupted'}")
     assert done.returncode == 0, done.stderr
-    until_the_end(env, faults, tmp_path / "killed", options)
-    assert summary(tmp_path / "killed") == summary(tmp_path / "whole")
+    run_to_the_end(env, faults, tmp_path / "killed", options)
+    assert summary(tmp_path / "killed") == summary(tmp_path / "uninterrupted")
     paid = [
         json.loads((tmp_path / name / "ledger.json").read_text())["events"]
-        for name in ("whole", "killed")
+        for name in ("uninterrupted", "killed")
     ]
     assert paid[0] == paid[1] and sum(event["count"] for event in paid[0]) >= 3
 
 
 @pytest.mark.slow
-def test_killed_an_asynchronous_run_on_the_real_clock_loses_and_repeats_nothing(tmp_path, env):
-    """Which update comes first is a matter of time; whatever came counts once."""
+def test_an_asynchronous_run_that_is_killed_loses_and_repeats_no_update(tmp_path, env):
+    """The order of updates depends on timing, but each update counts once."""
     options = [*SMALL, "rounds=60", "pace=buffer", "pace.clients=4"]
     folder = tmp_path / "killed"
     faults = (
@@ -175,24 +175,25 @@ def test_killed_an_asynchronous_run_on_the_real_clock_loses_and_repeats_nothing(
         "checkpoint.renamed:12",
         "accepted:52",
     )
-    until_the_end(env, (*faults, "client.begin:17"), folder, options)
+    run_to_the_end(env, (*faults, "client.begin:17"), folder, options)
     counts = Counter(accepted(folder))
     assert sum(counts.values()) == 60 and max(counts.values()) == 1
     assert summary(folder)["versions"] == 60
     assert [r["version"] for r in read_lines(folder / "metrics.jsonl")] == list(range(61))
-    assert summary(folder)["rejected"] == {}, "the death of a worker is no failure of its client"
+    assert summary(folder)["rejected"] == {}, "a worker that dies is no failure of its client"
 
 
-def test_a_disk_that_is_full_is_a_clear_error_and_costs_no_checkpoint(tmp_path, env):
-    """No file may grow above 60 kB: the metrics fit, a checkpoint does not. Other files:
-    flower/test_serve.py.
+def test_a_full_disk_is_a_clear_error_and_leaves_no_incomplete_checkpoint(tmp_path, env):
+    """No file may exceed 60 kB: the metrics fit, a checkpoint does not.
+
+    flower/test_serve.py tests other files.
     """
     options = [*SMALL, "rounds=2", "model.n_embd=32"]
     folder = tmp_path / "run"
     limit = "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
     limit += "import fedgpt.__main__ as it; sys.exit(it.main())"
     command = [sys.executable, "-c", limit, "run", *options, f"run_dir={folder}"]
-    # the tokens are there
+    # this run prepares the text in the cache
     assert start(env, *options, "rounds=1", f"run_dir={tmp_path / 'cache'}").returncode == 0
     done = subprocess.run(
         command, env=env, capture_output=True, text=True, timeout=LONG, check=False
@@ -204,5 +205,5 @@ def test_a_disk_that_is_full_is_a_clear_error_and_costs_no_checkpoint(tmp_path, 
     )
     assert done.stderr.endswith(f"make room and continue with: fedgpt run resume={folder}\n")
     assert not (folder / "checkpoints" / "starts.json").exists(), "it did not crash"
-    assert not list((folder / "checkpoints").glob("*.s*a*")), "nothing that is not whole"
-    assert start(env, f"resume={folder}").returncode == 0, "with room on the disk it goes on"
+    assert not list((folder / "checkpoints").glob("*.s*a*")), "no incomplete checkpoint"
+    assert start(env, f"resume={folder}").returncode == 0, "with free space the run continues"

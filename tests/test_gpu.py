@@ -1,6 +1,4 @@
-"""The same work on a GPU as on a CPU: updates, scores, text, privacy, whole runs, and a run that is
-killed.
-"""
+"""A GPU against a CPU: updates, scores, texts, private gradients; complete and killed runs."""
 
 from __future__ import annotations
 
@@ -71,25 +69,27 @@ def trained(
     return done.delta.copy(), done.metrics["train_loss"]
 
 
-def apart(a: np.ndarray, b: np.ndarray) -> float:
+def relative_distance(a: np.ndarray, b: np.ndarray) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
 @pytest.mark.parametrize("local", [{}, {"accumulate": 2}, {"grad_clip": 0.0}], ids=str)
-def test_an_update_is_that_of_a_cpu(local):
-    (there, loss), (here, expected) = trained("cuda", **local), trained("cpu", **local)
-    assert loss == pytest.approx(expected, rel=1e-5)
-    assert apart(there, here) < 1e-3, "Adam turns rounding of tiny gradients into whole steps"
+def test_an_update_agrees_with_that_of_a_cpu(local):
+    (delta, loss), (cpu_delta, cpu_loss) = trained("cuda", **local), trained("cpu", **local)
+    assert loss == pytest.approx(cpu_loss, rel=1e-5)
+    assert relative_distance(delta, cpu_delta) < 1e-3, (
+        "Adam turns rounded tiny gradients into full steps"
+    )
 
 
-def test_in_bf16_it_learns_as_in_fp32():
+def test_training_in_bf16_reaches_the_loss_of_fp32():
     plan = Plan("run", 60, 0, 128, 128 * 60)
-    (there, loss), (_, expected) = trained("cuda", "bf16", plan=plan), trained("cpu", plan=plan)
-    assert np.isfinite(there).all() and loss == pytest.approx(expected, rel=2e-3)
+    (delta, loss), (_, cpu_loss) = trained("cuda", "bf16", plan=plan), trained("cpu", plan=plan)
+    assert np.isfinite(delta).all() and loss == pytest.approx(cpu_loss, rel=2e-3)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_a_job_done_again_has_the_same_bits(dtype):
+def test_a_repeated_job_has_the_same_bits(dtype):
     model = ModelOptions(n_layer=2, n_head=2, n_embd=128, block_size=256, positions="learned")
     local = LocalOptions(**{**vars(LOCAL), "batch_size": 16})
     trainer = Trainer(model, VOCAB, local, Compute("cuda", dtype, "test"))
@@ -101,7 +101,7 @@ def test_a_job_done_again_has_the_same_bits(dtype):
     assert all((delta == deltas[0]).all() for delta in deltas)
 
 
-def test_dropout_is_drawn_again_the_same():
+def test_dropout_follows_from_its_seed():
     model = ModelOptions(**{**vars(MODEL), "dropout": 0.2})
     trainer = Trainer(model, VOCAB, LOCAL, Compute("cuda", "bf16", "test"))
     first, again, other = (
@@ -126,7 +126,7 @@ def test_a_recorded_gradient_has_the_bits_of_one_that_is_launched_kernel_by_kern
         trainer.gradient(tuple(tensor[:1] for tensor in batch))
 
 
-def test_jobs_leave_no_memory_behind():
+def test_jobs_free_their_memory():
     trainer = Trainer(MODEL, VOCAB, LOCAL, Compute("cuda", "bf16", "test"))
 
     def held() -> int:
@@ -137,25 +137,26 @@ def test_jobs_leave_no_memory_behind():
     assert len({held() for _ in range(4)}) == 1
 
 
-def test_scores_and_text_are_those_of_a_cpu():
+def test_scores_and_texts_agree_with_those_of_a_cpu():
     lengths = np.ones(VOCAB, np.int64)
     task = LanguageModel()
     examples = task.held_out(Text.of([TOKENS[:18_000]]), MODEL.block_size)
-    there, here = (
+    on_gpu, on_cpu = (
         HeldOut(MODEL, examples, lengths, Compute(d, "fp32", "test"), task) for d in ("cuda", "cpu")
     )
-    rows = there._batch_size
+    rows = on_gpu._batch_size
     assert len(examples) > 2 * rows and len(examples) % rows, "several batches, one ragged"
     vector = 5 * start()
-    assert there(vector)["loss"] == pytest.approx(here(vector)["loss"], rel=1e-5)
+    assert on_gpu(vector)["loss"] == pytest.approx(on_cpu(vector)["loss"], rel=1e-5)
     texts = [
-        generate(side.model, [1, 2, 3], 20, samples=2, top_k=20, seed=4) for side in (there, here)
+        generate(side.model, [1, 2, 3], 20, samples=2, top_k=20, seed=4)
+        for side in (on_gpu, on_cpu)
     ]
     assert texts[0] == texts[1]
 
 
 @pytest.mark.parametrize("engine", ["bookkeeping", "opacus"])
-def test_a_private_gradient_is_that_of_a_cpu(engine):
+def test_a_private_gradient_agrees_with_that_of_a_cpu(engine):
     gradients = []
     for device in ("cuda", "cpu"):
         trainer = Trainer(MODEL, VOCAB, LOCAL, Compute(device, "fp32", "test"), engine)
@@ -165,28 +166,31 @@ def test_a_private_gradient_is_that_of_a_cpu(engine):
             trainer.grad, PrivateSteps(Blocks(TOKENS[:3300], 32), stream, 0.2, 0.5, 0.1)
         )
         gradients.append(trainer.grad.cpu().numpy().copy())
-    assert apart(*gradients) < 1e-4
+    assert relative_distance(*gradients) < 1e-4
 
 
 @pytest.mark.parametrize(
     "more",
     [
-        [], ["strategy=fltrust"], ["update=int8"],
+        [],
+        ["strategy=fltrust"],
+        ["update=int8"],
         ["pace=buffer", "clock=virtual", "fleet=published"],
         ["privacy=example", "privacy.target_epsilon=50", "local=reset"],
         ["privacy=client", "privacy.target_epsilon=50"],
-        ["pace=buffer", "clock=real"], ["runtime.workers=2"],
+        ["pace=buffer", "clock=real"],
+        ["runtime.workers=2"],
     ],
     ids=lambda more: " ".join(more) or "plain",
-)  # fmt: skip
+)
 def test_a_run_reaches_its_end(tmp_path, more):
     run = fedgpt.run(*RUN, *more, f"run_dir={tmp_path / 'run'}")
-    told = run.summary
-    assert np.isfinite(told["final"]["loss"]) and not told["rejected"]
+    found = run.summary
+    assert np.isfinite(found["final"]["loss"]) and not found["rejected"]
     environment = json.loads((tmp_path / "run/environment.json").read_text())
     assert environment["device"] == "cuda" and environment["gpu"] == torch.cuda.get_device_name()
     if not any(option.startswith("privacy") for option in more):
-        assert told["final"]["loss"] < told["initial"]["loss"]
+        assert found["final"]["loss"] < found["initial"]["loss"]
 
 
 def test_a_run_has_the_same_bits_on_one_worker_and_on_two(tmp_path):
@@ -201,7 +205,7 @@ def test_a_run_has_the_same_bits_on_one_worker_and_on_two(tmp_path):
 
 def test_a_run_killed_and_resumed_ends_in_the_same_bits(tmp_path):
     options = [*RUN, "rounds=6", "checkpoint.every=2"]
-    whole = fedgpt.run(*options, f"run_dir={tmp_path / 'whole'}")
+    uninterrupted = fedgpt.run(*options, f"run_dir={tmp_path / 'uninterrupted'}")
     folder = tmp_path / "killed"
     process = subprocess.Popen(
         [sys.executable, "-m", "fedgpt", "run", *options, f"run_dir={folder}"]
@@ -217,4 +221,4 @@ def test_a_run_killed_and_resumed_ends_in_the_same_bits(tmp_path):
     subprocess.run(
         [sys.executable, "-m", "fedgpt", "run", f"resume={folder}"], check=True, timeout=180
     )
-    assert summary(folder)["weights_sha256"] == whole.summary["weights_sha256"]
+    assert summary(folder)["weights_sha256"] == uninterrupted.summary["weights_sha256"]

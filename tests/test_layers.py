@@ -92,12 +92,12 @@ def imports(path: Path) -> list[tuple[str, bool]]:
 
 @every_module
 def test_a_file_imports_only_from_the_layers_above_it(path):
-    here = room(path)
+    own = room(path)
     for name, _ in imports(path):
-        there = name.split(".")[1] if name.startswith("fedgpt.") else None
-        if there in LAYER_OF and there != here:
-            assert LAYER_OF[there] < LAYER_OF[here], (
-                f"{path.relative_to(PACKAGE)} imports {name}, but {here}/ is built before {there}/:"
+        other = name.split(".")[1] if name.startswith("fedgpt.") else None
+        if other in LAYER_OF and other != own:
+            assert LAYER_OF[other] < LAYER_OF[own], (
+                f"{path.relative_to(PACKAGE)} imports {name}, but {own}/ is built before {other}/:"
                 " see the top of this file for what to do"
             )
 
@@ -114,7 +114,7 @@ def test_a_library_is_imported_in_its_rooms_only(path):
 
 
 @every_module
-def test_a_reader_has_few_things_to_keep_in_mind(path):
+def test_arguments_attributes_and_imports_are_within_their_limits(path):
     """At most 6 arguments a function, 15 attributes a class, 15 internal imports a file."""
     file = str(path.relative_to(PACKAGE))
     for name, count in measures.arguments(path).items():
@@ -133,14 +133,14 @@ def test_a_reader_has_few_things_to_keep_in_mind(path):
 
 
 def test_the_figures_can_be_printed():
-    """Those that a change of structure is judged by; CONTRIBUTING.md says how."""
+    """They are compared before and after a rearrangement, see CONTRIBUTING.md."""
     figures = measures.figures()
     assert float(figures["mean line width"]) < 60
     assert int(figures["widest line"].split()[0]) <= 100
 
 
 def test_every_library_is_declared():
-    """What another package happens to bring today is gone when it changes its mind."""
+    """A library that only another package requires may disappear with an update of that package."""
     project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     lines = [*project["dependencies"], *extras["ray"], *extras["hf"]]
@@ -192,4 +192,6 @@ def test_strategies_options_and_configuration_are_free_of_torch():
     rooms = ("aggregate", "core", "config")
     for path in [path for room in rooms for path in (PACKAGE / room).rglob("*.py")]:
         top = {name.split(".")[0] for name, at_top in imports(path) if at_top}
-        assert "torch" not in top, f"{path.relative_to(PACKAGE)}: a typo is answered before torch"
+        assert "torch" not in top, (
+            f"{path.relative_to(PACKAGE)}: a typo must be reported without importing torch"
+        )

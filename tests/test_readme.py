@@ -1,6 +1,4 @@
-"""What the documents say works: commands, options, targets, links and code are those of this
-repository.
-"""
+"""Commands, options, targets, links and code in the documents are valid for this repository."""
 
 from __future__ import annotations
 
@@ -45,9 +43,7 @@ def blocks(text: str, *languages: str) -> list[str]:
 
 
 def typed(text: str) -> list[str]:
-    """Everything that may be typed: it stands in shell blocks, in indented lines and as inline
-    code.
-    """
+    """Everything that may be typed: shell blocks, indented lines and inline code."""
     prose = FENCE.sub("", text)
     shell = [
         re.sub(r"\\\n\s*", " ", body) for body in blocks(text, "sh", "bash", "shell", "console")
@@ -80,9 +76,7 @@ def make_targets() -> set[str]:
 
 
 def check(words: list[str], folder: Path, readme: str) -> None:
-    """Raise where a command could not work; `folder` is empty and stands for everything that the
-    user brings.
-    """
+    """Raise if a command could not work; `folder` is empty and stands for all that a user has."""
     program, *arguments = words
     if program == "python" and arguments[:2] == ["-m", "fedgpt"]:
         program, arguments = "fedgpt", arguments[2:]
@@ -98,7 +92,7 @@ def check(words: list[str], folder: Path, readme: str) -> None:
 
 
 def check_command(name: str, words: list[str], folder: Path, readme: str) -> None:
-    """Raise where a command would refuse what is typed behind it; nothing is trained."""
+    """Raise if a command would refuse its arguments; nothing is trained."""
     fixed, takes_options, _ = COMMANDS[name].arguments.partition("[OPTIONS]")
     if not takes_options:
         # a command without words, such as `fedgpt generate`, is only mentioned
@@ -110,16 +104,16 @@ def check_command(name: str, words: list[str], folder: Path, readme: str) -> Non
 
 
 def check_flower(line: str, folder: Path) -> None:
-    """Raise where Flower could not read its configuration, or we not ours in it."""
+    """Raise if Flower could not read its configuration, or fedgpt not its own part of it."""
     words = shlex.split(line)
-    told = parse_config_args(
+    settings = parse_config_args(
         [_filled(words[1 + words.index("-c" if words[0] == "flwr" else "--node-config")], folder)]
     )
     if words[0] == "flwr":
-        assert "run_dir=/" in str(told["overrides"]), "the server works in a folder of Flower's"
-        options_of(told)
+        assert "run_dir=/" in str(settings["overrides"]), "the server works in a folder of Flower's"
+        options_of(settings)
     else:
-        assert told.keys() <= {"partition-id", "num-partitions", "state-dir"}
+        assert settings.keys() <= {"partition-id", "num-partitions", "state-dir"}
 
 
 def check_python(arguments: list[str]) -> None:
@@ -148,19 +142,20 @@ def check_options(command: str, words: list[str], folder: Path, readme: str) -> 
 
 
 def bring_class(target: str, folder: Path, readme: str) -> None:
-    """Write the document's own class to the module that a command names, unless it is one of ours
-    or of Flower.
+    """Write the document's own class to the module that a command names.
+
+    Classes of fedgpt and of Flower exist already.
     """
     module, _, name = target.rpartition(".")
     if module.split(".")[0] not in ("fedgpt", "flwr"):
         (code,) = [code for code in blocks(readme, "python", "py") if f"class {name}(" in code]
         (folder / f"{module}.py").write_text(code)
-        sys.modules.pop(module, None)  # of another test
+        sys.modules.pop(module, None)  # a module that another test wrote
         importlib.invalidate_caches()
 
 
 def bring_choices(overrides: list[str], conf: Path) -> str:
-    """A user's conf folder with the choices that ours has not."""
+    """A user's conf folder with the choices that the repository does not have."""
     conf.mkdir(exist_ok=True)
     for group, _, choice in (word.partition("=") for word in overrides):
         known = sorted((CONF / group).glob("*.yaml"))
@@ -171,9 +166,7 @@ def bring_choices(overrides: list[str], conf: Path) -> str:
 
 
 def _filled(word: str, folder: Path) -> str:
-    """Placeholders, the variables that a shell fills in and the record of an earlier run, as
-    something that exists.
-    """
+    """A word with existing paths for placeholders, shell variables and an earlier run's record."""
     if word.startswith("fleet.path="):
         (folder / "events.jsonl").write_text('{"event": "open"}\n')
         return f"fleet.path={folder}/events.jsonl"
@@ -182,7 +175,7 @@ def _filled(word: str, folder: Path) -> str:
 
 @pytest.fixture(autouse=True)
 def user(tmp_path, monkeypatch):
-    """A user's folder on the path, and a model that is not asked to write."""
+    """A user's folder on the import path, and a model that generates no text."""
 
     class Quiet:
         def generate(self, prompt: str, **options: object) -> list[str]:
@@ -218,11 +211,11 @@ def test_every_command_works(document, words, tmp_path):
 
 
 @pytest.mark.parametrize("document, line", each(for_flower, str))
-def test_flower_can_read_what_is_typed_for_it(document, line, tmp_path):
+def test_commands_for_flower_can_be_read(document, line, tmp_path):
     check_flower(line, tmp_path)
 
 
-def test_there_are_commands_to_check():
+def test_the_readme_has_commands_to_check():
     assert {tuple(words[:2]) for words in commands(README)} >= {
         ("make", "demo"),
         ("make", "test"),
@@ -244,7 +237,7 @@ def test_python_blocks_compile(document, code):
         compile(source, document, "exec")
 
 
-def test_the_answer_to_a_typo_is_the_one_that_is_printed(tmp_path):
+def test_the_error_for_a_typo_is_the_one_shown(tmp_path):
     (shown,) = [body for body in blocks(README, "text") if body.startswith("$ fedgpt ")]
     command, _, answer = shown.partition("\n")
     done = subprocess.run(
@@ -259,7 +252,7 @@ def test_the_answer_to_a_typo_is_the_one_that_is_printed(tmp_path):
 
 
 def test_the_demo_prints_what_is_shown(tmp_path, capfd):
-    """Line by line, but for numbers, the machine and what the model writes."""
+    """Line by line, except for numbers, the machine and the generated text."""
     (shown,) = [body for body in blocks(README, "text") if " bits/byte " in body]
     run_here(
         "experiment=demo",
@@ -278,18 +271,16 @@ def test_the_demo_prints_what_is_shown(tmp_path, capfd):
 
 
 def shape(printed: str) -> str:
-    """Lines of a run with # for every number and ... for what differs from machine to machine and
-    model to model.
-    """
+    """Output with # for every number and ... for what depends on the machine or the model."""
     alike = re.sub(r"^( *(?:compute|Fellow citizens)).*", r"\1...", printed, flags=re.M)
     return NUMBER.sub(" #", alike)
 
 
-def test_it_is_read_in_one_sitting():
+def test_the_readme_has_at_most_150_lines():
     assert len(README.splitlines()) <= 150
 
 
-# ---- the reader of the README itself
+# ---- tests of the functions above
 
 SAMPLE = """
 # Title [here](docs/a.md#part) and [there](https://example.org) ![p](no.png "title") [self](#title)
@@ -331,7 +322,7 @@ Then `make demo` and `fedgpt data`; not `fedgpt`, `makefile x` or `run=1`:
         "flwr run . -c 'overrides=\"ronds=5 run_dir=/x\"'",
     ],
 )
-def test_wrong_words_for_flower_are_noticed(line, tmp_path):
+def test_wrong_commands_for_flower_are_detected(line, tmp_path):
     assert for_flower(f"`{line}`") == [line]
     with pytest.raises((AssertionError, ConfigError, click.ClickException)):
         check_flower(line, tmp_path)
@@ -369,7 +360,7 @@ def test_commands_are_found_with_their_continued_lines():
         "fedgpt run strategy._target_=mine.Other trusted_packages=[mine]",
     ],
 )
-def test_wrong_commands_are_noticed(line, tmp_path, capsys):
+def test_wrong_commands_are_detected(line, tmp_path, capsys):
     with pytest.raises((AssertionError, ConfigError, SystemExit, ValueError)):
         check(shlex.split(line), tmp_path, SAMPLE)
 
@@ -387,5 +378,5 @@ def test_wrong_commands_are_noticed(line, tmp_path, capsys):
         'fedgpt generate PLACEHOLDER --prompt "Once" --top-k 0',
     ],
 )
-def test_right_commands_pass(line, tmp_path):
+def test_correct_commands_pass(line, tmp_path):
     check(shlex.split(line), tmp_path, SAMPLE)

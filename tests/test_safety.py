@@ -1,6 +1,4 @@
-"""What must hold of the whole package: no unsafe code, names that stay inside, one kind of clock,
-no installs.
-"""
+"""Rules for all of the package: no unsafe code, safe file names, monotonic clocks, no installs."""
 
 from __future__ import annotations
 
@@ -19,9 +17,21 @@ from fedgpt.core.transport import Transport
 ROOT = Path(__file__).parent.parent
 SOURCES = sorted([*(ROOT / "fedgpt").rglob("*.py"), *(ROOT / "simulations").rglob("*.py")])
 UNSAFE = {
-    "pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal",
-    "torch.load", "eval", "exec", "yaml.load", "os.system", "os.popen", "torch.save",
-}  # fmt: skip
+    "pickle",
+    "cPickle",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "shelve",
+    "marshal",
+    "torch.load",
+    "eval",
+    "exec",
+    "yaml.load",
+    "os.system",
+    "os.popen",
+    "torch.save",
+}
 
 
 def dotted(node: ast.AST) -> str:
@@ -31,7 +41,7 @@ def dotted(node: ast.AST) -> str:
 
 
 def unsafe(tree: ast.AST) -> list[str]:
-    """What a source file imports or calls that it must not."""
+    """The forbidden imports and calls of a source file."""
     found = []
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -66,12 +76,12 @@ def test_nothing_unsafe_is_imported_or_called(source):
         "f(a, allow_pickle=True)",
     ],
 )
-def test_the_scan_finds_what_it_looks_for(text):
+def test_the_scan_detects_unsafe_code(text):
     assert unsafe(ast.parse(text)) != []
 
 
-def test_deadlines_never_look_at_the_wall_clock():
-    """time.time() only where Flower's own wall-clock stamps are turned into monotonic seconds."""
+def test_deadlines_do_not_use_the_wall_clock():
+    """time.time() only where Flower's wall-clock timestamps are turned into monotonic seconds."""
     users = {path.name for path in SOURCES if re.search(r"\btime\.time\(\)", path.read_text())}
     assert users <= {"grid.py"}
 
@@ -98,7 +108,7 @@ NAMES = st.text(st.characters(), max_size=300) | st.sampled_from(
 @given(NAMES, NAMES)
 @example("", "~")
 @example("x" * 101, safe_name("x" * 101))
-def test_any_name_is_one_folder_inside_and_no_other_names(name, other):
+def test_every_client_name_has_a_folder_of_its_own_inside_that_of_the_run(name, other):
     folder = ClientStore("/root-of-states", "run", name).folder
     assert folder.parent == Path("/root-of-states/run")
     safe = safe_name(name)
@@ -107,9 +117,7 @@ def test_any_name_is_one_folder_inside_and_no_other_names(name, other):
 
 
 def test_nothing_is_installed_at_run_time():
-    """Flower would run an installer for an app's dependencies: every program of it that we start is
-    told not to.
-    """
+    """Flower can install an app's dependencies; an environment variable disables that."""
     texts = {path.name: path.read_text() for path in (ROOT / "fedgpt").rglob("*.py")}
     assert not [
         name for name, text in texts.items() if re.search(r"[\"']pip[\"']|ensurepip|uv sync", text)

@@ -1,6 +1,4 @@
-"""Many clients at the nano model: a thousand sampled fifty a round, and two hundred in one
-round.
-"""
+"""Many clients with the nano model: 50 of 1,000 in each round, and 200 in one round."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tutorial runs as typed and shows what it says; every link into the glossary has its entry."""
+"""The tutorial's commands print what it shows; links into documents and the glossary are valid."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from fedgpt import open_run
 
 TUTORIAL, GLOSSARY = TEXTS["docs/tutorial.md"], TEXTS["docs/glossary.md"]
 STOPPED = "run_dir=runs/stopped"  # the reader presses Ctrl-C in this run, and resumes it
-SECONDS = 900  # of one command, on a machine that is busy with other tests
+SECONDS = 900  # limit for one command, on a machine that is busy with other tests
 
 
 class Shown(NamedTuple):
-    """One command of the tutorial and the output that it is said to have."""
+    """One command of the tutorial and the output shown for it."""
 
     words: list[str]
     output: str
@@ -71,7 +71,7 @@ def test_every_link_into_a_document_has_its_anchor():
     assert broken_anchors(TEXTS) == []
 
 
-def test_a_link_without_its_anchor_is_noticed():
+def test_a_link_without_its_anchor_is_detected():
     texts = {
         "README.md": "# A b\n[one](docs/g.md#job) [two](docs/g.md#jobs) [three](#a-b) [four](#c)",
         "docs/g.md": '<a id="job"></a>\n**Job.** See [the readme](../README.md#a-b).',
@@ -93,7 +93,7 @@ def test_the_tutorial_links_each_word_once():
     assert len(set(linked)) == len(linked)
 
 
-def test_what_a_reader_types_is_found_with_what_it_prints():
+def test_commands_are_found_with_their_output():
     text = "```sh\nfedgpt data \\\n    seed=1\n```\n\n```text\nclients 2\n```\n`make demo`\n"
     assert shown(text) == [Shown(["fedgpt", "data", "seed=1"], "clients 2\n")]
 
@@ -118,11 +118,11 @@ def test_only_numbers_may_differ_from_what_is_shown():
     assert not alike(output, printed.replace("held-out", "train"))
 
 
-# ---- the whole tutorial
+# ---- the complete tutorial
 
 
 def type_in(words: list[str], env: dict[str, str], folder: Path) -> str:
-    """What a command prints; with Ctrl-C after its second version, in the run that is stopped."""
+    """The output of a command; the run that is stopped gets Ctrl-C after its second version."""
     process = subprocess.Popen(
         [sys.executable, "-m", *words],
         cwd=folder,
@@ -163,11 +163,11 @@ def test_the_tutorial_does_what_it_says(tmp_path):
     for words, output in shown(TUTORIAL):
         printed = type_in(words, env, reader)
         assert not output or alike(output, printed), f"{shlex.join(words)} printed\n{printed}"
-    said(reader / "runs")
+    check_results(reader / "runs")
 
 
-def said(runs: Path) -> None:
-    """Assert what the tutorial says of the numbers."""
+def check_results(runs: Path) -> None:
+    """Assert what the tutorial claims about the results."""
     folders = sorted(path.name for path in runs.iterdir())
     assert folders == ["async", "one", "private", "rounds", "stopped", "two", "uneven"]
     done = {name: open_run(runs / name).summary for name in folders}

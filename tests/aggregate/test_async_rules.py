@@ -1,4 +1,4 @@
-"""The rules for pace=buffer: identities, values computed by hand, and the danger of momentum."""
+"""The rules for pace=buffer: identities, values computed by hand, and divergence with momentum."""
 
 from __future__ import annotations
 
@@ -200,12 +200,12 @@ def test_without_c_a_period_equals_one_step_of_nesterov_on_its_mean():
     np.testing.assert_allclose(delayed[3::4], run(DiLoCo(), means_of_4(), ZERO), rtol=0, atol=1e-15)
 
 
-@pytest.mark.parametrize("c, apart", [(0.1, 0.1131), (0.25, 0.2827)])
-def test_with_c_a_period_differs_from_one_step_of_nesterov(c, apart):
+@pytest.mark.parametrize("c, expected", [(0.1, 0.1131), (0.25, 0.2827)])
+def test_with_c_a_period_differs_from_one_step_of_nesterov(c, expected):
     delayed = run(DelayedNesterov(period=4, c=c), eight_gradients(), ZERO)
     nesterov = run(DiLoCo(), means_of_4(), ZERO)
     distance = np.linalg.norm(delayed[-1] - nesterov[-1]) / np.linalg.norm(nesterov[-1])
-    assert distance == pytest.approx(apart, abs=5e-5)
+    assert distance == pytest.approx(expected, abs=5e-5)
     first = (1 + 0.9 * (1 - 4 * c + c)) / 1.9
     np.testing.assert_allclose(delayed[3] / nesterov[0], first, rtol=1e-12)
 
@@ -236,19 +236,19 @@ def test_c_is_at_most_1_over_the_period():
 
 
 def moved(gradients, m0=0.0, mu=0.9):
-    """The distance that DiLoCo moves with one step for each gradient, in units of eta."""
+    """How far DiLoCo moves in total, with one step for each gradient, in units of eta."""
     state = ServerState(np.zeros(1), memory={"momentum": np.array([m0])})
     return -run(DiLoCo(eta=1.0, mu=mu), [np.array([g]) for g in gradients], state)[-1][0]
 
 
-@pytest.mark.parametrize("k, far", [(2, 4.61), (4, 12.1441), (8, 33.868)])
-def test_nesterov_on_every_arrival_moves_far_more_than_on_the_mean(k, far):
-    assert moved([1.0] * k) == pytest.approx(far, abs=1e-3)
+@pytest.mark.parametrize("k, distance", [(2, 4.61), (4, 12.1441), (8, 33.868)])
+def test_nesterov_on_every_arrival_moves_far_more_than_on_the_mean(k, distance):
+    assert moved([1.0] * k) == pytest.approx(distance, abs=1e-3)
     assert moved([1.0] * k) == pytest.approx(k + sum((k + 1 - j) * 0.9**j for j in range(1, k + 1)))
     assert moved([1.0]) == pytest.approx(1.9)  # one step on the mean
 
 
-def asynchronous(rule, rounds=100, k=4):
+def final_distance(rule, rounds=100, k=4):
     """Distance from the optimum after `rounds` arrivals of each of k clients, in turn.
 
     All clients have the loss |x|^2 / 2, and local steps that go a fifth of the way: a client's D is
@@ -263,12 +263,12 @@ def asynchronous(rule, rounds=100, k=4):
 
 
 def test_on_quadratics_nesterov_on_every_arrival_diverges_and_delta_sgd_converges():
-    assert asynchronous(DeltaSGD(eta=0.7)) < 1e-3
-    assert asynchronous(DiLoCo(eta=0.7, mu=0.9)) > 1e9
-    assert asynchronous(DelayedNesterov(eta=0.7, mu=0.6, period=8)) < 1e-3
+    assert final_distance(DeltaSGD(eta=0.7)) < 1e-3
+    assert final_distance(DiLoCo(eta=0.7, mu=0.9)) > 1e9
+    assert final_distance(DelayedNesterov(eta=0.7, mu=0.6, period=8)) < 1e-3
 
 
-def test_smaller_weights_do_not_make_nesterov_on_every_arrival_right():
+def test_smaller_weights_do_not_correct_nesterov_on_every_arrival():
     assert moved([1 / 4] * 4) == pytest.approx(3.036, abs=1e-3)
     assert moved([2 / 4] * 4) == pytest.approx(6.072, abs=1e-3)  # sqrt(k) / k
     # the momentum of earlier arrivals is applied k times as well
@@ -309,7 +309,7 @@ def test_a_wrong_pacing_is_reported_with_an_alternative(rule, sizes, words):
         (DelayedNesterov(), Pacing("buffer", 8, 1)),
     ],
 )
-def test_a_right_pacing_has_no_problem(rule, pacing):
+def test_an_allowed_pacing_has_no_problem(rule, pacing):
     assert pacing.name in rule.paces and list(rule.problems(pacing)) == []
 
 

@@ -86,9 +86,9 @@ def test_two_attackers_of_ten_hardly_move_a_robust_rule(rule, attack):
     [("sign flip x3", 0.8), ("x100", 20), ("gaussian x100", 10), ("IPM 0.5", 0.29), ("IPM 10", 2)],
 )
 def test_two_attackers_of_ten_move_the_mean(attack, least):
-    """Without this, the test above would prove nothing.
+    """A control for the test above: plain averaging fails it.
 
-    ALIE is not here: it stays within the spread of the honest updates and moves the mean little.
+    ALIE is left out: it stays within the spread of the honest updates and moves the mean little.
     """
     rows, honest, _ = cohort(2, attack)
     assert distance(rows.mean(axis=0), honest) >= least

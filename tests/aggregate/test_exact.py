@@ -105,7 +105,7 @@ def test_a_refused_update_changes_nothing(bad, position, before, monkeypatch):
     assert total.mean(4).tobytes() == clean.mean(4).tobytes()
 
 
-def test_bad_calls_are_refused():
+def test_invalid_arguments_are_refused():
     total = ExactSum(2, 1.0, 4, max_weight=2)
     ok = np.float32([0, 1])
     for wrong in (np.zeros(2), np.float32([0]), np.zeros((2, 1), np.float32)):
@@ -131,7 +131,7 @@ def test_bad_calls_are_refused():
             total.reset(**limits)
 
 
-def test_the_mean_of_nothing_is_zero():
+def test_the_mean_of_no_updates_is_zero():
     assert ExactSum(2, 1.0, 4).mean(0.0).tolist() == [0.0, 0.0]
 
 

@@ -59,7 +59,7 @@ def norm(row):
     return math.sqrt(math.fsum(x * x for x in row))
 
 
-def apart(a, b):
+def difference(a, b):
     return [x - y for x, y in zip(a, b, strict=True)]
 
 
@@ -81,7 +81,7 @@ def slow_trimmed(rows, root):
 def slow_krum(rows, root, attackers=1):
     scores = []
     for i, row in enumerate(rows):
-        near = sorted(norm(apart(row, other)) ** 2 for j, other in enumerate(rows) if j != i)
+        near = sorted(norm(difference(row, other)) ** 2 for j, other in enumerate(rows) if j != i)
         scores.append(math.fsum(near[: len(rows) - attackers - 2]))
     kept = sorted(range(len(rows)), key=scores.__getitem__)[: len(rows) - attackers]
     return average([rows[i] for i in kept], [1] * len(kept))
@@ -90,7 +90,7 @@ def slow_krum(rows, root, attackers=1):
 def slow_geometric(rows, root):
     z = average(rows, [1] * len(rows))
     for _ in range(8):
-        z = average(rows, [1 / max(1e-6, norm(apart(row, z))) for row in rows])
+        z = average(rows, [1 / max(1e-6, norm(difference(row, z))) for row in rows])
     return z
 
 
@@ -102,7 +102,7 @@ def slow_norm_clip(rows, root):
 def slow_centred(rows, root):
     v = [0.0] * len(rows[0])
     for _ in range(5):
-        moves = [apart(row, v) for row in rows]
+        moves = [difference(row, v) for row in rows]
         tau = statistics.median(map(norm, moves))
         move = average([[x * min(1, tau / norm(m)) for x in m] for m in moves], [1] * len(rows))
         v = [a + b for a, b in zip(v, move, strict=True)]
@@ -242,7 +242,7 @@ def test_the_median_of_an_even_number_is_the_mean_of_the_middle_two():
     assert combined(Median(), [[1], [2], [3], [4]]).tolist() == [2.5]
 
 
-def test_a_trim_of_nothing_is_refused():
+def test_a_trim_that_removes_nothing_is_refused():
     """A fraction 0.2 of 4 clients would be rounded to 0, and (0, 0, 0, 100) would give 25."""
     assert combined(TrimmedMean(trim=1), [[2], [0], [0], [100]]).tolist() == [1.0]
     assert combined(TrimmedMean(trim=1), [[0], [0], [0], [100]]).tolist() == [0.0]
@@ -418,7 +418,7 @@ def test_too_few_updates_stop_the_run(rule, n, words):
     assert np.isfinite(rule.combine(updates(n + 1), state)).all()
 
 
-def test_krum_reports_that_it_would_keep_attackers():
+def test_krum_reports_that_attackers_could_be_kept():
     (problem,) = Krum(attackers=2, keep=7).problems(Pacing("cohort", 8, 8))
     for word in ("strategy.keep=7", "strategy.attackers=2", "at most 6"):
         assert word in problem

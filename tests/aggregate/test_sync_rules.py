@@ -27,7 +27,7 @@ from fedgpt.core.messages import ServerState
         ),
     ],
 )
-def test_equals_torch_sgd(strategy, optimizer):
+def test_averaging_rules_equal_sgd_of_torch(strategy, optimizer):
     ds = eight_gradients()
     ours = run(strategy, ds, ServerState(np.zeros(5)))
     np.testing.assert_allclose(ours, torch_history(optimizer, ds), rtol=0, atol=1e-14)
@@ -81,7 +81,7 @@ def test_adaptive_rules_equal_the_formula_of_the_paper(cls):
     np.testing.assert_allclose(np.ravel(ours), expected, rtol=1e-12)
 
 
-def test_four_ways_to_write_nesterov_agree():
+def test_four_formulations_of_nesterov_agree():
     eta, mu, zero = 0.7, 0.9, np.zeros(5)
     by_momentum, photon, muloco = (zero, zero), (zero, zero), (zero, zero)
     for d in eight_gradients():

@@ -20,39 +20,39 @@ ATTACKS = ("sign_flip", "scale", "gaussian")
 STEPS, TOKENS = 3, 3 * 4 * 16
 
 
-def lie(name: str, client: str = "eve", number: int = 0, seed: int = 0) -> np.ndarray:
+def attack_update(name: str, client: str = "eve", number: int = 0, seed: int = 0) -> np.ndarray:
     return attacked(DELTA, AttackOptions(name, clients=1, strength=3.0), seed, client, number)
 
 
 def test_sign_flip_and_scale_are_multiples_of_the_update():
-    assert np.array_equal(lie("sign_flip"), -3 * DELTA)
-    assert np.array_equal(lie("scale"), 3 * DELTA)
+    assert np.array_equal(attack_update("sign_flip"), -3 * DELTA)
+    assert np.array_equal(attack_update("scale"), 3 * DELTA)
 
 
-def test_gaussian_noise_has_the_asked_length_and_no_direction():
-    noise, lengths = lie("gaussian"), 3 * np.linalg.norm(DELTA) ** 2
+def test_gaussian_noise_has_the_requested_length_and_no_direction():
+    noise, lengths = attack_update("gaussian"), 3 * np.linalg.norm(DELTA) ** 2
     assert np.linalg.norm(noise) == pytest.approx(3 * np.linalg.norm(DELTA), rel=1e-5)
     assert abs(noise @ DELTA) < 0.05 * lengths
 
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_an_attack_is_deterministic_and_float32(name):
-    assert lie(name).dtype == np.float32
-    assert np.array_equal(lie(name), lie(name))
+    assert attack_update(name).dtype == np.float32
+    assert np.array_equal(attack_update(name), attack_update(name))
 
 
 def test_noise_differs_by_seed_client_and_job_number():
     for other in (
-        lie("gaussian", seed=1),
-        lie("gaussian", client="mallory"),
-        lie("gaussian", number=1),
+        attack_update("gaussian", seed=1),
+        attack_update("gaussian", client="mallory"),
+        attack_update("gaussian", number=1),
     ):
-        assert not np.array_equal(lie("gaussian"), other)
+        assert not np.array_equal(attack_update("gaussian"), other)
 
 
 @pytest.fixture
 def train(tmp_path):
-    """(client number, options) -> that client's update of one job, as the server takes it in."""
+    """(client number, options) -> that client's update of one job, as the server decodes it."""
     (tmp_path / "text").mkdir()
     for name in ("ann", "bob", "eve"):
         (tmp_path / "text" / f"{name}.txt").write_text(f"{name} saw the river rise again. " * 200)

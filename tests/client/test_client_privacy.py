@@ -71,7 +71,7 @@ def test_a_run_as_planned_is_within_its_budget_and_the_next_job_is_refused(tmp_p
     assert events(tmp_path)[0]["count"] == 15
 
 
-def test_the_very_same_job_again_is_free_and_gets_the_same_noise(tmp_path):
+def test_an_identical_repeat_of_a_job_is_free_and_gets_the_same_noise(tmp_path):
     o = options()
     first = client(o, tmp_path).steps(job(o), "fresh").stream.normal(50)
     again = (
@@ -127,7 +127,7 @@ def test_without_its_ledger_or_key_a_client_refuses_to_continue(tmp_path, name):
     (tmp_path / name).unlink()
     with pytest.raises(FedGPTError, match=f"{name} is missing"):
         client(o, tmp_path).steps(job(o, 1), "fresh")
-    if name == "ledger.json":  # nor where none of its updates has been accepted yet
+    if name == "ledger.json":  # also if none of its updates has been accepted yet
         with pytest.raises(FedGPTError, match=f"{name} is missing"):
             client(o, tmp_path).steps(job(o, 0), "fresh")
 

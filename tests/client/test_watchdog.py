@@ -30,5 +30,5 @@ def test_a_slow_client_of_a_simulated_fleet_is_not_ended():
     assert code == 0 and output == "through\n"
 
 
-def test_zero_is_off():
+def test_zero_seconds_disable_the_watchdog():
     assert process(0.0, 0.0, 0.5)[0] == 0

@@ -89,7 +89,7 @@ def test_every_conf_file_composes_and_is_valid(group, choice, tmp_path, monkeypa
 def test_the_dataclasses_and_conf_have_the_same_defaults():
     composed, schema = compose.load(), RunOptions()
     assert composed.strategy["_target_"] == "fedgpt.aggregate.fedavg.FedAvg"
-    assert composed.run_dir and composed.cache_dir, "conf makes them from the time and the user"
+    assert composed.run_dir and composed.cache_dir, "conf/ derives them from the time and the user"
     schema.strategy, schema.run_dir, schema.cache_dir = (
         composed.strategy,
         composed.run_dir,
@@ -100,7 +100,7 @@ def test_the_dataclasses_and_conf_have_the_same_defaults():
 
 
 def names_of(group: str) -> set[str]:
-    """The kinds that a group may have; none for a group that does not note its choice."""
+    """The choices of a group; empty for a group that does not store its choice."""
     options = getattr(RunOptions(), group)
     if group in MEMBERS:
         return {*MEMBERS[group].names(), "custom"}
@@ -109,7 +109,7 @@ def names_of(group: str) -> set[str]:
 
 
 @pytest.mark.parametrize("group", sorted(set(GROUPS) - {"strategy", "experiment"}))
-def test_every_kind_of_a_group_is_a_file_and_the_other_way_round(group):
+def test_choices_of_a_group_and_files_in_conf_correspond(group):
     options, names = getattr(RunOptions(), group), names_of(group)
     files = {choice for of, choice in CHOICES if of == group}
     assert names <= files
@@ -120,19 +120,19 @@ def test_every_kind_of_a_group_is_a_file_and_the_other_way_round(group):
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_every_conf_file_says_what_it_is(group):
+def test_every_conf_file_begins_with_a_comment(group):
     for path in CONF.glob(f"{group}/*.yaml"):
         assert "# " in path.read_text().split("\n\n")[0], path
 
 
-def test_yaml_carries_every_option(tmp_path):
+def test_every_option_survives_yaml(tmp_path):
     options = compose.load(
         ["model=mini", "strategy=diloco", f"run_dir={tmp_path}", "pace.rate=0.5", "seed=7"]
     )
     assert asdict(compose.from_yaml(compose.to_yaml(options))) == asdict(options)
 
 
-def test_the_schedule_ends_at_a_tenth_unless_told():
+def test_the_last_learning_rate_is_a_tenth_of_the_first_by_default():
     assert (
         compose.load(["local.lr=2e-3"]).local.last_lr == 2e-4
         and compose.load().local.last_lr == 3e-4
@@ -140,7 +140,7 @@ def test_the_schedule_ends_at_a_tenth_unless_told():
     assert compose.load(["local.min_lr=0"]).local.last_lr == 0
 
 
-def test_folders_that_no_run_could_write_are_told(tmp_path):
+def test_paths_that_no_run_could_use_are_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for option in ("run_dir", "cache_dir"):
         for path in (tmp_path / "file", tmp_path / "file" / "below"):
@@ -155,7 +155,7 @@ def test_folders_that_no_run_could_write_are_told(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["a: [1,\n b: {", "\tx: 1", "", "- 1\n", b"\xff\xfe\x00", None])
-def test_a_damaged_config_yaml_is_told_by_its_path(tmp_path, text):
+def test_the_error_for_a_damaged_config_yaml_has_its_path(tmp_path, text):
     path = tmp_path / "config.yaml"
     path.mkdir() if text is None else path.write_bytes(
         text if isinstance(text, bytes) else text.encode()
@@ -169,8 +169,8 @@ def test_a_damaged_config_yaml_is_told_by_its_path(tmp_path, text):
         compose.refuse_another_run(options)
 
 
-def test_everything_wrong_is_in_one_list():
-    told = problems(
+def test_all_problems_are_reported_at_once():
+    found = problems(
         "ronds=3",
         "strategy=fedavgg",
         "rounds=many",
@@ -178,7 +178,7 @@ def test_everything_wrong_is_in_one_list():
         "pace.clients=-1",
         "local.lr=0",
     )
-    assert len(told) == 6
+    assert len(found) == 6
     for part in (
         "ronds=3: no option 'ronds'; did you mean 'rounds'",
         "strategy=fedavgg: choose from",
@@ -188,7 +188,7 @@ def test_everything_wrong_is_in_one_list():
         "pace.clients=-1: must be at least 0",
         "local.lr=0",
     ):
-        assert any(part in problem for problem in told), part
+        assert any(part in problem for problem in found), part
 
 
 @pytest.mark.parametrize(
@@ -251,9 +251,9 @@ def test_one_wrong_option_is_named_with_what_is_allowed(overrides, part):
     "target", ["os.system", "os.getcwd", "pathlib.Path", "builtins.eval", "fedgptx.Evil"]
 )
 def test_a_target_outside_the_allow_list_is_never_imported(target):
-    told = problems("strategy=flower", f"strategy._target_={target}")
+    found = problems("strategy=flower", f"strategy._target_={target}")
     assert any(
-        "only classes in fedgpt.aggregate, flwr.serverapp.strategy" in problem for problem in told
+        "only classes in fedgpt.aggregate, flwr.serverapp.strategy" in problem for problem in found
     )
 
 
@@ -274,9 +274,9 @@ def test_a_trusted_package_may_bring_a_strategy(tmp_path, monkeypatch):
     assert compose.build_strategy(options.strategy, options.trusted_packages).share == 0.25
 
 
-def test_a_rule_that_learns_from_public_text_needs_some():
-    [told] = problems("strategy=fltrust", "corpus.public=0", "tokenizer=bytes")
-    assert told.startswith(
+def test_a_strategy_with_a_root_update_needs_public_text():
+    [problem] = problems("strategy=fltrust", "corpus.public=0", "tokenizer=bytes")
+    assert problem.startswith(
         "corpus.public=0: strategy=fltrust trains the server's own update on the public part; raise"
     )
     compose.load(["strategy=median", "corpus.public=0", "tokenizer=bytes"])
@@ -319,17 +319,17 @@ def test_sweeps_are_checked_choice_by_choice():
         ),
     ],
 )
-def test_what_a_record_cannot_repeat_is_refused_before_it_is_replayed(overrides, part, tmp_path):
+def test_options_that_a_replay_cannot_reproduce_are_refused(overrides, part, tmp_path):
     (tmp_path / "events.jsonl").write_text('{"event": "dispatch"}\n')
     replay = ["clock=virtual", "fleet=replay", f"fleet.path={tmp_path}/events.jsonl"]
-    [told] = problems(*replay, *overrides)
-    assert part in told and "in both" in told
+    [problem] = problems(*replay, *overrides)
+    assert part in problem and "in both" in problem
     compose.load([*replay, "pace=buffer", "pace.dylu=true", "pace.max_staleness=4"])
     compose.load([*replay, "privacy=client", "privacy.rng=seeded"])
     compose.load(["clock=virtual", "fleet=published", *overrides])
 
 
-def swept(*overrides: str) -> list[str]:
+def sweep_problems(*overrides: str) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         compose.check_sweep(overrides)
     return caught.value.problems
@@ -351,55 +351,57 @@ def swept(*overrides: str) -> list[str]:
     ],
 )
 def test_every_job_of_a_sweep_is_checked_before_the_first_one_runs(overrides, part):
-    [told] = swept(*overrides)
-    assert part in told
+    [problem] = sweep_problems(*overrides)
+    assert part in problem
 
 
-def test_of_a_large_sweep_every_choice_of_its_short_lists_is_checked(monkeypatch):
+def test_in_a_large_sweep_every_choice_of_its_short_lists_is_checked(monkeypatch):
     monkeypatch.setattr(overrides, "MOST_JOBS", 10)
-    [told] = swept("local.lr=1e-3,0", "seed=range(0,100)")
-    assert told.endswith("(in the job local.lr=0 seed=0 and 4 more)")
+    [problem] = sweep_problems("local.lr=1e-3,0", "seed=range(0,100)")
+    assert problem.endswith("(in the job local.lr=0 seed=0 and 4 more)")
 
 
-def test_what_is_wrong_with_every_job_is_told_once_and_beside_the_rest():
-    told = swept("rounds=3", "local.lr=0", "ronds=2", "pace.clients=4,-1", "seed=0,1,2")
-    assert len(told) == 3
+def test_a_problem_of_all_jobs_of_a_sweep_is_reported_once_with_the_others():
+    found = sweep_problems("rounds=3", "local.lr=0", "ronds=2", "pace.clients=4,-1", "seed=0,1,2")
+    assert len(found) == 3
     assert (
-        told[0].startswith("ronds=2: no option")
-        and told[1] == "local.lr=0.0: must be above 0 and at most 1"
+        found[0].startswith("ronds=2: no option")
+        and found[1] == "local.lr=0.0: must be above 0 and at most 1"
     )
-    assert told[2].endswith("(in the job pace.clients=-1 seed=0 and 2 more)")
+    assert found[2].endswith("(in the job pace.clients=-1 seed=0 and 2 more)")
 
 
-def test_sweeps_that_are_right_pass():
+def test_valid_sweeps_are_accepted():
     compose.check_sweep(["strategy=diloco,fedavgm", "strategy.mu=0.5", "name='a,b','c'"])
     compose.check_sweep(["model=glob(m*)", "pace.clients=range(1,4)", "hydra.sweep.dir=runs/x"])
 
 
-def test_a_sweep_without_m_is_told_how_it_is_typed():
-    told = problems("seed=1,2", "strategy=fedavg,diloco", "ronds=3")
-    assert len(told) == 3 and "typed with -m (fedgpt run -m seed=1,2)" in " ".join(told)
+def test_the_error_for_a_sweep_without_m_shows_how_to_type_it():
+    found = problems("seed=1,2", "strategy=fedavg,diloco", "ronds=3")
+    assert len(found) == 3 and "typed with -m (fedgpt run -m seed=1,2)" in " ".join(found)
     assert compose.load(["name='a,b'"]).name == "a,b"
 
 
-def test_what_this_machine_cannot_start_is_in_the_list(monkeypatch, tmp_path):
+def test_a_runtime_that_is_not_installed_is_reported_with_the_other_problems(monkeypatch, tmp_path):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
     (tmp_path / "config.yaml").write_text(compose.to_yaml(compose.load(["runtime=ray"])))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    told = problems("runtime=ray", "rounds=0")
-    assert len(told) == 2 and any('pip install ".[ray]"' in problem for problem in told)
-    assert compose.of_run(tmp_path).runtime.name == "ray", "a run's folder is read without Ray, too"
+    found = problems("runtime=ray", "rounds=0")
+    assert len(found) == 2 and any('pip install ".[ray]"' in problem for problem in found)
+    assert compose.of_run(tmp_path).runtime.name == "ray", (
+        "the folder of a run can be read without Ray"
+    )
 
 
-def test_more_made_clients_than_supernodes_fit_is_in_the_list():
-    [told] = problems("runtime=superlink", "partition=iid", "partition.clients=17")
-    assert "there are 17 clients; take at most 16" in told
+def test_more_clients_than_supernodes_are_refused():
+    [problem] = problems("runtime=superlink", "partition=iid", "partition.clients=17")
+    assert "there are 17 clients; take at most 16" in problem
     compose.load(["runtime=superlink", "partition=iid", "partition.clients=16"])
-    # of the largest: there may be fewer
+    # with natural clients the number is a maximum, and the corpus may have fewer
     compose.load(["runtime=superlink", "partition.clients=17"])
 
 
-def test_a_class_of_ones_own_is_named_as_it_is_typed():
+def test_problems_of_a_custom_class_are_reported_as_typed():
     target = f"partition._target_={third_party.MODULE}.Alternate"
     words = ["partition=custom", target, third_party.TRUSTED]
     options = compose.load([*words, "partition.arguments={clients: 3}"])
@@ -418,14 +420,14 @@ def test_a_class_of_ones_own_is_named_as_it_is_typed():
     assert "no option 'partition.argumants.lines'" in problem
 
 
-def test_lists_of_names_and_classes_are_taken():
+def test_lists_of_names_and_classes_are_accepted():
     options = compose.load(["track=[csv,{_target_: mine.T, port: 1}]", "metrics=[accuracy]"])
     assert options.track == ["csv", {"_target_": "mine.T", "port": 1}]
     assert options.metrics == ["accuracy"]
     assert compose.load(["model.trainable=['lm_head.*']"]).model.trainable == ["lm_head.*"]
 
 
-def test_a_checkpoint_that_is_older_than_an_option_has_its_default():
+def test_a_checkpoint_older_than_an_option_takes_its_default():
     options = compose.load()
     before = compose.flat_options(options)
     new = ("task.name", "task._target_", "corpus._target_", "model.trainable", "metrics")
@@ -436,7 +438,7 @@ def test_a_checkpoint_that_is_older_than_an_option_has_its_default():
     assert compose.changed_options(before, options) == "model.trainable: [] -> ['lm_head.*']"
 
 
-def test_a_folder_that_is_older_than_an_option_is_opened_and_resumed(tmp_path):
+def test_a_folder_older_than_an_option_is_opened_and_resumed(tmp_path):
     options = compose.load([f"run_dir={tmp_path}"])
     old = OmegaConf.create(compose.to_yaml(options))
     for key in ("task", "track", "metrics"):
@@ -452,7 +454,7 @@ def test_a_folder_that_is_older_than_an_option_is_opened_and_resumed(tmp_path):
         compose.refuse_another_run(options)
 
 
-def test_configuration_never_imports_torch():
+def test_composing_options_does_not_import_torch():
     code = (
         "import sys; from fedgpt.config import compose; compose.load();"
         " sys.exit('torch' in sys.modules)"
@@ -491,7 +493,7 @@ texts = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_siz
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(LEAVES), st.sampled_from(ODD) | texts)
 def test_any_value_of_any_option_is_valid_or_a_named_problem(option, value):
-    """Never another exception, whatever is typed."""
+    """No value raises another exception than ConfigError."""
     try:
         options = compose.load([f"{option}={value}"])
     except ConfigError as error:
@@ -501,7 +503,7 @@ def test_any_value_of_any_option_is_valid_or_a_named_problem(option, value):
     else:
         assert isinstance(options, RunOptions)
         assert isinstance(compose.from_yaml(compose.to_yaml(options)), RunOptions), (
-            "what is valid can be written and read"
+            "valid options can be written and read"
         )
 
 

@@ -1,6 +1,4 @@
-"""What is typed: values told as typed with what is allowed, each mistake once, and paths without
-quotes of quotes.
-"""
+"""Overrides: errors as typed and once for each mistake, and values that need no more quotes."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from fedgpt.config import compose, overrides
 
 
 @pytest.mark.parametrize(
-    "typed, told",
+    "typed, message",
     [
         (
             "tokens=1e6",
@@ -47,9 +45,9 @@ from fedgpt.config import compose, overrides
         ),
     ],
 )
-def test_a_wrong_value_is_told_as_typed_with_what_is_allowed(typed, told):
+def test_an_error_shows_the_value_as_typed_and_what_is_allowed(typed, message):
     [problem] = problems(typed)
-    assert problem.startswith(told)
+    assert problem.startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +63,7 @@ def test_a_wrong_value_is_told_as_typed_with_what_is_allowed(typed, told):
         (["tokens=100000", "rounds=5"], "rounds=5: tokens=100000 decides where the run ends"),
     ],
 )
-def test_one_mistake_is_told_once(typed, only):
+def test_one_mistake_is_reported_once(typed, only):
     [problem] = problems(*typed)
     assert problem.startswith(only)
 
@@ -83,7 +81,7 @@ def test_one_mistake_is_told_once(typed, only):
         "/tmp/plain",
     ],
 )
-def test_paths_and_prompts_need_no_quotes_beside_the_shells(value):
+def test_paths_and_prompts_need_no_quotes_but_those_of_the_shell(value):
     options = compose.load(
         ["corpus=files", f"corpus.path={value}", f"run_dir={value}", f"evaluate.prompt={value}"]
     )
@@ -92,16 +90,16 @@ def test_paths_and_prompts_need_no_quotes_beside_the_shells(value):
         and options.evaluate.prompt == value
     )
     assert compose.load([overrides.quoted(f"evaluate.prompt={value}")]).evaluate.prompt == value, (
-        "as Hydra gets it"
+        "with the quotes that Hydra gets"
     )
 
 
-def test_a_name_may_be_any_but_a_choice_is_no_text():
+def test_a_name_is_free_text_and_a_comma_in_a_choice_is_a_sweep():
     assert compose.load(["name=münchen 2"]).name == "münchen 2"
     [problem] = problems("clock=real,virtual")
     assert problem.startswith("clock=real,virtual: is a sweep, which is typed with -m")
 
 
-def test_a_sweep_over_texts_stays_one():
+def test_a_sweep_over_texts_is_not_quoted():
     assert overrides.quoted("evaluate.prompt=a,b", sweep=True) == "evaluate.prompt=a,b"
     compose.check_sweep(["evaluate.prompt=a,b", "local.lr=1e-4,1e-3"])

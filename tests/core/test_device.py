@@ -38,7 +38,7 @@ def test_if_torch_cannot_detect_amx_every_process_takes_fp32(monkeypatch):
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("amx", [True, False])
-def test_a_precision_that_is_asked_for_is_taken(monkeypatch, precision, amx):
+def test_a_requested_precision_is_used(monkeypatch, precision, amx):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
     assert choose_compute("cpu", precision) == Compute(
         "cpu", precision, "local.precision asks for it"
@@ -46,7 +46,7 @@ def test_a_precision_that_is_asked_for_is_taken(monkeypatch, precision, amx):
 
 
 @pytest.mark.parametrize("units, dtype", [(True, "bf16"), (False, "fp32")])
-def test_a_gpu_is_used_if_there_is_one(monkeypatch, units, dtype):
+def test_a_gpu_is_used_if_available(monkeypatch, units, dtype):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: units)
     chosen = choose_compute()
@@ -55,7 +55,7 @@ def test_a_gpu_is_used_if_there_is_one(monkeypatch, units, dtype):
 
 
 @pytest.mark.parametrize("built, why", [(None, "is built without CUDA"), ("13.0", "finds none")])
-def test_a_missing_gpu_is_a_wrong_option(monkeypatch, built, why):
+def test_asking_for_a_missing_gpu_is_refused(monkeypatch, built, why):
     monkeypatch.setattr(torch.version, "cuda", built)
     with pytest.raises(
         ConfigError, match=rf"runtime.device=cuda: no GPU here, torch .* {why}; take auto or cpu"
@@ -63,7 +63,7 @@ def test_a_missing_gpu_is_a_wrong_option(monkeypatch, built, why):
         choose_compute("cuda")
 
 
-def test_dtypes_are_torchs():
+def test_dtypes_map_to_those_of_torch():
     assert Compute("cpu", "fp32", "").torch_dtype is torch.float32
     assert Compute("cpu", "bf16", "").torch_dtype is torch.bfloat16
 
@@ -88,7 +88,7 @@ def test_cores_are_those_this_process_may_use(monkeypatch):
         (1, 0, 0, (1, 1, "1 cores, one process per core")),
     ],
 )
-def test_workers_and_threads_by_hand(monkeypatch, available, workers, threads, chosen):
+def test_numbers_of_workers_and_threads(monkeypatch, available, workers, threads, chosen):
     monkeypatch.setattr(device, "cores", lambda: available)
     assert choose_workers(workers, threads, 0, 1000) == chosen
 
@@ -135,7 +135,7 @@ def test_gpus_keep_the_names_that_this_process_knows_them_by(monkeypatch, visibl
     assert visible_gpus() == names
 
 
-def test_there_are_never_more_processes_than_clients(monkeypatch):
+def test_the_number_of_processes_is_at_most_that_of_clients(monkeypatch):
     monkeypatch.setattr("fedgpt.core.device.cores", lambda: 8)
     assert choose_workers(0, 0, 0, 3)[:2] == (3, 2)
     assert choose_workers(0, 0, 0, 1)[:2] == (1, 8)

@@ -19,7 +19,7 @@ def durable(request) -> bool:
 
 @pytest.fixture
 def synced(monkeypatch) -> list[str]:
-    """What was asked to be on the disk, in order, as kinds: `file` and `folder`."""
+    """The calls of fsync in order, each as `file` or `folder`."""
     seen: list[str] = []
     real = os.fsync
 
@@ -46,9 +46,9 @@ def test_the_block_writes_a_temporary_file_that_is_renamed_at_the_end(tmp_path, 
 def test_an_exception_leaves_the_old_content_and_no_temporary(tmp_path, durable):
     path = tmp_path / "model.bin"
     path.write_bytes(b"old")
-    with pytest.raises(RuntimeError, match="disk on fire"), replacing(path, durable) as temporary:
+    with pytest.raises(RuntimeError, match="write failed"), replacing(path, durable) as temporary:
         temporary.write_bytes(b"half")
-        raise RuntimeError("disk on fire")
+        raise RuntimeError("write failed")
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -95,17 +95,17 @@ def test_text_is_utf8_whatever_the_locale(tmp_path, durable):
     assert (tmp_path / "x").read_bytes() == "天下 \u2028 é\n".encode()
 
 
-def test_two_writers_never_share_a_temporary(tmp_path):
+def test_two_writers_use_different_temporary_files(tmp_path):
     path = tmp_path / "x"
     with replacing(path) as first, replacing(path) as second:
         assert first != second
         first.write_text("first")
         second.write_text("second")
-    assert path.read_text() == "first", "the outer block ends last"
+    assert path.read_text() == "first", "the outer block ends last and overwrites the inner one"
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_sha256_is_that_of_the_bytes(tmp_path):
+def test_sha256_of_a_file_is_that_of_its_bytes(tmp_path):
     content = bytes(range(256)) * 5000
     (tmp_path / "x").write_bytes(content)
     assert (

@@ -1,4 +1,4 @@
-"""One vector, many views: nothing is copied, nothing is left out, nothing stands twice."""
+"""The parameters of a model as views of one vector: no copy, none missing, none twice."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedgpt.model.gpt import GPT
 
 
 class Small(nn.Module):
-    """A vector before a matrix, a tied head and a buffer: what a layout has to sort out."""
+    """Has what a layout must handle: a vector before a matrix, a tied head and a buffer."""
 
     def __init__(self, width: int = 3):
         super().__init__()
@@ -27,7 +27,7 @@ class Small(nn.Module):
         return self.head(self.embed(ids) * self.scale)
 
 
-def test_matrices_come_first_ties_stand_once_and_buffers_never():
+def test_the_layout_has_matrices_first_tied_weights_once_and_no_buffers():
     layout = FlatParams.of(Small())
     assert layout.names == ("embed.weight", "scale", "head.bias")
     assert layout.shapes == ((5, 3), (3,), (5,))
@@ -35,7 +35,7 @@ def test_matrices_come_first_ties_stand_once_and_buffers_never():
     assert layout.decayed == 15
 
 
-def test_the_layout_of_a_gpt_is_all_of_its_parameters():
+def test_the_layout_of_a_gpt_has_all_of_its_parameters():
     model = GPT(ModelOptions(n_layer=2, n_head=2, n_embd=8, block_size=4, positions="learned"), 11)
     layout = FlatParams.of(model)
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -43,7 +43,7 @@ def test_the_layout_of_a_gpt_is_all_of_its_parameters():
     assert layout.size == sum(p.numel() for p in model.parameters())
     assert layout.decayed == sum(p.numel() for p in model.parameters() if p.dim() >= 2)
     dims = [len(shape) >= 2 for shape in layout.shapes]
-    assert dims == sorted(dims, reverse=True), "what weight decay applies to is one range"
+    assert dims == sorted(dims, reverse=True), "the parameters with weight decay are one range"
 
 
 def test_flattening_keeps_the_values_in_the_order_of_the_layout():
@@ -55,7 +55,7 @@ def test_flattening_keeps_the_values_in_the_order_of_the_layout():
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
-def test_parameters_and_vector_are_the_same_memory():
+def test_parameters_and_vector_share_their_memory():
     model = Small()
     layout, vector = flatten(model)
     start = 0
@@ -116,7 +116,7 @@ def test_the_dtype_of_the_parameters_is_kept():
     assert vector.dtype == torch.float64 and layout == FlatParams.of(Small())
 
 
-def test_the_digest_is_that_of_the_layout_and_of_nothing_else():
+def test_the_digest_depends_on_the_layout_only():
     layout = FlatParams.of(Small())
     assert layout.digest == FlatParams.of(Small()).digest, "values do not matter"
     assert len(layout.digest) == 16 and int(layout.digest, 16) >= 0

@@ -1,4 +1,4 @@
-"""One option is one field: everything that is said of it follows from there."""
+"""One option is one dataclass field; its checks and its help follow from that field."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ RUN = RunOptions(run_dir="runs/x", cache_dir="cache", strategy={"_target_": "x.Y
 
 @dataclass
 class OvenOptions(Group):
-    """What bakes."""
+    """A group of options that only this file defines."""
 
     group = "oven"
 
@@ -54,8 +54,8 @@ class Kitchen(Group):
     oven: OvenOptions = field(default_factory=OvenOptions)
 
 
-def test_an_option_is_its_field_and_nothing_else():
-    """A group that no other file knows: composed, checked and explained."""
+def test_checks_and_help_of_an_option_follow_from_its_field():
+    """A new group is composed, checked and explained without a change of other files."""
     cfg = OmegaConf.merge(OmegaConf.structured(Kitchen), {"oven": {"degrees": 10, "name": "ston"}})
     kitchen: Any = OmegaConf.to_object(cfg)
     assert list(kitchen.problems()) == [
@@ -102,7 +102,7 @@ def test_every_option_is_explained(key):
 
 
 @pytest.mark.parametrize("key", [key for key in OPTIONS if OPTIONS[key].facts.only_with])
-def test_what_belongs_to_a_choice_names_choices_that_exist(key):
+def test_options_that_need_a_choice_name_existing_choices(key):
     group, only_with = OPTIONS[key].group, OPTIONS[key].facts.only_with
     files = {path.stem for path in (ROOT / "conf" / group).glob("*.yaml")}
     assert set(only_with) < files
@@ -127,7 +127,7 @@ def test_ranges(allowed, good, bad):
     assert all(map(allowed.holds, good)) and not any(map(allowed.holds, bad))
 
 
-def test_a_run_may_be_called_custom():
+def test_a_run_may_be_named_custom():
     assert not list(RunOptions(name="custom", run_dir="x", cache_dir="y").problems())
 
 
@@ -147,7 +147,7 @@ def test_all_problems_of_all_groups_are_reported():
 @pytest.mark.parametrize(
     "members", [CORPORA, PARTITIONS, CODECS, RUNTIMES, TASKS], ids=lambda members: members.group
 )
-def test_the_default_of_a_group_is_a_member_and_a_class_of_ones_own_needs_its_name(members):
+def test_the_default_of_a_group_is_a_member_and_a_custom_class_needs_its_name(members):
     mine = getattr(RunOptions(), members.group)
     assert mine.chosen in members.names()
     assert members.key == mine.key(mine.choice_field)

@@ -64,5 +64,5 @@ def test_a_generator_is_fresh_every_time():
     drawn = first.random(10).tolist()
     assert drawn == again.random(10).tolist() != other.random(10).tolist()
     assert drawn == numpy_generator(3, "cohort", 5).random(10).tolist(), (
-        "nothing remembers the draws before"
+        "a generator does not depend on earlier draws"
     )

@@ -125,7 +125,7 @@ def test_a_client_is_a_folder(tmp_path):
     }
 
 
-def test_the_documents_of_a_long_file_are_its_text(tmp_path):
+def test_the_documents_of_a_long_file_add_up_to_its_text(tmp_path):
     text = CHINESE * 40
     write(tmp_path, "novel.txt", text)
     documents = load(files(tmp_path, document_bytes=500))
@@ -246,7 +246,7 @@ def test_prompts_are_short():
     assert corpus_prompt(files("anywhere")) == ""
 
 
-def test_text_is_cut_at_blank_lines_where_it_has_some():
+def test_text_with_blank_lines_is_cut_at_these():
     paragraphs = [f"paragraph {number} " + "word " * 20 + "\n\n" for number in range(20)]
     pieces = cut("".join(paragraphs), 300)
     assert len(pieces) > 5 and all(piece.endswith("\n\n") for piece in pieces)
@@ -256,7 +256,7 @@ def test_text_is_cut_at_blank_lines_where_it_has_some():
 @given(
     st.text(alphabet=st.sampled_from(["a", " ", "\n", "\t", "é", "雪", "\U0001f600"]), max_size=600)
 )
-def test_the_pieces_are_the_text_and_none_is_too_long(text):
+def test_the_pieces_add_up_to_the_text_and_none_is_too_long(text):
     pieces = cut(text, 64)
     assert "".join(pieces) == text
     assert all(0 < len(piece.encode()) <= 64 for piece in pieces)
@@ -273,7 +273,7 @@ EVERY = {
 }
 
 
-def test_the_folder_is_the_list_of_corpora():
+def test_every_corpus_in_the_folder_is_tested():
     assert CORPORA.names() == sorted(EVERY.keys() - {"custom"})
 
 
@@ -314,7 +314,7 @@ def test_a_corpus_from_outside_is_built_from_its_name_and_arguments():
         (replace(EVERY["sotu"], _target_="x.Y"), "corpus._target_=x.Y: corpus=sotu has a class"),
     ],
 )
-def test_what_is_wrong_with_a_corpus_from_outside_is_named_as_typed(options, text):
+def test_problems_of_a_corpus_from_outside_are_reported_as_typed(options, text):
     trusted = [] if options is EVERY["custom"] else ["outsider"]
     (problem,) = CORPORA.problems(options, trusted)
     assert re.search(text, problem)
@@ -322,7 +322,7 @@ def test_what_is_wrong_with_a_corpus_from_outside_is_named_as_typed(options, tex
 
 @dataclass(frozen=True)
 class Careless(Corpus):
-    """A corpus whose `documents` breaks its promise in the way that `broken` says."""
+    """A corpus whose `documents` violates the interface in the way that `broken` says."""
 
     broken: Any = ()
 
@@ -340,6 +340,6 @@ class Careless(Corpus):
         ([Document("a", "b", "\ud83d")], "document 0 of Careless has a text that is not valid UTF"),
     ],
 )
-def test_what_a_careless_corpus_yields_is_checked(broken, text):
+def test_invalid_documents_of_a_corpus_are_refused(broken, text):
     with pytest.raises(ConfigError, match=text):
         load_documents(Careless(broken))

@@ -18,7 +18,7 @@ def examples(count: int, width: int = 4) -> Examples:
     return Examples((rows, rows))
 
 
-def test_padding_does_not_count_and_what_teaches_nothing_is_left_out():
+def test_padding_is_not_counted_and_examples_without_targets_are_left_out():
     pairs = [
         (np.array([1, 2, 3]), np.array([2, 3, 4])),
         (np.array([5]), np.array([IGNORE])),
@@ -33,15 +33,15 @@ def test_padding_does_not_count_and_what_teaches_nothing_is_left_out():
 
 
 @pytest.mark.parametrize(
-    ("inputs", "targets", "told"),
+    ("inputs", "targets", "message"),
     [
         ([1, 2], [1], "2 inputs and 1 targets: as many of both, and at most 3"),
         ([1] * 4, [1] * 4, "4 inputs and 4 targets: as many of both, and at most 3"),
         ([1], [IGNORE], "no example with a counted target"),
     ],
 )
-def test_examples_that_do_not_fit_are_refused(inputs, targets, told):
-    with pytest.raises(ValueError, match=told):
+def test_examples_that_do_not_fit_are_refused(inputs, targets, message):
+    with pytest.raises(ValueError, match=message):
         Examples.padded([(np.array(inputs), np.array(targets))], 3)
 
 

@@ -22,7 +22,7 @@ from fedgpt.data.prepare import CLIENTS, HELD_OUT, PUBLIC
 
 
 def corpus(lengths, owners, labels, parts) -> Any:
-    """A prepared corpus of numbered tokens, so that a token says where it came from."""
+    """A prepared corpus of numbered tokens, so that each token shows where it comes from."""
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     return SimpleNamespace(
         tokens=np.arange(starts[-1], dtype=np.uint32),
@@ -78,7 +78,9 @@ outside = st.builds(
 
 @settings(deadline=None, max_examples=300)
 @given(corpora(), made | outside, st.integers(0, 2**31), st.integers(1, 12))
-def test_every_token_once_and_enough_for_each_or_an_error(prepared, options, seed, window):
+def test_every_client_gets_enough_tokens_and_no_token_twice_or_it_is_an_error(
+    prepared, options, seed, window
+):
     try:
         shards = partition(prepared, options, seed, window, ["outsider"])
     except ConfigError as error:
@@ -152,7 +154,7 @@ def test_iid_is_even_and_mixes_owners(ten):
     )
 
 
-def test_another_seed_deals_another_way(ten):
+def test_another_seed_gives_other_shards(ten):
     options = PartitionOptions(name="iid", clients=3, piece=10)
     one, two = (partition(ten, options, seed, 10)[0].spans for seed in (0, 1))
     assert not np.array_equal(one, two)
@@ -278,7 +280,7 @@ def test_grouped_joins_natural_clients_evenly(ten):
 # ---- a partition from outside
 
 
-def test_the_folder_is_the_list_of_partitions():
+def test_the_partitions_are_those_in_the_folder():
     assert PARTITIONS.names() == ["dirichlet", "grouped", "iid", "natural", "quantity"]
 
 
@@ -301,7 +303,7 @@ def test_a_partition_from_outside_is_built_from_its_name_and_arguments(ten):
 
 
 class Careless(Partition):
-    """A partition whose `deal` breaks its promise in the way that the spans say."""
+    """A partition whose `deal` violates the interface in the way that the spans say."""
 
     spans: ClassVar[Any] = {}
 
@@ -326,7 +328,7 @@ class Careless(Partition):
         ([("a", [[0, 100]]), ("b", [[100, 105]])], "1 of 2 clients have fewer than 10 tokens"),
     ],
 )
-def test_what_a_careless_partition_deals_is_checked(ten, spans, text, monkeypatch):
+def test_invalid_shards_of_a_partition_are_refused(ten, spans, text, monkeypatch):
     monkeypatch.setattr(Careless, "spans", spans)
     options = PartitionOptions(name="custom", _target_=f"{__name__}.Careless")
     with pytest.raises(ConfigError, match=text):

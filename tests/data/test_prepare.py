@@ -117,7 +117,7 @@ def test_a_corpus_is_prepared_once_and_then_read_from_the_cache(corpus, tmp_path
     assert open_prepared(first.folder).digest == first.digest
 
 
-def test_what_changes_the_content_changes_the_digest_and_nothing_else_does(corpus, tmp_path):
+def test_the_digest_changes_with_the_content_only(corpus, tmp_path):
     cache = tmp_path / "cache"
     digests = [prepare(corpus, BPE, cache).digest, prepare(corpus, BYTES, cache).digest]
     assert (
@@ -134,7 +134,7 @@ def test_what_changes_the_content_changes_the_digest_and_nothing_else_does(corpu
 
 
 def test_an_older_cache_entry_of_a_built_in_corpus_stays_valid(tmp_path):
-    """The name is that of an entry that an earlier version wrote, so that old runs find theirs."""
+    """An earlier version gave the entry this name, and runs made with that version must find it."""
     for number in range(8):
         (tmp_path / f"{number}.txt").write_text(f"note {number}\n" * 20, encoding="utf-8")
     options = CorpusOptions(
@@ -172,7 +172,7 @@ def test_a_cache_made_twice_is_the_same_to_the_byte(corpus, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "tokens.npy", "tokenizer.json"])
-def test_a_damaged_cache_is_made_again(corpus, tmp_path, name):
+def test_a_damaged_cache_entry_is_rebuilt(corpus, tmp_path, name):
     first = prepare(corpus, BPE, tmp_path / "cache")
     expected = np.array(first.tokens)
     data = (first.folder / name).read_bytes()
@@ -189,7 +189,7 @@ def test_a_failed_preparation_leaves_nothing_behind(corpus, tmp_path, monkeypatc
     assert [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"] == []
 
 
-def test_what_a_killed_process_left_is_removed(corpus, tmp_path):
+def test_temporary_files_of_a_killed_process_are_removed(corpus, tmp_path):
     folder = prepare(corpus, BYTES, tmp_path / "first").folder
     left = tmp_path / "cache" / f".{folder.name}.abc"
     (left / "new").mkdir(parents=True)
@@ -197,7 +197,7 @@ def test_what_a_killed_process_left_is_removed(corpus, tmp_path):
     assert not left.exists()
 
 
-def test_threads_at_once_build_once(corpus, tmp_path, monkeypatch):
+def test_concurrent_threads_prepare_a_corpus_once(corpus, tmp_path, monkeypatch):
     build, builds, results = module._split_and_tokenise, [], []
 
     def counting(*arguments):
@@ -214,7 +214,7 @@ def test_threads_at_once_build_once(corpus, tmp_path, monkeypatch):
     assert len(builds) == 1 and len(results) == 4 and len(set(results)) == 1
 
 
-def test_two_processes_at_once_give_one_cache(corpus, tmp_path):
+def test_two_concurrent_processes_make_one_cache_entry(corpus, tmp_path):
     script = (
         "import sys\n"
         "from fedgpt.core.options import CorpusOptions, TokenizerOptions\n"
@@ -241,7 +241,7 @@ def test_two_processes_at_once_give_one_cache(corpus, tmp_path):
     assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 1
 
 
-def test_waiting_for_the_lock_ends(corpus, tmp_path, monkeypatch):
+def test_waiting_for_the_lock_has_a_time_limit(corpus, tmp_path, monkeypatch):
     from filelock import FileLock
 
     folder = prepare(corpus, BYTES, tmp_path / "cache").folder
@@ -254,7 +254,7 @@ def test_waiting_for_the_lock_ends(corpus, tmp_path, monkeypatch):
         prepare(corpus, BYTES, tmp_path / "cache")
 
 
-def test_too_little_text_says_which_part_is_empty(tmp_path):
+def test_the_error_for_too_little_text_names_the_empty_part(tmp_path):
     (tmp_path / "one.txt").write_text("one document\n")
     options = CorpusOptions(name="files", client="file", path=str(tmp_path))
     with pytest.raises(

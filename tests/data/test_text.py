@@ -1,4 +1,4 @@
-"""Documents of one party, as tasks get them, against the corpus they come from."""
+"""Documents of a part or of a client, as tasks receive them, against the corpus."""
 
 from __future__ import annotations
 
@@ -41,28 +41,28 @@ def test_a_part_has_its_documents(prepared, part):
     np.testing.assert_array_equal(text.tokens, prepared._part(part))
 
 
-def test_shards_of_whole_documents_have_these(prepared):
+def test_natural_shards_have_the_documents_of_the_corpus(prepared):
     shards = partition(prepared, PartitionOptions("natural"), 0, 9)
     found = [each for shard in shards for each in listed(shard_text(prepared, shard))]
     assert found == documents(prepared, CLIENTS)
     assert {label for _, label in found} == {"ann", "bob", "carol"}
 
 
-def test_a_document_in_pieces_is_several_with_its_label(prepared):
+def test_every_piece_of_a_document_has_its_label(prepared):
     options = PartitionOptions("iid", clients=4, piece=50)
-    whole = documents(prepared, CLIENTS)
+    complete = documents(prepared, CLIENTS)
     ends = 0
     for shard in partition(prepared, options, 0, 9):
         text = shard_text(prepared, shard)
         np.testing.assert_array_equal(text.tokens, shard.read(prepared.tokens))
         for tokens, label in listed(text):
             piece = ",".join(map(str, tokens))
-            assert any(label == own and piece in ",".join(map(str, of)) for of, own in whole)
-            assert prepared.tokenizer.end not in tokens[:-1], "a piece is of one document"
+            assert any(label == own and piece in ",".join(map(str, of)) for of, own in complete)
+            assert prepared.tokenizer.end not in tokens[:-1], "a piece belongs to one document"
             ends += tokens[-1] == prepared.tokenizer.end
-    assert ends == len(whole)
+    assert ends == len(complete)
 
 
-def test_an_empty_part_is_an_empty_text(prepared):
+def test_the_text_of_an_empty_part_is_empty(prepared):
     text = part_text(prepared, 7)
     assert len(text) == 0 and listed(text) == [] and text.tokens.size == 0

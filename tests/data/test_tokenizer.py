@@ -32,7 +32,7 @@ KINDS = {
     "bytes": make_tokenizer(TokenizerOptions(name="bytes"), []),
 }
 both = pytest.mark.parametrize("kind", list(KINDS))
-# spaces, line ends and control characters more often than chance would have them
+# with more spaces, line ends and control characters than in st.text()
 any_text = st.text() | st.text(
     alphabet=st.sampled_from(list(" \n\t\r\x1c\x85\u3000ab1!'é雪\U0001f600")), max_size=60
 )
@@ -58,7 +58,7 @@ def test_round_trip_of_real_text(kind):
 
 
 @both
-def test_the_end_token_is_last_and_stands_for_nothing(kind):
+def test_the_end_token_is_the_last_id_and_decodes_to_nothing(kind):
     tokenizer = KINDS[kind]
     assert tokenizer.end == tokenizer.vocab_size - 1
     assert tokenizer.token_bytes.shape == (tokenizer.vocab_size,)
@@ -68,7 +68,7 @@ def test_the_end_token_is_last_and_stands_for_nothing(kind):
 
 
 @both
-def test_saved_and_loaded_is_the_same(kind, tmp_path):
+def test_a_saved_tokenizer_loads_unchanged(kind, tmp_path):
     tokenizer = KINDS[kind]
     tokenizer.save(tmp_path)
     loaded = load_tokenizer(tmp_path)
@@ -93,7 +93,7 @@ def test_transformers_reads_the_saved_folder(kind, tmp_path):
         assert theirs.decode(theirs(text)["input_ids"]) == text
 
 
-def test_bytes_are_the_bytes_by_both_ways(tmp_path):
+def test_byte_tokens_are_the_bytes_in_both_implementations(tmp_path):
     tokenizer = KINDS["bytes"]
     tokenizer.save(tmp_path)
     assert tokenizer.vocab_size == 257
@@ -106,12 +106,12 @@ def test_bytes_are_the_bytes_by_both_ways(tmp_path):
 def test_cutting_into_pieces_changes_no_id(tmp_path, monkeypatch):
     tokenizer = KINDS["bpe"]
     tokenizer.save(tmp_path)
-    whole = Library.from_file(str(tmp_path / "tokenizer.json"))
+    uncut = Library.from_file(str(tmp_path / "tokenizer.json"))
     texts = ["x  \n\n\n  y\t\n z\n" * 9, " \n \n", *TEXTS, "雪\x1c \n!\x1c\x85 a\u3000\n b" * 5]
     for size in (1, 7, 4096):
         monkeypatch.setattr(module, "PIECE", size)
         assert [ids.tolist() for ids in tokenizer.encode_many(texts)] == [
-            whole.encode(text).ids for text in texts
+            uncut.encode(text).ids for text in texts
         ]
 
 

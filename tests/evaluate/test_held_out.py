@@ -1,4 +1,4 @@
-"""Scores against a slow second way: one window at a time, in float64, counted by hand."""
+"""Scores against a slow reference: one window at a time, in float64."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TEXT = "The river rose; 河水上涨了, and nobody in the town by the river was
 
 
 def parameters(vocab: int, seed: int = 5, scale: float = 10.0) -> tuple[GPT, np.ndarray]:
-    """A model far from uniform, so that a token scored twice or never would show."""
+    """A model far from uniform, so that a token scored twice or not at all would show."""
     model = GPT(MODEL, vocab).eval()
     model.init_weights(seed)
     vector = flatten(model)[1]
@@ -37,16 +37,14 @@ def parameters(vocab: int, seed: int = 5, scale: float = 10.0) -> tuple[GPT, np.
 
 
 def scorer(tokens, token_bytes, compute: Compute = FP32, limit: int = 0, **about) -> HeldOut:
-    """Of the task lm, on tokens of one document."""
+    """A scorer of the task lm on the tokens of one document."""
     task = LanguageModel()
     examples = task.held_out(Text.of([tokens]), BLOCK).spread(limit)
     return HeldOut(MODEL, examples, token_bytes, compute, task, **about)
 
 
 def slow_nats(model: GPT, tokens: np.ndarray) -> list[float]:
-    """Minus log probability of tokens[1:], each from the tokens before it in its window, in
-    float64.
-    """
+    """Minus the log probability of tokens[1:], given the earlier ones of the window, in float64."""
     model = model.double()
     nats = []
     with torch.no_grad():
@@ -73,42 +71,36 @@ DOCUMENTS = (TEXT + TEXT, TEXT[21:] + TEXT)
 
 @pytest.fixture(scope="module")
 def tokens(tokenizer) -> np.ndarray:
-    """Two documents, each with its end token, of a length that leaves the last window part
-    empty.
-    """
+    """Two documents, each with its end token, whose last window is partly empty."""
     stream = [token for text in DOCUMENTS for token in (*tokenizer.encode(text), tokenizer.end)]
     assert (len(stream) - 1) % BLOCK
     return np.array(stream, dtype=np.uint16)
 
 
-def test_loss_is_that_of_a_loop_over_windows_in_float64(tokenizer, tokens):
+def test_the_loss_equals_that_of_a_loop_over_windows_in_float64(tokenizer, tokens):
     model, params = parameters(tokenizer.vocab_size)
     held_out = scorer(tokens, tokenizer.token_bytes)
     scores = held_out(params)
     nats = slow_nats(model, tokens)
     assert len(nats) == len(tokens) - 1 == held_out.tokens
     assert scores["loss"] == pytest.approx(math.fsum(nats) / len(nats), rel=1e-5)
-    assert scores["loss"] > 1.2 * math.log(tokenizer.vocab_size), (
-        "a model that is wrong in its own way"
-    )
+    assert scores["loss"] > 1.2 * math.log(tokenizer.vocab_size), "the model is far from uniform"
     assert scores["perplexity"] == math.exp(scores["loss"])
 
 
 def test_bits_per_byte_divide_by_the_bytes_of_the_text(tokenizer, tokens):
     model, params = parameters(tokenizer.vocab_size)
     scores = scorer(tokens, tokenizer.token_bytes)(params)
-    # only the first token is nobody's target
+    # only the first token is not predicted
     unpredicted = len(tokenizer.decode(tokens[:1]).encode())
-    # end tokens stand for no byte
+    # end tokens have no bytes
     text_bytes = sum(len(text.encode()) for text in DOCUMENTS) - unpredicted
     bits = math.fsum(slow_nats(model, tokens)) / math.log(2)
     assert scores["bits_per_byte"] == pytest.approx(bits / text_bytes, rel=1e-5)
 
 
 def test_bits_per_byte_of_three_bytes_by_hand():
-    """Uniform over 257 ids: ab<end> has two targets, b and the end, of which only b is a byte of
-    text.
-    """
+    """Uniform over 257 ids: ab<end> has the targets b and the end, of which only b is a byte."""
     tokenizer = make_tokenizer(TokenizerOptions(name="bytes"), [])
     held_out = scorer(np.array([97, 98, 256]), tokenizer.token_bytes)
     assert held_out.tokens == 2
@@ -183,7 +175,7 @@ def test_a_limit_spreads_over_the_text_and_is_kept(length, limit):
         assert rows[0] == 0 and rows[-1] == (length - 2) // BLOCK and gaps.max() - gaps.min() <= 1
 
 
-def test_a_score_depends_on_the_vector_given_and_on_nothing_before(tokenizer, tokens):
+def test_a_score_depends_on_the_given_vector_only(tokenizer, tokens):
     held_out = scorer(tokens, tokenizer.token_bytes)
     a, b = (parameters(tokenizer.vocab_size, seed)[1] for seed in (1, 2))
     first, other = held_out(a), held_out(b)
@@ -199,7 +191,7 @@ def test_bf16_scores_are_near_those_of_fp32(tokenizer, tokens):
     assert rough["loss"] == pytest.approx(exact["loss"], rel=5e-3)
 
 
-def test_a_hopeless_model_has_infinite_perplexity_and_finite_loss(tokenizer, tokens):
+def test_a_very_bad_model_has_infinite_perplexity_and_finite_loss(tokenizer, tokens):
     model, params = parameters(tokenizer.vocab_size, scale=1.0)
     views = dict(model.named_parameters())
     with torch.no_grad():

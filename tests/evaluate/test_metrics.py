@@ -1,4 +1,4 @@
-"""Properties of every metric, and the numbers of ours by hand."""
+"""Properties of every metric, and values of the built-in ones computed by hand."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ of_batches = pytest.mark.parametrize(
 
 
 @of_batches
-def test_a_number_does_not_depend_on_how_the_text_is_cut_into_batches(metric):
-    whole = value(metric, OUTPUTS)
-    assert math.isfinite(whole)
-    assert value(metric, OUTPUTS, slice(0, 1), slice(1, 4), slice(4, 6)) == pytest.approx(whole)
+def test_a_metric_does_not_depend_on_the_batches(metric):
+    at_once = value(metric, OUTPUTS)
+    assert math.isfinite(at_once)
+    assert value(metric, OUTPUTS, slice(0, 1), slice(1, 4), slice(4, 6)) == pytest.approx(at_once)
 
 
 @of_batches
@@ -57,12 +57,12 @@ def test_outputs_at_ignored_targets_have_no_effect(metric):
 @pytest.mark.parametrize(
     "metric", [m for m in MEMBERS.values() if isinstance(m, SampleMetric)], ids=lambda m: m.name
 )
-def test_a_number_of_a_sample_is_finite_even_for_an_empty_one(metric):
+def test_a_sample_metric_is_finite_even_for_an_empty_sample(metric):
     assert math.isfinite(metric.value(Sample("Once", "")))
     assert math.isfinite(metric.value(Sample("", " upon a time")))
 
 
-def test_every_metric_has_a_name_of_its_own():
+def test_metrics_have_different_names():
     names = [metric.name for metric in MEMBERS.values()]
     assert len(set(names)) == len(names) and not set(names) & set(LANGUAGE.names)
     assert all(name.isidentifier() for name in names)

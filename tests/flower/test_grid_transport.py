@@ -118,7 +118,7 @@ class Broken(Grid):
         self.nodes, self.raised = nodes, raised
 
     def pull_messages(self, ids: Iterable[str]) -> list[Message]:
-        found = super().pull_messages(ids)  # a SuperLink, too, gives each reply only once
+        found = super().pull_messages(ids)  # like a SuperLink, it gives each reply only once
         if any(message.metadata.src_node_id in self.nodes for message in found):
             raise self.raised
         return found
@@ -140,7 +140,7 @@ def test_a_reply_that_flower_cannot_read_is_an_error_of_its_client_only(
         replies |= {reply.client: reply for reply in made.receive(1.0)}
     assert replies["a"].code == "bad_encoding" and type(raised).__name__ in replies["a"].error
     assert replies["b"].error == "" and replies["b"].payload.tolist() == [1.0, 2.0, 3.0, 4.0]
-    made.send([job("a")])  # and it goes on
+    made.send([job("a")])  # the transport can still be used
 
 
 class Asked(Grid):

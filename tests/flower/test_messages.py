@@ -34,7 +34,7 @@ def no_collector():
 
 
 class Vector(np.ndarray):
-    """An array that a weak reference can point to."""
+    """An array to which a weak reference can be made."""
 
 
 def vector() -> np.ndarray:
@@ -64,7 +64,7 @@ def test_reading_a_job_leaves_no_reference_to_its_vector():
     assert about == ("a", 3, 2, plan)
 
 
-# ---- malicious content in the place of an array
+# ---- malicious content instead of an array
 
 
 def npy(array: np.ndarray, **how) -> bytes:
@@ -101,7 +101,7 @@ def test_an_array_from_the_wire_is_read():
 
 
 FIRST = GOOD.index(b"(64,)")
-# of the same length, so that the data begins there
+# a header of the same length, so that the data begins at the same offset
 BOMB = GOOD[:FIRST] + b"(9999999999999,), }" + GOOD[FIRST + 19 :]
 CONTENTS = {
     "npz": (content(wire(npz(NUMBERS))), "bad_encoding"),
@@ -134,11 +134,11 @@ CONTENTS = {
 
 
 @pytest.mark.parametrize("name", CONTENTS)
-def test_whatever_a_reply_holds_is_an_update_or_an_error_with_a_documented_code(name):
+def test_malformed_replies_are_errors_with_a_documented_code(name):
     message, code = CONTENTS[name]
     reply = read_reply(Message(message, 5, MessageType.TRAIN), "a", 0)
     assert reply.code == code and code in REASONS and reply.payload is None
-    assert 0 < len(reply.error) < 200, "names and numbers for a line of a log"
+    assert 0 < len(reply.error) < 200, "the error must fit a line of a log"
 
 
 def test_the_error_of_a_client_is_cut_to_a_maximum_length():

@@ -34,12 +34,12 @@ CHOICES = {
 
 @pytest.fixture
 def options(tmp_path) -> list[str]:
-    # the watchdog writes to the real stderr, which a test that reads what was printed has not
+    # the watchdog needs the real stderr, which capsys replaces
     return [*tiny_run(tmp_path), "privacy.delta=0.004", "runtime.watchdog=0"]
 
 
 @pytest.mark.parametrize("name", CHOICES)
-def test_a_private_run_says_what_it_promises_and_what_it_spent(tmp_path, options, name, capsys):
+def test_a_private_run_reports_its_guarantee_and_its_cost(tmp_path, options, name, capsys):
     summary = run_here(
         *options, *CHOICES[name], "privacy.noise_multiplier=3", "privacy.target_epsilon=null"
     )
@@ -73,7 +73,7 @@ def test_every_epsilon_of_seeded_noise_is_called_not_private(tmp_path, options, 
 
 
 @pytest.mark.parametrize("name", [*CHOICES, "correlated"])
-def test_the_plan_of_longer_and_noisier_runs(options, name, capsys):
+def test_the_plan_has_the_cost_of_shorter_longer_and_noisier_runs(options, name, capsys):
     correlated = [*FIXED, "pace.clients=1", "privacy.bands=2", "privacy.separation=2"]
     chosen = correlated if name == "correlated" else CHOICES[name]
     noise = ["privacy.noise_multiplier=2", "privacy.target_epsilon=null"]

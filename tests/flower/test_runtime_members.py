@@ -1,4 +1,4 @@
-"""What holds for every runtime: its help, its checks, and what a run finds in its folder."""
+"""Properties of every runtime: its help, its checks, and the records of its runs."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_only_deployed_clients_are_real_and_only_local_servers_are_in_process():
 
 
 def test_runtimes_are_checked_without_flower_and_torch():
-    """Otherwise a typo would be answered after seconds."""
+    """Importing them takes seconds, and a typo must be reported at once."""
     script = (
         "import sys; from fedgpt.core.runtimes import RUNTIMES\n"
         "for name in RUNTIMES.names(): RUNTIMES.load(name)\n"
@@ -77,14 +77,14 @@ def test_a_runtime_that_does_not_exist_is_refused():
 
 def test_the_same_weights_in_one_process_and_on_the_pool(tmp_path):
     options = tiny_run(tmp_path)
-    here = run_here(*options)
+    alone = run_here(*options)
     pool = api.run("runtime=pool", *options, "runtime.threads=1", f"run_dir={tmp_path / 'pool'}")
-    assert here["weights_sha256"] == pool.summary["weights_sha256"]
-    assert here["final"] == pool.summary["final"] and here["rejected"] == {}
+    assert alone["weights_sha256"] == pool.summary["weights_sha256"]
+    assert alone["final"] == pool.summary["final"] and alone["rejected"] == {}
 
 
-def test_asynchronous_and_on_the_virtual_clock_in_one_process(tmp_path):
-    """The virtual clock decides about arrivals, not the order in which jobs are computed."""
+def test_asynchronous_runs_in_one_process_on_both_clocks(tmp_path):
+    """On the virtual clock the order of arrivals does not follow the order of computation."""
     options = [*tiny_run(tmp_path), "pace=buffer", "pace.clients=2", "strategy=delta_sgd"]
     real = run_here(*options)
     assert real["versions"] == 3 and real["rejected"] == {}
@@ -180,14 +180,14 @@ def test_a_runtime_of_another_package_is_refused(third_party, change, error):
         compose.load([*third_party, *change])
 
 
-def test_its_arguments_are_checked(third_party):
+def test_arguments_of_a_runtime_of_another_package_are_checked(third_party):
     with pytest.raises(ConfigError, match="fil"):
         compose.load(
             [*third_party[:2], "runtime.arguments={fil: x}", "trusted_packages=[my_runtimes]"]
         )
 
 
-def test_the_records_of_a_run_in_one_process_are_those_of_any_run(tmp_path):
+def test_a_run_in_one_process_has_the_usual_records(tmp_path):
     run_here(*tiny_run(tmp_path))
     folder: Path = tmp_path / "run"
     accepted = [

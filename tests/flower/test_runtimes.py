@@ -87,15 +87,15 @@ def assert_same_run(summary: dict, pool: dict) -> None:
     assert summary["rejected"] == {}
 
 
-def test_superlink_with_two_stock_supernodes(tmp_path, env, pool):
+def test_superlink_gives_the_weights_of_the_pool(tmp_path, env, pool):
     assert_same_run(run("superlink", tmp_path / "run", env), pool)
-    assert not children_of_flower(env), "the launcher ends what it started"
+    assert not children_of_flower(env), "the launcher ends the processes that it started"
 
 
 @needs_ray
-def test_ray(tmp_path, env, pool):
+def test_ray_gives_the_weights_of_the_pool(tmp_path, env, pool):
     assert_same_run(run("ray", tmp_path / "run", env), pool)
-    assert not children_of_flower(env), "the launcher ends what it started"
+    assert not children_of_flower(env), "the launcher ends the processes that it started"
 
 
 ASYNCHRONOUS = ["pace=buffer", "strategy=delta_sgd", "rounds=4"]
@@ -108,8 +108,8 @@ def virtual_pool(tmp_path_factory, env) -> dict:
 
 
 @pytest.mark.parametrize("runtime", [pytest.param("ray", marks=needs_ray), "superlink"])
-def test_asynchronous_runs(runtime, tmp_path, env, virtual_pool):
-    """On the virtual clock the bits are those of the pool; on the real clock no client waits."""
+def test_asynchronous_runs_on_both_clocks(runtime, tmp_path, env, virtual_pool):
+    """On the virtual clock the weights are those of the pool; on the real clock no client waits."""
     summary = run(
         runtime, tmp_path / "virtual", env, *ASYNCHRONOUS, "clock=virtual", "fleet=published"
     )
@@ -126,7 +126,7 @@ def test_asynchronous_runs(runtime, tmp_path, env, virtual_pool):
 
 
 @needs_ray
-def test_flowers_own_command_from_the_repository(tmp_path, env, pool):
+def test_flwr_run_from_the_repository_gives_the_weights_of_the_pool(tmp_path, env, pool):
     """`flwr run . -c 'overrides="..."'`: the options are composed on the server."""
     folder = tmp_path / "run"
     env = {
@@ -160,7 +160,7 @@ def test_flowers_own_command_from_the_repository(tmp_path, env, pool):
             time.sleep(0.2)
 
 
-STOPPED = ["rounds=5", "checkpoint.every=0"]  # no checkpoint but the one of the interrupt
+STOPPED = ["rounds=5", "checkpoint.every=0"]  # no checkpoint except that of the interrupt
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +235,7 @@ def test_superlink_with_too_many_clients_is_refused_with_what_to_change(tmp_path
 
 
 def test_a_run_whose_supernodes_fail_says_why_it_stopped(tmp_path, env):
-    """The reason and the exit code pass through two processes."""
+    """The reason and the exit code are passed through two processes."""
     command = [
         sys.executable,
         "-m",

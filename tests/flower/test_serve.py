@@ -30,7 +30,7 @@ def full(*_: object, **__: object) -> None:
 
 
 def full_for(name: str):
-    """`JsonLines.append` that has room for everything but the file `name`."""
+    """`JsonLines.append` with a full disk for the file `name` only."""
     append = JsonLines.append
     return lambda lines, record: full() if lines.path.name == name else append(lines, record)
 
@@ -68,7 +68,7 @@ PLACES = {
 
 @pytest.mark.parametrize("file", PLACES)
 def test_a_full_disk_is_one_clear_error_for_every_file(tmp_path, options, monkeypatch, file):
-    """With space on the disk the run continues to the weights of an undisturbed run."""
+    """With space on the disk the run continues to the weights of an uninterrupted run."""
     folder = tmp_path / "run"
     owner, name, broken = PLACES[file]
     with monkeypatch.context() as patched, pytest.raises(FedGPTError) as error:
@@ -81,14 +81,14 @@ def test_a_full_disk_is_one_clear_error_for_every_file(tmp_path, options, monkey
     assert not (folder / "checkpoints" / "starts.json").exists(), "it did not crash"
     summary = run_here(*options)
     assert [r["version"] for r in read_lines(folder / "metrics.jsonl")] == [0, 1, 2, 3]
-    undisturbed = run_here(*options[:-2], f"run_dir={tmp_path / 'undisturbed'}", options[-1])
-    assert undisturbed["weights_sha256"] == summary["weights_sha256"]
+    uninterrupted = run_here(*options[:-2], f"run_dir={tmp_path / 'uninterrupted'}", options[-1])
+    assert uninterrupted["weights_sha256"] == summary["weights_sha256"]
 
 
 @pytest.mark.parametrize(
     "update, error", [("none", 0), ("int8", 0.01), ("int4", 0.1), ("topk", 1.0)]
 )
-def test_what_a_codec_leaves_out_is_in_the_metrics(tmp_path, options, update, error):
+def test_the_compression_error_is_in_the_metrics(tmp_path, options, update, error):
     run_here(*options, f"update={update}")
     first, *later = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert first["compress_error"] is None and first["residual_norm"] is None
@@ -103,9 +103,7 @@ def test_what_a_codec_leaves_out_is_in_the_metrics(tmp_path, options, update, er
 
 
 @pytest.mark.parametrize("unit", ["client", "local", "example"])
-def test_nothing_that_is_measured_on_private_text_leaves_the_client(
-    tmp_path, options, unit, monkeypatch
-):
+def test_no_metric_of_private_text_leaves_the_client(tmp_path, options, unit, monkeypatch):
     sent = []
 
     def noted(run, update, *more):

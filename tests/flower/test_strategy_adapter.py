@@ -1,4 +1,4 @@
-"""Flower's strategies in our server give the bits of calling them by hand on the same updates."""
+"""Flower's strategies in the server give the same bits as direct calls on the same updates."""
 
 import gc
 import logging
@@ -76,7 +76,7 @@ def identity():
 
 
 def by_hand(strategy, versions):
-    """The same instance of the strategy in all rounds, as Flower's start() runs it."""
+    """The parameters of all rounds, with one instance of the strategy, as in Flower's start()."""
     params, history = start().params, []
     for version in range(versions):
         arrays = ArrayRecord({"w": Array(params)})
@@ -105,7 +105,7 @@ def ours(strategy, state, versions, resume=False):
 
 
 @every
-def test_same_bits_as_the_stock_strategy(make, identity):
+def test_a_strategy_gives_the_bits_of_direct_calls(make, identity):
     theirs = by_hand(make(), 4)
     history, state = ours(FlowerStrategy(make()), start(), range(4))
     assert [p.tobytes() for p in history] == [p.tobytes() for p in theirs]
@@ -130,14 +130,14 @@ def test_a_step_is_a_function_of_updates_and_state(make):
         array.flags.writeable = False
     draws = random.getstate()
     one, _ = ours(strategy, state, range(2, 4))
-    ours(strategy, start(), range(3))  # something else in between
+    ours(strategy, start(), range(3))  # other steps in between
     two, _ = ours(strategy, state, range(2, 4))
     assert [p.tobytes() for p in one] == [p.tobytes() for p in two]
     assert random.getstate() == draws
 
 
 @every
-def test_moves_toward_a_unanimous_update(make):
+def test_a_step_applies_a_unanimous_update(make):
     strategy, state, base = FlowerStrategy(make()), start(), cohort(0)[0]
     updates = [replace(base, client=f"client{i}") for i in range(CLIENTS)]
     d = strategy.combine(updates, state)
@@ -175,7 +175,7 @@ def test_a_skipped_round_is_logged(caplog):
     assert "skipped version 1 with 3 updates" in caplog.text
 
 
-def test_few_clients_do_not_wait_for_more():
+def test_minimum_numbers_of_clients_of_flower_are_ignored():
     strategy = FlowerStrategy(stock.FedAvg(min_available_nodes=50, min_train_nodes=40))
     state = start()
     update = cohort(0)[0]
@@ -183,7 +183,7 @@ def test_few_clients_do_not_wait_for_more():
     np.testing.assert_allclose(new.params, state.params - update.delta, rtol=0, atol=1e-8)
 
 
-def test_agrees_with_our_own_fedavg():
+def test_fedavg_of_flower_agrees_with_our_own():
     state, updates = start(), cohort(0)
     theirs = FlowerStrategy(stock.FedAvg())
     total = sum(u.tokens for u in updates)
@@ -279,7 +279,7 @@ class RememberingSet(stock.FedAvg):
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_a_strategy_that_cannot_be_saved_says_so_and_still_works(late, caplog):
+def test_a_strategy_that_cannot_be_saved_is_reported_and_still_works(late, caplog):
     strategy = FlowerStrategy(RememberingSet(late))
     assert (strategy.unsaved == ()) is late
     with caplog.at_level(logging.WARNING):
@@ -328,7 +328,7 @@ def test_a_bad_model_stops_the_run_with_a_message(result, message):
         FlowerStrategy(Bad()).combine(cohort(0), start())
 
 
-def test_a_strategy_that_fails_is_a_message_not_a_traceback():
+def test_a_failing_strategy_is_an_error_with_its_reason():
     updates = [replace(update, metrics={}) for update in cohort(0)]
     with pytest.raises(FedGPTError, match="train_loss"):
         FlowerStrategy(STOCK["QFedAvg"]()).combine(updates, start())

@@ -1,10 +1,11 @@
-"""Coverage-guided fuzzing of what a restart reads: checkpoints and the log; needs `pip install
-atheris`.
+"""Coverage-guided fuzzing of what a restart reads: checkpoints and the log.
+
+It needs `pip install atheris`:
 
     PYTHONPATH=tests python tests/fuzz/fuzz_checkpoint.py -max_total_time=60
 
 The digest of a checkpoint is made to fit, so that its reader sees the damage; what is read must be
-whole or refused.
+undamaged or refused.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ CHECKPOINT, LOG = FOLDER / "version-00000004.safetensors", FOLDER / "version-000
 
 
 def prepare() -> tuple[bytes, bytes]:
-    """A checkpoint and a log that are whole."""
+    """The bytes of an undamaged checkpoint and of an undamaged log."""
     checkpoints = Checkpoints(FOLDER, 2)
     state = ServerState(np.arange(8, dtype=np.float32), 4, {"momentum": np.ones(8, np.float32)})
     clients, extra = Clients({"accepted": {"a": 1}}), {"base/3": np.zeros(8, np.float32)}
@@ -52,8 +53,8 @@ def prepare() -> tuple[bytes, bytes]:
 def one(data: bytes) -> None:
     """Change, cut or replace what is read."""
     source = atheris.FuzzedDataProvider(data)
-    for path, whole in ((CHECKPOINT, GOOD[0]), (LOG, GOOD[1])):
-        content = bytearray(whole)
+    for path, undamaged in ((CHECKPOINT, GOOD[0]), (LOG, GOOD[1])):
+        content = bytearray(undamaged)
         for _ in range(source.ConsumeIntInRange(0, 4)):
             content[source.ConsumeIntInRange(0, len(content) - 1)] = source.ConsumeIntInRange(
                 0, 255

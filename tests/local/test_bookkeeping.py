@@ -1,6 +1,4 @@
-"""Both engines of per-example gradients against torch.func and each other, over model variants; and
-what is refused.
-"""
+"""Both engines of per-example gradients against torch.func and each other; refused models."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ VARIANTS = {
     "rotary": {"positions": "rotary"},
     "rmsnorm untied rotary": {"norm": "rmsnorm", "tie": False, "positions": "rotary"},
 }
-# torch.func's about speed, hooks' about embeddings
+# torch.func warns about speed, the hooks warn about embeddings
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
 
@@ -59,7 +57,7 @@ def example_losses(model: GPT, *batch: torch.Tensor) -> torch.Tensor:
     return TASK.example_losses(TASK.forward(model, batch), batch)
 
 
-def truth(
+def reference(
     model: GPT, layout: FlatParams, inputs: torch.Tensor, targets: torch.Tensor
 ) -> torch.Tensor:
     """(batch, parameters): every example's own gradient, by torch.func."""
@@ -81,10 +79,10 @@ def clipped_sum(own: torch.Tensor, clip: float) -> torch.Tensor:
 def test_norms_and_clipped_sums_are_those_of_per_example_gradients(name, engine):
     model, layout, vector = make(**VARIANTS[name])
     inputs, targets = batch()
-    own = truth(model, layout, inputs, targets)
+    own = reference(model, layout, inputs, targets)
     clip = float(own.norm(dim=1).median())
     made = engine(model, layout)
-    for _ in range(2):  # nothing is left of the first
+    for _ in range(2):  # the second call must not contain results of the first
         total = torch.zeros_like(vector)
         norms, losses = made.add_clipped(
             lambda: example_losses(model, inputs, targets), clip, total
@@ -94,7 +92,7 @@ def test_norms_and_clipped_sums_are_those_of_per_example_gradients(name, engine)
     torch.testing.assert_close(losses.mean(), model.loss(inputs, targets).detach())
 
 
-def test_the_sum_of_unclipped_gradients_is_the_batchs():
+def test_the_sum_of_unclipped_gradients_is_the_gradient_of_the_batch():
     model, layout, vector = make()
     inputs, targets = batch()
     total = torch.zeros_like(vector)
@@ -115,11 +113,11 @@ def test_batches_of_any_size_share_the_buffers():
         inputs, targets = batch(size)
         total = torch.zeros_like(vector)
         engine.add_clipped(lambda x=inputs, y=targets: example_losses(model, x, y), 0.5, total)
-        want = clipped_sum(truth(model, layout, inputs, targets), 0.5)
+        want = clipped_sum(reference(model, layout, inputs, targets), 0.5)
         assert float((total - want).norm() / want.norm()) < 1e-5, size
 
 
-def test_dropout_is_each_examples_own():
+def test_gradients_with_dropout_equal_those_of_autograd():
     model, layout, vector = make(dropout=0.3)
     model.train()
     inputs, targets = batch()
@@ -139,7 +137,9 @@ def test_dropout_is_each_examples_own():
 
 @pytest.mark.parametrize("engine", [BookKeeping, OpacusHooks])
 def test_an_example_without_a_finite_gradient_adds_nothing(engine):
-    model, layout, vector = make(tie=False)  # tied, every example's head would see the broken row
+    model, layout, vector = make(
+        tie=False
+    )  # if tied, the broken row would reach the head of every example
     inputs, targets = batch()
     with torch.no_grad():
         model.transformer["wte"].weight[VOCAB - 1] = float("nan")
@@ -159,10 +159,10 @@ def test_an_example_without_a_finite_gradient_adds_nothing(engine):
     torch.testing.assert_close(total, want)
 
 
-def test_frozen_parameters_have_no_part():
+def test_frozen_parameters_are_left_out_of_norms_and_sums():
     model, layout, vector = make()
     inputs, targets = batch()
-    own = truth(model, layout, inputs, targets)
+    own = reference(model, layout, inputs, targets)
     model.transformer["h"][0].attn.c_attn.bias.requires_grad_(False)
     model.transformer["h"][1].ln_1.weight.requires_grad_(False)
     keep = torch.ones(layout.size, dtype=torch.bool)
@@ -177,7 +177,7 @@ def test_frozen_parameters_have_no_part():
 
 
 class Odd(nn.Module):
-    """A small model around one layer that is looked at."""
+    """A small model around one layer, which is the subject of a test."""
 
     def __init__(self, layer: nn.Module | None = None, shared_positions: bool = False):
         super().__init__()
@@ -196,7 +196,7 @@ class Odd(nn.Module):
 
 
 class Bare(Odd):
-    """With a parameter on the root."""
+    """A model with a parameter on its root module."""
 
     def __init__(self):
         super().__init__()
@@ -204,7 +204,7 @@ class Bare(Odd):
 
 
 class Fancy(nn.Linear):
-    """A sub-class may compute anything."""
+    """A subclass, which may compute anything."""
 
 
 @pytest.mark.parametrize(
@@ -224,14 +224,13 @@ class Fancy(nn.Linear):
     ],
     ids=lambda m: type(m).__name__ if type(m) is not Odd else repr(m.layer),
 )
-def test_what_has_no_rule_is_refused(module):
+def test_a_layer_without_a_per_example_rule_is_refused(module):
     with pytest.raises(Unsupported, match="no per-example rule"):
         BookKeeping(module, FlatParams.of(module))
 
 
-@pytest.mark.parametrize(
-    "size", [3, TIME]
-)  # as many examples as positions: nothing else would notice
+# TIME: with as many examples as positions the shape alone does not show the sharing
+@pytest.mark.parametrize("size", [3, TIME])
 def test_positions_that_all_examples_share_are_refused(size):
     model = Odd(shared_positions=True)
     layout, vector = flatten(model)
@@ -243,7 +242,7 @@ def test_positions_that_all_examples_share_are_refused(size):
         BookKeeping(model, layout).add_clipped(
             lambda: model(ids).sum((1, 2)), 1.0, torch.zeros_like(vector)
         )
-    # the hooks are gone: the model works as before
+    # the hooks have been removed
     assert not any(m._forward_hooks for m in model.modules())
 
 
@@ -265,12 +264,11 @@ def test_a_step_is_the_clipped_sum_and_noise_over_a_constant(engine):
     chosen = np.flatnonzero(SecureStream(bytes(32), "test").uniform(40) < 0.25)
     assert 2 < len(chosen) < 20 and len(chosen) != 10
     found = torch.zeros_like(vector)
-    PrivateGradient(model, layout, TASK, engine, batch_size=3).fill(
-        found, steps
-    )  # in several parts
-    # another one: torch.func does not take Opacus' hooks
-    own = truth(make()[0], layout, *steps.units.take(chosen))
-    want = clipped_sum(own, 0.5) / 10  # q n, not as many as there are
+    # a batch size of 3 makes several parts
+    PrivateGradient(model, layout, TASK, engine, batch_size=3).fill(found, steps)
+    # of a new model, because torch.func does not work with the hooks of Opacus
+    own = reference(make()[0], layout, *steps.units.take(chosen))
+    want = clipped_sum(own, 0.5) / 10  # q * n, not the number of examples drawn
     assert float((found - want).norm() / want.norm()) < 1e-5
 
 
@@ -284,7 +282,7 @@ def test_an_empty_batch_still_gives_noise():
     assert abs(float(found.std()) / std - 1) < 4 / (2 * layout.size) ** 0.5
 
 
-def test_coins_are_independent_and_as_likely_as_promised():
+def test_examples_are_drawn_independently_with_the_given_probability():
     model, layout, vector = make()
     gradient = PrivateGradient(model, layout, TASK, "bookkeeping", 8)
     sizes: list[int] = []
@@ -294,10 +292,12 @@ def test_coins_are_independent_and_as_likely_as_promised():
         sizes.append(0)
         gradient.fill(torch.zeros_like(vector), steps)
     assert abs(np.mean(sizes) - 20) < 4 * 4 / np.sqrt(200)
-    assert 0.7 < np.var(sizes) / 16 < 1.4, "a binomial's: nobody decides how many"
+    assert 0.7 < np.var(sizes) / 16 < 1.4, "the variance of a binomial distribution"
 
 
 class Counting:
+    """An engine that counts examples instead of computing gradients."""
+
     def __init__(self, sizes: list[int]):
         self.sizes = sizes
 
@@ -306,7 +306,7 @@ class Counting:
         return torch.zeros(0), torch.zeros(0)
 
 
-def test_blocks_share_no_token_and_start_at_the_start():
+def test_blocks_do_not_overlap_and_begin_with_the_first_token():
     tokens = np.arange(103)
     blocks = Blocks(tokens, 9)
     assert len(blocks) == 10
@@ -317,7 +317,7 @@ def test_blocks_share_no_token_and_start_at_the_start():
         Blocks(np.arange(5), 9)
 
 
-def test_opacus_leaves_nothing_on_the_parameters():
+def test_opacus_leaves_no_gradients_on_the_parameters():
     model, layout, vector = make()
     inputs, targets = batch()
     engine = OpacusHooks(model, layout)

@@ -1,6 +1,4 @@
-"""A step of DP-SGD: how far a block moves it, its noise, and a table of broken builds that must not
-pass.
-"""
+"""A step of DP-SGD: sensitivity, noise, and broken implementations that must fail."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ VOCAB, TIME, COUNT, CLIP, Q = 32, 8, 24, 0.01, 0.5
 
 
 class Chosen(SecureStream):
-    """A stream whose coins are known: the blocks in `inside` are in the batch."""
+    """A stream with known coins: the blocks in `inside` are in the batch."""
 
     def __init__(self, inside: list[int]):
         super().__init__(bytes(32), "test")
@@ -36,9 +34,7 @@ class Chosen(SecureStream):
 
 
 class Step:
-    """The private gradient of a tiny model on random blocks, as the sum that its noise is made
-    for.
-    """
+    """The private gradient of a tiny model on random blocks, multiplied back to the noised sum."""
 
     def __init__(self):
         torch.manual_seed(0)
@@ -60,37 +56,35 @@ class Step:
         return self.grad.double().numpy() * Q * COUNT
 
 
-def bounded_reach() -> bool:
-    """T1: one block more moves the sum by the clip, and no further, whoever else is in the
-    batch.
-    """
+def bounded_sensitivity() -> bool:
+    """One more block moves the sum by the clip and no further, whatever else is in the batch."""
     step = Step()
-    reach = [
+    distances = [
         float(np.linalg.norm(step.sum([*others, victim]) - step.sum(others)))
         for others, victim in (([], 0), ([1], 0), ([1, 2], 3), (list(range(1, COUNT)), 0))
     ]
-    return max(reach) <= CLIP * (1 + 1e-4) and min(reach) > 0.99 * CLIP
+    return max(distances) <= CLIP * (1 + 1e-4) and min(distances) > 0.99 * CLIP
 
 
-def right_noise() -> bool:
-    """T2: over z and C it is a standard normal; an empty batch has it, too."""
+def correct_noise() -> bool:
+    """Divided by z * C the noise is standard normal, here that of an empty batch."""
     found = Step().sum([], noise=2.0) / (2.0 * CLIP)
     close = abs(found.std() - 1) < 4 / math.sqrt(2 * found.size)
     return bool(found.any() and close and stats.kstest(found, "norm").pvalue > 1e-4)
 
 
-def fresh_noise() -> bool:
-    """T5: two steps of one job have nothing in common."""
+def independent_noise() -> bool:
+    """The noise of two steps of one job is uncorrelated."""
     step, stream = Step(), Chosen([])
     one, two = step.sum([], 1.0, stream), step.sum([], 1.0, stream)
     return bool(one.any() and abs(np.corrcoef(one, two)[0, 1]) < 4 / math.sqrt(one.size))
 
 
-def divided_by_who_came():
-    right = PrivateGradient.fill
+def divided_by_batch_size():
+    correct = PrivateGradient.fill
 
     def fill(self, grad, steps):
-        right(self, grad, steps)
+        correct(self, grad, steps)
         grad.mul_(Q * COUNT / max(1, len(steps.stream.inside)))
 
     return m.patched("fedgpt.local.private.PrivateGradient.fill", fill)
@@ -101,15 +95,15 @@ def clipped_as(add):
 
 
 def not_clipped():
-    right = BookKeeping.add_clipped
-    return clipped_as(lambda self, losses, clip, total: right(self, losses, 1e9, total))
+    correct = BookKeeping.add_clipped
+    return clipped_as(lambda self, losses, clip, total: correct(self, losses, 1e9, total))
 
 
 def clipped_after_averaging():
-    right = BookKeeping.add_clipped
+    correct = BookKeeping.add_clipped
 
     def add(self, losses, clip, total):
-        found = right(self, losses, 1e9, total)
+        found = correct(self, losses, 1e9, total)
         total.mul_((clip / total.norm()).clamp(max=1.0))
         return found
 
@@ -130,32 +124,35 @@ def clipped_by_layer():
 
 
 def reused_noise():
-    right = SecureStream.add_normal
+    correct = SecureStream.add_normal
     return m.patched(
         "fedgpt.privacy.randomness.SecureStream.add_normal",
-        lambda self, out, std: right(SecureStream(bytes(32), "always"), out, std),
+        lambda self, out, std: correct(SecureStream(bytes(32), "always"), out, std),
     )
 
 
-LOOKS = (bounded_reach, right_noise, fresh_noise)
+CHECKS = (bounded_sensitivity, correct_noise, independent_noise)
 BROKEN = {
-    "no noise": (m.no_noise, {right_noise, fresh_noise}),
-    "a tenth of the noise": (lambda: m.noise_times(0.1), {right_noise}),
-    "divided by who came": (divided_by_who_came, {bounded_reach, right_noise}),
-    "no clipping": (not_clipped, {bounded_reach}),
-    "clipped after averaging": (clipped_after_averaging, {bounded_reach}),
-    "clipped by layer": (clipped_by_layer, {bounded_reach}),
-    "reused noise": (reused_noise, {fresh_noise}),
+    "no noise": (m.no_noise, {correct_noise, independent_noise}),
+    "a tenth of the noise": (lambda: m.noise_times(0.1), {correct_noise}),
+    "divided by the size of the batch": (
+        divided_by_batch_size,
+        {bounded_sensitivity, correct_noise},
+    ),
+    "no clipping": (not_clipped, {bounded_sensitivity}),
+    "clipped after averaging": (clipped_after_averaging, {bounded_sensitivity}),
+    "clipped by layer": (clipped_by_layer, {bounded_sensitivity}),
+    "reused noise": (reused_noise, {independent_noise}),
 }
 
 
-@pytest.mark.parametrize("look", LOOKS, ids=lambda look: look.__name__)
-def test_the_step_is_right(look):
-    assert look()
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_a_correct_step_passes_every_check(check):
+    assert check()
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_every_broken_step_is_caught(name):
+def test_every_broken_step_fails_its_checks(name):
     broken, expected = BROKEN[name]
     with broken():
-        assert {look for look in LOOKS if not look()} >= expected
+        assert {check for check in CHECKS if not check()} >= expected

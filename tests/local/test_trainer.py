@@ -44,8 +44,9 @@ def torch_clip(module: GPT, limit: float) -> None:
 
 
 def flat_clip(module: GPT, limit: float) -> None:
-    """The trainer's way: one norm over all gradients in a row, whose sum torch rounds otherwise,
-    tensor by tensor.
+    """Clipping as in the trainer: by one norm over all gradients in a row.
+
+    torch adds up tensor by tensor, which rounds differently.
     """
     grads = dict(module.named_parameters())
     flat = torch.cat([grads[name].grad.reshape(-1) for name in FlatParams.of(module).names])
@@ -62,7 +63,7 @@ def plain_loop(
     average=False,
     **model,
 ):
-    """nanoGPT's way: separate tensors, two parameter groups, torch's AdamW and clipping.
+    """As in nanoGPT: separate tensors, two parameter groups, torch's AdamW and clipping.
 
     `average`: micro-batches are added up and then divided, not divided one by one.
     """
@@ -106,8 +107,8 @@ def test_a_client_with_all_text_ends_with_the_bits_of_plain_training():
     trainer = Trainer(MODEL, VOCAB, o, FP32)
     trained = trainer.train(start(), batches(o), plan(), None)
     expected = plain_loop(o, plan(), batches(o))
-    np.testing.assert_array_equal(trainer.params.numpy(), expected)  # at the client: bit for bit
-    # through the delta
+    np.testing.assert_array_equal(trainer.params.numpy(), expected)
+    # the delta is rounded
     np.testing.assert_allclose(start() - trained.delta, expected, rtol=1e-6, atol=1e-7)
     assert trained.tokens == 6 * 4 * 16
 
@@ -115,13 +116,11 @@ def test_a_client_with_all_text_ends_with_the_bits_of_plain_training():
 @pytest.mark.parametrize(
     "changes", [{}, {"accumulate": 3, "grad_clip": 0.3}], ids=["defaults", "accumulate"]
 )
-def test_so_it_does_with_the_default_clipping_and_with_accumulation(changes):
-    """Bit for bit, where the plain loop adds up in the same order; torch's own order is the next
-    test.
-    """
+def test_default_clipping_and_accumulation_give_the_bits_of_plain_training(changes):
+    """Bit for bit, if the plain loop adds up in the same order; the next test has torch's order."""
     o = LocalOptions(steps=30, batch_size=4, **changes)
     per_step = 64 * o.accumulate
-    whole = plan(steps=30, per_step=per_step, total=30 * per_step)
+    job_plan = plan(steps=30, per_step=per_step, total=30 * per_step)
     clipped = []
 
     def clip(module: GPT, limit: float) -> None:
@@ -130,8 +129,8 @@ def test_so_it_does_with_the_default_clipping_and_with_accumulation(changes):
         clipped.append(not torch.equal(before, next(module.parameters()).grad))
 
     trainer = Trainer(MODEL, VOCAB, o, FP32)
-    trainer.train(start(), batches(o), whole, None)
-    expected = plain_loop(o, whole, batches(o), clip=clip, average=True)
+    trainer.train(start(), batches(o), job_plan, None)
+    expected = plain_loop(o, job_plan, batches(o), clip=clip, average=True)
     np.testing.assert_array_equal(trainer.params.numpy(), expected)
     assert any(clipped)
 
@@ -139,9 +138,10 @@ def test_so_it_does_with_the_default_clipping_and_with_accumulation(changes):
 @pytest.mark.parametrize(
     "changes", [{"grad_clip": 0.5}, {"accumulate": 3}, {"accumulate": 2, "grad_clip": 0.3}]
 )
-def test_clipping_and_accumulation_are_torchs(changes):
-    """Sums in another order: Adam turns a rounded gradient near zero into a step, so compare the
-    way as a whole.
+def test_clipping_and_accumulation_agree_with_those_of_torch(changes):
+    """Compares norms of deltas, because sums in another order are rounded differently.
+
+    Adam turns a tiny gradient with a rounding error into a full step.
     """
     o = local(**changes)
     trainer = Trainer(MODEL, VOCAB, o, FP32)
@@ -162,8 +162,8 @@ def test_dropout_is_on_and_seeded():
     )
 
 
-def test_two_jobs_with_kept_moments_are_one_longer_job():
-    """The optimiser's state, the schedule and the data position are all that a round interrupts."""
+def test_two_jobs_with_kept_moments_equal_one_longer_job():
+    """Moments, schedule and position in the data are all that two jobs must share."""
     o = local()
     source = batches(o)
     trainer = Trainer(MODEL, VOCAB, o, FP32)
@@ -177,7 +177,7 @@ def test_two_jobs_with_kept_moments_are_one_longer_job():
     assert other.optimizer.moments().steps == 12
 
 
-def test_the_buffers_of_one_client_leave_no_trace_in_the_next():
+def test_a_reused_trainer_gives_the_bits_of_a_new_one():
     o = local()
     reused, fresh = Trainer(MODEL, VOCAB, o, FP32), Trainer(MODEL, VOCAB, o, FP32)
     reused.train(start(seed=7), Batches(TOKENS[::-1].copy(), 16, 4, 3), plan(), None)
@@ -185,10 +185,8 @@ def test_the_buffers_of_one_client_leave_no_trace_in_the_next():
     np.testing.assert_array_equal(again, fresh.train(start(), batches(o), plan(), None).delta)
 
 
-def test_the_proximal_term_is_mu_times_the_way_from_the_start():
-    """One step of FedProx: the gradient at the start has no proximal part; the second step's
-    has.
-    """
+def test_the_proximal_term_keeps_a_client_near_its_start():
+    """A large mu shortens the delta, and mu=0 has no effect."""
     o = local(weight_decay=0.0)
     near = Trainer(MODEL, VOCAB, o, FP32).train(
         start(), batches(o), plan(numbers={"proximal_mu": 1e3}), None
@@ -213,7 +211,7 @@ def test_the_proximal_gradient_is_that_of_the_squared_norm():
     torch.testing.assert_close(trainer.grad, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_number_the_client_does_not_know_is_refused():
+def test_an_unknown_number_in_a_plan_is_refused():
     with pytest.raises(ValueError, match="momentum"):
         Trainer(MODEL, VOCAB, local(), FP32).train(
             start(), batches(local()), plan(numbers={"momentum": 1.0}), None
@@ -225,7 +223,7 @@ def test_a_vector_of_another_model_is_refused():
         Trainer(MODEL, VOCAB, local(), FP32).train(start()[:-1], batches(local()), plan(), None)
 
 
-def test_bf16_follows_fp32():
+def test_training_in_bf16_is_close_to_fp32():
     o = local(steps=20, grad_clip=1.0)
     long = plan(steps=20, total=64 * 20)
     text = np.tile(np.arange(VOCAB), 60)  # a text that can be learnt

@@ -1,4 +1,4 @@
-"""A model of which a part is frozen: who is trained, what the vector holds, what the base is."""
+"""A partly frozen model: its trained parameters, its vector and its base weights."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def trained(model: GPT) -> set[str]:
     return {name for name, p in model.named_parameters() if p.requires_grad}
 
 
-def test_without_patterns_everything_is_trained_and_there_is_no_base():
+def test_without_patterns_everything_is_trained_and_the_base_is_empty():
     model = build_model(OPTIONS, VOCAB)
     assert trained(model) == {name for name, _ in model.named_parameters()}
     assert frozen_weights(model) == {} and base_digest({}) == ""
@@ -62,7 +62,7 @@ def test_an_untied_head_is_trained_alone():
     assert trained(build_model(options, VOCAB, base_of(options))) == {"lm_head.weight"}
 
 
-def test_the_vector_is_the_trained_part_and_writing_it_leaves_the_rest():
+def test_writing_the_vector_changes_only_the_trained_parameters():
     options = replace(OPTIONS, trainable=LAST)
     model = build_model(options, VOCAB, base_of(options))
     before = base_digest(frozen_weights(model))
@@ -93,7 +93,7 @@ def test_a_model_with_nothing_to_train_has_no_vector():
         flatten(model)
 
 
-def test_the_digest_is_that_of_names_shapes_and_values():
+def test_the_digest_depends_on_names_shapes_and_values():
     base = base_of(replace(OPTIONS, trainable=LAST))
     digest = base_digest(base)
     assert len(digest) == 64

@@ -52,7 +52,7 @@ def test_window_moves_by_quarters_and_never_exceeds_block_size():
     assert window_start(5, 1) == 4
 
 
-def test_seed_decides(model):
+def test_samples_follow_from_the_seed(model):
     first = generate(model, PROMPT, 12, samples=2, seed=1)
     assert first == generate(model, PROMPT, 12, samples=2, seed=1)
     assert first != generate(model, PROMPT, 12, samples=2, seed=2)
@@ -67,7 +67,7 @@ def test_stop_ends_a_sample_and_is_left_out(model):
     assert generate(model, PROMPT, 0, samples=2) == [[], []]
 
 
-def test_stops_early_when_all_samples_ended(model, monkeypatch):
+def test_generate_stops_early_when_all_samples_have_ended(model, monkeypatch):
     (greedy,) = generate(model, PROMPT, 3, temperature=0)
     calls = []
     hidden = model.hidden
@@ -94,7 +94,7 @@ def test_draws_follow_the_distribution():
         assert not counted[torch.tensor(expected) == 0].any()
 
 
-def test_leaves_the_model_and_the_global_generator_as_they_were():
+def test_generate_does_not_change_the_model_or_the_global_generator():
     model = small(dropout=0.5)
     torch.manual_seed(0)
     expected = torch.rand(1)
@@ -103,9 +103,8 @@ def test_leaves_the_model_and_the_global_generator_as_they_were():
     assert torch.equal(torch.rand(1), expected)
     assert model.training
     assert first == generate(model.eval(), PROMPT, 5)
-    model.train().loss(
-        tokens(1, 4), tokens(1, 4)
-    ).backward()  # nothing of inference mode is left behind
+    # the parameters are not left in inference mode
+    model.train().loss(tokens(1, 4), tokens(1, 4)).backward()
 
 
 def test_bf16_generates():

@@ -25,7 +25,7 @@ VARIANTS = {
 
 
 def small(seed: int = 1, **change) -> GPT:
-    """A small model whose every parameter matters: biases away from 0, norms away from 1."""
+    """A small model in which every parameter has an effect: biases are not 0, norms not 1."""
     model = GPT(replace(SMALL, **change), VOCAB)
     model.init_weights(seed)
     generator = torch.Generator().manual_seed(seed)
@@ -115,14 +115,14 @@ def test_rotary_attention_depends_on_distance_only():
     )
 
 
-def test_rmsnorm_is_its_formula():
+def test_rmsnorm_equals_its_formula():
     norm = small(norm="rmsnorm").double().transformer["ln_f"]
     x = torch.randn(2, 3, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * norm.weight
     torch.testing.assert_close(norm(x), expected)
 
 
-def test_rowwise_cross_entropy_is_the_plain_one():
+def test_rowwise_cross_entropy_equals_that_of_torch():
     generator = torch.Generator().manual_seed(0)
     logits = (
         torch.empty(3, 50, 41)
@@ -137,13 +137,13 @@ def test_rowwise_cross_entropy_is_the_plain_one():
     loss = cross_entropy(logits, targets)
     (grad,) = torch.autograd.grad(3 * loss, logits)
     wide = logits.detach().double().requires_grad_()
-    truth = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=-100)
-    (expected,) = torch.autograd.grad(3 * truth, wide)
+    reference = F.cross_entropy(wide.flatten(0, 1), targets.flatten(), ignore_index=-100)
+    (expected,) = torch.autograd.grad(3 * reference, wide)
     assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss.double(), truth, rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss.double(), reference, rtol=1e-6, atol=0)
     torch.testing.assert_close(grad.double(), expected, rtol=2**-7, atol=1e-12)
     assert not grad[1, 10:20].any()
-    with torch.no_grad():  # evaluation takes the plain way
+    with torch.no_grad():  # evaluation uses the function of torch
         torch.testing.assert_close(cross_entropy(logits, targets), loss.detach())
 
 
@@ -226,7 +226,7 @@ def test_cache_in_chunks_equals_one_pass(change):
         torch.testing.assert_close(torch.cat(parts, 1), model.hidden(ids), rtol=1e-6, atol=1e-7)
 
 
-def test_errors():
+def test_wrong_sizes_are_refused():
     with pytest.raises(ConfigError, match=r"model\.n_embd=130: must be a multiple"):
         GPT(ModelOptions(n_embd=130), VOCAB)
     with pytest.raises(ValueError, match=r"17 tokens do not fit model\.block_size=16"):

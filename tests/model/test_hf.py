@@ -1,6 +1,4 @@
-"""Folders that transformers reads and writes; the same logits and gradients as its GPT-2 and
-GPT-NeoX.
-"""
+"""Folders that transformers reads and writes; logits and gradients of its GPT-2 and GPT-NeoX."""
 
 import json
 
@@ -266,7 +264,7 @@ def test_reads_the_names_of_the_published_gpt2(tmp_path):
     )
 
 
-def test_tokenizer_goes_along(tmp_path):
+def test_the_tokenizer_is_exported_with_the_model(tmp_path):
     import tokenizers
 
     source = tmp_path / "tokenizer"
@@ -323,7 +321,7 @@ def test_our_tokenizer_reads_the_same_in_transformers(tmp_path, change):
         ({"vocab_size": 24}, r"wte\.weight has shape \(23, 32\), config\.json says \(24, 32\)"),
     ],
 )
-def test_unsupported_folders_say_why(tmp_path, change, message):
+def test_unsupported_folders_are_refused_with_the_reason(tmp_path, change, message):
     export_model(tmp_path, small())
     config = json.loads((tmp_path / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -349,7 +347,7 @@ def test_unsupported_folders_say_why(tmp_path, change, message):
         ),
     ],
 )
-def test_unsupported_gpt_neox_folders_say_why(tmp_path, change, message):
+def test_unsupported_gpt_neox_folders_are_refused_with_the_reason(tmp_path, change, message):
     export_model(tmp_path, small(positions="rotary"))
     config = json.loads((tmp_path / "config.json").read_text()) | change
     (tmp_path / "config.json").write_text(json.dumps(config))
@@ -360,7 +358,7 @@ def test_unsupported_gpt_neox_folders_say_why(tmp_path, change, message):
 @pytest.mark.parametrize(
     "text, message", [("{", "config.json is damaged"), ("[1]", "model_type=None is not supported")]
 )
-def test_a_config_that_is_no_mapping_is_told(tmp_path, text, message):
+def test_a_config_that_is_not_a_mapping_is_refused(tmp_path, text, message):
     export_model(tmp_path, small())
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(FedGPTError, match=message):

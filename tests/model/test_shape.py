@@ -36,11 +36,11 @@ def parameters(model: GPT) -> int:
 
 
 @pytest.mark.parametrize("name", ["nano", "micro", "mini", "gpt2"])
-def test_presets_count_what_the_module_has(name, monkeypatch):
+def test_counted_parameters_of_presets_are_those_of_the_module(name, monkeypatch):
     options, vocab = preset(name), 50_257 if name == "gpt2" else 4_097
     assert not list(options.problems())
     counted = count_parameters(options, vocab)
-    monkeypatch.setattr(GPT, "init_weights", lambda *_, **__: None)  # a second for nothing at gpt2
+    monkeypatch.setattr(GPT, "init_weights", lambda *_, **__: None)  # saves a second for gpt2
     assert counted == parameters(GPT(options, vocab))
     assert f"{counted:,}" in PRESETS[name].read_text().splitlines()[0]
 
@@ -52,7 +52,7 @@ def test_gpt2_has_the_published_size():
 @pytest.mark.parametrize(
     "change", [{}, {"tie": False}, {"bias": False}, {"norm": "rmsnorm"}, {"positions": "rotary"}]
 )
-def test_count_of_variants(change):
+def test_counted_parameters_of_variants_are_those_of_the_module(change):
     options = replace(
         ModelOptions(n_layer=2, n_head=2, n_embd=16, block_size=8, positions="learned"), **change
     )
@@ -83,13 +83,13 @@ def test_problems_name_the_option_as_typed(change, message):
     assert problems[0].startswith(message)
 
 
-def test_all_problems_are_told_at_once():
+def test_all_problems_are_reported_at_once():
     wrong = ModelOptions(n_layer=0, n_embd=130, gelu="x", positions="y", block_size=-1)
     assert len(list(wrong.problems())) == 5
     assert len(list(ModelOptions(n_head=0).problems())) == 1
 
 
-def test_shape_is_free_of_torch():
+def test_importing_shape_does_not_import_torch():
     """A fresh interpreter, as another test may have imported torch."""
     code = "import sys, fedgpt.model.shape; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -135,7 +135,7 @@ def test_positions_that_the_model_does_not_have_cannot_be_trained():
     "patterns", [[], ["*"], ["lm_head.*"], ["transformer.h.1.*", "*.bias"], ["*.wte.*"]]
 )
 @pytest.mark.parametrize("tie", [True, False])
-def test_trainable_parameters_are_counted_as_the_module_has_them(patterns, tie):
+def test_counted_trainable_parameters_are_those_of_the_module(patterns, tie):
     options = ModelOptions(
         n_layer=2, n_head=2, n_embd=16, block_size=8, tie=tie, trainable=patterns
     )

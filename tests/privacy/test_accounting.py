@@ -93,7 +93,7 @@ def test_the_closed_form_equals_the_composition_of_dp_accounting():
     )
 
 
-def test_nothing_costs_nothing_and_no_noise_costs_everything():
+def test_no_release_costs_0_and_a_release_without_noise_costs_infinity():
     assert epsilon_of([], 1e-5) == 0
     assert epsilon_of([Event(1.0, 0.1, 0)], 1e-5) == 0
     assert epsilon_of([Event(0.0, 0.1, 1)], 1e-5) == math.inf
@@ -113,7 +113,7 @@ def test_mu_and_epsilon_are_inverse():
     assert gaussian_epsilon(gaussian_mu(3.0, 1e-5), 1e-5) == pytest.approx(3.0, abs=1e-6)
 
 
-def test_noise_is_calibrated_even_if_the_delta_of_few_clients_makes_it_free():
+def test_noise_is_calibrated_even_for_a_large_delta():
     assert epsilon_of([Event(calibrate(0.5, 0.5, 1, 0.3), 0.5, 1)], 0.3) <= 0.5
 
 

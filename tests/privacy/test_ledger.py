@@ -1,4 +1,4 @@
-"""The ledger: a release is paid before it is made, and a restart finds what was paid."""
+"""The ledger: a release is paid for before it is made, and a restart finds all payments."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_clients_cannot_continue_with_other_noise(tmp_path):
         ledger.charge_clients(1, "b", {"x": 1.0}, 9.0, most=2)
 
 
-def test_a_charge_that_could_not_be_written_is_not_known(tmp_path, monkeypatch):
+def test_a_charge_that_could_not_be_written_is_not_recorded(tmp_path, monkeypatch):
     ledger = open_ledger(tmp_path, fresh=True)
 
     def disk_full(*args, **kwargs):

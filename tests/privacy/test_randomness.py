@@ -15,10 +15,9 @@ from fedgpt.privacy.randomness import SecureStream, derive, secret_key
 KEY = bytes(range(32))
 
 
-def test_it_is_a_standard_normal():
-    values = SecureStream(KEY, "a").normal(
-        1_000_001
-    )  # an odd number, because values are made in pairs
+def test_noise_is_standard_normal():
+    # an odd number, because values are made in pairs
+    values = SecureStream(KEY, "a").normal(1_000_001)
     assert stats.kstest(values, "norm").pvalue > 1e-3
     assert abs(values.std() - 1) < 4 / np.sqrt(2 * values.size)
     tail = np.abs(values) > 4

@@ -64,5 +64,5 @@ def test_the_recursion_is_the_inverse_of_the_matrix():
         np.stack(series), np.linalg.solve(matrix(bands, size), xi), atol=1e-5
     )
     assert math.isclose(running_noise(1, size), math.sqrt((size + 1) / 2)), (
-        "independent noise is a random walk"
+        "the sum of independent noise is a random walk"
     )

@@ -1,4 +1,4 @@
-"""The figure of the score is a picture of the numbers that it was given."""
+"""The figure of the score shows the numbers that it is given."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_png_that_can_be_read_is_drawn(tmp_path):
     assert pixels[..., :3].std() > 0.01, "not an empty page"
 
 
-def test_it_shows_what_was_scored_and_nothing_else(tmp_path, drawn):
+def test_the_figure_shows_the_evaluated_versions_only(tmp_path, drawn):
     loss_figure(METRICS, tmp_path / "loss.png")
     (figure,) = drawn
     lines = [axis.lines[0] for axis in figure.axes]
@@ -66,7 +66,7 @@ def test_another_task_is_drawn_by_its_own_score(tmp_path, drawn):
 
 
 @pytest.mark.parametrize("metrics", [[], [line(0), line(1)]])
-def test_nothing_is_drawn_without_an_evaluation(tmp_path, metrics):
+def test_no_figure_is_drawn_without_an_evaluation(tmp_path, metrics):
     loss_figure(metrics, tmp_path / "figures" / "loss.png")
     assert not list(tmp_path.iterdir())
 
@@ -100,7 +100,7 @@ print(matplotlib.get_backend(), pyplot.get_fignums(), len(list(Path().glob("*.pn
 
 
 def test_drawing_leaves_the_backend_and_the_open_figures_of_a_notebook_alone(tmp_path):
-    """In a process of its own, whose backend cannot draw PNG."""
+    """In a separate process, whose backend cannot draw PNG."""
     done = subprocess.run(
         [sys.executable, "-c", NOTEBOOK],
         cwd=tmp_path,

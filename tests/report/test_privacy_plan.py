@@ -1,4 +1,4 @@
-"""`fedgpt privacy plan` states the size of the noise, and what it says would lower it does."""
+"""`fedgpt privacy plan` states the size of the noise, and the changes that it suggests lower it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LOCAL = ["privacy=local"]
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Epsilons take seconds to compute, and these tests do not look at them."""
+    """Epsilons take seconds to compute, and these tests do not check them."""
     for name in ("_cost", "epsilon_of", "renyi_epsilon"):
         monkeypatch.setattr(privacy_plan, name, lambda *_: 1.0)
 
@@ -65,7 +65,7 @@ def test_the_ratio_is_the_length_of_the_noise_in_clips(chosen, units, words):
     ],
     ids=str,
 )
-def test_what_is_said_to_lower_it_does(chosen, more, words):
+def test_the_suggested_changes_lower_the_noise(chosen, more, words):
     before = plan_rows(*chosen)
     assert before["lower with"].startswith(words)
     for change in (more, ["model.n_layer=1"], ["privacy.target_epsilon=4"]):

@@ -125,7 +125,7 @@ def printed(display: ProgressDisplay) -> list[str]:
     return display.console.file.getvalue().splitlines()
 
 
-def test_without_a_terminal_there_is_one_plain_line_a_version():
+def test_without_a_terminal_each_version_is_one_plain_line():
     assert shown(EVENTS) == GOLDEN, "not wrapped at the width, no markup, no control codes"
 
 
@@ -140,11 +140,11 @@ def test_a_rejected_client_is_one_line_whatever_it_sent():
     assert shown([rejected("eve", 4, "late")]) == "  ! client eve job 4 rejected: late\n"
 
 
-def test_an_event_without_words_is_ignored():
+def test_events_without_a_line_of_output_are_ignored():
     assert shown([QuarantineBegun("eve", until=9, version=1, seconds=0.0)]) == ""
 
 
-def test_another_task_shows_the_score_that_it_is_judged_by():
+def test_the_score_of_another_task_is_shown():
     display = silent(RunOptions(rounds=10), score="accuracy")
     deliver(display, [ready(0, accuracy=0.25, loss=1.5), opened(), ready(1)])
     first, second = printed(display)
@@ -152,7 +152,7 @@ def test_another_task_shows_the_score_that_it_is_judged_by():
     assert "held-out" not in second
 
 
-def test_on_a_terminal_the_lines_stay_and_the_bar_goes():
+def test_on_a_terminal_the_lines_stay_and_the_bar_is_removed():
     text = shown(EVENTS, force_terminal=True)
     plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text)
     for line in GOLDEN.splitlines():
@@ -202,7 +202,7 @@ def test_the_time_left_of_a_resumed_run_follows_from_this_process():
     assert second.endswith("13 tok/s | 5:00 left")
 
 
-def test_jobs_that_never_wait_stay_in_flight_when_a_version_is_made():
+def test_jobs_of_a_buffer_stay_in_flight_when_a_version_is_made():
     """pace=buffer with four clients: each update makes a version, and its client gets a new job."""
     display = silent(RunOptions(pace=PaceOptions("buffer", clients=4)))
     deliver(display, [opened(), *(sent(client) for client in "abcd")])
@@ -220,7 +220,7 @@ def test_jobs_that_never_wait_stay_in_flight_when_a_version_is_made():
     assert display._state().startswith("3 clients in flight, 2 back"), "a lost job is no reply"
 
 
-def test_jobs_that_an_earlier_process_sent_are_in_flight_too():
+def test_jobs_of_an_earlier_process_are_in_flight():
     display = silent(RunOptions(pace=PaceOptions("buffer", clients=3)))
     deliver(display, [opened(6), accepted("a", 5)])  # before the first metrics
     display(ready(6, in_flight=3))
@@ -232,7 +232,7 @@ def test_jobs_that_an_earlier_process_sent_are_in_flight_too():
 AUTO = RunOptions(rounds=5, local=LocalOptions(steps=4, batch_size=2), pace=PaceOptions(clients=4))
 
 
-def test_a_change_of_the_pacing_is_one_line_and_followed(monkeypatch):
+def test_a_change_of_the_pacing_is_one_line_and_changes_the_display(monkeypatch):
     """Such a run ends after the tokens of `rounds` rounds, however many versions that takes."""
     now = [0.0]
     monkeypatch.setattr("fedgpt.report.progress.time.monotonic", lambda: now[0])
@@ -262,7 +262,7 @@ def test_a_change_of_the_pacing_is_one_line_and_followed(monkeypatch):
     assert display._bar.tasks[0].total is None
 
 
-def test_a_resumed_run_goes_on_with_the_pacing_that_it_had_changed_to():
+def test_a_resumed_run_continues_with_the_changed_pacing():
     display = silent(AUTO, switches=True, pacing="buffer")
     deliver(display, [opened(6, tokens_total=9), ready(6), ready(7)])
     assert printed(display) == []
@@ -304,7 +304,7 @@ def test_sizes(value, text):
 
 
 @given(st.floats(0, 9e14))
-def test_three_digits_are_enough_and_never_an_exponent(value):
+def test_numbers_have_three_digits_and_no_exponent(value):
     for text in (count(value), size(value)):
         number, unit = re.fullmatch(r"([0-9.]{1,4})( ?[A-Za-z]*)", text).groups()
         assert float(number) < 1000

@@ -64,7 +64,7 @@ def opening_text(prepared, version=0, attack=None, **pace) -> tuple[str, int]:
     return text, sum(shard.size for shard in shards)
 
 
-def test_the_opening_says_every_choice_and_what_follows_from_it(prepared):
+def test_the_opening_shows_every_choice_and_what_follows_from_it(prepared):
     text, tokens = opening_text(prepared, clients=3)
     assert 1000 < tokens < 10_000
     assert text == "\n".join(
@@ -89,11 +89,11 @@ def test_the_opening_says_every_choice_and_what_follows_from_it(prepared):
         ({"rate": 0.5}, "each of 4 with p=0.5"),
     ],
 )
-def test_who_takes_part(prepared, pace, part):
+def test_the_opening_shows_how_many_clients_take_part(prepared, pace, part):
     assert part in opening_text(prepared, **pace)[0]
 
 
-def test_an_attack_is_not_silent(prepared):
+def test_the_opening_shows_an_attack(prepared):
     text = opening_text(prepared, attack=AttackOptions("scale", clients=2, strength=10.0))[0]
     assert (
         text.splitlines()[-1]
@@ -101,7 +101,7 @@ def test_an_attack_is_not_silent(prepared):
     )
 
 
-def test_a_resumed_run_says_where_it_is(prepared):
+def test_the_opening_of_a_resumed_run_shows_its_version(prepared):
     assert (
         opening_text(prepared, version=4)[0].splitlines()[-1] == "    resume  from version 4 of 9"
     )
@@ -142,7 +142,7 @@ more text: fedgpt generate /runs/x --prompt "..."
 """
 
 
-def test_the_summary_is_before_and_after_speed_traffic_and_the_newest_sample():
+def test_the_summary_shows_scores_speed_traffic_and_the_newest_sample():
     assert summary_text(SUMMARY, METRICS, Path("/runs/x")) + "\n" == GOLDEN
 
 
@@ -164,7 +164,7 @@ def test_a_byte_model_cannot_write_control_codes_to_the_terminal():
     assert "\x1b" not in samples_page([wild]) and "\x00" not in samples_page([wild])
 
 
-def test_samples_are_one_section_a_version():
+def test_every_sampled_version_is_a_section_of_the_page():
     assert samples_page(METRICS) == (
         "# What the model wrote\n\n"
         "## Version 0: 2.000 bits per byte\n\n```text\nThe river was first.\n```\n\n"
@@ -206,7 +206,7 @@ def test_the_summary_of_another_task_names_its_score():
     )
 
 
-def test_samples_of_another_task_stand_beside_its_score():
+def test_samples_of_another_task_are_shown_with_its_score():
     line = {**of_accuracy(3, 0.75, 0.5), "prompt": "Good?", "sample": " yes"}
     assert "## Version 3: accuracy 0.750\n" in samples_page([line], "accuracy")
 
@@ -250,7 +250,7 @@ def test_a_model_card_has_every_score(summary, table):
 # ---- the report
 
 
-def test_the_report_shows_text_and_never_runs_it(tmp_path):
+def test_the_report_escapes_text(tmp_path):
     (tmp_path / "figures").mkdir()
     (tmp_path / "command.txt").write_text("fedgpt run 'evaluate.prompt=<b>'\n")
     (tmp_path / "config.yaml").write_text("seed: 1\n")
@@ -258,10 +258,10 @@ def test_the_report_shows_text_and_never_runs_it(tmp_path):
     records[-1] |= {"prompt": "Once", "sample": "<script>alert(1)</script>"}
     page = report_page(SUMMARY, records, tmp_path)
     assert "<script>" not in page and "&lt;script&gt;" in page and "=&lt;b&gt;" in page
-    assert page.count("<tr>") == 1 + 34 + 0 and "<td>0</td>" in page and "<td>99</td>" in page
+    assert page.count("<tr>") == 1 + 34 and "<td>0</td>" in page and "<td>99</td>" in page
 
 
-def test_the_report_of_a_private_run_does_not_show_who_took_part_when(tmp_path):
+def test_the_report_of_a_private_run_does_not_show_when_clients_took_part(tmp_path):
     (tmp_path / "figures").mkdir()
     for name in ("loss", "timeline", "updates"):
         (tmp_path / "figures" / f"{name}.png").write_bytes(name.encode())

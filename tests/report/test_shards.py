@@ -57,7 +57,7 @@ def test_the_report_shows_the_data_of_a_run(prepared):
     assert all(line == line.rstrip() for line in text.splitlines())
 
 
-def test_without_a_terminal_it_is_plain(prepared):
+def test_without_a_terminal_the_report_is_plain_text(prepared):
     text = report(prepared, partition(prepared, PartitionOptions(), 0, 65))
     assert text.isascii() and "#" in text
     assert "█" in report(
@@ -65,7 +65,7 @@ def test_without_a_terminal_it_is_plain(prepared):
     )
 
 
-def test_it_says_how_many_clients_are_left_out(prepared):
+def test_the_report_says_how_many_clients_are_left_out(prepared):
     shards = partition(prepared, PartitionOptions(clients=3), 0, 65)
     everybody = partition(prepared, PartitionOptions(), 0, 1)
     missing = sum(shard.size for shard in everybody) - sum(shard.size for shard in shards)

@@ -54,10 +54,10 @@ RUN = [
 ]
 
 
-# ---- what each client did
+# ---- activity of clients
 
 
-def test_what_each_client_did():
+def test_the_activity_of_each_client():
     found = activity(RUN)
     assert list(found) == ["c1", "c9", "c10"], "sorted by number"
     assert found["c9"].spans == ((2.0, 4.0, "accepted"), (4.0, 9.0, "accepted"))
@@ -90,7 +90,7 @@ def test_a_job_that_is_sent_again_after_a_restart_counts_once():
     assert found.spans == ((5.0, 8.0, "accepted"),)
 
 
-def test_a_job_that_waits_for_a_worker_is_no_work():
+def test_waiting_for_a_worker_counts_as_idle_time():
     """Four clients share one worker, one second each, so each is idle for three of four seconds."""
     clients = "abcd"
     done = [accept(1.0 + i, client) | {"train_seconds": 1.0} for i, client in enumerate(clients)]
@@ -101,7 +101,8 @@ def test_a_job_that_waits_for_a_worker_is_no_work():
     assert all(did.accepted == 1 for did in found.values())
 
 
-def test_an_older_run_calls_the_number_of_a_job_its_task():
+def test_events_of_older_runs_are_read():
+    """They have `task` for the number of a job."""
     older = [
         {("task" if name == "number" else name): value for name, value in event.items()}
         for event in RUN
@@ -109,7 +110,7 @@ def test_an_older_run_calls_the_number_of_a_job_its_task():
     assert older != RUN and activity(older) == activity(RUN)
 
 
-def test_a_run_without_jobs_or_without_length():
+def test_the_activity_of_a_run_without_jobs_or_without_length():
     assert activity([]) == {} == activity([version(3.0)])
     assert activity([dispatch(1.0, "a")])["a"].idle_share == 0.0
 
@@ -120,7 +121,7 @@ def test_a_run_without_jobs_or_without_length():
     )
 )
 def test_shares_and_counts_are_right_for_any_run(jobs):
-    """Each client does one job after the other."""
+    """Each client does one job after another."""
     events, clock, counts = [], dict.fromkeys(range(5), 0.0), dict.fromkeys(range(5), 0)
     for client, seconds, good in jobs:
         events.append(dispatch(clock[client], str(client), counts[client]))
@@ -195,7 +196,7 @@ def test_only_the_start_of_a_long_run_is_shown(tmp_path, drawn):
 
 
 @pytest.mark.parametrize("count", [0, 1, MOST_STEPS, MOST_STEPS + 1])
-def test_server_steps_are_drawn_where_there_are_few(tmp_path, drawn, count):
+def test_server_steps_are_drawn_if_they_are_few(tmp_path, drawn, count):
     events = [dispatch(0.0, "a"), *(version(i + 1, i + 1) for i in range(count)), accept(99.0, "a")]
     timeline_figure(events, tmp_path / "x.png")
     labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
@@ -238,7 +239,7 @@ def test_names_of_clients_are_shown_as_plain_text(tmp_path, drawn):
 
 
 @pytest.mark.parametrize("events", [[], [version(1.0)], [{"event": "metrics", "version": 0}]])
-def test_without_a_job_there_is_no_timeline(tmp_path, events):
+def test_no_timeline_is_drawn_without_a_job(tmp_path, events):
     timeline_figure(events, tmp_path / "figures" / "x.png")
     assert not list(tmp_path.iterdir())
 

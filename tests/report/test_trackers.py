@@ -1,4 +1,4 @@
-"""Trackers: every version once, whatever is killed; nothing secret; no failure ends a run."""
+"""Trackers: each version once even after kills, only published fields, no failure of a run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from fedgpt.report.published import PUBLISHED
 from fedgpt.report.trackers import MEMBERS, make_trackers
 from fedgpt.report.trackers.base import Tracker, flat
 
-# A third-party tracker: a class outside the package. It cannot drop lines that it has.
+# A third-party tracker, outside the package. It cannot delete lines that it has written.
 CHART = """
 import json
 from dataclasses import dataclass
@@ -129,13 +129,13 @@ def metrics(version: int) -> dict:
 
 
 def row(version: int) -> dict[str, str]:
-    """What a table has of a version: the columns are those of version 0."""
+    """A version's row in a table, whose columns are those of version 0."""
     values = flat(metrics(version))
     return text_of({name: values.get(name) for name in flat(metrics(0))})
 
 
 def events_of(version: int) -> list[Event]:
-    """What a process sees of one version, scores last."""
+    """The events of one version, its scores last."""
     opened = RunOpened((ClientInfo("ann", 40), ClientInfo("bob", 60)), version, 1000, 0.5)
     first = [opened] if version == 0 else []
     return [
@@ -202,7 +202,7 @@ def test_no_version_is_lost_or_doubled_over_kills_and_resumes(tmp_path_factory, 
         (tracker,) = make_trackers(options(node), folder, start)
         for event in events[:delivered]:
             tracker(event)
-        tracker.close()  # a killed process does not, but the kernel closes its files
+        tracker.close()  # for a killed process the kernel closes the files
         if name == "csv" and (table := folder / "metrics.csv").exists():
             size = table.stat().st_size
             os.truncate(table, size - data.draw(st.integers(0, size), label="bytes lost"))
@@ -250,7 +250,7 @@ def test_a_tracker_is_opened_with_a_description_of_its_run(tmp_path):
     run, event = opened
     assert (run.name, run.folder, run.resumed_at) == ("run", tmp_path, 3)
     assert run.options["pace.clients"] == o.pace.clients and run.options["seed"] == 0
-    assert event.metrics["version"] == 3, "it said that it has the versions before"
+    assert event.metrics["version"] == 3, "the earlier versions are not sent again"
 
 
 # ---- privacy=client
@@ -271,7 +271,7 @@ def test_a_run_with_privacy_by_client_shows_published_fields_only(tmp_path, name
     assert {"tokens", "epsilon", "loss"} <= rows[0].keys()
 
 
-def test_no_other_event_of_such_a_run_is_handed_on(tmp_path):
+def test_with_privacy_by_client_other_events_are_not_passed_on(tmp_path):
     seen = []
 
     class Spy(Tracker):
@@ -283,11 +283,11 @@ def test_no_other_event_of_such_a_run_is_handed_on(tmp_path):
     (tracker,) = make_trackers(options({"_target_": "mine.Spy"}, unit="client"), tmp_path, 0)
     finish(tracker, script(range(2)))
     opened, *lines = seen
-    assert opened == RunOpened((), 0, 1000, 0.0), "who takes part is not shown, nor when"
+    assert opened == RunOpened((), 0, 1000, 0.0), "neither the clients nor their times are shown"
     assert [type(event) for event in lines] == [MetricsReady] * 2
 
 
-def test_scores_of_another_task_are_shown_where_they_are_named(tmp_path):
+def test_scores_of_another_task_are_shown_if_they_are_named(tmp_path):
     line = {**metrics(0), "accuracy": 0.75}
     for scores, expected in ((("accuracy",), {"accuracy"}), ((), set())):
         (tracker,) = make_trackers(options("csv", unit="client"), tmp_path, 0, scores)
@@ -299,7 +299,7 @@ def test_scores_of_another_task_are_shown_where_they_are_named(tmp_path):
 # ---- failures
 
 
-def test_a_tracker_that_fails_is_reported_once_and_costs_nothing(tmp_path, caplog):
+def test_a_failing_tracker_is_reported_once_and_the_run_continues(tmp_path, caplog):
     (tmp_path / "metrics.csv").mkdir()  # so it cannot be written
     failing, working = make_trackers(options("csv", THIRD_PARTY), tmp_path, 0)
     for event in script(range(4)):
@@ -399,7 +399,7 @@ def test_two_tables_can_be_written_under_two_names(tmp_path):
     assert (tmp_path / "metrics.csv").read_bytes() == (tmp_path / "other.csv").read_bytes()
 
 
-def test_the_table_is_plain_text_with_a_head_and_a_line_for_each_version(tmp_path):
+def test_the_table_has_a_head_and_a_line_for_each_version(tmp_path):
     (tracker,) = make_trackers(options("csv"), tmp_path, 0)
     finish(tracker, script(range(2)))
     head, *lines = (tmp_path / "metrics.csv").read_text().splitlines()

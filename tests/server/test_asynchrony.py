@@ -1,6 +1,4 @@
-"""The loop with pace=buffer on the virtual clock: the golden trace, staleness, DyLU, deadlines,
-resume, replay.
-"""
+"""The loop with pace=buffer on the virtual clock: staleness, DyLU, deadlines, resume, replay."""
 
 from __future__ import annotations
 
@@ -24,7 +22,8 @@ from fedgpt.server.jobs import JobPlanner
 from fedgpt.simulate.virtual_clock import VirtualTransport
 
 FOUR = dict.fromkeys("abcd", honest)
-# the note's trace for 10 local steps: (seconds, client, staleness)
+# the first arrivals of the published workers, whose jobs of 10 local steps take 5.8, 7.5, 15.1 and
+# 33.3 s: (seconds, client, staleness)
 GOLDEN = [
     (5.8, 0, 0),
     (7.5, 1, 1),
@@ -51,7 +50,7 @@ def test_the_published_workers_arrive_as_in_the_golden_trace(tmp_path):
     trace = [(a["seconds"], "abcd".index(a["client"]), a["staleness"]) for a in accepted(run)]
     for (seconds, client, tau), golden in zip(trace, GOLDEN, strict=False):
         assert (pytest.approx(seconds), client, tau) == golden
-    assert run.summary["virtual_seconds"] == pytest.approx(241.6)
+    assert run.summary["virtual_seconds"] == pytest.approx(241.6)  # 16 jobs of 15.1 s
     assert np.mean([tau for *_, tau in trace]) == 2.9375
     histogram = {0: 5, 1: 32, 2: 24, 3: 12, 4: 5, 5: 6, 6: 5, 11: 2, 12: 2, 13: 2, 14: 1}
     assert Counter(tau for *_, tau in trace) == histogram
@@ -64,7 +63,7 @@ def test_fedbuff_counts_staleness_in_flushes(tmp_path):
     assert Counter(a["staleness"] for a in accepted(run)) == {0: 46, 1: 39, 2: 5, 3: 4, 4: 2}
 
 
-def test_dylu_makes_jobs_as_long_as_each_other(tmp_path):
+def test_dylu_makes_jobs_equally_long(tmp_path):
     run = run_virtual(tmp_path, FOUR, DeltaSGD(), rounds=170, local={"steps": 50}, dylu=True)
     steps = {about["client"]: about["steps"] for about in run.events_of("dispatch")}
     assert [steps[c] for c in "abcd"] == [50, 38, 19, 8]  # after one measured job each
@@ -82,7 +81,8 @@ def test_dylu_makes_jobs_as_long_as_each_other(tmp_path):
         (500, [500, 386, 192, 87]),
     ],
 )
-def test_dylu_steps_of_the_note(tmp_path, steps, expected):
+def test_dylu_steps_are_proportional_to_speed(tmp_path, steps, expected):
+    """floor(steps * 0.58 / s) for clients of s = 0.58, 0.75, 1.51 and 3.33 seconds per step."""
     run = run_virtual(tmp_path, FOUR, DeltaSGD(), rounds=30, local={"steps": steps}, dylu=True)
     last = {about["client"]: about["steps"] for about in run.events_of("dispatch")}
     assert [last[c] for c in "abcd"] == expected
@@ -97,7 +97,7 @@ def test_dylu_with_equal_speeds_changes_nothing(tmp_path):
 @pytest.mark.parametrize(
     "strategy", [DeltaSGD(), FedAsync(), FedBuff(), DelayedNesterov(period=4)], ids=lambda s: s.name
 )
-def test_the_order_of_computing_never_changes_a_bit(tmp_path, strategy):
+def test_the_order_of_computation_changes_no_bit(tmp_path, strategy):
     digests = {
         run_virtual(tmp_path / str(seed), FOUR, strategy, rounds=40, shuffle=seed).summary[
             "weights_sha256"
@@ -112,9 +112,11 @@ def test_the_order_of_computing_never_changes_a_bit(tmp_path, strategy):
 )
 @pytest.mark.parametrize("every", [1, 7])
 @pytest.mark.parametrize("crash_at", [3, 20, 33])
-def test_resume_in_the_middle_equals_not_stopping(tmp_path, strategy, every, crash_at):
-    """A dead server's jobs in flight are sent again, from the versions that they began with."""
-    whole = run_virtual(tmp_path / "whole", FOUR, strategy, rounds=40, checkpoint=every)
+def test_a_resumed_run_equals_the_uninterrupted_run(tmp_path, strategy, every, crash_at):
+    """The jobs in flight of a stopped server are sent again, from their base versions."""
+    uninterrupted = run_virtual(
+        tmp_path / "uninterrupted", FOUR, strategy, rounds=40, checkpoint=every
+    )
 
     def dies(job):
         if job.version == crash_at:
@@ -123,25 +125,28 @@ def test_resume_in_the_middle_equals_not_stopping(tmp_path, strategy, every, cra
 
     with pytest.raises(Interrupted):
         run_virtual(
-            tmp_path / "cut", dict.fromkeys("abcd", dies), strategy, rounds=40, checkpoint=every
+            tmp_path / "interrupted",
+            dict.fromkeys("abcd", dies),
+            strategy,
+            rounds=40,
+            checkpoint=every,
         )
-    again = run_virtual(tmp_path / "cut", FOUR, strategy, rounds=40, checkpoint=every)
+    again = run_virtual(tmp_path / "interrupted", FOUR, strategy, rounds=40, checkpoint=every)
     wall = {"wall_seconds"}
     assert {k: v for k, v in again.summary.items() if k not in wall} == {
-        k: v for k, v in whole.summary.items() if k not in wall
+        k: v for k, v in uninterrupted.summary.items() if k not in wall
     }
     assert [{k: v for k, v in r.items() if k not in wall} for r in again.metrics] == [
-        {k: v for k, v in r.items() if k not in wall} for r in whole.metrics
+        {k: v for k, v in r.items() if k not in wall} for r in uninterrupted.metrics
     ]
 
 
 @pytest.mark.parametrize("warm", [True, False])
 @pytest.mark.parametrize("most", [None, 3])
 def test_replaying_the_events_of_a_run_gives_its_weights(tmp_path, monkeypatch, most, warm):
-    """Arrival by arrival, with DyLU, whose steps follow from measured times; what is too stale
-    measures nothing.
+    """Also with DyLU, whose steps follow from measured times; stale updates are not measured.
 
-    Not `warm`: as on the pool, whose workers cannot tell how long their first job took.
+    Not `warm`: the first job of each client has no measured time, as on the pool.
     """
     rough = FleetOptions("lognormal", median=1.0, spread=1.0, jitter=0.3)
     if not warm:
@@ -171,7 +176,7 @@ def test_replaying_the_events_of_a_run_gives_its_weights(tmp_path, monkeypatch, 
     assert [(a["client"], a["number"]) for a in accepted(again)] == order
 
 
-def test_a_replay_that_is_too_short_says_so(tmp_path):
+def test_a_record_too_short_for_the_run_is_an_error(tmp_path):
     run_virtual(tmp_path / "a", FOUR, DeltaSGD(), rounds=10)
     fleet = FleetOptions("replay", path=str(tmp_path / "a" / "events.jsonl"))
     with pytest.raises(FedGPTError, match="stands still"):
@@ -192,7 +197,7 @@ def test_a_stale_update_changes_no_speed(tmp_path, monkeypatch):
     assert len(measured) == len(run.events_of("accept"))
 
 
-def test_max_staleness_drops_with_a_reason(tmp_path):
+def test_updates_above_max_staleness_are_dropped_with_a_reason(tmp_path):
     run = run_virtual(tmp_path, FOUR, DeltaSGD(), rounds=60, max_staleness=4)
     assert max(a["staleness"] for a in accepted(run)) <= 4
     assert set(run.summary["rejected"]) == {"stale"}
@@ -200,13 +205,13 @@ def test_max_staleness_drops_with_a_reason(tmp_path):
     assert max(a["staleness"] for a in accepted(free)) > 4
 
 
-def test_the_state_of_a_dropped_update_is_not_gone_on_from(tmp_path):
+def test_no_job_starts_from_the_client_state_of_a_dropped_update(tmp_path):
     run = run_virtual(tmp_path, FOUR, DeltaSGD(), rounds=60, max_staleness=4)
     taken = {(a["client"], a["number"]) for a in accepted(run)}
     assert all(j.plan.state_job == -1 or (j.client, j.plan.state_job) in taken for j in run.jobs)
 
 
-def test_a_job_without_an_answer_is_given_up_and_its_client_asked_again(tmp_path):
+def test_a_job_without_a_reply_is_given_up_and_its_client_gets_another(tmp_path):
     slow = FleetOptions("constant", step_seconds=[1.0, 1.0, 1.0, 100.0])
     run = run_virtual(tmp_path, FOUR, DeltaSGD(), rounds=30, fleet=slow, deadline=25.0)
     given_up = run.events_of("reject")
@@ -231,13 +236,13 @@ def test_dropouts_and_windows_delay_and_never_block(tmp_path):
     assert run.summary["versions"] == 60 and {"dropped out", "went away"} <= set(lost)
 
 
-def test_everybody_away_means_waiting_for_the_first_who_returns(tmp_path):
+def test_with_all_clients_away_the_server_waits_for_the_first_to_return(tmp_path):
     fleet = FleetOptions("constant", step_seconds=[1.0], window=[15.0, 500.0])
     run = run_virtual(tmp_path, dict.fromkeys("ab", honest), DeltaSGD(), rounds=4, fleet=fleet)
     assert run.summary["versions"] == 4 and run.summary["virtual_seconds"] > 500
 
 
-def test_the_upload_takes_its_time_and_may_come_too_late(tmp_path):
+def test_downloads_and_uploads_take_time(tmp_path):
     plain = run_virtual(tmp_path / "a", FOUR, DeltaSGD(), rounds=8, fleet=FleetOptions("published"))
     heavy = FleetOptions("published", up=1000.0, down=1000.0)
     slow = run_virtual(tmp_path / "b", FOUR, DeltaSGD(), rounds=8, fleet=heavy)
@@ -250,10 +255,8 @@ def test_the_upload_takes_its_time_and_may_come_too_late(tmp_path):
     assert slow.summary["virtual_seconds"] > plain.summary["virtual_seconds"]
 
 
-def test_with_checkpoints_being_written_one_model_more_is_kept_than_jobs_in_flight(tmp_path):
-    """A snapshot holds the versions that jobs began from, and a writer may be at it; neither keeps
-    older ones.
-    """
+def test_at_most_one_more_model_is_kept_than_jobs_in_flight(tmp_path):
+    """A snapshot that is being written must not keep versions that no job started from."""
     vectors: dict[int, weakref.ref] = {}
     most = 0
 
@@ -285,14 +288,14 @@ def test_with_checkpoints_being_written_one_model_more_is_kept_than_jobs_in_flig
     assert most <= 4 + 1
 
 
-def test_a_base_version_is_freed_with_the_last_job_on_it(tmp_path):
+def test_a_base_version_is_freed_after_its_last_job(tmp_path):
     vectors: dict[int, weakref.ref] = {}  # version -> what its jobs began from
     flying: dict[str, int] = {}  # client -> version
     counts = []
 
     def client(job):
         vectors.setdefault(job.version, weakref.ref(job.params))
-        flying[job.client] = job.version  # asked again: the job that it had is over
+        flying[job.client] = job.version  # this replaces the client's previous job
         alive = {v for v, vector in vectors.items() if vector() is not None}
         assert alive - {0} == set(flying.values()) - {0}, (
             "version 0 may still be with the evaluation thread"
@@ -305,7 +308,7 @@ def test_a_base_version_is_freed_with_the_last_job_on_it(tmp_path):
             super().send(jobs)
             self.jobs.clear()
 
-    unscored = EvaluateOptions(every=0, samples=0)  # but for the first and the last
+    unscored = EvaluateOptions(every=0, samples=0)  # except the first and the last version
     clients = dict.fromkeys("abcd", client)
     run = run_virtual(
         tmp_path, clients, DeltaSGD(), rounds=60, checkpoint=0, evaluate=unscored, pool=Forgetful
@@ -313,25 +316,25 @@ def test_a_base_version_is_freed_with_the_last_job_on_it(tmp_path):
     assert (
         len(counts) == 4 + 59 and max(counts) == 4 and len(vectors) == 60 and vectors[0]() is None
     )
-    # a record is made before who is done gets the newest model: that one is not counted yet
+    # a record is made before the client that has finished gets a job on the newest version
     assert [record["bases"] for record in run.metrics[1:60]] == [count - 1 for count in counts[4:]]
 
 
-def test_a_run_may_be_counted_in_tokens(tmp_path):
-    # a job is 512: rounds do not matter
+def test_the_length_of_a_run_may_be_given_in_tokens(tmp_path):
+    # a job has 512 tokens; the number of rounds has no effect
     run = run_virtual(tmp_path, FOUR, DeltaSGD(), rounds=3, tokens=10_000)
     assert run.summary["tokens"] == 10_240 and run.summary["versions"] == 20
     assert run.jobs[-1].plan.tokens_total == 10_000
     assert "loss" in run.metrics[-1]
 
 
-def test_grace_takes_in_who_comes_soon_after(tmp_path):
+def test_updates_within_the_grace_are_included(tmp_path):
     fleet = FleetOptions("constant", step_seconds=[1.0, 1.05, 1.1, 3.0])
     run = run_virtual(tmp_path, FOUR, FedBuff(), rounds=5, fleet=fleet, goal=1, grace=1.5)
     assert run.metrics[1]["accepted"] == 3
 
 
-def test_virtual_time_orders_ties_by_client(tmp_path):
+def test_simultaneous_arrivals_are_ordered_by_client(tmp_path):
     equal = FleetOptions("constant", step_seconds=[1.0])
     run = run_virtual(tmp_path, FOUR, DeltaSGD(), rounds=8, fleet=equal, shuffle=5)
     assert [a["client"] for a in accepted(run)] == list("abcdabcd")

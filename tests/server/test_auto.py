@@ -1,4 +1,4 @@
-"""strategy=auto: when the server changes the pacing, that it is told, and that a restart knows."""
+"""strategy=auto: changes of the pacing, their records, and restarts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from fedgpt.server.jobs import job_seconds
 
 
 def trained(job):
-    """A client that does what the job says."""
+    """An honest client with the tokens of as many steps as its job has."""
     return honest(job, tokens=64 * job.plan.local_steps)
 
 
@@ -38,7 +38,8 @@ def switches(run):
     return [(round(about["seconds"], 1), about["pacing"]) for about in run.events_of("pacing")]
 
 
-def test_gain_is_what_the_note_says():
+def test_the_gain_of_asynchrony():
+    """max t * mean(1 / t): 33.3 s times the mean of 1 / 5.8, 1 / 7.5, 1 / 15.1 and 1 / 33.3."""
     assert updates_gained([10 * s for s in (0.58, 0.75, 1.51, 3.33)]) == pytest.approx(
         3.347, abs=1e-3
     )
@@ -48,9 +49,12 @@ def test_gain_is_what_the_note_says():
     )
 
 
-def test_unequal_clients_make_it_asynchronous_within_the_first_round(tmp_path):
-    """Two are back after 5.8 and 7.5 s; at 9.2 s the two that are not must be so slow that rounds
-    do not pay.
+def test_with_unequal_clients_the_run_becomes_asynchronous_in_the_first_round(tmp_path):
+    """Two clients reply after 5.8 and 7.5 s; the other two then count as if they replied now.
+
+    The gain t * (1 / 5.8 + 1 / 7.5 + 2 / t) / 4 reaches 1.2, the default of `gain`, at t = 9.16 s.
+    The server looks again after 2 % of the longest job time, so it may be late by that; 0.1 s is a
+    margin.
     """
     run = auto_run(tmp_path)
     ((seconds, pacing),) = switches(run)
@@ -65,11 +69,11 @@ def test_unequal_clients_make_it_asynchronous_within_the_first_round(tmp_path):
     ]
     (opened,) = (about for about in run.events_of("open"))
     assert run.summary["tokens"] >= opened["tokens_total"] == 20 * 4 * 640, (
-        "its length is counted in rounds"
+        "the run has the tokens of 20 rounds"
     )
 
 
-def test_equal_clients_keep_it_synchronous_to_the_bits_of_rounds(tmp_path):
+def test_with_equal_clients_the_run_has_the_bits_of_rounds(tmp_path):
     run = auto_run(tmp_path / "auto", fleet=EQUAL)
     assert switches(run) == [] and {record["accepted"] for record in run.metrics[1:]} == {4}
     same = run_virtual(tmp_path / "rounds", FOUR, DeltaSGD(), name="cohort", rounds=20, fleet=EQUAL)
@@ -79,32 +83,31 @@ def test_equal_clients_keep_it_synchronous_to_the_bits_of_rounds(tmp_path):
 @pytest.mark.parametrize(
     "fleet", [{"up": 500.0, "down": 500.0}, {"jitter": 0.05}], ids=["slow network", "jitter"]
 )
-def test_what_all_clients_bear_changes_nothing(tmp_path, fleet):
+def test_delays_of_all_clients_do_not_change_the_pacing(tmp_path, fleet):
     run = auto_run(tmp_path, fleet=FleetOptions("constant", step_seconds=[1.0], **fleet), rounds=40)
     assert switches(run) == []
 
 
-def test_it_does_not_flap(tmp_path):
-    """Jitter that makes rounds a fifth longer than their mean job is about where both choices are
-    as good.
-    """
+def test_the_pacing_does_not_oscillate(tmp_path):
+    """Jitter makes rounds a fifth longer than the mean job; both pacings are about equally good."""
     run = auto_run(
         tmp_path, fleet=FleetOptions("constant", step_seconds=[1.0], jitter=0.2), rounds=40
     )
     assert len(switches(run)) <= 4
 
 
-def test_a_client_that_never_answers_is_not_waited_for(tmp_path):
-    """The fourth would take 1,000 s for its first job, and nobody set a deadline."""
+def test_the_server_does_not_wait_for_a_client_that_never_replies(tmp_path):
+    """Without a deadline: the fourth client would take 1,000 s, the others take 10 s.
+
+    The gain t * (3 / 10 + 1 / t) / 4 reaches 1.2 at t = 12.7 s.
+    """
     run = auto_run(tmp_path, fleet=FleetOptions("constant", step_seconds=[1.0, 1.0, 1.0, 100.0]))
     ((seconds, pacing),) = switches(run)
     assert pacing == "buffer" and seconds < 14
 
 
-def test_with_a_deadline_who_missed_it_is_known_to_be_slow(tmp_path):
-    """Three times in a row bring it into quarantine: then the others are alike, until it comes
-    back.
-    """
+def test_a_client_that_misses_the_deadline_counts_as_slow(tmp_path):
+    """Three misses are a quarantine; the others are then equally fast, until the client returns."""
     fleet = FleetOptions("constant", step_seconds=[1.0, 1.0, 1.0, 100.0])
     run = auto_run(tmp_path, fleet=fleet, deadline=50.0, rounds=40)
     assert [pacing for _, pacing in switches(run)] == ["buffer", "cohort", "buffer"]
@@ -113,7 +116,8 @@ def test_with_a_deadline_who_missed_it_is_known_to_be_slow(tmp_path):
     assert run.server.clients.speeds["d"] <= 10 / 50
 
 
-def test_after_harm_a_client_that_never_answers_is_still_not_waited_for():
+def test_in_the_rest_after_harm_the_server_does_not_wait_for_such_a_client_either():
+    """Until version 30 the gain does not count. 100 s are ten times the median job time, 10 s."""
     state = ServerState(np.zeros(3, np.float32), 9, {"auto_rest": np.array(30)})
     seconds = {"a": 10.0, "b": 10.0, "c": 20.0}
     assert (
@@ -123,7 +127,11 @@ def test_after_harm_a_client_that_never_answers_is_still_not_waited_for():
     assert choice.pacing == "buffer" and "has been out for 100.0 s" in choice.reason
 
 
-def test_clients_that_become_alike_for_two_rounds_bring_the_rounds_back_for_two():
+def test_equal_clients_for_two_rounds_bring_back_two_rounds():
+    """Two rounds of four clients are 8 versions, here 9 to 16.
+
+    The run then stays synchronous until version 18.
+    """
     alike, apart = dict.fromkeys("abcd", 10.0), {"a": 10.0, "b": 10.0, "c": 10.0, "d": 40.0}
 
     def after(*observed):
@@ -141,18 +149,18 @@ def test_clients_that_become_alike_for_two_rounds_bring_the_rounds_back_for_two(
     assert [after(*[alike] * 8, *[apart] * more)[0] for more in (1, 2)] == ["cohort", "buffer"]
 
 
-def test_who_is_still_out_counts_as_if_it_came_back_now():
+def test_a_client_at_work_counts_as_if_it_replied_now():
     jobs = [Job(name, 0, 0, np.zeros(1, np.float32), Plan("r", 10, 0, 1, 1), 0.0) for name in "bcd"]
     speeds = {"a": 5.0, "c": 5.0}
     late = job_seconds(10, "a", jobs, speeds, 8.0)
     assert late == {"a": 2.0, "b": 8.0, "c": pytest.approx(10 / (0.5 * 5 + 0.5 * 1.25)), "d": 8.0}
-    assert job_seconds(10, "a", jobs, speeds, 1.0) == dict.fromkeys("abcd", 2.0), "no faster than a"
+    assert job_seconds(10, "a", jobs, speeds, 1.0) == dict.fromkeys("abcd", 2.0), (
+        "not faster than the slowest measured client"
+    )
 
 
-def test_more_clients_than_workers_are_no_reason_to_go_asynchronous(tmp_path):
-    """Eight clients share two workers, which never wait for anybody; who queues is no slower for
-    that.
-    """
+def test_more_clients_than_workers_do_not_make_the_run_asynchronous(tmp_path):
+    """Eight clients share two workers, which are never idle; time in the queue is not job time."""
 
     class TwoWorkers(ScriptTransport):
         virtual, at_once = False, 2
@@ -179,24 +187,22 @@ def test_more_clients_than_workers_are_no_reason_to_go_asynchronous(tmp_path):
 
 
 def growing(job):
-    """A client whose updates are suddenly 8 times as long: below the norm limit, which is 10 times
-    the usual.
-    """
+    """A client whose updates become 8 times as long; the norm limit is 10 times the median."""
     scale = 0.01 if job.number < 6 else 0.08
     rng = np.random.default_rng([*job.client.encode(), job.number])
     delta = (scale * rng.standard_normal(job.params.size)).astype(np.float32)
     return [(0.0, reply_with(job, delta, 64 * job.plan.local_steps))]
 
 
-def test_updates_that_grow_bring_the_rounds_back_and_keep_them(tmp_path):
+def test_growing_updates_bring_back_rounds_for_some_versions(tmp_path):
     run = auto_run(tmp_path, dict.fromkeys("abcd", growing), Auto(rest=5), rounds=30)
-    told = run.events_of("pacing")
-    assert [about["pacing"] for about in told[:3]] == ["buffer", "cohort", "buffer"]
-    assert "grown" in told[1]["reason"]
-    assert told[2]["version"] - told[1]["version"] >= 5
+    changes = run.events_of("pacing")
+    assert [about["pacing"] for about in changes[:3]] == ["buffer", "cohort", "buffer"]
+    assert "grown" in changes[1]["reason"]
+    assert changes[2]["version"] - changes[1]["version"] >= 5
 
 
-def test_steps_that_undo_each_other_bring_the_rounds_back():
+def test_steps_that_undo_each_other_bring_back_rounds():
     state, strategy = ServerState(np.zeros(3, np.float32), 1), Auto()
     for _ in range(20):
         choice = strategy.choose_pacing(
@@ -212,11 +218,11 @@ def test_steps_that_undo_each_other_bring_the_rounds_back():
     "client, where",
     [(trained, 1), (trained, 8), (trained, 33), (growing, "rest"), (growing, "back")],
 )
-def test_a_restart_goes_on_with_the_pacing_it_had(tmp_path, client, where):
-    """Early and late, in the rest after harm, and after the switch that follows it."""
+def test_a_restart_continues_with_the_same_pacing(tmp_path, client, where):
+    """Early and late, in the rest after harm, and after the switch that follows."""
     strategy = Auto(rest=5)
-    whole = auto_run(tmp_path / "whole", dict.fromkeys("abcd", client), strategy)
-    versions = [about["version"] for about in whole.events_of("pacing")]
+    uninterrupted = auto_run(tmp_path / "uninterrupted", dict.fromkeys("abcd", client), strategy)
+    versions = [about["version"] for about in uninterrupted.events_of("pacing")]
     crash_at = (
         {"rest": versions[1] + 2, "back": versions[2] + 2}[where]
         if isinstance(where, str)
@@ -229,7 +235,7 @@ def test_a_restart_goes_on_with_the_pacing_it_had(tmp_path, client, where):
         return client(job)
 
     with pytest.raises(Interrupted):
-        auto_run(tmp_path / "cut", dict.fromkeys("abcd", dies), strategy)
-    again = auto_run(tmp_path / "cut", dict.fromkeys("abcd", client), strategy)
-    assert again.summary["weights_sha256"] == whole.summary["weights_sha256"]
-    assert again.server.pace.pacing(4) == whole.server.pace.pacing(4)
+        auto_run(tmp_path / "interrupted", dict.fromkeys("abcd", dies), strategy)
+    again = auto_run(tmp_path / "interrupted", dict.fromkeys("abcd", client), strategy)
+    assert again.summary["weights_sha256"] == uninterrupted.summary["weights_sha256"]
+    assert again.server.pace.pacing(4) == uninterrupted.server.pace.pacing(4)

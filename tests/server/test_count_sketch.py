@@ -1,6 +1,4 @@
-"""A sketch keeps inner products: unbiased, as exact as its width promises on vectors that look like
-real updates.
-"""
+"""A sketch preserves inner products, unbiased and with the expected error."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from hypothesis import strategies as st
 from fedgpt.server.count_sketch import WIDTH, Sketch, cosine, mean_pairwise_cosine
 
 GOLDEN_SIGNS = [1, -1, 1, 1, -1, -1, -1, -1, 1, -1, -1, 1, -1, 1, -1, 1, -1, 1, 1, -1]
-ROWS, COLUMNS = 1500, 128  # of an embedding
+ROWS, COLUMNS = 1500, 128  # rows and columns of an embedding
 SIZE = ROWS * COLUMNS
 
 
@@ -26,9 +24,7 @@ def dense(generator) -> np.ndarray:
 
 
 def common_direction(generator) -> np.ndarray:
-    """Every row moves along one direction: what a softmax does to the rows of tokens that were not
-    seen.
-    """
+    """Every row moves along one direction, as a softmax moves the rows of absent tokens."""
     scales = 1 + 0.1 * generator.standard_normal((ROWS, 1))
     return (scales * generator.standard_normal(COLUMNS)).ravel()
 
@@ -46,7 +42,7 @@ def sparse_rows(generator) -> np.ndarray:
 
 
 def one_matrix(generator) -> np.ndarray:
-    """All of the movement is in one small matrix, elsewhere next to nothing."""
+    """Nearly all of the update is in one small matrix."""
     vector = 1e-3 * generator.standard_normal(SIZE)
     vector[7000 : 7000 + 16384] = generator.standard_normal(16384)
     return vector
@@ -56,7 +52,7 @@ KINDS = [dense, common_direction, outlying_column, sparse_rows, one_matrix]
 
 
 def pair(kind, number: int, wanted: float) -> tuple[np.ndarray, np.ndarray, float]:
-    """Two vectors of a kind, mixed so that their cosine is near `wanted`, and what it is."""
+    """Two vectors of a kind with a cosine near `wanted`, and their exact cosine."""
     generator = np.random.default_rng(number)
     x, y = kind(generator), kind(generator)
     x, y = x / np.linalg.norm(x), y / np.linalg.norm(y)
@@ -95,8 +91,8 @@ def test_a_cosine_is_off_by_about_one_over_the_root_of_the_width(kind, wanted):
     st.integers(-9, 9),
     st.integers(0, 2**32 - 1),
 )
-def test_it_is_linear(size, width, a, b, seed):
-    """On whole numbers nothing is rounded, so that equal means equal."""
+def test_a_sketch_is_linear(size, width, a, b, seed):
+    """Whole numbers are not rounded, so the results are equal."""
     x, y = np.random.default_rng(seed).integers(-100, 101, (2, size)).astype(np.float32)
     sketch = Sketch(size, width, seed)
     np.testing.assert_array_equal(sketch.of(a * x + b * y), a * sketch.of(x) + b * sketch.of(y))
@@ -104,8 +100,8 @@ def test_it_is_linear(size, width, a, b, seed):
 
 @settings(deadline=None)
 @given(st.integers(1, 700), st.integers(1, 90), st.integers(0, 2**32 - 1))
-def test_it_is_what_the_formula_says(size, width, seed):
-    """Against one element after the other; several chunks where the width is small."""
+def test_a_sketch_equals_its_formula(size, width, seed):
+    """Against a loop over elements; with a small width there are several chunks."""
     sketch = Sketch(size, width)
     signs = np.array(
         [sketch.of(row)[i % width] for i, row in enumerate(np.eye(size, dtype=np.float32))]
@@ -138,12 +134,12 @@ def test_another_process_gets_the_same_bits():
         subprocess.run([sys.executable, "-c", DIGEST], capture_output=True, text=True, check=True)
         for _ in "12"
     ]
-    here = Sketch(50_000).of(np.arange(50_000, dtype=np.float32) % 97)
-    assert {run.stdout.strip() for run in found} == {hashlib.sha256(here.tobytes()).hexdigest()}
+    own = Sketch(50_000).of(np.arange(50_000, dtype=np.float32) % 97)
+    assert {run.stdout.strip() for run in found} == {hashlib.sha256(own.tobytes()).hexdigest()}
     np.testing.assert_array_equal(Sketch(20, 20).of(np.ones(20, np.float32)), GOLDEN_SIGNS)
 
 
-def test_the_vector_is_left_alone_and_the_sketch_is_its_own():
+def test_the_input_is_not_changed_and_results_are_new_arrays():
     sketch = Sketch(5000, 64)
     x = np.random.default_rng(0).standard_normal(5000).astype(np.float32)
     before = x.copy()
@@ -163,7 +159,7 @@ def test_another_shape_or_type_is_refused(vector):
 
 
 @pytest.mark.parametrize("size, width", [(0, 5), (5, 0)])
-def test_a_sketch_needs_something_to_hold(size, width):
+def test_a_size_or_width_of_0_is_refused(size, width):
     with pytest.raises(ValueError, match="must be 1 or more"):
         Sketch(size, width)
 

@@ -1,6 +1,4 @@
-"""Central evaluation beside the loop: training goes on meanwhile; and the numbers of a version's
-record, by hand.
-"""
+"""Evaluation runs beside training; the numbers of a version's record, computed by hand."""
 
 from __future__ import annotations
 
@@ -16,25 +14,19 @@ from fedgpt.aggregate.fedavg import FedAvg
 from fedgpt.core.options import CheckpointOptions, EvaluateOptions, FleetOptions
 
 ROUNDS = 6
-BOUND = 20.0  # seconds that an evaluation waits for the training beside it
+BOUND = 20.0  # seconds for which an evaluation waits for training at most
 
 
 @pytest.mark.parametrize(
     "evaluate, checkpoint, ahead",
     [
-        (
-            EvaluateOptions(),
-            CheckpointOptions(),
-            0,
-        ),  # every version is scored while clients train on it
-        (
-            EvaluateOptions(every=2, samples=0),
-            CheckpointOptions(every=0),
-            1,
-        ),  # and while the next one is made
+        # every version is scored while clients train on it
+        (EvaluateOptions(), CheckpointOptions(), 0),
+        # and while they train on the next one
+        (EvaluateOptions(every=2, samples=0), CheckpointOptions(every=0), 1),
     ],
 )
-def test_training_goes_on_while_a_version_is_scored(tmp_path, evaluate, checkpoint, ahead):
+def test_training_continues_while_a_version_is_scored(tmp_path, evaluate, checkpoint, ahead):
     """evaluate(v) returns only after jobs on version v + `ahead` are sent."""
     sent = [threading.Event() for _ in range(ROUNDS)]
     waited = []
@@ -58,9 +50,10 @@ def test_training_goes_on_while_a_version_is_scored(tmp_path, evaluate, checkpoi
     )
 
 
-def test_the_numbers_of_a_version_are_those_of_a_calculation_by_hand(tmp_path):
-    """Two clients, of 1 and 4 seconds a job, that send known updates of length 5; a has a quarter
-    of the tokens.
+def test_the_numbers_of_a_version_equal_those_by_hand(tmp_path):
+    """Two clients, with jobs of 1 and 4 s, send known updates of length 5.
+
+    Client a has a quarter of the tokens.
     """
     sends = {("a", 0): (3, 4), ("b", 0): (4, 3), ("a", 1): (0, 5), ("b", 1): (5, 0)}
 
@@ -74,8 +67,8 @@ def test_the_numbers_of_a_version_are_those_of_a_calculation_by_hand(tmp_path):
         tmp_path, dict.fromkeys("ab", client), FedAvg(), name="cohort", rounds=2, fleet=fleet
     )
     start, first, second = done.metrics
-    # D = (3, 4) / 4 + (4, 3) * 3 / 4 = (3.75, 3.25), then (0, 5) / 4 + (5, 0) * 3 / 4 = (3.75,
-    # 1.25)
+    # D = (3, 4) / 4 + (4, 3) * 3 / 4 = (3.75, 3.25),
+    # then (0, 5) / 4 + (5, 0) * 3 / 4 = (3.75, 1.25)
     assert first["step_norm"] == pytest.approx((3.75**2 + 3.25**2) ** 0.5)
     assert second["step_norm"] == pytest.approx((3.75**2 + 1.25**2) ** 0.5)
     between = 3.75 * 3.75 + 3.25 * 1.25

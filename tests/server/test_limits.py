@@ -1,6 +1,4 @@
-"""What the server learns of its clients: the usual length of updates, quarantine; bad updates
-change nothing.
-"""
+"""Limits on updates: running median of norms, quarantine, bad updates without an effect."""
 
 from __future__ import annotations
 
@@ -57,9 +55,7 @@ def test_norms_are_remembered_in_an_order_that_does_not_depend_on_arrival():
     one, two = accepted("a", 1.0), accepted("b", 2.0)
     assert remembered((0.5,), [one, two]) == remembered((0.5,), [two, one]) == (0.5, 1.0, 2.0)
     assert len(remembered((1.0,) * REMEMBERED, [one])) == REMEMBERED
-    assert remembered((), [accepted("a", 0.0)]) == (), (
-        "clients that have learned nothing would make the limit zero"
-    )
+    assert remembered((), [accepted("a", 0.0)]) == (), "zero updates would make the limit zero"
 
 
 def two_clients() -> Clients:
@@ -68,7 +64,7 @@ def two_clients() -> Clients:
     return clients
 
 
-def test_three_failures_in_a_row_are_one_too_many():
+def test_three_failures_in_a_row_are_a_quarantine():
     clients = two_clients()
     quarantine = Quarantine(ValidateOptions(strikes=3, rest=2), clients)
     assert quarantine.strike("a", 5, 1) is None
@@ -80,7 +76,7 @@ def test_three_failures_in_a_row_are_one_too_many():
     assert not clients.is_resting("a") and clients.as_json()["columns"]["strikes"] == {}
 
 
-def test_one_client_always_stays():
+def test_the_last_client_is_never_quarantined():
     clients = two_clients()
     quarantine = Quarantine(ValidateOptions(strikes=1, rest=9), clients)
     assert quarantine.strike("a", 0, 1) == 10
@@ -109,9 +105,7 @@ def resent(spoil, **how):
 
 
 def read_as(code):
-    """What `read_reply` makes of bytes that are no update; tests/flower/test_messages.py has the
-    bytes.
-    """
+    """A reply that could not be read, with a code; flower/test_messages.py has such bytes."""
     return lambda job: [(1.0, Reply(job.client, job.number, error="no array", code=code))]
 
 
@@ -119,7 +113,7 @@ def same(array):
     return array
 
 
-GARBAGE = {  # reason code -> a client that earns it
+GARBAGE = {  # reason code -> a client whose replies are rejected with it
     "bad_encoding": lambda job: [(1.0, replace(honest(job)[0][1], header="{not json"))],
     "missing_key": read_as("missing_key"),
     "extra_key": read_as("extra_key"),
@@ -140,7 +134,7 @@ GARBAGE = {  # reason code -> a client that earns it
 
 
 def garbage(job):
-    """Something else in every round, and never an update."""
+    """A different kind of garbage in every round, never a valid update."""
     return list(GARBAGE.values())[job.number % len(GARBAGE)](job)
 
 
@@ -149,20 +143,20 @@ def silent(job):
 
 
 def root(job):
-    """What the server trains by itself, where a rule wants that."""
+    """The server's own update, for rules that need one."""
     delta = honest(replace(job, client="a"))[0][1].payload
     return Update("server", job.number, job.version, delta, 512)
 
 
 @pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
-def test_garbage_in_every_round_is_as_if_the_client_never_answered(tmp_path, rule):
-    """The run reaches its end with the weights of the run in which that client only fails; each
-    kind came once.
-    """
+def test_garbage_in_every_round_has_the_effect_of_a_failing_client(tmp_path, rule):
+    """The weights are those of a run in which the client only fails; each kind is rejected once."""
     outcomes = []
     for name, client in (("garbage", garbage), ("silent", silent)):
         o = options(tmp_path / name, rounds=len(GARBAGE))
-        o.validate = ValidateOptions(strikes=0)  # no quarantine: it is asked in every round
+        o.validate = ValidateOptions(
+            strikes=0
+        )  # no quarantine, so that it gets a job in every round
         outcomes.append(run(o, {**HONEST, "mallory": client}, rule, root=root))
     bad, without = outcomes
     assert np.array_equal(bad.params, without.params) and bad.version == len(GARBAGE)
@@ -171,10 +165,8 @@ def test_garbage_in_every_round_is_as_if_the_client_never_answered(tmp_path, rul
     assert {e["client"] for e in bad.events_of("reject")} == {"mallory"}
 
 
-def test_the_servers_own_update_and_an_evaluation_never_compute_at_once(tmp_path):
-    """They share a device; a step that is being recorded on a GPU does not bear another thread's
-    work.
-    """
+def test_the_servers_own_update_and_an_evaluation_are_never_computed_at_once(tmp_path):
+    """They share a device, and while a step is recorded on a GPU no other thread may use it."""
     scoring, met = threading.Event(), []
 
     class Slow(dict):
@@ -193,18 +185,16 @@ def test_the_servers_own_update_and_an_evaluation_never_compute_at_once(tmp_path
     assert met == [False] * 4 and [record.get("loss") for record in records] == [1.0] * 5
 
 
-def test_garbage_three_times_in_a_row_is_quarantined(tmp_path):
+def test_a_client_is_quarantined_after_garbage_three_times_in_a_row(tmp_path):
     outcome = run(options(tmp_path, rounds=8), {**HONEST, "mallory": garbage})
-    (told,) = outcome.events_of("quarantine")
-    assert told["client"] == "mallory" and told["until"] == 3 + 10
+    (event,) = outcome.events_of("quarantine")
+    assert event["client"] == "mallory" and event["until"] == 3 + 10
 
 
 def test_quarantine_ends_and_survives_a_restart(tmp_path):
-    """Three misses, two rounds of rest, then back; a run in two parts rests as long as one in one
-    part.
-    """
+    """Three misses, two rounds of quarantine, then back; a restart does not change its length."""
 
-    def ill(job):
+    def failing(job):
         return silent(job) if job.number < 3 else honest(job)
 
     def two_rounds(folder):
@@ -212,20 +202,20 @@ def test_quarantine_ends_and_survives_a_restart(tmp_path):
         o.validate = ValidateOptions(rest=2)
         return o
 
-    whole = run(two_rounds(tmp_path / "whole"), {**HONEST, "z": ill})
-    assert [e["version"] for e in whole.events_of("quarantine_end")] == [5]
-    asked = [job.version for job in whole.jobs if job.client == "z"]
+    uninterrupted = run(two_rounds(tmp_path / "uninterrupted"), {**HONEST, "z": failing})
+    assert [e["version"] for e in uninterrupted.events_of("quarantine_end")] == [5]
+    asked = [job.version for job in uninterrupted.jobs if job.client == "z"]
     assert asked == [0, 1, 2, 5, 6, 7]
-    assert [m["quarantined"] for m in whole.metrics[1:]] == [0, 0, 1, 1, 1, 0, 0, 0]
+    assert [m["quarantined"] for m in uninterrupted.metrics[1:]] == [0, 0, 1, 1, 1, 0, 0, 0]
 
     first = two_rounds(tmp_path / "parts")
     first.rounds = 4
-    run(first, {**HONEST, "z": ill})
-    second = run(two_rounds(tmp_path / "parts"), {**HONEST, "z": ill})
-    assert np.array_equal(second.params, whole.params)
+    run(first, {**HONEST, "z": failing})
+    second = run(two_rounds(tmp_path / "parts"), {**HONEST, "z": failing})
+    assert np.array_equal(second.params, uninterrupted.params)
 
 
-def test_a_client_that_hangs_is_left_in_peace_after_three_deadlines(tmp_path):
+def test_a_client_that_hangs_is_quarantined_after_three_deadlines(tmp_path):
     o = options(tmp_path, rounds=8, deadline=5.0)
     outcome = run(o, {**HONEST, "sleepy": lambda job: []})
     assert len([job for job in outcome.jobs if job.client == "sleepy"]) == 3
@@ -235,7 +225,7 @@ def test_a_client_that_hangs_is_left_in_peace_after_three_deadlines(tmp_path):
     )
 
 
-def test_being_too_late_for_a_goal_is_no_failure(tmp_path):
+def test_being_slower_than_the_goal_is_no_failure(tmp_path):
     o = options(tmp_path, rounds=8, goal=5)
     outcome = run(o, {**HONEST, "slow": lambda job: honest(job, 3.0)})
     assert (

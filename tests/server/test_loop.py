@@ -1,6 +1,4 @@
-"""The loop against scripted clients: who is waited for, what is counted, and what changes
-nothing.
-"""
+"""The loop with scripted clients: its waits, its counts, and replies that must have no effect."""
 
 from __future__ import annotations
 
@@ -20,7 +18,7 @@ from fedgpt.core.options import ValidateOptions
 
 
 def serve(folder, behaviours, strategy=None, **pace) -> Outcome:
-    """The server to its end; quarantine has tests of its own."""
+    """A complete run of the server, without quarantine, which has its own tests."""
     o = replace(options(folder, **pace), validate=ValidateOptions(strikes=0))
     return run(o, behaviours, strategy)
 
@@ -46,7 +44,7 @@ def test_weights_are_the_weighted_mean_of_what_clients_sent(tmp_path):
     assert done.metrics[1]["accepted"] == 2 and done.metrics[1]["staleness"] == {"0": 2}
 
 
-def test_order_of_arrival_never_changes_a_bit(tmp_path):
+def test_the_order_of_arrival_changes_no_bit(tmp_path):
     digests = set()
     for number, delays in enumerate([(1, 2, 3, 4, 5), (5, 4, 3, 2, 1), (3, 1, 5, 2, 4)]):
         clients = {n: partial(honest, seconds=s) for n, s in zip("abcde", delays, strict=True)}
@@ -64,8 +62,13 @@ def test_a_sampled_cohort_is_sorted_distinct_and_differs_between_versions(tmp_pa
 def test_jobs_are_numbered_per_client_and_the_schedule_counts_all_tokens(tmp_path):
     done = serve(tmp_path, dict.fromkeys("ab", honest), rounds=3)
     assert [(j.client, j.number, j.version) for j in done.jobs] == [
-        ("a", 0, 0), ("b", 0, 0), ("a", 1, 1), ("b", 1, 1), ("a", 2, 2), ("b", 2, 2),
-    ]  # fmt: skip
+        ("a", 0, 0),
+        ("b", 0, 0),
+        ("a", 1, 1),
+        ("b", 1, 1),
+        ("a", 2, 2),
+        ("b", 2, 2),
+    ]
     last = done.jobs[-1].plan
     assert last.tokens_done == 2 * 2 * 512 and last.tokens_total == 3 * 2 * 512
     assert last.tokens_per_step == 2 * 128 and last.state_job == 1
@@ -110,7 +113,7 @@ def test_a_reply_counts_once(tmp_path):
     assert doubled["rejected"] == {"duplicate": 4}
 
 
-def test_replies_to_tasks_that_were_never_given_are_refused(tmp_path):
+def test_replies_to_jobs_that_were_never_sent_are_refused(tmp_path):
     def liar(job):
         [(seconds, reply)] = honest(job)
         return [(0.1, replace(reply, number=99)), (seconds, reply)]
@@ -118,7 +121,7 @@ def test_replies_to_tasks_that_were_never_given_are_refused(tmp_path):
     assert serve(tmp_path / "a", {**CLIENTS, "a": liar}).summary["rejected"] == {"unknown_job": 4}
 
 
-def test_a_deadline_closes_the_version_with_what_is_there(tmp_path):
+def test_a_deadline_closes_the_version_with_the_updates_received(tmp_path):
     slow = {**CLIENTS, "e": partial(honest, seconds=50.0), "d": lambda job: []}
     done = serve(tmp_path, slow, deadline=3.0)
     assert done.transport.time == 4 * 3.0
@@ -126,7 +129,7 @@ def test_a_deadline_closes_the_version_with_what_is_there(tmp_path):
     assert done.summary["rejected"] == {"no_reply": 8}
 
 
-def test_late_replies_are_refused_by_name(tmp_path):
+def test_late_replies_are_rejected_as_late(tmp_path):
     slow = {**CLIENTS, "e": partial(honest, seconds=4.0)}
     done = serve(tmp_path, slow, deadline=3.0)
     assert done.summary["rejected"] == {"no_reply": 4, "late": 3}
@@ -141,10 +144,8 @@ def test_a_goal_closes_the_version_early(tmp_path):
     assert done.transport.time == 12.0
 
 
-def test_over_selection_ignores_who_is_late_and_counts_them(tmp_path):
-    """Ten are asked, eight are enough: the other two are given up when the version closes, and come
-    too late.
-    """
+def test_over_selection_ignores_late_clients_and_counts_them(tmp_path):
+    """Of ten clients eight are enough: two jobs are given up, and their replies are late."""
     names = "abcdefghij"
     clients = {name: partial(honest, seconds=1.0 if name < "i" else 1.4) for name in names}
     done = serve(tmp_path / "all", clients, goal=8, rounds=3)
@@ -170,7 +171,7 @@ def test_too_few_updates_stop_the_run_with_the_reasons(tmp_path):
         serve(tmp_path, {"a": honest, "b": broken}, minimum=2)
 
 
-def test_a_coin_that_picks_nobody_makes_a_version_without_a_change(tmp_path):
+def test_a_version_without_participants_does_not_change_the_weights(tmp_path):
     done = serve(tmp_path, dict.fromkeys("ab", honest), rounds=6, rate=0.3)
     empty = [m for m in done.metrics[1:] if m["accepted"] == 0]
     assert empty and all(m["step_norm"] == 0 for m in empty)
@@ -186,10 +187,8 @@ def test_diverged_weights_stop_the_run(tmp_path):
         serve(tmp_path, CLIENTS, Exploding())
 
 
-def test_weights_that_run_away_stop_the_run_with_what_to_change(tmp_path):
-    """Finite, though their squares are not in float32: no scale could be found for the next
-    updates.
-    """
+def test_weights_that_grow_too_large_stop_the_run_with_advice(tmp_path):
+    """They are finite, but their squares overflow float32, so the exact sum would have no scale."""
 
     class RunningAway(FedAvg):
         def step(self, d, state):
@@ -202,11 +201,9 @@ def test_weights_that_run_away_stop_the_run_with_what_to_change(tmp_path):
 
 
 @pytest.mark.parametrize("crash_at", range(1, 4))
-def test_resume_equals_not_stopping_bit_for_bit(tmp_path, crash_at):
-    """A server that dies in the middle of a version, after some of its replies, starts that version
-    again.
-    """
-    whole = serve(tmp_path / "whole", CLIENTS, FedAdam())
+def test_a_resumed_run_equals_the_uninterrupted_run_bit_for_bit(tmp_path, crash_at):
+    """A server that stops within a version, after some replies, starts that version again."""
+    uninterrupted = serve(tmp_path / "uninterrupted", CLIENTS, FedAdam())
 
     def dies(job):
         if job.version == crash_at:
@@ -214,20 +211,20 @@ def test_resume_equals_not_stopping_bit_for_bit(tmp_path, crash_at):
         return honest(job)
 
     with pytest.raises(Interrupted, match="resume="):
-        serve(tmp_path / "cut", {**CLIENTS, "e": dies}, FedAdam())
-    resumed = serve(tmp_path / "cut", CLIENTS, FedAdam())
-    assert resumed.summary["weights_sha256"] == whole.summary["weights_sha256"]
+        serve(tmp_path / "interrupted", {**CLIENTS, "e": dies}, FedAdam())
+    resumed = serve(tmp_path / "interrupted", CLIENTS, FedAdam())
+    assert resumed.summary["weights_sha256"] == uninterrupted.summary["weights_sha256"]
     assert {k: v for k, v in resumed.summary.items() if k != "wall_seconds"} == {
-        k: v for k, v in whole.summary.items() if k != "wall_seconds"
+        k: v for k, v in uninterrupted.summary.items() if k != "wall_seconds"
     }
     drop = lambda rows: [{k: v for k, v in r.items() if k != "wall_seconds"} for r in rows]  # noqa: E731
-    assert drop(resumed.metrics) == drop(whole.metrics)
+    assert drop(resumed.metrics) == drop(uninterrupted.metrics)
     first = next(j for j in resumed.jobs if j.client == "a")
-    again = next(j for j in whole.jobs if j.client == "a" and j.version == crash_at)
+    again = next(j for j in uninterrupted.jobs if j.client == "a" and j.version == crash_at)
     assert first.number == again.number and first.plan == again.plan
 
 
-def test_jobs_name_every_client_state_that_a_restart_could_ask_for(tmp_path):
+def test_jobs_name_every_client_state_that_a_restart_could_need(tmp_path):
     done = serve(tmp_path, {"a": honest}, rounds=6)
     keep = [j.plan.keep for j in done.jobs]
     assert keep == [(), (0,), (0, 1), (0, 1, 2), (1, 2, 3), (2, 3, 4)]

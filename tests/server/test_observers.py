@@ -50,8 +50,8 @@ def test_an_observer_that_raises_is_reported_once_and_left_out(caplog):
 
 
 @pytest.mark.parametrize("journal", [False, True])
-def test_a_run_delivers_what_it_writes_down(tmp_path, journal):
-    """Every line of events.jsonl and of metrics.jsonl is an event that observers get."""
+def test_a_run_delivers_every_line_that_it_writes(tmp_path, journal):
+    """Observers get every line of events.jsonl and of metrics.jsonl as an event."""
     done = run(options(tmp_path, rounds=3), dict.fromkeys("abc", honest), journal=journal)
     written = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     logged = [event.as_json() for event in done.events if event.name not in ("open", "metrics")]

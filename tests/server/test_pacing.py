@@ -1,4 +1,4 @@
-"""When jobs start and when a server steps, asked one question at a time."""
+"""When jobs start and when the server steps: the answers of each pacing to single questions."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def test_a_buffer_fills_up_with_distinct_clients_that_are_free(wanted, busy, awa
     assert len(chosen) == max(0, min(len(free), min(wanted, 20) - len(busy)))
 
 
-def test_the_only_idle_client_is_refilled():
+def test_the_only_idle_client_gets_the_next_job():
     pace = Buffer(PaceOptions("buffer", clients=0), seed=1)
     assert pace.start(progress(in_flight=19), roster(busy=set(CLIENTS) - {"client07"})) == [
         "client07"
     ]
 
 
-def test_a_refill_depends_on_the_number_of_the_job_alone():
+def test_the_next_client_depends_only_on_the_number_of_jobs():
     pace = Buffer(PaceOptions("buffer", clients=3), seed=1)
     at = [
         pace.start(progress(dispatched=n, version=v), roster()) for n, v in ((5, 1), (5, 9), (6, 1))
@@ -59,7 +59,7 @@ def test_a_refill_depends_on_the_number_of_the_job_alone():
     assert at[0] == at[1] != at[2]
 
 
-def test_refills_reach_everybody():
+def test_every_client_gets_jobs():
     pace = Buffer(PaceOptions("buffer", clients=1), seed=0)
     seen = [pace.start(progress(dispatched=n), roster())[0] for n in range(400)]
     assert {seen.count(client) > 5 for client in CLIENTS} == {True}
@@ -81,22 +81,22 @@ def test_grace_runs_from_the_goal(name):
     assert pace.due(progress(accepted=2, at_goal=5.0, **state))
 
 
-def test_a_cohort_waits_for_somebody_to_be_there():
+def test_a_cohort_waits_until_a_client_is_available():
     pace = Cohort(PaceOptions(clients=3), seed=0)
     assert pace.start(progress(), roster(away=CLIENTS)) is None
     assert not pace.due(progress(asked=False))
     assert len(pace.start(progress(), roster(away=CLIENTS[1:]))) == 1
 
 
-def test_a_cohort_takes_in_what_is_in_flight_already():
-    """After a switch from buffer: jobs that go on count as members."""
+def test_a_cohort_includes_jobs_in_flight():
+    """After a switch from buffer, jobs in flight count as members."""
     pace = Cohort(PaceOptions(clients=4), seed=0)
     busy = {"client01", "client02", "client03"}
     chosen = pace.start(progress(in_flight=3), roster(busy))
     assert len(chosen) == 1 and not busy & set(chosen)
 
 
-def test_in_numbers():
+def test_the_numbers_of_a_pacing():
     assert Cohort(PaceOptions(clients=8, goal=6), 0).pacing(20) == make_pace(
         PaceOptions(clients=8, goal=6), 0
     ).pacing(20)
@@ -114,6 +114,6 @@ def test_in_numbers():
         (PaceOptions(max_staleness=3), "pace.max_staleness=3"),
     ],
 )
-def test_contradictions_are_named(options, words):
+def test_contradictory_options_are_reported(options, words):
     problems = [*options.problems(), *options.rules_of_pacing(switches=False)]
     assert any(words in problem for problem in problems)

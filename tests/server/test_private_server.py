@@ -1,6 +1,4 @@
-"""The real loop with privacy=client over a script: who is asked, what is paid, what a restart
-finds.
-"""
+"""The loop with privacy=client and scripted clients: sampling, payments and restarts."""
 
 from __future__ import annotations
 
@@ -43,7 +41,7 @@ def ledger(folder: Path) -> dict:
     return json.loads((folder / "ledger.json").read_text())
 
 
-def test_coins_choose_and_every_version_is_paid(tmp_path):
+def test_clients_are_drawn_by_coins_and_every_version_is_paid_for(tmp_path):
     done = start(tmp_path, rounds=12)
     sizes = [
         len([e for e in done.events_of("accept") if e["version"] == version])
@@ -56,14 +54,12 @@ def test_coins_choose_and_every_version_is_paid(tmp_path):
     last = done.metrics[-1]
     assert last["epsilon"] == epsilon_of([Event(1.0, 0.5, 12)], 8**-1.1)
     assert last["update_norm"] is None and last["cosine"] is None, (
-        "nothing of single updates that is not noised"
+        "no number of single updates without noise"
     )
 
 
-def test_who_came_shows_neither_in_the_schedule_nor_by_name(tmp_path):
-    """Learning rates follow tokens: with those of who came, one client would move the updates of
-    all others.
-    """
+def test_participants_show_neither_in_the_schedule_nor_by_name(tmp_path):
+    """If learning rates followed the tokens of participants, one client would affect all others."""
     done = start(tmp_path, rounds=6)
     assert {(job.version, job.plan.tokens_done) for job in done.jobs} <= {
         (version, version * 4 * scripted.JOB_TOKENS) for version in range(6)
@@ -71,36 +67,36 @@ def test_who_came_shows_neither_in_the_schedule_nor_by_name(tmp_path):
     assert all(record["tokens_by_client"] == {} == record["idle_share"] for record in done.metrics)
 
 
-def test_an_empty_cohort_is_a_version_too(tmp_path):
+def test_a_version_with_an_empty_cohort_is_paid_for(tmp_path):
     done = start(tmp_path, rounds=8, pace={"rate": 0.05, "clients": 0})
     assert any(record["accepted"] == 0 for record in done.metrics[1:])
     assert done.version == 8 and ledger(tmp_path)["events"][0]["count"] == 8
 
 
 def test_a_run_that_is_killed_pays_no_more_and_ends_in_the_same_weights(tmp_path):
-    whole = start(tmp_path / "whole")
+    uninterrupted = start(tmp_path / "uninterrupted")
     with injected("accepted:9:raise"), pytest.raises(Injected):
-        start(tmp_path / "cut")
-    again = start(tmp_path / "cut")
-    np.testing.assert_array_equal(again.params, whole.params)
-    assert again.metrics[-1]["epsilon"] == whole.metrics[-1]["epsilon"]
-    assert ledger(tmp_path / "cut") == ledger(tmp_path / "whole")
+        start(tmp_path / "interrupted")
+    again = start(tmp_path / "interrupted")
+    np.testing.assert_array_equal(again.params, uninterrupted.params)
+    assert again.metrics[-1]["epsilon"] == uninterrupted.metrics[-1]["epsilon"]
+    assert ledger(tmp_path / "interrupted") == ledger(tmp_path / "uninterrupted")
 
 
-def test_killed_between_payment_and_checkpoint_the_same_release_is_made_again(tmp_path):
-    """The worst moment: it is paid, the noise is drawn, the new model is nowhere yet."""
-    whole = start(tmp_path / "whole")
+def test_a_run_killed_between_payment_and_checkpoint_makes_the_same_release_again(tmp_path):
+    """The release is paid for and its noise is drawn, but the new model is not yet on the disk."""
+    uninterrupted = start(tmp_path / "uninterrupted")
     with injected("checkpoint.begin:4:raise"), pytest.raises(Injected):
-        start(tmp_path / "cut")
-    paid = ledger(tmp_path / "cut")["events"][0]["count"]
+        start(tmp_path / "interrupted")
+    paid = ledger(tmp_path / "interrupted")["events"][0]["count"]
     assert paid >= 3
-    again = start(tmp_path / "cut")
-    np.testing.assert_array_equal(again.params, whole.params)
-    assert ledger(tmp_path / "cut") == ledger(tmp_path / "whole")
+    again = start(tmp_path / "interrupted")
+    np.testing.assert_array_equal(again.params, uninterrupted.params)
+    assert ledger(tmp_path / "interrupted") == ledger(tmp_path / "uninterrupted")
 
 
 @pytest.mark.parametrize("name", ["ledger.json", "privacy.key"])
-def test_a_run_without_its_ledger_or_key_does_not_go_on(tmp_path, name):
+def test_a_run_without_its_ledger_or_key_is_not_resumed(tmp_path, name):
     with injected("accepted:9:raise"), pytest.raises(Injected):
         start(tmp_path)
     (tmp_path / name).unlink()
@@ -120,10 +116,8 @@ def test_a_budget_below_the_plan_ends_the_run_with_the_last_paid_model(tmp_path)
 BUFFER = {"name": "buffer", "clients": 4, "goal": 3}
 
 
-def test_in_a_buffer_nobody_is_twice_in_a_sum_or_too_often_in_the_run(tmp_path):
-    """DP-FedBuff: 8 clients, at most 3 releases each, 3 updates in a release: 8 releases, then
-    nobody is left.
-    """
+def test_in_a_buffer_no_client_is_twice_in_a_sum_or_too_often_in_the_run(tmp_path):
+    """DP-FedBuff: 8 clients, each in at most 3 releases of 3 updates, allow 8 releases."""
     with pytest.raises(StoppedEarly, match="the others have taken part as often as they may"):
         start(tmp_path, FedBuff(staleness="constant"), rounds=20, pace=BUFFER, participations=3)
     found = ledger(tmp_path)
@@ -134,7 +128,7 @@ def test_in_a_buffer_nobody_is_twice_in_a_sum_or_too_often_in_the_run(tmp_path):
     )
 
 
-def test_stale_updates_cost_less_so_clients_may_come_more_often(tmp_path):
+def test_stale_updates_cost_less_so_clients_may_participate_more_often(tmp_path):
     done = start(tmp_path, FedBuff(), rounds=9, pace=BUFFER, participations=3)
     staleness = [e["staleness"] for e in done.events_of("accept")]
     assert max(staleness) > 0
@@ -150,18 +144,18 @@ def test_stale_updates_cost_less_so_clients_may_come_more_often(tmp_path):
     )
 
 
-def test_an_asynchronous_run_that_is_killed_ends_in_the_same_weights_at_the_same_price(tmp_path):
+def test_an_asynchronous_run_that_is_killed_has_the_same_weights_and_the_same_cost(tmp_path):
     about = {"rounds": 7, "pace": BUFFER, "participations": 5}
-    whole = start(tmp_path / "whole", FedBuff(), **about)
+    uninterrupted = start(tmp_path / "uninterrupted", FedBuff(), **about)
     with injected("accepted:11:raise"), pytest.raises(Injected):
-        start(tmp_path / "cut", FedBuff(), **about)
-    again = start(tmp_path / "cut", FedBuff(), **about)
-    np.testing.assert_array_equal(again.params, whole.params)
-    assert ledger(tmp_path / "cut")["spent"] == ledger(tmp_path / "whole")["spent"]
+        start(tmp_path / "interrupted", FedBuff(), **about)
+    again = start(tmp_path / "interrupted", FedBuff(), **about)
+    np.testing.assert_array_equal(again.params, uninterrupted.params)
+    assert ledger(tmp_path / "interrupted")["spent"] == ledger(tmp_path / "uninterrupted")["spent"]
 
 
 @pytest.mark.parametrize("bands", [1, 2])
-def test_clients_stay_as_many_versions_apart_as_they_must(tmp_path, bands):
+def test_participations_of_a_client_are_separation_versions_apart(tmp_path, bands):
     pace = {"name": "cohort", "clients": 2}
     done = start(tmp_path, rounds=8, pace=pace, separation=3, bands=bands, participations=3)
     versions: dict[str, list[int]] = {}
@@ -172,8 +166,8 @@ def test_clients_stay_as_many_versions_apart_as_they_must(tmp_path, bands):
     assert max(len(times) for times in versions.values()) <= 3
 
 
-def test_what_the_server_has_learned_of_norms_does_not_reach_the_next_version(tmp_path):
-    """The median of others' norms would decide who is rejected, and with that tell of them."""
+def test_norms_of_updates_do_not_affect_later_versions(tmp_path):
+    """A limit that followed the norms of other clients would reveal these by its rejections."""
 
     def long(job):
         return honest(job, scale=5.0 if job.number == 2 else 0.01)

@@ -1,6 +1,4 @@
-"""The server's side of privacy: sensitivity, noise, participation, and a table of broken builds
-that must not pass.
-"""
+"""The server's side of privacy: sensitivity, noise, participation, broken implementations."""
 
 from __future__ import annotations
 
@@ -38,12 +36,13 @@ def deltas(count: int = 6, size: int = SIZE, scale: float = 1.0) -> list[tuple[n
     return [((scale * rng.standard_normal(size)).astype(np.float32), 100) for _ in range(count)]
 
 
-# ---- four looks at a build, each True where it is right
+# ---- four checks of an implementation, each True if it is correct
 
 
-def bounded_reach(folder: Path) -> bool:
-    """T1: whoever joins, and with whatever, the sum moves by the clip at most; and by all of it
-    where it can.
+def bounded_sensitivity(folder: Path) -> bool:
+    """One more client moves the sum by the clip at most, whatever its update is.
+
+    An update opposite to the others moves it by at least 0.99 of the clip.
     """
     others = deltas()
     total = np.sum([delta for delta, _ in others], axis=0)
@@ -54,18 +53,20 @@ def bounded_reach(folder: Path) -> bool:
         (np.zeros(SIZE, np.float32), 100),
         (np.float32(1e-3) * others[0][0], 100),
     ]
-    reach = []
+    distances = []
     for number, victim in enumerate(victims):
         released = [
             Mechanism(folder / f"{number}-{kind}", QUIET).release(updates)
             for kind, updates in (("without", others), ("with", [*others, victim]))
         ]
-        reach.append(float(np.linalg.norm((released[1] - released[0]).astype(np.float64))) * COHORT)
-    return bool(max(reach) <= CLIP * (1 + 1e-5) and reach[0] > 0.99 * CLIP)
+        distances.append(
+            float(np.linalg.norm((released[1] - released[0]).astype(np.float64))) * COHORT
+        )
+    return bool(max(distances) <= CLIP * (1 + 1e-5) and distances[0] > 0.99 * CLIP)
 
 
-def right_noise(folder: Path) -> bool:
-    """T2: over K and C it is a standard normal, whoever came."""
+def correct_noise(folder: Path) -> bool:
+    """Divided by z * C, the noise in the sum is standard normal, for any number of clients."""
     found = []
     for count in (0, 3):
         empty = [(np.zeros(SIZE, np.float32), 1)] * count
@@ -77,13 +78,11 @@ def right_noise(folder: Path) -> bool:
     return all(found)
 
 
-def fresh_noise(folder: Path) -> bool:
-    """T5: releases of the same nothing have nothing in common: over versions, over runs of one
-    seed.
-    """
-    nothing = [(np.zeros(SIZE, np.float32), 1)]
+def independent_noise(folder: Path) -> bool:
+    """The noise is uncorrelated between versions and between runs of one seed."""
+    empty_sum = [(np.zeros(SIZE, np.float32), 1)]
     first, other = Mechanism(folder / "a", 1.0), Mechanism(folder / "b", 1.0)
-    released = [first.release(nothing), first.release(nothing), other.release(nothing)]
+    released = [first.release(empty_sum), first.release(empty_sum), other.release(empty_sum)]
     pairs = [(0, 1), (0, 2), (1, 2)]
     return all(
         abs(np.corrcoef(released[i], released[j])[0, 1]) < 4 / math.sqrt(SIZE) for i, j in pairs
@@ -107,40 +106,43 @@ def clip_finds_the_median(folder: Path) -> bool:
     return all(found)
 
 
-LOOKS = (bounded_reach, right_noise, fresh_noise, clip_finds_the_median)
+CHECKS = (bounded_sensitivity, correct_noise, independent_noise, clip_finds_the_median)
 BROKEN = {
-    "no noise": (m.no_noise, {right_noise, fresh_noise}),
-    "a tenth of the noise": (lambda: m.noise_times(0.1), {right_noise}),
-    "noise a tenth too small": (lambda: m.noise_times(0.9), {right_noise}),
-    "divided by who came": (m.divided_by_who_came, {bounded_reach, right_noise}),
-    "noise divided twice": (m.noise_divided_twice, {right_noise}),
-    "no clipping": (m.not_clipped, {bounded_reach}),
-    "clipped after averaging": (m.clipped_after_averaging, {bounded_reach}),
-    "clipped by layer": (m.clipped_by_layer, {bounded_reach}),
-    "weighted sums": (m.weighted_by_tokens, {bounded_reach}),
-    "reused noise": (m.reused_noise, {fresh_noise}),
+    "no noise": (m.no_noise, {correct_noise, independent_noise}),
+    "a tenth of the noise": (lambda: m.noise_times(0.1), {correct_noise}),
+    "noise a tenth too small": (lambda: m.noise_times(0.9), {correct_noise}),
+    "divided by the participants": (
+        m.divided_by_participants,
+        {bounded_sensitivity, correct_noise},
+    ),
+    "noise divided twice": (m.noise_divided_twice, {correct_noise}),
+    "no clipping": (m.not_clipped, {bounded_sensitivity}),
+    "clipped after averaging": (m.clipped_after_averaging, {bounded_sensitivity}),
+    "clipped by layer": (m.clipped_by_layer, {bounded_sensitivity}),
+    "weighted sums": (m.weighted_by_tokens, {bounded_sensitivity}),
+    "reused noise": (m.reused_noise, {independent_noise}),
     "wrong sign of the adaptive clip": (m.wrong_sign, {clip_finds_the_median}),
 }
 
 
-@pytest.mark.parametrize("look", LOOKS, ids=lambda look: look.__name__)
-def test_the_build_is_right(tmp_path, look):
-    assert look(tmp_path)
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_a_correct_implementation_passes_every_check(tmp_path, check):
+    assert check(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", BROKEN)
-def test_every_broken_build_is_caught(tmp_path, name):
+def test_every_broken_implementation_fails_its_checks(tmp_path, name):
     broken, expected = BROKEN[name]
     with broken():
         caught = set()
-        for look in expected:
+        for check in expected:
             try:
-                right = look(tmp_path / look.__name__)
+                correct = check(tmp_path / check.__name__)
             except (ZeroDivisionError, OverflowError, ValueError, FloatingPointError):
-                right = False
-            if not right:
-                caught.add(look)
+                correct = False
+            if not correct:
+                caught.add(check)
     assert caught == expected
 
 
@@ -155,7 +157,7 @@ def test_a_release_is_the_clipped_sum_over_a_constant(tmp_path):
     )
 
 
-def test_nobody_came_and_the_model_moves_all_the_same(tmp_path):
+def test_a_release_without_participants_has_noise(tmp_path):
     assert Mechanism(tmp_path, 1.0).release([]).any()
 
 
@@ -181,7 +183,8 @@ def test_the_same_sum_again_is_the_same_release_and_another_sum_is_not(tmp_path)
     assert again.privacy.ledger.account.epsilon == paid
     other = Mechanism(tmp_path, 1.0)
     different = other.release(deltas(5))
-    twice = [Event(1.0, 0.1, 1), Event(1.0, 1.0, 1)]  # the same coins: who was in is known by then
+    # the same coins again, so the participants are known: no amplification
+    twice = [Event(1.0, 0.1, 1), Event(1.0, 1.0, 1)]
     assert other.privacy.ledger.account.epsilon == epsilon_of(twice, 1e-5) > paid
     without_noise = (
         np.sum([d * np.float32(min(1, CLIP / np.linalg.norm(d))) for d, _ in deltas(6)[5:]], axis=0)
@@ -192,7 +195,7 @@ def test_the_same_sum_again_is_the_same_release_and_another_sum_is_not(tmp_path)
     )
 
 
-def test_what_a_run_pays_is_what_dp_accounting_says(tmp_path):
+def test_the_epsilon_of_a_run_is_that_of_its_releases(tmp_path):
     build = Mechanism(tmp_path, 1.0)
     for _ in range(5):
         build.release(deltas())
@@ -214,27 +217,25 @@ def test_the_budget_stops_a_run_before_the_release(tmp_path):
     assert build.state is last
 
 
-def test_the_ledger_names_the_noise_and_does_not_tell_it(tmp_path):
+def test_the_ledger_identifies_the_noise_without_revealing_it(tmp_path):
     build = Mechanism(tmp_path, 1.0)
     released = build.release([])
-    (told,) = json.loads((tmp_path / "ledger.json").read_text())["releases"]
-    for words in ((), ("noise",), ("noise", told["tag"])):
-        guess = SecureStream(bytes.fromhex(told["tag"]), *words).normal(SIZE)
+    (entry,) = json.loads((tmp_path / "ledger.json").read_text())["releases"]
+    for words in ((), ("noise",), ("noise", entry["tag"])):
+        guess = SecureStream(bytes.fromhex(entry["tag"]), *words).normal(SIZE)
         assert abs(np.corrcoef(released, guess)[0, 1]) < 5 / math.sqrt(SIZE)
 
 
-def test_a_ledger_that_is_gone_is_missed_from_the_first_release_on(tmp_path):
+def test_a_missing_ledger_is_an_error_after_the_first_release(tmp_path):
     Mechanism(tmp_path, 1.0).release([])
     (tmp_path / "ledger.json").unlink()
     with pytest.raises(FedGPTError, match="what has been spent is unknown"):
-        # killed before its first checkpoint, it begins with version 0 again
+        # killed before its first checkpoint, a run begins with version 0 again
         Mechanism(tmp_path, 1.0)
 
 
 def test_an_update_that_is_not_finite_counts_as_zeros(tmp_path):
-    """Refused, it would be missed, and its client asked less often: others would take its
-    places.
-    """
+    """Rejecting it would be visible: other clients would take its places in releases."""
     build = Mechanism(tmp_path, QUIET)
     build.open(3)
     job = m.Job("a", 0, 0, build.state.params, m.Plan("run", 1, 0, 1, 1))
@@ -249,7 +250,7 @@ def test_an_update_that_is_not_finite_counts_as_zeros(tmp_path):
     assert len(build.collector) == 3
 
 
-def test_seeded_noise_repeats_itself_as_it_says(tmp_path):
+def test_seeded_noise_is_the_same_in_every_run(tmp_path):
     one, two = (Mechanism(tmp_path / name, 1.0, rng="seeded").release(deltas()) for name in "ab")
     np.testing.assert_array_equal(one, two)
 
@@ -257,7 +258,7 @@ def test_seeded_noise_repeats_itself_as_it_says(tmp_path):
 # ---- correlated noise
 
 
-def test_correlated_noise_is_taken_back(tmp_path):
+def test_correlated_noise_cancels_in_later_releases(tmp_path):
     bands, versions = 4, 30
     build = Mechanism(tmp_path, 1.0, bands=bands, separation=bands)
     build.privacy.plan = m.plan(1.0, "correlated", scale=2.0)
@@ -271,7 +272,7 @@ def test_correlated_noise_is_taken_back(tmp_path):
     assert set(build.state.memory) == {"privacy/noise/1", "privacy/noise/2", "privacy/noise/3"}
 
 
-def test_a_series_is_paid_once(tmp_path):
+def test_a_series_is_paid_for_once(tmp_path):
     build = Mechanism(tmp_path, 1.0, bands=2, separation=2)
     build.privacy.plan = replace(m.plan(1.0, "correlated"), planned=Event(1.0, 1.0, 1))
     for _ in range(4):
@@ -291,7 +292,7 @@ def bounded(folder: Path, participations: int = 3, **privacy) -> PaidByServer:
     return PaidByServer(o, m.plan(1.0, "bounded", participations), folder, "data", fresh=True)
 
 
-def test_a_client_comes_as_often_as_it_may_and_never_twice_for_one_sum(tmp_path):
+def test_a_client_participates_as_often_as_allowed_and_once_in_a_sum(tmp_path):
     privacy, clients = bounded(tmp_path), Clients()
     state = m.ServerState(np.zeros(4, np.float32))
     update = m.Update("a", 0, 0, np.ones(4, np.float32), 1, {"update_norm": 2.0})
@@ -349,7 +350,7 @@ def test_the_budget_holds_where_each_client_pays_for_itself(tmp_path):
     )
 
 
-def test_going_back_to_the_best_weights_takes_no_noise_back(tmp_path):
+def test_a_rollback_to_the_best_weights_keeps_the_noise(tmp_path):
     build = Mechanism(tmp_path, 1.0, bands=3, separation=3)
     build.privacy.plan = m.plan(1.0, "correlated", scale=2.0)
     build.release([])
@@ -359,15 +360,15 @@ def test_going_back_to_the_best_weights_takes_no_noise_back(tmp_path):
     best.decide(build.state, 1.0)
     first = build.state
     build.release([])
-    state, told = best.decide(build.state, 2.0)
+    state, fields = best.decide(build.state, 2.0)
     checkpoints.close()
-    assert told and (state.params == first.params).all()
+    assert fields and (state.params == first.params).all()
     np.testing.assert_array_equal(
         state.memory["privacy/noise/1"], build.state.memory["privacy/noise/1"]
     )
 
 
-def test_clients_stay_apart(tmp_path):
+def test_a_client_waits_for_separation_versions(tmp_path):
     privacy, clients = bounded(tmp_path, separation=3), Clients()
     clients.note_release("a", 4)
     assert [privacy.may_ask("a", version, clients) for version in (5, 6, 7)] == [False, False, True]
@@ -379,7 +380,7 @@ def test_the_divisor_is_a_constant(tmp_path):
     assert privacy.divisor(FedBuff(), Pacing("buffer", 8, 4)) == 4
 
 
-def test_the_coins_are_secret_and_stay_when_a_version_is_made_again(tmp_path):
+def test_the_coins_are_secret_and_the_same_for_a_repeated_version(tmp_path):
     one, two = bounded(tmp_path / "a"), bounded(tmp_path / "b")
     np.testing.assert_array_equal(one.coins(3, 50), bounded(tmp_path / "a").coins(3, 50))
     assert (one.coins(3, 50) != two.coins(3, 50)).all() and (
@@ -387,7 +388,7 @@ def test_the_coins_are_secret_and_stay_when_a_version_is_made_again(tmp_path):
     ).all()
 
 
-def test_the_client_that_paid_most_speaks_for_privacy_example(tmp_path):
+def test_the_epsilon_of_privacy_example_is_that_of_the_client_that_paid_most(tmp_path):
     from fedgpt.core.options import (
         LocalOptions,
         ModelOptions,
@@ -399,9 +400,12 @@ def test_the_client_that_paid_most_speaks_for_privacy_example(tmp_path):
     from fedgpt.server.privacy import PaidByClients
 
     o = RunOptions(
-        rounds=10, model=ModelOptions(block_size=9), local=LocalOptions(steps=5, batch_size=4),
-        privacy=PrivacyOptions(unit="example", target_epsilon=4.0), pace=PaceOptions(clients=0),
-    )  # fmt: skip
+        rounds=10,
+        model=ModelOptions(block_size=9),
+        local=LocalOptions(steps=5, batch_size=4),
+        privacy=PrivacyOptions(unit="example", target_epsilon=4.0),
+        pace=PaceOptions(clients=0),
+    )
     plan = make_plan(o, [1000, 4000])
     assert plan.planned.sampling_probability == 0.04 and plan.planned.count == 50
     privacy, clients = PaidByClients(o, plan, tmp_path), Clients()
@@ -422,4 +426,6 @@ def test_the_client_that_paid_most_speaks_for_privacy_example(tmp_path):
     privacy.answered(
         m.Update("small", 0, 0, np.zeros(1, np.float32), 1, {"charged": 60.0}), clients
     )
-    assert clients.charges["small"] == 60, "a job was done again after a crash, and paid for again"
+    assert clients.charges["small"] == 60, (
+        "the job was repeated after a crash, and was paid for again"
+    )

@@ -1,6 +1,4 @@
-"""No wait without an end, and nothing lost where a wait ends early: deadlines, grace, windows,
-failures, interrupts.
-"""
+"""Every wait ends, and no update is lost: deadlines, grace, windows, failures, interrupts."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ FOUR = dict.fromkeys("abcd", honest)
 
 @pytest.mark.parametrize("deadline", [10.1, 12.3, 25.7])
 @pytest.mark.parametrize("jitter", [0.0, 0.2])
-def test_a_deadline_ends_though_the_clock_has_few_digits(tmp_path, deadline, jitter):
+def test_a_deadline_ends_despite_rounding(tmp_path, deadline, jitter):
     """30.3 - 20.2 is below 10.1, and 30.3 plus what is missing is 30.3."""
     fleet = FleetOptions("published", jitter=jitter)
     run = run_virtual(
@@ -34,7 +32,7 @@ def test_a_deadline_ends_though_the_clock_has_few_digits(tmp_path, deadline, jit
     assert run.summary["versions"] == 12
 
 
-def test_a_grace_ends_too(tmp_path):
+def test_a_grace_ends_despite_rounding(tmp_path):
     run = run_virtual(
         tmp_path,
         FOUR,
@@ -47,13 +45,13 @@ def test_a_grace_ends_too(tmp_path):
     assert run.summary["versions"] == 60
 
 
-def test_a_long_grace_takes_in_as_many_as_there_can_be(tmp_path):
-    """Who was refilled may come again; a step never takes more than was planned for."""
+def test_a_long_grace_is_limited_by_the_capacity_of_a_step(tmp_path):
+    """A client with a new job may reply again; a step never takes more updates than planned."""
     run = run_virtual(tmp_path, FOUR, FedBuff(), rounds=10, goal=2, grace=300.0)
     assert all(2 <= record["accepted"] <= 10 for record in run.metrics[1:])
 
 
-def test_a_deadline_begins_when_somebody_is_asked(tmp_path):
+def test_a_deadline_begins_when_the_first_job_is_sent(tmp_path):
     fleet = FleetOptions("constant", step_seconds=[1.0], window=[30.0, 200.0])
     two = dict.fromkeys("ab", honest)
     run = run_virtual(
@@ -81,9 +79,11 @@ def test_failures_after_a_good_update_stop_the_run(tmp_path):
 
 @pytest.mark.parametrize("every", [0, 1, 4])
 @pytest.mark.parametrize("crash_at", [0, 2, 9])
-def test_interrupted_anywhere_and_resumed_is_the_same_run(tmp_path, every, crash_at):
-    """Also in the first version, and between two checkpoints; every line of metrics is there."""
-    whole = run_virtual(tmp_path / "whole", FOUR, FedBuff(), rounds=12, goal=2, checkpoint=every)
+def test_a_run_interrupted_anywhere_equals_the_uninterrupted_run(tmp_path, every, crash_at):
+    """Also in the first version, and between two checkpoints; no line of metrics is missing."""
+    uninterrupted = run_virtual(
+        tmp_path / "uninterrupted", FOUR, FedBuff(), rounds=12, goal=2, checkpoint=every
+    )
     calls = []
 
     def dies(job):
@@ -94,25 +94,27 @@ def test_interrupted_anywhere_and_resumed_is_the_same_run(tmp_path, every, crash
 
     with pytest.raises(Interrupted):
         run_virtual(
-            tmp_path / "cut",
+            tmp_path / "interrupted",
             dict.fromkeys("abcd", dies),
             FedBuff(),
             rounds=12,
             goal=2,
             checkpoint=every,
         )
-    again = run_virtual(tmp_path / "cut", FOUR, FedBuff(), rounds=12, goal=2, checkpoint=every)
-    assert again.summary["weights_sha256"] == whole.summary["weights_sha256"]
+    again = run_virtual(
+        tmp_path / "interrupted", FOUR, FedBuff(), rounds=12, goal=2, checkpoint=every
+    )
+    assert again.summary["weights_sha256"] == uninterrupted.summary["weights_sha256"]
     assert [record["version"] for record in again.metrics] == list(range(13))
 
 
-def test_jobs_keep_the_state_that_an_interrupted_server_would_ask_for(tmp_path):
+def test_jobs_keep_the_client_state_that_a_restart_could_need(tmp_path):
     run = run_virtual(tmp_path, FOUR, FedBuff(), rounds=30, goal=4, checkpoint=4)
     for job in run.jobs:
         assert job.plan.state_job == -1 or job.plan.state_job in job.plan.keep
 
 
-def test_checkpoints_that_are_all_damaged_are_never_started_over(tmp_path):
+def test_a_run_with_only_damaged_checkpoints_is_not_started_over(tmp_path):
     run_virtual(tmp_path, FOUR, DeltaSGD(), rounds=4)
     for path in (tmp_path / "checkpoints").glob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:-1] + b"torn")
@@ -120,7 +122,7 @@ def test_checkpoints_that_are_all_damaged_are_never_started_over(tmp_path):
         run_virtual(tmp_path, FOUR, DeltaSGD(), rounds=4)
 
 
-def test_a_damaged_checkpoint_does_not_outlive_the_ones_after_it(tmp_path):
+def test_a_damaged_newest_checkpoint_is_renamed_and_made_again(tmp_path):
     first = run_virtual(tmp_path, FOUR, DeltaSGD(), rounds=9)
     newest = max((tmp_path / "checkpoints").glob("*.safetensors"))
     newest.write_bytes(b"torn")
@@ -134,7 +136,7 @@ def test_a_damaged_checkpoint_does_not_outlive_the_ones_after_it(tmp_path):
     checkpoints.close()
 
 
-def test_the_virtual_clock_forgets_replies_that_nobody_gets(tmp_path):
+def test_the_virtual_clock_discards_replies_that_never_arrive(tmp_path):
     fleet = FleetOptions("constant", step_seconds=[1.0], up=20_000.0, window=[40.0, 5.0])
     run = run_virtual(tmp_path, FOUR, DeltaSGD(), rounds=40, fleet=fleet)
     assert run.summary["rejected"]["client_error"] > 5
@@ -157,7 +159,7 @@ def test_metrics_that_cannot_be_added_up_are_refused(tmp_path):
     assert run.summary["rejected"] == {"bad_metric": 4}
 
 
-def test_an_element_above_the_norm_limit_is_refused_whatever_float32_says(tmp_path):
+def test_an_element_just_above_the_norm_limit_is_rejected(tmp_path):
     def spike(job):
         delta = np.zeros(job.params.size, np.float32)
         limit = 10.0 * max(1.0, float(np.linalg.norm(job.params)))

@@ -103,7 +103,7 @@ def test_a_wrong_table_is_refused_before_the_run(table, text, problem):
     assert problems(table(text)) == [problem]
 
 
-def test_a_file_that_is_no_text_is_refused(table):
+def test_a_file_that_is_not_utf8_is_refused(table):
     assert problems(table("client,step_seconds\na,1\n", encoding="utf-16"))[0].startswith(
         ": is no text in UTF-8"
     )
@@ -121,14 +121,14 @@ def test_links_on_the_real_clock_are_refused(table):
     "text, good",
     [('{"event": "open"}\n', True), ('{"a": 1}\n', False), ("5\n", False), ("", False)],
 )
-def test_a_file_that_is_no_record_of_a_run_is_not_replayed(table, text, good):
+def test_only_the_events_of_a_run_are_replayed(table, text, good):
     path = table(text)
     options = RunOptions(clock="virtual", fleet=FleetOptions("replay", path=path))
     problem = f"fleet.path={path}: fleet=replay needs a run's events.jsonl, and this is none"
     assert list(fleet_problems(options)) == ([] if good else [problem])
 
 
-def test_the_error_names_clients_without_a_line(table):
+def test_the_error_for_missing_lines_names_the_clients(table):
     fleet = Fleet(FleetOptions("trace", path=table("client,step_seconds\na,1\n")), seed=0)
     with pytest.raises(ConfigError, match=r"has no line for 4 of 5 clients: 'b', 'c', 'd', \.\.\."):
         fleet.meet(list("abcde"))

@@ -1,4 +1,4 @@
-"""The best weights: kept in a file, gone back to after a regress, the same after a restart."""
+"""The best weights: written to a file, restored after a regression, the same after a restart."""
 
 from __future__ import annotations
 
@@ -26,60 +26,62 @@ def test_the_file_holds_the_version_with_the_lowest_loss(tmp_path):
     assert np.array_equal(kept(tmp_path / "six"), until_4.params)
 
 
-def test_it_is_not_written_where_it_is_not_wanted(tmp_path):
+def test_checkpoint_best_false_writes_no_best_weights(tmp_path):
     o = options(tmp_path, rounds=2)
     o.checkpoint = CheckpointOptions(best=False)
     run(o, CLIENTS, loss=LOSS)
     assert not (tmp_path / "checkpoints" / "best.safetensors").exists()
 
 
-def regretting(folder, rounds=6, share=0.0):
+def rollback_options(folder, rounds=6, share=0.0):
     o = options(folder, rounds=rounds)
     o.evaluate.rollback = share
     return o
 
 
-def test_a_regress_goes_back_to_the_best_weights_and_their_momentum(tmp_path):
-    outcome = run(regretting(tmp_path / "a"), CLIENTS, FedAvgM(), loss=LOSS)
+def test_a_regression_restores_the_best_weights_and_their_momentum(tmp_path):
+    outcome = run(rollback_options(tmp_path / "a"), CLIENTS, FedAvgM(), loss=LOSS)
     assert [m["restored"] for m in outcome.metrics] == [None, None, None, 2, None, 4, 4]
-    assert outcome.version == 6, "versions go on"
-    four = run(regretting(tmp_path / "b", rounds=4), CLIENTS, FedAvgM(), loss=LOSS)
+    assert outcome.version == 6, "version numbers continue"
+    four = run(rollback_options(tmp_path / "b", rounds=4), CLIENTS, FedAvgM(), loss=LOSS)
     assert np.array_equal(outcome.params, four.params)
-    here, there = outcome.server.state.memory, four.server.state.memory
-    assert here.keys() == there.keys() and all(
-        np.array_equal(here[name], there[name]) for name in there
+    ours, expected = outcome.server.state.memory, four.server.state.memory
+    assert ours.keys() == expected.keys() and all(
+        np.array_equal(ours[name], expected[name]) for name in expected
     )
     assert [m["loss"] for m in outcome.metrics] == list(LOSS.values()), (
-        "what was scored stays in the record"
+        "the records keep the scores"
     )
 
 
-def test_a_share_allows_small_regresses(tmp_path):
-    outcome = run(regretting(tmp_path, share=0.2), CLIENTS, loss=LOSS)
+def test_a_small_regression_may_be_allowed(tmp_path):
+    outcome = run(rollback_options(tmp_path, share=0.2), CLIENTS, loss=LOSS)
     assert [m["restored"] for m in outcome.metrics] == [None] * 5 + [4, None]
 
 
-def test_nan_is_a_regress(tmp_path):
-    outcome = run(regretting(tmp_path, rounds=2), CLIENTS, loss={0: 5.0, 1: 4.0, 2: float("nan")})
+def test_a_loss_of_nan_is_a_regression(tmp_path):
+    outcome = run(
+        rollback_options(tmp_path, rounds=2), CLIENTS, loss={0: 5.0, 1: 4.0, 2: float("nan")}
+    )
     assert outcome.metrics[2]["restored"] == 1
 
 
 @pytest.mark.parametrize(
     "fault", ["evaluated:4", "aggregate:4", "aggregate:6", "checkpoint.committed:6"]
 )
-def test_a_restart_goes_back_as_the_uninterrupted_run_does(tmp_path, fault):
-    whole = run(regretting(tmp_path / "whole"), CLIENTS, FedAvgM(), loss=LOSS)
-    o = regretting(tmp_path / "parts")
+def test_a_restarted_run_rolls_back_as_the_uninterrupted_run_does(tmp_path, fault):
+    reference = run(rollback_options(tmp_path / "reference"), CLIENTS, FedAvgM(), loss=LOSS)
+    o = rollback_options(tmp_path / "interrupted")
     with injected(f"{fault}:raise"), pytest.raises(Injected):
         run(o, CLIENTS, FedAvgM(), loss=LOSS)
     again = run(o, CLIENTS, FedAvgM(), loss=LOSS)
-    assert np.array_equal(again.params, whole.params)
-    assert [m["restored"] for m in again.metrics] == [m["restored"] for m in whole.metrics]
-    assert np.array_equal(kept(tmp_path / "parts"), kept(tmp_path / "whole"))
+    assert np.array_equal(again.params, reference.params)
+    assert [m["restored"] for m in again.metrics] == [m["restored"] for m in reference.metrics]
+    assert np.array_equal(kept(tmp_path / "interrupted"), kept(tmp_path / "reference"))
 
 
 def test_a_best_version_after_the_checkpoint_is_kept_with_its_loss(tmp_path):
-    """Its weights are as good as they were; a restart must not put worse ones in their place."""
+    """A restart must not replace better weights with worse ones."""
     o = options(tmp_path, rounds=4)
     o.checkpoint = CheckpointOptions(every=9)
     with injected("aggregate:4:raise"), pytest.raises(Injected):

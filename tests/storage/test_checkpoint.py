@@ -1,3 +1,5 @@
+"""Checkpoints: what they keep, damaged ones, restarts, and the format of an earlier version."""
+
 from __future__ import annotations
 
 import json
@@ -49,7 +51,7 @@ def assert_same(a: Snapshot, b: Snapshot) -> None:
         )
 
 
-def test_what_is_saved_is_loaded_and_only_the_newest_are_kept(tmp_path):
+def test_checkpoints_load_as_they_were_saved_and_only_the_newest_are_kept(tmp_path):
     save(tmp_path, 1, 2, 3, 4, keep=2)
     assert_same(Checkpoints(tmp_path, 2).load(), snapshot(4))
     assert len(list(tmp_path.iterdir())) == 4  # two checkpoints, two digests, no temporary file
@@ -68,7 +70,7 @@ def test_damaged_checkpoints_are_skipped_with_a_warning(tmp_path, caplog):
     assert caplog.text.count("is damaged") == 3
 
 
-def test_nothing_to_load_is_none(tmp_path):
+def test_loading_from_an_empty_folder_gives_none(tmp_path):
     assert Checkpoints(tmp_path, 1).load() is None
 
 
@@ -96,7 +98,7 @@ def test_a_second_process_is_refused_and_the_lock_ends_with_the_first(tmp_path):
     RunFolder(tmp_path).close()
 
 
-def test_a_line_that_a_crash_cut_off_is_left_out(tmp_path):
+def test_a_line_that_a_crash_cut_off_is_skipped(tmp_path):
     folder = RunFolder(tmp_path)
     folder.metrics.append({"version": 0})
     folder.metrics.append({"version": 1})
@@ -107,7 +109,7 @@ def test_a_line_that_a_crash_cut_off_is_left_out(tmp_path):
     assert json.loads(path.read_text().splitlines()[0]) == {"version": 0}
 
 
-def test_after_three_starts_without_a_new_version_the_one_before_is_used(tmp_path, caplog):
+def test_after_three_starts_without_a_new_version_the_previous_checkpoint_is_used(tmp_path, caplog):
     save(tmp_path, 1, 2)
     for _ in range(3):
         checkpoints = Checkpoints(tmp_path, 2)
@@ -115,14 +117,14 @@ def test_after_three_starts_without_a_new_version_the_one_before_is_used(tmp_pat
         checkpoints.started(2)
         checkpoints.close()
     checkpoints = Checkpoints(tmp_path, 2)
-    assert checkpoints.load().state.version == 1, "as a reader has it"
+    assert checkpoints.load().state.version == 1, "also for a reader"
     assert checkpoints.recover().state.version == 1 and checkpoints.retired == 2
     assert "3 starts from version-00000002.safetensors made no new version" in caplog.text
     assert (tmp_path / "version-00000002.damaged").exists()
 
 
-@pytest.mark.parametrize("how", ["a new checkpoint", "an end by its own will"])
-def test_a_start_that_came_to_something_counts_no_more(tmp_path, how):
+@pytest.mark.parametrize("how", ["a new checkpoint", "a regular end"])
+def test_a_new_checkpoint_or_a_regular_end_resets_the_count_of_starts(tmp_path, how):
     save(tmp_path, 1, 2)
     for version in range(3, 8):
         checkpoints = Checkpoints(tmp_path, 2)
@@ -137,7 +139,7 @@ def test_a_start_that_came_to_something_counts_no_more(tmp_path, how):
     )
 
 
-def test_the_only_checkpoint_is_used_however_often(tmp_path):
+def test_the_only_checkpoint_is_used_after_any_number_of_starts(tmp_path):
     save(tmp_path, 1)
     for _ in range(5):
         checkpoints = Checkpoints(tmp_path, 2)
@@ -150,10 +152,8 @@ def contents(folder) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_a_reader_changes_nothing_whatever_it_finds(tmp_path):
-    """A checkpoint between its rename and its mark looks damaged to who reads while a run
-    writes.
-    """
+def test_a_reader_changes_no_file(tmp_path):
+    """To a reader, a checkpoint between its rename and its mark looks damaged."""
     save(tmp_path, 1, 2, 3)
     (tmp_path / "version-00000003.sha256").unlink()
     (tmp_path / ".version-00000004.safetensors.abcd").write_bytes(b"half")
@@ -162,55 +162,84 @@ def test_a_reader_changes_nothing_whatever_it_finds(tmp_path):
     assert contents(tmp_path) == before
 
 
-def test_a_run_puts_aside_what_it_cannot_use_and_removes_what_killed_writes_left(tmp_path):
+def test_a_run_renames_damaged_checkpoints_and_removes_temporary_files(tmp_path):
     save(tmp_path, 1, 2, 3)
     (tmp_path / "version-00000003.safetensors").write_bytes(b"torn")
     (tmp_path / ".version-00000004.safetensors.abcd").write_bytes(b"half")
     assert Checkpoints(tmp_path, 3).recover().state.version == 2
     names = {path.name for path in tmp_path.iterdir()}
-    whole = {f"version-0000000{v}.{end}" for v in (1, 2) for end in ("safetensors", "sha256")}
-    assert names == whole | {"version-00000003.damaged"}
+    intact = {f"version-0000000{v}.{end}" for v in (1, 2) for end in ("safetensors", "sha256")}
+    assert names == intact | {"version-00000003.damaged"}
 
 
 def test_the_log_is_kept_from_the_oldest_checkpoint_on(tmp_path):
-    told: list[int] = []
-    checkpoints = Checkpoints(tmp_path, 2, told.append)
+    oldest_kept: list[int] = []
+    checkpoints = Checkpoints(tmp_path, 2, oldest_kept.append)
     for version in (3, 6, 9, 12):
         checkpoints.save(snapshot(version))
     checkpoints.close()
-    assert told == [3, 3, 6, 9]
+    assert oldest_kept == [3, 3, 6, 9]
 
 
-def test_best_weights_that_are_damaged_are_as_good_as_none(tmp_path):
+def test_damaged_best_weights_are_not_loaded(tmp_path):
     checkpoints, params = Checkpoints(tmp_path, 2), np.arange(50, dtype=np.float32)
     checkpoints.save_best(params, 4, 2.5)
     kept, loss = checkpoints.load_best()
     assert np.array_equal(kept, params) and loss == 2.5
     path = tmp_path / "best.safetensors"
     content = bytearray(path.read_bytes())
-    content[-7] ^= 1  # within the weights: it is still a whole file of its kind
+    content[-7] ^= 1  # within the weights, so that the file can still be parsed
     path.write_bytes(content)
     assert checkpoints.load_best() is None
     path.unlink()
     assert checkpoints.load_best() is None
 
 
-def test_a_checkpoint_of_the_format_before_is_converted_as_it_is_read(tmp_path):
-    """Written as fedgpt 0.1 wrote it before tables and names changed."""
+def test_a_checkpoint_of_the_previous_format_is_converted(tmp_path):
+    """Format 3, as fedgpt 0.1 wrote it before tables and names changed."""
+    plan = {
+        "run": "abc",
+        "steps": 4,
+        "tokens_done": 0,
+        "tokens_per_step": 1,
+        "tokens_total": 9,
+        "numbers": {},
+        "state": 1,
+        "keep": [1],
+        "held": 1,
+    }
     old = {
-        "format": 3, "version": 2, "run": "abc", "tokens_done": 640, "bytes_up": 10,
-        "bytes_down": 20, "wall_seconds": 1.5, "seconds": 1.5, "dispatched": 5,
-        "next_task": {"a": 3, "b": 2}, "accepted": {"a": 1, "b": 1}, "held": {"a": 1},
-        "restorable": [{"a": 0}], "rejected": {"unknown_task": 1, "late": 2}, "norms": [0.5],
-        "strikes": {"b": 1}, "quarantine": {"c": 9}, "speeds": {"a": 2.5}, "trained": {"a": 512},
-        "charged": {}, "last": {"a": 0}, "busy": {"a": 0.5}, "pacing": "buffer",
-        "in_flight": [{"client": "a", "task": 2, "version": 2, "sent": 1.0,
-                       "plan": {"run": "abc", "steps": 4, "tokens_done": 0, "tokens_per_step": 1,
-                                "tokens_total": 9, "numbers": {}, "state": 1, "keep": [1],
-                                "held": 1}}],
-        "record": {"version": 2, "loss": 3.0}, "evaluation": {"score": True, "sample": False},
-        "unsaved": [], "environment": {"torch": "2"}, "options": {"rounds": 9}, "privacy": {},
-    }  # fmt: skip
+        "format": 3,
+        "version": 2,
+        "run": "abc",
+        "tokens_done": 640,
+        "bytes_up": 10,
+        "bytes_down": 20,
+        "wall_seconds": 1.5,
+        "seconds": 1.5,
+        "dispatched": 5,
+        "next_task": {"a": 3, "b": 2},
+        "accepted": {"a": 1, "b": 1},
+        "held": {"a": 1},
+        "restorable": [{"a": 0}],
+        "rejected": {"unknown_task": 1, "late": 2},
+        "norms": [0.5],
+        "strikes": {"b": 1},
+        "quarantine": {"c": 9},
+        "speeds": {"a": 2.5},
+        "trained": {"a": 512},
+        "charged": {},
+        "last": {"a": 0},
+        "busy": {"a": 0.5},
+        "pacing": "buffer",
+        "in_flight": [{"client": "a", "task": 2, "version": 2, "sent": 1.0, "plan": plan}],
+        "record": {"version": 2, "loss": 3.0},
+        "evaluation": {"score": True, "sample": False},
+        "unsaved": [],
+        "environment": {"torch": "2"},
+        "options": {"rounds": 9},
+        "privacy": {},
+    }
     path = tmp_path / "version-00000002.safetensors"
     params = np.arange(4, dtype=np.float32)
     save_file({"params": params}, path, metadata={"fedgpt": json.dumps(old)})
@@ -224,10 +253,10 @@ def test_a_checkpoint_of_the_format_before_is_converted_as_it_is_read(tmp_path):
     assert found.line.metrics["loss"] == 3.0 and found.line.score and not found.line.sample
     (job,) = restored_jobs(found.in_flight, found.extra, params)
     assert (job.client, job.number, job.plan.local_steps, job.plan.state_job) == ("a", 2, 4, 1)
-    assert job.plan.cached_version == -1, "the deltas that it could use may be gone"
+    assert job.plan.cached_version == -1, "the deltas from the cached version may have been deleted"
 
 
-def test_a_checkpoint_of_another_format_is_refused_by_name(tmp_path):
+def test_a_checkpoint_of_an_unknown_format_is_refused_with_its_number(tmp_path):
     path = tmp_path / "version-00000002.safetensors"
     about = {"fedgpt": json.dumps({"format": 99})}
     save_file({"params": np.zeros(4, np.float32)}, path, metadata=about)

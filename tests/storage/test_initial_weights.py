@@ -35,7 +35,7 @@ def exported(folder, tokenizer=BYTES, **model) -> GPT:
     return gpt
 
 
-def test_a_fresh_start_is_the_seeds():
+def test_initial_weights_follow_from_the_seed():
     one, two = initial_weights(options(), BYTES), initial_weights(options(), BYTES)
     np.testing.assert_array_equal(one, two)
 
@@ -52,7 +52,7 @@ def test_a_folder_of_a_model_or_a_run_gives_its_weights(tmp_path, model, inside)
     np.testing.assert_array_equal(initial_weights(o, BYTES), flatten(gpt)[1].numpy())
 
 
-def test_every_difference_is_told_with_what_to_set(tmp_path):
+def test_every_difference_is_reported_with_what_to_set(tmp_path):
     exported(tmp_path, n_embd=32, block_size=16)
     with pytest.raises(ConfigError) as error:
         initial_weights(options(str(tmp_path)), BYTES)
@@ -69,6 +69,6 @@ def test_another_tokenizer_is_refused(tmp_path):
         initial_weights(options(str(tmp_path)), BYTES)
 
 
-def test_no_model_is_told(tmp_path):
+def test_a_folder_without_a_model_is_refused(tmp_path):
     with pytest.raises(FedGPTError, match=r"no config\.json"):
         initial_weights(options(str(tmp_path / "nothing")), BYTES)

@@ -1,8 +1,9 @@
-"""The write-ahead log: what it holds after any cut, and that replaying it loses nothing."""
+"""The write-ahead log: its content after any truncation, and that its replay loses no update."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -79,13 +80,13 @@ def written(folder: Path) -> Path:
     return folder
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_entries_are_read_as_they_were_written(tmp_path):
     read = list(Journal(written(tmp_path)).read(4))
     assert len(read) == 5 and all(same(a, b) for a, b in zip(read, entries(), strict=True))
     assert len(list(Journal(tmp_path).read(5))) == 2
 
 
-def test_a_checkpoint_makes_what_came_before_it_needless(tmp_path):
+def test_drop_deletes_the_log_before_a_checkpoint(tmp_path):
     journal = Journal(written(tmp_path))
     journal.drop(5)
     assert [path.name for path in tmp_path.iterdir()] == ["version-00000005.log"]
@@ -112,7 +113,7 @@ def test_any_cut_and_any_flipped_byte_leave_a_prefix(tmp_path_factory, data):
         same(a, b) for a, b in zip(read, entries(), strict=False)
     )
 
-    journal = Journal(folder)  # and it can be gone on with
+    journal = Journal(folder)  # new entries can be appended
     journal.begin(4 + sum(entry.call == "step" for entry in read))
     journal.append(entries()[0])
     journal.close()
@@ -120,8 +121,8 @@ def test_any_cut_and_any_flipped_byte_leave_a_prefix(tmp_path_factory, data):
     assert len(again) == len(read) + 1 and same(again[-1], entries()[0])
 
 
-def test_a_version_that_is_missing_ends_the_log(tmp_path):
-    """What is behind it is of a future that another checkpoint began."""
+def test_a_missing_version_ends_the_log(tmp_path):
+    """Entries behind the gap belong to a continuation from another checkpoint."""
     journal = Journal(written(tmp_path))
     journal.begin(7)
     journal.append(entries()[0])
@@ -131,7 +132,7 @@ def test_a_version_that_is_missing_ends_the_log(tmp_path):
     assert list(Journal(tmp_path).read(3)) == [] and not list(tmp_path.iterdir())
 
 
-def test_a_log_can_be_left_behind_at_the_entry_that_does_not_fit(tmp_path):
+def test_cut_deletes_the_last_entry_read_and_all_later_ones(tmp_path):
     journal = Journal(written(tmp_path))
     read = journal.read(4)
     for _ in range(2):
@@ -144,7 +145,7 @@ def test_a_log_can_be_left_behind_at_the_entry_that_does_not_fit(tmp_path):
 
 
 def uneven(hurry: float):
-    """Clients of unequal speed; another `hurry` is another order of arrival."""
+    """Clients of unequal speed; `hurry` changes the order of arrival."""
 
     def client(at: int):
         return lambda job: honest(
@@ -173,12 +174,8 @@ BUFFER = {"name": "buffer", "clients": 4}
 @pytest.mark.parametrize(
     "fault", ["accepted:7", "accepted:10", "send:3", "send:9", "aggregate:4", "journal.half:20"]
 )
-def test_a_server_that_fails_anywhere_loses_nothing_and_repeats_nothing(
-    tmp_path, strategy, pace, fault
-):
-    """After the restart clients are fast where they were slow: only the log can bring the first
-    part back.
-    """
+def test_a_server_that_fails_anywhere_loses_and_repeats_no_update(tmp_path, strategy, pace, fault):
+    """After the restart the fast clients are slow, so only the log can reproduce the first part."""
     o = options(tmp_path, rounds=20, **pace)
     o.checkpoint = CheckpointOptions(every=6, keep=2)
     outcomes = []
@@ -191,27 +188,27 @@ def test_a_server_that_fails_anywhere_loses_nothing_and_repeats_nothing(
     first, second = outcomes[0].accepted, again.accepted
     begun = outcomes[0].accepted_until(from_version)
     assert second[: len(first) - begun] == first[begun:], (
-        "what was accepted is accepted again, at the same time"
+        "accepted updates are accepted again, at the same time"
     )
     numbers = [(client, number) for client, number, _ in first[:begun] + second]
     assert len(numbers) == len(set(numbers)), "no update counts twice"
     asked_again = {(job.client, job.number) for job in again.jobs}
     assert not asked_again & {(client, number) for client, number, _ in first[begun:]}, (
-        "nobody does accepted work again"
+        "no client repeats accepted work"
     )
     if not pace.get("dylu"):
         assert (
             again.server.totals.tokens_done
             == sum(m["accepted"] for m in again.metrics[1:]) * JOB_TOKENS
         )
-    assert not list((tmp_path / "wal").iterdir()), "a run that is over has no log"
+    assert not list((tmp_path / "wal").iterdir()), "a finished run has no log"
 
 
 @pytest.mark.parametrize(
     "fault", ["accepted:2", "accepted:4", "send:3", "send:9", "aggregate:1", "aggregate:9"]
 )
-def test_a_pacing_that_changed_by_the_clock_changes_again_at_the_same_moment(tmp_path, fault):
-    """auto looks at the real clock while it waits: after a restart the log has those moments."""
+def test_a_change_of_the_pacing_is_replayed_at_the_same_time(tmp_path, fault):
+    """auto reads the real clock while it waits; after a restart the log has those times."""
     o = options(tmp_path, rounds=8)
     o.checkpoint = CheckpointOptions(every=6, keep=2)
     outcomes = []
@@ -225,37 +222,27 @@ def test_a_pacing_that_changed_by_the_clock_changes_again_at_the_same_moment(tmp
         about for about in outcomes[0].events_of("pacing") if about["version"] >= from_version
     ]
     assert again.events_of("pacing")[: len(switched)] == switched
-    assert switched or from_version or len(first) < 3, "or nothing was tested"
+    assert switched or from_version or len(first) < 3, "the test would check nothing"
 
 
-def test_an_interrupted_server_goes_on_in_the_middle_of_a_version(tmp_path):
-    """Ctrl-C after two of five: after the restart only the other three are asked."""
-    calls = []
-
-    def interrupting(job):
-        calls.append(job)
-        return honest(job, 3.0)
-
-    def stop(job):
-        raise KeyboardInterrupt
-
+def test_an_interrupted_server_continues_within_a_version(tmp_path):
+    """It stops after two of four updates; after the restart only the other two clients get jobs."""
     o = options(tmp_path, rounds=1)
-    patient = {
-        "a": lambda job: honest(job, 1.0),
-        "b": lambda job: honest(job, 2.0),
-        "c": interrupting,
+    clients = {
+        name: partial(honest, seconds=seconds)
+        for name, seconds in zip("abcd", (1.0, 2.0, 3.0, 3.0), strict=True)
     }
     outcomes = []
     with injected("accepted:2:raise"), pytest.raises(Injected):
-        run(o, {**patient, "d": interrupting}, journal=True, outcomes=outcomes)
-    again = run(o, {**patient, "d": interrupting}, journal=True)
+        run(o, clients, journal=True, outcomes=outcomes)
+    again = run(o, clients, journal=True)
     assert sorted(job.client for job in again.jobs) == ["c", "d"]
-    whole = run(options(tmp_path / "whole", rounds=1), {**patient, "d": interrupting})
-    assert np.array_equal(again.params, whole.params)
+    uninterrupted = run(options(tmp_path / "uninterrupted", rounds=1), clients)
+    assert np.array_equal(again.params, uninterrupted.params)
     assert [a[:2] for a in again.accepted] == [("a", 0), ("b", 0), ("c", 0), ("d", 0)]
 
 
-def test_sigint_keeps_the_log(tmp_path):
+def test_an_interrupt_keeps_the_log(tmp_path):
     def interrupt(job):
         if job.number == 1:
             raise KeyboardInterrupt
@@ -269,7 +256,7 @@ def test_sigint_keeps_the_log(tmp_path):
     assert again.version == 3
 
 
-def test_a_run_that_stopped_for_a_reason_asks_again(tmp_path):
+def test_a_run_that_stopped_early_sends_its_jobs_again(tmp_path):
     def never(job):
         return [(1.0, Reply(job.client, job.number, error="no"))]
 
@@ -284,8 +271,8 @@ def damaged(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-1])
 
 
-def test_past_a_damaged_checkpoint_the_log_leads_to_where_the_run_stood(tmp_path):
-    """Nobody is asked again for what was accepted after the older checkpoint."""
+def test_with_a_damaged_checkpoint_the_log_leads_to_the_same_state(tmp_path):
+    """No client repeats work that was accepted after the older checkpoint."""
     o = options(tmp_path, rounds=20, **BUFFER)
     o.checkpoint = CheckpointOptions(every=6, keep=2)
     outcomes = []
@@ -293,25 +280,21 @@ def test_past_a_damaged_checkpoint_the_log_leads_to_where_the_run_stood(tmp_path
         run(o, uneven(1.0), DeltaSGD(), journal=True, outcomes=outcomes)
     damaged(tmp_path / "checkpoints" / "version-00000012.safetensors")
     again = run(o, uneven(-1.0), DeltaSGD(), journal=True)
-    # which the older checkpoint is of
-    first, begun = (
-        outcomes[0].accepted,
-        outcomes[0].accepted_until(6),
-    )
+    # the older checkpoint is that of version 6
+    first, begun = outcomes[0].accepted, outcomes[0].accepted_until(6)
     assert not {(job.client, job.number) for job in again.jobs} & {
         (c, number) for c, number, _ in first
     }
     assert again.accepted[: len(first) - begun] == first[begun:] and again.version == 20
 
 
-def test_a_log_that_does_not_fit_is_replaced_from_there_on(tmp_path, caplog):
-    """What is written after it is found by the next restart, too."""
+def test_a_log_is_replaced_from_the_entry_that_does_not_fit(tmp_path, caplog):
+    """The next restart reads the entries written after it."""
     o = options(tmp_path, rounds=20, **BUFFER)
     o.checkpoint = CheckpointOptions(every=30)
     with injected("accepted:12:raise"), pytest.raises(Injected):
         run(o, uneven(1.0), DeltaSGD(), journal=True)
-    # jobs of other lengths, as of another version of the program: its steps are not those of the
-    # log
+    # jobs of other lengths, as with another version of the program, do not fit the log
     o.local.steps = 2
     o.pace.clients = 3
     outcomes = []
@@ -326,10 +309,8 @@ def test_a_log_that_does_not_fit_is_replaced_from_there_on(tmp_path, caplog):
     )
 
 
-def test_clients_that_do_not_come_back_in_time_cost_no_log(tmp_path, monkeypatch):
-    """The run stops with code 3 before it is told anything; once they are there it goes on as if it
-    had not.
-    """
+def test_the_log_is_kept_if_clients_do_not_reconnect_in_time(tmp_path, monkeypatch):
+    """The run stops with exit code 3; once its clients are connected it continues."""
     o = options(tmp_path, rounds=2)
     with injected("accepted:2:raise"), pytest.raises(Injected):
         run(o, dict.fromkeys("abc", honest), journal=True)
@@ -348,7 +329,7 @@ def test_clients_that_do_not_come_back_in_time_cost_no_log(tmp_path, monkeypatch
     assert again.version == 2 and (again.jobs[0].client, again.jobs[0].version) == ("c", 0)
 
 
-def test_without_its_clients_the_log_is_of_no_use(tmp_path, caplog):
+def test_the_log_of_other_clients_is_discarded(tmp_path, caplog):
     o = options(tmp_path, rounds=2)
     with injected("accepted:2:raise"), pytest.raises(Injected):
         run(o, dict.fromkeys("abc", honest), journal=True)
@@ -360,12 +341,15 @@ def test_without_its_clients_the_log_is_of_no_use(tmp_path, caplog):
 @pytest.mark.parametrize(
     "clock, pace, runtime, journal, kept",
     [
-        ("real", "cohort", "pool", None, False), ("real", "buffer", "pool", None, True),
-        ("virtual", "buffer", "pool", None, False), ("real", "cohort", "superlink", None, True),
-        ("real", "cohort", "pool", True, True), ("real", "buffer", "pool", False, False),
+        ("real", "cohort", "pool", None, False),
+        ("real", "buffer", "pool", None, True),
+        ("virtual", "buffer", "pool", None, False),
+        ("real", "cohort", "superlink", None, True),
+        ("real", "cohort", "pool", True, True),
+        ("real", "buffer", "pool", False, False),
     ],
-)  # fmt: skip
-def test_where_a_log_is_kept(clock, pace, runtime, journal, kept):
+)
+def test_which_runs_keep_a_log(clock, pace, runtime, journal, kept):
     o = RunOptions(
         clock=clock,
         runtime=RuntimeOptions(name=runtime),

@@ -1,4 +1,4 @@
-"""What the server knows beside the model: totals that are frozen, and one table of clients."""
+"""The server's state besides the model: immutable totals, and one table of clients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def update(client: str, number: int, version: int = 0, tokens: int = 64) -> Upda
     return Update(client, number, version, np.zeros(1, np.float32), tokens)
 
 
-def test_totals_are_frozen_also_inside():
+def test_totals_and_their_mappings_are_immutable():
     totals = RunTotals().plus(bytes_up=3).plus_rejected("late")
     more = totals.plus_rejected("late").plus(bytes_up=4)
     assert (totals.bytes_up, dict(totals.rejected)) == (3, {"late": 1})
@@ -36,7 +36,7 @@ def test_a_reply_that_answers_no_job_gets_its_reason():
     assert clients.reason_for_stray("nobody", 0) == "unknown_job"
 
 
-def test_an_accepted_update_is_credited_and_ends_a_row_of_failures():
+def test_an_accepted_update_is_credited_and_resets_failures():
     clients = Clients()
     assert [clients.strike("a"), clients.strike("a")] == [1, 2]
     clients.accept(update("a", 0, version=3), 0.5)
@@ -45,7 +45,7 @@ def test_an_accepted_update_is_credited_and_ends_a_row_of_failures():
     assert clients.cached_version("a") == 4 and clients.strike("a") == 1
 
 
-def test_a_copy_is_not_reached_by_later_changes_and_json_restores_it():
+def test_later_changes_do_not_affect_a_copy_and_json_restores_it():
     clients = Clients()
     clients.accept(update("a", 0), 0.5)
     clients.remember_accepted()

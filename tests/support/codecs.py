@@ -1,4 +1,4 @@
-"""The codecs, every built-in one and one from outside, and the deltas that they are tested with."""
+"""All codecs, the built-in ones and one from outside, and the deltas that they are tested with."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ Behaviour = Callable[[Job], list[tuple[float, Reply]]]
 def honest(
     job: Job, seconds: float = 1.0, scale: float = 0.1, tokens: int = 512
 ) -> list[tuple[float, Reply]]:
-    """A client whose update depends on client, task and the model, and on nothing else."""
+    """A client whose update depends only on its name, the job number and the model."""
     rng = np.random.default_rng([*job.client.encode(), job.number])
     delta = (scale * rng.standard_normal(job.params.size)).astype(np.float32) + np.float32(
         0.01
@@ -41,9 +41,7 @@ class ScriptTransport:
     at_once: int | None = None
 
     def __init__(self, behaviours: dict[str, Behaviour], now: float = 0.0, own_clock: bool = False):
-        """`own_clock`: jobs begin when they arrive here, whatever the server's clock says of
-        that.
-        """
+        """`own_clock`: jobs begin at this transport's time, not at the time in `job.sent`."""
         self.behaviours, self.own_clock = behaviours, own_clock
         self.time = now
         self.jobs: list[Job] = []
@@ -57,7 +55,7 @@ class ScriptTransport:
         return True
 
     def abandon(self, keys) -> None:
-        """As at a SuperNode: what is given up is done all the same, and comes too late."""
+        """As with a SuperNode: a job that was given up is still done, and its reply is late."""
 
     def send(self, jobs: Sequence[Job]) -> None:
         for job in jobs:
@@ -70,7 +68,7 @@ class ScriptTransport:
 
     def receive(self, timeout: float | None) -> list[Reply]:
         if not self._queue or (timeout is not None and self._queue[0][0] > self.time + timeout):
-            assert timeout is not None, "the server would wait for ever"
+            assert timeout is not None, "the server would wait forever"
             self.time += max(timeout, 1e-9)  # a clock that moves, as the real one does
             return []
         self.time, _, reply = heapq.heappop(self._queue)

@@ -60,11 +60,11 @@ def options(folder: Path, rounds: int = 4, **pace: Any) -> RunOptions:
 
 
 class Outcome:
-    """What is left of one start of a server: its last state, its events, its jobs."""
+    """The result of one start of a server: its last state, its events and its jobs."""
 
     def __init__(self, server: Server, transport: Any, events: list[Event], folder: RunFolder):
         self.server, self.transport, self.events = server, transport, events
-        self.summary: dict[str, Any] = {}  # of a run that reached its end
+        self.summary: dict[str, Any] = {}  # empty unless the run reached its end
         self.metrics = folder.metrics.read()
         self.params, self.version = server.state.params, server.state.version
 
@@ -124,7 +124,7 @@ def start_server(
     parts = Parts(o, strategy or FedAvg(), transport, evaluator, folder, privacy=privacy, root=root)
     events: list[Event] = []
     server = Server(parts, snapshot, [events.append])
-    del snapshot  # the server decides how long the vector of its start is kept
+    del snapshot  # so that only the server decides how long its initial vector is kept
     summary: dict[str, Any] = {}
     try:
         summary = server.run()
@@ -167,7 +167,7 @@ def run(
 
 
 class LatePool:
-    """Real clients, as the virtual clock sees them: done in an order that means nothing."""
+    """Clients behind the virtual clock, which finish in a random order."""
 
     virtual = False
     at_once: int | None = None
@@ -204,7 +204,7 @@ class LatePool:
         return job.params.nbytes
 
     def now(self) -> float:
-        raise AssertionError("a virtual run never asks for real time")
+        raise AssertionError("a virtual run never reads the real clock")
 
     def close(self) -> None:
         pass

@@ -33,7 +33,7 @@ def tiny_run(folder: Path) -> list[str]:
 
 
 def tiny_model() -> list[str]:
-    """Options of the smallest training there is, on any corpus: 3 rounds of one step."""
+    """Options of very little training, on any corpus: 3 rounds of one step."""
     return [
         "corpus.public=0.2",
         "corpus.held_out=0.2",

@@ -1,4 +1,4 @@
-"""A task and metrics as somebody outside the package would write them: name a document's label.
+"""A task and metrics as a user would write them: classify the label of a document.
 
 Used by `task=custom task._target_=support.labels_task.DocumentLabel`.
 """
@@ -24,7 +24,7 @@ class DocumentLabel(Task):
     """After the last token of a document's beginning, output i stands for label i."""
 
     labels: tuple[str, ...] = ("ann", "bob")
-    length: int = 12  # tokens of a document that are read
+    length: int = 12  # number of tokens of a document that are read
 
     scoring: ClassVar[Scoring] = Scoring(Score("right", higher_is_better=True), ("right", "nats"))
 
@@ -48,7 +48,7 @@ class DocumentLabel(Task):
 
 @dataclass(frozen=True)
 class TopTokens(BatchMetric):
-    """How often the right answer is among the `k` largest outputs."""
+    """How often the correct target is among the `k` largest outputs."""
 
     name: ClassVar[str] = "top_tokens"
     k: int = 2
@@ -64,7 +64,7 @@ class TopTokens(BatchMetric):
 
 @dataclass(frozen=True)
 class SampleLength(SampleMetric):
-    """Characters that the model wrote."""
+    """The number of characters of a sample."""
 
     name: ClassVar[str] = "sample_length"
 

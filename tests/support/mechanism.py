@@ -24,7 +24,7 @@ from fedgpt.server.privacy import PaidByServer
 from fedgpt.storage.tables import Clients
 
 SIZE, CLIP, COHORT = 4000, 0.5, 10
-QUIET = 1e-9  # a noise multiplier that changes nothing visibly
+QUIET = 1e-9  # a noise multiplier so small that its noise is negligible
 
 
 def options(**privacy: Any) -> RunOptions:
@@ -103,7 +103,7 @@ def noise_times(factor: float):
 
 
 @contextmanager
-def divided_by_who_came():
+def divided_by_participants():
     with patched(
         "fedgpt.server.privacy.PaidByServer.divisor",
         lambda self, rule, pacing: float(len(self.shares)),

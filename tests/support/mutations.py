@@ -1,4 +1,4 @@
-"""Damaged messages: a valid one of every codec, changed in ways that drawn numbers decide.
+"""Damaged messages: valid ones of every codec, changed at random.
 
 `choose(n)` gives a number from 0 to n - 1: hypothesis draws it, a fuzzer reads it from its bytes.
 """
@@ -92,7 +92,7 @@ Choose = Callable[[int], int]
 
 
 class Npy(bytes):
-    """A payload as the wire has it."""
+    """A payload in npy format, as it is sent."""
 
 
 def message(choose: Choose) -> tuple[Reply, Expected]:
@@ -116,14 +116,14 @@ def message(choose: Choose) -> tuple[Reply, Expected]:
 
 
 def check(reply: Reply, expected: Expected) -> str:
-    """Return the reason code, or `valid` where the update keeps every promise; else assert."""
+    """Return the reason code, or `valid` if the update meets every requirement; else assert."""
     try:
         if isinstance(reply.payload, Npy):
             reply = replace(reply, payload=read_npy(reply.payload))
         update = decode(reply, expected)
     except UpdateRejected as rejection:
         assert rejection.code in REASONS
-        assert len(rejection.detail) < 500, "a detail is for a line of a log"
+        assert len(rejection.detail) < 500, "a detail must fit a line of a log"
         return rejection.code
     assert (update.client, update.number, update.version) == ("alice", 3, 5)
     assert (
@@ -161,8 +161,8 @@ def _length(choose: Choose, payload: Any, fields: Any) -> tuple[Any, Any]:
 def _dtype(choose: Choose, payload: Any, fields: Any) -> tuple[Any, Any]:
     if _numbers(payload):
         dtype = np.dtype(DTYPES[choose(len(DTYPES))])
-        whole = np.ascontiguousarray(payload).reshape(-1).view(np.uint8)
-        payload = whole[: whole.size // dtype.itemsize * dtype.itemsize].copy().view(dtype)
+        raw = np.ascontiguousarray(payload).reshape(-1).view(np.uint8)
+        payload = raw[: raw.size // dtype.itemsize * dtype.itemsize].copy().view(dtype)
     return payload, fields
 
 

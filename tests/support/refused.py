@@ -1,4 +1,4 @@
-"""What the configuration says of options that it refuses."""
+"""The problems that the configuration reports for wrong options."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Classes from outside of fedgpt, in a module `outsider` that lies in an empty folder.
+"""Classes from outside fedgpt, in a module `outsider` in a folder of its own.
 
-The module is made of the examples in the docstrings of the interfaces, so what these show is also
-what the tests run.
+The module consists of the examples in the docstrings of the interfaces, so the tests run what these
+show.
 """
 
 from __future__ import annotations

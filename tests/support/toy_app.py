@@ -1,4 +1,4 @@
-"""A ClientApp without a model: `config["do"]` says what it does."""
+"""A ClientApp without a model: `config["do"]` chooses what it does."""
 
 import os
 import signal

@@ -1,6 +1,4 @@
-"""Whole runs in processes of their own: the text they train on, and what is asked of their
-folders.
-"""
+"""Complete runs in separate processes: their training text, their environment and their folders."""
 
 from __future__ import annotations
 
@@ -17,11 +15,13 @@ from typing import Any
 from fedgpt.storage.run_folder import read_lines
 
 TESTS = Path(__file__).parent.parent
-LONG = 600.0  # seconds; bounds every wait, none is expected to come near
+LONG = 600.0  # seconds; limits every wait, and all are expected to be much shorter
 WRITERS = ("ann", "bob", "eve")
-PARAMETERS = 7_424  # of a model that is trained in no time
-ROUNDS = 6  # of the run that is stopped in different ways
-STOPPED = [  # long enough rounds for a signal to meet one, and a strategy and clients that remember
+PARAMETERS = 7_424  # number of parameters of the model that these runs train
+ROUNDS = 6  # rounds of the run that is stopped in different ways
+# options of that run: rounds long enough for a signal to arrive in one, and a strategy and clients
+# with state
+STOPPED = [
     f"rounds={ROUNDS}",
     "local.steps=30",
     "strategy=fedadam",
@@ -33,7 +33,7 @@ STOPPED = [  # long enough rounds for a signal to meet one, and a strategy and c
 
 @dataclass(frozen=True)
 class World:
-    """A folder with text, and an environment by which all of our processes are known."""
+    """A folder with text, and an environment that marks every process started from it."""
 
     root: Path
     env: dict[str, str]
@@ -55,16 +55,16 @@ class World:
         return done
 
     def python(self, script: str) -> dict[str, Any]:
-        """Run a script that fills the dictionary `told`; returns it."""
+        """Run a script that fills the dictionary `results`; returns it."""
         answer = self.root / f"{uuid.uuid4().hex}.json"
         here = f"import sys\nsys.path.append({str(TESTS)!r})\nfrom support.here import run_here\n"
-        whole = (
-            f"import json, fedgpt\nfrom pathlib import Path\n{here}OPTIONS = {self.options!r}\ntold"
-            f" = {{}}\n{script}\n"
+        program = (
+            f"import json, fedgpt\nfrom pathlib import Path\n{here}OPTIONS = {self.options!r}\n"
+            f"results = {{}}\n{script}\n"
+            f"open({str(answer)!r}, 'w').write(json.dumps(results))\n"
         )
-        whole += f"open({str(answer)!r}, 'w').write(json.dumps(told))\n"
         subprocess.run(
-            [sys.executable, "-c", whole],
+            [sys.executable, "-c", program],
             env=self.env,
             cwd=self.root,
             timeout=LONG,
@@ -74,14 +74,14 @@ class World:
         return json.loads(answer.read_text())
 
     def processes(self) -> list[int]:
-        """Ids of all living processes that we started, however indirectly."""
+        """Ids of all live processes that were started from here, directly or indirectly."""
         mark = f"FEDGPT_TEST_MARK={self.env['FEDGPT_TEST_MARK']}".encode()
         found = []
         for path in Path("/proc").glob("[0-9]*/environ"):
             try:
                 if mark in path.read_bytes().split(b"\0"):
                     found.append(int(path.parent.name))
-            except OSError:  # gone, or not ours
+            except OSError:  # it has ended, or belongs to another user
                 pass
         return found
 
@@ -89,7 +89,7 @@ class World:
 def wait_until(condition: Callable[[], bool], seconds: float = LONG) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s"
         time.sleep(0.005)
 
 
@@ -116,7 +116,7 @@ def untimed(folder: Path) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Finished:
-    """A run as it was at its end, whatever was done to its folder later."""
+    """A finished run as it was at its end, before a test changes its folder."""
 
     folder: Path
     out: str

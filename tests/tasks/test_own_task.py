@@ -1,4 +1,4 @@
-"""A task and metrics from outside the package: from `_target_` options to best weights."""
+"""A task and metrics from outside the package: options, scores and best weights."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ METRICS = (
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A finished run that learns to tell two writers apart."""
+    """A finished run that learns to classify texts by their writer."""
     root = tmp_path_factory.mktemp("labels")
     changed = {
         "rounds": 6,
@@ -52,7 +52,7 @@ def lines(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_a_run_goes_by_the_score_of_its_task(folder):
+def test_a_run_is_judged_by_the_score_of_its_task(folder):
     summary = json.loads((folder / "summary.json").read_text())
     scores = [line["right"] for line in lines(folder)]
     assert summary["score"] == "right" and summary["higher_is_better"] is True
@@ -89,33 +89,33 @@ def problems(tmp_path: Path, *words: str) -> list[str]:
     return caught.value.problems
 
 
-def test_a_class_that_is_no_task_or_not_trusted_is_refused(tmp_path):
-    (told,) = problems(tmp_path, *TASK)
-    assert "add trusted_packages=[support]" in told
-    (told,) = problems(
+def test_a_class_that_is_not_a_task_or_not_trusted_is_refused(tmp_path):
+    (problem,) = problems(tmp_path, *TASK)
+    assert "add trusted_packages=[support]" in problem
+    (problem,) = problems(
         tmp_path, "task=custom", "task._target_=support.labels_task.TopTokens", TRUST
     )
-    assert told.endswith("must inherit from fedgpt.tasks.base.Task")
-    (told,) = problems(tmp_path, "task=custom")
-    assert told.startswith("task._target_ is not set")
-    (told,) = problems(tmp_path, *TASK, TRUST, "task.arguments={lenght: 3}")
-    assert "lenght=3: the options of DocumentLabel are labels, length" in told
+    assert problem.endswith("must inherit from fedgpt.tasks.base.Task")
+    (problem,) = problems(tmp_path, "task=custom")
+    assert problem.startswith("task._target_ is not set")
+    (problem,) = problems(tmp_path, *TASK, TRUST, "task.arguments={lenght: 3}")
+    assert "lenght=3: the options of DocumentLabel are labels, length" in problem
 
 
-def test_what_is_no_metric_is_refused(tmp_path):
-    (told,) = problems(tmp_path, "metrics=[acuracy]")
-    assert told.startswith("metrics=[acuracy]: choose from accuracy")
-    (told,) = problems(tmp_path, "metrics=[accuracy,accuracy]")
-    assert told.startswith("metrics=accuracy: there is a metric of the name 'accuracy' already")
-    (told,) = problems(tmp_path, "metrics=[{_target_:support.labels_task.DocumentLabel}]", TRUST)
-    assert "must inherit from BatchMetric or SampleMetric" in told
+def test_wrong_metrics_are_refused(tmp_path):
+    (problem,) = problems(tmp_path, "metrics=[acuracy]")
+    assert problem.startswith("metrics=[acuracy]: choose from accuracy")
+    (problem,) = problems(tmp_path, "metrics=[accuracy,accuracy]")
+    assert problem.startswith("metrics=accuracy: there is a metric of the name 'accuracy' already")
+    (problem,) = problems(tmp_path, "metrics=[{_target_:support.labels_task.DocumentLabel}]", TRUST)
+    assert "must inherit from BatchMetric or SampleMetric" in problem
 
 
 def test_privacy_by_example_is_refused_where_its_accounting_does_not_fit(tmp_path):
     words = ("privacy=example", "privacy.target_epsilon=8")
-    (told,) = problems(tmp_path, *TASK, TRUST, *words)
-    assert told.startswith("privacy=example: its accounting counts blocks")
-    assert "task=custom (DocumentLabel)" in told
+    (problem,) = problems(tmp_path, *TASK, TRUST, *words)
+    assert problem.startswith("privacy=example: its accounting counts blocks")
+    assert "task=custom (DocumentLabel)" in problem
     compose.load([f"run_dir={tmp_path}", "task=lm", *words])
 
 
@@ -142,8 +142,8 @@ def test_rollback_follows_the_direction_of_the_score(tmp_path):
     )
     states = [ServerState(np.full(3, v, np.float32), v) for v in range(5)]
     values = (0.5, 0.8, 0.73, 0.71, float("nan"))
-    went_on = [best.decide(*each)[0].params[0] for each in zip(states, values, strict=True)]
-    assert went_on == [0, 1, 2, 1, 1], "0.72 is a tenth below the best"
+    continued = [best.decide(*each)[0].params[0] for each in zip(states, values, strict=True)]
+    assert continued == [0, 1, 2, 1, 1], "0.72 is a tenth below the best"
     for state, value in zip(states, values, strict=True):
         best.keep({"version": state.version, "right": value}, state.params)
     params, value = Checkpoints(tmp_path, 1).load_best()

@@ -26,7 +26,7 @@ VOCAB, WINDOW = 32, 8
 
 @dataclass(frozen=True)
 class SecondHalf(Task):
-    """Documents are continued: their first half is given, their second half counts."""
+    """The second half of a document is predicted from the first half."""
 
     def examples(self, tokens, label, block_size):
         tokens = tokens[: block_size + 1].astype(np.int64)
@@ -56,7 +56,7 @@ def model(seed: int = 3) -> GPT:
     made = GPT(options, VOCAB).eval()
     made.init_weights(seed)
     with torch.no_grad():
-        for parameter in made.parameters():  # far from uniform, so that each token has its loss
+        for parameter in made.parameters():  # far from uniform, so that losses of tokens differ
             parameter.mul_(5)
     return made
 
@@ -94,7 +94,7 @@ def test_the_loss_of_an_example_is_the_mean_over_its_own_targets(task):
 
 
 @every
-def test_losses_of_equally_long_examples_average_to_that_of_their_batch(task):
+def test_the_mean_loss_of_equally_long_examples_is_that_of_their_batch(task):
     batch = held_out(task)
     counts = (batch[1] != IGNORE).sum(1)
     alike = tuple(tensor[counts == counts.mode().values] for tensor in batch)
@@ -120,8 +120,8 @@ def test_outputs_at_ignored_targets_have_no_effect(task):
 
 
 @every
-def test_an_example_depends_on_nothing_but_itself(task):
-    """Padding or batch mates of an example must not show: DP-SGD clips it alone."""
+def test_the_loss_of_an_example_depends_only_on_that_example(task):
+    """Padding and the rest of the batch have no effect, because DP-SGD clips each example alone."""
     batch = held_out(task)
     net = model()
     together = task.example_losses(task.forward(net, batch), batch)
@@ -143,9 +143,9 @@ def test_scores_are_finite_named_and_one_of_them_is_the_score(task):
     scores = task.scores(totals)
     assert tuple(scores) == task.scoring.names and task.scoring.score.name in scores
     assert all(math.isfinite(score) for score in scores.values())
-    whole = task.tally(task.forward(net, batch), batch, TOKEN_BYTES)
+    at_once = task.tally(task.forward(net, batch), batch, TOKEN_BYTES)
     assert scores == pytest.approx(
-        task.scores({name: float(value) for name, value in whole.items()}), rel=1e-5
+        task.scores({name: float(value) for name, value in at_once.items()}), rel=1e-5
     )
 
 

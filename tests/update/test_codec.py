@@ -31,7 +31,7 @@ def code_of(bad: Reply) -> str:
     return caught.value.code
 
 
-def test_a_good_update_comes_back_as_it_was_with_its_norm():
+def test_a_valid_update_is_decoded_unchanged_with_its_norm():
     update = decode(reply(), EXPECTED)
     assert update.tokens == 64 and update.client == "alice"
     assert update.metrics == {
@@ -155,7 +155,7 @@ def test_a_header_without_a_field_is_rejected(missing):
 
 
 class Careless(Codec):
-    """A codec from outside whose `decode` breaks its promise in the way that `broken` says."""
+    """A codec whose `decode` violates the interface in the way that `broken` says."""
 
     def __init__(self, broken: object):
         self.broken = broken
@@ -185,7 +185,7 @@ class Careless(Codec):
         (np.full(DELTA.size, 60, np.float32), "norm_limit"),
     ],
 )
-def test_what_a_careless_codec_decodes_is_validated(broken, code):
+def test_invalid_results_of_a_codec_are_rejected(broken, code):
     codec = Careless(broken)
     header, payload = encode("run", UPDATE, codec)
     with pytest.raises(UpdateRejected) as caught:

@@ -36,7 +36,7 @@ def blocks(codec, delta: np.ndarray):
 @every_codec
 @given(delta=deltas)
 @quickly
-def test_a_delta_comes_back_in_shape_and_a_second_time_unchanged(codec, delta):
+def test_a_round_trip_keeps_the_shape_and_a_second_one_changes_nothing(codec, delta):
     before = delta.copy()
     payload = codec.encode(delta)
     np.testing.assert_array_equal(payload, codec.encode(delta))
@@ -66,7 +66,7 @@ def test_a_delta_of_many_chunks_is_compressed_as_its_parts_are(codec, kind):
 @every_codec
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("kind", ["gaussian", "huge", "zeros"])
-def test_what_is_not_finite_is_refused_by_the_server(codec, bad, kind):
+def test_a_delta_that_is_not_finite_is_rejected_by_the_server(codec, bad, kind):
     for size in (1, 65, 5000):
         for at in {0, size // 2, size - 1}:
             delta = delta_of(size, kind, size)
@@ -78,7 +78,7 @@ def test_what_is_not_finite_is_refused_by_the_server(codec, bad, kind):
         through(codec, all_bits)
 
 
-# sizes and errors of the literature
+# sizes and errors from the literature
 
 
 @pytest.mark.parametrize(
@@ -110,7 +110,7 @@ def test_a_payload_is_as_small_as_published(name, options, percent):
         ("int8", {"block": 256}, 0.0070),
         ("int8", {}, 0.0079),
         ("int4", {}, 0.126),
-        ("e3m0", {}, 0.1945),  # .203 where it rounds in the logarithm
+        ("e3m0", {}, 0.1945),  # 0.203 if it rounded in the logarithm
         ("sparse_loco", {}, 0.939),
     ],
 )
@@ -156,14 +156,14 @@ def test_powers_of_two_of_the_block_maximum_are_exact_in_e3m0(codec, data):
 # a slow reference version of each, in float64 or in torch
 
 
-def near(values: np.ndarray, ties: np.ndarray) -> np.ndarray:
+def near_a_tie(values: np.ndarray, ties: np.ndarray) -> np.ndarray:
     return (abs(values[:, None] - ties) < 1e-4 * abs(ties)).any(axis=1)
 
 
 @pytest.mark.parametrize("codec", [c for c in FAMILY if hasattr(c, "block")], ids=repr)
 @given(delta=deltas)
 @quickly
-def test_blockwise_takes_the_nearest_code_of_the_grid(codec, delta):
+def test_blockwise_codecs_take_the_nearest_code_of_the_grid(codec, delta):
     once = through(codec, delta)
     if codec.name == "e3m0":
         grid = np.array([sign * 2.0**-k for k in range(7) for sign in (1, -1)] + [0])
@@ -174,13 +174,13 @@ def test_blockwise_takes_the_nearest_code_of_the_grid(codec, delta):
         x = delta[where].astype(np.float64)
         scale = max(float(np.float32(abs(x).max() / codec.top)), codec.floor)
         nearest = grid[abs(x[:, None] / scale - grid).argmin(axis=1)] * scale
-        clear = ~near(x / scale, (grid[1:] + grid[:-1]) / 2)
+        clear = ~near_a_tie(x / scale, (grid[1:] + grid[:-1]) / 2)
         np.testing.assert_allclose(once[where][clear], nearest[clear], rtol=2e-7, atol=0)
 
 
 @given(delta=deltas)
 @quickly
-def test_bf16_is_the_same_as_in_torch(delta):
+def test_bf16_equals_that_of_torch(delta):
     expected = torch.from_numpy(delta.copy()).bfloat16().float().numpy()
     largest = np.array([0x7F7F0000], np.uint32).view(np.float32)[0]
     np.testing.assert_array_equal(
@@ -220,20 +220,19 @@ def test_sparse_loco_is_two_means_of_the_head_of_each_chunk(delta):
     np.testing.assert_allclose(found, expected, rtol=2.0**-8, atol=2.0**-133)
 
 
-@pytest.mark.parametrize("reach", [1 << 16, (1 << 17) + 5, 1 << 19])
-def test_topk_finds_the_largest_where_its_sample_is_not_representative(reach):
+@pytest.mark.parametrize("size", [1 << 16, (1 << 17) + 5, 1 << 19])
+def test_topk_finds_the_largest_where_its_sample_is_not_representative(size):
     rng = np.random.default_rng(0)
     for numbers in (
-        np.sort(rng.standard_normal(reach)),
-        np.where(
-            np.arange(reach) % (reach >> 16) == 0, 5, rng.random(reach)
-        ),  # all that is sampled is large
-        np.where(np.arange(reach) % (reach >> 16) == 0, 0, rng.random(reach)),
-        rng.integers(0, 3, reach),
+        np.sort(rng.standard_normal(size)),
+        # every sampled value is large
+        np.where(np.arange(size) % (size >> 16) == 0, 5, rng.random(size)),
+        np.where(np.arange(size) % (size >> 16) == 0, 0, rng.random(size)),
+        rng.integers(0, 3, size),
     ):
         x = numbers.astype(np.float32)
         expected = np.zeros_like(x)
-        head = np.argsort(-abs(x), kind="stable")[: round(reach / 64)]
+        head = np.argsort(-abs(x), kind="stable")[: round(size / 64)]
         expected[head] = x[head]
         np.testing.assert_array_equal(through(make_codec("topk"), x), expected)
 
@@ -241,7 +240,7 @@ def test_topk_finds_the_largest_where_its_sample_is_not_representative(reach):
 # names and options
 
 
-def test_the_folder_is_the_list_of_codecs():
+def test_every_codec_in_the_folder_is_tested():
     assert CODECS.names() == ["bf16", "e3m0", "int4", "int8", "none", "sparse_loco", "topk"]
     assert {codec.name for codec in FAMILY} == {*CODECS.names(), "outsider.Sign"}
     for name in CODECS.names():
@@ -316,7 +315,7 @@ def test_a_codec_from_outside_is_built_from_its_name_and_arguments():
         ),
     ],
 )
-def test_what_is_wrong_with_a_codec_from_outside_is_named_as_typed(options, text):
+def test_problems_of_a_codec_from_outside_are_reported_as_typed(options, text):
     with pytest.raises(ConfigError, match=text):
         codec_of(options, ["outsider"])
     assert len(CODECS.problems(options, ["outsider"])) == 1

@@ -1,4 +1,4 @@
-"""The downlink: a version has the same bits at every client, whatever steps led to it."""
+"""The downlink: a version has the same bits at every client, whichever steps a client received."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ steps = pytest.mark.parametrize("downlink", STEPS)
 
 
 def walk(versions: int, seed: int = 0) -> list[ServerState]:
-    """A model that moves a little at every version."""
+    """A model that changes a little at every version."""
     rng = np.random.default_rng(seed)
     params = [rng.standard_normal(SIZE).astype(np.float32)]
     for _ in range(versions):
@@ -54,7 +54,7 @@ def test_any_sequence_of_steps_to_a_version_gives_the_same_bits(downlink, visits
 
 @steps
 def test_the_error_of_steps_does_not_accumulate(downlink):
-    """After 200 versions P is as near the model as after two: within the error of one step."""
+    """After 200 versions the error of the published model is still that of one step."""
     published = Published(downlink, {})
     errors = []
     for state in walk(200):
@@ -65,7 +65,7 @@ def test_the_error_of_steps_does_not_accumulate(downlink):
 
 
 @steps
-def test_a_restart_publishes_the_same(downlink):
+def test_a_restart_publishes_the_same_bits(downlink):
     states = walk(9)
     without, first = Published(downlink, {}), Published(downlink, {})
     for state in states[:5]:
@@ -78,7 +78,7 @@ def test_a_restart_publishes_the_same(downlink):
         assert ours is None or joined(ours).tobytes() == joined(theirs).tobytes()
 
 
-def test_without_steps_nothing_is_kept():
+def test_without_steps_no_array_is_kept():
     state = walk(1)[1]
     assert Published("fp32", {}).advance(state) is state.params
     assert Published("bf16", {}).steps(0, 1) is None and Published("bf16", {}).memory() == {}
@@ -139,9 +139,12 @@ def test_a_client_that_lost_its_cached_model_gets_the_complete_one(tmp_path):
             ]
         return honest(job)
 
-    calm = run(stepping(tmp_path / "calm"), dict.fromkeys("abc", honest))
+    uninterrupted = run(stepping(tmp_path / "uninterrupted"), dict.fromkeys("abc", honest))
     outcome = run(stepping(tmp_path / "lost"), {**dict.fromkeys("ab", honest), "c": forgetful})
-    assert np.array_equal(outcome.params, calm.params) and outcome.server.totals.rejected == {}
+    assert (
+        np.array_equal(outcome.params, uninterrupted.params)
+        and outcome.server.totals.rejected == {}
+    )
     assert [(job.number, job.plan.cached_version) for job in outcome.jobs if job.client == "c"][
         3:5
     ] == [
@@ -150,8 +153,8 @@ def test_a_client_that_lost_its_cached_model_gets_the_complete_one(tmp_path):
     ]
 
 
-def test_a_restart_goes_on_to_the_same_weights(tmp_path):
-    calm = run(stepping(tmp_path / "calm"), dict.fromkeys("abc", honest))
-    run(stepping(tmp_path / "parts", rounds=3), dict.fromkeys("abc", honest))
-    again = run(stepping(tmp_path / "parts"), dict.fromkeys("abc", honest))
-    assert np.array_equal(again.params, calm.params)
+def test_a_restarted_run_ends_with_the_same_weights(tmp_path):
+    uninterrupted = run(stepping(tmp_path / "uninterrupted"), dict.fromkeys("abc", honest))
+    run(stepping(tmp_path / "interrupted", rounds=3), dict.fromkeys("abc", honest))
+    again = run(stepping(tmp_path / "interrupted"), dict.fromkeys("abc", honest))
+    assert np.array_equal(again.params, uninterrupted.params)

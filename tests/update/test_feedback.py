@@ -26,8 +26,8 @@ def deltas(count: int, size: int, seed: int) -> list[np.ndarray]:
     return [rng.standard_normal(size).astype(np.float32) for _ in range(count)]
 
 
-def number(codec, delta, residual, beta=BETA):
-    """(q as the server has it, the next residual)."""
+def send(codec, delta, residual, beta=BETA):
+    """The update as the server decodes it, and the next residual."""
     fed = feed(delta, residual, beta)
     sent = codec.decode(codec.encode(fed), fed.size)
     return sent, rest(fed, sent)
@@ -66,7 +66,7 @@ def test_the_sum_is_preserved_whatever_is_sent(count, size, beta, keep, seed):
 def test_the_sum_is_preserved_by_each_codec(codec, beta):
     given_, sent, residual = deltas(12, 500, 1), [], None
     for delta in given_:
-        q, residual = number(codec, delta, residual, beta)
+        q, residual = send(codec, delta, residual, beta)
         sent.append(q)
     assert residual.dtype == np.float32
     np.testing.assert_allclose(
@@ -74,14 +74,16 @@ def test_the_sum_is_preserved_by_each_codec(codec, beta):
     )
     if codec.name == "topk":
         without = discounted([codec.decode(codec.encode(delta), 500) for delta in given_], beta)
-        assert np.linalg.norm(without - discounted(given_, beta)) > 1, "feedback is what keeps it"
+        assert np.linalg.norm(without - discounted(given_, beta)) > 1, (
+            "without feedback the sum differs"
+        )
 
 
 @pytest.mark.parametrize("name, options", [("none", {}), ("topk", {"density": 1.0})])
-def test_when_all_is_sent_nothing_is_left(name, options):
+def test_a_lossless_codec_leaves_no_residual(name, options):
     codec, residual = make_codec(name, **options), None
     for delta in deltas(3, 100, 2):
-        q, residual = number(codec, delta, residual)
+        q, residual = send(codec, delta, residual)
         np.testing.assert_array_equal(q, delta)
         assert not residual.any()
 
@@ -90,7 +92,7 @@ def test_when_all_is_sent_nothing_is_left(name, options):
 def test_a_constant_delta_arrives_in_the_mean(codec):
     delta, total, residual = deltas(1, 500, 3)[0], np.zeros(500), None
     for _ in range(400):
-        q, residual = number(codec, delta, residual, beta=1.0)
+        q, residual = send(codec, delta, residual, beta=1.0)
         total += q
     np.testing.assert_allclose(total / 400, delta, atol=0.6)
     assert np.linalg.norm(total / 400 - delta) < 0.12 * np.linalg.norm(delta)
@@ -101,8 +103,8 @@ def test_a_dropped_job_changes_nothing_and_a_retry_sends_the_same_bytes():
     dropped = {2, 3}
     accepted, sent, residual = [], [], None  # `residual` is that of the last accepted job
     for turn, delta in enumerate(given_):
-        q, after = number(codec, delta, residual)
-        again, _ = number(codec, delta, residual)
+        q, after = send(codec, delta, residual)
+        again, _ = send(codec, delta, residual)
         np.testing.assert_array_equal(q, again)
         if turn not in dropped:
             residual = after
@@ -132,9 +134,9 @@ def test_inputs_are_not_changed_and_results_are_new_arrays():
 def test_a_sum_beyond_float32_is_refused_by_the_server():
     largest = np.full(3, np.finfo(np.float32).max)
     with pytest.raises(UpdateRejected, match="non_finite"):
-        number(make_codec("int8"), largest, largest)
+        send(make_codec("int8"), largest, largest)
 
 
-def test_a_residual_of_another_shape_is_an_assertion():
+def test_a_residual_of_another_shape_is_an_error():
     with pytest.raises(AssertionError, match="residual"):
         feed(np.zeros(3), np.zeros(4))

@@ -13,7 +13,7 @@ from fedgpt.core.messages import Reply
 from fedgpt.update.codec import REASONS, Expected
 
 MANY = 50_000
-TELLS = HealthCheck.too_slow, HealthCheck.data_too_large
+SUPPRESSED = HealthCheck.too_slow, HealthCheck.data_too_large
 
 
 def test_undamaged_messages_are_valid():
@@ -22,7 +22,7 @@ def test_undamaged_messages_are_valid():
         assert check(Reply("alice", 3, header, payload), expected) == "valid"
 
 
-@settings(max_examples=2000, deadline=None, suppress_health_check=TELLS)
+@settings(max_examples=2000, deadline=None, suppress_health_check=SUPPRESSED)
 @given(data=st.data())
 def test_a_mutated_message_is_valid_or_rejected(data):
     check(*message(lambda count: data.draw(st.integers(0, count - 1))))
@@ -32,7 +32,7 @@ def test_a_mutated_message_is_valid_or_rejected(data):
 def test_fifty_thousand_mutated_messages_are_valid_or_rejected():
     seen: Counter[str] = Counter()
 
-    @settings(max_examples=MANY, deadline=None, suppress_health_check=TELLS, database=None)
+    @settings(max_examples=MANY, deadline=None, suppress_health_check=SUPPRESSED, database=None)
     @given(random=st.randoms(use_true_random=True))
     def many(random):
         seen[check(*message(random.randrange))] += 1

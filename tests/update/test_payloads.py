@@ -13,7 +13,7 @@ from fedgpt.update.codec import REASONS
 from fedgpt.update.codecs.base import Codec
 from fedgpt.update.compress import CODECS, make_codec
 
-# the bytes on the wire
+# the format
 
 
 @pytest.mark.parametrize(
@@ -228,8 +228,8 @@ def sparse_payload(entries: list[int], levels: list[int]) -> np.ndarray:
     "entries, levels, code",
     [
         ([3, 64], [0x3F80, 0x4000], None),
-        ([3, 0], [0x3F80, 0x4000], None),  # one element only
-        ([0, 0], [0, 0], None),  # none
+        ([3, 0], [0x3F80, 0x4000], None),  # one element
+        ([0, 0], [0, 0], None),  # no element
         ([3, 3], [0x3F80, 0x4000], "bad_encoding"),
         ([3, 2], [0x3F80, 0x4000], "bad_encoding"),
         ([3, 4096], [0x3F80, 0x4000], "bad_encoding"),  # position 0 with another magnitude

@@ -1,4 +1,4 @@
-"""One folder with text and one finished run for all tests of whole runs."""
+"""One folder with text and one finished run for all tests of complete runs."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def world(tmp_path_factory) -> World:
 
 @pytest.fixture(autouse=True)
 def nothing_is_left(world):
-    """Neither a process nor a name in /dev/shm, whatever a test did to its run."""
+    """No process and no name in /dev/shm is left after a test, whatever it did to its run."""
     before = shared_memory()
     yield
     wait_until(lambda: not world.processes(), 30)
@@ -83,33 +83,34 @@ def finished(world) -> Finished:
 
 
 @pytest.fixture(scope="session")
-def told(world, finished) -> dict[str, Any]:
-    """What the Python API does in one process: several runs, one after the other."""
+def results(world, finished) -> dict[str, Any]:
+    """Results of several runs through the Python API, one after the other in one process."""
     return world.python(f"""
 from fedgpt.core.errors import FedGPTError
 alone = fedgpt.run(*OPTIONS, "run_dir=alone", "runtime.workers=1")
-told["alone"], told["folder"] = alone.summary, str(alone.folder)
+results["alone"], results["folder"] = alone.summary, str(alone.folder)
 reset = ("run_dir=reset", "runtime.workers=1", "local.moments=reset")
-told["reset"] = fedgpt.run(*OPTIONS, *reset).summary
-told["repeated"] = fedgpt.run(*OPTIONS, "run_dir=finished", "runtime.workers=1").summary
-told["whole"] = fedgpt.run(*OPTIONS, *{STOPPED!r}, "run_dir=whole").summary
+results["reset"] = fedgpt.run(*OPTIONS, *reset).summary
+results["repeated"] = fedgpt.run(*OPTIONS, "run_dir=finished", "runtime.workers=1").summary
+uninterrupted = ("run_dir=uninterrupted", *{STOPPED!r})
+results["uninterrupted"] = fedgpt.run(*OPTIONS, *uninterrupted).summary
 try:
     fedgpt.run(*OPTIONS, "run_dir=finished", "runtime.workers=1", "seed=12", "local.lr=0.001")
 except FedGPTError as error:
-    told["refused"] = str(error)
-told["resumed"] = fedgpt.run("resume=alone").summary
+    results["refused"] = str(error)
+results["resumed"] = fedgpt.run("resume=alone").summary
 try:
     fedgpt.run("resume=alone", "rounds=3")
 except FedGPTError as error:
-    told["resumed with more"] = str(error)
+    results["resumed with more"] = str(error)
 opened = fedgpt.open_run("finished")
-told["opened"], told["metrics"] = opened.summary, opened.metrics
-told["texts"] = opened.generate("The river", tokens=12, samples=2, seed=3)
-told["again"] = opened.generate("The river", tokens=12, samples=2, seed=3)
-told["other"] = opened.generate("The river", tokens=12, samples=2, seed=4)
-told["empty"] = opened.generate("", tokens=3)
+results["opened"], results["metrics"] = opened.summary, opened.metrics
+results["texts"] = opened.generate("The river", tokens=12, samples=2, seed=3)
+results["again"] = opened.generate("The river", tokens=12, samples=2, seed=3)
+results["other"] = opened.generate("The river", tokens=12, samples=2, seed=4)
+results["empty"] = opened.generate("", tokens=3)
 try:
     fedgpt.open_run("text")
 except FedGPTError as error:
-    told["no run"] = str(error)
+    results["no run"] = str(error)
 """)

@@ -1,4 +1,4 @@
-"""Many runs: a sweep, every strategy and every way of an update in conf/."""
+"""Many runs: a sweep, every strategy and every codec in conf/."""
 
 from __future__ import annotations
 
@@ -23,11 +23,18 @@ def test_a_sweep_makes_a_folder_for_each_run(world):
 
 
 SYNCHRONOUS = [
-    "fedavg", "fedprox", "fedavgm", "fedadam", "fedyogi", "diloco", "auto",
-    "flower", "flower strategy._target_=flwr.serverapp.strategy.FedTrimmedAvg",
-]  # fmt: skip
+    "fedavg",
+    "fedprox",
+    "fedavgm",
+    "fedadam",
+    "fedyogi",
+    "diloco",
+    "auto",
+    "flower",
+    "flower strategy._target_=flwr.serverapp.strategy.FedTrimmedAvg",
+]
 ASYNCHRONOUS = ["delta_sgd", "fedbuff", "fedasync", "delayed_nesterov"]
-# want a crowd
+# strategies that need several clients
 ROBUST = [
     "median",
     "trimmed_mean",
@@ -50,59 +57,62 @@ def test_every_strategy_of_conf_trains(world, finished):
         | dict.fromkeys(ASYNCHRONOUS, buffer)
         | dict.fromkeys(ROBUST, crowd)
     )
-    told = world.python(f"""
+    results = world.python(f"""
 for number, (name, more) in enumerate({needs!r}.items()):
     chosen = f"run_dir=strategy-{{number}} runtime.workers=1 strategy={{name}}{{more}}"
-    told[name] = run_here(*OPTIONS, *chosen.split())
+    results[name] = run_here(*OPTIONS, *chosen.split())
 """)
-    digests = {name: each["weights_sha256"] for name, each in told.items()}
+    digests = {name: each["weights_sha256"] for name, each in results.items()}
     assert digests["fedavg"] == finished.summary["weights_sha256"]
     initial = finished.summary["initial"]
-    for name, each in told.items():
+    for name, each in results.items():
         assert each["initial"] == initial, name
         assert each["versions"] >= 2 and each["rejected"] == {}, name
         assert each["final"]["loss"] < initial["loss"], name
     assert digests["auto"] == digests["fedavg"], (
-        "three clients share a worker: rounds, and of equal work"
+        "auto keeps rounds where three clients share one worker"
     )
     ours = [digest for name, digest in digests.items() if not name.startswith(("flower", "auto"))]
-    assert len(set(ours)) == len(ours), "each is a rule of its own"
-    assert told["flower"]["final"]["loss"] == pytest.approx(
-        told["fedavg"]["final"]["loss"], rel=1e-5
+    assert len(set(ours)) == len(ours), "no two strategies give the same weights"
+    assert results["flower"]["final"]["loss"] == pytest.approx(
+        results["fedavg"]["final"]["loss"], rel=1e-5
     )
 
 
 @pytest.mark.slow
-def test_every_way_of_an_update_trains_and_a_restart_keeps_what_was_left_out(world, finished):
-    ways = sorted(path.stem for path in (TESTS.parent / "conf" / "update").glob("*.yaml"))
-    ways.remove("custom")  # it needs a class from outside
-    told = world.python(f"""
-for number, way in enumerate({ways!r} + ["none update.downlink=bf16", "none update.downlink=int8"]):
-    chosen = f"runtime.workers=1 rounds=4 run_dir=way-{{number}} update={{way}}".split()
-    told[way] = run_here(*OPTIONS, *chosen)
-chosen = "runtime.workers=1 rounds=4 update=topk run_dir=cut-way".split()
+def test_every_codec_trains_and_a_restart_keeps_the_residual(world, finished):
+    codecs = sorted(path.stem for path in (TESTS.parent / "conf" / "update").glob("*.yaml"))
+    codecs.remove("custom")  # it needs the name of a class
+    results = world.python(f"""
+downlinks = ["none update.downlink=bf16", "none update.downlink=int8"]
+for number, codec in enumerate({codecs!r} + downlinks):
+    chosen = f"runtime.workers=1 rounds=4 run_dir=codec-{{number}} update={{codec}}".split()
+    results[codec] = run_here(*OPTIONS, *chosen)
+chosen = "runtime.workers=1 rounds=4 update=topk run_dir=killed-codec".split()
 run_here(*OPTIONS, *chosen)
-for path in Path("cut-way").glob("checkpoints/version-00000004*"):
+for path in Path("killed-codec").glob("checkpoints/version-00000004*"):
     path.unlink()  # as if it had been killed before its last checkpoint
-told["again"] = run_here(*OPTIONS, *chosen)
+results["again"] = run_here(*OPTIONS, *chosen)
 """)
-    plain = told["none"]
-    for way, each in told.items():
-        assert each["versions"] == 4 and each["rejected"] == {}, way
-        assert each["final"]["loss"] < each["initial"]["loss"], way
+    plain = results["none"]
+    for codec, each in results.items():
+        assert each["versions"] == 4 and each["rejected"] == {}, codec
+        assert each["final"]["loss"] < each["initial"]["loss"], codec
     vectors = 12 * 4 * PARAMETERS  # 3 clients, 4 versions
-    share = {way: (told[way]["bytes_up"] - plain["bytes_up"]) / vectors + 1 for way in ways}
+    share = {
+        codec: (results[codec]["bytes_up"] - plain["bytes_up"]) / vectors + 1 for codec in codecs
+    }
     assert share["bf16"] == pytest.approx(0.5, abs=0.01) and share["int8"] == pytest.approx(
         0.251, abs=0.01
     )
     assert share["int4"] == pytest.approx(0.129, abs=0.01) == share["e3m0"]
     assert share["topk"] < 0.05 and share["sparse_loco"] < 0.02
-    half = told["none update.downlink=bf16"]
+    half = results["none update.downlink=bf16"]
     assert half["bytes_down"] < 0.55 * plain["bytes_down"] and half["bytes_up"] == pytest.approx(
         plain["bytes_up"], rel=1e-3
     )
-    steps = told["none update.downlink=int8"]  # the first of four versions is whole
+    steps = results["none update.downlink=int8"]  # the first of four versions is sent in full
     assert steps["bytes_down"] - plain["bytes_down"] == pytest.approx(
         -0.75 * 0.749 * vectors, rel=0.01
     )
-    assert told["again"]["weights_sha256"] == told["topk"]["weights_sha256"]
+    assert results["again"]["weights_sha256"] == results["topk"]["weights_sha256"]

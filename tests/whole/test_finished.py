@@ -1,4 +1,4 @@
-"""A whole run on the pool and the same through Python: what they leave behind."""
+"""A complete run on the pool, and the same run through Python: their files and their numbers."""
 
 from __future__ import annotations
 
@@ -91,8 +91,8 @@ def test_every_version_is_a_line_of_metrics(finished):
 
 def test_the_summary_has_its_keys_and_agrees_with_metrics_and_checkpoint(finished):
     folder = finished.folder
-    told, records = summary(folder), list(read_lines(folder / "metrics.jsonl"))
-    assert told.keys() == {
+    found, records = summary(folder), list(read_lines(folder / "metrics.jsonl"))
+    assert found.keys() == {
         "versions",
         "tokens",
         "wall_seconds",
@@ -111,20 +111,20 @@ def test_the_summary_has_its_keys_and_agrees_with_metrics_and_checkpoint(finishe
         "private",
     }
     assert (
-        told["versions"] == 2
-        and told["tokens"] == records[-1]["tokens"]
-        and told["wall_seconds"] > 0
+        found["versions"] == 2
+        and found["tokens"] == records[-1]["tokens"]
+        and found["wall_seconds"] > 0
     )
-    assert (told["score"], told["higher_is_better"]) == ("loss", False)
+    assert (found["score"], found["higher_is_better"]) == ("loss", False)
     for name, record in (
         ("initial", records[0]),
         ("final", records[2]),
         ("best", min(records, key=lambda r: r["loss"])),
     ):
-        assert told[name] == {
+        assert found[name] == {
             key: record[key] for key in ("version", "loss", "perplexity", "bits_per_byte")
         }
-    assert (told["virtual_seconds"], told["epsilon"], told["delta"], told["rejected"]) == (
+    assert (found["virtual_seconds"], found["epsilon"], found["delta"], found["rejected"]) == (
         None,
         None,
         None,
@@ -132,15 +132,24 @@ def test_the_summary_has_its_keys_and_agrees_with_metrics_and_checkpoint(finishe
     )
     snapshot = Checkpoints(folder / "checkpoints", 2).load()
     assert snapshot.state.version == 2
-    assert hashlib.sha256(snapshot.state.params.tobytes()).hexdigest() == told["weights_sha256"]
+    assert hashlib.sha256(snapshot.state.params.tobytes()).hexdigest() == found["weights_sha256"]
     assert snapshot.state.params.size == PARAMETERS
 
 
-def test_what_bit_identity_depends_on_is_recorded(finished):
+def test_the_environment_that_bit_identity_depends_on_is_recorded(finished):
     environment = Checkpoints(finished.folder / "checkpoints", 2).load().identity.environment
     assert environment.keys() == {
-        "fedgpt", "torch", "flwr", "numpy", "python", "device", "dtype", "threads", "cpu", "gpu",
-    }  # fmt: skip
+        "fedgpt",
+        "torch",
+        "flwr",
+        "numpy",
+        "python",
+        "device",
+        "dtype",
+        "threads",
+        "cpu",
+        "gpu",
+    }
     assert (environment["threads"], environment["dtype"], environment["device"]) == (
         1,
         "fp32",
@@ -150,12 +159,12 @@ def test_what_bit_identity_depends_on_is_recorded(finished):
     assert "threads: 1" in (finished.folder / "config.yaml").read_text()
 
 
-def test_the_command_is_kept_as_a_shell_takes_it(finished, world):
+def test_the_command_is_stored_in_shell_syntax(finished, world):
     words = shlex.split((finished.folder / "command.txt").read_text())
     assert words[:2] == ["fedgpt", "run"] and set(world.options) < set(words)
 
 
-def test_events_tell_who_was_asked_and_who_answered(finished):
+def test_events_name_the_client_of_every_job_and_of_every_update(finished):
     events = list(read_lines(finished.folder / "events.jsonl"))
     for kind in ("dispatch", "accept"):
         named = {(e["client"], e["number"], e["version"]) for e in events if e["event"] == kind}
@@ -165,12 +174,14 @@ def test_events_tell_who_was_asked_and_who_answered(finished):
     assert seconds == sorted(seconds)
 
 
-def test_samples_and_figure_are_of_this_run(finished):
+def test_samples_figure_and_output_belong_to_this_run(finished):
     folder, out = finished.folder, finished.out
     page = (folder / "samples.md").read_text(encoding="utf-8")
     assert [line.split(":")[0] for line in page.splitlines() if line.startswith("## ")] == [
-        "## Version 0", "## Version 1", "## Version 2",
-    ]  # fmt: skip
+        "## Version 0",
+        "## Version 1",
+        "## Version 2",
+    ]
     assert page.count("```text\nThe river") == 3
     import matplotlib.image
 
@@ -184,15 +195,15 @@ def test_samples_and_figure_are_of_this_run(finished):
 
 def test_the_report_is_one_page_that_needs_no_other_file(finished):
     page = (finished.folder / "report.html").read_text(encoding="utf-8")
-    told = summary(finished.folder)
+    found = summary(finished.folder)
     assert (
         page.count("data:image/png;base64,") == 3
         and "http" not in page
         and 'src="figures' not in page
     )
-    assert f"sha256 {told['weights_sha256'][:16]}" in page and "seed: 11" in page
+    assert f"sha256 {found['weights_sha256'][:16]}" in page and "seed: 11" in page
     assert page.count("<tr>") == 1 + 3
-    assert f"<td>2</td><td>{told['tokens']}</td><td>{told['final']['loss']:.4f}</td>" in page
+    assert f"<td>2</td><td>{found['tokens']}</td><td>{found['final']['loss']:.4f}</td>" in page
 
 
 def test_transformers_loads_the_model_and_computes_the_same(finished):
@@ -217,14 +228,14 @@ def test_transformers_loads_the_model_and_computes_the_same(finished):
 # ---- the same through Python
 
 
-def test_the_number_of_workers_changes_no_bit(finished, told, world):
-    assert told["alone"] | {"wall_seconds": 0} == finished.summary | {"wall_seconds": 0}
-    assert untimed(Path(told["folder"])) == finished.records
-    assert told["folder"] == str(world.root / "alone")
+def test_the_number_of_workers_changes_no_bit(finished, results, world):
+    assert results["alone"] | {"wall_seconds": 0} == finished.summary | {"wall_seconds": 0}
+    assert untimed(Path(results["folder"])) == finished.records
+    assert results["folder"] == str(world.root / "alone")
 
 
-def test_a_finished_run_started_again_is_the_same_run(finished, told):
-    assert told["repeated"] | {"wall_seconds": 0} == finished.summary | {"wall_seconds": 0}
+def test_starting_a_finished_run_again_changes_nothing(finished, results):
+    assert results["repeated"] | {"wall_seconds": 0} == finished.summary | {"wall_seconds": 0}
     assert untimed(finished.folder) == finished.records
     now = {
         name: sha256_of(finished.folder / name)
@@ -233,52 +244,55 @@ def test_a_finished_run_started_again_is_the_same_run(finished, told):
     }
     assert now.keys() == finished.files.keys()
     assert {name for name, digest in now.items() if finished.files[name] != digest} <= {
-        "summary.json", "metrics.jsonl", "report.html", "figures/loss.png",
-    }, "beside clocks, every byte is as it was"  # fmt: skip
+        "summary.json",
+        "metrics.jsonl",
+        "report.html",
+        "figures/loss.png",
+    }, "apart from clocks, every byte is unchanged"
 
 
-def test_a_run_is_resumed_from_python(told):
-    assert told["resumed"] | {"wall_seconds": 0} == told["alone"] | {"wall_seconds": 0}
-    assert "resume=alone: stands alone" in told["resumed with more"]
+def test_a_run_is_resumed_from_python(results):
+    assert results["resumed"] | {"wall_seconds": 0} == results["alone"] | {"wall_seconds": 0}
+    assert "resume=alone: stands alone" in results["resumed with more"]
 
 
-def test_moments_that_stay_at_the_client_matter(told):
-    assert told["reset"]["weights_sha256"] != told["alone"]["weights_sha256"]
-    assert told["reset"]["initial"] == told["alone"]["initial"]
-    assert math.isfinite(told["reset"]["final"]["loss"])
+def test_resetting_the_moments_of_clients_changes_the_weights(results):
+    assert results["reset"]["weights_sha256"] != results["alone"]["weights_sha256"]
+    assert results["reset"]["initial"] == results["alone"]["initial"]
+    assert math.isfinite(results["reset"]["final"]["loss"])
 
 
-def test_another_configuration_in_the_folder_is_refused_by_name(finished, told):
+def test_a_run_with_other_options_in_the_same_folder_is_refused_with_their_names(finished, results):
     assert (
         f"run_dir={finished.folder}: holds another run, which differs in local.lr, seed"
-        in told["refused"]
+        in results["refused"]
     )
-    assert f"fedgpt run resume={finished.folder}" in told["refused"]
-    assert told["opened"] == told["repeated"], "nothing in the folder changed"
+    assert f"fedgpt run resume={finished.folder}" in results["refused"]
+    assert results["opened"] == results["repeated"], "nothing in the folder changed"
 
 
-def test_a_refusal_leaves_no_file_in_the_other_runs_folder(finished, told):
+def test_a_refused_run_leaves_no_file_in_the_folder_of_the_other_run(finished, results):
     assert not (finished.folder / "failure.json").exists()
 
 
-def test_a_run_is_opened_and_writes_text(told, finished):
-    assert told["opened"]["final"].items() <= told["metrics"][-1].items()
-    assert [r["version"] for r in told["metrics"]] == [0, 1, 2]
-    assert told["texts"] == told["again"] != told["other"]
-    assert len(told["texts"]) == 2 and all(0 < len(text) <= 12 for text in told["texts"])
-    assert len(told["empty"]) == 1
-    assert "is not a run's folder" in told["no run"]
+def test_an_opened_run_has_its_numbers_and_generates_text(results, finished):
+    assert results["opened"]["final"].items() <= results["metrics"][-1].items()
+    assert [r["version"] for r in results["metrics"]] == [0, 1, 2]
+    assert results["texts"] == results["again"] != results["other"]
+    assert len(results["texts"]) == 2 and all(0 < len(text) <= 12 for text in results["texts"])
+    assert len(results["empty"]) == 1
+    assert "is not a run's folder" in results["no run"]
 
 
-def test_generate_prints_the_prompt_and_is_seeded(world, finished, told):
+def test_generate_prints_the_prompt_and_is_seeded(world, finished, results):
     arguments = ["--prompt", "The river", "--tokens", "12", "--samples", "2", "--seed", "3"]
     done = world.fedgpt("generate", str(finished.folder), *arguments)
-    first, second = (f"The river{text}" for text in told["texts"])
+    first, second = (f"The river{text}" for text in results["texts"])
     assert done.stdout == f"{first}\n{'-' * 40}\n{second}\n"
 
 
-def test_the_best_weights_can_be_opened_and_written_with(world, finished):
-    """This run only got better, so its best weights are its newest."""
+def test_generate_can_use_the_best_weights(world, finished):
+    """The loss of this run fell in every version, so its best weights are its newest."""
     arguments = ["--prompt", "The river", "--tokens", "8", "--seed", "3"]
     newest = world.fedgpt("generate", str(finished.folder), *arguments)
     assert (

@@ -1,4 +1,4 @@
-"""Runs that are stopped, refused or changed: what becomes of them."""
+"""Runs that are stopped and resumed, that end early, or whose options are wrong or have changed."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ from fedgpt.storage.run_folder import read_lines
 def stop(
     world: World, arguments: list[str], folder: Path, version: int, how: Callable[[int], None]
 ) -> tuple[int, str]:
-    """Start a run, call `how` with its process id once the jobs of `version` are out; (exit code,
-    stderr).
+    """Start a run and call `how` with its process id once the jobs of `version` are sent.
+
+    Returns the exit code and stderr.
     """
     with (world.root / "stderr").open("w+") as errors:
         process = subprocess.Popen(
@@ -51,18 +52,19 @@ def stop(
         return process.returncode, errors.read()
 
 
-def assert_like_the_whole(world: World, folder: Path, told: dict[str, Any]) -> None:
-    """Every number of the stopped run is that of the run that was never stopped."""
-    whole, resumed = told["whole"], summary(folder)
-    assert resumed["weights_sha256"] == whole["weights_sha256"]
-    assert {**resumed, "wall_seconds": 0} == {**whole, "wall_seconds": 0}
-    assert untimed(folder) == untimed(world.root / "whole")
+def assert_equals_uninterrupted(world: World, folder: Path, results: dict[str, Any]) -> None:
+    """Every number of the resumed run equals that of the uninterrupted run."""
+    uninterrupted, resumed = results["uninterrupted"], summary(folder)
+    assert resumed["weights_sha256"] == uninterrupted["weights_sha256"]
+    assert {**resumed, "wall_seconds": 0} == {**uninterrupted, "wall_seconds": 0}
+    assert untimed(folder) == untimed(world.root / "uninterrupted")
     assert [r["state_lost"] for r in untimed(folder)] == [0] * (ROUNDS + 1)
 
 
-def test_killed_resumed_terminated_and_resumed_is_the_same_run(world, told):
-    """kill -9 loses a version and a half (a checkpoint every second version), SIGTERM loses a
-    round.
+def test_a_run_stopped_by_sigkill_and_then_by_sigterm_equals_the_uninterrupted_run(world, results):
+    """SIGKILL loses what follows the last checkpoint, SIGTERM only the version in progress.
+
+    A checkpoint is written every second version.
     """
     folder = world.root / "killed"
     start = [*world.options, *STOPPED, f"run_dir={folder}"]
@@ -83,7 +85,7 @@ def test_killed_resumed_terminated_and_resumed_is_the_same_run(world, told):
     words = shlex.split(errors.rpartition("fedgpt run ")[2])
     done = world.fedgpt("run", *words)
     assert f"from version 4 of {ROUNDS}" in done.stdout and done.stderr == ""
-    assert_like_the_whole(world, folder, told)
+    assert_equals_uninterrupted(world, folder, results)
 
 
 @pytest.mark.slow
@@ -92,8 +94,10 @@ def test_killed_resumed_terminated_and_resumed_is_the_same_run(world, told):
     [(signal.SIGINT, 1), (signal.SIGTERM, 0), (signal.SIGKILL, 0), (signal.SIGKILL, ROUNDS - 1)],
     ids=["SIGINT", "SIGTERM in the first", "SIGKILL in the first", "SIGKILL in the last"],
 )
-def test_stopped_once_and_resumed_is_the_same_run(world, told, number, version):
-    """SIGINT comes as from a terminal: to all processes of the run at once."""
+def test_a_run_stopped_once_and_resumed_equals_the_uninterrupted_run(
+    world, results, number, version
+):
+    """SIGINT is sent as a terminal sends it: to all processes of the run at once."""
     folder = world.root / f"{number.name}-{version}"
     send = os.killpg if number == signal.SIGINT else os.kill
     code, errors = stop(
@@ -109,10 +113,10 @@ def test_stopped_once_and_resumed_is_the_same_run(world, told, number, version):
         assert code == 130 and f"fedgpt run resume={folder}" in errors and "Traceback" not in errors
     wait_until(lambda: not world.processes(), 30)
     world.fedgpt("run", f"resume={folder}")
-    assert_like_the_whole(world, folder, told)
+    assert_equals_uninterrupted(world, folder, results)
 
 
-def test_too_few_updates_end_the_run_with_3_and_the_reason(world):
+def test_too_few_updates_end_the_run_with_exit_code_3_and_the_reason(world):
     folder = world.root / "hurried"
     done = world.fedgpt(
         "run",
@@ -130,7 +134,7 @@ def test_too_few_updates_end_the_run_with_3_and_the_reason(world):
     assert snapshot.state.version == 0 and snapshot.clients.as_json()["columns"]["accepted"] == {}
 
 
-def test_a_wrong_option_ends_with_2_before_any_work(world):
+def test_a_wrong_option_ends_with_exit_code_2_before_any_work(world):
     done = world.fedgpt(
         "run", *world.options, "run_dir=never", "local.stpes=3", "model.n_head=3", code=2
     )
@@ -139,8 +143,8 @@ def test_a_wrong_option_ends_with_2_before_any_work(world):
     assert not (world.root / "never").exists()
 
 
-def test_a_configuration_that_was_changed_is_refused_by_name(world, finished):
-    """config.yaml is the user's to read; what a checkpoint was made with is in the checkpoint."""
+def test_a_resume_with_changed_options_is_refused_with_their_names(world, finished):
+    """Users may read and edit config.yaml; a checkpoint has the options that it was made with."""
     folder = world.root / "edited"
     shutil.copytree(finished.folder, folder)
     config = folder / "config.yaml"

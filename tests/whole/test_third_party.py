@@ -1,6 +1,6 @@
-"""A codec, a corpus and a partition that are nowhere in fedgpt, in runs that use all three.
+"""Runs with a codec, a corpus and a partition from outside fedgpt.
 
-Their module is the examples of the three interfaces (support/third_party.py).
+Their module consists of the examples of the three interfaces (support/third_party.py).
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ CUSTOM = [
 ]
 
 
-def test_a_run_uses_them_and_is_the_same_after_an_interruption(tmp_path):
+def test_a_run_with_third_party_classes_is_the_same_after_an_interruption(tmp_path):
     words = [*tiny_model(), *CUSTOM, f"cache_dir={tmp_path / 'cache'}"]
-    calm = run_here(*words, f"run_dir={tmp_path / 'calm'}")
-    assert calm["versions"] == 3 and calm["rejected"] == {}
+    uninterrupted = run_here(*words, f"run_dir={tmp_path / 'uninterrupted'}")
+    assert uninterrupted["versions"] == 3 and uninterrupted["rejected"] == {}
     # the codec sends one byte a parameter, a quarter of float32, and a header
-    assert calm["bytes_up"] < 0.3 * calm["bytes_down"]
+    assert uninterrupted["bytes_up"] < 0.3 * uninterrupted["bytes_down"]
     with injected("aggregate:2:raise"), pytest.raises(Injected):
-        run_here(*words, f"run_dir={tmp_path / 'parts'}")
-    parts = run_here(*words, f"run_dir={tmp_path / 'parts'}")
-    assert parts["weights_sha256"] == calm["weights_sha256"]
+        run_here(*words, f"run_dir={tmp_path / 'interrupted'}")
+    interrupted = run_here(*words, f"run_dir={tmp_path / 'interrupted'}")
+    assert interrupted["weights_sha256"] == uninterrupted["weights_sha256"]
     assert any((tmp_path / "cache").glob("custom-*/manifest.json"))
 
 
 @pytest.mark.slow
-def test_every_command_works_with_them_from_an_empty_folder(tmp_path):
+def test_every_command_works_with_third_party_classes_from_an_empty_folder(tmp_path):
     third_party.write(tmp_path)
     root = str(Path(fedgpt.__file__).parents[1])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), root])}

@@ -1,4 +1,4 @@
-"""Runs in which a half of the model is frozen: it keeps its bits, and only the rest travels."""
+"""Runs with one half of the model frozen: it keeps its bits, and only the other half is sent."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ HALF = [
     "model.tie=false",
     f"model.trainable=[{','.join(name + '*' for name in TRAINED)}]",
 ]
-SIZE = 12 * 16**2 + 13 * 16 + 2 * 16 + 257 * 16  # of the trained half: block, norm, head
+SIZE = 12 * 16**2 + 13 * 16 + 2 * 16 + 257 * 16  # parameters of the trained half: block, norm, head
 HEADER = 600  # bytes, more than the JSON of any update
 SEEDED = "privacy.rng=seeded"
-WAYS = sorted(path.stem for path in (TESTS.parent / "conf" / "update").glob("*.yaml"))
-WAYS.remove("custom")  # it needs a class from outside
+CODECS = sorted(path.stem for path in (TESTS.parent / "conf" / "update").glob("*.yaml"))
+CODECS.remove("custom")  # it needs the name of a class
 # one strategy of each kind: linear, with memory, Flower's, asynchronous, robust, with a root update
 FAST = ("fedavg", "fedadam", "flower", "fedbuff", "median", "fltrust")
 
@@ -105,7 +105,7 @@ def half(tmp_path_factory) -> Half:
 
 
 @pytest.mark.parametrize("strategy", mostly_slow(SYNCHRONOUS + ASYNCHRONOUS + ROBUST, FAST))
-def test_every_strategy_trains_the_half(half, strategy):
+def test_every_strategy_trains_one_half(half, strategy):
     name = strategy.replace(" ", "-")
     more = [f"strategy={strategy.split()[0]}", *strategy.split()[1:]]
     if strategy in ASYNCHRONOUS:
@@ -119,18 +119,18 @@ def test_every_strategy_trains_the_half(half, strategy):
     assert updates >= 2 and done["bytes_up"] - updates * 4 * SIZE < updates * HEADER
 
 
-@pytest.mark.parametrize("way", mostly_slow(WAYS, ("int8", "topk")))
-def test_every_codec_sends_the_half(half, way):
-    done = half.run(f"way-{way}", f"update={way}")
-    half.check(f"way-{way}")
-    codec = codec_of(compose.load([f"update={way}"]).update)
+@pytest.mark.parametrize("name", mostly_slow(CODECS, ("int8", "topk")))
+def test_every_codec_sends_the_trained_half(half, name):
+    done = half.run(f"codec-{name}", f"update={name}")
+    half.check(f"codec-{name}")
+    codec = codec_of(compose.load([f"update={name}"]).update)
     delta = np.random.default_rng(0).standard_normal(SIZE).astype(np.float32)
     expected = compress(delta, codec).nbytes
     assert done["bytes_up"] / 4 == pytest.approx(expected, rel=0.02, abs=HEADER)
 
 
 @pytest.mark.parametrize("downlink", mostly_slow(["bf16", "int8"], ("int8",)))
-def test_every_way_down_carries_the_half(half, downlink):
+def test_every_downlink_sends_the_trained_half(half, downlink):
     done = half.run(f"down-{downlink}", f"update.downlink={downlink}")
     half.check(f"down-{downlink}")
     assert done["bytes_down"] < 4 * (4 * SIZE + HEADER)
@@ -145,14 +145,14 @@ def test_every_way_down_carries_the_half(half, downlink):
         "local",
     ],
 )
-def test_every_privacy_unit_protects_the_half(half, privacy):
+def test_one_half_is_trained_with_every_privacy_unit(half, privacy):
     name = f"private-{'-'.join(privacy.split())}"
     half.run(name, *f"privacy={privacy}".split(), SEEDED)
     half.check(name)
 
 
 def test_both_engines_make_the_same_private_gradient(half):
-    """The same examples and noise: what is left is rounding. Frozen parameters do not count."""
+    """With the same examples and noise they differ by rounding; frozen parameters do not count."""
     o = compose.load([*half.options, "privacy=example", "privacy.noise_multiplier=1"])
     prepared, shards = load_shards(o)
     text = shard_text(prepared, shards[0])
@@ -173,8 +173,8 @@ def test_both_engines_make_the_same_private_gradient(half):
     assert float((gradients[0] - gradients[1]).norm()) < 1e-5 * float(gradients[0].norm())
 
 
-def test_bf16_freezes_the_half_in_full_precision(half):
-    """Clients compute with a bf16 copy of the base; the exported base is the one of the start."""
+def test_with_bf16_the_frozen_half_keeps_its_full_precision(half):
+    """Clients compute with a bf16 copy of the base; the exported base is the initial one."""
     half.run("bf16", "local.precision=bf16")
     half.check("bf16")
 
@@ -213,17 +213,17 @@ def test_one_client_ends_as_plain_training_with_frozen_parameters(half):
     half.check("plain")
 
 
-def test_a_run_that_is_cut_off_goes_on_to_the_same_bits(half):
+def test_an_interrupted_run_is_resumed_to_the_same_bits(half):
     more = ("strategy=fedadam", "update=topk", "rounds=4", "checkpoint.every=1")
-    whole = half.run("whole", *more)
-    half.run("cut", *more)
-    for path in (half.folder / "cut" / "checkpoints").glob("version-00000004*"):
+    uninterrupted = half.run("uninterrupted", *more)
+    half.run("interrupted", *more)
+    for path in (half.folder / "interrupted" / "checkpoints").glob("version-00000004*"):
         path.unlink()  # as if it had been killed before its last checkpoint
-    assert half.run("cut", *more)["weights_sha256"] == whole["weights_sha256"]
-    half.check("cut")
+    assert half.run("interrupted", *more)["weights_sha256"] == uninterrupted["weights_sha256"]
+    half.check("interrupted")
 
 
-def test_best_weights_and_the_python_side_have_the_complete_model(half):
+def test_an_opened_run_has_the_complete_model(half):
     half.run("opened")
     end = half.exported("opened")
     for best in (False, True):
@@ -246,7 +246,7 @@ def pretrained(half: Half, name: str, seed: int) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters()}
 
 
-def cut(folder: Path) -> None:
+def drop_last_checkpoint(folder: Path) -> None:
     for path in (folder / "checkpoints").glob("version-00000002*"):
         path.unlink()
 
@@ -255,7 +255,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {str(p): sha256_of(p) for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-def test_a_base_from_a_folder_is_part_of_what_is_exported_and_is_not_trained(half):
+def test_a_base_from_a_folder_is_exported_and_not_trained(half):
     start = pretrained(half, "public", seed=7)
     half.run("tuned", f"init_from={half.folder / 'public'}")
     half.check("tuned", start)
@@ -271,7 +271,7 @@ def test_a_run_whose_base_has_changed_is_refused_before_anything_is_written(half
     pretrained(half, "changing", seed=7)
     more = (f"init_from={half.folder / 'changing'}", "checkpoint.every=1")
     half.run("changed", *more)
-    cut(half.folder / "changed")
+    drop_last_checkpoint(half.folder / "changed")
     before = contents(half.folder / "changed")
     pretrained(half, "changing", seed=8)
     with pytest.raises(FedGPTError, match="cannot be continued: its base weights differ"):
@@ -281,7 +281,7 @@ def test_a_run_whose_base_has_changed_is_refused_before_anything_is_written(half
     assert half.run("changed", *more)["versions"] == 2
 
 
-def test_a_client_with_another_base_refuses_by_name(half, capsys):
+def test_a_client_with_another_base_refuses_its_job(half, capsys):
     for name, seed in (("ours", 7), ("theirs", 8)):
         pretrained(half, name, seed)
     run_dir = f"run_dir={half.folder / 'refused'}"
@@ -292,12 +292,12 @@ def test_a_client_with_another_base_refuses_by_name(half, capsys):
     grid = InProcessGrid(app, 2, run_config_of(theirs), str(half.folder / "clients"))
     with pytest.raises(FedGPTError, match="0 valid updates of 2 jobs"):
         serve(ours, grid)
-    told = capsys.readouterr().out
-    assert "base weights differ: this client's are" in told
-    assert "give both the same init_from" in told
+    printed = capsys.readouterr().out
+    assert "base weights differ: this client's are" in printed
+    assert "give both the same init_from" in printed
 
 
-def test_a_pattern_that_selects_nothing_is_a_wrong_option(half):
+def test_a_pattern_that_selects_nothing_is_refused(half):
     with pytest.raises(ConfigError, match=r"model\.trainable=\[lm_haed\.\*\]: selects no"):
         compose.load([*half.options, "model.trainable=[lm_haed.*]"])
 
@@ -311,7 +311,7 @@ def test_a_folder_made_before_the_option_existed_is_continued():
     assert "model.trainable: [] -> ['lm_head.*']" in compose.changed_options(before, options)
 
 
-def test_the_wire_is_what_it_was_where_nothing_is_frozen():
+def test_messages_without_frozen_parameters_have_no_base_digest():
     job = Job("ann", 0, 0, np.zeros(3, np.float32), Plan("run", 1, 0, 1, 1))
     text = str(job_content(job, params_record(job))["job"]["json"])
     assert "base" not in text
@@ -327,11 +327,11 @@ class Message:
 
 
 @pytest.mark.slow
-def test_processes_of_the_pool_make_the_base_themselves(world, half):
+def test_workers_of_the_pool_make_the_base_themselves(world, half):
     options = [*world.options, *HALF, "runtime.workers=2"]
     world.fedgpt("run", *options, f"run_dir={world.root / 'half'}")
     done = summary_of(world.root / "half")
-    told = world.python(f"told['here'] = run_here(*OPTIONS, *{HALF!r}, 'run_dir=half-here')")
-    assert done["weights_sha256"] == told["here"]["weights_sha256"]
-    assert done["bytes_up"] == told["here"]["bytes_up"]
+    results = world.python(f"results['here'] = run_here(*OPTIONS, *{HALF!r}, 'run_dir=half-here')")
+    assert done["weights_sha256"] == results["here"]["weights_sha256"]
+    assert done["bytes_up"] == results["here"]["bytes_up"]
     assert world.fedgpt("generate", str(world.root / "half"), "--tokens", "5").stdout

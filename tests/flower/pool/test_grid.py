@@ -18,16 +18,16 @@ from fedgpt.flower.pool.grid import PoolGrid
 from fedgpt.flower.pool.shared_memory import array_record
 from fedgpt.flower.pool.workers import WorkerSettings
 
-HERE = Path(__file__).resolve().parents[2] / "support"
+SUPPORT = Path(__file__).resolve().parents[2] / "support"
 APP = "toy_app:app"
 CLIENTS, WORKERS = 40, 2
-LONG = 30.0  # seconds at most of every wait; all are expected to be much shorter
+LONG = 30.0  # seconds; limits every wait, and all are expected to be much shorter
 
 
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
     quiet = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1"}
-    return quiet | {"FLWR_HOME": str(tmp_path_factory.mktemp("flwr")), "PYTHONPATH": str(HERE)}
+    return quiet | {"FLWR_HOME": str(tmp_path_factory.mktemp("flwr")), "PYTHONPATH": str(SUPPORT)}
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +74,7 @@ def alive(pid: int) -> bool:
 def wait_until(condition, seconds=LONG):
     deadline = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < deadline, "waited in vain"
+        assert time.monotonic() < deadline, f"not within {seconds:.0f} s"
         time.sleep(0.02)
 
 
@@ -87,7 +87,7 @@ def descriptors() -> int:
     return sum(1 for _ in Path("/proc/self/fd").iterdir())
 
 
-def test_arrays_go_and_come_back(grid):
+def test_arrays_are_sent_and_returned(grid):
     assert isinstance(grid, Grid)
     values = {
         "w": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -151,7 +151,7 @@ def test_context_and_records_of_other_types(grid):
         assert reply.content["echo"]["raw"] == b"\x01\x00"
 
 
-def test_more_messages_than_workers_and_order(grid):
+def test_more_messages_than_workers_and_the_order_of_replies(grid):
     nodes = grid.get_node_ids()
     assert nodes == list(range(1000, 1000 + CLIENTS)) and len(list(grid.get_nodes())) == CLIENTS
     ids = grid.push_messages(request(node) for node in nodes)  # a generator works
@@ -182,7 +182,7 @@ def test_two_versions_in_flight_at_once(grid):
     assert [reply.content["params"]["w"].numpy()[0] for reply in replies] == [6.0, 2.0] * 3
 
 
-def test_a_client_that_raises(environment, capfd):
+def test_a_client_that_raises_is_an_error_reply(environment, capfd):
     with PoolGrid(CLIENTS, WorkerSettings(APP, 1, 1, {}, environment)) as grid:
         bad, none, good = ask(grid, request(do="raise"), request(do="nothing"), request())
     assert bad.error.code == 2 and bad.error.reason == "KeyError: 'no such thing'"
@@ -191,12 +191,12 @@ def test_a_client_that_raises(environment, capfd):
     assert "Traceback" in capfd.readouterr().err  # on the worker's own stderr
 
 
-def test_no_such_node(grid):
+def test_a_message_to_an_unknown_node_is_an_error_reply(grid):
     low, high, good = ask(grid, request(999), request(1000 + CLIENTS), request())
     assert low.error.code == high.error.code == 5 and good.has_content()
 
 
-def test_messages_that_cannot_be_pushed(grid):
+def test_only_requests_can_be_pushed(grid):
     (reply,) = ask(grid, request())
     with pytest.raises(ValueError, match="only a request"):
         grid.push_messages([request(), reply])
@@ -235,14 +235,14 @@ def test_a_client_that_hangs_is_ended_at_its_ttl(grid):
     wait_until(lambda: grid.pull_messages([]) == [] and len(children()) == processes)
 
 
-def test_a_message_that_waits_longer_than_its_ttl(grid):
+def test_a_message_that_waits_longer_than_its_ttl_is_an_error_reply(grid):
     busy = [request(do="sleep", seconds=1.0) for _ in range(WORKERS)]
     late = request(ttl=0.3)
     *_, reply = ask(grid, *busy, late)
     assert reply.error.code == 3 and "in the queue" in reply.error.reason
 
 
-def test_a_reply_that_nobody_pulls_in_time(grid):
+def test_a_reply_that_is_not_pulled_within_its_ttl_is_freed(grid):
     before = descriptors()
     ids = grid.push_messages([request(ttl=1.0, arrays=array_record({"w": np.zeros(10)}))])
     assert grid.wait(LONG)
@@ -252,7 +252,7 @@ def test_a_reply_that_nobody_pulls_in_time(grid):
     assert reply.error.code == 4 and descriptors() == before
 
 
-def test_discarded_messages_leave_no_trace(grid):
+def test_discarded_messages_have_no_reply(grid):
     ids = grid.push_messages([request(do="sleep", seconds=0.3) for _ in range(6)])
     grid.discard(ids)
     assert ask(grid, request())[0].has_content() and grid.pull_messages(ids) == []
@@ -306,7 +306,7 @@ def test_the_server_does_not_grow_with_messages_in_flight(grid):
     assert peak - start < 5 * size
 
 
-def test_close_leaves_nothing(environment):
+def test_close_ends_processes_and_frees_memory(environment):
     before, processes, visible = descriptors(), children(), sorted(Path("/dev/shm").iterdir())
     grid = PoolGrid(4, WorkerSettings(APP, 2, 1, {}, environment))
     ask(grid, *(request(1000 + i, arrays=array_record({"w": np.zeros(1000)})) for i in range(4)))
@@ -324,7 +324,7 @@ def test_close_leaves_nothing(environment):
         grid.push_messages([request()])
 
 
-def test_close_while_workers_start(environment):
+def test_close_while_workers_are_starting(environment):
     before, processes = descriptors(), children()
     PoolGrid(4, WorkerSettings(APP, 2, 1, {}, environment)).close()
     assert children() == processes and descriptors() == before
@@ -338,7 +338,7 @@ def test_close_while_workers_start(environment):
         ("toy_app:not_an_app", "not a ClientApp"),
     ],
 )
-def test_an_app_that_cannot_be_loaded(environment, name, text):
+def test_the_error_for_an_app_that_cannot_be_loaded_has_the_reason(environment, name, text):
     with PoolGrid(4, WorkerSettings(name, 3, 1, {}, environment)) as grid:
         grid.push_messages([request()])
         with pytest.raises(RuntimeError, match="(?s)no worker could start.*" + text):
@@ -384,8 +384,8 @@ grid.wait(600)
 )
 def test_workers_end_with_the_server(environment, how, code):
     # the server is not in a file and has no main guard: a user's script needs none
-    root = str(HERE.parents[1])
-    env = {**os.environ, **environment, "PYTHONPATH": f"{HERE}{os.pathsep}{root}"}
+    root = str(SUPPORT.parents[1])
+    env = {**os.environ, **environment, "PYTHONPATH": f"{SUPPORT}{os.pathsep}{root}"}
     server = subprocess.Popen(
         [sys.executable, "-c", SERVER, how],
         env=env,
@@ -419,9 +419,9 @@ def test_workers_wait_for_a_slower_reader(grid):
     end = time.monotonic() + 1.0
     while time.monotonic() < end:
         unread = grid.ready()
-        assert len(unread) <= 2 * WORKERS, "as many as there are workers, and what these were at"
+        assert len(unread) <= 2 * WORKERS, "one for each worker, and one that each was at work on"
     assert len(unread) < len(ids)
-    assert grid.wait(LONG, [ids[-1]]), "the last one comes, though nobody reads the others"
+    assert grid.wait(LONG, [ids[-1]]), "the last one arrives although the others are unread"
     replies = []
     while len(replies) < len(ids):
         assert grid.wait(LONG)

@@ -1,4 +1,4 @@
-"""Shared memory and NdArray: no copies, equal after every transport, nothing left behind."""
+"""Shared memory and NdArray: no copies, equal after every transport, no descriptor left open."""
 
 import copy
 import gc
@@ -156,24 +156,24 @@ def test_channel_carries_frames_and_descriptors_through_small_reads():
     before = descriptors()
     left, right = socket.socketpair()
     left.setblocking(False)
-    here, there = Channel(left), Channel(right)
+    sender, receiver = Channel(left), Channel(right)
     sent = [
         Frame({"i": i}, bytes([i]) * (300_000 * (i % 2)), Memory.holding([np.full(4, i)])[0])
         for i in range(6)
     ]
-    done = [here.send(frame) for frame in sent]
+    done = [sender.send(frame) for frame in sent]
     assert not all(done)  # more than the buffer of a socket: nothing blocked
     received = []
     while len(received) < len(sent):
-        received += there.receive()
-        here.flush()
+        received += receiver.receive()
+        sender.flush()
     for i, frame in enumerate(received):
         assert frame.header == {"i": i} and frame.body == sent[i].body
         np.testing.assert_array_equal(frame.memory.view().view(int)[:4], np.full(4, i))
-    here.close()
+    sender.close()
     with pytest.raises(EOFError):
-        there.receive()
-    there.send(Frame({"nobody": "listens"}))
-    there.close()
+        receiver.receive()
+    receiver.send(Frame({"nobody": "listens"}))
+    receiver.close()
     del sent, received, frame
     assert descriptors() == before
