@@ -129,11 +129,7 @@ def _serve(setting: Setting, network: Network) -> dict[str, Any]:
     with display:
         server = Server(parts, snapshot, [display, *trackers])
         del snapshot  # from now on the server decides how long the vectors in it are kept
-        try:
-            summary = server.run()
-        finally:
-            for tracker in trackers:
-                tracker.close()
+        summary = server.run()
     model = build_model(options.model, setting.prepared.tokenizer.vocab_size, setting.base)
     np.copyto(flatten(model)[1].numpy(), server.state.params)
     write_results(folder, options, setting.prepared, model, summary, setting.statement)

@@ -11,6 +11,7 @@ docs/architecture.md follows one update through this file.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -425,10 +426,11 @@ class Server:
         self.saver.end(over)
 
     def _close(self) -> None:
-        self.evaluation.close()
-        self.observers.close()
-        self.saver.checkpoints.close()
-        self.parts.transport.close()
+        with ExitStack() as last_first:  # each is closed, also where closing another one raises
+            last_first.callback(self.observers.close)  # a slow observer keeps nothing else waiting
+            last_first.callback(self.parts.transport.close)
+            last_first.callback(self.saver.checkpoints.close)
+            last_first.callback(self.evaluation.close)
 
     def _summary(self) -> dict[str, Any]:
         parts, identity = self.parts, self.saver.snapshot.identity

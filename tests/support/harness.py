@@ -18,7 +18,7 @@ from support.fake_transport import Behaviour, ScriptTransport
 
 from fedgpt.aggregate.base import Strategy
 from fedgpt.aggregate.fedavg import FedAvg
-from fedgpt.core.events import Event
+from fedgpt.core.events import Event, Observer
 from fedgpt.core.messages import ClientInfo, Job, Reply, ServerState
 from fedgpt.core.options import (
     CheckpointOptions,
@@ -106,6 +106,7 @@ def start_server(
     plan: PrivacyPlan | None = None,
     root: RootTrainer | None = None,
     outcomes: list[Outcome] | None = None,
+    observers: Sequence[Observer] = (),
 ) -> Outcome:
     """One start of the server, from version 0 or from what its folder has.
 
@@ -123,7 +124,7 @@ def start_server(
     privacy = make_privacy(o, plan, folder.path, "data", fresh)
     parts = Parts(o, strategy or FedAvg(), transport, evaluator, folder, privacy=privacy, root=root)
     events: list[Event] = []
-    server = Server(parts, snapshot, [events.append])
+    server = Server(parts, snapshot, [events.append, *observers])
     del snapshot  # the server decides how long the vector of its start is kept
     summary: dict[str, Any] = {}
     try:
