@@ -50,7 +50,7 @@ from fedgpt.report.results import write_results
 from fedgpt.report.run_report import opening, privacy_text, summary_text
 from fedgpt.report.trackers import make_trackers
 from fedgpt.server.loop import Server
-from fedgpt.server.metrics import first_line
+from fedgpt.server.metrics_line import first_line
 from fedgpt.server.parts import Parts
 from fedgpt.server.privacy import make_privacy
 from fedgpt.simulate.fleet import Fleet

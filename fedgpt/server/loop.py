@@ -38,7 +38,7 @@ from fedgpt.server.background_evaluation import BackgroundEvaluation
 from fedgpt.server.collector import Collectors, model_length
 from fedgpt.server.in_flight import InFlight, Key, restored_jobs
 from fedgpt.server.jobs import JobPlanner
-from fedgpt.server.metrics import RunMetrics, counted, line_of_version, summary
+from fedgpt.server.metrics_line import RunMetrics, counted, line_of_version, summary
 from fedgpt.server.observers import Observers
 from fedgpt.server.pacing import Pace, Progress, Roster, make_pace, versions_per_round
 from fedgpt.server.pacing_advisor import PacingAdvisor

@@ -102,7 +102,7 @@ def options(*nodes, unit: str = "none") -> RunOptions:
 
 
 def metrics(version: int) -> dict:
-    """A line of metrics.jsonl as server/metrics.py makes it; each second version has scores."""
+    """A line of metrics.jsonl as server/metrics_line.py has it; each second version has scores."""
     line = {
         "version": version,
         "tokens": 100 * version,

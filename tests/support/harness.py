@@ -32,7 +32,7 @@ from fedgpt.core.options import (
 from fedgpt.core.transport import Transport
 from fedgpt.privacy.plan import PrivacyPlan
 from fedgpt.server.loop import Server
-from fedgpt.server.metrics import first_line
+from fedgpt.server.metrics_line import first_line
 from fedgpt.server.parts import Evaluator, Parts, RootTrainer
 from fedgpt.server.privacy import make_privacy
 from fedgpt.simulate.virtual_clock import VirtualTransport, make_timing
