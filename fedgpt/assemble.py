@@ -50,7 +50,7 @@ from fedgpt.report.results import write_results
 from fedgpt.report.run_report import opening, privacy_text, summary_text
 from fedgpt.report.trackers import make_trackers
 from fedgpt.server.loop import Server
-from fedgpt.server.metrics import first_line
+from fedgpt.server.metrics_line import first_line
 from fedgpt.server.parts import Parts
 from fedgpt.server.privacy import make_privacy
 from fedgpt.simulate.fleet import Fleet
@@ -127,11 +127,7 @@ def _serve(setting: Setting, network: Network) -> dict[str, Any]:
     with display:
         server = Server(parts, snapshot, [display, *trackers])
         del snapshot  # from now on the server decides how long the vectors in it are kept
-        try:
-            summary = server.run()
-        finally:
-            for tracker in trackers:
-                tracker.close()
+        summary = server.run()
     model = build_model(options.model, setting.prepared.tokenizer.vocab_size, setting.base)
     np.copyto(flatten(model)[1].numpy(), server.state.params)
     write_results(folder, options, setting.prepared, model, summary, setting.statement)

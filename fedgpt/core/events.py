@@ -3,6 +3,8 @@
 An observer is a callable that takes one event: a progress display, a tracker. ONE thread, not the
 server loop's, delivers the events of a run in the order in which they happened
 (server/observers.py), so an observer needs no lock and a slow one does not slow training down.
+RunClosed comes last, also where the run was interrupted or an observer has raised. The end of a run
+waits for its observers, but not for ever: what they have not taken by then is lost.
 
 `as_json` is the event's line in events.jsonl, which the loop itself writes before it goes on.
 `seconds` is the run's clock, wall or virtual.
@@ -137,6 +139,13 @@ class MetricsReady(Event):
     def as_json(self) -> dict[str, Any]:
         """The line's fields."""
         return {"event": self.name, **self.metrics}
+
+
+@dataclass(frozen=True)
+class RunClosed(Event):
+    """The last event of a process: the run has ended or stopped; nothing follows."""
+
+    name: ClassVar[str] = "closed"
 
 
 class Observer(Protocol):

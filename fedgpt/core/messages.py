@@ -113,8 +113,8 @@ class Pacing:
     """
 
     name: str  # cohort, buffer
-    # that train at the same time: the cohort's size (expected, where coins decide), or jobs in
-    # flight
+    # clients that train at the same time: the cohort's size (expected, where coins decide), or jobs
+    # in flight
     clients: int
     goal: int  # updates that one server step waits for
     grace: bool = False  # whether it may take more of them, which come soon after
@@ -125,7 +125,7 @@ class Observed:
     """What a strategy that may change the pacing decides from."""
 
     pacing: str  # the present one
-    # client -> of a whole job, as far as is known (server/pacing_advisor.py)
+    # client -> seconds of a whole job, as far as is known (server/pacing_advisor.py)
     seconds: Mapping[str, float]
     record: Mapping[str, Any]  # metrics of the version that was just made; empty within a version
     waited: float = 0.0  # seconds that the oldest job has been out

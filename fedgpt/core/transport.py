@@ -1,4 +1,4 @@
-"""What the server loop needs of a network: the one seam between the engine and everything that
+"""What the server loop needs of a network: the one seam between the loop and everything that
 carries messages.
 
 flower/ implements it over a Flower Grid; tests implement it over a script with virtual time.
@@ -44,7 +44,7 @@ class Transport(Protocol):
         ...
 
     def abandon(self, keys: Iterable[tuple[str, int]]) -> None:
-        """Nobody wants the replies of these (client, task) any more; what can be stopped is."""
+        """Nobody wants the replies to these (client, job number): stop what can be stopped."""
         ...
 
     def bytes_down(self, job: Job) -> int:

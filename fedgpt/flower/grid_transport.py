@@ -66,7 +66,7 @@ class GridTransport:
         self._began = time.monotonic() - now
         # message id -> its job, and the number of the attempt
         self._pending: dict[str, tuple[Job, int]] = {}
-        self._abandoned: set[str] = set()  # ids of messages whose replies are not wanted any more
+        self._abandoned: set[str] = set()  # ids of messages whose jobs are never tried again
         self._refused: list[Reply] = []  # failures of messages that the SuperLink did not accept
         self._sweep = 0.0  # seconds that the last poll of all messages took
         # the params of the version that was sent last, and cached version -> record as sent
@@ -121,7 +121,9 @@ class GridTransport:
         return True
 
     def abandon(self, keys: Iterable[tuple[str, int]]) -> None:
-        """Cancel jobs on a local grid; elsewhere they run, and their late replies are dropped."""
+        """Cancel jobs on a local grid; elsewhere they run on, and a reply that still comes is
+        returned like any other: the loop rejects it as `late`.
+        """
         wanted = set(keys)
         ids = [i for i, (job, _) in self._pending.items() if (job.client, job.number) in wanted]
         if self._local is not None:

@@ -8,7 +8,7 @@ that is a collector of its own.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -56,6 +56,11 @@ class UpdateCollector:
     def full(self) -> bool:
         """Whether the exact sum has room for no further update."""
         return len(self) >= self.limits.max_updates
+
+    @property
+    def shown(self) -> Sequence[Update]:
+        """Accepted updates whose clients may be named."""
+        return self.accepted
 
     def read(self, reply: Reply, job: Job, tokens: int) -> Update:
         """The update in a reply to `job`, which was of `tokens` tokens; raises UpdateRejected."""
@@ -128,6 +133,11 @@ class PrivateCollector(UpdateCollector):
         super().__init__(common, limits)
         self.privacy, self.clients = privacy, clients
 
+    @property
+    def shown(self) -> Sequence[Update]:
+        """None: who was in a sample, which amplifies privacy, must not be published."""
+        return ()
+
     def read(self, reply: Reply, job: Job, tokens: int) -> Update:
         """As for any update, of any length; one that is not finite counts as zeros.
 
@@ -194,10 +204,6 @@ class Collectors:
             heaviest = Update("", 0, state.version, state.params, self._job_tokens)
             total.reset(limits.norm, max_updates, self.common.rule.weight(heaviest, 0))
         return UpdateCollector(self.common, limits)
-
-    def empty(self) -> UpdateCollector:
-        """A collector that takes no update: before the first version is open."""
-        return UpdateCollector(self.common, Limits(norm=0.0, clip=None, max_updates=0))
 
     @property
     def _job_tokens(self) -> int:

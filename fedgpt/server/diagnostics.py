@@ -25,7 +25,7 @@ class Diagnostics:
         self._last_step = extra.get("sketch/step")
 
     def update(self, update: Update, keeps_jobs: bool) -> None:
-        """Note an accepted update; with `carries` it is compared with those of earlier versions,
+        """Note an accepted update; with `keeps_jobs` it is compared with those of earlier versions,
         too.
         """
         sketch = self._sketch.of(update.delta)

@@ -16,7 +16,7 @@ from fedgpt.core.messages import Pacing
 from fedgpt.core.options import PaceOptions
 from fedgpt.core.seeds import numpy_generator
 
-DRAWS = 32  # of a refill before the idle clients are counted one by one
+DRAWS = 32  # random clients that a refill tries before it looks for the idle ones one by one
 
 
 @dataclass(frozen=True)

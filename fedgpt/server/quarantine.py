@@ -23,11 +23,20 @@ class Quarantine:
         resting = sum(map(self.clients.is_resting, self.clients.ids))
         return f"{resting} of {len(self.clients)} are in quarantine"
 
-    def strike(self, client: str, version: int, a_round: int) -> int | None:
-        """Count a failure of a client; returns the version until which it now rests, or None.
+    def succeeded(self) -> None:
+        """An update was accepted: the row of failures is over."""
+        self.failures = 0
+
+    def failed(self, client: str | None, version: int, a_round: int) -> int | None:
+        """Count a failed job, against `client` if it is to blame; returns the version until which
+        it now rests, or None.
 
         `a_round`: versions that take as many updates as clients train at once.
         """
+        self.failures += 1
+        return None if client is None else self._strike(client, version, a_round)
+
+    def _strike(self, client: str, version: int, a_round: int) -> int | None:
         clients = self.clients
         if not self.options.strikes or clients.is_resting(client):
             return None

@@ -13,21 +13,13 @@ from fedgpt.storage.tables import RunTotals
 class OpenVersion:
     """Made anew after every server step, so that nothing of the last version can be left over."""
 
-    def __init__(
-        self,
-        start: ServerState,
-        collector: UpdateCollector,
-        now: float,
-        look_again: float | None = None,
-    ):
+    def __init__(self, start: ServerState, collector: UpdateCollector, now: float):
         """`start` is the state as clients get it; `now` a reading of the run's clock."""
         self.start, self.collector, self.began = start, collector, now
         self.asked = False  # whether its clients have been chosen
         self.failed = 0  # jobs that brought no valid update
         self.goal_reached: float | None = None  # when as many updates as the goal were accepted
         self.rejections: Counter[str] = Counter()  # reason code -> count
-        # seconds without a reply after which the strategy is asked for its pacing again
-        self.look_again = look_again
 
     def progress(self, totals: RunTotals, in_flight: int, now: float) -> Progress:
         """What a pacing decides from."""

@@ -8,7 +8,7 @@ VersionLine   the newest version's line of metrics.jsonl, and how it is to be ev
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -84,7 +84,7 @@ class Clients:
         restorable: Iterable[Mapping[str, int]] = (),
     ):
         """Continue from what `as_json` wrote; raises KeyError for a column that does not exist."""
-        self.ids: list[str] = []  # the clients that can be sampled, sorted
+        self.ids: Sequence[str] = ()  # the clients that can be sampled, sorted
         self._next_number: dict[str, int] = {}
         self._accepted: dict[str, int] = {}  # number of the last accepted job
         self._cached_version: dict[str, int] = {}  # version of the model that the client has
@@ -116,6 +116,10 @@ class Clients:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def meet(self, ids: Iterable[str]) -> None:
+        """These are the clients of the run; sorted, as every process samples from the same list."""
+        self.ids = tuple(ids)
 
     # ---- jobs
 

@@ -60,16 +60,16 @@ def test_norms_are_remembered_in_an_order_that_does_not_depend_on_arrival():
 
 def two_clients() -> Clients:
     clients = Clients()
-    clients.ids = ["a", "b"]
+    clients.meet(["a", "b"])
     return clients
 
 
 def test_three_failures_in_a_row_are_a_quarantine():
     clients = two_clients()
     quarantine = Quarantine(ValidateOptions(strikes=3, rest=2), clients)
-    assert quarantine.strike("a", 5, 1) is None
+    assert quarantine.failed("a", 5, 1) is None
     clients.accept(Update("a", 0, 0, np.zeros(1, np.float32), 1), 1.0)
-    assert [quarantine.strike("a", 5, 4) for _ in range(3)] == [None, None, 5 + 1 + 2 * 4]
+    assert [quarantine.failed("a", 5, 4) for _ in range(3)] == [None, None, 5 + 1 + 2 * 4]
     assert clients.is_resting("a") and not clients.is_resting("b")
     assert quarantine.summary() == "1 of 2 are in quarantine"
     assert clients.end_rests(13) == [] and clients.end_rests(14) == ["a"]
@@ -79,8 +79,8 @@ def test_three_failures_in_a_row_are_a_quarantine():
 def test_the_last_client_is_never_quarantined():
     clients = two_clients()
     quarantine = Quarantine(ValidateOptions(strikes=1, rest=9), clients)
-    assert quarantine.strike("a", 0, 1) == 10
-    assert quarantine.strike("b", 0, 1) is None and not clients.is_resting("b")
+    assert quarantine.failed("a", 0, 1) == 10
+    assert quarantine.failed("b", 0, 1) is None and not clients.is_resting("b")
 
 
 def spoiled(spoil, **header):

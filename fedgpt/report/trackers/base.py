@@ -26,16 +26,20 @@ class TrackedRun:
 class Tracker(ABC):
     """An observer that keeps a run's metrics; its fields are its options.
 
-    A tracker gets every event of core/events.py and ignores those that it has no use for. It gets
-    each version's MetricsReady once and in order, also when the run is killed and resumed: after
-    `open`, the lines of metrics.jsonl that the tracker lacks come first, as MetricsReady events.
-    Other events of a process that was killed are not repeated.
+    A tracker gets every event of core/events.py and ignores those that it has no use for; in place
+    of RunClosed, `close` is called. It gets each version's MetricsReady once and in order, also
+    when the run is killed and resumed: after `open`, the lines of metrics.jsonl that the tracker
+    lacks come first, as MetricsReady events. Other events of a process that was killed are not
+    repeated.
 
-    `open` and the events come on the thread that delivers events, so a slow tracker does not slow
-    training down; `close` comes on the main thread, after the last event. When a method raises, one
-    warning is logged, the tracker is closed, and the run continues without it. With privacy=client
-    a tracker gets only RunOpened and MetricsReady, with the fields that may be published
-    (report/published.py).
+    `open`, the events and `close` all come on ONE thread, which only delivers events: a slow
+    tracker does not slow training down, but other trackers and the progress display wait for it.
+    `open` is called just before the first event, `close` once after the last one, also after an
+    interrupt or an error; neither is called where a run stops before its first event. At its end a
+    run waits half a minute at most: what a slow tracker has not taken by then is lost, and one that
+    hangs is not closed. When a method raises, one warning is logged, the tracker is closed, and the
+    run continues without it. With privacy=client a tracker gets only RunOpened and MetricsReady,
+    with the fields that may be published (report/published.py).
 
     A run that is resumed at version 2, with a tracker that has kept version 0 only:
 
@@ -72,7 +76,9 @@ class Tracker(ABC):
         """Take one event."""
 
     def close(self) -> None:  # noqa: B027, as many trackers have nothing to close
-        """Write what is still in memory and release files and connections; called once."""
+        """Write what is still in memory and release files and connections; called once, unless
+        `open` was never called.
+        """
 
 
 def flat(metrics: Mapping[str, Any]) -> dict[str, float | int | str | None]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from fedgpt.core.messages import ServerState, Update
 from fedgpt.core.score import Scoring
-from fedgpt.server.collector import PrivateCollector, UpdateCollector
+from fedgpt.server.collector import UpdateCollector
 from fedgpt.server.diagnostics import Diagnostics
 from fedgpt.server.in_flight import InFlight
 from fedgpt.server.version import OpenVersion
@@ -81,15 +81,13 @@ def line_of_version(
 ) -> dict[str, Any]:
     """The line of the version that has just been made of the updates of `version`."""
     collector = version.collector
-    # who was in a sample, which amplifies privacy, must not be published
-    shown = [] if isinstance(collector, PrivateCollector) else collector.accepted
     return {
         **_position(version.start.version + 1, totals, clients, in_flight.transport.virtual),
         **_updates(collector, version.rejections),
         "in_flight": len(in_flight),
         # a model is kept for every version that a job in flight began from
         "bases": len({job.version for job in in_flight}),
-        **_clients(shown, clients, totals.seconds),
+        **_clients(collector.shown, clients, totals.seconds),
     }
 
 
