@@ -5,8 +5,8 @@ The delivery thread calls every observer with one event after the other. So an o
 called twice at the same time, and needs no lock.
 
 A slow observer does not delay training. It delays the observers behind it in the list at the same
-event, and all of them, the progress display too, at later events, which wait in memory. At the end
-of the run it is waited for, but not for ever.
+event, and all of them, the progress display too, at later events, which wait in memory. The end of
+the run waits CLOSING_SECONDS for it.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ import queue
 import threading
 from collections.abc import Sequence
 from contextlib import suppress
+from copy import deepcopy
+from dataclasses import replace
 
-from fedgpt.core.events import Event, Observer, RunClosed
+from fedgpt.core.events import Event, MetricsReady, Observer, RunClosed, VersionMade
 
 THREAD = "observers"  # name of the delivery thread
 # how long the end of a run waits for its observers; well within the minute that a launcher gives a
@@ -81,8 +83,8 @@ class Observers:
     def _call(self, observer: Observer, event: Event) -> None:
         self._at_work = observer
         try:
-            observer(event)
-        except Exception as error:  # whatever a tracker raises must not end the run
+            observer(_copied(event))
+        except BaseException as error:  # SystemExit, too: it would end this thread
             self._observers = [other for other in self._observers if other is not observer]
             log.warning(
                 "%s: stopped after an error (%s: %s); the run continues without it, and"
@@ -99,5 +101,12 @@ class Observers:
         """The last call of an observer that has raised, so that it can free what it holds."""
         try:
             observer(RunClosed())
-        except Exception:
+        except BaseException:
             log.debug("%s: could not be closed", observer, exc_info=True)
+
+
+def _copied(event: Event) -> Event:
+    """The event with a table of metrics of its own, so that an observer may change it."""
+    if isinstance(event, VersionMade | MetricsReady):
+        return replace(event, metrics=deepcopy(event.metrics))
+    return event

@@ -12,7 +12,7 @@ from support.fake_transport import ScriptTransport, honest
 from support.harness import options, run
 
 from fedgpt.core.errors import Interrupted
-from fedgpt.core.events import MetricsReady, PacingChanged, RunClosed
+from fedgpt.core.events import MetricsReady, PacingChanged, RunClosed, VersionMade
 from fedgpt.server.observers import THREAD, Observers
 
 
@@ -37,12 +37,13 @@ def test_one_thread_delivers_all_events_in_order_whoever_publishes():
     assert seen == [*range(51), "closed"] and threads == {THREAD}
 
 
-def test_an_observer_that_raises_is_reported_once_and_left_out(caplog):
+@pytest.mark.parametrize("error", [OSError, SystemExit])
+def test_an_observer_that_raises_is_reported_once_and_left_out(caplog, error):
     seen, broken_saw = [], []
 
     def broken(event):
         broken_saw.append(event)
-        raise OSError("no route to host")
+        raise error("no route to host")
 
     observers = Observers([broken, seen.append])
     observers.publish(changed(1))
@@ -51,7 +52,7 @@ def test_an_observer_that_raises_is_reported_once_and_left_out(caplog):
     assert seen == [changed(1), changed(2), RunClosed()]
     assert broken_saw == [changed(1), RunClosed()], "it may free what it holds"
     (warning,) = [entry.getMessage() for entry in caplog.records]
-    assert "stopped after an error (OSError: no route to host)" in warning
+    assert f"stopped after an error ({error.__name__}: no route to host)" in warning
 
 
 def test_a_slow_observer_gets_all_events():
@@ -66,6 +67,22 @@ def test_a_slow_observer_gets_all_events():
         observers.publish(changed(version))
     observers.close()
     assert seen == [*map(changed, range(60)), RunClosed()]
+
+
+def test_an_observer_cannot_change_what_others_and_the_run_have(tmp_path):
+    def meddling(event):
+        if isinstance(event, VersionMade | MetricsReady):
+            event.metrics["rejected"]["late"] = 99
+            event.metrics.clear()
+
+    seen = []
+    clients = dict.fromkeys("abc", honest)
+    done = run(options(tmp_path, rounds=3), clients, observers=[meddling, seen.append])
+    calm = run(options(tmp_path / "calm", rounds=3), clients)
+    assert [line["rejected"] for line in done.metrics] == [
+        line["rejected"] for line in calm.metrics
+    ]
+    assert [e.metrics for e in seen if isinstance(e, MetricsReady)] == done.metrics
 
 
 class Stuck:
@@ -126,8 +143,8 @@ def test_a_stuck_observer_keeps_no_run_from_ending(tmp_path, monkeypatch, stuck,
     clients = dict.fromkeys("abc", honest)
     done = run(options(tmp_path, rounds=3), clients, journal=journal, observers=[stuck])
     assert done.summary["versions"] == 3 and len(stuck.events) == 1
-    whole = run(options(tmp_path / "whole", rounds=3), clients, journal=journal)
-    assert done.summary["weights_sha256"] == whole.summary["weights_sha256"]
+    calm = run(options(tmp_path / "calm", rounds=3), clients, journal=journal)
+    assert done.summary["weights_sha256"] == calm.summary["weights_sha256"]
 
 
 def test_an_interrupted_run_closes_its_observers_last_on_the_delivery_thread(tmp_path):
