@@ -136,7 +136,7 @@ def choice(*choices: str) -> Any:
 
 
 def member(default: str) -> Any:
-    """The field that names the chosen class of a group: core/targets.py knows which there are."""
+    """The field that names the chosen class of a group; core/targets.py lists the classes."""
     return option(
         default,
         "The kind that was chosen. It is set by the choice of the group, not typed by itself.",
@@ -147,15 +147,15 @@ def target() -> Any:
     """The field `_target_` of a group whose classes may come from other packages."""
     return option(
         None,
-        "Full name of a class of your own, such as my_package.Mine. Its package must be named in"
-        " trusted_packages.",
+        "Full name of a class of your own, such as my_package.Mine. trusted_packages must list"
+        " its package.",
         only_with=("custom",),
     )
 
 
 def arguments() -> Any:
     """The field `arguments` beside `_target_`."""
-    return option({}, "Arguments by name that the class is called with, such as {size: 3}.")
+    return option({}, "Keyword arguments of the class, such as {size: 3}.")
 
 
 class Group:
