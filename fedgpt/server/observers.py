@@ -1,8 +1,8 @@
 """Delivers the events of a run to its observers, from one thread, in order.
 
-The server loop and the evaluation thread both publish; each only appends to a queue and goes on.
-The delivery thread calls every observer with one event after the other. So an observer is never
-called twice at the same time, and a slow one delays other observers but not training.
+The server loop and the evaluation thread append events to a queue and continue. The delivery thread
+calls every observer with one event after the other. So an observer is never called twice at the
+same time, and a slow observer delays other observers but not training.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ log = logging.getLogger(__name__)
 
 
 class Observers:
-    """The observers of a run; one that raises is reported once and gets no further event."""
+    """The observers of a run; an observer that raises is reported once and gets no further
+    event.
+    """
 
     def __init__(self, observers: Sequence[Observer]):
         self._observers = list(observers)
@@ -28,7 +30,7 @@ class Observers:
         self._thread.start()
 
     def publish(self, event: Event) -> None:
-        """Deliver an event to every observer, later; may be called from any thread."""
+        """Queue an event for delivery to every observer; may be called from any thread."""
         self._events.put(event)
 
     def flush(self) -> None:
@@ -39,7 +41,7 @@ class Observers:
             delivered.wait()
 
     def close(self) -> None:
-        """Deliver what is left and end the thread."""
+        """Deliver the remaining events and end the thread."""
         self._events.put(None)
         self._thread.join()
 
@@ -51,6 +53,6 @@ class Observers:
             for observer in list(self._observers):
                 try:
                     observer(event)
-                except Exception:  # whatever a tracker raises must not end the run
+                except Exception:  # no exception of a tracker may end the run
                     log.exception("an observer failed and is left out from now on: %r", observer)
                     self._observers.remove(observer)
