@@ -15,13 +15,13 @@ from fedgpt.data.prepare import Prepared
 def audit_report(
     o: RunOptions, strategy: Any, prepared: Prepared, shards: Sequence[Shard]
 ) -> tuple[str, bool]:
-    """Run all attacks; returns the report, and whether the promise holds."""
+    """Run all attacks; returns the report, and whether the guarantee holds."""
     findings = audit(o, strategy, prepared, shards)
     return report(findings), findings.holds
 
 
 def report(found: Findings) -> str:
-    """All findings, for a person and for a script."""
+    """All findings, as text and as JSON."""
     lines = [*_leaks(found), json.dumps(_as_json(found))]
     return "\n".join(lines if found.canaries is None else [*_canaries(found.canaries), *lines])
 

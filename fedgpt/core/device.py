@@ -18,7 +18,7 @@ class Compute:
 
     device: str
     dtype: str  # fp32, bf16
-    reason: str  # why these two, for the first lines that a run prints
+    reason: str  # reason for the choice, printed at the start of a run
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -31,8 +31,8 @@ class Compute:
 def choose_compute(device: str = "auto", precision: str = "auto", private: bool = False) -> Compute:
     """Device and dtype for the options `runtime.device` and `local.precision`.
 
-    `private` training clips per-example gradients, always in fp32. Raises ConfigError if a GPU is
-    asked for and torch finds none.
+    `private` training clips per-example gradients, always in fp32. Raises ConfigError if the
+    options require a GPU and torch finds none.
     """
     import torch
 

@@ -1,7 +1,7 @@
 """Combinations of options that are refused under privacy, each with the reason.
 
-A combination is refused if its epsilon could not be computed correctly, or if it would look private
-and not be so.
+A combination is refused if its epsilon cannot be computed correctly, or if it would appear private
+without a guarantee.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fedgpt.core.options.privacy import PRIVATE
 
 
 class Rule(NamedTuple):
-    """What the accounting must know of the run's strategy.
+    """The properties of the run's strategy that the accounting needs.
 
     The defaults hold for a strategy of another library, such as Flower's.
     """
@@ -25,7 +25,7 @@ class Rule(NamedTuple):
 
 
 def privacy_problems(o: RunOptions, rule: Rule) -> Iterator[str]:
-    """What is wrong with the privacy options together with the other options and the strategy."""
+    """The problems of the privacy options together with the other options and the strategy."""
     p = o.privacy
     if p.unit not in PRIVATE:
         return

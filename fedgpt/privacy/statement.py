@@ -1,7 +1,7 @@
-"""What a private run promises, in words.
+"""The privacy guarantee of a run, in words.
 
-The statement is printed at the start of a run, saved with its checkpoints and part of its model
-card. It says what is protected, how much, against whom, and what is not covered.
+The statement is printed at the start of a run, saved with its checkpoints, and part of its model
+card. It states what is protected, the epsilon, against whom, and what is not covered.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ ALWAYS_OPEN = (
 
 
 def statement(o: RunOptions, plan: PrivacyPlan, clients: int) -> dict[str, Any]:
-    """The promise as plain values that JSON can represent."""
+    """The guarantee as plain JSON values."""
     event = plan.planned
     closed = event.sampling_probability == 1
     return {
@@ -109,7 +109,7 @@ def rows(promise: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _open(o: RunOptions, plan: PrivacyPlan) -> list[str]:
-    """What the promise does not cover."""
+    """The exceptions from the guarantee."""
     known = [BOUNDED] if plan.unit == "client" and plan.sampling != "poisson" else []
     start = (
         [] if o.init_from is None else [f"the weights that it starts from, init_from={o.init_from}"]

@@ -44,7 +44,7 @@ class Replay:
         return True
 
     def opening(self, now: float) -> float:
-        """Infinity: no client is ever away."""
+        """Infinity, because clients are always available."""
         return math.inf
 
 

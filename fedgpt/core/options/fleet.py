@@ -86,7 +86,7 @@ class FleetOptions(Group):
     )
 
     def rules(self) -> Iterator[str]:
-        """Lists must hold what they say."""
+        """The lists must have valid elements."""
         if not self.step_seconds or not all(0 < s < inf for s in self.step_seconds):
             yield (
                 f"fleet.step_seconds={list(self.step_seconds)}: needs numbers above 0, one for each"
