@@ -1,4 +1,4 @@
-"""`fedgpt audit`: attack what these options promise; exit code 1 where it does not hold."""
+"""`fedgpt audit`: attack the privacy guarantee of a run; exit code 1 if it is refuted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`fedgpt data`: what a run with these options would train on."""
+"""`fedgpt data`: show the text and the clients of a run."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ RANGES = {
 
 
 def main(arguments: list[str]) -> int:
-    """Print what the model writes."""
+    """Print generated text."""
     chosen = _parser().parse_args(arguments)
     for name, (low, high) in RANGES.items():
         value = getattr(chosen, name)

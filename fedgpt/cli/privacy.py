@@ -1,4 +1,4 @@
-"""`fedgpt privacy plan`: what a private run with these options would cost, before anything runs."""
+"""`fedgpt privacy plan`: show the noise and epsilon of a private run without training."""
 
 from __future__ import annotations
 

@@ -18,9 +18,7 @@ class Advice:
     """The strategy's choice, and when to ask it again if no reply arrives."""
 
     choice: Choice
-    look_again: float | None = (
-        None  # seconds until the strategy is asked again; None: after the next reply
-    )
+    look_again: float | None = None  # seconds until the next call; None: after the next reply
 
 
 class PacingAdvisor:

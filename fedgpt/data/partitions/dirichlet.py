@@ -23,11 +23,11 @@ from fedgpt.data.partitions.base import (
 
 @dataclass(frozen=True)
 class Dirichlet(Partition):
-    """Pieces of each label, dealt by proportions drawn for that label from Dirichlet(alpha)."""
+    """Pieces of each label, divided by proportions drawn for that label from Dirichlet(alpha)."""
 
     clients: int = 8
     alpha: float = 0.5  # concentration: a smaller one gives more uneven mixtures
-    piece: int = 1024  # tokens
+    piece: int = 1024  # tokens of a piece
     remedies: ClassVar[tuple[str, ...]] = (
         "lower partition.clients",
         "lower partition.piece",
@@ -38,7 +38,7 @@ class Dirichlet(Partition):
         check_clients(self.clients, "dirichlet")
 
     def deal(self, documents: Documents, seed: int) -> list[Shard]:
-        """Return `clients` shards; raises ConfigError where all documents have one label."""
+        """Return `clients` shards; raises ConfigError if all documents have one label."""
         names, label = np.unique(np.array(documents.labels, dtype=object), return_inverse=True)
         if len(names) < 2:
             raise ConfigError(

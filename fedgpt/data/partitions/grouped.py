@@ -20,7 +20,9 @@ from fedgpt.data.partitions.base import (
 
 @dataclass(frozen=True)
 class Grouped(Partition):
-    """Natural clients, the largest first, each given to the made client with the fewest tokens."""
+    """Natural clients, the largest first, each assigned to the new client with the fewest
+    tokens.
+    """
 
     clients: int = 8
     remedies: ClassVar[tuple[str, ...]] = ("lower partition.clients",)

@@ -1,4 +1,4 @@
-"""partition=iid: every client has the same mixture of text, and as much of it."""
+"""partition=iid: every client has the same mixture and the same amount of text."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Iid(Partition):
     """Pieces of all text, shuffled, in equal numbers for each client."""
 
     clients: int = 8
-    piece: int = 1024  # tokens
+    piece: int = 1024  # tokens of a piece
     remedies: ClassVar[tuple[str, ...]] = ("lower partition.clients", "lower partition.piece")
 
     def __post_init__(self) -> None:
         check_clients(self.clients, "iid")
 
     def deal(self, documents: Documents, seed: int) -> list[Shard]:
-        """Return `clients` shards of as many pieces each, to within one."""
+        """Return `clients` shards whose numbers of pieces differ by at most one."""
         fragments, number = cut_pieces(documents.spans, self.piece)
         shares = np.full(self.clients, 1 / self.clients)
         generator = numpy_generator(seed, "partition", "iid")

@@ -1,4 +1,4 @@
-"""partition=quantity: every client has the same mixture of text, and some have much more of it."""
+"""partition=quantity: all clients have the same mixture of text, but unequal amounts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Quantity(Partition):
 
     clients: int = 8
     exponent: float = 1.0
-    piece: int = 1024  # tokens
+    piece: int = 1024  # tokens of a piece
     remedies: ClassVar[tuple[str, ...]] = (
         "lower partition.clients",
         "lower partition.piece",

@@ -1,4 +1,4 @@
-"""Trackers: where metrics go beside the run's own files.
+"""Trackers, which write metrics to additional files or services.
 
     track=[csv]                             built in: the class in fedgpt/report/trackers/csv.py
     track=[csv,{_target_:mine.Chart}]       any class, where trusted_packages=[mine] allows it
@@ -30,11 +30,11 @@ log = logging.getLogger(__name__)
 def make_trackers(
     options: RunOptions, folder: Path, resumed_at: int, scores: Iterable[str] = LM_SCORES
 ) -> list[Tracker]:
-    """Make the trackers that `options.track` names; files are touched from the first event on.
+    """Make the trackers that `options.track` names; no file is opened before the first event.
 
-    `resumed_at` is the version that the run continues from, 0 for a new one. `scores` names all
+    `resumed_at` is the version from which the run continues, 0 for a new run. `scores` names all
     scores of the task: with privacy=client, trackers get no other score. Call the trackers like
-    other observers, and `close` each of them after the last event; neither ever raises. Raises
+    other observers, and `close` each of them after the last event; these calls do not raise. Raises
     ConfigError with every problem that was found.
     """
     run = TrackedRun(options.name, folder, _dotted(asdict(options)), resumed_at)
@@ -43,12 +43,14 @@ def make_trackers(
 
 
 class _Guarded(Tracker):
-    """A tracker that lacks no version, gets no secret, and whose failure costs the run nothing."""
+    """Wraps a tracker: delivers all versions, removes secrets, and handles its failures."""
 
     def __init__(self, name: str, tracker: Tracker, run: TrackedRun, scores: Iterable[str] | None):
-        """`scores` may be shown of a run with privacy=client; None: everything may be shown."""
+        """`scores`: the scores that may be published with privacy=client; None: all fields may be
+        published.
+        """
         self.name, self.tracker, self.run, self.scores = name, tracker, run, scores
-        self._newest: int | None = None  # newest version that the tracker has; None: not opened yet
+        self._newest: int | None = None  # newest version that the tracker has; None: not open yet
         self._failed = False
 
     def __call__(self, event: Event) -> None:
@@ -73,7 +75,7 @@ class _Guarded(Tracker):
             self._fail(error)
 
     def _deliver(self, event: Event) -> None:
-        """Hand an event on: nothing that is secret, and no version twice."""
+        """Deliver an event, without secrets and without repeating a version."""
         shown = event if self.scores is None else published_event(event, self.scores)
         if shown is None:
             return
