@@ -69,7 +69,7 @@ def resumed(arguments: Sequence[str]) -> RunOptions | None:
     folder = resume.removeprefix("resume=")
     if len(arguments) > 1:
         raise ConfigError(
-            f"{resume}: stands alone, as the folder holds the run's own options; to train a"
+            f"{resume}: stands alone, because the folder contains the run's options; to train a"
             f" finished run further, start another from its weights: init_from={folder or 'FOLDER'}"
             " run_dir=NEW"
         )
@@ -95,9 +95,7 @@ def _found(folder: str | Path, typed: str) -> Path:
     """
     path = Path(folder).expanduser()
     if not str(folder) or not (path / "config.yaml").is_file():
-        raise ConfigError(
-            f"{typed}: is not a run's folder, as it has no config.yaml; name one below runs/"
-        )
+        raise ConfigError(f"{typed}: is not a run's folder (no config.yaml); name one in runs/")
     return path
 
 

@@ -85,7 +85,7 @@ class Auto(DeltaSGD):
         if self.back > self.gain:
             yield (
                 f"strategy.back={self.back}: above strategy.gain={self.gain}, so the run would"
-                " switch back and forth at every look; lower it"
+                " switch back and forth at every check; lower it"
             )
 
     def choose_pacing(self, observed: Observed, state: ServerState) -> Choice:
@@ -94,7 +94,7 @@ class Auto(DeltaSGD):
         gain = updates_gained(seconds)
         if observed.pacing == "cohort":
             if seconds and observed.waited >= ENDLESS * median(seconds):
-                return Choice("buffer", f"a client has been out for {observed.waited:.1f} s")
+                return Choice("buffer", f"no reply of a client for {observed.waited:.1f} s")
             if gain >= self.gain and state.version >= int(state.memory.get("auto_rest", 0)):
                 return Choice(
                     "buffer", f"asynchrony handles {gain:.2f} times as many updates a second"
@@ -109,7 +109,7 @@ class Auto(DeltaSGD):
         }
         reason, rest = "", self.rest
         if correlation < self.correlation:
-            reason = f"server steps undo each other (smoothed correlation {correlation:.2f})"
+            reason = f"server steps cancel each other (smoothed correlation {correlation:.2f})"
         elif growth > self.growth:
             reason = f"updates have grown to {growth:.1f} times their usual norm"
         elif alike >= STAY * max(1, len(seconds)):

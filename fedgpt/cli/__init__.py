@@ -43,8 +43,10 @@ COMMANDS = {
         Command("run", "[OPTIONS]", "train a model; resume=FOLDER continues a run"),
         Command("data", "[OPTIONS]", "show the text and the clients of a run"),
         Command("privacy", "plan [OPTIONS]", "show what a private run would cost"),
-        Command("audit", "[OPTIONS]", "attack a private run; measure what leaks"),
-        Command("generate", "FOLDER [--prompt TEXT]", "write text with the model of a run", True),
+        Command("audit", "[OPTIONS]", "test a privacy guarantee with attacks"),
+        Command(
+            "generate", "FOLDER [--prompt TEXT]", "generate text with the model of a run", True
+        ),
         Command("help", "[TOPIC]", "explain a command, a group or an option"),
     )
 }

@@ -10,18 +10,18 @@ from fedgpt.cli.words import split_words, value_of
 from fedgpt.core.errors import ConfigError, FedGPTError, Interrupted
 
 HELP = """
-  fedgpt run                        a first run, with all defaults
+  fedgpt run                        a run with all defaults
   fedgpt run model=mini rounds=50   another model, and a longer run
   fedgpt run experiment=demo        the options of the README's demo
   fedgpt run -m seed=0,1,2          a sweep: one run for each value
-  fedgpt run resume=FOLDER          continue a run that was stopped
-  fedgpt run --cfg job model=mini   print the configuration, and run nothing
+  fedgpt run resume=FOLDER          continue a stopped run
+  fedgpt run --cfg job model=mini   print the configuration only
   fedgpt run --config-dir=DIR model=mine
                                     choices of your own: DIR/model/mine.yaml
 
 OPTION=VALUE sets one option. GROUP=CHOICE sets several options of a group at
-once; single options of the group may be typed beside it. Each option is listed
-as OPTION=DEFAULT, with the values that it may have. null stands for no value.
+once; single options of the group can be set in addition. Each option is listed
+as OPTION=DEFAULT, with its allowed values. null means no value.
 """
 
 
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
     sweep = "-m" in arguments or "--multirun" in arguments
     if sweep and value_of(arguments, "--cfg", "-c"):
         raise ConfigError(
-            "--cfg: prints one configuration, and -m asks for several; leave one of them out"
+            "--cfg: prints one configuration, but -m makes several; leave one of them out"
         )
     if sweep:
         compose.check_sweep(words, config_dir)

@@ -119,7 +119,7 @@ class ClientWork:
             source = self.options.init_from or f"seed {self.options.seed}"
             raise FedGPTError(
                 f"base weights differ: this client's are {found[:16] or 'none'} (from {source}),"
-                f" the run's are {expected[:16] or 'none'}; give both the same init_from"
+                f" the run's are {expected[:16] or 'none'}; use the same init_from for both"
             )
 
     def _received(self, job: Job) -> Job:

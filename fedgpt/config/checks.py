@@ -26,7 +26,7 @@ def unused_options(typed: Mapping[str, str], o: RunOptions) -> Iterator[str]:
         if group.chosen not in only_with and not group.reports_unused:
             takes = " or ".join(f"{group.group}={choice}" for choice in only_with)
             yield (
-                f"{text}: does nothing with {group.group}={group.chosen}; add {takes}, or leave"
+                f"{text}: has no effect with {group.group}={group.chosen}; add {takes}, or leave"
                 " it out"
             )
     if "rounds" in typed and o.tokens:
@@ -54,7 +54,7 @@ def folder_problems(o: RunOptions) -> Iterator[str]:
         if not existing.is_dir():
             yield f"{option}={path}: {existing} is a file; name a folder"
         elif not os.access(existing, os.W_OK):
-            yield f"{option}={path}: nothing can be written in {existing}; name another folder"
+            yield f"{option}={path}: {existing} is not writable; name another folder"
     if o.init_from and not any(
         (Path(o.init_from) / f"{at}config.json").is_file() for at in ("", "model/")
     ):

@@ -135,9 +135,9 @@ def _mapping(text: str) -> DictConfig:
     try:
         cfg = OmegaConf.create(text)
     except (OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"configuration: is no YAML ({overrides.first_line(error)})") from error
+        raise ConfigError(f"configuration: is not YAML ({overrides.first_line(error)})") from error
     if not isinstance(cfg, DictConfig) or not cfg:
-        raise ConfigError("configuration: is no YAML mapping of options to values")
+        raise ConfigError("configuration: is not YAML mapping of options to values")
     return cfg
 
 
@@ -201,8 +201,8 @@ def refuse_another_run(options: RunOptions) -> None:
     differing = [k for k in _differing(before, flat_options(options)) if k not in FREE]
     if differing:
         raise ConfigError(
-            f"run_dir={options.run_dir}: holds another run, which differs in"
-            f" {', '.join(differing)}; continue that one with `fedgpt run"
+            f"run_dir={options.run_dir}: contains another run, which differs in"
+            f" {', '.join(differing)}; continue that run with `fedgpt run"
             f" resume={options.run_dir}`, or name another run_dir"
         )
 
@@ -267,7 +267,7 @@ def _pacing_problems(o: RunOptions, strategy: Any) -> Iterator[str]:
     paces = getattr(strategy, "paces", {"cohort"})
     if o.pace.name not in paces:
         reason = getattr(strategy, "refused_pacings", {}).get(o.pace.name, "")
-        only = f"{type(strategy).__name__} is right for pace={' or '.join(sorted(paces))} only"
+        only = f"{type(strategy).__name__} supports pace={' or '.join(sorted(paces))} only"
         yield f"pace={o.pace.name}: {only}{': ' if reason else ''}{reason}"
     elif o.pace.clients and hasattr(strategy, "problems") and o.pace.name in ("cohort", "buffer"):
         yield from strategy.problems(make_pace(o.pace, o.seed).pacing(o.pace.clients))

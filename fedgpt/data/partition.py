@@ -88,7 +88,7 @@ def _wrong_tokens(shards: Sequence[Shard], allowed: np.ndarray) -> str:
     """Return the problem of the shards' spans, or an empty text."""
     names = {shard.client for shard in shards}
     if not 0 < len(shards) == len(names):
-        return "makes two clients of one name" if shards else "makes no client"
+        return "makes two clients with the same name" if shards else "makes no client"
     for shard in shards:
         if np.ndim(shard.spans) != 2 or np.shape(shard.spans)[1] != 2:
             return f"gives {shard.client} spans that are not an array (spans, 2)"
@@ -96,11 +96,11 @@ def _wrong_tokens(shards: Sequence[Shard], allowed: np.ndarray) -> str:
     spans = spans[np.argsort(spans[:, 0], kind="stable")]
     within = np.searchsorted(allowed[:, 0], spans[:, 0], side="right") - 1
     if (spans[:, 1] <= spans[:, 0]).any():
-        return "deals a span without tokens"
+        return "assigns a span without tokens"
     if (within < 0).any() or (spans[:, 1] > allowed[within, 1]).any():
-        return "deals a token that is not in the clients' part"
+        return "assigns a token that is not in the clients' part"
     if (spans[1:, 0] < spans[:-1, 1]).any():
-        return "deals a token twice"
+        return "assigns a token twice"
     return ""
 
 

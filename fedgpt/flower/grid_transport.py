@@ -78,7 +78,7 @@ class GridTransport:
         self._nodes = {info.id: node for node, info in infos.items()}
         if len(self._nodes) != len(infos):
             raise FedGPTError(
-                "two nodes answered with one client id; give every node its own partition-id"
+                "two nodes reported the same client id; give every node its own partition-id"
             )
         return sorted(infos.values(), key=lambda info: info.id)
 
@@ -226,7 +226,7 @@ class GridTransport:
                     )
             if waiting and self.now() > deadline:
                 raise StoppedEarly(
-                    f"{len(waiting)} clients did not say who they are within {timeout:.0f} s"
+                    f"{len(waiting)} clients did not report their id within {timeout:.0f} s"
                 )
             self._wait(POLL_SECONDS)
         return infos
@@ -242,4 +242,4 @@ def _introduced(message: Message | Exception, node: int) -> tuple[ClientInfo, st
         reason = message.error.reason
     except Exception as error:  # a malformed answer may raise any exception
         reason = f"its answer cannot be read ({type(error).__name__})"
-    raise FedGPTError(f"node {node} did not say who it is: {reason}")
+    raise FedGPTError(f"node {node} did not report its client: {reason}")

@@ -143,7 +143,7 @@ def _raise_failure(folder: Path) -> None:
         raise kinds.get(failure["kind"], FedGPTError)(failure["message"])
     if not (folder / "summary.json").exists():
         raise FedGPTError(
-            "Flower ended before the run did (its log is above); continue with:"
+            "Flower ended before the end of the run (its log is above); continue with:"
             f" fedgpt run resume={folder}"
         )
 
@@ -163,7 +163,7 @@ def _wait_until_healthy(port: int, home: Path) -> None:
         path.read_text(errors="replace")[-2000:] for path in home.glob("flower-superlink-*.log")
     )
     raise FedGPTError(
-        f"the SuperLink did not answer within {START_SECONDS:.0f} s; its log ends:\n{tail}"
+        f"the SuperLink did not respond within {START_SECONDS:.0f} s; its log ends:\n{tail}"
     )
 
 

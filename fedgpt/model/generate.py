@@ -137,7 +137,7 @@ def _check_sampling(
         raise ValueError(f"samples={samples}: must be at least 1")
     if not 0 <= temperature < float("inf"):
         raise ValueError(
-            f"temperature={temperature}: must be finite and at least 0 (0 takes the likeliest"
+            f"temperature={temperature}: must be finite and at least 0 (0 takes the most likely"
             " token)"
         )
     if top_k is not None and top_k < 1:

@@ -100,8 +100,7 @@ class Ledger:
             self._write(self.account)
         else:
             raise FedGPTError(
-                f"{path} is missing: what has been spent is unknown, so nothing more may be"
-                " released"
+                f"{path} is missing: the privacy loss so far is unknown, so nothing may be released"
             )
 
     def known(self, number: int, tag: str) -> bool:
@@ -161,7 +160,7 @@ class Ledger:
             spent[client] = spent.get(client, 0.0) + share
             if spent[client] > most + 1e-9:
                 raise BudgetExhausted(
-                    f"client {client} would pay for {spent[client]:.4g} releases,"
+                    f"client {client} would be charged for {spent[client]:.4g} releases,"
                     f" privacy.participations={most}"
                 )
         releases = self._noted(Release(number, tag, dict(shares)))
@@ -222,7 +221,7 @@ def _read(path: Path) -> Account:
             raise ValueError("it has negative numbers")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FedGPTError(
-            f"{path} is damaged ({error}): what has been spent is unknown; start a new run in"
+            f"{path} is damaged ({error}): the privacy loss so far is unknown; start a new run in"
             " another folder"
         ) from error
     return account

@@ -16,21 +16,19 @@ FEW = 100  # number of clients below which privacy=client gains little from samp
 UNIT = {
     "example": "one block of {block} tokens of a client's text, cut once",
     "client": "all text of one client",
-    "local": "all text of one client, against the server too",
+    "local": "all text of one client, also against the server",
 }
 ADJACENCY = {
-    ("example", "poisson"): "against the same without its gradients",
-    ("client", "poisson"): "against the same without its updates",
-    ("client", "bounded"): "against the same with updates of zero, while it keeps coming",
-    ("client", "correlated"): "against the same with updates of zero, while it keeps coming",
-    ("local", "bounded"): "against any other updates of its own",
+    ("example", "poisson"): "compared with a run without its gradients",
+    ("client", "poisson"): "compared with a run without its updates",
+    ("client", "bounded"): "compared with a run with the same participation and updates of zero",
+    ("client", "correlated"): "compared with a run with the same participation and updates of zero",
+    ("local", "bounded"): "compared with any other updates of the client",
 }
 TRUST = {
-    "example": "the client itself and whoever sets its options; what leaves it is already noised",
-    "client": (
-        "the server, which sees single updates and adds the noise; nobody who only has the model"
-    ),
-    "local": "the client itself and whoever sets its options",
+    "example": "the client and whoever sets its options; its updates already contain the noise",
+    "client": "the server, which sees single updates and adds the noise",
+    "local": "the client and whoever sets its options",
 }
 NOT_COVERED = {
     "example": (
@@ -122,7 +120,7 @@ def _sampling(o: RunOptions, plan: PrivacyPlan, clients: int) -> str:
     if plan.unit == "example":
         return (
             f"{count} steps, each block of the smallest shard in a batch with p = {q:.3g} by a"
-            " secret coin; larger shards pay less"
+            " secret coin; larger shards have a smaller epsilon"
         )
     if plan.unit == "local":
         return (

@@ -53,7 +53,7 @@ def _noise_rows(o: RunOptions, plan: PrivacyPlan, vocab_size: int) -> list[tuple
         (
             "noise/clip",
             (
-                f"{times}: the noise of one {release} is so many times as long as the longest"
+                f"{times}: norm of the noise of one {release}, divided by the largest norm of a"
                 f" clipped {signal}"
             ),
         ),
@@ -69,7 +69,7 @@ def _noise_rows(o: RunOptions, plan: PrivacyPlan, vocab_size: int) -> list[tuple
             )
         )
         found.append(
-            ("unsampled", f"epsilon would be {without:.3g} if it were known who takes part")
+            ("unsampled", f"epsilon would be {without:.3g} if the participants were known")
         )
     return found
 

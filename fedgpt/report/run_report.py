@@ -136,7 +136,7 @@ def summary_text(
     return "\n".join(
         [
             *lines,
-            f"everything is in {folder}: report.html, samples.md, figures/, metrics.jsonl, model/",
+            f"results are in {folder}: report.html, samples.md, figures/, metrics.jsonl, model/",
             f'more text: fedgpt generate {shlex.quote(str(folder))} --prompt "..."',
         ]
     )
@@ -155,7 +155,7 @@ def samples_page(metrics: Sequence[Mapping[str, Any]], score: str = "loss") -> s
 
     `score` is the name of the run's score.
     """
-    lines = ["# What the model wrote", ""]
+    lines = ["# Samples", ""]
     for line in metrics:
         if "sample" not in line:
             continue

@@ -25,8 +25,8 @@ HEADER = 0.9  # height of a row of text, as a multiple of a client's row
 OUTCOMES = {
     "accepted": (BLUE, "update accepted"),
     "rejected": (ORANGE, "rejected or no reply"),
-    "open": (PALE, "still at work at the end"),
-    "waiting": (FAINT, "sent, waits for a worker"),
+    "open": (PALE, "in flight at the end"),
+    "waiting": (FAINT, "waiting for a worker"),
 }
 TRAINING = ("dispatch", "accept", "reject", "version")  # events from which the figure is drawn
 

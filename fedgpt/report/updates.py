@@ -128,7 +128,7 @@ def _staleness(metrics: Lines) -> Panel | None:
         (
             f"Staleness: mean {mean:.2f}, largest {max(counts)}"
             if mean
-            else "Staleness: every update was fresh"
+            else "Staleness: 0 for every update"
         ),
         draw,
     )

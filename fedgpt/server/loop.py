@@ -114,7 +114,7 @@ class Server:
         self.evaluation.complete(self.metrics.line, state.params)
         infos = transport.clients(timeout=MEETING_SECONDS)
         if not infos:
-            raise StoppedEarly(f"no client appeared within {MEETING_SECONDS} s")
+            raise StoppedEarly(f"no client connected within {MEETING_SECONDS} s")
         self.clients.ids = [info.id for info in infos]
         pacing = self.pacing  # pace.clients=0 becomes a number now
         if problems := list(self.parts.strategy.problems(pacing)):
@@ -150,7 +150,7 @@ class Server:
         chosen = self.pace.start(self._progress(), roster)
         if not chosen and not len(self.jobs) and not any(map(self._may_ask, self.clients.ids)):
             reasons = f"{self.quarantine.summary()}{self.parts.privacy.reason}"
-            raise StoppedEarly(f"no client may be asked: {reasons}")
+            raise StoppedEarly(f"no client can get a job: {reasons}")
         if chosen is None:
             return
         version = self.version

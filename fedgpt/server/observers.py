@@ -54,5 +54,5 @@ class Observers:
                 try:
                     observer(event)
                 except Exception:  # no exception of a tracker may end the run
-                    log.exception("an observer failed and is left out from now on: %r", observer)
+                    log.exception("an observer failed and gets no further events: %r", observer)
                     self._observers.remove(observer)

@@ -35,7 +35,7 @@ from fedgpt.storage.tables import Clients
 CLIP = "privacy/clip"  # names of arrays in the state's memory
 NOISE = "privacy/noise"
 OFTEN = (
-    ", the others have taken part as often as they may (privacy.participations) or too lately"
+    ", the other clients have reached privacy.participations or took part too recently"
     " (privacy.separation)"
 )
 
@@ -237,7 +237,8 @@ class PaidByServer(Privacy):
             self._charge(version, tag)
         except BudgetExhausted as error:
             raise StoppedEarly(
-                f"privacy: {error}; the model of version {version} is the last that is paid for"
+                f"privacy: {error}; the model of version {version} is the last with a charged"
+                " release"
             ) from error
         for client in self.shares:
             clients.note_release(client, version)

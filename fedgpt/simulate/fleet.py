@@ -148,9 +148,7 @@ def _trace(options: FleetOptions) -> dict[str, Device]:
         # spreadsheets write a byte order mark
         text = Path(str(options.path)).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{named}: is no text in UTF-8 ({error.reason}); save it as CSV"
-        ) from None
+        raise ConfigError(f"{named}: is not UTF-8 text ({error.reason}); save it as CSV") from None
     rows = csv.DictReader(text.splitlines())
     found = rows.fieldnames or []
     if missing := [name for name in ("client", "step_seconds") if name not in found]:
@@ -184,8 +182,8 @@ def fleet_problems(options: RunOptions) -> Iterator[str]:
     f = options.fleet
     if options.clock == "virtual" and f.name == "none":
         yield (
-            "clock=virtual: needs a fleet, which says how fast clients are; add fleet=published (or"
-            " constant, ...)"
+            "clock=virtual: needs a fleet, which models the clients' speeds; add fleet=published"
+            " (or constant, ...)"
         )
     if options.clock == "real" and f.name == "replay":
         yield f"fleet={f.name}: a record is replayed on the virtual clock; add clock=virtual"

@@ -63,7 +63,7 @@ def replay_problems(options: RunOptions, switches: bool) -> Iterator[str]:
     """
     if options.fleet.name != "replay":
         return
-    why = "fleet=replay: a record holds when replies arrived"
+    why = "fleet=replay: a record contains when replies arrived"
     for name in ("grace", "deadline"):
         if (value := getattr(options.pace, name)) is not None:
             yield (

@@ -89,7 +89,7 @@ class VirtualTransport:
                 return [reply]
         if until == math.inf:
             raise FedGPTError(
-                f"the virtual clock stands still: {len(self._trips)} jobs are in flight and none"
+                f"the virtual clock cannot advance: {len(self._trips)} jobs are in flight and none"
                 " of them ever arrives"
             )
         self._now = until

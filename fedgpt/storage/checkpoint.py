@@ -122,14 +122,14 @@ class Checkpoints:
                 snapshot = self._read(path)
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 log.warning(
-                    "checkpoint %s is damaged (%s); trying the one before", path.name, error
+                    "checkpoint %s is damaged (%s); trying the previous one", path.name, error
                 )
                 skipped.append(path)
                 damaged += [f"{path.name}: {error}"] if _mark(path).exists() else []
                 continue
             if self._starts(path) >= MOST_STARTS and path is not paths[-1]:
                 log.warning(
-                    "%d starts from %s made no new version; trying the one before",
+                    "%d starts from %s made no new version; trying the previous one",
                     MOST_STARTS,
                     path.name,
                 )

@@ -314,7 +314,7 @@ class RecordedTransport:
         if (self._next.call, self._next.jobs) == (call, jobs):
             return True
         log.warning(
-            "the log does not fit the run from here on (was it written by another version of"
+            "the log does not match the run from here on (was it written by another version of"
             " fedgpt?): continuing without it"
         )
         self.journal.cut()

@@ -77,9 +77,9 @@ def _refuse(
         )
     if snapshot.unsaved:
         raise FedGPTError(
-            f"{folder.path} cannot be continued: its strategy remembers"
-            f" {', '.join(snapshot.unsaved)}, which no checkpoint holds; start again with another"
-            " run_dir"
+            f"{folder.path} cannot be continued: its strategy has state"
+            f" ({', '.join(snapshot.unsaved)}) that no checkpoint can contain; start again with"
+            " another run_dir"
         )
 
 

@@ -120,7 +120,7 @@ def test_after_harm_a_client_that_never_answers_is_still_not_waited_for():
         Auto().choose_pacing(Observed("cohort", seconds, {}, waited=99.0), state).pacing == "cohort"
     )
     choice = Auto().choose_pacing(Observed("cohort", seconds, {}, waited=100.0), state)
-    assert choice.pacing == "buffer" and "has been out for 100.0 s" in choice.reason
+    assert choice.pacing == "buffer" and "no reply of a client for 100.0 s" in choice.reason
 
 
 def test_clients_that_become_alike_for_two_rounds_bring_the_rounds_back_for_two():

@@ -250,7 +250,7 @@ def test_moments_that_stay_at_the_client_matter(told):
 
 def test_another_configuration_in_the_folder_is_refused_by_name(finished, told):
     assert (
-        f"run_dir={finished.folder}: holds another run, which differs in local.lr, seed"
+        f"run_dir={finished.folder}: contains another run, which differs in local.lr, seed"
         in told["refused"]
     )
     assert f"fedgpt run resume={finished.folder}" in told["refused"]

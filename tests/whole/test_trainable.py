@@ -294,7 +294,7 @@ def test_a_client_with_another_base_refuses_by_name(half, capsys):
         serve(ours, grid)
     told = capsys.readouterr().out
     assert "base weights differ: this client's are" in told
-    assert "give both the same init_from" in told
+    assert "use the same init_from for both" in told
 
 
 def test_a_pattern_that_selects_nothing_is_a_wrong_option(half):

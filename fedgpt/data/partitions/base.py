@@ -100,7 +100,8 @@ def check_clients(clients: int, name: str) -> None:
     """Raise ConfigError if the number of clients of the partition `name` is not positive."""
     if clients < 1:
         raise ConfigError(
-            f"partition.clients={clients}: partition={name} makes clients; say how many, 1 or more"
+            f"partition.clients={clients}: partition={name} makes clients; set their number, 1 or"
+            " more"
         )
 
 
