@@ -7,7 +7,7 @@ added. They are stored as float64, which adds integers below 2^53 without error.
 
 The scale 2^k is fixed before the first update, from bounds on |delta|, on the weight and on the
 number of updates, such that no sum can leave that range. The products are computed in float32, so
-half of the work moves half of the bytes. The memory is one accumulator and one update, whatever the
+half of the work moves half of the bytes. The memory is one accumulator and one update, for any
 number of updates.
 """
 

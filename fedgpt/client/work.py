@@ -170,7 +170,7 @@ class ClientWork:
             return None
         try:
             return rest(delta, self.codec.decode(payload, delta.size))
-        except UpdateRejected:  # NaN or infinity: the server rejects the update, too
+        except UpdateRejected:  # NaN or infinity, for which the server also rejects the update
             return None
 
     def _privacy(self, job: Job, text: Text) -> ClientPrivacy | None:

@@ -162,7 +162,9 @@ class Members(Generic[Part]):
         return part
 
     def problems(self, options: Chosen, trusted: Iterable[str] = ()) -> list[str]:
-        """Return why `build` would raise ConfigError; empty where it would not."""
+        """Return the problems for which `build` would raise ConfigError; empty if there are
+        none.
+        """
         try:
             self.build(options, trusted)
         except ConfigError as error:

@@ -22,7 +22,7 @@ GPU_TOKENS = 8192  # tokens per batch on a GPU, which clients use at the same ti
 
 
 class HeldOut:
-    """A model of its own and the examples that it is scored on.
+    """A separate model, and the examples on which it is scored.
 
     One pass over the examples gives the tallies of the task and of the metrics. Task and metrics
     compute their scores from the sums over all batches.

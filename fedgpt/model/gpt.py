@@ -70,7 +70,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """(batch, time, channels) -> the same.
 
-        `turn` holds the angles of rotary positions, `cache` the tokens before `x`.
+        `turn` contains the angles of rotary positions, `cache` the tokens before `x`.
         """
         batch, time, channels = x.shape
         # Unbind before transposing: the backward pass then writes the three gradients into place

@@ -66,7 +66,7 @@ class UpdateCollector:
     def add(self, update: Update, job: Job, staleness: int) -> Update:
         """Add an update, scaled down if it is too long; returns the update that was added.
 
-        Raises UpdateRejected where an element does not fit the exact sum.
+        Raises UpdateRejected if an element does not fit the exact sum.
         """
         norm = update.metrics["update_norm"]
         clip = self.limits.clip

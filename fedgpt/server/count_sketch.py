@@ -64,7 +64,7 @@ class Sketch:
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float | None:
-    """The cosine of the angle between two sketches (or vectors); None where one of them is zero.
+    """The cosine of the angle between two sketches (or vectors); None if one of them is zero.
 
     >>> cosine(np.array([1.0, 0.0]), np.array([3.0, 4.0]))
     0.6
@@ -76,7 +76,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float | None:
 def mean_pairwise_cosine(sketches: Iterable[np.ndarray]) -> float | None:
     """Mean cosine over all pairs, from one sum: |sum of k unit vectors|^2 = k + k (k - 1) * mean.
 
-    Zero vectors have no direction and are left out; None where fewer than two are left.
+    Zero vectors have no direction and are excluded; None if fewer than two vectors remain.
     """
     k, total = 0, np.zeros(())
     for sketch in sketches:

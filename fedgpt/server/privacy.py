@@ -258,7 +258,7 @@ class PaidByServer(Privacy):
             ledger.charge_clients(
                 version, tag, self.shares, plan.noise_multiplier, plan.participations, plan.budget
             )
-        elif version == 0 and not ledger.account.events:  # one release for the whole run
+        elif version == 0 and not ledger.account.events:  # one release for the complete run
             ledger.charge(0, tag, plan.planned, plan.budget)
         else:
             ledger.note(version, tag)

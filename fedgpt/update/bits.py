@@ -96,7 +96,7 @@ def pack_bits(numbers: np.ndarray, width: int) -> np.ndarray:
 def unpack_bits(packed: np.ndarray, count: int, width: int) -> np.ndarray:
     """Return the (count,) numbers that `pack_bits` packed, as uint16, or int64 where they need it.
 
-    Raises UpdateRejected where a bit after the last number is set.
+    Raises UpdateRejected if a bit after the last number is set.
     """
     bits = np.unpackbits(packed)
     if bits[count * width :].any():

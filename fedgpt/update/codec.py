@@ -175,7 +175,7 @@ def _metrics(sent: object) -> dict[str, float]:
 
 
 def _checked_norm(array: np.ndarray, limit: float) -> float:
-    """Return the L2 norm; raises UpdateRejected where it is above the limit or not finite.
+    """Return the L2 norm; raises UpdateRejected if it is above the limit or not finite.
 
     A finite float32 norm proves that every element is finite, at a tenth of isfinite's cost.
     """

@@ -51,7 +51,7 @@ ANYTHING = Allowed("", lambda value: True)
 
 
 def at_least(low: float, unit: str = "", *, zero: str = "", or_zero: str = "") -> Allowed:
-    """Numbers from `low`; `zero` says what 0 means, and `or_zero` allows 0 below `low`, too.
+    """Numbers from `low`; `zero` is the meaning of 0, and `or_zero` also allows 0 below `low`.
 
     >>> at_least(0, zero="off").words, at_least(1, or_zero="off").words
     ('at least 0 (0 = off)', 'at least 1, or 0 (off)')
@@ -63,7 +63,7 @@ def at_least(low: float, unit: str = "", *, zero: str = "", or_zero: str = "") -
 
 
 def above(low: float, unit: str = "", *, most: float = inf, or_zero: str = "") -> Allowed:
-    """Numbers above `low`, up to `most`; `or_zero` says what 0 means, where it is allowed.
+    """Numbers above `low`, up to `most`; `or_zero` is the meaning of 0, if 0 is allowed.
 
     >>> above(0, "seconds").words, above(0, most=1).words
     ('above 0 seconds', 'above 0 and at most 1')

@@ -70,7 +70,7 @@ class PaceOptions(Group):
     )
 
     def rules(self) -> Iterator[str]:
-        """Numbers that contradict each other, whatever the strategy."""
+        """Contradictions between numbers, independent of the strategy."""
         if self.name == "buffer":
             if self.rate is not None:
                 yield f"pace.rate={self.rate}: coins choose cohorts; leave it out with pace=buffer"

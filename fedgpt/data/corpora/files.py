@@ -148,7 +148,7 @@ class Files(Corpus):
 
 
 def _read_text(path: Path) -> str | None:
-    r"""Return a file's text with line ends \n and no byte order mark; None where it is not UTF-8.
+    r"""Return a file's text with line ends \n and no byte order mark; None if it is not UTF-8.
 
     None also for records in a folder of text files: a model would learn JSON syntax from them.
     """
