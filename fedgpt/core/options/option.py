@@ -130,7 +130,7 @@ def choice(*choices: str) -> Any:
     """The field that names the choice of its group; the first choice is the default."""
     return option(
         choices[0],
-        "The kind that was chosen. It is set by the choice of the group, not typed by itself.",
+        "The choice of the group. GROUP=CHOICE sets it; it is not typed itself.",
         allowed=one_of(*choices),
     )
 
@@ -139,7 +139,7 @@ def member(default: str) -> Any:
     """The field that names the chosen class of a group; core/targets.py lists the classes."""
     return option(
         default,
-        "The kind that was chosen. It is set by the choice of the group, not typed by itself.",
+        "The choice of the group. GROUP=CHOICE sets it; it is not typed itself.",
     )
 
 
