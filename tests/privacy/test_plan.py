@@ -101,7 +101,7 @@ def test_correct_combinations_are_accepted(chosen):
         (
             ["privacy=local", "update=topk"],
             "update.error_feedback=true",
-            "privacy=local has hidden",
+            "it would add data without noise",
         ),
         (["privacy=example", "privacy.target_epsilon=0"], "privacy.target_epsilon=0", "above 0"),
         (
