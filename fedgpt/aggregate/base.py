@@ -1,15 +1,15 @@
-"""What a strategy is: the rule by which a server turns clients' updates into the next global model.
+"""The interface of a strategy: the rule that computes the next global model from clients' updates.
 
-A client trains the global model for a while and returns its update, delta = start - end. The server
-gives every update a weight, adds the weighted updates up, divides the sum and takes a step:
+A client trains the global model for one job and returns its update, delta = start - end. The server
+gives every update a weight, adds the weighted updates, divides the sum and takes a step:
 
     update -> weight -> exact sum -> / divisor = D -> step -> next ServerState
 
 A strategy is a frozen dataclass that overrides `weight`, `divisor` and `step` where it differs from
 federated averaging. Robust rules (median, Krum, ...) need all updates at once, so they override
-`combine`, which replaces weight, sum and divisor. The pacing says when the server takes a step:
-after a round, or after K arrivals. It is not part of a strategy, but `paces` names the pacings for
-which a strategy is right.
+`combine`, which replaces weight, sum and divisor. The pacing decides when the server takes a step:
+after a round, or after K arrivals. It is not part of a strategy, but `paces` names the pacings that
+a strategy supports.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Strategy:
 
     params <- params - D with D = sum(weight * delta) / divisor. D is a pseudo-gradient (start -
     end), so every rule subtracts it. Methods are pure: they return new values and do not change
-    their arguments. What a rule remembers from step to step is in `state.memory`, which every
-    checkpoint contains, and nowhere else.
+    their arguments. A rule stores arrays for its next step only in `state.memory`, which every
+    checkpoint contains.
 
     A rule that weights clients by the square root of their tokens, halves the step, and remembers
     the last D:
@@ -72,7 +72,7 @@ class Strategy:
     # One server step.
 
     def weight(self, update: Update, staleness: int) -> float:
-        """Weight of one update, above 0: by default the number of tokens it was trained on.
+        """Weight of one update, above 0: by default the number of tokens that it was trained on.
 
         `staleness` counts the server versions since the client's download; the weight must be
         largest at staleness 0.
@@ -80,9 +80,9 @@ class Strategy:
         return float(update.tokens)
 
     def divisor(self, weights: Sequence[float], pacing: Pacing) -> float:
-        """What the weighted sum is divided by: by default the sum of the weights.
+        """Divisor of the weighted sum: by default the sum of the weights.
 
-        `math.fsum` rounds once, so the order in which the updates arrive does not matter.
+        `math.fsum` rounds once, so the result does not depend on the order of arrival.
         """
         return math.fsum(weights)
 
@@ -98,7 +98,7 @@ class Strategy:
         """
         return {}
 
-    # The pacings that the rule is right for.
+    # The supported pacings.
 
     paces: ClassVar[frozenset[str]] = frozenset({"cohort"})  # names of the allowed pacings
     # name of a pacing that is not allowed -> the reason, and what to choose instead
@@ -116,7 +116,9 @@ class Strategy:
 
     @property
     def linear(self) -> bool:
-        """Whether D is a weighted sum, so that no update needs to be kept: combine is as here."""
+        """Whether D is a weighted sum (`combine` is not overridden), so that no update has to be
+        kept.
+        """
         return type(self).combine is Strategy.combine
 
     def combine(
@@ -130,7 +132,9 @@ class Strategy:
         raise NotImplementedError(f"{self.name} is linear: its updates are summed, not combined")
 
     def remember(self, updates: Sequence[Update], state: ServerState) -> dict[str, np.ndarray]:
-        """What a combining rule adds to `state.memory` before `step`, such as recent norms."""
+        """Arrays that a rule with `combine` adds to `state.memory` before `step`, such as recent
+        norms.
+        """
         return {}
 
     # Rarely needed.
@@ -147,8 +151,8 @@ class Strategy:
     def discount(self, staleness: int) -> float:
         """The factor of `weight` that depends on staleness, in (0, 1]; see staleness.py.
 
-        Under privacy=client the server weights updates by this factor alone, because the number of
-        tokens of a client must not count.
+        Under privacy=client the server weights updates by this factor alone, because the weight
+        must not depend on a client's number of tokens.
         """
         return 1.0
 
@@ -160,15 +164,15 @@ class Strategy:
 
     @property
     def unsaved(self) -> tuple[str, ...]:
-        """Names of what it remembers outside `state.memory`: with any, a run cannot be resumed."""
+        """Names of state outside `state.memory`; if there is any, a run cannot be resumed."""
         return ()
 
 
 def advance(state: ServerState, params: np.ndarray, **memory: np.ndarray) -> ServerState:
     """The next version of `state`, with these parameters and with `memory` added to its memory.
 
-    The parameters keep their dtype, and floating-point arrays of their shape get it too: a stray
-    np.float64 factor would otherwise double the model, the checkpoint and the traffic.
+    The parameters keep their dtype, and floating-point arrays of their shape are converted to it.
+    Otherwise an np.float64 factor would double the size of the model, the checkpoint and messages.
     """
     dtype, shape = state.params.dtype, state.params.shape
     if params.shape != shape:

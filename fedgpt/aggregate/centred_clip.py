@@ -26,7 +26,7 @@ from fedgpt.core.messages import ServerState, Update
 
 @dataclass(frozen=True)
 class CentredClip(Strategy):
-    """Norm clipping around the last aggregate; remembers v."""
+    """Norm clipping around the last aggregate; its memory is v."""
 
     refused_pacings = COMPARISON_NEEDS_COHORT
 

@@ -26,7 +26,7 @@ from fedgpt.core.messages import Pacing, ServerState, Update
 
 @dataclass(frozen=True)
 class DelayedNesterov(Strategy):
-    """Nesterov for pace=buffer with pace.goal=1; remembers m, B and the number of arrivals.
+    """Nesterov for pace=buffer with pace.goal=1; its memory is m, B and the number of arrivals.
 
     Good values for training from scratch are a period of 2 x pace.clients and mu 0.5 to 0.6.
     """

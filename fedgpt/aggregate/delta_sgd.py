@@ -1,12 +1,12 @@
 """Asynchronous delta-SGD (the rule without memory of Liu et al. 2024, arXiv 2401.09135).
 
-Each arriving update moves the model by 1 / k of itself, so that k clients which reply equally often
-together move it by the mean of their updates:
+Each arriving update is multiplied by 1 / k, so that k clients which reply equally often together
+move the model by the mean of their updates:
 
     theta <- theta - eta sum_i s(tau_i) D_i / k
 
 over the updates of one server step, with s the staleness discount. k is the constant pace.clients,
-not the number of clients that are alive at the moment.
+not the number of clients that are currently connected.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from fedgpt.core.messages import Pacing, ServerState, Update
 
 @dataclass(frozen=True)
 class DeltaSGD(Discount, Strategy):
-    """The default rule of pace=buffer; it has no memory that stale updates could spoil.
+    """The default rule of pace=buffer; it has no memory, such as momentum, to which stale updates
+    are harmful.
 
     Under pace=cohort D is the uniform mean, except that k does not shrink when clients fail: the
     step is then smaller.
@@ -38,7 +39,7 @@ class DeltaSGD(Discount, Strategy):
         check(self, eta=POSITIVE, **RANGES)
 
     def weight(self, update: Update, staleness: int) -> float:
-        """s(tau), whatever the number of tokens."""
+        """s(tau), independent of the number of tokens."""
         return self.discount(staleness)
 
     def divisor(self, weights: Sequence[float], pacing: Pacing) -> float:

@@ -21,7 +21,7 @@ from fedgpt.core.messages import ServerState
 
 @dataclass(frozen=True)
 class DiLoCo(Strategy):
-    """Nesterov momentum at the server, over many local AdamW steps; remembers m.
+    """Nesterov momentum at the server, over many local AdamW steps; its memory is m.
 
     The defaults are the paper's, for hundreds of local steps and at least 50 server steps; try mu
     0.5 to 0.6 in shorter runs. Only pace=cohort is allowed: applied on every arrival, the momentum

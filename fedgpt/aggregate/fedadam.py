@@ -21,7 +21,7 @@ from fedgpt.core.messages import ServerState
 
 @dataclass(frozen=True)
 class FedAdam(Strategy):
-    """Adaptive server steps; remembers m and v."""
+    """Adaptive server steps; its memory is m and v."""
 
     refused_pacings = MOMENTS_NEED_COHORT
 

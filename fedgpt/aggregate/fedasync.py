@@ -29,8 +29,8 @@ class FedAsync(Discount, Strategy):
     refused_pacings = ARRIVALS_NEED_BUFFER
     needs_base = True
 
-    alpha: float = 0.6  # share of a fresh client's model in the next one
-    rho: float = 0.005  # strength with which clients are pulled to the received model
+    alpha: float = 0.6  # share of a model of staleness 0 in the next version
+    rho: float = 0.005  # strength of the proximal term
 
     def __post_init__(self) -> None:
         share = Range(lambda value: 0 < value <= 1, "a number in (0, 1]")
@@ -52,7 +52,7 @@ class FedAsync(Discount, Strategy):
         out = np.zeros_like(state.params)
         for part in parts(state.params.size):
             theta = state.params[part].astype(np.float64)
-            moved = np.zeros_like(theta)  # summed apart from theta, which would round it
+            moved = np.zeros_like(theta)  # summed separately, because theta would round the sum
             for share, update in zip(shares, updates, strict=True):
                 assert update.base is not None, "the server attaches the base if needs_base"
                 moved += share * (theta - moved - update.base[part] + update.delta[part])

@@ -19,7 +19,7 @@ from fedgpt.core.messages import ServerState
 
 @dataclass(frozen=True)
 class FedAvgM(Strategy):
-    """Federated averaging with momentum; remembers m.
+    """Federated averaging with momentum; its memory is m.
 
     The paper's mu of 0.9 multiplies a constant update by 10, so it needs many server steps or a
     smaller eta; the default multiplies it by 2.

@@ -29,5 +29,5 @@ class FedBuff(DeltaSGD):
     staleness: str = "polynomial"  # constant, polynomial or hinge
 
     def divisor(self, weights: Sequence[float], pacing: Pacing) -> float:
-        """K, or the number of updates if pace.grace let more than K in."""
+        """K, or the number of updates if more than K arrived during pace.grace."""
         return float(max(pacing.goal, len(weights)))

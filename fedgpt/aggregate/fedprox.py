@@ -22,7 +22,7 @@ class FedProx(Strategy):
 
     refused_pacings = AVERAGE_NEEDS_COHORT
 
-    mu: float = 0.01  # strength of the pull to the received model
+    mu: float = 0.01  # strength of the proximal term
 
     def __post_init__(self) -> None:
         check(self, mu=NOT_NEGATIVE)

@@ -22,7 +22,7 @@ from fedgpt.core.messages import ServerState
 
 @dataclass(frozen=True)
 class FedYogi(Strategy):
-    """Adaptive server steps that grow again more slowly than FedAdam's; remembers m and v."""
+    """Adaptive server steps that grow again more slowly than FedAdam's; its memory is m and v."""
 
     refused_pacings = MOMENTS_NEED_COHORT
 

@@ -5,8 +5,8 @@ found by the smoothed Weiszfeld iteration, a mean with weights 1 / r_i that are 
 
     z = mean_i D_i, then repeat: r_i = max(nu, ||z - D_i||) ; z <- sum_i D_i / r_i / sum_i 1 / r_i
 
-The weights of a pass replace those of the pass before; multiplied, they would collapse onto one
-client.
+The weights of a pass replace the weights of the previous pass. If they were multiplied, one client
+would get all the weight.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ from fedgpt.core.messages import Pacing, ServerState, Update
 
 @dataclass(frozen=True)
 class GeometricMedian(Strategy):
-    """Withstands attackers up to half of the updates; unlike the median, it ignores the axes.
+    """Tolerates attackers up to half of the updates; unlike the median, it is invariant under
+    rotations.
 
-    All clients count the same, because a client that claims many tokens would count for many.
+    All clients have the same weight, because a client could report too many tokens.
     """
 
     refused_pacings = COMPARISON_NEEDS_COHORT
-    needed = 3  # updates; for two, every point between them is a geometric median
+    needed = 3  # smallest number of updates; of two, every point between them is a geometric median
 
     nu: float = 1e-6  # lower limit of the distances
     iterations: int = 8  # passes; the paper needs 3 to 8

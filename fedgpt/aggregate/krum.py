@@ -31,22 +31,22 @@ PIECE = 1 << 16
 
 @dataclass(frozen=True)
 class Krum(Strategy):
-    """Withstands `attackers` whose updates are far from all others.
+    """Tolerates `attackers` whose updates are far from all others.
 
-    It cannot tell them from honest clients whose text differs much from the others' text.
+    It cannot distinguish them from honest clients whose text differs much from the others' text.
     """
 
     refused_pacings = COMPARISON_NEEDS_COHORT
 
-    attackers: int = 1  # f, attackers to expect in a cohort
-    keep: int = 0  # m, updates to average; 0: n - f; 1: the original Krum
+    attackers: int = 1  # f, number of attackers to expect in a cohort
+    keep: int = 0  # m, number of updates to average; 0: n - f; 1: the original Krum
 
     def __post_init__(self) -> None:
         check(self, attackers=COUNT, keep=WHOLE)
 
     @property
     def needed(self) -> int:
-        """Updates that a step needs at least: the paper's bound."""
+        """Smallest number of updates in a step: the paper's bound."""
         return 2 * self.attackers + 3
 
     def problems(self, pacing: Pacing) -> Iterator[str]:

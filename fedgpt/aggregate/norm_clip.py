@@ -3,8 +3,7 @@
     D = mean_i D_i min(1, C / ||D_i||)
 
 C is the median of the last `window` norms of earlier versions; in the first version, of that
-version's own norms. The norms are remembered as received, before clipping, so C can grow as well
-as shrink.
+version's own norms. The norms are stored before clipping, so C can grow as well as shrink.
 """
 
 from __future__ import annotations
@@ -22,14 +21,15 @@ from fedgpt.core.messages import ServerState, Update
 
 @dataclass(frozen=True)
 class NormClip(Strategy):
-    """Bounds the effect of a large update, at almost no cost; remembers norms.
+    """Bounds the effect of a long update, at almost no cost; stores norms.
 
-    An update of usual length in a wrong direction passes. All clients count the same.
+    An update of usual length in a wrong direction is not affected. All clients have the same
+    weight.
     """
 
     refused_pacings = COMPARISON_NEEDS_COHORT
 
-    window: int = 100  # updates whose norms are remembered
+    window: int = 100  # number of recent norms over which the median is computed
 
     def __post_init__(self) -> None:
         check(self, window=COUNT)
@@ -48,7 +48,7 @@ class NormClip(Strategy):
     def remember(self, updates: Sequence[Update], state: ServerState) -> dict[str, np.ndarray]:
         """The last `window` norms above 0, including this version's.
 
-        Norms of 0 are left out, because a limit of 0 would stop all further learning.
+        Norms of 0 are excluded, because a limit of 0 would stop all further learning.
         """
         norms = distances(in_order(self, updates))
         all_norms = np.concatenate([state.memory.get("norms", np.zeros(0)), norms[norms > 0]])

@@ -1,7 +1,7 @@
 """Coordinate-wise trimmed mean (Yin et al. 2018, arXiv 1803.01498).
 
 D_j = mean of the D_ij without the b lowest and the b highest. b is a number of clients and not a
-fraction, because a fraction of a small cohort (0.2 of 4 clients) is silently rounded down to 0.
+fraction, because a fraction of a small cohort (0.2 of 4 clients) would be rounded down to 0.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fedgpt.core.messages import Pacing, ServerState, Update
 
 @dataclass(frozen=True)
 class TrimmedMean(Strategy):
-    """Withstands up to `trim` attackers, and uses more of the honest updates than the median."""
+    """Tolerates up to `trim` attackers, and uses more of the honest updates than the median."""
 
     refused_pacings = COMPARISON_NEEDS_COHORT
 
@@ -30,7 +30,7 @@ class TrimmedMean(Strategy):
 
     @property
     def needed(self) -> int:
-        """Updates that a step needs, so that a value is left."""
+        """Smallest number of updates in a step, so that at least one value remains."""
         return 2 * self.trim + 1
 
     def problems(self, pacing: Pacing) -> Iterator[str]:

@@ -26,12 +26,12 @@ HELP = """
   fedgpt help pace.goal       one option
 """
 EXPERIMENT = "Settings of many groups at once."
-COLUMN = 24  # where the meaning of a command, group or choice starts
-STEP = 6  # the meaning of an option is indented by this much
+COLUMN = 24  # column at which the meaning of a command, group or choice starts
+STEP = 6  # indentation of the meaning of an option, in characters
 
 
 def main(arguments: list[str]) -> int:
-    """Print what is asked for; the exit code is 2 for what is no command, group or option."""
+    """Print the help of a topic; returns 2 if the topic is not a command, group or option."""
     config_dir = value_of(arguments, "--config-dir", "-cd")
     words = [word for word in arguments if not word.startswith("-") and word != config_dir]
     parts = {word: _explained(word, config_dir) for word in words}
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
     text = "\n\n".join(parts.values()) if parts else overview()
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # `fedgpt run --help | head`; python would complain at its end, too
+    except BrokenPipeError:  # `fedgpt run --help | head`; Python would report it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
@@ -95,7 +95,7 @@ def _command(name: str, config_dir: str | None) -> str:
 
 
 def _group(group: str, names: list[str], config_dir: str | None) -> str:
-    """The choices of a group, what each is and sets, and the options of the group."""
+    """The choices of a group, the options that each of them sets, and the options of the group."""
     choices = [read_choice(group, name, config_dir) for name in names]
     lines = [_title(group, _meaning(group)), ""]
     for choice in choices:
@@ -112,7 +112,9 @@ def _group(group: str, names: list[str], config_dir: str | None) -> str:
 
 
 def _sets(choice: Choice) -> str:
-    """What a choice sets that differs from the defaults, without what only names the choice."""
+    """The options that a choice sets to other values than the defaults, without the choice's
+    name.
+    """
     kind = _class_of(choice.group)
     own_name = kind.key(kind.choice_field) if kind else ""
     return ", ".join(
@@ -132,7 +134,7 @@ def _strategy_fields(choice: Choice) -> Iterator[str]:
 
 
 def _meaning(group: str) -> str:
-    """What a group decides, from the docstring of its class."""
+    """The meaning of a group, from the docstring of its class."""
     if kind := _class_of(group):
         return str(kind.__doc__).partition("\n\n")[0]
     return OPTIONS[group].facts.help if group in OPTIONS else EXPERIMENT
@@ -145,7 +147,7 @@ def _class_of(group: str) -> type[Group] | None:
 
 
 def _option(one: Option) -> Iterator[str]:
-    """`option=default`, the values that it may have, and below them what it means."""
+    """`option=default` and its allowed values, and below them its meaning."""
     typed = one.key if one.default == "" else f"{one.key}={_typed(one.default)}"
     first, *rest = _row(typed, _values(one), column=COLUMN + 10)
     yield first.replace(one.key, _bold(one.key), 1)
@@ -168,7 +170,7 @@ def _values(one: Option) -> str:
 
 
 def _typed(value: Any) -> str:
-    """A value as it is typed on the command line."""
+    """A value in command-line syntax."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -193,7 +195,7 @@ def _title(name: str, meaning: str) -> str:
 
 
 def _row(name: str, meaning: str, column: int = COLUMN) -> list[str]:
-    """A name, and beside it or, where it is too long, below it what it means."""
+    """A name, and its meaning beside it, or below it if the name is too long."""
     text = wrap(meaning, _width() - column)
     start = f"  {name}"
     if len(start) + 2 > column:

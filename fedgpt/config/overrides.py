@@ -1,5 +1,5 @@
-"""What is typed, override by override: each is checked against the groups and options that exist,
-and all mistakes are reported at once.
+"""Checks each typed override against the existing groups and options; all problems are reported at
+once.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ from fedgpt.config.choices import CONF, groups
 from fedgpt.core.errors import ConfigError, nearest
 from fedgpt.core.options import OPTIONS, RunOptions
 
-MOST_JOBS = 300  # jobs of a sweep that are checked before the first one runs
+MOST_JOBS = 300  # largest number of jobs of a sweep that are checked before the first job runs
 # options whose value may be any text
 TEXTS = {key for key, one in OPTIONS.items() if str in one.kinds and not one.facts.allowed.choices}
 
 
 def _schema() -> DictConfig:
-    """The types and defaults of all options; `arguments` are open, as each class has others."""
+    """The types and defaults of all options; `arguments` may have any keys, because classes
+    differ.
+    """
     schema = OmegaConf.structured(RunOptions)
     for one in OPTIONS.values():
         if one.default == {}:
@@ -43,7 +45,7 @@ ConfigStore.instance().store(name="schema", node=_schema())
 
 
 def quoted(word: str, sweep: bool = False) -> str:
-    """A word with its value in quotes, where Hydra's grammar would not take it as the text it is.
+    """A word with its value in quotes, if Hydra's grammar would not parse it as a text.
 
     Such values are paths with blanks, `~` or `=`, and prompts.
 
@@ -65,7 +67,7 @@ def quoted(word: str, sweep: bool = False) -> str:
 
 
 def check_words(overrides: Sequence[str], config_dir: str | None) -> tuple[list[str], list[str]]:
-    """(problems, overrides that have none); each override is tried by itself."""
+    """Return (problems, overrides without a problem); each override is checked separately."""
     problems: list[str] = []
     good: list[str] = []
     parsed: list[Override] = []
@@ -86,8 +88,8 @@ def check_words(overrides: Sequence[str], config_dir: str | None) -> tuple[list[
         problems += found
         if not found:
             good.append(str(override.input_line))
-    # options are looked up beside the first choice of every group of a sweep; what is wrong beside
-    # the other choices is found when their jobs are composed
+    # options are checked with the first choice of every group of a sweep; problems with the other
+    # choices are found when their jobs are composed
     cfg = compose_config(
         [text for line in good for text in _single_values(parser.parse_override(line), known)[:1]],
         config_dir,
@@ -140,8 +142,8 @@ def _value_problems(override: Override, cfg: DictConfig) -> Iterator[str]:
 
 
 def _what_is_allowed(key: str, value: Any) -> str:
-    """What an option's value must be; empty for an option of a strategy, which only its class
-    knows.
+    """The allowed values of an option; empty for an option of a strategy, which its class
+    checks.
     """
     if key not in OPTIONS or not OPTIONS[key].kinds:
         return ""
@@ -182,7 +184,9 @@ def _with_values(cfg: DictConfig, values: dict[str, Any]) -> DictConfig:
 def jobs_of_sweep(
     overrides: Sequence[str], config_dir: str | None
 ) -> Iterator[tuple[str, Callable[[], DictConfig]]]:
-    """(its values as typed, how to compose it) of every job of a sweep; at most MOST_JOBS."""
+    """Yield (typed values, function that composes it) for every job of a sweep; at most
+    MOST_JOBS.
+    """
     parser, known = OverridesParser.create(), groups(config_dir)
     parsed = [parser.parse_override(text) for text in overrides]
     fixed = [str(o.input_line) for o in parsed if not o.is_sweep_override()]
@@ -212,7 +216,7 @@ def jobs_of_sweep(
 
 
 def compose_config(overrides: Sequence[str], config_dir: str | None) -> DictConfig:
-    """The configuration that Hydra makes of overrides; raises ConfigError where it cannot."""
+    """The configuration that Hydra composes from overrides; raises ConfigError if that fails."""
     if config_dir is not None and not Path(config_dir).is_dir():
         raise ConfigError(
             f"--config-dir {config_dir}: no such folder; it holds groups of your own, such as"
@@ -228,7 +232,8 @@ def compose_config(overrides: Sequence[str], config_dir: str | None) -> DictConf
 
 
 def is_about(problem: str, option: str) -> bool:
-    """Whether a problem names an option or group: one that was dropped as wrong may have caused it.
+    """Whether a problem names an option or group; a wrong override of it may have caused the
+    problem.
 
     >>> is_about("privacy.delta=1: privacy=none protects nothing", "privacy")
     True
@@ -240,8 +245,8 @@ def is_about(problem: str, option: str) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says, without its context lines; that of its cause where it says
-    nothing itself.
+    """The message of a library's error without its context lines, or the message of its cause if it
+    has none.
     """
     text = str(getattr(error, "msg", None) or error).strip()
     if not text and error.__cause__ is not None:

@@ -1,11 +1,11 @@
-"""Interchangeable parts: built-in ones are named by their file, anybody's by their class.
+"""Interchangeable parts: a built-in part is named by its file, any other part by its class.
 
     corpus=stdlib                              built in: the class in fedgpt/data/corpora/stdlib.py
     corpus=custom corpus._target_=mine.Poems   any class, where trusted_packages=[mine] allows it
 
-The folder is the list of built-in members: a new one is a new file, and nothing else lists it.
-Importing a module runs its code, and a configuration may come from somebody else. So a class is
-imported only from an allow-list: the folder itself and the packages that the user trusts.
+The built-in members are the files of a folder; no other file lists them. Importing a module runs
+its code, and a configuration may come from an untrusted source. So a class is imported only from an
+allow-list: the folder and the packages in trusted_packages.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ Part = TypeVar("Part")
 def build(option: str, node: Any, rooms: Iterable[str] = (), trusted: Iterable[str] = ()) -> Any:
     """Return the object that `node` describes: its `_target_` class called with the other keys.
 
-    `option` is the name under which messages speak of the node. Only classes inside the packages
-    `rooms` and `trusted` are imported. Raises ConfigError.
+    `option` is the name of the node in messages. Only classes inside the packages `rooms` and
+    `trusted` are imported. Raises ConfigError.
 
     >>> build("share", {"_target_": "fractions.Fraction", "numerator": 3}, trusted=["fractions"])
     Fraction(3, 1)
@@ -98,8 +98,8 @@ class Members(Generic[Part]):
     """The parts that a group of options chooses from: every file of a folder, and trusted classes.
 
     An option of the group is passed to a built-in member that has an argument of that name. An
-    option whose default is null, where it is set, is passed to any member: one that has no such
-    argument is an error, so that nothing that was typed is ignored.
+    option whose default is null is passed to every member if it is set. A member without such an
+    argument raises an error, so that no typed option is ignored.
     """
 
     group: str  # the group of options, e.g. corpus
@@ -162,7 +162,9 @@ class Members(Generic[Part]):
         return part
 
     def problems(self, options: Chosen, trusted: Iterable[str] = ()) -> list[str]:
-        """Return why `build` would raise ConfigError; empty where it would not."""
+        """Return the problems for which `build` would raise ConfigError; empty if there are
+        none.
+        """
         try:
             self.build(options, trusted)
         except ConfigError as error:
@@ -174,7 +176,7 @@ class Members(Generic[Part]):
         return getattr(options, self.key.rpartition(".")[2])
 
     def _values(self, cls: type, options: Any) -> tuple[dict[str, Any], list[str]]:
-        """Return the options that are passed to the class, and what is wrong with the others."""
+        """Return the options that are passed to the class, and the problems of the others."""
         known, name = inspect.signature(cls).parameters, self.name_of(options)
         typed = [one for one in fields(options) if one.name not in ("_target_", "arguments")]
         values = {one.name: getattr(options, one.name) for one in typed}

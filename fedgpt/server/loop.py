@@ -1,9 +1,10 @@
 """The server loop, one for every pacing: dispatch, receive, step, record.
 
-A version is under way from one server step to the next. While it is, jobs are dispatched to
-clients and replies are received one at a time; each is validated and collected, or rejected. When
-the pacing says so, the server steps: the collected updates become the next global model, which is
-recorded (metrics, snapshot, checkpoint, evaluation), and the next version opens.
+A version is open from one server step to the next. Meanwhile the server dispatches jobs to clients
+and receives replies one at a time. It validates and collects each reply, or rejects it. When the
+pacing closes the version, the server takes a step: it computes the next global model from the
+collected updates, records it (metrics, snapshot, checkpoint, evaluation), and opens the next
+version.
 
 docs/architecture.md follows one update through this file.
 """
@@ -48,8 +49,8 @@ from fedgpt.server.version import OpenVersion
 from fedgpt.storage.checkpoint import Snapshot
 from fedgpt.storage.tables import VersionLine
 
-MEETING_SECONDS = 300  # how long the server waits for the first clients
-# jobs, for each update that a server step needs, that may fail in a row before the run stops
+MEETING_SECONDS = 300  # seconds that the server waits for clients to connect
+# consecutive failed jobs after which the run stops, for each update that a server step needs
 MOST_FAILURES = 10
 
 
@@ -61,7 +62,7 @@ class Server:
         self.parts, self.transport = parts, parts.transport
         self.state, self.totals = snapshot.state, snapshot.totals
         self.clients = snapshot.clients.frozen()
-        # an interrupted server saved between its usual checkpoints: a restart may need that one
+        # an interrupted server saves an extra checkpoint, whose client states a restart may need
         self.clients.remember_accepted()
         self.saver = Saver(parts, snapshot)
         self.metrics = RunMetrics(snapshot)
@@ -76,7 +77,7 @@ class Server:
         self.current: OpenVersion  # the version under way; there is none before `_open_version`
 
     def run(self) -> dict[str, Any]:
-        """Train to the last version; returns the summary that summary.json holds."""
+        """Train to the last version; returns the content of summary.json."""
         try:
             self._open()
             while self._part_done() < 1:
@@ -102,7 +103,7 @@ class Server:
     # ---- open
 
     def _open(self) -> None:
-        """Meet the clients and send what was in flight; open the version that a restart finds."""
+        """Wait for the clients, send the jobs that were in flight again, and open a version."""
         state = self.state
         self.saver.checkpoints.started(state.version)
         if self.parts.options.checkpoint.every != 0:
@@ -110,7 +111,7 @@ class Server:
         self.evaluation.complete(self.metrics.line, state.params)
         infos = self.transport.clients(timeout=MEETING_SECONDS)
         if not infos:
-            raise StoppedEarly(f"no client appeared within {MEETING_SECONDS} s")
+            raise StoppedEarly(f"no client connected within {MEETING_SECONDS} s")
         self.clients.meet(info.id for info in infos)
         pacing = self.pacing.numbers  # pace.clients=0 becomes a number now
         if problems := list(self.parts.strategy.problems(pacing)):
@@ -125,7 +126,7 @@ class Server:
         self._open_version()
 
     def _open_version(self) -> None:
-        """Nothing has come in for the next version yet; fix what its updates are measured by."""
+        """Open the next version, without updates, and fix the limits on its updates."""
         most = self.pacing.pace.max_updates(len(self.clients)) + len(self.jobs)
         collector = self.collectors.open(self.state, self.totals.norms, most, self.clients)
         start = replace(self.state, params=self.planner.published.advance(self.state))
@@ -184,7 +185,7 @@ class Server:
     # ---- receive
 
     def _receive(self) -> None:
-        """Wait for one reply and collect its update, or give up the job that is overdue."""
+        """Wait for one reply and collect its update, or give up an overdue job."""
         progress = self._progress()
         if self.pacing.pace.due(progress):
             return
@@ -206,7 +207,9 @@ class Server:
         return True
 
     def _give_up(self, keys: list[Key], why: str, missed: bool) -> None:
-        """Wait for these jobs no longer; `missed`: their clients had time enough."""
+        """Give up these jobs; with `missed` their clients had enough time, and each gets a
+        strike.
+        """
         for client, number in keys:
             job = self.jobs.pop(client, number)
             if missed and job is not None:  # the client is at least as slow as this
@@ -236,7 +239,9 @@ class Server:
                 self._fail(None if rejection.code == "stale" else reply.client)
 
     def _send_complete(self, job: Job) -> None:
-        """The client may have lost its cached model: the same job, with all parameters."""
+        """Send the same job with all parameters, because the client may have lost its cached
+        model.
+        """
         plan = replace(job.plan, cached_version=-1)
         now = self.transport.now()
         self._send([replace(job, plan=plan, model_deltas=(), sent=now)])
@@ -273,7 +278,7 @@ class Server:
         self._tell(ReplyRejected(code, client, number, detail, self.transport.now()))
 
     def _fail(self, client: str | None) -> None:
-        """Count a failed job, against `client` if it is to blame; stop where nothing succeeds."""
+        """Count a failed job, and a strike against `client` if given; stop if all jobs fail."""
         self.current.failed += 1
         pacing, version = self.pacing.numbers, self.state.version
         until = self.quarantine.failed(client, version, versions_per_round(pacing))
@@ -286,7 +291,9 @@ class Server:
     # ---- step
 
     def _step(self) -> None:
-        """Make the next version from the collected updates, record it, open the one after it."""
+        """Make the next version from the collected updates, record it, and open the version after
+        it.
+        """
         self._close_version()
         reach("aggregate")
         before, part = self.state, self._part_done()
@@ -301,14 +308,14 @@ class Server:
         self._open_version()
 
     def _close_version(self) -> None:
-        """Give up jobs that do not outlast a version; stop where too few updates are valid."""
+        """Give up a cohort's jobs when its version closes; stop if too few updates are valid."""
         if self.pacing.pace.keeps_jobs:
             return
         current, options = self.current, self.parts.options.pace
         enough = current.goal_reached is not None and options.goal is not None
         self._give_up(self.jobs.keys(), "the version closed first", missed=not enough)
         accepted = len(current.collector)
-        # with privacy=client, how many updates came must not show
+        # with privacy=client, the number of updates must not be revealed
         minimum = 0 if self.parts.privacy.central else options.minimum
         if current.failed and accepted < minimum:
             raise StoppedEarly(
@@ -317,7 +324,9 @@ class Server:
             )
 
     def _root(self) -> Callable[[], Update] | None:
-        """Trains the server's own update of this version, where the rule wants one."""
+        """A function that trains the server's own update of this version; None if the rule needs
+        none.
+        """
         if not self.parts.strategy.needs_root:
             return None
         root = self.parts.root
@@ -339,7 +348,7 @@ class Server:
         )
 
     def _line(self, before: ServerState, part: float) -> VersionLine:
-        """The new version's line of metrics; `part`: how much of the run was done before it."""
+        """The new version's line of metrics; `part`: the share of the run before it."""
         metrics = line_of_version(self.current, self.totals, self.clients, self.jobs)
         every = self.pacing.versions_between(self.parts.options.evaluate.every)
         line = self.evaluation.plan(VersionLine(metrics), part, self._part_done(), every)
@@ -348,7 +357,7 @@ class Server:
         return replace(line, metrics={**metrics, **private, **step, "pacing": self.pacing.name})
 
     def _keep_or_restore(self) -> None:
-        """Score the new version now, as it decides: a version that is too bad is rolled back."""
+        """Score the new version and roll back to the best weights if its score is too bad."""
         line = self.metrics.line
         scores = self.evaluation.scores(self.state, line.sample)
         value = scores[self.parts.scoring.score.name]
@@ -359,21 +368,23 @@ class Server:
     # ---- record
 
     def _record(self) -> None:
-        """Write the new version down: event, snapshot, checkpoint where one is due, evaluation."""
-        # before the snapshot: a restart cuts the events that came after it
+        """Record the new version: event, snapshot, checkpoint if one is due, evaluation."""
+        # before the snapshot, because a restart deletes the events after its snapshot
         self._tell(VersionMade(self.metrics.line.metrics, self.transport.now()))
         every = self._checkpoint_every()
         due = bool(every and self.state.version % every == 0)
-        if due:  # one table more than checkpoints: the newest may still be on its way to the disk
+        if due:  # one table more than checkpoints, because the newest may still be being written
             self.clients.remember_accepted(self.parts.options.checkpoint.keep + 1)
         self.saver.take(self._snapshot())
         if due:
-            self.evaluation.wait()  # a checkpoint never runs ahead of metrics.jsonl
+            self.evaluation.wait()  # metrics.jsonl must contain every version of a checkpoint
             self.saver.save()
         self.evaluation.complete(self.metrics.line, self.state.params)
 
     def _snapshot(self) -> Snapshot:
-        """State and tables as they are between two versions; jobs sent later do not change it."""
+        """State and tables between two versions; jobs that are sent later do not change the
+        snapshot.
+        """
         bases = {f"base/{version}": base for version, base in self.jobs.bases.items()}
         return Snapshot(
             self.state,
@@ -392,7 +403,7 @@ class Server:
         )
 
     def _publish(self, metrics: dict[str, Any], params: np.ndarray | None) -> None:
-        """A version's line is complete; called by the evaluation's thread."""
+        """Write and publish a version's complete line; called by the evaluation's thread."""
         self.saver.best.keep(metrics, params)
         self.parts.folder.metrics.append(metrics)
         reach("evaluated")
@@ -401,7 +412,7 @@ class Server:
     # ---- end
 
     def _end(self, over: bool) -> None:
-        """The server stops in order; `over`: a restart would stop at the same place again."""
+        """Stop in an orderly way; with `over` a restart would stop at the same place again."""
         self.evaluation.wait()
         self.saver.end(over)
 
@@ -429,7 +440,9 @@ class Server:
         return self.current.progress(self.totals, len(self.jobs), self.transport.now())
 
     def _part_done(self) -> float:
-        """How much of the run is done, from 0 to 1; by tokens where rounds do not end it."""
+        """Share of the run that is complete, from 0 to 1; by tokens if rounds do not end the
+        run.
+        """
         options, strategy = self.parts.options, self.parts.strategy
         if options.tokens or strategy.switches:
             total = self.planner.tokens_total(self.pacing.numbers)

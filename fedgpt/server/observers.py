@@ -1,12 +1,12 @@
 """Delivers the events of a run to its observers, from one thread, in order.
 
-The server loop and the evaluation thread both publish; each only appends to a queue and goes on.
-The delivery thread calls every observer with one event after the other. So an observer is never
-called twice at the same time, and needs no lock.
+The server loop and the evaluation thread append events to a queue and continue. The delivery thread
+calls every observer with one event after the other. So an observer is never called twice at the
+same time, and needs no lock.
 
-A slow observer does not delay training. It delays the observers behind it in the list at the same
-event, and all of them, the progress display too, at later events, which wait in memory. The end of
-the run waits CLOSING_SECONDS for it.
+A slow observer does not delay training. It delays the observers after it in the list, and at later
+events all observers, also the progress display; these events wait in memory. The end of the run
+waits CLOSING_SECONDS for it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 
 class Observers:
-    """The observers of a run; one that raises is reported once and gets RunClosed, then nothing."""
+    """The observers of a run; one that raises is reported once, gets RunClosed, and no more."""
 
     def __init__(self, observers: Sequence[Observer]):
         self._observers = list(observers)
@@ -40,7 +40,7 @@ class Observers:
         threading.Thread(target=self._deliver, name=THREAD, daemon=True).start()
 
     def publish(self, event: Event) -> None:
-        """Deliver an event to every observer, later; may be called from any thread."""
+        """Queue an event for delivery to every observer; may be called from any thread."""
         self._events.put(event)
 
     def close(self) -> None:

@@ -303,19 +303,19 @@ def test_sweeps_are_checked_choice_by_choice():
     [
         (
             ["pace.goal=2", "pace.grace=1.5"],
-            "pace.grace=1.5: fleet=replay: a record holds when replies arrived, not when",
+            "pace.grace=1.5: fleet=replay: a record contains when replies arrived, not when",
         ),
         (
             ["pace.deadline=30"],
-            "pace.deadline=30: fleet=replay: a record holds when replies arrived, not when",
+            "pace.deadline=30: fleet=replay: a record contains when replies arrived, not when",
         ),
         (
             ["privacy=client"],
-            "privacy=client: fleet=replay: a record holds when replies arrived, and secret noise",
+            "privacy=client: fleet=replay: a record contains when replies arrived, and secret",
         ),
         (
             ["strategy=auto"],
-            "strategy=auto: fleet=replay: a record holds when replies arrived, not how long",
+            "strategy=auto: fleet=replay: a record contains when replies arrived, not how long",
         ),
     ],
 )

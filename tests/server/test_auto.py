@@ -124,7 +124,7 @@ def test_in_the_rest_after_harm_the_server_does_not_wait_for_such_a_client_eithe
         Auto().choose_pacing(Observed("cohort", seconds, {}, waited=99.0), state).pacing == "cohort"
     )
     choice = Auto().choose_pacing(Observed("cohort", seconds, {}, waited=100.0), state)
-    assert choice.pacing == "buffer" and "has been out for 100.0 s" in choice.reason
+    assert choice.pacing == "buffer" and "no reply of a client for 100.0 s" in choice.reason
 
 
 def test_equal_clients_for_two_rounds_bring_back_two_rounds():

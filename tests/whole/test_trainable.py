@@ -301,7 +301,7 @@ def test_a_client_with_another_base_refuses_its_job(half, capsys):
         serve(ours, grid)
     printed = capsys.readouterr().out
     assert "base weights differ: this client's are" in printed
-    assert "give both the same init_from" in printed
+    assert "use the same init_from for both" in printed
 
 
 def test_a_pattern_that_selects_nothing_is_refused(half):

@@ -1,8 +1,8 @@
-"""What one option is: its default, meaning, unit and allowed values, all in one dataclass field.
+"""The definition of an option: default, help, unit and allowed values in one dataclass field.
 
-A group of options is a dataclass below `Group` whose fields are made by `option`. Everything else
-reads the fields: Hydra the types and defaults, `problems` the allowed values, `fedgpt help` all of
-it. So an option is written down once.
+A group of options is a subclass of `Group` whose fields are made by `option`. Hydra reads their
+types and defaults, `problems` the allowed values, and `fedgpt help` all of them. So each option is
+defined once.
 
 >>> @dataclass
 ... class Oven(Group):
@@ -44,14 +44,14 @@ class Allowed:
 
     words: str
     holds: Callable[[Any], bool]
-    choices: tuple[str, ...] = ()  # all of them, where the option is one word of a few
+    choices: tuple[str, ...] = ()  # all allowed words, if the option has a fixed set of words
 
 
 ANYTHING = Allowed("", lambda value: True)
 
 
 def at_least(low: float, unit: str = "", *, zero: str = "", or_zero: str = "") -> Allowed:
-    """Numbers from `low`; `zero` says what 0 means, and `or_zero` allows 0 below `low`, too.
+    """Numbers from `low`; `zero` is the meaning of 0, and `or_zero` also allows 0 below `low`.
 
     >>> at_least(0, zero="off").words, at_least(1, or_zero="off").words
     ('at least 0 (0 = off)', 'at least 1, or 0 (off)')
@@ -63,7 +63,7 @@ def at_least(low: float, unit: str = "", *, zero: str = "", or_zero: str = "") -
 
 
 def above(low: float, unit: str = "", *, most: float = inf, or_zero: str = "") -> Allowed:
-    """Numbers above `low`, up to `most`; `or_zero` says what 0 means, where it is allowed.
+    """Numbers above `low`, up to `most`; `or_zero` is the meaning of 0, if 0 is allowed.
 
     >>> above(0, "seconds").words, above(0, most=1).words
     ('above 0 seconds', 'above 0 and at most 1')
@@ -99,7 +99,7 @@ def one_of(*choices: str) -> Allowed:
 
 @dataclass(frozen=True)
 class Facts:
-    """What `option` notes in the metadata of a field."""
+    """The metadata that `option` stores in a field."""
 
     help: str
     unit: str = ""
@@ -117,8 +117,8 @@ def option(
 ) -> Any:
     """A dataclass field that is an option of a run.
 
-    `help` is complete sentences that can be read alone; `only_with` names the choices of the
-    option's own group beside which it has an effect (all, where it is empty).
+    `help` consists of complete sentences. `only_with` names the choices of the option's group with
+    which the option has an effect (empty: all choices).
     """
     metadata = {"option": Facts(help, unit, allowed, only_with)}
     if isinstance(default, list | dict):
@@ -127,19 +127,19 @@ def option(
 
 
 def choice(*choices: str) -> Any:
-    """The field that says which choice of its group was made; the first one is the default."""
+    """The field that names the choice of its group; the first choice is the default."""
     return option(
         choices[0],
-        "The kind that was chosen. It is set by the choice of the group, not typed by itself.",
+        "The choice of the group. GROUP=CHOICE sets it; it is not typed itself.",
         allowed=one_of(*choices),
     )
 
 
 def member(default: str) -> Any:
-    """The field that names the chosen class of a group: core/targets.py knows which there are."""
+    """The field that names the chosen class of a group; core/targets.py lists the classes."""
     return option(
         default,
-        "The kind that was chosen. It is set by the choice of the group, not typed by itself.",
+        "The choice of the group. GROUP=CHOICE sets it; it is not typed itself.",
     )
 
 
@@ -147,22 +147,22 @@ def target() -> Any:
     """The field `_target_` of a group whose classes may come from other packages."""
     return option(
         None,
-        "Full name of a class of your own, such as my_package.Mine. Its package must be named in"
-        " trusted_packages.",
+        "Full name of a class of your own, such as my_package.Mine. trusted_packages must list"
+        " its package.",
         only_with=("custom",),
     )
 
 
 def arguments() -> Any:
     """The field `arguments` beside `_target_`."""
-    return option({}, "Arguments by name that the class is called with, such as {size: 3}.")
+    return option({}, "Keyword arguments of the class, such as {size: 3}.")
 
 
 class Group:
     """A group of options: finds what is wrong with the values of its fields."""
 
     group: ClassVar[str] = ""  # as typed; empty for the options above the groups
-    choice_field: ClassVar[str] = "name"  # the field that names the choice, where there is one
+    choice_field: ClassVar[str] = "name"  # the field that names the choice, if the group has one
     reports_unused: ClassVar[bool] = False  # whether `rules` reports values that have no effect
 
     @classmethod
@@ -172,11 +172,11 @@ class Group:
 
     @property
     def chosen(self) -> str:
-        """The choice that was made, or an empty text in a group that does not note it."""
+        """The choice of this group, or an empty text if the group has no such field."""
         return str(getattr(self, self.choice_field, ""))
 
     def problems(self) -> Iterator[str]:
-        """Everything that is wrong with the values, first one by one, then side by side."""
+        """All problems of the values: first of single values, then of combinations."""
         own = fields(self)  # pyright: ignore[reportArgumentType]  # groups are dataclasses
         values = {one.name: getattr(self, one.name) for one in own}
         for one in own:
@@ -188,17 +188,17 @@ class Group:
         yield from self.rules()
 
     def rules(self) -> Iterator[str]:
-        """What is wrong with values side by side; a group overrides it."""
+        """Problems of combinations of values; a group overrides it."""
         yield from ()
 
 
 def facts_of(one: Field[Any]) -> Facts:
-    """What `option` noted of a field."""
+    """The metadata that `option` stored in a field."""
     return one.metadata.get("option", Facts(""))
 
 
 def value_problem(key: str, value: Any, allowed: Allowed) -> str:
-    """What is wrong with one value, as typed and with what is allowed; empty where it is right."""
+    """The problem of one value, with the allowed values; empty if the value is allowed."""
     if value is None:
         return ""  # null is a matter of the type
     if isinstance(value, float) and not isfinite(value):

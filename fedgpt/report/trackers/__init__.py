@@ -1,4 +1,4 @@
-"""Trackers: where metrics go beside the run's own files.
+"""Trackers, which write metrics to additional files or services.
 
     track=[csv]                             built in: the class in fedgpt/report/trackers/csv.py
     track=[csv,{_target_:mine.Chart}]       any class, where trusted_packages=[mine] allows it
@@ -28,9 +28,9 @@ MEMBERS = Members("track", "track", Tracker)
 def make_trackers(
     options: RunOptions, folder: Path, resumed_at: int, scores: Iterable[str] = LM_SCORES
 ) -> list[Observer]:
-    """Make the trackers that `options.track` names; files are touched from the first event on.
+    """Make the trackers that `options.track` names; no file is opened before the first event.
 
-    `resumed_at` is the version that the run continues from, 0 for a new one. `scores` names all
+    `resumed_at` is the version from which the run continues, 0 for a new run. `scores` names all
     scores of the task: with privacy=client, trackers get no other score. The trackers are observers
     like others: RunClosed closes them. Raises ConfigError with every problem that was found.
     """
@@ -49,13 +49,15 @@ def tracker_problems(options: RunOptions) -> list[str]:
 
 
 class _Guarded:
-    """A tracker as an observer: opened by the first event, closed by RunClosed.
+    """A tracker as an observer: the first event opens it, and RunClosed closes it.
 
-    It lacks no version and gets no secret. What it raises, server/observers.py reports.
+    It gets all versions and no secrets. Exceptions are handled by server/observers.py.
     """
 
     def __init__(self, name: str, tracker: Tracker, run: TrackedRun, scores: Iterable[str] | None):
-        """`scores` may be shown of a run with privacy=client; None: everything may be shown."""
+        """`scores`: the scores that may be published with privacy=client; None: all fields may be
+        published.
+        """
         self.name, self.tracker, self.run, self.scores = name, tracker, run, scores
         self._opened = False  # whether `open` was called
         self._newest = -1  # newest version that the tracker has
@@ -80,7 +82,7 @@ class _Guarded:
                 self._deliver(MetricsReady(line))
 
     def _deliver(self, event: Event) -> None:
-        """Hand an event on: nothing that is secret, and no version twice."""
+        """Deliver an event, without secrets and without repeating a version."""
         shown = event if self.scores is None else published_event(event, self.scores)
         if shown is None:
             return
