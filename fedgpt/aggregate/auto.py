@@ -33,17 +33,15 @@ from statistics import median
 
 import numpy as np
 
-from fedgpt.aggregate.base import COUNT, POSITIVE, Range, check
 from fedgpt.aggregate.delta_sgd import DeltaSGD
-from fedgpt.aggregate.staleness import RANGES
 from fedgpt.core.messages import Choice, Observed, Pacing, ServerState
+from fedgpt.core.options.option import Allowed, at_least, option
 
 SMOOTH = 0.9  # share of the old value in smoothed statistics
 # rounds for which the clients must be alike before the run returns to rounds, and rounds that it
 # then keeps at least
 STAY = 2
 ENDLESS = 10  # median job times after which the server stops waiting for a client
-AT_LEAST_ONE = Range(lambda value: value >= 1, "a number of at least 1")
 
 
 @dataclass(frozen=True)
@@ -59,21 +57,35 @@ class Auto(DeltaSGD):
     }
     switches = True
 
-    gain: float = 1.2  # gain in updates per second from which asynchrony is worth its staleness
-    back: float = 1.05  # gain below which asynchrony is no longer worth it
-    correlation: float = -0.3  # smoothed correlation below which server steps undo each other
-    growth: float = 3.0  # update norm over its smoothed value above which the run is diverging
-    rest: int = 20  # versions without asynchrony after it did harm
-
-    def __post_init__(self) -> None:
-        negative = Range(lambda value: -1 < value < 0, "a number above -1 and below 0")
-        ranges = {
-            "gain": AT_LEAST_ONE,
-            "back": AT_LEAST_ONE,
-            "correlation": negative,
-            "growth": AT_LEAST_ONE,
-        }
-        check(self, eta=POSITIVE, rest=COUNT, **ranges, **RANGES)
+    gain: float = option(
+        1.2,
+        "Asynchrony starts when it would handle this many times as many updates a second as"
+        " rounds.",
+        allowed=at_least(1),
+    )
+    back: float = option(
+        1.05,
+        "Rounds return when asynchrony handles fewer than this many times as many updates a second"
+        " as rounds would.",
+        allowed=at_least(1),
+    )
+    correlation: float = option(
+        -0.3,
+        "Rounds return when the smoothed correlation (cosine) of successive server steps is below"
+        " this number, as steps then undo each other.",
+        allowed=Allowed("above -1 and below 0", lambda value: -1 < value < 0),
+    )
+    growth: float = option(
+        3.0,
+        "Rounds return when the norm of the updates is above this many times its smoothed value.",
+        allowed=at_least(1),
+    )
+    rest: int = option(
+        20,
+        "Versions without asynchrony after it did harm.",
+        unit="versions",
+        allowed=at_least(1),
+    )
 
     def problems(self, pacing: Pacing) -> Iterator[str]:
         """The server must wait for the full cohort, or it learns nothing about the slowest one."""
