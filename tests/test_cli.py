@@ -96,6 +96,7 @@ def test_help_says_what_a_choice_sets_and_what_an_option_of_a_strategy_is(capsys
     assert "Sets strategy=delta_sgd, pace.clients=4, pace.goal=1." in helped(capsys, "pace")
     text = " ".join(helped(capsys, "strategy").split())
     assert "strategy.mu=0.9 number, from 0 to below 1 Momentum. 0.5 is better for short" in text
+    assert "strategy.arguments={} mapping custom: arguments by name" in text
     assert helped(capsys, "pace.goal").startswith("  pace.goal=null ")
 
 
