@@ -33,17 +33,15 @@ from statistics import median
 
 import numpy as np
 
-from fedgpt.aggregate.base import COUNT, POSITIVE, Range, check
 from fedgpt.aggregate.delta_sgd import DeltaSGD
-from fedgpt.aggregate.staleness import RANGES
 from fedgpt.core.messages import Choice, Observed, Pacing, ServerState
+from fedgpt.core.options.option import Allowed, at_least, option
 
 SMOOTH = 0.9  # share of the old value in smoothed statistics
 # number of rounds for which the gain must be below `back` before the run returns to rounds, and
 # smallest number of rounds that follow
 STAY = 2
 ENDLESS = 10  # median job times after which the server stops waiting for a client
-AT_LEAST_ONE = Range(lambda value: value >= 1, "a number of at least 1")
 
 
 @dataclass(frozen=True)
@@ -59,21 +57,35 @@ class Auto(DeltaSGD):
     }
     switches = True
 
-    gain: float = 1.2  # gain in updates per second from which asynchrony is worth its staleness
-    back: float = 1.05  # gain below which asynchrony is no longer worth it
-    correlation: float = -0.3  # smoothed correlation below which server steps cancel each other
-    growth: float = 3.0  # update norm over its smoothed value above which the run is diverging
-    rest: int = 20  # versions in rounds after asynchrony did harm
-
-    def __post_init__(self) -> None:
-        negative = Range(lambda value: -1 < value < 0, "a number above -1 and below 0")
-        ranges = {
-            "gain": AT_LEAST_ONE,
-            "back": AT_LEAST_ONE,
-            "correlation": negative,
-            "growth": AT_LEAST_ONE,
-        }
-        check(self, eta=POSITIVE, rest=COUNT, **ranges, **RANGES)
+    gain: float = option(
+        1.2,
+        "Training becomes asynchronous at this gain: the factor by which the number of updates a"
+        " second would increase.",
+        allowed=at_least(1),
+    )
+    back: float = option(
+        1.05,
+        "Training returns to rounds when the gain is below this factor.",
+        allowed=at_least(1),
+    )
+    correlation: float = option(
+        -0.3,
+        "Training returns to rounds when the smoothed cosine of consecutive server steps is below"
+        " this number, because such steps cancel each other.",
+        allowed=Allowed("above -1 and below 0", lambda value: -1 < value < 0),
+    )
+    growth: float = option(
+        3.0,
+        "Training returns to rounds when the norm of updates exceeds this multiple of its smoothed"
+        " value.",
+        allowed=at_least(1),
+    )
+    rest: int = option(
+        20,
+        "Versions in rounds after asynchronous training was harmful.",
+        unit="versions",
+        allowed=at_least(1),
+    )
 
     def problems(self, pacing: Pacing) -> Iterator[str]:
         """The server must wait for the full cohort, so that it measures the slowest client."""

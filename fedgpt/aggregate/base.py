@@ -9,21 +9,22 @@ A strategy is a frozen dataclass that overrides `weight`, `divisor` and `step` w
 federated averaging. Robust rules (median, Krum, ...) need all updates at once, so they override
 `combine`, which replaces weight, sum and divisor. The pacing decides when the server takes a step:
 after a round, or after K arrivals. It is not part of a strategy, but `paces` names the pacings that
-a strategy supports.
+a strategy supports. A rule that changes the clients' training by more than `client_numbers`, or
+that sends a second vector beside the update (SCAFFOLD), cannot be a strategy.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
-from numbers import Integral, Real
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.messages import Choice, Observed, Pacing, ServerState, Update
+from fedgpt.core.options.option import options_of, typed
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,16 @@ class Strategy:
     their arguments. A rule stores arrays for its next step only in `state.memory`, which every
     checkpoint contains.
 
+    The fields are options (`strategy.eta`), written with `option`: their types, and the values that
+    they allow, are checked when the object is made.
+
     A rule that weights clients by the square root of their tokens, halves the step, and remembers
     the last D:
 
+    >>> from fedgpt.core.options.option import above, option
     >>> @dataclass(frozen=True)
     ... class RootWeighted(Strategy):
-    ...     eta: float = 0.5
+    ...     eta: float = option(0.5, "Server learning rate.", allowed=above(0))
     ...
     ...     def weight(self, update, staleness):
     ...         return update.tokens**0.5
@@ -72,12 +77,13 @@ class Strategy:
     # One server step.
 
     def weight(self, update: Update, staleness: int) -> float:
-        """Weight of one update, above 0: by default the number of tokens that it was trained on.
+        """Weight of one update, above 0: by default its tokens times `discount(staleness)`.
 
         `staleness` counts the server versions since the client's download; the weight must be
-        largest at staleness 0.
+        largest at staleness 0. A rule for which staleness counts overrides `discount`, which is all
+        that privacy=client weights by, and takes the factor from there where it overrides `weight`.
         """
-        return float(update.tokens)
+        return update.tokens * self.discount(staleness)
 
     def divisor(self, weights: Sequence[float], pacing: Pacing) -> float:
         """Divisor of the weighted sum: by default the sum of the weights.
@@ -93,8 +99,9 @@ class Strategy:
     def client_numbers(self) -> dict[str, float]:
         """Numbers that change the clients' training, by name, such as `proximal_mu`.
 
-        They are sent with every job. Code is never sent: clients look the names up in their own
-        registry.
+        They are sent with every job. Code is never sent: a client looks the names up in
+        CLIENT_NUMBERS of local/trainer.py, so far only `proximal_mu`, and refuses a job with
+        another name.
         """
         return {}
 
@@ -167,6 +174,20 @@ class Strategy:
         """Names of state outside `state.memory`; if there is any, a run cannot be resumed."""
         return ()
 
+    def __post_init__(self) -> None:
+        """Raise ConfigError that lists every field with a value of a wrong type or not allowed.
+
+        A rule whose fields must fit each other checks that after `super().__post_init__()`.
+        """
+        problems = []
+        for one in options_of(type(self)):
+            problem = one.problem(getattr(self, one.name))
+            if problem and one.default is not None and not problem.endswith("?"):
+                problem += f", or leave it out for the default, {typed(one.default)}"
+            problems += [problem] if problem else []
+        if problems:
+            raise ConfigError(problems)
+
 
 def advance(state: ServerState, params: np.ndarray, **memory: np.ndarray) -> ServerState:
     """The next version of `state`, with these parameters and with `memory` added to its memory.
@@ -188,40 +209,3 @@ def advance(state: ServerState, params: np.ndarray, **memory: np.ndarray) -> Ser
     return ServerState(
         params.astype(dtype, copy=False), state.version + 1, {**state.memory, **added}
     )
-
-
-class Range(NamedTuple):
-    """The values that an option may take, as a test and in words."""
-
-    holds: Callable[[Any], bool]
-    words: str
-    kind: type = Real
-
-
-POSITIVE = Range(lambda value: value > 0, "a number above 0")
-NOT_NEGATIVE = Range(lambda value: value >= 0, "a number of at least 0")
-FRACTION = Range(lambda value: 0 <= value < 1, "a number in [0, 1)")
-WHOLE = Range(lambda value: value >= 0, "a whole number of at least 0", Integral)
-COUNT = Range(lambda value: value >= 1, "a whole number of at least 1", Integral)
-
-
-def one_of(*words: str) -> Range:
-    """The range of an option that is one of these words."""
-    return Range(lambda value: value in words, f"one of {', '.join(words)}", str)
-
-
-def check(strategy: Strategy, **ranges: Range) -> None:
-    """Raise ConfigError that lists every field outside its range; for use in `__post_init__`."""
-    defaults = {field.name: field.default for field in fields(strategy)}
-    problems = []
-    for field, allowed in ranges.items():
-        value = getattr(strategy, field)
-        right_kind = isinstance(value, allowed.kind) and not isinstance(value, bool)
-        finite = right_kind and (allowed.kind is str or math.isfinite(value))
-        if not finite or not allowed.holds(value):
-            problem = f"strategy.{field}={value} must be {allowed.words}: change it"
-            if defaults[field] is not MISSING:
-                problem += f", or leave it out for the default, {defaults[field]}"
-            problems.append(problem)
-    if problems:
-        raise ConfigError(problems)

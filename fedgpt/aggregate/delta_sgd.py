@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedgpt.aggregate.base import POSITIVE, Strategy, advance, check
-from fedgpt.aggregate.staleness import RANGES, Discount
+from fedgpt.aggregate.base import Strategy, advance
+from fedgpt.aggregate.staleness import Discount, falling
 from fedgpt.core.messages import Pacing, ServerState, Update
+from fedgpt.core.options.option import above, option
 
 
 @dataclass(frozen=True)
@@ -32,11 +33,8 @@ class DeltaSGD(Discount, Strategy):
 
     paces = frozenset({"cohort", "buffer"})
 
-    staleness: str = "constant"  # constant, polynomial or hinge
-    eta: float = 1.0  # server learning rate
-
-    def __post_init__(self) -> None:
-        check(self, eta=POSITIVE, **RANGES)
+    staleness: str = falling("constant")
+    eta: float = option(1.0, "Server learning rate: factor on the step.", allowed=above(0))
 
     def weight(self, update: Update, staleness: int) -> float:
         """s(tau), independent of the number of tokens."""

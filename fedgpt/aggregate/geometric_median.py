@@ -16,10 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedgpt.aggregate.base import COUNT, POSITIVE, Strategy, check
+from fedgpt.aggregate.base import Strategy
 from fedgpt.aggregate.blocks import distances, in_order, shortage, weighted
 from fedgpt.aggregate.refusals import COMPARISON_NEEDS_COHORT
 from fedgpt.core.messages import Pacing, ServerState, Update
+from fedgpt.core.options.option import above, at_least, option
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,15 @@ class GeometricMedian(Strategy):
     refused_pacings = COMPARISON_NEEDS_COHORT
     needed = 3  # smallest number of updates; of two, every point between them is a geometric median
 
-    nu: float = 1e-6  # lower limit of the distances
-    iterations: int = 8  # passes; the paper needs 3 to 8
-
-    def __post_init__(self) -> None:
-        check(self, nu=POSITIVE, iterations=COUNT)
+    nu: float = option(
+        1e-6, "Distance below which an update counts as equal to the median.", allowed=above(0)
+    )
+    iterations: int = option(
+        8,
+        "Passes of Weiszfeld's algorithm. The paper needs 3 to 8.",
+        unit="passes",
+        allowed=at_least(1),
+    )
 
     def problems(self, pacing: Pacing) -> Iterator[str]:
         """The cohort must have at least three updates."""

@@ -19,11 +19,12 @@ from functools import partial
 
 import numpy as np
 
-from fedgpt.aggregate.base import COUNT, WHOLE, Strategy, check
+from fedgpt.aggregate.base import Strategy
 from fedgpt.aggregate.blocks import in_order, middle, shortage
 from fedgpt.aggregate.parallel import map_slices
 from fedgpt.aggregate.refusals import COMPARISON_NEEDS_COHORT
 from fedgpt.core.messages import Pacing, ServerState, Update
+from fedgpt.core.options.option import at_least, option
 
 # elements of a product in float32: such pieces of eight updates fit in the second-level cache
 PIECE = 1 << 16
@@ -38,11 +39,18 @@ class Krum(Strategy):
 
     refused_pacings = COMPARISON_NEEDS_COHORT
 
-    attackers: int = 1  # f, number of attackers to expect in a cohort
-    keep: int = 0  # m, number of updates to average; 0: n - f; 1: the original Krum
-
-    def __post_init__(self) -> None:
-        check(self, attackers=COUNT, keep=WHOLE)
+    attackers: int = option(
+        1,
+        "Number of attackers that are tolerated. A cohort needs 2 * attackers + 3 clients.",
+        unit="clients",
+        allowed=at_least(1),
+    )
+    keep: int = option(
+        0,
+        "Number of updates that are averaged. 0 means all but the attackers; 1 is the original Krum.",
+        unit="updates",
+        allowed=at_least(0, zero="all but the attackers"),
+    )
 
     @property
     def needed(self) -> int:

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedgpt.aggregate.base import COUNT, Strategy, check
+from fedgpt.aggregate.base import Strategy
 from fedgpt.aggregate.blocks import distances, in_order, ratio, weighted
 from fedgpt.aggregate.refusals import COMPARISON_NEEDS_COHORT
 from fedgpt.core.messages import ServerState, Update
+from fedgpt.core.options.option import at_least, option
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,12 @@ class NormClip(Strategy):
 
     refused_pacings = COMPARISON_NEEDS_COHORT
 
-    window: int = 100  # number of recent norms over which the median is computed
-
-    def __post_init__(self) -> None:
-        check(self, window=COUNT)
+    window: int = option(
+        100,
+        "Number of recent norms over which the median is computed.",
+        unit="updates",
+        allowed=at_least(1),
+    )
 
     def combine(
         self, updates: Sequence[Update], state: ServerState, root: Update | None = None

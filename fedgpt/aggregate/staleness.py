@@ -16,18 +16,38 @@ s never increases.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from fedgpt.aggregate.base import NOT_NEGATIVE, POSITIVE, one_of
+from fedgpt.core.options.option import above, at_least, one_of, option
+
+
+def falling(default: str) -> Any:
+    """The field `staleness` of a rule, whose default differs from rule to rule."""
+    return option(
+        default,
+        "How the weight of an update falls with its staleness tau, the number of versions since its"
+        " client received the model.",
+        allowed=one_of("constant", "polynomial", "hinge"),
+    )
 
 
 @dataclass(frozen=True)
 class Discount:
     """The options of s(tau), for a rule to inherit."""
 
-    staleness: str = "polynomial"  # constant, polynomial or hinge
-    power: float = 0.5  # polynomial: exponent of the decrease of s
-    slope: float = 10.0  # hinge: slope of the decrease of s after `grace`
-    grace: float = 4.0  # hinge: number of versions without a discount
+    staleness: str = falling("polynomial")
+    power: float = option(0.5, "polynomial: the weight is (1 + tau) ** -power.", allowed=above(0))
+    slope: float = option(
+        10.0,
+        "hinge: above grace the weight is 1 / (slope * (tau - grace) + 1).",
+        allowed=above(0),
+    )
+    grace: float = option(
+        4.0,
+        "hinge: staleness up to which an update has its full weight.",
+        unit="versions",
+        allowed=at_least(0),
+    )
 
     def discount(self, staleness: int) -> float:
         """s(tau), in (0, 1]."""
@@ -36,11 +56,3 @@ class Discount:
         if self.staleness == "hinge" and staleness > self.grace:
             return float(1 / (self.slope * (staleness - self.grace) + 1))
         return 1.0
-
-
-RANGES = {
-    "staleness": one_of("constant", "polynomial", "hinge"),
-    "power": POSITIVE,
-    "slope": POSITIVE,
-    "grace": NOT_NEGATIVE,
-}

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedgpt.aggregate.base import COUNT, Strategy, check
+from fedgpt.aggregate.base import Strategy
 from fedgpt.aggregate.blocks import in_order, middle, shortage
 from fedgpt.aggregate.refusals import COMPARISON_NEEDS_COHORT
 from fedgpt.core.messages import Pacing, ServerState, Update
+from fedgpt.core.options.option import at_least, option
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,13 @@ class TrimmedMean(Strategy):
 
     refused_pacings = COMPARISON_NEEDS_COHORT
 
-    trim: int = 1  # b, values removed at each end of every coordinate
-
-    def __post_init__(self) -> None:
-        check(self, trim=COUNT)
+    trim: int = option(
+        1,
+        "Number of values removed at each end of every coordinate, which is the number of attackers"
+        " to withstand.",
+        unit="clients",
+        allowed=at_least(1),
+    )
 
     @property
     def needed(self) -> int:

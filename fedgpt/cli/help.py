@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from textwrap import wrap
 from typing import Any
 
@@ -17,17 +17,20 @@ from fedgpt.cli.words import value_of
 from fedgpt.config.choices import Choice, defaults, groups, read_choice
 from fedgpt.core.errors import nearest
 from fedgpt.core.options import OPTIONS, RunOptions
-from fedgpt.core.options.option import Group, Option, one_of
+from fedgpt.core.options.option import Group, Option, one_of, options_of, typed
+from fedgpt.core.targets import load_class
 
 HELP = """
   fedgpt help                 all commands and groups
   fedgpt help run             all options of a run
   fedgpt help privacy         the choices and options of one group
   fedgpt help pace.goal       one option
+  fedgpt help strategy.eta    one option, for each strategy that has it
 """
 EXPERIMENT = "Settings of many groups at once."
 COLUMN = 24  # column at which the meaning of a command, group or choice starts
 STEP = 6  # indentation of the meaning of an option, in characters
+RULES = "fedgpt.aggregate"  # the package of the built-in strategies
 
 
 def main(arguments: list[str]) -> int:
@@ -36,7 +39,9 @@ def main(arguments: list[str]) -> int:
     words = [word for word in arguments if not word.startswith("-") and word != config_dir]
     parts = {word: _explained(word, config_dir) for word in words}
     if unknown := [word for word, part in parts.items() if not part]:
-        everything = dict.fromkeys([*COMMANDS, *groups(config_dir), *OPTIONS])
+        everything = dict.fromkeys(
+            [*COMMANDS, *groups(config_dir), *OPTIONS, *_options_of_strategies(config_dir)]
+        )
         for word in unknown:
             more = nearest(word, everything)
             print(f"fedgpt help {word}: no command, group or option{more}", file=sys.stderr)
@@ -76,6 +81,9 @@ def _explained(word: str, config_dir: str | None) -> str:
         parts.append(_group(word, known[word], config_dir))
     if word in OPTIONS and word not in known:
         parts.append("\n".join(_option(OPTIONS[word])))
+    elif word.startswith("strategy."):
+        found = _options_of_strategies(config_dir).get(word, [])
+        parts += ["\n".join(line for one in found for line in _option(one))][: len(found)]
     return "\n\n".join(parts)
 
 
@@ -101,8 +109,8 @@ def _group(group: str, names: list[str], config_dir: str | None) -> str:
     for choice in choices:
         default = " (default)" if defaults().get(group) == choice.name else ""
         lines += _row(f"{group}={choice.name}", f"{choice.meaning}{default}")
-        if group == "strategy":
-            lines += _strategy_fields(choice)
+        if (own := _options_of_strategy(choice)) is not None:
+            lines += [line for one in own for line in _option(one, indent=4)]
         elif sets := _sets(choice):
             lines += _paragraph(f"Sets {sets}.", COLUMN, _dim)
     options = [one for one in OPTIONS.values() if one.group == group]
@@ -118,19 +126,31 @@ def _sets(choice: Choice) -> str:
     kind = _class_of(choice.group)
     own_name = kind.key(kind.choice_field) if kind else ""
     return ", ".join(
-        f"{key}={_typed(value)}"
+        f"{key}={typed(value)}"
         for key, value in choice.sets.items()
         if key != own_name and (key not in OPTIONS or OPTIONS[key].default != value)
     )
 
 
-def _strategy_fields(choice: Choice) -> Iterator[str]:
-    """The options of a strategy, which are the fields of its class and lines of its file."""
-    for key, value in choice.sets.items():
-        name = key.removeprefix("strategy.")
-        if name != "_target_":
-            meaning = choice.comments.get(name, "")
-            yield from _row(f"    {key}={_typed(value)}", meaning, column=COLUMN + 14)
+def _options_of_strategy(choice: Choice) -> list[Option] | None:
+    """The fields of a built-in strategy, with the values of its file; None for what is not one."""
+    target = str(choice.sets.get("strategy._target_", ""))
+    if not target.startswith(f"{RULES}."):
+        return None
+    cls = load_class("strategy", target, (RULES,))
+    return [replace(one, default=choice.sets.get(one.key, one.default)) for one in options_of(cls)]
+
+
+def _options_of_strategies(config_dir: str | None) -> dict[str, list[Option]]:
+    """As typed -> that option of the strategies that have it, those that have the same together."""
+    found: dict[str, dict[Any, Option]] = {}
+    for name in groups(config_dir)["strategy"]:
+        for one in _options_of_strategy(read_choice("strategy", name, config_dir)) or ():
+            alike = found.setdefault(one.key, {})
+            shown = (one.default, one.facts.help, _values(one))
+            names = alike[shown].facts.only_with if shown in alike else ()
+            alike[shown] = replace(one, facts=replace(one.facts, only_with=(*names, name)))
+    return {key: list(alike.values()) for key, alike in found.items()}
 
 
 def _meaning(group: str) -> str:
@@ -146,15 +166,15 @@ def _class_of(group: str) -> type[Group] | None:
     return next((k for k in kinds if isinstance(k, type) and k.group == group), None)
 
 
-def _option(one: Option) -> Iterator[str]:
+def _option(one: Option, indent: int = 0) -> Iterator[str]:
     """`option=default` and its allowed values, and below them its meaning."""
-    typed = one.key if one.default == "" else f"{one.key}={_typed(one.default)}"
-    first, *rest = _row(typed, _values(one), column=COLUMN + 10)
+    shown = one.key if one.default == "" else f"{one.key}={typed(one.default)}"
+    first, *rest = _row(" " * indent + shown, _values(one), column=COLUMN + 10 + indent)
     yield first.replace(one.key, _bold(one.key), 1)
     yield from rest
     names = one_of(*one.facts.only_with).words if one.facts.only_with else ""
     only = f" Only with {one.group}={names}." if names else ""
-    yield from _paragraph(f"{one.facts.help}{only}", STEP)
+    yield from _paragraph(f"{one.facts.help}{only}", STEP + indent)
 
 
 def _values(one: Option) -> str:
@@ -167,17 +187,6 @@ def _values(one: Option) -> str:
     of = f" of {unit}" if unit else ""
     words = allowed.words.replace(f" {unit}", "") if unit else allowed.words
     return f"{kind}{of}{null}{f', {words}' if words else ''}"
-
-
-def _typed(value: Any) -> str:
-    """A value in command-line syntax."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return f"[{','.join(map(_typed, value))}]"
-    return str(value)
 
 
 # ---- lines of text that fit the terminal

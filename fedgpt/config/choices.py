@@ -5,7 +5,6 @@ This module does not import Hydra, because that would delay help.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -21,15 +20,12 @@ CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "co
 
 @dataclass(frozen=True)
 class Choice:
-    """One file of a group: `meaning` is its first comment, `sets` maps typed options to values, and
-    `comments` contains the comments after values.
-    """
+    """One file of a group: `meaning` is its first comment, `sets` maps typed options to values."""
 
     group: str
     name: str
     meaning: str
     sets: dict[str, Any]
-    comments: dict[str, str]
 
 
 def groups(config_dir: str | None = None) -> dict[str, list[str]]:
@@ -74,7 +70,6 @@ def read_choice(group: str, name: str, config_dir: str | None = None) -> Choice:
             **{key: value for line in values.pop("defaults", []) for key, value in _chosen(line)},
             **dict(_flat(values, "" if anywhere else f"{group}.")),
         },
-        comments=dict(re.findall(r"^(\w+):[^#\n]*#\s*(.+)$", text, re.M)),
     )
 
 

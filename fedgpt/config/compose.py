@@ -7,7 +7,9 @@ inside an allow-list.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from fedgpt.aggregate.base import Strategy
 from fedgpt.config import checks, overrides
 from fedgpt.core import targets
 from fedgpt.core.errors import ConfigError
-from fedgpt.core.options import RunOptions, TaskOptions
+from fedgpt.core.options import RunOptions, StrategyOptions, TaskOptions
 from fedgpt.core.runtimes import runtime_problems
 from fedgpt.privacy.problems import Rule, privacy_problems
 from fedgpt.report.trackers import tracker_problems
@@ -209,11 +211,33 @@ def refuse_another_run(options: RunOptions) -> None:
 
 
 def build_strategy(node: Any, trusted: Iterable[str] = ()) -> Any:
-    """The object that `strategy` names: its `_target_` class called with the other keys.
+    """The object that `strategy` names: its `_target_` class called with the other keys, or with
+    the `arguments` of strategy=custom.
 
     Only classes of fedgpt, Flower's strategies and `trusted_packages` are imported.
     """
+    if isinstance(node, Mapping) and "arguments" in node:
+        return _own_strategy(node, trusted)
     return targets.build("strategy", node, TRUSTED, trusted)
+
+
+def _own_strategy(node: Mapping[str, Any], trusted: Iterable[str]) -> Strategy:
+    """The object of strategy=custom; problems name its options as they are typed."""
+    arguments = targets.arguments_of("strategy", node["arguments"])
+    if more := [name for name in node if name not in asdict(StrategyOptions())]:
+        raise ConfigError(
+            f"strategy.{name}={node[name]}: is an argument of a class of your own; type"
+            f" strategy.arguments.{name}={node[name]}"
+            for name in more
+        )
+    cls = targets.custom_class("strategy", Strategy, node["_target_"], (*TRUSTED, *trusted))
+    try:
+        return targets.call("strategy.arguments", cls, arguments)
+    except ConfigError as error:
+        raise ConfigError(
+            re.sub(r"^strategy\.(?=\w+=)", "strategy.arguments.", problem)
+            for problem in error.problems
+        ) from error
 
 
 def _problems(o: RunOptions, on_this_machine: bool) -> Iterator[str]:

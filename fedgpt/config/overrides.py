@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from functools import cache, partial
 from itertools import product
 from math import prod
@@ -23,25 +24,27 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fedgpt.config.choices import CONF, groups
 from fedgpt.core.errors import ConfigError, nearest
-from fedgpt.core.options import OPTIONS, RunOptions
+from fedgpt.core.options import OPTIONS, RunOptions, StrategyOptions
 
 MOST_JOBS = 300  # largest number of jobs of a sweep that are checked before the first job runs
 # options whose value may be any text
 TEXTS = {key for key, one in OPTIONS.items() if str in one.kinds and not one.facts.allowed.choices}
 
 
-def _schema() -> DictConfig:
-    """The types and defaults of all options; `arguments` may have any keys, because classes
-    differ.
-    """
-    schema = OmegaConf.structured(RunOptions)
-    for one in OPTIONS.values():
-        if one.default == {}:
-            OmegaConf.set_struct(OmegaConf.select(schema, one.key), False)
-    return schema
+def _opened(node: DictConfig) -> DictConfig:
+    """`node`, where any key may be added to `arguments`, as each class has others."""
+    for one in (node, *(child for child in node.values() if isinstance(child, DictConfig))):
+        if "arguments" in one:
+            OmegaConf.set_struct(one.arguments, False)
+    return node
 
 
-ConfigStore.instance().store(name="schema", node=_schema())
+SCHEMAS = ConfigStore.instance()  # the types and defaults of all options
+SCHEMAS.store(name="schema", node=_opened(OmegaConf.structured(RunOptions)))
+# a plain mapping, as every strategy is one
+SCHEMAS.store(
+    group="strategy", name="of_ones_own", node=_opened(OmegaConf.create(asdict(StrategyOptions())))
+)
 
 
 def quoted(word: str, sweep: bool = False) -> str:
@@ -113,6 +116,9 @@ def _group_problems(override: Override, known: dict[str, list[str]]) -> Iterator
                 yield f"{group}={name}: choose from {', '.join(names)}{nearest(str(name), names)}"
 
 
+_PLUS = "; an option that only the class of strategy=flower knows is typed with a plus: +"
+
+
 def _value_problems(override: Override, cfg: DictConfig) -> Iterator[str]:
     key = override.key_or_group
     if key.startswith(("hydra.", "hydra/")):
@@ -124,13 +130,13 @@ def _value_problems(override: Override, cfg: DictConfig) -> Iterator[str]:
     node = OmegaConf.select(cfg, parent, default=None) if parent else cfg
     exists = isinstance(node, DictConfig) and leaf in node
     if ".arguments." in key:
-        exists = key.partition(".arguments.")[0] + "._target_" in OPTIONS
+        holder = f"{key.partition('.arguments.')[0]}.arguments"
+        exists = isinstance(OmegaConf.select(cfg, holder), DictConfig)
     if not exists and not (override.is_add() and parent.split(".")[0] == "strategy"):
-        hint = (
-            "; a new field of a strategy is typed with a plus: +" + key
-            if parent == "strategy"
-            else ""
-        )
+        hint = ""
+        if parent == "strategy":
+            own = isinstance(node, DictConfig) and "arguments" in node
+            hint = f"; type strategy.arguments.{leaf}" if own else _PLUS + key
         yield f"{override.input_line}: no option {key!r}{hint}{nearest(key, _keys(cfg))}"
         return
     for value in _values(override, {}):
@@ -138,22 +144,8 @@ def _value_problems(override: Override, cfg: DictConfig) -> Iterator[str]:
             _with_values(cfg, {key: value})
         except OmegaConfBaseException as error:
             typed = f"{key}={value}" if override.is_sweep_override() else override.input_line
-            yield f"{typed}: {_what_is_allowed(key, value) or first_line(error)}"
-
-
-def _what_is_allowed(key: str, value: Any) -> str:
-    """The allowed values of an option; empty for an option of a strategy, which its class
-    checks.
-    """
-    if key not in OPTIONS or not OPTIONS[key].kinds:
-        return ""
-    kinds, words = OPTIONS[key].kinds, OPTIONS[key].facts.allowed.words
-    proposal = (
-        f"; type {value:.0f}"
-        if int in kinds and isinstance(value, float) and value.is_integer()
-        else ""
-    )
-    return f"must be {OPTIONS[key].kind}{f', {words}' if words else ''}{proposal}"
+            known = key in OPTIONS and OPTIONS[key].kinds
+            yield f"{typed}: {OPTIONS[key].needs(value) if known else first_line(error)}"
 
 
 def _single_values(override: Override, known: dict[str, list[str]]) -> list[str]:

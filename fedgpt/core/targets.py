@@ -86,6 +86,38 @@ def call(option: str, cls: type, arguments: Mapping[str, Any]) -> Any:
         raise ConfigError(f"{option}: {cls.__name__} refused its options: {error}") from error
 
 
+def arguments_of(group: str, arguments: Any) -> Mapping[str, Any]:
+    """Return `arguments`, null as none; raises ConfigError where they are no mapping."""
+    if not isinstance(arguments, Mapping | None):
+        raise ConfigError(
+            f"{group}.arguments={arguments}: must be names and values, such as"
+            f" '{group}.arguments={{name: 1}}'"
+        )
+    return arguments or {}
+
+
+def custom_class(
+    group: str, base: type[Part], target: str | None, packages: Iterable[str]
+) -> type[Part]:
+    """Import the class `target` of `group=custom`, which must lie in one of the packages and
+    inherit from `base`; raises ConfigError.
+    """
+    if target is None:
+        raise ConfigError(
+            f"{group}._target_ is not set: {group}={CUSTOM} needs the full name of a class,"
+            f" {group}._target_=package.module.Class"
+        )
+    cls = load_class(group, str(target), packages)
+    interface = f"{base.__module__}.{base.__name__}"
+    if not issubclass(cls, base):
+        raise ConfigError(f"{group}._target_={target}: must inherit from {interface}")
+    if missing := sorted(getattr(cls, "__abstractmethods__", ())):
+        raise ConfigError(
+            f"{group}._target_={target}: must define {' and '.join(missing)}, as {interface} says"
+        )
+    return cls
+
+
 class Chosen(Protocol):
     """The options of a group: a dataclass with the member's name and these two fields."""
 
@@ -137,14 +169,9 @@ class Members(Generic[Part]):
 
     def build(self, options: Chosen, trusted: Iterable[str] = ()) -> Part:
         """Return the member that `options` choose; raises ConfigError."""
-        arguments = options.arguments or {}
-        if not isinstance(arguments, Mapping):
-            raise ConfigError(
-                f"{self.group}.arguments={arguments}: must be names and values, such as"
-                f" '{self.group}.arguments={{name: 1}}'"
-            )
+        arguments = arguments_of(self.group, options.arguments)
         if self.name_of(options) == CUSTOM:
-            cls = self._custom(options._target_, trusted)
+            cls = custom_class(self.group, self.base, options._target_, (self.folder, *trusted))
         elif options._target_ is not None:
             raise ConfigError(
                 f"{self.group}._target_={options._target_}: {self.group}={self.name_of(options)}"
@@ -196,21 +223,3 @@ class Members(Generic[Part]):
             if key in own
         ]
         return {key: given[key] for key in given if key in own and key in known}, problems
-
-    def _custom(self, target: str | None, trusted: Iterable[str]) -> type[Part]:
-        """Import the class `target`, which must inherit from the interface."""
-        if target is None:
-            raise ConfigError(
-                f"{self.group}._target_ is not set: {self.group}={CUSTOM} needs the full name of a"
-                f" class, {self.group}._target_=package.module.Class"
-            )
-        cls = load_class(self.group, target, (self.folder,), trusted)
-        interface = f"{self.base.__module__}.{self.base.__name__}"
-        if not issubclass(cls, self.base):
-            raise ConfigError(f"{self.group}._target_={target}: must inherit from {interface}")
-        if missing := sorted(getattr(cls, "__abstractmethods__", ())):
-            raise ConfigError(
-                f"{self.group}._target_={target}: must define {' and '.join(missing)}, as"
-                f" {interface} says"
-            )
-        return cls

@@ -47,6 +47,7 @@ ROBUST = [
 @pytest.mark.slow
 def test_every_strategy_of_conf_trains(world, finished):
     conf = {path.stem for path in (TESTS.parent / "conf" / "strategy").glob("*.yaml")}
+    conf.remove("custom")  # it needs a class from outside
     assert conf == {name.split()[0] for name in SYNCHRONOUS + ASYNCHRONOUS + ROBUST}
     buffer = " pace=buffer pace.clients=2 rounds=4"
     crowd = " partition=iid partition.clients=5 pace.clients=5"

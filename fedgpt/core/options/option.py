@@ -2,7 +2,7 @@
 
 A group of options is a subclass of `Group` whose fields are made by `option`. Hydra reads their
 types and defaults, `problems` the allowed values, and `fedgpt help` all of them. So each option is
-defined once.
+defined once. The fields of a strategy (aggregate/) are such options, too.
 
 >>> @dataclass
 ... class Oven(Group):
@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from math import inf, isfinite
-from types import NoneType
+from numbers import Integral, Real
+from types import NoneType, UnionType
 from typing import Any, ClassVar
 
 from fedgpt.core.errors import nearest
@@ -201,12 +202,28 @@ def value_problem(key: str, value: Any, allowed: Allowed) -> str:
     """The problem of one value, with the allowed values; empty if the value is allowed."""
     if value is None:
         return ""  # null is a matter of the type
-    if isinstance(value, float) and not isfinite(value):
+    whole = isinstance(value, Integral)  # which may be too large for isfinite
+    if isinstance(value, Real) and not whole and not isfinite(value):
         words = f", {allowed.words}" if allowed.words else ""
         return f"{key}={value}: must be a finite number{words}"
     if allowed.holds(value):
         return ""
     return f"{key}={value}: must be {allowed.words}{nearest(str(value), allowed.choices)}"
+
+
+def typed(value: Any) -> str:
+    """A value as it is typed on the command line.
+
+    >>> typed(None), typed(True), typed([1.0, 2])
+    ('null', 'true', '[1.0,2]')
+    """
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(map(typed, value))}]"
+    return str(value)
 
 
 @dataclass(frozen=True)
@@ -220,27 +237,89 @@ class Option:
     facts: Facts
 
     @property
+    def name(self) -> str:
+        """The key without its group."""
+        return self.key.rpartition(".")[2]
+
+    @property
     def kind(self) -> str:
         """The types in words, such as "a number or null"."""
         return " or ".join("null" if k is NoneType else KINDS[k] for k in self.kinds if k in NAMED)
+
+    def problem(self, value: Any) -> str:
+        """What is wrong with a value of any type; empty where it is right.
+
+        A type that is not in KINDS is not checked.
+        """
+        known = self.kinds and NAMED.issuperset(self.kinds)
+        if known and not any(is_a(value, kind) for kind in self.kinds):
+            return f"{self.key}={typed(value)}: {self.needs(value)}"
+        return value_problem(self.key, value, self.facts.allowed)
+
+    def needs(self, value: Any) -> str:
+        """Which type and values are allowed, for a value that has another type."""
+        words = self.facts.allowed.words
+        whole = int in self.kinds and isinstance(value, float) and value.is_integer()
+        proposal = f"; type {value:.0f}" if whole else ""
+        return f"must be {self.kind}{f', {words}' if words else ''}{proposal}"
 
 
 NAMED = {*KINDS, NoneType}
 
 
-def described(cls: type) -> Iterator[Option]:
+def is_a(value: Any, kind: Any) -> bool:
+    """Whether a value has this type of KINDS: whole numbers are numbers, true and false are not.
+
+    >>> is_a(1, float), is_a(True, float), is_a(1.0, int)
+    (True, False, False)
+    """
+    if kind in (int, float):
+        number = Integral if kind is int else Real
+        return isinstance(value, number) and not isinstance(value, bool)
+    return isinstance(value, typing.get_origin(kind) or kind)
+
+
+def described(cls: type[Any]) -> Iterator[Option]:
     """Every option of a group and of the groups below it, in the order of its fields."""
-    hints = typing.get_type_hints(cls)
-    for one in fields(cls):  # pyright: ignore[reportArgumentType]  # groups are dataclasses
-        hint = hints[one.name]
+    for one, hint in _typed_fields(cls):
         if is_dataclass(hint):
             yield from described(typing.cast(type, hint))
-            continue
-        default = one.default_factory() if callable(one.default_factory) else one.default
-        yield Option(
-            key=cls.key(one.name),  # pyright: ignore[reportAttributeAccessIssue]  # as above
-            group=cls.group,  # pyright: ignore[reportAttributeAccessIssue]
-            kinds=(hint,) if hint in KINDS else typing.get_args(hint),
-            default=None if default is MISSING else default,
-            facts=facts_of(one),
-        )
+        else:
+            yield _option_of(one, hint, cls.key(one.name), cls.group)
+
+
+def options_of(cls: type[Any]) -> Iterator[Option]:
+    """The options of a strategy's class, which is a dataclass that is no `Group`."""
+    for one, hint in _typed_fields(cls):
+        if one.init:
+            yield _option_of(one, hint, f"strategy.{one.name}", "strategy")
+
+
+def _option_of(one: Field[Any], hint: Any, key: str, group: str) -> Option:
+    default = one.default_factory() if callable(one.default_factory) else one.default
+    default = None if default is MISSING else default
+    return Option(key, group, _kinds(hint), default, facts_of(one))
+
+
+def _typed_fields(cls: type[Any]) -> Iterator[tuple[Field[Any], Any]]:
+    """The fields of a dataclass, each with its type."""
+    hints = _hints(cls)
+    return ((one, hints[one.name]) for one in fields(cls))
+
+
+def _hints(cls: type[Any]) -> dict[str, Any]:
+    """Field -> its type; where a type cannot be found, as its name is imported for type checkers
+    only, the fields whose types are single words of KINDS still have theirs.
+    """
+    try:
+        return typing.get_type_hints(cls)
+    except (NameError, AttributeError):
+        plain = {kind.__name__: kind for kind in (int, float, bool, str)}
+        return {one.name: plain.get(str(one.type), one.type) for one in fields(cls)}
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """The types that a value may have; none for a type that options have no words for."""
+    if typing.get_origin(hint) in (typing.Union, UnionType):
+        return typing.get_args(hint)
+    return (hint,) if hint in KINDS else ()
