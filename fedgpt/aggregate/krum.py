@@ -47,7 +47,7 @@ class Krum(Strategy):
     )
     keep: int = option(
         0,
-        "Number of updates that are averaged. 0 means all but the attackers; 1 is the original Krum.",
+        "Number of updates that are averaged. 0: all but the attackers; 1: the original Krum.",
         unit="updates",
         allowed=at_least(0, zero="all but the attackers"),
     )
