@@ -42,9 +42,6 @@ class Runtime(ABC):
     name: ClassVar[str]  # as in `runtime=name`
     summary: ClassVar[str]  # what the runtime is for, in one line of help
     limits: ClassVar[tuple[str, ...]] = ()  # what it cannot do, in sentences of help
-    # whether `start` runs the server in the process that calls it; otherwise the server writes its
-    # errors to the run folder's failure.json, where `start` finds them
-    in_process: ClassVar[bool] = False
     # whether clients have machines of their own: their work is then too expensive to repeat, so the
     # server keeps a journal of their replies
     real_clients: ClassVar[bool] = False
@@ -67,8 +64,9 @@ class Runtime(ABC):
         """Run `options` with `clients` clients to the end; return when the run folder is complete.
 
         `resources` are the processes, threads and GPUs to use. `environment` holds the variables
-        that client processes need. Raises FedGPTError where the run fails, and Interrupted after
-        SIGINT or SIGTERM.
+        that processes of the run need beside this process's own. A server in a process of its own
+        writes the error that ends the run to a file that they name (fedgpt/flower/failure.py).
+        Raises FedGPTError where the run fails, and Interrupted after SIGINT or SIGTERM.
         """
 
 

@@ -22,7 +22,6 @@ class InProcess(Runtime):
         "A client that crashes its process ends the run; runtime.watchdog does so for one that"
         " hangs.",
     )
-    in_process = True
 
     def start(
         self,

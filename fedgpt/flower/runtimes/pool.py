@@ -21,7 +21,6 @@ class Pool(Runtime):
         "A worker process trains one client at a time: with more clients than workers, the rest"
         " wait in a queue.",
     )
-    in_process = True
 
     def start(
         self,
