@@ -51,12 +51,12 @@ def unsafe(tree: ast.AST) -> list[str]:
         elif isinstance(node, ast.Call):
             keywords = {k.arg: k.value for k in node.keywords}
             name = dotted(node.func)
-            truths = [
-                k
-                for k in ("shell", "allow_pickle")
-                if isinstance(v := keywords.get(k), ast.Constant) and v.value
+            on = [
+                word
+                for word in ("shell", "allow_pickle")
+                if word in keywords and ast.unparse(keywords[word]) != "False"
             ]
-            found += [name] * (name in UNSAFE) + truths
+            found += [name] * (name in UNSAFE) + on
     return found
 
 
@@ -73,6 +73,7 @@ def test_nothing_unsafe_is_imported_or_called(source):
         "torch.load(x)",
         "eval('1')",
         "f(shell=True)",
+        "f(shell=wanted)",
         "f(a, allow_pickle=True)",
     ],
 )

@@ -28,7 +28,7 @@ class HeldOut:
     batches, each owner makes its scores of them.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # one for each part of an evaluation
         self,
         model: ModelOptions,
         examples: Examples,

@@ -48,18 +48,26 @@ def arguments(path: Path) -> dict[str, int]:
 
 
 def attributes(path: Path) -> dict[str, int]:
-    """Class -> number of different attributes that its methods set on self."""
+    """Class -> number of its attributes: the fields that it declares, as those of a dataclass, and
+    what its methods set on self. What belongs to the class (ClassVar) is not counted, nor what a
+    base class declares.
+    """
     found = {}
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ClassDef):
-            names = {
-                target.attr
+            declared = {
+                line.target.id
+                for line in node.body
+                if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
+                if "ClassVar" not in ast.unparse(line.annotation)
+            }
+            stored = {
+                inner.attr
                 for inner in ast.walk(node)
                 if isinstance(inner, ast.Attribute) and isinstance(inner.ctx, ast.Store)
-                for target in [inner]
-                if isinstance(target.value, ast.Name) and target.value.id == "self"
+                if isinstance(inner.value, ast.Name) and inner.value.id == "self"
             }
-            found[node.name] = len(names)
+            found[node.name] = len(declared | stored)
     return found
 
 
