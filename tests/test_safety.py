@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import os
 import re
 from pathlib import Path
@@ -133,3 +134,11 @@ def test_the_protocol_of_a_transport_is_what_the_loop_uses():
     used = set(re.findall(r"\btransport\.(\w+)", "\n".join(sources))) - {"Transport"}
     assert {"send", "receive", "now"} <= used
     assert used <= set(Transport.__annotations__) | set(vars(Transport))
+
+
+def test_the_example_of_a_transport_has_all_that_the_protocol_asks_for():
+    methods = {name for name, member in vars(Transport).items() if inspect.isfunction(member)}
+    public = {name for name in methods if not name.startswith("_")}
+    shown = set(re.findall(r"\.\.\.     (?:def )?(\w+)(?:\(self|\ =)", str(Transport.__doc__)))
+    assert {"virtual", "send", "close"} <= shown
+    assert shown - {"__init__"} == public | set(Transport.__annotations__)

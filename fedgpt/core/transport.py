@@ -1,7 +1,7 @@
-"""What the server loop needs of a network: the one seam between the engine and everything that
-carries messages.
+"""What the server needs of a network: the interface of everything that carries its messages.
 
-flower/ implements it over a Flower Grid; tests implement it over a script with virtual time.
+fedgpt/flower/grid_transport.py implements it over a Flower Grid, and tests over a script with
+virtual time.
 """
 
 from __future__ import annotations
@@ -13,8 +13,67 @@ from fedgpt.core.messages import ClientInfo, Job, Reply
 
 
 class Transport(Protocol):
-    """Clients, jobs out, replies in. Failures arrive as replies with an error, never as
-    exceptions.
+    """Sends jobs to clients and receives their replies; a failure is a reply with an error.
+
+    A transport for two clients in memory. Each does its job at once: its update is a tenth of the
+    model, where a real client trains.
+
+    >>> import json, time
+    >>> import numpy as np
+    >>> from fedgpt.core.messages import Plan
+    >>> class InMemory:
+    ...     virtual = False
+    ...     at_once = 1  # jobs are done one after the other
+    ...
+    ...     def __init__(self):
+    ...         self.replies = []
+    ...
+    ...     def clients(self, timeout):
+    ...         return [ClientInfo("ann", tokens=100), ClientInfo("bob", tokens=900)]
+    ...
+    ...     def available(self, client):
+    ...         return True
+    ...
+    ...     def send(self, jobs):
+    ...         for job in jobs:
+    ...             header, delta = json.dumps({"version": job.version}), job.params / 10
+    ...             self.replies.append(Reply(job.client, job.number, header, payload=delta))
+    ...
+    ...     def receive(self, timeout):
+    ...         received, self.replies = self.replies, []
+    ...         return received
+    ...
+    ...     def abandon(self, keys):
+    ...         unwanted = set(keys)
+    ...         self.replies = [
+    ...             reply for reply in self.replies if (reply.client, reply.number) not in unwanted
+    ...         ]
+    ...
+    ...     def bytes_down(self, job):
+    ...         return job.params.nbytes
+    ...
+    ...     def now(self):
+    ...         return time.monotonic()
+    ...
+    ...     def close(self):
+    ...         self.replies = []
+
+    One round of it. The server sends a job to every client:
+
+    >>> network = InMemory()
+    >>> params = np.float32([1, -2])
+    >>> plan = Plan("run", local_steps=1, tokens_done=0, tokens_per_step=64, tokens_total=640)
+    >>> jobs = [Job(info.id, 0, 0, params, plan) for info in network.clients(timeout=60)]
+    >>> network.send(jobs)
+
+    It has no use for bob's update any more, and receives the rest:
+
+    >>> network.abandon([("bob", 0)])
+    >>> for reply in network.receive(timeout=60):
+    ...     print(reply.client, reply.number, reply.header, reply.payload)
+    ann 0 {"version": 0} [ 0.1 -0.2]
+    >>> network.receive(timeout=0)
+    []
     """
 
     virtual: bool  # whether `now` is modelled time
@@ -22,8 +81,9 @@ class Transport(Protocol):
     at_once: int | None
 
     def clients(self, timeout: float) -> list[ClientInfo]:
-        """Everybody who can be sampled, sorted by id; waits up to `timeout` seconds for them to
-        appear.
+        """All clients that the server may choose from, sorted by id.
+
+        It waits up to `timeout` seconds for them to connect.
         """
         ...
 
@@ -32,23 +92,29 @@ class Transport(Protocol):
         ...
 
     def send(self, jobs: Sequence[Job]) -> None:
-        """Start jobs; returns at once. Jobs of one version share one `params` object, which is sent
-        once.
+        """Start jobs and return at once.
+
+        Jobs of one version share one `params` object, which need not be sent more than once.
         """
         ...
 
     def receive(self, timeout: float | None) -> list[Reply]:
-        """Replies that are there, each once; waits up to `timeout` seconds for the first (None:
-        until one comes).
+        """The replies that have arrived since the last call.
+
+        If there are none, it waits until one arrives, at most `timeout` seconds (None: without
+        limit), and may then return an empty list.
         """
         ...
 
     def abandon(self, keys: Iterable[tuple[str, int]]) -> None:
-        """Nobody wants the replies of these (client, task) any more; what can be stopped is."""
+        """Give up jobs, each named by its client and its number.
+
+        Their replies need not be delivered, and their work is stopped where that is possible.
+        """
         ...
 
     def bytes_down(self, job: Job) -> int:
-        """Size of the encoded message that carries `job`."""
+        """Size of the encoded message that carries `job`, in bytes."""
         ...
 
     def now(self) -> float:
