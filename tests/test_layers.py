@@ -240,6 +240,47 @@ def test_the_figures_can_be_printed():
     figures = measures.figures()
     assert float(figures["mean line width"]) < 60
     assert int(figures["widest line"].split()[0]) <= 100
+    assert {k.split()[-1] for k in figures if k.startswith("files of a new")} == set(
+        measures.FAMILIES
+    )
+
+
+@pytest.mark.parametrize("kind", measures.FAMILIES)
+def test_a_new_member_of_a_family_touches_few_files(kind):
+    """Its own files are those in the table of docs/extending.md; the source has no other list of
+    members than the commands'. Options that only some members have may name all of them.
+    """
+    guide = (PACKAGE.parent / "docs" / "extending.md").read_text()
+    (row,) = re.findall(rf"^\| \[{kind}\].*$", guide, re.M)
+    files = re.findall(r"`((?:fedgpt|conf)/[\w/.]+)`", row.split("|")[-2])
+    own = {len(paths) for paths in measures.members(kind).values()}
+    assert own == {len([file for file in files if "__init__" not in file])}
+    if len(measures.members(kind)) >= 3:
+        source = [f for f in measures.lists_of(kind) if f.startswith(("fedgpt/", "conf/"))]
+        allowed = {"command": ["fedgpt/cli/__init__.py"]}
+        options = [f"fedgpt/core/options/{measures.FAMILIES[kind][1]}.py"]
+        assert source in ([], options, allowed.get(kind))
+        assert len(measures.lists_of(kind)) <= 9
+
+
+def test_a_file_that_names_every_member_of_a_family_is_counted(tmp_path):
+    """A family of three, with a registry in the package and one in a test."""
+    package, conf = tmp_path / "fedgpt", tmp_path / "conf" / "corpus"
+    for folder in (package / "data" / "corpora", conf, tmp_path / "tests", tmp_path / "docs"):
+        folder.mkdir(parents=True)
+    for name in ("a", "b", "c"):
+        (package / "data" / "corpora" / f"{name}.py").touch()
+        (conf / f"{name}.yaml").touch()
+    (package / "data" / "corpora" / "base.py").touch()
+    (package / "registry.py").write_text("ALL = ['a', 'b', 'c']")
+    (package / "user.py").write_text("from fedgpt.data.corpora.a import A")
+    (tmp_path / "tests" / "test_all.py").write_text("'corpus=a', 'corpus=b', 'corpus=c'")
+    for name in ("README.md", "CONTRIBUTING.md"):
+        (tmp_path / name).write_text("`a` and `b`")
+    assert measures.lists_of("corpus", package) == ["fedgpt/registry.py", "tests/test_all.py"]
+    assert measures.touched("corpus", package) == (
+        "2 of its own, at most 1 source, 1 tests, 0 documents"
+    )
 
 
 def test_every_library_is_declared():
