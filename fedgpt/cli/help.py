@@ -105,6 +105,8 @@ def _group(group: str, names: list[str], config_dir: str | None) -> str:
             lines += _strategy_fields(choice)
         elif sets := _sets(choice):
             lines += _paragraph(f"Sets {sets}.", COLUMN, _dim)
+        if group == "runtime":
+            lines += _limits(choice)
     options = [one for one in OPTIONS.values() if one.group == group]
     return "\n".join(
         [*lines, *[""][: len(options)], *[line for one in options for line in _option(one)]]
@@ -129,6 +131,16 @@ def _strategy_fields(choice: Choice) -> Iterator[str]:
         if name != "_target_":
             meaning = choice.comments.get(name, "")
             yield from _row(f"    {key}={_typed(value)}", meaning, column=COLUMN + 14)
+
+
+def _limits(choice: Choice) -> Iterator[str]:
+    """What a built-in runtime cannot do; that of a user is not known here."""
+    from fedgpt.core.runtimes import RUNTIMES
+
+    name = choice.sets.get(RUNTIMES.key)
+    if name in RUNTIMES.names():
+        for limit in RUNTIMES.load(name).limits:
+            yield from _paragraph(limit, COLUMN)
 
 
 def _meaning(group: str) -> str:

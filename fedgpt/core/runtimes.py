@@ -24,24 +24,27 @@ class Runtime(ABC):
 
     >>> class Printing(Runtime):
     ...     name = "printing"
-    ...     summary = "prints how many clients a run would have"
     ...     limits = ("No client trains.",)
     ...
     ...     def problems(self, options, clients):
     ...         if clients > 3:
-    ...             yield f"runtime=printing: takes at most 3 clients, not {clients}"
+    ...             yield (
+    ...                 f"runtime=printing: takes at most 3 clients, not {clients}; take"
+    ...                 " runtime=pool"
+    ...             )
     ...
     ...     def start(self, options, clients, resources, environment):
     ...         print(f"{options.name}: {clients} clients")
     >>> Printing().start(RunOptions(name="test"), 2, None, {})
     test: 2 clients
     >>> list(Printing().problems(RunOptions(), 9))
-    ['runtime=printing: takes at most 3 clients, not 9']
+    ['runtime=printing: takes at most 3 clients, not 9; take runtime=pool']
     """
 
-    name: ClassVar[str]  # as in `runtime=name`
-    summary: ClassVar[str]  # what the runtime is for, in one line of help
-    limits: ClassVar[tuple[str, ...]] = ()  # what it cannot do, in sentences of help
+    name: ClassVar[str]  # as in `runtime=name`; that of a built-in runtime is its file's name
+    # what it cannot do, each a sentence that ends with a full stop. A built-in runtime has at least
+    # one, and `fedgpt help runtime` prints them.
+    limits: ClassVar[tuple[str, ...]] = ()
     # whether clients have machines of their own: their work is then too expensive to repeat, so the
     # server keeps a journal of their replies
     real_clients: ClassVar[bool] = False
@@ -49,7 +52,9 @@ class Runtime(ABC):
     def problems(self, options: RunOptions, clients: int) -> Iterator[str]:
         """Yield a message for each reason why the run cannot start here; `clients` is 0 if unknown.
 
-        It is called before data is prepared, and again when the number of clients is known.
+        A message begins with `runtime=` and the runtime's name, and ends with what to take instead,
+        such as `runtime=pool`. The method is called before data is prepared, and again when the
+        number of clients is known.
         """
         yield from ()
 

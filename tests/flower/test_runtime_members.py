@@ -28,7 +28,6 @@ def options_with(name: str, **fields: object) -> RunOptions:
 def test_a_runtime_has_the_name_of_its_file_and_help_in_sentences(name):
     runtime = runtime_of(options_with(name))
     assert runtime.name == name and isinstance(runtime, Runtime)
-    assert runtime.summary and "\n" not in runtime.summary and len(runtime.summary) <= 90
     assert runtime.limits and all(limit.endswith(".") for limit in runtime.limits)
 
 
@@ -121,7 +120,6 @@ class Logged(Runtime):
 
     file: str
     name = "logged"
-    summary = "one process, and a log of what was started"
 
     def problems(self, options, clients):
         if clients > 5:

@@ -15,7 +15,6 @@ class InProcess(Runtime):
     """Each job runs in the thread of the server's loop, when the server waits for a reply."""
 
     name = "inprocess"
-    summary = "server and clients in one process, one client after the other: for debuggers, tests"
     limits = (
         "It uses one process and at most one GPU.",
         "Only one client trains at a time; a deadline takes effect when that client is done.",
