@@ -15,6 +15,7 @@ from fedgpt.cli import COMMANDS, help
 from fedgpt.config import choices
 from fedgpt.config.choices import groups
 from fedgpt.core.options import OPTIONS
+from fedgpt.core.runtimes import RUNTIMES
 
 
 def fedgpt(*arguments: str, cwd=None) -> subprocess.CompletedProcess[str]:
@@ -24,16 +25,19 @@ def fedgpt(*arguments: str, cwd=None) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_help_imports_nothing_heavy_and_lists_the_groups():
+@pytest.mark.parametrize("typed", ["--help", "help run"])
+def test_help_imports_nothing_heavy_and_lists_the_groups(typed):
     code = (
-        "import sys; sys.argv = ['fedgpt', '--help']; from fedgpt.__main__ import main; main();"
+        f"import sys; sys.argv = {['fedgpt', *typed.split()]};"
+        "from fedgpt.__main__ import main; main();"
         "heavy = {'torch', 'flwr', 'hydra', 'numpy', 'rich', 'omegaconf'} & set(sys.modules);"
         "assert not heavy, heavy"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60
     )
-    for word in (*[c.usage for c in COMMANDS.values()], "diloco", "superlink", "resume=FOLDER"):
+    usages = [c.usage for c in COMMANDS.values()] if typed == "--help" else []
+    for word in (*usages, "diloco", "superlink", "resume=FOLDER"):
         assert word in done.stdout
 
 
@@ -132,6 +136,13 @@ def test_help_shows_a_users_own_strategies_without_importing_them(tmp_path, caps
     text = helped(capsys, "strategy", f"--config-dir={tmp_path}")
     assert "Sets strategy._target_=no_such.Rule, strategy.eta=0.3." in text
     assert "      strategy.eta=0.1                number, above 0" in text
+
+
+def test_help_says_what_each_runtime_cannot_do(capsys):
+    text = " ".join(helped(capsys, "runtime").split())
+    assert "runtime=custom" in text
+    for name in RUNTIMES.names():
+        assert " ".join(RUNTIMES.load(name).limits) in text, name
 
 
 def test_help_of_an_unknown_word_names_the_nearest_one(capsys):

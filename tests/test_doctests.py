@@ -14,6 +14,7 @@ MODULES = ["fedgpt", *(found.name for found in pkgutil.walk_packages(fedgpt.__pa
 # module -> the least number of its examples
 EXAMPLES = {
     "fedgpt.core.seeds": 1,
+    "fedgpt.core.transport": 12,
     "fedgpt.client.state": 1,
     "fedgpt.report.progress": 4,
 }

@@ -53,21 +53,37 @@ LIBRARIES = {
 }
 MODULES = measures.modules()
 MOST_ARGUMENTS, MOST_ATTRIBUTES, MOST_IMPORTS = 6, 15, 15
-# what may exceed a limit, and why
+# what may exceed a limit -> up to which number, and why
 EXCEPTIONS = {
-    "assemble.py": "puts a run together, so it imports the parts of a run",
-    "server/loop.py": "the loop calls one file for each concern of the server",
-    "client/work.py": "puts a job together, so it imports the parts of a job",
-    "audit/attacks.py": "attacks the production code of clients and of the server",
-    "core/options/__init__.py": "one import for each group of options",
-    "core/options/run.py": "one import for each group of options",
-    "model/generate.py:generate": "the arguments of generate in transformers",
-    "local/trainer.py:Trainer.__init__": "one buffer for each of its parts",
-    "evaluate/held_out.py:HeldOut.__init__": "one argument for each part of an evaluation",
+    "assemble.py": (35, "puts a run together, so it imports the parts of a run"),
+    "server/loop.py": (18, "the loop calls one file for each concern of the server"),
+    "client/work.py": (22, "puts a job together, so it imports the parts of a job"),
+    "audit/attacks.py": (23, "attacks the production code of clients and of the server"),
+    "core/options/__init__.py": (17, "one import for each group of options"),
+    "core/options/run.py": (16, "one import for each group of options"),
+    "core/options/run.py:RunOptions": (28, "one field for each group and each option of a run"),
+    "model/generate.py:generate": (10, "the arguments of generate in transformers"),
+    "local/trainer.py:Trainer.__init__": (7, "one buffer for each of its parts"),
+    "evaluate/held_out.py:HeldOut.__init__": (7, "one argument for each part of an evaluation"),
+}
+# the only files that import a module whose name they compute: no rule here sees such an import
+BY_NAME = {
+    "core/targets.py": "classes that the user names, from an allow-list",
+    "cli/__init__.py": "the file of the command that was typed",
+    "flower/pool/worker.py": "the ClientApp that the pool was given",
+}
+IMPORTERS = {
+    *("import_module", "__import__", "exec_module", "load_module", "resolve_name"),
+    *("run_module", "run_path"),
 }
 every_module = pytest.mark.parametrize(
     "path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE))
 )
+
+
+def limit(what: str, limit_of_all: int) -> int:
+    """The limit of a file, or of a function or class in it, `file:name`."""
+    return EXCEPTIONS.get(what, (limit_of_all, ""))[0]
 
 
 def room(path: Path) -> str:
@@ -90,16 +106,82 @@ def imports(path: Path) -> list[tuple[str, bool]]:
     return found
 
 
+def room_of(module: str) -> str | None:
+    """The room of an imported module; None if it is of another package.
+
+    What `fedgpt` itself exports, as in `from fedgpt import run`, is of its __init__.py, which is
+    below all; its version is a constant that every room may use.
+    """
+    package, _, inside = module.partition(".")
+    if package != "fedgpt" or inside == "__version__":
+        return None
+    first = inside.partition(".")[0]
+    return first if first in LAYER_OF else "__init__"
+
+
+def test_every_room_has_a_layer_and_every_layer_its_rooms():
+    assert {room(path) for path in MODULES} == set(LAYER_OF)
+
+
 @every_module
 def test_a_file_imports_only_from_the_layers_above_it(path):
     own = room(path)
     for name, _ in imports(path):
-        other = name.split(".")[1] if name.startswith("fedgpt.") else None
-        if other in LAYER_OF and other != own:
+        other = room_of(name)
+        if other is not None and other != own:
             assert LAYER_OF[other] < LAYER_OF[own], (
                 f"{path.relative_to(PACKAGE)} imports {name}, but {own}/ is built before {other}/:"
                 " see the top of this file for what to do"
             )
+
+
+@pytest.mark.parametrize(
+    "module, found",
+    [
+        ("fedgpt.server.loop", "server"),
+        ("fedgpt.server", "server"),
+        ("fedgpt.run", "__init__"),
+        ("fedgpt", "__init__"),
+        ("fedgpt.__version__", None),
+        ("fedgpts.server", None),
+    ],
+)
+def test_the_room_of_an_import_is_known(module, found):
+    assert room_of(module) == found
+
+
+def importers(tree: ast.AST) -> set[str]:
+    """Functions in a file that import a module by name."""
+    mentioned = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name):
+            mentioned.add(node.id)
+        elif isinstance(node, ast.Attribute):
+            mentioned.add(node.attr)
+        elif isinstance(node, ast.ImportFrom):
+            mentioned |= {alias.name for alias in node.names}
+    return mentioned & IMPORTERS
+
+
+@every_module
+def test_a_module_is_imported_by_name_in_few_files_only(path):
+    file = str(path.relative_to(PACKAGE))
+    assert bool(importers(ast.parse(path.read_text()))) == (file in BY_NAME), (
+        f"{file}: write an import statement, which the rules in this file can check"
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "import importlib\nimportlib.import_module('fedgpt.server')",
+        "from importlib import import_module as load",
+        "__import__('fedgpt.server')",
+        "f = __import__",
+    ],
+)
+def test_imports_by_name_are_found(text):
+    assert importers(ast.parse(text))
 
 
 @every_module
@@ -118,18 +200,39 @@ def test_arguments_attributes_and_imports_are_within_their_limits(path):
     """At most 6 arguments a function, 15 attributes a class, 15 internal imports a file."""
     file = str(path.relative_to(PACKAGE))
     for name, count in measures.arguments(path).items():
-        assert count <= MOST_ARGUMENTS or f"{file}:{name}" in EXCEPTIONS, (
+        assert count <= limit(f"{file}:{name}", MOST_ARGUMENTS), (
             f"{file}: {name} has {count} arguments; bundle those that belong together"
         )
     for name, count in measures.attributes(path).items():
-        assert count <= MOST_ATTRIBUTES or f"{file}:{name}" in EXCEPTIONS, (
+        assert count <= limit(f"{file}:{name}", MOST_ATTRIBUTES), (
             f"{file}: {name} has {count} attributes; split it by what changes together"
         )
     count = len(measures.internal_imports(path))
-    assert count <= MOST_IMPORTS or file in EXCEPTIONS, (
+    assert count <= limit(file, MOST_IMPORTS), (
         f"{file} imports {count} modules of this package; it does more than one thing"
     )
     assert ast.get_docstring(ast.parse(path.read_text())), f"{file}: say what the module is for"
+
+
+def test_every_exception_is_as_small_as_it_can_be_and_needed():
+    found = {}
+    for path in MODULES:
+        file = str(path.relative_to(PACKAGE))
+        counted = [
+            ({file: len(measures.internal_imports(path))}, MOST_IMPORTS),
+            ({f"{file}:{k}": n for k, n in measures.arguments(path).items()}, MOST_ARGUMENTS),
+            ({f"{file}:{k}": n for k, n in measures.attributes(path).items()}, MOST_ATTRIBUTES),
+        ]
+        found |= {k: n for table, most in counted for k, n in table.items() if n > most}
+    assert found == {what: most for what, (most, _) in EXCEPTIONS.items()}
+
+
+def test_fields_of_a_dataclass_and_attributes_of_self_are_counted(tmp_path):
+    (tmp_path / "m.py").write_text(
+        "class A:\n    a: int\n    b: ClassVar[int] = 1\n    c: list[int] = field()\n"
+        "    def f(self):\n        self.a = self.d = 1\n"
+    )
+    assert measures.attributes(tmp_path / "m.py") == {"A": 3}
 
 
 def test_the_figures_can_be_printed():
@@ -137,6 +240,47 @@ def test_the_figures_can_be_printed():
     figures = measures.figures()
     assert float(figures["mean line width"]) < 60
     assert int(figures["widest line"].split()[0]) <= 100
+    assert {k.split()[-1] for k in figures if k.startswith("files of a new")} == set(
+        measures.FAMILIES
+    )
+
+
+@pytest.mark.parametrize("kind", measures.FAMILIES)
+def test_a_new_member_of_a_family_touches_few_files(kind):
+    """Its own files are those in the table of docs/extending.md; the source has no other list of
+    members than the commands'. Options that only some members have may name all of them.
+    """
+    guide = (PACKAGE.parent / "docs" / "extending.md").read_text()
+    (row,) = re.findall(rf"^\| \[{kind}\].*$", guide, re.M)
+    files = re.findall(r"`((?:fedgpt|conf)/[\w/.]+)`", row.split("|")[-2])
+    own = {len(paths) for paths in measures.members(kind).values()}
+    assert own == {len([file for file in files if "__init__" not in file])}
+    if len(measures.members(kind)) >= 3:
+        source = [f for f in measures.lists_of(kind) if f.startswith(("fedgpt/", "conf/"))]
+        allowed = {"command": ["fedgpt/cli/__init__.py"]}
+        options = [f"fedgpt/core/options/{measures.FAMILIES[kind][1]}.py"]
+        assert source in ([], options, allowed.get(kind))
+        assert len(measures.lists_of(kind)) <= 9
+
+
+def test_a_file_that_names_every_member_of_a_family_is_counted(tmp_path):
+    """A family of three, with a registry in the package and one in a test."""
+    package, conf = tmp_path / "fedgpt", tmp_path / "conf" / "corpus"
+    for folder in (package / "data" / "corpora", conf, tmp_path / "tests", tmp_path / "docs"):
+        folder.mkdir(parents=True)
+    for name in ("a", "b", "c"):
+        (package / "data" / "corpora" / f"{name}.py").touch()
+        (conf / f"{name}.yaml").touch()
+    (package / "data" / "corpora" / "base.py").touch()
+    (package / "registry.py").write_text("ALL = ['a', 'b', 'c']")
+    (package / "user.py").write_text("from fedgpt.data.corpora.a import A")
+    (tmp_path / "tests" / "test_all.py").write_text("'corpus=a', 'corpus=b', 'corpus=c'")
+    for name in ("README.md", "CONTRIBUTING.md"):
+        (tmp_path / name).write_text("`a` and `b`")
+    assert measures.lists_of("corpus", package) == ["fedgpt/registry.py", "tests/test_all.py"]
+    assert measures.touched("corpus", package) == (
+        "2 of its own, at most 1 source, 1 tests, 0 documents"
+    )
 
 
 def test_every_library_is_declared():
@@ -160,32 +304,6 @@ def test_every_library_is_declared():
 
 def canonical(distribution: str) -> str:
     return re.sub(r"[-_.]+", "-", distribution).lower()
-
-
-def test_strategies_and_configuration_are_free_of_torch():
-    rooms = [*PACKAGE.glob("aggregate/*.py"), *PACKAGE.glob("core/*.py")]
-    for path in [*rooms, *PACKAGE.glob("config/*.py")]:
-        top = {name.split(".")[0] for name, at_top in imports(path) if at_top}
-        assert "torch" not in top, path
-
-
-@every_module
-def test_nothing_unsafe_is_called(path):
-    banned = {"eval", "exec", "torch.load", "yaml.load", "pickle.load", "pickle.loads", "os.system"}
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call):
-            assert ast.unparse(node.func) not in banned, f"{path}:{node.lineno}"
-            for keyword in node.keywords:
-                assert (
-                    keyword.arg not in ("allow_pickle", "shell")
-                    or ast.unparse(keyword.value) == "False"
-                )
-    assert not {name.split(".")[0] for name, _ in imports(path)} & {
-        "pickle",
-        "dill",
-        "cloudpickle",
-        "marshal",
-    }
 
 
 def test_strategies_options_and_configuration_are_free_of_torch():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import os
 import re
 from pathlib import Path
@@ -51,12 +52,12 @@ def unsafe(tree: ast.AST) -> list[str]:
         elif isinstance(node, ast.Call):
             keywords = {k.arg: k.value for k in node.keywords}
             name = dotted(node.func)
-            truths = [
-                k
-                for k in ("shell", "allow_pickle")
-                if isinstance(v := keywords.get(k), ast.Constant) and v.value
+            on = [
+                word
+                for word in ("shell", "allow_pickle")
+                if word in keywords and ast.unparse(keywords[word]) != "False"
             ]
-            found += [name] * (name in UNSAFE) + truths
+            found += [name] * (name in UNSAFE) + on
     return found
 
 
@@ -73,6 +74,7 @@ def test_nothing_unsafe_is_imported_or_called(source):
         "torch.load(x)",
         "eval('1')",
         "f(shell=True)",
+        "f(shell=wanted)",
         "f(a, allow_pickle=True)",
     ],
 )
@@ -132,3 +134,11 @@ def test_the_protocol_of_a_transport_is_what_the_loop_uses():
     used = set(re.findall(r"\btransport\.(\w+)", "\n".join(sources))) - {"Transport"}
     assert {"send", "receive", "now"} <= used
     assert used <= set(Transport.__annotations__) | set(vars(Transport))
+
+
+def test_the_example_of_a_transport_has_all_that_the_protocol_asks_for():
+    methods = {name for name, member in vars(Transport).items() if inspect.isfunction(member)}
+    public = {name for name in methods if not name.startswith("_")}
+    shown = set(re.findall(r"\.\.\.     (?:def )?(\w+)(?:\(self|\ =)", str(Transport.__doc__)))
+    assert {"virtual", "send", "close"} <= shown
+    assert shown - {"__init__"} == public | set(Transport.__annotations__)

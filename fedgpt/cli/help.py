@@ -113,6 +113,8 @@ def _group(group: str, names: list[str], config_dir: str | None) -> str:
             lines += [line for one in own for line in _option(one, indent=4)]
         elif sets := _sets(choice):
             lines += _paragraph(f"Sets {sets}.", COLUMN, _dim)
+        if group == "runtime":
+            lines += _limits(choice)
     options = [one for one in OPTIONS.values() if one.group == group]
     return "\n".join(
         [*lines, *[""][: len(options)], *[line for one in options for line in _option(one)]]
@@ -151,6 +153,16 @@ def _options_of_strategies(config_dir: str | None) -> dict[str, list[Option]]:
             names = alike[shown].facts.only_with if shown in alike else ()
             alike[shown] = replace(one, facts=replace(one.facts, only_with=(*names, name)))
     return {key: list(alike.values()) for key, alike in found.items()}
+
+
+def _limits(choice: Choice) -> Iterator[str]:
+    """What a built-in runtime cannot do; that of a user is not known here."""
+    from fedgpt.core.runtimes import RUNTIMES
+
+    name = choice.sets.get(RUNTIMES.key)
+    if name in RUNTIMES.names():
+        for limit in RUNTIMES.load(name).limits:
+            yield from _paragraph(limit, COLUMN)
 
 
 def _meaning(group: str) -> str:

@@ -24,27 +24,27 @@ class Runtime(ABC):
 
     >>> class Printing(Runtime):
     ...     name = "printing"
-    ...     summary = "prints how many clients a run would have"
     ...     limits = ("No client trains.",)
     ...
     ...     def problems(self, options, clients):
     ...         if clients > 3:
-    ...             yield f"runtime=printing: takes at most 3 clients, not {clients}"
+    ...             yield (
+    ...                 f"runtime=printing: takes at most 3 clients, not {clients}; take"
+    ...                 " runtime=pool"
+    ...             )
     ...
     ...     def start(self, options, clients, resources, environment):
     ...         print(f"{options.name}: {clients} clients")
     >>> Printing().start(RunOptions(name="test"), 2, None, {})
     test: 2 clients
     >>> list(Printing().problems(RunOptions(), 9))
-    ['runtime=printing: takes at most 3 clients, not 9']
+    ['runtime=printing: takes at most 3 clients, not 9; take runtime=pool']
     """
 
-    name: ClassVar[str]  # its name in `runtime=name`
-    summary: ClassVar[str]  # its purpose, in one line of help
-    limits: ClassVar[tuple[str, ...]] = ()  # its limitations, in sentences of help
-    # whether `start` runs the server in the process that calls it; otherwise the server writes its
-    # errors to the run folder's failure.json, where `start` finds them
-    in_process: ClassVar[bool] = False
+    name: ClassVar[str]  # as in `runtime=name`; that of a built-in runtime is its file's name
+    # its limitations, each a sentence that ends with a full stop. A built-in runtime has at least
+    # one, and `fedgpt help runtime` prints them.
+    limits: ClassVar[tuple[str, ...]] = ()
     # whether clients have their own machines: the server then keeps a journal of their replies, so
     # that no work is repeated
     real_clients: ClassVar[bool] = False
@@ -52,7 +52,9 @@ class Runtime(ABC):
     def problems(self, options: RunOptions, clients: int) -> Iterator[str]:
         """Yield a message for each reason why the run cannot start here; `clients` is 0 if unknown.
 
-        It is called before data is prepared, and again when the number of clients is known.
+        A message begins with `runtime=` and the runtime's name, and ends with what to take instead,
+        such as `runtime=pool`. The method is called before data is prepared, and again when the
+        number of clients is known.
         """
         yield from ()
 
@@ -67,8 +69,9 @@ class Runtime(ABC):
         """Run `options` with `clients` clients to the end; return when the run folder is complete.
 
         `resources` are the processes, threads and GPUs to use. `environment` contains the variables
-        that client processes need. Raises FedGPTError if the run fails, and Interrupted after
-        SIGINT or SIGTERM.
+        that the run's processes need besides this process's own. A server in a separate process
+        writes the error that ends the run to a file that they name (fedgpt/flower/failure.py).
+        Raises FedGPTError if the run fails, and Interrupted after SIGINT or SIGTERM.
         """
 
 

@@ -28,7 +28,7 @@ class HeldOut:
     compute their scores from the sums over all batches.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # one for each part of an evaluation
         self,
         model: ModelOptions,
         examples: Examples,

@@ -9,8 +9,8 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedgpt.client.work import ClientWork
-from fedgpt.core.errors import FedGPTError
-from fedgpt.flower.messages import info_content, read_job, update_content
+from fedgpt.core.errors import ConfigError, FedGPTError
+from fedgpt.flower.messages import info_content, read_job, refusal_content, update_content
 from fedgpt.flower.run_config import options_of
 
 app = ClientApp()
@@ -30,8 +30,11 @@ _works: dict[str, ClientWork] = {}
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """Reply with the client of this node."""
-    work, index = _work(context)
+    """Answer which client this node is, or why it cannot read the options of the run."""
+    try:
+        work, index = _work(context)
+    except ConfigError as error:
+        return Message(refusal_content(error.problems), reply_to=message)
     return Message(info_content(work.info(index), work.prepared.digest), reply_to=message)
 
 

@@ -13,7 +13,7 @@ import httpx
 from flwr.app import ArrayRecord, Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fedgpt.core.errors import FedGPTError, StoppedEarly
+from fedgpt.core.errors import ConfigError, FedGPTError, StoppedEarly
 from fedgpt.core.messages import ClientInfo, Job, JobTime, Reply
 from fedgpt.flower.local_grid import LocalGrid
 from fedgpt.flower.messages import (
@@ -240,6 +240,8 @@ def _introduced(message: Message | Exception, node: int) -> tuple[ClientInfo, st
         if not message.has_error():
             return read_info(message)
         reason = message.error.reason
+    except ConfigError as error:
+        raise ConfigError(f"node {node}: {problem}" for problem in error.problems) from error
     except Exception as error:  # a malformed answer may raise any exception
         reason = f"its answer cannot be read ({type(error).__name__})"
     raise FedGPTError(f"node {node} did not report its client: {reason}")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 from fedgpt.config.compose import refuse_another_run
 from fedgpt.core.errors import ConfigError
@@ -10,6 +12,7 @@ from fedgpt.core.options import RunOptions
 from fedgpt.core.resources import Resources, resources_for
 from fedgpt.core.runtimes import runtime_of
 from fedgpt.data.shards import load_shards
+from fedgpt.flower.failure import FAILURE_FILE
 
 FLOWER_ENV = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -38,8 +41,25 @@ def launch(options: RunOptions) -> None:
 
 
 def client_environment(options: RunOptions, resources: Resources) -> dict[str, str]:
-    """Environment variables of client processes: thread counts, and the folder of their state."""
+    """Environment variables of the processes of a run: thread counts, paths, Flower's settings.
+
+    They can import what this process can, such as the classes in a user's folder.
+    """
     pools = dict.fromkeys(
         ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(resources.threads)
     )
-    return {**FLOWER_ENV, **pools, **KEEP_HEAP, "FEDGPT_STATE_DIR": f"{options.run_dir}/clients"}
+    paths = {
+        "PYTHONPATH": import_path(),
+        "FEDGPT_STATE_DIR": f"{options.run_dir}/clients",
+        FAILURE_FILE: f"{options.run_dir}/failure.json",
+    }
+    return {**FLOWER_ENV, **pools, **KEEP_HEAP, **paths}
+
+
+def import_path() -> str:
+    """A PYTHONPATH with which a child process finds every module where this process finds it.
+
+    It is all of `sys.path`, in its order: with the folder of a user's classes alone, which the
+    command line has at the end, a file there could take the place of a module of Python's own.
+    """
+    return os.pathsep.join(str(Path(entry).absolute()) for entry in sys.path)

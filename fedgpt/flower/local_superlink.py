@@ -19,8 +19,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from fedgpt.config.compose import to_yaml
-from fedgpt.core.errors import ConfigError, FedGPTError, Interrupted, StoppedEarly
+from fedgpt.core.errors import FedGPTError, Interrupted
 from fedgpt.core.options import RunOptions
+from fedgpt.flower.failure import FAILURE_FILE, raise_failure
 from fedgpt.flower.grid_transport import STOP_FILE
 from fedgpt.flower.processes import child
 
@@ -81,7 +82,7 @@ class LocalSuperLink:
     def submit(self, options: RunOptions, extra: Sequence[str] = ()) -> None:
         """`flwr run` with `extra` arguments; its log goes to this process's output.
 
-        Raises the error that the server wrote to failure.json, if any.
+        Raises the error that the server wrote for the launcher, if any.
         """
         app = self._home / "app"
         app.mkdir()
@@ -92,9 +93,9 @@ class LocalSuperLink:
         (self._home / "config.toml").write_text(
             f'[superlink.fedgpt]\naddress = "127.0.0.1:{self._port}"\ninsecure = true\n'
         )
-        folder = Path(options.run_dir)
-        for name in ("summary.json", "failure.json"):
-            (folder / name).unlink(missing_ok=True)
+        folder, failure = Path(options.run_dir), Path(self._environment[FAILURE_FILE])
+        for path in (folder / "summary.json", failure):
+            path.unlink(missing_ok=True)
         command = ["flwr", "run", str(app), "fedgpt", "--stream", *extra]
         command += ["--run-config", str(self._home / "run.toml")]
         with child(command, self._environment, log=None) as process:
@@ -110,7 +111,8 @@ class LocalSuperLink:
                     time.sleep(0.1)
                 if not (folder / "summary.json").exists():
                     raise
-        _raise_failure(folder)
+        raise_failure(failure)
+        _refuse_unfinished(folder)
 
     def _start(self, command: Sequence[str], more: Mapping[str, str]) -> None:
         log = self._home / f"{command[0]}-{time.monotonic_ns()}.log"
@@ -135,17 +137,16 @@ def local_superlink(
         raise
 
 
-def _raise_failure(folder: Path) -> None:
-    """Raise the error with which the run in `folder` failed, if any."""
-    if (folder / "failure.json").exists():
-        failure = json.loads((folder / "failure.json").read_text())
-        kinds = {"ConfigError": ConfigError, "StoppedEarly": StoppedEarly}
-        raise kinds.get(failure["kind"], FedGPTError)(failure["message"])
-    if not (folder / "summary.json").exists():
-        raise FedGPTError(
-            "Flower ended before the end of the run (its log is above); continue with:"
-            f" fedgpt run resume={folder}"
-        )
+def _refuse_unfinished(folder: Path) -> None:
+    """Raise FedGPTError if the run in `folder` did not end, for a reason that only Flower knows."""
+    if (folder / "summary.json").exists():
+        return
+    if not (folder / "config.yaml").exists():
+        raise FedGPTError("Flower ended before the run began; its log is above")
+    raise FedGPTError(
+        "Flower ended before the end of the run (its log is above); continue with:"
+        f" fedgpt run resume={folder}"
+    )
 
 
 def _wait_until_healthy(port: int, home: Path) -> None:

@@ -6,14 +6,14 @@ A message contains one array, because its cost in Flower grows with the number o
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode, SType
 
-from fedgpt.core.errors import UpdateRejected
+from fedgpt.core.errors import ConfigError, UpdateRejected
 from fedgpt.core.messages import ClientInfo, Job, Reply, plan_as_json, plan_of_json
 from fedgpt.flower.pool.shared_memory import NdArray, array_record
 from fedgpt.update.codecs.bf16 import BF16
@@ -104,8 +104,21 @@ def info_content(info: ClientInfo, digest: str) -> RecordDict:
     return RecordDict({"size": about, "who": ConfigRecord({"id": info.id, "digest": digest})})
 
 
+def refusal_content(problems: Sequence[str]) -> RecordDict:
+    """The answer to the server's first query of a client that cannot use the run's options."""
+    return RecordDict({"refused": ConfigRecord({"problems": list(problems)})})
+
+
 def read_info(message: Message) -> tuple[ClientInfo, str]:
-    """(client, digest of its data) from the answer to a query."""
+    """(client, digest of its data) from the answer to a query.
+
+    Raises ConfigError where the client refuses the run's options.
+    """
+    if "refused" in message.content:
+        problems = message.content.config_records["refused"]["problems"]
+        if not isinstance(problems, list) or not problems:
+            raise TypeError("a refusal without problems")
+        raise ConfigError(str(problem)[:MOST_REASON] for problem in problems)
     who, size = message.content.config_records["who"], message.content.metric_records["size"]
     return ClientInfo(str(who["id"]), int(str(size["tokens"]))), str(who["digest"])
 

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-from contextlib import suppress
-from pathlib import Path
-
 from flwr.app import Context, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp import Grid, ServerApp
 
 from fedgpt.core.errors import FedGPTError
-from fedgpt.core.files import write_text
 from fedgpt.core.options import RunOptions
-from fedgpt.core.runtimes import runtime_of
+from fedgpt.flower.failure import write_failure
 from fedgpt.flower.run_config import options_of, run_config_of
 from fedgpt.flower.serve import serve
 
@@ -24,19 +19,14 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run to the last version.
 
-    The run folder then contains all results. If the run fails in a separate process, the folder
-    contains failure.json with the reason, which the launcher reads.
+    The run folder then contains all results. If the run fails, the reason is written for a launcher
+    that waits in another process, which shows it; without a launcher the error is raised.
     """
-    options = options_of(context.run_config)
     try:
-        serve(options, grid)
+        serve(options_of(context.run_config), grid)
     except FedGPTError as error:
-        if runtime_of(options).in_process:
+        if not write_failure(error):
             raise
-        failure = {"kind": type(error).__name__, "message": str(error)}
-        with suppress(OSError):  # the disk may be full
-            write_text(Path(options.run_dir) / "failure.json", json.dumps(failure) + "\n")
-        raise
 
 
 def run_on(grid: Grid, options: RunOptions) -> None:

@@ -49,7 +49,7 @@ class Trainer:
     parameter vector.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913  # one buffer for each of its parts
         self,
         model: ModelOptions,
         vocab_size: int,

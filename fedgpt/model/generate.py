@@ -10,7 +10,7 @@ from torch import Tensor
 from fedgpt.model.gpt import GPT, KVCache
 
 
-def generate(
+def generate(  # noqa: PLR0913  # those of generate in transformers
     model: GPT,
     prompt_ids: Sequence[int],
     max_new_tokens: int,

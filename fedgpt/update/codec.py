@@ -78,6 +78,10 @@ def compress(delta: np.ndarray, codec: Codec) -> np.ndarray:
 
 def header_of(run: str, update: Update, payload: np.ndarray, codec: Codec) -> str:
     """Return the header that belongs to a payload."""
+    # "task" is the number of the job: jobs were called tasks when the format was made. The name
+    # stays, here, in the message of a job (flower/messages.py) and in the file names of a client's
+    # state (client/state.py), because running clients and saved state know it. It has nothing to
+    # do with a run's task (fedgpt/tasks).
     header = {
         "format": FORMAT,
         "run": run,

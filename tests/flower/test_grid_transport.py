@@ -14,10 +14,10 @@ from flwr.app.message import make_message
 from flwr.common.constant import ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedgpt.core.errors import FedGPTError, StoppedEarly
+from fedgpt.core.errors import ConfigError, FedGPTError, StoppedEarly
 from fedgpt.core.messages import ClientInfo, Job, Plan
 from fedgpt.flower.grid_transport import ATTEMPTS, STOP_FILE, GridTransport
-from fedgpt.flower.messages import info_content, read_job, update_content
+from fedgpt.flower.messages import info_content, read_job, refusal_content, update_content
 
 DIED, RAISED = ErrorCode.CLIENT_APP_CRASHED, ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
@@ -184,8 +184,9 @@ def test_nodes_answer_which_client_they_are():
                 "size": MetricRecord({"tokens": 0.5}),
             }
         ),
+        refusal_content([]),
     ],
-    ids=["empty", "without tokens", "half a token"],
+    ids=["empty", "without tokens", "half a token", "no problem"],
 )
 def test_the_error_for_an_unreadable_answer_names_the_node(answer):
     made = GridTransport(Asked({8: answer}), 1, "digest")
@@ -193,6 +194,16 @@ def test_the_error_for_an_unreadable_answer_names_the_node(answer):
         FedGPTError, match=r"node 8 did not report its client: its answer cannot be read"
     ):
         made.clients(timeout=1)
+
+
+def test_a_client_that_cannot_use_the_options_says_why():
+    refusal = refusal_content(["corpus._target_=mine.Poems: cannot import mine", "x" * 1000])
+    made = GridTransport(Asked({8: refusal}), 1, "digest")
+    with pytest.raises(ConfigError) as caught:
+        made.clients(timeout=1)
+    first, second = caught.value.problems
+    assert first == "node 8: corpus._target_=mine.Poems: cannot import mine"
+    assert len(second) < 600, "a client chooses the text"
 
 
 def test_the_error_for_missing_clients_says_how_many_connected():

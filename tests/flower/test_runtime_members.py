@@ -28,7 +28,6 @@ def options_with(name: str, **fields: object) -> RunOptions:
 def test_a_runtime_has_the_name_of_its_file_and_help_in_sentences(name):
     runtime = runtime_of(options_with(name))
     assert runtime.name == name and isinstance(runtime, Runtime)
-    assert runtime.summary and "\n" not in runtime.summary and len(runtime.summary) <= 90
     assert runtime.limits and all(limit.endswith(".") for limit in runtime.limits)
 
 
@@ -45,10 +44,9 @@ def test_a_problem_names_the_runtime_and_another_choice(name):
             assert problem.startswith(f"runtime={name}: ") and "runtime=pool" in problem
 
 
-def test_only_deployed_clients_are_real_and_only_local_servers_are_in_process():
+def test_only_deployed_clients_are_real():
     members = [runtime_of(options_with(name)) for name in RUNTIMES.names()]
     assert {one.name for one in members if one.real_clients} == {"superlink"}
-    assert {one.name for one in members if one.in_process} == {"pool", "inprocess"}
 
 
 def test_runtimes_are_checked_without_flower_and_torch():
@@ -122,8 +120,6 @@ class Logged(Runtime):
 
     file: str
     name = "logged"
-    summary = "one process, and a log of what was started"
-    in_process = True
 
     def problems(self, options, clients):
         if clients > 5:

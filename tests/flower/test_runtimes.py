@@ -255,6 +255,7 @@ def test_a_run_whose_supernodes_fail_says_why_it_stopped(tmp_path, env):
     )
     assert done.returncode == 3, done.stdout[-2000:] + done.stderr[-2000:]
     assert "pace.minimum=1" in done.stderr and "no_reply" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
     assert not children_of_flower(env)
 
 

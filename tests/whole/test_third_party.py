@@ -1,10 +1,11 @@
 """Runs with a codec, a corpus and a partition from outside fedgpt.
 
-Their module consists of the examples of the three interfaces (support/third_party.py).
+Their module consists of the examples of the interfaces (support/third_party.py).
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -46,22 +47,25 @@ def test_a_run_with_third_party_classes_is_the_same_after_an_interruption(tmp_pa
     assert any((tmp_path / "cache").glob("custom-*/manifest.json"))
 
 
+def typed_in(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    """`fedgpt <words>` typed in a folder, which is not on the PYTHONPATH."""
+    return subprocess.run(
+        [sys.executable, "-m", "fedgpt", *words],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(Path(fedgpt.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+
+
 @pytest.mark.slow
 def test_every_command_works_with_third_party_classes_from_an_empty_folder(tmp_path):
     third_party.write(tmp_path)
-    root = str(Path(fedgpt.__file__).parents[1])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), root])}
 
     def command(*words: str) -> str:
-        done = subprocess.run(
-            [sys.executable, "-m", "fedgpt", *words],
-            cwd=tmp_path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+        done = typed_in(tmp_path, *words)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -77,3 +81,54 @@ def test_every_command_works_with_third_party_classes_from_an_empty_folder(tmp_p
     assert again["weights_sha256"] == digest
     assert (tmp_path / "run" / "model" / "model.safetensors").exists()
     assert command("generate", str(tmp_path / "run"), "--prompt", "The river")
+
+
+# ---- in the processes that Flower starts
+
+
+def one_round(folder: Path) -> list[str]:
+    """Options of one round with a corpus and a strategy of the module; two clients have text."""
+    return [
+        *tiny_model(),
+        *CUSTOM[:5],
+        "partition.arguments={clients: 2}",
+        third_party.TRUSTED,
+        "strategy=flower",
+        f"strategy._target_={third_party.MODULE}.RootWeighted",
+        "rounds=1",
+        f"run_dir={folder / 'run'}",
+        f"cache_dir={folder / 'cache'}",
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "runtime",
+    [
+        "superlink",
+        pytest.param(
+            "ray",
+            marks=pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="no Ray"),
+        ),
+    ],
+)
+def test_every_process_of_flower_finds_the_classes_in_the_users_folder(runtime, tmp_path):
+    third_party.write(tmp_path)
+    done = typed_in(tmp_path, "run", f"runtime={runtime}", *one_round(tmp_path))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "RootWeighted: " in done.stdout
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["versions"] == 1 and summary["rejected"] == {}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["flwr-serverapp", "flwr-clientapp"])
+def test_a_class_that_one_process_cannot_import_is_one_message_and_no_traceback(program, tmp_path):
+    absent = f'import sys\nif "{program}" in sys.argv[0]:\n    raise ImportError("not here")\n'
+    third_party.write(tmp_path, absent)
+    done = typed_in(tmp_path, "run", "runtime=superlink", *one_round(tmp_path))
+    everything = done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode == 2, everything
+    assert f"corpus._target_={third_party.MODULE}.Poems: cannot import" in done.stderr
+    assert "(not here)" in done.stderr and "resume" not in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr, everything

@@ -15,16 +15,12 @@ class InProcess(Runtime):
     """Each job runs in the thread of the server loop, while the server waits for a reply."""
 
     name = "inprocess"
-    summary = (
-        "server and clients in one process, one client after the other: for debugging and tests"
-    )
     limits = (
         "It uses one process and at most one GPU.",
         "Only one client trains at a time; a deadline takes effect when that client is done.",
         "A client that crashes its process ends the run; runtime.watchdog does so for one that"
         " hangs.",
     )
-    in_process = True
 
     def start(
         self,

@@ -15,13 +15,11 @@ class Pool(Runtime):
     """Persistent worker processes; arrays are passed through shared memory."""
 
     name = "pool"
-    summary = "many simulated clients on this machine, in worker processes that share memory"
     limits = (
         "It uses one machine.",
         "A worker process trains one client at a time: with more clients than workers, the rest"
         " wait in a queue.",
     )
-    in_process = True
 
     def start(
         self,

@@ -17,7 +17,6 @@ class Ray(Runtime):
     """A SuperLink in simulation mode, which starts one Ray actor for each worker."""
 
     name = "ray"
-    summary = "simulated clients on Flower's simulation engine, which runs on Ray"
     limits = (
         'It needs the extra "ray" (pip install ".[ray]" in a clone).',
         "Ray does not report how many clients share a core: with more clients than cores,"

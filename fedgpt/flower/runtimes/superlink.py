@@ -17,7 +17,6 @@ class SuperLink(Runtime):
     """A SuperLink on the loopback interface and one SuperNode for each client."""
 
     name = "superlink"
-    summary = "Flower's deployment engine on this machine: a SuperLink and one SuperNode per client"
     limits = (
         f"It takes at most {MOST_NODES} clients, as each client is two processes.",
         "A job costs some seconds more than on the pool: a SuperNode polls for messages, and starts"
