@@ -22,11 +22,13 @@ class UpdateOptions(Group):
         "int8, int4, e3m0: number of successive parameters that share one scale. null means the"
         " codec's own number.",
         unit="parameters",
+        only_with=("int8", "int4", "e3m0", "custom"),
     )
     density: float | None = option(
         None,
         "topk: share of the parameters that is sent, those that changed most. null means the"
         " codec's own share.",
+        only_with=("topk", "custom"),
     )
     error_feedback: bool = option(
         False,
