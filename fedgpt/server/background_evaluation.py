@@ -50,8 +50,11 @@ class BackgroundEvaluation:
         """Complete a version's line, with scores where it gets any, and hand it to `done`.
 
         Returns at once unless an earlier version is being scored and this one is to be scored,
-        too: so only one vector besides the present one is ever kept.
+        too: so only one vector besides the present one is ever kept. Raises what an evaluation
+        that is over raised, so that a task without its score stops the run at its beginning.
         """
+        while self._pending and self._pending[0].done():
+            self._pending.popleft().result()
         if line.score:
             self.wait()
         scored = params if line.score else None

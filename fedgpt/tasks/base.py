@@ -7,6 +7,7 @@ model's outputs into losses, and sums of these into named scores.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,9 +16,10 @@ import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import RunOptions
 from fedgpt.core.score import Score, Scoring
-from fedgpt.core.targets import Members
+from fedgpt.core.targets import Members, calling, typed_class
 from fedgpt.data.batches import IGNORE
 from fedgpt.data.examples import Batch, BatchSource, Epochs, Examples, ExampleSet, counted
 from fedgpt.data.text import Text
@@ -46,7 +48,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(ABC):
     """A kind of learning problem. Its options are its fields; what differs is overridden.
 
     Only `examples` has no default: it says which tokens of a document are given and which count.
@@ -83,6 +85,7 @@ class Task:
 
     # ---- from text to batches
 
+    @abstractmethod
     def examples(
         self, tokens: np.ndarray, label: str, block_size: int
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -91,7 +94,6 @@ class Task:
         Position t of the model's outputs should give `targets[t]` from `inputs[: t + 1]`; IGNORE
         where nothing counts.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say what its examples are")
 
     def batches(self, text: Text, block_size: int, batch_size: int, seed: int) -> BatchSource:
         """What a client trains on, a function of the arguments alone.
@@ -166,5 +168,12 @@ TASKS = Members("task", "task.name", Task)
 
 
 def make_task(options: RunOptions) -> Task:
-    """The task that `options.task` names; raises ConfigError where it cannot be built."""
-    return TASKS.build(options.task, options.trusted_packages)
+    """The task that `options.task` names; raises ConfigError where it cannot be built, or where its
+    scores have names that they must not have.
+    """
+    task = TASKS.build(options.task, options.trusted_packages)
+    with calling("task", task, "scoring"):
+        problem = task.scoring.problem
+    if problem:
+        raise ConfigError(f"{typed_class('task', task)}: {problem}")
+    return task
