@@ -20,6 +20,7 @@ from support.refused import problems
 from fedgpt.config import choices, compose, overrides
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import OPTIONS, RunOptions
+from fedgpt.core.options.option import dotted
 from fedgpt.core.runtimes import RUNTIMES
 from fedgpt.data.corpus import CORPORA
 from fedgpt.data.partition import PARTITIONS
@@ -462,7 +463,7 @@ def test_composing_options_does_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-LEAVES = sorted(compose._flat(OmegaConf.structured(RunOptions)))
+LEAVES = sorted(dotted(asdict(RunOptions())))
 ODD = [
     "null",
     "true",
