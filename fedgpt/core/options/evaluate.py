@@ -41,7 +41,7 @@ class EvaluateOptions(Group):
     )
     rollback: float | None = option(
         None,
-        "How much worse the loss may become: when it is above the best loss by more than this"
-        " share, the best weights are restored. null means never.",
-        allowed=at_least(0, "(a share of the best loss)"),
+        "How much worse the score may become: when it is worse than the best score by more than"
+        " this share, the best weights are restored. null means never.",
+        allowed=at_least(0, "(a share of the best score)"),
     )
