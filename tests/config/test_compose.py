@@ -201,7 +201,7 @@ def test_all_problems_are_reported_at_once():
         (["update=int8", "update.block=7"], "update.block=7"),
         (
             ["update=int8", "update.density=0.5"],
-            "update.density=0.5: no option of update.compress=int8",
+            "update.density=0.5: does nothing with update=int8; add update=topk, or leave it out",
         ),
         (["strategy=auto", "pace.rate=0.5"], "pace.rate=0.5: the pacing may change"),
         (["pace.goal=2", "pace.minimum=3"], "pace.minimum=3"),
@@ -422,8 +422,10 @@ def test_problems_of_a_custom_class_are_reported_as_typed():
 
 
 def test_lists_of_names_and_classes_are_accepted():
-    options = compose.load(["track=[csv,{_target_: mine.T, port: 1}]", "metrics=[accuracy]"])
-    assert options.track == ["csv", {"_target_": "mine.T", "port": 1}]
+    target = "fedgpt.report.trackers.csv.CsvTracker"
+    typed = f"track=[csv,{{_target_: {target}, file: more.csv}}]"
+    options = compose.load([typed, "metrics=[accuracy]"])
+    assert options.track == ["csv", {"_target_": target, "file": "more.csv"}]
     assert options.metrics == ["accuracy"]
     assert compose.load(["model.trainable=['lm_head.*']"]).model.trainable == ["lm_head.*"]
 
