@@ -18,12 +18,12 @@ __all__ = ["Run", "__version__", "open_run", "run"]
 
 
 def __dir__() -> list[str]:
-    """Show what `__getattr__` imports, too."""
+    """Include the names that `__getattr__` imports."""
     return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:
-    """Import the API when it is first used: `fedgpt --help` must not pay for it."""
+    """Import the API when it is first used, so that `fedgpt --help` is fast."""
     if name in ("Run", "open_run", "run"):
         from fedgpt import api
 

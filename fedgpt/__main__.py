@@ -1,4 +1,4 @@
-"""`fedgpt` and `python -m fedgpt`: help is answered before anything heavy is imported."""
+"""`fedgpt` and `python -m fedgpt`: help is printed before large libraries are imported."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def run(*overrides: str) -> Run:
 def resumed(arguments: Sequence[str]) -> RunOptions | None:
     """Return the options of the run that `resume=FOLDER` names, or None without `resume`.
 
-    Raises ConfigError where there are other options beside it, or where FOLDER is no run.
+    Raises ConfigError if there are other options, or if FOLDER is not a run's folder.
     """
     from fedgpt.config import compose
 
@@ -69,7 +69,7 @@ def resumed(arguments: Sequence[str]) -> RunOptions | None:
     folder = resume.removeprefix("resume=")
     if len(arguments) > 1:
         raise ConfigError(
-            f"{resume}: stands alone, as the folder holds the run's own options; to train a"
+            f"{resume}: stands alone, because the folder contains the run's options; to train a"
             f" finished run further, start another from its weights: init_from={folder or 'FOLDER'}"
             " run_dir=NEW"
         )
@@ -80,7 +80,7 @@ def open_run(folder: str | Path, best: bool = False) -> Run:
     """Open the folder of a run, which may be finished, stopped or still training.
 
     The run's model is that of the newest checkpoint, or with `best` the one with the best held-out
-    score. Raises ConfigError where `folder` is not the folder of a run.
+    score. Raises ConfigError if `folder` is not the folder of a run.
 
     >>> open_run("runs/2026-01-31_12-00-00-run").summary["versions"]  # doctest: +SKIP
     50
@@ -95,9 +95,7 @@ def _found(folder: str | Path, typed: str) -> Path:
     """
     path = Path(folder).expanduser()
     if not str(folder) or not (path / "config.yaml").is_file():
-        raise ConfigError(
-            f"{typed}: is not a run's folder, as it has no config.yaml; name one below runs/"
-        )
+        raise ConfigError(f"{typed}: is not a run's folder (no config.yaml); name one in runs/")
     return path
 
 
@@ -111,7 +109,7 @@ class Run:
         self.folder, self.best = Path(folder).resolve(), best
 
     def __repr__(self) -> str:
-        """Folder, state and newest score; it reads files, and never raises."""
+        """Folder, state and newest score, read from files; does not raise."""
         summary: dict[str, Any] = {}
         with suppress(OSError, ValueError):  # not finished, or damaged
             summary = json.loads(self._summary.read_text(encoding="utf-8"))
@@ -127,9 +125,9 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """The end of a finished run, as in summary.json: `final` and `best` scores, totals.
+        """The content of summary.json: `final` and `best` scores, totals.
 
-        Raises FedGPTError where the run is not finished.
+        Raises FedGPTError if the run is not finished.
         """
         if not self._summary.exists():
             raise FedGPTError(
@@ -173,7 +171,7 @@ class Run:
         """The run's model as a torch module in float32, in evaluation mode.
 
         It is the model of the newest intact checkpoint, or the best one with `best`. Raises
-        FedGPTError where there is none.
+        FedGPTError if there is none.
         """
         import numpy as np
 
@@ -201,7 +199,7 @@ class Run:
         return model
 
     def _base(self, options: RunOptions) -> dict[str, Tensor]:
-        """The frozen weights that the run trained on, made anew or read from its own export."""
+        """The run's frozen weights, computed again or read from its exported model."""
         from fedgpt.core.flat import base_digest
         from fedgpt.storage.checkpoint import Checkpoints
         from fedgpt.storage.initial_weights import base_weights

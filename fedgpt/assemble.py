@@ -1,8 +1,7 @@
-"""One run put together from its parts: text, model, strategy, transport, evaluation, loop, report.
+"""Connects the parts of a run: text, model, strategy, transport, evaluation, loop, report.
 
-This file knows no Flower: flower/serve.py gives it a `Network`, and tests give it their own.
-The order matters: everything that can refuse a run comes before its configuration is written into
-its folder.
+This file does not depend on Flower: flower/serve.py and tests pass a `Network`. All checks that can
+refuse a run come before its configuration is written to its folder.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ from fedgpt.report.results import write_results
 from fedgpt.report.run_report import opening, privacy_text, summary_text
 from fedgpt.report.trackers import make_trackers
 from fedgpt.server.loop import Server
-from fedgpt.server.metrics import first_line
+from fedgpt.server.metrics_line import first_line
 from fedgpt.server.parts import Parts
 from fedgpt.server.privacy import make_privacy
 from fedgpt.simulate.fleet import Fleet
@@ -63,24 +62,24 @@ from fedgpt.storage.run_folder import RunFolder
 from fedgpt.storage.tables import RunIdentity
 from fedgpt.tasks.base import make_task
 
-# errors that mean that there is no more room for a file
+# error numbers of a full disk
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @dataclass(frozen=True)
 class Network:
-    """What carries messages between the server and its clients."""
+    """The network between the server and its clients."""
 
     # (shards, digest of the prepared text, seconds on the run's clock) -> a transport
     connect: Callable[[Sequence[Shard], str, float], Transport]
     # makes a Strategy of an object of another framework
     adapt: Callable[[Any], Strategy]
-    versions: Mapping[str, str]  # of the libraries underneath, as bit-identity depends on them
+    versions: Mapping[str, str]  # versions of libraries, on which bit-identity depends
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of a run before its folder is read."""
+    """The parts of a run that are computed before its folder is read."""
 
     options: RunOptions
     folder: RunFolder
@@ -90,13 +89,13 @@ class Setting:
     base: Mapping[str, torch.Tensor]  # the frozen weights; empty if all parameters are trained
     environment: Mapping[str, Any]
     plan: PrivacyPlan | None
-    statement: dict[str, Any]  # the promise of a private run
+    statement: dict[str, Any]  # the statement of a private run
 
 
 def serve(options: RunOptions, network: Network) -> dict[str, Any]:
     """Run `options` to the last version, or continue from the folder's checkpoint; the summary.
 
-    Raises FedGPTError for whatever a user can act on.
+    Raises FedGPTError for failures that a user can act on.
     """
     try:
         with RunFolder(options.run_dir) as folder:
@@ -114,7 +113,7 @@ def _serve(setting: Setting, network: Network) -> dict[str, Any]:
     snapshot = _snapshot(setting)
     names, resumed_at = evaluation.scoring.names, snapshot.state.version
     trackers = make_trackers(options, folder.path, resumed_at, names)
-    _claim(folder, options)  # from here on nothing refuses the run
+    _claim(folder, options)  # after all checks that can refuse the run
     switches, pacing = strategy.switches, snapshot.totals.pacing or None
     score = evaluation.scoring.score.name
     display = ProgressDisplay(options, switches=switches, pacing=pacing, score=score)
@@ -126,12 +125,8 @@ def _serve(setting: Setting, network: Network) -> dict[str, Any]:
     parts = _parts(setting, network, strategy, evaluation, snapshot)
     with display:
         server = Server(parts, snapshot, [display, *trackers])
-        del snapshot  # from now on the server decides how long the vectors in it are kept
-        try:
-            summary = server.run()
-        finally:
-            for tracker in trackers:
-                tracker.close()
+        del snapshot  # so that the server can free the vectors in it
+        summary = server.run()
     model = build_model(options.model, setting.prepared.tokenizer.vocab_size, setting.base)
     np.copyto(flatten(model)[1].numpy(), server.state.params)
     write_results(folder, options, setting.prepared, model, summary, setting.statement)
@@ -155,7 +150,7 @@ def _setting(options: RunOptions, folder: RunFolder, network: Network) -> Settin
 
 
 def environment_of(resources: Resources, versions: Mapping[str, str]) -> dict[str, Any]:
-    """What bit-identity depends on, beside configuration and seed."""
+    """Versions and machine, on which bit-identity depends besides configuration and seed."""
     cuda = resources.compute.device == "cuda"
     return {
         "fedgpt": __version__,
@@ -172,7 +167,7 @@ def environment_of(resources: Resources, versions: Mapping[str, str]) -> dict[st
 
 
 def _snapshot(setting: Setting) -> Snapshot:
-    """Where the run stands: its newest usable checkpoint, or version 0."""
+    """The run's newest usable checkpoint, or version 0."""
     options = setting.options
 
     def start() -> Snapshot:
@@ -259,7 +254,7 @@ def _parts(
 def _transport(
     setting: Setting, network: Network, strategy: Strategy, snapshot: Snapshot
 ) -> Transport:
-    """The network's transport, inside the virtual clock or the journal where there is one."""
+    """The network's transport, wrapped in the virtual clock or the journal if the run has one."""
     options, now = setting.options, snapshot.totals.seconds
     real = network.connect(setting.shards, setting.prepared.digest, now)
     if options.clock == "virtual":

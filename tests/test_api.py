@@ -58,5 +58,5 @@ def test_a_run_that_is_not_finished_has_no_summary(folder):
 @pytest.mark.parametrize("name", ["", "nowhere"])
 def test_a_folder_without_a_run_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="is not a run's folder, as it has no config"):
+    with pytest.raises(ConfigError, match="is not a run's folder \\(no config"):
         open_run(name)

@@ -98,8 +98,43 @@ def test_help_shows_what_a_choice_sets_and_the_options_of_strategies(capsys):
     assert "Sets privacy.target_epsilon=8.0, privacy.clip=0.5." in helped(capsys, "privacy")
     assert "Sets strategy=delta_sgd, pace.clients=4, pace.goal=1." in helped(capsys, "pace")
     text = " ".join(helped(capsys, "strategy").split())
-    assert "strategy.mu=0.9 Momentum; 0.5 is better for short runs" in text
+    assert "strategy.mu=0.9 number, from 0 to below 1 Momentum. 0.5 is better for short" in text
+    assert "strategy.arguments={} mapping custom: arguments by name" in text
     assert helped(capsys, "pace.goal").startswith("  pace.goal=null ")
+
+
+def test_help_of_an_option_of_strategies_names_those_that_have_it(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    lines = [" ".join(line.split()) for line in helped(capsys, "strategy.tau").splitlines()]
+    assert [line for line in lines if line.startswith("strategy.tau=")] == [
+        "strategy.tau=0.0 number, at least 0 (0 = the median distance)",
+        "strategy.tau=0.001 number, above 0",
+    ]
+    text = " ".join(lines)
+    assert "aggregate. Only with strategy=centred_clip." in text
+    assert text.endswith("Only with strategy=fedadam or fedyogi.")
+    assert help.main(["strategy.etta"]) == 2
+    assert "did you mean 'strategy.eta'" in capsys.readouterr().err
+
+
+def test_help_of_strategies_imports_no_torch():
+    code = (
+        "import sys; from fedgpt.cli import help; assert help.main(['run', 'strategy.eta']) == 0;"
+        "heavy = {'torch', 'flwr', 'hydra', 'rich', 'omegaconf'} & set(sys.modules);"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, stdout=subprocess.DEVNULL)
+
+
+def test_help_shows_a_users_own_strategies_without_importing_them(tmp_path, capsys):
+    (tmp_path / "strategy").mkdir()
+    (tmp_path / "strategy/mine.yaml").write_text("# Mine.\n_target_: no_such.Rule\neta: 0.3\n")
+    (tmp_path / "strategy/slow.yaml").write_text(
+        "# Slow.\n_target_: fedgpt.aggregate.fedavg.FedAvg\neta: 0.1\n"
+    )
+    text = helped(capsys, "strategy", f"--config-dir={tmp_path}")
+    assert "Sets strategy._target_=no_such.Rule, strategy.eta=0.3." in text
+    assert "      strategy.eta=0.1                number, above 0" in text
 
 
 def test_help_of_an_unknown_word_names_the_nearest_one(capsys):

@@ -288,7 +288,7 @@ SAMPLE = """
 make install   # creates .venv
 $ fedgpt run model=mini \\
     corpus=files corpus.path=my_texts
-PYTHONPATH=. .venv/bin/fedgpt run strategy=flower \\
+PYTHONPATH=. .venv/bin/fedgpt run strategy=custom \\
     strategy._target_=mine.Half trusted_packages=[mine]
 fedgpt data corpus=files corpus.path=<your folder of text>
 pip install fedgpt

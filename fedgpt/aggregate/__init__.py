@@ -1,1 +1,3 @@
-"""Strategies: the rules that turn clients' updates into the next global model; base.py first."""
+"""Strategies: rules that compute the next global model from updates. Their interface is in
+base.py.
+"""

@@ -1,28 +1,28 @@
-"""Rounds or asynchrony, chosen by the server during the run from what it measures.
+"""Automatic pacing: the server chooses rounds or asynchrony during the run, from measurements.
 
-In a round the fast clients wait for the slowest one; asynchrony never waits, but its updates are
-stale. This rule starts with rounds, estimates what asynchrony would gain, switches when the gain is
-worth it, and switches back when asynchrony gains nothing or does harm. The server step is
-delta-SGD's under both pacings.
+In a round the fast clients wait for the slowest one. Asynchronous clients never wait, but their
+updates are stale. This rule starts with rounds and estimates the gain of asynchrony. It switches
+when the gain is large enough, and switches back when asynchrony gains nothing or does harm. The
+server step is that of delta-SGD under both pacings.
 
 Gain. With job times t_i, a round of k clients takes max t_i and handles k updates; k clients that
-never wait handle sum 1 / t_i updates a second. gain = max t_i * mean(1 / t_i) is how many times
-more updates asynchrony handles. It is computed whenever a reply arrives and, in a round, again as
-time passes: a job that is still out counts as if it came back now, and a client that has not
-replied yet counts as that slowest one. So within the first round `gain` only grows towards its true
-value.
+never wait handle sum 1 / t_i updates a second. gain = max t_i * mean(1 / t_i) is the factor by
+which asynchrony increases the updates per second. It is computed whenever a reply arrives and, in a
+round, again as time passes. A job in flight is timed as if its reply arrived now, and a client that
+has not replied yet counts as that slowest client. So within the first round `gain` only grows
+towards its true value.
 
-    cohort -> buffer   gain >= `gain` (the sooner, the less is waited); or a client is out for
-                       ENDLESS times the usual time, however recent the last switch
+    cohort -> buffer   gain >= `gain`; or a client does not reply within ENDLESS times the usual job
+                       time, however recent the last switch
     buffer -> cohort   the clients have become alike: gain < `back` in all versions of STAY rounds;
                        the next STAY rounds are then synchronous in any case.
                        Or asynchrony does harm: the smoothed correlation (cosine) of a server step
-                       with the one before is below `correlation` (steps undo each other), or the
+                       with the previous one is below `correlation` (steps cancel out), or the
                        mean norm of the updates, per token and learning rate, is above `growth`
                        times its smoothed value; the next `rest` versions are then synchronous
 
-The rule looks at the harm of staleness and not at its size, because with k jobs in flight the mean
-staleness is k - 1 for any clients.
+The rule measures the harm of staleness and not the staleness, because with k jobs in flight the
+mean staleness is k - 1 for any clients.
 """
 
 from __future__ import annotations
@@ -33,17 +33,15 @@ from statistics import median
 
 import numpy as np
 
-from fedgpt.aggregate.base import COUNT, POSITIVE, Range, check
 from fedgpt.aggregate.delta_sgd import DeltaSGD
-from fedgpt.aggregate.staleness import RANGES
 from fedgpt.core.messages import Choice, Observed, Pacing, ServerState
+from fedgpt.core.options.option import Allowed, at_least, option
 
 SMOOTH = 0.9  # share of the old value in smoothed statistics
-# rounds for which the clients must be alike before the run returns to rounds, and rounds that it
-# then keeps at least
+# number of rounds for which the gain must be below `back` before the run returns to rounds, and
+# smallest number of rounds that follow
 STAY = 2
 ENDLESS = 10  # median job times after which the server stops waiting for a client
-AT_LEAST_ONE = Range(lambda value: value >= 1, "a number of at least 1")
 
 
 @dataclass(frozen=True)
@@ -59,24 +57,38 @@ class Auto(DeltaSGD):
     }
     switches = True
 
-    gain: float = 1.2  # gain in updates per second from which asynchrony is worth its staleness
-    back: float = 1.05  # gain below which asynchrony is no longer worth it
-    correlation: float = -0.3  # smoothed correlation below which server steps undo each other
-    growth: float = 3.0  # update norm over its smoothed value above which the run is diverging
-    rest: int = 20  # versions without asynchrony after it did harm
-
-    def __post_init__(self) -> None:
-        negative = Range(lambda value: -1 < value < 0, "a number above -1 and below 0")
-        ranges = {
-            "gain": AT_LEAST_ONE,
-            "back": AT_LEAST_ONE,
-            "correlation": negative,
-            "growth": AT_LEAST_ONE,
-        }
-        check(self, eta=POSITIVE, rest=COUNT, **ranges, **RANGES)
+    gain: float = option(
+        1.2,
+        "Training becomes asynchronous at this gain: the factor by which the number of updates a"
+        " second would increase.",
+        allowed=at_least(1),
+    )
+    back: float = option(
+        1.05,
+        "Training returns to rounds when the gain is below this factor.",
+        allowed=at_least(1),
+    )
+    correlation: float = option(
+        -0.3,
+        "Training returns to rounds when the smoothed cosine of consecutive server steps is below"
+        " this number, because such steps cancel each other.",
+        allowed=Allowed("above -1 and below 0", lambda value: -1 < value < 0),
+    )
+    growth: float = option(
+        3.0,
+        "Training returns to rounds when the norm of updates exceeds this multiple of its smoothed"
+        " value.",
+        allowed=at_least(1),
+    )
+    rest: int = option(
+        20,
+        "Versions in rounds after asynchronous training was harmful.",
+        unit="versions",
+        allowed=at_least(1),
+    )
 
     def problems(self, pacing: Pacing) -> Iterator[str]:
-        """The server must wait for the full cohort, or it learns nothing about the slowest one."""
+        """The server must wait for the full cohort, so that it measures the slowest client."""
         if pacing.name == "cohort" and pacing.goal != pacing.clients:
             yield (
                 f"pace.goal={pacing.goal}: strategy=auto must see every client of a round; leave"
@@ -85,7 +97,7 @@ class Auto(DeltaSGD):
         if self.back > self.gain:
             yield (
                 f"strategy.back={self.back}: above strategy.gain={self.gain}, so the run would"
-                " switch back and forth at every look; lower it"
+                " switch back and forth at every check; lower it"
             )
 
     def choose_pacing(self, observed: Observed, state: ServerState) -> Choice:
@@ -94,7 +106,7 @@ class Auto(DeltaSGD):
         gain = updates_gained(seconds)
         if observed.pacing == "cohort":
             if seconds and observed.waited >= ENDLESS * median(seconds):
-                return Choice("buffer", f"a client has been out for {observed.waited:.1f} s")
+                return Choice("buffer", f"no reply of a client for {observed.waited:.1f} s")
             if gain >= self.gain and state.version >= int(state.memory.get("auto_rest", 0)):
                 return Choice(
                     "buffer", f"asynchrony handles {gain:.2f} times as many updates a second"
@@ -109,7 +121,7 @@ class Auto(DeltaSGD):
         }
         reason, rest = "", self.rest
         if correlation < self.correlation:
-            reason = f"server steps undo each other (smoothed correlation {correlation:.2f})"
+            reason = f"server steps cancel each other (smoothed correlation {correlation:.2f})"
         elif growth > self.growth:
             reason = f"updates have grown to {growth:.1f} times their usual norm"
         elif alike >= STAY * max(1, len(seconds)):

@@ -1,29 +1,30 @@
-"""What a strategy is: the rule by which a server turns clients' updates into the next global model.
+"""The interface of a strategy: the rule that computes the next global model from clients' updates.
 
-A client trains the global model for a while and returns its update, delta = start - end. The server
-gives every update a weight, adds the weighted updates up, divides the sum and takes a step:
+A client trains the global model for one job and returns its update, delta = start - end. The server
+gives every update a weight, adds the weighted updates, divides the sum and takes a step:
 
     update -> weight -> exact sum -> / divisor = D -> step -> next ServerState
 
 A strategy is a frozen dataclass that overrides `weight`, `divisor` and `step` where it differs from
 federated averaging. Robust rules (median, Krum, ...) need all updates at once, so they override
-`combine`, which replaces weight, sum and divisor. The pacing says when the server takes a step:
-after a round, or after K arrivals. It is not part of a strategy, but `paces` names the pacings for
-which a strategy is right.
+`combine`, which replaces weight, sum and divisor. The pacing decides when the server takes a step:
+after a round, or after K arrivals. It is not part of a strategy, but `paces` names the pacings that
+a strategy supports. A rule that changes the clients' training by more than `client_numbers`, or
+that sends a second vector beside the update (SCAFFOLD), cannot be a strategy.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, dataclass, fields
-from numbers import Integral, Real
-from typing import Any, ClassVar, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.messages import Choice, Observed, Pacing, ServerState, Update
+from fedgpt.core.options.option import options_of, typed
 
 
 @dataclass(frozen=True)
@@ -32,15 +33,19 @@ class Strategy:
 
     params <- params - D with D = sum(weight * delta) / divisor. D is a pseudo-gradient (start -
     end), so every rule subtracts it. Methods are pure: they return new values and do not change
-    their arguments. What a rule remembers from step to step is in `state.memory`, which every
-    checkpoint contains, and nowhere else.
+    their arguments. A rule stores arrays for its next step only in `state.memory`, which every
+    checkpoint contains.
+
+    The fields are options (`strategy.eta`), written with `option`: their types, and the values that
+    they allow, are checked when the object is made.
 
     A rule that weights clients by the square root of their tokens, halves the step, and remembers
     the last D:
 
+    >>> from fedgpt.core.options.option import above, option
     >>> @dataclass(frozen=True)
     ... class RootWeighted(Strategy):
-    ...     eta: float = 0.5
+    ...     eta: float = option(0.5, "Server learning rate.", allowed=above(0))
     ...
     ...     def weight(self, update, staleness):
     ...         return update.tokens**0.5
@@ -72,17 +77,18 @@ class Strategy:
     # One server step.
 
     def weight(self, update: Update, staleness: int) -> float:
-        """Weight of one update, above 0: by default the number of tokens it was trained on.
+        """Weight of one update, above 0: by default its tokens times `discount(staleness)`.
 
         `staleness` counts the server versions since the client's download; the weight must be
-        largest at staleness 0.
+        largest at staleness 0. A rule for which staleness counts overrides `discount`, which is all
+        that privacy=client weights by, and takes the factor from there where it overrides `weight`.
         """
-        return float(update.tokens)
+        return update.tokens * self.discount(staleness)
 
     def divisor(self, weights: Sequence[float], pacing: Pacing) -> float:
-        """What the weighted sum is divided by: by default the sum of the weights.
+        """Divisor of the weighted sum: by default the sum of the weights.
 
-        `math.fsum` rounds once, so the order in which the updates arrive does not matter.
+        `math.fsum` rounds once, so the result does not depend on the order of arrival.
         """
         return math.fsum(weights)
 
@@ -93,12 +99,13 @@ class Strategy:
     def client_numbers(self) -> dict[str, float]:
         """Numbers that change the clients' training, by name, such as `proximal_mu`.
 
-        They are sent with every job. Code is never sent: clients look the names up in their own
-        registry.
+        They are sent with every job. Code is never sent: a client looks the names up in
+        CLIENT_NUMBERS of local/trainer.py, so far only `proximal_mu`, and refuses a job with
+        another name.
         """
         return {}
 
-    # The pacings that the rule is right for.
+    # The supported pacings.
 
     paces: ClassVar[frozenset[str]] = frozenset({"cohort"})  # names of the allowed pacings
     # name of a pacing that is not allowed -> the reason, and what to choose instead
@@ -116,7 +123,9 @@ class Strategy:
 
     @property
     def linear(self) -> bool:
-        """Whether D is a weighted sum, so that no update needs to be kept: combine is as here."""
+        """Whether D is a weighted sum (`combine` is not overridden), so that no update has to be
+        kept.
+        """
         return type(self).combine is Strategy.combine
 
     def combine(
@@ -130,7 +139,9 @@ class Strategy:
         raise NotImplementedError(f"{self.name} is linear: its updates are summed, not combined")
 
     def remember(self, updates: Sequence[Update], state: ServerState) -> dict[str, np.ndarray]:
-        """What a combining rule adds to `state.memory` before `step`, such as recent norms."""
+        """Arrays that a rule with `combine` adds to `state.memory` before `step`, such as recent
+        norms.
+        """
         return {}
 
     # Rarely needed.
@@ -147,8 +158,8 @@ class Strategy:
     def discount(self, staleness: int) -> float:
         """The factor of `weight` that depends on staleness, in (0, 1]; see staleness.py.
 
-        Under privacy=client the server weights updates by this factor alone, because the number of
-        tokens of a client must not count.
+        Under privacy=client the server weights updates by this factor alone, because the weight
+        must not depend on a client's number of tokens.
         """
         return 1.0
 
@@ -160,15 +171,29 @@ class Strategy:
 
     @property
     def unsaved(self) -> tuple[str, ...]:
-        """Names of what it remembers outside `state.memory`: with any, a run cannot be resumed."""
+        """Names of state outside `state.memory`; if there is any, a run cannot be resumed."""
         return ()
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError that lists every field with a value of a wrong type or not allowed.
+
+        A rule whose fields must fit each other checks that after `super().__post_init__()`.
+        """
+        problems = []
+        for one in options_of(type(self)):
+            problem = one.problem(getattr(self, one.name))
+            if problem and one.default is not None and not problem.endswith("?"):
+                problem += f", or leave it out for the default, {typed(one.default)}"
+            problems += [problem] if problem else []
+        if problems:
+            raise ConfigError(problems)
 
 
 def advance(state: ServerState, params: np.ndarray, **memory: np.ndarray) -> ServerState:
     """The next version of `state`, with these parameters and with `memory` added to its memory.
 
-    The parameters keep their dtype, and floating-point arrays of their shape get it too: a stray
-    np.float64 factor would otherwise double the model, the checkpoint and the traffic.
+    The parameters keep their dtype, and floating-point arrays of their shape are converted to it.
+    Otherwise an np.float64 factor would double the size of the model, the checkpoint and messages.
     """
     dtype, shape = state.params.dtype, state.params.shape
     if params.shape != shape:
@@ -184,40 +209,3 @@ def advance(state: ServerState, params: np.ndarray, **memory: np.ndarray) -> Ser
     return ServerState(
         params.astype(dtype, copy=False), state.version + 1, {**state.memory, **added}
     )
-
-
-class Range(NamedTuple):
-    """The values that an option may take, as a test and in words."""
-
-    holds: Callable[[Any], bool]
-    words: str
-    kind: type = Real
-
-
-POSITIVE = Range(lambda value: value > 0, "a number above 0")
-NOT_NEGATIVE = Range(lambda value: value >= 0, "a number of at least 0")
-FRACTION = Range(lambda value: 0 <= value < 1, "a number in [0, 1)")
-WHOLE = Range(lambda value: value >= 0, "a whole number of at least 0", Integral)
-COUNT = Range(lambda value: value >= 1, "a whole number of at least 1", Integral)
-
-
-def one_of(*words: str) -> Range:
-    """The range of an option that is one of these words."""
-    return Range(lambda value: value in words, f"one of {', '.join(words)}", str)
-
-
-def check(strategy: Strategy, **ranges: Range) -> None:
-    """Raise ConfigError that lists every field outside its range; for use in `__post_init__`."""
-    defaults = {field.name: field.default for field in fields(strategy)}
-    problems = []
-    for field, allowed in ranges.items():
-        value = getattr(strategy, field)
-        right_kind = isinstance(value, allowed.kind) and not isinstance(value, bool)
-        finite = right_kind and (allowed.kind is str or math.isfinite(value))
-        if not finite or not allowed.holds(value):
-            problem = f"strategy.{field}={value} must be {allowed.words}: change it"
-            if defaults[field] is not MISSING:
-                problem += f", or leave it out for the default, {defaults[field]}"
-            problems.append(problem)
-    if problems:
-        raise ConfigError(problems)

@@ -18,23 +18,30 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedgpt.aggregate.base import COUNT, NOT_NEGATIVE, Strategy, advance, check
+from fedgpt.aggregate.base import Strategy, advance
 from fedgpt.aggregate.blocks import distances, in_order, ratio, weighted
 from fedgpt.aggregate.refusals import COMPARISON_NEEDS_COHORT
 from fedgpt.core.messages import ServerState, Update
+from fedgpt.core.options.option import at_least, option
 
 
 @dataclass(frozen=True)
 class CentredClip(Strategy):
-    """Norm clipping around the last aggregate; remembers v."""
+    """Norm clipping around the last aggregate; its memory is v."""
 
     refused_pacings = COMPARISON_NEEDS_COHORT
 
-    tau: float = 0.0  # clipping radius, in units of the updates; 0: their median distance to v
-    passes: int = 5  # clipping passes a server step
-
-    def __post_init__(self) -> None:
-        check(self, tau=NOT_NEGATIVE, passes=COUNT)
+    tau: float = option(
+        0.0,
+        "Radius of the clip. 0 takes the median distance of the updates to the last aggregate.",
+        allowed=at_least(0, zero="the median distance"),
+    )
+    passes: int = option(
+        5,
+        "Repetitions of the clip in a server step, each around the result of the one before.",
+        unit="passes",
+        allowed=at_least(1),
+    )
 
     def combine(
         self, updates: Sequence[Update], state: ServerState, root: Update | None = None

@@ -19,14 +19,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedgpt.aggregate.base import COUNT, FRACTION, POSITIVE, Range, Strategy, advance, check
+from fedgpt.aggregate.base import Strategy, advance
 from fedgpt.aggregate.refusals import ARRIVALS_NEED_BUFFER
+from fedgpt.core.errors import ConfigError
 from fedgpt.core.messages import Pacing, ServerState, Update
+from fedgpt.core.options.option import above, at_least, between, option, share
 
 
 @dataclass(frozen=True)
 class DelayedNesterov(Strategy):
-    """Nesterov for pace=buffer with pace.goal=1; remembers m, B and the number of arrivals.
+    """Nesterov for pace=buffer with pace.goal=1; its memory is m, B and the number of arrivals.
 
     Good values for training from scratch are a period of 2 x pace.clients and mu 0.5 to 0.6.
     """
@@ -34,17 +36,32 @@ class DelayedNesterov(Strategy):
     paces = frozenset({"buffer"})
     refused_pacings = ARRIVALS_NEED_BUFFER
 
-    eta: float = 0.7  # server learning rate
-    mu: float = 0.9  # momentum; 0 is delta-SGD with eta / period
-    period: int = 8  # N, arrivals from one update of the momentum to the next
-    c: float = 0.0  # share of the momentum that is applied on each arrival between two updates
+    eta: float = option(0.7, "Server learning rate: factor on the step.", allowed=above(0))
+    mu: float = option(
+        0.9,
+        "Momentum. 0.5 to 0.6 is better when training from random weights; 0 is delta-SGD with"
+        " eta / period.",
+        allowed=share(),
+    )
+    period: int = option(
+        8,
+        "Number of arrivals from one move of the momentum to the next. Twice pace.clients is good.",
+        unit="updates",
+        allowed=at_least(1),
+    )
+    c: float = option(
+        0.0,
+        "Share of the momentum in each step between two of its moves, at most 1 / period.",
+        allowed=between(0, 1),
+    )
 
     def __post_init__(self) -> None:
-        check(self, eta=POSITIVE, mu=FRACTION, period=COUNT)
-        up_to_1_over_n = Range(
-            lambda c: 0 <= c * self.period <= 1, f"a number in [0, 1 / {self.period}]"
-        )
-        check(self, c=up_to_1_over_n)
+        super().__post_init__()
+        if self.c * self.period > 1:
+            raise ConfigError(
+                f"strategy.c={self.c}: must be from 0 to 1 / strategy.period, 1 / {self.period};"
+                " lower it, or leave it out for the default, 0.0"
+            )
 
     def problems(self, pacing: Pacing) -> Iterator[str]:
         """Every arrival must be a server step, and a period must have room for every client."""

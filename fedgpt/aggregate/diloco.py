@@ -14,14 +14,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedgpt.aggregate.base import FRACTION, POSITIVE, Strategy, advance, check
+from fedgpt.aggregate.base import Strategy, advance
 from fedgpt.aggregate.refusals import MOMENTUM_NEEDS_COHORT
 from fedgpt.core.messages import ServerState
+from fedgpt.core.options.option import above, option, share
 
 
 @dataclass(frozen=True)
 class DiLoCo(Strategy):
-    """Nesterov momentum at the server, over many local AdamW steps; remembers m.
+    """Nesterov momentum at the server, over many local AdamW steps; its memory is m.
 
     The defaults are the paper's, for hundreds of local steps and at least 50 server steps; try mu
     0.5 to 0.6 in shorter runs. Only pace=cohort is allowed: applied on every arrival, the momentum
@@ -30,11 +31,13 @@ class DiLoCo(Strategy):
 
     refused_pacings = MOMENTUM_NEEDS_COHORT
 
-    eta: float = 0.7  # server learning rate
-    mu: float = 0.9  # momentum; 0 gives federated averaging with learning rate eta
-
-    def __post_init__(self) -> None:
-        check(self, eta=POSITIVE, mu=FRACTION)
+    eta: float = option(0.7, "Server learning rate: factor on the step.", allowed=above(0))
+    mu: float = option(
+        0.9,
+        "Momentum. 0.5 is better for short runs; 0 is federated averaging with the server learning"
+        " rate eta.",
+        allowed=share(),
+    )
 
     def step(self, d: np.ndarray, state: ServerState) -> ServerState:
         """theta - eta (D + mu m), after m <- mu m + D."""

@@ -1,13 +1,13 @@
-"""A weighted sum of updates in fixed point: the order in which updates arrive changes no bit of it.
+"""A weighted sum of updates in fixed point, which has the same bits for every order of arrival.
 
 Floating-point addition is not associative: (a + b) + c and a + (b + c) round differently. Integer
-addition is, as long as no number is too large for its format. So each element of each update is
-converted to fixed point, q = rint(delta * weight * 2^k), by a rule that looks at that update alone,
-and the integers q are added. float64 holds them, since it adds integers below 2^53 without error.
+addition is associative if it does not overflow. So each element of each update is converted to
+fixed point, q = rint(delta * weight * 2^k), independently of other updates, and the integers q are
+added. They are stored as float64, which adds integers below 2^53 without error.
 
 The scale 2^k is fixed before the first update, from bounds on |delta|, on the weight and on the
 number of updates, such that no sum can leave that range. The products are computed in float32, so
-half of the work moves half of the bytes. The memory is one accumulator and one update, whatever the
+half of the work moves half of the bytes. The memory is one accumulator and one update, for any
 number of updates.
 """
 
@@ -23,10 +23,11 @@ from fedgpt.aggregate.parallel import map_slices
 # elements of a chunk; with shorter ones, threads lose more time waiting for the GIL than the cache
 # saves them
 CHUNK = 1 << 17
-# elements divided at a time, once a version: few, because a copy of the model waits for the result
+# elements divided at a time, once per version; few, because copying the model waits for the result
 PIECE = 1 << 13
 SINGLE_BITS, SUM_BITS = 51, 53  # |one contribution| <= 2^51, |sum| <= 2^53
-# updates added in one pass over the accumulator, whose elements are twice as long as theirs
+# number of updates added in one pass over the accumulator, whose elements are twice as long as
+# theirs
 TOGETHER = 2
 Part = tuple[np.ndarray, np.float32]  # a delta, and the factor that it is multiplied by
 
@@ -59,9 +60,9 @@ class ExactSum:
     def reset(
         self, bound: float | None = None, count: int | None = None, max_weight: float | None = None
     ) -> None:
-        """Start the next version, with new limits where given.
+        """Start the next version, with new limits if given.
 
-        The accumulator stays allocated, because fresh pages cost more time than adding.
+        The accumulator stays allocated, because allocating new pages takes longer than the sums.
         """
         self.bound = self.bound if bound is None else float(bound)
         self.count = self.count if count is None else count

@@ -14,24 +14,31 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedgpt.aggregate.base import FRACTION, POSITIVE, Strategy, advance, check
+from fedgpt.aggregate.base import Strategy, advance
 from fedgpt.aggregate.refusals import MOMENTS_NEED_COHORT
 from fedgpt.core.messages import ServerState
+from fedgpt.core.options.option import above, option, share
 
 
 @dataclass(frozen=True)
 class FedAdam(Strategy):
-    """Adaptive server steps; remembers m and v."""
+    """Adaptive server steps; its memory is m and v."""
 
     refused_pacings = MOMENTS_NEED_COHORT
 
-    eta: float = 1e-3  # server learning rate, about the largest change of a weight in one step
-    beta1: float = 0.9  # decay of m
-    beta2: float = 0.99  # decay of v
-    tau: float = 1e-3  # added to sqrt(v): coordinates with |D| far below tau move little
-
-    def __post_init__(self) -> None:
-        check(self, eta=POSITIVE, beta1=FRACTION, beta2=FRACTION, tau=POSITIVE)
+    eta: float = option(
+        1e-3,
+        "Server learning rate: about the largest change of one parameter in one step.",
+        allowed=above(0),
+    )
+    beta1: float = option(0.9, "Decay of the running mean of updates.", allowed=share())
+    beta2: float = option(0.99, "Decay of the running mean of squared updates.", allowed=share())
+    tau: float = option(
+        1e-3,
+        "Number that is added to the denominator: parameters whose updates are far smaller move"
+        " little.",
+        allowed=above(0),
+    )
 
     def step(self, d: np.ndarray, state: ServerState) -> ServerState:
         """theta - eta m / (sqrt(v) + tau), after m and v have moved."""

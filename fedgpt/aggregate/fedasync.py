@@ -14,11 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedgpt.aggregate.base import NOT_NEGATIVE, Range, Strategy, check
+from fedgpt.aggregate.base import Strategy
 from fedgpt.aggregate.blocks import parts
 from fedgpt.aggregate.refusals import ARRIVALS_NEED_BUFFER
-from fedgpt.aggregate.staleness import RANGES, Discount
+from fedgpt.aggregate.staleness import Discount
 from fedgpt.core.messages import Pacing, ServerState, Update
+from fedgpt.core.options.option import above, at_least, option
 
 
 @dataclass(frozen=True)
@@ -29,12 +30,16 @@ class FedAsync(Discount, Strategy):
     refused_pacings = ARRIVALS_NEED_BUFFER
     needs_base = True
 
-    alpha: float = 0.6  # share of a fresh client's model in the next one
-    rho: float = 0.005  # strength with which clients are pulled to the received model
-
-    def __post_init__(self) -> None:
-        share = Range(lambda value: 0 < value <= 1, "a number in (0, 1]")
-        check(self, alpha=share, rho=NOT_NEGATIVE, **RANGES)
+    alpha: float = option(
+        0.6,
+        "Share of an arriving model of staleness 0 in the next version.",
+        allowed=above(0, most=1),
+    )
+    rho: float = option(
+        0.005,
+        "Strength of the proximal term, which pulls clients towards the model they received.",
+        allowed=at_least(0),
+    )
 
     def problems(self, pacing: Pacing) -> Iterator[str]:
         """The rule is defined for one arrival at a time."""
@@ -52,12 +57,16 @@ class FedAsync(Discount, Strategy):
         out = np.zeros_like(state.params)
         for part in parts(state.params.size):
             theta = state.params[part].astype(np.float64)
-            moved = np.zeros_like(theta)  # summed apart from theta, which would round it
+            moved = np.zeros_like(theta)  # summed separately, because theta would round the sum
             for share, update in zip(shares, updates, strict=True):
                 assert update.base is not None, "the server attaches the base if needs_base"
                 moved += share * (theta - moved - update.base[part] + update.delta[part])
             out[part] = moved
         return out
+
+    def weight(self, update: Update, staleness: int) -> float:
+        """The tokens: a number for the metrics, as `combine` does not use it."""
+        return float(update.tokens)
 
     def client_numbers(self) -> dict[str, float]:
         """`proximal_mu`: the factor on (w - w_received) in every local gradient."""

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedgpt.aggregate.base import POSITIVE, Strategy, advance, check
+from fedgpt.aggregate.base import Strategy, advance
 from fedgpt.aggregate.refusals import AVERAGE_NEEDS_COHORT
 from fedgpt.core.messages import ServerState
+from fedgpt.core.options.option import above, option
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,7 @@ class FedAvg(Strategy):
 
     refused_pacings = AVERAGE_NEEDS_COHORT
 
-    eta: float = 1.0  # server learning rate, a factor on the mean update
-
-    def __post_init__(self) -> None:
-        check(self, eta=POSITIVE)
+    eta: float = option(1.0, "Server learning rate: factor on the step.", allowed=above(0))
 
     def step(self, d: np.ndarray, state: ServerState) -> ServerState:
         """theta - eta D."""

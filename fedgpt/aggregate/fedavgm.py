@@ -12,14 +12,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedgpt.aggregate.base import FRACTION, POSITIVE, Strategy, advance, check
+from fedgpt.aggregate.base import Strategy, advance
 from fedgpt.aggregate.refusals import MOMENTUM_NEEDS_COHORT
 from fedgpt.core.messages import ServerState
+from fedgpt.core.options.option import above, option, share
 
 
 @dataclass(frozen=True)
 class FedAvgM(Strategy):
-    """Federated averaging with momentum; remembers m.
+    """Federated averaging with momentum; its memory is m.
 
     The paper's mu of 0.9 multiplies a constant update by 10, so it needs many server steps or a
     smaller eta; the default multiplies it by 2.
@@ -27,11 +28,8 @@ class FedAvgM(Strategy):
 
     refused_pacings = MOMENTUM_NEEDS_COHORT
 
-    eta: float = 1.0  # server learning rate
-    mu: float = 0.5  # momentum; 0 gives federated averaging
-
-    def __post_init__(self) -> None:
-        check(self, eta=POSITIVE, mu=FRACTION)
+    eta: float = option(1.0, "Server learning rate: factor on the step.", allowed=above(0))
+    mu: float = option(0.5, "Momentum. 0 is federated averaging.", allowed=share())
 
     def step(self, d: np.ndarray, state: ServerState) -> ServerState:
         """theta - eta m, after m <- mu m + D."""

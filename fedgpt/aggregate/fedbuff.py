@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from fedgpt.aggregate.delta_sgd import DeltaSGD
 from fedgpt.aggregate.refusals import ARRIVALS_NEED_BUFFER
+from fedgpt.aggregate.staleness import falling
 from fedgpt.core.messages import Pacing
 
 
@@ -26,8 +27,8 @@ class FedBuff(DeltaSGD):
     paces = frozenset({"buffer"})
     refused_pacings = ARRIVALS_NEED_BUFFER
 
-    staleness: str = "polynomial"  # constant, polynomial or hinge
+    staleness: str = falling("polynomial")
 
     def divisor(self, weights: Sequence[float], pacing: Pacing) -> float:
-        """K, or the number of updates if pace.grace let more than K in."""
+        """K, or the number of updates if more than K arrived during pace.grace."""
         return float(max(pacing.goal, len(weights)))

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedgpt.aggregate.base import NOT_NEGATIVE, Strategy, check
+from fedgpt.aggregate.base import Strategy
 from fedgpt.aggregate.refusals import AVERAGE_NEEDS_COHORT
+from fedgpt.core.options.option import at_least, option
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,12 @@ class FedProx(Strategy):
 
     refused_pacings = AVERAGE_NEEDS_COHORT
 
-    mu: float = 0.01  # strength of the pull to the received model
-
-    def __post_init__(self) -> None:
-        check(self, mu=NOT_NEGATIVE)
+    mu: float = option(
+        0.01,
+        "Strength of the proximal term, which pulls clients towards the model they received. 0 is"
+        " federated averaging.",
+        allowed=at_least(0),
+    )
 
     def client_numbers(self) -> dict[str, float]:
         """`proximal_mu`: the factor on (w - w_received) in every local gradient."""

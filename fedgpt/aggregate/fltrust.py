@@ -23,9 +23,9 @@ from fedgpt.core.messages import ServerState, Update
 
 @dataclass(frozen=True)
 class FLTrust(Strategy):
-    """Withstands any number of attackers, if the public text resembles the clients' texts.
+    """Tolerates any number of attackers, if the public text resembles the clients' texts.
 
-    It costs one training job a version. The step is never longer than the server's own update.
+    It costs one training job per version. The step is never longer than the server's own update.
     """
 
     refused_pacings = COMPARISON_NEEDS_COHORT

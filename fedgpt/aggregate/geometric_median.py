@@ -5,8 +5,8 @@ found by the smoothed Weiszfeld iteration, a mean with weights 1 / r_i that are 
 
     z = mean_i D_i, then repeat: r_i = max(nu, ||z - D_i||) ; z <- sum_i D_i / r_i / sum_i 1 / r_i
 
-The weights of a pass replace those of the pass before; multiplied, they would collapse onto one
-client.
+The weights of a pass replace the weights of the previous pass. If they were multiplied, one client
+would get all the weight.
 """
 
 from __future__ import annotations
@@ -16,27 +16,33 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedgpt.aggregate.base import COUNT, POSITIVE, Strategy, check
+from fedgpt.aggregate.base import Strategy
 from fedgpt.aggregate.blocks import distances, in_order, shortage, weighted
 from fedgpt.aggregate.refusals import COMPARISON_NEEDS_COHORT
 from fedgpt.core.messages import Pacing, ServerState, Update
+from fedgpt.core.options.option import above, at_least, option
 
 
 @dataclass(frozen=True)
 class GeometricMedian(Strategy):
-    """Withstands attackers up to half of the updates; unlike the median, it ignores the axes.
+    """Tolerates attackers up to half of the updates; unlike the median, it is invariant under
+    rotations.
 
-    All clients count the same, because a client that claims many tokens would count for many.
+    All clients have the same weight, because a client could report too many tokens.
     """
 
     refused_pacings = COMPARISON_NEEDS_COHORT
-    needed = 3  # updates; for two, every point between them is a geometric median
+    needed = 3  # smallest number of updates; of two, every point between them is a geometric median
 
-    nu: float = 1e-6  # lower limit of the distances
-    iterations: int = 8  # passes; the paper needs 3 to 8
-
-    def __post_init__(self) -> None:
-        check(self, nu=POSITIVE, iterations=COUNT)
+    nu: float = option(
+        1e-6, "Distance below which an update counts as equal to the median.", allowed=above(0)
+    )
+    iterations: int = option(
+        8,
+        "Passes of Weiszfeld's algorithm. The paper needs 3 to 8.",
+        unit="passes",
+        allowed=at_least(1),
+    )
 
     def problems(self, pacing: Pacing) -> Iterator[str]:
         """The cohort must have at least three updates."""

@@ -19,11 +19,12 @@ from functools import partial
 
 import numpy as np
 
-from fedgpt.aggregate.base import COUNT, WHOLE, Strategy, check
+from fedgpt.aggregate.base import Strategy
 from fedgpt.aggregate.blocks import in_order, middle, shortage
 from fedgpt.aggregate.parallel import map_slices
 from fedgpt.aggregate.refusals import COMPARISON_NEEDS_COHORT
 from fedgpt.core.messages import Pacing, ServerState, Update
+from fedgpt.core.options.option import at_least, option
 
 # elements of a product in float32: such pieces of eight updates fit in the second-level cache
 PIECE = 1 << 16
@@ -31,22 +32,29 @@ PIECE = 1 << 16
 
 @dataclass(frozen=True)
 class Krum(Strategy):
-    """Withstands `attackers` whose updates are far from all others.
+    """Tolerates `attackers` whose updates are far from all others.
 
-    It cannot tell them from honest clients whose text differs much from the others' text.
+    It cannot distinguish them from honest clients whose text differs much from the others' text.
     """
 
     refused_pacings = COMPARISON_NEEDS_COHORT
 
-    attackers: int = 1  # f, attackers to expect in a cohort
-    keep: int = 0  # m, updates to average; 0: n - f; 1: the original Krum
-
-    def __post_init__(self) -> None:
-        check(self, attackers=COUNT, keep=WHOLE)
+    attackers: int = option(
+        1,
+        "Number of attackers that are tolerated. A cohort needs 2 * attackers + 3 clients.",
+        unit="clients",
+        allowed=at_least(1),
+    )
+    keep: int = option(
+        0,
+        "Number of updates that are averaged. 0: all but the attackers; 1: the original Krum.",
+        unit="updates",
+        allowed=at_least(0, zero="all but the attackers"),
+    )
 
     @property
     def needed(self) -> int:
-        """Updates that a step needs at least: the paper's bound."""
+        """Smallest number of updates in a step: the paper's bound."""
         return 2 * self.attackers + 3
 
     def problems(self, pacing: Pacing) -> Iterator[str]:

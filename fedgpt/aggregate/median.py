@@ -20,13 +20,13 @@ from fedgpt.core.messages import Pacing, ServerState, Update
 
 @dataclass(frozen=True)
 class Median(Strategy):
-    """Withstands attackers up to half of the updates; there is no number to set.
+    """Tolerates attackers up to half of the updates, without an option.
 
-    All clients count the same.
+    All clients have the same weight.
     """
 
     refused_pacings = COMPARISON_NEEDS_COHORT
-    needed = 3  # updates; the median of two is their mean
+    needed = 3  # smallest number of updates; the median of two is their mean
 
     def problems(self, pacing: Pacing) -> Iterator[str]:
         """The cohort must have at least three updates."""

@@ -3,8 +3,7 @@
     D = mean_i D_i min(1, C / ||D_i||)
 
 C is the median of the last `window` norms of earlier versions; in the first version, of that
-version's own norms. The norms are remembered as received, before clipping, so C can grow as well
-as shrink.
+version's own norms. The norms are stored before clipping, so C can grow as well as shrink.
 """
 
 from __future__ import annotations
@@ -14,25 +13,29 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedgpt.aggregate.base import COUNT, Strategy, check
+from fedgpt.aggregate.base import Strategy
 from fedgpt.aggregate.blocks import distances, in_order, ratio, weighted
 from fedgpt.aggregate.refusals import COMPARISON_NEEDS_COHORT
 from fedgpt.core.messages import ServerState, Update
+from fedgpt.core.options.option import at_least, option
 
 
 @dataclass(frozen=True)
 class NormClip(Strategy):
-    """Bounds the effect of a large update, at almost no cost; remembers norms.
+    """Bounds the effect of a long update, at almost no cost; stores norms.
 
-    An update of usual length in a wrong direction passes. All clients count the same.
+    An update of usual length in a wrong direction is not affected. All clients have the same
+    weight.
     """
 
     refused_pacings = COMPARISON_NEEDS_COHORT
 
-    window: int = 100  # updates whose norms are remembered
-
-    def __post_init__(self) -> None:
-        check(self, window=COUNT)
+    window: int = option(
+        100,
+        "Number of recent norms over which the median is computed.",
+        unit="updates",
+        allowed=at_least(1),
+    )
 
     def combine(
         self, updates: Sequence[Update], state: ServerState, root: Update | None = None
@@ -48,7 +51,7 @@ class NormClip(Strategy):
     def remember(self, updates: Sequence[Update], state: ServerState) -> dict[str, np.ndarray]:
         """The last `window` norms above 0, including this version's.
 
-        Norms of 0 are left out, because a limit of 0 would stop all further learning.
+        Norms of 0 are excluded, because a limit of 0 would stop all further learning.
         """
         norms = distances(in_order(self, updates))
         all_norms = np.concatenate([state.memory.get("norms", np.zeros(0)), norms[norms > 0]])

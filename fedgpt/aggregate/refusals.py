@@ -1,4 +1,4 @@
-"""Why a rule is refused under a pacing, and what to choose instead: several rules share a text.
+"""Messages that state why a rule is refused under a pacing, and what to choose instead.
 
 Each constant is the `Strategy.refused_pacings` of a family of rules.
 """

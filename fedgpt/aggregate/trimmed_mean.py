@@ -1,7 +1,7 @@
 """Coordinate-wise trimmed mean (Yin et al. 2018, arXiv 1803.01498).
 
 D_j = mean of the D_ij without the b lowest and the b highest. b is a number of clients and not a
-fraction, because a fraction of a small cohort (0.2 of 4 clients) is silently rounded down to 0.
+fraction, because a fraction of a small cohort (0.2 of 4 clients) would be rounded down to 0.
 """
 
 from __future__ import annotations
@@ -11,26 +11,30 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedgpt.aggregate.base import COUNT, Strategy, check
+from fedgpt.aggregate.base import Strategy
 from fedgpt.aggregate.blocks import in_order, middle, shortage
 from fedgpt.aggregate.refusals import COMPARISON_NEEDS_COHORT
 from fedgpt.core.messages import Pacing, ServerState, Update
+from fedgpt.core.options.option import at_least, option
 
 
 @dataclass(frozen=True)
 class TrimmedMean(Strategy):
-    """Withstands up to `trim` attackers, and uses more of the honest updates than the median."""
+    """Tolerates up to `trim` attackers, and uses more of the honest updates than the median."""
 
     refused_pacings = COMPARISON_NEEDS_COHORT
 
-    trim: int = 1  # b, values removed at each end of every coordinate
-
-    def __post_init__(self) -> None:
-        check(self, trim=COUNT)
+    trim: int = option(
+        1,
+        "Number of values removed at each end of every coordinate, which is the number of attackers"
+        " to withstand.",
+        unit="clients",
+        allowed=at_least(1),
+    )
 
     @property
     def needed(self) -> int:
-        """Updates that a step needs, so that a value is left."""
+        """Smallest number of updates in a step, so that at least one value remains."""
         return 2 * self.trim + 1
 
     def problems(self, pacing: Pacing) -> Iterator[str]:

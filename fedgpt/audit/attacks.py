@@ -1,10 +1,10 @@
 """Attacks on the privacy mechanism of a configuration, through the code that a run uses.
 
-Canaries test a promise: units that are easy to find again take part or not by a coin flip, and an
-attacker guesses which ones did. Guesses that are too good refute the claimed mu and epsilon of one
-release (privacy=client) or one job (privacy=example). The other two measure what leaks, with and
-without privacy: membership asks whether text that a model was trained on has a lower loss than
-other text, token leak whether one client's update reveals which tokens its text contains.
+Canaries test the guarantee: a coin flip decides whether an easily detected unit takes part, and an
+attacker guesses which units did. Too many correct guesses refute the guaranteed mu and epsilon of
+one release (privacy=client) or one job (privacy=example). The other two attacks measure leaks, with
+and without privacy. Membership: does text that a model was trained on have a lower loss than other
+text? Token leak: does one client's update reveal which tokens its text contains?
 """
 
 from __future__ import annotations
@@ -45,40 +45,40 @@ from fedgpt.server.collector import Collectors
 from fedgpt.server.privacy import PaidByServer
 from fedgpt.storage.tables import Clients
 
-# privacy=client: canary clients, and parameters of the model; in so many dimensions any two of the
-# random canary updates are nearly orthogonal
+# privacy=client: number of canary clients, and number of parameters of the model; in so many
+# dimensions any two of the random canary updates are nearly orthogonal
 CANARIES, DIMENSIONS = 600, 20_000
-# parameters with one row for each token, of which the token-leak attack takes the first trained one
+# parameters with one row per token; the token-leak attack uses the first of them that is trained
 PER_TOKEN = ("transformer.wte.weight", "lm_head.weight")
-# privacy=example: canary blocks of random tokens, all in every batch, and steps of the attacked job
+# privacy=example: number of canary blocks (random tokens, all in every batch), and of local steps
 BLOCKS, STEPS = 96, 8
-# membership: local steps, enough for a small model to memorise some of one client's text
+# membership: number of local steps, enough for a small model to memorise some of a client's text
 MEMBER_STEPS = 300
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The bounds that canaries prove, beside the promise."""
+    """The bounds that canaries prove, and the guarantee."""
 
     bounds: Bounds
-    mu: float  # promised mu
+    mu: float  # guaranteed mu
     delta: float
     what: str  # what was attacked, in words
 
     @property
     def epsilon(self) -> float:
-        """The promised epsilon, which follows from mu."""
+        """The guaranteed epsilon, computed from mu."""
         return gaussian_epsilon(self.mu, self.delta)
 
     @property
     def holds(self) -> bool:
-        """Whether neither bound refutes the promise."""
+        """Whether neither bound exceeds the guarantee."""
         return self.bounds.mu_bound <= self.mu and self.bounds.epsilon_bound <= self.epsilon
 
 
 @dataclass(frozen=True)
 class Findings:
-    """What all attacks on a configuration found."""
+    """The results of all attacks on a configuration."""
 
     unit: str  # privacy.unit
     canaries: Verdict | None  # None without privacy
@@ -90,7 +90,7 @@ class Findings:
 
     @property
     def holds(self) -> bool:
-        """Whether the promise was not refuted."""
+        """Whether no attack refuted the guarantee."""
         return self.canaries is None or self.canaries.holds
 
 
@@ -148,8 +148,8 @@ def audit_client(o: RunOptions, strategy: Strategy, plan: PrivacyPlan, seed: int
         collectors = Collectors(o, strategy, privacy, DIMENSIONS, "audit")
         collector = collectors.open(state, (), CANARIES, Clients())
         for i in np.flatnonzero(inside):
-            # far longer than the clip, and half of them with many tokens: neither may make a client
-            # easier to find
+            # much longer than the clip, half of them with many tokens: neither may make a client
+            # easier to detect
             delta = canaries[i] * np.float32(1000 * o.privacy.clip)
             tokens = 1000 if i % 2 else 1
             norm = {"update_norm": float(np.linalg.norm(delta))}
@@ -192,9 +192,9 @@ def audit_example(o: RunOptions, vocab_size: int, plan: PrivacyPlan, seed: int =
 def membership(
     o: RunOptions, vocab_size: int, tokens: np.ndarray, plan: PrivacyPlan | None, steps: int
 ) -> dict[str, float]:
-    """Train one client on every second block; how well a low loss separates those from the others.
+    """Train one client on every second block; measure how well the loss separates trained blocks.
 
-    Returns "auc", "tpr_at_1_percent_fpr" (share of the trained blocks found at 1 % false alarms)
+    Returns "auc", "tpr_at_1_percent_fpr" (share of the trained blocks found at 1 % false positives)
     and "blocks" (number of trained blocks).
     """
     width = o.model.block_size + 1
@@ -215,7 +215,8 @@ def membership(
 def token_leak(
     o: RunOptions, vocab_size: int, tokens: np.ndarray, plan: PrivacyPlan | None, steps: int
 ) -> dict[str, float]:
-    """How well one update separates tokens that it was trained on from tokens not in the text.
+    """Measure how well one update separates tokens that it was trained on from tokens not in the
+    text.
 
     Returns "auc" over the vocabulary, and the numbers of tokens: "present" in the batches and
     "absent" from the text. Under privacy=client also "released_auc", for an attacker who sees the
@@ -276,7 +277,7 @@ def _trainer(o: RunOptions, vocab_size: int) -> Trainer:
 
 
 def _start(o: RunOptions, vocab_size: int) -> np.ndarray:
-    """The weights of a fresh model."""
+    """The weights of a new model."""
     return _trainer(o, vocab_size).params.cpu().numpy().copy()
 
 

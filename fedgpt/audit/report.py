@@ -15,26 +15,26 @@ from fedgpt.data.prepare import Prepared
 def audit_report(
     o: RunOptions, strategy: Any, prepared: Prepared, shards: Sequence[Shard]
 ) -> tuple[str, bool]:
-    """Run all attacks; returns the report, and whether the promise holds."""
+    """Run all attacks; returns the report, and whether the guarantee holds."""
     findings = audit(o, strategy, prepared, shards)
     return report(findings), findings.holds
 
 
 def report(found: Findings) -> str:
-    """All findings, for a person and for a script."""
+    """All findings, as text and as JSON."""
     lines = [*_leaks(found), json.dumps(_as_json(found))]
     return "\n".join(lines if found.canaries is None else [*_canaries(found.canaries), *lines])
 
 
 def _canaries(verdict: Verdict) -> list[str]:
-    bounds, broken = verdict.bounds, "THE PROMISE IS BROKEN: do not publish this model"
+    bounds, broken = verdict.bounds, "THE GUARANTEE IS REFUTED: do not publish this model"
     return [
         f"canaries: {verdict.what}",
-        f"  promised at most  mu {verdict.mu:.3g}, epsilon {verdict.epsilon:.3g} at delta"
+        f"  guaranteed        mu {verdict.mu:.3g}, epsilon {verdict.epsilon:.3g} at delta"
         f" {verdict.delta:.2g}",
         f"  proved at least   mu {bounds.mu_bound:.3g} (estimate {bounds.mu:.3g}), epsilon"
         f" {bounds.epsilon_bound:.3g} by ranks",
-        f"  {'the promise holds' if verdict.holds else broken}",
+        f"  {'the guarantee holds' if verdict.holds else broken}",
     ]
 
 
@@ -43,7 +43,7 @@ def _leaks(found: Findings) -> list[str]:
     lines = [
         f"membership: {found.member_steps} steps on every second block of client {found.client}",
         f"  a lower loss separates trained blocks from others with AUC {member['auc']:.3f};"
-        f" {member['tpr_at_1_percent_fpr']:.1%} are found at 1 % false alarms",
+        f" {member['tpr_at_1_percent_fpr']:.1%} are found at 1 % false positives",
         f"token leak: one update of {found.leak_steps} steps of client {found.client}, trained on"
         f" {leak['present']:.0f} different tokens; {leak['absent']:.0f} are not in its text",
         f"  rows of the embedding separate the first from the second with AUC {leak['auc']:.3f}",

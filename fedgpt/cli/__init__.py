@@ -1,8 +1,8 @@
 """The command line: one list of commands, and one file for each.
 
-A command is a line of COMMANDS and a module fedgpt/cli/<name>.py with HELP, a text, and `main`,
-which takes what was typed behind the command and returns the exit code. Modules import what is
-heavy inside `main`, so that help and wrong commands are answered at once.
+A command is a line of COMMANDS and a module fedgpt/cli/<name>.py with the help text HELP, and
+`main`, which takes the arguments of the command and returns the exit code. Modules import large
+libraries inside `main`, so that help and error messages appear at once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fedgpt.core.errors import ConfigError, FedGPTError, Interrupted, StoppedEar
 
 @dataclass(frozen=True)
 class Command:
-    """A command: what may be typed behind it, and what it does in one line."""
+    """A command: its arguments, and its purpose in one line."""
 
     name: str
     arguments: str
@@ -45,15 +45,17 @@ COMMANDS = {
         Command("run", "[OPTIONS]", "train a model; resume=FOLDER continues a run"),
         Command("data", "[OPTIONS]", "show the text and the clients of a run"),
         Command("privacy", "plan [OPTIONS]", "show what a private run would cost"),
-        Command("audit", "[OPTIONS]", "attack a private run; measure what leaks"),
-        Command("generate", "FOLDER [--prompt TEXT]", "write text with the model of a run", True),
+        Command("audit", "[OPTIONS]", "test a privacy guarantee with attacks"),
+        Command(
+            "generate", "FOLDER [--prompt TEXT]", "generate text with the model of a run", True
+        ),
         Command("help", "[TOPIC]", "explain a command, a group or an option"),
     )
 }
 
 
 def dispatch(command: str, arguments: list[str]) -> int:
-    """Run a command; failures a user can act on are one message and an exit code, never a
+    """Run a command; a failure that a user can act on is a message and an exit code without a
     traceback.
     """
     if command not in COMMANDS:
@@ -83,8 +85,8 @@ def dispatch(command: str, arguments: list[str]) -> int:
 
 
 def exit_code(error: FedGPTError) -> int:
-    """2 wrong usage, 3 stopped early for a stated reason, 130 interrupted and resumable, 1 anything
-    else.
+    """Exit code: 2 wrong usage, 3 stopped early, 130 interrupted and resumable, 1 any other
+    failure.
     """
     kinds = ((ConfigError, 2), (StoppedEarly, 3), (Interrupted, 130))
     return next((code for kind, code in kinds if isinstance(error, kind)), 1)

@@ -1,4 +1,4 @@
-"""`fedgpt audit`: attack what these options promise; exit code 1 where it does not hold."""
+"""`fedgpt audit`: attack the privacy guarantee of a run; exit code 1 if it is refuted."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from fedgpt.cli.words import split_words
 HELP = """
   fedgpt audit privacy=example privacy.target_epsilon=4 rounds=2
 
-Trains with text that was planted, tries to find out from the updates which of
-it was used, and compares the success with what the privacy of these options
-allows. It may take minutes. The exit code is 1 where the promise does not hold.
+Trains with artificial clients or blocks (canaries), guesses from the updates
+which of them took part, and compares the guesses with the privacy guarantee of
+these options. It may take minutes. The exit code is 1 if the guarantee is
+refuted.
 The options are those of `fedgpt run` (fedgpt help privacy).
 """
 

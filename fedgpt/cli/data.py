@@ -1,4 +1,4 @@
-"""`fedgpt data`: what a run with these options would train on."""
+"""`fedgpt data`: show the text and the clients of a run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ HELP = """
   fedgpt data corpus=files corpus.path=FOLDER partition=iid partition.clients=4
 
 Prints the source of the text, how it is divided into a public part, the
-clients' part and a held-out part, and how many tokens each client has. Nothing
-is trained. The options are those of `fedgpt run`; corpus, tokenizer and
+clients' part and a held-out part, and the number of tokens of each client.
+Nothing is trained. The options are those of `fedgpt run`; corpus, tokenizer and
 partition matter most (fedgpt help corpus).
 """
 

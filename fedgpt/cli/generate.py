@@ -19,7 +19,7 @@ RANGES = {
 
 
 def main(arguments: list[str]) -> int:
-    """Print what the model writes."""
+    """Print generated text."""
     chosen = _parser().parse_args(arguments)
     for name, (low, high) in RANGES.items():
         value = getattr(chosen, name)
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "fedgpt generate",
-        description="Write text with the newest model of a run.",
+        description="Generate text with the newest model of a run.",
     )
     parser.add_argument("run", metavar="FOLDER", help="folder of a run")
     parser.add_argument("--prompt", metavar="TEXT", default="", help="text to continue")
@@ -62,19 +62,19 @@ def _parser() -> argparse.ArgumentParser:
         "--temperature",
         type=float,
         default=0.8,
-        help="randomness; 0 always takes the likeliest token (%(default)s)",
+        help="sampling temperature; 0 takes the most likely token (%(default)s)",
     )
     parser.add_argument(
         "--top-k",
         type=int,
         default=50,
-        help="draw from this many likeliest tokens; 0 means all (%(default)s)",
+        help="sample from this many most likely tokens; 0 means all (%(default)s)",
     )
     parser.add_argument(
-        "--top-p", type=float, help="draw from the likeliest tokens of this total probability"
+        "--top-p", type=float, help="sample from the most likely tokens of this total probability"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the draws (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (%(default)s)")
     parser.add_argument(
-        "--best", action="store_true", help="take the weights with the best held-out score"
+        "--best", action="store_true", help="use the weights with the best held-out score"
     )
     return parser

@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from textwrap import wrap
 from typing import Any
 
@@ -17,27 +17,31 @@ from fedgpt.cli.words import value_of
 from fedgpt.config.choices import Choice, defaults, groups, read_choice
 from fedgpt.core.errors import nearest
 from fedgpt.core.options import OPTIONS, RunOptions
-from fedgpt.core.options.option import Group, Option, one_of
-from fedgpt.core.targets import modules_in
+from fedgpt.core.options.option import Group, Option, one_of, options_of, typed
+from fedgpt.core.targets import load_class, modules_in
 
 HELP = """
   fedgpt help                 all commands and groups
   fedgpt help run             all options of a run
   fedgpt help privacy         the choices and options of one group
   fedgpt help pace.goal       one option
+  fedgpt help strategy.eta    one option, for each strategy that has it
 """
 EXPERIMENT = "Settings of many groups at once."
-COLUMN = 24  # where the meaning of a command, group or choice starts
-STEP = 6  # the meaning of an option is indented by this much
+COLUMN = 24  # column at which the meaning of a command, group or choice starts
+STEP = 6  # indentation of the meaning of an option, in characters
+RULES = "fedgpt.aggregate"  # the package of the built-in strategies
 
 
 def main(arguments: list[str]) -> int:
-    """Print what is asked for; the exit code is 2 for what is no command, group or option."""
+    """Print the help of a topic; returns 2 if the topic is not a command, group or option."""
     config_dir = value_of(arguments, "--config-dir", "-cd")
     words = [word for word in arguments if not word.startswith("-") and word != config_dir]
     parts = {word: _explained(word, config_dir) for word in words}
     if unknown := [word for word, part in parts.items() if not part]:
-        everything = dict.fromkeys([*COMMANDS, *groups(config_dir), *OPTIONS])
+        everything = dict.fromkeys(
+            [*COMMANDS, *groups(config_dir), *OPTIONS, *_options_of_strategies(config_dir)]
+        )
         for word in unknown:
             more = nearest(word, everything)
             print(f"fedgpt help {word}: no command, group or option{more}", file=sys.stderr)
@@ -45,7 +49,7 @@ def main(arguments: list[str]) -> int:
     text = "\n\n".join(parts.values()) if parts else overview()
     try:
         print(text, flush=True)
-    except BrokenPipeError:  # `fedgpt run --help | head`; python would complain at its end, too
+    except BrokenPipeError:  # `fedgpt run --help | head`; Python would report it at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
@@ -77,6 +81,9 @@ def _explained(word: str, config_dir: str | None) -> str:
         parts.append(_group(word, known[word], config_dir))
     if word in OPTIONS and word not in known:
         parts.append("\n".join(_option(OPTIONS[word])))
+    elif word.startswith("strategy."):
+        found = _options_of_strategies(config_dir).get(word, [])
+        parts += ["\n".join(line for one in found for line in _option(one))][: len(found)]
     return "\n\n".join(parts)
 
 
@@ -96,14 +103,14 @@ def _command(name: str, config_dir: str | None) -> str:
 
 
 def _group(group: str, names: list[str], config_dir: str | None) -> str:
-    """The choices of a group, what each is and sets, and the options of the group."""
+    """The choices of a group, the options that each of them sets, and the options of the group."""
     choices = [read_choice(group, name, config_dir) for name in names]
     lines = [_title(group, _meaning(group)), ""]
     for choice in choices:
         default = " (default)" if defaults().get(group) == choice.name else ""
         lines += _row(f"{group}={choice.name}", f"{choice.meaning}{default}")
-        if group == "strategy":
-            lines += _strategy_fields(choice)
+        if (own := _options_of_strategy(choice)) is not None:
+            lines += [line for one in own for line in _option(one, indent=4)]
         elif sets := _sets(choice):
             lines += _paragraph(f"Sets {sets}.", COLUMN, _dim)
     options = [one for one in OPTIONS.values() if one.group == group]
@@ -113,27 +120,41 @@ def _group(group: str, names: list[str], config_dir: str | None) -> str:
 
 
 def _sets(choice: Choice) -> str:
-    """What a choice sets that differs from the defaults, without what only names the choice."""
+    """The options that a choice sets to other values than the defaults, without the choice's
+    name.
+    """
     kind = _class_of(choice.group)
     own_name = kind.key(kind.choice_field) if kind else ""
     return ", ".join(
-        f"{key}={_typed(value)}"
+        f"{key}={typed(value)}"
         for key, value in choice.sets.items()
         if key != own_name and (key not in OPTIONS or OPTIONS[key].default != value)
     )
 
 
-def _strategy_fields(choice: Choice) -> Iterator[str]:
-    """The options of a strategy, which are the fields of its class and lines of its file."""
-    for key, value in choice.sets.items():
-        name = key.removeprefix("strategy.")
-        if name != "_target_":
-            meaning = choice.comments.get(name, "")
-            yield from _row(f"    {key}={_typed(value)}", meaning, column=COLUMN + 14)
+def _options_of_strategy(choice: Choice) -> list[Option] | None:
+    """The fields of a built-in strategy, with the values of its file; None for what is not one."""
+    target = str(choice.sets.get("strategy._target_", ""))
+    if not target.startswith(f"{RULES}."):
+        return None
+    cls = load_class("strategy", target, (RULES,))
+    return [replace(one, default=choice.sets.get(one.key, one.default)) for one in options_of(cls)]
+
+
+def _options_of_strategies(config_dir: str | None) -> dict[str, list[Option]]:
+    """As typed -> that option of the strategies that have it, those that have the same together."""
+    found: dict[str, dict[Any, Option]] = {}
+    for name in groups(config_dir)["strategy"]:
+        for one in _options_of_strategy(read_choice("strategy", name, config_dir)) or ():
+            alike = found.setdefault(one.key, {})
+            shown = (one.default, one.facts.help, _values(one))
+            names = alike[shown].facts.only_with if shown in alike else ()
+            alike[shown] = replace(one, facts=replace(one.facts, only_with=(*names, name)))
+    return {key: list(alike.values()) for key, alike in found.items()}
 
 
 def _meaning(group: str) -> str:
-    """What a group decides, from the docstring of its class."""
+    """The meaning of a group, from the docstring of its class."""
     if kind := _class_of(group):
         return str(kind.__doc__).partition("\n\n")[0]
     return OPTIONS[group].facts.help if group in OPTIONS else EXPERIMENT
@@ -145,10 +166,10 @@ def _class_of(group: str) -> type[Group] | None:
     return next((k for k in kinds if isinstance(k, type) and k.group == group), None)
 
 
-def _option(one: Option) -> Iterator[str]:
-    """`option=default`, the values that it may have, and below them what it means."""
-    typed = one.key if one.default == "" else f"{one.key}={_typed(one.default)}"
-    first, *rest = _row(typed, _values(one), column=COLUMN + 10)
+def _option(one: Option, indent: int = 0) -> Iterator[str]:
+    """`option=default` and its allowed values, and below them its meaning."""
+    shown = one.key if one.default == "" else f"{one.key}={typed(one.default)}"
+    first, *rest = _row(" " * indent + shown, _values(one), column=COLUMN + 10 + indent)
     yield first.replace(one.key, _bold(one.key), 1)
     yield from rest
     names = one_of(*one.facts.only_with).words if one.facts.only_with else ""
@@ -156,7 +177,7 @@ def _option(one: Option) -> Iterator[str]:
     members = (
         f" Built in: {', '.join(modules_in(folder))}." if (folder := one.facts.built_in) else ""
     )
-    yield from _paragraph(f"{one.facts.help}{members}{only}", STEP)
+    yield from _paragraph(f"{one.facts.help}{members}{only}", STEP + indent)
 
 
 def _values(one: Option) -> str:
@@ -169,17 +190,6 @@ def _values(one: Option) -> str:
     of = f" of {unit}" if unit else ""
     words = allowed.words.replace(f" {unit}", "") if unit else allowed.words
     return f"{kind}{of}{null}{f', {words}' if words else ''}"
-
-
-def _typed(value: Any) -> str:
-    """A value as it is typed on the command line."""
-    if value is None:
-        return "null"
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, list):
-        return f"[{','.join(map(_typed, value))}]"
-    return str(value)
 
 
 # ---- lines of text that fit the terminal
@@ -197,7 +207,7 @@ def _title(name: str, meaning: str) -> str:
 
 
 def _row(name: str, meaning: str, column: int = COLUMN) -> list[str]:
-    """A name, and beside it or, where it is too long, below it what it means."""
+    """A name, and its meaning beside it, or below it if the name is too long."""
     text = wrap(meaning, _width() - column)
     start = f"  {name}"
     if len(start) + 2 > column:

@@ -1,4 +1,4 @@
-"""`fedgpt privacy plan`: what a private run with these options would cost, before anything runs."""
+"""`fedgpt privacy plan`: show the noise and epsilon of a private run without training."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from fedgpt.core.errors import ConfigError
 HELP = """
   fedgpt privacy plan privacy=client privacy.target_epsilon=4 rounds=100
 
-Prints the noise that a run with these options would add, what it protects and
-how well, and what it does not protect. Nothing is trained. The options are
-those of `fedgpt run`; the group privacy follows.
+Prints the noise that a run with these options would add, the text that it
+protects, its epsilon, and the text that it does not protect. Nothing is
+trained. The options are those of `fedgpt run`; the group privacy follows.
 """
 
 

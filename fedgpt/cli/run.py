@@ -10,23 +10,23 @@ from fedgpt.cli.words import split_words, value_of
 from fedgpt.core.errors import ConfigError, FedGPTError, Interrupted
 
 HELP = """
-  fedgpt run                        a first run, with all defaults
+  fedgpt run                        a run with all defaults
   fedgpt run model=mini rounds=50   another model, and a longer run
   fedgpt run experiment=demo        the options of the README's demo
   fedgpt run -m seed=0,1,2          a sweep: one run for each value
-  fedgpt run resume=FOLDER          continue a run that was stopped
-  fedgpt run --cfg job model=mini   print the configuration, and run nothing
+  fedgpt run resume=FOLDER          continue a stopped run
+  fedgpt run --cfg job model=mini   print the configuration only
   fedgpt run --config-dir=DIR model=mine
                                     choices of your own: DIR/model/mine.yaml
 
 OPTION=VALUE sets one option. GROUP=CHOICE sets several options of a group at
-once; single options of the group may be typed beside it. Each option is listed
-as OPTION=DEFAULT, with the values that it may have. null stands for no value.
+once; single options of the group can be set in addition. Each option is listed
+as OPTION=DEFAULT, with its allowed values. null means no value.
 """
 
 
 def main(arguments: list[str]) -> int:
-    """Check everything that was typed, then start the run, or the runs of a sweep."""
+    """Check all options, then start the run, or the runs of a sweep."""
     from fedgpt.api import resumed
     from fedgpt.config import compose, overrides
 
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> int:
     sweep = "-m" in arguments or "--multirun" in arguments
     if sweep and value_of(arguments, "--cfg", "-c"):
         raise ConfigError(
-            "--cfg: prints one configuration, and -m asks for several; leave one of them out"
+            "--cfg: prints one configuration, but -m makes several; leave one of them out"
         )
     if sweep:
         compose.check_sweep(words, config_dir)
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _hydra(arguments: list[str], quoted: list[str]) -> int:
-    """Hand over to Hydra, which composes, sweeps, prints; each job comes back to `job`."""
+    """Call Hydra, which composes, sweeps and prints; Hydra calls `job` for each job."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -61,7 +61,7 @@ def _hydra(arguments: list[str], quoted: list[str]) -> int:
     failures: list[FedGPTError] = []
 
     def job(cfg: DictConfig) -> float | None:
-        sys.argv = ["fedgpt", "run", *arguments]  # what command.txt holds: words that a shell takes
+        sys.argv = ["fedgpt", "run", *arguments]  # content of command.txt
         settings = HydraConfig.get()
         if settings.mode == RunMode.MULTIRUN and not any(
             o.startswith("run_dir=") for o in settings.overrides.task
@@ -72,7 +72,7 @@ def _hydra(arguments: list[str], quoted: list[str]) -> int:
         try:
             return _start(compose.to_options(cfg))
         except FedGPTError as error:
-            # Hydra would print a traceback; and a sweep goes on after a failed job
+            # Hydra would print a traceback, and a sweep continues after a failed job
             print(f"fedgpt: {error}", file=sys.stderr)
             failures.append(error)
             return None
@@ -83,7 +83,7 @@ def _hydra(arguments: list[str], quoted: list[str]) -> int:
 
 
 def _start(options: Any) -> float:
-    """Run one configuration; returns what Hydra's sweepers minimise."""
+    """Run one configuration; returns the value that Hydra's sweepers minimise."""
     from fedgpt.flower.launch import launch
 
     launch(options)
@@ -91,9 +91,9 @@ def _start(options: Any) -> float:
 
 
 def sweep_score(folder: Path) -> float:
-    """THE score of a finished run's last version, for a sweeper, which minimises it.
+    """The score of a finished run's last version, for a sweeper, which minimises it.
 
-    A score of which higher is better is returned with a minus sign.
+    If a higher score is better, it is returned with a minus sign.
     """
     import json
 

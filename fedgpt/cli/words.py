@@ -1,4 +1,4 @@
-"""What is typed behind `fedgpt run`, `data`, `privacy plan` and `audit`."""
+"""The arguments of `fedgpt run`, `data`, `privacy plan` and `audit`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from fedgpt.core.errors import ConfigError, nearest
 
 
 def split_words(arguments: list[str]) -> tuple[list[str], str | None]:
-    """(options as typed, the user's folder of groups); raises ConfigError for what is neither."""
+    """Return (typed options, the user's folder of groups); raises ConfigError for any other
+    word.
+    """
     config_dir = value_of(arguments, "--config-dir", "-cd")
     shown = value_of(arguments, "--cfg", "-c")
     words = [a for a in arguments if not a.startswith("-") and a not in (config_dir, shown)]
@@ -19,7 +21,7 @@ def split_words(arguments: list[str]) -> tuple[list[str], str | None]:
 
 
 def value_of(arguments: list[str], *flags: str) -> str | None:
-    """The value of a flag, typed `--flag value` or `--flag=value`; None where it is not typed."""
+    """The value of a flag, typed `--flag value` or `--flag=value`; None if it is not typed."""
     for at, argument in enumerate(arguments):
         for flag in flags:
             if argument.startswith(f"{flag}="):

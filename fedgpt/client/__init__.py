@@ -1,1 +1,1 @@
-"""The client's side: from a job to an update, with local state, privacy and simulated attacks."""
+"""The client: computes an update from a job, with local state, privacy and simulated attacks."""

@@ -1,4 +1,4 @@
-"""The client's side of privacy: its secret key, its ledger, and its checks before each release."""
+"""Privacy at the client: its secret key, its ledger, and the checks before each release."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from fedgpt.update.codec import digest
 
 
 class ClientPrivacy:
-    """The private part of one client's job, which its own ledger is charged for first.
+    """The private part of one client's job; the client's ledger is charged before each release.
 
     The client does not trust the server: it checks all numbers of the job against its own options.
     """
@@ -39,9 +39,10 @@ class ClientPrivacy:
         environment: dict[str, Any],
         task: Task,
     ):
-        """`folder` holds the client's key and ledger.
+        """`folder` contains the client's key and ledger.
 
-        `environment` is what the bits of a result depend on besides the job, e.g. the device.
+        `environment`: everything besides the job that determines the bits of a result, such as the
+        device.
         """
         self.options = options
         self.folder = folder
@@ -73,7 +74,9 @@ class ClientPrivacy:
         return clipped(delta, clip) + stream.normal(delta.size) * np.float32(2 * clip * z)
 
     def _paid(self, job: Job, state: str, event: Event, per_job: int, units: int) -> SecureStream:
-        """Charge the ledger for `event`; returns the noise, which only the same job gets again."""
+        """Charge the ledger for `event`; returns the noise. Only a repetition of the same job gets
+        the same noise.
+        """
         o, plan = self.options.privacy, job.plan
         if not 0 < event.noise_multiplier < math.inf:
             raise BudgetExhausted(
@@ -90,7 +93,7 @@ class ClientPrivacy:
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / ".ledger.lock"):
             path = self.folder / "privacy.key"
-            # the key is written after the ledger: if it exists, so did the ledger
+            # the key is written after the ledger, so if the key exists, the ledger existed
             fresh = plan.state_job < 0 and not path.exists()
             ledger = Ledger(
                 self.folder / "ledger.json", o.unit, digest(self.text.tokens), plan.delta, fresh
@@ -111,7 +114,7 @@ class ClientPrivacy:
         """Whether the job is part of the plan and the complete plan is within the client's budget.
 
         Then no epsilon has to be computed for single jobs. A larger sampling probability (a smaller
-        shard) costs more, so the cache holds the largest probability that the budget allows.
+        shard) costs more, so the cache stores the largest probability that the budget allows.
         """
         account, budget = ledger.account, self.options.privacy.target_epsilon
         if budget is None or not account.within(planned, event):
@@ -131,10 +134,12 @@ _within: dict[tuple[float, int, float, float], float] = {}
 def _inputs(job: Job, state: str, environment: dict[str, Any]) -> list[Any]:
     """Everything that determines the bits of a job's result, except for the options.
 
-    How the job was sent and what is kept for a restart do not. The run's id is left out because
-    each run has its own key, and because seeded noise must be the same in a repeated run.
+    The transport of the job and the client states kept for a restart do not affect the result. The
+    run's id is excluded, because each run has its own key and seeded noise must be the same in a
+    repeated run.
     """
-    # by the names on the wire: another name would be other noise, and a resumed run would pay again
+    # uses the field names of messages: a renamed field would change the noise, and a resumed run
+    # would be charged again
     plan = plan_as_json(job.plan)
     for name in ("run", "keep", "seconds", "held"):
         del plan[name]

@@ -1,7 +1,7 @@
-"""What a client keeps between its jobs, in files named by run, client and job number.
+"""Client state between jobs, in files named by run, client and job number.
 
-A job names the earlier job whose state it starts from. So a job that runs again, after a crash or a
-lost reply, starts from the same bytes.
+A job names the earlier job whose state it starts from. So a job that is retried after a crash or a
+lost reply starts from the same bytes.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from safetensors.torch import save_file
 from fedgpt.core.files import replacing
 from fedgpt.local.optimizer import Moments
 
-# bytes of a name that need no escape
+# bytes that are not escaped in a file name
 PLAIN = frozenset(b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_- ")
-MOST_NAME = 100  # bytes of a file name at most; file systems allow 255
-# versions of the model that a client caches, if the server sends deltas from one of them
+MOST_NAME = 100  # largest length of a file name, in bytes; file systems allow 255
+# number of model versions that a client caches, if the server sends deltas from one of them
 MODELS = 4
 
 
@@ -30,8 +30,8 @@ MODELS = 4
 class ClientState:
     """The state from which a client's next job continues."""
 
-    moments: Moments | None = None  # of AdamW, if local.moments=keep
-    # error feedback: (parameters,) float32 that compression left out
+    moments: Moments | None = None  # AdamW's moments, if local.moments=keep
+    # residual of error feedback, (parameters,) float32
     residual: np.ndarray | None = None
 
 
@@ -79,9 +79,10 @@ class ClientStore:
             return None
 
     def save_model(self, version: int, params: np.ndarray) -> None:
-        """Cache a version's model; earlier ones stay, as a restarted server may refer to them.
+        """Cache a version's model; earlier versions stay, because a restarted server may refer to
+        them.
 
-        Later versions are deleted: they belong to a course of the run before a restart.
+        Later versions are deleted, because a restarted server makes them again.
         """
         with replacing(self._model(version), durable=False) as temporary:
             save_numpy({"params": np.ascontiguousarray(params)}, temporary)
@@ -109,7 +110,7 @@ class ClientStore:
 
 
 def safe_name(name: str) -> str:
-    """A name as one path component inside its folder; distinct names stay distinct.
+    """A name as one path component; distinct names remain distinct.
 
     >>> safe_name("a/../b"), safe_name("")
     ('a%2f%2e%2e%2fb', '~')

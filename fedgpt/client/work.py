@@ -1,4 +1,4 @@
-"""What a client does with a job: load shard and state, train, save the state, compress, encode."""
+"""The work of a job: load shard and state, train, save the state, compress, encode."""
 
 from __future__ import annotations
 
@@ -81,9 +81,9 @@ class ClientWork:
     def train(self, job: Job, index: int) -> tuple[str, np.ndarray]:
         """Do one job; returns the header and the array of its update.
 
-        The next job reuses the array's memory: copy or send it before. The same job gives the same
-        bits in every process. Raises ValueError if the job is for another client, and FedGPTError
-        if this client's frozen weights are not the run's.
+        The next job reuses the array's memory, so the caller must copy or send the array first. The
+        same job gives the same bits in every process. Raises ValueError if the job is for another
+        client, and FedGPTError if this client's frozen weights are not the run's.
         """
         shard = self.shards[index]
         if shard.client != job.client:
@@ -98,7 +98,7 @@ class ClientWork:
         with watchdog(self.options.runtime.watchdog, job.plan.seconds):
             reach("client.begin")
             header, payload = self._do(job, job.client, text, lies)
-            # a simulated fleet on the real clock: wait as long as this client is to take
+            # a simulated fleet on the real clock: wait until the modelled time of this job is over
             time.sleep(max(0.0, began + job.plan.seconds - time.monotonic()))
             reach("client.done")
         return header, payload
@@ -111,13 +111,15 @@ class ClientWork:
         return update
 
     def _check_base(self, expected: str) -> None:
-        """An update to other frozen weights than the run's would harm every other client."""
+        """Raise FedGPTError if the frozen weights differ from the run's: the update would harm all
+        clients.
+        """
         found = self.trainer.base_digest
         if found != expected:
             source = self.options.init_from or f"seed {self.options.seed}"
             raise FedGPTError(
                 f"base weights differ: this client's are {found[:16] or 'none'} (from {source}),"
-                f" the run's are {expected[:16] or 'none'}; give both the same init_from"
+                f" the run's are {expected[:16] or 'none'}; use the same init_from for both"
             )
 
     def _received(self, job: Job) -> Job:
@@ -128,7 +130,7 @@ class ClientWork:
         store = ClientStore(self.state_root, job.plan.run, job.client)
         if job.plan.cached_version >= 0:
             cached = store.load_model(job.plan.cached_version)
-            if cached is None:  # the server then sends the complete model
+            if cached is None:  # after this error the server sends the full model
                 raise LookupError(
                     f"the model of version {job.plan.cached_version} is not in the client's cache"
                 )
@@ -156,18 +158,19 @@ class ClientWork:
         left = self._left_out(update.delta, payload)
         if options.error_feedback:
             after = replace(after, residual=left)
-        if left is not None and self.options.privacy.unit == "none":  # computed from the text
+        # computed from the text without noise, so only for runs without privacy
+        if left is not None and self.options.privacy.unit == "none":
             update = replace(update, metrics={**update.metrics, **measured(update.delta, left)})
         self._keep(job, name, after)
         return header_of(job.plan.run, update, payload, self.codec), payload
 
     def _left_out(self, delta: np.ndarray, payload: np.ndarray) -> np.ndarray | None:
-        """What compression leaves out of a delta; None if nothing or if the delta is not finite."""
+        """The compression error of a delta; None if there is none or if the delta is not finite."""
         if isinstance(self.codec, Plain):
             return None
         try:
             return rest(delta, self.codec.decode(payload, delta.size))
-        except UpdateRejected:  # NaN or infinity: the server rejects the update, too
+        except UpdateRejected:  # NaN or infinity, for which the server also rejects the update
             return None
 
     def _privacy(self, job: Job, text: Text) -> ClientPrivacy | None:
@@ -212,7 +215,7 @@ class ClientWork:
         )
         if privacy is not None and options.privacy.unit == "local":
             trained = replace(trained, delta=privacy.hidden(job, trained.delta, _named(moments)))
-        # in a private run no measurement on the text leaves the client
+        # in a private run the client sends no measurement of its text
         metrics = (
             trained.metrics if options.privacy.unit == "none" else {"lr": trained.metrics["lr"]}
         )

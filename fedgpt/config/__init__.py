@@ -1,1 +1,1 @@
-"""Configuration: Hydra composes what a user types, and every mistake is reported at once."""
+"""Configuration: Hydra composes the typed options, and all wrong options are reported at once."""

@@ -1,5 +1,5 @@
-"""What is wrong with the options of a run beside what their own groups check: options without
-effect, and what components and this machine cannot do.
+"""Problems of options that their groups do not check: options without effect, and values that a
+component or this machine does not support.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fedgpt.update.compress import CODECS
 
 
 def unused_options(typed: Mapping[str, str], o: RunOptions) -> Iterator[str]:
-    """What was typed (option -> as typed) and has no effect beside the choices that were made."""
+    """Typed options (option -> text) that have no effect with the chosen groups."""
     for option, text in typed.items():
         if option not in OPTIONS or not (only_with := OPTIONS[option].facts.only_with):
             continue
@@ -33,7 +33,7 @@ def unused_options(typed: Mapping[str, str], o: RunOptions) -> Iterator[str]:
 
 
 def problems(o: RunOptions) -> Iterator[str]:
-    """What is wrong with the values, alone and together, as far as no strategy has to be asked."""
+    """Problems of single values and of combinations that need no strategy to find them."""
     yield from o.problems()
     yield from trainable_problems(o.model)
     yield from CORPORA.problems(o.corpus, o.trusted_packages)
@@ -43,14 +43,14 @@ def problems(o: RunOptions) -> Iterator[str]:
 
 
 def folder_problems(o: RunOptions) -> Iterator[str]:
-    """Folders that a run on this machine could not write to, or start from; paths are absolute."""
+    """Problems of folders that a run on this machine cannot write or read; paths are absolute."""
     for option in ("run_dir", "cache_dir"):
         path = Path(getattr(o, option))
         existing = next(p for p in (path, *path.parents) if p.exists())
         if not existing.is_dir():
             yield f"{option}={path}: {existing} is a file; name a folder"
         elif not os.access(existing, os.W_OK):
-            yield f"{option}={path}: nothing can be written in {existing}; name another folder"
+            yield f"{option}={path}: {existing} is not writable; name another folder"
     if o.init_from and not any(
         (Path(o.init_from) / f"{at}config.json").is_file() for at in ("", "model/")
     ):

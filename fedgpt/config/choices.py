@@ -1,11 +1,10 @@
-"""The groups of conf/ and their choices, read from the files themselves.
+"""The groups of conf/ and their choices, read from the files.
 
-Free of Hydra, which takes longer to import than help may take to print.
+This module does not import Hydra, because that would delay help.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -18,27 +17,24 @@ from fedgpt.core.errors import ConfigError
 from fedgpt.core.options.option import dotted
 
 PACKAGE = Path(__file__).parents[1]
-# in a wheel conf/ lies inside the package, in a clone beside it
+# in a wheel conf/ is inside the package, in a clone next to it
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One file of a group: `meaning` is its first comment, `sets` its options as typed -> value,
-    and `comments` what stands behind a value.
-    """
+    """One file of a group: `meaning` is its first comment, `sets` maps typed options to values."""
 
     group: str
     name: str
     meaning: str
     sets: dict[str, Any]
-    comments: dict[str, str]
 
 
 def groups(config_dir: str | None = None) -> dict[str, list[str]]:
     """Group -> its choices, the default first; from conf/ and from a user's folder.
 
-    The order is that of run.yaml, so that related groups stand together.
+    The order is that of run.yaml, so that related groups are adjacent.
     """
     found: dict[str, list[str]] = {group: [] for group in defaults()}
     for root in [CONF, *([Path(config_dir)] if config_dir else [])]:
@@ -56,14 +52,14 @@ def groups(config_dir: str | None = None) -> dict[str, list[str]]:
 
 @cache
 def defaults() -> dict[str, str | None]:
-    """Group -> the choice that run.yaml makes, None where it makes none."""
+    """Group -> the choice in run.yaml, or None."""
     lines = yaml.safe_load((CONF / "run.yaml").read_text(encoding="utf-8"))["defaults"]
     pairs = [pair for line in lines if isinstance(line, dict) for pair in line.items()]
     return {group: choice for group, choice in pairs if " " not in group}
 
 
 def read_choice(group: str, name: str, config_dir: str | None = None) -> Choice:
-    """What a choice is and what it sets; a user's file goes before ours."""
+    """Read a choice; a user's file takes precedence over fedgpt's."""
     roots = [*([Path(config_dir)] if config_dir else []), CONF]
     path = next(path for root in roots if (path := root / group / f"{name}.yaml").is_file())
     text = _text(path)
@@ -77,7 +73,6 @@ def read_choice(group: str, name: str, config_dir: str | None = None) -> Choice:
             **{key: value for line in values.pop("defaults", []) for key, value in _chosen(line)},
             **dotted(values, "" if anywhere else f"{group}."),
         },
-        comments=dict(re.findall(r"^(\w+):[^#\n]*#\s*(.+)$", text, re.M)),
     )
 
 
@@ -109,6 +104,6 @@ def _first_comment(text: str) -> str:
 
 
 def _chosen(line: Any) -> Iterator[tuple[str, Any]]:
-    """What a line of a defaults list chooses in other groups."""
+    """The choice of another group in a line of a defaults list."""
     for key, value in line.items() if isinstance(line, dict) else ():
         yield key.removeprefix("override ").lstrip("/"), value

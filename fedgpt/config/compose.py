@@ -1,12 +1,15 @@
-"""The options of a run: Hydra composes them from conf/ and from what is typed, and everything that
-is wrong is reported at once.
+"""The options of a run: Hydra composes them from conf/ and the typed options, and all problems are
+reported at once.
 
-Free of torch, so that a typo is answered at once. `_target_` is resolved only inside an allow-list.
+This module does not import torch, so that errors are reported quickly. `_target_` is resolved only
+inside an allow-list.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +22,7 @@ from fedgpt.aggregate.base import Strategy
 from fedgpt.config import checks, overrides
 from fedgpt.core import targets
 from fedgpt.core.errors import ConfigError
-from fedgpt.core.options import RunOptions, TaskOptions
+from fedgpt.core.options import RunOptions, StrategyOptions, TaskOptions
 from fedgpt.core.options.option import dotted
 from fedgpt.core.runtimes import runtime_problems
 from fedgpt.model.shape import trainable_problems
@@ -29,7 +32,7 @@ from fedgpt.server.pacing import make_pace
 from fedgpt.simulate.replay import replay_problems
 
 TRUSTED = ("fedgpt.aggregate", "flwr.serverapp.strategy")
-# options that may change when a run is resumed: they do not change its result
+# options that may change when a run is resumed, because they do not change its result
 FREE = ("cache_dir", "run_dir", "runtime.workers", "track")
 
 
@@ -66,8 +69,8 @@ def load(words: Sequence[str] = (), config_dir: str | None = None) -> RunOptions
 def check_sweep(words: Sequence[str], config_dir: str | None = None) -> None:
     """Like load, for a sweep (`seed=0,1,2`): checks every job before the first one runs.
 
-    A problem of every job is reported as it is, another one with the first job that has it. Of a
-    sweep with more than MOST_JOBS jobs only that many are checked.
+    A problem of every job is reported once; any other problem is reported with the first job that
+    has it. At most MOST_JOBS jobs are checked.
     """
     texts = [overrides.quoted(word, sweep=True) for word in words]
     problems, good = overrides.check_words(texts, config_dir)
@@ -90,8 +93,8 @@ def check_sweep(words: Sequence[str], config_dir: str | None = None) -> None:
 def to_options(cfg: DictConfig, on_this_machine: bool = False) -> RunOptions:
     """Typed options of a composed configuration, checked one by one and against each other.
 
-    `on_this_machine`: the run is to start here. Its folder may also be read elsewhere, where Ray is
-    not installed.
+    With `on_this_machine` the run will start here. Without it only its folder is read, for example
+    on a machine without Ray.
     """
     options = _typed(cfg)
     if problems := list(_problems(options, on_this_machine)):
@@ -121,12 +124,12 @@ def _typed(cfg: DictConfig) -> RunOptions:
 
 
 def to_yaml(options: RunOptions) -> str:
-    """The resolved options as YAML: what config.yaml holds and what travels to clients."""
+    """The resolved options as YAML, for config.yaml and for messages to clients."""
     return OmegaConf.to_yaml(OmegaConf.structured(options))
 
 
 def from_yaml(text: str, reading: bool = False) -> RunOptions:
-    """Options from to_yaml's text; raises ConfigError where they do not fit this version's
+    """Options from to_yaml's text; raises ConfigError if they do not match this version's
     schema.
 
     `reading`: nothing is to be run. Then values are checked, but no class of the user is imported.
@@ -150,9 +153,9 @@ def _mapping(text: str) -> DictConfig:
     try:
         cfg = OmegaConf.create(text)
     except (OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"configuration: is no YAML ({overrides.first_line(error)})") from error
+        raise ConfigError(f"configuration: is not YAML ({overrides.first_line(error)})") from error
     if not isinstance(cfg, DictConfig) or not cfg:
-        raise ConfigError("configuration: is no YAML mapping of options to values")
+        raise ConfigError("configuration: is not YAML mapping of options to values")
     return cfg
 
 
@@ -164,7 +167,7 @@ def _text_of(path: Path) -> str:
 
 
 def of_run(folder: Path, reading: bool = False) -> RunOptions:
-    """The options that a run's folder holds; raises ConfigError where it is none.
+    """The options in a run's folder; raises ConfigError if it is not a run's folder.
 
     `reading`: its model is to be used, not trained, so the user's own classes may be missing.
     """
@@ -180,14 +183,14 @@ def of_run(folder: Path, reading: bool = False) -> RunOptions:
 
 
 def flat_options(options: RunOptions) -> dict[str, Any]:
-    """Dotted option -> value, of everything that a run's result depends on."""
+    """Dotted option -> value, for all options on which a run's result depends."""
     flat = _flat(OmegaConf.create(to_yaml(options)))
     return {key: value for key, value in flat.items() if key not in FREE}
 
 
 def changed_options(before: Mapping[str, Any], options: RunOptions) -> str:
-    """What differs between the options of a checkpoint and those of now, each as `name: old ->
-    new`; an option that the checkpoint does not know, as it is older, has its default there.
+    """Differences between the options of a checkpoint and the current options, as `name: old ->
+    new`. An option that does not exist in an older checkpoint has its default there.
     """
     now = flat_options(options)
     before = _with_new_options(before)
@@ -195,7 +198,7 @@ def changed_options(before: Mapping[str, Any], options: RunOptions) -> str:
 
 
 def _with_new_options(before: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of an older run, with the defaults of options that did not exist yet."""
+    """Options of an older run, with the defaults of newer options."""
     return {**flat_options(RunOptions()), **before}
 
 
@@ -204,7 +207,7 @@ def _differing(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def refuse_another_run(options: RunOptions) -> None:
-    """Raise ConfigError, naming the options that differ, where `run_dir` holds a run of another
+    """Raise ConfigError with the options that differ if `run_dir` contains a run with another
     configuration.
     """
     path = Path(options.run_dir) / "config.yaml"
@@ -219,22 +222,44 @@ def refuse_another_run(options: RunOptions) -> None:
     differing = [k for k in _differing(before, flat_options(options)) if k not in FREE]
     if differing:
         raise ConfigError(
-            f"run_dir={options.run_dir}: holds another run, which differs in"
-            f" {', '.join(differing)}; continue that one with `fedgpt run"
+            f"run_dir={options.run_dir}: contains another run, which differs in"
+            f" {', '.join(differing)}; continue that run with `fedgpt run"
             f" resume={options.run_dir}`, or name another run_dir"
         )
 
 
 def build_strategy(node: Any, trusted: Iterable[str] = ()) -> Any:
-    """The object that `strategy` names: its `_target_` class called with the other keys.
+    """The object that `strategy` names: its `_target_` class called with the other keys, or with
+    the `arguments` of strategy=custom.
 
-    Only classes inside fedgpt, Flower's strategies and `trusted_packages` are ever imported.
+    Only classes of fedgpt, Flower's strategies and `trusted_packages` are imported.
     """
+    if isinstance(node, Mapping) and "arguments" in node:
+        return _own_strategy(node, trusted)
     return targets.build("strategy", node, TRUSTED, trusted)
 
 
+def _own_strategy(node: Mapping[str, Any], trusted: Iterable[str]) -> Strategy:
+    """The object of strategy=custom; problems name its options as they are typed."""
+    arguments = targets.arguments_of("strategy", node["arguments"])
+    if more := [name for name in node if name not in asdict(StrategyOptions())]:
+        raise ConfigError(
+            f"strategy.{name}={node[name]}: is an argument of a class of your own; type"
+            f" strategy.arguments.{name}={node[name]}"
+            for name in more
+        )
+    cls = targets.custom_class("strategy", Strategy, node["_target_"], (*TRUSTED, *trusted))
+    try:
+        return targets.call("strategy.arguments", cls, arguments)
+    except ConfigError as error:
+        raise ConfigError(
+            re.sub(r"^strategy\.(?=\w+=)", "strategy.arguments.", problem)
+            for problem in error.problems
+        ) from error
+
+
 def _problems(o: RunOptions, on_this_machine: bool) -> Iterator[str]:
-    """Everything that is wrong with the values, alone and together."""
+    """All problems of single values and of combinations."""
     wrong = list(checks.problems(o))
     yield from wrong
     if on_this_machine:
@@ -248,7 +273,7 @@ def _problems(o: RunOptions, on_this_machine: bool) -> Iterator[str]:
         switches = getattr(strategy, "switches", False)
         yield from o.pace.rules_of_pacing(switches)
         yield from replay_problems(o, switches)
-        # numbers of clients follow from pace.*, so they must be right before a strategy is asked
+        # numbers of clients are computed from pace.*, so check pace.* before the strategy
         if not any(problem.startswith("pace.") for problem in wrong):
             yield from _pacing_problems(o, strategy)
         if o.corpus.public == 0 and getattr(strategy, "needs_root", False):
@@ -266,7 +291,9 @@ def _problems(o: RunOptions, on_this_machine: bool) -> Iterator[str]:
 
 
 def _task_problems(o: RunOptions) -> Iterator[str]:
-    """Whether task and metrics can be built: checked apart, as their classes import torch."""
+    """Problems of building task and metrics; checked separately, because their classes import
+    torch.
+    """
     from fedgpt.evaluate.metrics.base import make_metrics
     from fedgpt.tasks.base import make_task
 
@@ -280,11 +307,11 @@ def _task_problems(o: RunOptions) -> Iterator[str]:
 
 
 def _pacing_problems(o: RunOptions, strategy: Any) -> Iterator[str]:
-    """Whether the strategy is right for the pacing."""
+    """Problems of the strategy under the pacing."""
     paces = getattr(strategy, "paces", {"cohort"})
     if o.pace.name not in paces:
         reason = getattr(strategy, "refused_pacings", {}).get(o.pace.name, "")
-        only = f"{type(strategy).__name__} is right for pace={' or '.join(sorted(paces))} only"
+        only = f"{type(strategy).__name__} supports pace={' or '.join(sorted(paces))} only"
         yield f"pace={o.pace.name}: {only}{': ' if reason else ''}{reason}"
     elif o.pace.clients and hasattr(strategy, "problems") and o.pace.name in ("cohort", "buffer"):
         pacing = make_pace(o.pace, o.seed).pacing(o.pace.clients)

@@ -1,11 +1,12 @@
-"""What is typed, override by override: each is checked against the groups and options that exist,
-and all mistakes are reported at once.
+"""Checks each typed override against the existing groups and options; all problems are reported at
+once.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from functools import cache, partial
 from itertools import product
 from math import prod
@@ -23,27 +24,31 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fedgpt.config.choices import CONF, groups
 from fedgpt.core.errors import ConfigError, nearest
-from fedgpt.core.options import OPTIONS, RunOptions
+from fedgpt.core.options import OPTIONS, RunOptions, StrategyOptions
 
-MOST_JOBS = 300  # jobs of a sweep that are checked before the first one runs
+MOST_JOBS = 300  # largest number of jobs of a sweep that are checked before the first job runs
 # options whose value may be any text
 TEXTS = {key for key, one in OPTIONS.items() if str in one.kinds and not one.facts.allowed.choices}
 
 
-def _schema() -> DictConfig:
-    """The types and defaults of all options; `arguments` are open, as each class has others."""
-    schema = OmegaConf.structured(RunOptions)
-    for one in OPTIONS.values():
-        if one.default == {}:
-            OmegaConf.set_struct(OmegaConf.select(schema, one.key), False)
-    return schema
+def _opened(node: DictConfig) -> DictConfig:
+    """`node`, where any key may be added to `arguments`, as each class has others."""
+    for one in (node, *(child for child in node.values() if isinstance(child, DictConfig))):
+        if "arguments" in one:
+            OmegaConf.set_struct(one.arguments, False)
+    return node
 
 
-ConfigStore.instance().store(name="schema", node=_schema())
+SCHEMAS = ConfigStore.instance()  # the types and defaults of all options
+SCHEMAS.store(name="schema", node=_opened(OmegaConf.structured(RunOptions)))
+# a plain mapping, as every strategy is one
+SCHEMAS.store(
+    group="strategy", name="of_ones_own", node=_opened(OmegaConf.create(asdict(StrategyOptions())))
+)
 
 
 def quoted(word: str, sweep: bool = False) -> str:
-    """A word with its value in quotes, where Hydra's grammar would not take it as the text it is.
+    """A word with its value in quotes, if Hydra's grammar would not parse it as a text.
 
     Such values are paths with blanks, `~` or `=`, and prompts.
 
@@ -65,7 +70,7 @@ def quoted(word: str, sweep: bool = False) -> str:
 
 
 def check_words(overrides: Sequence[str], config_dir: str | None) -> tuple[list[str], list[str]]:
-    """(problems, overrides that have none); each override is tried by itself."""
+    """Return (problems, overrides without a problem); each override is checked separately."""
     problems: list[str] = []
     good: list[str] = []
     parsed: list[Override] = []
@@ -86,8 +91,8 @@ def check_words(overrides: Sequence[str], config_dir: str | None) -> tuple[list[
         problems += found
         if not found:
             good.append(str(override.input_line))
-    # options are looked up beside the first choice of every group of a sweep; what is wrong beside
-    # the other choices is found when their jobs are composed
+    # options are checked with the first choice of every group of a sweep; problems with the other
+    # choices are found when their jobs are composed
     cfg = compose_config(
         [text for line in good for text in _single_values(parser.parse_override(line), known)[:1]],
         config_dir,
@@ -111,6 +116,9 @@ def _group_problems(override: Override, known: dict[str, list[str]]) -> Iterator
                 yield f"{group}={name}: choose from {', '.join(names)}{nearest(str(name), names)}"
 
 
+_PLUS = "; an option that only the class of strategy=flower knows is typed with a plus: +"
+
+
 def _value_problems(override: Override, cfg: DictConfig) -> Iterator[str]:
     key = override.key_or_group
     if key.startswith(("hydra.", "hydra/")):
@@ -122,13 +130,13 @@ def _value_problems(override: Override, cfg: DictConfig) -> Iterator[str]:
     node = OmegaConf.select(cfg, parent, default=None) if parent else cfg
     exists = isinstance(node, DictConfig) and leaf in node
     if ".arguments." in key:
-        exists = key.partition(".arguments.")[0] + "._target_" in OPTIONS
+        holder = f"{key.partition('.arguments.')[0]}.arguments"
+        exists = isinstance(OmegaConf.select(cfg, holder), DictConfig)
     if not exists and not (override.is_add() and parent.split(".")[0] == "strategy"):
-        hint = (
-            "; a new field of a strategy is typed with a plus: +" + key
-            if parent == "strategy"
-            else ""
-        )
+        hint = ""
+        if parent == "strategy":
+            own = isinstance(node, DictConfig) and "arguments" in node
+            hint = f"; type strategy.arguments.{leaf}" if own else _PLUS + key
         yield f"{override.input_line}: no option {key!r}{hint}{nearest(key, _keys(cfg))}"
         return
     for value in _values(override, {}):
@@ -136,22 +144,8 @@ def _value_problems(override: Override, cfg: DictConfig) -> Iterator[str]:
             _with_values(cfg, {key: value})
         except OmegaConfBaseException as error:
             typed = f"{key}={value}" if override.is_sweep_override() else override.input_line
-            yield f"{typed}: {_what_is_allowed(key, value) or first_line(error)}"
-
-
-def _what_is_allowed(key: str, value: Any) -> str:
-    """What an option's value must be; empty for an option of a strategy, which only its class
-    knows.
-    """
-    if key not in OPTIONS or not OPTIONS[key].kinds:
-        return ""
-    kinds, words = OPTIONS[key].kinds, OPTIONS[key].facts.allowed.words
-    proposal = (
-        f"; type {value:.0f}"
-        if int in kinds and isinstance(value, float) and value.is_integer()
-        else ""
-    )
-    return f"must be {OPTIONS[key].kind}{f', {words}' if words else ''}{proposal}"
+            known = key in OPTIONS and OPTIONS[key].kinds
+            yield f"{typed}: {OPTIONS[key].needs(value) if known else first_line(error)}"
 
 
 def _single_values(override: Override, known: dict[str, list[str]]) -> list[str]:
@@ -182,7 +176,9 @@ def _with_values(cfg: DictConfig, values: dict[str, Any]) -> DictConfig:
 def jobs_of_sweep(
     overrides: Sequence[str], config_dir: str | None
 ) -> Iterator[tuple[str, Callable[[], DictConfig]]]:
-    """(its values as typed, how to compose it) of every job of a sweep; at most MOST_JOBS."""
+    """Yield (typed values, function that composes it) for every job of a sweep; at most
+    MOST_JOBS.
+    """
     parser, known = OverridesParser.create(), groups(config_dir)
     parsed = [parser.parse_override(text) for text in overrides]
     fixed = [str(o.input_line) for o in parsed if not o.is_sweep_override()]
@@ -212,7 +208,7 @@ def jobs_of_sweep(
 
 
 def compose_config(overrides: Sequence[str], config_dir: str | None) -> DictConfig:
-    """The configuration that Hydra makes of overrides; raises ConfigError where it cannot."""
+    """The configuration that Hydra composes from overrides; raises ConfigError if that fails."""
     if config_dir is not None and not Path(config_dir).is_dir():
         raise ConfigError(
             f"--config-dir {config_dir}: no such folder; it holds groups of your own, such as"
@@ -228,7 +224,8 @@ def compose_config(overrides: Sequence[str], config_dir: str | None) -> DictConf
 
 
 def is_about(problem: str, option: str) -> bool:
-    """Whether a problem names an option or group: one that was dropped as wrong may have caused it.
+    """Whether a problem names an option or group; a wrong override of it may have caused the
+    problem.
 
     >>> is_about("privacy.delta=1: privacy=none protects nothing", "privacy")
     True
@@ -240,8 +237,8 @@ def is_about(problem: str, option: str) -> bool:
 
 
 def first_line(error: BaseException) -> str:
-    """What a library's error says, without its context lines; that of its cause where it says
-    nothing itself.
+    """The message of a library's error without its context lines, or the message of its cause if it
+    has none.
     """
     text = str(getattr(error, "msg", None) or error).strip()
     if not text and error.__cause__ is not None:

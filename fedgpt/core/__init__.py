@@ -1,1 +1,1 @@
-"""What all packages share: the flat parameter vector, jobs and updates, seeds, options, errors."""
+"""Shared types: the flat parameter vector, jobs and updates, seeds, options, errors."""

@@ -18,7 +18,7 @@ class Compute:
 
     device: str
     dtype: str  # fp32, bf16
-    reason: str  # why these two, for the first lines that a run prints
+    reason: str  # reason for the choice, printed at the start of a run
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -31,22 +31,21 @@ class Compute:
 def choose_compute(device: str = "auto", precision: str = "auto", private: bool = False) -> Compute:
     """Device and dtype for the options `runtime.device` and `local.precision`.
 
-    `private` training clips per-example gradients, always in fp32. Raises ConfigError if a GPU is
-    asked for and torch finds none.
+    `private` training clips per-example gradients, always in fp32. Raises ConfigError if the
+    options require a GPU and torch finds none.
     """
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():
         has = "is built without CUDA" if torch.version.cuda is None else "finds none"
         raise ConfigError(
-            f"runtime.device=cuda: no GPU here, torch {torch.__version__} {has}; take auto or cpu"
+            f"runtime.device=cuda: no GPU is available, torch {torch.__version__} {has}; take auto"
+            " or cpu"
         )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if private or precision != "auto":
-        asked = (
-            "privacy=example clips gradients in fp32" if private else "local.precision asks for it"
-        )
+        asked = "privacy=example clips gradients in fp32" if private else "set by local.precision"
         return Compute(device, "fp32" if private else precision, asked)
     if device == "cuda":
         if torch.cuda.is_bf16_supported():
@@ -107,7 +106,7 @@ def choose_workers(workers: int, threads: int, gpus: int, clients: int) -> tuple
     """
     if gpus:
         chosen = min(clients, workers or gpus)
-        why = f"{gpus} GPU{'s' * (gpus > 1)}, {'as asked' if workers else 'one process for each'}"
+        why = f"{gpus} GPU{'s' * (gpus > 1)}, {'as set' if workers else 'one process for each'}"
         return chosen, threads or max(1, cores() // chosen), why
     available = cores()
     chosen = min(clients, workers or max(1, available // max(threads, 1)))
@@ -115,7 +114,7 @@ def choose_workers(workers: int, threads: int, gpus: int, clients: int) -> tuple
     return (
         chosen,
         each,
-        f"{available} cores, {'as asked' if workers or threads else 'one process per core'}",
+        f"{available} cores, {'as set' if workers or threads else 'one process per core'}",
     )
 
 

@@ -15,7 +15,7 @@ class FedGPTError(Exception):
 class ConfigError(FedGPTError):
     """One or more wrong options, reported together.
 
-    Each problem names the option as typed, its value, what is allowed and what to change.
+    Each problem names the option as typed, its value, the allowed values and what to change.
 
     >>> print(ConfigError("rounds=0: must be at least 1"))
     1 problem in the configuration:
@@ -51,10 +51,10 @@ class Interrupted(FedGPTError):
 
 
 class UpdateRejected(Exception):
-    """A client's update is not used, for the reason in `code`.
+    """A client's update is rejected, for the reason in `code`.
 
-    The codes are a fixed set, which metrics count. `detail` is written to logs, so it holds names
-    and numbers, never the client's data.
+    Metrics count the rejections of each code. `detail` is logged, so it contains only names and
+    numbers, not the client's data.
     """
 
     def __init__(self, code: str, detail: str = ""):

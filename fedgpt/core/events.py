@@ -1,11 +1,13 @@
-"""What happens in a run, as observers get it: one small dataclass an event.
+"""The events of a run, which observers receive: one small dataclass for each kind of event.
 
-An observer is a callable that takes one event: a progress display, a tracker. ONE thread, not the
-server loop's, delivers the events of a run in the order in which they happened
-(server/observers.py), so an observer needs no lock and a slow one does not slow training down.
+An observer is a callable that takes one event, such as a progress display or a tracker. A separate
+thread delivers the events of a run in order (server/observers.py). So an observer needs no lock,
+and a slow observer does not delay training. The last event is RunClosed, also after an interrupt
+and for an observer that has raised an exception. The end of a run waits for its observers for a
+limited time; events that are not delivered by then are lost.
 
-`as_json` is the event's line in events.jsonl, which the loop itself writes before it goes on.
-`seconds` is the run's clock, wall or virtual.
+`as_json` is the event's line in events.jsonl, which the server loop writes before it continues.
+`seconds` is the time on the run's clock, wall or virtual.
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ from fedgpt.core.messages import ClientInfo
 
 @dataclass(frozen=True)
 class Event:
-    """What every event has."""
+    """The interface of every event."""
 
-    name: ClassVar[str]  # in events.jsonl
+    name: ClassVar[str]  # name of the event in events.jsonl
 
     def as_json(self) -> dict[str, Any]:
         """The line of events.jsonl.
@@ -38,14 +40,14 @@ class RunOpened(Event):
 
     name: ClassVar[str] = "open"
     clients: tuple[ClientInfo, ...]
-    version: int  # the version that it begins from
+    version: int  # the version at which the run starts or continues
     tokens_total: int  # tokens at which the learning-rate schedule ends
     seconds: float
 
 
 @dataclass(frozen=True)
 class JobSent(Event):
-    """A client has got a job."""
+    """A job was sent to a client."""
 
     name: ClassVar[str] = "dispatch"
     client: str
@@ -57,7 +59,7 @@ class JobSent(Event):
 
 @dataclass(frozen=True)
 class UpdateAccepted(Event):
-    """An update is valid and counts."""
+    """An update was accepted."""
 
     name: ClassVar[str] = "accept"
     client: str
@@ -65,14 +67,14 @@ class UpdateAccepted(Event):
     version: int  # the version that the client started from
     tokens: int
     staleness: int
-    train_seconds: float  # how long the client was at work
-    measured: bool  # False where the time includes a worker's start, so nothing is learnt from it
+    train_seconds: float  # seconds of the client's job
+    measured: bool  # False if the time includes a worker's start, so it is no measure of the speed
     seconds: float
 
 
 @dataclass(frozen=True)
 class ReplyRejected(Event):
-    """A reply, or its absence, that changes nothing but counters; codes: update/codec.py."""
+    """A reply was rejected or is missing, which changes only counters; codes: update/codec.py."""
 
     name: ClassVar[str] = "reject"
     code: str
@@ -84,7 +86,9 @@ class ReplyRejected(Event):
 
 @dataclass(frozen=True)
 class VersionMade(Event):
-    """The server has stepped; `metrics` is the version's line of metrics.jsonl without scores."""
+    """The server has taken a step; `metrics` is the version's line of metrics.jsonl without
+    scores.
+    """
 
     name: ClassVar[str] = "version"
     metrics: Mapping[str, Any]
@@ -100,7 +104,7 @@ class PacingChanged(Event):
     """The strategy has chosen another pacing."""
 
     name: ClassVar[str] = "pacing"
-    pacing: str  # the new one
+    pacing: str  # the new pacing
     reason: str
     version: int
     seconds: float
@@ -108,11 +112,11 @@ class PacingChanged(Event):
 
 @dataclass(frozen=True)
 class QuarantineBegun(Event):
-    """A client gets no job for a while, as too many of its jobs failed in a row."""
+    """A client is in quarantine, because too many consecutive jobs failed."""
 
     name: ClassVar[str] = "quarantine"
     client: str
-    until: int  # the version at which it is asked again
+    until: int  # the version at which the quarantine ends
     version: int
     seconds: float
 
@@ -129,7 +133,7 @@ class QuarantineEnded(Event):
 
 @dataclass(frozen=True)
 class MetricsReady(Event):
-    """A version's line of metrics.jsonl is complete, with its scores where it was evaluated."""
+    """A version's line of metrics.jsonl is complete, with its scores if it was evaluated."""
 
     name: ClassVar[str] = "metrics"
     metrics: Mapping[str, Any]
@@ -139,8 +143,15 @@ class MetricsReady(Event):
         return {"event": self.name, **self.metrics}
 
 
+@dataclass(frozen=True)
+class RunClosed(Event):
+    """The last event of a process: the run has ended or stopped; nothing follows."""
+
+    name: ClassVar[str] = "closed"
+
+
 class Observer(Protocol):
-    """Gets every event of a run; events of classes that it does not know are to be ignored."""
+    """Gets every event of a run; it must ignore events of unknown classes."""
 
     def __call__(self, event: Event) -> None:
         """Called from the delivery thread only, for one event after the other."""

@@ -4,9 +4,9 @@
                                                killed
     FEDGPT_FAULT_MARKS=<folder>                counts the arrivals of all processes of a run
 
-Each fault fires once: a restarted process sees in the folder that it has fired. Without the
-variable a point costs one look at an empty list. Within one process,
-`injected("aggregate:1:raise")` does the same in a `with` block.
+Each fault fires once: a restarted process reads from the folder that the fault has fired. Without
+the variable a point only checks an empty list. Within one process, `injected("aggregate:1:raise")`
+does the same in a `with` block.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Fault:
     time: int  # number of the arrival at which it fails, from 1
     action: str  # one of ACTIONS
     marks: Path | None = None  # folder that counts arrivals of all processes; None: count here
-    arrivals: int = 0  # arrivals so far, where they are counted here
+    arrivals: int = 0  # arrivals so far in this process, if `marks` is None
     fired: list[str] = field(default_factory=list)  # the point, once it has failed
 
     def reach(self) -> None:

@@ -3,10 +3,9 @@
 An update is then one subtraction, an optimiser step one fused kernel, a strategy a few lines of
 vector arithmetic and a message one array. The model stays an ordinary nn.Module.
 
-Parameters with requires_grad=False are not in the vector. They are the BASE of the run: frozen,
-equal at the server and at every client, known by a digest and never sent. Whatever holds the
-vector (strategies, codecs, privacy, checkpoints) works on its length and does not know that there
-is a base.
+Parameters with requires_grad=False are not in the vector. They are the base weights of the run:
+frozen, equal at the server and at every client (compared by digest), and never sent. Strategies,
+codecs, privacy and checkpoints use only the vector and ignore the base weights.
 """
 
 from __future__ import annotations
@@ -27,8 +26,9 @@ if TYPE_CHECKING:
 class FlatParams:
     """Layout of the flat vector: name, shape and order of every trainable parameter.
 
-    A tied weight is in it once, buffers and frozen parameters are not. Parameters that take weight
-    decay (matrices and embeddings) come first, so that decay applies to one range of the vector.
+    A tied weight is included once; buffers and frozen parameters are not included. Parameters that
+    take weight decay (matrices and embeddings) come first, so that decay applies to one range of
+    the vector.
     """
 
     names: tuple[str, ...]
@@ -103,7 +103,8 @@ def frozen_weights(module: nn.Module) -> dict[str, torch.Tensor]:
 def base_digest(base: Mapping[str, torch.Tensor]) -> str:
     """sha256 over name, shape and float32 bytes of each frozen weight; "" if there is none.
 
-    The order of the weights and their dtype do not matter, as long as float32 holds their values.
+    The digest does not depend on the order of the weights, nor on their dtype if float32 represents
+    their values exactly.
 
     >>> import torch
     >>> base_digest({"scale": torch.ones(2)})[:8], base_digest({})

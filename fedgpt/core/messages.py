@@ -1,4 +1,4 @@
-"""What travels between server and client, and what the server holds.
+"""Messages between server and client, and the state of the server.
 
 Sign: an update's delta is a pseudo-gradient, `delta = start - end`; every strategy subtracts it.
 Staleness counts server versions since the client's download.
@@ -15,41 +15,39 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Plan:
-    """What a client shall do with one job, beyond the configuration it already has."""
+    """The parameters of one job that are not in the run's configuration."""
 
-    run: str  # id of the run, random, made once and kept in its checkpoints
-    local_steps: int  # optimiser steps
-    tokens_done: int  # tokens all clients together trained before this job: the schedule's clock
-    tokens_per_step: int  # by how many tokens that clock moves for each local step
-    tokens_total: int  # where the schedule ends
-    numbers: dict[str, float] = field(default_factory=dict)  # the strategy's client half, by name
-    state_job: int = -1  # number of the job whose client state to start from; -1: none, start fresh
-    keep: tuple[
-        int, ...
-    ] = ()  # numbers of the jobs whose client state a restarted server could still ask for
-    # the least that the job shall take: a client of the simulated fleet waits until then
+    run: str  # random id of the run, stored in its checkpoints
+    local_steps: int  # number of optimiser steps
+    tokens_done: int  # tokens of the schedule: trained by all clients together before this job
+    tokens_per_step: int  # tokens of the schedule for each local step
+    tokens_total: int  # tokens of the schedule at its end
+    numbers: dict[str, float] = field(default_factory=dict)  # `Strategy.client_numbers`, by name
+    state_job: int = -1  # number of the job whose client state to start from; -1: no state
+    keep: tuple[int, ...] = ()  # numbers of the jobs whose client state a restarted server may need
+    # smallest time of the job in seconds: a client of a simulated fleet waits for the rest of it
     seconds: float = 0.0
-    # how params travel; nothing is lost, as they have been rounded to what can be sent
+    # format in which params are sent; it is lossless, because params are already rounded to it
     downlink: str = "fp32"
-    # privacy=example, local: what the client checks against its own budget, then adds
+    # privacy=example, local: noise that the client checks against its own budget and then adds
     noise_multiplier: float = 0.0
-    participations: int = 0  # privacy=example, local: jobs that the client may do at most
-    delta: float = 0.0  # privacy=example, local: at which epsilon is meant
-    # int8, int4: version that the client has cached, so that only deltas travel; -1: none
+    participations: int = 0  # privacy=example, local: largest number of jobs of the client
+    delta: float = 0.0  # privacy=example, local: delta of the planned epsilon
+    # int8, int4: version that the client has cached, so that only deltas are sent; -1: none
     cached_version: int = -1
     # digest of the frozen weights that the client must have (core/flat.py); "": none are frozen
     base_digest: str = ""
 
 
-# Plan's fields whose names on the wire and in checkpoints differ: these are the names that earlier
-# versions of fedgpt gave them, so that their runs, journals and clients are still understood.
+# Plan's fields with other names in messages and checkpoints: the names of earlier versions of
+# fedgpt, so that their runs, journals and clients remain compatible.
 WIRE = {"local_steps": "steps", "state_job": "state", "cached_version": "held"}
 
 
 def plan_as_json(plan: Plan) -> dict[str, Any]:
-    """A plan as a message and a checkpoint hold it."""
+    """A plan as JSON values, for messages and checkpoints."""
     about = {WIRE.get(name, name): value for name, value in asdict(plan).items()}
-    if not plan.base_digest:  # a client of an earlier version does not know the name
+    if not plan.base_digest:  # a client of an earlier version does not accept the field
         del about["base_digest"]
     return about
 
@@ -68,7 +66,7 @@ def plan_of_json(about: Mapping[str, Any]) -> Plan:
 
 @dataclass(frozen=True)
 class Job:
-    """Server -> client: train `plan.local_steps` steps from `params`. A retry carries the same
+    """Server -> client: train `plan.local_steps` steps from `params`. A retry has the same
     number.
     """
 
@@ -80,7 +78,7 @@ class Job:
     sent: float = 0.0  # the server's clock at dispatch
     model_deltas: tuple[
         np.ndarray, ...
-    ] = ()  # encoded, from `plan.cached_version` on: they travel instead of params
+    ] = ()  # encoded deltas since `plan.cached_version`, sent instead of params
 
 
 @dataclass(frozen=True)
@@ -93,13 +91,13 @@ class Update:
     delta: np.ndarray  # (parameters,) float32, start - end
     tokens: int  # tokens trained for this update
     metrics: dict[str, float] = field(default_factory=dict)
-    # the vector the client started from, where a strategy asks for it
+    # the vector the client started from, if a strategy needs it
     base: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
 class ServerState:
-    """The global model and what the strategy remembers; everything that must survive a restart."""
+    """The global model and the strategy's memory."""
 
     params: np.ndarray  # (parameters,) float32
     version: int = 0
@@ -108,32 +106,30 @@ class ServerState:
 
 @dataclass(frozen=True)
 class Pacing:
-    """How a run's jobs and server steps are timed, in numbers (server/pacing.py is the working
-    half).
-    """
+    """The pacing of a run in numbers, for strategies (server/pacing.py implements the pacings)."""
 
     name: str  # cohort, buffer
-    # that train at the same time: the cohort's size (expected, where coins decide), or jobs in
-    # flight
+    # clients that train at the same time: the cohort's size (expected, where coins decide), or jobs
+    # in flight
     clients: int
-    goal: int  # updates that one server step waits for
-    grace: bool = False  # whether it may take more of them, which come soon after
+    goal: int  # number of updates that one server step waits for
+    grace: bool = False  # whether a step may take more updates, which arrive within pace.grace
 
 
 @dataclass(frozen=True)
 class Observed:
-    """What a strategy that may change the pacing decides from."""
+    """The input of a strategy that may change the pacing."""
 
-    pacing: str  # the present one
-    # client -> of a whole job, as far as is known (server/pacing_advisor.py)
+    pacing: str  # the current pacing
+    # client -> seconds of a complete job, measured or estimated (server/pacing_advisor.py)
     seconds: Mapping[str, float]
     record: Mapping[str, Any]  # metrics of the version that was just made; empty within a version
-    waited: float = 0.0  # seconds that the oldest job has been out
+    waited: float = 0.0  # seconds that the oldest job has been in flight
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A pacing, why, and what the rule wants to remember."""
+    """A pacing, the reason for it, and arrays for the strategy's memory."""
 
     pacing: str
     reason: str = ""
@@ -142,35 +138,35 @@ class Choice:
 
 @dataclass(frozen=True)
 class ClientInfo:
-    """What the server knows of a client before it samples it."""
+    """The server's information about a client before it is sampled."""
 
-    id: str  # stable over restarts and reconnections
-    tokens: int  # size of its shard
+    id: str  # does not change at restarts and reconnections
+    tokens: int  # tokens of its shard
 
 
 @dataclass(frozen=True)
 class JobTime:
-    """How long a client worked on a job, as far as the transport knows.
+    """The time of a job, if the transport measures it.
 
     >>> JobTime(2.5)  # reported by the client's process
     JobTime(seconds=2.5, measured=True)
     """
 
-    # None: unknown, so the server takes the time from dispatch to arrival
+    # None: unknown, so the server uses the time from dispatch to arrival
     seconds: float | None = None
-    # False: the job includes the start of a process, so it says nothing about the client's speed
+    # False: the job includes the start of a process, so it is no measure of the client's speed
     measured: bool = True
 
 
 @dataclass(frozen=True)
 class Reply:
-    """Client -> server as it arrives: a payload that nobody has looked at yet, or a failure."""
+    """Client -> server, before validation: an unchecked payload, or a failure."""
 
     client: str
     number: int
     header: str = ""  # JSON, see update/codec.py
     payload: Any = None  # the array as sent
     error: str = ""  # reason when there is no payload
-    code: str = "client_error"  # what an error counts as
+    code: str = "client_error"  # reason code under which an error is counted
     bytes: int = 0  # size of the encoded message
     job_time: JobTime = JobTime()

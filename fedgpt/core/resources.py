@@ -1,4 +1,6 @@
-"""What a run uses of this machine; the launcher and the server choose the same."""
+"""The resources of this machine that a run uses; the launcher and the server choose the same
+values.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +9,22 @@ from dataclasses import dataclass
 from fedgpt.core.device import Compute, choose_compute, choose_workers, visible_gpus
 from fedgpt.core.options import RunOptions
 
-MOST_WAITING = 32  # processes at most, if the clients of a simulated fleet mostly sleep
+MOST_WAITING = 32  # largest number of processes if the clients of a simulated fleet mostly wait
 
 
 @dataclass(frozen=True)
 class Resources:
-    """Device, dtype, processes and threads of a run, as the options say or as chosen."""
+    """Device, dtype, processes and threads of a run, from the options or chosen automatically."""
 
     compute: Compute
-    workers: int  # client processes
+    workers: int  # number of client processes
     threads: int  # torch threads of each process; the bits of the weights depend on it
-    reason: str  # why this many workers and threads
+    reason: str  # reason for the numbers of workers and threads
     gpus: tuple[str, ...] = ()  # GPUs that the workers share, named as in CUDA_VISIBLE_DEVICES
 
     @property
     def workers_text(self) -> str:
-        """Workers and threads with their reason, for the first lines that a run prints."""
+        """Workers and threads with their reason, printed at the start of a run."""
         return (
             f"{self.workers} worker{_s(self.workers)} x {self.threads} thread{_s(self.threads)}"
             f" ({self.reason})"

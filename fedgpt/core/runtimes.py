@@ -1,4 +1,4 @@
-"""The interface of a runtime: what starts the clients of a run and carries messages to them.
+"""The interface of a runtime, which starts the clients of a run and transports their messages.
 
 A member is one file in fedgpt/flower/runtimes/ with one class, and `runtime=pool` chooses it by the
 name of the file. A class of another package is named by `runtime=custom` and
@@ -39,14 +39,14 @@ class Runtime(ABC):
     ['runtime=printing: takes at most 3 clients, not 9']
     """
 
-    name: ClassVar[str]  # as in `runtime=name`
-    summary: ClassVar[str]  # what the runtime is for, in one line of help
-    limits: ClassVar[tuple[str, ...]] = ()  # what it cannot do, in sentences of help
+    name: ClassVar[str]  # its name in `runtime=name`
+    summary: ClassVar[str]  # its purpose, in one line of help
+    limits: ClassVar[tuple[str, ...]] = ()  # its limitations, in sentences of help
     # whether `start` runs the server in the process that calls it; otherwise the server writes its
     # errors to the run folder's failure.json, where `start` finds them
     in_process: ClassVar[bool] = False
-    # whether clients have machines of their own: their work is then too expensive to repeat, so the
-    # server keeps a journal of their replies
+    # whether clients have their own machines: the server then keeps a journal of their replies, so
+    # that no work is repeated
     real_clients: ClassVar[bool] = False
 
     def problems(self, options: RunOptions, clients: int) -> Iterator[str]:
@@ -66,14 +66,16 @@ class Runtime(ABC):
     ) -> None:
         """Run `options` with `clients` clients to the end; return when the run folder is complete.
 
-        `resources` are the processes, threads and GPUs to use. `environment` holds the variables
-        that client processes need. Raises FedGPTError where the run fails, and Interrupted after
+        `resources` are the processes, threads and GPUs to use. `environment` contains the variables
+        that client processes need. Raises FedGPTError if the run fails, and Interrupted after
         SIGINT or SIGTERM.
         """
 
 
 class _Members(Members[Runtime]):
-    """The members are not beside their interface: they may import Flower, this package may not."""
+    """Members in another folder than their interface, because this package must not import
+    Flower.
+    """
 
     @property
     def folder(self) -> str:
@@ -93,9 +95,9 @@ def runtime_of(options: RunOptions) -> Runtime:
 
 
 def runtime_problems(options: RunOptions, clients: int) -> Iterator[str]:
-    """Yield a message for each reason why this machine cannot start a run with so many clients.
+    """Yield a message for each reason why this machine cannot start a run with `clients` clients.
 
-    `clients` is 0 where their number is not known yet.
+    `clients` is 0 if their number is not known yet.
     """
     try:
         runtime = runtime_of(options)

@@ -1,8 +1,8 @@
-"""The scores of an evaluation: their names, and THE score that a run is judged by.
+"""The scores of an evaluation: their names, and the score of the run.
 
-Best weights, rollback, summary, figures and sweeps go by THE score. The task says which one it is
-(tasks/base.py); storage, server and report need only what is in this file. Scores and metrics share
-a line of metrics.jsonl with the fields of RESERVED, so they have other names.
+Best weights, rollback, summary, figures and sweeps use the score of the run. The task chooses it
+(tasks/base.py). Scores and metrics are in the same lines of metrics.jsonl as the fields in
+RESERVED, so their names must be different.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from typing import Any
 # every field of a line of metrics.jsonl, and of an entry of summary.json, that is not a score
 RESERVED = frozenset(
     (
-        # where the run stands (server/metrics.py, loop.py)
+        # where the run stands (server/metrics_line.py, loop.py)
         *("version", "tokens", "wall_seconds", "virtual_seconds", "bytes_up", "bytes_down"),
         *("quarantined", "restored", "pacing", "in_flight", "bases"),
-        # the updates of the version, and its step (server/metrics.py, diagnostics.py)
+        # the updates of the version, and its step (server/metrics_line.py, diagnostics.py)
         *("accepted", "rejected", "clipped", "staleness", "train_loss", "lr", "update_norm"),
         *("compress_error", "residual_norm", "update_tokens", "mean_weight", "state_lost"),
         *("step_norm", "cosine", "step_correlation", "tokens_by_client", "idle_share"),
@@ -78,7 +78,7 @@ class Score:
 
     @property
     def worst(self) -> float:
-        """The value that every other one is better than."""
+        """The worst possible value."""
         return -math.inf if self.higher_is_better else math.inf
 
     def better(self, new: float, old: float) -> bool:
@@ -104,7 +104,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Scoring:
-    """The names of all scores of an evaluation, and which of them is THE score.
+    """The names of all scores of an evaluation, and the score of the run.
 
     >>> scoring = Scoring(Score("loss"), ("loss", "perplexity"))
     >>> scoring.of({"version": 3, "tokens": 640, "loss": 0.0, "perplexity": 1.0})
@@ -112,7 +112,7 @@ class Scoring:
     """
 
     score: Score
-    names: tuple[str, ...]  # in the order of a table's columns; THE score is among them
+    names: tuple[str, ...]  # in the order of a table's columns; they include the score of the run
 
     @property
     def problem(self) -> str:
@@ -130,11 +130,11 @@ class Scoring:
         return f"one of its scores {wrong}" if wrong else ""
 
     def adding(self, names: Iterable[str]) -> Scoring:
-        """The same with more names, those of metrics."""
+        """A copy with the names of additional metrics."""
         return replace(self, names=(*self.names, *names))
 
     def of(self, line: Mapping[str, Any]) -> dict[str, Any]:
-        """The scores in a line of metrics.jsonl; empty where the version was not evaluated."""
+        """The scores in a line of metrics.jsonl; empty if the version was not evaluated."""
         return {name: line[name] for name in self.names if name in line}
 
     def evaluated(self, lines: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
@@ -142,7 +142,8 @@ class Scoring:
         return [line for line in lines if self.score.name in line]
 
     def best(self, lines: Iterable[Mapping[str, Any]]) -> Mapping[str, Any]:
-        """The evaluated line with the best score, the earliest of equal ones; NaN only if all are.
+        """The evaluated line with the best score, the earliest of equal scores; NaN only if all are
+        NaN.
 
         >>> Scoring(Score("loss"), ("loss",)).best([{"loss": math.nan}, {"loss": 2.0}])
         {'loss': 2.0}

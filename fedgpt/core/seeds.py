@@ -1,7 +1,7 @@
-"""Stateless randomness: every draw has a seed of its own, so there is no generator state to save.
+"""Stateless randomness: every draw has its own seed, so no generator state has to be saved.
 
-A seed depends only on what is drawn, never on what was drawn before. A retried job, a resumed run
-and another runtime therefore give the same bits.
+A seed depends only on the purpose of the draw, not on earlier draws. So a retried job, a resumed
+run and another runtime give the same bits.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""Interchangeable parts: built-in ones are named by their file, anybody's by their class.
+"""Interchangeable parts: a built-in part is named by its file, any other part by its class.
 
     corpus=stdlib                              built in: the class in fedgpt/data/corpora/stdlib.py
     corpus=custom corpus._target_=mine.Poems   any class, where trusted_packages=[mine] allows it
 
-The folder is the list of built-in members: a new one is a new file, and nothing else lists it.
-Importing a module runs its code, and a configuration may come from somebody else. So a class is
-imported only from an allow-list: the folder itself and the packages that the user trusts.
+The built-in members are the files of a folder; no other file lists them. Importing a module runs
+its code, and a configuration may come from an untrusted source. So a class is imported only from an
+allow-list: the folder and the packages in trusted_packages.
 
-A class of somebody else may raise anything, when it is imported, made or called. That becomes a
-ConfigError which names the option, the class and the exception; the exception is its cause, and its
-traceback is logged at the level debug (the command line prints it with HYDRA_FULL_ERROR=1).
+A class of another package may raise any exception when it is imported, built or called. Each of
+them becomes a ConfigError that names the option, the class and the exception. The exception is its
+cause, and the traceback is logged at level debug (HYDRA_FULL_ERROR=1 prints it).
 """
 
 from __future__ import annotations
@@ -200,15 +200,20 @@ def arguments_of(group: str, arguments: Any) -> Mapping[str, Any]:
 def custom_class(
     group: str,
     base: type[Part] | tuple[type[Part], ...],
-    target: str,
+    target: str | None,
     packages: Iterable[str],
-    trusted: Iterable[str],
 ) -> type[Part]:
-    """Import the class `target`, which must inherit from `base` (one of several) and be complete.
+    """Import the class `target`, which must lie in one of the packages, inherit from `base` (one of
+    several) and be complete; raises ConfigError.
 
     Complete is a class that defines the abstract methods and the names that `base` only declares.
     """
-    cls = load_class(group, target, packages, trusted)
+    if target is None:
+        raise ConfigError(
+            f"{group}._target_ is not set: {group}={CUSTOM} needs the full name of a class,"
+            f" {group}._target_=package.module.Class"
+        )
+    cls = load_class(group, str(target), packages)
     bases = base if isinstance(base, tuple) else (base,)
     interface = " or ".join(f"{one.__module__}.{one.__name__}" for one in bases)
     if not issubclass(cls, bases):
@@ -256,10 +261,11 @@ def _parameters(cls: type) -> list[str] | None:
 def _wrong_types(option: str, cls: type, arguments: Mapping[str, Any]) -> Iterator[str]:
     """Yield a message for each argument that has not the type which its field is annotated with.
 
-    Only the types in SIMPLE and unions of them are checked. The strategies of this package check
-    their own fields, with ranges.
+    Only the types in SIMPLE and unions of them are checked. Strategies check their own fields, with
+    ranges.
     """
-    if not is_dataclass(cls) or cls.__module__.startswith(f"{PACKAGE.name}.aggregate."):
+    strategies = f"{PACKAGE.name}.aggregate."
+    if not is_dataclass(cls) or any(c.__module__.startswith(strategies) for c in cls.__mro__):
         return
     for one in fields(cls):
         text = one.type if isinstance(one.type, str) else getattr(one.type, "__name__", one.type)
@@ -309,8 +315,8 @@ class Members(Generic[Part]):
     """The parts that a group of options chooses from: every file of a folder, and trusted classes.
 
     An option of the group is passed to a built-in member that has an argument of that name. An
-    option whose default is null, where it is set, is passed to any member: one that has no such
-    argument is an error, so that nothing that was typed is ignored.
+    option whose default is null is passed to every member if it is set. A member without such an
+    argument raises an error, so that no typed option is ignored.
     """
 
     group: str  # the group of options, e.g. corpus
@@ -354,11 +360,6 @@ class Members(Generic[Part]):
         """Return the member that `options` choose; raises ConfigError."""
         arguments, name = arguments_of(self.group, options.arguments), self.name_of(options)
         if name == CUSTOM:
-            if options._target_ is None:
-                raise ConfigError(
-                    f"{self.group}._target_ is not set: {self.group}={CUSTOM} needs the full name"
-                    f" of a class, {self.group}._target_=package.module.Class"
-                )
             cls = self._custom(options._target_, trusted)
         elif options._target_ is not None:
             raise ConfigError(
@@ -398,7 +399,9 @@ class Members(Generic[Part]):
         return built
 
     def problems(self, options: Chosen, trusted: Iterable[str] = ()) -> list[str]:
-        """Return why `build` would raise ConfigError; empty where it would not."""
+        """Return the problems for which `build` would raise ConfigError; empty if there are
+        none.
+        """
         try:
             self.build(options, trusted)
         except ConfigError as error:
@@ -432,9 +435,9 @@ class Members(Generic[Part]):
         ]
         return {key: taken[key] for key in taken if key in own - set(arguments)}, problems
 
-    def _custom(self, target: str, trusted: Iterable[str]) -> type[Part]:
+    def _custom(self, target: str | None, trusted: Iterable[str]) -> type[Part]:
         """Import a class from the folder or a trusted package."""
-        return custom_class(self.group, self.interface, target, (self.folder,), trusted)
+        return custom_class(self.group, self.interface, target, (self.folder, *trusted))
 
     def _listed(self, entry: Any, trusted: Iterable[str]) -> Listed[Part]:
         """Return the member of one entry of a list."""

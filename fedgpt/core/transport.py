@@ -1,7 +1,6 @@
-"""What the server loop needs of a network: the one seam between the engine and everything that
-carries messages.
+"""The interface between the server loop and a network.
 
-flower/ implements it over a Flower Grid; tests implement it over a script with virtual time.
+flower/ implements it with a Flower Grid; tests implement it with a script and virtual time.
 """
 
 from __future__ import annotations
@@ -13,48 +12,48 @@ from fedgpt.core.messages import ClientInfo, Job, Reply
 
 
 class Transport(Protocol):
-    """Clients, jobs out, replies in. Failures arrive as replies with an error, never as
-    exceptions.
+    """Lists clients, sends jobs and receives replies. A failure is a reply with an error, not an
+    exception.
     """
 
     virtual: bool  # whether `now` is modelled time
-    # jobs that can run at the same time; None: every client has a machine of its own
+    # number of jobs that can run at the same time; None: every client has its own machine
     at_once: int | None
 
     def clients(self, timeout: float) -> list[ClientInfo]:
-        """Everybody who can be sampled, sorted by id; waits up to `timeout` seconds for them to
-        appear.
+        """All clients that can be sampled, sorted by id; waits at most `timeout` seconds for them
+        to connect.
         """
         ...
 
     def available(self, client: str) -> bool:
-        """Whether a client takes jobs now."""
+        """Whether a client accepts jobs now."""
         ...
 
     def send(self, jobs: Sequence[Job]) -> None:
-        """Start jobs; returns at once. Jobs of one version share one `params` object, which is sent
+        """Send jobs without waiting. Jobs of one version share one `params` object, which is sent
         once.
         """
         ...
 
     def receive(self, timeout: float | None) -> list[Reply]:
-        """Replies that are there, each once; waits up to `timeout` seconds for the first (None:
-        until one comes).
+        """The available replies, each once; waits at most `timeout` seconds for the first (None: no
+        limit).
         """
         ...
 
     def abandon(self, keys: Iterable[tuple[str, int]]) -> None:
-        """Nobody wants the replies of these (client, task) any more; what can be stopped is."""
+        """Give up the jobs (client, job number); jobs that can be cancelled are cancelled."""
         ...
 
     def bytes_down(self, job: Job) -> int:
-        """Size of the encoded message that carries `job`."""
+        """Size of the encoded message of `job`, in bytes."""
         ...
 
     def now(self) -> float:
-        """Seconds on a clock that only moves forward."""
+        """Seconds on a monotonic clock."""
         ...
 
     def close(self) -> None:
-        """Free what the transport holds."""
+        """Free the transport's resources."""
         ...

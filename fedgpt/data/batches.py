@@ -13,14 +13,14 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-IGNORE = -100  # target that torch's cross_entropy leaves out by default
+IGNORE = -100  # target that torch's cross_entropy ignores by default
 
 
 class Batches:
     """An endless stream of random windows over one shard; same seed, same batches."""
 
     def __init__(self, tokens: np.ndarray, block_size: int, batch_size: int, seed: int):
-        """Copy `tokens` (n,) into memory; raises ValueError where they do not fill a window."""
+        """Copy `tokens` (n,) into memory; raises ValueError if there are fewer than one window."""
         if len(tokens) < block_size + 1:
             raise ValueError(
                 f"{len(tokens)} tokens are too few for block_size={block_size}: a window needs"
@@ -43,7 +43,7 @@ def windows(tokens: np.ndarray, block_size: int) -> tuple[torch.Tensor, torch.Te
     """Return inputs and targets, each (windows, block_size) int64.
 
     Every token but the first is a target exactly once. The last window is padded with input 0 and
-    target IGNORE, so cross_entropy and a mask `targets >= 0` both leave the padding out. Raises
+    target IGNORE, so cross_entropy and a mask `targets >= 0` both ignore the padding. Raises
     ValueError for fewer than two tokens.
     """
     if len(tokens) < 2:
@@ -60,13 +60,13 @@ class Blocks:
     """A shard cut once, from its start, into blocks of block_size + 1 tokens: the units of privacy.
 
     No two blocks share a token. With random or overlapping windows one token would be in many
-    units, and what protects one unit would not protect that token.
+    units, and the protection of one unit would not protect that token.
     """
 
     def __init__(self, tokens: np.ndarray, block_size: int):
-        """Cut `tokens` (n,), without the rest that fills no block.
+        """Cut `tokens` (n,) into blocks; an incomplete last block is dropped.
 
-        Raises ValueError where there are too few tokens for one block.
+        Raises ValueError if there are too few tokens for one block.
         """
         count = len(tokens) // (block_size + 1)
         if not count:

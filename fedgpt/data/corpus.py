@@ -1,4 +1,4 @@
-"""Which corpus a run reads, and what is wrong with `corpus.*`.
+"""The corpus of a run, and the problems of its options.
 
 corpus.* -> corpus_of -> Corpus (corpora/) -> load_documents -> documents -> prepare.py
 """
@@ -32,8 +32,8 @@ def corpus_prompt(options: CorpusOptions, trusted: Sequence[str] = ()) -> str:
 def load_documents(corpus: Corpus) -> list[Document]:
     """Return all documents of a corpus, in its order.
 
-    Raises ConfigError where there is none, or where what the corpus yields is not a Document of
-    valid text.
+    Raises ConfigError if there is no document, or if the corpus yields an object that is not a
+    Document with valid text.
     """
     with calling("corpus", corpus, "documents"):
         found: Any = corpus.documents()
@@ -60,7 +60,7 @@ def load_documents(corpus: Corpus) -> list[Document]:
 
 
 def _problem(document: Any) -> str:
-    """Return why a corpus must not yield `document`; empty where it may."""
+    """Return the problem of `document`, or an empty text."""
     if not isinstance(document, Document):
         return f"is {document!r:.60}; it must be a fedgpt.data.corpora.base.Document"
     for name in ("client", "id", "text", "label"):

@@ -1,4 +1,4 @@
-"""Examples as tensors: padded to one shape, dealt out in batches for training and evaluation."""
+"""Examples as tensors: padded to one shape, and combined in batches for training and evaluation."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from fedgpt.data.batches import IGNORE
 
-# Tensors of which row i belongs to example i: the inputs, (batch, time) int64 token ids; the
-# targets, int64, IGNORE where nothing counts; then whatever else a task wants in its loss.
+# Tensors whose row i belongs to example i: the inputs, (batch, time) int64 token ids; the targets,
+# int64, IGNORE for positions without a loss; then other tensors that a task needs in its loss.
 Batch = tuple[Tensor, ...]
 
 
@@ -49,10 +49,10 @@ class Examples:
 
     @classmethod
     def padded(cls, pairs: Iterable[tuple[np.ndarray, np.ndarray]], width: int) -> Examples:
-        """Inputs and targets of equal length, at most `width`, filled up with 0 and IGNORE.
+        """Inputs and targets of equal length, at most `width`, padded with 0 and IGNORE.
 
-        A pair without a counted target is left out: it teaches nothing. Raises ValueError for
-        lengths that do not fit and where no example is left.
+        A pair without a counted target is dropped, because it has no loss. Raises ValueError for
+        wrong lengths, and if no example remains.
         """
         inputs, targets = [], []
         for each, wanted in pairs:
@@ -94,10 +94,10 @@ class Epochs:
     def __init__(self, examples: ExampleSet, batch_size: int, seed: int):
         self._examples, self._batch_size = examples, batch_size
         self._generator = torch.Generator().manual_seed(seed)
-        self._order = torch.empty(0, dtype=torch.int64)  # what is left of the present epoch
+        self._order = torch.empty(0, dtype=torch.int64)  # remaining examples of the current epoch
 
     def next(self) -> Batch:
-        """The next batch; one that an epoch's end does not fill begins the next epoch."""
+        """The next batch; if the epoch has too few examples for it, the next epoch begins."""
         while len(self._order) < self._batch_size:
             epoch = torch.randperm(len(self._examples), generator=self._generator)
             self._order = torch.cat([self._order, epoch])

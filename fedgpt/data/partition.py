@@ -1,4 +1,4 @@
-"""Which client has which tokens: the clients' part of the token array becomes shards.
+"""The shards of the clients, made from the clients' part of the token array.
 
     Prepared -> Documents of the clients' part -> Partition.deal (partitions/) -> checked shards
 
@@ -36,10 +36,10 @@ def partition(
     window: int,
     trusted: Sequence[str] = (),
 ) -> list[Shard]:
-    """Deal the clients' part out; return shards sorted by client id that share no token.
+    """Divide the clients' part; return shards without a common token, sorted by client id.
 
-    `window` is block_size + 1, the fewest tokens that a client can train on. Raises ConfigError
-    where a client has fewer tokens than it needs; partition=natural leaves those out instead.
+    `window` is block_size + 1, the smallest number of tokens to train on. Raises ConfigError if a
+    client has too few tokens; partition=natural excludes such clients instead.
     """
     if problems := [*options.problems(), *PARTITIONS.problems(options, trusted)]:
         raise ConfigError(problems)
@@ -56,7 +56,9 @@ def partition(
 
 
 def natural_owners(prepared: Prepared) -> int:
-    """Return how many owners have text in the clients' part, enough to train on or not."""
+    """Return the number of owners with text in the clients' part, including owners with too little
+    text.
+    """
     return len({prepared.clients[d] for d in np.flatnonzero(prepared.part == CLIENTS)})
 
 
@@ -95,19 +97,19 @@ def _is_shard(value: Any) -> bool:
 
 
 def _check_tokens(shards: Sequence[Shard], documents: Documents, options: PartitionOptions) -> None:
-    """Raise ConfigError unless every token is dealt at most once, out of the clients' part.
+    """Raise ConfigError unless every token belongs to at most one client and to the clients' part.
 
-    A token of the public or the held-out part must never reach a client.
+    No client may get a token of the public or the held-out part.
     """
     if problem := _wrong_tokens(shards, merged(documents.spans)):
         raise ConfigError(f"{_label(options)}: {problem}")
 
 
 def _wrong_tokens(shards: Sequence[Shard], allowed: np.ndarray) -> str:
-    """Return what is wrong with the shards' spans, or an empty text."""
+    """Return the problem of the shards' spans, or an empty text."""
     names = {shard.client for shard in shards}
     if not 0 < len(shards) == len(names):
-        return "makes two clients of one name" if shards else "makes no client"
+        return "makes two clients with the same name" if shards else "makes no client"
     for shard in shards:
         if np.ndim(shard.spans) != 2 or np.shape(shard.spans)[1] != 2:
             return f"gives {shard.client} spans that are not an array (spans, 2)"
@@ -115,18 +117,18 @@ def _wrong_tokens(shards: Sequence[Shard], allowed: np.ndarray) -> str:
     spans = spans[np.argsort(spans[:, 0], kind="stable")]
     within = np.searchsorted(allowed[:, 0], spans[:, 0], side="right") - 1
     if (spans[:, 1] <= spans[:, 0]).any():
-        return "deals a span without tokens"
+        return "assigns a span without tokens"
     if (within < 0).any() or (spans[:, 1] > allowed[within, 1]).any():
-        return "deals a token that is not in the clients' part"
+        return "assigns a token that is not in the clients' part"
     if (spans[1:, 0] < spans[:-1, 1]).any():
-        return "deals a token twice"
+        return "assigns a token twice"
     return ""
 
 
 def _check_sizes(
     shards: Sequence[Shard], minimum: int, options: PartitionOptions, remedies: Sequence[str]
 ) -> None:
-    """Raise ConfigError where a client has fewer tokens than it needs."""
+    """Raise ConfigError if a client has too few tokens."""
     small = [shard for shard in shards if shard.size < minimum]
     if not small:
         return

@@ -5,9 +5,9 @@
     tokens      t t t E  t t t t t E t t E t t t t E     E: the end of a document
     starts      0        4           10    13        18  d is tokens[starts[d]:starts[d+1]]
 
-The split depends on the text alone and never on a run's seed. So runs can be compared, and no
-document is held out in one run and trained on in another. The cache key is a hash of the content:
-a changed corpus makes a new entry.
+The split depends only on the text, not on a run's seed. So runs can be compared, and no document is
+held out in one run and used for training in another. The cache key is a hash of the content: a
+changed corpus makes a new entry.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ from fedgpt.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 FORMAT = 1  # version of the files of a cache entry and of the split: raise it when these change
 PUBLIC, HELD_OUT, CLIENTS = 0, 1, 2
 PARTS = {"public": PUBLIC, "held_out": HELD_OUT, "clients": CLIENTS}
-LOCK_SECONDS = 1800  # how long to wait for another process that prepares the same corpus
-ENCODE_AT_ONCE = 256  # documents in one call of the tokenizer
+LOCK_SECONDS = 1800  # seconds to wait for another process that prepares the same corpus
+ENCODE_AT_ONCE = 256  # number of documents in one call of the tokenizer
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,11 +57,11 @@ class Prepared:
     digest: str  # hash of text, options and versions: equal digests mean equal tokens
 
     def held_out(self) -> np.ndarray:
-        """Return the tokens of the held-out documents in order: only the evaluation uses them."""
+        """Return the tokens of the held-out documents in order; only the evaluation uses them."""
         return self._part(HELD_OUT)
 
     def public(self) -> np.ndarray:
-        """Return the tokens of the public documents in order: everybody may see them."""
+        """Return the tokens of the public documents in order; they are not private."""
         return self._part(PUBLIC)
 
     def _part(self, part: int) -> np.ndarray:
@@ -79,8 +79,8 @@ def prepare(
     """Load, split, tokenise and cache a corpus, or open it from the cache.
 
     `trusted` are the packages that `corpus._target_` may name. Safe to call from several processes
-    at once: one prepares, the others wait and open. Raises ConfigError for options or text that
-    cannot be prepared.
+    at once: one process prepares the corpus, the others wait and open it. Raises ConfigError for
+    options or text that cannot be prepared.
     """
     problems = [*corpus.problems(), *CORPORA.problems(corpus, trusted), *tokenizer.problems()]
     if problems:
@@ -96,9 +96,9 @@ def prepare(
     cache.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(cache / f"{folder.name}.lock", timeout=LOCK_SECONDS):
-            if (ready := _open_if_valid(folder)) is not None:  # another process was faster
+            if (ready := _open_if_valid(folder)) is not None:  # another process has prepared it
                 return ready
-            # a damaged entry, or what a killed process left
+            # a damaged entry, or files of a killed process
             for leftover in (folder, *cache.glob(f".{folder.name}.*")):
                 shutil.rmtree(leftover, ignore_errors=True)
             manifest = {"format": FORMAT, "digest": digest, **_identity(corpus, reader)}
@@ -117,7 +117,7 @@ def prepare(
 def open_prepared(folder: str | Path) -> Prepared:
     """Open a folder that `prepare` made, without reading the corpus again.
 
-    Raises OSError, ValueError or KeyError where the folder is missing or damaged.
+    Raises OSError, ValueError or KeyError if the folder is missing or damaged.
     """
     folder = Path(folder)
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -185,9 +185,9 @@ def digest_of(documents: Sequence[Document]) -> str:
 def _cache_key(
     corpus: CorpusOptions, tokenizer: TokenizerOptions, source: str, text_digest: str
 ) -> str:
-    """Return a short hash of everything that decides what is in a cache entry.
+    """Return a short hash of everything that determines the content of a cache entry.
 
-    Not part of it are the seed, the partition, and the path of corpus=files.
+    It does not include the seed, the partition, and the path of corpus=files.
     """
     kind = asdict(tokenizer) if tokenizer.name == "bpe" else {"name": tokenizer.name}
     library = importlib.metadata.version("tokenizers") if tokenizer.name == "bpe" else ""
@@ -199,14 +199,16 @@ def _cache_key(
 
 
 def _identity(options: CorpusOptions, corpus: Corpus) -> dict[str, Any]:
-    """Return what a manifest says of the corpus: its name or class, and what its clients are."""
+    """Return the description of the corpus in the manifest: its name or class, and its kind of
+    owner.
+    """
     name = options._target_ if options.name == CUSTOM else options.name
     identity = {"corpus": name, "client": corpus.owner}
     return identity | ({"arguments": options.arguments} if options.arguments else {})
 
 
 def _open_if_valid(folder: Path) -> Prepared | None:
-    """Return the cache entry, or None where it is missing or damaged and must be made (again)."""
+    """Return the cache entry, or None if it is missing or damaged and must be made."""
     try:
         return open_prepared(folder)
     except (OSError, ValueError, KeyError, FedGPTError):
@@ -221,7 +223,7 @@ def _split_and_tokenise(
 ) -> tuple[np.ndarray, Tokenizer, list[np.ndarray]]:
     """Return the part of each document, the tokenizer, and the ids of each document.
 
-    `remedy` is what to do where there are too few documents.
+    `remedy` says what to do if there are too few documents.
     """
     texts = [document.text for document in documents]
     part = split_documents(texts, corpus.public, corpus.held_out)
@@ -296,7 +298,7 @@ def _write(
 def _check_split(
     part: np.ndarray, corpus: CorpusOptions, tokenizer: TokenizerOptions, remedy: str
 ) -> None:
-    """Raise ConfigError where a part that is needed has no document."""
+    """Raise ConfigError if a required part has no document."""
     problems = []
     if tokenizer.name == "bpe" and not (part == PUBLIC).any():
         problems.append(

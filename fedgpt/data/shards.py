@@ -1,4 +1,4 @@
-"""The data of a run: the prepared corpus, and which client has which part of it."""
+"""The data of a run: the prepared corpus, and the clients' shards."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def load_shards(options: RunOptions) -> tuple[Prepared, list[Shard]]:
     """Return the prepared corpus of a run and its clients' shards, sorted by client id.
 
     Every process that has the same options, corpus and packages gets the same result. Raises
-    ConfigError for text or options from which no clients can be made.
+    ConfigError if no clients can be made from the text and options.
     """
     trusted = options.trusted_packages
     prepared = prepare(options.corpus, options.tokenizer, options.cache_dir, trusted)
-    # the fewest tokens to train on: a sequence and, for its last token, the one that follows
+    # smallest number of tokens to train on: a sequence, and the target of its last token
     window = options.model.block_size + 1
     return prepared, partition(prepared, options.partition, options.seed, window, trusted)

@@ -1,7 +1,7 @@
-"""Documents as token ids: what a task makes its examples from.
+"""Documents as token ids, from which a task makes its examples.
 
-A prepared corpus is one token array with the place at which each document starts (prepare.py). A
-`Text` is the share of it that one party has: a client's shard, the held-out part, the public part.
+A prepared corpus is one token array with the offset of each document (prepare.py). A `Text` is the
+share of one party: a client's shard, the held-out part, or the public part.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class LabelledTokens(NamedTuple):
     """One document, or the part of one that a partition handed out."""
 
     tokens: np.ndarray  # (n,) ids; a document that was not cut ends with the end token
-    label: str  # as the corpus has it; may be empty
+    label: str  # label in the corpus; may be empty
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +34,7 @@ class Text:
 
     tokens: np.ndarray  # (n,) all documents, concatenated
     starts: np.ndarray  # (documents + 1,) int64: document d is tokens[starts[d] : starts[d + 1]]
-    labels: tuple[str, ...]  # one a document
+    labels: tuple[str, ...]  # one label per document
 
     @classmethod
     def of(
@@ -56,7 +56,7 @@ class Text:
 
 
 def shard_text(prepared: Prepared, shard: Shard) -> Text:
-    """A client's text; a document that its partition cut into pieces is as many documents here."""
+    """A client's text; each piece of a document that its partition has cut is a document here."""
     return _cut(prepared, shard.spans, shard.read(prepared.tokens))
 
 

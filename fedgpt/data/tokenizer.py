@@ -5,8 +5,8 @@
     end of a document     -> [<|endoftext|>]                  the last id, of 0 bytes
 
 Both are one class over one file, `tokenizer.json` in Hugging Face's format (raw bytes are a BPE
-without merges), so transformers can read an exported model. The number of bytes that each id stands
-for is known: bits per byte are computed from it.
+without merges), so transformers can read an exported model. Bits per byte are computed from the
+number of bytes of each id.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from fedgpt.core.files import write_text
 from fedgpt.core.options import TokenizerOptions
 
 END = "<|endoftext|>"
-# characters in one string for the library: its time per character grows with the string's length
+# characters in one string for the library, whose time per character grows with the string's length
 PIECE = 4096
-BATCH = 512  # pieces in one call, which bounds the memory that the library's results take
+BATCH = 512  # number of pieces in one call, which limits the memory of the library's results
 
 # GPT-2's pattern always starts a new word between a visible character and a space or line end, so
 # cutting a text there changes no id.
@@ -43,7 +43,7 @@ def byte_characters() -> list[str]:
 
 
 class Tokenizer:
-    """A byte-level vocabulary: any Unicode text round-trips exactly, and nothing is unknown.
+    """A byte-level vocabulary: any Unicode text round-trips exactly, and there is no unknown token.
 
     A literal `<|endoftext|>` in a text is encoded as ordinary characters, never as the end token.
     """
@@ -79,7 +79,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, the end token included."""
+        """Number of ids, including the end token."""
         return len(self._table)
 
     @property
@@ -94,7 +94,7 @@ class Tokenizer:
 
     @cached_property
     def token_bytes(self) -> np.ndarray:
-        """Number of bytes that each id stands for, (vocab_size,) int64; 0 for the end token."""
+        """Number of bytes of each id, (vocab_size,) int64; 0 for the end token."""
         return np.array([len(entry) for entry in self._table], dtype=np.int64)
 
     @cached_property
@@ -152,8 +152,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
 def make_tokenizer(options: TokenizerOptions, public_texts: Iterable[str]) -> Tokenizer:
     """Return the tokenizer that the options choose; bpe is trained on `public_texts` only.
 
-    The same texts give the same tokenizer. Its vocabulary is smaller than vocab_size where no more
-    pairs of tokens occur twice. Raises ConfigError for wrong options and for bpe without text.
+    The same texts give the same tokenizer. Its vocabulary is smaller than vocab_size if no other
+    pair of tokens occurs twice. Raises ConfigError for wrong options and for bpe without text.
     """
     if problems := list(options.problems()):
         raise ConfigError(problems)
@@ -182,7 +182,7 @@ def make_tokenizer(options: TokenizerOptions, public_texts: Iterable[str]) -> To
             show_progress=False,
         )
         library.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
-    # Added after training: the trainer would give a special token id 0.
+    # Added after training, because the trainer would give a special token id 0.
     library.add_special_tokens([AddedToken(END, special=True, normalized=False)])
     return Tokenizer(library.to_str())
 

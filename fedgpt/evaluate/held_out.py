@@ -20,16 +20,16 @@ from fedgpt.evaluate.metrics.base import BatchMetric
 from fedgpt.model.build import build_model
 from fedgpt.tasks.base import Task
 
-MOST_LOGITS = 1 << 26  # logits in a GPU's memory at a time: 256 MB in float32
-CPU_TOKENS = 512  # tokens a batch on a CPU, so that its cache keeps their logits
-GPU_TOKENS = 8192  # tokens a batch on a GPU, which clients use at the same time
+MOST_LOGITS = 1 << 26  # largest number of logits in a GPU's memory: 256 MB in float32
+CPU_TOKENS = 512  # tokens per batch on a CPU, so that their logits fit the cache
+GPU_TOKENS = 8192  # tokens per batch on a GPU, which clients use at the same time
 
 
 class HeldOut:
-    """A model of its own and the examples that it is scored on.
+    """A separate model, and the examples on which it is scored.
 
-    One pass over the examples gives the tallies of the task and of the metrics; added up over all
-    batches, each owner makes its scores of them.
+    One pass over the examples gives the tallies of the task and of the metrics. Task and metrics
+    compute their scores from the sums over all batches.
     """
 
     def __init__(
@@ -42,15 +42,15 @@ class HeldOut:
         metrics: Sequence[BatchMetric] = (),
         base: Mapping[str, torch.Tensor] | None = None,
     ):
-        """`token_bytes`, (vocabulary,): bytes of text that each token stands for.
+        """`token_bytes`, (vocabulary,): bytes of text of each token.
 
-        `base` holds the frozen weights, if `model.trainable` leaves some out.
+        `base` contains the frozen weights, if there are any.
         """
         self.model = build_model(model, len(token_bytes), base).eval()
         self.model.to(compute.device, compute.torch_dtype)
         self.layout, self._working = flatten(self.model)
         self.examples, self.task, self.metrics = examples, task, metrics
-        self.tokens = int(counted(examples.rows))  # targets that are scored
+        self.tokens = int(counted(examples.rows))  # number of targets that are scored
         self._token_bytes = torch.as_tensor(token_bytes).to(compute.device, torch.int64)
         at_once = (
             CPU_TOKENS

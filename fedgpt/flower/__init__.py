@@ -1,1 +1,1 @@
-"""Flower's side: apps, runtimes, grids and adapters; the only package that imports flwr."""
+"""Flower's apps, and runtimes, grids and adapters; the only package that imports flwr."""

@@ -17,9 +17,9 @@ app = ClientApp()
 
 
 class ClientFailed(Exception):
-    """An exception of the client as the server learns of it: only the name of its class.
+    """An exception of the client, reported to the server by the name of its class only.
 
-    The exception's message may contain text of the client or paths, so it stays in the client's
+    The exception's message may contain text of the client or paths, so it is only in the client's
     log.
     """
 
@@ -30,7 +30,7 @@ _works: dict[str, ClientWork] = {}
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """Answer which client this node is."""
+    """Reply with the client of this node."""
     work, index = _work(context)
     return Message(info_content(work.info(index), work.prepared.digest), reply_to=message)
 

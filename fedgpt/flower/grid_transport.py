@@ -1,4 +1,4 @@
-"""The server's Transport over any Flower Grid, and over the grids of this package a faster one."""
+"""The server's Transport over any Flower Grid; it is faster over the grids of this package."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fedgpt.flower.messages import (
 
 # seconds between two polls of a grid without `wait`; Flower's own send_and_receive sleeps 3 s
 POLL_SECONDS = 0.05
-# attempts at a job whose client process dies; each gives the same bits, in whatever process it runs
+# number of attempts at a job whose client process dies; each attempt gives the same bits
 ATTEMPTS = 3
 # environment variable with the path of a file: when the file appears, the server stops
 STOP_FILE = "FEDGPT_STOP_FILE"
@@ -39,8 +39,8 @@ class GridTransport:
     """Sends jobs and receives replies through a Grid's push and pull.
 
     It waits until `expected` clients have connected. `known` maps node ids to clients if the caller
-    knows them (the pool); otherwise every node is asked once. `digest` is that of the server's
-    prepared data; each client must have the same.
+    knows them (the pool); otherwise every node is queried once. `digest` is the digest of the
+    server's prepared data; each client must have the same data.
     """
 
     virtual = False
@@ -55,7 +55,7 @@ class GridTransport:
         now: float = 0.0,
     ):
         """`ttl` is the time to live of a job in seconds; `now` is the time on the run's clock."""
-        # a launcher in another process stops the server through a file, because Flower runs a
+        # a launcher in another process stops the server by creating a file, because Flower runs a
         # ServerApp in a process or thread that gets no signal
         self._stop = Path(os.environ[STOP_FILE]) if STOP_FILE in os.environ else None
         self._local = grid if isinstance(grid, LocalGrid) else None
@@ -66,10 +66,10 @@ class GridTransport:
         self._began = time.monotonic() - now
         # message id -> its job, and the number of the attempt
         self._pending: dict[str, tuple[Job, int]] = {}
-        self._abandoned: set[str] = set()  # ids of messages whose replies are not wanted any more
+        self._abandoned: set[str] = set()  # ids of messages whose jobs were given up
         self._refused: list[Reply] = []  # failures of messages that the SuperLink did not accept
         self._sweep = 0.0  # seconds that the last poll of all messages took
-        # the params of the version that was sent last, and cached version -> record as sent
+        # params of the last version that was sent, and cached version -> record of the message
         self._broadcast: tuple[object, dict[int, ArrayRecord]] | None = None
 
     def clients(self, timeout: float) -> list[ClientInfo]:
@@ -78,7 +78,7 @@ class GridTransport:
         self._nodes = {info.id: node for node, info in infos.items()}
         if len(self._nodes) != len(infos):
             raise FedGPTError(
-                "two nodes answered with one client id; give every node its own partition-id"
+                "two nodes reported the same client id; give every node its own partition-id"
             )
         return sorted(infos.values(), key=lambda info: info.id)
 
@@ -99,7 +99,7 @@ class GridTransport:
                 Message(content, self._nodes[job.client], MessageType.TRAIN, ttl=self.ttl)
             )
         for job, message_id in zip(jobs, self.grid.push_messages(messages), strict=True):
-            if message_id is None:  # a SuperLink's grid returns None for a message that it refuses
+            if message_id is None:  # a SuperLink's grid returns None for a message that it rejects
                 self._refused.append(
                     Reply(job.client, job.number, error="the SuperLink refused the message")
                 )
@@ -117,11 +117,13 @@ class GridTransport:
             self._wait(left)
 
     def available(self, client: str) -> bool:
-        """Always true: a job for a client that has left gets an error reply."""
+        """Always true; a job for a disconnected client gets an error reply."""
         return True
 
     def abandon(self, keys: Iterable[tuple[str, int]]) -> None:
-        """Cancel jobs on a local grid; elsewhere they run, and their late replies are dropped."""
+        """Cancel jobs on a local grid; on other grids they continue, and their replies are rejected
+        as `late`.
+        """
         wanted = set(keys)
         ids = [i for i, (job, _) in self._pending.items() if (job.client, job.number) in wanted]
         if self._local is not None:
@@ -136,11 +138,13 @@ class GridTransport:
         return job_bytes(job)
 
     def now(self) -> float:
-        """Seconds on the run's clock, which is monotonic and stops while no server runs."""
+        """Seconds on the run's clock, which is monotonic and does not advance while no server
+        runs.
+        """
         return time.monotonic() - self._began
 
     def close(self) -> None:
-        """Do nothing: whoever made the grid closes it."""
+        """Do nothing, because the owner of the grid closes it."""
 
     def _pull(self) -> list[Reply]:
         """Replies that have arrived; a local grid gives one at a time, as each is a large array."""
@@ -162,7 +166,7 @@ class GridTransport:
         """
         try:
             return next(iter(self.grid.pull_messages([message_id])), None)
-        except httpx.HTTPError:  # the SuperLink does not answer: not an error of the message
+        except httpx.HTTPError:  # the SuperLink does not respond: not an error of the message
             raise
         except Exception as error:
             return error
@@ -222,20 +226,20 @@ class GridTransport:
                     )
             if waiting and self.now() > deadline:
                 raise StoppedEarly(
-                    f"{len(waiting)} clients did not say who they are within {timeout:.0f} s"
+                    f"{len(waiting)} clients did not report their id within {timeout:.0f} s"
                 )
             self._wait(POLL_SECONDS)
         return infos
 
 
 def _introduced(message: Message | Exception, node: int) -> tuple[ClientInfo, str]:
-    """(client, digest of its data) in a node's answer; raises FedGPTError if it has neither."""
+    """(client, digest of its data) in a node's answer; raises FedGPTError for an invalid answer."""
     try:
         if isinstance(message, Exception):
             raise message
         if not message.has_error():
             return read_info(message)
         reason = message.error.reason
-    except Exception as error:  # whatever a malformed answer raises
+    except Exception as error:  # a malformed answer may raise any exception
         reason = f"its answer cannot be read ({type(error).__name__})"
-    raise FedGPTError(f"node {node} did not say who it is: {reason}")
+    raise FedGPTError(f"node {node} did not report its client: {reason}")

@@ -1,4 +1,4 @@
-"""A Grid without processes or threads: it calls the ClientApp itself when the server waits."""
+"""A Grid without processes or threads, which calls the ClientApp while the server waits."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class InProcessGrid(LocalGrid):
         ids = []
         for message in messages:
             message_id = f"message {next(self._numbers)} of grid {id(self)}"
-            message.metadata.__dict__["_message_id"] = message_id  # as a SuperLink does
+            message.metadata.__dict__["_message_id"] = message_id  # like a SuperLink
             self._queue[message_id] = message
             ids.append(message_id)
         return ids
@@ -61,7 +61,7 @@ class InProcessGrid(LocalGrid):
             return False
         began = time.monotonic()
         reply = self._reply(self._queue.pop(oldest))
-        # the first job also reads data and compiles: the next will be faster
+        # the first job also reads data and compiles, so it is slower than the next ones
         took = JobTime(time.monotonic() - began) if self._warm else JobTime(measured=False)
         self._replies[oldest], self._warm = (reply, took), True
         return True
@@ -71,7 +71,7 @@ class InProcessGrid(LocalGrid):
         return list(self._replies)
 
     def time_of(self, message_id: str) -> JobTime:
-        """How long the ClientApp took."""
+        """The seconds that the ClientApp took."""
         return self._replies[message_id][1] if message_id in self._replies else JobTime()
 
     def discard(self, message_ids: Iterable[str]) -> None:

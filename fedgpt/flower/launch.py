@@ -24,7 +24,7 @@ KEEP_HEAP = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": s
 
 
 def launch(options: RunOptions) -> None:
-    """Run `options` to the end; raises the error that ends the run, if any."""
+    """Run `options` to the end; raises the error with which the run fails, if any."""
     refuse_another_run(options)
     for name, value in FLOWER_ENV.items():
         os.environ.setdefault(name, value)

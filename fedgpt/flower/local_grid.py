@@ -1,4 +1,6 @@
-"""What the grids of this package add to Flower's Grid: waiting, cancelling, and times of jobs."""
+"""The interface that the grids of this package add to Flower's Grid: waiting, cancelling, job
+times.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,7 @@ _RUN_ID, _TASK_ID = 1, 1  # Flower keeps them in global variables: one grid per 
 class LocalGrid(Grid):
     """A Grid over virtual clients of this machine; node 1000 + i is the client with partition i."""
 
-    workers: int  # jobs that run at the same time
+    workers: int  # number of jobs that run at the same time
 
     def __init__(self, num_clients: int):
         """Take Flower's global ids of the run and of the server's task."""
@@ -44,7 +46,7 @@ class LocalGrid(Grid):
 
     @abstractmethod
     def time_of(self, message_id: str) -> JobTime:
-        """How long a client worked on a message whose reply is ready."""
+        """The seconds of a client's work on a message whose reply is ready."""
 
     @abstractmethod
     def discard(self, message_ids: Iterable[str]) -> None:

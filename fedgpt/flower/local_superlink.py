@@ -24,8 +24,8 @@ from fedgpt.core.options import RunOptions
 from fedgpt.flower.grid_transport import STOP_FILE
 from fedgpt.flower.processes import child
 
-START_SECONDS = 60.0  # seconds a SuperLink has to answer its first request
-STOP_SECONDS = 60.0  # seconds a server has to write its checkpoint after a request to stop
+START_SECONDS = 60.0  # seconds to wait for a SuperLink's first response
+STOP_SECONDS = 60.0  # seconds to wait for a server's checkpoint after a request to stop
 APP = """[project]
 name = "fedgpt-run"
 version = "0.1.0"
@@ -102,7 +102,7 @@ class LocalSuperLink:
                 while process.poll() is None:
                     time.sleep(0.1)
             except KeyboardInterrupt:
-                # Flower's processes are in sessions of their own, so the signal reached none of
+                # Flower's processes are in separate sessions, so the signal reached none of
                 # them: the file asks the server to write a checkpoint and stop
                 Path(self._environment[STOP_FILE]).touch()
                 deadline = time.monotonic() + STOP_SECONDS
@@ -121,7 +121,7 @@ class LocalSuperLink:
 def local_superlink(
     run_dir: str, environment: Mapping[str, str], options: Sequence[str] = ()
 ) -> Iterator[LocalSuperLink]:
-    """A SuperLink for one run; all that it and its nodes started ends with the block.
+    """A SuperLink for one run; all processes of it and its nodes end with the block.
 
     Raises Interrupted after SIGINT or SIGTERM if the run in `run_dir` can be continued.
     """
@@ -136,20 +136,22 @@ def local_superlink(
 
 
 def _raise_failure(folder: Path) -> None:
-    """Raise the error that ended the run in `folder`, if it did not end well."""
+    """Raise the error with which the run in `folder` failed, if any."""
     if (folder / "failure.json").exists():
         failure = json.loads((folder / "failure.json").read_text())
         kinds = {"ConfigError": ConfigError, "StoppedEarly": StoppedEarly}
         raise kinds.get(failure["kind"], FedGPTError)(failure["message"])
     if not (folder / "summary.json").exists():
         raise FedGPTError(
-            "Flower ended before the run did (its log is above); continue with:"
+            "Flower ended before the end of the run (its log is above); continue with:"
             f" fedgpt run resume={folder}"
         )
 
 
 def _wait_until_healthy(port: int, home: Path) -> None:
-    """Return when the SuperLink answers; raises FedGPTError with the end of its log if it fails."""
+    """Return when the SuperLink responds; raises FedGPTError with the end of its log if it
+    fails.
+    """
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         try:
@@ -161,7 +163,7 @@ def _wait_until_healthy(port: int, home: Path) -> None:
         path.read_text(errors="replace")[-2000:] for path in home.glob("flower-superlink-*.log")
     )
     raise FedGPTError(
-        f"the SuperLink did not answer within {START_SECONDS:.0f} s; its log ends:\n{tail}"
+        f"the SuperLink did not respond within {START_SECONDS:.0f} s; its log ends:\n{tail}"
     )
 
 

@@ -1,6 +1,6 @@
 """Jobs and updates as Flower messages: one array and one JSON text in each direction.
 
-It is one array because the cost of a message in Flower grows with the number of arrays.
+A message contains one array, because its cost in Flower grows with the number of arrays.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fedgpt.update.downlink import joined
 from fedgpt.update.npy import read_npy
 
 ARRAY = "flat"  # the one array of an ArrayRecord
-MOST_REASON = 500  # characters of a client's exception that are kept: they go to logs and messages
+MOST_REASON = 500  # largest length of a client's exception in logs and messages, in characters
 
 
 def vector_record(vector: np.ndarray) -> ArrayRecord:
@@ -46,7 +46,7 @@ def params_record(job: Job) -> ArrayRecord:
 
 def job_bytes(job: Job) -> int:
     """Size in bytes of a job's message: the array and the JSON."""
-    # `keep` depends on restarts, but the traffic that a run reports must not
+    # without `keep`, which depends on restarts: the reported traffic must not
     text = _job_json(replace(job, plan=replace(job.plan, keep=())))
     if job.plan.cached_version >= 0:
         return sum(step.nbytes for step in job.model_deltas) + len(text)
@@ -72,7 +72,7 @@ def update_content(header: str, delta: np.ndarray) -> RecordDict:
 
 
 def read_reply(message: Message, client: str, number: int) -> Reply:
-    """A client's reply, which is not validated yet; no content of a message makes this raise."""
+    """A client's reply, before validation; raises for no content of a message."""
     if message.has_error():
         return Reply(
             client, number, error=f"code {message.error.code}: {message.error.reason}"[:MOST_REASON]

@@ -1,4 +1,6 @@
-"""Child processes in process groups of their own, which end with all processes they started."""
+"""Child processes in separate process groups; ending one also ends all processes that it
+started.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ def child(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Start a program that is installed beside this interpreter; end its process group on leaving.
 
-    Its output goes to the file `log`, or where this process's output goes if that is None.
+    Its output goes to the file `log`, or to this process's output if `log` is None.
     """
     stream: IO[bytes] | None = None if log is None else log.open("wb")
     process = subprocess.Popen(
@@ -42,7 +44,7 @@ def child(
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
     """End the process's group and the groups of its descendants: SIGTERM, later SIGKILL."""
-    # Flower's programs start others in sessions of their own, which a signal to the group misses
+    # Flower's programs start others in separate sessions, which get no signal to the group
     descendants = _descendants(process.pid)
     for sign in (signal.SIGTERM, signal.SIGKILL):
         try:

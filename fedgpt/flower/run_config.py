@@ -11,15 +11,15 @@ from fedgpt.core.options import RunOptions
 
 
 def run_config_of(options: RunOptions) -> dict[str, Any]:
-    """The run config that our launcher sends: all options as one YAML text."""
+    """The run config that fedgpt's launcher sends: all options as one YAML text."""
     return {"config": compose.to_yaml(options)}
 
 
 def options_of(run_config: Mapping[str, Any]) -> RunOptions:
     """The options in a run config.
 
-    `config` is the YAML text of our launcher. If it is empty, `overrides` (of `flwr run . -c`) are
-    composed here.
+    `config` is the YAML text of fedgpt's launcher. If it is empty, `overrides` (of `flwr run . -c`)
+    are composed here.
     """
     text = str(run_config.get("config", ""))
     if text.strip():

@@ -18,7 +18,7 @@ from fedgpt.flower.grid_transport import GridTransport
 from fedgpt.flower.local_grid import LocalGrid
 from fedgpt.flower.strategy_adapter import FlowerStrategy
 
-# seconds past the deadline after which the pool ends the worker of a client that hangs
+# seconds after the deadline at which the pool ends the worker of a client that hangs
 TTL_MARGIN = 10.0
 
 
@@ -32,7 +32,7 @@ def serve(options: RunOptions, grid: Grid) -> dict[str, Any]:
 def _connect(
     options: RunOptions, grid: Grid, shards: Sequence[Shard], digest: str, now: float
 ) -> Transport:
-    """A grid on this machine knows its clients by partition; other nodes are asked."""
+    """Connect to the clients: a local grid knows them by partition, other nodes are queried."""
     known = None
     if isinstance(grid, LocalGrid):
         infos = [ClientInfo(shard.client, shard.size) for shard in shards]

@@ -24,8 +24,8 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run to the last version.
 
-    The run folder then holds all results. Where the run fails in a process of its own, the folder
-    holds failure.json with the reason, which the launcher reads.
+    The run folder then contains all results. If the run fails in a separate process, the folder
+    contains failure.json with the reason, which the launcher reads.
     """
     options = options_of(context.run_config)
     try:

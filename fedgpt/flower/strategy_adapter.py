@@ -2,9 +2,9 @@
 
 A server step becomes one round of Flower: `configure_train`, in which a strategy gets the global
 arrays, then `aggregate_train` with replies that contain the clients' weights, in the order of the
-client ids. Our server keeps sampling, deadlines and validation. What the strategy remembers between
-rounds is stored in `state.memory` (strategy_memory.py). So each step depends only on the updates
-and the state, and a resumed run gives the same bits.
+client ids. Sampling, deadlines and validation remain in fedgpt's server. The strategy's attributes
+are stored in `state.memory` between rounds (strategy_memory.py). So each step depends only on the
+updates and the state, and a resumed run gives the same bits.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class FlowerStrategy(Strategy):
         return tuple(sorted(self._unsaved))
 
     def client_numbers(self) -> dict[str, float]:
-        """FedProx's factor, under the name that our clients know."""
+        """FedProx's factor, under its name in fedgpt."""
         mu = getattr(self.inner, "proximal_mu", None)
         return {} if mu is None else {"proximal_mu": float(mu)}
 

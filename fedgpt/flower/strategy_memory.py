@@ -14,7 +14,9 @@ MEMORY = "flower"  # first part of the names in state.memory: flower.<attribute>
 
 
 def is_plain(value: object) -> bool:
-    """Whether an attribute can be copied and compared; a function counts, as it never changes."""
+    """Whether an attribute can be copied and compared; true for a function, because it does not
+    change.
+    """
     return callable(value) or _data(value)
 
 
@@ -50,7 +52,7 @@ def same(one: Any, two: Any) -> bool:
 
 
 def _arrays(value: Any) -> dict[str, np.ndarray] | None:
-    """The arrays in a container that strategies use, by key; None if it is none of these."""
+    """The arrays in a container of a known type, by key; None for other types."""
     if isinstance(value, ArrayRecord):
         return {key: array.numpy() for key, array in value.items()}
     if isinstance(value, np.ndarray):

@@ -5,8 +5,8 @@ Forward hooks keep the input a and the output of each layer. One autograd pass g
 of the outputs, not those of the weights. As the loss of example i depends on example i alone, row i
 of g belongs to it, and its weight gradients follow layer by layer: a Linear's is g_i^T a_i, an
 Embedding's adds g_i to the rows of its tokens, those of norms and biases are sums over time. The
-norm of all gradients of an example gives its clip factor. Computing them one by one costs about as
-much as the one gradient of the batch would have cost.
+norm of all gradients of an example gives its clip factor. Computing the per-example gradients costs
+about as much as computing the gradient of the batch.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ class Use:
 class BookKeeping:
     """Clipped sums of per-example gradients of a model whose parameters lie in one flat vector.
 
-    It knows Linear, Embedding, LayerNorm and RMSNorm. It raises Unsupported for a model with
-    parameters elsewhere, and for inputs without a batch dimension: the gradient of positions that
-    all examples share could not be divided among them.
+    It supports Linear, Embedding, LayerNorm and RMSNorm. It raises Unsupported for a model with
+    other parameters, and for inputs without a batch dimension, because the gradient of positions
+    that all examples share cannot be divided among the examples.
     """
 
     def __init__(self, model: nn.Module, layout: FlatParams):
         self.model, self.layout = model, layout
         self._names = {id(p): name for name, p in model.named_parameters()}
         self._uses: list[Use] = []
-        # parameter -> (examples, *shape), reused: fresh memory costs as much as the product in it
+        # parameter -> (examples, *shape), reused: new memory costs as much time as the product
         self._buffers: dict[str, Tensor] = {}
         leaves = [
             m for m in model.modules() if any(p is not None for p in m.parameters(recurse=False))
@@ -96,7 +96,7 @@ class BookKeeping:
     def _examples(self, grads: tuple[Tensor, ...], batch: int) -> dict[str, Tensor]:
         """Parameter -> (batch, *shape): its gradient for each example, summed over its uses."""
         found: dict[str, Tensor] = {}
-        # embeddings come last: where the head is tied, they add rows to its gradient
+        # embeddings come last, because they add rows to the gradient of a tied head
         lookups: list[tuple[str, Tensor, Tensor]] = []
         for use, grad in zip(self._uses, grads, strict=True):
             if len(use.input) != batch or use.input.dim() != (
@@ -154,7 +154,7 @@ class BookKeeping:
         views = self.layout.views(total)
         for name, gradients in examples.items():
             rows = gradients.flatten(1)
-            if not all_finite:  # 0 * NaN is NaN, so rows that are left out must be cleared
+            if not all_finite:  # 0 * NaN is NaN, so excluded rows must be set to 0
                 rows[factors == 0] = 0
             views[name].view(-1).addmv_(rows.t(), factors)
 
@@ -164,7 +164,7 @@ def _into(found: dict[str, Tensor], name: str, gradient: Tensor) -> None:
 
 
 def _normalized(norm: nn.Module, a: Tensor) -> Tensor:
-    """The normalised input, which a norm multiplies with its weight."""
+    """The normalised input of a norm, before the multiplication with its weight."""
     if isinstance(norm, nn.RMSNorm):
         return F.rms_norm(a, list(norm.normalized_shape), eps=norm.eps)
     assert isinstance(norm, nn.LayerNorm), "guaranteed by _check"

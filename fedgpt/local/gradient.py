@@ -1,7 +1,7 @@
 """The gradient of a step: the mean over micro-batches, written into one flat vector.
 
-On a GPU the passes of a batch are recorded once and replayed, because a small model leaves the GPU
-waiting for kernels to be launched.
+On a GPU the passes of a batch are captured once as a CUDA graph and replayed, because with a small
+model the GPU is idle between kernel launches.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fedgpt.data.examples import Batch, BatchSource, on_device
 from fedgpt.model.gpt import GPT
 from fedgpt.tasks.base import Task
 
-WARM_UP = 3  # passes before a recording, in which libraries allocate what a recording may not
+WARM_UP = 3  # passes before the capture, in which libraries allocate memory
 
 
 class BatchGradient:
@@ -51,12 +51,12 @@ class BatchGradient:
 
 
 class RecordedGradient(BatchGradient):
-    """As BatchGradient, for batches of one shape: a CUDA graph, launched as one.
+    """BatchGradient as a CUDA graph, for batches of one shape.
 
-    A step of the nano model takes an H100 1 ms, and one CPU core 10 ms to launch kernel by kernel.
-    The first batch is recorded. A recording reads and writes fixed addresses: the parameters must
-    stay where they are, and the next call overwrites what a call returned. Dropout draws new
-    numbers in every replay, from torch's generator.
+    A step of the nano model takes 1 ms on an H100, but launching its kernels takes a CPU core 10
+    ms. The first batch is captured. A graph reads and writes fixed addresses: the parameters must
+    not move, and the next call overwrites the returned tensors. Dropout draws new numbers in every
+    replay, from torch's generator.
     """
 
     def __init__(self, model: GPT, task: Task, layout: FlatParams, grad: Tensor):
@@ -66,7 +66,7 @@ class RecordedGradient(BatchGradient):
         self._recorded: tuple[Tensor, tuple[Tensor, ...]] | None = None
 
     def __call__(self, batch: Batch) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """As BatchGradient, of a batch on any device.
+        """Loss and gradients as in BatchGradient, for a batch on any device.
 
         Raises ValueError for a batch of another shape than the first one.
         """
@@ -85,7 +85,7 @@ class RecordedGradient(BatchGradient):
         device = self.grad.device
         self._batch = tuple(tensor.to(device, copy=True) for tensor in batch)
         self._graph, aside = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
-        # a recording draws dropout, too, and this job's seed is set already
+        # the capture also draws dropout, and this job's seed is already set
         with torch.random.fork_rng([device]):
             aside.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(aside):

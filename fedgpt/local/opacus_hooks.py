@@ -12,7 +12,7 @@ from fedgpt.core.flat import FlatParams
 
 
 class OpacusHooks:
-    """As BookKeeping, with gradients from Opacus' hooks mode, which is exact for tied weights."""
+    """BookKeeping with gradients from Opacus' hooks mode, which is exact for tied weights."""
 
     def __init__(self, model: nn.Module, layout: FlatParams):
         from opacus.grad_sample import GradSampleModule
@@ -27,11 +27,11 @@ class OpacusHooks:
     def add_clipped(
         self, losses: Callable[[], Tensor], clip: float, total: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """As BookKeeping.add_clipped."""
+        """See BookKeeping.add_clipped."""
         self._hooked.enable_hooks()
         try:
             values = losses()
-            # torch warns that an embedding's input has no gradient, and it needs none
+            # torch warns that an embedding's input has no gradient, which is not needed
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Full backward hook is firing")
                 values.sum().backward()

@@ -15,7 +15,7 @@ class Moments:
 
     first: torch.Tensor  # (parameters,) float32
     second: torch.Tensor  # (parameters,) float32
-    steps: int  # optimiser steps done
+    steps: int  # number of optimiser steps so far
 
 
 class FlatAdamW:
@@ -49,7 +49,7 @@ class FlatAdamW:
         self._steps.fill_(0 if moments is None else moments.steps)
 
     def moments(self) -> Moments:
-        """The present moments, in buffers that the next job overwrites."""
+        """The current moments, in buffers that the next job overwrites."""
         return Moments(self.first, self.second, int(self._steps.item()))
 
     @torch.no_grad()

@@ -1,9 +1,9 @@
-"""DP-SGD (Abadi et al. 2016, arXiv 1607.00133): a step's gradient is a clipped, noised sum.
+"""DP-SGD (Abadi et al. 2016, arXiv 1607.00133): a step's gradient is a clipped sum with noise.
 
 g = (sum_{i in S} c_i g_i + N(0, (z C)^2)) / (q n), c_i = min(1, C / ||g_i||). Each of the n units
 is in the sample S with probability q, independently of the others (Poisson sampling). The divisor
-is the constant q n, never |S|, because the size of S must stay secret. An empty S gives a step of
-noise alone.
+is the constant q n and not |S|, because the size of S must stay secret. If S is empty, the step
+consists of noise only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fedgpt.model.gpt import GPT
 from fedgpt.privacy.randomness import SecureStream
 from fedgpt.tasks.base import Task
 
-MOST_BYTES = 1 << 29  # memory for per-example gradients
+MOST_BYTES = 1 << 29  # largest memory for per-example gradients, in bytes
 
 
 class Engine(Protocol):
@@ -38,10 +38,10 @@ class Engine(Protocol):
 
 @dataclass(frozen=True)
 class PrivateSteps:
-    """What makes one job's steps private."""
+    """The settings of one job's private steps."""
 
-    units: ExampleSet  # of the client's text; privacy hides whether one of them was in it
-    stream: SecureStream  # sampling and noise of this job alone
+    units: ExampleSet  # units of privacy of the client's text
+    stream: SecureStream  # random values for sampling and noise of this job only
     probability: float  # q
     noise_multiplier: float  # z
     clip: float  # C
@@ -55,7 +55,7 @@ class PrivateGradient:
         self.engine: Engine = {"bookkeeping": BookKeeping, "opacus": OpacusHooks}[engine](
             model, layout
         )
-        # examples of which the gradients are in memory at the same time
+        # number of examples whose gradients are in memory at the same time
         self.examples = max(1, min(batch_size, MOST_BYTES // (4 * layout.size)))
 
     def fill(self, grad: Tensor, steps: PrivateSteps) -> None:

@@ -28,7 +28,7 @@ from fedgpt.model.build import build_model
 from fedgpt.tasks.base import Task
 from fedgpt.tasks.lm import LanguageModel
 
-# numbers of a strategy's client half that local training knows, by name
+# names of `Strategy.client_numbers` that local training supports
 CLIENT_NUMBERS = frozenset({"proximal_mu"})
 
 
@@ -43,7 +43,7 @@ class Trained:
 
 
 class Trainer:
-    """One model's buffers and the training loop; reused for every client that this process plays.
+    """One model's buffers and the training loop; reused for every client of this process.
 
     In a step, `gradient` or `private` fills the gradient vector and `optimizer` changes the
     parameter vector.
@@ -61,8 +61,7 @@ class Trainer:
     ):
         """`engine` makes the per-example gradients of private jobs: bookkeeping or opacus.
 
-        Without `task` it is task=lm. `base` holds the frozen weights, if `model.trainable` leaves
-        some out.
+        The default of `task` is task=lm. `base` contains the frozen weights, if there are any.
         """
         self.options = local
         self.compute = compute
@@ -86,7 +85,7 @@ class Trainer:
 
     @cached_property
     def gradient(self) -> BatchGradient:
-        """The gradients of jobs that are not private; on a GPU a recording."""
+        """The gradients of jobs that are not private; on a GPU a CUDA graph."""
         kind = RecordedGradient if self.params.device.type == "cuda" else BatchGradient
         return kind(self.model, self.task, self.layout, self.grad)
 
@@ -106,7 +105,7 @@ class Trainer:
     ) -> Trained:
         """Train `plan.local_steps` steps from `start` and return `start - end`.
 
-        The metrics of private steps have no loss, because it would reveal something of the text.
+        The metrics of private steps have no loss, because it depends on the text without noise.
         Raises ValueError for a strategy number this client does not know.
         """
         if unknown := set(plan.numbers) - CLIENT_NUMBERS:

@@ -1,8 +1,8 @@
-"""The one place where a run's model is made: which parameters are trained, and what the rest is.
+"""Makes a run's model, and freezes the parameters that the run does not train.
 
-`model.trainable` selects parameters by name. Those are the flat vector of core/flat.py, which the
-server averages and clients send. The others are the base of the run: they get their values here,
-once, and nobody changes them.
+`model.trainable` selects parameters by name. The selected parameters are the flat vector of
+core/flat.py, which the server averages and clients send. The others are the base weights of the
+run: they get their values here and do not change.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def build_model(
 ) -> GPT:
     """A float32 GPT on the CPU whose frozen parameters are those of `base`.
 
-    The trainable parameters hold a start that the caller is expected to replace, by way of
-    `flatten`. Raises ValueError if `base` is not exactly what `model.trainable` leaves out.
+    The trainable parameters have initial values that the caller replaces after `flatten`. Raises
+    ValueError unless `base` has exactly the parameters that `model.trainable` does not select.
     """
     model = GPT(options, vocab_size)
     freeze(model, options.trainable)
@@ -43,7 +43,8 @@ def build_model(
 
 
 def freeze(model: GPT, trainable: Sequence[str]) -> None:
-    """Let only those parameters be trained that the patterns `trainable` select; all, if none.
+    """Freeze all parameters that the patterns `trainable` do not select; none, if there is no
+    pattern.
 
     A tied weight is one parameter: it is trainable if either of its names is selected.
     """

@@ -25,9 +25,9 @@ def generate(
 ) -> list[list[int]]:
     """Continue `prompt_ids`; returns the new tokens of each sample, up to and without `stop`.
 
-    temperature=0 takes the likeliest token. `cache=False` computes the complete context again for
-    every token: slow, the reference in tests. Text longer than block_size is cropped as
-    `window_start` describes, with and without the cache. Raises ValueError, naming argument and
+    temperature=0 takes the most likely token. `cache=False` computes the complete context again for
+    every token; it is slow, and is the reference in tests. Text longer than block_size is cropped
+    as `window_start` describes, with and without the cache. Raises ValueError, naming argument and
     value, for values out of range.
     """
     _check_tokens(model, prompt_ids, max_new_tokens, stop)
@@ -58,10 +58,10 @@ def generate(
 
 
 def window_start(length: int, block_size: int) -> int:
-    """Index of the first of `length` tokens that the model still sees.
+    """Index of the first of `length` tokens in the model's context.
 
-    It moves by a quarter of block_size at a time. Positions in the cache are fixed, so that the
-    window must be read again after every move; moving by one token would do that for every token.
+    It moves by a quarter of block_size at a time. Positions in the cache are fixed, so the window
+    must be computed again after every move; with moves of one token, that would be every token.
     """
     step = max(1, block_size // 4)
     too_many = max(0, length - block_size)
@@ -85,7 +85,7 @@ def choose(
     if top_p is not None:
         ordered, order = logits.sort(dim=-1, descending=True)
         shares = ordered.softmax(-1)
-        # total probability of the likelier tokens; 0 for the first, which therefore always stays
+        # total probability of more likely tokens; 0 for the first token, so it is always kept
         before = shares.cumsum(-1) - shares
         ordered = ordered.masked_fill(before >= top_p, -torch.inf)
         logits = torch.empty_like(logits).scatter_(-1, order, ordered)
@@ -137,7 +137,7 @@ def _check_sampling(
         raise ValueError(f"samples={samples}: must be at least 1")
     if not 0 <= temperature < float("inf"):
         raise ValueError(
-            f"temperature={temperature}: must be finite and at least 0 (0 takes the likeliest"
+            f"temperature={temperature}: must be finite and at least 0 (0 takes the most likely"
             " token)"
         )
     if top_k is not None and top_k < 1:

@@ -1,13 +1,13 @@
 """A GPT as in nanoGPT: pre-norm blocks of causal attention and MLP, learned or rotary positions.
 
-Read it from GPT.hidden downwards: that is the whole model in a dozen lines. Tokens become vectors
-(one row of an embedding each), the vectors pass through the blocks, which add to them, and the
-head turns the last ones into a score for every token that could come next.
+GPT.hidden has the complete model in a dozen lines. Tokens become vectors (one row of an embedding
+each), the vectors pass through the blocks, which add to them, and the head turns the last ones into
+a score for every token that could come next.
 
-Parameter names follow GPT-2, so that export (hf.py) is a rename and a transposition. Three things
-are there for exact per-example gradients (differential privacy; Opacus' hooks and
-local/bookkeeping.py): no buffers and no parameters on the root module, norms that are torch's own
-modules, and position indices with a batch dimension.
+Parameter names follow GPT-2, so that export (hf.py) is a rename and a transposition. Exact
+per-example gradients (differential privacy; Opacus' hooks and local/bookkeeping.py) need three
+properties: no buffers and no parameters on the root module, norms that are torch's own modules, and
+position indices with a batch dimension.
 
 Shapes in comments: batch, time (tokens), channels (n_embd), heads, width (channels / heads), vocab.
 """
@@ -27,7 +27,7 @@ from fedgpt.model.kernels import IGNORE, RowwiseCrossEntropy, attend_explicitly
 from fedgpt.model.shape import trainable_problems
 
 NORM_EPS = 1e-5  # GPT-2's; torch's default for RMSNorm depends on the dtype and is 8e-3 in bf16
-ROTARY_BASE = 10_000.0  # how slowly the last pair of channels turns
+ROTARY_BASE = 10_000.0  # base of the rotation angles; larger values rotate more slowly
 # longest context (tokens) of the explicit attention, which stores time x time scores
 EXPLICIT_UP_TO = 512
 
@@ -45,7 +45,7 @@ class KVCache:
         # keys and values: (2, layers, batch, heads, capacity, width)
         shape = (2, options.n_layer, batch, options.n_head, capacity, width)
         self.keys, self.values = torch.empty(shape, dtype=weight.dtype, device=weight.device)
-        self.length = 0  # tokens stored; the model raises it after all layers have written
+        self.length = 0  # tokens stored; the model increases it after all layers have written
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write one layer's new keys and values; returns all: (batch, heads, seen, width)."""
@@ -56,7 +56,7 @@ class KVCache:
 
 
 class Attention(nn.Module):
-    """Causal multi-head self-attention: every token collects from itself and earlier tokens."""
+    """Causal multi-head self-attention: every token attends to itself and earlier tokens."""
 
     def __init__(self, options: ModelOptions):
         super().__init__()
@@ -70,7 +70,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """(batch, time, channels) -> the same.
 
-        `turn` holds the angles of rotary positions, `cache` the tokens before `x`.
+        `turn` contains the angles of rotary positions, `cache` the tokens before `x`.
         """
         batch, time, channels = x.shape
         # Unbind before transposing: the backward pass then writes the three gradients into place
@@ -78,17 +78,17 @@ class Attention(nn.Module):
         qkv = self.c_attn(x).view(batch, time, 3, self.heads, channels // self.heads).unbind(2)
         q, k, v = (part.transpose(1, 2) for part in qkv)  # (batch, heads, time, width)
         if turn is not None:
-            # values are not turned: a position says where to look, not what is found there
+            # values are not rotated, because positions only affect the attention weights
             q, k = rotate(q, turn), rotate(k, turn)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         y = attend(q, k, v, self.dropout if self.training else 0.0)
-        # put the heads side by side again and mix what they have found
+        # concatenate the heads and apply the output projection
         return self.c_proj(y.transpose(1, 2).reshape(batch, time, channels))
 
 
 class MLP(nn.Module):
-    """Two linear layers around a GELU, four times as wide inside; each token by itself."""
+    """Two linear layers around a GELU, with four times the width inside; applied to each token."""
 
     def __init__(self, options: ModelOptions):
         super().__init__()
@@ -102,7 +102,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention lets tokens exchange information, the MLP works on each of them."""
+    """One layer: attention combines tokens, the MLP is applied to each token."""
 
     def __init__(self, options: ModelOptions):
         super().__init__()
@@ -148,8 +148,8 @@ class GPT(nn.Module):
         self.dropout = nn.Dropout(options.dropout)
         self.to_empty(device="cpu")
         if options.tie:
-            # One matrix for reading and writing tokens: it learns from both uses, and in a small
-            # model it is a large part of all parameters.
+            # One matrix for the embedding and the output layer: in a small model it is a large
+            # part of all parameters.
             self.lm_head.weight = wte.weight
         self.init_weights(seed=0)
 
@@ -165,7 +165,7 @@ class GPT(nn.Module):
         return cross_entropy(self(ids), targets)
 
     def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        """What the head sees: ids (batch, time) -> (batch, time, channels).
+        """The input of the head: ids (batch, time) -> (batch, time, channels).
 
         With a cache, `ids` continue the tokens in it and are added to it. Raises ValueError beyond
         block_size.
@@ -182,7 +182,7 @@ class GPT(nn.Module):
         turn = None
         if self.options.positions == "learned":
             # One row of positions per example, by repeat. With a single row for all examples,
-            # Opacus would add up their gradients without notice.
+            # Opacus would add up their gradients without an error.
             x = x + self.transformer["wpe"](positions.repeat(batch, 1))
         else:
             turn = rotation(positions, self.options.n_embd // self.options.n_head, x.dtype)

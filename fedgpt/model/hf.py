@@ -80,7 +80,7 @@ def import_model(folder: str | Path) -> GPT:
         )
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as damage:  # no JSON, or no text
+    except ValueError as damage:  # not JSON, or not text
         raise FedGPTError(f"{folder}/config.json is damaged: {damage}") from None
     kind = config.get("model_type") if isinstance(config, dict) else None
     if kind not in FORMATS:
@@ -114,7 +114,7 @@ def _read_weights(folder: Path) -> Weights:
         shards = [WEIGHTS]
     weights: Weights = {}
     for shard in shards:
-        path = folder / Path(shard).name  # a name with folders in it must not lead elsewhere
+        path = folder / Path(shard).name  # a name with a path must not leave the folder
         if not path.is_file():
             raise FedGPTError(
                 f"{path} is missing; only safetensors is read, save with save_pretrained(...) anew"
@@ -143,7 +143,7 @@ def _fill(model: GPT, weights: Weights, folder: Path) -> None:
 
 
 def _copy_tokenizer(source: Path, folder: Path, block_size: int, end_of_text: int) -> None:
-    """Copy what transformers needs; write a tokenizer_config.json where the tokenizer has none."""
+    """Copy the files that transformers needs; write a tokenizer_config.json if there is none."""
     found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
     if not (source / "tokenizer.json").is_file() and not found:
         raise FedGPTError(

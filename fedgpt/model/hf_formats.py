@@ -1,4 +1,4 @@
-"""The model families that a Hugging Face folder may hold: config.json and weights, both ways.
+"""The model families of Hugging Face folders: config.json and weights, for export and import.
 
 Options that GPT-2 can express become `model_type: gpt2`, rotary positions with layer norms
 `model_type: gpt_neox`; transformers loads both. All others become `model_type: fedgpt`, with the
@@ -60,16 +60,16 @@ NEOX_NAMES = {  # parts of our parameter names -> parts of GPT-NeoX's
     # files keep this name; the module is called lm_head since transformers 5
     "lm_head.": "embed_out.",
 }
-# tensors that old files hold beside the parameters
+# tensors in old files that are not parameters
 NEOX_BUFFERS = (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
 Weights = dict[str, Tensor]
-# options that say how a model is trained, not what it computes: config.json leaves them out
+# options that affect training but not the model's outputs, which config.json does not contain
 TRAINING = {"trainable"}
 
 
 @dataclass(frozen=True)
 class Format:
-    """One model_type: config.json and weights for our options and parameters, and the way back."""
+    """One model_type: export and import of config.json and weights."""
 
     config: Callable[[ModelOptions, int], dict[str, Any]]  # options, vocab_size
     options: Callable[[dict[str, Any]], ModelOptions]
@@ -125,7 +125,7 @@ def neox_config(options: ModelOptions, vocab_size: int) -> dict[str, Any]:
 
 
 def fedgpt_config(options: ModelOptions, vocab_size: int) -> dict[str, Any]:
-    """config.json for what the others cannot express: every model option by its own name."""
+    """config.json for options that the other formats cannot express: every model option by name."""
     ours = {name: value for name, value in asdict(options).items() if name not in TRAINING}
     return {"model_type": "fedgpt", "architectures": ["GPT"], "vocab_size": vocab_size} | ours
 
@@ -234,7 +234,7 @@ def _to_neox(weights: Weights, options: ModelOptions) -> Weights:
 
 
 def _from_neox(weights: Weights, options: ModelOptions) -> Weights:
-    """The way back from `_to_neox`; refuses MLP biases for which the options have no place."""
+    """The inverse of `_to_neox`; refuses MLP biases, which our options cannot express."""
     ours = {}
     for theirs, p in weights.items():
         if theirs.endswith(NEOX_BUFFERS):

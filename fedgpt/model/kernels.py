@@ -1,7 +1,7 @@
-"""Two computations written out by hand, because torch's own are slow in bf16 on a CPU.
+"""Two hand-written computations, because torch's own are slow in bf16 on a CPU.
 
-Both give what the plain functions in gpt.py give, and gpt.py decides when to call them. Shapes as
-there: batch, heads, time, width.
+Both give the results of the plain functions in gpt.py, which decides when to call them. Shapes are
+named as in gpt.py: batch, heads, time, width.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-IGNORE = -100  # a target that does not count in the loss
+IGNORE = -100  # a target without a loss
 # rows of logits that RowwiseCrossEntropy takes at once: one megabyte in fp32 at 4,097 tokens
 ROWS = 64
 
@@ -39,8 +39,8 @@ class RowwiseCrossEntropy(torch.autograd.Function):
     """Mean cross-entropy of bf16 logits on a CPU, computed in fp32 for a few rows at a time.
 
     Logits are the largest tensor of a small model, and casting all of them to fp32 passes over
-    memory some ten times. Here a group of rows stays in the processor's cache for loss and
-    gradient alike, which is 2.7 times as fast; for fp32 logits it gains nothing. It works neither
+    memory about ten times. Here a group of rows stays in the processor's cache for loss and
+    gradient, which is 2.7 times as fast. For fp32 logits there is no speedup. It works neither
     under vmap nor for second derivatives: torch raises an error if asked for them.
     """
 

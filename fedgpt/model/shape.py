@@ -1,4 +1,4 @@
-"""Which parameters a model has, and which of them are trained, from its options alone.
+"""The parameters of a model and those that are trained, computed from its options.
 
 Free of torch, so that `fedgpt --help` and the check of a configuration stay fast.
 """
@@ -16,7 +16,7 @@ from fedgpt.core.options import ModelOptions
 def parameter_shapes(options: ModelOptions, vocab_size: int) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every parameter of `GPT(options, vocab_size)`, in the module's order.
 
-    A tied head is listed under its own name, too: whoever counts leaves out `lm_head.weight`.
+    A tied head is also listed under its own name, so a count must exclude `lm_head.weight`.
     """
     width = options.n_embd
     shapes: dict[str, tuple[int, ...]] = {"transformer.wte.weight": (vocab_size, width)}
@@ -64,11 +64,11 @@ def is_trainable(names: Iterable[str], patterns: Sequence[str]) -> bool:
 
 
 def trainable_problems(options: ModelOptions) -> list[str]:
-    """A pattern that selects nothing is a typing error, or meant for another model."""
+    """Yield a message for each pattern that selects no parameter."""
     if not options.trainable:
         return []
     names = list(parameter_shapes(options, vocab_size=1))
-    # what a pattern usually is: the name of one parameter, or a module's name and `.*`
+    # usual patterns: the name of one parameter, or a module's name and `.*`
     known = dict.fromkeys(names)
     for name in names:
         parts = name.split(".")

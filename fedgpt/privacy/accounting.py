@@ -1,7 +1,7 @@
-"""How much privacy a list of noisy releases costs: epsilon at a delta.
+"""The privacy loss of a list of noisy releases: epsilon at a delta.
 
-A release is a clipped sum plus Gaussian noise, and an attacker sees all releases of a run. Each one
-costs privacy, and composition says what they cost together. There are two cases:
+A release is a clipped sum plus Gaussian noise, and an attacker sees all releases of a run. The
+privacy loss of all releases together follows from composition, in two cases:
 
 - Without sampling (every unit may be in every release) they are Gaussian mechanisms. Their
   composition has a closed form: mu^2 adds up (Dong, Roth & Su, arXiv 1905.02383), even if a
@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-# discretisation of the privacy losses; half of it changed no epsilon of the tests by more than 1e-4
+# discretisation of the privacy losses; half of it changed epsilons of the tests by less than 1e-4
 INTERVAL = 1e-4
 COARSE = 1e-3  # discretisation while a noise multiplier is searched for: ten times as fast
 PRECISE = 1e-3  # relative precision of a calibrated noise multiplier
 MOST_NOISE = 1e6  # largest noise multiplier that calibration tries
-# noise multiplier below which the loss distributions are too wide for the memory; Renyi's looser
-# bound is used instead
+# noise multiplier below which the loss distributions need too much memory; the looser Renyi bound
+# is used instead
 LEAST_NOISE = 0.2
 
 

@@ -1,11 +1,11 @@
-"""The privacy ledger: a file of all releases that have been paid for.
+"""The privacy ledger: a file that records the charge of every release.
 
-A charge is written to disk, with fsync, before the release is made; a restart must find the file
-again. So a crash can lose a release that was paid for, but never a payment.
+A charge is written to disk with fsync before the release is made, and a restart refuses to continue
+without the file. So a crash can lose a release that was charged, but never a charge.
 
-A charge names its release by a tag, an HMAC of everything that the release depends on. If a crash
-makes the server compute the same release again, its tag is the same and it costs nothing. Another
-tag under the same number is another release, and both are paid for.
+A charge identifies its release by a tag, an HMAC of all inputs of the release. If the server
+computes the same release again after a crash, the tag is the same and there is no second charge.
+Another tag under the same number is another release, and both are charged.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fedgpt.privacy.accounting import Event, epsilon_of
 
 FORMAT = 1
 ROUNDING = 1e-9  # relative tolerance for an epsilon that was calibrated to meet the budget
-REMEMBERED = 256  # releases whose tags are kept; an older release made again is paid for again
+REMEMBERED = 256  # newest releases whose tags are kept; repeating an older one is charged again
 
 
 class BudgetExhausted(FedGPTError):
@@ -32,11 +32,11 @@ class BudgetExhausted(FedGPTError):
 
 @dataclass(frozen=True)
 class Release:
-    """A release that was paid for, and whose tag is still remembered."""
+    """A release that was charged, and whose tag is still stored."""
 
     number: int  # number of the version (privacy=client) or of the job
     tag: str
-    # client -> its share of one full charge, if each client pays for itself
+    # client -> its share of one full charge, if each client is charged separately
     shares: dict[str, float] = field(default_factory=dict)
 
 
@@ -47,26 +47,30 @@ class Account:
     unit: str
     data: str  # digest of the text that is protected
     delta: float
-    events: tuple[Event, ...] = ()  # releases that every unit pays for
-    releases: tuple[Release, ...] = ()  # the newest ones, for their tags
-    # client -> number of full charges, if each client pays for itself
+    events: tuple[Event, ...] = ()  # releases for which every unit is charged
+    releases: tuple[Release, ...] = ()  # the newest releases, for their tags
+    # client -> number of full charges, if each client is charged separately
     spent: dict[str, float] = field(default_factory=dict)
     noise_multiplier: float = 0.0  # noise multiplier of one full charge of a client
 
     @property
     def total(self) -> tuple[Event, ...]:
-        """All events; if each client pays for itself, those of the client that has spent most."""
+        """All events; if each client is charged separately, the events of the client with most
+        charges.
+        """
         most = max(self.spent.values(), default=0.0)
         own = () if not most else (_full_charges(self.noise_multiplier, most),)
         return (*self.events, *own)
 
     @property
     def epsilon(self) -> float:
-        """The cost of all releases so far, at `delta`."""
+        """Epsilon of all releases so far, at `delta`."""
         return epsilon_of(self.total, self.delta)
 
     def within(self, planned: Event, more: Event) -> bool:
-        """Whether the paid events and `more` are of the planned kind, and no more than planned."""
+        """Whether the charged events and `more` are of the planned kind and do not exceed the
+        plan.
+        """
         kind = (planned.noise_multiplier, planned.sampling_probability)
         events = (*self.events, more)
         same = all((e.noise_multiplier, e.sampling_probability) == kind for e in events)
@@ -79,7 +83,7 @@ class Ledger:
     def __init__(self, path: Path, unit: str, data: str, delta: float, fresh: bool):
         """Open the ledger of `data`; create it if it is missing and `fresh`.
 
-        Raises FedGPTError if it is missing otherwise, damaged, or the ledger of something else.
+        Raises FedGPTError if it is missing without `fresh`, damaged, or belongs to other data.
         """
         self.path = path
         if path.exists():
@@ -96,18 +100,17 @@ class Ledger:
             self._write(self.account)
         else:
             raise FedGPTError(
-                f"{path} is missing: what has been spent is unknown, so nothing more may be"
-                " released"
+                f"{path} is missing: the privacy loss so far is unknown, so nothing may be released"
             )
 
     def known(self, number: int, tag: str) -> bool:
-        """Whether exactly this release has been paid for."""
+        """Whether exactly this release was charged."""
         return any(
             (release.number, release.tag) == (number, tag) for release in self.account.releases
         )
 
     def made(self, number: int) -> bool:
-        """Whether a release with this number has been paid for, whatever its tag."""
+        """Whether a release with this number was charged, with any tag."""
         return any(release.number == number for release in self.account.releases)
 
     def spent_before(self, client: str, number: int) -> float:
@@ -119,7 +122,7 @@ class Ledger:
         return self.account.spent.get(client, 0.0) - later
 
     def charge(self, number: int, tag: str, event: Event, budget: float | None) -> None:
-        """Pay for a release before it is made.
+        """Charge a release before it is made.
 
         Raises BudgetExhausted if epsilon would exceed `budget`.
         """
@@ -139,10 +142,10 @@ class Ledger:
         most: int,
         budget: float | None = None,
     ) -> None:
-        """Pay for a release in which each client has a share of its own, of at most 1.
+        """Charge a release in which each client has its own share, at most 1.
 
         Raises BudgetExhausted if the shares of a client over the run would exceed `most`, or the
-        epsilon of the client that has spent most would exceed `budget`.
+        epsilon of the client with most charges would exceed `budget`.
         """
         if self.known(number, tag):
             return
@@ -157,7 +160,7 @@ class Ledger:
             spent[client] = spent.get(client, 0.0) + share
             if spent[client] > most + 1e-9:
                 raise BudgetExhausted(
-                    f"client {client} would pay for {spent[client]:.4g} releases,"
+                    f"client {client} would be charged for {spent[client]:.4g} releases,"
                     f" privacy.participations={most}"
                 )
         releases = self._noted(Release(number, tag, dict(shares)))
@@ -168,13 +171,13 @@ class Ledger:
         self._write(account)
 
     def note(self, number: int, tag: str) -> None:
-        """Remember a release that was paid for as part of a series.
+        """Store the tag of a release that was charged as part of a series.
 
         Raises BudgetExhausted if this or a later release was made before, from another sum.
         """
         if self.known(number, tag):
             return
-        # a later number suffices as proof, because the tags of old releases are forgotten
+        # a later number also proves it, because the tags of old releases are deleted
         if any(release.number >= number for release in self.account.releases):
             raise BudgetExhausted(
                 f"release {number} of this series was made before, from another sum: a series of"
@@ -218,7 +221,7 @@ def _read(path: Path) -> Account:
             raise ValueError("it has negative numbers")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FedGPTError(
-            f"{path} is damaged ({error}): what has been spent is unknown; start a new run in"
+            f"{path} is damaged ({error}): the privacy loss so far is unknown; start a new run in"
             " another folder"
         ) from error
     return account

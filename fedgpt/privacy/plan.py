@@ -1,8 +1,7 @@
-"""The privacy plan: what a run protects, with how much noise, at what epsilon.
+"""The privacy plan: the unit that a run protects, its noise and its epsilon.
 
-It is made before anything runs, from the options and the sizes of the clients' shards: how often
-one unit can be in a release, and by which kind of sampling, decides how much noise reaches the
-target epsilon.
+It is computed before the run, from the options and the sizes of the clients' shards. The noise for
+the target epsilon depends on the number of releases that may contain a unit, and on the sampling.
 """
 
 from __future__ import annotations
@@ -31,19 +30,19 @@ class PrivacyPlan:
     # poisson: each unit is in a release by a coin flip; bounded: a client is in at most
     # `participations` releases; correlated: the noise of a series of releases is one event
     sampling: str
-    planned: Event  # the releases of a unit that takes part as often as it may
+    planned: Event  # the releases that contain a unit, if it takes part as often as allowed
     delta: float
     budget: float | None  # epsilon that is never exceeded; None: no limit
     protected: int  # number of clients (client, local) or of the largest client's blocks (example)
     # largest number of releases (client) or jobs (example, local) that one client takes part in
     participations: int
     cohort: float  # client: K, the constant that a sum is divided by
-    # correlated: how far one client moves all releases together, in clips; a factor on the noise
+    # correlated: sensitivity of all releases together, as a multiple of the clip; scales the noise
     scale: float = 1.0
 
     @property
     def noise_multiplier(self) -> float:
-        """Standard deviation of the noise over the distance by which one unit can move the sum."""
+        """Standard deviation of the noise divided by the sensitivity of the sum."""
         return self.planned.noise_multiplier
 
     @property
@@ -100,7 +99,7 @@ def make_plan(o: RunOptions, shards: Sequence[int]) -> PrivacyPlan:
 
 
 def sampling_of(o: RunOptions) -> str:
-    """How the units of a release are chosen, which decides the accounting."""
+    """The sampling of the units of a release, which determines the accounting."""
     if o.privacy.unit == "example":
         return "poisson"
     if o.privacy.unit == "client" and o.privacy.bands > 1:
@@ -135,7 +134,7 @@ def default_delta(units: int) -> float:
 
 @lru_cache(maxsize=16)
 def _calibrated(target: float, probability: float, count: int, delta: float) -> float:
-    """The calibrated noise multiplier, rounded up to four digits, so that it can be typed."""
+    """The calibrated noise multiplier, rounded up to four digits, so that it is short to type."""
     noise = calibrate(target, probability, count, delta)
     unit = 10.0 ** (math.floor(math.log10(noise)) - 3)
     return round(math.ceil(noise / unit) * unit, 12)
@@ -152,7 +151,7 @@ def _cohort(o: RunOptions, clients: int) -> float:
 
 
 def _participations(o: RunOptions, clients: int, cohort: float) -> int:
-    """How often one client may take part, if the options do not say.
+    """The participations of one client, if the options do not set them.
 
     privacy=client: in every version that privacy.separation allows. Otherwise: in every round if
     all clients are in every round, else its expected share of the jobs plus three standard

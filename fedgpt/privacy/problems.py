@@ -1,7 +1,7 @@
 """Combinations of options that are refused under privacy, each with the reason.
 
-A combination is refused if its epsilon could not be computed correctly, or if it would look private
-and not be so.
+A combination is refused if its epsilon cannot be computed correctly, or if it would appear private
+without a guarantee.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from fedgpt.core.options.privacy import PRIVATE
 
 
 class Rule(NamedTuple):
-    """What the accounting must know of the run's strategy.
+    """The properties of the run's strategy that the accounting needs.
 
     The defaults hold for a strategy of another library, such as Flower's.
     """
@@ -25,7 +25,7 @@ class Rule(NamedTuple):
 
 
 def privacy_problems(o: RunOptions, rule: Rule) -> Iterator[str]:
-    """What is wrong with the privacy options together with the other options and the strategy."""
+    """The problems of the privacy options together with the other options and the strategy."""
     p = o.privacy
     if p.unit not in PRIVATE:
         return
@@ -56,16 +56,16 @@ def _example(o: RunOptions) -> Iterator[str]:
         )
     if o.model.dropout:
         yield (
-            f"model.dropout={o.model.dropout}: its masks depend on the place in the batch, so"
-            " without one block the gradients of others would change, too; take model.dropout=0"
+            f"model.dropout={o.model.dropout}: its masks depend on the position in the batch, so"
+            " the gradient of one block would depend on the others; take model.dropout=0"
         )
 
 
 def _local(o: RunOptions) -> Iterator[str]:
     if o.update.error_feedback:
         yield (
-            f"update.error_feedback=true ({o.update.compress}): it would add to the next update"
-            " what privacy=local has hidden in this one; take update=int8, or set"
+            f"update.error_feedback=true ({o.update.compress}): it would add data without noise"
+            " to the next update; take update=int8, or set"
             " update.error_feedback=false"
         )
 
@@ -91,7 +91,7 @@ def _client(o: RunOptions, rule: Rule) -> Iterator[str]:
         )
     if o.pace.dylu:
         yield (
-            "pace.dylu=true: the number of steps of others would follow one client's speed; under"
+            "pace.dylu=true: one client's speed would change the number of steps of others; under"
             " privacy=client all clients take the same number of steps; leave it out"
         )
     if o.pace.rate is not None and p.participations is not None:
@@ -104,15 +104,15 @@ def _client(o: RunOptions, rule: Rule) -> Iterator[str]:
     elif o.pace.rate is not None and o.pace.goal is not None:
         yield (
             f"pace.goal={o.pace.goal}: an additional client would push another out of the cohort,"
-            " so sampling by coins would amplify nothing; leave it out, or choose pace.clients"
+            " so there is no amplification by sampling; leave it out, or choose pace.clients"
             " instead of pace.rate"
         )
     if p.bands > 1:
         yield from _correlated(o)
     elif p.separation > 1 and o.pace.name == "cohort" and o.pace.rate is not None:
         yield (
-            f"privacy.separation={p.separation}: coins cannot keep clients apart; set pace.clients,"
-            " not pace.rate"
+            f"privacy.separation={p.separation}: coins cannot separate a client's"
+            " participations; set pace.clients, not pace.rate"
         )
 
 
@@ -120,9 +120,9 @@ def _buffer(o: RunOptions) -> Iterator[str]:
     p = o.privacy
     if p.participations is None:
         yield (
-            "privacy.participations: how often a client takes part is not random in an"
-            " asynchronous run, so sampling amplifies nothing and each client's updates must be"
-            " counted; set how many updates one client may send"
+            "privacy.participations: the participation of a client is not random in an asynchronous"
+            " run, so there is no amplification by sampling and each client's updates must be"
+            " counted; set the largest number of updates of one client"
         )
     if (o.pace.goal or 1) == 1 and not p.single:
         yield (
@@ -141,9 +141,9 @@ def _correlated(o: RunOptions) -> Iterator[str]:
         )
     if p.separation < p.bands:
         yield (
-            f"privacy.bands={p.bands}: a client must stay away for as many versions as the noise"
-            f" is correlated over; raise privacy.separation={p.separation} to {p.bands}, or lower"
-            " privacy.bands"
+            f"privacy.bands={p.bands}: at least as many versions as the noise is correlated over"
+            f" must be between two updates of a client; raise privacy.separation={p.separation} to"
+            f" {p.bands}, or lower privacy.bands"
         )
     if p.adaptive:
         yield (

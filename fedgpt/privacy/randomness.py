@@ -2,9 +2,9 @@
 
 A run's key comes from the system's generator and stays in one file that only its owner may read
 (0600). Every use derives a key of its own, HMAC-SHA256(key, purpose), so that no two uses share a
-value. The purpose includes the sum that is released. So if a crash makes the server compute the
-same release again, it gets the same noise and reveals nothing new; a release of any other sum gets
-independent noise, and is charged as another release.
+value. The purpose includes the sum that is released. If the server computes the same release again
+after a crash, it gets the same noise and reveals nothing new. A release of any other sum gets
+independent noise and is charged as another release.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fedgpt.core.errors import FedGPTError
 from fedgpt.core.files import sync
 
 KEY_BYTES = 32
-# values that are made at a time, so that the intermediate arrays stay in the cache
+# number of values generated at a time, so that the intermediate arrays stay in the cache
 CHUNK = 1 << 20
 
 

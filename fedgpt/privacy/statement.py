@@ -1,7 +1,7 @@
-"""What a private run promises, in words.
+"""The privacy guarantee of a run, in words.
 
-The statement is printed at the start of a run, saved with its checkpoints and part of its model
-card. It says what is protected, how much, against whom, and what is not covered.
+The statement is printed at the start of a run, saved with its checkpoints, and part of its model
+card. It states what is protected, the epsilon, against whom, and what is not covered.
 """
 
 from __future__ import annotations
@@ -16,21 +16,19 @@ FEW = 100  # number of clients below which privacy=client gains little from samp
 UNIT = {
     "example": "one block of {block} tokens of a client's text, cut once",
     "client": "all text of one client",
-    "local": "all text of one client, against the server too",
+    "local": "all text of one client, also against the server",
 }
 ADJACENCY = {
-    ("example", "poisson"): "against the same without its gradients",
-    ("client", "poisson"): "against the same without its updates",
-    ("client", "bounded"): "against the same with updates of zero, while it keeps coming",
-    ("client", "correlated"): "against the same with updates of zero, while it keeps coming",
-    ("local", "bounded"): "against any other updates of its own",
+    ("example", "poisson"): "compared with a run without its gradients",
+    ("client", "poisson"): "compared with a run without its updates",
+    ("client", "bounded"): "compared with a run with the same participation and updates of zero",
+    ("client", "correlated"): "compared with a run with the same participation and updates of zero",
+    ("local", "bounded"): "compared with any other updates of the client",
 }
 TRUST = {
-    "example": "the client itself and whoever sets its options; what leaves it is already noised",
-    "client": (
-        "the server, which sees single updates and adds the noise; nobody who only has the model"
-    ),
-    "local": "the client itself and whoever sets its options",
+    "example": "the client and whoever sets its options; its updates already contain the noise",
+    "client": "the server, which sees single updates and adds the noise",
+    "local": "the client and whoever sets its options",
 }
 NOT_COVERED = {
     "example": (
@@ -53,7 +51,7 @@ ALWAYS_OPEN = (
 
 
 def statement(o: RunOptions, plan: PrivacyPlan, clients: int) -> dict[str, Any]:
-    """The promise as plain values that JSON can represent."""
+    """The guarantee as plain JSON values."""
     event = plan.planned
     closed = event.sampling_probability == 1
     return {
@@ -109,7 +107,7 @@ def rows(promise: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _open(o: RunOptions, plan: PrivacyPlan) -> list[str]:
-    """What the promise does not cover."""
+    """The exceptions from the guarantee."""
     known = [BOUNDED] if plan.unit == "client" and plan.sampling != "poisson" else []
     start = (
         [] if o.init_from is None else [f"the weights that it starts from, init_from={o.init_from}"]
@@ -122,7 +120,7 @@ def _sampling(o: RunOptions, plan: PrivacyPlan, clients: int) -> str:
     if plan.unit == "example":
         return (
             f"{count} steps, each block of the smallest shard in a batch with p = {q:.3g} by a"
-            " secret coin; larger shards pay less"
+            " secret coin; larger shards have a smaller epsilon"
         )
     if plan.unit == "local":
         return (

@@ -29,7 +29,7 @@ def coefficients(bands: int) -> np.ndarray:
 
 
 def sensitivity(bands: int, releases: int, separation: int, participations: int) -> float:
-    """How far one client moves all releases together, in clips.
+    """The sensitivity of all releases together to one client, as a multiple of the clip.
 
     This is || sum_j column(j * separation) || over j < participations. Raises ValueError if
     `separation` is below `bands`, because the columns of one client could then overlap.

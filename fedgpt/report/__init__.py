@@ -1,1 +1,1 @@
-"""What a person sees of a run: progress, figures, samples, summary."""
+"""The output of a run: progress, figures, samples, summary."""

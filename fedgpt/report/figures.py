@@ -1,4 +1,4 @@
-"""The figure of a run's score, and what all figures share.
+"""The figure of a run's score, and the common functions of all figures.
 
 No figure of this package uses pyplot: in a notebook, a run would switch the plotting backend and
 draw into the user's open figures.
@@ -21,8 +21,8 @@ BLUE, ORANGE, PALE, GREY, FAINT = "#1f5fa8", "#c46210", "#9dbbdc", "#a8b0b8", "#
 def loss_figure(metrics: Sequence[Mapping[str, Any]], path: Path, score: str = "loss") -> None:
     """Draw the held-out score against versions, tokens and bytes, as a PNG at `path`.
 
-    `score` is the name of the score that the run is judged by; scores.py says which one is drawn.
-    Nothing is drawn where no version was evaluated.
+    `score` is the name of the run's score; scores.py chooses the score that is drawn. No figure is
+    drawn if no version was evaluated.
     """
     scored = [line for line in metrics if shown(line, score)]
     if not scored:

@@ -15,7 +15,7 @@ from fedgpt.report.scores import cell, label, names
 def model_card(o: RunOptions, summary: Mapping[str, Any], statement: dict[str, Any]) -> str:
     """Return Markdown with the front matter that model hubs read.
 
-    `statement` is the privacy statement of a private run (privacy/statement.py), else empty.
+    `statement` is the privacy statement of a private run (privacy/statement.py), otherwise empty.
     """
     final = summary["final"]
     scores = {label(name): cell(name, final[name]) for name in names(final)}

@@ -12,7 +12,7 @@ from fedgpt.report.progress import count, size
 from fedgpt.report.run_report import summary_text
 from fedgpt.report.scores import cell, columns, label, score_of, shown
 
-MOST_ROWS = 40  # rows of the table: evenly spaced versions, the first and the last among them
+MOST_ROWS = 40  # largest number of rows of the table: evenly spaced versions with first and last
 STYLE = (
     "body{font-family:sans-serif;max-width:60em;margin:2em auto;padding:0 1em}"
     "pre{white-space:pre-wrap;background:#f4f4f4;padding:1em}"

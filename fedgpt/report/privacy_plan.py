@@ -39,7 +39,7 @@ def plan_text(o: RunOptions, shards: Sequence[int], vocab_size: int) -> str:
 def _noise_rows(o: RunOptions, plan: PrivacyPlan, vocab_size: int) -> list[tuple[str, str]]:
     parameters = count_trainable(o.model, vocab_size)
     units = o.local.batch_size * o.local.accumulate if plan.unit == "example" else plan.cohort
-    # how far the data of one unit can move a release, as a multiple of the clip
+    # sensitivity of a release to one unit, as a multiple of the clip
     reach = 2.0 if plan.unit == "local" else plan.scale
     units = 1 if plan.unit == "local" else units
     ratio = plan.noise_multiplier * reach * math.sqrt(parameters) / units
@@ -53,7 +53,7 @@ def _noise_rows(o: RunOptions, plan: PrivacyPlan, vocab_size: int) -> list[tuple
         (
             "noise/clip",
             (
-                f"{times}: the noise of one {release} is so many times as long as the longest"
+                f"{times}: norm of the noise of one {release}, divided by the largest norm of a"
                 f" clipped {signal}"
             ),
         ),
@@ -69,7 +69,7 @@ def _noise_rows(o: RunOptions, plan: PrivacyPlan, vocab_size: int) -> list[tuple
             )
         )
         found.append(
-            ("unsampled", f"epsilon would be {without:.3g} if it were known who takes part")
+            ("unsampled", f"epsilon would be {without:.3g} if the participants were known")
         )
     return found
 
@@ -82,7 +82,5 @@ def _cost(
         o.privacy, noise_multiplier=plan.noise_multiplier, target_epsilon=None, adaptive=False
     )
     other = make_plan(replace(o, rounds=max(1, round(o.rounds * times)), privacy=noise), shards)
-    z = (
-        plan.noise_multiplier * factor * plan.scale / other.scale
-    )  # so that each release has that noise
+    z = plan.noise_multiplier * factor * plan.scale / other.scale  # the noise of each release
     return epsilon_of((replace(other.planned, noise_multiplier=z),), plan.delta)

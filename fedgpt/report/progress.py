@@ -31,8 +31,8 @@ STRAY = ("late", "duplicate", "unknown_job")  # codes of replies to jobs that ar
 class ProgressDisplay:
     """Observer that prints one line for each finished version and keeps a live bar below them.
 
-    There is a live bar on a terminal only. Events arrive on one thread (core/events.py); `say` and
-    the `with` statement belong to the main thread, before the first event and after the last.
+    The live bar is shown on a terminal only. Events arrive on one thread (core/events.py); `say`
+    and the `with` statement belong to the main thread, before the first event and after the last.
     """
 
     def __init__(
@@ -46,20 +46,20 @@ class ProgressDisplay:
         """Prepare a display; nothing is printed yet.
 
         `switches`: the strategy may change the pacing. `pacing`: the pacing that an earlier process
-        of this run had changed to. `score`: the name of the score that the run is judged by.
+        of this run had changed to. `score`: the name of the run's score.
         """
         self.options, self.console, self.score = options, console or Console(highlight=False), score
         self._pacing = pacing or options.pace.name
         # such a run ends after a number of tokens, so its number of versions is not known
         self._by_tokens = bool(options.tokens or switches)
         self._tokens_end = options.tokens  # 0: not known, or the run ends after `rounds` versions
-        self._first_version = 0  # of this process: a resumed run has trained before
-        self._first: Mapping[str, Any] | None = None  # metrics of that version
+        self._first_version = 0  # first version of this process; above 0 in a resumed run
+        self._first: Mapping[str, Any] | None = None  # metrics of this process's first version
         self._newest: Mapping[str, Any] | None = None  # metrics of the newest version
         self._began = time.monotonic()
-        self._in_flight: set[tuple[str, int]] = set()  # client and number of jobs sent, unanswered
-        self._earlier = 0  # jobs in flight that an earlier process sent
-        self._answered = 0  # replies for the version under way
+        self._in_flight: set[tuple[str, int]] = set()  # client and number of jobs in flight
+        self._earlier = 0  # number of jobs in flight that an earlier process sent
+        self._answered = 0  # number of replies for the open version
         self._live: Live | None = None
         self._bar = Progress(
             TextColumn("version"),
@@ -93,7 +93,7 @@ class ProgressDisplay:
             self._live = None
 
     def __call__(self, event: Event) -> None:
-        """Show one event; events that need no words are ignored."""
+        """Show one event, or ignore it."""
         match event:
             case RunOpened():
                 self._first_version = event.version
@@ -142,12 +142,12 @@ class ProgressDisplay:
                 parts.append(f"{clock(metrics['virtual_seconds'])} virtual")
             parts.append(f"{count(tokens / seconds)} tok/s")
             here = seconds - (self._first["wall_seconds"] if self._first else 0.0)
-            if here > 0:  # 0 for the version that a resumed run begins with: no speed is known yet
+            if here > 0:  # 0 at the first version of a resumed run, when no speed is known yet
                 parts.append(f"{clock(here * self._to_do(version, tokens))} left")
         return " | ".join(parts)
 
     def _finished(self, metrics: Mapping[str, Any]) -> None:
-        """Print a version's line; asynchronous versions are too many for a line each."""
+        """Print a version's line; in asynchronous runs only some versions get a line."""
         if self._first is None:
             self._first = metrics
             self._earlier += metrics.get("in_flight", 0)
@@ -155,9 +155,9 @@ class ProgressDisplay:
             self.say(self.line(metrics))
 
     def _ended(self, client: str, number: int, answered: bool) -> None:
-        """Note that a job is no longer in flight; `answered`: its client has sent a reply."""
+        """Record that a job is no longer in flight; `answered`: its client has sent a reply."""
         if (client, number) not in self._in_flight:
-            # this may come before the first metrics, which say how many of these jobs there were
+            # this may happen before the first metrics, which contain the number of these jobs
             self._earlier -= 1
         self._in_flight.discard((client, number))
         self._answered += answered
@@ -182,7 +182,7 @@ class ProgressDisplay:
         return self._first["tokens"] if self._first else 0
 
     def _to_do(self, version: int, tokens: int) -> float:
-        """Return what is left of the run as a multiple of what this process has done."""
+        """Return the rest of the run as a multiple of the part that this process has done."""
         if self._by_tokens:
             first, now, end = self._tokens_before, tokens, self._tokens_end
         else:
@@ -226,7 +226,7 @@ def size(value: float) -> str:
 
 def _three_digits(value: float, units: tuple[str, ...]) -> str:
     for power in range(len(units) - 1, 0, -1):
-        if value >= 0.9995 * 1000**power:  # from here on it is rounded up to this unit
+        if value >= 0.9995 * 1000**power:  # larger values are rounded up to this unit
             return f"{value / 1000**power:.3g}{units[power]}"
     return f"{value:.0f}{units[0]}"
 

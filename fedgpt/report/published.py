@@ -1,8 +1,10 @@
-"""What may be shown of a run with privacy=client: what its privacy guarantee covers.
+"""The metrics of a run with privacy=client that its privacy guarantee covers and that may be
+published.
 
-The guarantee covers the models of all versions, and what follows from them. It assumes that nobody
-learns which clients took part in a version. Norms of single updates, counts, bytes, times, training
-losses and tables by client depend on that, so they stay in the run's folder.
+The guarantee covers the models of all versions, and everything computed from them. It assumes that
+nobody learns which clients took part in a version. Norms of single updates, counts, bytes, times,
+training losses and tables by client depend on the participation, so they are only in the run's
+folder.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from typing import Any
 
 from fedgpt.core.events import Event, MetricsReady, RunOpened
 
-# fields of a line of metrics.jsonl, beside its scores, that follow from options and released models
+# fields of metrics.jsonl, besides scores, that are computed from options and released models
 PUBLISHED = ("version", "tokens", "epsilon", "privacy_clip", "restored", "prompt", "sample")
 
 
@@ -28,7 +30,7 @@ def published(metrics: Mapping[str, Any], scores: Iterable[str]) -> dict[str, An
 
 
 def published_event(event: Event, scores: Iterable[str]) -> Event | None:
-    """Return what may be shown of an event; None where nothing may."""
+    """Return the event with the fields that may be published; None if no field may be published."""
     match event:
         case RunOpened():
             return replace(event, clients=(), seconds=0.0)

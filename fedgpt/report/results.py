@@ -1,4 +1,4 @@
-"""What a finished run leaves in its folder: the model, the samples, the figures, the page."""
+"""Writes the results of a finished run: the model, the samples, the figures, the page."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def write_results(
     summary: dict[str, Any],
     statement: dict[str, Any],
 ) -> None:
-    """Write everything a person or a script wants at the end of a run.
+    """Write the results at the end of a run.
 
-    `model` has the last version's weights; `statement` is the promise of a private run, else empty.
-    summary.json comes last: a run with it is complete.
+    `model` has the last version's weights. `statement` is the privacy statement of a private run,
+    otherwise empty. summary.json is written last, so a run with summary.json is complete.
     """
     path, lines, score = folder.path, folder.metrics.read(), score_of(summary)
     card = model_card(options, summary, statement)

@@ -1,4 +1,4 @@
-"""The texts before and after a run: its choices, privacy promise, summary and samples."""
+"""The texts before and after a run: its choices, privacy statement, summary and samples."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def opening(
     compute: str,
     held_out_tokens: int,
 ) -> str:
-    """Return every automatic choice with its reason, and the numbers that follow from the options.
+    """Return every automatic choice with its reason, and the numbers computed from the options.
 
     `compute` describes device, dtype and processes in words.
     """
@@ -74,12 +74,12 @@ def opening(
 
 
 def privacy_text(statement: dict[str, Any]) -> str:
-    """Return the promise of a private run (privacy/statement.py) as lines."""
+    """Return the statement of a private run (privacy/statement.py) as lines."""
     return "\n".join(f"{name:>12}  {text}" for name, text in rows(statement))
 
 
 def _counted(o: RunOptions, trained: int, prepared: Prepared) -> str:
-    """Return how many parameters the model has, and how many of them are trained."""
+    """Return the number of parameters, and the number of trained parameters."""
     if not o.model.trainable:
         return f"{count(trained)} parameters"
     every = count_parameters(o.model, prepared.tokenizer.vocab_size)
@@ -87,7 +87,7 @@ def _counted(o: RunOptions, trained: int, prepared: Prepared) -> str:
 
 
 def _pacing_row(o: RunOptions, clients: int, parameters: int) -> tuple[str, str]:
-    """Return how jobs and server steps are timed, with their size."""
+    """Return the pacing in words, with the sizes of jobs and server steps."""
     cohort = min(o.pace.clients or clients, clients)
     chosen = (
         f"{cohort} of {amount(clients, 'client')}"
@@ -112,7 +112,7 @@ def _pacing_row(o: RunOptions, clients: int, parameters: int) -> tuple[str, str]
 def summary_text(
     summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], folder: Path
 ) -> str:
-    """Return the end of a run in a few lines, with the newest text that the model wrote."""
+    """Return the summary of a run in a few lines, with the newest sample."""
     seconds = summary["wall_seconds"]
     speed = summary["tokens"] / seconds if seconds else 0.0
     lines = [
@@ -137,7 +137,7 @@ def summary_text(
     return "\n".join(
         [
             *lines,
-            f"everything is in {folder}: report.html, samples.md, figures/, metrics.jsonl, model/",
+            f"results are in {folder}: report.html, samples.md, figures/, metrics.jsonl, model/",
             f'more text: fedgpt generate {shlex.quote(str(folder))} --prompt "..."',
         ]
     )
@@ -152,11 +152,11 @@ def _privacy_line(summary: Mapping[str, Any]) -> str:
 
 
 def samples_page(metrics: Sequence[Mapping[str, Any]], score: str = "loss") -> str:
-    """Return samples.md: what the model wrote at several versions.
+    """Return samples.md: the samples of several versions.
 
-    `score` is the name of the score that the run is judged by.
+    `score` is the name of the run's score.
     """
-    lines = ["# What the model wrote", ""]
+    lines = ["# Samples", ""]
     for line in metrics:
         if "sample" not in line:
             continue
@@ -170,6 +170,6 @@ def samples_page(metrics: Sequence[Mapping[str, Any]], score: str = "loss") -> s
 def _written_text(line: Mapping[str, Any]) -> str:
     """Return prompt and sample without control codes.
 
-    A byte model with little training writes control codes, which must not reach a terminal.
+    A byte model with little training generates control codes, which must not reach a terminal.
     """
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", f"{line['prompt']}{line['sample']}")

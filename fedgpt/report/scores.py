@@ -1,8 +1,8 @@
-"""Which scores of a task are shown, and how they are written.
+"""The scores of a task that are shown, and their format.
 
-A run is judged by one score (core/score.py); its name is `score` in summary.json. Language
-modelling is judged by `loss`, and shown in bits per byte, which can be compared between tokenizers.
-Every other task is shown by the score that it is judged by. A version that was evaluated has its
+A run has one score that decides (core/score.py); its name is `score` in summary.json. For language
+modelling it is `loss`, which is shown in bits per byte, because these can be compared between
+tokenizers. Every other task shows the score that decides. A version that was evaluated has its
 scores in its line of metrics.jsonl.
 """
 
@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-SHOWN_FIRST = "bits_per_byte"  # shown instead of the score that decides, where a task has it
-UNITS = {"bits_per_byte": "bits per byte"}  # scores that read best as a number with a unit
+SHOWN_FIRST = "bits_per_byte"  # shown instead of the score that decides, if a task has it
+UNITS = {"bits_per_byte": "bits per byte"}  # scores that are shown with a unit
 DIGITS = {"perplexity": 2}  # digits after the point in tables; 4 for every other score
 
 
 def score_of(summary: Mapping[str, Any]) -> str:
-    """Name of the score that a run is judged by; folders without it are of language models.
+    """Name of the score of a run; a folder without the name is of a language model.
 
     >>> score_of({"score": "accuracy"}), score_of({})
     ('accuracy', 'loss')
@@ -26,7 +26,7 @@ def score_of(summary: Mapping[str, Any]) -> str:
 
 
 def shown(line: Mapping[str, Any], score: str = "loss") -> str | None:
-    """Name of the score that figures and summaries show; None where `line` was not evaluated.
+    """Name of the score that figures and summaries show; None if `line` was not evaluated.
 
     >>> shown({"loss": 2.0, "bits_per_byte": 0.7}), shown({"accuracy": 0.5}, "accuracy"), shown({})
     ('bits_per_byte', 'accuracy', None)
@@ -35,7 +35,7 @@ def shown(line: Mapping[str, Any], score: str = "loss") -> str | None:
 
 
 def label(name: str) -> str:
-    """A score's name as people write it.
+    """A score's name in words.
 
     >>> label("bits_per_byte"), label("exact_match")
     ('bits per byte', 'exact match')
@@ -72,7 +72,7 @@ def named(name: str, value: float) -> str:
 
 
 def in_progress(line: Mapping[str, Any], score: str = "loss") -> str | None:
-    """Scores in a line of progress; None where the version was not evaluated.
+    """Scores in a line of progress; None if the version was not evaluated.
 
     >>> in_progress({"loss": 2.0, "bits_per_byte": 0.7}), in_progress({"f1": 0.5}, "f1")
     ('held-out 2.000 = 0.700 bits/byte', 'held-out f1 0.500')
@@ -88,7 +88,7 @@ def first_to_last(summary: Mapping[str, Any]) -> str:
     """The scores of a run's first and last version and its best one, as one line."""
     first, last, best = summary["initial"], summary["final"], summary["best"]
     name = shown(last, score_of(summary)) or score_of(summary)
-    known = {name, "loss"} if name == SHOWN_FIRST else {name}  # one follows from the other
+    known = {name, "loss"} if name == SHOWN_FIRST else {name}  # one is computed from the other
     others = [_change(n, first[n], last[n]) for n in names(last) if n not in known]
     others.append(f"best {best[name]:.3f} at version {best['version']}")
     title = f"{f'held-out {label(name)}':<22}"

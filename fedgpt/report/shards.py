@@ -1,4 +1,4 @@
-"""The output of `fedgpt data`: the corpus, its split, and how many tokens each client has."""
+"""The output of `fedgpt data`: the corpus, its split, and the tokens of each client."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 BAR = 40  # length of the longest bar, in characters
-NAMED = 5  # number of largest clients, and of smallest ones, that are listed by name
+NAMED = 5  # number of largest clients, and of smallest clients, that are listed by name
 PART_NAMES = {
     "public": "public (trains the tokenizer)",
     "held_out": "held-out (evaluation)",
@@ -25,7 +25,7 @@ PART_NAMES = {
 
 
 def data_report(prepared: Prepared, shards: Sequence[Shard], console: Console) -> None:
-    """Print the data of a run; on a `console` that is no terminal, as plain ASCII text."""
+    """Print the data of a run; if `console` is not a terminal, as plain ASCII text."""
     from rich.table import Table
 
     manifest = prepared.manifest
@@ -87,9 +87,9 @@ def _print_clients(prepared: Prepared, shards: Sequence[Shard], console: Console
 def histogram(sizes: np.ndarray, full: str = "#") -> list[str]:
     """Return one line for each range of tokens per client: range, number of clients, bar.
 
-    `sizes` has one entry for each client. Ranges double in width where the largest client has more
-    than eight times the tokens of the smallest, as in most natural data, where equal ranges would
-    show a single bar. Otherwise they are equal.
+    `sizes` has one entry for each client. Ranges double in width if the largest client has more
+    than eight times the tokens of the smallest. This is common in natural data, where equal ranges
+    would show a single bar. Otherwise the ranges are equal.
     """
     low, high = int(sizes.min()), int(sizes.max())
     if low == high:

@@ -1,4 +1,4 @@
-"""The figure of who worked when: the jobs of each client on the run's clock, from events.jsonl."""
+"""The timeline figure: the jobs of each client on the run's clock, from events.jsonl."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from fedgpt.report.progress import one_line
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# limits of one figure; with more, its details could not be distinguished
-MOST_ROWS = 24  # clients
-MOST_SPANS = 400  # jobs
-MOST_STEPS = 60  # server steps
-MOST_HEADERS = 3  # rows of text above the first client
-HEADER = 0.9  # height of a row of text, in rows of clients
+# limits of one figure, so that its details can be distinguished
+MOST_ROWS = 24  # largest number of clients
+MOST_SPANS = 400  # largest number of jobs
+MOST_STEPS = 60  # largest number of server steps
+MOST_HEADERS = 3  # largest number of rows of text above the first client
+HEADER = 0.9  # height of a row of text, as a multiple of a client's row
 OUTCOMES = {
     "accepted": (BLUE, "update accepted"),
     "rejected": (ORANGE, "rejected or no reply"),
-    "open": (PALE, "still at work at the end"),
-    "waiting": (FAINT, "sent, waits for a worker"),
+    "open": (PALE, "in flight at the end"),
+    "waiting": (FAINT, "waiting for a worker"),
 }
-TRAINING = ("dispatch", "accept", "reject", "version")  # events that say what clients do
+TRAINING = ("dispatch", "accept", "reject", "version")  # events from which the figure is drawn
 
 
 class Span(NamedTuple):
@@ -41,7 +41,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class Activity:
-    """What one client did in a run."""
+    """The jobs of one client in a run."""
 
     spans: tuple[Span, ...]
     tokens: int  # tokens of accepted updates
@@ -50,11 +50,11 @@ class Activity:
         float  # share of the time from the run's first dispatch to its last reply or version
     )
     accepted: int  # number of jobs with an accepted update
-    rejected: int  # number of jobs with a rejected reply, or with none
+    rejected: int  # number of jobs with a rejected reply or without a reply
 
 
 def activity(events: Sequence[Mapping[str, Any]]) -> dict[str, Activity]:
-    """Return what each client with a job did, in the order of client ids.
+    """Return the activity of each client with a job, in the order of client ids.
 
     `events` are the lines of events.jsonl. A reply to a job that is not in flight (late, duplicate)
     changes nothing.
@@ -62,13 +62,13 @@ def activity(events: Sequence[Mapping[str, Any]]) -> dict[str, Activity]:
     began: dict[tuple[Any, Any], float] = {}
     spans: defaultdict[str, list[Span]] = defaultdict(list)
     tokens: Counter[str] = Counter()
-    # events of the last evaluation are left out, as clients are not idle but finished
+    # without the events of the last evaluation, when clients are not idle but finished
     training = [event for event in events if event["event"] in TRAINING and "seconds" in event]
     for event in training:
         kind, client = event["event"], event.get("client", "")
         key = client, event.get("number", event.get("task"))  # older runs call the number task
         if kind == "dispatch":
-            began[key] = event["seconds"]  # a job sent again after a restart begins again
+            began[key] = event["seconds"]  # a job that is sent again after a restart starts again
         elif kind in ("accept", "reject") and key in began:
             spans[client] += _spans(
                 began.pop(key), event["seconds"], f"{kind}ed", event.get("train_seconds")
@@ -87,7 +87,7 @@ def activity(events: Sequence[Mapping[str, Any]]) -> dict[str, Activity]:
 def _spans(start: float, end: float, outcome: str, seconds: float | None) -> list[Span]:
     """Split a job into waiting and work: the client trained for the last `seconds` of it.
 
-    A job waits where clients share worker processes.
+    A job waits if clients share worker processes.
     """
     begins = start if seconds is None else max(start, end - seconds)
     if begins - start < 0.01 * (end - start):
@@ -105,7 +105,7 @@ def _activity(spans: tuple[Span, ...], tokens: int, seconds: float) -> Activity:
 def timeline_figure(events: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw each client's jobs, tokens and idle share, as a PNG at `path`.
 
-    `events` are the lines of events.jsonl. Nothing is drawn where no client got a job.
+    `events` are the lines of events.jsonl. No figure is drawn if no client got a job.
     """
     everyone = activity(events)
     if not everyone:
@@ -196,7 +196,7 @@ def _draw_jobs(
 
 
 def _draw_steps(axis: Axes, steps: list[float], rows: int) -> None:
-    """Draw server steps as lines behind the bars; in front they would hide the ends of jobs."""
+    """Draw server steps as lines behind the bars, so that they do not hide the ends of jobs."""
     axis.vlines(
         steps, -0.5, rows - 0.5, color="black", linewidth=0.8, label="server step", zorder=1.5
     )

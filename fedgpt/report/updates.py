@@ -1,4 +1,4 @@
-"""The figure of what the updates were like: norms, angles, staleness; from metrics.jsonl."""
+"""The figure of the updates: norms, angles and staleness, from metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.ticker import Locator
 
-Lines = list[Mapping[str, Any]]  # of metrics.jsonl
-Panel = tuple[str, Callable[["Axes"], None]]  # title, and what draws it
+Lines = list[Mapping[str, Any]]  # lines of metrics.jsonl
+Panel = tuple[str, Callable[["Axes"], None]]  # title, and the function that draws it
 
 
 def updates_figure(metrics: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw norms, angles and staleness of the updates, as a PNG at `path`.
 
-    `metrics` are the lines of metrics.jsonl. Panels without data are left out.
+    `metrics` are the lines of metrics.jsonl. Panels without data are not drawn.
     """
     versions = [line for line in metrics if line.get("version")]
     panels = [
@@ -57,7 +57,7 @@ def _norms(metrics: Lines) -> Panel | None:
         "mean of a version's updates": _series(metrics, "update_norm"),
         "server step": _series(metrics, "step_norm"),
     }
-    # the norm of a step without updates is 0, which a logarithmic axis does not have
+    # the norm of a step without updates is 0, which a logarithmic axis cannot show
     found = {label: {v: y for v, y in ys.items() if y > 0} for label, ys in found.items()}
     values = [y for ys in found.values() for y in ys.values()]
     if not values:
@@ -128,7 +128,7 @@ def _staleness(metrics: Lines) -> Panel | None:
         (
             f"Staleness: mean {mean:.2f}, largest {max(counts)}"
             if mean
-            else "Staleness: every update was fresh"
+            else "Staleness: 0 for every update"
         ),
         draw,
     )
@@ -137,7 +137,7 @@ def _staleness(metrics: Lines) -> Panel | None:
 def _bases(metrics: Lines) -> Panel | None:
     """Return the panel of base versions in flight, or of updates in a step.
 
-    In a synchronous run all jobs start from the newest version, so the second says more.
+    In a synchronous run all jobs start from the newest version, so it is the panel of updates.
     """
     bases, accepted = _series(metrics, "bases"), _series(metrics, "accepted")
     asynchronous = max(bases.values(), default=0) > 1

@@ -1,1 +1,1 @@
-"""The server: one loop for every pacing, with what it knows of jobs, clients and versions."""
+"""The server: one loop for every pacing, and its state of jobs, clients and versions."""

@@ -1,4 +1,4 @@
-"""Central evaluation beside the loop: a thread scores a version while clients train the next."""
+"""Central evaluation in a background thread: it scores a version while clients train the next."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fedgpt.server.parts import Evaluator
 from fedgpt.storage.tables import VersionLine
 
 Metrics = dict[str, Any]
-# gets a complete metrics line, and the weights where they were scored
+# called with a complete metrics line, and with the weights if they were scored
 Done = Callable[[Metrics, np.ndarray | None], None]
 
 
@@ -31,9 +31,10 @@ class BackgroundEvaluation:
         self._pending: deque[Future[None]] = deque()
 
     def plan(self, line: VersionLine, before: float, after: float, every: int) -> VersionLine:
-        """The line with its evaluation decided; before and after: the run's progress, 0 to 1.
+        """The line, with the decision whether to evaluate it; before and after: the run's progress,
+        0 to 1.
 
-        Samples come at equal distances of progress, the first and the last version included.
+        Samples are taken at equal intervals of progress, including the first and the last version.
         """
         version, samples = line.metrics["version"], self.options.samples
         intervals = samples - 1
@@ -47,11 +48,11 @@ class BackgroundEvaluation:
         return replace(line, score=score, sample=sample)
 
     def complete(self, line: VersionLine, params: np.ndarray) -> None:
-        """Complete a version's line, with scores where it gets any, and hand it to `done`.
+        """Complete a version's line, with scores if it is evaluated, and pass it to `done`.
 
-        Returns at once unless an earlier version is being scored and this one is to be scored,
-        too: so only one vector besides the present one is ever kept. Raises what an evaluation
-        that is over raised, so that a task without its score stops the run at its beginning.
+        Returns at once, unless an earlier version is still being scored and this version must also
+        be scored. So at most one vector besides the current one is kept. Raises the exception of an
+        evaluation that has ended, so that a task without its score stops the run at its beginning.
         """
         while self._pending and self._pending[0].done():
             self._pending.popleft().result()
@@ -61,17 +62,19 @@ class BackgroundEvaluation:
         self._pending.append(self._thread.submit(self._complete, line, scored))
 
     def scores(self, state: ServerState, sample: bool) -> Metrics:
-        """The scores of a version, now: where the next step depends on them."""
+        """Score a version and wait for the scores, because the next step depends on them."""
         self.wait()
         return self._evaluator(state.version, state.params, sample)
 
     def wait(self) -> None:
-        """Return when all lines so far are complete; raises what an evaluation raised."""
+        """Return when all lines so far are complete; raises the exception of a failed
+        evaluation.
+        """
         while self._pending:
             self._pending.popleft().result()
 
     def close(self) -> None:
-        """End the thread after its present work."""
+        """End the thread after its current evaluation."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _complete(self, line: VersionLine, params: np.ndarray | None) -> None:

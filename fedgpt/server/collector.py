@@ -1,14 +1,14 @@
 """The accepted updates of one version: decoded, validated, clipped, and summed as they arrive.
 
-A linear rule's updates are added to one exact sum and forgotten; a rule that overrides `combine`
-gets them all. With privacy=client the sum is clipped and noised before anything is made of it:
-that is a collector of its own.
+The updates of a linear rule are added to one exact sum and freed. A rule that overrides `combine`
+gets all updates. With privacy=client a separate collector clips each update and adds noise to the
+sum.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -24,47 +24,54 @@ from fedgpt.storage.tables import Clients
 from fedgpt.update.codec import Expected, decode
 from fedgpt.update.compress import Codec, codec_of
 
-# length of a model's weights up to which their squares can be added in float32; no run that learns
-# comes near it
+# norm of the weights up to which the sum of their squares is finite in float32; a run that learns
+# stays far below it
 LONGEST_MODEL = 1e18
 
 
 @dataclass(frozen=True)
 class Collecting:
-    """What is the same for the collectors of all versions of a run."""
+    """The values that the collectors of all versions of a run share."""
 
     rule: Strategy
     run: str  # the run's id
     codec: Codec
-    total: ExactSum  # its memory is used again by every version
+    total: ExactSum  # its memory is reused by every version
 
 
 class UpdateCollector:
-    """One version's updates; a rejected update leaves nothing here."""
+    """The updates of one version; a rejected update does not change it."""
 
     def __init__(self, common: Collecting, limits: Limits):
         self.common, self.limits = common, limits
         self.weights: list[float] = []
-        self.accepted: list[Update] = []  # without their vectors
+        self.accepted: list[Update] = []  # accepted updates, without their vectors
         self.clipped = 0  # updates that were scaled down
-        self._updates: list[Update] = []  # with vectors, for a rule that is not linear
+        self._updates: list[Update] = []  # updates with vectors, for a rule that is not linear
 
     def __len__(self) -> int:
         return len(self.weights)
 
     @property
     def full(self) -> bool:
-        """Whether the exact sum has room for no further update."""
+        """Whether the exact sum cannot take another update."""
         return len(self) >= self.limits.max_updates
 
+    @property
+    def shown(self) -> Sequence[Update]:
+        """Accepted updates whose clients may be named."""
+        return self.accepted
+
     def read(self, reply: Reply, job: Job, tokens: int) -> Update:
-        """The update in a reply to `job`, which was of `tokens` tokens; raises UpdateRejected."""
+        """Decode the update in a reply to `job`, a job of `tokens` tokens; raises
+        UpdateRejected.
+        """
         return decode(reply, self._expected(job, tokens, self.limits.norm))
 
     def add(self, update: Update, job: Job, staleness: int) -> Update:
-        """Count an update, scaled down where it is too long; returns it as it was counted.
+        """Add an update, scaled down if it is too long; returns the update that was added.
 
-        Raises UpdateRejected where an element does not fit the exact sum.
+        Raises UpdateRejected if an element does not fit the exact sum.
         """
         norm = update.metrics["update_norm"]
         clip = self.limits.clip
@@ -88,9 +95,10 @@ class UpdateCollector:
     def step(
         self, state: ServerState, pacing: Pacing, root: Callable[[], Update] | None = None
     ) -> ServerState:
-        """The next state: D is the exact weighted sum over its divisor, or what the rule combines.
+        """The next state; D is the exact weighted sum divided by its divisor, or the result of
+        `combine`.
 
-        `root` trains the server's own update, where the rule asks for one.
+        `root` trains the server's own update, if the rule needs one.
         """
         rule, total = self.common.rule, self.common.total
         if rule.linear:
@@ -106,7 +114,7 @@ class UpdateCollector:
         )
 
     def norms_after(self, norms: tuple[float, ...]) -> tuple[float, ...]:
-        """The norms that the next version's updates are measured by."""
+        """The norms from which the norm limit of the next version is computed."""
         return remembered(norms, self.accepted)
 
     def _expected(self, job: Job, tokens: int, norm: float) -> Expected:
@@ -117,22 +125,27 @@ class UpdateCollector:
         return update, self.common.rule.weight(update, staleness)
 
     def _published(self, metrics: dict[str, float]) -> dict[str, float]:
-        """What may be logged of one update."""
+        """The metrics of one update that may be logged."""
         return metrics
 
 
 class PrivateCollector(UpdateCollector):
-    """privacy=client: every update is clipped and weighs at most 1; the sum is released noised."""
+    """privacy=client: every update is clipped, its weight is at most 1, and the sum gets noise."""
 
     def __init__(self, common: Collecting, limits: Limits, privacy: PaidByServer, clients: Clients):
         super().__init__(common, limits)
         self.privacy, self.clients = privacy, clients
 
-    def read(self, reply: Reply, job: Job, tokens: int) -> Update:
-        """As for any update, of any length; one that is not finite counts as zeros.
+    @property
+    def shown(self) -> Sequence[Update]:
+        """None: who was in a sample, which amplifies privacy, must not be published."""
+        return ()
 
-        If it were rejected, other clients could take its place in later sums, and the promise
-        would not cover that.
+    def read(self, reply: Reply, job: Job, tokens: int) -> Update:
+        """Decode an update of any norm; an update that is not finite counts as zeros.
+
+        If it were rejected, other clients could replace it in later sums, which the privacy
+        guarantee does not cover.
         """
         try:
             return decode(reply, self._expected(job, tokens, math.inf))
@@ -146,21 +159,21 @@ class PrivateCollector(UpdateCollector):
     def step(
         self, state: ServerState, pacing: Pacing, root: Callable[[], Update] | None = None
     ) -> ServerState:
-        """The next state, from the noised sum; raises StoppedEarly where the budget is spent."""
+        """The next state, from the noisy sum; raises StoppedEarly if the budget is spent."""
         rule = self.common.rule
         divisor = self.privacy.divisor(rule, pacing)
         mean = self.common.total.mean(divisor)
         return rule.step(*self.privacy.release(mean, divisor, state, self.clients))
 
     def norms_after(self, norms: tuple[float, ...]) -> tuple[float, ...]:
-        """None: they are single clients' and not noised."""
+        """No norms, because they belong to single clients and have no noise."""
         return ()
 
     def _weighed(self, update: Update, staleness: int) -> tuple[Update, float]:
         return self.privacy.take(update, self.common.rule, staleness)
 
     def _published(self, metrics: dict[str, float]) -> dict[str, float]:
-        """Not the norm, which is one client's and not noised."""
+        """Without the norm, because it belongs to one client and has no noise."""
         return {name: value for name, value in metrics.items() if name != "update_norm"}
 
 
@@ -170,7 +183,7 @@ class Collectors:
     def __init__(self, options: RunOptions, rule: Strategy, privacy: Privacy, size: int, run: str):
         """`size`: parameters of the model; `run`: the run's id."""
         self.options, self.privacy, self.size = options, privacy, size
-        total = ExactSum(size, bound=1.0, count=1)  # memory that is touched with the first update
+        total = ExactSum(size, bound=1.0, count=1)  # its memory is first used by the first update
         self.common = Collecting(
             rule, run, codec_of(options.update, options.trusted_packages), total
         )
@@ -178,9 +191,10 @@ class Collectors:
     def open(
         self, state: ServerState, norms: tuple[float, ...], max_updates: int, clients: Clients
     ) -> UpdateCollector:
-        """The collector for the version after `state`, whose limits are fixed from now on.
+        """The collector for the version after `state`; it fixes the limits of this version.
 
-        `norms`: of updates that were accepted before; `max_updates`: how many can come.
+        `norms`: norms of updates that were accepted before; `max_updates`: largest number of
+        updates.
         """
         validate, total = self.options.validate, self.common.total
         limit = norm_limit(validate, norms, model_length(state))
@@ -195,10 +209,6 @@ class Collectors:
             total.reset(limits.norm, max_updates, self.common.rule.weight(heaviest, 0))
         return UpdateCollector(self.common, limits)
 
-    def empty(self) -> UpdateCollector:
-        """A collector that takes no update: before the first version is open."""
-        return UpdateCollector(self.common, Limits(norm=0.0, clip=None, max_updates=0))
-
     @property
     def _job_tokens(self) -> int:
         local = self.options.local
@@ -206,7 +216,7 @@ class Collectors:
 
 
 def model_length(state: ServerState) -> float:
-    """L2 norm of the weights, in float64; raises StoppedEarly where the run has diverged."""
+    """L2 norm of the weights, in float64; raises StoppedEarly if the run has diverged."""
     length = math.sqrt(float(np.einsum("i,i->", state.params, state.params, dtype=np.float64)))
     if not length <= LONGEST_MODEL:
         kind = f"weights of length {length:.3g}" if math.isfinite(length) else "NaN or Inf weights"

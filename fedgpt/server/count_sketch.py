@@ -1,11 +1,11 @@
-"""A small stand-in for a flat vector that keeps inner products: what the server logs about updates
-it has forgotten.
+"""Count sketches: small vectors that preserve inner products of updates, for metrics of updates
+that the server has freed.
 
-Linear rules never hold updates, so pairwise cosines, or the angle between two server steps, cannot
-be computed from the vectors themselves. A count sketch (Charikar, Chen, Farach-Colton 2002) of a
+With a linear rule the server keeps no update, so pairwise cosines, or the angle between two server
+steps, cannot be computed from the vectors. A count sketch (Charikar, Chen, Farach-Colton 2002) of a
 few thousand numbers is enough: S(x)_b = sum over i with i mod width = b of sign_i x_i, and E <S(x),
-S(y)> = <x, y> over the random signs. The signs are public, so a client can fool a sketch:
-diagnostics may rest on it, the acceptance of an update may not.
+S(y)> = <x, y> over the random signs. The signs are public, so a client can manipulate its sketch.
+Therefore sketches are used for diagnostics only, not for the validation of updates.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Sketch:
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float | None:
-    """The cosine of the angle between two sketches (or vectors); None where one of them is zero.
+    """The cosine of the angle between two sketches (or vectors); None if one of them is zero.
 
     >>> cosine(np.array([1.0, 0.0]), np.array([3.0, 4.0]))
     0.6
@@ -76,7 +76,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float | None:
 def mean_pairwise_cosine(sketches: Iterable[np.ndarray]) -> float | None:
     """Mean cosine over all pairs, from one sum: |sum of k unit vectors|^2 = k + k (k - 1) * mean.
 
-    Zero vectors have no direction and are left out; None where fewer than two are left.
+    Zero vectors have no direction and are excluded; None if fewer than two vectors remain.
     """
     k, total = 0, np.zeros(())
     for sketch in sketches:

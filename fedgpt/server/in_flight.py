@@ -1,4 +1,4 @@
-"""Jobs that are sent and not answered, and the replies that have come in."""
+"""Jobs that were sent and have no reply yet, and the replies that have arrived."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Key = tuple[str, int]  # (client, job number)
 
 
 class InFlight:
-    """The jobs under way on a transport; a client has at most one.
+    """The jobs in flight on a transport; a client has at most one.
 
-    The vector that a job began from is freed with the last job that began from it.
+    The vector that a job started from is freed when the last job that started from it ends.
     """
 
     def __init__(self, transport: Transport):
@@ -33,7 +33,7 @@ class InFlight:
         return iter(self._jobs.values())
 
     def send(self, jobs: Sequence[Job]) -> None:
-        """Send jobs and keep them until they are taken out."""
+        """Send jobs and keep them until they are removed."""
         for job in jobs:
             self._jobs[job.client, job.number] = job
             self.busy.add(job.client)
@@ -41,17 +41,17 @@ class InFlight:
 
     @property
     def has_reply(self) -> bool:
-        """Whether a reply can be had without waiting."""
+        """Whether a reply is available without waiting."""
         return bool(self._replies)
 
     def next_reply(self, timeout: float | None) -> Reply | None:
-        """The next reply; waits `timeout` seconds at most (None: until one comes)."""
+        """The next reply; waits at most `timeout` seconds (None: without a limit)."""
         if not self._replies:
             self._replies.extend(self.transport.receive(timeout))
         return self._replies.popleft() if self._replies else None
 
     def pop(self, client: str, number: int) -> Job | None:
-        """Take a job out; None where it is not in flight."""
+        """Remove and return a job; None if it is not in flight."""
         job = self._jobs.pop((client, number), None)
         if job is not None:
             self.busy.discard(client)
@@ -67,7 +67,7 @@ class InFlight:
 
     @property
     def bases(self) -> dict[int, np.ndarray]:
-        """Version -> the vector that jobs began from, (parameters,) float32."""
+        """Version -> the vector that jobs in flight started from, (parameters,) float32."""
         return {job.version: job.params for job in self._jobs.values()}
 
     def as_json(self) -> tuple[dict[str, Any], ...]:
@@ -87,9 +87,11 @@ class InFlight:
 def restored_jobs(
     listed: Iterable[Mapping[str, Any]], extra: Mapping[str, np.ndarray], newest: np.ndarray
 ) -> list[Job]:
-    """The jobs of a checkpoint, with the vectors that they began from; `newest` is the last one's.
+    """The jobs of a checkpoint, with the vectors that they started from; `newest` is the last
+    version.
 
-    They travel complete: the model deltas that a client could have used may be gone.
+    They contain the full model, because the model deltas for a client's cached version may no
+    longer exist.
     """
     jobs = []
     for about in listed:

@@ -1,4 +1,6 @@
-"""Makes jobs: how many local steps, from which state, where in the learning-rate schedule."""
+"""Makes jobs: their local steps, their client state and their place in the learning-rate
+schedule.
+"""
 
 from __future__ import annotations
 
@@ -14,12 +16,12 @@ from fedgpt.server.parts import Parts
 from fedgpt.storage.tables import Clients, RunIdentity, RunTotals
 from fedgpt.update.downlink import Published
 
-UNKNOWN = JobTime()  # a transport that reports no time: it counts from dispatch
+UNKNOWN = JobTime()  # the transport reports no time: the job is timed from its dispatch
 SPEED_MEMORY = 0.5  # share of the old value in a client's smoothed speed
 
 
 class JobPlanner:
-    """Makes the jobs of a run; what it learns of clients is in their table."""
+    """Makes the jobs of a run, and measures the clients' speeds in the table of clients."""
 
     def __init__(
         self,
@@ -28,7 +30,7 @@ class JobPlanner:
         clients: Clients,
         extra: Mapping[str, np.ndarray],
     ):
-        """`extra`: the arrays of a checkpoint, where downlinks were compressed."""
+        """`extra`: the arrays of a checkpoint, for a compressed downlink."""
         self.parts, self.identity, self.clients = parts, identity, clients
         options = parts.options
         self.published = Published(options.update.downlink, extra)
@@ -43,9 +45,9 @@ class JobPlanner:
         saved: Clients,
         now: float,
     ) -> Job:
-        """The client's next job, from the state that clients get; takes its number.
+        """The client's next job, which starts from `start`; uses up the client's next job number.
 
-        `saved`: the table of clients in the newest snapshot, from which a restart would begin.
+        `saved`: the table of clients in the newest snapshot, from which a restart would continue.
         """
         clients, parts = self.clients, self.parts
         number = clients.take_number(client)
@@ -72,7 +74,7 @@ class JobPlanner:
     def root_job(self, state: ServerState, totals: RunTotals, pacing: Pacing, every: int) -> Job:
         """The server's own job in a version, on public text; its number is the version.
 
-        `every`: versions between checkpoints, which say how many client states to keep.
+        `every`: versions between checkpoints, which determine how many client states to keep.
         """
         version, options = state.version, self.parts.options
         oldest = max(0, version - options.checkpoint.keep * max(1, every) - 2)
@@ -93,9 +95,10 @@ class JobPlanner:
         return max(1, math.floor(full * speeds[client] / max(speeds.values()) + 1e-9))
 
     def measure(self, job: Job, now: float, job_time: JobTime = UNKNOWN) -> float:
-        """Learn a client's speed, as the server sees it; returns how long the job took.
+        """Update a client's smoothed speed, as measured at the server; returns the seconds of the
+        job.
 
-        The first measured job counts in full.
+        The first measured job sets the speed without smoothing.
         """
         took = now - job.sent if job_time.seconds is None else job_time.seconds
         if took > 0 and job_time.measured:
@@ -107,7 +110,9 @@ class JobPlanner:
         return tokens_total(self.parts.options, pacing, self.parts.strategy.switches)
 
     def _schedule(self, totals: RunTotals, pacing: Pacing) -> dict[str, Any]:
-        """Where a job stands in the run; all clients at work move the schedule's clock together."""
+        """The place of a job in the learning-rate schedule, by the tokens of all clients that
+        train.
+        """
         together = pacing.clients if pacing.name == "buffer" else pacing.goal
         return {
             "run": self.identity.run,
@@ -129,7 +134,9 @@ def tokens_per_job(options: RunOptions) -> int:
 
 
 def tokens_total(options: RunOptions, pacing: Pacing, switches: bool) -> int:
-    """Tokens at which the schedule ends; `switches`: the pacing may change, so count rounds."""
+    """Tokens at which the schedule ends; with `switches` the pacing may change, so rounds are
+    counted.
+    """
     updates = pacing.clients if switches else pacing.goal
     return options.tokens or options.rounds * updates * tokens_per_job(options)
 
@@ -141,10 +148,10 @@ def job_seconds(
     speeds: Mapping[str, float],
     now: float,
 ) -> dict[str, float]:
-    """Seconds of a job of `steps` local steps, for each client that is `done` or at work.
+    """Seconds of a job of `steps` local steps, for each client that is `done` or has a job.
 
-    A job that is still out counts as if it came back now. A client that was never measured counts
-    as the slowest measured one, unless it has been out for longer.
+    A job in flight is timed as if its reply arrived now. A client that was never measured counts as
+    the slowest measured client, unless its job has already taken longer.
     """
     known = {client: speeds[client] for client in sorted(done) if client in speeds}
     new = {}

@@ -1,7 +1,7 @@
-"""How long an update may be: a limit that follows the updates accepted before.
+"""The norm limit of updates, computed from updates accepted before.
 
-An update may be as long as `validate.norm` times the running median of the accepted norms. The
-median is that of the versions before, so a limit never depends on who answers first.
+The limit is `validate.norm` times the running median of the accepted norms. The median is over
+earlier versions, so the limit does not depend on the order of arrival.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ from dataclasses import dataclass
 from fedgpt.core.messages import Update
 from fedgpt.core.options import ValidateOptions
 
-REMEMBERED = 64  # norms of accepted updates that the running median is taken over
-ENOUGH = 8  # norms that must be known before the median limits anything
-ABSOLUTE = 10.0  # lengths of the global model that no update exceeds, whatever the median is
+REMEMBERED = 64  # newest norms of accepted updates, over which the running median is computed
+ENOUGH = 8  # norms that must be known before the limit from the median holds
+ABSOLUTE = 10.0  # largest norm of an update, as a multiple of the global model's norm (at least 1)
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the updates of one version are measured against; fixed when the version opens."""
+    """The limits on the updates of one version; fixed when the version opens."""
 
     norm: float  # a longer update is rejected
-    clip: float | None  # a longer update is scaled down to this length; None: never
+    clip: float | None  # a longer update is scaled down to this norm; None: no update is scaled
     max_updates: int  # the largest number of updates that one server step can have
 
 
 def norm_limit(options: ValidateOptions, norms: tuple[float, ...], model: float) -> float:
-    """The longest update that a version accepts; `model` is the length of the global model.
+    """The largest norm of an accepted update; `model` is the norm of the global model.
 
     >>> norm_limit(ValidateOptions(norm=10), (1.0,) * 8, 3.0)
     10.0
@@ -40,13 +40,13 @@ def norm_limit(options: ValidateOptions, norms: tuple[float, ...], model: float)
 
 
 def clip_length(options: ValidateOptions, norms: tuple[float, ...]) -> float | None:
-    """The length that longer updates of a version are scaled down to; None: none is scaled."""
+    """The norm to which longer updates of a version are scaled down; None: no update is scaled."""
     return (
         options.clip * statistics.median(norms) if options.clip and len(norms) >= ENOUGH else None
     )
 
 
 def remembered(norms: tuple[float, ...], accepted: Iterable[Update]) -> tuple[float, ...]:
-    """The norms that the next version is measured by; the order of arrival does not matter."""
+    """The norms for the limit of the next version; they do not depend on the order of arrival."""
     new = sorted((u.client, u.number, u.metrics["update_norm"]) for u in accepted)
     return (*norms, *(norm for _, _, norm in new if norm > 0))[-REMEMBERED:]

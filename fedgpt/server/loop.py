@@ -1,9 +1,10 @@
 """The server loop, one for every pacing: dispatch, receive, step, record.
 
-A version is under way from one server step to the next. While it is, jobs are dispatched to
-clients and replies are received one at a time; each is validated and collected, or rejected. When
-the pacing says so, the server steps: the collected updates become the next global model, which is
-recorded (metrics, snapshot, checkpoint, evaluation), and the next version opens.
+A version is open from one server step to the next. Meanwhile the server dispatches jobs to clients
+and receives replies one at a time. It validates and collects each reply, or rejects it. When the
+pacing closes the version, the server takes a step: it computes the next global model from the
+collected updates, records it (metrics, snapshot, checkpoint, evaluation), and opens the next
+version.
 
 docs/architecture.md follows one update through this file.
 """
@@ -11,6 +12,7 @@ docs/architecture.md follows one update through this file.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,7 +25,6 @@ from fedgpt.core.events import (
     JobSent,
     MetricsReady,
     Observer,
-    PacingChanged,
     QuarantineBegun,
     QuarantineEnded,
     ReplyRejected,
@@ -32,24 +33,24 @@ from fedgpt.core.events import (
     VersionMade,
 )
 from fedgpt.core.faults import reach
-from fedgpt.core.messages import Job, JobTime, Pacing, Reply, ServerState, Update
+from fedgpt.core.messages import Job, JobTime, Reply, ServerState, Update
 from fedgpt.server.background_evaluation import BackgroundEvaluation
 from fedgpt.server.collector import Collectors, model_length
 from fedgpt.server.in_flight import InFlight, Key, restored_jobs
 from fedgpt.server.jobs import JobPlanner
-from fedgpt.server.metrics import RunMetrics, counted, line_of_version, summary
+from fedgpt.server.metrics_line import RunMetrics, counted, line_of_version, summary
 from fedgpt.server.observers import Observers
-from fedgpt.server.pacing import Pace, Progress, Roster, make_pace, versions_per_round
-from fedgpt.server.pacing_advisor import PacingAdvisor
+from fedgpt.server.pacing import Progress, Roster, versions_per_round
 from fedgpt.server.parts import Parts
 from fedgpt.server.quarantine import Quarantine
+from fedgpt.server.run_pacing import RunPacing
 from fedgpt.server.saver import Saver
 from fedgpt.server.version import OpenVersion
 from fedgpt.storage.checkpoint import Snapshot
 from fedgpt.storage.tables import VersionLine
 
-MEETING_SECONDS = 300  # how long the server waits for the first clients
-# jobs, for each update that a server step needs, that may fail in a row before the run stops
+MEETING_SECONDS = 300  # seconds that the server waits for clients to connect
+# consecutive failed jobs after which the run stops, for each update that a server step needs
 MOST_FAILURES = 10
 
 
@@ -58,30 +59,29 @@ class Server:
 
     def __init__(self, parts: Parts, snapshot: Snapshot, observers: Sequence[Observer] = ()):
         options, identity = parts.options, snapshot.identity
-        self.parts = parts
+        self.parts, self.transport = parts, parts.transport
         self.state, self.totals = snapshot.state, snapshot.totals
         self.clients = snapshot.clients.frozen()
-        # an interrupted server saved between its usual checkpoints: a restart may need that one
+        # an interrupted server saves an extra checkpoint, whose client states a restart may need
         self.clients.remember_accepted()
         self.saver = Saver(parts, snapshot)
         self.metrics = RunMetrics(snapshot)
         self.evaluation = BackgroundEvaluation(options.evaluate, parts.evaluator, self._publish)
         self.observers = Observers(observers)
         self.planner = JobPlanner(parts, identity, self.clients, snapshot.extra)
-        self.advisor = PacingAdvisor(self.planner)
+        self.pacing = RunPacing(self.planner, snapshot.totals.pacing, self._tell)
         self.quarantine = Quarantine(options.validate, self.clients)
         self.jobs = InFlight(parts.transport)
-        self.pace = self._make_pace()
         size = self.state.params.size
         self.collectors = Collectors(options, parts.strategy, parts.privacy, size, identity.run)
-        self.version = OpenVersion(self.state, self.collectors.empty(), 0.0)  # none is open yet
+        self.current: OpenVersion  # the version under way; there is none before `_open_version`
 
     def run(self) -> dict[str, Any]:
-        """Train to the last version; returns the summary that summary.json holds."""
+        """Train to the last version; returns the content of summary.json."""
         try:
             self._open()
             while self._part_done() < 1:
-                if self.version.collector.full or self.pace.due(self._progress()):
+                if self.current.collector.full or self.pacing.pace.due(self._progress()):
                     self._step()
                 else:
                     self._dispatch()
@@ -103,21 +103,21 @@ class Server:
     # ---- open
 
     def _open(self) -> None:
-        """Meet the clients and send what was in flight; open the version that a restart finds."""
-        transport, state = self.parts.transport, self.state
+        """Wait for the clients, send the jobs that were in flight again, and open a version."""
+        state = self.state
         self.saver.checkpoints.started(state.version)
         if self.parts.options.checkpoint.every != 0:
             self.saver.save()
         self.evaluation.complete(self.metrics.line, state.params)
-        infos = transport.clients(timeout=MEETING_SECONDS)
+        infos = self.transport.clients(timeout=MEETING_SECONDS)
         if not infos:
-            raise StoppedEarly(f"no client appeared within {MEETING_SECONDS} s")
-        self.clients.ids = [info.id for info in infos]
-        pacing = self.pacing  # pace.clients=0 becomes a number now
+            raise StoppedEarly(f"no client connected within {MEETING_SECONDS} s")
+        self.clients.meet(info.id for info in infos)
+        pacing = self.pacing.numbers  # pace.clients=0 becomes a number now
         if problems := list(self.parts.strategy.problems(pacing)):
             raise ConfigError(problems)
         self.parts.privacy.meet(infos)
-        total, now = self.planner.tokens_total(pacing), transport.now()
+        total, now = self.planner.tokens_total(pacing), self.transport.now()
         self._tell(RunOpened(tuple(infos), state.version, total, now))
         if self.parts.fleet is not None:
             self.parts.fleet.meet(self.clients.ids)
@@ -126,43 +126,47 @@ class Server:
         self._open_version()
 
     def _open_version(self) -> None:
-        """Nothing has come in for the next version yet; fix what its updates are measured by."""
-        most = self.pace.max_updates(len(self.clients)) + len(self.jobs)
+        """Open the next version, without updates, and fix the limits on its updates."""
+        most = self.pacing.pace.max_updates(len(self.clients)) + len(self.jobs)
         collector = self.collectors.open(self.state, self.totals.norms, most, self.clients)
         start = replace(self.state, params=self.planner.published.advance(self.state))
-        look_again = self.version.look_again
-        self.version = OpenVersion(start, collector, self.parts.transport.now(), look_again)
+        self.current = OpenVersion(start, collector, self.transport.now())
         for client in self.clients.end_rests(self.state.version):
-            now = self.parts.transport.now()
+            now = self.transport.now()
             self._tell(QuarantineEnded(client, self.state.version, now))
 
     # ---- dispatch
 
     def _dispatch(self) -> None:
         """Give jobs to the clients that the pacing chooses, from the newest model."""
-        transport = self.parts.transport
-        roster = Roster(
-            self.clients.ids, self.jobs.busy, lambda c: self._may_ask(c) and transport.available(c)
-        )
-        chosen = self.pace.start(self._progress(), roster)
-        if not chosen and not len(self.jobs) and not any(map(self._may_ask, self.clients.ids)):
-            reasons = f"{self.quarantine.summary()}{self.parts.privacy.reason}"
-            raise StoppedEarly(f"no client may be asked: {reasons}")
+        chosen = self._choose()
         if chosen is None:
             return
-        version = self.version
-        if not version.asked:
-            version.asked, version.began = True, transport.now()
+        if not self.current.asked:
+            self.current.asked, self.current.began = True, self.transport.now()
         self.totals = self.totals.plus(dispatched=len(chosen))
         job = partial(
             self.planner.job,
-            start=version.start,
+            start=self.current.start,
             totals=self.totals,
-            pacing=self.pacing,
+            pacing=self.pacing.numbers,
             saved=self.saver.snapshot.clients,
-            now=transport.now(),
+            now=self.transport.now(),
         )
         self._send([job(client) for client in chosen])
+
+    def _choose(self) -> list[str] | None:
+        """The clients that get a job now; None: nobody can be asked yet."""
+        roster = Roster(
+            self.clients.ids,
+            self.jobs.busy,
+            lambda client: self._may_ask(client) and self.transport.available(client),
+        )
+        chosen = self.pacing.pace.start(self._progress(), roster)
+        if not chosen and not len(self.jobs) and not any(map(self._may_ask, self.clients.ids)):
+            reasons = f"{self.quarantine.summary()}{self.parts.privacy.reason}"
+            raise StoppedEarly(f"no client may be asked: {reasons}")
+        return chosen
 
     def _may_ask(self, client: str) -> bool:
         if self.clients.is_resting(client):
@@ -172,46 +176,30 @@ class Server:
     def _send(self, jobs: list[Job]) -> None:
         if not jobs:
             return
-        transport = self.parts.transport
         for job in jobs:
-            self.totals = self.totals.plus(bytes_down=transport.bytes_down(job))
-            steps, now = job.plan.local_steps, transport.now()
+            self.totals = self.totals.plus(bytes_down=self.transport.bytes_down(job))
+            steps, now = job.plan.local_steps, self.transport.now()
             self._tell(JobSent(job.client, job.number, job.version, steps, now))
         self.jobs.send(jobs)
 
     # ---- receive
 
     def _receive(self) -> None:
-        """Wait for one reply and collect its update, or give up the job that is overdue."""
+        """Wait for one reply and collect its update, or give up an overdue job."""
         progress = self._progress()
-        if self.pace.due(progress):
+        if self.pacing.pace.due(progress):
             return
         if not self.jobs.has_reply and self._give_up_overdue():
             return
-        reply = self.jobs.next_reply(self._patience(progress))
+        reply = self.jobs.next_reply(self.pacing.patience(progress, self.jobs.oldest()))
         if reply is None:
             self._advise()
         else:
             self._handle(reply)
 
-    def _patience(self, progress: Progress) -> float | None:
-        """Seconds to wait for a reply; None: until one comes."""
-        waits = [self.pace.patience(progress)]
-        if not self.pace.keeps_jobs:
-            waits.append(self.version.look_again)
-        elif (left := self._seconds_left()) is not None:
-            waits.append(left)
-        return min((seconds for seconds in waits if seconds is not None), default=None)
-
-    def _seconds_left(self) -> float | None:
-        """Until the oldest job is overdue, where jobs have a deadline of their own."""
-        deadline, oldest = self.parts.options.pace.deadline, self.jobs.oldest()
-        if not self.pace.keeps_jobs or deadline is None or oldest is None:
-            return None
-        return oldest.sent + deadline - self.parts.transport.now()
-
     def _give_up_overdue(self) -> bool:
-        left, oldest = self._seconds_left(), self.jobs.oldest()
+        oldest = self.jobs.oldest()
+        left = self.pacing.seconds_left(oldest)
         if left is None or oldest is None or left > 0:
             return False
         why = f"no reply within pace.deadline={self.parts.options.pace.deadline:g} s"
@@ -219,14 +207,16 @@ class Server:
         return True
 
     def _give_up(self, keys: list[Key], why: str, missed: bool) -> None:
-        """Wait for these jobs no longer; `missed`: their clients had time enough."""
+        """Give up these jobs; with `missed` their clients had enough time, and each gets a
+        strike.
+        """
         for client, number in keys:
             job = self.jobs.pop(client, number)
             if missed and job is not None:  # the client is at least as slow as this
-                self.planner.measure(job, self.parts.transport.now())
+                self.planner.measure(job, self.transport.now())
             self._reject("no_reply", client, number, why)
             self._fail(client if missed else None)
-        self.parts.transport.abandon(keys)
+        self.transport.abandon(keys)
 
     def _handle(self, reply: Reply) -> None:
         """Validate one reply and collect its update; a rejected one changes only counters."""
@@ -240,7 +230,7 @@ class Server:
                 code = self.clients.reason_for_stray(reply.client, reply.number)
                 raise UpdateRejected(code, "not in flight")
             tokens = job.plan.local_steps * self.planner.step_tokens
-            update = self.version.collector.read(reply, job, tokens)
+            update = self.current.collector.read(reply, job, tokens)
             self._accept(update, job, reply.job_time)
             self._advise()
         except UpdateRejected as rejection:
@@ -249,53 +239,51 @@ class Server:
                 self._fail(None if rejection.code == "stale" else reply.client)
 
     def _send_complete(self, job: Job) -> None:
-        """The client may have lost its cached model: the same job, with all parameters."""
+        """Send the same job with all parameters, because the client may have lost its cached
+        model.
+        """
         plan = replace(job.plan, cached_version=-1)
-        now = self.parts.transport.now()
+        now = self.transport.now()
         self._send([replace(job, plan=plan, model_deltas=(), sent=now)])
 
     def _accept(self, update: Update, job: Job, job_time: JobTime) -> None:
+        """Count a valid update; raises UpdateRejected where it is too old or does not fit."""
+        staleness, privacy = self._staleness(update), self.parts.privacy
+        update = self.current.collector.add(update, job, staleness)
+        took = self.planner.measure(job, self.transport.now(), job_time)
+        if not privacy.central:  # what single updates show is not noised
+            self.metrics.diagnostics.update(update, self.pacing.pace.keeps_jobs)
+        privacy.answered(update, self.clients)
+        self.quarantine.succeeded()
+        self.clients.accept(update, took)
+        if len(self.current.collector) == (self.parts.options.pace.goal or 1):
+            self.current.goal_reached = self.transport.now()
+        about = update.client, update.number, update.version, update.tokens
+        now = self.transport.now()
+        self._tell(UpdateAccepted(*about, staleness, took, job_time.measured, now))
+        reach("accepted")
+
+    def _staleness(self, update: Update) -> int:
+        """Versions made since the client got its model; raises UpdateRejected for too many."""
         staleness = self.state.version - update.version
         limit = self.parts.options.pace.max_staleness
         if limit is not None and staleness > limit:
             detail = f"{staleness} versions old, pace.max_staleness={limit}"
             raise UpdateRejected("stale", detail)
-        update = self.version.collector.add(update, job, staleness)
-        took = self.planner.measure(job, self.parts.transport.now(), job_time)
-        if not self.parts.privacy.central:  # what single updates show is not noised
-            self.metrics.diagnostics.update(update, self.pace.keeps_jobs)
-        self.parts.privacy.answered(update, self.clients)
-        self.quarantine.failures = 0
-        self.clients.accept(update, took)
-        if len(self.version.collector) == (self.parts.options.pace.goal or 1):
-            self.version.goal_reached = self.parts.transport.now()
-        event = UpdateAccepted(
-            update.client,
-            update.number,
-            update.version,
-            update.tokens,
-            staleness,
-            took,
-            measured=job_time.measured,
-            seconds=self.parts.transport.now(),
-        )
-        self._tell(event)
-        reach("accepted")
+        return staleness
 
     def _reject(self, code: str, client: str, number: int, detail: str) -> None:
-        self.version.rejections[code] += 1
+        self.current.rejections[code] += 1
         self.totals = self.totals.plus_rejected(code)
-        self._tell(ReplyRejected(code, client, number, detail, self.parts.transport.now()))
+        self._tell(ReplyRejected(code, client, number, detail, self.transport.now()))
 
     def _fail(self, client: str | None) -> None:
-        """Count a failed job, against `client` if it is to blame; stop where nothing succeeds."""
-        self.version.failed += 1
-        self.quarantine.failures += 1
-        pacing, version = self.pacing, self.state.version
-        if client is not None:
-            until = self.quarantine.strike(client, version, versions_per_round(pacing))
-            if until is not None:
-                self._tell(QuarantineBegun(client, until, version, self.parts.transport.now()))
+        """Count a failed job, and a strike against `client` if given; stop if all jobs fail."""
+        self.current.failed += 1
+        pacing, version = self.pacing.numbers, self.state.version
+        until = self.quarantine.failed(client, version, versions_per_round(pacing))
+        if client is not None and until is not None:
+            self._tell(QuarantineBegun(client, until, version, self.transport.now()))
         if self.quarantine.failures >= MOST_FAILURES * max(pacing.clients, pacing.goal):
             failures = f"{self.quarantine.failures} jobs in a row failed"
             raise StoppedEarly(f"{failures}: {self._reasons()}")
@@ -303,16 +291,16 @@ class Server:
     # ---- step
 
     def _step(self) -> None:
-        """Make the next version from the collected updates, record it, open the one after it."""
+        """Make the next version from the collected updates, record it, and open the version after
+        it.
+        """
         self._close_version()
         reach("aggregate")
-        before, pacing = self.state, self.pacing
-        part = self._part_done()
-        self.state = self.version.collector.step(before, pacing, self._root())
+        before, part = self.state, self._part_done()
+        self.state = self.current.collector.step(before, self.pacing.numbers, self._root())
         model_length(self.state)  # a run that has diverged ends here
         self._count_version()
-        line = self._line(before, part)
-        self.metrics.line = line
+        line = self.metrics.line = self._line(before, part)
         self._advise(line.metrics)
         if self.parts.options.evaluate.rollback is not None and line.score:
             self._keep_or_restore()
@@ -320,54 +308,56 @@ class Server:
         self._open_version()
 
     def _close_version(self) -> None:
-        """Give up jobs that do not outlast a version; stop where too few updates are valid."""
-        if self.pace.keeps_jobs:
+        """Give up a cohort's jobs when its version closes; stop if too few updates are valid."""
+        if self.pacing.pace.keeps_jobs:
             return
-        version, options = self.version, self.parts.options
-        enough = version.goal_reached is not None and options.pace.goal is not None
+        current, options = self.current, self.parts.options.pace
+        enough = current.goal_reached is not None and options.goal is not None
         self._give_up(self.jobs.keys(), "the version closed first", missed=not enough)
-        accepted = len(version.collector)
-        # with privacy=client, how many updates came must not show
-        minimum = 0 if self.parts.privacy.central else options.pace.minimum
-        if version.failed and accepted < minimum:
+        accepted = len(current.collector)
+        # with privacy=client, the number of updates must not be revealed
+        minimum = 0 if self.parts.privacy.central else options.minimum
+        if current.failed and accepted < minimum:
             raise StoppedEarly(
                 f"version {self.state.version + 1} got {accepted} valid updates of"
-                f" {accepted + version.failed} jobs, pace.minimum={minimum}: {self._reasons()}"
+                f" {accepted + current.failed} jobs, pace.minimum={minimum}: {self._reasons()}"
             )
 
     def _root(self) -> Callable[[], Update] | None:
-        """Trains the server's own update of this version, where the rule wants one."""
+        """A function that trains the server's own update of this version; None if the rule needs
+        none.
+        """
         if not self.parts.strategy.needs_root:
             return None
-        assert self.parts.root is not None, "a rule that needs a root update gets its trainer"
+        root = self.parts.root
+        assert root is not None, "a rule that needs a root update gets its trainer"
         self.evaluation.wait()  # both compute on the server's device: one at a time
-        every = self._versions_between(self.parts.options.checkpoint.every)
-        job = self.planner.root_job(self.state, self.totals, self.pacing, every)
-        return partial(self.parts.root, job)
+        pacing, every = self.pacing.numbers, self._checkpoint_every()
+        return partial(root, self.planner.root_job(self.state, self.totals, pacing, every))
 
     def _count_version(self) -> None:
         """Bring the totals to the new version."""
-        collector, pacing = self.version.collector, self.pacing
-        job_tokens = self.planner.job_tokens
+        collector, job_tokens = self.current.collector, self.planner.job_tokens
+        pacing = self.pacing.numbers
         trained = self.parts.privacy.tokens(collector.accepted, pacing, job_tokens)
         self.totals = replace(
             self.totals.plus(tokens_done=trained),
-            seconds=self.parts.transport.now(),
+            seconds=self.transport.now(),
             wall_seconds=self.metrics.wall_seconds(),
             norms=collector.norms_after(self.totals.norms),
         )
 
     def _line(self, before: ServerState, part: float) -> VersionLine:
-        """The new version's line of metrics; `part`: how much of the run was done before it."""
-        metrics = line_of_version(self.version, self.totals, self.clients, self.jobs)
-        every = self._versions_between(self.parts.options.evaluate.every)
+        """The new version's line of metrics; `part`: the share of the run before it."""
+        metrics = line_of_version(self.current, self.totals, self.clients, self.jobs)
+        every = self.pacing.versions_between(self.parts.options.evaluate.every)
         line = self.evaluation.plan(VersionLine(metrics), part, self._part_done(), every)
         private = self.parts.privacy.metrics(self.clients) if line.score else {}
         step = self.metrics.diagnostics.step(before.params - self.state.params)
-        return replace(line, metrics={**metrics, **private, **step, "pacing": self._pacing_name})
+        return replace(line, metrics={**metrics, **private, **step, "pacing": self.pacing.name})
 
     def _keep_or_restore(self) -> None:
-        """Score the new version now, as it decides: a version that is too bad is rolled back."""
+        """Score the new version and roll back to the best weights if its score is too bad."""
         line = self.metrics.line
         scores = self.evaluation.scores(self.state, line.sample)
         value = scores[self.parts.scoring.score.name]
@@ -378,27 +368,29 @@ class Server:
     # ---- record
 
     def _record(self) -> None:
-        """Write the new version down: event, snapshot, checkpoint where one is due, evaluation."""
-        # before the snapshot: a restart cuts the events that came after it
-        self._tell(VersionMade(self.metrics.line.metrics, self.parts.transport.now()))
-        every = self._versions_between(self.parts.options.checkpoint.every)
+        """Record the new version: event, snapshot, checkpoint if one is due, evaluation."""
+        # before the snapshot, because a restart deletes the events after its snapshot
+        self._tell(VersionMade(self.metrics.line.metrics, self.transport.now()))
+        every = self._checkpoint_every()
         due = bool(every and self.state.version % every == 0)
-        if due:  # one table more than checkpoints: the newest may still be on its way to the disk
+        if due:  # one table more than checkpoints, because the newest may still be being written
             self.clients.remember_accepted(self.parts.options.checkpoint.keep + 1)
         self.saver.take(self._snapshot())
         if due:
-            self.evaluation.wait()  # a checkpoint never runs ahead of metrics.jsonl
+            self.evaluation.wait()  # metrics.jsonl must contain every version of a checkpoint
             self.saver.save()
         self.evaluation.complete(self.metrics.line, self.state.params)
 
     def _snapshot(self) -> Snapshot:
-        """State and tables as they are between two versions; jobs sent later do not change it."""
+        """State and tables between two versions; jobs that are sent later do not change the
+        snapshot.
+        """
         bases = {f"base/{version}": base for version, base in self.jobs.bases.items()}
         return Snapshot(
             self.state,
             self.saver.snapshot.identity,
             self.metrics.line,
-            self.totals,
+            replace(self.totals, pacing=self.pacing.changed_to),
             self.clients.frozen(),
             self.jobs.as_json(),
             self.parts.strategy.unsaved,
@@ -411,7 +403,7 @@ class Server:
         )
 
     def _publish(self, metrics: dict[str, Any], params: np.ndarray | None) -> None:
-        """A version's line is complete; called by the evaluation's thread."""
+        """Write and publish a version's complete line; called by the evaluation's thread."""
         self.saver.best.keep(metrics, params)
         self.parts.folder.metrics.append(metrics)
         reach("evaluated")
@@ -420,68 +412,48 @@ class Server:
     # ---- end
 
     def _end(self, over: bool) -> None:
-        """The server stops in order; `over`: a restart would stop at the same place again."""
+        """Stop in an orderly way; with `over` a restart would stop at the same place again."""
         self.evaluation.wait()
         self.saver.end(over)
 
     def _close(self) -> None:
-        self.evaluation.close()
-        self.observers.close()
-        self.saver.checkpoints.close()
-        self.parts.transport.close()
+        with ExitStack() as last_first:  # each is closed, also where closing another one raises
+            last_first.callback(self.observers.close)  # a slow observer keeps nothing else waiting
+            last_first.callback(self.transport.close)
+            last_first.callback(self.saver.checkpoints.close)
+            last_first.callback(self.evaluation.close)
 
     def _summary(self) -> dict[str, Any]:
         parts, identity = self.parts, self.saver.snapshot.identity
         totals = replace(self.totals, wall_seconds=self.metrics.wall_seconds())
-        lines, virtual = parts.folder.metrics.read(), parts.transport.virtual
+        lines, virtual = parts.folder.metrics.read(), self.transport.virtual
         return summary(lines, self.state, totals, identity, parts.scoring, virtual)
 
-    # ---- pacing and small helpers
-
-    @property
-    def pacing(self) -> Pacing:
-        """The present pacing in numbers."""
-        return self.pace.pacing(len(self.clients))
-
-    @property
-    def _pacing_name(self) -> str:
-        return self.totals.pacing or self.parts.options.pace.name
-
-    def _make_pace(self) -> Pace:
-        options = self.parts.options
-        return make_pace(options.pace, options.seed, self._pacing_name, self.parts.privacy.coins)
+    # ---- helpers
 
     def _advise(self, metrics: Mapping[str, Any] | None = None) -> None:
-        """Ask a strategy that may change the pacing; `metrics`: the line of a new version."""
-        if not self.parts.strategy.switches or (self.pace.keeps_jobs and metrics is None):
-            return
-        pacing, done = self._pacing_name, {u.client for u in self.version.collector.accepted}
-        advice = self.advisor.advise(pacing, done, self.jobs, self.state, metrics or {})
-        choice, self.version.look_again = advice.choice, advice.look_again
-        if choice.memory:
-            self.state = replace(self.state, memory={**self.state.memory, **choice.memory})
-        if choice.pacing != pacing:
-            self.totals = replace(self.totals, pacing=choice.pacing)
-            self.pace = self._make_pace()
-            now, version = self.parts.transport.now(), self.state.version
-            self._tell(PacingChanged(choice.pacing, choice.reason, version, now))
+        """Let the strategy change the pacing; `metrics`: the line of a new version."""
+        accepted = self.current.collector.accepted
+        self.state = self.pacing.advise(accepted, self.jobs, self.state, metrics)
 
     def _progress(self) -> Progress:
-        return self.version.progress(self.totals, len(self.jobs), self.parts.transport.now())
+        return self.current.progress(self.totals, len(self.jobs), self.transport.now())
 
     def _part_done(self) -> float:
-        """How much of the run is done, from 0 to 1; by tokens where rounds do not end it."""
+        """Share of the run that is complete, from 0 to 1; by tokens if rounds do not end the
+        run.
+        """
         options, strategy = self.parts.options, self.parts.strategy
         if options.tokens or strategy.switches:
-            return min(1.0, self.totals.tokens_done / self.planner.tokens_total(self.pacing))
+            total = self.planner.tokens_total(self.pacing.numbers)
+            return min(1.0, self.totals.tokens_done / total)
         return self.state.version / options.rounds
 
-    def _versions_between(self, every: int | None) -> int:
-        """Of evaluations or checkpoints; by default the versions that a round's updates make."""
-        return versions_per_round(self.pacing) if every is None else every
+    def _checkpoint_every(self) -> int:
+        return self.pacing.versions_between(self.parts.options.checkpoint.every)
 
     def _reasons(self) -> str:
-        rejected = counted(self.version.rejections)
+        rejected = counted(self.current.rejections)
         return f"{rejected}; see events.jsonl in {self.parts.folder.path}"
 
     def _tell(self, event: Event) -> None:

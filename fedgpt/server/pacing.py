@@ -1,7 +1,7 @@
-"""Pacing: when jobs start and when a server step happens. Arithmetic is elsewhere (aggregate/).
+"""Pacing: when jobs start and when the server takes a step. The step is computed in aggregate/.
 
-`cohort` is rounds; `buffer` keeps k clients in flight and steps every K arrivals (K = 1: fully
-asynchronous).
+`cohort` works in rounds. `buffer` keeps k jobs in flight and takes a step after every K updates (K
+= 1: fully asynchronous).
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from fedgpt.core.messages import Pacing
 from fedgpt.core.options import PaceOptions
 from fedgpt.core.seeds import numpy_generator
 
-DRAWS = 32  # of a refill before the idle clients are counted one by one
+DRAWS = 32  # random draws for a free client before all clients are listed
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a pacing decides from: counts since the last server step, and how long that is ago."""
+    """The input of a pacing's decisions: counts and seconds since the last server step."""
 
     version: int
-    dispatched: int  # jobs of the whole run
+    dispatched: int  # jobs sent since the start of the run
     asked: bool  # whether this version's clients have been chosen
     in_flight: int
     accepted: int
@@ -34,42 +34,40 @@ class Progress:
 
 @dataclass(frozen=True)
 class Roster:
-    """Who could get a job."""
+    """The clients that could get a job."""
 
     clients: Sequence[str]
     busy: Container[str]
     available: Callable[[str], bool]
 
     def free(self, client: str) -> bool:
-        """Whether `client` is connected and without a job."""
+        """Whether `client` is available and has no job."""
         return client not in self.busy and self.available(client)
 
 
 class Pace(Protocol):
-    """One loop asks these questions, whatever the pacing."""
+    """The interface of a pacing to the server loop."""
 
-    keeps_jobs: bool  # whether jobs go on when the server steps; otherwise they are given up
+    keeps_jobs: bool  # whether jobs stay in flight at a server step; otherwise they are given up
 
     def start(self, progress: Progress, roster: Roster) -> list[str] | None:
-        """Clients that get a job now; None: nobody can be asked yet."""
+        """Clients that get a job now; None: no client can get a job yet."""
         ...
 
     def due(self, progress: Progress) -> bool:
-        """Whether the server steps now."""
+        """Whether the server takes a step now."""
         ...
 
     def patience(self, progress: Progress) -> float | None:
-        """Seconds that the loop may wait for the next reply; None: until one comes."""
+        """Seconds that the loop may wait for the next reply; None: without a limit."""
         ...
 
     def max_updates(self, clients: int) -> int:
-        """The largest number of updates that one server step can have, of jobs that were sent for
-        it.
-        """
+        """The largest number of updates in one server step from jobs that were sent for it."""
         ...
 
     def pacing(self, clients: int) -> Pacing:
-        """In numbers, for a strategy."""
+        """The pacing in numbers, for a strategy."""
         ...
 
 
@@ -80,8 +78,8 @@ Coins = Callable[[int, int], np.ndarray | None]
 def make_pace(
     options: PaceOptions, seed: int, name: str | None = None, coins: Coins | None = None
 ) -> Pace:
-    """The pacing that `options` name, or `name`; secret `coins` choose a cohort instead of the
-    seed's, where given.
+    """The pacing that `options` name, or `name`. If secret `coins` are given, they choose the
+    cohort instead of the run's seed.
     """
     if (name or options.name) == "buffer":
         return Buffer(options, seed)
@@ -90,7 +88,7 @@ def make_pace(
 
 @dataclass(frozen=True)
 class Cohort:
-    """Sample clients for each version; close it when all have replied, on a goal, or on a
+    """Sample clients for each version, and close it after all replies, at the goal, or at the
     deadline.
     """
 
@@ -100,8 +98,8 @@ class Cohort:
     keeps_jobs = False
 
     def start(self, progress: Progress, roster: Roster) -> list[str] | None:
-        """The whole cohort at once, at the start of a version; stateless in the version, so a
-        resumed run agrees.
+        """The complete cohort, at the start of a version. It is a function of seed and version, so
+        a resumed run samples the same clients.
         """
         if progress.asked:
             return []
@@ -110,7 +108,7 @@ class Cohort:
             return None
         draw = numpy_generator(self.seed, "cohort", progress.version)
         if self.options.rate is not None:
-            # a coin for every client there is: who is away or resting must not change the others'
+            # a coin for every client, so that absent clients do not change the coins of the others
             coins = (
                 None if self.secret is None else self.secret(progress.version, len(roster.clients))
             )
@@ -132,9 +130,7 @@ class Cohort:
         return [clients[int(i)] for i in sorted(chosen)]
 
     def due(self, progress: Progress) -> bool:
-        """When everybody has answered, the goal is reached and its grace over, or the deadline has
-        passed.
-        """
+        """True after all replies, after the goal and its grace time, or after the deadline."""
         if not progress.asked:
             return False
         if progress.in_flight == 0 or _goal_is_over(progress, self.options):
@@ -142,8 +138,8 @@ class Cohort:
         return self.options.deadline is not None and progress.seconds >= self.options.deadline
 
     def patience(self, progress: Progress) -> float | None:
-        """Until the deadline, which runs from the moment the cohort is asked, or the end of the
-        grace.
+        """Seconds until the deadline, counted from the start of the cohort, or until the end of the
+        grace time.
         """
         if not progress.asked:
             return None
@@ -153,7 +149,7 @@ class Cohort:
         return max(0.0, min(left)) if left else None
 
     def max_updates(self, clients: int) -> int:
-        """The sample, or everybody where coins decide."""
+        """The size of the sample; with coins, the number of all clients."""
         return (
             clients
             if self.options.rate is not None
@@ -161,7 +157,7 @@ class Cohort:
         )
 
     def pacing(self, clients: int) -> Pacing:
-        """The cohort's size is its expected one where coins decide."""
+        """The pacing in numbers; with coins the size of the cohort is its expected size."""
         size = self.max_updates(clients)
         if self.options.rate is not None:
             size = max(1, round(self.options.rate * clients))
@@ -172,8 +168,8 @@ class Cohort:
 
 @dataclass(frozen=True)
 class Buffer:
-    """Keep `clients` jobs in flight; step every `goal` arrivals. Who is done gets the newest model
-    at once.
+    """Keep `clients` jobs in flight and take a step after every `goal` updates. A client that is
+    done gets the newest model at once.
     """
 
     options: PaceOptions
@@ -181,7 +177,7 @@ class Buffer:
     keeps_jobs = True
 
     def start(self, progress: Progress, roster: Roster) -> list[str] | None:
-        """Idle clients, drawn by the number of the job: whoever is free where all are in flight."""
+        """Free clients, drawn with a seed for each job, until `clients` jobs are in flight."""
         chosen: dict[str, None] = {}
         wanted = (
             min(self.options.clients or len(roster.clients), len(roster.clients))
@@ -195,16 +191,16 @@ class Buffer:
         return list(chosen)
 
     def due(self, progress: Progress) -> bool:
-        """At the goal, when its grace is over."""
+        """True after the goal and its grace time."""
         return _goal_is_over(progress, self.options, default=1)
 
     def patience(self, progress: Progress) -> float | None:
-        """Until the end of the grace."""
+        """Seconds until the end of the grace time."""
         left = _grace_left(progress, self.options)
         return max(0.0, left[0]) if left else None
 
     def max_updates(self, clients: int) -> int:
-        """The goal, and what comes in while its grace runs."""
+        """The goal, and the updates that may arrive during its grace time."""
         goal = self.options.goal or 1
         return (
             goal
@@ -213,7 +209,7 @@ class Buffer:
         )
 
     def pacing(self, clients: int) -> Pacing:
-        """Clients in flight and updates per step."""
+        """The pacing in numbers: jobs in flight and updates per step."""
         size = min(self.options.clients or clients, clients)
         return Pacing("buffer", size, self.options.goal or 1, self.options.grace is not None)
 
@@ -229,7 +225,7 @@ class Buffer:
 
 
 def versions_per_round(pacing: Pacing) -> int:
-    """Versions that take as many updates as clients train at once."""
+    """Number of versions in one round: as many as take one update of each client that trains."""
     return max(1, pacing.clients // pacing.goal) if pacing.name == "buffer" else 1
 
 

@@ -10,19 +10,19 @@ from fedgpt.core.messages import Choice, Observed, ServerState
 from fedgpt.server.in_flight import InFlight
 from fedgpt.server.jobs import JobPlanner, job_seconds
 
-GROWTH = 0.02  # share of the longest job time after which a round is looked at again
+GROWTH = 0.02  # share of the longest job time after which the strategy is asked again in a round
 
 
 @dataclass(frozen=True)
 class Advice:
-    """The strategy's choice, and when to ask it again if nothing arrives."""
+    """The strategy's choice, and when to ask it again if no reply arrives."""
 
     choice: Choice
-    look_again: float | None = None  # seconds; None: only an arrival can change the answer
+    look_again: float | None = None  # seconds until the next call; None: after the next reply
 
 
 class PacingAdvisor:
-    """What the server knows of its clients' times, put to `Strategy.choose_pacing`."""
+    """Calls `Strategy.choose_pacing` with the job times that the server has measured."""
 
     def __init__(self, planner: JobPlanner):
         self.planner, self.parts = planner, planner.parts
@@ -35,14 +35,14 @@ class PacingAdvisor:
         state: ServerState,
         metrics: Mapping[str, Any],
     ) -> Advice:
-        """The strategy's advice at this moment.
+        """The strategy's current advice.
 
-        `done`: clients whose updates were accepted since the last version; `metrics`: the line of
-        a version that was just made, empty within one.
+        `done`: clients whose updates were accepted since the last version; `metrics`: the line of a
+        version that was just made; empty while a version is open.
         """
         done, oldest, at_once = list(done), in_flight.oldest(), self.parts.transport.at_once
         if at_once is not None and len(in_flight) + len(done) > at_once:
-            # jobs queue for workers, which never idle: no pacing would handle more updates
+            # jobs wait for workers, so all workers are busy and no pacing can handle more updates
             return Advice(Choice(pacing))
         now = self.parts.transport.now()
         steps, speeds = self.parts.options.local.steps, self.planner.clients.speeds

@@ -1,4 +1,4 @@
-"""What a server is put together from: fedgpt/assemble.py makes the parts of a real run."""
+"""The parts of a server; fedgpt/assemble.py makes the parts of a real run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Evaluator(Protocol):
     """Scores a flat vector."""
 
     def __call__(self, version: int, params: np.ndarray, sample: bool) -> dict[str, Any]:
-        """Scores by name, the run's score among them; with `sample`, also prompt and sample."""
+        """Scores by name, including the run's score; with `sample`, also prompt and sample."""
         ...
 
 
@@ -37,7 +37,7 @@ class Parts:
     transport: Transport
     evaluator: Evaluator
     folder: RunFolder
-    scoring: Scoring = LANGUAGE  # the names of the scores, and the one that the run is judged by
+    scoring: Scoring = LANGUAGE  # the names of the scores, and the run's score
     privacy: Privacy = field(default_factory=Privacy)
-    root: RootTrainer | None = None  # trains the server's own update, for rules that want one
-    fleet: Fleet | None = None  # slows the clients of a real clock down
+    root: RootTrainer | None = None  # trains the server's own update, for rules that need one
+    fleet: Fleet | None = None  # modelled speeds of the clients on a real clock

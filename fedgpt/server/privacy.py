@@ -1,11 +1,10 @@
-"""The server's side of privacy: who may take part how often, and what stands between a sum and the
-model.
+"""Privacy at the server: limits on participation, clipping and noise.
 
-privacy=client: each decoded update is clipped to C, counts once with a weight of at most 1, and the
-sum gets noise before anything is made of it: D = (sum_i s_i clip(D_i) + N(0, (z C)^2)) / K, K a
-constant. Every release is paid for in `ledger.json` before its noise is drawn. privacy=example and
-local: clients pay for themselves; the server counts, asks nobody beyond the plan and reports the
-client that has paid most.
+privacy=client: the server clips each decoded update to C, gives it a weight of at most 1, and adds
+noise to the sum: D = (sum_i s_i clip(D_i) + N(0, (z C)^2)) / K, where K is a constant. The ledger
+`ledger.json` is charged for every release before its noise is drawn. privacy=example and local:
+each client has its own ledger. The server counts jobs, sends none beyond the plan, and reports the
+largest epsilon of a client.
 """
 
 from __future__ import annotations
@@ -33,56 +32,60 @@ from fedgpt.privacy.randomness import SecureStream, derive, secret_key
 from fedgpt.privacy.toeplitz import correlate
 from fedgpt.storage.tables import Clients
 
-CLIP = "privacy/clip"  # names in the state's memory
+CLIP = "privacy/clip"  # names of arrays in the state's memory
 NOISE = "privacy/noise"
 OFTEN = (
-    ", the others have taken part as often as they may (privacy.participations) or too lately"
+    ", the other clients have reached privacy.participations or took part too recently"
     " (privacy.separation)"
 )
 
 
 class Privacy:
-    """A run without privacy: nothing is limited. The classes below override what differs."""
+    """A run without privacy, which has no limits. The classes below override its methods."""
 
-    central = False  # whether the server noises the sum of a version's updates
-    reason = ""  # why nobody may take part, as the end of a message
+    central = False  # whether the server adds noise to the sum of a version's updates
+    reason = ""  # why no client may take part, as the end of a message
 
     def job_numbers(self) -> dict[str, Any]:
-        """Fields of the plan that every job carries."""
+        """Fields of the plan that every job contains."""
         return {}
 
     def meet(self, infos: Iterable[ClientInfo]) -> None:
-        """The clients of this run, before its first job."""
+        """Set the clients of this run, before its first job."""
 
     def may_ask(self, client: str, version: int, clients: Clients) -> bool:
         """Whether a client may take part in the version that is made from `version`."""
         return True
 
     def asked(self, client: str, steps: int, clients: Clients) -> None:
-        """A job of so many local steps has been made for a client."""
+        """Count a job of `steps` local steps that was made for a client."""
 
     def answered(self, update: Update, clients: Clients) -> None:
-        """A job's update has been accepted."""
+        """Count an accepted update."""
 
     def noise_length(self, size: int) -> float:
-        """How long an update of `size` parameters may be through its noise alone."""
+        """The norm that noise alone may give to an update of `size` parameters."""
         return 0.0
 
     def tokens(self, accepted: Sequence[Update], pacing: Pacing, job_tokens: int) -> int:
-        """By how many tokens a version moves the learning-rate schedule."""
+        """The number of tokens by which a version advances the learning-rate schedule."""
         return sum(update.tokens for update in accepted)
 
     def coins(self, version: int, count: int) -> np.ndarray | None:
-        """(count,) secret uniform values that choose the clients; None: the run's seed does."""
+        """(count,) secret uniform values that choose the clients; None: the run's seed chooses
+        them.
+        """
         return None
 
     def metrics(self, clients: Clients) -> dict[str, Any]:
-        """Fields of the line of a version that is scored; an epsilon takes half a second."""
+        """Privacy metrics of a version that is scored; computing an epsilon takes half a second."""
         return {"epsilon": None}
 
 
 class PaidByClients(Privacy):
-    """privacy=example and local: every client keeps its own ledger, and the server counts along."""
+    """privacy=example and local: every client has its own ledger, and the server also counts its
+    jobs.
+    """
 
     reason = OFTEN
 
@@ -92,7 +95,7 @@ class PaidByClients(Privacy):
         self.probability: dict[str, float] = {}
 
     def job_numbers(self) -> dict[str, Any]:
-        """The noise, the number of jobs that it is meant for, and delta."""
+        """The noise multiplier, the number of jobs for which it is planned, and delta."""
         plan = self.plan
         return {
             "noise_multiplier": plan.noise_multiplier,
@@ -110,12 +113,12 @@ class PaidByClients(Privacy):
             self.probability[info.id] = probability
 
     def may_ask(self, client: str, version: int, clients: Clients) -> bool:
-        """As long as a complete job is within the plan."""
+        """True if a complete job of the client is within the plan."""
         charged = clients.charges.get(client, 0.0)
         return charged + self.per_job <= self.plan.participations * self.per_job
 
     def asked(self, client: str, steps: int, clients: Clients) -> None:
-        """The client pays when it begins a job; the server counts as if it always began."""
+        """Count the job as charged: the client's ledger is charged when the job begins."""
         clients.charge(client, steps if self.plan.unit == "example" else 1)
 
     def noise_length(self, size: int) -> float:
@@ -125,16 +128,20 @@ class PaidByClients(Privacy):
         return 2 * 2 * self.options.privacy.clip * self.plan.noise_multiplier * size**0.5
 
     def answered(self, update: Update, clients: Clients) -> None:
-        """Note what the client says it has paid: more than the server knows after a crash."""
+        """Store the charges that the client reports; after a crash they may exceed the server's
+        count.
+        """
         clients.charged_at_least(update.client, float(update.metrics.get("charged", 0.0)))
 
     def metrics(self, clients: Clients) -> dict[str, Any]:
-        """Epsilon of the client that has paid most; it holds for all, as shards share no block."""
+        """The largest epsilon of a client; it holds for all clients, because shards share no
+        block.
+        """
         plan, worst, most = self.plan, None, 0.0
         paid = {(self.probability[client], int(n)) for client, n in clients.charges.items()}
         for probability, count in paid:
             if any(p >= probability and n >= count for p, n in paid - {(probability, count)}):
-                continue  # another client pays more in any case
+                continue  # another client has a larger epsilon in any case
             event = Event(plan.noise_multiplier, probability, count)
             if (epsilon := epsilon_of((event,), plan.delta)) >= most:
                 worst, most = event, epsilon
@@ -158,11 +165,11 @@ class PaidByServer(Privacy):
     def __init__(
         self, options: RunOptions, plan: PrivacyPlan, folder: Path, data: str, fresh: bool
     ):
-        """`folder` holds ledger and key; `data` names what is protected; `fresh`: the run begins,
-        so they may too.
+        """`folder` contains ledger and key; `data` is the digest of the protected text; with
+        `fresh` the run is new, and ledger and key are created.
         """
         self.options, self.plan = options, plan
-        # which is made last: with it, there was a ledger
+        # the key is created after the ledger, so if the key exists, the ledger existed
         fresh = fresh and not (folder / "privacy.key").exists()
         self.ledger = Ledger(folder / "ledger.json", "client", data, plan.delta, fresh)
         self.key = secret_key(folder / "privacy.key", fresh)
@@ -172,8 +179,8 @@ class PaidByServer(Privacy):
         self.clip, self.bits, self.shares = options.privacy.clip, 0.0, dict[str, float]()
 
     def may_ask(self, client: str, version: int, clients: Clients) -> bool:
-        """So often at most, and never twice for one sum; by coins anybody, as the accounting has
-        them all.
+        """Limit the participations and forbid two updates in one sum. With coins every client may
+        take part, because the accounting includes all clients.
         """
         if self.plan.sampling == "poisson":
             return True
@@ -184,21 +191,23 @@ class PaidByServer(Privacy):
         return paid + 1 <= self.plan.participations + 1e-9
 
     def coins(self, version: int, count: int) -> np.ndarray | None:
-        """Secret ones: the sample must not be guessed."""
+        """Secret values, so that nobody can guess the sample."""
         return SecureStream(self.key, "coins", version).uniform(count)
 
     def tokens(self, accepted: Sequence[Update], pacing: Pacing, job_tokens: int) -> int:
-        """As many as were expected: who came must not show in the learning rates of others."""
+        """The expected number of tokens, so that learning rates do not reveal which clients took
+        part.
+        """
         return pacing.goal * job_tokens
 
     def begin(self, state: ServerState) -> None:
-        """Forget the last version's updates; the clip stays the same until the next release."""
+        """Clear the last version's updates; the clip is constant until the next release."""
         self.clip = float(state.memory.get(CLIP, self.options.privacy.clip))
         self.bits, self.shares = 0.0, {}
 
     def take(self, update: Update, rule: Strategy, staleness: int) -> tuple[Update, float]:
-        """The clipped update and its weight, at most 1: how many tokens a client has must not
-        count.
+        """The clipped update and its weight, at most 1. The weight must not depend on a client's
+        number of tokens.
         """
         whole = update.metrics["update_norm"] <= self.clip
         share = min(1.0, rule.discount(staleness))
@@ -207,7 +216,7 @@ class PaidByServer(Privacy):
         return replace(update, delta=clipped(update.delta, self.clip)), share
 
     def divisor(self, rule: Strategy, pacing: Pacing) -> float:
-        """K: never how many came, nor the sum of their weights."""
+        """The constant K, instead of the number of updates or the sum of their weights."""
         if pacing.name == "buffer":
             return rule.divisor([1.0] * pacing.goal, pacing)
         return self.plan.cohort
@@ -215,10 +224,10 @@ class PaidByServer(Privacy):
     def release(
         self, mean: np.ndarray, divisor: float, state: ServerState, clients: Clients
     ) -> tuple[np.ndarray, ServerState]:
-        """Add the noise of one release, paid for before it is drawn, to the clipped sum over
+        """Charge the ledger for one release, then add its noise to the clipped sum divided by
         `divisor`; changes `mean`.
 
-        Raises StoppedEarly where the budget does not allow the release.
+        Raises StoppedEarly if the budget does not allow the release.
         """
         version = state.version
         digest = hashlib.sha256(mean.data).hexdigest()
@@ -228,7 +237,8 @@ class PaidByServer(Privacy):
             self._charge(version, tag)
         except BudgetExhausted as error:
             raise StoppedEarly(
-                f"privacy: {error}; the model of version {version} is the last that is paid for"
+                f"privacy: {error}; the model of version {version} is the last with a charged"
+                " release"
             ) from error
         for client in self.shares:
             clients.note_release(client, version)
@@ -248,13 +258,13 @@ class PaidByServer(Privacy):
             ledger.charge_clients(
                 version, tag, self.shares, plan.noise_multiplier, plan.participations, plan.budget
             )
-        elif version == 0 and not ledger.account.events:  # one release for the whole run
+        elif version == 0 and not ledger.account.events:  # one release for the complete run
             ledger.charge(0, tag, plan.planned, plan.budget)
         else:
             ledger.note(version, tag)
 
     def _covered(self, event: Event) -> bool:
-        """Whether the budget has room for the whole plan, and the plan for one release more."""
+        """Whether the budget covers the complete plan, and the plan covers one more release."""
         fits = self.plan.budget is None or self.plan.epsilon <= self.plan.budget
         return fits and self.ledger.account.within(self.plan.planned, event)
 
@@ -280,14 +290,16 @@ class PaidByServer(Privacy):
         return mean, replace(state, memory=memory)
 
     def metrics(self, clients: Clients) -> dict[str, Any]:
-        """Epsilon so far and the clip; nothing that was not released with noise."""
+        """Epsilon so far and the clip, which were released with noise."""
         return {"epsilon": self.ledger.account.epsilon, "privacy_clip": self.clip}
 
 
 def make_privacy(
     options: RunOptions, plan: PrivacyPlan | None, folder: Path, data: str, fresh: bool
 ) -> Privacy:
-    """The server's side for `plan`; raises FedGPTError where what has been spent is not known."""
+    """The server's privacy object for `plan`; raises FedGPTError if the ledger is missing or
+    damaged.
+    """
     if plan is None:
         return Privacy()
     if plan.unit == "client":

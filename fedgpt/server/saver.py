@@ -1,4 +1,4 @@
-"""What a restart finds: snapshots, the checkpoints made of them, the journal, the best weights."""
+"""The data for a restart: snapshots, their checkpoints, the journal and the best weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fedgpt.storage.journal import RecordedTransport
 
 
 class Saver:
-    """Keeps the newest snapshot and writes it where a checkpoint is due."""
+    """Keeps the newest snapshot, and writes it when a checkpoint is due."""
 
     def __init__(self, parts: Parts, snapshot: Snapshot):
         transport, options = parts.transport, parts.options
@@ -21,22 +21,22 @@ class Saver:
         self.checkpoints = Checkpoints(folder, options.checkpoint.keep, committed)
         self.best = BestWeights(options, self.checkpoints, snapshot, parts.scoring.score)
         self.snapshot = replace(snapshot, clients=snapshot.clients.frozen())
-        self._saved: int | None = None  # version of the newest checkpoint that was asked for
+        self._saved: int | None = None  # version of the newest checkpoint that was requested
 
     def take(self, snapshot: Snapshot) -> None:
-        """A version has been made: this is the state after it."""
+        """Store the snapshot after a new version."""
         self.snapshot = snapshot
         if self.journal is not None:
             self.journal.step(snapshot.state.version)
 
     def save(self) -> None:
-        """Write the newest snapshot in the background, unless it is on its way already."""
+        """Write the newest snapshot in the background, unless it is already being written."""
         if self._saved != self.snapshot.state.version:
             self._saved = self.snapshot.state.version
             self.checkpoints.save(self.snapshot)
 
     def end(self, over: bool) -> None:
-        """The server stops in order; `over`: a restart would stop at the same place again."""
+        """Stop in an orderly way; with `over` a restart would stop at the same place again."""
         self.save()
         self.checkpoints.wait()
         self.checkpoints.ended()

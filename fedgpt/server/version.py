@@ -1,4 +1,4 @@
-"""A version under way: everything that belongs to one version and to no other."""
+"""The state of the open version."""
 
 from __future__ import annotations
 
@@ -11,26 +11,18 @@ from fedgpt.storage.tables import RunTotals
 
 
 class OpenVersion:
-    """Made anew after every server step, so that nothing of the last version can be left over."""
+    """A new object for every version, so that no state of the previous version remains."""
 
-    def __init__(
-        self,
-        start: ServerState,
-        collector: UpdateCollector,
-        now: float,
-        look_again: float | None = None,
-    ):
-        """`start` is the state as clients get it; `now` a reading of the run's clock."""
+    def __init__(self, start: ServerState, collector: UpdateCollector, now: float):
+        """`start` is the state as clients get it; `now` is the time on the run's clock."""
         self.start, self.collector, self.began = start, collector, now
         self.asked = False  # whether its clients have been chosen
-        self.failed = 0  # jobs that brought no valid update
-        self.goal_reached: float | None = None  # when as many updates as the goal were accepted
+        self.failed = 0  # jobs without a valid update
+        self.goal_reached: float | None = None  # time at which the goal was reached
         self.rejections: Counter[str] = Counter()  # reason code -> count
-        # seconds without a reply after which the strategy is asked for its pacing again
-        self.look_again = look_again
 
     def progress(self, totals: RunTotals, in_flight: int, now: float) -> Progress:
-        """What a pacing decides from."""
+        """The input of a pacing's decisions."""
         return Progress(
             self.start.version,
             totals.dispatched,

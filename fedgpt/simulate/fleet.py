@@ -1,7 +1,7 @@
 """Simulated fleets: how long a client's job takes, whether it is lost, when a client is available.
 
-Everything is a function of the options, the seed, the client and the job number. So a run on the
-virtual clock has the same events however often, and on however many workers, it is computed.
+All times are a function of the options, the seed, the client and the job number. So a run on the
+virtual clock is deterministic, on any number of workers.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ class Trip:
     per_byte: float = 0.0  # seconds of upload per byte of the reply
     leaves: float = math.inf  # time at which the client becomes unavailable
     order: int = 0  # order of arrivals at the same time, before client and job number
-    job_time: JobTime | None = None  # as recorded; None: all the time since the job was sent
+    job_time: JobTime | None = None  # recorded job time; None: the time since the job was sent
 
 
 class Timing(Protocol):
-    """What the virtual clock asks a fleet."""
+    """The interface of a fleet to the virtual clock."""
 
     def meet(self, clients: Sequence[str]) -> None:
         """Take the ids of all clients, in order; called before all other methods."""
@@ -131,7 +131,7 @@ class Fleet:
         following = (
             self._openings[index] if index < self._openings.size else self._openings[0] + period
         )
-        return now + float(following - position) + 1e-6  # just after the edge
+        return now + float(following - position) + 1e-6  # just after the window opens
 
     def _left(self, client: str, now: float) -> float:
         """Seconds until the client's window closes; 0 if it is closed."""
@@ -148,9 +148,7 @@ def _trace(options: FleetOptions) -> dict[str, Device]:
         # spreadsheets write a byte order mark
         text = Path(str(options.path)).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{named}: is no text in UTF-8 ({error.reason}); save it as CSV"
-        ) from None
+        raise ConfigError(f"{named}: is not UTF-8 text ({error.reason}); save it as CSV") from None
     rows = csv.DictReader(text.splitlines())
     found = rows.fieldnames or []
     if missing := [name for name in ("client", "step_seconds") if name not in found]:
@@ -180,12 +178,12 @@ def _number(value: object) -> float:
 
 
 def fleet_problems(options: RunOptions) -> Iterator[str]:
-    """What is wrong with the fleet beside the clock, and with the file that it is read from."""
+    """Yield the problems of the fleet together with the clock, and of its file."""
     f = options.fleet
     if options.clock == "virtual" and f.name == "none":
         yield (
-            "clock=virtual: needs a fleet, which says how fast clients are; add fleet=published (or"
-            " constant, ...)"
+            "clock=virtual: needs a fleet, which models the clients' speeds; add fleet=published"
+            " (or constant, ...)"
         )
     if options.clock == "real" and f.name == "replay":
         yield f"fleet={f.name}: a record is replayed on the virtual clock; add clock=virtual"

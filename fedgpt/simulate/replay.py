@@ -44,7 +44,7 @@ class Replay:
         return True
 
     def opening(self, now: float) -> float:
-        """Infinity: no client is ever away."""
+        """Infinity, because clients are always available."""
         return math.inf
 
 
@@ -63,7 +63,7 @@ def replay_problems(options: RunOptions, switches: bool) -> Iterator[str]:
     """
     if options.fleet.name != "replay":
         return
-    why = "fleet=replay: a record holds when replies arrived"
+    why = "fleet=replay: a record contains when replies arrived"
     for name in ("grace", "deadline"):
         if (value := getattr(options.pace, name)) is not None:
             yield (

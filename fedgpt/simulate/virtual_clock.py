@@ -1,7 +1,7 @@
 """The virtual clock: a Transport in which real clients compute and replies arrive in modelled time.
 
-Replies are delivered in the order of (modelled arrival, client, job number), whatever the order in
-which they were computed, so a run has the same bits on one worker and on eight. Jobs in flight are
+Replies are delivered in the order of (modelled arrival, client, job number), not in the order in
+which they were computed. So a run has the same bits on one worker and on eight. Jobs in flight are
 computed in parallel.
 """
 
@@ -53,7 +53,7 @@ class VirtualTransport:
         return infos
 
     def available(self, client: str) -> bool:
-        """Whether the client is available at the present virtual time."""
+        """Whether the client is available at the current virtual time."""
         available = self.timing.available(client, self._now)
         self._someone_is_away |= not available
         return available
@@ -76,7 +76,7 @@ class VirtualTransport:
         """The next reply; [] after `timeout` seconds or when an unavailable client returns."""
         until = math.inf if timeout is None else self._now + timeout
         if timeout and until == self._now:
-            # a timeout below the clock's resolution must end, too
+            # a timeout below the clock's resolution must also end
             until = math.nextafter(self._now, math.inf)
         if self._someone_is_away:
             until = min(until, self.timing.opening(self._now))
@@ -89,7 +89,7 @@ class VirtualTransport:
                 return [reply]
         if until == math.inf:
             raise FedGPTError(
-                f"the virtual clock stands still: {len(self._trips)} jobs are in flight and none"
+                f"the virtual clock cannot advance: {len(self._trips)} jobs are in flight and none"
                 " of them ever arrives"
             )
         self._now = until

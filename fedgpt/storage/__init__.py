@@ -1,3 +1,1 @@
-"""What survives a restart: the run folder, checkpoints, the journal, the best weights, the initial
-weights.
-"""
+"""Files that survive a restart: run folder, checkpoints, journal, best weights, initial weights."""

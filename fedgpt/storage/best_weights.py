@@ -13,7 +13,7 @@ from fedgpt.core.options import RunOptions
 from fedgpt.core.score import Score
 from fedgpt.storage.checkpoint import Checkpoints, Snapshot
 
-PREFIX = "best/"  # names among the extra arrays of a checkpoint
+PREFIX = "best/"  # prefix of the best weights among the extra arrays of a checkpoint
 
 
 class BestWeights:
@@ -22,14 +22,18 @@ class BestWeights:
     def __init__(
         self, options: RunOptions, checkpoints: Checkpoints, snapshot: Snapshot, score: Score
     ):
-        """Continue from a snapshot; the file may be of a later version, which is as good still."""
+        """Continue from a snapshot; the file may contain a later version, whose weights are still
+        valid.
+        """
         self.options, self.checkpoints, self.score = options, checkpoints, score
         kept = checkpoints.load_best() if options.checkpoint.best else None
         self._kept = score.worst if kept is None else kept[1]
         self._state, self._value = _restored(snapshot.extra, score)
 
     def keep(self, metrics: Mapping[str, Any], params: np.ndarray | None) -> None:
-        """Write a scored version's weights to the file where no version before was as good."""
+        """Write a scored version's weights to the file if no earlier version has an equal or better
+        score.
+        """
         value = metrics.get(self.score.name, self.score.worst)
         if params is None or not self.options.checkpoint.best:
             return
@@ -38,14 +42,14 @@ class BestWeights:
             self.checkpoints.save_best(params, metrics["version"], value)
 
     def decide(self, state: ServerState, value: float) -> tuple[ServerState, dict[str, int]]:
-        """(the state to continue with, fields for the metrics line) of a version that is scored.
+        """Return (the state to continue with, fields for the metrics line) for a scored version.
 
-        Where the score is worse than evaluate.rollback allows, the best version's weights and
-        memory come back.
+        If the score is worse than evaluate.rollback allows, the best version's weights and memory
+        are restored.
         """
         if self._state is not None and not self._acceptable(value):
             best = self._state
-            # what has been released stays released: correlated noise continues from there
+            # a rollback does not undo releases, so correlated noise continues from the last release
             private = {n: array for n, array in state.memory.items() if n.startswith("privacy/")}
             memory = {**best.memory, **private}
             restored = replace(state, params=best.params, memory=memory)
@@ -55,12 +59,12 @@ class BestWeights:
         return state, {}
 
     def _acceptable(self, value: float) -> bool:
-        """Whether a score is at most the allowed share worse than the best; NaN is not."""
+        """Whether a score is worse than the best by at most the allowed share; False for NaN."""
         allowed = self.score.tolerated(self._value, self.options.evaluate.rollback or 0.0)
         return value == allowed or self.score.better(value, allowed)
 
     def memory(self) -> dict[str, np.ndarray]:
-        """For a checkpoint: the version that a restarted server could have to return to."""
+        """Arrays for a checkpoint: the version to which a restarted server may have to return."""
         if self._state is None:
             return {}
         best = self._state

@@ -32,22 +32,24 @@ from fedgpt.core.messages import ServerState
 from fedgpt.storage.tables import Clients, RunIdentity, RunTotals, VersionLine
 
 FORMAT = 4
-MOST_STARTS = 3  # from one checkpoint without a new version: then the one before is used
+MOST_STARTS = 3  # consecutive starts without a new version, after which an older checkpoint is used
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One consistent moment: right after a server step, before its version's first job."""
+    """A consistent state of the server: after a server step, before the first job of its
+    version.
+    """
 
     state: ServerState
     identity: RunIdentity
     line: VersionLine
     totals: RunTotals = field(default_factory=RunTotals)
     clients: Clients = field(default_factory=Clients)  # a copy that nothing changes
-    in_flight: tuple[dict[str, Any], ...] = ()  # jobs sent and not answered, without their vectors
-    unsaved: tuple[str, ...] = ()  # what the strategy remembers and no checkpoint can hold
-    # base/<version>: vectors that jobs in flight began from; the other prefixes are their owners'
+    in_flight: tuple[dict[str, Any], ...] = ()  # jobs in flight, without their vectors
+    unsaved: tuple[str, ...] = ()  # names of strategy state that a checkpoint cannot contain
+    # base/<version>: vectors that jobs in flight started from; other modules use other prefixes
     extra: dict[str, np.ndarray] = field(default_factory=dict)
 
 
@@ -55,24 +57,24 @@ class Checkpoints:
     """The `checkpoints/` folder of a run: the newest `keep` checkpoints and the best weights."""
 
     def __init__(self, folder: Path, keep: int, committed: Callable[[int], None] | None = None):
-        """`committed` is called, in the writing thread, with the oldest version kept, once a new
-        one is on the disk.
+        """`committed` is called in the writing thread after each new checkpoint, with the oldest
+        version that is kept.
         """
         self.folder, self.keep, self._committed = folder, keep, committed
-        # the version whose checkpoint `recover` retired because no start from it made a new one
+        # version of the checkpoint that `recover` renamed after MOST_STARTS failed starts
         self.retired: int | None = None
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
 
     def save(self, snapshot: Snapshot) -> None:
-        """Start writing in the background; waits for the previous one first, and raises its
+        """Start to write in the background; first waits for the previous checkpoint and raises its
         error.
         """
         self.wait()
         self._pending = self._writer.submit(self._write, snapshot)
 
     def wait(self) -> None:
-        """Return when the last checkpoint is committed; raises FedGPTError if it could not be."""
+        """Return when the last checkpoint is committed; raises FedGPTError if that failed."""
         pending, self._pending = self._pending, None
         if pending is not None:
             try:
@@ -88,19 +90,19 @@ class Checkpoints:
     def load(self) -> Snapshot | None:
         """The newest checkpoint whose digest matches; unusable ones are skipped with a warning.
 
-        None where none was ever committed; raises FedGPTError where all that were are damaged.
-        Changes nothing: a reader may come while a run writes.
+        Returns None if no checkpoint was committed; raises FedGPTError if all checkpoints are
+        damaged. Changes no file, because a reader may call it while a run writes.
         """
         return self._newest()[0]
 
     def recover(self) -> Snapshot | None:
-        """As `load`, for the server that holds the run's lock: it also cleans the folder.
+        """Like `load`, for the server that holds the run's lock; also cleans the folder.
 
-        Unusable checkpoints are renamed to .damaged, also one from which MOST_STARTS starts in a
-        row made no new version. Temporary files of a killed server are deleted.
+        Unusable checkpoints are renamed to .damaged, and also a checkpoint from which MOST_STARTS
+        consecutive starts made no new version. Temporary files of a killed server are deleted.
         """
         snapshot, skipped = self._newest()
-        for unusable in skipped:  # it must not count as the newest again
+        for unusable in skipped:  # so that it is not the newest checkpoint at the next start
             if self._starts(unusable) >= MOST_STARTS:
                 self.retired = _version_of(unusable)
             unusable.rename(unusable.with_suffix(".damaged"))
@@ -110,9 +112,9 @@ class Checkpoints:
         return snapshot
 
     def _newest(self) -> tuple[Snapshot | None, list[Path]]:
-        """(the newest that can be used, those that cannot), as the files are."""
+        """Return (the newest usable checkpoint, the unusable ones), without changing a file."""
         skipped: list[Path] = []
-        tried: Snapshot | None = None  # undamaged, though no start from it made a new version
+        tried: Snapshot | None = None  # undamaged, but no start from it made a new version
         damaged: list[str] = []
         paths = sorted(self.folder.glob("version-*.safetensors"), reverse=True)
         for path in paths:
@@ -120,14 +122,14 @@ class Checkpoints:
                 snapshot = self._read(path)
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
                 log.warning(
-                    "checkpoint %s is damaged (%s); trying the one before", path.name, error
+                    "checkpoint %s is damaged (%s); trying the previous one", path.name, error
                 )
                 skipped.append(path)
                 damaged += [f"{path.name}: {error}"] if _mark(path).exists() else []
                 continue
             if self._starts(path) >= MOST_STARTS and path is not paths[-1]:
                 log.warning(
-                    "%d starts from %s made no new version; trying the one before",
+                    "%d starts from %s made no new version; trying the previous one",
                     MOST_STARTS,
                     path.name,
                 )
@@ -152,13 +154,13 @@ class Checkpoints:
         reach("open")
 
     def ended(self) -> None:
-        """The server stopped in order: reset the count of starts."""
+        """Reset the count of starts, because the server did not crash."""
         (self.folder / "starts.json").unlink(missing_ok=True)
 
     def save_best(self, params: np.ndarray, version: int, value: float) -> None:
-        """Replace the best weights; raises FedGPTError where they cannot be written.
+        """Replace the best weights; raises FedGPTError if they cannot be written.
 
-        `value` is the score that they were chosen by.
+        `value` is their score.
         """
         about = {"version": version, "value": value, "sha256": _digest(params)}
         try:
@@ -261,7 +263,7 @@ class Checkpoints:
 
 
 def converted(old: dict[str, Any]) -> dict[str, Any]:
-    """The JSON of format 3, of fedgpt 0.1 before November 2026, as this version writes it."""
+    """Convert the JSON of format 3 (fedgpt 0.1 before November 2026) to this version's format."""
     columns = {
         "next_number": "next_task",
         "accepted": "accepted",

@@ -1,8 +1,8 @@
-"""The weights that a run starts from: a new model's, or those of an earlier run or another model.
+"""The initial weights of a run: of a new model, of an earlier run, or of another model.
 
-They have two parts. The trainable ones are version 0 of the vector that the server averages. The
-frozen ones, which `model.trainable` leaves out, are the base: server and clients make it each for
-themselves, from the same `init_from` or seed, and compare its digest.
+They have two parts. The trainable weights are version 0 of the vector that the server averages. The
+base weights are frozen, because `model.trainable` does not select them. Server and clients compute
+them separately from the same `init_from` or seed, and compare their digest.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from fedgpt.model.build import freeze
 from fedgpt.model.gpt import GPT
 from fedgpt.model.hf import import_model
 
-# options in which the model of `init_from` may differ, as long as it has the same parameters
+# options that may differ from the model of `init_from`, because they do not change its parameters
 MAY_DIFFER = {"dropout", "bias", "trainable"}
 
 
 def initial_weights(o: RunOptions, tokenizer: Tokenizer) -> np.ndarray:
     """The run's vector at version 0, (parameters,) float32: the trainable weights.
 
-    Raises ConfigError if the model or the tokenizer of `init_from` is another one.
+    Raises ConfigError if the model or the tokenizer of `init_from` differs.
     """
     return flatten(_initial_model(o, tokenizer))[1].numpy()
 
 
 def base_weights(o: RunOptions, tokenizer: Tokenizer) -> dict[str, Tensor]:
-    """The run's frozen weights by name, float32; empty, without any work, if all are trained.
+    """The run's frozen weights by name, float32; returns an empty mapping at once if all are
+    trained.
 
     Raises ConfigError as `initial_weights` does.
     """
@@ -89,7 +90,7 @@ def _differences(
         problems.append(
             f"{where}: has {found.vocab_size} tokens, this run's tokenizer has {model.vocab_size}"
         )
-    # neither model is frozen yet: these layouts hold all parameters
+    # neither model has frozen parameters yet, so these layouts contain all parameters
     if not problems and FlatParams.of(found) != FlatParams.of(model):
         problems.append(
             f"{where}: has other parameters (model.bias, model.tie); set them as that model has"

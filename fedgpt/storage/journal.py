@@ -1,20 +1,19 @@
-"""The write-ahead log of a run on the real clock: everything from outside since a checkpoint.
+"""The journal: a write-ahead log of the server's inputs since a checkpoint, on the real clock.
 
-The server's loop is a function of its snapshot and of what its transport returns: replies, the
-time, which clients are available. `RecordedTransport` records all of that, in order, and forces it
-to the disk before the next job is sent. A restarted server loads the snapshot and replays the log:
-it takes the same steps to the same bits, without asking a client, and continues live where the log
-ends. So no accepted update is lost and none counts twice, and a privacy ledger that charges before
-a release charges the same again.
+The server loop is a deterministic function of its snapshot and of its transport's return values:
+replies, the time, and which clients are available. `RecordedTransport` logs these values in order,
+and syncs them to disk before it sends the next job. A restarted server loads the snapshot and
+replays the log, without sending a job to a client. It gets the same bits, and continues live at the
+end of the log. So no accepted update is lost or counted twice, and a privacy ledger repeats the
+same charges.
 
-    wal/version-00000012.log    what came after the server step that made version 12
+    wal/version-00000012.log    inputs after the server step that made version 12
     entry                       "FGJ2", length of the JSON, length of the payloads, CRC-32 of both,
                                 JSON, payloads
 
 A crash can truncate the last entry: the complete entries before it are replayed, and the rest is
-deleted. The log reaches back to the oldest checkpoint that is kept, so a restart can begin from any
-of them. Where a file is missing, or an entry does not fit the run, all later entries belong to a
-course that the run no longer takes, and are deleted.
+deleted. The log starts at the oldest checkpoint that is kept, so a restart can use any checkpoint.
+If a file is missing or an entry does not match the run, all later entries are deleted.
 """
 
 from __future__ import annotations
@@ -46,11 +45,11 @@ log = logging.getLogger(__name__)
 
 
 def needs_journal(options: RunOptions, switches: bool) -> bool:
-    """Whether a run keeps a journal: as `checkpoint.journal` says, else where a restart could not
-    repeat lost work to the same bits, or only by asking real clients again.
+    """Whether a run keeps a journal: the value of `checkpoint.journal`, or, if it is null, whether
+    the run has real clients or is not deterministic.
 
-    A cohort of simulated clients repeats its jobs to the same bits, and the virtual clock repeats
-    everything. A buffer on the real clock does not (`switches`: the strategy may change to one).
+    Cohorts of simulated clients and runs on the virtual clock are deterministic. A buffer on the
+    real clock is not (with `switches` the strategy may change to a buffer).
     """
     if options.checkpoint.journal is not None:
         return options.checkpoint.journal
@@ -60,14 +59,14 @@ def needs_journal(options: RunOptions, switches: bool) -> bool:
 
 @dataclass(frozen=True)
 class Entry:
-    """One call of the transport, and the loop's other questions since the entry before."""
+    """One call of the transport, and the values that the loop read since the previous entry."""
 
     call: str  # send, receive, or step: the end of a version
-    jobs: tuple[Key, ...] = ()  # sent
-    replies: tuple[Reply, ...] = ()  # received
+    jobs: tuple[Key, ...] = ()  # jobs sent
+    replies: tuple[Reply, ...] = ()  # replies received
     times: tuple[float, ...] = ()  # readings of the clock
     away: frozenset[str] = frozenset()  # clients that were not available
-    clients: int = 0  # how many the run has
+    clients: int = 0  # number of clients of the run
 
 
 class Journal:
@@ -78,15 +77,15 @@ class Journal:
         folder.mkdir(exist_ok=True)
         self._version = 0
         self._stream: IO[bytes] | None = None
-        self._last = (0, 0)  # version and place in its file of the entry that was read last
+        self._last = (0, 0)  # version and file offset of the entry that was read last
 
     def begin(self, version: int) -> None:
-        """Append from now on to the file of `version`, which the server has just made."""
+        """Append the next entries to the file of `version`, which the server has just made."""
         self.close()
         self._version = version
 
     def append(self, entry: Entry) -> None:
-        """Write one entry; on the disk for certain only after `flush`."""
+        """Write one entry; only `flush` guarantees that it is on disk."""
         if self._stream is None:
             path = self._path(self._version)
             fresh = not path.exists()
@@ -106,16 +105,16 @@ class Journal:
         self._stream.flush()
 
     def flush(self) -> None:
-        """Return when everything appended is on the disk."""
+        """Sync all appended entries to disk."""
         if self._stream is not None:
             os.fsync(self._stream.fileno())
 
     def read(self, version: int) -> Iterator[Entry]:
-        """Yield the entries from `version` on, read one at a time.
+        """Yield the entries from `version` onwards, read one at a time.
 
         Everything after a damaged entry, or after a version without its last entry, is deleted.
         """
-        # whether what was read ends with a server step, so that the next version's file goes on
+        # whether the last entry was a server step: then the next version's file continues the log
         stepped = True
         while stepped and self._path(version).exists():
             stepped, complete = False, 0
@@ -138,7 +137,7 @@ class Journal:
         self.forget(version)
 
     def cut(self) -> None:
-        """Delete the entry that was read last and all after it."""
+        """Delete the entry that was read last and all later entries."""
         version, place = self._last
         os.truncate(self._path(version), place)
         self.forget(version + 1)
@@ -156,7 +155,7 @@ class Journal:
                 path.unlink(missing_ok=True)
 
     def clear(self) -> None:
-        """Delete the whole log: the run is over, or its clients are to be asked again."""
+        """Delete the log, because the run is over or its jobs must be sent again."""
         self.close()
         self.forget(0)
 
@@ -185,22 +184,24 @@ class RecordedTransport:
         journal.begin(version)
         self._begun = False  # whether the jobs in flight at the snapshot were handed to `send`
         self._entries = journal.read(version)
-        self._next: Entry | None = None  # to be replayed; None: live
-        self._times_read = 0  # how many of its clock readings have been replayed
-        self._times: list[float] = []  # live: readings since the last entry
-        self._available: dict[str, bool] = {}  # live: answers since the last entry
-        self._open: dict[Key, Job] = {}  # jobs sent in the log that no reply was replayed for
+        self._next: Entry | None = None  # next entry to replay; None: the transport is live
+        self._times_read = 0  # number of its clock readings that have been replayed
+        self._times: list[float] = []  # live: clock readings since the last entry
+        self._available: dict[str, bool] = {}  # live: availability of clients since the last entry
+        self._open: dict[Key, Job] = {}  # jobs sent in the log without a replayed reply
         self._last, self._offset = now, now - inner.now()
         self._clients = 0
 
     def clients(self, timeout: float) -> list[ClientInfo]:
-        """The inner transport's clients; the log is replayed only if all of them are back."""
+        """The inner transport's clients; the log is replayed only if the number of clients is
+        unchanged.
+        """
         infos = self.inner.clients(timeout)
         self._clients = len(infos)
         return infos
 
     def available(self, client: str) -> bool:
-        """As the inner transport says; the answer is kept until something is sent or received."""
+        """Availability from the inner transport; constant until the next `send` or `receive`."""
         if self._next is not None:
             return client not in self._next.away
         if client not in self._available:
@@ -208,10 +209,10 @@ class RecordedTransport:
         return self._available[client]
 
     def send(self, jobs: Sequence[Job]) -> None:
-        """Record the jobs, with all before them, on the disk; then send them.
+        """Sync the jobs and all earlier entries to disk, then send the jobs.
 
-        The first call has the jobs in flight at the snapshot, none for a new run. The log begins
-        there.
+        The first call has the jobs in flight at the snapshot (none for a new run) and begins the
+        log.
         """
         keys = tuple((job.client, job.number) for job in jobs)
         if not self._begun:
@@ -226,19 +227,19 @@ class RecordedTransport:
             self.inner.send(jobs)
 
     def receive(self, timeout: float | None) -> list[Reply]:
-        """The inner transport's replies, recorded."""
+        """Log and return the inner transport's replies."""
         if (entry := self._next) and self._replays("receive"):
             for reply in entry.replies:
                 self._open.pop((reply.client, reply.number), None)
             self._advance()
             return list(entry.replies)
         replies = [_plain(reply) for reply in self.inner.receive(timeout)]
-        self.now()  # when they came: the clock goes on from here, should this be the last entry
+        self.now()  # time of arrival: if this is the last entry, the clock continues from here
         self._write("receive", replies=tuple(replies))
         return replies
 
     def step(self, version: int) -> None:
-        """The server has made `version`: its snapshot contains everything recorded so far."""
+        """Begin the file of `version`; its snapshot contains the effects of all earlier entries."""
         if self._replays("step"):
             self.journal.begin(version)
             self._advance()
@@ -247,7 +248,7 @@ class RecordedTransport:
             self.journal.begin(version)
 
     def abandon(self, keys: Iterable[Key]) -> None:
-        """Nobody wants these replies."""
+        """Tell the inner transport that replies to these jobs are not needed."""
         keys = list(keys)
         for key in keys:
             self._open.pop(key, None)
@@ -255,11 +256,11 @@ class RecordedTransport:
             self.inner.abandon(keys)
 
     def bytes_down(self, job: Job) -> int:
-        """As the inner transport counts."""
+        """Bytes of a job, as counted by the inner transport."""
         return self.inner.bytes_down(job)
 
     def now(self) -> float:
-        """Seconds on the run's clock, which stands still while no server runs."""
+        """Seconds on the run's clock, which does not advance while no server runs."""
         if self._next is not None:
             if self._times_read < len(self._next.times):
                 self._last = self._next.times[self._times_read]
@@ -270,7 +271,9 @@ class RecordedTransport:
         return self._last
 
     def over(self) -> None:
-        """The run is over: delete the log, unless `send` was never called and it was not read."""
+        """Delete the log at the end of the run, unless `send` was never called and the log was not
+        read.
+        """
         if self._begun:
             self.journal.clear()
 
@@ -280,7 +283,7 @@ class RecordedTransport:
         self.inner.close()
 
     def _begin(self, jobs: dict[Key, Job]) -> None:
-        """Send the jobs in flight at the snapshot, at once or when the log has been replayed."""
+        """Send the jobs in flight at the snapshot, at once or after the log has been replayed."""
         self._begun, self._times, self._available, self._open = True, [], {}, jobs
         first = next(self._entries, None)
         if first is not None and first.clients != self._clients:
@@ -303,13 +306,15 @@ class RecordedTransport:
         self.journal.append(entry)
 
     def _replays(self, call: str, jobs: tuple[Key, ...] = ()) -> bool:
-        """Whether the next entry is of this call; a log that does not fit the run is cut there."""
+        """Whether the next entry belongs to this call; a log that does not match the run is cut
+        there.
+        """
         if self._next is None:
             return False
         if (self._next.call, self._next.jobs) == (call, jobs):
             return True
         log.warning(
-            "the log does not fit the run from here on (was it written by another version of"
+            "the log does not match the run from here on (was it written by another version of"
             " fedgpt?): continuing without it"
         )
         self.journal.cut()
@@ -324,7 +329,9 @@ class RecordedTransport:
             self._go_live()
 
     def _go_live(self) -> None:
-        """Send the jobs that the log has no reply to; the clock continues from its last reading."""
+        """Send the jobs that have no reply in the log; the clock continues from its last
+        reading.
+        """
         self._next, self._times = None, []
         self._offset = self._last - self.inner.now()
         jobs, self._open = list(self._open.values()), {}
@@ -333,7 +340,7 @@ class RecordedTransport:
 
 
 def _plain(reply: Reply) -> Reply:
-    """The reply with a payload that the log can hold: an array of numbers, or none."""
+    """The reply with a payload that can be logged: an array of numbers, or none."""
     payload = reply.payload
     if payload is None or (isinstance(payload, np.ndarray) and payload.dtype.kind in "biufc"):
         return reply
@@ -369,7 +376,7 @@ def _as_json(entry: Entry) -> dict[str, Any]:
 
 
 def _seconds(reply: Reply) -> float | None:
-    """The reply's JobTime as one number, as earlier versions wrote it: NaN is "not measured"."""
+    """The reply's JobTime as one number, as in earlier versions; NaN means "not measured"."""
     return reply.job_time.seconds if reply.job_time.measured else nan
 
 
@@ -380,7 +387,7 @@ def _read_entry(stream: IO[bytes]) -> Entry | None:
         return None
     magic, about_size, payload_size, checksum = HEAD.unpack(head)
     left = os.fstat(stream.fileno()).st_size - stream.tell()
-    # a damaged length must not size a buffer
+    # a damaged length must not determine the size of a buffer
     if magic != MAGIC or about_size + payload_size > left:
         return None
     about, payload = stream.read(about_size), stream.read(payload_size)

@@ -1,7 +1,7 @@
-"""Where a run begins: at version 0, or at the newest checkpoint that can be used.
+"""The start of a run: at version 0, or at the newest usable checkpoint.
 
-A resumed run continues as if nothing had happened: what came after its checkpoint is cut from the
-records, as it will happen again, and a run that would not be the same one is refused.
+When a run is resumed, records after its checkpoint are deleted, because they will be written again.
+A run whose options or environment have changed is refused.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ def open_or_resume(
     changed: Callable[[Mapping[str, Any]], str] = lambda options: "",
     environment: Mapping[str, Any] | None = None,
 ) -> Snapshot:
-    """The snapshot that a server starts from, the records cut to it.
+    """Return the snapshot that a server starts from, and delete later records.
 
-    `keep`: checkpoints kept; `start` makes version 0; `changed` says which of a checkpoint's
-    options (dotted name -> value) are others now; `environment` is what bit-identity depends on.
-    Raises FedGPTError where the run in the folder cannot be continued.
+    `keep`: number of checkpoints that are kept; `start` makes version 0; `changed` returns the
+    options (dotted name -> value) of a checkpoint that differ now; `environment`: versions and
+    machine, on which bit-identity depends. Raises FedGPTError if the run cannot be continued.
     """
     checkpoints = Checkpoints(folder.checkpoints, keep)
     snapshot = checkpoints.recover()
     checkpoints.close()
-    if checkpoints.retired is not None:  # the journal leads to where the starts failed
+    if checkpoints.retired is not None:  # replaying the journal would fail again
         Journal(folder.wal).forget(checkpoints.retired)
     if snapshot is None:
         snapshot = start()
@@ -57,7 +57,7 @@ def open_or_resume(
 
 
 def events_until(version: int, events: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
-    """The events up to the server step that made `version`; later ones will happen again."""
+    """The events up to the server step that made `version`; later events will be written again."""
     ends = [
         i
         for i, event in enumerate(events)
@@ -69,7 +69,7 @@ def events_until(version: int, events: Sequence[dict[str, Any]]) -> Sequence[dic
 def _refuse(
     folder: RunFolder, snapshot: Snapshot, changed: Callable[[Mapping[str, Any]], str]
 ) -> None:
-    """Raise FedGPTError where a checkpoint belongs to a run that cannot be continued."""
+    """Raise FedGPTError if the run of a checkpoint cannot be continued."""
     if differences := changed(snapshot.identity.options):
         raise FedGPTError(
             f"{folder.path} cannot be continued: its config.yaml was changed after its checkpoint"
@@ -77,16 +77,16 @@ def _refuse(
         )
     if snapshot.unsaved:
         raise FedGPTError(
-            f"{folder.path} cannot be continued: its strategy remembers"
-            f" {', '.join(snapshot.unsaved)}, which no checkpoint holds; start again with another"
-            " run_dir"
+            f"{folder.path} cannot be continued: its strategy has state"
+            f" ({', '.join(snapshot.unsaved)}) that no checkpoint can contain; start again with"
+            " another run_dir"
         )
 
 
 def _refuse_other_base(
     folder: RunFolder, snapshot: Snapshot, environment: Mapping[str, Any]
 ) -> None:
-    """Raise FedGPTError where the frozen weights are not those that the run began with."""
+    """Raise FedGPTError if the frozen weights differ from those at the start of the run."""
     before, now = snapshot.identity.environment.get("base", ""), environment.get("base", "")
     if before != now:
         raise FedGPTError(

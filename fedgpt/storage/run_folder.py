@@ -1,4 +1,4 @@
-"""A run's folder: who may write to it, and the line-by-line records in it."""
+"""A run's folder: its lock, and its JSON-lines files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fedgpt.core.errors import FedGPTError
 
 
 class RunFolder:
-    """Exclusive access to `runs/<name>/`; the kernel frees the lock however the process ends."""
+    """Exclusive access to `runs/<name>/`; the kernel releases the lock when the process ends."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path).resolve()
@@ -31,18 +31,18 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Where checkpoints are."""
+        """The folder of the checkpoints."""
         path = self.path / "checkpoints"
         path.mkdir(exist_ok=True)
         return path
 
     @property
     def wal(self) -> Path:
-        """Where the log of what came since the newest checkpoint is."""
+        """The folder of the journal."""
         return self.path / "wal"
 
     def close(self) -> None:
-        """Flush the records and give the folder back."""
+        """Flush the records and release the lock."""
         try:
             self.metrics.close()
             self.events.close()
@@ -57,15 +57,15 @@ class RunFolder:
 
 
 class JsonLines:
-    """One JSON object a line, appended as it happens."""
+    """A file with one JSON object per line, appended one at a time."""
 
     def __init__(self, path: Path):
         self.path = path
         self._stream = None
 
     def append(self, record: dict[str, Any]) -> None:
-        """Write one record; the operating system has it when this returns, so that a killed process
-        loses nothing.
+        """Write one record to the operating system, so that it is not lost if the process is
+        killed.
         """
         if self._stream is None:
             self._stream = self.path.open("a", encoding="utf-8")
@@ -73,11 +73,13 @@ class JsonLines:
         self._stream.flush()
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole records; a line that a crash cut off is left out."""
+        """All complete records; a line that a crash truncated is skipped."""
         return list(read_lines(self.path))
 
     def keep(self, records: Iterable[dict[str, Any]]) -> None:
-        """Replace the file's content: a resumed run cuts what it will do again."""
+        """Replace the file's content; a resumed run deletes the records that it will write
+        again.
+        """
         self.close()
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text(
@@ -93,7 +95,7 @@ class JsonLines:
 
 
 def read_lines(path: Path) -> Iterable[dict[str, Any]]:
-    """Whole records of a JSON-lines file; none where there is no file."""
+    """Complete records of a JSON-lines file; none if the file does not exist."""
     if not path.exists():
         return
     for line in path.read_text(encoding="utf-8").splitlines():

@@ -1,14 +1,14 @@
-"""What a server knows beside the model, in a form that a checkpoint can hold: plain JSON values.
+"""The server's state besides the model, as plain JSON values for checkpoints.
 
-RunIdentity   what never changes: the run's id and what it was started with
-RunTotals     sums over the whole run; frozen, every change makes a new one
-Clients       one table with one row a client; changed by its methods only
+    RunIdentity   constants of the run: its id, environment and options
+    RunTotals     sums over the run; immutable, every change makes a new object
+    Clients       a table with one row per client; changed by its methods only
 VersionLine   the newest version's line of metrics.jsonl, and how it is to be evaluated
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -18,12 +18,12 @@ from fedgpt.core.messages import Update
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What a run is, from its first version to its last."""
+    """Constants of a run, from its first version to its last."""
 
-    run: str  # a random id, made once
-    environment: Mapping[str, Any] = field(default_factory=dict)  # what bit-identity depends on
+    run: str  # random id of the run
+    environment: Mapping[str, Any] = field(default_factory=dict)  # versions and machine
     options: Mapping[str, Any] = field(default_factory=dict)  # dotted name -> value
-    privacy: Mapping[str, Any] = field(default_factory=dict)  # the statement of a private run
+    privacy: Mapping[str, Any] = field(default_factory=dict)  # statement of a private run
 
     def as_json(self) -> dict[str, Any]:
         """For a checkpoint."""
@@ -32,20 +32,20 @@ class RunIdentity:
 
 @dataclass(frozen=True)
 class RunTotals:
-    """Sums over all versions so far, and what the next version is judged by."""
+    """Sums over all versions so far, and the norms for the next version's norm limit."""
 
     tokens_done: int = 0
     bytes_up: int = 0
     bytes_down: int = 0
     wall_seconds: float = 0.0
     seconds: float = 0.0  # the run's clock, wall or virtual
-    dispatched: int = 0  # jobs sent
+    dispatched: int = 0  # number of jobs sent
     rejected: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     norms: tuple[float, ...] = ()  # norms of the latest accepted updates
-    pacing: str = ""  # the present pacing, where the strategy may change it
+    pacing: str = ""  # the current pacing, if the strategy may change it
 
     def plus(self, **more: int) -> RunTotals:
-        """With some counters increased.
+        """A copy with some counters increased.
 
         >>> RunTotals(bytes_up=3).plus(bytes_up=4, dispatched=1).bytes_up
         7
@@ -53,7 +53,7 @@ class RunTotals:
         return replace(self, **{name: getattr(self, name) + count for name, count in more.items()})
 
     def plus_rejected(self, code: str) -> RunTotals:
-        """With one rejected reply more, by its reason code."""
+        """A copy with one more rejected reply of this reason code."""
         counts = {**self.rejected, code: self.rejected.get(code, 0) + 1}
         return replace(self, rejected=MappingProxyType(counts))
 
@@ -64,18 +64,18 @@ class RunTotals:
 
 @dataclass(frozen=True)
 class VersionLine:
-    """A version's line of metrics.jsonl before its evaluation, and what the evaluation does."""
+    """A version's line of metrics.jsonl before its evaluation, and what to evaluate."""
 
     metrics: Mapping[str, Any]
     score: bool = True  # whether the version is scored
-    sample: bool = True  # whether the model writes a sample
+    sample: bool = True  # whether the version generates a sample
 
 
 class Clients:
-    """What the server knows of each client: one table, kept by columns, changed by methods only.
+    """The server's state of each client: a table stored by columns, changed by methods only.
 
-    A client that nothing is known of has no entry. Copying the columns is what a snapshot of
-    100,000 clients costs, so they are dictionaries of plain numbers.
+    A client without data has no entry. A snapshot copies all columns, so they are dictionaries of
+    plain numbers, which are cheap to copy for 100,000 clients.
     """
 
     def __init__(
@@ -83,18 +83,18 @@ class Clients:
         columns: Mapping[str, Mapping[str, Any]] | None = None,
         restorable: Iterable[Mapping[str, int]] = (),
     ):
-        """Continue from what `as_json` wrote; raises KeyError for a column that does not exist."""
-        self.ids: list[str] = []  # the clients that can be sampled, sorted
+        """Continue from the output of `as_json`; raises KeyError for an unknown column."""
+        self.ids: Sequence[str] = ()  # the clients that can be sampled, sorted
         self._next_number: dict[str, int] = {}
         self._accepted: dict[str, int] = {}  # number of the last accepted job
-        self._cached_version: dict[str, int] = {}  # version of the model that the client has
-        self._strikes: dict[str, int] = {}  # failed jobs in a row
-        self._resting_until: dict[str, int] = {}  # version at which it leaves quarantine
+        self._cached_version: dict[str, int] = {}  # version of the model that the client has cached
+        self._strikes: dict[str, int] = {}  # number of consecutive failed jobs
+        self._resting_until: dict[str, int] = {}  # version at which the client leaves quarantine
         self._speed: dict[str, float] = {}  # local steps a second, smoothed
-        self._tokens: dict[str, int] = {}  # tokens of its accepted updates
-        self._charged: dict[str, float] = {}  # private steps or jobs asked for
-        self._released: dict[str, int] = {}  # privacy=client: version its last update went into
-        self._seconds: dict[str, float] = {}  # time at its accepted jobs
+        self._tokens: dict[str, int] = {}  # tokens of the client's accepted updates
+        self._charged: dict[str, float] = {}  # private steps or jobs sent to the client
+        self._released: dict[str, int] = {}  # privacy=client: version of its last release
+        self._seconds: dict[str, float] = {}  # seconds of the client's accepted jobs
         self._restorable = tuple(dict(table) for table in restorable)
         for name, column in (columns or {}).items():
             self._columns[name].update(column)
@@ -117,16 +117,20 @@ class Clients:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def meet(self, ids: Iterable[str]) -> None:
+        """These are the clients of the run; sorted, as every process samples from the same list."""
+        self.ids = tuple(ids)
+
     # ---- jobs
 
     def take_number(self, client: str) -> int:
-        """The number of the client's next job; it is taken from now on."""
+        """Return the client's next job number and increment it."""
         number = self._next_number.get(client, 0)
         self._next_number[client] = number + 1
         return number
 
     def accept(self, update: Update, seconds: float) -> None:
-        """Note what a client has done for an accepted update, and in how many seconds."""
+        """Record an accepted update and the seconds of its job."""
         client = update.client
         self._accepted[client] = update.number
         self._cached_version[client] = update.version
@@ -139,7 +143,7 @@ class Clients:
         return self._accepted.get(client, -1)
 
     def reason_for_stray(self, client: str, number: int) -> str:
-        """The reason code of a reply that answers no job in flight."""
+        """The reason code of a reply whose job is not in flight."""
         if number == self._accepted.get(client):
             return "duplicate"
         return "late" if 0 <= number < self._next_number.get(client, 0) else "unknown_job"
@@ -148,14 +152,16 @@ class Clients:
         """Version of the model that the client has cached; -1: none."""
         return self._cached_version.get(client, -1)
 
-    # ---- client states: a restart may ask for those that an older checkpoint names
+    # ---- client states that a restart from an older checkpoint may need
 
     def restorable_numbers(self, client: str) -> set[int]:
-        """Accepted jobs whose client state a restart from a kept checkpoint would ask for."""
+        """Accepted jobs whose client state a restart from a kept checkpoint would need."""
         return {table[client] for table in self._restorable if client in table}
 
     def remember_accepted(self, most: int | None = None) -> None:
-        """Add the accepted jobs of now to what a restart may ask for; keep the newest `most`."""
+        """Add the current accepted jobs to those that a restart may need; keep the newest `most`
+        tables.
+        """
         tables = (*self._restorable, dict(self._accepted))
         self._restorable = tables if most is None else tables[-most:]
 
@@ -173,22 +179,22 @@ class Clients:
         return self._speed[client]
 
     def tokens_trained(self, client: str) -> int:
-        """Tokens of its accepted updates."""
+        """Tokens of the client's accepted updates."""
         return self._tokens.get(client, 0)
 
     def seconds_at_work(self, client: str) -> float:
-        """Time that it spent on accepted jobs."""
+        """Seconds of the client's accepted jobs."""
         return self._seconds.get(client, 0.0)
 
     # ---- failures
 
     def strike(self, client: str) -> int:
-        """Count a failed job; returns how many have failed in a row."""
+        """Count a failed job; returns the number of consecutive failed jobs."""
         self._strikes[client] = self._strikes.get(client, 0) + 1
         return self._strikes[client]
 
     def rest(self, client: str, until: int) -> None:
-        """The client gets no job before version `until`; its strikes are forgotten."""
+        """Put the client in quarantine until version `until`, and set its strikes to 0."""
         self._strikes.pop(client, None)
         self._resting_until[client] = until
 
@@ -202,7 +208,7 @@ class Clients:
         return self._resting_until.keys()
 
     def end_rests(self, version: int) -> list[str]:
-        """Let out who has rested until `version`; returns their ids, sorted."""
+        """End the quarantines that last until `version`; returns the clients' ids, sorted."""
         free = sorted(c for c, until in self._resting_until.items() if until <= version)
         for client in free:
             del self._resting_until[client]
@@ -212,31 +218,33 @@ class Clients:
 
     @property
     def charges(self) -> Mapping[str, float]:
-        """Client -> private steps or jobs that it has been asked for."""
+        """Client -> number of private steps or jobs that were sent to it."""
         return MappingProxyType(self._charged)
 
     def charge(self, client: str, amount: float) -> None:
-        """The client has been asked for so many private steps or jobs more."""
+        """Add private steps or jobs that were sent to the client."""
         self._charged[client] = self._charged.get(client, 0.0) + amount
 
     def charged_at_least(self, client: str, amount: float) -> None:
-        """The client says that it has paid for `amount` in all, maybe more than is known here."""
+        """Raise the client's count to `amount`, the total that the client reports."""
         self._charged[client] = max(amount, self._charged.get(client, 0.0))
 
     def released(self, client: str) -> int | None:
-        """The version whose release the client's last update went into; None: never."""
+        """The version of the last release that contains an update of the client; None if there is
+        none.
+        """
         return self._released.get(client)
 
     def note_release(self, client: str, version: int) -> None:
-        """An update of the client has gone into the release of a version."""
+        """Record that the release of a version contains an update of the client."""
         self._released[client] = version
 
     # ---- checkpoints
 
     def frozen(self) -> Clients:
-        """A copy that later changes do not reach."""
+        """A copy that later changes do not affect."""
         return Clients(self._columns, self._restorable)
 
     def as_json(self) -> dict[str, Any]:
-        """For a checkpoint: plain JSON values, which the constructor takes."""
+        """Plain JSON values for a checkpoint, which the constructor accepts."""
         return {"columns": self._columns, "restorable": self._restorable}

@@ -1,1 +1,1 @@
-"""Kinds of learning problems, one file each: what is a batch, its loss, a score and a sample."""
+"""Learning problems, one file each: their batches, losses, scores and samples."""

@@ -19,11 +19,11 @@ from fedgpt.tasks.base import Task
 
 @dataclass(frozen=True)
 class LanguageModel(Task):
-    """All text of a party is one stream: documents follow each other, parted by the end token.
+    """All text of a party is one stream of documents, separated by the end token.
 
-    Training takes random windows of the stream, DP-SGD blocks that share no token. Evaluation cuts
-    it into windows, so that every token is predicted once, from at most block_size - 1 earlier
-    ones: a lower bound of what the model can do.
+    Training uses random windows of the stream, DP-SGD uses blocks that share no token. Evaluation
+    cuts the stream into windows, so that every token is predicted once, from at most block_size - 1
+    earlier tokens of its window. With more context the loss would be lower.
     """
 
     scoring: ClassVar[Scoring] = LANGUAGE
@@ -50,17 +50,17 @@ class LanguageModel(Task):
         return Examples(windows(text.tokens, block_size))
 
     def tally(self, outputs: Tensor, batch: Batch, token_bytes: Tensor | None) -> dict[str, Tensor]:
-        """Beside the nats, the bytes of the text that was predicted."""
+        """The sum of the loss in nats, and the bytes of the predicted text."""
         assert token_bytes is not None, "the central evaluation has the tokenizer's table"
         bytes_each = token_bytes[batch[1].clamp(min=0)]
         read = (bytes_each * (batch[1] != IGNORE)).sum()
         return {**super().tally(outputs, batch, token_bytes), "bytes": read}
 
     def scores(self, totals: Mapping[str, float]) -> dict[str, float]:
-        """Loss and perplexity a token, and bits per byte.
+        """Loss and perplexity per token, and bits per byte.
 
-        Bits per byte divide by the bytes of the text instead of by tokens, so models with
-        different tokenizers compare.
+        Bits per byte divide by the bytes of the text instead of by tokens, so models with different
+        tokenizers can be compared.
         """
         bits = totals["nats"] / math.log(2)
         return {**super().scores(totals), "bits_per_byte": bits / max(totals["bytes"], 1)}

@@ -1,4 +1,4 @@
-"""What an update passes on its way: error feedback, a codec, the wire format, validation.
+"""The path of an update: error feedback, a codec, the message format, validation.
 
 client   delta -> feed (feedback.py) -> codec (codecs/) -> encode (codec.py) -> network
 server   network -> read_npy (npy.py) -> decode (codec.py) -> Update -> aggregation

@@ -32,7 +32,7 @@ def rows(size: int, block: int) -> Iterator[tuple[int, int, int]]:
 def round_bf16(values: np.ndarray) -> np.ndarray:
     """Return the nearest bfloat16, ties to even, as uint16 bits of the same shape.
 
-    NaN and infinities become NaN; what is beyond the largest bfloat16 becomes the largest.
+    NaN and infinities become NaN; a value beyond the largest bfloat16 becomes the largest bfloat16.
     """
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     rounded = bits >> 16
@@ -62,7 +62,7 @@ def pack_nibbles(codes: np.ndarray) -> np.ndarray:
 
 
 def unpack_nibbles(packed: np.ndarray, table: np.ndarray, values: np.ndarray) -> None:
-    """Write to (n,) float32 `values` what `table` (256, 2) says of each byte of `packed`.
+    """Write to (n,) float32 `values` the two values in `table` (256, 2) of each byte of `packed`.
 
     Code 8, minus zero, is refused by UpdateRejected: no encoder writes it.
     """
@@ -96,7 +96,7 @@ def pack_bits(numbers: np.ndarray, width: int) -> np.ndarray:
 def unpack_bits(packed: np.ndarray, count: int, width: int) -> np.ndarray:
     """Return the (count,) numbers that `pack_bits` packed, as uint16, or int64 where they need it.
 
-    Raises UpdateRejected where a bit after the last number is set.
+    Raises UpdateRejected if a bit after the last number is set.
     """
     bits = np.unpackbits(packed)
     if bits[count * width :].any():

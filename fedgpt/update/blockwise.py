@@ -1,11 +1,11 @@
-"""What int8, int4 and e3m0 share: a scale for each block of the delta, and a code for each element.
+"""The common part of int8, int4 and e3m0: a scale for each block, and a code for each element.
 
     int-b  s = max|x| / (2^(b-1) - 1) over a block x, code q = round(x / s), decoded to q s
     e3m0   s = max|x|, code = sign and the nearest of 1, 1/2, .. 1/64, 0 to |x| / s
 
 The payload is the float32 scales of all blocks, then the codes without gaps.
 
-A scale has a smallest value, FLOOR, which a block of zeros gets, too: so nothing is divided by
+The smallest scale is FLOOR, which is also the scale of a block of zeros. So there is no division by
 zero, and no decoded value is denormal. It follows that compressing a decoded delta finds the same
 scales again and changes nothing: fl(fl(fl(m / L) L) / L) = fl(m / L) for every float32 m where
 nothing overflows (verified for all mantissas, with L = 7 and L = 127).
@@ -26,9 +26,9 @@ FLOOR = 2.0**-126  # the smallest normal float32
 
 
 class Blockwise(Codec):
-    """A codec of scales and codes; a member says how codes are computed and what they stand for."""
+    """A codec of scales and codes; a subclass defines the codes and their values."""
 
-    bits: ClassVar[int]  # length of a code
+    bits: ClassVar[int]  # length of a code in bits
     top: ClassVar[int]  # the largest code in units of the scale
     floor: ClassVar[float] = FLOOR  # the smallest scale
     block: int  # elements that share a scale
@@ -60,7 +60,7 @@ class Blockwise(Codec):
         """(n,) float32 -> (payload_bytes(n),) uint8."""
         payload = np.empty(self.payload_bytes(delta.size), np.uint8)
         scales, codes = self._planes(payload, delta.size)
-        # a value that is not finite makes its block's scale so, which `decode` refuses
+        # a value that is not finite makes its block's scale not finite, which `decode` refuses
         with np.errstate(invalid="ignore", over="ignore"):
             for start, stop, width in rows(delta.size, self.block):
                 part = np.ascontiguousarray(delta[start:stop], np.float32).reshape(-1, width)

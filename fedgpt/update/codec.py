@@ -1,11 +1,11 @@
-"""An update on the wire: one array, compressed or not, and a JSON header with its digest.
+"""The message of an update: one array, compressed or not, and a JSON header with its digest.
 
     client   Update -> encode -> header (JSON text) + array        -> network
     server   Reply  -> decode -> Update, or UpdateRejected(reason) -> aggregation
 
-`decode` is the only way into aggregation: it returns a valid Update or raises UpdateRejected with a
-reason code. Nothing that a client sends decides how much memory is allocated or which part of an
-array is read. The cheapest checks run first.
+Every update passes through `decode` before aggregation. It returns a valid Update or raises
+UpdateRejected with a reason code. No client data determines how much memory is allocated or which
+part of an array is read. The cheapest checks run first.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from fedgpt.update.codecs.none import Plain
 
 FORMAT = 2
 PLAIN = Plain()
-MOST_HEADER = 1 << 16  # characters in a header; an honest one has a few hundred
-MOST_METRIC = 1e30  # largest metric: sums over many clients stay finite
+MOST_HEADER = 1 << 16  # largest header in characters; a correct header has a few hundred
+MOST_METRIC = 1e30  # largest metric, so that sums over many clients are finite
 REASONS = (
     "client_error",
     "no_reply",
@@ -53,15 +53,15 @@ REASONS = (
 
 @dataclass(frozen=True)
 class Expected:
-    """What the server knows of the reply that it waits for: every check compares with this."""
+    """The properties of the expected reply, against which every reply is checked."""
 
     run: str
     client: str
     number: int
     version: int
-    size: int  # parameters
-    tokens: int  # tokens of the job: more cannot have been trained
-    norm_limit: float  # longest delta that is accepted, fixed at the start of the version
+    size: int  # number of parameters
+    tokens: int  # tokens of the job, the largest valid number of tokens
+    norm_limit: float  # largest norm of an accepted delta, fixed at the start of the version
     codec: Codec = PLAIN
 
 
@@ -175,7 +175,7 @@ def _metrics(sent: object) -> dict[str, float]:
 
 
 def _checked_norm(array: np.ndarray, limit: float) -> float:
-    """Return the L2 norm; raises UpdateRejected where it is above the limit or not finite.
+    """Return the L2 norm; raises UpdateRejected if it is above the limit or not finite.
 
     A finite float32 norm proves that every element is finite, at a tenth of isfinite's cost.
     """

@@ -1,12 +1,12 @@
-"""The compress stage: which codec a run uses, and what is wrong with `update.*`.
+"""The codec of a run, and the problems of its options.
 
     client   u = feed(delta, residual, decay)
              payload = encode(u)
              residual = rest(u, decode(payload))
     server   q = decode(payload), then the validation that every delta passes
 
-Both sides build the codec from the same options (codecs/base.py says what a codec is). feed and
-rest are error feedback (feedback.py).
+Client and server build the codec from the same options (codecs/base.py). feed and rest are error
+feedback (feedback.py).
 """
 
 from __future__ import annotations

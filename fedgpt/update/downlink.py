@@ -1,13 +1,13 @@
-"""The model on its way to the clients: in fp32, in bf16, or as steps from a cached version.
+"""The model sent to clients: in fp32, in bf16, or as steps from a cached version.
 
-    P_0 = w_0                        what clients get at version 0, as a complete vector
+    P_0 = w_0                        vector that clients get at version 0
     s_v = encode(w_v - P_{v-1})      the step to version v, in int8 or int4
-    P_v = P_{v-1} + decode(s_v)      what every client starts from at version v
+    P_v = P_{v-1} + decode(s_v)      vector from which clients start at version v
 
 A client that has cached P_u gets the steps s_{u+1}, ..., s_v and adds them in that order, which
-gives the same bits as the server has. A client without a cached version gets the vector P_v, and so
-does one that is so far behind that its steps together would be longer. What one step leaves out is
-part of the next step, as each is measured from P: the error does not accumulate.
+gives the same bits as the server has. A client without a cached version gets the vector P_v. A
+client also gets P_v if its steps together would be longer. The compression error of one step is
+part of the next step, because each step is computed from P. So errors do not accumulate.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from fedgpt.update.codecs.bf16 import bf16_rounded
 from fedgpt.update.compress import make_codec
 
 STEPS = ("int8", "int4")  # values of update.downlink under which steps are sent
-PREFIX = "downlink/"  # start of the names under which a checkpoint keeps this
+PREFIX = "downlink/"  # prefix of the names of these arrays in a checkpoint
 
 
 class Published:
-    """The server's side: P, and the latest steps."""
+    """The server's state: P and the latest steps."""
 
     def __init__(self, downlink: str, extra: Mapping[str, np.ndarray]):
-        """`extra` is what `memory` gave to the checkpoint from which the run continues."""
+        """`extra` contains the arrays of `memory` in the checkpoint from which the run
+        continues.
+        """
         self.downlink = downlink
         self._codec = step_codec(downlink)
         self._vector = extra.get(f"{PREFIX}vector")
@@ -41,9 +43,9 @@ class Published:
         }
 
     def advance(self, state: ServerState) -> np.ndarray:
-        """Return what clients start from at this version, (parameters,) float32.
+        """Return the vector from which clients start at this version, (parameters,) float32.
 
-        To be called once for each version, in order.
+        It must be called once for each version, in order.
         """
         if self._codec is None:
             return bf16_rounded(state.params) if self.downlink == "bf16" else state.params
@@ -72,20 +74,22 @@ class Published:
         return tuple(self._steps[number] for number in wanted)
 
     def memory(self) -> dict[str, np.ndarray]:
-        """Return what a checkpoint keeps, by name."""
+        """Return the arrays for a checkpoint, by name."""
         if self._vector is None:
             return {}
         steps = {f"{PREFIX}step/{version}": step for version, step in self._steps.items()}
         return {f"{PREFIX}vector": self._vector, **steps}
 
     def _most(self, size: int) -> int:
-        """Return how many steps of `size` bytes are together shorter than the vector."""
+        """Return the largest number of steps of `size` bytes that are together shorter than the
+        vector.
+        """
         assert self._vector is not None, "there are steps from a vector only"
         return (self._vector.nbytes - 1) // size
 
 
 def rebuilt(cached: np.ndarray, steps: np.ndarray, downlink: str) -> np.ndarray:
-    """The client's side: return the new P, given the cached one and the bytes of the steps since.
+    """Return the new P at a client, given the cached P and the bytes of the steps since then.
 
     Raises UpdateRejected for damaged steps.
     """
@@ -100,11 +104,11 @@ def rebuilt(cached: np.ndarray, steps: np.ndarray, downlink: str) -> np.ndarray:
 def joined(steps: Sequence[np.ndarray]) -> np.ndarray:
     """Return steps as the one array of a message.
 
-    For a client that has the version already this is one byte, as no array may be empty.
+    For a client that already has the version this is one byte, because no array may be empty.
     """
     return np.concatenate(steps) if steps else np.zeros(1, np.uint8)
 
 
 def step_codec(downlink: str) -> Codec | None:
-    """Return the codec of the steps, or None where no steps are sent."""
+    """Return the codec of the steps, or None if no steps are sent."""
     return make_codec(downlink) if downlink in STEPS else None

@@ -1,18 +1,18 @@
-"""Error feedback: what compression leaves out of one update is added to the client's next update.
+"""Error feedback: a client adds the compression error of one update to its next update.
 
     u = beta e + D         D: the client's delta; e: its residual, zero at first
     q = decode(encode(u))  what the server receives
-    e <- u - q             what compression left out, kept by the client
+    e <- u - q             compression error, stored by the client
 
-(1809.07599, 2508.15706.) With beta = 1 nothing is ever lost. With beta < 1 an old residual fades,
-which is wanted because it was measured on an old model. The sum is preserved: over the accepted
-jobs t = 1 .. T, e_T + sum beta^(T-t) q_t = sum beta^(T-t) D_t.
+(1809.07599, 2508.15706.) With beta = 1 no part of an update is lost. With beta < 1 an old residual
+decays, which is intended because it was computed on an old model. The sum is preserved: over the
+accepted jobs t = 1 .. T, e_T + sum beta^(T-t) q_t = sum beta^(T-t) D_t.
 
 The residual is client state like Adam's moments: it is saved with the number of the job that wrote
 it, and a job starts from the residual of the last ACCEPTED job, which the server names. So a retry
-sends the same bytes, and a job that was rejected, late or lost changes nothing: its delta is
-dropped, as if the client had not been selected. Its q must not be added to e again, because e still
-contains what q took from it.
+sends the same bytes, and a job that was rejected, late or lost does not change the residual: its
+delta is dropped, as if the client had not been selected. Its q must not be added to e again,
+because e still contains that part.
 
 Error feedback is wrong under local differential privacy: the residual contains data without noise
 and sends it later. It is also wrong for clients that are selected so rarely that their residual is
@@ -56,7 +56,7 @@ def rest(fed: np.ndarray, sent: np.ndarray) -> np.ndarray:
 
 
 def measured(fed: np.ndarray, left: np.ndarray) -> dict[str, float]:
-    """Return the metrics of (n,) u and e: the norm of e, and what share of the norm of u it is.
+    """Return the metrics of (n,) u and e: the norm of e, and this norm divided by the norm of u.
 
     >>> measured(np.array([0.0, 5.0]), np.array([3.0, 4.0]))
     {'compress_error': 1.0, 'residual_norm': 5.0}

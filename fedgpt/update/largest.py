@@ -1,7 +1,7 @@
 """The largest elements of a delta by magnitude, for the codecs that send only those.
 
-Magnitudes are compared as integers: without its sign bit a float32 orders by its bits as by its
-value, and NaN comes last, so that it is among the largest and the server sees it.
+Magnitudes are compared as integers: without the sign bit, the bits of float32 have the same order
+as the values. NaN is the largest, so it is sent and the server rejects it.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ import numpy as np
 
 from fedgpt.update.codecs.base import CHUNK
 
-MAGNITUDE = 0x7FFFFFFF  # all bits of a float32 but its sign
+MAGNITUDE = 0x7FFFFFFF  # all bits of a float32 except the sign
 
 
 def largest_of_all(values: np.ndarray, kept: int) -> np.ndarray:
     """Return the positions of the largest of (n,) float32 bits, (kept,) rising; 0 < kept <= n.
 
-    Of equal magnitudes the first are taken. Selecting from all elements is slow, so a lower bound
-    that a sample gives leaves few candidates. Where the bound is too high, all are candidates.
+    Of equal magnitudes the first are chosen. Selecting from all elements is slow, so a lower bound
+    from a sample reduces the candidates. If the bound is too high, all elements are candidates.
     """
     size = values.size
     sample = values[:: max(1, size >> 16)] & MAGNITUDE

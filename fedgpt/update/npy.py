@@ -2,8 +2,8 @@
 
     magic | header: shape, order, dtype | data     the header must fit the length of the data
 
-`np.load` is not made for this: it also opens archives, ignores what follows the data, and allocates
-as much memory as the header claims.
+`np.load` is not safe for this: it also opens archives, ignores trailing bytes, and allocates as
+much memory as the header claims.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def read_npy(data: bytes) -> np.ndarray:
     stream = io.BytesIO(data)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("error")  # odd headers make Python's parser warn
+            warnings.simplefilter("error")  # Python's parser warns about some malformed headers
             shape, fortran, dtype = READERS[npy.read_magic(stream)](stream)
-    except Exception as error:  # a hostile header raises nearly anything
+    except Exception as error:  # a hostile header can raise many exceptions
         raise UpdateRejected(
             "bad_encoding", f"no header of an array ({type(error).__name__})"
         ) from error

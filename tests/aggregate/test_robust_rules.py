@@ -247,9 +247,7 @@ def test_a_trim_that_removes_nothing_is_refused():
     assert combined(TrimmedMean(trim=1), [[2], [0], [0], [100]]).tolist() == [1.0]
     assert combined(TrimmedMean(trim=1), [[0], [0], [0], [100]]).tolist() == [0.0]
     for trim in (0, 0.2):
-        with pytest.raises(
-            ConfigError, match=rf"strategy.trim={trim} must be a whole number of at least 1"
-        ):
+        with pytest.raises(ConfigError, match=rf"strategy\.trim={trim}: must be .*at least 1"):
             TrimmedMean(trim=trim)
 
 

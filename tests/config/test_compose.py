@@ -36,7 +36,7 @@ CHOICES = sorted((path.parent.name, path.stem) for path in CONF.glob("*/*.yaml")
 def strategy_paces(choice: str) -> frozenset[str]:
     """The pacings that a strategy of conf/ is right for."""
     target = OmegaConf.load(CONF / "strategy" / f"{choice}.yaml").get("_target_")
-    module, _, name = target.rpartition(".")
+    module, _, name = (target or CUSTOM["strategy"]).rpartition(".")
     return getattr(getattr(importlib.import_module(module), name), "paces", frozenset({"cohort"}))
 
 
@@ -53,6 +53,7 @@ CUSTOM = {
     "corpus": f"{third_party.MODULE}.Poems",
     "partition": f"{third_party.MODULE}.Alternate",
     "update": f"{third_party.MODULE}.Sign",
+    "strategy": "fedgpt.aggregate.diloco.DiLoCo",
     "task": "fedgpt.tasks.lm.LanguageModel",
     "runtime": "fedgpt.flower.runtimes.pool.Pool",
 }
@@ -201,7 +202,7 @@ def test_all_problems_are_reported_at_once():
         (["update=int8", "update.block=7"], "update.block=7"),
         (
             ["update=int8", "update.density=0.5"],
-            "update.density=0.5: does nothing with update=int8; add update=topk, or leave it out",
+            "update.density=0.5: has no effect with update=int8; add update=topk, or leave it out",
         ),
         (["strategy=auto", "pace.rate=0.5"], "pace.rate=0.5: the pacing may change"),
         (["pace.goal=2", "pace.minimum=3"], "pace.minimum=3"),
@@ -258,21 +259,87 @@ def test_a_target_outside_the_allow_list_is_never_imported(target):
     )
 
 
-def test_a_trusted_package_may_bring_a_strategy(tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(
+@pytest.fixture
+def half(tmp_path, monkeypatch) -> str:
+    """A strategy of one's own, in a module that no other test has."""
+    (tmp_path / "mine_half.py").write_text(
         "from dataclasses import dataclass\n"
         "from fedgpt.aggregate.base import Strategy, advance\n"
         "@dataclass(frozen=True)\n"
         "class Half(Strategy):\n"
         "    share: float = 0.5\n"
+        "    warm: bool = False\n"
         "    def step(self, d, state):\n"
         "        return advance(state, state.params - self.share * d)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    overrides = ["strategy=flower", "strategy._target_=mine.Half", "+strategy.share=0.25"]
-    assert any("trusted_packages=[mine]" in problem for problem in problems(*overrides))
-    options = compose.load([*overrides, "trusted_packages=[mine]"])
-    assert compose.build_strategy(options.strategy, options.trusted_packages).share == 0.25
+    monkeypatch.delitem(sys.modules, "mine_half", raising=False)
+    return "strategy._target_=mine_half.Half"
+
+
+TRUSTED = "trusted_packages=[mine_half]"
+WAYS = {
+    "arguments": ["strategy=custom", "strategy.arguments={share: 0.25, warm: true}"],
+    "one by one": [
+        "strategy=custom",
+        "strategy.arguments.share=0.25",
+        "strategy.arguments.warm=true",
+    ],
+    "before there was custom": ["strategy=flower", "+strategy.share=0.25", "+strategy.warm=true"],
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_trusted_package_may_bring_a_strategy(way, half):
+    words = [*WAYS[way], half]
+    assert any("trusted_packages=[mine_half]" in problem for problem in problems(*words))
+    options = compose.load([*words, TRUSTED])
+    again = compose.from_yaml(compose.to_yaml(options))
+    assert asdict(again) == asdict(options)
+    for one in (options, again):
+        rule = compose.build_strategy(one.strategy, one.trusted_packages)
+        assert (rule.share, rule.warm) == (0.25, True)
+
+
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        (
+            ["strategy.arguments={share: much, warm: 2}"],
+            [
+                "strategy.arguments.share=much: must be a number, or leave it out for the default,"
+                " 0.5",
+                "strategy.arguments.warm=2: must be true or false, or leave it out for the default,"
+                " false",
+            ],
+        ),
+        (["strategy.arguments.shar=1"], ["strategy.arguments.shar=1: the options of Half are "]),
+        (["strategy.arguments=3"], ["strategy.arguments=3: must be names and values, such as"]),
+        (["strategy.share=1"], ["strategy.share=1: no option 'strategy.share'; type strategy.arg"]),
+        (["+strategy.share=1"], ["strategy.share=1: is an argument of a class of your own; type "]),
+        (["strategy._target_=null"], ["strategy._target_ is not set: strategy=custom needs the"]),
+        (["strategy._target_=mine_half.advance"], ["strategy._target_=mine_half.advance: mine_"]),
+        (
+            ["strategy._target_=flwr.serverapp.strategy.FedAvg"],
+            [
+                "strategy._target_=flwr.serverapp.strategy.FedAvg: must inherit from"
+                " fedgpt.aggregate.base.Strategy"
+            ],
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_strategy_of_ones_own_is_told_as_it_is_typed(words, told, half):
+    found = problems("strategy=custom", half, *words, TRUSTED)
+    assert len(found) == len(told)
+    assert all(map(str.startswith, found, told)), found
+
+
+def test_arguments_belong_to_a_class_of_ones_own(half):
+    [problem] = problems("strategy=fedavg", "strategy.arguments.eta=2")
+    assert problem.startswith("strategy.arguments.eta=2: no option 'strategy.arguments.eta'")
+    words = ["strategy=custom", half, TRUSTED, "strategy.arguments.share=0.5,much"]
+    with pytest.raises(ConfigError, match=r"strategy\.arguments\.share=much: must be a number"):
+        compose.check_sweep(words)
 
 
 def test_a_strategy_with_a_root_update_needs_public_text():
@@ -304,19 +371,19 @@ def test_sweeps_are_checked_choice_by_choice():
     [
         (
             ["pace.goal=2", "pace.grace=1.5"],
-            "pace.grace=1.5: fleet=replay: a record holds when replies arrived, not when",
+            "pace.grace=1.5: fleet=replay: a record contains when replies arrived, not when",
         ),
         (
             ["pace.deadline=30"],
-            "pace.deadline=30: fleet=replay: a record holds when replies arrived, not when",
+            "pace.deadline=30: fleet=replay: a record contains when replies arrived, not when",
         ),
         (
             ["privacy=client"],
-            "privacy=client: fleet=replay: a record holds when replies arrived, and secret noise",
+            "privacy=client: fleet=replay: a record contains when replies arrived, and secret",
         ),
         (
             ["strategy=auto"],
-            "strategy=auto: fleet=replay: a record holds when replies arrived, not how long",
+            "strategy=auto: fleet=replay: a record contains when replies arrived, not how long",
         ),
     ],
 )

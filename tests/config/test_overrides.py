@@ -37,11 +37,11 @@ from fedgpt.config import compose, overrides
         ("lr=0.1", "lr=0.1: no option 'lr'; did you mean 'local.lr'"),
         (
             "partition.alpha=0.1",
-            "partition.alpha=0.1: does nothing with partition=natural; add partition=dirichlet, or",
+            "partition.alpha=0.1: has no effect with partition=natural; add partition=dirichlet,",
         ),
         (
             "attack.strength=3",
-            "attack.strength=3: does nothing with attack=none; add attack=sign_flip or",
+            "attack.strength=3: has no effect with attack=none; add attack=sign_flip or",
         ),
     ],
 )
@@ -58,15 +58,15 @@ def test_an_error_shows_the_value_as_typed_and_what_is_allowed(typed, message):
         (["pace=bufer", "strategy=fedbuff"], "pace=bufer: choose from"),
         (
             ["tokenizer=bytes", "tokenizer.vocab_size=300"],
-            "tokenizer.vocab_size=300: does nothing with tokenizer=bytes",
+            "tokenizer.vocab_size=300: has no effect with tokenizer=bytes",
         ),
         (
             ["corpus=stdlib", "corpus.path=/tmp"],
-            "corpus.path=/tmp: does nothing with corpus=stdlib; add corpus=files, or leave it out",
+            "corpus.path=/tmp: has no effect with corpus=stdlib; add corpus=files, or leave it out",
         ),
         (
             ["update=topk", "update.block=64"],
-            "update.block=64: does nothing with update=topk; add update=int8 or update=int4 or",
+            "update.block=64: has no effect with update=topk; add update=int8 or update=int4 or",
         ),
         (["trusted_packages=['']"], "trusted_packages=['']: must be names of packages, such as"),
         (["tokens=100000", "rounds=5"], "rounds=5: tokens=100000 decides where the run ends"),

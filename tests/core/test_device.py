@@ -40,9 +40,7 @@ def test_if_torch_cannot_detect_amx_every_process_takes_fp32(monkeypatch):
 @pytest.mark.parametrize("amx", [True, False])
 def test_a_requested_precision_is_used(monkeypatch, precision, amx):
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx, raising=False)
-    assert choose_compute("cpu", precision) == Compute(
-        "cpu", precision, "local.precision asks for it"
-    )
+    assert choose_compute("cpu", precision) == Compute("cpu", precision, "set by local.precision")
 
 
 @pytest.mark.parametrize("units, dtype", [(True, "bf16"), (False, "fp32")])
@@ -58,7 +56,8 @@ def test_a_gpu_is_used_if_available(monkeypatch, units, dtype):
 def test_asking_for_a_missing_gpu_is_refused(monkeypatch, built, why):
     monkeypatch.setattr(torch.version, "cuda", built)
     with pytest.raises(
-        ConfigError, match=rf"runtime.device=cuda: no GPU here, torch .* {why}; take auto or cpu"
+        ConfigError,
+        match=rf"runtime.device=cuda: no GPU is available, torch .* {why}; take auto or cpu",
     ):
         choose_compute("cuda")
 
@@ -80,11 +79,11 @@ def test_cores_are_those_this_process_may_use(monkeypatch):
     "available, workers, threads, chosen",
     [
         (8, 0, 0, (8, 1, "8 cores, one process per core")),
-        (8, 3, 0, (3, 2, "8 cores, as asked")),
-        (8, 0, 3, (2, 3, "8 cores, as asked")),
-        (8, 16, 0, (16, 1, "8 cores, as asked")),
-        (8, 0, 16, (1, 16, "8 cores, as asked")),
-        (8, 5, 5, (5, 5, "8 cores, as asked")),
+        (8, 3, 0, (3, 2, "8 cores, as set")),
+        (8, 0, 3, (2, 3, "8 cores, as set")),
+        (8, 16, 0, (16, 1, "8 cores, as set")),
+        (8, 0, 16, (1, 16, "8 cores, as set")),
+        (8, 5, 5, (5, 5, "8 cores, as set")),
         (1, 0, 0, (1, 1, "1 cores, one process per core")),
     ],
 )

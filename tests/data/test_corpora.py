@@ -308,7 +308,7 @@ def test_a_corpus_from_outside_is_built_from_its_name_and_arguments():
         (EVERY["custom"], "corpus._target_=outsider.Poems: only classes in .* are used; to trust"),
         (
             replace(EVERY["custom"], path="x"),
-            "corpus.path=x: does nothing with corpus=custom, whose class has stanzas; leave it out",
+            "corpus.path=x: has no effect with corpus=custom, whose class has stanzas; leave",
         ),
         (
             replace(EVERY["custom"], arguments={"stanza": 1}),

@@ -316,16 +316,16 @@ class Careless(Partition):
     "spans, text",
     [
         ([], "makes no client"),
-        ([("a", [[0, 100]]), ("a", [[100, 200]])], "makes two clients of one name"),
+        ([("a", [[0, 100]]), ("a", [[100, 200]])], "makes two clients with the same name"),
         ([("a", [0, 100])], r"gives a spans that are not an array \(spans, 2\)"),
-        ([("a", [[0, 100]]), ("b", [[99, 200]])], "deals a token twice"),
-        ([("a", [[0, 100], [50, 150]])], "deals a token twice"),
-        ([("a", [[300, 400]])], "deals a token that is not in the clients' part"),  # it is public
-        ([("a", [[299, 301]])], "deals a token that is not in the clients' part"),
-        ([("a", [[-5, 10]])], "deals a token that is not in the clients' part"),
-        ([("a", [[1100, 1300]])], "deals a token that is not in the clients' part"),
-        ([("a", [[100, 100]])], "deals a span without tokens"),
-        ([("a", [[200, 100]])], "deals a span without tokens"),
+        ([("a", [[0, 100]]), ("b", [[99, 200]])], "assigns a token twice"),
+        ([("a", [[0, 100], [50, 150]])], "assigns a token twice"),
+        ([("a", [[300, 400]])], "assigns a token that is not in the clients' part"),  # it is public
+        ([("a", [[299, 301]])], "assigns a token that is not in the clients' part"),
+        ([("a", [[-5, 10]])], "assigns a token that is not in the clients' part"),
+        ([("a", [[1100, 1300]])], "assigns a token that is not in the clients' part"),
+        ([("a", [[100, 100]])], "assigns a span without tokens"),
+        ([("a", [[200, 100]])], "assigns a span without tokens"),
         ([("a", [[0, 100]]), ("b", [[100, 105]])], "1 of 2 clients have fewer than 10 tokens"),
     ],
 )

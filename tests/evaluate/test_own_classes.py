@@ -20,7 +20,7 @@ from fedgpt.config import compose
 from fedgpt.core.errors import ConfigError, FedGPTError
 from fedgpt.core.score import LANGUAGE, RESERVED, Score, Scoring, number
 from fedgpt.evaluate.metrics.base import BatchMetric, SampleMetric, make_metrics
-from fedgpt.server.metrics import FIRST
+from fedgpt.server.metrics_line import FIRST
 from fedgpt.tasks.base import Task
 from fedgpt.tasks.lm import LanguageModel
 

@@ -190,7 +190,7 @@ def test_nodes_answer_which_client_they_are():
 def test_the_error_for_an_unreadable_answer_names_the_node(answer):
     made = GridTransport(Asked({8: answer}), 1, "digest")
     with pytest.raises(
-        FedGPTError, match=r"node 8 did not say who it is: its answer cannot be read"
+        FedGPTError, match=r"node 8 did not report its client: its answer cannot be read"
     ):
         made.clients(timeout=1)
 
@@ -207,7 +207,7 @@ def test_waiting_for_the_answers_of_nodes_has_a_time_limit():
             return []
 
     made = GridTransport(Silent({7: RecordDict()}), 1, "digest")
-    with pytest.raises(StoppedEarly, match=r"1 clients did not say who they are within 0 s"):
+    with pytest.raises(StoppedEarly, match=r"1 clients did not report their id within 0 s"):
         made.clients(timeout=0.2)
 
 

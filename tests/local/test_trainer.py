@@ -235,12 +235,9 @@ def test_training_in_bf16_is_close_to_fp32():
     assert bf16.metrics["train_loss"] == pytest.approx(fp32.metrics["train_loss"], rel=0.03)
     assert trainer.working.dtype == torch.bfloat16
     torch.testing.assert_close(trainer.working, trainer.params.bfloat16(), rtol=0, atol=0)
-    for view, parameter in zip(
-        trainer.layout.views(trainer.working).values(), range(3), strict=False
-    ):
-        assert view.untyped_storage().data_ptr() == trainer.working.untyped_storage().data_ptr(), (
-            parameter
-        )
+    storage = trainer.working.untyped_storage().data_ptr()
+    for name, view in trainer.layout.views(trainer.working).items():
+        assert view.untyped_storage().data_ptr() == storage, name
 
 
 def test_a_job_of_a_tied_model_trains_the_tied_weight_once():

@@ -15,7 +15,10 @@ from fedgpt.model.shape import (
     trainable_problems,
 )
 
-PRESETS = {path.stem: path for path in sorted(Path("conf/model").glob("*.yaml"))}
+PRESETS = {
+    path.stem: path
+    for path in sorted((Path(__file__).parents[2] / "conf" / "model").glob("*.yaml"))
+}
 
 
 def preset(name: str) -> ModelOptions:

@@ -55,7 +55,8 @@ def test_each_client_pays_for_itself_and_the_largest_total_counts(tmp_path):
     assert event["count"] == 2 and event["sampling_probability"] == 1
     assert event["count"] / event["noise_multiplier"] ** 2 == pytest.approx(1.5 / 16)
     with pytest.raises(
-        BudgetExhausted, match=r"client x would pay for 2\.5 releases, privacy\.participations=2"
+        BudgetExhausted,
+        match=r"client x would be charged for 2\.5 releases, privacy\.participations=2",
     ):
         ledger.charge_clients(2, "c", {"x": 1.0}, 4.0, most=2)
 
@@ -71,7 +72,7 @@ def test_a_series_cannot_be_repeated_from_an_earlier_release(tmp_path):
 
 
 def test_a_missing_ledger_does_not_count_as_an_empty_one(tmp_path):
-    with pytest.raises(FedGPTError, match="is missing: what has been spent is unknown"):
+    with pytest.raises(FedGPTError, match="is missing: the privacy loss so far is unknown"):
         open_ledger(tmp_path)
 
 

@@ -71,7 +71,7 @@ def test_correct_combinations_are_accepted(chosen):
         (
             [*COINS, "privacy.separation=3"],
             "privacy.separation=3",
-            "coins cannot keep clients apart",
+            "coins cannot separate a client's participations",
         ),
         ([*CLIENT, "tokens=100000"], "tokens=100000", "set rounds instead"),
         ([*CLIENT, "privacy.target_epsilon=null"], "privacy=client", "set privacy.target_epsilon"),
@@ -85,7 +85,7 @@ def test_correct_combinations_are_accepted(chosen):
             "privacy.adaptive=True",
             "an option of privacy=client",
         ),
-        ([*CLIENT, "pace.dylu=true"], "pace.dylu=true", "would follow one client's speed"),
+        ([*CLIENT, "pace.dylu=true"], "pace.dylu=true", "one client's speed would change"),
         (
             [*COINS, "privacy.participations=3"],
             "privacy.participations=3",
@@ -94,14 +94,14 @@ def test_correct_combinations_are_accepted(chosen):
         (
             ["privacy=example", "model.dropout=0.1"],
             "model.dropout=0.1",
-            "the gradients of others would change",
+            "the gradient of one block would depend",
         ),
         (["privacy.target_epsilon=4"], "privacy.target_epsilon=4", "privacy=none protects nothing"),
         (["privacy=example", "local.precision=bf16"], "local.precision=bf16", "computed in fp32"),
         (
             ["privacy=local", "update=topk"],
             "update.error_feedback=true",
-            "privacy=local has hidden",
+            "it would add data without noise",
         ),
         (["privacy=example", "privacy.target_epsilon=0"], "privacy.target_epsilon=0", "above 0"),
         (

@@ -39,10 +39,10 @@ def ratio(rows: dict[str, str]) -> float:
 @pytest.mark.parametrize(
     ("chosen", "units", "words"),
     [
-        (EXAMPLE, 8, "one step is so many times as long as the longest clipped gradient"),
-        (CLIENT, 50, "one release is so many times as long as the longest clipped update"),
+        (EXAMPLE, 8, "noise of one step, divided by the largest norm of a clipped gradient"),
+        (CLIENT, 50, "noise of one release, divided by the largest norm of a clipped update"),
         # the update of one client may change to any other one, which is two clips away
-        (LOCAL, 0.5, "one update is so many times as long as the longest clipped update"),
+        (LOCAL, 0.5, "noise of one update, divided by the largest norm of a clipped update"),
     ],
     ids=str,
 )

@@ -137,7 +137,7 @@ weights                 sha256 0123456789abcdef
 
 The river rose again.
 
-everything is in /runs/x: report.html, samples.md, figures/, metrics.jsonl, model/
+results are in /runs/x: report.html, samples.md, figures/, metrics.jsonl, model/
 more text: fedgpt generate /runs/x --prompt "..."
 """
 
@@ -166,7 +166,7 @@ def test_a_byte_model_cannot_write_control_codes_to_the_terminal():
 
 def test_every_sampled_version_is_a_section_of_the_page():
     assert samples_page(METRICS) == (
-        "# What the model wrote\n\n"
+        "# Samples\n\n"
         "## Version 0: 2.000 bits per byte\n\n```text\nThe river was first.\n```\n\n"
         "## Version 2: 1.500 bits per byte\n\n```text\nThe river rose again.  \n```\n"
     )
@@ -178,7 +178,7 @@ def test_a_sample_cannot_end_its_own_block():
 
 
 def test_a_page_without_samples_is_only_its_title():
-    assert samples_page([score(0, 8.0)]) == "# What the model wrote\n"
+    assert samples_page([score(0, 8.0)]) == "# Samples\n"
 
 
 # ---- another task, which is judged by its accuracy

@@ -155,7 +155,7 @@ def test_the_timeline_shows_jobs_steps_tokens_and_idle_time(tmp_path, drawn):
     assert [(label, [(x, width) for x, _, width, _ in boxes]) for label, boxes in bars[:3]] == [
         ("update accepted", [(2, 2), (4, 5)]),
         ("rejected or no reply", [(2, 5)]),
-        ("still at work at the end", [(2, 10)]),
+        ("in flight at the end", [(2, 10)]),
     ]
     assert bars[3][0] == "server step" and [x for x, *_ in bars[3][1]] == [8, 12]
     assert [bar.get_width() for bar in tokens.patches] == [0, 1.5, 0]

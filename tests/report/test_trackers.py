@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from fedgpt.core.events import (
     Event,
     JobSent,
     MetricsReady,
+    Observer,
     PacingChanged,
     QuarantineBegun,
     QuarantineEnded,
@@ -34,6 +36,7 @@ from fedgpt.core.options import PrivacyOptions, RunOptions
 from fedgpt.report.published import PUBLISHED
 from fedgpt.report.trackers import MEMBERS, make_trackers
 from fedgpt.report.trackers.base import Tracker, flat
+from fedgpt.server.observers import THREAD, Observers
 
 # A third-party tracker, outside the package. It cannot delete lines that it has written.
 CHART = """
@@ -99,7 +102,7 @@ def options(*nodes, unit: str = "none") -> RunOptions:
 
 
 def metrics(version: int) -> dict:
-    """A line of metrics.jsonl as server/metrics.py makes it; each second version has scores."""
+    """A line of metrics.jsonl as server/metrics_line.py has it; each second version has scores."""
     line = {
         "version": version,
         "tokens": 100 * version,
@@ -155,10 +158,16 @@ def script(versions: Sequence[int]) -> list[Event]:
     return [event for version in versions for event in events_of(version)]
 
 
-def finish(tracker: Tracker, events: Sequence[Event]) -> None:
+def finish(tracker: Observer, events: Sequence[Event]) -> None:
+    deliver([tracker], events)
+
+
+def deliver(trackers: Sequence[Observer], events: Sequence[Event]) -> None:
+    """As a run does it: from the delivery thread, to its end."""
+    observers = Observers(trackers)
     for event in events:
-        tracker(event)
-    tracker.close()
+        observers.publish(event)
+    observers.close()
 
 
 def write_metrics(folder: Path, versions: Sequence[int]) -> None:
@@ -200,9 +209,8 @@ def test_no_version_is_lost_or_doubled_over_kills_and_resumes(tmp_path_factory, 
         events = script(range(start, made + 1))
         delivered = data.draw(st.integers(0, len(events)), label="events delivered")
         (tracker,) = make_trackers(options(node), folder, start)
-        for event in events[:delivered]:
-            tracker(event)
-        tracker.close()  # for a killed process the kernel closes the files
+        # a killed process does not close it, but the kernel closes its files
+        finish(tracker, events[:delivered])
         if name == "csv" and (table := folder / "metrics.csv").exists():
             size = table.stat().st_size
             os.truncate(table, size - data.draw(st.integers(0, size), label="bytes lost"))
@@ -224,9 +232,7 @@ def test_a_tracker_whose_file_was_deleted_gets_every_version_again(tmp_path, nam
 
 
 def test_nothing_is_written_before_the_first_event(tmp_path):
-    trackers = make_trackers(options("csv", THIRD_PARTY), tmp_path, 0)
-    for tracker in trackers:
-        tracker.close()
+    deliver(make_trackers(options("csv", THIRD_PARTY), tmp_path, 0), [])
     assert not list(tmp_path.iterdir()), "a run that is refused leaves nothing behind"
 
 
@@ -301,25 +307,21 @@ def test_scores_of_another_task_are_shown_if_they_are_named(tmp_path):
 
 def test_a_failing_tracker_is_reported_once_and_the_run_continues(tmp_path, caplog):
     (tmp_path / "metrics.csv").mkdir()  # so it cannot be written
-    failing, working = make_trackers(options("csv", THIRD_PARTY), tmp_path, 0)
-    for event in script(range(4)):
-        failing(event)
-        working(event)
-    failing.close()
-    working.close()
+    deliver(make_trackers(options("csv", THIRD_PARTY), tmp_path, 0), script(range(4)))
     assert known(read_chart(tmp_path)) == [row(version) for version in range(4)]
     (warning,) = [entry.getMessage() for entry in caplog.records]
     assert warning.startswith("track=csv: stopped after an error (IsADirectoryError: ")
     assert "the run continues without it" in warning
 
 
-@pytest.mark.parametrize("method", ["open", "__call__", "close"])
-def test_no_method_can_end_a_run(tmp_path, caplog, method):
-    calls = []
+@pytest.mark.parametrize("method", ["open", "__call__", "close", "none"])
+def test_no_method_can_end_a_run_and_one_thread_calls_them_all(tmp_path, caplog, method):
+    calls, threads = [], set()
 
     def body(name):
         def called(self, *arguments):
             calls.append(name)
+            threads.add(threading.current_thread().name)
             if name == method:
                 raise RuntimeError("no network")
             return -1
@@ -332,9 +334,14 @@ def test_no_method_can_end_a_run(tmp_path, caplog, method):
     (tracker,) = make_trackers(options({"_target_": "mine.Broken"}), tmp_path, 0)
     with caplog.at_level(logging.WARNING):
         finish(tracker, script(range(2)))
-    assert len(caplog.records) == 1 and "RuntimeError: no network" in caplog.text
-    if method != "close":
-        assert calls.count(method) == 1 and calls[-1] == "close", "it is closed after its error"
+    assert threads == {THREAD}
+    assert calls[0] == "open" and calls[-1] == "close" and calls.count("close") == 1
+    if method == "none":
+        assert not caplog.records
+    else:
+        (warning,) = [entry.getMessage() for entry in caplog.records]
+        assert warning.startswith("track=mine.Broken: stopped after an error (RuntimeError: no n")
+        assert calls.count(method) == 1, "nothing but close comes after an error"
 
 
 # ---- the option

@@ -61,7 +61,7 @@ def test_a_synchronous_run_shows_how_many_updates_a_step_had(tmp_path, drawn):
         tmp_path / "x.png",
     )
     titles = [axis.get_title(loc="left") for axis in drawn[0].axes]
-    assert titles == [TITLES["norms"], "Staleness: every update was fresh", TITLES["accepted"]]
+    assert titles == [TITLES["norms"], "Staleness: 0 for every update", TITLES["accepted"]]
     assert list(drawn[0].axes[2].lines[0].get_ydata()) == [4, 4]
 
 

@@ -179,7 +179,7 @@ def test_replaying_the_events_of_a_run_gives_its_weights(tmp_path, monkeypatch, 
 def test_a_record_too_short_for_the_run_is_an_error(tmp_path):
     run_virtual(tmp_path / "a", FOUR, DeltaSGD(), rounds=10)
     fleet = FleetOptions("replay", path=str(tmp_path / "a" / "events.jsonl"))
-    with pytest.raises(FedGPTError, match="stands still"):
+    with pytest.raises(FedGPTError, match="cannot advance"):
         run_virtual(tmp_path / "b", FOUR, DeltaSGD(), rounds=30, fleet=fleet)
 
 

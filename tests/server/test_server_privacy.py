@@ -212,7 +212,9 @@ def test_the_budget_stops_a_run_before_the_release(tmp_path):
     for _ in range(3):
         build.release(deltas())
     last = build.state
-    with pytest.raises(StoppedEarly, match="the model of version 3 is the last that is paid for"):
+    with pytest.raises(
+        StoppedEarly, match="the model of version 3 is the last with a charged release"
+    ):
         build.release(deltas())
     assert build.state is last
 
@@ -229,7 +231,7 @@ def test_the_ledger_identifies_the_noise_without_revealing_it(tmp_path):
 def test_a_missing_ledger_is_an_error_after_the_first_release(tmp_path):
     Mechanism(tmp_path, 1.0).release([])
     (tmp_path / "ledger.json").unlink()
-    with pytest.raises(FedGPTError, match="what has been spent is unknown"):
+    with pytest.raises(FedGPTError, match="the privacy loss so far is unknown"):
         # killed before its first checkpoint, a run begins with version 0 again
         Mechanism(tmp_path, 1.0)
 
@@ -338,7 +340,7 @@ def test_the_budget_holds_where_each_client_pays_for_itself(tmp_path):
         privacy.take(update, FedAvg(), 0)
         if version == 2:
             with pytest.raises(
-                StoppedEarly, match="the model of version 2 is the last that is paid for"
+                StoppedEarly, match="the model of version 2 is the last with a charged release"
             ):
                 privacy.release(
                     np.zeros(4, np.float32), 10.0, replace(state, version=version), clients

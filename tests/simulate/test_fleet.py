@@ -105,7 +105,7 @@ def test_a_wrong_table_is_refused_before_the_run(table, text, problem):
 
 def test_a_file_that_is_not_utf8_is_refused(table):
     assert problems(table("client,step_seconds\na,1\n", encoding="utf-16"))[0].startswith(
-        ": is no text in UTF-8"
+        ": is not UTF-8 text"
     )
 
 

@@ -18,7 +18,7 @@ from support.fake_transport import Behaviour, ScriptTransport
 
 from fedgpt.aggregate.base import Strategy
 from fedgpt.aggregate.fedavg import FedAvg
-from fedgpt.core.events import Event
+from fedgpt.core.events import Event, Observer
 from fedgpt.core.messages import ClientInfo, Job, Reply, ServerState
 from fedgpt.core.options import (
     CheckpointOptions,
@@ -32,7 +32,7 @@ from fedgpt.core.options import (
 from fedgpt.core.transport import Transport
 from fedgpt.privacy.plan import PrivacyPlan
 from fedgpt.server.loop import Server
-from fedgpt.server.metrics import first_line
+from fedgpt.server.metrics_line import first_line
 from fedgpt.server.parts import Evaluator, Parts, RootTrainer
 from fedgpt.server.privacy import make_privacy
 from fedgpt.simulate.virtual_clock import VirtualTransport, make_timing
@@ -106,6 +106,7 @@ def start_server(
     plan: PrivacyPlan | None = None,
     root: RootTrainer | None = None,
     outcomes: list[Outcome] | None = None,
+    observers: Sequence[Observer] = (),
 ) -> Outcome:
     """One start of the server, from version 0 or from what its folder has.
 
@@ -123,7 +124,7 @@ def start_server(
     privacy = make_privacy(o, plan, folder.path, "data", fresh)
     parts = Parts(o, strategy or FedAvg(), transport, evaluator, folder, privacy=privacy, root=root)
     events: list[Event] = []
-    server = Server(parts, snapshot, [events.append])
+    server = Server(parts, snapshot, [events.append, *observers])
     del snapshot  # so that only the server decides how long its initial vector is kept
     summary: dict[str, Any] = {}
     try:

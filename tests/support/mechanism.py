@@ -58,7 +58,7 @@ class Mechanism:
         self.collectors = Collectors(o, strategy or FedAvg(), self.privacy, size, "run")
         self.state = ServerState(np.zeros(size, np.float32))
         self.clients = Clients()
-        self.collector = self.collectors.empty()
+        self.open(most=1)
 
     def open(self, most: int) -> None:
         self.collector = self.collectors.open(self.state, (), most, self.clients)

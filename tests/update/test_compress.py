@@ -265,12 +265,12 @@ def test_every_codec_in_the_folder_is_tested():
         (
             "topk",
             {"block": 256},
-            "update.block=256: does nothing with update=topk; add update=int8 or",
+            "update.block=256: has no effect with update=topk; add update=int8 or",
         ),
         (
             "bf16",
             {"block": 256, "density": 1},
-            "(?s)update.block=256: does nothing.*update.density=1: does nothing with update=bf16",
+            "(?s)update.block=256: has no effect.*update.density=1: has no effect with update=bf16",
         ),
     ],
 )
@@ -306,7 +306,7 @@ def test_a_codec_from_outside_is_built_from_its_name_and_arguments():
         (custom(arguments=3), "update.arguments=3: must be names and values"),
         (
             custom(block=64),
-            "update.block=64: does nothing with update=custom, whose class has step; leave",
+            "update.block=64: has no effect with update=custom, whose class has step; leave",
         ),
         (
             UpdateOptions(compress="int8", _target_="outsider.Sign"),

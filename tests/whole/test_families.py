@@ -15,10 +15,8 @@ def test_a_sweep_makes_a_folder_for_each_run(world):
     folders = sorted(path for path in sweep.iterdir() if path.is_dir())
     assert [path.name for path in folders] == ["0", "1"]
     assert len({summary(path)["weights_sha256"] for path in folders}) == 2
-    assert [
-        f"seed: {seed}" in (path / "config.yaml").read_text()
-        for path, seed in zip(folders, (11, 12), strict=True)
-    ]
+    for path, seed in zip(folders, (11, 12), strict=True):
+        assert f"seed: {seed}\n" in (path / "config.yaml").read_text()
     assert done.stdout.count("version 1/1") == 2
 
 
@@ -49,6 +47,7 @@ ROBUST = [
 @pytest.mark.slow
 def test_every_strategy_of_conf_trains(world, finished):
     conf = {path.stem for path in (TESTS.parent / "conf" / "strategy").glob("*.yaml")}
+    conf.remove("custom")  # it needs a class from outside
     assert conf == {name.split()[0] for name in SYNCHRONOUS + ASYNCHRONOUS + ROBUST}
     buffer = " pace=buffer pace.clients=2 rounds=4"
     crowd = " partition=iid partition.clients=5 pace.clients=5"

@@ -264,7 +264,7 @@ def test_resetting_the_moments_of_clients_changes_the_weights(results):
 
 def test_a_run_with_other_options_in_the_same_folder_is_refused_with_their_names(finished, results):
     assert (
-        f"run_dir={finished.folder}: holds another run, which differs in local.lr, seed"
+        f"run_dir={finished.folder}: contains another run, which differs in local.lr, seed"
         in results["refused"]
     )
     assert f"fedgpt run resume={finished.folder}" in results["refused"]

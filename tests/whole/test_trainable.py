@@ -21,6 +21,7 @@ from fedgpt.config import compose
 from fedgpt.core.device import Compute
 from fedgpt.core.errors import ConfigError, FedGPTError
 from fedgpt.core.files import sha256_of
+from fedgpt.core.flat import flatten
 from fedgpt.core.messages import Job, Plan
 from fedgpt.core.seeds import derive_seed
 from fedgpt.data.batches import Batches
@@ -39,6 +40,7 @@ from fedgpt.local.trainer import Trainer
 from fedgpt.model.gpt import GPT
 from fedgpt.model.hf import export_model, import_model
 from fedgpt.privacy.randomness import SecureStream
+from fedgpt.storage.checkpoint import Checkpoints
 from fedgpt.storage.initial_weights import base_weights
 from fedgpt.tasks.base import make_task
 from fedgpt.update.codec import compress
@@ -225,10 +227,15 @@ def test_an_interrupted_run_is_resumed_to_the_same_bits(half):
 
 def test_an_opened_run_has_the_complete_model(half):
     half.run("opened")
-    end = half.exported("opened")
+    best_weights, _ = Checkpoints(half.folder / "opened" / "checkpoints", 2).load_best()
     for best in (False, True):
         model = fedgpt.open_run(half.folder / "opened", best=best).model
-        assert all(torch.equal(p, end[name]) for name, p in model.named_parameters()) or best
+        trained = flatten(model)[1].numpy()
+        if best:
+            assert np.array_equal(trained, best_weights)
+        else:
+            end = half.exported("opened")
+            assert all(torch.equal(p, end[name]) for name, p in model.named_parameters())
         frozen = {name: p for name, p in model.named_parameters() if not p.requires_grad}
         assert frozen.keys() == {n for n in half.start if not n.startswith(TRAINED)}
         assert all(torch.equal(p, half.start[n]) for n, p in frozen.items())
@@ -294,7 +301,7 @@ def test_a_client_with_another_base_refuses_its_job(half, capsys):
         serve(ours, grid)
     printed = capsys.readouterr().out
     assert "base weights differ: this client's are" in printed
-    assert "give both the same init_from" in printed
+    assert "use the same init_from for both" in printed
 
 
 def test_a_pattern_that_selects_nothing_is_refused(half):

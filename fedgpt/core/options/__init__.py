@@ -1,8 +1,8 @@
 """Every option of a run: the schema behind `fedgpt run key=value`, one file for each group.
 
 Plain dataclasses, free of heavy imports, so that help is printed at once. Hydra fills them from
-conf/ (see config/compose.py). `strategy` is the one group without a file: each strategy is a
-dataclass of its own in aggregate/, and its options are that dataclass's fields.
+conf/ (see config/compose.py). The options of a built-in strategy are the fields of its class in
+aggregate/.
 """
 
 from fedgpt.core.options.attack import AttackOptions
@@ -18,12 +18,14 @@ from fedgpt.core.options.partition import PartitionOptions
 from fedgpt.core.options.privacy import PrivacyOptions
 from fedgpt.core.options.run import RunOptions
 from fedgpt.core.options.runtime import RuntimeOptions
+from fedgpt.core.options.strategy import StrategyOptions
 from fedgpt.core.options.task import TaskOptions
 from fedgpt.core.options.tokenizer import TokenizerOptions
 from fedgpt.core.options.update import UpdateOptions
 from fedgpt.core.options.validate import ValidateOptions
 
-OPTIONS = {one.key: one for one in described(RunOptions)}  # as typed -> its facts
+# as typed -> its facts
+OPTIONS = {one.key: one for group in (RunOptions, StrategyOptions) for one in described(group)}
 
 __all__ = [
     "OPTIONS",
@@ -39,6 +41,7 @@ __all__ = [
     "PrivacyOptions",
     "RunOptions",
     "RuntimeOptions",
+    "StrategyOptions",
     "TaskOptions",
     "TokenizerOptions",
     "UpdateOptions",

@@ -12,7 +12,7 @@ ATTACKS = ("sign_flip", "scale", "gaussian")
 
 @dataclass
 class AttackOptions(Group):
-    """Clients that send a false update, for research on robust strategies."""
+    """Clients that send a manipulated update, for research on robust strategies."""
 
     group = "attack"
 
@@ -25,8 +25,8 @@ class AttackOptions(Group):
     )
     strength: float = option(
         1.0,
-        "sign_flip, scale: factor on the update. gaussian: length of the noise, as a multiple of"
-        " the update's length.",
+        "sign_flip, scale: factor on the update. gaussian: norm of the noise, as a multiple of"
+        " the update's norm.",
         allowed=above(0),
         only_with=ATTACKS,
     )

@@ -11,16 +11,16 @@ from fedgpt.core.options.option import Group, arguments, at_least, member, optio
 
 @dataclass
 class CorpusOptions(Group):
-    """The text that is trained on, and who owns which part of it."""
+    """The text of the run, and the owner of each part of it."""
 
     group = "corpus"
 
     name: str = member("sotu")
     client: str = option(
         "president",
-        "Who owns a text, and so which texts belong to one client. sotu: president or address."
-        " stdlib: package. files: file, folder (the folder a file lies in), or the name of a field"
-        " of a JSONL file.",
+        "Owner of a text. Texts of one owner belong to one client. sotu: president or address."
+        " stdlib: package. files: file, folder (the top-level sub-folder of a file), or the name"
+        " of a field of a JSONL file.",
         only_with=("sotu", "stdlib", "files"),
     )
     path: str | None = option(
@@ -29,12 +29,11 @@ class CorpusOptions(Group):
         only_with=("files", "custom"),
     )
     text_field: str = option(
-        "text", "Name of the field of a JSONL file that holds the text.", only_with=("files",)
+        "text", "Name of the JSONL field that contains the text.", only_with=("files",)
     )
     label_field: str | None = option(
         None,
-        "Name of the field of a JSONL file whose value partition=dirichlet takes as the label of"
-        " a text.",
+        "Name of the JSONL field that contains the label of a text, for partition=dirichlet.",
         only_with=("files",),
     )
     document_bytes: int = option(
@@ -47,21 +46,21 @@ class CorpusOptions(Group):
     )
     public: float = option(
         0.08,
-        "Share of the text, counted in bytes, that everybody may see. The tokenizer is trained on"
-        " it, and no client trains on it.",
+        "Share of the text, counted in bytes, that is not private. It trains the tokenizer, and"
+        " no client trains on it.",
         allowed=share("a share of the bytes"),
     )
     held_out: float = option(
         0.05,
-        "Share of the text, counted in bytes, that nobody trains on. The server evaluates the"
-        " model on it.",
+        "Share of the text, counted in bytes, on which the server evaluates the model. No client"
+        " trains on it.",
         allowed=share(zero=False),
     )
     _target_: str | None = target()
     arguments: dict[str, Any] = arguments()
 
     def rules(self) -> Iterator[str]:
-        """Something must be left to train on."""
+        """The clients must have text to train on."""
         if self.public + self.held_out >= 1:
             yield (
                 f"corpus.public={self.public} and corpus.held_out={self.held_out} leave nothing"

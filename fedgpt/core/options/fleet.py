@@ -8,14 +8,15 @@ from math import inf
 
 from fedgpt.core.options.option import Group, above, at_least, between, choice, option, share
 
-MODELLED = ("constant", "published", "lognormal", "trace")  # those whose links have options
+MODELLED = ("constant", "published", "lognormal", "trace")  # fleets whose links have options
 
 
 @dataclass
 class FleetOptions(Group):
-    """How fast the simulated clients and their links are.
+    """Speed of the simulated clients and their links.
 
-    With clock=virtual time is modelled; with clock=real a client that is done too early waits.
+    With clock=virtual the time is modelled. With clock=real a client that finishes before its
+    modelled time waits.
     """
 
     group = "fleet"
@@ -23,8 +24,8 @@ class FleetOptions(Group):
     name: str = choice("none", "constant", "published", "lognormal", "trace", "replay")
     step_seconds: list[float] = option(
         [1.0],
-        "Time of a local step for each client, in the order of the clients; the list starts again"
-        " where there are more clients.",
+        "Time of a local step for each client, in the order of the clients. If there are more"
+        " clients, the list is repeated.",
         unit="seconds",
         only_with=("constant",),
     )
@@ -37,8 +38,8 @@ class FleetOptions(Group):
     )
     spread: float = option(
         0.5,
-        "Standard deviation over the clients of the logarithm of the time of a local step. 0 makes"
-        " all clients alike.",
+        "Standard deviation over the clients of the logarithm of the time of a local step. With 0"
+        " all clients are equally fast.",
         allowed=between(0, 10),
         only_with=("lognormal",),
     )
@@ -58,8 +59,8 @@ class FleetOptions(Group):
     )
     jitter: float = option(
         0.0,
-        "How much the time of a job varies: standard deviation of the logarithm of a factor that"
-        " is drawn for each job.",
+        "Variation of the time of a job: standard deviation of the logarithm of a factor that is"
+        " drawn for each job.",
         allowed=between(0, 10),
         only_with=MODELLED,
     )
@@ -71,8 +72,9 @@ class FleetOptions(Group):
     )
     window: list[float] = option(
         [],
-        "When clients are available, as [seconds available, seconds away], over and over; each"
-        " client starts at another point. An empty list means always.",
+        "Availability of clients as a repeated cycle [seconds available, seconds away]. Each"
+        " client starts at a different point of the cycle. An empty list means that all clients"
+        " are always available.",
         unit="seconds",
         only_with=MODELLED,
     )
@@ -84,7 +86,7 @@ class FleetOptions(Group):
     )
 
     def rules(self) -> Iterator[str]:
-        """Lists must hold what they say."""
+        """The lists must have valid elements."""
         if not self.step_seconds or not all(0 < s < inf for s in self.step_seconds):
             yield (
                 f"fleet.step_seconds={list(self.step_seconds)}: needs numbers above 0, one for each"

@@ -10,28 +10,28 @@ from fedgpt.core.options.option import Group, above, at_least, between, one_of, 
 
 @dataclass
 class LocalOptions(Group):
-    """How a client trains between receiving the model and sending its update."""
+    """Training of one job at a client."""
 
     group = "local"
 
     steps: int = option(
-        40, "Optimiser steps that a client takes in one job.", unit="steps", allowed=at_least(1)
+        40, "Number of optimiser steps in one job.", unit="steps", allowed=at_least(1)
     )
     batch_size: int = option(
         8,
-        "Sequences in a micro-batch. Each has model.block_size tokens.",
+        "Number of sequences in a micro-batch. A sequence has model.block_size tokens.",
         unit="sequences",
         allowed=at_least(1),
     )
     accumulate: int = option(
         1,
-        "Micro-batches whose gradients are averaged for one optimiser step.",
+        "Number of micro-batches whose gradients are averaged for one optimiser step.",
         unit="micro-batches",
         allowed=at_least(1),
     )
     lr: float = option(
         3e-3,
-        "Learning rate at its highest, after the warm-up. It then falls along a cosine until the"
+        "Highest learning rate, reached after the warm-up. It then falls along a cosine until the"
         " end of the run.",
         allowed=above(0, most=1),
     )
@@ -57,19 +57,18 @@ class LocalOptions(Group):
     )
     grad_clip: float = option(
         1.0,
-        "Longest gradient: one whose norm over all parameters is larger is scaled down to this"
-        " norm.",
+        "Largest gradient norm over all parameters. A longer gradient is scaled down to this norm.",
         allowed=at_least(0, zero="off"),
     )
     moments: str = option(
         "keep",
-        "What becomes of AdamW's running means after a job. keep: they stay at the client for its"
-        " next job. reset: every job starts with fresh ones.",
+        "AdamW's running means (moments) after a job. keep: the client stores them for its next"
+        " job. reset: every job starts with zeros.",
         allowed=one_of("keep", "reset"),
     )
     precision: str = option(
         "auto",
-        "Number format of the matrix products. auto: bf16 on a GPU that has it, else fp32.",
+        "Number format of matrix products. auto: bf16 on hardware with bf16 units, otherwise fp32.",
         allowed=one_of("auto", "fp32", "bf16"),
     )
 

@@ -18,12 +18,13 @@ class ModelOptions(Group):
     n_head: int = option(4, "Number of attention heads of a block.", allowed=at_least(1))
     n_embd: int = option(
         128,
-        "Width of the model: channels of a token's vector. A multiple of model.n_head.",
+        "Width of the model: number of channels of a token's vector. It must be a multiple of"
+        " model.n_head.",
         unit="channels",
         allowed=at_least(1),
     )
     block_size: int = option(
-        64, "Longest context that the model sees.", unit="tokens", allowed=at_least(1)
+        64, "Length of the model's context.", unit="tokens", allowed=at_least(1)
     )
     dropout: float = option(
         0.0,
@@ -32,20 +33,20 @@ class ModelOptions(Group):
     )
     positions: str = option(
         "rotary",
-        "How the model knows where a token stands: a learned vector for each place (as GPT-2), or"
-        " rotary embeddings.",
+        "Encoding of token positions: a learned vector for each position (as in GPT-2), or rotary"
+        " embeddings.",
         allowed=one_of("learned", "rotary"),
     )
     norm: str = option(
         "layernorm",
-        "Normalisation before each layer: layernorm with bias (as GPT-2), or rmsnorm.",
+        "Normalisation before each layer: layernorm with bias (as in GPT-2), or rmsnorm.",
         allowed=one_of("layernorm", "rmsnorm"),
     )
     bias: bool = option(True, "Whether the linear layers have a bias.")
     gelu: str = option(
         "exact",
-        "Form of the activation GELU: exact (with erf), or its approximation with tanh, which"
-        " GPT-2 was trained with.",
+        "Form of the GELU activation: exact (with erf), or the approximation with tanh, which"
+        " GPT-2 uses.",
         allowed=one_of("exact", "tanh"),
     )
     tie: bool = option(
@@ -54,8 +55,9 @@ class ModelOptions(Group):
     trainable: list[str] = option(
         [],
         "Names of the parameters that are trained, with * for any characters, such as"
-        " [transformer.h.3.*,lm_head.*]. The others are frozen, as init_from or the seed makes"
-        " them, and are never sent. An empty list means that all are trained.",
+        " [transformer.h.3.*,lm_head.*]. The other parameters keep their initial values from"
+        " init_from or the seed, and are never sent. An empty list means that all parameters are"
+        " trained.",
     )
 
     def rules(self) -> Iterator[str]:

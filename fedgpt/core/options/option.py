@@ -1,8 +1,8 @@
-"""What one option is: its default, meaning, unit and allowed values, all in one dataclass field.
+"""The definition of an option: default, help, unit and allowed values in one dataclass field.
 
-A group of options is a dataclass below `Group` whose fields are made by `option`. Everything else
-reads the fields: Hydra the types and defaults, `problems` the allowed values, `fedgpt help` all of
-it. So an option is written down once.
+A group of options is a subclass of `Group` whose fields are made by `option`. Hydra reads their
+types and defaults, `problems` the allowed values, and `fedgpt help` all of them. So each option is
+defined once. The fields of a strategy (aggregate/) are such options, too.
 
 >>> @dataclass
 ... class Oven(Group):
@@ -21,7 +21,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from math import inf, isfinite
-from types import NoneType
+from numbers import Integral, Real
+from types import NoneType, UnionType
 from typing import Any, ClassVar
 
 from fedgpt.core.errors import nearest
@@ -44,14 +45,14 @@ class Allowed:
 
     words: str
     holds: Callable[[Any], bool]
-    choices: tuple[str, ...] = ()  # all of them, where the option is one word of a few
+    choices: tuple[str, ...] = ()  # all allowed words, if the option has a fixed set of words
 
 
 ANYTHING = Allowed("", lambda value: True)
 
 
 def at_least(low: float, unit: str = "", *, zero: str = "", or_zero: str = "") -> Allowed:
-    """Numbers from `low`; `zero` says what 0 means, and `or_zero` allows 0 below `low`, too.
+    """Numbers from `low`; `zero` is the meaning of 0, and `or_zero` also allows 0 below `low`.
 
     >>> at_least(0, zero="off").words, at_least(1, or_zero="off").words
     ('at least 0 (0 = off)', 'at least 1, or 0 (off)')
@@ -63,7 +64,7 @@ def at_least(low: float, unit: str = "", *, zero: str = "", or_zero: str = "") -
 
 
 def above(low: float, unit: str = "", *, most: float = inf, or_zero: str = "") -> Allowed:
-    """Numbers above `low`, up to `most`; `or_zero` says what 0 means, where it is allowed.
+    """Numbers above `low`, up to `most`; `or_zero` is the meaning of 0, if 0 is allowed.
 
     >>> above(0, "seconds").words, above(0, most=1).words
     ('above 0 seconds', 'above 0 and at most 1')
@@ -99,7 +100,7 @@ def one_of(*choices: str) -> Allowed:
 
 @dataclass(frozen=True)
 class Facts:
-    """What `option` notes in the metadata of a field."""
+    """The metadata that `option` stores in a field."""
 
     help: str
     unit: str = ""
@@ -119,9 +120,9 @@ def option(
 ) -> Any:
     """A dataclass field that is an option of a run.
 
-    `help` is complete sentences that can be read alone; `only_with` names the choices of the
-    option's own group beside which it has an effect (all, where it is empty). `built_in` is the
-    package whose modules a list may name.
+    `help` consists of complete sentences. `only_with` names the choices of the option's group with
+    which the option has an effect (empty: all choices). `built_in` is the package whose modules a
+    list may name.
     """
     metadata = {"option": Facts(help, unit, allowed, only_with, built_in)}
     if isinstance(default, list | dict):
@@ -130,19 +131,19 @@ def option(
 
 
 def choice(*choices: str) -> Any:
-    """The field that says which choice of its group was made; the first one is the default."""
+    """The field that names the choice of its group; the first choice is the default."""
     return option(
         choices[0],
-        "The kind that was chosen. It is set by the choice of the group, not typed by itself.",
+        "The choice of the group. GROUP=CHOICE sets it; it is not typed itself.",
         allowed=one_of(*choices),
     )
 
 
 def member(default: str) -> Any:
-    """The field that names the chosen class of a group: core/targets.py knows which there are."""
+    """The field that names the chosen class of a group; core/targets.py lists the classes."""
     return option(
         default,
-        "The kind that was chosen. It is set by the choice of the group, not typed by itself.",
+        "The choice of the group. GROUP=CHOICE sets it; it is not typed itself.",
     )
 
 
@@ -150,22 +151,22 @@ def target() -> Any:
     """The field `_target_` of a group whose classes may come from other packages."""
     return option(
         None,
-        "Full name of a class of your own, such as my_package.Mine. Its package must be named in"
-        " trusted_packages.",
+        "Full name of a class of your own, such as my_package.Mine. trusted_packages must list"
+        " its package.",
         only_with=("custom",),
     )
 
 
 def arguments() -> Any:
     """The field `arguments` beside `_target_`."""
-    return option({}, "Arguments by name that the class is called with, such as {size: 3}.")
+    return option({}, "Keyword arguments of the class, such as {size: 3}.")
 
 
 class Group:
     """A group of options: finds what is wrong with the values of its fields."""
 
     group: ClassVar[str] = ""  # as typed; empty for the options above the groups
-    choice_field: ClassVar[str] = "name"  # the field that names the choice, where there is one
+    choice_field: ClassVar[str] = "name"  # the field that names the choice, if the group has one
     reports_unused: ClassVar[bool] = False  # whether `rules` reports values that have no effect
 
     @classmethod
@@ -175,11 +176,11 @@ class Group:
 
     @property
     def chosen(self) -> str:
-        """The choice that was made, or an empty text in a group that does not note it."""
+        """The choice of this group, or an empty text if the group has no such field."""
         return str(getattr(self, self.choice_field, ""))
 
     def problems(self) -> Iterator[str]:
-        """Everything that is wrong with the values, first one by one, then side by side."""
+        """All problems of the values: first of single values, then of combinations."""
         own = fields(self)  # pyright: ignore[reportArgumentType]  # groups are dataclasses
         values = {one.name: getattr(self, one.name) for one in own}
         for one in own:
@@ -191,20 +192,21 @@ class Group:
         yield from self.rules()
 
     def rules(self) -> Iterator[str]:
-        """What is wrong with values side by side; a group overrides it."""
+        """Problems of combinations of values; a group overrides it."""
         yield from ()
 
 
 def facts_of(one: Field[Any]) -> Facts:
-    """What `option` noted of a field."""
+    """The metadata that `option` stored in a field."""
     return one.metadata.get("option", Facts(""))
 
 
 def value_problem(key: str, value: Any, allowed: Allowed) -> str:
-    """What is wrong with one value, as typed and with what is allowed; empty where it is right."""
+    """The problem of one value, with the allowed values; empty if the value is allowed."""
     if value is None:
         return ""  # null is a matter of the type
-    if isinstance(value, float) and not isfinite(value):
+    whole = isinstance(value, Integral)  # which may be too large for isfinite
+    if isinstance(value, Real) and not whole and not isfinite(value):
         words = f", {allowed.words}" if allowed.words else ""
         return f"{key}={value}: must be a finite number{words}"
     if allowed.holds(value):
@@ -220,9 +222,9 @@ def no_effect(
     `only_with` are the choices that may use it, `takes` the options that the chosen class has.
 
     >>> no_effect("corpus.path=/tmp", "stdlib", ("files", "custom"))
-    'corpus.path=/tmp: does nothing with corpus=stdlib; add corpus=files, or leave it out'
+    'corpus.path=/tmp: has no effect with corpus=stdlib; add corpus=files, or leave it out'
     >>> no_effect("corpus.path=/tmp", "custom", ("files", "custom"), takes=["stanzas"])
-    'corpus.path=/tmp: does nothing with corpus=custom, whose class has stanzas; leave it out'
+    'corpus.path=/tmp: has no effect with corpus=custom, whose class has stanzas; leave it out'
     """
     group = text.lstrip("+").partition("=")[0].rpartition(".")[0]
     others = [name for name in only_with if name != "custom"] or only_with
@@ -230,7 +232,7 @@ def no_effect(
     why = ""
     if not only_with or chosen in only_with:
         remedy, why = "leave it out", f", whose class has {', '.join(takes) or 'no options'}"
-    return f"{text}: does nothing with {group}={chosen}{why}; {remedy}"
+    return f"{text}: has no effect with {group}={chosen}{why}; {remedy}"
 
 
 def dotted(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -246,6 +248,21 @@ def dotted(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def typed(value: Any) -> str:
+    """A value as it is typed on the command line.
+
+    >>> typed(None), typed(True), typed([1.0, 2])
+    ('null', 'true', '[1.0,2]')
+    """
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{','.join(map(typed, value))}]"
+    return str(value)
+
+
 @dataclass(frozen=True)
 class Option:
     """An option as help and checks see it."""
@@ -257,27 +274,89 @@ class Option:
     facts: Facts
 
     @property
+    def name(self) -> str:
+        """The key without its group."""
+        return self.key.rpartition(".")[2]
+
+    @property
     def kind(self) -> str:
         """The types in words, such as "a number or null"."""
         return " or ".join("null" if k is NoneType else KINDS[k] for k in self.kinds if k in NAMED)
+
+    def problem(self, value: Any) -> str:
+        """What is wrong with a value of any type; empty where it is right.
+
+        A type that is not in KINDS is not checked.
+        """
+        known = self.kinds and NAMED.issuperset(self.kinds)
+        if known and not any(is_a(value, kind) for kind in self.kinds):
+            return f"{self.key}={typed(value)}: {self.needs(value)}"
+        return value_problem(self.key, value, self.facts.allowed)
+
+    def needs(self, value: Any) -> str:
+        """Which type and values are allowed, for a value that has another type."""
+        words = self.facts.allowed.words
+        whole = int in self.kinds and isinstance(value, float) and value.is_integer()
+        proposal = f"; type {value:.0f}" if whole else ""
+        return f"must be {self.kind}{f', {words}' if words else ''}{proposal}"
 
 
 NAMED = {*KINDS, NoneType}
 
 
-def described(cls: type) -> Iterator[Option]:
+def is_a(value: Any, kind: Any) -> bool:
+    """Whether a value has this type of KINDS: whole numbers are numbers, true and false are not.
+
+    >>> is_a(1, float), is_a(True, float), is_a(1.0, int)
+    (True, False, False)
+    """
+    if kind in (int, float):
+        number = Integral if kind is int else Real
+        return isinstance(value, number) and not isinstance(value, bool)
+    return isinstance(value, typing.get_origin(kind) or kind)
+
+
+def described(cls: type[Any]) -> Iterator[Option]:
     """Every option of a group and of the groups below it, in the order of its fields."""
-    hints = typing.get_type_hints(cls)
-    for one in fields(cls):  # pyright: ignore[reportArgumentType]  # groups are dataclasses
-        hint = hints[one.name]
+    for one, hint in _typed_fields(cls):
         if is_dataclass(hint):
             yield from described(typing.cast(type, hint))
-            continue
-        default = one.default_factory() if callable(one.default_factory) else one.default
-        yield Option(
-            key=cls.key(one.name),  # pyright: ignore[reportAttributeAccessIssue]  # as above
-            group=cls.group,  # pyright: ignore[reportAttributeAccessIssue]
-            kinds=(hint,) if hint in KINDS else typing.get_args(hint),
-            default=None if default is MISSING else default,
-            facts=facts_of(one),
-        )
+        else:
+            yield _option_of(one, hint, cls.key(one.name), cls.group)
+
+
+def options_of(cls: type[Any]) -> Iterator[Option]:
+    """The options of a strategy's class, which is a dataclass that is no `Group`."""
+    for one, hint in _typed_fields(cls):
+        if one.init:
+            yield _option_of(one, hint, f"strategy.{one.name}", "strategy")
+
+
+def _option_of(one: Field[Any], hint: Any, key: str, group: str) -> Option:
+    default = one.default_factory() if callable(one.default_factory) else one.default
+    default = None if default is MISSING else default
+    return Option(key, group, _kinds(hint), default, facts_of(one))
+
+
+def _typed_fields(cls: type[Any]) -> Iterator[tuple[Field[Any], Any]]:
+    """The fields of a dataclass, each with its type."""
+    hints = _hints(cls)
+    return ((one, hints[one.name]) for one in fields(cls))
+
+
+def _hints(cls: type[Any]) -> dict[str, Any]:
+    """Field -> its type; where a type cannot be found, as its name is imported for type checkers
+    only, the fields whose types are single words of KINDS still have theirs.
+    """
+    try:
+        return typing.get_type_hints(cls)
+    except (NameError, AttributeError):
+        plain = {kind.__name__: kind for kind in (int, float, bool, str)}
+        return {one.name: plain.get(str(one.type), one.type) for one in fields(cls)}
+
+
+def _kinds(hint: Any) -> tuple[Any, ...]:
+    """The types that a value may have; none for a type that options have no words for."""
+    if typing.get_origin(hint) in (typing.Union, UnionType):
+        return typing.get_args(hint)
+    return (hint,) if hint in KINDS else ()

@@ -17,15 +17,15 @@ class PaceOptions(Group):
     name: str = choice("cohort", "buffer")
     clients: int = option(
         8,
-        "Number of clients at work. cohort: this many are sampled for each version. buffer: this"
-        " many are at work at any time.",
+        "cohort: number of clients sampled for each version. buffer: number of clients that train"
+        " at any time.",
         unit="clients",
         allowed=at_least(0, zero="all"),
     )
     rate: float | None = option(
         None,
-        "Probability with which each client joins a version, independently of the others, instead"
-        " of a fixed number pace.clients. null means a fixed number. Only with pace=cohort.",
+        "Probability with which each client independently takes part in a version, instead of the"
+        " fixed number pace.clients. null means the fixed number. Only with pace=cohort.",
         allowed=above(0, most=1),
     )
     goal: int | None = option(
@@ -37,39 +37,40 @@ class PaceOptions(Group):
     )
     grace: float | None = option(
         None,
-        "How long the server waits for more updates after pace.goal is reached. null means not at"
-        " all.",
+        "Time for which the server waits for more updates after pace.goal is reached. null means"
+        " that it does not wait.",
         unit="seconds",
         allowed=at_least(0, "seconds"),
     )
     deadline: float | None = option(
         None,
-        "cohort: a version is made after this time with the updates that have arrived. buffer: a"
-        " job that takes longer is given up. null means no limit.",
+        "cohort: time after which the server makes the version with the updates that have"
+        " arrived. buffer: time after which a job is given up. null means no limit.",
         unit="seconds",
         allowed=above(0, "seconds"),
     )
     minimum: int = option(
         1,
-        "cohort: fewest updates of a version. With fewer updates the run stops with a message.",
+        "cohort: smallest number of updates of a version. With fewer updates the run stops with a"
+        " message.",
         unit="updates",
         allowed=at_least(0),
     )
     max_staleness: int | None = option(
         None,
-        "Largest staleness of an update, which is the number of versions made since its client"
-        " received the model. An older update is dropped. null means no limit.",
+        "Largest staleness of an update: the number of versions since its client received the"
+        " model. An update with a larger staleness is rejected. null means no limit.",
         unit="versions",
         allowed=at_least(0, "versions"),
     )
     dylu: bool = option(
         False,
-        "Whether slower clients take fewer local steps, so that all jobs take about as long"
+        "Whether slower clients take fewer local steps, so that all jobs take about the same time"
         " (DyLU, arXiv 2401.09135).",
     )
 
     def rules(self) -> Iterator[str]:
-        """Numbers that contradict each other, whatever the strategy."""
+        """Contradictions between numbers, independent of the strategy."""
         if self.name == "buffer":
             if self.rate is not None:
                 yield f"pace.rate={self.rate}: coins choose cohorts; leave it out with pace=buffer"
@@ -95,7 +96,7 @@ class PaceOptions(Group):
             )
 
     def rules_of_pacing(self, switches: bool) -> Iterator[str]:
-        """What depends on whether the strategy `switches` between cohort and buffer."""
+        """Contradictions that depend on whether the strategy `switches` between the pacings."""
         if switches and self.rate is not None:
             yield (
                 f"pace.rate={self.rate}: the pacing may change to buffer, which has no coins; set"

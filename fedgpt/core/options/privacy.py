@@ -21,7 +21,7 @@ PRIVATE = ("example", "client", "local")
 
 @dataclass
 class PrivacyOptions(Group):
-    """Differential privacy: whose text cannot be recognised in the model, and how surely."""
+    """Differential privacy: the unit that is protected, and the privacy budget."""
 
     group = "privacy"
     choice_field = "unit"
@@ -29,23 +29,22 @@ class PrivacyOptions(Group):
 
     unit: str = option(
         "none",
-        "What is protected. example: one block of text (model.block_size tokens). client: all text"
-        " of a client. local: every single update, even from the server. The choice of the group"
-        " sets it.",
+        "Unit of privacy. example: one block of text (model.block_size + 1 tokens). client: all"
+        " text of a client. local: all text of a client, also against the server. The choice of"
+        " the group sets it.",
         allowed=one_of("none", *PRIVATE),
     )
     target_epsilon: float | None = option(
         None,
-        "Privacy budget epsilon that the run may spend. The noise follows from it, and the run"
-        " stops before it spends more. Smaller is more private. null where"
-        " privacy.noise_multiplier is set.",
+        "Privacy budget epsilon of the run; smaller is more private. It determines the noise, and"
+        " the run stops before it exceeds the budget. null if privacy.noise_multiplier is set.",
         allowed=above(0),
         only_with=PRIVATE,
     )
     noise_multiplier: float | None = option(
         None,
         "Noise, instead of a budget: its standard deviation divided by privacy.clip (local: by"
-        " twice privacy.clip). null means that the noise follows from the budget.",
+        " twice privacy.clip). null means that the budget determines the noise.",
         allowed=above(0),
         only_with=PRIVATE,
     )
@@ -58,59 +57,59 @@ class PrivacyOptions(Group):
     )
     clip: float = option(
         1.0,
-        "Longest gradient of a block (example) or longest update (client, local). Longer ones are"
-        " scaled down to this norm before the noise is added.",
+        "Largest norm of a block's gradient (example) or of an update (client, local). A longer"
+        " vector is scaled down to this norm before the noise is added.",
         allowed=above(0),
     )
     participations: int | None = option(
         None,
-        "How often one client may take part: releases with privacy=client, jobs otherwise. null"
-        " means as often as the rounds need.",
+        "Largest number of participations of one client: releases with privacy=client, jobs"
+        " otherwise. null means as many as the rounds need.",
         allowed=at_least(1),
     )
     engine: str = option(
         "bookkeeping",
-        "What computes the gradients of single examples: bookkeeping, which is fedgpt's own and"
-        " fast, or the library opacus.",
+        "Implementation of per-example gradients: bookkeeping (fedgpt's own, faster) or the"
+        " library opacus.",
         allowed=one_of("bookkeeping", "opacus"),
         only_with=("example",),
     )
     adaptive: bool = option(
         False,
-        "Whether privacy.clip follows the median of the update norms, which is itself estimated"
-        " privately.",
+        "Whether privacy.clip follows the median of the update norms, which is estimated with"
+        " differential privacy.",
         only_with=("client",),
     )
     bands: int = option(
         1,
-        "Number of successive releases whose noise is correlated (matrix factorisation), so that"
-        " later noise cancels earlier noise.",
+        "Number of consecutive releases whose noise is correlated (matrix factorisation), so that"
+        " later noise cancels a part of earlier noise.",
         unit="releases",
         allowed=Allowed("at least 1 (1 = independent noise)", lambda value: value >= 1),
         only_with=("client",),
     )
     separation: int = option(
         1,
-        "Fewest versions between two updates of the same client.",
+        "Smallest number of versions between two updates of the same client.",
         unit="versions",
         allowed=at_least(1, "version"),
         only_with=("client",),
     )
     single: bool = option(
         False,
-        "Whether a new version may be made of one client's update alone. It needs as much noise as"
+        "Whether a release may contain the update of a single client. It needs as much noise as"
         " privacy=local.",
         only_with=("client",),
     )
     rng: str = option(
         "secure",
         "Source of the noise. secure: the operating system's generator. seeded: the run's seed,"
-        " which makes the run reproducible and therefore NOT PRIVATE.",
+        " which makes the run deterministic and therefore NOT PRIVATE.",
         allowed=one_of("secure", "seeded"),
     )
 
     def rules(self) -> Iterator[str]:
-        """A value that another unit would need is never passed over in silence, typed or not."""
+        """Report each value that has an effect only with another unit."""
         if self.unit not in ("none", *PRIVATE):
             return
         for one in fields(self):

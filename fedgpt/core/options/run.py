@@ -46,28 +46,27 @@ class RunOptions(Group):
     )
     rounds: int = option(
         20,
-        "Length of the run: number of versions of the model that the server makes.",
+        "Length of the run: number of server steps. Each step makes one version of the model.",
         unit="versions",
         allowed=at_least(1),
     )
     tokens: int = option(
         0,
-        "Length of the run, instead of rounds: it ends with the version with which this many"
-        " tokens have been trained on.",
+        "Length of the run, instead of rounds: the run ends with the version at which the clients"
+        " have trained this many tokens.",
         unit="tokens",
         allowed=at_least(0, zero="end after `rounds`"),
     )
     clock: str = option(
         "real",
-        "Clock that the run goes by. real: the time that passes. virtual: the time that the clients"
-        " of the chosen fleet would take; such a run is deterministic, and takes only as long as"
-        " its training.",
+        "Clock of the run. real: the wall clock. virtual: the modelled time of the chosen fleet;"
+        " such a run is deterministic and does not wait for the modelled time.",
         allowed=one_of("real", "virtual"),
     )
     run_dir: str = option(
         "",
-        "Folder of the run, for its results and checkpoints. By default a new one below runs/ with"
-        " the date, the time and the name of the run.",
+        "Folder of the run, for its results and checkpoints. By default a new folder in runs/,"
+        " named by the date, the time and the name of the run.",
         allowed=FOLDER,
     )
     init_from: str | None = option(
@@ -77,18 +76,19 @@ class RunOptions(Group):
     )
     resume: str | None = option(
         None,
-        "Folder of a run to continue. It is typed alone: all other options are those of that run.",
+        "Folder of the run to continue. No other option may be typed with it, because the folder"
+        " contains the options of the run.",
     )
     cache_dir: str = option(
         "",
-        "Folder for prepared corpora, which later runs use again. By default ~/.cache/fedgpt, or"
-        " the environment variable FEDGPT_CACHE.",
+        "Folder in which prepared corpora are cached. By default the environment variable"
+        " FEDGPT_CACHE, or ~/.cache/fedgpt.",
         allowed=FOLDER,
     )
     trusted_packages: list[str] = option(
         [],
-        "Python packages of your own that `_target_` may name. Their code is imported and runs"
-        " with your rights.",
+        "Python packages from which `_target_` may import a class. Their code runs with your user"
+        " rights.",
         allowed=PACKAGES,
     )
     corpus: CorpusOptions = field(default_factory=CorpusOptions)
@@ -98,7 +98,7 @@ class RunOptions(Group):
     task: TaskOptions = field(default_factory=TaskOptions)
     local: LocalOptions = field(default_factory=LocalOptions)
     strategy: Any = option(
-        None, "The server's rule: what it makes of updates to get the next version of the model."
+        None, "Rule by which the server computes the next version of the model from updates."
     )
     pace: PaceOptions = field(default_factory=PaceOptions)
     fleet: FleetOptions = field(default_factory=FleetOptions)
@@ -111,19 +111,19 @@ class RunOptions(Group):
     checkpoint: CheckpointOptions = field(default_factory=CheckpointOptions)
     metrics: list[Any] = option(
         [],
-        "Further metrics that each evaluation computes: names, or mappings with `_target_` and its"
+        "Additional metrics of each evaluation: names, or mappings with `_target_` and its"
         " arguments for metrics of your own.",
         built_in="fedgpt.evaluate.metrics",
     )
     track: list[Any] = option(
         [],
-        "Trackers that follow the run: names, or mappings with `_target_` and its arguments for"
-        " trackers of your own.",
+        "Trackers that get the metrics of the run: names, or mappings with `_target_` and its"
+        " arguments for trackers of your own.",
         built_in="fedgpt.report.trackers",
     )
 
     def rules(self) -> Iterator[str]:
-        """What contradicts itself across groups, as far as no component has to be asked."""
+        """Contradictions between groups that need no component to find them."""
         if self.corpus.public == 0 and self.tokenizer.name == "bpe":
             yield (
                 "corpus.public=0: tokenizer=bpe is trained on the public part; raise it or take"

@@ -10,7 +10,7 @@ from fedgpt.core.options.option import Group, arguments, at_least, member, one_o
 
 @dataclass
 class RuntimeOptions(Group):
-    """What runs the clients and carries the messages between them and the server."""
+    """The part that runs the clients and transports messages between them and the server."""
 
     group = "runtime"
 
@@ -23,19 +23,19 @@ class RuntimeOptions(Group):
     )
     threads: int = option(
         0,
-        "PyTorch threads of each of these processes. 0 means the cores divided by the processes.",
+        "Number of PyTorch threads of each client process. 0 means the number of cores divided by"
+        " the number of processes.",
         unit="threads",
         allowed=at_least(0, zero="choose"),
     )
     device: str = option(
         "auto",
-        "Where clients train. auto: on a GPU where there is one.",
+        "Device on which clients train. auto: a GPU if one is available.",
         allowed=one_of("auto", "cpu", "cuda"),
     )
     watchdog: float = option(
         3600.0,
-        "Longest time of a job without progress. After it the process of the client is ended and"
-        " the job has failed.",
+        "Time limit of a job. At the limit the client's process is ended, and the job has failed.",
         unit="seconds",
         allowed=at_least(0, "seconds", zero="off"),
     )

@@ -10,7 +10,7 @@ from fedgpt.core.options.option import Group, arguments, member, target
 
 @dataclass
 class TaskOptions(Group):
-    """What the model learns to do: how text becomes batches, and what loss and scores are."""
+    """The learning problem: the batches made from text, the loss and the scores."""
 
     group = "task"
 

@@ -10,21 +10,21 @@ from fedgpt.core.options.option import Group, choice, option
 
 @dataclass
 class TokenizerOptions(Group):
-    """How text becomes tokens."""
+    """Conversion of text to tokens."""
 
     group = "tokenizer"
 
     name: str = choice("bpe", "bytes")
     vocab_size: int = option(
         4096,
-        "Number of entries of the vocabulary, without the token that ends a text: the 256 bytes,"
-        " and what is learned from the public part of the corpus.",
+        "Size of the vocabulary, without the end-of-text token: the 256 bytes and the merges"
+        " learned from the public part of the corpus.",
         unit="tokens",
         only_with=("bpe",),
     )
 
     def rules(self) -> Iterator[str]:
-        """Every byte has its entry."""
+        """Every byte needs an entry of the vocabulary."""
         if self.name == "bpe" and self.vocab_size < 256:
             yield (
                 f"tokenizer.vocab_size={self.vocab_size}: bpe needs 256 entries for the bytes; use"

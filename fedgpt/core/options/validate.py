@@ -10,26 +10,27 @@ from fedgpt.core.options.option import Group, above, at_least, option
 
 @dataclass
 class ValidateOptions(Group):
-    """Which updates the server refuses or shortens, and which clients it stops asking."""
+    """Limits on the norm of updates, and quarantine of failing clients."""
 
     group = "validate"
 
     norm: float = option(
         10.0,
-        "Longest update that is accepted, as a multiple of the running median of the norms of"
-        " accepted updates. A longer update is rejected.",
+        "Largest norm of an accepted update, as a multiple of the running median of the norms of"
+        " accepted updates. A longer update is rejected. 0 leaves only the limit of ten times the"
+        " norm of the model.",
         allowed=at_least(1, or_zero="off"),
     )
     clip: float = option(
         0.0,
-        "Longest update that counts in full, as a multiple of the running median of the norms of"
-        " accepted updates. A longer update is scaled down to this length.",
+        "Norm to which longer updates are scaled down, as a multiple of the running median of the"
+        " norms of accepted updates.",
         allowed=above(0, or_zero="off"),
     )
     strikes: int = option(
         3,
-        "Number of successive jobs of a client that fail or are rejected, after which the client"
-        " is in quarantine and gets no jobs.",
+        "Number of consecutive failed or rejected jobs after which a client is in quarantine and"
+        " gets no jobs.",
         unit="jobs",
         allowed=at_least(0, zero="never"),
     )

@@ -1,12 +1,12 @@
-"""What a corpus is: documents in a fixed order, each with the client that owns it.
+"""The interface of a corpus: documents in a fixed order, each with the client that owns it.
 
     client   id            label     text
     ann      ann/1.txt     letters   Dear Bob, ...        one row is one document: the unit that
     ann      ann/2.txt     diary     It rained. ...       is public, held out or a client's, and
     bob      bob/1.txt     letters   Dear Ann, ...        is never cut further
 
-What happens to the documents afterwards, the split, the tokens and the clients, is the same for
-every corpus (prepare.py, partition.py).
+The split, the tokens and the clients are computed in the same way for every corpus (prepare.py,
+partition.py).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Document:
     client: str
     id: str
     text: str
-    label: str = ""  # what partition=dirichlet distributes unevenly; may be empty
+    label: str = ""  # label for partition=dirichlet; may be empty
 
 
 class Corpus(ABC):
@@ -67,29 +67,29 @@ class Corpus(ABC):
     """
 
     prompt: ClassVar[str] = ""  # a short text in the corpus's style, which samples continue
-    too_few: ClassVar[str] = "add text"  # what to do where there are too few documents
+    too_few: ClassVar[str] = "add text"  # what to do if there are too few documents
 
     @property
     def source(self) -> str:
-        """What the text is read from, with its version: it is printed, and names cached tokens."""
+        """The source of the text, with its version; it is printed and is part of the cache key."""
         return f"{type(self).__module__}.{type(self).__name__}"
 
     @property
     def owner(self) -> str:
-        """What a client is, in a word for reports, such as president or package."""
+        """The kind of owner, in a word for reports, such as president or package."""
         return "author"
 
     @abstractmethod
     def documents(self) -> Iterable[Document]:
-        """Return all documents, in an order that is always the same; raises ConfigError.
+        """Return all documents, in a deterministic order; raises ConfigError.
 
-        Their texts are not blank. A long text is better cut into several documents (see `cut`):
-        a document is either trained on or held out.
+        Their texts are not blank. A long text should be cut into several documents (see `cut`),
+        because a document is either used for training or held out.
         """
 
 
 def cut(text: str, size: int) -> list[str]:
-    """Cut `text` into pieces of at most `size` UTF-8 bytes that, joined, are the text again.
+    """Cut `text` into pieces of at most `size` UTF-8 bytes; joined, they are the text.
 
     It is cut at blank lines, in longer paragraphs at line ends, in longer lines anywhere.
 
@@ -112,7 +112,7 @@ def cut(text: str, size: int) -> list[str]:
 def cut_document(document: Document, size: int) -> Iterator[Document]:
     """Yield the document, or its pieces of at most `size` bytes with numbered ids; none if blank.
 
-    A blank piece of a document that is not blank stays, so that no text is lost.
+    A blank piece of a document that is not blank is kept, so that no text is lost.
     """
     if not document.text.strip():
         return

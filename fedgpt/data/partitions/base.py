@@ -1,4 +1,4 @@
-"""What a partition is: it deals the clients' documents out, so that each client has a shard.
+"""The interface of a partition, which divides the clients' documents into one shard per client.
 
     tokens     0 ....... 300 ....... 500 ....... 800 ....... 900     the prepared token array
     documents  [ann, 0-300) [ann, 300-500) [bob, 500-800) ...        rows: owner, label, span
@@ -40,16 +40,16 @@ class Shard:
 
 @dataclass(frozen=True, eq=False)
 class Documents:
-    """The documents that are dealt out, in the order of the corpus: one row each."""
+    """The documents to divide, in the order of the corpus: one row per document."""
 
-    clients: list[str]  # the owner of each
-    labels: list[str]  # the label of each
-    spans: np.ndarray  # (documents, 2) int64: first token of each, one past its last
+    clients: list[str]  # owner of each document
+    labels: list[str]  # label of each document
+    spans: np.ndarray  # (documents, 2) int64: first token of each document, one past its last
     minimum: int  # tokens that a client needs, at least one training window
 
 
 class Partition(ABC):
-    """One way to deal documents out to clients: a frozen dataclass with its options.
+    """One way to divide documents among clients: a frozen dataclass with its options.
 
     A partition outside of fedgpt is a file like this one, mine.py:
 
@@ -64,7 +64,7 @@ class Partition(ABC):
     ...         owners = np.arange(len(documents.spans)) % self.clients
     ...         return shards_of(made_clients(self.clients), documents.spans, owners)
 
-    Three documents of 10 tokens, dealt to two clients:
+    Three documents of 10 tokens, divided between two clients:
 
     >>> spans = np.array([[0, 10], [10, 20], [20, 30]])
     >>> documents = Documents(["ann", "ann", "bob"], ["", "", ""], spans, minimum=1)
@@ -78,7 +78,7 @@ class Partition(ABC):
         fedgpt run partition=custom partition._target_=mine.Alternate \\
             'partition.arguments={clients: 3}' 'trusted_packages=[mine]'
 
-    Every process deals for itself. So the result may depend on the arguments alone; draw random
+    Every process calls `deal` itself. So the result must depend only on the arguments; draw random
     numbers from `fedgpt.core.seeds.numpy_generator(seed, "partition", ...)`. Options are checked in
     `__post_init__`, which raises ConfigError.
     """
@@ -88,11 +88,11 @@ class Partition(ABC):
 
     @abstractmethod
     def deal(self, documents: Documents, seed: int) -> list[Shard]:
-        """Return the clients' shards, in any order; raises ConfigError where it cannot.
+        """Return the clients' shards, in any order; raises ConfigError if that is impossible.
 
-        No token may be in two shards, and only tokens of `documents` may be in one. The caller
-        checks this, sorts the shards by client, and refuses one of fewer than `documents.minimum`
-        tokens: a partition may also leave such clients out.
+        No token may be in two shards, and all tokens must be from `documents`. The caller checks
+        this and sorts the shards by client. It refuses a shard of fewer than `documents.minimum`
+        tokens; a partition may exclude such clients.
         """
 
 
@@ -187,7 +187,7 @@ def _cut(spans: np.ndarray, piece: int) -> tuple[np.ndarray, np.ndarray]:
 def _deal(count: int, shares: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Return the client's index of each of `count` pieces, (count,), in random order.
 
-    `shares` (clients,) sum to 1; each client gets a number of pieces as near to its share as
+    `shares` (clients,) sum to 1; the number of pieces of each client is as near to its share as
     possible.
     """
     exact = shares * count

@@ -14,13 +14,13 @@ from fedgpt.data.partitions.base import Documents, Pieces, Shard, made_clients, 
 
 @dataclass(frozen=True)
 class Dirichlet(Pieces):
-    """Pieces of each label, dealt by proportions drawn for that label from Dirichlet(alpha)."""
+    """Pieces of each label, divided by proportions drawn for that label from Dirichlet(alpha)."""
 
     alpha: float = 0.5  # concentration: a smaller one gives more uneven mixtures
     remedies: ClassVar[tuple[str, ...]] = (*Pieces.remedies, "raise partition.alpha")
 
     def deal(self, documents: Documents, seed: int) -> list[Shard]:
-        """Return `clients` shards; raises ConfigError where all documents have one label."""
+        """Return `clients` shards; raises ConfigError if all documents have one label."""
         names, label = np.unique(np.array(documents.labels, dtype=object), return_inverse=True)
         if len(names) < 2:
             raise ConfigError(

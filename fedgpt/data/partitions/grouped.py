@@ -18,7 +18,7 @@ from fedgpt.data.partitions.base import (
 
 @dataclass(frozen=True)
 class Grouped(MadeClients):
-    """Natural clients, the largest first, each given to the made client with the fewest tokens."""
+    """Natural clients, the largest first, each assigned to the smallest new client."""
 
     def deal(self, documents: Documents, seed: int) -> list[Shard]:
         """Return `clients` shards; the documents of a natural client are all in one of them."""

@@ -1,4 +1,4 @@
-"""partition=iid: every client has the same mixture of text, and as much of it."""
+"""partition=iid: every client has the same mixture and the same amount of text."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Iid(Pieces):
     """Pieces of all text, shuffled, in equal numbers for each client."""
 
     def deal(self, documents: Documents, seed: int) -> list[Shard]:
-        """Return `clients` shards of as many pieces each, to within one."""
+        """Return `clients` shards whose numbers of pieces differ by at most one."""
         shares = np.full(self.clients, 1 / self.clients)
         generator = numpy_generator(seed, "partition", "iid")
         fragments, owners = self.deal_pieces(documents.spans, shares, generator)

@@ -14,8 +14,8 @@ from fedgpt.data.partitions.base import Documents, Partition, Shard, shards_of
 class Natural(Partition):
     """The owners with enough tokens, or the `clients` largest of them."""
 
-    clients: int = 0  # how many of the largest to keep; 0: all
-    min_tokens: int = 0  # named in a message only: `documents.minimum` takes it into account
+    clients: int = 0  # number of largest owners to keep; 0: all
+    min_tokens: int = 0  # used in a message only; `documents.minimum` already includes it
 
     def __post_init__(self) -> None:
         if self.clients < 0:
@@ -25,7 +25,7 @@ class Natural(Partition):
             )
 
     def deal(self, documents: Documents, seed: int) -> list[Shard]:
-        """Return the shards of the largest owners; those below the minimum are left out."""
+        """Return the shards of the largest owners; owners below the minimum are excluded."""
         names, owners = np.unique(np.array(documents.clients, dtype=object), return_inverse=True)
         shards = shards_of([str(name) for name in names], documents.spans, owners)
         minimum = documents.minimum

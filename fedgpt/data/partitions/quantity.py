@@ -1,4 +1,4 @@
-"""partition=quantity: every client has the same mixture of text, and some have much more of it."""
+"""partition=quantity: all clients have the same mixture of text, but unequal amounts."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""More numbers of each central evaluation, one file each: the names that `metrics=` takes."""
+"""Additional numbers of each central evaluation, one file each; `metrics=` takes their names."""

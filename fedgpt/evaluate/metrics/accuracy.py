@@ -1,4 +1,4 @@
-"""Accuracy: how often the likeliest token is the right one."""
+"""Accuracy: the share of targets for which the most likely token is correct."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Accuracy(BatchMetric):
     name: ClassVar[str] = "accuracy"
 
     def tally(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
-        """Right answers and all answers."""
+        """Number of correct predictions and of all predictions."""
         right = (outputs.argmax(-1) == batch[1]) & (batch[1] != IGNORE)
         return {"right": right.sum(), "count": counted(batch)}
 
     def value(self, totals: Mapping[str, float]) -> float:
-        """From 0 to 1."""
+        """The share, from 0 to 1."""
         return totals["right"] / totals["count"]

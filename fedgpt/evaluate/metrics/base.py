@@ -1,4 +1,6 @@
-"""The interface of a metric: a number beside the task's own scores, asked for by `metrics=`."""
+"""The interface of a metric: an additional number besides the task's scores, chosen by
+`metrics=`.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,7 @@ from fedgpt.tasks.base import Sample
 
 @dataclass(frozen=True)
 class Metric(ABC):
-    """What both kinds of metric have."""
+    """The common part of both kinds of metric."""
 
     # in metrics.jsonl and summary.json; no name of another field (RESERVED in core/score.py)
     name: ClassVar[str]
@@ -28,8 +30,8 @@ class Metric(ABC):
 class BatchMetric(Metric):
     """A number computed from the same pass over the held-out text as the task's scores.
 
-    Its options are its fields. Like a task it adds up a tally of every batch and makes its number
-    of the totals. This one counts how often the right token is among the `k` likeliest ones:
+    Its options are its fields. Like a task it adds a tally of every batch, and computes its number
+    from the totals. This metric is the share of targets that are among the `k` most likely tokens:
 
     >>> import torch
     >>> @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class BatchMetric(Metric):
 
 @dataclass(frozen=True)
 class SampleMetric(Metric):
-    """A number computed from the text that a version wrote, at the versions that write one.
+    """A number computed from the text of a version, at the versions that generate text.
 
     >>> @dataclass(frozen=True)
     ... class Length(SampleMetric):
@@ -98,7 +100,7 @@ METRICS = _Members("metrics", "metrics", Metric)
 def make_metrics(
     options: Iterable[Any], trusted: Iterable[str], scoring: Scoring
 ) -> list[BatchMetric | SampleMetric]:
-    """The metrics that `options` names, beside the scores of a task.
+    """The metrics that `options` names.
 
     An option is the name of a module of this folder or a mapping with `_target_` and fields.
     Raises ConfigError for an unknown one, for two numbers of one name, and for the name of another

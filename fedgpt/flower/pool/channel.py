@@ -1,7 +1,7 @@
 """Frames between the server and one worker: JSON, Flower's protobuf and at most one descriptor.
 
-Nothing is pickled, so a received frame cannot run code. Arrays never pass through the socket, only
-the descriptor of the memory that they are in (SCM_RIGHTS).
+Nothing is pickled, so a received frame cannot run code. Arrays are not sent through the socket,
+only the descriptor of their shared memory (SCM_RIGHTS).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict  # type: ign
 from fedgpt.flower.pool.shared_memory import Memory, attach
 
 _HEAD = struct.Struct("!II?")  # bytes of JSON, bytes of body, whether a descriptor belongs to it
-_READ = 1 << 18  # bytes that one call reads from the socket at most
+_READ = 1 << 18  # largest number of bytes that one call reads from the socket
 # a flag of Linux: no child process inherits a received descriptor
 _CLOEXEC = getattr(socket, "MSG_CMSG_CLOEXEC", 0)
 
@@ -42,7 +42,7 @@ class Channel:
         """Take over `sock`."""
         self._socket = sock
         self._received = bytearray()
-        self._memories: deque[Memory] = deque()  # in the order of the frames they belong to
+        self._memories: deque[Memory] = deque()  # received memories, in the order of their frames
         self._unsent: deque[tuple[memoryview, Memory | None]] = deque()
 
     def fileno(self) -> int:
@@ -50,14 +50,14 @@ class Channel:
         return self._socket.fileno()
 
     def send(self, frame: Frame) -> bool:
-        """Send a frame as far as the socket takes it; False if `flush` has to send the rest."""
+        """Send as much of a frame as the socket accepts; False if `flush` has to send the rest."""
         text = json.dumps(frame.header).encode()
         head = _HEAD.pack(len(text), len(frame.body), frame.memory is not None)
         self._unsent.append((memoryview(head + text + frame.body), frame.memory))
         return self.flush()
 
     def flush(self) -> bool:
-        """Send what is unsent; False if the socket is full.
+        """Send the remaining bytes; False if the socket is full.
 
         If the other side has ended, this returns True, and `receive` raises EOFError.
         """

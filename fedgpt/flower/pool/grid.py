@@ -1,9 +1,9 @@
 """Flower's Grid over persistent worker processes of this machine.
 
 Messages queue here, workers take them in order (workers.py), and arrays pass through anonymous
-shared memory (shared_memory.py). There is no thread and no polling: the sockets are served inside
-push_messages, pull_messages and wait. A caller that computes for long between these calls may call
-`pull_messages([])` so that idle workers get their next jobs.
+shared memory (shared_memory.py). The grid has no thread and does not poll: push_messages,
+pull_messages and wait serve the sockets. A caller that computes for long between these calls may
+call `pull_messages([])` so that idle workers get their next jobs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class _Broadcast:
 
     memory: Memory
     specs: list[dict[str, Any]]
-    sources: list[weakref.ref[Array]]  # Python may give the id of a freed object to a new one
+    sources: list[weakref.ref[Array]]  # weak references, because Python reuses ids of freed objects
 
 
 @dataclass(eq=False)
@@ -51,7 +51,7 @@ class _Queued:
     header: dict[str, Any]
     body: bytes
     broadcast: _Broadcast | None
-    expires: float  # monotonic seconds
+    expires: float  # time on the monotonic clock, in seconds
     running: bool = False
     wanted: bool = True  # False: cancelled while running, so its reply is dropped
 
@@ -69,13 +69,13 @@ class PoolGrid(LocalGrid):
     """A Grid of virtual clients whose jobs run in worker processes.
 
     All processes start at construction and take jobs as soon as they are ready. Every message gets
-    a new Context: state is not carried from one message to the next (our clients keep their state
-    in files), and two messages to one node may run at the same time. Array objects are written to
-    shared memory when they are first pushed. So share one record between messages, and make a new
-    one for each version: a change in place is not seen.
+    a new Context: no state is passed from one message to the next (fedgpt's clients store their
+    state in files), and two messages to one node may run at the same time. Array objects are
+    written to shared memory when they are first pushed, and later changes in place are ignored. So
+    share one record between messages, and make a new one for each version.
 
     Workers get no new job while as many replies are unread as there are workers, unless the caller
-    waits for another reply. Otherwise the replies would fill the memory when the caller is slower
+    waits for another reply. Otherwise replies would accumulate in memory if the caller is slower
     than the clients.
 
     Failures come back as error replies with Flower's codes: 2 the client raised an exception, 3 the
@@ -99,7 +99,7 @@ class PoolGrid(LocalGrid):
         self._broadcasts: weakref.WeakValueDictionary[tuple[int, ...], _Broadcast] = (
             weakref.WeakValueDictionary()
         )
-        # monotonic seconds; a lower bound of the moment at which the next message expires
+        # lower bound of the time at which the next message expires, on the monotonic clock
         self._earliest = math.inf
         super().__init__(num_clients)
         _allow_descriptors(2 * num_clients + 8 * workers)
@@ -142,7 +142,7 @@ class PoolGrid(LocalGrid):
     # Beyond Flower's Grid
 
     def wait(self, timeout: float | None = None, message_ids: Iterable[str] | None = None) -> bool:
-        """Wait for a reply to one of `message_ids` (None: to any message), as LocalGrid says."""
+        """Wait for a reply to one of `message_ids` (None: to any message); see LocalGrid."""
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         return self._wait(deadline, None if message_ids is None else set(message_ids))
 
@@ -152,7 +152,7 @@ class PoolGrid(LocalGrid):
         return list(self._answers)
 
     def time_of(self, message_id: str) -> JobTime:
-        """How long a worker process took, as it measured it; unknown where there is no reply."""
+        """The seconds that a worker process has measured; unknown if there is no reply."""
         answer = self._answers.get(message_id)
         if answer is None or isinstance(answer.outcome, Error):
             return JobTime()
@@ -164,7 +164,7 @@ class PoolGrid(LocalGrid):
             self._answers.pop(message_id, None)
             queued = self._messages.get(message_id)
             if queued and queued.running:
-                # its ttl stays in force, so that a client that hangs does not block its worker
+                # its ttl remains valid, so that a client that hangs does not block its worker
                 queued.wanted = False
             elif queued:
                 del self._messages[message_id]

@@ -1,8 +1,8 @@
 """Arrays in anonymous shared memory, and a Flower Array around an ndarray, without serialisation.
 
-The server and the workers of the pool exchange large arrays through `Memory`, which only file
-descriptors refer to. It has no name (there is no file in /dev/shm), so the kernel frees all of it
-when the processes end, also after kill -9.
+The server and the workers of the pool exchange large arrays through `Memory`. Only file descriptors
+refer to it, and it has no file in /dev/shm. So the kernel frees all of it when the processes end,
+also after kill -9.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord
 from flwr.common.constant import SType
 
-ALIGN = 64  # bytes; offsets are multiples of a cache line, which suits every vector load
+ALIGN = 64  # alignment of offsets in bytes: a cache line, which suits every vector load
 
 
 class Memory:
@@ -85,7 +85,9 @@ def _write(descriptor: int, data: np.ndarray, offset: int) -> None:
 
 
 def _seal(descriptor: int) -> None:
-    """Forbid changes of content and size: readers see no half-written array and get no SIGBUS."""
+    """Forbid changes of content and size, so that readers see no incomplete array and get no
+    SIGBUS.
+    """
     if hasattr(os, "memfd_create"):
         seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE | fcntl.F_SEAL_SEAL
         fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
@@ -164,7 +166,7 @@ def array_record(arrays: Mapping[str, np.ndarray]) -> ArrayRecord:
 
 
 def share(arrays: Sequence[Array]) -> tuple[Memory, list[dict[str, Any]]]:
-    """Write Flower Arrays into new memory; the specs (JSON) say what `attach` finds where."""
+    """Write Flower Arrays into new memory; returns JSON specs of their places for `attach`."""
     parts, specs = [], []
     for array in arrays:
         part = _decoded(array)

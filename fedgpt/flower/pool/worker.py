@@ -29,7 +29,7 @@ from fedgpt.core.messages import JobTime
 from fedgpt.flower.pool.channel import Channel, Frame, content_of, metadata_to_json, take_apart
 from fedgpt.flower.pool.shared_memory import share
 
-_REASON = 2000  # characters of an exception's text that are sent
+_REASON = 2000  # largest length of an exception's text in a reply, in characters
 
 
 def main(descriptor: int, lifeline: int) -> None:
@@ -49,7 +49,8 @@ def main(descriptor: int, lifeline: int) -> None:
         return
     sys.path.extend(entry for entry in setup.header["path"] if entry not in sys.path)
     app = load_app(setup.header["app"])
-    if torch := sys.modules.get("torch"):  # else a job imports it and it reads OMP_NUM_THREADS
+    # if torch is imported later, by a job, it reads OMP_NUM_THREADS
+    if torch := sys.modules.get("torch"):
         torch.set_num_threads(setup.header["threads"])
     _restore_stderr(setup)
     channel.send(Frame({"kind": "ready"}))
@@ -57,7 +58,7 @@ def main(descriptor: int, lifeline: int) -> None:
     for job in frames:
         began = time.monotonic()
         reply = answer(app, job, setup.header["run_config"])
-        # the first job also imports modules, reads data and compiles: the next will be faster
+        # the first job also imports modules, reads data and compiles, so it is slower than the next
         took = JobTime(measured=False) if first else JobTime(time.monotonic() - began)
         reply.header["time"] = asdict(took)
         channel.send(reply)
@@ -148,7 +149,7 @@ def _end_with_server(lifeline: int) -> None:
 def _restore_stderr(setup: Frame) -> None:
     """Send what stderr got so far, and all that follows, to the server's stderr.
 
-    Until now stderr was a file, which the server quotes if the start fails.
+    Before this call stderr is a file, whose end the server reports if the start fails.
     """
     if setup.memory is None:
         return

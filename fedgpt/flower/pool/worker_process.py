@@ -17,9 +17,9 @@ from typing import Any
 from fedgpt.flower.pool.channel import Channel, Frame
 from fedgpt.flower.pool.shared_memory import Memory
 
-START_LIMIT = 300.0  # seconds a worker may take until it says ready
-_TAIL = 4000  # bytes of stderr quoted when a start fails
-_GRACE = 1.0  # seconds that workers have to exit before `end` takes its next, harder step
+START_LIMIT = 300.0  # largest time in seconds until a worker is ready
+_TAIL = 4000  # bytes of stderr in the error message if a start fails
+_GRACE = 1.0  # seconds that `end` waits for workers to exit before its next step
 
 
 class WorkerProcess:
@@ -64,7 +64,7 @@ class WorkerProcess:
         self.channel.send(Frame(dict(setup), memory=_standard_error()))
 
     def joined(self) -> None:
-        """Note that the worker is ready; from now on it writes to our stderr."""
+        """Mark the worker as ready; from now on it writes to the server's stderr."""
         self.ready = True
         self._errors.close()
 
@@ -88,7 +88,7 @@ class WorkerProcess:
     def how_it_ended(self) -> str:
         """`exit code 3` or `signal SIGKILL`, of a worker whose socket has closed."""
         # the socket closes shortly before the process ends; a process that closed its socket and
-        # stays alive is killed
+        # does not end is killed
         wait_all([self], _GRACE)
         if self.process.poll() is None:
             self.kill()

@@ -1,6 +1,6 @@
 """All worker processes of the pool: started, watched, given jobs, replaced and ended.
 
-This module knows jobs as pairs of a key and a frame; Flower's messages are the grid's business.
+In this module a job is a pair of a key and a frame. Only the grid handles Flower's messages.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from flwr.common.constant import ErrorCode
 from fedgpt.flower.pool.channel import Frame
 from fedgpt.flower.pool.worker_process import WorkerProcess, end, worker_environment
 
-FAILED_STARTS = 3  # failed starts in a row after which the pool gives up
-_LONGEST = 3600.0  # seconds of one select at most: it raises an error if asked to wait for months
+FAILED_STARTS = 3  # number of consecutive failed starts after which the pool gives up
+_LONGEST = 3600.0  # longest select in seconds; select raises an error for a timeout of months
 
 
 @dataclass(frozen=True)
 class WorkerSettings:
-    """What the worker processes of a pool run, and with what."""
+    """The ClientApp and the settings of the worker processes of a pool."""
 
     app: str  # the ClientApp, as `module:attribute`
-    count: int  # processes
+    count: int  # number of processes
     threads: int = 1  # torch threads of each process
-    run_config: Mapping[str, Any] = field(default_factory=dict)  # of every Context
-    environment: Mapping[str, str] = field(default_factory=dict)  # variables beside our own
-    # names as in CUDA_VISIBLE_DEVICES; each process sees the one that fewest others see
+    run_config: Mapping[str, Any] = field(default_factory=dict)  # run config of every Context
+    environment: Mapping[str, str] = field(default_factory=dict)  # additional variables
+    # names as in CUDA_VISIBLE_DEVICES; each process gets the GPU with the fewest processes
     gpus: Sequence[str] = ()
 
 
@@ -59,7 +59,7 @@ class WorkerPool:
         self._lifeline_read, self._lifeline = os.pipe()
         self._selector = selectors.DefaultSelector()
         self._workers: list[WorkerProcess] = []
-        self._ending: list[WorkerProcess] = []  # killed, not reaped yet
+        self._ending: list[WorkerProcess] = []  # workers that were killed and not reaped yet
         self._busy: dict[WorkerProcess, str] = {}  # worker -> key of its job
         self._idle: deque[WorkerProcess] = deque()
         try:
@@ -178,7 +178,7 @@ class WorkerPool:
             "app": settings.app,
             "threads": settings.threads,
             "run_config": dict(settings.run_config),
-            "path": sys.path,  # as it is now: a script may have added to it
+            "path": sys.path,  # the current value, because a script may have changed it
         }
         worker = WorkerProcess(setup, self._lifeline_read, self._environment, gpu)
         self._workers.append(worker)

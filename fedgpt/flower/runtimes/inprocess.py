@@ -1,4 +1,4 @@
-"""runtime=inprocess: the server and all clients in one process, for debuggers and tests."""
+"""runtime=inprocess: the server and all clients in one process, for debugging and tests."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from fedgpt.core.runtimes import Runtime
 
 @dataclass(frozen=True)
 class InProcess(Runtime):
-    """Each job runs in the thread of the server's loop, when the server waits for a reply."""
+    """Each job runs in the thread of the server loop, while the server waits for a reply."""
 
     name = "inprocess"
-    summary = "server and clients in one process, one client after the other: for debuggers, tests"
+    summary = (
+        "server and clients in one process, one client after the other: for debugging and tests"
+    )
     limits = (
         "It uses one process and at most one GPU.",
         "Only one client trains at a time; a deadline takes effect when that client is done.",

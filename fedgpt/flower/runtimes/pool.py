@@ -12,7 +12,7 @@ from fedgpt.core.runtimes import Runtime
 
 @dataclass(frozen=True)
 class Pool(Runtime):
-    """Persistent worker processes; arrays pass through shared memory."""
+    """Persistent worker processes; arrays are passed through shared memory."""
 
     name = "pool"
     summary = "many simulated clients on this machine, in worker processes that share memory"

@@ -9,7 +9,7 @@ from fedgpt.core.options import RunOptions
 from fedgpt.core.resources import Resources
 from fedgpt.core.runtimes import Runtime
 
-MOST_NODES = 16  # clients; one SuperNode is two Python processes of some 340 MB while it trains
+MOST_NODES = 16  # largest number of clients; a SuperNode is two Python processes of about 340 MB
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class SuperLink(Runtime):
     """A SuperLink on the loopback interface and one SuperNode for each client."""
 
     name = "superlink"
-    summary = "the deployment path on this machine: a SuperLink and one SuperNode per client"
+    summary = "Flower's deployment engine on this machine: a SuperLink and one SuperNode per client"
     limits = (
         f"It takes at most {MOST_NODES} clients, as each client is two processes.",
         "A job costs some seconds more than on the pool: a SuperNode polls for messages, and starts"
@@ -42,7 +42,7 @@ class SuperLink(Runtime):
         resources: Resources,
         environment: Mapping[str, str],
     ) -> None:
-        """Run a SuperLink, its SuperNodes and the server in processes of their own."""
+        """Run a SuperLink, its SuperNodes and the server in separate processes."""
         from fedgpt.flower.local_superlink import local_superlink
 
         gpus = resources.gpus

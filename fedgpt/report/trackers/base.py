@@ -10,7 +10,7 @@ from typing import Any
 
 from fedgpt.core.events import Event
 
-WRITTEN = ("prompt", "sample")  # fields with a text that the model wrote
+WRITTEN = ("prompt", "sample")  # fields with generated text
 
 
 @dataclass(frozen=True)
@@ -20,19 +20,22 @@ class TrackedRun:
     name: str
     folder: Path
     options: Mapping[str, Any]  # dotted name of each option -> its value, of plain types
-    resumed_at: int = 0  # the version that the run continues from; 0: the run begins
+    resumed_at: int = 0  # the version from which the run continues; 0: a new run
 
 
 class Tracker(ABC):
-    """An observer that keeps a run's metrics; its fields are its options.
+    """An observer that stores a run's metrics; its fields are its options.
 
-    A tracker gets every event of core/events.py and ignores those that it has no use for. It gets
-    each version's MetricsReady once and in order, also when the run is killed and resumed: after
-    `open`, the lines of metrics.jsonl that the tracker lacks come first, as MetricsReady events.
-    Other events of a process that was killed are not repeated.
+    A tracker gets every event of core/events.py and may ignore events; `close` is called in place
+    of RunClosed. It gets each version's MetricsReady once and in order, also when the run is killed
+    and resumed: after `open`, the lines of metrics.jsonl that the tracker lacks come first, as
+    MetricsReady events. Other events of a process that was killed are not repeated.
 
-    `open` and the events come on the thread that delivers events, so a slow tracker does not slow
-    training down; `close` comes on the main thread, after the last event. When a method raises, one
+    The delivery thread calls `open`, delivers the events and calls `close`. A slow tracker does not
+    delay training, but other trackers and the progress display wait for it. `open` is called before
+    the first event, and `close` once after the last event, also after an interrupt or an error. If
+    a run stops before its first event, neither is called. The end of a run waits at most 30 seconds
+    for its trackers; events that are not delivered by then are lost. If a method raises, one
     warning is logged, the tracker is closed, and the run continues without it. With privacy=client
     a tracker gets only RunOpened and MetricsReady, with the fields that may be published
     (report/published.py).
@@ -59,11 +62,11 @@ class Tracker(ABC):
     """
 
     def open(self, run: TrackedRun) -> int:
-        """Begin, or continue where `run.resumed_at` is above 0; return the newest version kept.
+        """Begin, or continue if `run.resumed_at` is above 0; return the newest version stored.
 
-        A resumed run makes its versions from `resumed_at` on again: a tracker that can should drop
-        those that it has. Return -1 where no version is kept. This default says that all versions
-        before `resumed_at` are kept.
+        A resumed run repeats its versions from `resumed_at` onwards, so a tracker should delete
+        those that it has, if it can. Return -1 if no version is stored. The default return value
+        means that all versions before `resumed_at` are stored.
         """
         return run.resumed_at - 1
 
@@ -72,14 +75,16 @@ class Tracker(ABC):
         """Take one event."""
 
     def close(self) -> None:  # noqa: B027, as many trackers have nothing to close
-        """Write what is still in memory and release files and connections; called once."""
+        """Write what is still in memory and release files and connections; called once, unless
+        `open` was never called.
+        """
 
 
 def flat(metrics: Mapping[str, Any]) -> dict[str, float | int | str | None]:
-    """Return a line of metrics as one plain value for each name, as tables and charts need it.
+    """Return a line of metrics with one plain value per name, for tables and charts.
 
     `rejected` becomes the number of rejected replies, `staleness` the mean over accepted updates.
-    Tables by client and texts that the model wrote are left out.
+    Tables by client and generated texts are removed.
 
     >>> flat({"version": 3, "rejected": {"late": 2}, "staleness": {"0": 3, "2": 1}, "sample": "We"})
     {'version': 3, 'rejected': 2, 'staleness': 0.5}

@@ -16,7 +16,7 @@ from fedgpt.report.trackers.base import TrackedRun, Tracker, flat
 class CsvTracker(Tracker):
     """Writes scores and counters of each version as a row of comma-separated values.
 
-    The first version's line decides the columns. A missing value is an empty cell.
+    The first version's line determines the columns. A missing value is an empty cell.
     """
 
     file: str = "metrics.csv"  # name of the file in the run's folder
@@ -28,7 +28,7 @@ class CsvTracker(Tracker):
         self._columns: list[str] = []
 
     def open(self, run: TrackedRun) -> int:
-        """Keep the rows before `run.resumed_at`; a row that a kill cut off is dropped."""
+        """Keep the rows before `run.resumed_at`; a row that a kill truncated is deleted."""
         path = run.folder / self.file
         rows = [row for row in _complete_rows(path) if int(row["version"]) < run.resumed_at]
         self._columns = list(rows[0]) if rows else []
@@ -41,7 +41,7 @@ class CsvTracker(Tracker):
         return int(rows[-1]["version"]) if rows else -1
 
     def __call__(self, event: Event) -> None:
-        """Append the row of a version; the operating system has it when this returns."""
+        """Append the row of a version and flush it to the operating system."""
         if not isinstance(event, MetricsReady):
             return
         assert self._stream is not None, "open comes first"
@@ -62,7 +62,7 @@ class CsvTracker(Tracker):
 
 
 def _complete_rows(path: Path) -> list[dict[str, str]]:
-    """Rows of a table with a version and a value for each column, up to the first that has not."""
+    """Rows of a table, up to the first row without a version or without a value for each column."""
     if not path.exists():
         return []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)

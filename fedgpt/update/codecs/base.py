@@ -1,15 +1,15 @@
-"""What a codec is: it makes a client's delta smaller before it is sent, and undoes that afterwards.
+"""The interface of a codec, which compresses a client's delta and decompresses it at the server.
 
     client   delta (n,) float32  -> encode -> payload (bytes,) uint8   -> network
     server   payload, n          -> decode -> delta' (n,) float32      -> validation, aggregation
 
-The server knows the codec, its options and n, the number of parameters. From these follows the
-exact length of a payload, so a payload has no header: nothing that a client sends decides how much
-memory is allocated. A client may be hostile, so `decode` checks every byte that it relies on.
+The server knows the codec, its options and n, the number of parameters. These determine the exact
+length of a payload, so a payload has no header, and no client data determines how much memory is
+allocated. A client may be hostile, so `decode` checks every byte that it relies on.
 
-What every codec promises, and tests/update checks for all of them: the same delta gives the same
-bytes, zeros stay zeros, a NaN or an infinity in a delta makes `decode` refuse the payload, and
-compressing a decoded delta a second time changes nothing.
+Every codec has these properties, which tests/update checks: the same delta gives the same bytes,
+zeros stay zeros, `decode` rejects the payload of a delta with NaN or infinity, and compression is
+idempotent (compressing a decoded delta does not change it).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import numpy as np
 
 from fedgpt.core.errors import UpdateRejected
 
-CHUNK = 1 << 17  # elements processed at a time: these and their scratch space fit a core's cache
+CHUNK = 1 << 17  # elements processed at a time; with their scratch space they fit a core's cache
 MAX = np.finfo(np.float32).max
 LARGEST = 0x7F7FFFFF  # the bits of MAX; magnitudes above are infinities and NaN
 
@@ -86,7 +86,7 @@ class Codec(ABC):
     def encode(self, delta: np.ndarray) -> np.ndarray:
         """Return the payload, (payload_bytes(n),) uint8, of a delta (n,) float32.
 
-        Values that are not finite raise no error here: `decode` refuses what became of them.
+        Values that are not finite raise no error here; `decode` rejects the payload.
         """
 
     @abstractmethod

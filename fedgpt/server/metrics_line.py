@@ -1,4 +1,4 @@
-"""What is written of a version and of a run: the lines of metrics.jsonl and summary.json."""
+"""The metrics of versions and of the run: the lines of metrics.jsonl, and summary.json."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import numpy as np
 
 from fedgpt.core.messages import ServerState, Update
 from fedgpt.core.score import Scoring
-from fedgpt.server.collector import PrivateCollector, UpdateCollector
+from fedgpt.server.collector import UpdateCollector
 from fedgpt.server.diagnostics import Diagnostics
 from fedgpt.server.in_flight import InFlight
 from fedgpt.server.version import OpenVersion
 from fedgpt.storage.checkpoint import Snapshot
 from fedgpt.storage.tables import Clients, RunIdentity, RunTotals, VersionLine
 
-# what the stages of an update's way measure at the client; see update/feedback.py
+# metrics of compression at the client; see update/feedback.py
 STAGES = ("compress_error", "residual_norm")
 
 
-# fields of every line; those of version 0, before its evaluation
+# fields of every line, with their values at version 0 before its evaluation
 FIRST: Mapping[str, Any] = {
     "version": 0,
     "tokens": 0,
@@ -58,13 +58,13 @@ FIRST: Mapping[str, Any] = {
 
 
 class RunMetrics:
-    """The newest version's line, and what the next line is computed from."""
+    """The newest version's line, and the state from which the next line is computed."""
 
     def __init__(self, snapshot: Snapshot):
         self.line = snapshot.line
         self.diagnostics = Diagnostics(snapshot.state.params.size, snapshot.extra)
         self._began = time.monotonic()
-        self._earlier = snapshot.totals.wall_seconds  # of earlier starts of this run
+        self._earlier = snapshot.totals.wall_seconds  # seconds of earlier starts of this run
 
     def wall_seconds(self) -> float:
         """Wall time of the run, over all its starts."""
@@ -72,29 +72,27 @@ class RunMetrics:
 
 
 def first_line() -> VersionLine:
-    """Version 0, before its evaluation."""
+    """The line of version 0, before its evaluation."""
     return VersionLine(FIRST)
 
 
 def line_of_version(
     version: OpenVersion, totals: RunTotals, clients: Clients, in_flight: InFlight
 ) -> dict[str, Any]:
-    """The line of the version that has just been made of the updates of `version`."""
+    """The line of the version that was just made from the updates of `version`."""
     collector = version.collector
-    # who was in a sample, which amplifies privacy, must not be published
-    shown = [] if isinstance(collector, PrivateCollector) else collector.accepted
     return {
         **_position(version.start.version + 1, totals, clients, in_flight.transport.virtual),
         **_updates(collector, version.rejections),
         "in_flight": len(in_flight),
-        # a model is kept for every version that a job in flight began from
+        # one model is kept for every version that a job in flight started from
         "bases": len({job.version for job in in_flight}),
-        **_clients(shown, clients, totals.seconds),
+        **_clients(collector.shown, clients, totals.seconds),
     }
 
 
 def _position(version: int, totals: RunTotals, clients: Clients, virtual: bool) -> dict[str, Any]:
-    """Where the run stands."""
+    """The run's progress and totals."""
     return {
         "version": version,
         "tokens": totals.tokens_done,
@@ -108,7 +106,7 @@ def _position(version: int, totals: RunTotals, clients: Clients, virtual: bool) 
 
 
 def _updates(collector: UpdateCollector, rejections: Counter[str]) -> dict[str, Any]:
-    """What came in for a version."""
+    """Metrics of the replies of a version."""
     accepted = collector.accepted
     staleness = Counter(int(update.metrics["staleness"]) for update in accepted)
     means = ("train_loss", "lr", "update_norm", *STAGES)
@@ -126,7 +124,7 @@ def _updates(collector: UpdateCollector, rejections: Counter[str]) -> dict[str, 
 
 
 def _clients(accepted: Sequence[Update], clients: Clients, seconds: float) -> dict[str, Any]:
-    """Tokens trained and share of idle time so far, of the clients whose updates came in."""
+    """Tokens trained and share of idle time so far, for the clients with an accepted update."""
     ids = sorted({update.client for update in accepted})
     idle = {}
     if seconds > 0:
@@ -143,7 +141,7 @@ def summary(
     scoring: Scoring,
     virtual: bool,
 ) -> dict[str, Any]:
-    """The machine-readable end of a run; `lines` are those of metrics.jsonl."""
+    """The content of summary.json; `lines` are the lines of metrics.jsonl."""
     evaluated = scoring.evaluated(lines)
     ends = {"initial": evaluated[0], "final": evaluated[-1], "best": scoring.best(evaluated)}
     return {
