@@ -154,12 +154,14 @@ class Run:
         """The run's tokenizer: `encode(text)` gives ids, `decode(ids)` text."""
         from fedgpt.config import compose
         from fedgpt.data.prepare import prepare
-        from fedgpt.data.tokenizer import load_tokenizer
+        from fedgpt.data.tokenizer import load_tokenizer, make_tokenizer
 
         # an export writes this file after the others that load_tokenizer reads
         if (self.folder / "model" / "tokenizer.json").is_file():
             return load_tokenizer(self.folder / "model")
-        options = compose.of_run(self.folder)
+        options = compose.of_run(self.folder, reading=True)
+        if options.tokenizer.name == "bytes":  # the same for every text
+            return make_tokenizer(options.tokenizer, ())
         return prepare(
             options.corpus, options.tokenizer, options.cache_dir, options.trusted_packages
         ).tokenizer
@@ -178,7 +180,7 @@ class Run:
         from fedgpt.model.build import build_model
         from fedgpt.storage.checkpoint import Checkpoints
 
-        options = compose.of_run(self.folder)
+        options = compose.of_run(self.folder, reading=True)
         checkpoints = Checkpoints(self.folder / "checkpoints", options.checkpoint.keep)
         if self.best:
             if (kept := checkpoints.load_best()) is None:

@@ -14,8 +14,11 @@ from fedgpt.__main__ import main
 from fedgpt.cli import COMMANDS, help
 from fedgpt.config import choices
 from fedgpt.config.choices import groups
+from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import OPTIONS
 from fedgpt.core.runtimes import RUNTIMES
+from fedgpt.evaluate.metrics.base import METRICS
+from fedgpt.report.trackers import MEMBERS
 
 
 def fedgpt(*arguments: str, cwd=None) -> subprocess.CompletedProcess[str]:
@@ -158,6 +161,41 @@ def test_help_shows_a_users_own_choices(tmp_path, capsys):
     (tmp_path / "model/tiny.yaml").write_text("# A toy.\nn_layer: 1\n")
     text = helped(capsys, "model", f"--config-dir={tmp_path}")
     assert "  model=tiny            A toy.\n" in text and "Sets model.n_layer=1." in text
+
+
+@pytest.mark.parametrize(
+    "content, part",
+    [
+        (b"n_layer: [", "is no YAML (while parsing"),
+        (b"- 1\n", "must be options and their values"),
+        (b"\xff", "cannot be read ("),
+    ],
+)
+def test_help_of_a_broken_file_of_a_user_names_it(tmp_path, content, part):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/tiny.yaml").write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        help.main(["model", f"--config-dir={tmp_path}"])
+    (problem,) = caught.value.problems
+    assert problem.startswith(f"{tmp_path}/model/tiny.yaml: {part}") and "\n" not in problem
+
+
+def test_help_of_a_list_names_its_built_in_members(capsys):
+    for key, members in (("metrics", METRICS), ("track", MEMBERS)):
+        text = " ".join(helped(capsys, key).split())
+        assert f"Built in: {', '.join(members.names())}." in text
+        assert OPTIONS[key].facts.built_in == members.folder
+
+
+def test_the_traceback_of_a_users_class_is_shown_on_request(tmp_path, monkeypatch):
+    (tmp_path / "mine.py").write_text("def broken():\n    return {}['size']\n\n\nbroken()\n")
+    words = ["data", "corpus=custom", "corpus._target_=mine.Poems", "trusted_packages=[mine]"]
+    done = fedgpt(*words, cwd=tmp_path)
+    assert "cannot import mine (KeyError: 'size' (mine.py, line 2))" in done.stderr
+    assert "Traceback" not in done.stderr and done.returncode == 2
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    done = fedgpt(*words, cwd=tmp_path)
+    assert "Traceback" in done.stderr and "in broken" in done.stderr and done.returncode == 2
 
 
 def test_every_command_has_a_file_and_every_file_a_command():

@@ -8,6 +8,8 @@ libraries inside `main`, so that help and error messages appear at once.
 from __future__ import annotations
 
 import importlib
+import logging
+import os
 import signal
 import sys
 from dataclasses import dataclass
@@ -67,6 +69,9 @@ def dispatch(command: str, arguments: list[str]) -> int:
     if (here := str(Path.cwd())) not in sys.path:
         # as `python -m fedgpt` has it: where a user's own strategy._target_=mine.Rule is
         sys.path.append(here)
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":  # Hydra's own switch for its tracebacks
+        logging.basicConfig()
+        logging.getLogger("fedgpt").setLevel(logging.DEBUG)
     # a stop request ends like Ctrl-C: checkpoint, 130
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -18,7 +18,7 @@ from fedgpt.config.choices import Choice, defaults, groups, read_choice
 from fedgpt.core.errors import nearest
 from fedgpt.core.options import OPTIONS, RunOptions
 from fedgpt.core.options.option import Group, Option, one_of, options_of, typed
-from fedgpt.core.targets import load_class
+from fedgpt.core.targets import load_class, modules_in
 
 HELP = """
   fedgpt help                 all commands and groups
@@ -186,7 +186,10 @@ def _option(one: Option, indent: int = 0) -> Iterator[str]:
     yield from rest
     names = one_of(*one.facts.only_with).words if one.facts.only_with else ""
     only = f" Only with {one.group}={names}." if names else ""
-    yield from _paragraph(f"{one.facts.help}{only}", STEP + indent)
+    members = (
+        f" Built in: {', '.join(modules_in(folder))}." if (folder := one.facts.built_in) else ""
+    )
+    yield from _paragraph(f"{one.facts.help}{members}{only}", STEP + indent)
 
 
 def _values(one: Option) -> str:

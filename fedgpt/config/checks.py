@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from fedgpt.core.options import OPTIONS, RunOptions
-from fedgpt.core.options.option import Group
+from fedgpt.core.options.option import Group, no_effect
 from fedgpt.data.corpus import CORPORA
 from fedgpt.data.partition import PARTITIONS
 from fedgpt.model.shape import trainable_problems
@@ -24,11 +24,7 @@ def unused_options(typed: Mapping[str, str], o: RunOptions) -> Iterator[str]:
             continue
         group: Group = getattr(o, OPTIONS[option].group)
         if group.chosen not in only_with and not group.reports_unused:
-            takes = " or ".join(f"{group.group}={choice}" for choice in only_with)
-            yield (
-                f"{text}: has no effect with {group.group}={group.chosen}; add {takes}, or leave"
-                " it out"
-            )
+            yield no_effect(text, group.chosen, only_with)
     if "rounds" in typed and o.tokens:
         yield (
             f"{typed['rounds']}: tokens={o.tokens} decides where the run ends; add tokens=0, or"

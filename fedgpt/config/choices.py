@@ -13,6 +13,9 @@ from typing import Any
 
 import yaml
 
+from fedgpt.core.errors import ConfigError
+from fedgpt.core.options.option import dotted
+
 PACKAGE = Path(__file__).parents[1]
 # in a wheel conf/ is inside the package, in a clone next to it
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
@@ -59,8 +62,8 @@ def read_choice(group: str, name: str, config_dir: str | None = None) -> Choice:
     """Read a choice; a user's file takes precedence over fedgpt's."""
     roots = [*([Path(config_dir)] if config_dir else []), CONF]
     path = next(path for root in roots if (path := root / group / f"{name}.yaml").is_file())
-    text = path.read_text(encoding="utf-8")
-    values = yaml.safe_load(text) or {}
+    text = _text(path)
+    values = _mapping(path, text)
     anywhere = "@package _global_" in text.partition("\n")[0]
     return Choice(
         group=group,
@@ -68,9 +71,27 @@ def read_choice(group: str, name: str, config_dir: str | None = None) -> Choice:
         meaning=_first_comment(text),
         sets={
             **{key: value for line in values.pop("defaults", []) for key, value in _chosen(line)},
-            **dict(_flat(values, "" if anywhere else f"{group}.")),
+            **dotted(values, "" if anywhere else f"{group}."),
         },
     )
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from error
+
+
+def _mapping(path: Path, text: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        why = " ".join(str(error).split())
+        raise ConfigError(f"{path}: is no YAML ({why}); correct it") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: must be options and their values, such as n_layer: 4")
+    return values
 
 
 def _first_comment(text: str) -> str:
@@ -86,11 +107,3 @@ def _chosen(line: Any) -> Iterator[tuple[str, Any]]:
     """The choice of another group in a line of a defaults list."""
     for key, value in line.items() if isinstance(line, dict) else ():
         yield key.removeprefix("override ").lstrip("/"), value
-
-
-def _flat(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
@@ -23,7 +23,9 @@ from fedgpt.config import checks, overrides
 from fedgpt.core import targets
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import RunOptions, StrategyOptions, TaskOptions
+from fedgpt.core.options.option import dotted
 from fedgpt.core.runtimes import runtime_problems
+from fedgpt.model.shape import trainable_problems
 from fedgpt.privacy.problems import Rule, privacy_problems
 from fedgpt.report.trackers import tracker_problems
 from fedgpt.server.pacing import make_pace
@@ -94,6 +96,14 @@ def to_options(cfg: DictConfig, on_this_machine: bool = False) -> RunOptions:
     With `on_this_machine` the run will start here. Without it only its folder is read, for example
     on a machine without Ray.
     """
+    options = _typed(cfg)
+    if problems := list(_problems(options, on_this_machine)):
+        raise ConfigError(problems)
+    return options
+
+
+def _typed(cfg: DictConfig) -> RunOptions:
+    """Options of the right types, with absolute paths; nothing else is checked."""
     try:
         options = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
@@ -110,8 +120,6 @@ def to_options(cfg: DictConfig, on_this_machine: bool = False) -> RunOptions:
     ):
         if path := getattr(place, name):
             setattr(place, name, str(Path(path).expanduser().resolve()))
-    if problems := list(_problems(options, on_this_machine)):
-        raise ConfigError(problems)
     return options
 
 
@@ -120,9 +128,11 @@ def to_yaml(options: RunOptions) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(options))
 
 
-def from_yaml(text: str) -> RunOptions:
+def from_yaml(text: str, reading: bool = False) -> RunOptions:
     """Options from to_yaml's text; raises ConfigError if they do not match this version's
     schema.
+
+    `reading`: nothing is to be run. Then values are checked, but no class of the user is imported.
     """
     try:
         cfg = OmegaConf.merge(OmegaConf.structured(RunOptions), _mapping(text))
@@ -131,7 +141,12 @@ def from_yaml(text: str) -> RunOptions:
             f"{error.full_key or 'configuration'}: {overrides.first_line(error)}"
         ) from error
     assert isinstance(cfg, DictConfig), "as the schema is one"
-    return to_options(cfg)
+    if not reading:
+        return to_options(cfg)
+    options = _typed(cfg)
+    if problems := [*options.problems(), *trainable_problems(options.model)]:
+        raise ConfigError(problems)
+    return options
 
 
 def _mapping(text: str) -> DictConfig:
@@ -151,13 +166,16 @@ def _text_of(path: Path) -> str:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
 
 
-def of_run(folder: Path) -> RunOptions:
-    """The options in a run's folder; raises ConfigError if it is not a run's folder."""
+def of_run(folder: Path, reading: bool = False) -> RunOptions:
+    """The options in a run's folder; raises ConfigError if it is not a run's folder.
+
+    `reading`: its model is to be used, not trained, so the user's own classes may be missing.
+    """
     path = folder / "config.yaml"
     if not path.exists():
         raise ConfigError(f"{folder} is not a run's folder: it has no config.yaml")
     try:
-        options = from_yaml(_text_of(path))
+        options = from_yaml(_text_of(path), reading)
     except ConfigError as error:
         raise ConfigError(f"{path}: {problem}" for problem in error.problems) from error
     options.run_dir = str(folder.resolve())
@@ -285,7 +303,7 @@ def _task_problems(o: RunOptions) -> Iterator[str]:
     except ConfigError as error:
         yield from error.problems
     else:
-        yield from task.problems(o)
+        yield from targets.problems_of("task", task, o)
 
 
 def _pacing_problems(o: RunOptions, strategy: Any) -> Iterator[str]:
@@ -296,17 +314,10 @@ def _pacing_problems(o: RunOptions, strategy: Any) -> Iterator[str]:
         only = f"{type(strategy).__name__} supports pace={' or '.join(sorted(paces))} only"
         yield f"pace={o.pace.name}: {only}{': ' if reason else ''}{reason}"
     elif o.pace.clients and hasattr(strategy, "problems") and o.pace.name in ("cohort", "buffer"):
-        yield from strategy.problems(make_pace(o.pace, o.seed).pacing(o.pace.clients))
+        pacing = make_pace(o.pace, o.seed).pacing(o.pace.clients)
+        yield from targets.problems_of("strategy", strategy, pacing)
 
 
 def _flat(cfg: Any) -> dict[str, Any]:
     """Dotted option -> value."""
-
-    def walk(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
-        if not isinstance(node, dict):
-            yield prefix.rstrip("."), node
-            return
-        for name, child in node.items():
-            yield from walk(child, f"{prefix}{name}.")
-
-    return dict(walk(OmegaConf.to_container(cfg), ""))
+    return dotted(cast(dict[str, Any], OmegaConf.to_container(cfg)))

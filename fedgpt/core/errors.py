@@ -62,6 +62,15 @@ class UpdateRejected(Exception):
         super().__init__(f"{code}: {detail}" if detail else code)
 
 
+def amount(number: int, noun: str) -> str:
+    """A number of things.
+
+    >>> amount(1, "client"), amount(1200, "client")
+    ('1 client', '1,200 clients')
+    """
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
     """The end of an error message about an unknown name: similar known names, or nothing.
 

@@ -16,7 +16,7 @@ from typing import ClassVar
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import RunOptions
 from fedgpt.core.resources import Resources
-from fedgpt.core.targets import Members
+from fedgpt.core.targets import Members, problems_of
 
 
 class Runtime(ABC):
@@ -107,4 +107,4 @@ def runtime_problems(options: RunOptions, clients: int) -> Iterator[str]:
     except ConfigError as error:
         yield from error.problems
     else:
-        yield from runtime.problems(options, clients)
+        yield from problems_of("runtime", runtime, options, clients)

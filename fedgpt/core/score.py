@@ -1,7 +1,8 @@
 """The scores of an evaluation: their names, and the score of the run.
 
 Best weights, rollback, summary, figures and sweeps use the score of the run. The task chooses it
-(tasks/base.py).
+(tasks/base.py). Scores and metrics are in the same lines of metrics.jsonl as the fields in
+RESERVED, so their names must be different.
 """
 
 from __future__ import annotations
@@ -10,6 +11,58 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
+
+# every field of a line of metrics.jsonl, and of an entry of summary.json, that is not a score
+RESERVED = frozenset(
+    (
+        # where the run stands (server/metrics_line.py, loop.py)
+        *("version", "tokens", "wall_seconds", "virtual_seconds", "bytes_up", "bytes_down"),
+        *("quarantined", "restored", "pacing", "in_flight", "bases"),
+        # the updates of the version, and its step (server/metrics_line.py, diagnostics.py)
+        *("accepted", "rejected", "clipped", "staleness", "train_loss", "lr", "update_norm"),
+        *("compress_error", "residual_norm", "update_tokens", "mean_weight", "state_lost"),
+        *("step_norm", "cosine", "step_correlation", "tokens_by_client", "idle_share"),
+        # what privacy has cost (server/privacy.py)
+        *("epsilon", "privacy_clip"),
+        # the text that the model wrote (evaluate/central.py)
+        *("prompt", "sample"),
+    )
+)
+
+
+def name_problem(name: Any) -> str:
+    """What is wrong with the name of a score or metric; empty where nothing is.
+
+    >>> name_problem("epsilon")
+    "is named 'epsilon', as a field of every line of metrics.jsonl; give it another name"
+    >>> name_problem("")
+    "is named ''; its name must be a text that is not empty"
+    """
+    if not isinstance(name, str) or not name.strip():
+        return f"is named {name!r}; its name must be a text that is not empty"
+    if name in RESERVED:
+        return f"is named {name!r}, as a field of every line of metrics.jsonl; give it another name"
+    return ""
+
+
+def number(value: Any) -> float:
+    """A score as a number of Python: of a number, or a tensor or array of one element.
+
+    Raises TypeError or ValueError for anything else.
+
+    >>> import numpy as np
+    >>> number(2), number(np.float32(0.5))
+    (2, 0.5)
+    >>> number("high")
+    Traceback (most recent call last):
+    ...
+    TypeError: 'high' is no number
+    """
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return value
+    if isinstance(value, str | bytes) or not hasattr(value, "__float__"):
+        raise TypeError(f"{value!r:.60} is no number")
+    return float(value)
 
 
 @dataclass(frozen=True)
@@ -60,6 +113,21 @@ class Scoring:
 
     score: Score
     names: tuple[str, ...]  # in the order of a table's columns; they include the score of the run
+
+    @property
+    def problem(self) -> str:
+        """What is wrong with the names; empty where nothing is.
+
+        >>> Scoring(Score("loss"), ("loss", "version")).problem.partition(",")[0]
+        "one of its scores is named 'version'"
+        """
+        names = self.names if isinstance(self.names, list | tuple) else ()
+        if not isinstance(self.score, Score) or self.score.name not in names:
+            return f"its score {self.score!r} is not among its names {self.names!r}; add it to them"
+        if twice := [name for name in names if names.count(name) > 1]:
+            return f"two of its scores are named {twice[0]!r}; give one another name"
+        wrong = next((problem for name in names if (problem := name_problem(name))), "")
+        return f"one of its scores {wrong}" if wrong else ""
 
     def adding(self, names: Iterable[str]) -> Scoring:
         """A copy with the names of additional metrics."""

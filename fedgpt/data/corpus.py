@@ -5,12 +5,12 @@ corpus.* -> corpus_of -> Corpus (corpora/) -> load_documents -> documents -> pre
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import CorpusOptions
-from fedgpt.core.targets import Members
+from fedgpt.core.targets import Members, calling, typed_class
 from fedgpt.data.corpora.base import Corpus, Document
 
 CORPORA = Members("corpus", "corpus.name", Corpus)
@@ -35,8 +35,22 @@ def load_documents(corpus: Corpus) -> list[Document]:
     Raises ConfigError if there is no document, or if the corpus yields an object that is not a
     Document with valid text.
     """
-    documents: list[Any] = list(corpus.documents())
+    with calling("corpus", corpus, "documents"):
+        found: Any = corpus.documents()
+        documents: list[Any] = list(found) if isinstance(found, Iterable) else []
+    if not isinstance(found, Iterable):
+        what = "it must return an iterable of fedgpt.data.corpora.base.Document"
+        raise ConfigError(
+            f"{typed_class('corpus', corpus)}: documents returned {found!r:.60}; {what}"
+        )
     name = type(corpus).__name__
+    for text in ("source", "owner", "prompt", "too_few"):
+        with calling("corpus", corpus, text):
+            value = getattr(corpus, text)
+        if not isinstance(value, str):
+            raise ConfigError(
+                f"{typed_class('corpus', corpus)}: {text} is {value!r:.60}; it must be a text"
+            )
     if not documents:
         raise ConfigError(f"corpus: {name} from {corpus.source} has no documents; {corpus.too_few}")
     for number, document in enumerate(documents):

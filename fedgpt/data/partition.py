@@ -7,13 +7,14 @@ No text is copied, and the same options and seed give the same shards in every p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
-from fedgpt.core.errors import ConfigError
+from fedgpt.core.errors import ConfigError, amount
 from fedgpt.core.options import PartitionOptions
-from fedgpt.core.targets import CUSTOM, Members
+from fedgpt.core.targets import CUSTOM, Members, calling
 from fedgpt.data.partitions.base import Documents, Partition, Shard, merged
 from fedgpt.data.prepare import CLIENTS, Prepared
 
@@ -44,7 +45,11 @@ def partition(
         raise ConfigError(problems)
     documents = _documents(prepared, max(options.min_tokens, window))
     dealer = partition_of(options, trusted)
-    shards = sorted(dealer.deal(documents, seed), key=lambda shard: shard.client)
+    with calling("partition", dealer, "deal"):
+        dealt: Any = dealer.deal(documents, seed)
+        dealt = list(dealt) if isinstance(dealt, Iterable) else dealt
+    _check_kind(dealt, options)
+    shards = sorted(dealt, key=lambda shard: shard.client)
     _check_tokens(shards, documents, options)
     _check_sizes(shards, documents.minimum, options, dealer.remedies)
     return shards
@@ -73,6 +78,22 @@ def _label(options: PartitionOptions) -> str:
     if options.name == CUSTOM:
         return f"partition._target_={options._target_}"
     return f"partition.name={options.name}, partition.clients={options.clients}"
+
+
+def _check_kind(dealt: Any, options: PartitionOptions) -> None:
+    """Raise ConfigError unless `dealt` is a list of shards with names and spans."""
+    wrong = [each for each in dealt if not _is_shard(each)] if isinstance(dealt, list) else [dealt]
+    if not wrong:
+        return
+    raise ConfigError(
+        f"{_label(options)}: deal returned {wrong[0]!r:.60}; it must return a list of"
+        " fedgpt.data.partitions.base.Shard, each with a client's name and an array of spans"
+    )
+
+
+def _is_shard(value: Any) -> bool:
+    named = isinstance(value, Shard) and isinstance(value.client, str)
+    return named and isinstance(value.spans, np.ndarray) and value.spans.dtype.kind in "iu"
 
 
 def _check_tokens(shards: Sequence[Shard], documents: Documents, options: PartitionOptions) -> None:
@@ -114,7 +135,9 @@ def _check_sizes(
     least = min(small, key=lambda shard: shard.size)
     asked = options.min_tokens >= minimum
     last = "lower partition.min_tokens" if asked else "lower model.block_size"
+    has = "has" if len(shards) == 1 else "have"
     raise ConfigError(
-        f"{_label(options)}: {len(small)} of {len(shards)} clients have fewer than {minimum} tokens"
-        f" (the smallest, {least.client}, has {least.size}); {', or '.join([*remedies, last])}"
+        f"{_label(options)}: {len(small)} of {amount(len(shards), 'client')} {has} fewer than"
+        f" {minimum} tokens (the smallest, {least.client}, has {least.size});"
+        f" {', or '.join([*remedies, last])}"
     )

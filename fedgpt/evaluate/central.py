@@ -9,12 +9,15 @@ import numpy as np
 from torch import Tensor
 
 from fedgpt.core.device import Compute
+from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import RunOptions
 from fedgpt.core.seeds import derive_seed
+from fedgpt.core.targets import calling, typed_class
 from fedgpt.data.corpus import corpus_prompt
+from fedgpt.data.examples import Examples
 from fedgpt.data.prepare import HELD_OUT, Prepared
 from fedgpt.data.text import part_text
-from fedgpt.evaluate.held_out import HeldOut
+from fedgpt.evaluate.held_out import HeldOut, as_score
 from fedgpt.evaluate.metrics.base import BatchMetric, SampleMetric, make_metrics
 from fedgpt.tasks.base import SampleRequest, Task
 
@@ -35,7 +38,13 @@ class CentralEvaluation:
         metrics = make_metrics(options.metrics, options.trusted_packages, task.scoring)
         self.scoring = task.scoring.adding(metric.name for metric in metrics)
         self.text = part_text(prepared, HELD_OUT)
-        examples = task.held_out(self.text, options.model.block_size)
+        with calling("task", task, "held_out", passes=(ValueError,)):
+            examples = task.held_out(self.text, options.model.block_size)
+        if not isinstance(examples, Examples):
+            what = "it must return fedgpt.data.examples.Examples"
+            raise ConfigError(
+                f"{typed_class('task', task)}: held_out returned {examples!r:.60}; {what}"
+            )
         self.held_out = HeldOut(
             options.model,
             examples.spread(options.evaluate.tokens),
@@ -53,9 +62,15 @@ class CentralEvaluation:
         """
         scores: dict[str, Any] = dict(self.held_out(params))
         if sample:
-            written = self.task.sample(self.held_out.model, self.tokenizer, self._request(version))
-            scores |= {metric.name: metric.value(written) for metric in self._sample_metrics}
-            scores |= {"prompt": written.prompt, "sample": written.written}
+            with calling("task", self.task, "sample"):
+                request = self._request(version)
+                written = self.task.sample(self.held_out.model, self.tokenizer, request)
+                texts = {"prompt": written.prompt, "sample": written.written}
+            for metric in self._sample_metrics:
+                with calling("metrics", metric, "value"):
+                    value = metric.value(written)
+                scores[metric.name] = as_score("metrics", metric, metric.name, value)
+            scores |= texts
         return scores
 
     def _request(self, version: int) -> SampleRequest:

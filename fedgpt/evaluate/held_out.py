@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fedgpt.core.device import Compute
+from fedgpt.core.errors import ConfigError
 from fedgpt.core.flat import flatten
 from fedgpt.core.options import ModelOptions
+from fedgpt.core.score import number
+from fedgpt.core.targets import calling, typed_class
 from fedgpt.data.examples import Examples, counted, on_device
 from fedgpt.evaluate.metrics.base import BatchMetric
 from fedgpt.model.build import build_model
@@ -63,27 +67,65 @@ class HeldOut:
 
     @torch.inference_mode()
     def __call__(self, params: np.ndarray) -> dict[str, float]:
-        """The scores of `params`, (parameters,) float32, by name."""
+        """The scores of `params`, (parameters,) float32, by name.
+
+        Raises ConfigError where a class from outside does not give numbers.
+        """
         self.load(params)
         device = self._working.device
         # tallies stay on the device until the end, so that the host does not wait for every batch
-        totals: dict[tuple[str, str], Tensor] = {}
+        totals: dict[str, dict[str, Tensor]] = {"": {}}  # of the task, and of each metric by name
+        totals |= {metric.name: {} for metric in self.metrics}
         for start in range(0, len(self.examples), self._batch_size):
             rows = np.arange(start, min(start + self._batch_size, len(self.examples)))
             batch = on_device(self.examples.take(rows), device)
-            outputs = self.task.forward(self.model, batch)
-            tallies = {"": self.task.tally(outputs, batch, self._token_bytes)}
-            tallies |= {metric.name: metric.tally(outputs, batch) for metric in self.metrics}
-            for owner, tally in tallies.items():
-                for name, value in tally.items():
-                    key = owner, name
-                    totals[key] = totals[key] + value if key in totals else value
-        numbers = {key: float(value) for key, value in totals.items()}
-        scores = self.task.scores(_owned(numbers, ""))
+            with calling("task", self.task, "forward"):
+                outputs = self.task.forward(self.model, batch)
+            with calling("task", self.task, "tally"):
+                _add(totals[""], self.task.tally(outputs, batch, self._token_bytes))
+            for metric in self.metrics:
+                with calling("metrics", metric, "tally"):
+                    _add(totals[metric.name], metric.tally(outputs, batch))
+        return {**self._scores(totals[""]), **self._values(totals)}
+
+    def _scores(self, totals: Mapping[str, Tensor]) -> dict[str, float]:
+        """The scores that the task names, and no other."""
+        with calling("task", self.task, "tally"):
+            numbers = {name: float(value) for name, value in totals.items()}
+        with calling("task", self.task, "scores"):
+            found = self.task.scores(numbers)
+            missing = [name for name in self.task.scoring.names if name not in found]
+        if missing:
+            raise ConfigError(
+                f"{typed_class('task', self.task)}: scores returned no {missing[0]!r}, which is"
+                " among the names of its scoring; return every score that it names"
+            )
+        return {
+            name: as_score("task", self.task, name, found[name]) for name in self.task.scoring.names
+        }
+
+    def _values(self, totals: Mapping[str, Mapping[str, Tensor]]) -> dict[str, float]:
+        """The number of each metric."""
+        found = {}
         for metric in self.metrics:
-            scores[metric.name] = metric.value(_owned(numbers, metric.name))
-        return scores
+            with calling("metrics", metric, "tally"):
+                numbers = {name: float(value) for name, value in totals[metric.name].items()}
+            with calling("metrics", metric, "value"):
+                value = metric.value(numbers)
+            found[metric.name] = as_score("metrics", metric, metric.name, value)
+        return found
 
 
-def _owned(totals: dict[tuple[str, str], float], owner: str) -> dict[str, float]:
-    return {name: value for (whose, name), value in totals.items() if whose == owner}
+def as_score(group: str, part: object, name: str, value: Any) -> float:
+    """A score that a task or metric returned, as a number; raises ConfigError where it is none."""
+    try:
+        return number(value)
+    except Exception as error:
+        raise ConfigError(
+            f"{typed_class(group, part)}: its {name!r} is {value!r:.60}; it must be one number"
+        ) from error
+
+
+def _add(totals: dict[str, Tensor], tally: Mapping[str, Tensor]) -> None:
+    for name, value in tally.items():
+        totals[name] = totals[name] + value if name in totals else value

@@ -74,8 +74,8 @@ def trainable_problems(options: ModelOptions) -> list[str]:
         parts = name.split(".")
         known |= dict.fromkeys(f"{'.'.join(parts[:end])}.*" for end in range(1, len(parts)))
     return [
-        f"model.trainable=[{pattern}]: selects no parameter of this model; take names such as"
-        f" {names[0]}, with * for any characters{nearest(pattern, known)}"
+        f"model.trainable=[{pattern or repr('')}]: selects no parameter of this model; take"
+        f" names such as {names[0]}, with * for any characters{nearest(pattern, known)}"
         for pattern in options.trainable
         if not any(fnmatchcase(name, pattern) for name in names)
     ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from fedgpt.core.errors import amount
 from fedgpt.core.options import RunOptions
 from fedgpt.privacy.statement import rows
 from fedgpt.report.progress import count, rule
@@ -28,9 +29,9 @@ def model_card(o: RunOptions, summary: Mapping[str, Any], statement: dict[str, A
         f"# {o.name}",
         "",
         (
-            f"A GPT of {o.model.n_layer} layers and width {o.model.n_embd}, trained by federated"
-            f" learning with fedgpt: {summary['versions']} server versions of {rule(o)}"
-            f" ({o.pace.name} pacing), {count(summary['tokens'])} tokens of the corpus"
+            f"A GPT of {amount(o.model.n_layer, 'layer')} and width {o.model.n_embd}, trained by"
+            f" federated learning with fedgpt: {amount(summary['versions'], 'server version')} of"
+            f" {rule(o)} ({o.pace.name} pacing), {count(summary['tokens'])} tokens of the corpus"
             f" `{o.corpus.name}` at its clients."
         ),
         "",

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from fedgpt.core.errors import amount
 from fedgpt.core.options import RunOptions
 from fedgpt.data.partition import Shard
 from fedgpt.data.prepare import Prepared
@@ -38,8 +39,8 @@ def opening(
         (
             "text",
             (
-                f"{o.corpus.name}: {count(sum(s.size for s in shards))} tokens at {len(shards)}"
-                f" clients, {held_out_tokens:,} held-out tokens"
+                f"{o.corpus.name}: {count(sum(s.size for s in shards))} tokens at"
+                f" {amount(len(shards), 'client')}, {held_out_tokens:,} held-out tokens"
             ),
         ),
         (
@@ -49,7 +50,7 @@ def opening(
         (
             "model",
             (
-                f"{_counted(o, parameters, prepared)}: {o.model.n_layer} layers,"
+                f"{_counted(o, parameters, prepared)}: {amount(o.model.n_layer, 'layer')},"
                 f" width {o.model.n_embd}, context {o.model.block_size}"
             ),
         ),
@@ -62,7 +63,7 @@ def opening(
                 "attack",
                 (
                     f"{o.attack.name} of strength {o.attack.strength:g} by {o.attack.clients} of"
-                    f" {len(shards)} clients, for research only"
+                    f" {amount(len(shards), 'client')}, for research only"
                 ),
             )
         )
@@ -89,12 +90,12 @@ def _pacing_row(o: RunOptions, clients: int, parameters: int) -> tuple[str, str]
     """Return the pacing in words, with the sizes of jobs and server steps."""
     cohort = min(o.pace.clients or clients, clients)
     chosen = (
-        f"{cohort} of {clients} clients"
+        f"{cohort} of {amount(clients, 'client')}"
         if o.pace.rate is None
         else f"each of {clients} with p={o.pace.rate}"
     )
     jobs = f"{rule(o)}: {chosen}"
-    steps = f"{o.local.steps} steps" + (" at most (DyLU)" if o.pace.dylu else "")
+    steps = amount(o.local.steps, "step") + (" at most (DyLU)" if o.pace.dylu else "")
     fleet = f"; virtual clock, fleet {o.fleet.name}" if o.clock == "virtual" else ""
     if o.pace.name == "buffer":
         goal = o.pace.goal or 1

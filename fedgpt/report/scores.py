@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-LM_SCORES = ("loss", "perplexity", "bits_per_byte")
 SHOWN_FIRST = "bits_per_byte"  # shown instead of the score that decides, if a task has it
 UNITS = {"bits_per_byte": "bits per byte"}  # scores that are shown with a unit
 DIGITS = {"perplexity": 2}  # digits after the point in tables; 4 for every other score

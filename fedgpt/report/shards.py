@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedgpt.core.errors import amount
 from fedgpt.data.partition import Shard, natural_owners
 from fedgpt.data.prepare import Prepared
 
@@ -60,11 +61,11 @@ def data_report(prepared: Prepared, shards: Sequence[Shard], console: Console) -
 def _print_clients(prepared: Prepared, shards: Sequence[Shard], console: Console) -> None:
     """Print the number of clients, a histogram of their tokens, and the largest and smallest."""
     sizes = np.array([shard.size for shard in shards])
-    _say(console, f"{_count(len(shards), 'client')}, tokens per client: {_range(sizes)}")
+    _say(console, f"{amount(len(shards), 'client')}, tokens per client: {_range(sizes)}")
     left = prepared.manifest["split"]["clients"]["tokens"] - int(sizes.sum())
     if left:
         owners = natural_owners(prepared) - len(shards)
-        _say(console, f"left out: {_count(owners, 'client')} with {left:,} tokens in all,")
+        _say(console, f"left out: {amount(owners, 'client')} with {left:,} tokens in all,")
         _say(
             console,
             "below one training window or partition.min_tokens, or not among the largest"
@@ -123,7 +124,3 @@ def _range(sizes: np.ndarray) -> str:
         f"min {sizes.min():,}, median {int(np.median(sizes)):,}, max {sizes.max():,}, total"
         f" {sizes.sum():,}"
     )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

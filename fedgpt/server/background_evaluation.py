@@ -51,8 +51,11 @@ class BackgroundEvaluation:
         """Complete a version's line, with scores if it is evaluated, and pass it to `done`.
 
         Returns at once, unless an earlier version is still being scored and this version must also
-        be scored. So at most one vector besides the current one is kept.
+        be scored. So at most one vector besides the current one is kept. Raises the exception of an
+        evaluation that has ended, so that a task without its score stops the run at its beginning.
         """
+        while self._pending and self._pending[0].done():
+            self._pending.popleft().result()
         if line.score:
             self.wait()
         scored = params if line.score else None

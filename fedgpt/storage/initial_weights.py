@@ -23,7 +23,7 @@ from fedgpt.model.gpt import GPT
 from fedgpt.model.hf import import_model
 
 # options that may differ from the model of `init_from`, because they do not change its parameters
-FREE = {"dropout", "bias", "trainable"}
+MAY_DIFFER = {"dropout", "bias", "trainable"}
 
 
 def initial_weights(o: RunOptions, tokenizer: Tokenizer) -> np.ndarray:
@@ -61,7 +61,9 @@ def _imported(init_from: str, model: GPT, tokenizer: Tokenizer) -> GPT:
     try:
         found = import_model(folder)
     except FedGPTError as error:
-        raise ConfigError(f"init_from={init_from}: {error}") from error
+        # which names the folder, as it does where nothing else names it
+        problem = str(error).removeprefix(f"{folder}: ").removeprefix(f"{folder}/")
+        raise ConfigError(f"init_from={init_from}: {problem}") from error
     if problems := _differences(init_from, found, model, folder, tokenizer):
         raise ConfigError(problems)
     return found.float()
@@ -76,7 +78,7 @@ def _differences(
         f"{where}: its model.{name} is {theirs[name]}, this run's is {ours[name]}; set"
         f" model.{name}={theirs[name]}"
         for name in ours
-        if name not in FREE and theirs[name] != ours[name]
+        if name not in MAY_DIFFER and theirs[name] != ours[name]
     ]
     if (folder / "tokenizer.json").is_file():
         if load_tokenizer(folder).digest != tokenizer.digest:

@@ -7,6 +7,7 @@ from examples and a model's outputs, and named scores from sums of tallies.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
@@ -15,9 +16,10 @@ import numpy as np
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import RunOptions
 from fedgpt.core.score import Score, Scoring
-from fedgpt.core.targets import Members
+from fedgpt.core.targets import Members, calling, typed_class
 from fedgpt.data.batches import IGNORE
 from fedgpt.data.examples import Batch, BatchSource, Epochs, Examples, ExampleSet, counted
 from fedgpt.data.text import Text
@@ -46,7 +48,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Task:
+class Task(ABC):
     """A learning problem. Its options are its fields; a subclass overrides methods.
 
     Only `examples` has no default. It returns the inputs and targets of a document. This task
@@ -83,6 +85,7 @@ class Task:
 
     # ---- from text to batches
 
+    @abstractmethod
     def examples(
         self, tokens: np.ndarray, label: str, block_size: int
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -91,7 +94,6 @@ class Task:
         Position t of the model's outputs should give `targets[t]` from `inputs[: t + 1]`; IGNORE
         for positions without a loss.
         """
-        raise NotImplementedError(f"{type(self).__name__} does not say what its examples are")
 
     def batches(self, text: Text, block_size: int, batch_size: int, seed: int) -> BatchSource:
         """The training batches of a client, a function of the arguments only.
@@ -168,5 +170,12 @@ TASKS = Members("task", "task.name", Task)
 
 
 def make_task(options: RunOptions) -> Task:
-    """The task that `options.task` names; raises ConfigError if it cannot be built."""
-    return TASKS.build(options.task, options.trusted_packages)
+    """The task that `options.task` names; raises ConfigError where it cannot be built, or where its
+    scores have names that they must not have.
+    """
+    task = TASKS.build(options.task, options.trusted_packages)
+    with calling("task", task, "scoring"):
+        problem = task.scoring.problem
+    if problem:
+        raise ConfigError(f"{typed_class('task', task)}: {problem}")
+    return task

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+import numpy as np
 from torch import Tensor
 
 from fedgpt.core.score import LANGUAGE, Scoring
@@ -27,6 +28,14 @@ class LanguageModel(Task):
 
     scoring: ClassVar[Scoring] = LANGUAGE
     units_are_blocks: ClassVar[bool] = True
+
+    def examples(
+        self, tokens: np.ndarray, label: str, block_size: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """The windows of one document alone, without its neighbours in the stream."""
+        for start in range(0, len(tokens) - 1, block_size):
+            window = tokens[start : start + block_size + 1].astype(np.int64)
+            yield window[:-1], window[1:]
 
     def batches(self, text: Text, block_size: int, batch_size: int, seed: int) -> BatchSource:
         """Random windows."""

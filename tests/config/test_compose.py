@@ -20,6 +20,7 @@ from support.refused import problems
 from fedgpt.config import choices, compose, overrides
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import OPTIONS, RunOptions
+from fedgpt.core.options.option import dotted
 from fedgpt.core.runtimes import RUNTIMES
 from fedgpt.data.corpus import CORPORA
 from fedgpt.data.partition import PARTITIONS
@@ -201,7 +202,7 @@ def test_all_problems_are_reported_at_once():
         (["update=int8", "update.block=7"], "update.block=7"),
         (
             ["update=int8", "update.density=0.5"],
-            "update.density=0.5: no option of update.compress=int8",
+            "update.density=0.5: has no effect with update=int8; add update=topk, or leave it out",
         ),
         (["strategy=auto", "pace.rate=0.5"], "pace.rate=0.5: the pacing may change"),
         (["pace.goal=2", "pace.minimum=3"], "pace.minimum=3"),
@@ -488,8 +489,10 @@ def test_problems_of_a_custom_class_are_reported_as_typed():
 
 
 def test_lists_of_names_and_classes_are_accepted():
-    options = compose.load(["track=[csv,{_target_: mine.T, port: 1}]", "metrics=[accuracy]"])
-    assert options.track == ["csv", {"_target_": "mine.T", "port": 1}]
+    target = "fedgpt.report.trackers.csv.CsvTracker"
+    typed = f"track=[csv,{{_target_: {target}, file: more.csv}}]"
+    options = compose.load([typed, "metrics=[accuracy]"])
+    assert options.track == ["csv", {"_target_": target, "file": "more.csv"}]
     assert options.metrics == ["accuracy"]
     assert compose.load(["model.trainable=['lm_head.*']"]).model.trainable == ["lm_head.*"]
 
@@ -529,7 +532,7 @@ def test_composing_options_does_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-LEAVES = sorted(compose._flat(OmegaConf.structured(RunOptions)))
+LEAVES = sorted(dotted(asdict(RunOptions())))
 ODD = [
     "null",
     "true",

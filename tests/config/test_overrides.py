@@ -60,6 +60,15 @@ def test_an_error_shows_the_value_as_typed_and_what_is_allowed(typed, message):
             ["tokenizer=bytes", "tokenizer.vocab_size=300"],
             "tokenizer.vocab_size=300: has no effect with tokenizer=bytes",
         ),
+        (
+            ["corpus=stdlib", "corpus.path=/tmp"],
+            "corpus.path=/tmp: has no effect with corpus=stdlib; add corpus=files, or leave it out",
+        ),
+        (
+            ["update=topk", "update.block=64"],
+            "update.block=64: has no effect with update=topk; add update=int8 or update=int4 or",
+        ),
+        (["trusted_packages=['']"], "trusted_packages=['']: must be names of packages, such as"),
         (["tokens=100000", "rounds=5"], "rounds=5: tokens=100000 decides where the run ends"),
     ],
 )

@@ -306,7 +306,10 @@ def test_a_corpus_from_outside_is_built_from_its_name_and_arguments():
     [
         (CorpusOptions(name="custom"), "corpus._target_ is not set: corpus=custom needs"),
         (EVERY["custom"], "corpus._target_=outsider.Poems: only classes in .* are used; to trust"),
-        (replace(EVERY["custom"], path="x"), "corpus.path=x: no option of corpus.name=custom"),
+        (
+            replace(EVERY["custom"], path="x"),
+            "corpus.path=x: has no effect with corpus=custom, whose class has stanzas; leave",
+        ),
         (
             replace(EVERY["custom"], arguments={"stanza": 1}),
             "corpus.arguments.stanza=1: the options of Poems are stanzas; did you mean 'stanzas'",
@@ -334,6 +337,9 @@ class Careless(Corpus):
     "broken, text",
     [
         ([], "corpus: Careless from .* has no documents; add text"),
+        (None, r"Careless: documents returned None; it must return an iterable of fedgpt\.data"),
+        (3, "corpus._target_=.*Careless: documents returned 3; it must"),
+        (map(int, ["x"]), r"Careless: documents raised ValueError: invalid literal.*HYDRA_FULL_E"),
         (["a text"], "document 0 of Careless is 'a text'; it must be a fedgpt"),
         ([Document("a", "b", "c"), Document(1, "b", "c")], "document 1 of Careless has client=1"),
         ([Document("a", "b", b"c")], "document 0 of Careless has text=b'c'; it must be a text"),
@@ -343,3 +349,10 @@ class Careless(Corpus):
 def test_invalid_documents_of_a_corpus_are_refused(broken, text):
     with pytest.raises(ConfigError, match=text):
         load_documents(Careless(broken))
+
+
+@pytest.mark.parametrize("name", ["source", "owner", "prompt", "too_few"])
+def test_what_a_corpus_says_of_itself_is_a_text(name, monkeypatch):
+    monkeypatch.setattr(Careless, name, None)
+    with pytest.raises(ConfigError, match=f"Careless: {name} is None; it must be a text"):
+        load_documents(Careless([Document("a", "b", "c")]))

@@ -1,3 +1,4 @@
+import re
 import string
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -140,7 +141,7 @@ def test_natural_errors_name_what_to_change(ten):
     ):
         partition(ten, PartitionOptions(clients=9), 0, 10)
     with pytest.raises(
-        ConfigError, match=r"partition\.min_tokens=0: all 4 natural clients are below 500 .*has 400"
+        ConfigError, match=r"partition\.min_tokens=0: none of 4 natural clients has 500 .*has 400"
     ):
         partition(ten, PartitionOptions(), 0, 500)
 
@@ -333,3 +334,40 @@ def test_invalid_shards_of_a_partition_are_refused(ten, spans, text, monkeypatch
     options = PartitionOptions(name="custom", _target_=f"{__name__}.Careless")
     with pytest.raises(ConfigError, match=text):
         partition(ten, options, 0, 10, [__name__.partition(".")[0]])
+
+
+@pytest.mark.parametrize(
+    "dealt, text",
+    [
+        (None, "deal returned None; it must return a list of fedgpt.data.partitions.base.Shard"),
+        (3, "deal returned 3; it must return a list"),
+        (["ann"], "deal returned 'ann'; it must"),
+        ([None], "deal returned None; it must"),
+        (
+            [Shard("ann", [[0, 100]])],
+            "deal returned Shard(client='ann', spans=[[0, 100]]); it must",
+        ),
+        ([Shard(1, np.array([[0, 100]]))], "deal returned Shard(client=1, spans=array([[  0, 100]"),
+        ([Shard("ann", np.array([[0.0, 9.0]]))], "deal returned Shard(client='ann'"),
+        (map(int, ["x"]), "deal raised ValueError: invalid literal for int() with base 10: 'x'"),
+    ],
+)
+def test_what_is_no_list_of_shards_is_refused(ten, dealt, text, monkeypatch):
+    monkeypatch.setattr(Careless, "deal", lambda self, documents, seed: dealt)
+    options = PartitionOptions(name="custom", _target_=f"{__name__}.Careless")
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        partition(ten, options, 0, 10, [__name__.partition(".")[0]])
+
+
+def test_a_partition_may_yield_its_shards(ten, monkeypatch):
+    shard = Shard("ann", np.array([[0, 100]]))
+    monkeypatch.setattr(Careless, "deal", lambda self, documents, seed: iter([shard]))
+    options = PartitionOptions(name="custom", _target_=f"{__name__}.Careless")
+    assert partition(ten, options, 0, 10, [__name__.partition(".")[0]]) == [shard]
+
+
+def test_messages_count_in_the_singular_and_the_plural(ten):
+    with pytest.raises(ConfigError, match=r"partition\.clients=-1: must be the number of largest"):
+        partition(ten, PartitionOptions(clients=-1), 0, 10)
+    with pytest.raises(ConfigError, match="1 of 1 client has fewer than 5000 tokens"):
+        partition(ten, PartitionOptions(name="iid", clients=1), 0, 5000)

@@ -116,6 +116,7 @@ def test_names_and_shapes_are_those_of_the_module(change):
             " such as transformer.wte.weight, with * for any characters; did you mean"
             " 'transformer.h.1.*'",
         ),
+        ([""], "model.trainable=['']: selects no parameter of this model; take names such as"),
         (
             ["lm_haed.*"],
             "model.trainable=[lm_haed.*]: selects no parameter of this model; take names such as"

@@ -70,5 +70,11 @@ def test_another_tokenizer_is_refused(tmp_path):
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path):
-    with pytest.raises(FedGPTError, match=r"no config\.json"):
-        initial_weights(options(str(tmp_path / "nothing")), BYTES)
+    nothing = str(tmp_path / "nothing")
+    with pytest.raises(FedGPTError, match=r"no config\.json") as caught:
+        initial_weights(options(nothing), BYTES)
+    assert str(caught.value).count(nothing) == 1, "the path is named once"
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(FedGPTError, match=r"init_from=\S+: config\.json is damaged") as caught:
+        initial_weights(options(str(tmp_path)), BYTES)
+    assert str(caught.value).count(str(tmp_path)) == 1

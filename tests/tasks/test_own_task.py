@@ -104,11 +104,20 @@ def test_a_class_that_is_not_a_task_or_not_trusted_is_refused(tmp_path):
 
 def test_wrong_metrics_are_refused(tmp_path):
     (problem,) = problems(tmp_path, "metrics=[acuracy]")
-    assert problem.startswith("metrics=[acuracy]: choose from accuracy")
+    assert problem == (
+        "metrics=[acuracy]: allowed are accuracy, or {_target_:package.module.Class}; did you mean"
+        " 'accuracy'?"
+    )
+    (problem,) = problems(tmp_path, "metrics=[3]")
+    assert problem.startswith("metrics=[3]: allowed are accuracy, or")
     (problem,) = problems(tmp_path, "metrics=[accuracy,accuracy]")
-    assert problem.startswith("metrics=accuracy: there is a metric of the name 'accuracy' already")
+    assert problem == "metrics=accuracy: stands twice in the list; leave one out"
+    same = "{_target_:fedgpt.evaluate.metrics.accuracy.Accuracy}"
+    (problem,) = problems(tmp_path, f"metrics=[accuracy,{same}]")
+    assert "there is a metric of the name 'accuracy' already; leave one of them out" in problem
     (problem,) = problems(tmp_path, "metrics=[{_target_:support.labels_task.DocumentLabel}]", TRUST)
-    assert "must inherit from BatchMetric or SampleMetric" in problem
+    base = "fedgpt.evaluate.metrics.base"
+    assert problem.endswith(f"must inherit from {base}.BatchMetric or {base}.SampleMetric")
 
 
 def test_privacy_by_example_is_refused_where_its_accounting_does_not_fit(tmp_path):

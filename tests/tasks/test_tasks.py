@@ -212,5 +212,13 @@ def test_lm_predicts_every_held_out_token_but_the_first_once():
 def test_a_text_without_an_example_is_refused():
     with pytest.raises(ValueError, match="no example with a counted target"):
         SecondHalf().held_out(Text.of([[1], [2]]), WINDOW)
-    with pytest.raises(NotImplementedError, match="Task does not say what its examples are"):
-        Task().held_out(text(), WINDOW)
+    with pytest.raises(TypeError, match="abstract class Task"):
+        Task()  # pyright: ignore[reportAbstractUsage]
+
+
+def test_examples_of_lm_are_the_windows_of_one_document():
+    tokens = np.arange(2 * WINDOW + 3, dtype=np.uint16)
+    pairs = list(MEMBERS["lm"].examples(tokens, "a", WINDOW))
+    assert [len(inputs) for inputs, _ in pairs] == [WINDOW, WINDOW, 2]
+    assert np.concatenate([targets for _, targets in pairs]).tolist() == tokens[1:].tolist()
+    assert all((targets == inputs + 1).all() for inputs, targets in pairs)

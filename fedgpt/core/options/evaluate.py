@@ -41,7 +41,7 @@ class EvaluateOptions(Group):
     )
     rollback: float | None = option(
         None,
-        "Rollback: the best weights are restored if the loss is above the best loss by more than"
-        " this share. null means no rollback.",
-        allowed=at_least(0, "(a share of the best loss)"),
+        "Rollback: the best weights are restored if the score is worse than the best score by more"
+        " than this share. null means no rollback.",
+        allowed=at_least(0, "(a share of the best score)"),
     )

@@ -17,7 +17,7 @@ defined once. The fields of a strategy (aggregate/) are such options, too.
 from __future__ import annotations
 
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from math import inf, isfinite
@@ -106,6 +106,7 @@ class Facts:
     unit: str = ""
     allowed: Allowed = ANYTHING
     only_with: tuple[str, ...] = ()
+    built_in: str = ""
 
 
 def option(
@@ -115,13 +116,15 @@ def option(
     unit: str = "",
     allowed: Allowed = ANYTHING,
     only_with: tuple[str, ...] = (),
+    built_in: str = "",
 ) -> Any:
     """A dataclass field that is an option of a run.
 
     `help` consists of complete sentences. `only_with` names the choices of the option's group with
-    which the option has an effect (empty: all choices).
+    which the option has an effect (empty: all choices). `built_in` is the package whose modules a
+    list may name.
     """
-    metadata = {"option": Facts(help, unit, allowed, only_with)}
+    metadata = {"option": Facts(help, unit, allowed, only_with, built_in)}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: deepcopy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -209,6 +212,40 @@ def value_problem(key: str, value: Any, allowed: Allowed) -> str:
     if allowed.holds(value):
         return ""
     return f"{key}={value}: must be {allowed.words}{nearest(str(value), allowed.choices)}"
+
+
+def no_effect(
+    text: str, chosen: str, only_with: Sequence[str] = (), takes: Sequence[str] = ()
+) -> str:
+    """The problem of an option, typed as `text`, beside a choice that does not use it.
+
+    `only_with` are the choices that may use it, `takes` the options that the chosen class has.
+
+    >>> no_effect("corpus.path=/tmp", "stdlib", ("files", "custom"))
+    'corpus.path=/tmp: has no effect with corpus=stdlib; add corpus=files, or leave it out'
+    >>> no_effect("corpus.path=/tmp", "custom", ("files", "custom"), takes=["stanzas"])
+    'corpus.path=/tmp: has no effect with corpus=custom, whose class has stanzas; leave it out'
+    """
+    group = text.lstrip("+").partition("=")[0].rpartition(".")[0]
+    others = [name for name in only_with if name != "custom"] or only_with
+    remedy = f"add {' or '.join(f'{group}={name}' for name in others)}, or leave it out"
+    why = ""
+    if not only_with or chosen in only_with:
+        remedy, why = "leave it out", f", whose class has {', '.join(takes) or 'no options'}"
+    return f"{text}: has no effect with {group}={chosen}{why}; {remedy}"
+
+
+def dotted(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options as dotted names; an empty mapping has none.
+
+    >>> dotted({"seed": 0, "model": {"n_layer": 4}, "track": ["csv"]})
+    {'seed': 0, 'model.n_layer': 4, 'track': ['csv']}
+    """
+    flat: dict[str, Any] = {}
+    for name, value in node.items():
+        inner = isinstance(value, Mapping)
+        flat |= dotted(value, f"{prefix}{name}.") if inner else {f"{prefix}{name}": value}
+    return flat
 
 
 def typed(value: Any) -> str:

@@ -23,6 +23,10 @@ from fedgpt.core.options.tokenizer import TokenizerOptions
 from fedgpt.core.options.update import UpdateOptions
 from fedgpt.core.options.validate import ValidateOptions
 
+PACKAGES = Allowed(
+    "names of packages, such as [my_package]",
+    lambda value: all(part.isidentifier() for name in value for part in name.split(".")),
+)
 FOLDER = Allowed("a folder", lambda value: value != "")
 
 
@@ -85,6 +89,7 @@ class RunOptions(Group):
         [],
         "Python packages from which `_target_` may import a class. Their code runs with your user"
         " rights.",
+        allowed=PACKAGES,
     )
     corpus: CorpusOptions = field(default_factory=CorpusOptions)
     tokenizer: TokenizerOptions = field(default_factory=TokenizerOptions)
@@ -108,11 +113,13 @@ class RunOptions(Group):
         [],
         "Additional metrics of each evaluation: names, or mappings with `_target_` and its"
         " arguments for metrics of your own.",
+        built_in="fedgpt.evaluate.metrics",
     )
     track: list[Any] = option(
         [],
         "Trackers that get the metrics of the run: names, or mappings with `_target_` and its"
         " arguments for trackers of your own.",
+        built_in="fedgpt.report.trackers",
     )
 
     def rules(self) -> Iterator[str]:

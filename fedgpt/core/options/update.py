@@ -22,11 +22,13 @@ class UpdateOptions(Group):
         "int8, int4, e3m0: number of consecutive parameters that share one scale. null means the"
         " codec's default.",
         unit="parameters",
+        only_with=("int8", "int4", "e3m0", "custom"),
     )
     density: float | None = option(
         None,
         "topk: share of the parameters that is sent, the largest elements of the update. null"
         " means the codec's default.",
+        only_with=("topk", "custom"),
     )
     error_feedback: bool = option(
         False,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedgpt.core.errors import ConfigError
+from fedgpt.core.errors import ConfigError, amount
 from fedgpt.data.partitions.base import Documents, Partition, Shard, shards_of
 
 
@@ -20,8 +20,8 @@ class Natural(Partition):
     def __post_init__(self) -> None:
         if self.clients < 0:
             raise ConfigError(
-                f"partition.clients={self.clients}: the number of largest clients to keep, or 0"
-                " for all"
+                f"partition.clients={self.clients}: must be the number of largest clients to keep,"
+                " or 0 for all"
             )
 
     def deal(self, documents: Documents, seed: int) -> list[Shard]:
@@ -33,15 +33,16 @@ class Natural(Partition):
         if not large:
             largest = max(shard.size for shard in shards)
             raise ConfigError(
-                f"partition.min_tokens={self.min_tokens}: all {len(shards)} natural clients are"
-                f" below {minimum} tokens (the largest has {largest}); lower partition.min_tokens"
-                " or model.block_size, or use partition=iid"
+                f"partition.min_tokens={self.min_tokens}: none of"
+                f" {amount(len(shards), 'natural client')} has {minimum} tokens (the largest has"
+                f" {largest}); lower partition.min_tokens or model.block_size, or use"
+                " partition=iid"
             )
         if self.clients > len(large):
             raise ConfigError(
-                f"partition.clients={self.clients}: the corpus has {len(large)} natural clients of"
-                f" at least {minimum} tokens; use that many or fewer (0 = all), or partition=iid,"
-                " which makes any number"
+                f"partition.clients={self.clients}: the corpus has"
+                f" {amount(len(large), 'natural client')} of at least {minimum} tokens; use"
+                " that many or fewer (0 = all), or partition=iid, which makes any number"
             )
         if self.clients:
             large.sort(key=lambda shard: (-shard.size, shard.client))

@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from fedgpt.core.errors import ConfigError, nearest
-from fedgpt.core.score import Scoring
-from fedgpt.core.targets import Members, build
+from fedgpt.core.errors import ConfigError
+from fedgpt.core.score import Scoring, name_problem
+from fedgpt.core.targets import Members, calling
 from fedgpt.data.examples import Batch
 from fedgpt.tasks.base import Sample
 
@@ -22,7 +22,8 @@ from fedgpt.tasks.base import Sample
 class Metric(ABC):
     """The common part of both kinds of metric."""
 
-    name: ClassVar[str]  # name of the field in metrics.jsonl and summary.json
+    # in metrics.jsonl and summary.json; no name of another field (RESERVED in core/score.py)
+    name: ClassVar[str]
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,15 @@ class SampleMetric(Metric):
         """The number."""
 
 
-METRICS = Members("metrics", "metrics", Metric)
+class _Members(Members[Metric]):
+    """A metric is of one of two kinds."""
+
+    @property
+    def interface(self) -> tuple[type[Metric], ...]:
+        return BatchMetric, SampleMetric
+
+
+METRICS = _Members("metrics", "metrics", Metric)
 
 
 def make_metrics(
@@ -93,38 +102,27 @@ def make_metrics(
 ) -> list[BatchMetric | SampleMetric]:
     """The metrics that `options` names.
 
-    An option is the name of a module of this folder or a mapping with `_target_` and fields. Raises
-    ConfigError for an unknown metric, and for two metrics of one name.
+    An option is the name of a module of this folder or a mapping with `_target_` and fields.
+    Raises ConfigError for an unknown one, for two numbers of one name, and for the name of another
+    field of metrics.jsonl.
     """
-    metrics: list[BatchMetric | SampleMetric] = []
     taken = dict.fromkeys(scoring.names, "the task has a score")
-    for option in options:
-        metric = _named(option) if isinstance(option, str) else _custom(option, trusted)
-        if metric.name in taken:
-            raise ConfigError(
-                f"metrics={option}: {taken[metric.name]} of the name {metric.name!r} already; leave"
-                " one of them out"
+    metrics: list[BatchMetric | SampleMetric] = []
+    problems: list[str] = []
+    for name, metric in METRICS.build_list(options, trusted):
+        assert isinstance(metric, BatchMetric | SampleMetric), "as the interface says"
+        with calling("metrics", metric, "name"):
+            own = metric.name
+        if problem := name_problem(own):
+            problems.append(f"metrics=[{name}]: {type(metric).__name__} {problem}")
+        elif own in taken:
+            problems.append(
+                f"metrics=[{name}]: {taken[own]} of the name {own!r} already; leave one of them"
+                " out, or give it another name"
             )
-        taken[metric.name] = "there is a metric"
-        metrics.append(metric)
+        else:
+            taken[own] = "there is a metric"
+            metrics.append(metric)
+    if problems:
+        raise ConfigError(problems)
     return metrics
-
-
-def _named(name: str) -> Any:
-    if name not in METRICS.names():
-        raise ConfigError(
-            f"metrics=[{name}]: choose from {', '.join(METRICS.names())}"
-            f"{nearest(name, METRICS.names())}, or name a class of your own:"
-            " metrics=[{_target_:package.module.Class}]"
-        )
-    return METRICS.load(name)()
-
-
-def _custom(node: Any, trusted: Iterable[str]) -> Any:
-    metric = build("metrics", node, (METRICS.folder,), trusted)
-    if not isinstance(metric, BatchMetric | SampleMetric):
-        raise ConfigError(
-            f"metrics._target_={node['_target_']}: must inherit from BatchMetric or SampleMetric of"
-            f" {__name__}"
-        )
-    return metric

@@ -8,17 +8,17 @@ A new tracker is one file in this folder, with one class that inherits from Trac
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-from fedgpt.core.errors import ConfigError, nearest
+from fedgpt.core.errors import ConfigError
 from fedgpt.core.events import Event, MetricsReady, Observer, RunClosed
 from fedgpt.core.options import RunOptions
-from fedgpt.core.targets import Members, call, load_class
+from fedgpt.core.options.option import dotted
+from fedgpt.core.score import LANGUAGE
+from fedgpt.core.targets import Members
 from fedgpt.report.published import published_event
-from fedgpt.report.scores import LM_SCORES
 from fedgpt.report.trackers.base import TrackedRun, Tracker
 from fedgpt.storage.run_folder import read_lines
 
@@ -26,7 +26,7 @@ MEMBERS = Members("track", "track", Tracker)
 
 
 def make_trackers(
-    options: RunOptions, folder: Path, resumed_at: int, scores: Iterable[str] = LM_SCORES
+    options: RunOptions, folder: Path, resumed_at: int, scores: Iterable[str] = LANGUAGE.names
 ) -> list[Observer]:
     """Make the trackers that `options.track` names; no file is opened before the first event.
 
@@ -34,15 +34,16 @@ def make_trackers(
     scores of the task: with privacy=client, trackers get no other score. The trackers are observers
     like others: RunClosed closes them. Raises ConfigError with every problem that was found.
     """
-    run = TrackedRun(options.name, folder, _dotted(asdict(options)), resumed_at)
+    run = TrackedRun(options.name, folder, dotted(asdict(options)), resumed_at)
     shown = tuple(scores) if options.privacy.unit == "client" else None
-    return [_Guarded(name, tracker, run, shown) for name, tracker in _built(options)]
+    built = MEMBERS.build_list(options.track, options.trusted_packages)
+    return [_Guarded(name, tracker, run, shown) for name, tracker in built]
 
 
 def tracker_problems(options: RunOptions) -> list[str]:
     """Return why `make_trackers` would raise ConfigError; empty where it would not."""
     try:
-        _built(options)
+        MEMBERS.build_list(options.track, options.trusted_packages)
     except ConfigError as error:
         return error.problems
     return []
@@ -92,53 +93,3 @@ class _Guarded:
                 return
             self._newest = version
         self.tracker(shown)
-
-
-def _built(options: RunOptions) -> list[tuple[str, Tracker]]:
-    """Name and tracker for each entry of `track`; raises ConfigError."""
-    built, problems = [], []
-    for index, node in enumerate(options.track):
-        try:
-            if node in options.track[:index]:
-                raise ConfigError(f"track={node}: stands twice in the list; leave one out")
-            built.append(_build(node, options.trusted_packages))
-        except ConfigError as error:
-            problems += error.problems
-    if problems:
-        raise ConfigError(problems)
-    return built
-
-
-def _build(node: Any, trusted: Iterable[str]) -> tuple[str, Tracker]:
-    if isinstance(node, Mapping) and isinstance(target := node.get("_target_"), str):
-        cls = load_class("track", target, (MEMBERS.folder,), trusted)
-        if not issubclass(cls, Tracker):
-            raise ConfigError(
-                f"track._target_={target}: must inherit from fedgpt.report.trackers.base.Tracker"
-            )
-        name, arguments = target, {key: value for key, value in node.items() if key != "_target_"}
-    elif node in (known := MEMBERS.names()):
-        name, cls, arguments = node, MEMBERS.load(node), {}
-    else:
-        raise ConfigError(
-            f"track=[{node}]: allowed are {', '.join(known)}, or"
-            f" {{_target_:package.module.Class}}{nearest(str(node), known)}"
-        )
-    return name, call("track", cls, arguments)
-
-
-def _dotted(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested options as dotted names.
-
-    >>> _dotted({"seed": 0, "model": {"n_layer": 4}, "track": ["csv"]})
-    {'seed': 0, 'model.n_layer': 4, 'track': ['csv']}
-    """
-
-    def walk(node: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-        for name, value in node.items():
-            if isinstance(value, Mapping):
-                yield from walk(value, f"{prefix}{name}.")
-            else:
-                yield f"{prefix}{name}", value
-
-    return dict(walk(options, ""))
