@@ -81,7 +81,9 @@ class Examples:
     def spread(self, tokens: int) -> Examples:
         """Examples that span about `tokens` input positions, evenly over all; 0: all of them."""
         width = self.rows[0].size(1)
-        if not 0 < tokens < len(self) * width:
+        # the last example may be shorter; with few targets in each, only the positions tell
+        span = max((len(self) - 1) * width + 1, int(counted((self.rows[0], self.rows[1]))))
+        if not 0 < tokens < span:
             return self
         count = max(1, tokens // width)
         chosen = np.linspace(0, len(self) - 1, count).round().astype(np.int64)
