@@ -258,7 +258,7 @@ def test_the_demo_prints_what_is_shown(tmp_path, capfd):
         "experiment=demo",
         "rounds=6",
         "tokenizer.vocab_size=300",
-        "local.steps=1",
+        "local.steps=2",
         "local.batch_size=1",
         "evaluate.tokens=512",
         "evaluate.sample_tokens=8",
