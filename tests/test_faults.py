@@ -108,7 +108,7 @@ def accepted(folder: Path) -> list[tuple[str, int]]:
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_synchronous_run_killed_at_every_point_equals_the_uninterrupted_run(tmp_path, env):
     """With a journal, so that its points are reached; workers are killed during and after a job."""
     options = [*SMALL, "rounds=9", "checkpoint.journal=true"]

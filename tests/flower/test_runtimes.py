@@ -107,6 +107,7 @@ def virtual_pool(tmp_path_factory, env) -> dict:
     return run("pool", folder, env, *ASYNCHRONOUS, "clock=virtual", "fleet=published")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("runtime", [pytest.param("ray", marks=needs_ray), "superlink"])
 def test_asynchronous_runs_on_both_clocks(runtime, tmp_path, env, virtual_pool):
     """On the virtual clock the weights are those of the pool; on the real clock no client waits."""
@@ -126,6 +127,7 @@ def test_asynchronous_runs_on_both_clocks(runtime, tmp_path, env, virtual_pool):
 
 
 @needs_ray
+@pytest.mark.long
 def test_flwr_run_from_the_repository_gives_the_weights_of_the_pool(tmp_path, env, pool):
     """`flwr run . -c 'overrides="..."'`: the options are composed on the server."""
     folder = tmp_path / "run"
@@ -168,6 +170,7 @@ def uninterrupted(tmp_path_factory, env) -> dict:
     return run("pool", tmp_path_factory.mktemp("uninterrupted") / "run", env, *STOPPED)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "runtime, number",
     [pytest.param("ray", signal.SIGTERM, marks=needs_ray), ("superlink", signal.SIGINT)],

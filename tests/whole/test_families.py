@@ -44,7 +44,7 @@ ROBUST = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_every_strategy_of_conf_trains(world, finished):
     conf = {path.stem for path in (TESTS.parent / "conf" / "strategy").glob("*.yaml")}
     conf.remove("custom")  # it needs a class from outside
