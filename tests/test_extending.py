@@ -107,7 +107,10 @@ def test_a_recipe_does_what_it_says(kind, folder, plain, tmp_path, monkeypatch, 
     (folder / "mine.py").write_text(code)
     printed, last = "", [""]
     for words in commands(recipe):
-        if words[0] == "fedgpt" and len(words) > 2:
+        if words[:2] == ["fedgpt", "help"]:
+            assert type_in(words[1:], monkeypatch) == 0
+            capfd.readouterr()
+        elif words[0] == "fedgpt" and len(words) > 2:
             assert type_in(small(words, tmp_path / "text"), monkeypatch) == 0
             printed = capfd.readouterr().out
             last = [*words]

@@ -233,8 +233,8 @@ def package_of(base: type) -> str:
 def modules_in(folder: str) -> list[str]:
     """Return the names of the built-in members of a folder of this package, without importing it.
 
-    >>> modules_in("fedgpt.data.partitions")
-    ['dirichlet', 'grouped', 'iid', 'natural', 'quantity']
+    >>> modules_in("fedgpt.evaluate.metrics")
+    ['accuracy']
     """
     path = PACKAGE.joinpath(*folder.split(".")[1:])
     return sorted(m.name for m in pkgutil.iter_modules([str(path)]) if m.name != INTERFACE)

@@ -83,7 +83,7 @@ class Examples:
         width = self.rows[0].size(1)
         # the last example may be shorter; with few targets in each, only the positions tell
         span = max((len(self) - 1) * width + 1, int(counted((self.rows[0], self.rows[1]))))
-        if not 0 < tokens < span:
+        if not 0 < tokens <= span:
             return self
         count = max(1, tokens // width)
         chosen = np.linspace(0, len(self) - 1, count).round().astype(np.int64)

@@ -211,7 +211,7 @@ def test_steps_that_undo_each_other_bring_back_rounds():
         state = ServerState(state.params, state.version + 1, {**state.memory, **choice.memory})
         if choice.pacing == "cohort":
             break
-    assert "undo" in choice.reason and int(state.memory["auto_rest"]) > state.version
+    assert "cancel each other" in choice.reason and int(state.memory["auto_rest"]) > state.version
 
 
 @pytest.mark.parametrize(
