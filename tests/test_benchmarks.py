@@ -22,11 +22,18 @@ FIGURES = {
     "train": {"nano_plain_over_fedgpt", "nano_tokens_per_second"},
     "memory": {"growth_model_copies", "model_bytes", "peak_8", "peak_64"},
 }
+LONG = {"overhead", "memory"}  # more than a minute each
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="the benchmarks read /proc")
-@pytest.mark.parametrize("name, keys", FIGURES.items(), ids=list(FIGURES))
+@pytest.mark.parametrize(
+    "name, keys",
+    [
+        pytest.param(name, keys, id=name, marks=[pytest.mark.long] if name in LONG else [])
+        for name, keys in FIGURES.items()
+    ],
+)
 def test_the_last_line_of_a_benchmark_is_json_with_its_figures(name, keys, tmp_path):
     command = [sys.executable, str(BENCHMARKS / f"{name}.py"), "--quick"]
     done = subprocess.run(

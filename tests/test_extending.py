@@ -222,7 +222,8 @@ def test_one_file_with_all_classes_serves_the_processes_of_the_pool(tmp_path):
     (reader / "mine.py").write_text("\n\n".join(code))
     words: list[str] = []
     for kind in OUTSIDE:
-        typed = commands(RECIPES[kind])[-1] if kind != "runtime" else []
+        trained = [words for words in commands(RECIPES[kind]) if "help" not in words]
+        typed = trained[-1] if kind != "runtime" else []
         words += [word for word in typed[2:] if word not in words and "run_dir" not in word]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "FLWR_TELEMETRY_ENABLED": "0"}
     options = small(["fedgpt", "run", *words], tmp_path / "text")

@@ -120,7 +120,7 @@ def test_a_synchronous_run_killed_at_every_point_equals_the_uninterrupted_run(tm
     assert sorted(accepted(tmp_path / "killed")) == sorted(accepted(tmp_path / "uninterrupted"))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_after_three_crashes_at_the_start_the_previous_checkpoint_is_used(tmp_path, env):
     options = [*SMALL, "rounds=4"]
     done = start(env, *options, f"run_dir={tmp_path / 'uninterrupted'}")
@@ -162,7 +162,7 @@ def test_a_private_run_that_is_killed_pays_for_every_release_once(tmp_path, env,
     assert paid[0] == paid[1] and sum(event["count"] for event in paid[0]) >= 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_asynchronous_run_that_is_killed_loses_and_repeats_no_update(tmp_path, env):
     """The order of updates depends on timing, but each update counts once."""
     options = [*SMALL, "rounds=60", "pace=buffer", "pace.clients=4"]

@@ -16,6 +16,10 @@ SIMULATIONS = Path(__file__).parent.parent / "simulations"
 STUDIES = sorted(path.parent.name for path in SIMULATIONS.glob("*/run.py"))
 
 
+# studies whose smoke run takes more than a minute
+LONG = {"async_vs_sync", "strategies", "chaos", "privacy", "compression"}
+
+
 def files(study: str) -> dict[str, bytes]:
     """The contents of a study's folder."""
     return {
@@ -54,7 +58,10 @@ def numbers(tree: Any) -> Iterator[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("study", STUDIES)
+@pytest.mark.parametrize(
+    "study",
+    [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in STUDIES],
+)
 def test_a_smoke_run_prints_a_table_and_does_not_change_the_results(study, tmp_path):
     before = files(study)
     script = SIMULATIONS / study / "run.py"

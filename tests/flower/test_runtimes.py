@@ -87,6 +87,7 @@ def assert_same_run(summary: dict, pool: dict) -> None:
     assert summary["rejected"] == {}
 
 
+@pytest.mark.long
 def test_superlink_gives_the_weights_of_the_pool(tmp_path, env, pool):
     assert_same_run(run("superlink", tmp_path / "run", env), pool)
     assert not children_of_flower(env), "the launcher ends the processes that it started"

@@ -6,7 +6,7 @@ import pytest
 from support.world import summary
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_demo_learns(world):
     """Measured: from 2.908 bits per byte to 2.132 in six rounds."""
     folder = world.root / "demo"
