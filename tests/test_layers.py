@@ -69,6 +69,7 @@ EXCEPTIONS = {
 # the only files that import a module whose name they compute: no rule here sees such an import
 BY_NAME = {
     "core/targets.py": "classes that the user names, from an allow-list",
+    "core/members.py": "built-in members, which are the files of a folder",
     "cli/__init__.py": "the file of the command that was typed",
     "flower/pool/worker.py": "the ClientApp that the pool was given",
 }

@@ -24,7 +24,7 @@ import numpy as np
 
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.messages import Choice, Observed, Pacing, ServerState, Update
-from fedgpt.core.options.option import options_of, typed
+from fedgpt.core.options.option import field_problems
 
 
 @dataclass(frozen=True)
@@ -175,17 +175,11 @@ class Strategy:
         return ()
 
     def __post_init__(self) -> None:
-        """Raise ConfigError that lists every field with a value of a wrong type or not allowed.
+        """Raise ConfigError with a message for each field whose type or value is not allowed.
 
-        A rule whose fields must fit each other checks that after `super().__post_init__()`.
+        A rule that also checks combinations of fields calls `super().__post_init__()` first.
         """
-        problems = []
-        for one in options_of(type(self)):
-            problem = one.problem(getattr(self, one.name))
-            if problem and one.default is not None and not problem.endswith("?"):
-                problem += f", or leave it out for the default, {typed(one.default)}"
-            problems += [problem] if problem else []
-        if problems:
+        if problems := list(field_problems(type(self), vars(self), "strategy")):
             raise ConfigError(problems)
 
 

@@ -16,9 +16,10 @@ from fedgpt.cli import COMMANDS
 from fedgpt.cli.words import value_of
 from fedgpt.config.choices import Choice, defaults, groups, read_choice
 from fedgpt.core.errors import nearest
+from fedgpt.core.members import modules_in
 from fedgpt.core.options import OPTIONS, RunOptions
 from fedgpt.core.options.option import Group, Option, one_of, options_of, typed
-from fedgpt.core.targets import load_class, modules_in
+from fedgpt.core.targets import load_class
 
 HELP = """
   fedgpt help                 all commands and groups
@@ -140,7 +141,10 @@ def _options_of_strategy(choice: Choice) -> list[Option] | None:
     if not target.startswith(f"{RULES}."):
         return None
     cls = load_class("strategy", target, (RULES,))
-    return [replace(one, default=choice.sets.get(one.key, one.default)) for one in options_of(cls)]
+    return [
+        replace(one, default=choice.sets.get(one.key, one.default))
+        for one in options_of(cls, "strategy")
+    ]
 
 
 def _options_of_strategies(config_dir: str | None) -> dict[str, list[Option]]:

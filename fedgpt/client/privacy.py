@@ -22,7 +22,7 @@ from fedgpt.privacy.ledger import BudgetExhausted, Ledger
 from fedgpt.privacy.plan import sampling_probability
 from fedgpt.privacy.randomness import SecureStream, derive, secret_key
 from fedgpt.tasks.base import Task
-from fedgpt.update.codec import digest
+from fedgpt.update.wire import digest
 
 
 class ClientPrivacy:

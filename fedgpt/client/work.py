@@ -30,11 +30,11 @@ from fedgpt.local.optimizer import Moments
 from fedgpt.local.trainer import Trainer
 from fedgpt.storage.initial_weights import base_weights
 from fedgpt.tasks.base import make_task
-from fedgpt.update.codec import compress, digest, header_of
 from fedgpt.update.codecs.none import Plain
 from fedgpt.update.compress import codec_of
 from fedgpt.update.downlink import STEPS, rebuilt
 from fedgpt.update.feedback import feed, measured, rest
+from fedgpt.update.wire import compress, digest, header_of
 
 # client name under which the server keeps its optimiser state, if the strategy needs a root update
 ROOT = "the server"

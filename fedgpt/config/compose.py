@@ -7,7 +7,6 @@ inside an allow-list.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +19,7 @@ from yaml import YAMLError
 
 from fedgpt.aggregate.base import Strategy
 from fedgpt.config import checks, overrides
-from fedgpt.core import targets
+from fedgpt.core import members, targets
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import RunOptions, StrategyOptions, TaskOptions
 from fedgpt.core.options.option import dotted
@@ -155,7 +154,7 @@ def _mapping(text: str) -> DictConfig:
     except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"configuration: is not YAML ({overrides.first_line(error)})") from error
     if not isinstance(cfg, DictConfig) or not cfg:
-        raise ConfigError("configuration: is not YAML mapping of options to values")
+        raise ConfigError("configuration: is not a YAML mapping of options to values")
     return cfg
 
 
@@ -241,7 +240,7 @@ def build_strategy(node: Any, trusted: Iterable[str] = ()) -> Any:
 
 def _own_strategy(node: Mapping[str, Any], trusted: Iterable[str]) -> Strategy:
     """The object of strategy=custom; problems name its options as they are typed."""
-    arguments = targets.arguments_of("strategy", node["arguments"])
+    arguments = members.arguments_of("strategy", node["arguments"])
     if more := [name for name in node if name not in asdict(StrategyOptions())]:
         raise ConfigError(
             f"strategy.{name}={node[name]}: is an argument of a class of your own; type"
@@ -249,13 +248,7 @@ def _own_strategy(node: Mapping[str, Any], trusted: Iterable[str]) -> Strategy:
             for name in more
         )
     cls = targets.custom_class("strategy", Strategy, node["_target_"], (*TRUSTED, *trusted))
-    try:
-        return targets.call("strategy.arguments", cls, arguments)
-    except ConfigError as error:
-        raise ConfigError(
-            re.sub(r"^strategy\.(?=\w+=)", "strategy.arguments.", problem)
-            for problem in error.problems
-        ) from error
+    return targets.call("strategy.arguments", cls, arguments)
 
 
 def _problems(o: RunOptions, on_this_machine: bool) -> Iterator[str]:

@@ -74,7 +74,7 @@ class UpdateAccepted(Event):
 
 @dataclass(frozen=True)
 class ReplyRejected(Event):
-    """A reply was rejected or is missing, which changes only counters; codes: update/codec.py."""
+    """A reply was rejected or is missing, which changes only counters; codes: update/wire.py."""
 
     name: ClassVar[str] = "reject"
     code: str

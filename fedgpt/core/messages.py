@@ -164,7 +164,7 @@ class Reply:
 
     client: str
     number: int
-    header: str = ""  # JSON, see update/codec.py
+    header: str = ""  # JSON, see update/wire.py
     payload: Any = None  # the array as sent
     error: str = ""  # reason when there is no payload
     code: str = "client_error"  # reason code under which an error is counted

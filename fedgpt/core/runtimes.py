@@ -14,9 +14,10 @@ from collections.abc import Iterator, Mapping
 from typing import ClassVar
 
 from fedgpt.core.errors import ConfigError
+from fedgpt.core.members import Members
 from fedgpt.core.options import RunOptions
 from fedgpt.core.resources import Resources
-from fedgpt.core.targets import Members, problems_of
+from fedgpt.core.targets import problems_of
 
 
 class Runtime(ABC):

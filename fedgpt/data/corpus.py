@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fedgpt.core.errors import ConfigError
+from fedgpt.core.members import Members
 from fedgpt.core.options import CorpusOptions
-from fedgpt.core.targets import Members, calling, typed_class
+from fedgpt.core.targets import calling, typed_class
 from fedgpt.data.corpora.base import Corpus, Document
 
 CORPORA = Members("corpus", "corpus.name", Corpus)

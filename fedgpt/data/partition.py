@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from fedgpt.core.errors import ConfigError, amount
+from fedgpt.core.members import Members
 from fedgpt.core.options import PartitionOptions
-from fedgpt.core.targets import CUSTOM, Members, calling
+from fedgpt.core.targets import CUSTOM, calling
 from fedgpt.data.partitions.base import Documents, Partition, Shard, merged
 from fedgpt.data.prepare import CLIENTS, Prepared
 

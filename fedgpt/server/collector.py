@@ -21,8 +21,8 @@ from fedgpt.core.options import RunOptions
 from fedgpt.server.limits import Limits, clip_length, norm_limit, remembered
 from fedgpt.server.privacy import PaidByServer, Privacy
 from fedgpt.storage.tables import Clients
-from fedgpt.update.codec import Expected, decode
 from fedgpt.update.compress import Codec, codec_of
+from fedgpt.update.wire import Expected, decode
 
 # norm of the weights up to which the sum of their squares is finite in float32; a run that learns
 # stays far below it

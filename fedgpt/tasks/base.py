@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedgpt.core.errors import ConfigError
+from fedgpt.core.members import Members
 from fedgpt.core.options import RunOptions
 from fedgpt.core.score import Score, Scoring
-from fedgpt.core.targets import Members, calling, typed_class
+from fedgpt.core.targets import calling, typed_class
 from fedgpt.data.batches import IGNORE
 from fedgpt.data.examples import Batch, BatchSource, Epochs, Examples, ExampleSet, counted
 from fedgpt.data.text import Text

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from fedgpt.core.members import Members
 from fedgpt.core.options import UpdateOptions
-from fedgpt.core.targets import Members
 from fedgpt.update.codecs.base import Codec
 
 CODECS = Members("update", "update.compress", Codec)

@@ -13,7 +13,7 @@ from fedgpt.core.messages import Job, Plan, Reply, Update
 from fedgpt.core.options import AttackOptions
 from fedgpt.model.gpt import GPT
 from fedgpt.server.limits import ABSOLUTE
-from fedgpt.update.codec import Expected, decode
+from fedgpt.update.wire import Expected, decode
 
 DELTA = np.linspace(-1, 2, 10_000, dtype=np.float32)
 ATTACKS = ("sign_flip", "scale", "gaussian")

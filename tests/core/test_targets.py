@@ -6,7 +6,7 @@ import importlib
 import logging
 import sys
 import types
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,9 @@ import pytest
 
 from fedgpt.core.errors import ConfigError, FedGPTError
 from fedgpt.core.options import OPTIONS, PartitionOptions, RunOptions
+from fedgpt.core.options.option import typed
 from fedgpt.core.runtimes import RUNTIMES
-from fedgpt.core.targets import build, call, calling, described, load_class
+from fedgpt.core.targets import build, call, calling, error_text, load_class
 from fedgpt.data.corpus import CORPORA
 from fedgpt.data.partition import PARTITIONS
 from fedgpt.evaluate.metrics.base import METRICS
@@ -87,7 +88,7 @@ def test_a_module_that_is_not_found_is_refused_with_what_to_change():
     (problem,) = refusal("corpus", "absent_package.Mine", (), ["absent_package"]).problems
     assert problem == (
         "corpus._target_=absent_package.Mine: cannot import absent_package (No module named"
-        " 'absent_package'); name the folder that it is in in PYTHONPATH"
+        " 'absent_package'); add its folder to PYTHONPATH"
     )
 
 
@@ -126,20 +127,22 @@ class Sized:
     "arguments, words",
     [
         ({"clients": "many"}, "clients=many: must be a whole number"),
-        ({"clients": 2.0}, "clients=2.0: must be a whole number"),
-        ({"clients": True}, "clients=True: must be a whole number"),
-        ({"clients": None}, "clients=None: must be a whole number"),
+        ({"clients": 2.0}, "clients=2.0: must be a whole number; type 2"),
+        ({"clients": True}, "clients=true: must be a whole number"),
+        ({"clients": None}, "clients=null: must be a whole number"),
         ({"share": "half"}, "share=half: must be a number"),
-        ({"share": False}, "share=False: must be a number"),
+        ({"share": False}, "share=false: must be a number"),
         ({"wide": 1}, "wide=1: must be true or false"),
         ({"label": 3}, "label=3: must be a text"),
         ({"most": "all"}, "most=all: must be a whole number or null"),
     ],
 )
 def test_an_argument_of_another_type_than_its_field_is_refused(arguments, words):
-    assert refusal("partition.arguments", Sized, arguments, how=call).problems == [
-        f"partition.arguments.{words}"
-    ]
+    (problem,) = refusal("partition.arguments", Sized, arguments, how=call).problems
+    message, _, default = problem.partition(", or leave it out for the default, ")
+    assert message == f"partition.arguments.{words}"
+    (name,) = arguments
+    assert default == ("" if getattr(Sized, name) is None else typed(getattr(Sized, name)))
 
 
 def test_all_wrong_types_are_reported_and_right_ones_pass():
@@ -147,11 +150,8 @@ def test_all_wrong_types_are_reported_and_right_ones_pass():
     right = {"clients": 1, "share": 2, "wide": True, "label": "a", "most": None, "shape": [1, "b"]}
     assert call("x", Sized, {**right, "sloppy": None}).share == 2
 
-    @dataclass
-    class Evaluated:  # an annotation that is a type, as without `from __future__`
-        clients: Any = 1
-
-    Evaluated.__dataclass_fields__["clients"].type = int  # pyright: ignore
+    # an annotation that is a type, as without `from __future__ import annotations`
+    Evaluated = make_dataclass("Evaluated", [("clients", int, 1)])
     assert refusal("x", Evaluated, {"clients": "a"}, how=call).problems
 
 
@@ -165,7 +165,9 @@ def test_a_constructor_may_raise_anything(error):
 
     found = refusal("task.arguments", Mine, {}, how=call)
     (problem,) = found.problems
-    assert problem.startswith(f"task.arguments: Mine raised {described(error)}; HYDRA_FULL_ERROR=1")
+    assert problem.startswith(
+        f"task.arguments: Mine raised {error_text(error)}; HYDRA_FULL_ERROR=1"
+    )
     assert found.__cause__ is error and "(test_targets.py, line " in problem
 
 

@@ -22,7 +22,7 @@ from fedgpt.flower.messages import (
     update_content,
     vector_record,
 )
-from fedgpt.update.codec import REASONS
+from fedgpt.update.wire import REASONS
 
 
 @pytest.fixture(autouse=True)

@@ -28,7 +28,7 @@ from fedgpt.server.privacy import PaidByServer
 from fedgpt.storage.best_weights import BestWeights
 from fedgpt.storage.checkpoint import Checkpoints, Snapshot
 from fedgpt.storage.tables import Clients, RunIdentity, VersionLine
-from fedgpt.update.codec import encode
+from fedgpt.update.wire import encode
 
 
 def deltas(count: int = 6, size: int = SIZE, scale: float = 1.0) -> list[tuple[np.ndarray, int]]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from fedgpt.core.messages import ClientInfo, Job, Reply, Update
-from fedgpt.update.codec import encode
+from fedgpt.update.wire import encode
 
 # a job -> (seconds until it arrives, reply), any number
 Behaviour = Callable[[Job], list[tuple[float, Reply]]]

@@ -17,11 +17,11 @@ from support import third_party
 
 from fedgpt.core.errors import UpdateRejected
 from fedgpt.core.messages import Reply, Update
-from fedgpt.update.codec import REASONS, Expected, decode, digest, encode
 from fedgpt.update.codecs.base import Codec
 from fedgpt.update.compress import CODECS as BUILT_IN
 from fedgpt.update.compress import make_codec
 from fedgpt.update.npy import read_npy
+from fedgpt.update.wire import REASONS, Expected, decode, digest, encode
 
 SIZE, TOKENS, LIMIT = 5000, 640, 50.0
 DELTA = np.random.default_rng(0).standard_normal(SIZE).astype(np.float32) / 10

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from support.mutations import CODECS, GOOD, LIMIT, SIZE, TOKENS, check, message
 
 from fedgpt.core.messages import Reply
-from fedgpt.update.codec import REASONS, Expected
+from fedgpt.update.wire import REASONS, Expected
 
 MANY = 50_000
 SUPPRESSED = HealthCheck.too_slow, HealthCheck.data_too_large

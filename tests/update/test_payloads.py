@@ -9,9 +9,9 @@ import pytest
 from support.codecs import delta_of, every_codec, through
 
 from fedgpt.core.errors import UpdateRejected
-from fedgpt.update.codec import REASONS
 from fedgpt.update.codecs.base import Codec
 from fedgpt.update.compress import CODECS, make_codec
+from fedgpt.update.wire import REASONS
 
 # the format
 

@@ -43,8 +43,8 @@ from fedgpt.privacy.randomness import SecureStream
 from fedgpt.storage.checkpoint import Checkpoints
 from fedgpt.storage.initial_weights import base_weights
 from fedgpt.tasks.base import make_task
-from fedgpt.update.codec import compress
 from fedgpt.update.compress import codec_of
+from fedgpt.update.wire import compress
 
 # the second of two blocks, the last norm and the head
 TRAINED = ("transformer.h.1.", "transformer.ln_f.", "lm_head.")

@@ -140,7 +140,7 @@ def choice(*choices: str) -> Any:
 
 
 def member(default: str) -> Any:
-    """The field that names the chosen class of a group; core/targets.py lists the classes."""
+    """The field that names the chosen class of a group; core/members.py lists the classes."""
     return option(
         default,
         "The choice of the group. GROUP=CHOICE sets it; it is not typed itself.",
@@ -325,11 +325,29 @@ def described(cls: type[Any]) -> Iterator[Option]:
             yield _option_of(one, hint, cls.key(one.name), cls.group)
 
 
-def options_of(cls: type[Any]) -> Iterator[Option]:
-    """The options of a strategy's class, which is a dataclass that is no `Group`."""
+def options_of(cls: type[Any], prefix: str) -> Iterator[Option]:
+    """The fields of any dataclass as options, each typed as `prefix.field`."""
     for one, hint in _typed_fields(cls):
         if one.init:
-            yield _option_of(one, hint, f"strategy.{one.name}", "strategy")
+            yield _option_of(one, hint, f"{prefix}.{one.name}", prefix)
+
+
+def field_problems(cls: type[Any], values: Mapping[str, Any], prefix: str) -> Iterator[str]:
+    """A message for each field of a dataclass whose value has a wrong type or is not allowed.
+
+    >>> @dataclass
+    ... class Rule:
+    ...     eta: float = option(1.0, "Server learning rate.", allowed=above(0))
+    >>> list(field_problems(Rule, {"eta": -1}, "strategy"))
+    ['strategy.eta=-1: must be above 0, or leave it out for the default, 1.0']
+    """
+    for one in options_of(cls, prefix):
+        value = values.get(one.name, one.default)
+        problem = "" if value is one.default else one.problem(value)
+        if problem and one.default not in (None, "") and not problem.endswith("?"):
+            problem += f", or leave it out for the default, {typed(one.default)}"
+        if problem:
+            yield problem
 
 
 def _option_of(one: Field[Any], hint: Any, key: str, group: str) -> Option:
@@ -350,7 +368,7 @@ def _hints(cls: type[Any]) -> dict[str, Any]:
     """
     try:
         return typing.get_type_hints(cls)
-    except (NameError, AttributeError):
+    except (NameError, AttributeError, TypeError, SyntaxError):
         plain = {kind.__name__: kind for kind in (int, float, bool, str)}
         return {one.name: plain.get(str(one.type), one.type) for one in fields(cls)}
 

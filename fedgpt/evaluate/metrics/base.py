@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from fedgpt.core.errors import ConfigError
+from fedgpt.core.members import Members
 from fedgpt.core.score import Scoring, name_problem
-from fedgpt.core.targets import Members, calling
+from fedgpt.core.targets import calling
 from fedgpt.data.examples import Batch
 from fedgpt.tasks.base import Sample
 

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.events import Event, MetricsReady, Observer, RunClosed
+from fedgpt.core.members import Members
 from fedgpt.core.options import RunOptions
 from fedgpt.core.options.option import dotted
 from fedgpt.core.score import LANGUAGE
-from fedgpt.core.targets import Members
 from fedgpt.report.published import published_event
 from fedgpt.report.trackers.base import TrackedRun, Tracker
 from fedgpt.storage.run_folder import read_lines

@@ -10,8 +10,8 @@ import pytest
 
 from fedgpt.core.errors import UpdateRejected
 from fedgpt.core.messages import Reply, Update
-from fedgpt.update.codec import REASONS, Expected, decode, encode
 from fedgpt.update.codecs.base import Codec
+from fedgpt.update.wire import REASONS, Expected, decode, encode
 
 DELTA = np.linspace(-1, 1, 40, dtype=np.float32)
 EXPECTED = Expected("run", "alice", 3, 5, DELTA.size, 100, norm_limit=50.0)
