@@ -17,7 +17,7 @@ from fedgpt.core.faults import Injected, injected
 from fedgpt.storage import checkpoint
 from fedgpt.storage.journal import Journal
 from fedgpt.storage.run_folder import JsonLines, read_lines
-from fedgpt.update import codec
+from fedgpt.update import wire
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_no_metric_of_private_text_leaves_the_client(tmp_path, options, unit, mo
 
     def noted(run, update, *more):
         sent.append(update)
-        return codec.header_of(run, update, *more)
+        return wire.header_of(run, update, *more)
 
     monkeypatch.setattr(work, "header_of", noted)
     run_here(*options, "update=int8", f"privacy={unit}")
