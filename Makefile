@@ -25,7 +25,7 @@ test: install ## the default test suite
 	$(TEST)
 
 test-slow: install ## the other tests: Ray, SuperLink, kill and resume, each study's smoke run
-	$(TEST) -m "slow and not long"
+	$(TEST) -m "slow and not long" --durations=20
 
 test-long: install ## tests of more than 60 s each
 	$(TEST) -m long

@@ -48,13 +48,16 @@ def needs_journal(options: RunOptions, switches: bool) -> bool:
     """Whether a run keeps a journal: the value of `checkpoint.journal`, or, if it is null, whether
     the run has real clients or is not deterministic.
 
-    Cohorts of simulated clients and runs on the virtual clock are deterministic. A buffer on the
-    real clock is not (with `switches` the strategy may change to a buffer).
+    Cohorts of simulated clients that wait for every client, and runs on the virtual clock, are
+    deterministic. On the real clock a buffer is not (with `switches` the strategy may change to a
+    buffer), and neither is a cohort that closes early or whose jobs depend on the clients' speeds.
     """
     if options.checkpoint.journal is not None:
         return options.checkpoint.journal
-    asynchronous = options.pace.name == "buffer" or switches
-    return options.clock == "real" and (asynchronous or runtime_of(options).real_clients)
+    pace = options.pace
+    timed = pace.goal is not None or pace.deadline is not None or pace.dylu
+    depends_on_time = pace.name == "buffer" or switches or timed
+    return options.clock == "real" and (depends_on_time or runtime_of(options).real_clients)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The interface of a task, which local training, evaluation and reports use.
 
-A task does not depend on options, clients or the network. It makes examples from documents, losses
+A task knows nothing of clients or the network. It makes examples from documents, losses
 from examples and a model's outputs, and named scores from sums of tallies.
 """
 

@@ -22,7 +22,7 @@ from fedgpt.cli import exit_code
 from fedgpt.core.errors import Interrupted, StoppedEarly
 from fedgpt.core.faults import Injected, injected
 from fedgpt.core.messages import JobTime, Reply
-from fedgpt.core.options import CheckpointOptions, RunOptions, RuntimeOptions
+from fedgpt.core.options import CheckpointOptions, PaceOptions, RunOptions, RuntimeOptions
 from fedgpt.storage.checkpoint import Checkpoints
 from fedgpt.storage.journal import Entry, Journal, needs_journal
 
@@ -357,3 +357,11 @@ def test_which_runs_keep_a_log(clock, pace, runtime, journal, kept):
     )
     o.pace.name = pace
     assert needs_journal(o, switches=False) == kept
+
+
+@pytest.mark.parametrize("timed", [{"goal": 2}, {"deadline": 60.0}, {"dylu": True}])
+def test_a_round_that_depends_on_time_is_logged_on_the_real_clock_only(timed):
+    o = RunOptions(pace=PaceOptions(**timed))
+    assert needs_journal(o, switches=False)
+    o.clock = "virtual"
+    assert not needs_journal(o, switches=False)
