@@ -1,14 +1,14 @@
-"""Rules for the source: which room imports which, and how much a file may ask of its reader.
+"""Rules for the source: which folder imports which, and how much a file may ask of its reader.
 
 The package is built in layers. A file may import from the layers above it in this list and from its
-own room, never from the layers below it nor from another room on its own line. When a test here
+own folder, never from the layers below it nor from another folder on its own line. When a test here
 fails for your change, one of these helps:
 
-- Move what both rooms need up into `core/` (words), or into the lower of the two rooms.
-- Pass the thing in as an argument: `assemble.py` is where a run is put together from its parts.
+- Move what both folders need into `core/`, or into the one of the two that is listed first.
+- Pass the object in as an argument: `assemble.py` connects the parts of a run.
 - If the import is really right, the layer is wrong: change LAYERS, and say why in the commit.
 
-docs/architecture.md has the same list with what is in each room.
+docs/architecture.md has the same list with what is in each folder.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ LAYERS = [
     ["cli"],
     ["__main__", "__init__"],
 ]
-LAYER_OF = {room: number for number, rooms in enumerate(LAYERS) for room in rooms}
-# heavy or special libraries -> the only rooms that may import them
+LAYER_OF = {folder: number for number, folders in enumerate(LAYERS) for folder in folders}
+# heavy or special libraries -> the only folders that may import them
 LIBRARIES = {
     "flwr": {"flower"},
     "ray": set(),
@@ -87,7 +87,7 @@ def limit(what: str, limit_of_all: int) -> int:
     return EXCEPTIONS.get(what, (limit_of_all, ""))[0]
 
 
-def room(path: Path) -> str:
+def folder(path: Path) -> str:
     first = path.relative_to(PACKAGE).parts[0]
     return first.removesuffix(".py")
 
@@ -107,11 +107,11 @@ def imports(path: Path) -> list[tuple[str, bool]]:
     return found
 
 
-def room_of(module: str) -> str | None:
-    """The room of an imported module; None if it is of another package.
+def folder_of(module: str) -> str | None:
+    """The folder of an imported module; None if it is of another package.
 
     What `fedgpt` itself exports, as in `from fedgpt import run`, is of its __init__.py, which is
-    below all; its version is a constant that every room may use.
+    below all; its version is a constant that every folder may use.
     """
     package, _, inside = module.partition(".")
     if package != "fedgpt" or inside == "__version__":
@@ -120,15 +120,15 @@ def room_of(module: str) -> str | None:
     return first if first in LAYER_OF else "__init__"
 
 
-def test_every_room_has_a_layer_and_every_layer_its_rooms():
-    assert {room(path) for path in MODULES} == set(LAYER_OF)
+def test_every_folder_has_a_layer_and_every_layer_its_folders():
+    assert {folder(path) for path in MODULES} == set(LAYER_OF)
 
 
 @every_module
 def test_a_file_imports_only_from_the_layers_above_it(path):
-    own = room(path)
+    own = folder(path)
     for name, _ in imports(path):
-        other = room_of(name)
+        other = folder_of(name)
         if other is not None and other != own:
             assert LAYER_OF[other] < LAYER_OF[own], (
                 f"{path.relative_to(PACKAGE)} imports {name}, but {own}/ is built before {other}/:"
@@ -147,8 +147,8 @@ def test_a_file_imports_only_from_the_layers_above_it(path):
         ("fedgpts.server", None),
     ],
 )
-def test_the_room_of_an_import_is_known(module, found):
-    assert room_of(module) == found
+def test_the_folder_of_an_import_is_known(module, found):
+    assert folder_of(module) == found
 
 
 def importers(tree: ast.AST) -> set[str]:
@@ -186,13 +186,13 @@ def test_imports_by_name_are_found(text):
 
 
 @every_module
-def test_a_library_is_imported_in_its_rooms_only(path):
+def test_a_library_is_imported_in_its_folders_only(path):
     for name, _ in imports(path):
         library = name.split(".")[0]
-        rooms = LIBRARIES.get(library)
-        assert rooms is None or room(path) in rooms, (
+        folders = LIBRARIES.get(library)
+        assert folders is None or folder(path) in folders, (
             f"{path.relative_to(PACKAGE)} imports {name}; {library} belongs to"
-            f" {', '.join(sorted(rooms or ())) or 'tests only'}"
+            f" {', '.join(sorted(folders or ())) or 'tests only'}"
         )
 
 
@@ -308,8 +308,8 @@ def canonical(distribution: str) -> str:
 
 
 def test_strategies_options_and_configuration_are_free_of_torch():
-    rooms = ("aggregate", "core", "config")
-    for path in [path for room in rooms for path in (PACKAGE / room).rglob("*.py")]:
+    folders = ("aggregate", "core", "config")
+    for path in [path for folder in folders for path in (PACKAGE / folder).rglob("*.py")]:
         top = {name.split(".")[0] for name, at_top in imports(path) if at_top}
         assert "torch" not in top, (
             f"{path.relative_to(PACKAGE)}: a typo must be reported without importing torch"

@@ -12,7 +12,7 @@ from fedgpt.core.errors import ConfigError, FedGPTError, Interrupted
 HELP = """
   fedgpt run                        a run with all defaults
   fedgpt run model=mini rounds=50   another model, and a longer run
-  fedgpt run experiment=demo        the options of the README's demo
+  fedgpt run experiment=demo        options for a first complete run
   fedgpt run -m seed=0,1,2          a sweep: one run for each value
   fedgpt run resume=FOLDER          continue a stopped run
   fedgpt run --cfg job model=mini   print the configuration only

@@ -20,7 +20,7 @@ from pathlib import Path
 
 STUDY = Path(__file__).parent
 sys.path.insert(0, str(STUDY.parent))
-from common import SMALL, arguments, run_arms, runs_folder, seconds_to, table, write_results  # noqa: E402
+from common import SMALL, arguments, run_arms, runs_folder, seconds_to, table, write_results
 
 COMMON = ["experiment=fleet", "local.lr=3e-3", "local.min_lr=3e-4"]
 QUICK = [*SMALL, "tokens=20480", "model.n_embd=32"]

@@ -33,7 +33,7 @@ from fedgpt.storage.run_folder import read_lines
 
 STUDY = Path(__file__).parent
 sys.path.insert(0, str(STUDY.parent))
-from common import arguments, run, runs_folder, table, write_results  # noqa: E402
+from common import arguments, run, runs_folder, table, write_results
 
 COMMON = [
     *("experiment=fleet", "tokens=0", "tokenizer=bytes", "local.steps=10", "local.batch_size=4"),

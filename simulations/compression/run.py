@@ -22,7 +22,7 @@ from matplotlib import pyplot
 
 STUDY = Path(__file__).parent
 sys.path.insert(0, str(STUDY.parent))
-from common import (  # noqa: E402
+from common import (
     COLOURS,
     SMALL,
     arguments,

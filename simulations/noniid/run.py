@@ -17,8 +17,8 @@ from pathlib import Path
 
 STUDY = Path(__file__).parent
 sys.path.insert(0, str(STUDY.parent))
-from common import arguments, run_arms, runs_folder, spread, table, write_results  # noqa: E402
-from dots import draw_dots  # noqa: E402
+from common import arguments, run_arms, runs_folder, spread, table, write_results
+from dots import draw_dots
 
 COMMON = ["experiment=fleet", "partition.clients=8", "pace.clients=8"]
 EQUAL = ["tokens=491520"]  # 12 rounds of 8 clients x 10 steps x 512 tokens

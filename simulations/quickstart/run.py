@@ -21,7 +21,7 @@ from matplotlib import pyplot
 
 STUDY = Path(__file__).parent
 sys.path.insert(0, str(STUDY.parent))
-from common import arguments, run, run_arms, runs_folder, spread, table, write_results  # noqa: E402
+from common import arguments, run, run_arms, runs_folder, spread, table, write_results
 
 QUICK = ["rounds=2", "local.steps=2", "evaluate.tokens=4096", "corpus=stdlib", "tokenizer=bytes"]
 

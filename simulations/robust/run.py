@@ -23,8 +23,8 @@ from fedgpt.storage.run_folder import read_lines
 
 STUDY = Path(__file__).parent
 sys.path.insert(0, str(STUDY.parent))
-from common import SMALL, arguments, run_arms, runs_folder, spread, table, write_results  # noqa: E402
-from dots import draw_dots  # noqa: E402
+from common import SMALL, arguments, run_arms, runs_folder, spread, table, write_results
+from dots import draw_dots
 
 COMMON = [
     *("experiment=fleet", "clock=real", "fleet=none", "validate=off"),

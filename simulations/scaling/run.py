@@ -26,7 +26,7 @@ from matplotlib import pyplot
 
 STUDY = Path(__file__).parent
 sys.path.insert(0, str(STUDY.parent))
-from common import COLOURS, arguments, run, runs_folder, table, write_results  # noqa: E402
+from common import COLOURS, arguments, run, runs_folder, table, write_results
 
 COMMON = [
     *("experiment=fleet", "clock=real", "fleet=none", "evaluate.every=0"),

@@ -17,8 +17,8 @@ from pathlib import Path
 
 STUDY = Path(__file__).parent
 sys.path.insert(0, str(STUDY.parent))
-from common import SMALL, arguments, run_arms, runs_folder, spread, table, write_results  # noqa: E402
-from dots import draw_dots  # noqa: E402
+from common import SMALL, arguments, run_arms, runs_folder, spread, table, write_results
+from dots import draw_dots
 
 COMMON = ["experiment=fleet", "tokens=327680"]  # 16 rounds of 4 clients x 10 steps x 512 tokens
 QUICK = [*SMALL, "tokens=8192", "local.steps=2"]

@@ -20,7 +20,7 @@ from typing import Any
 
 STUDY = Path(__file__).parent
 sys.path.insert(0, str(STUDY.parent))
-from common import arguments, run_arms, runs_folder, spread, table, write_results  # noqa: E402
+from common import arguments, run_arms, runs_folder, spread, table, write_results
 
 COMMON = ["experiment=fleet", "clock=real", "fleet=none", "evaluate.every=16"]
 QUICK = ["corpus=stdlib", "tokenizer=bytes", "model.n_embd=32", "evaluate.tokens=2048"]

@@ -51,7 +51,10 @@ def owner_of(prepared, token: int) -> str:
 @st.composite
 def corpora(draw):
     documents = draw(st.integers(3, 30))
-    each = lambda values: draw(st.lists(values, min_size=documents, max_size=documents))  # noqa: E731
+
+    def each(values):
+        return draw(st.lists(values, min_size=documents, max_size=documents))
+
     parts = each(st.sampled_from([CLIENTS, CLIENTS, CLIENTS, PUBLIC, HELD_OUT]))
     parts[:2] = [CLIENTS, CLIENTS]
     labels = each(st.integers(0, 3))

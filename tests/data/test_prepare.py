@@ -205,7 +205,10 @@ def test_concurrent_threads_prepare_a_corpus_once(corpus, tmp_path, monkeypatch)
         return build(*arguments)
 
     monkeypatch.setattr(module, "_split_and_tokenise", counting)
-    run = lambda: results.append(prepare(corpus, BPE, tmp_path / "cache").digest)  # noqa: E731
+
+    def run():
+        results.append(prepare(corpus, BPE, tmp_path / "cache").digest)
+
     threads = [threading.Thread(target=run) for _ in range(4)]
     for thread in threads:
         thread.start()
