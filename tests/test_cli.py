@@ -150,11 +150,25 @@ def test_help_says_what_each_runtime_cannot_do(capsys):
         assert " ".join(RUNTIMES.load(name).limits) in text, name
 
 
+@pytest.mark.parametrize(
+    "words, part",
+    [
+        (["privacy", "plan"], "fedgpt privacy plan"),
+        (["model=micro"], "Sets model.n_embd=256"),
+        (["fedadam"], "strategy.beta1=0.9"),
+        (["none"], "checkpoint=none"),
+    ],
+)
+def test_help_explains_a_choice_and_a_command_of_two_words(words, part, capsys):
+    assert help.main(words) == 0
+    assert part in capsys.readouterr().out
+
+
 def test_help_of_an_unknown_word_names_the_nearest_one(capsys):
     assert help.main(["privcy", "rounds"]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith(
-        "fedgpt help privcy: no command, group or option; did you mean 'privacy'"
+        "fedgpt help privcy: no command, group, choice or option; did you mean 'privacy'"
     )
 
 

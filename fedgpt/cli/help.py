@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from itertools import chain
 from textwrap import wrap
 from typing import Any
 
@@ -25,6 +26,7 @@ HELP = """
   fedgpt help                 all commands and groups
   fedgpt help run             all options of a run
   fedgpt help privacy         the choices and options of one group
+  fedgpt help model=micro     one choice; its name alone is enough
   fedgpt help pace.goal       one option
   fedgpt help strategy.eta    one option, for each strategy that has it
 """
@@ -35,17 +37,24 @@ RULES = "fedgpt.aggregate"  # the package of the built-in strategies
 
 
 def main(arguments: list[str]) -> int:
-    """Print the help of a topic; returns 2 if the topic is not a command, group or option."""
+    """Print the help of topics; returns 2 if one is not a command, group, choice or option."""
     config_dir = value_of(arguments, "--config-dir", "-cd")
-    words = [word for word in arguments if not word.startswith("-") and word != config_dir]
+    words = _topics([a for a in arguments if not a.startswith("-") and a != config_dir])
     parts = {word: _explained(word, config_dir) for word in words}
     if unknown := [word for word, part in parts.items() if not part]:
+        known = groups(config_dir)
         everything = dict.fromkeys(
-            [*COMMANDS, *groups(config_dir), *OPTIONS, *_options_of_strategies(config_dir)]
+            [
+                *COMMANDS,
+                *known,
+                *chain(*known.values()),
+                *OPTIONS,
+                *_options_of_strategies(config_dir),
+            ]
         )
         for word in unknown:
             more = nearest(word, everything)
-            print(f"fedgpt help {word}: no command, group or option{more}", file=sys.stderr)
+            print(f"fedgpt help {word}: no command, group, choice or option{more}", file=sys.stderr)
         return 2
     text = "\n\n".join(parts.values()) if parts else overview()
     try:
@@ -73,6 +82,15 @@ def overview() -> str:
     return "\n".join(lines)
 
 
+def _topics(words: list[str]) -> list[str]:
+    """The words without those that belong to the command before them, as in `privacy plan`."""
+    return [
+        word
+        for last, word in zip(["", *words], words, strict=False)
+        if last not in COMMANDS or word not in COMMANDS[last].arguments.split()
+    ]
+
+
 def _explained(word: str, config_dir: str | None) -> str:
     known = groups(config_dir)
     parts = []
@@ -80,6 +98,12 @@ def _explained(word: str, config_dir: str | None) -> str:
         parts.append(_command(word, config_dir))
     if word in known:
         parts.append(_group(word, known[word], config_dir))
+    for group, names in known.items():
+        parts += [
+            "\n".join(_choice(group, name, config_dir))
+            for name in names
+            if word in (name, f"{group}={name}")
+        ]
     if word in OPTIONS and word not in known:
         parts.append("\n".join(_option(OPTIONS[word])))
     elif word.startswith("strategy."):
@@ -105,21 +129,27 @@ def _command(name: str, config_dir: str | None) -> str:
 
 def _group(group: str, names: list[str], config_dir: str | None) -> str:
     """The choices of a group, the options that each of them sets, and the options of the group."""
-    choices = [read_choice(group, name, config_dir) for name in names]
     lines = [_title(group, _meaning(group)), ""]
-    for choice in choices:
-        default = " (default)" if defaults().get(group) == choice.name else ""
-        lines += _row(f"{group}={choice.name}", f"{choice.meaning}{default}")
-        if (own := _options_of_strategy(choice)) is not None:
-            lines += [line for one in own for line in _option(one, indent=4)]
-        elif sets := _sets(choice):
-            lines += _paragraph(f"Sets {sets}.", COLUMN, _dim)
-        if group == "runtime":
-            lines += _limits(choice)
+    for name in names:
+        lines += _choice(group, name, config_dir)
     options = [one for one in OPTIONS.values() if one.group == group]
     return "\n".join(
         [*lines, *[""][: len(options)], *[line for one in options for line in _option(one)]]
     )
+
+
+def _choice(group: str, name: str, config_dir: str | None) -> Iterator[str]:
+    """`group=choice` and its meaning, and below them the options that it sets."""
+    choice = read_choice(group, name, config_dir)
+    default = " (default)" if defaults().get(group) == name else ""
+    yield from _row(f"{group}={name}", f"{choice.meaning}{default}")
+    if (own := _options_of_strategy(choice)) is not None:
+        for one in own:
+            yield from _option(one, indent=4)
+    elif sets := _sets(choice):
+        yield from _paragraph(f"Sets {sets}.", COLUMN, _dim)
+    if group == "runtime":
+        yield from _limits(choice)
 
 
 def _sets(choice: Choice) -> str:

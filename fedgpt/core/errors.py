@@ -79,6 +79,6 @@ def nearest(word: str, known: Iterable[str], count: int = 3) -> str:
     """
     names = list(known)
     close = [name for name in names if name.endswith(f".{word}")] or difflib.get_close_matches(
-        word, names, count, 0.5
+        word, names, count
     )
     return f"; did you mean {' or '.join(repr(name) for name in close[:count])}?" if close else ""
