@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from fedgpt.cli.words import split_words
 from fedgpt.core.errors import ConfigError
 
@@ -27,5 +29,8 @@ def main(arguments: list[str]) -> int:
         )
     options = compose.load(*split_words(arguments[1:]))
     prepared, shards = load_shards(options)
-    print(plan_text(options, [shard.size for shard in shards], prepared.tokenizer.vocab_size))
+    print("fedgpt: computing noise and epsilon, which may take a minute", file=sys.stderr)
+    sizes = [shard.size for shard in shards]
+    for line in plan_text(options, sizes, prepared.tokenizer.vocab_size):
+        print(line, flush=True)
     return 0

@@ -26,9 +26,8 @@ def quick(monkeypatch):
 
 def plan_rows(*chosen: str) -> dict[str, str]:
     """The rows of the plan, by name."""
-    text = privacy_plan.plan_text(
-        compose.load(["rounds=20", "privacy.target_epsilon=2", *chosen]), SHARDS, VOCABULARY
-    )
+    options = compose.load(["rounds=20", "privacy.target_epsilon=2", *chosen])
+    text = "\n".join(privacy_plan.plan_text(options, SHARDS, VOCABULARY))
     return dict(re.findall(r"^ *(\S.*?)  (\S.*)$", text, re.M))
 
 

@@ -106,7 +106,37 @@ def clip_finds_the_median(folder: Path) -> bool:
     return all(found)
 
 
-CHECKS = (bounded_sensitivity, correct_noise, independent_noise, clip_finds_the_median)
+def clip_moves_by_noise(folder: Path) -> bool:
+    """Without updates the adaptive clip moves by noise of the size that the ledger assumes."""
+    build = Mechanism(folder, 0.1, size=1, adaptive=True)
+    build.privacy.plan = m.plan(0.1)
+    clips = [CLIP]
+    for _ in range(150):
+        build.release([])
+        clips.append(float(build.state.memory["privacy/clip"]))
+    # C <- C exp(-0.2 share), where the share is noise of 0.05
+    found = np.diff(np.log(clips)) / -0.2 / 0.05
+    close = abs(found.std() - 1) < 4 / math.sqrt(2 * len(found))
+    return bool(found.any() and close and stats.kstest(found, "norm").pvalue > 1e-4)
+
+
+def updates_pay_for_the_bits(folder: Path) -> bool:
+    """z_delta = (z^-2 - (2 sigma_b)^-2)^(-1/2) with sigma_b = 0.05 K = 0.5."""
+    build = Mechanism(folder, 0.8, adaptive=True)
+    build.privacy.plan = m.plan(0.8)
+    expected = (0.8**-2 - 1) ** -0.5
+    released = build.release([]) * COHORT / (expected * CLIP)
+    return bool(abs(released.std() - 1) < 4 / math.sqrt(2 * SIZE))
+
+
+CHECKS = (
+    bounded_sensitivity,
+    correct_noise,
+    independent_noise,
+    clip_finds_the_median,
+    clip_moves_by_noise,
+    updates_pay_for_the_bits,
+)
 BROKEN = {
     "no noise": (m.no_noise, {correct_noise, independent_noise}),
     "a tenth of the noise": (lambda: m.noise_times(0.1), {correct_noise}),
@@ -121,6 +151,8 @@ BROKEN = {
     "clipped by layer": (m.clipped_by_layer, {bounded_sensitivity}),
     "weighted sums": (m.weighted_by_tokens, {bounded_sensitivity}),
     "reused noise": (m.reused_noise, {independent_noise}),
+    "no noise on the bits of the adaptive clip": (m.noiseless_bits, {clip_moves_by_noise}),
+    "bits that nobody pays for": (m.unpaid_bits, {updates_pay_for_the_bits}),
     "wrong sign of the adaptive clip": (m.wrong_sign, {clip_finds_the_median}),
 }
 
@@ -193,6 +225,44 @@ def test_the_same_sum_again_is_the_same_release_and_another_sum_is_not(tmp_path)
     assert np.linalg.norm(released - different) > 5 * np.linalg.norm(without_noise), (
         "the noise does not cancel"
     )
+
+
+@pytest.mark.parametrize("what", ["bits", "clip"])
+def test_the_same_sum_with_other_bits_or_another_clip_has_other_noise(tmp_path, what):
+    """Two releases with one noise would show the difference of what was released."""
+    released = []
+    for value in (0.5, -0.5):
+        privacy = Mechanism(tmp_path, 0.1, adaptive=True).privacy
+        privacy.bits = value if what == "bits" else 0.0
+        privacy.clip = CLIP * (2 if what == "clip" and value > 0 else 1)
+        zeros, state = np.zeros(SIZE, np.float32), m.ServerState(np.zeros(SIZE, np.float32))
+        released.append(privacy.release(zeros, COHORT, state, Clients())[0].copy())
+    assert abs(np.corrcoef(*released)[0, 1]) < 5 / math.sqrt(SIZE)
+    assert sum(event.count for event in privacy.ledger.account.events) == 2
+
+
+def test_no_noise_is_drawn_for_a_release_that_could_not_be_charged(tmp_path, monkeypatch):
+    build, drawn = Mechanism(tmp_path, 1.0), []
+
+    def disk_full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fedgpt.privacy.ledger.write_text", disk_full)
+    monkeypatch.setattr("fedgpt.server.privacy.SecureStream", lambda *words: drawn.append(words))
+    with pytest.raises(OSError, match="No space left"):
+        build.release(deltas())
+    assert not drawn
+
+
+def test_no_weight_of_an_update_is_above_1(tmp_path):
+    class Eager(FedBuff):
+        def discount(self, staleness: int) -> float:
+            return 2.0
+
+    privacy = bounded(tmp_path)
+    privacy.begin(m.ServerState(np.zeros(4, np.float32)))
+    update = m.Update("a", 0, 0, np.ones(4, np.float32), 1, {"update_norm": 2.0})
+    assert privacy.take(update, Eager(), 0)[1] == 1.0
 
 
 def test_the_epsilon_of_a_run_is_that_of_its_releases(tmp_path):
