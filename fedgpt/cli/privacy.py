@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 from fedgpt.cli.words import split_words
 from fedgpt.core.errors import ConfigError
 
@@ -29,8 +27,5 @@ def main(arguments: list[str]) -> int:
         )
     options = compose.load(*split_words(arguments[1:]))
     prepared, shards = load_shards(options)
-    print("fedgpt: computing noise and epsilon, which may take a minute", file=sys.stderr)
-    sizes = [shard.size for shard in shards]
-    for line in plan_text(options, sizes, prepared.tokenizer.vocab_size):
-        print(line, flush=True)
+    print(plan_text(options, [shard.size for shard in shards], prepared.tokenizer.vocab_size))
     return 0

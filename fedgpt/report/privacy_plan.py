@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from fedgpt.core.errors import ConfigError
@@ -14,11 +14,10 @@ from fedgpt.privacy.plan import PrivacyPlan, make_plan
 from fedgpt.privacy.statement import rows, statement
 
 
-def plan_text(o: RunOptions, shards: Sequence[int], vocab_size: int) -> Iterator[str]:
-    """Yield the privacy statement, the size of the noise, and epsilon for other noise and lengths.
+def plan_text(o: RunOptions, shards: Sequence[int], vocab_size: int) -> str:
+    """Return the privacy statement, the size of the noise, and epsilon for other noise and lengths.
 
-    The lines come as they are computed: an epsilon takes up to a few seconds. `shards` are the
-    tokens of each client. Raises ConfigError for privacy=none, before the first line.
+    `shards` are the tokens of each client. Raises ConfigError for privacy=none.
     """
     if o.privacy.unit == "none":
         raise ConfigError(
@@ -26,14 +25,15 @@ def plan_text(o: RunOptions, shards: Sequence[int], vocab_size: int) -> Iterator
         )
     plan = make_plan(o, shards)
     facts = [*rows(statement(o, plan, len(shards))), *_noise_rows(o, plan, vocab_size)]
-    yield from (f"{name:>12}  {text}" for name, text in facts)
-    yield f"\n{'noise':>12}  {'planned':>10}  {'half as long':>12}  {'twice as long':>13}"
+    lines = [f"{name:>12}  {text}" for name, text in facts]
+    lines += ["", f"{'noise':>12}  {'planned':>10}  {'half as long':>12}  {'twice as long':>13}"]
     for factor in (0.5, 1.0, 2.0):
         costs = [_cost(o, shards, plan, factor, times) for times in (1.0, 0.5, 2.0)]
-        yield (
+        lines.append(
             f"{plan.noise_multiplier * factor:12.4g}  {costs[0]:10.3g}  {costs[1]:12.3g} "
             f" {costs[2]:13.3g}"
         )
+    return "\n".join(lines)
 
 
 def _noise_rows(o: RunOptions, plan: PrivacyPlan, vocab_size: int) -> list[tuple[str, str]]:

@@ -26,8 +26,9 @@ def quick(monkeypatch):
 
 def plan_rows(*chosen: str) -> dict[str, str]:
     """The rows of the plan, by name."""
-    options = compose.load(["rounds=20", "privacy.target_epsilon=2", *chosen])
-    text = "\n".join(privacy_plan.plan_text(options, SHARDS, VOCABULARY))
+    text = privacy_plan.plan_text(
+        compose.load(["rounds=20", "privacy.target_epsilon=2", *chosen]), SHARDS, VOCABULARY
+    )
     return dict(re.findall(r"^ *(\S.*?)  (\S.*)$", text, re.M))
 
 
