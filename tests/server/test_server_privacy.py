@@ -23,8 +23,10 @@ from fedgpt.core.messages import ClientInfo, Pacing, Reply
 from fedgpt.core.options import RunOptions
 from fedgpt.core.score import Score
 from fedgpt.privacy.accounting import Event, epsilon_of, gaussian_epsilon
+from fedgpt.privacy.plan import make_plan
 from fedgpt.privacy.randomness import SecureStream
-from fedgpt.server.privacy import PaidByServer
+from fedgpt.server.collector import Collectors
+from fedgpt.server.privacy import PaidByClients, PaidByServer
 from fedgpt.storage.best_weights import BestWeights
 from fedgpt.storage.checkpoint import Checkpoints, Snapshot
 from fedgpt.storage.tables import Clients, RunIdentity, VersionLine
@@ -227,17 +229,18 @@ def test_the_same_sum_again_is_the_same_release_and_another_sum_is_not(tmp_path)
     )
 
 
-@pytest.mark.parametrize("what", ["bits", "clip"])
-def test_the_same_sum_with_other_bits_or_another_clip_has_other_noise(tmp_path, what):
+@pytest.mark.parametrize("what", ["sum", "bits", "clip"])
+def test_a_release_that_differs_in_anything_has_other_noise(tmp_path, what):
     """Two releases with one noise would show the difference of what was released."""
-    released = []
+    noises = []
     for value in (0.5, -0.5):
         privacy = Mechanism(tmp_path, 0.1, adaptive=True).privacy
         privacy.bits = value if what == "bits" else 0.0
         privacy.clip = CLIP * (2 if what == "clip" and value > 0 else 1)
-        zeros, state = np.zeros(SIZE, np.float32), m.ServerState(np.zeros(SIZE, np.float32))
-        released.append(privacy.release(zeros, COHORT, state, Clients())[0].copy())
-    assert abs(np.corrcoef(*released)[0, 1]) < 5 / math.sqrt(SIZE)
+        mean = np.full(SIZE, value if what == "sum" else 0.0, np.float32)
+        state = m.ServerState(np.zeros(SIZE, np.float32))
+        noises.append(privacy.release(mean.copy(), COHORT, state, Clients())[0] - mean)
+    assert abs(np.corrcoef(*noises)[0, 1]) < 5 / math.sqrt(SIZE)
     assert sum(event.count for event in privacy.ledger.account.events) == 2
 
 
@@ -320,6 +323,20 @@ def test_an_update_that_is_not_finite_counts_as_zeros(tmp_path):
             CLIP if scale == 1e30 else 0, rel=1e-5
         )
     assert len(build.collector) == 3
+
+
+def test_the_norm_of_noise_of_privacy_local_is_accepted(tmp_path):
+    """The norm limit follows the updates, and noise alone may be far longer than these."""
+    o = m.options(unit="local", noise_multiplier=3.0)
+    privacy = PaidByClients(o, make_plan(o, [1000] * 10), tmp_path)
+    collectors = Collectors(o, FedAvg(), privacy, SIZE, "run")
+    state = m.ServerState(np.zeros(SIZE, np.float32))
+    collector = collectors.open(state, (0.01,), 5, Clients())
+    noise = SecureStream(bytes(32), "test").normal(SIZE) * np.float32(2 * CLIP * 3.0)
+    header, payload = encode("run", m.Update("a", 0, 0, noise, 10, {}))
+    job = m.Job("a", 0, 0, state.params, m.Plan("run", 1, 0, 1, 1))
+    update = collector.read(Reply("a", 0, header, payload), job, 10)
+    assert update.metrics["update_norm"] == pytest.approx(np.linalg.norm(noise), rel=1e-5)
 
 
 def test_seeded_noise_is_the_same_in_every_run(tmp_path):
@@ -468,8 +485,6 @@ def test_the_epsilon_of_privacy_example_is_that_of_the_client_that_paid_most(tmp
         PrivacyOptions,
         RunOptions,
     )
-    from fedgpt.privacy.plan import make_plan
-    from fedgpt.server.privacy import PaidByClients
 
     o = RunOptions(
         rounds=10,
