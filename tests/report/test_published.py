@@ -59,9 +59,7 @@ KEPT = {
 def run(folder: Path, seed: int, **pace) -> scripted.Outcome:
     o = scripted.options(folder, 6, **(pace or {"rate": 0.5, "clients": 0}))
     o.seed = seed
-    o.privacy = PrivacyOptions(
-        unit="client", noise_multiplier=0.3, clip=0.1, rng="seeded", adaptive=True
-    )
+    o.privacy = PrivacyOptions(unit="client", noise_multiplier=3.0, clip=0.1, rng="seeded")
     return scripted.run(o, CLIENTS, plan=make_plan(o, [10_000] * len(CLIENTS)))
 
 
