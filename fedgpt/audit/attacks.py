@@ -195,10 +195,16 @@ def membership(
     """Train one client on every second block; measure how well the loss separates trained blocks.
 
     Returns "auc", "tpr_at_1_percent_fpr" (share of the trained blocks found at 1 % false positives)
-    and "blocks" (number of trained blocks).
+    and "blocks" (number of trained blocks). Raises ConfigError for fewer than two blocks.
     """
     width = o.model.block_size + 1
     blocks = np.asarray(tokens[: len(tokens) // (2 * width) * 2 * width]).reshape(-1, width)
+    if len(blocks) < 2:
+        raise ConfigError(
+            f"model.block_size={o.model.block_size}: the client with the median size has"
+            f" {len(tokens)} tokens, and fedgpt audit trains on one of two blocks of {width}; lower"
+            " it, or set partition=iid with fewer partition.clients"
+        )
     members, others = blocks[::2], blocks[1::2]
     trainer = _trainer(o, vocab_size)
     trainer.train(

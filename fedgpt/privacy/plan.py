@@ -137,7 +137,10 @@ def _calibrated(target: float, probability: float, count: int, delta: float) -> 
     """The calibrated noise multiplier, rounded up to four digits, so that it is short to type."""
     noise = calibrate(target, probability, count, delta)
     unit = 10.0 ** (math.floor(math.log10(noise)) - 3)
-    return round(math.ceil(noise / unit) * unit, 12)
+    digits = math.ceil(noise / unit)
+    while epsilon_of((Event(round(digits * unit, 12), probability, count),), delta) > target:
+        digits += 1  # the discretisation of large epsilons changes with the noise
+    return round(digits * unit, 12)
 
 
 def _cohort(o: RunOptions, clients: int) -> float:

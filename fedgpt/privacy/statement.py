@@ -9,8 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 from fedgpt.core.options import RunOptions
+from fedgpt.privacy.accounting import accountant_of
 from fedgpt.privacy.plan import PrivacyPlan
 
+WEAK_DELTA = 0.01  # delta above which a guarantee promises next to nothing
 FEW = 100  # number of clients below which privacy=client gains little from sampling
 
 UNIT = {
@@ -18,6 +20,7 @@ UNIT = {
     "client": "all text of one client",
     "local": "all text of one client, also against the server",
 }
+UNITS = {"example": "blocks of text", "client": "clients", "local": "clients"}
 ADJACENCY = {
     ("example", "poisson"): "compared with a run without its gradients",
     ("client", "poisson"): "compared with a run without its updates",
@@ -30,17 +33,21 @@ TRUST = {
     "client": "the server, which sees single updates and adds the noise",
     "local": "the client and whoever sets its options",
 }
+PARTICIPATION = (
+    "how much text a client has, when and how often it takes part, how long its jobs take, and"
+    " messages about its errors"
+)
 NOT_COVERED = {
     "example": (
         "a document or an author that fills many blocks (the blocks' guarantees add up)",
-        "how much text a client has, and when and how often it takes part",
+        PARTICIPATION,
     ),
     "client": (
-        "the server, and whoever can read its folder: publish only model/, samples.md and"
-        " summary.json of it",
-        "the number of clients, and how many took part in total",
+        "the server, and whoever can read its folder or what it prints: publish only model/,"
+        " samples.md, summary.json and report.html of it",
+        "the number of clients, and the times at which versions appear",
     ),
-    "local": ("how much text a client has, and when and how often it takes part",),
+    "local": (PARTICIPATION,),
 }
 BOUNDED = "when and how often a client takes part"
 ALWAYS_OPEN = (
@@ -52,8 +59,6 @@ ALWAYS_OPEN = (
 
 def statement(o: RunOptions, plan: PrivacyPlan, clients: int) -> dict[str, Any]:
     """The guarantee as plain JSON values."""
-    event = plan.planned
-    closed = event.sampling_probability == 1
     return {
         "private": o.privacy.rng == "secure",
         "unit": plan.unit,
@@ -65,11 +70,7 @@ def statement(o: RunOptions, plan: PrivacyPlan, clients: int) -> dict[str, Any]:
         "noise_multiplier": plan.noise_multiplier,
         "clip": o.privacy.clip,
         "sampling": _sampling(o, plan, clients),
-        "accountant": (
-            "closed form of Gaussian mechanisms"
-            if closed
-            else "dp-accounting, privacy loss distributions"
-        ),
+        "accountant": accountant_of((plan.planned,), plan.delta),
         "trust": TRUST[plan.unit],
         "not_covered": _open(o, plan),
     }
@@ -89,8 +90,17 @@ def rows(promise: dict[str, Any]) -> list[tuple[str, str]]:
         if promise["private"]
         else [("NOT PRIVATE", "privacy.rng=seeded: whoever knows the seed can subtract the noise")]
     )
+    weak = []
+    if (delta := promise["delta"]) > WEAK_DELTA:
+        text = (
+            f"delta is {delta:.2g}: with this probability the bound on epsilon may fail, so the"
+            " guarantee promises next to nothing; set privacy.delta=0.001 or less, which needs"
+            f" more noise, or take many more {UNITS[promise['unit']]}"
+        )
+        weak = [("WEAK", text)]
     return [
         *mark,
+        *weak,
         ("protects", f"{promise['protects']} ({promise['adjacency']})"),
         (
             "epsilon",

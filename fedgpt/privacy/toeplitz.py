@@ -14,6 +14,7 @@ least b releases apart. All releases of the run together are then ONE Gaussian m
 from __future__ import annotations
 
 import math
+from itertools import repeat
 
 import numpy as np
 
@@ -38,7 +39,9 @@ def sensitivity(bands: int, releases: int, separation: int, participations: int)
         raise ValueError(f"separation={separation} is below bands={bands}")
     c = coefficients(bands)
     starts = range(0, releases, separation)[:participations]
-    return math.sqrt(sum(float(np.square(c[: releases - start]).sum()) for start in starts))
+    # only the last column can be cut off by the end of the run, as separation >= bands
+    complete = repeat(float(np.square(c).sum()), len(starts) - 1)
+    return math.sqrt(sum(complete) + float(np.square(c[: releases - starts[-1]]).sum()))
 
 
 def correlate(fresh: np.ndarray, earlier: list[np.ndarray], bands: int) -> np.ndarray:

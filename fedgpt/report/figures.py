@@ -22,7 +22,7 @@ def loss_figure(metrics: Sequence[Mapping[str, Any]], path: Path, score: str = "
     """Draw the held-out score against versions, tokens and bytes, as a PNG at `path`.
 
     `score` is the name of the run's score; scores.py chooses the score that is drawn. No figure is
-    drawn if no version was evaluated.
+    drawn if no version was evaluated. Lines without bytes (published.py) have no axis of bytes.
     """
     scored = [line for line in metrics if shown(line, score)]
     if not scored:
@@ -31,17 +31,16 @@ def loss_figure(metrics: Sequence[Mapping[str, Any]], path: Path, score: str = "
     axes_data = [
         ("server version", [line["version"] for line in scored]),
         ("tokens trained (millions)", [line["tokens"] / 1e6 for line in scored]),
-        (
-            "bytes up and down (MB)",
-            [(line["bytes_up"] + line["bytes_down"]) / 1e6 for line in scored],
-        ),
     ]
+    if "bytes_up" in scored[-1]:
+        moved = [(line["bytes_up"] + line["bytes_down"]) / 1e6 for line in scored]
+        axes_data.append(("bytes up and down (MB)", moved))
     heights = [line[name] for line in scored]
 
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 3.4), layout="constrained")
-    axes = figure.subplots(1, 3, sharey=True)
+    axes = figure.subplots(1, len(axes_data), sharey=True)
     for axis, (x_label, xs) in zip(axes, axes_data, strict=True):
         axis.plot(xs, heights, marker="o", markersize=3, color=BLUE)
         axis.set_xlabel(x_label)

@@ -26,7 +26,8 @@ def report_page(
     """Return the page: summary, figures in `folder`, scores, command and configuration.
 
     `metrics` are the lines of metrics.jsonl. The page of a private run has only the figure of the
-    score, because the other figures show which clients took part in which version.
+    score, because the other figures show which clients took part in which version. Lines without
+    bytes (published.py) get no columns for them.
     """
     score = score_of(summary)
     scored = [line for line in metrics if shown(line, score)]
@@ -34,7 +35,8 @@ def report_page(
     table = [line for i, line in enumerate(scored) if i % step == 0 or i == len(scored) - 1]
     names = columns(summary["final"], score)
     first, *others = (label(name) for name in names)
-    head = ("version", "tokens", f"held-out {first}", *others, "up", "down")
+    traffic = ("up", "down") if scored and "bytes_up" in scored[-1] else ()
+    head = ("version", "tokens", f"held-out {first}", *others, *traffic)
     figures = "*.png" if summary.get("epsilon") is None else "loss.png"
     parts = [
         '<!doctype html><html lang="en"><meta charset="utf-8">',
@@ -60,7 +62,7 @@ def _picture(path: Path) -> str:
 
 def _cells(line: Mapping[str, Any], names: Sequence[str]) -> tuple[str, ...]:
     scores = (cell(name, line[name]) for name in names)
-    traffic = (size(line[way]) for way in ("bytes_up", "bytes_down"))
+    traffic = (size(line[way]) for way in ("bytes_up", "bytes_down") if way in line)
     return str(line["version"]), count(line["tokens"]), *scores, *traffic
 
 

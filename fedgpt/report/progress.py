@@ -134,7 +134,8 @@ class ProgressDisplay:
         if scores := in_progress(metrics, self.score):
             parts.append(scores)
         if metrics.get("epsilon") is not None:
-            parts.append(f"epsilon {metrics['epsilon']:.3g}")
+            mark = "NOT PRIVATE, " if self.options.privacy.rng == "seeded" else ""
+            parts.append(f"{mark}epsilon {metrics['epsilon']:.3g}")
         parts.append(f"up {size(metrics['bytes_up'])}, down {size(metrics['bytes_down'])}")
         seconds = metrics["wall_seconds"]
         if version and tokens and seconds:

@@ -112,23 +112,11 @@ def _pacing_row(o: RunOptions, clients: int, parameters: int) -> tuple[str, str]
 def summary_text(
     summary: Mapping[str, Any], metrics: Sequence[Mapping[str, Any]], folder: Path
 ) -> str:
-    """Return the summary of a run in a few lines, with the newest sample."""
-    seconds = summary["wall_seconds"]
-    speed = summary["tokens"] / seconds if seconds else 0.0
-    lines = [
-        "",
-        first_to_last(summary),
-        (
-            f"trained                 {count(summary['tokens'])} tokens in {clock(seconds)}"
-            f" = {count(speed)} tok/s"
-        ),
-    ]
-    if summary["virtual_seconds"]:
-        lines.append(f"virtual time            {clock(summary['virtual_seconds'])}")
-    lines.append(
-        f"traffic                 {size(summary['bytes_up'])} up, {size(summary['bytes_down'])}"
-        f" down, {sum(summary['rejected'].values())} updates rejected"
-    )
+    """Return the summary of a run in a few lines, with the newest sample.
+
+    Numbers that are withheld (None, see published.py) are left out.
+    """
+    lines = ["", first_to_last(summary), *_effort(summary)]
     if summary.get("epsilon") is not None:
         lines.append(_privacy_line(summary))
     lines.append(f"weights                 sha256 {summary['weights_sha256'][:16]}")
@@ -141,6 +129,27 @@ def summary_text(
             f'more text: fedgpt generate {shlex.quote(str(folder))} --prompt "..."',
         ]
     )
+
+
+def _effort(summary: Mapping[str, Any]) -> list[str]:
+    """Return tokens, times and traffic of a run as lines."""
+    trained, seconds = f"trained                 {count(summary['tokens'])} tokens", "wall_seconds"
+    if summary[seconds] is None:
+        return [
+            trained,
+            "withheld                times, traffic and rejected updates, which depend on the"
+            " clients that took part",
+        ]
+    speed = summary["tokens"] / summary[seconds] if summary[seconds] else 0.0
+    lines = [f"{trained} in {clock(summary[seconds])} = {count(speed)} tok/s"]
+    if summary["virtual_seconds"]:
+        lines.append(f"virtual time            {clock(summary['virtual_seconds'])}")
+    rejected = sum(summary["rejected"].values())
+    return [
+        *lines,
+        f"traffic                 {size(summary['bytes_up'])} up, {size(summary['bytes_down'])}"
+        f" down, {rejected} updates rejected",
+    ]
 
 
 def _privacy_line(summary: Mapping[str, Any]) -> str:

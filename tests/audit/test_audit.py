@@ -139,6 +139,16 @@ def test_members_are_found_if_the_model_has_memorised_its_text():
     assert np.mean([each["auc"] for each in hidden]) < 0.75 and hidden[0]["blocks"] == 20
 
 
+def test_a_client_with_a_single_block_cannot_be_attacked():
+    """One block is trained on and another is not; a remedy of the message helps."""
+    o, plan = tiny()
+    tokens = text(0, 8, 2 * 17 - 1)
+    with pytest.raises(ConfigError, match=r"model\.block_size=16: the client with the median size"):
+        membership(o, VOCAB, tokens, plan, 1)
+    shorter = replace(o, model=replace(TINY, block_size=8))
+    assert membership(shorter, VOCAB, tokens, None, 1)["blocks"] == 1
+
+
 def test_another_task_than_language_modelling_is_refused():
     o, _ = tiny()
     o = replace(o, task=TaskOptions("custom", "support.labels_task.DocumentLabel"))

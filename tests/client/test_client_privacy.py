@@ -115,6 +115,10 @@ def test_the_clients_own_budget_limits_a_server_that_asks_for_less_noise_or_more
         BudgetExhausted, match=r"delta 0\.5 is not below 1 / 40, one over this client's units"
     ):
         client(o, tmp_path).steps(job(o, delta=0.5), "fresh")
+    with pytest.raises(BudgetExhausted, match="is one of 0 jobs"):
+        client(o, tmp_path).steps(job(o, participations=0), "fresh")
+    with pytest.raises(BudgetExhausted, match="the job has noise inf"):
+        client(o, tmp_path).steps(job(o, noise_multiplier=float("inf")), "fresh")
     # one job is still within the budget
     client(o, tmp_path).steps(job(o, participations=10_000), "fresh")
     assert events(tmp_path)[0]["count"] == 3
@@ -148,6 +152,24 @@ def test_a_damaged_ledger_and_one_of_other_text_are_refused(tmp_path):
     (tmp_path / "ledger.json").write_text("{")
     with pytest.raises(FedGPTError, match="is damaged"):
         client(o, tmp_path).steps(job(o, 1), "fresh")
+
+
+@pytest.mark.parametrize("unit", ["example", "local"])
+def test_no_noise_is_made_for_a_job_that_could_not_be_charged(tmp_path, monkeypatch, unit):
+    o, made = options(unit), []
+
+    def disk_full(*_):
+        raise OSError(28, "No space left on device")
+
+    private, first = client(o, tmp_path), job(o)
+    monkeypatch.setattr("fedgpt.privacy.ledger.Ledger.charge", disk_full)
+    monkeypatch.setattr("fedgpt.client.privacy.SecureStream", lambda *words: made.append(words))
+    with pytest.raises(OSError, match="No space left"):
+        if unit == "example":
+            private.steps(first, "fresh")
+        else:
+            private.hidden(first, np.zeros(10, np.float32), "fresh")
+    assert not made
 
 
 def test_only_the_owner_can_read_the_files(tmp_path):

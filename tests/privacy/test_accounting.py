@@ -8,6 +8,7 @@ import pytest
 
 from fedgpt.privacy.accounting import (
     Event,
+    accountant_of,
     calibrate,
     epsilon_of,
     gaussian_epsilon,
@@ -29,7 +30,7 @@ ROWS = [
 @pytest.mark.parametrize(("event", "delta", "pld", "rdp", "prv"), ROWS)
 def test_sampled_releases_cost_the_same_as_in_other_accountants(event, delta, pld, rdp, prv):
     assert epsilon_of([event], delta) == pytest.approx(pld, abs=1e-3)
-    assert renyi_epsilon([event], delta) == pytest.approx(rdp, abs=2e-3)
+    assert renyi_epsilon((event,), delta) == pytest.approx(rdp, abs=2e-3)
     assert 0 <= prv - epsilon_of([event], delta) < 0.012, (
         "Opacus adds its error bound to its estimate"
     )
@@ -46,7 +47,7 @@ def test_the_installed_opacus_agrees():
     assert (
         ours
         < rdp.get_epsilon(delta=delta)
-        == pytest.approx(renyi_epsilon([Event(z, q, steps)], delta), rel=2e-3)
+        == pytest.approx(renyi_epsilon((Event(z, q, steps),), delta), rel=2e-3)
     )
 
 
@@ -117,8 +118,63 @@ def test_noise_is_calibrated_even_for_a_large_delta():
     assert epsilon_of([Event(calibrate(0.5, 0.5, 1, 0.3), 0.5, 1)], 0.3) <= 0.5
 
 
-def test_tiny_noise_gives_an_upper_bound_without_filling_the_memory():
-    tight = epsilon_of([Event(0.2, 0.1, 3)], 1e-3)
-    assert (
-        tight < epsilon_of([Event(0.199, 0.1, 3)], 1e-3) < epsilon_of([Event(0.001, 0.1, 3)], 1e-3)
-    )
+def test_epsilon_decreases_with_the_noise_down_to_almost_none():
+    """No accountant that is looser takes over while the noise becomes smaller."""
+    noises = (1e-6, 0.005, 0.01, 0.1, 0.199, 0.2, 0.5)
+    found = [epsilon_of([Event(z, 0.1, 10)], 1e-3) for z in noises]
+    assert found == sorted(found, reverse=True) and math.isfinite(found[0])
+    # 1/2z^2 is the loss of a unit that is in one release; with q = 0.1 it is in about one of ten
+    assert found[noises.index(0.1)] < 10 * (1 / (2 * 0.1**2) + 8 / 0.1)
+
+
+@pytest.mark.parametrize(
+    ("event", "precise"),
+    [(Event(0.15, 0.1, 10), 146.17728), (Event(0.3, 0.1, 1000), 506.19093)],
+    ids=["little noise", "many releases"],
+)
+def test_a_coarser_discretisation_changes_large_epsilons_very_little(event, precise):
+    """The values were computed with losses that are ten times as fine."""
+    assert precise * (1 - 1e-6) < epsilon_of([event], 1e-5) < precise * (1 + 1e-3)
+
+
+# a target or delta at an end of its range, a sampling probability, a number of releases, a delta
+ENDS = [
+    (1000.0, 0.03, 100, 1e-3),  # once calibrated by one accountant and checked by another
+    (730.0, 0.03, 100, 1e-3),  # e^730 is beyond float64
+    (1e6, 0.3, 100, 1e-5),
+    (1e-6, 0.1, 100, 1e-5),
+    (0.01, 0.1, 100, 1e-5),
+    (8.0, 0.1, 1000, 1e-14),
+    (8.0, 0.1, 1000, 1e-18),
+    (8.0, 0.1, 1000, 1e-300),
+    (8.0, 0.9, 1, 0.99),
+    (8.0, 0.1, 10**7, 1e-5),
+    (8.0, 0.1, 10**12, 1e-5),
+]
+
+
+@pytest.mark.parametrize(("target", "q", "count", "delta"), ENDS)
+@pytest.mark.parametrize("sampled", [True, False])
+def test_noise_is_found_for_every_target_and_delta(target, q, count, delta, sampled):
+    probability = q if sampled else 1.0
+    z = calibrate(target, probability, count, delta)
+    assert 0 < z < math.inf
+    assert epsilon_of([Event(z, probability, count)], delta) <= target * (1 + 1e-9)
+
+
+def test_epsilons_near_the_largest_power_of_e_are_bounds():
+    """Between e^709.8 and e^745.2 the loss distributions compute infinity."""
+    found = [epsilon_of([Event(z, 0.03, 100)], 1e-3) for z in (0.0815, 0.0802, 0.0795, 0.0775)]
+    assert found == sorted(found) and found[0] < 709 and found[-1] > 745.3
+    assert 745 < found[2] < 746
+
+
+def test_the_accountant_is_named():
+    assert accountant_of([Event(1.0, 0.1, 5)], 1e-5).endswith("privacy loss distributions")
+    for event, delta in (
+        (Event(1e-3, 0.1, 5), 1e-5),
+        (Event(1.0, 0.1, 5), 1e-18),
+        (Event(1.0, 0.1, 10**7), 1e-5),
+    ):
+        assert "Renyi divergences (an upper bound)" in accountant_of([event], delta)
+        assert epsilon_of([event], delta) == renyi_epsilon((event,), delta)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -129,3 +130,17 @@ def test_a_charge_that_could_not_be_written_is_not_recorded(tmp_path, monkeypatc
     with pytest.raises(OSError, match="No space left"):
         ledger.charge(0, "a", STEP, None)
     assert not ledger.known(0, "a") and ledger.account.epsilon == 0
+
+
+def test_a_charge_is_on_the_disk_when_it_returns(tmp_path, monkeypatch):
+    """The file is forced to the disk before it gets its name, and then the folder with the name."""
+    ledger, synced = open_ledger(tmp_path, fresh=True), []
+
+    def record(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").resolve()
+        charged = "tag 7" in (tmp_path / "ledger.json").read_text()
+        synced.append((path.name.startswith(".ledger.json."), path == tmp_path.resolve(), charged))
+
+    monkeypatch.setattr("fedgpt.core.files.os.fsync", record)
+    ledger.charge(0, "tag 7", STEP, None)
+    assert synced == [(True, False, False), (False, True, True)]

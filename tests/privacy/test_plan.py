@@ -103,14 +103,14 @@ def test_correct_combinations_are_accepted(chosen):
             "update.error_feedback=true",
             "it would add data without noise",
         ),
-        (["privacy=example", "privacy.target_epsilon=0"], "privacy.target_epsilon=0", "above 0"),
+        (["privacy=example", "privacy.target_epsilon=0"], "privacy.target_epsilon=0", "from 1e-06"),
         (
             ["privacy=example", "privacy.noise_multiplier=0"],
             "privacy.noise_multiplier=0",
-            "above 0",
+            "from 1e-06",
         ),
-        (["privacy=example", "privacy.delta=1"], "privacy.delta=1", "between 0 and 1"),
-        (["privacy=example", "privacy.clip=0"], "privacy.clip=0", "above 0"),
+        (["privacy=example", "privacy.delta=1"], "privacy.delta=1", "below 1"),
+        (["privacy=example", "privacy.clip=0"], "privacy.clip=0", "from 1e-06"),
         (
             ["privacy=example", "privacy.engine=ghost_fsdp"],
             "privacy.engine=ghost_fsdp",
@@ -223,6 +223,79 @@ def test_the_statement_says_what_is_covered_and_what_is_not():
             assert word in text
         assert ("NOT PRIVATE" in text) == (chosen is seeded)
         assert "not covered" in text and len(promise["not_covered"]) >= 3
+
+
+@pytest.mark.parametrize(
+    "typed",
+    [
+        "privacy.target_epsilon=1e-7",
+        "privacy.target_epsilon=1e7",
+        "privacy.noise_multiplier=1e-7",
+        "privacy.noise_multiplier=1e7",
+        "privacy.noise_multiplier=1e-300",
+        "privacy.delta=1e-301",
+        "privacy.delta=1e-320",
+        "privacy.delta=-1",
+        "privacy.clip=1e-30",
+        "privacy.clip=1e30",
+        "privacy.participations=0",
+        "privacy.participations=1000000000000000000000000000000",
+        "privacy.bands=0",
+        "privacy.bands=100000000",
+        "privacy.separation=0",
+        "privacy.separation=1000000000000000000000000000000",
+    ],
+)
+def test_numbers_beyond_their_range_are_refused_with_the_range(typed):
+    name = typed.partition("=")[0]
+    (message,) = [line for line in refused(*CLIENT, typed).splitlines() if ": must be " in line]
+    assert f"- {name}=" in message
+    assert "must be from " in message or "must be at least 1e-300 and below 1" in message
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        ["privacy=example", "privacy.target_epsilon=1000", "rounds=5"],
+        ["privacy=example", "privacy.target_epsilon=1000000"],
+        ["privacy=example", "privacy.target_epsilon=1e-6"],
+        ["privacy=example", "privacy.delta=1e-18"],
+        ["privacy=example", "privacy.delta=1e-300"],
+        ["privacy=local", "privacy.target_epsilon=1e-6", "privacy.delta=1e-300"],
+        ["privacy=local", "privacy.target_epsilon=1e6"],
+        [*COINS, "privacy.target_epsilon=1e-6"],
+        [*COINS, "privacy.target_epsilon=1000"],
+        [*COINS, "rounds=100000000"],
+        [*CLIENT, "privacy.participations=1000000000", "rounds=1000000000"],
+        [*CLIENT, "privacy.bands=10000", "privacy.separation=10000", "rounds=1000000000"],
+        [*CLIENT, "privacy.noise_multiplier=1e-6", "privacy.target_epsilon=null"],
+        ["privacy=example", "privacy.noise_multiplier=1e6"],
+    ],
+    ids=" ".join,
+)
+def test_numbers_at_the_ends_of_their_ranges_have_a_plan_within_the_budget(chosen):
+    shards = [2000] * 200 if "privacy.bands=10000" not in chosen else [2000] * 200_000
+    found = plan(shards, *chosen)
+    assert found.budget is None or found.epsilon <= found.budget * (1 + 1e-9)
+
+
+def test_a_delta_that_promises_next_to_nothing_is_told_with_a_remedy():
+    def told(shards: list[int], *chosen: str) -> dict[str, str]:
+        o = compose.load(chosen)
+        return dict(rows(statement(o, make_plan(o, shards), len(shards))))
+
+    for few, unit in ((CLIENT, "clients"), (COINS, "clients"), (["privacy=local"], "clients")):
+        text = told([2000] * 4, *few, "privacy.noise_multiplier=1", "privacy.target_epsilon=null")
+        assert "delta is 0.22" in text["WEAK"] and f"take many more {unit}" in text["WEAK"]
+    blocks = told([70], "privacy=example", "rounds=2")
+    assert "delta is 0.47" in blocks["WEAK"] and "blocks of text" in blocks["WEAK"]
+    assert "set privacy.delta=0.001 or less" in blocks["WEAK"]
+    for remedy in (
+        told([2000] * 4, *CLIENT, "privacy.delta=0.001"),
+        told([2000] * 66, *CLIENT),
+        told([2000] * 66, "privacy=example", "rounds=2"),
+    ):
+        assert "WEAK" not in remedy or "delta is 0.02" in remedy["WEAK"]
 
 
 def test_privacy_none_is_accepted():

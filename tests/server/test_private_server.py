@@ -177,3 +177,31 @@ def test_norms_of_updates_do_not_affect_later_versions(tmp_path):
     o, plan = private(tmp_path, pace={"clients": 8})
     done = scripted.run(o, {**CLIENTS, "a": long}, plan=plan)
     assert not done.events_of("reject") and done.server.totals.norms == ()
+
+
+def test_the_coins_of_a_run_are_secret(tmp_path):
+    """Its options and seed do not tell who takes part."""
+    one, two = (start(tmp_path / name, rng="secure") for name in "ab")
+    assert {(job.client, job.version) for job in one.jobs} != {
+        (job.client, job.version) for job in two.jobs
+    }
+
+
+def test_a_version_without_a_valid_update_does_not_end_the_run(tmp_path):
+    """A run that ended would show that nobody took part."""
+
+    def silent_once(job):
+        return [] if job.version == 1 else honest(job)
+
+    pace = {"rate": 0.5, "clients": 0, "deadline": 5.0, "minimum": 1}
+    o, plan = private(tmp_path, rounds=4, pace=pace)
+    done = scripted.run(o, dict.fromkeys(CLIENTS, silent_once), plan=plan)
+    assert done.version == 4 and done.metrics[2]["accepted"] == 0
+    assert done.metrics[2]["rejected"]["no_reply"] > 0
+
+
+def test_what_a_client_measured_is_not_averaged(tmp_path):
+    """Losses and norms belong to single clients; a client of another version may send some."""
+    done = start(tmp_path, rounds=3)
+    for name in ("update_norm", "cosine"):
+        assert all(line[name] is None for line in done.metrics)

@@ -23,8 +23,10 @@ from fedgpt.core.messages import ClientInfo, Pacing, Reply
 from fedgpt.core.options import RunOptions
 from fedgpt.core.score import Score
 from fedgpt.privacy.accounting import Event, epsilon_of, gaussian_epsilon
+from fedgpt.privacy.plan import make_plan
 from fedgpt.privacy.randomness import SecureStream
-from fedgpt.server.privacy import PaidByServer
+from fedgpt.server.collector import Collectors
+from fedgpt.server.privacy import PaidByClients, PaidByServer
 from fedgpt.storage.best_weights import BestWeights
 from fedgpt.storage.checkpoint import Checkpoints, Snapshot
 from fedgpt.storage.tables import Clients, RunIdentity, VersionLine
@@ -106,7 +108,37 @@ def clip_finds_the_median(folder: Path) -> bool:
     return all(found)
 
 
-CHECKS = (bounded_sensitivity, correct_noise, independent_noise, clip_finds_the_median)
+def clip_moves_by_noise(folder: Path) -> bool:
+    """Without updates the adaptive clip moves by noise of the size that the ledger assumes."""
+    build = Mechanism(folder, 0.1, size=1, adaptive=True)
+    build.privacy.plan = m.plan(0.1)
+    clips = [CLIP]
+    for _ in range(150):
+        build.release([])
+        clips.append(float(build.state.memory["privacy/clip"]))
+    # C <- C exp(-0.2 share), where the share is noise of 0.05
+    found = np.diff(np.log(clips)) / -0.2 / 0.05
+    close = abs(found.std() - 1) < 4 / math.sqrt(2 * len(found))
+    return bool(found.any() and close and stats.kstest(found, "norm").pvalue > 1e-4)
+
+
+def updates_pay_for_the_bits(folder: Path) -> bool:
+    """z_delta = (z^-2 - (2 sigma_b)^-2)^(-1/2) with sigma_b = 0.05 K = 0.5."""
+    build = Mechanism(folder, 0.8, adaptive=True)
+    build.privacy.plan = m.plan(0.8)
+    expected = (0.8**-2 - 1) ** -0.5
+    released = build.release([]) * COHORT / (expected * CLIP)
+    return bool(abs(released.std() - 1) < 4 / math.sqrt(2 * SIZE))
+
+
+CHECKS = (
+    bounded_sensitivity,
+    correct_noise,
+    independent_noise,
+    clip_finds_the_median,
+    clip_moves_by_noise,
+    updates_pay_for_the_bits,
+)
 BROKEN = {
     "no noise": (m.no_noise, {correct_noise, independent_noise}),
     "a tenth of the noise": (lambda: m.noise_times(0.1), {correct_noise}),
@@ -121,6 +153,8 @@ BROKEN = {
     "clipped by layer": (m.clipped_by_layer, {bounded_sensitivity}),
     "weighted sums": (m.weighted_by_tokens, {bounded_sensitivity}),
     "reused noise": (m.reused_noise, {independent_noise}),
+    "no noise on the bits of the adaptive clip": (m.noiseless_bits, {clip_moves_by_noise}),
+    "bits that nobody pays for": (m.unpaid_bits, {updates_pay_for_the_bits}),
     "wrong sign of the adaptive clip": (m.wrong_sign, {clip_finds_the_median}),
 }
 
@@ -195,6 +229,45 @@ def test_the_same_sum_again_is_the_same_release_and_another_sum_is_not(tmp_path)
     )
 
 
+@pytest.mark.parametrize("what", ["sum", "bits", "clip"])
+def test_a_release_that_differs_in_anything_has_other_noise(tmp_path, what):
+    """Two releases with one noise would show the difference of what was released."""
+    noises = []
+    for value in (0.5, -0.5):
+        privacy = Mechanism(tmp_path, 0.1, adaptive=True).privacy
+        privacy.bits = value if what == "bits" else 0.0
+        privacy.clip = CLIP * (2 if what == "clip" and value > 0 else 1)
+        mean = np.full(SIZE, value if what == "sum" else 0.0, np.float32)
+        state = m.ServerState(np.zeros(SIZE, np.float32))
+        noises.append(privacy.release(mean.copy(), COHORT, state, Clients())[0] - mean)
+    assert abs(np.corrcoef(*noises)[0, 1]) < 5 / math.sqrt(SIZE)
+    assert sum(event.count for event in privacy.ledger.account.events) == 2
+
+
+def test_no_noise_is_drawn_for_a_release_that_could_not_be_charged(tmp_path, monkeypatch):
+    build, drawn = Mechanism(tmp_path, 1.0), []
+
+    def disk_full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fedgpt.privacy.ledger.write_text", disk_full)
+    monkeypatch.setattr("fedgpt.server.privacy.SecureStream", lambda *words: drawn.append(words))
+    with pytest.raises(OSError, match="No space left"):
+        build.release(deltas())
+    assert not drawn
+
+
+def test_no_weight_of_an_update_is_above_1(tmp_path):
+    class Eager(FedBuff):
+        def discount(self, staleness: int) -> float:
+            return 2.0
+
+    privacy = bounded(tmp_path)
+    privacy.begin(m.ServerState(np.zeros(4, np.float32)))
+    update = m.Update("a", 0, 0, np.ones(4, np.float32), 1, {"update_norm": 2.0})
+    assert privacy.take(update, Eager(), 0)[1] == 1.0
+
+
 def test_the_epsilon_of_a_run_is_that_of_its_releases(tmp_path):
     build = Mechanism(tmp_path, 1.0)
     for _ in range(5):
@@ -250,6 +323,20 @@ def test_an_update_that_is_not_finite_counts_as_zeros(tmp_path):
             CLIP if scale == 1e30 else 0, rel=1e-5
         )
     assert len(build.collector) == 3
+
+
+def test_the_norm_of_noise_of_privacy_local_is_accepted(tmp_path):
+    """The norm limit follows the updates, and noise alone may be far longer than these."""
+    o = m.options(unit="local", noise_multiplier=3.0)
+    privacy = PaidByClients(o, make_plan(o, [1000] * 10), tmp_path)
+    collectors = Collectors(o, FedAvg(), privacy, SIZE, "run")
+    state = m.ServerState(np.zeros(SIZE, np.float32))
+    collector = collectors.open(state, (0.01,), 5, Clients())
+    noise = SecureStream(bytes(32), "test").normal(SIZE) * np.float32(2 * CLIP * 3.0)
+    header, payload = encode("run", m.Update("a", 0, 0, noise, 10, {}))
+    job = m.Job("a", 0, 0, state.params, m.Plan("run", 1, 0, 1, 1))
+    update = collector.read(Reply("a", 0, header, payload), job, 10)
+    assert update.metrics["update_norm"] == pytest.approx(np.linalg.norm(noise), rel=1e-5)
 
 
 def test_seeded_noise_is_the_same_in_every_run(tmp_path):
@@ -398,8 +485,6 @@ def test_the_epsilon_of_privacy_example_is_that_of_the_client_that_paid_most(tmp
         PrivacyOptions,
         RunOptions,
     )
-    from fedgpt.privacy.plan import make_plan
-    from fedgpt.server.privacy import PaidByClients
 
     o = RunOptions(
         rounds=10,

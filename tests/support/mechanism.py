@@ -194,6 +194,25 @@ def wrong_sign():
 
 
 @contextmanager
+def noiseless_bits():
+    from fedgpt.privacy.clipping import AdaptiveClip
+
+    correct = AdaptiveClip.next
+
+    def quiet(self, clip, bits, cohort, noise):
+        return correct(self, clip, bits, cohort, 0.0)
+
+    with patched("fedgpt.privacy.clipping.AdaptiveClip.next", quiet):
+        yield
+
+
+@contextmanager
+def unpaid_bits():
+    with patched("fedgpt.privacy.clipping.AdaptiveClip.release_noise", lambda self, z, cohort: z):
+        yield
+
+
+@contextmanager
 def wide_sum(max_weight: float = 1.0):
     """A sum with wide limits; otherwise it refuses the long updates of a broken version."""
     from fedgpt.aggregate.exact import ExactSum

@@ -8,15 +8,15 @@ from dataclasses import dataclass, fields
 from fedgpt.core.options.option import (
     Allowed,
     Group,
-    above,
-    at_least,
+    between,
     facts_of,
     one_of,
     option,
-    share,
 )
 
 PRIVATE = ("example", "client", "local")
+MOST = 10**9  # largest number of releases or versions of a plan
+MOST_BANDS = 10**4  # the server stores one noise vector for each band
 
 
 @dataclass
@@ -38,34 +38,34 @@ class PrivacyOptions(Group):
         None,
         "Privacy budget epsilon of the run; smaller is more private. It determines the noise, and"
         " the run stops before it exceeds the budget. null if privacy.noise_multiplier is set.",
-        allowed=above(0),
+        allowed=between(1e-6, 10**6),
         only_with=PRIVATE,
     )
     noise_multiplier: float | None = option(
         None,
         "Noise, instead of a budget: its standard deviation divided by privacy.clip (local: by"
         " twice privacy.clip). null means that the budget determines the noise.",
-        allowed=above(0),
+        allowed=between(1e-6, 10**6),
         only_with=PRIVATE,
     )
     delta: float | None = option(
         None,
         "Probability delta with which the bound epsilon may fail. null means n ** -1.1, where n is"
         " the number of protected units (blocks or clients).",
-        allowed=share(zero=False),
+        allowed=Allowed("at least 1e-300 and below 1", lambda value: 1e-300 <= value < 1),
         only_with=PRIVATE,
     )
     clip: float = option(
         1.0,
         "Largest norm of a block's gradient (example) or of an update (client, local). A longer"
         " vector is scaled down to this norm before the noise is added.",
-        allowed=above(0),
+        allowed=between(1e-6, 10**6),
     )
     participations: int | None = option(
         None,
         "Largest number of participations of one client: releases with privacy=client, jobs"
         " otherwise. null means as many as the rounds need.",
-        allowed=at_least(1),
+        allowed=between(1, MOST),
     )
     engine: str = option(
         "bookkeeping",
@@ -85,14 +85,16 @@ class PrivacyOptions(Group):
         "Number of consecutive releases whose noise is correlated (matrix factorisation), so that"
         " later noise cancels a part of earlier noise.",
         unit="releases",
-        allowed=Allowed("at least 1 (1 = independent noise)", lambda value: value >= 1),
+        allowed=Allowed(
+            f"from 1 (independent noise) to {MOST_BANDS}", lambda value: 1 <= value <= MOST_BANDS
+        ),
         only_with=("client",),
     )
     separation: int = option(
         1,
         "Smallest number of versions between two updates of the same client.",
         unit="versions",
-        allowed=at_least(1, "version"),
+        allowed=between(1, MOST),
         only_with=("client",),
     )
     single: bool = option(
