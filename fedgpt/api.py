@@ -151,20 +151,20 @@ class Run:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The run's tokenizer: `encode(text)` gives ids, `decode(ids)` text."""
-        from fedgpt.config import compose
-        from fedgpt.data.prepare import prepare
-        from fedgpt.data.tokenizer import load_tokenizer, make_tokenizer
+        """The run's tokenizer: `encode(text)` gives ids, `decode(ids)` text.
 
-        # an export writes this file after the others that load_tokenizer reads
-        if (self.folder / "model" / "tokenizer.json").is_file():
-            return load_tokenizer(self.folder / "model")
+        Needs no text, except for a run that began with a version of fedgpt that did not keep the
+        tokenizer in the run's folder. Raises FedGPTError if it is not the one that the run began
+        with.
+        """
+        from fedgpt.config import compose
+        from fedgpt.storage.checkpoint import Checkpoints
+        from fedgpt.storage.content import run_tokenizer
+
         options = compose.of_run(self.folder, reading=True)
-        if options.tokenizer.name == "bytes":  # the same for every text
-            return make_tokenizer(options.tokenizer, ())
-        return prepare(
-            options.corpus, options.tokenizer, options.cache_dir, options.trusted_packages
-        ).tokenizer
+        folder = self.folder / "checkpoints"
+        identity = Checkpoints(folder, options.checkpoint.keep).identity()
+        return run_tokenizer(options, {} if identity is None else identity.environment)
 
     @cached_property
     def model(self) -> GPT:

@@ -37,6 +37,9 @@ class Plan:
     cached_version: int = -1
     # digest of the frozen weights that the client must have (core/flat.py); "": none are frozen
     base_digest: str = ""
+    # digest of the text that the client's shard must be a part of; "": unknown, in runs that began
+    # with an earlier version of fedgpt
+    text_digest: str = ""
 
 
 # Plan's fields with other names in messages and checkpoints: the names of earlier versions of
@@ -47,8 +50,9 @@ WIRE = {"local_steps": "steps", "state_job": "state", "cached_version": "held"}
 def plan_as_json(plan: Plan) -> dict[str, Any]:
     """A plan as JSON values, for messages and checkpoints."""
     about = {WIRE.get(name, name): value for name, value in asdict(plan).items()}
-    if not plan.base_digest:  # a client of an earlier version does not accept the field
-        del about["base_digest"]
+    for name in ("base_digest", "text_digest"):
+        if not about[name]:  # a client of an earlier version does not accept the field
+            del about[name]
     return about
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
-from fedgpt.config.compose import refuse_another_run
+from fedgpt.config.compose import changed_options, refuse_another_run
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import RunOptions
 from fedgpt.core.resources import Resources, resources_for
 from fedgpt.core.runtimes import runtime_of
 from fedgpt.data.shards import load_shards
 from fedgpt.flower.failure import FAILURE_FILE
+from fedgpt.storage.resume import checked_content
 
 FLOWER_ENV = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -31,7 +33,10 @@ def launch(options: RunOptions) -> None:
     refuse_another_run(options)
     for name, value in FLOWER_ENV.items():
         os.environ.setdefault(name, value)
-    clients = len(load_shards(options)[1])
+    prepared, shards = load_shards(options)
+    clients = len(shards)
+    # before any process is started
+    checked_content(options, prepared, partial(changed_options, options=options))
     runtime = runtime_of(options)
     # the number of natural clients was not known when the options were checked
     if problems := list(runtime.problems(options, clients)):

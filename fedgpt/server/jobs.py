@@ -68,6 +68,7 @@ class JobPlanner:
             cached_version=-1 if deltas is None else cached,
             seconds=0.0 if parts.fleet is None else steps * parts.fleet.step_seconds(client),
             base_digest=self.identity.environment.get("base", ""),
+            text_digest=self.identity.environment.get("text", ""),
         )
         return Job(client, number, start.version, start.params, plan, now, deltas or ())
 
@@ -83,6 +84,7 @@ class JobPlanner:
             local_steps=options.local.steps,
             state_job=version - 1,
             keep=tuple(range(oldest, version)),
+            text_digest=self.identity.environment.get("text", ""),
         )
         return Job("", version, version, state.params, plan)
 

@@ -10,6 +10,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fedgpt.core.errors import FedGPTError
+from fedgpt.data.tokenizer import Tokenizer
+from fedgpt.storage.content import TOKENIZER, kept_tokenizer
 
 
 class RunFolder:
@@ -54,6 +56,12 @@ class RunFolder:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def keep_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Write a run's tokenizer into its folder, unless the folder has it."""
+    if (kept := kept_tokenizer(folder)) is None or kept.digest != tokenizer.digest:
+        tokenizer.save(folder / TOKENIZER)
 
 
 class JsonLines:
