@@ -51,15 +51,20 @@ def run(*overrides: str) -> Run:
         raise ConfigError(
             f"fedgpt.run({wrong[0]!r}): takes options as on the command line, as in run('rounds=5')"
         )
-    options = resumed(overrides) or compose.load(overrides)
-    launch(options)
+    if found := resumed(overrides):
+        options, more = found
+        launch(options, more=more)
+    else:
+        options = compose.load(overrides)
+        launch(options, dated=not any(o.startswith("run_dir=") for o in overrides))
     return Run(options.run_dir)
 
 
-def resumed(arguments: Sequence[str]) -> RunOptions | None:
+def resumed(arguments: Sequence[str]) -> tuple[RunOptions, dict[str, int]] | None:
     """Return the options of the run that `resume=FOLDER` names, or None without `resume`.
 
-    Raises ConfigError if there are other options, or if FOLDER is not a run's folder.
+    Also returns which of them were raised (`rounds=` or `tokens=`). Raises ConfigError if there are
+    other options, or if FOLDER is not a run's folder.
     """
     from fedgpt.config import compose
 
@@ -67,13 +72,36 @@ def resumed(arguments: Sequence[str]) -> RunOptions | None:
     if resume is None:
         return None
     folder = resume.removeprefix("resume=")
-    if len(arguments) > 1:
+    typed = dict(a.split("=", 1) if "=" in a else (a, "") for a in arguments if a != resume)
+    if not typed.keys() <= set(compose.LENGTH):
         raise ConfigError(
-            f"{resume}: stands alone, because the folder contains the run's options; to train a"
-            f" finished run further, start another from its weights: init_from={folder or 'FOLDER'}"
-            " run_dir=NEW"
+            f"{resume}: stands alone, because the folder contains the run's options, of which only"
+            " rounds= or tokens= can be raised; to train a finished run further with other options,"
+            f" start another from its weights: init_from={folder or 'FOLDER'} run_dir=NEW"
         )
-    return compose.of_run(_found(folder, resume))
+    options = compose.of_run(_found(folder, resume))
+    more = {
+        name: number
+        for name, number in compose.raised(options, typed).items()
+        if number > getattr(options, name)
+    }
+    for name, number in more.items():
+        print(longer_text(options, name, number), flush=True)
+        setattr(options, name, number)
+    return options, more
+
+
+def longer_text(options: RunOptions, name: str, number: int) -> str:
+    """What a raised length changes."""
+    local, old = options.local, getattr(options, name)
+    text = f"the run goes on to {name}={number} instead of {old}"
+    if local.warmup == 0 and local.min_lr == local.lr:
+        return text
+    return (
+        f"{text}. Its learning rate is from here on that of a run of {number} {name}, because"
+        " warm-up and cosine follow the length of the run. Only with local.warmup=0 and"
+        " local.min_lr equal to local.lr does it get the bits of such a run"
+    )
 
 
 def open_run(folder: str | Path, best: bool = False) -> Run:
@@ -94,7 +122,11 @@ def _found(folder: str | Path, typed: str) -> Path:
     An empty name is refused: as a path it would mean the current folder.
     """
     path = Path(folder).expanduser()
-    if not str(folder) or not (path / "config.yaml").is_file():
+    try:
+        is_run = bool(str(folder)) and (path / "config.yaml").is_file()
+    except OSError as error:  # such as a folder of another user
+        raise ConfigError(f"{typed}: cannot be read ({error.strerror})") from error
+    if not is_run:
         raise ConfigError(f"{typed}: is not a run's folder (no config.yaml); name one in runs/")
     return path
 

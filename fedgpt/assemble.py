@@ -12,7 +12,7 @@ import secrets
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from fedgpt.config.compose import (
     flat_options,
     refuse_another_run,
     to_yaml,
+    with_length,
 )
 from fedgpt.core.errors import ConfigError, Unwritten
 from fedgpt.core.files import write_text
@@ -180,13 +181,16 @@ def _snapshot(setting: Setting) -> Snapshot:
         params = initial_weights(options, setting.prepared.tokenizer)
         return Snapshot(ServerState(params), identity, first_line())
 
-    return open_or_resume(
+    snapshot = open_or_resume(
         setting.folder,
         options,
         start,
         partial(changed_options, options=options),
         setting.environment,
     )
+    identity = snapshot.identity
+    identity = replace(identity, options=with_length(identity.options, options))
+    return replace(snapshot, identity=identity)
 
 
 def _strategy(setting: Setting, network: Network) -> Strategy:

@@ -88,7 +88,8 @@ class GridTransport:
         self._nodes = {info.id: node for node, info in infos.items()}
         if len(self._nodes) != len(infos):
             raise FedGPTError(
-                "two nodes reported the same client id; give every node its own partition-id"
+                "two nodes reported the same client id; give every node its own"
+                " --node-config partition-id"
             )
         return sorted(infos.values(), key=lambda info: info.id)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from fedgpt.config.compose import changed_options, refuse_another_run
+from fedgpt.config.compose import changed_options, extend_run, refuse_another_run
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import RunOptions
 from fedgpt.core.resources import Resources, resources_for
@@ -15,6 +16,7 @@ from fedgpt.core.runtimes import runtime_of
 from fedgpt.data.shards import load_shards
 from fedgpt.flower.failure import FAILURE_FILE
 from fedgpt.storage.resume import checked_content
+from fedgpt.storage.run_folder import made_folder
 
 FLOWER_ENV = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -28,15 +30,28 @@ FLOWER_ENV = {
 KEEP_HEAP = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(4 << 30)}
 
 
-def launch(options: RunOptions) -> None:
-    """Run `options` to the end; raises the error with which the run fails, if any."""
-    refuse_another_run(options)
+def launch(options: RunOptions, dated: bool = False, more: Mapping[str, int] | None = None) -> None:
+    """Run `options` to the end; raises the error with which the run fails, if any.
+
+    With `dated` nobody chose the name of the run's folder: if it exists, `options.run_dir` becomes
+    another name. `more`: options to be raised in the existing run, such as {"rounds": 6}.
+    """
+    if not more and not dated:
+        refuse_another_run(options)
+    with made_folder(options.run_dir, dated) as folder:
+        options.run_dir = str(folder)
+        _launch(options, more or {})
+
+
+def _launch(options: RunOptions, more: Mapping[str, int]) -> None:
     for name, value in FLOWER_ENV.items():
         os.environ.setdefault(name, value)
     prepared, shards = load_shards(options)
     clients = len(shards)
     # before any process is started
     checked_content(options, prepared, partial(changed_options, options=options))
+    if more:
+        extend_run(options)
     runtime = runtime_of(options)
     # the number of natural clients was not known when the options were checked
     if problems := list(runtime.problems(options, clients)):
