@@ -72,7 +72,8 @@ def resumed(arguments: Sequence[str]) -> tuple[RunOptions, dict[str, int]] | Non
     if resume is None:
         return None
     folder = resume.removeprefix("resume=")
-    typed = dict(a.split("=", 1) if "=" in a else (a, "") for a in arguments if a != resume)
+    parts = [a.partition("=") for a in arguments if a != resume]
+    typed = {name: value for name, _, value in parts}
     if not typed.keys() <= set(compose.LENGTH):
         raise ConfigError(
             f"{resume}: stands alone, because the folder contains the run's options, of which only"
@@ -179,7 +180,7 @@ class Run:
         """
         from fedgpt.storage.run_folder import read_lines
 
-        return list(read_lines(self.folder / "metrics.jsonl"))
+        return list(read_lines(self.folder / "metrics.jsonl", "version"))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
@@ -227,7 +228,13 @@ class Run:
                 f" resume={self.folder}"
             )
         model = build_model(options.model, self.tokenizer.vocab_size, self._base(options)).eval()
-        np.copyto(flatten(model)[1].numpy(), params)
+        vector = flatten(model)[1].numpy()
+        if vector.shape != params.shape:
+            raise FedGPTError(
+                f"{self.folder}/config.yaml: describes another model ({vector.size} parameters)"
+                f" than the checkpoints contain ({params.size}); restore that file"
+            )
+        np.copyto(vector, params)
         return model
 
     def _base(self, options: RunOptions) -> dict[str, Tensor]:

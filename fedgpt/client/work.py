@@ -86,13 +86,13 @@ class ClientWork:
         client, TextChanged if this process has prepared other text than the run's, and FedGPTError
         if this client's frozen weights are not the run's.
         """
-        self._check_text(job.plan.text_digest)
+        self._check_text(job.plan.digests.get("text", ""))
         shard = self.shards[index]
         if shard.client != job.client:
             raise ValueError(
                 f"the job is for client {job.client!r}, partition {index} is {shard.client!r}"
             )
-        self._check_base(job.plan.base_digest)
+        self._check_base(job.plan.digests.get("base", ""))
         job = self._received(job)
         began = time.monotonic()
         lies = index < self.options.attack.clients
@@ -107,7 +107,7 @@ class ClientWork:
 
     def train_root(self, job: Job) -> Update:
         """The server's own update: the same training on the public text."""
-        self._check_text(job.plan.text_digest)
+        self._check_text(job.plan.digests.get("text", ""))
         text = part_text(self.prepared, PUBLIC)
         update, state = self._trained(job, ROOT, text, self._state(job, ROOT))
         self._keep(job, ROOT, state)

@@ -21,7 +21,6 @@ from fedgpt.aggregate.base import Strategy
 from fedgpt.config import checks, overrides
 from fedgpt.core import members, targets
 from fedgpt.core.errors import ConfigError
-from fedgpt.core.files import write_text
 from fedgpt.core.options import RunOptions, StrategyOptions, TaskOptions
 from fedgpt.core.options.option import dotted
 from fedgpt.core.runtimes import runtime_problems
@@ -30,7 +29,6 @@ from fedgpt.privacy.problems import Rule, privacy_problems
 from fedgpt.report.trackers import tracker_problems
 from fedgpt.server.pacing import make_pace
 from fedgpt.simulate.replay import replay_problems
-from fedgpt.storage.run_folder import RunFolder
 
 TRUSTED = ("fedgpt.aggregate", "flwr.serverapp.strategy")
 LENGTH = ("rounds", "tokens")  # options that may be raised when a run is resumed
@@ -154,7 +152,7 @@ def from_yaml(text: str, reading: bool = False) -> RunOptions:
 def _mapping(text: str) -> DictConfig:
     try:
         cfg = OmegaConf.create(text)
-    except (OmegaConfBaseException, YAMLError) as error:
+    except (OmegaConfBaseException, YAMLError, AssertionError) as error:  # a number: AssertionError
         raise ConfigError(f"configuration: is not YAML ({overrides.first_line(error)})") from error
     if not isinstance(cfg, DictConfig) or not cfg:
         raise ConfigError("configuration: is not a YAML mapping of options to values")
@@ -234,18 +232,6 @@ def raised(options: RunOptions, typed: Mapping[str, str]) -> dict[str, int]:
     if problems:
         raise ConfigError(problems)
     return more
-
-
-def extend_run(options: RunOptions) -> None:
-    """Write a raised length of the run in `run_dir` into its config.yaml.
-
-    A kill at any moment leaves the old length or the new one. Raises FedGPTError while another
-    process runs in this folder.
-    """
-    with RunFolder(options.run_dir) as folder:
-        # first, because a run with summary.json is complete
-        (folder.path / "summary.json").unlink(missing_ok=True)
-        write_text(folder.path / "config.yaml", to_yaml(options))
 
 
 def with_length(before: Mapping[str, Any], options: RunOptions) -> dict[str, Any]:

@@ -8,15 +8,16 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from fedgpt.config.compose import changed_options, extend_run, refuse_another_run
+from fedgpt.config.compose import changed_options, refuse_another_run, to_yaml
 from fedgpt.core.errors import ConfigError
+from fedgpt.core.files import write_text
 from fedgpt.core.options import RunOptions
 from fedgpt.core.resources import Resources, resources_for
 from fedgpt.core.runtimes import runtime_of
 from fedgpt.data.shards import load_shards
 from fedgpt.flower.failure import FAILURE_FILE
 from fedgpt.storage.resume import checked_content
-from fedgpt.storage.run_folder import made_folder
+from fedgpt.storage.run_folder import RunFolder, made_folder
 
 FLOWER_ENV = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -51,13 +52,25 @@ def _launch(options: RunOptions, more: Mapping[str, int]) -> None:
     # before any process is started
     checked_content(options, prepared, partial(changed_options, options=options))
     if more:
-        extend_run(options)
+        _extend(options)
     runtime = runtime_of(options)
     # the number of natural clients was not known when the options were checked
     if problems := list(runtime.problems(options, clients)):
         raise ConfigError(problems)
     resources = resources_for(options, clients)
     runtime.start(options, clients, resources, client_environment(options, resources))
+
+
+def _extend(options: RunOptions) -> None:
+    """Write a raised length of the run in `run_dir` into its config.yaml.
+
+    A kill at any moment leaves the old length or the new one. Raises FedGPTError while another
+    process runs in this folder.
+    """
+    with RunFolder(options.run_dir) as folder:
+        # first, because a run with summary.json is complete
+        (folder.path / "summary.json").unlink(missing_ok=True)
+        write_text(folder.path / "config.yaml", to_yaml(options))
 
 
 def client_environment(options: RunOptions, resources: Resources) -> dict[str, str]:

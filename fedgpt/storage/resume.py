@@ -84,7 +84,7 @@ def events_until(version: int, events: Sequence[dict[str, Any]]) -> Sequence[dic
     ends = [
         i
         for i, event in enumerate(events)
-        if event["event"] == "version" and event["version"] == version
+        if event["event"] == "version" and event.get("version") == version
     ]
     return events[: ends[-1] + 1] if ends else []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,8 @@ from filelock import FileLock, Timeout
 from fedgpt.core.errors import ConfigError, FedGPTError, Unwritten
 from fedgpt.data.tokenizer import Tokenizer
 from fedgpt.storage.content import TOKENIZER, kept_tokenizer
+
+log = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -34,8 +37,8 @@ class RunFolder:
             ) from None
         except OSError as error:  # Timeout is one, too
             raise _unusable(self.path, error) from error
-        self.metrics = JsonLines(self.path / "metrics.jsonl")
-        self.events = JsonLines(self.path / "events.jsonl")
+        self.metrics = JsonLines(self.path / "metrics.jsonl", "version")
+        self.events = JsonLines(self.path / "events.jsonl", "event")
 
     @property
     def checkpoints(self) -> Path:
@@ -128,8 +131,9 @@ def keep_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
 class JsonLines:
     """A file with one JSON object per line, appended one at a time."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, key: str = ""):
+        """Every record has `key`; one without it is damaged."""
+        self.path, self._key = path, key
         self._stream = None
 
     def append(self, record: dict[str, Any]) -> None:
@@ -143,7 +147,7 @@ class JsonLines:
 
     def read(self) -> list[dict[str, Any]]:
         """All complete records; a line that a crash truncated is skipped."""
-        return list(read_lines(self.path))
+        return list(read_lines(self.path, self._key))
 
     def keep(self, records: Iterable[dict[str, Any]]) -> None:
         """Replace the file's content; a resumed run deletes the records that it will write
@@ -163,12 +167,23 @@ class JsonLines:
             stream.close()
 
 
-def read_lines(path: Path) -> Iterable[dict[str, Any]]:
-    """Complete records of a JSON-lines file; none if the file does not exist."""
+def read_lines(path: Path, key: str = "") -> Iterable[dict[str, Any]]:
+    """Complete records of a JSON-lines file; none if the file does not exist.
+
+    Every record has `key`. A last line that a crash truncated is skipped. Any other damage ends
+    the records, with a warning.
+    """
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
+            record = json.loads(line.decode())
+        except ValueError:
+            record = None
+        if isinstance(record, dict) and (not key or key in record):
+            yield record
+            continue
+        if number < len(lines):
+            log.warning("%s: line %d is damaged; it and all later ones are ignored", path, number)
+        return

@@ -158,7 +158,7 @@ def test_a_client_that_prepares_other_text_refuses_its_job(tmp_path):
     work = ClientWork(options, str(tmp_path / "state"))
     digest = text_digest(work.prepared)
     params = initial_weights(options, work.prepared.tokenizer)
-    plan = Plan("r", 1, 0, 10, 100, text_digest=digest)
+    plan = Plan("r", 1, 0, 10, 100, digests={"text": digest})
     job = Job("ann", 0, 0, params, plan)
     before = work.train(job, 0)[1].copy()
     write_other_text(tmp_path / "text")
