@@ -51,15 +51,20 @@ def run(*overrides: str) -> Run:
         raise ConfigError(
             f"fedgpt.run({wrong[0]!r}): takes options as on the command line, as in run('rounds=5')"
         )
-    options = resumed(overrides) or compose.load(overrides)
-    launch(options)
+    if found := resumed(overrides):
+        options, more = found
+        launch(options, more=more)
+    else:
+        options = compose.load(overrides)
+        launch(options, dated=not any(o.startswith("run_dir=") for o in overrides))
     return Run(options.run_dir)
 
 
-def resumed(arguments: Sequence[str]) -> RunOptions | None:
+def resumed(arguments: Sequence[str]) -> tuple[RunOptions, dict[str, int]] | None:
     """Return the options of the run that `resume=FOLDER` names, or None without `resume`.
 
-    Raises ConfigError if there are other options, or if FOLDER is not a run's folder.
+    Also returns which of them were raised (`rounds=` or `tokens=`). Raises ConfigError if there are
+    other options, or if FOLDER is not a run's folder.
     """
     from fedgpt.config import compose
 
@@ -67,13 +72,37 @@ def resumed(arguments: Sequence[str]) -> RunOptions | None:
     if resume is None:
         return None
     folder = resume.removeprefix("resume=")
-    if len(arguments) > 1:
+    parts = [a.partition("=") for a in arguments if a != resume]
+    typed = {name: value for name, _, value in parts}
+    if not typed.keys() <= set(compose.LENGTH):
         raise ConfigError(
-            f"{resume}: stands alone, because the folder contains the run's options; to train a"
-            f" finished run further, start another from its weights: init_from={folder or 'FOLDER'}"
-            " run_dir=NEW"
+            f"{resume}: stands alone, because the folder contains the run's options, of which only"
+            " rounds= or tokens= can be raised; to train a finished run further with other options,"
+            f" start another from its weights: init_from={folder or 'FOLDER'} run_dir=NEW"
         )
-    return compose.of_run(_found(folder, resume))
+    options = compose.of_run(_found(folder, resume))
+    more = {
+        name: number
+        for name, number in compose.raised(options, typed).items()
+        if number > getattr(options, name)
+    }
+    for name, number in more.items():
+        print(longer_text(options, name, number), flush=True)
+        setattr(options, name, number)
+    return options, more
+
+
+def longer_text(options: RunOptions, name: str, number: int) -> str:
+    """What a raised length changes."""
+    local, old = options.local, getattr(options, name)
+    text = f"the run goes on to {name}={number} instead of {old}"
+    if local.warmup == 0 and local.min_lr == local.lr:
+        return text
+    return (
+        f"{text}. Its learning rate is from here on that of a run of {number} {name}, because"
+        " warm-up and cosine follow the length of the run. Only with local.warmup=0 and"
+        " local.min_lr equal to local.lr does it get the bits of such a run"
+    )
 
 
 def open_run(folder: str | Path, best: bool = False) -> Run:
@@ -94,7 +123,11 @@ def _found(folder: str | Path, typed: str) -> Path:
     An empty name is refused: as a path it would mean the current folder.
     """
     path = Path(folder).expanduser()
-    if not str(folder) or not (path / "config.yaml").is_file():
+    try:
+        is_run = bool(str(folder)) and (path / "config.yaml").is_file()
+    except OSError as error:  # such as a folder of another user
+        raise ConfigError(f"{typed}: cannot be read ({error.strerror})") from error
+    if not is_run:
         raise ConfigError(f"{typed}: is not a run's folder (no config.yaml); name one in runs/")
     return path
 
@@ -147,24 +180,24 @@ class Run:
         """
         from fedgpt.storage.run_folder import read_lines
 
-        return list(read_lines(self.folder / "metrics.jsonl"))
+        return list(read_lines(self.folder / "metrics.jsonl", "version"))
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The run's tokenizer: `encode(text)` gives ids, `decode(ids)` text."""
-        from fedgpt.config import compose
-        from fedgpt.data.prepare import prepare
-        from fedgpt.data.tokenizer import load_tokenizer, make_tokenizer
+        """The run's tokenizer: `encode(text)` gives ids, `decode(ids)` text.
 
-        # an export writes this file after the others that load_tokenizer reads
-        if (self.folder / "model" / "tokenizer.json").is_file():
-            return load_tokenizer(self.folder / "model")
+        Needs no text, except for a run that began with a version of fedgpt that did not keep the
+        tokenizer in the run's folder. Raises FedGPTError if it is not the one that the run began
+        with.
+        """
+        from fedgpt.config import compose
+        from fedgpt.storage.checkpoint import Checkpoints
+        from fedgpt.storage.content import run_tokenizer
+
         options = compose.of_run(self.folder, reading=True)
-        if options.tokenizer.name == "bytes":  # the same for every text
-            return make_tokenizer(options.tokenizer, ())
-        return prepare(
-            options.corpus, options.tokenizer, options.cache_dir, options.trusted_packages
-        ).tokenizer
+        folder = self.folder / "checkpoints"
+        identity = Checkpoints(folder, options.checkpoint.keep).identity()
+        return run_tokenizer(options, {} if identity is None else identity.environment)
 
     @cached_property
     def model(self) -> GPT:
@@ -195,7 +228,13 @@ class Run:
                 f" resume={self.folder}"
             )
         model = build_model(options.model, self.tokenizer.vocab_size, self._base(options)).eval()
-        np.copyto(flatten(model)[1].numpy(), params)
+        vector = flatten(model)[1].numpy()
+        if vector.shape != params.shape:
+            raise FedGPTError(
+                f"{self.folder}/config.yaml: describes another model ({vector.size} parameters)"
+                f" than the checkpoints contain ({params.size}); restore that file"
+            )
+        np.copyto(vector, params)
         return model
 
     def _base(self, options: RunOptions) -> dict[str, Tensor]:

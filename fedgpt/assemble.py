@@ -12,7 +12,7 @@ import secrets
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from fedgpt.config.compose import (
     flat_options,
     refuse_another_run,
     to_yaml,
+    with_length,
 )
 from fedgpt.core.errors import ConfigError, Unwritten
 from fedgpt.core.files import write_text
@@ -57,8 +58,8 @@ from fedgpt.simulate.virtual_clock import VirtualTransport, make_timing
 from fedgpt.storage.checkpoint import Snapshot
 from fedgpt.storage.initial_weights import base_weights, initial_weights
 from fedgpt.storage.journal import Journal, RecordedTransport, needs_journal
-from fedgpt.storage.resume import open_or_resume
-from fedgpt.storage.run_folder import RunFolder
+from fedgpt.storage.resume import checked_content, open_or_resume
+from fedgpt.storage.run_folder import RunFolder, keep_tokenizer
 from fedgpt.storage.tables import RunIdentity
 from fedgpt.tasks.base import make_task
 
@@ -70,8 +71,8 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 class Network:
     """The network between the server and its clients."""
 
-    # (shards, digest of the prepared text, seconds on the run's clock) -> a transport
-    connect: Callable[[Sequence[Shard], str, float], Transport]
+    # (shards, prepared text, seconds on the run's clock) -> a transport
+    connect: Callable[[Sequence[Shard], Prepared, float], Transport]
     # makes a Strategy of an object of another framework
     adapt: Callable[[Any], Strategy]
     versions: Mapping[str, str]  # versions of libraries, on which bit-identity depends
@@ -113,14 +114,16 @@ def _serve(setting: Setting, network: Network) -> dict[str, Any]:
     snapshot = _snapshot(setting)
     names, resumed_at = evaluation.scoring.names, snapshot.state.version
     trackers = make_trackers(options, folder.path, resumed_at, names)
-    _claim(folder, options)  # after all checks that can refuse the run
+    _claim(setting)  # after all checks that can refuse the run
     switches, pacing = strategy.switches, snapshot.totals.pacing or None
     score = evaluation.scoring.score.name
     display = ProgressDisplay(options, switches=switches, pacing=pacing, score=score)
     display.say(_opening(setting, snapshot, evaluation.held_out.tokens))
     if setting.statement:
         display.say(privacy_text(setting.statement))
-    environment = json.dumps(dict(setting.environment), indent=2)
+    # without the digest of the clients' text, with which a guess of the text could be confirmed
+    public = {name: value for name, value in setting.environment.items() if name != "text"}
+    environment = json.dumps(public, indent=2)
     write_text(folder.path / "environment.json", environment + "\n")
     parts = _parts(setting, network, strategy, evaluation, snapshot)
     with display:
@@ -142,8 +145,10 @@ def _setting(options: RunOptions, folder: RunFolder, network: Network) -> Settin
     if options.privacy.unit != "none":
         plan = make_plan(options, [shard.size for shard in shards])
     promise = statement(options, plan, len(shards)) if plan else {}
+    # before weights are read
+    content = checked_content(options, prepared, partial(changed_options, options=options))
+    environment = {**environment_of(resources, network.versions), **content}
     base = base_weights(options, prepared.tokenizer)
-    environment = environment_of(resources, network.versions)
     if base:
         environment["base"] = base_digest(base)
     return Setting(options, folder, prepared, shards, resources, base, environment, plan, promise)
@@ -176,13 +181,16 @@ def _snapshot(setting: Setting) -> Snapshot:
         params = initial_weights(options, setting.prepared.tokenizer)
         return Snapshot(ServerState(params), identity, first_line())
 
-    return open_or_resume(
+    snapshot = open_or_resume(
         setting.folder,
-        options.checkpoint.keep,
+        options,
         start,
         partial(changed_options, options=options),
         setting.environment,
     )
+    identity = snapshot.identity
+    identity = replace(identity, options=with_length(identity.options, options))
+    return replace(snapshot, identity=identity)
 
 
 def _strategy(setting: Setting, network: Network) -> Strategy:
@@ -212,12 +220,14 @@ def _evaluation(setting: Setting) -> CentralEvaluation:
         ) from error
 
 
-def _claim(folder: RunFolder, options: RunOptions) -> None:
-    """Write the run's configuration into a new folder."""
-    path = folder.path / "config.yaml"
+def _claim(setting: Setting) -> None:
+    """Write the run's configuration into a new folder, and its tokenizer unless it has it."""
+    folder = setting.folder.path
+    keep_tokenizer(folder, setting.prepared.tokenizer)
+    path = folder / "config.yaml"
     if not path.exists():
-        write_text(path, to_yaml(options))
-        write_text(folder.path / "command.txt", shlex.join(sys.argv) + "\n")
+        write_text(path, to_yaml(setting.options))
+        write_text(folder / "command.txt", shlex.join(sys.argv) + "\n")
 
 
 def _opening(setting: Setting, snapshot: Snapshot, held_out_tokens: int) -> str:
@@ -256,7 +266,7 @@ def _transport(
 ) -> Transport:
     """The network's transport, wrapped in the virtual clock or the journal if the run has one."""
     options, now = setting.options, snapshot.totals.seconds
-    real = network.connect(setting.shards, setting.prepared.digest, now)
+    real = network.connect(setting.shards, setting.prepared, now)
     if options.clock == "virtual":
         return VirtualTransport(real, make_timing(options), now)
     if needs_journal(options, strategy.switches):

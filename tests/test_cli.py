@@ -236,7 +236,7 @@ def test_dir_shows_lazily_imported_names():
         (["run", "strategy=fedavgg"], "did you mean 'fedavg'"),
         (["run", "-m", "seed=0,x"], "seed=x"),
         (["run", "resume=nowhere"], "is not a run's folder"),
-        (["run", "resume=nowhere", "rounds=3"], "stands alone"),
+        (["run", "resume=nowhere", "seed=3"], "stands alone"),
         (["run", "resume="], "resume=: is not a run's folder"),
         (["run", "--cfg", "job", "-m", "seed=0,1"], "--cfg: prints one configuration"),
         (["run", "--config-dir", "nowhere", "seed=1"], "--config-dir nowhere: no such folder"),

@@ -132,7 +132,8 @@ def check_options(command: str, words: list[str], folder: Path, readme: str) -> 
     parser.add_argument("overrides", nargs="*")
     chosen = parser.parse_intermixed_args(words)
     if any(word.startswith("resume=") for word in chosen.overrides):
-        assert command == "run" and len(words) == 1, f"{words}: resume= stands alone"
+        more = [word for word in chosen.overrides if not word.startswith(("resume=", "rounds="))]
+        assert command == "run" and not more, f"{words}: resume= stands alone"
         return
     for word in chosen.overrides:
         for target in re.findall(r"_target_[=:]([\w.]+)", word):

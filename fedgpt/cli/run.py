@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ HELP = """
   fedgpt run experiment=demo        options for a first complete run
   fedgpt run -m seed=0,1,2          a sweep: one run for each value
   fedgpt run resume=FOLDER          continue a stopped run
+  fedgpt run resume=FOLDER rounds=60
+                                    make a run longer
   fedgpt run --cfg job model=mini   print the configuration only
   fedgpt run --config-dir=DIR model=mine
                                     choices of your own: DIR/model/mine.yaml
@@ -30,8 +33,11 @@ def main(arguments: list[str]) -> int:
     from fedgpt.api import resumed
     from fedgpt.config import compose, overrides
 
-    if options := resumed(arguments):
-        _start(options)
+    if found := resumed(arguments):
+        from fedgpt.flower.launch import launch
+
+        options, more = found
+        launch(options, more=more)
         return 0
     words, config_dir = split_words(arguments)
     sweep = "-m" in arguments or "--multirun" in arguments
@@ -63,14 +69,15 @@ def _hydra(arguments: list[str], quoted: list[str]) -> int:
     def job(cfg: DictConfig) -> float | None:
         sys.argv = ["fedgpt", "run", *arguments]  # content of command.txt
         settings = HydraConfig.get()
-        if settings.mode == RunMode.MULTIRUN and not any(
-            o.startswith("run_dir=") for o in settings.overrides.task
-        ):
-            cfg.run_dir = settings.runtime.output_dir
+        # hydra.job.chdir has no effect: paths are those of the folder where they were typed
+        os.chdir(settings.runtime.cwd)
+        dated = not any(o.startswith("run_dir=") for o in settings.overrides.task)
+        if settings.mode == RunMode.MULTIRUN and dated:
+            cfg.run_dir, dated = settings.runtime.output_dir, False
         if any(isinstance(error, Interrupted) for error in failures):
             return None
         try:
-            return _start(compose.to_options(cfg))
+            return _start(compose.to_options(cfg), dated)
         except FedGPTError as error:
             # Hydra would print a traceback, and a sweep continues after a failed job
             print(f"fedgpt: {error}", file=sys.stderr)
@@ -82,11 +89,11 @@ def _hydra(arguments: list[str], quoted: list[str]) -> int:
     return exit_code(failures[-1]) if failures else 0
 
 
-def _start(options: Any) -> float:
+def _start(options: Any, dated: bool) -> float:
     """Run one configuration; returns the value that Hydra's sweepers minimise."""
     from fedgpt.flower.launch import launch
 
-    launch(options)
+    launch(options, dated)
     return sweep_score(Path(options.run_dir))
 
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
 
-from fedgpt.core.files import replacing
+from fedgpt.core.files import PRIVATE, replacing
 from fedgpt.local.optimizer import Moments
 
 # bytes that are not escaped in a file name
@@ -67,7 +67,7 @@ class ClientStore:
             steps = state.moments.steps
         if state.residual is not None:
             tensors["residual"] = torch.from_numpy(state.residual)
-        with replacing(self._path(number), durable=False) as temporary:
+        with replacing(self._path(number), durable=False, mode=PRIVATE) as temporary:
             save_file(tensors, temporary, metadata={"steps": str(steps)})
 
     def load_model(self, version: int) -> np.ndarray | None:
@@ -84,7 +84,7 @@ class ClientStore:
 
         Later versions are deleted, because a restarted server makes them again.
         """
-        with replacing(self._model(version), durable=False) as temporary:
+        with replacing(self._model(version), durable=False, mode=PRIVATE) as temporary:
             save_numpy({"params": np.ascontiguousarray(params)}, temporary)
         kept = sorted(
             path for path in self.folder.glob("model-*.safetensors") if path <= self._model(version)

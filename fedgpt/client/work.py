@@ -24,7 +24,7 @@ from fedgpt.core.options import RunOptions
 from fedgpt.core.seeds import derive_seed
 from fedgpt.data.partitions.base import Shard
 from fedgpt.data.prepare import PUBLIC, Prepared
-from fedgpt.data.shards import load_shards
+from fedgpt.data.shards import load_shards, text_changed, text_digest
 from fedgpt.data.text import Text, part_text, shard_text
 from fedgpt.local.optimizer import Moments
 from fedgpt.local.trainer import Trainer
@@ -83,14 +83,16 @@ class ClientWork:
 
         The next job reuses the array's memory, so the caller must copy or send the array first. The
         same job gives the same bits in every process. Raises ValueError if the job is for another
-        client, and FedGPTError if this client's frozen weights are not the run's.
+        client, TextChanged if this process has prepared other text than the run's, and FedGPTError
+        if this client's frozen weights are not the run's.
         """
+        self._check_text(job.plan.digests.get("text", ""))
         shard = self.shards[index]
         if shard.client != job.client:
             raise ValueError(
                 f"the job is for client {job.client!r}, partition {index} is {shard.client!r}"
             )
-        self._check_base(job.plan.base_digest)
+        self._check_base(job.plan.digests.get("base", ""))
         job = self._received(job)
         began = time.monotonic()
         lies = index < self.options.attack.clients
@@ -105,10 +107,21 @@ class ClientWork:
 
     def train_root(self, job: Job) -> Update:
         """The server's own update: the same training on the public text."""
+        self._check_text(job.plan.digests.get("text", ""))
         text = part_text(self.prepared, PUBLIC)
         update, state = self._trained(job, ROOT, text, self._state(job, ROOT))
         self._keep(job, ROOT, state)
         return update
+
+    def _check_text(self, expected: str) -> None:
+        """Raise TextChanged if this process has prepared other text than the run's."""
+        try:
+            found = text_digest(self.prepared)
+        except FedGPTError as error:
+            raise text_changed(self.options, str(error)) from error
+        if expected and found != expected:
+            del self._data  # so that the next job reads the text again
+            raise text_changed(self.options, f"digest {expected[:16]} -> {found[:16]}")
 
     def _check_base(self, expected: str) -> None:
         """Raise FedGPTError if the frozen weights differ from the run's: the update would harm all

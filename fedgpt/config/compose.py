@@ -31,6 +31,7 @@ from fedgpt.server.pacing import make_pace
 from fedgpt.simulate.replay import replay_problems
 
 TRUSTED = ("fedgpt.aggregate", "flwr.serverapp.strategy")
+LENGTH = ("rounds", "tokens")  # options that may be raised when a run is resumed
 # options that may change when a run is resumed, because they do not change its result
 FREE = ("cache_dir", "run_dir", "runtime.workers", "track")
 
@@ -151,7 +152,7 @@ def from_yaml(text: str, reading: bool = False) -> RunOptions:
 def _mapping(text: str) -> DictConfig:
     try:
         cfg = OmegaConf.create(text)
-    except (OmegaConfBaseException, YAMLError) as error:
+    except (OmegaConfBaseException, YAMLError, AssertionError) as error:  # a number: AssertionError
         raise ConfigError(f"configuration: is not YAML ({overrides.first_line(error)})") from error
     if not isinstance(cfg, DictConfig) or not cfg:
         raise ConfigError("configuration: is not a YAML mapping of options to values")
@@ -189,11 +190,60 @@ def flat_options(options: RunOptions) -> dict[str, Any]:
 
 def changed_options(before: Mapping[str, Any], options: RunOptions) -> str:
     """Differences between the options of a checkpoint and the current options, as `name: old ->
-    new`. An option that does not exist in an older checkpoint has its default there.
+    new`. An option that does not exist in an older checkpoint has its default there. A run may have
+    become longer, if it is not private.
     """
     now = flat_options(options)
     before = _with_new_options(before)
-    return ", ".join(f"{k}: {before.get(k)} -> {now.get(k)}" for k in _differing(before, now))
+    return ", ".join(
+        f"{k}: {before.get(k)} -> {now.get(k)}"
+        for k in _differing(before, now)
+        if not _is_longer(k, before.get(k), options)
+    )
+
+
+def raised(options: RunOptions, typed: Mapping[str, str]) -> dict[str, int]:
+    """The options of LENGTH in `typed` (name -> text) as numbers, for the run with `options`.
+
+    Raises ConfigError if one of them may not be raised in this run.
+    """
+    more: dict[str, int] = {}
+    problems = []
+    for name, text in typed.items():
+        now, other = getattr(options, name), "rounds" if options.tokens == 0 else "tokens"
+        if options.privacy.unit != "none":
+            problems.append(
+                f"{name}={text}: the noise and the epsilon of this private run were planned for its"
+                f" length ({other}={getattr(options, other)}), so it cannot be made longer; start"
+                " another run with a plan of its own"
+            )
+        elif name != other:
+            problems.append(
+                f"{name}={text}: the length of this run is given by"
+                f" {other}={getattr(options, other)}; raise that option"
+            )
+        elif not text.isascii() or not text.isdigit() or int(text) < now:
+            problems.append(
+                f"{name}={text}: must be a whole number of at least {now}, the length of this run,"
+                " which can only be made longer"
+            )
+        else:
+            more[name] = int(text)
+    if problems:
+        raise ConfigError(problems)
+    return more
+
+
+def with_length(before: Mapping[str, Any], options: RunOptions) -> dict[str, Any]:
+    """The options of a checkpoint, with the length of the run as it is now."""
+    return {**before, **{name: getattr(options, name) for name in LENGTH if name in before}}
+
+
+def _is_longer(name: str, before: Any, options: RunOptions) -> bool:
+    """Whether the run now has a larger length than a checkpoint says, and may have it."""
+    if name not in LENGTH or options.privacy.unit != "none" or not isinstance(before, int):
+        return False
+    return 0 < before < getattr(options, name)
 
 
 def _with_new_options(before: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,6 +43,10 @@ class StoppedEarly(FedGPTError):
     """The run ended before its last version, for the reason in the message (exit code 3)."""
 
 
+class TextChanged(FedGPTError):
+    """The prepared text of a process is not the text that the run began with."""
+
+
 class Interrupted(FedGPTError):
     """The run got SIGINT or SIGTERM, is saved, and can be continued (exit code 130)."""
 

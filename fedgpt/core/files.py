@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
+import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# mode of a file that tells of single clients: only its owner may read it
+PRIVATE = 0o600
+
 
 @contextmanager
-def replacing(path: str | Path, durable: bool = True) -> Iterator[Path]:
+def replacing(path: str | Path, durable: bool = True, mode: int = 0o666) -> Iterator[Path]:
     """Yield a temporary path in the same folder, which is renamed to `path` if the block succeeds.
 
     If `durable`, file and folder are synced (fsync), so that the new content survives a power
-    failure. Otherwise it survives only the end of the process.
+    failure. Otherwise it survives only the end of the process. The file has `mode`, without the
+    bits of the user's umask.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}"
+    # not tempfile.mkstemp, which makes a file that only its owner can read
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    mode = stat.S_IMODE(os.fstat(handle).st_mode)
     os.close(handle)
-    temporary = Path(name)
     try:
         yield temporary
+        temporary.chmod(mode)  # safetensors makes a new file, which only its owner can read
         if durable:
             sync(temporary)
         temporary.replace(path)
@@ -33,9 +41,9 @@ def replacing(path: str | Path, durable: bool = True) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def write_text(path: str | Path, text: str, durable: bool = True) -> None:
+def write_text(path: str | Path, text: str, durable: bool = True, mode: int = 0o666) -> None:
     """Write `text` as UTF-8; a reader sees either the old or the new content."""
-    with replacing(path, durable) as temporary:
+    with replacing(path, durable, mode) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 

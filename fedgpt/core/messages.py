@@ -35,10 +35,12 @@ class Plan:
     delta: float = 0.0  # privacy=example, local: delta of the planned epsilon
     # int8, int4: version that the client has cached, so that only deltas are sent; -1: none
     cached_version: int = -1
-    # digest of the frozen weights that the client must have (core/flat.py); "": none are frozen
-    base_digest: str = ""
+    # what the client must have, as far as the run has it: `base`, the digest of the frozen weights
+    # (core/flat.py); `text`, the digest of the text (data/shards.py)
+    digests: dict[str, str] = field(default_factory=dict)
 
 
+DIGESTS = ("base", "text")  # names in Plan.digests
 # Plan's fields with other names in messages and checkpoints: the names of earlier versions of
 # fedgpt, so that their runs, journals and clients remain compatible.
 WIRE = {"local_steps": "steps", "state_job": "state", "cached_version": "held"}
@@ -47,8 +49,8 @@ WIRE = {"local_steps": "steps", "state_job": "state", "cached_version": "held"}
 def plan_as_json(plan: Plan) -> dict[str, Any]:
     """A plan as JSON values, for messages and checkpoints."""
     about = {WIRE.get(name, name): value for name, value in asdict(plan).items()}
-    if not plan.base_digest:  # a client of an earlier version does not accept the field
-        del about["base_digest"]
+    for name, digest in about.pop("digests").items():
+        about[f"{name}_digest"] = digest
     return about
 
 
@@ -61,7 +63,8 @@ def plan_of_json(about: Mapping[str, Any]) -> Plan:
     """
     fields = {wire: field for field, wire in WIRE.items()}
     named = {fields.get(name, name): value for name, value in about.items()}
-    return Plan(**{**named, "keep": tuple(named["keep"])})
+    digests = {name: named.pop(f"{name}_digest") for name in DIGESTS if f"{name}_digest" in named}
+    return Plan(**{**named, "keep": tuple(named["keep"]), "digests": digests})
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fedgpt.core.errors import FedGPTError, TextChanged
 from fedgpt.core.options import RunOptions
 from fedgpt.data.partition import partition
 from fedgpt.data.partitions.base import Shard
@@ -19,3 +20,32 @@ def load_shards(options: RunOptions) -> tuple[Prepared, list[Shard]]:
     # smallest number of tokens to train on: a sequence, and the target of its last token
     window = options.model.block_size + 1
     return prepared, partition(prepared, options.partition, options.seed, window, trusted)
+
+
+def text_digest(prepared: Prepared) -> str:
+    """Hexadecimal sha256 of owner, id, label and text of all documents."""
+    return str(prepared.manifest["sha256"])
+
+
+def check_text(options: RunOptions, expected: str) -> None:
+    """Prepare the text again; raises TextChanged unless its digest is `expected`."""
+    try:
+        found = text_digest(load_shards(options)[0])
+    except FedGPTError as error:
+        raise text_changed(options, str(error)) from error
+    if found != expected:
+        raise text_changed(options, f"digest {expected[:16]} -> {found[:16]}")
+
+
+def text_changed(options: RunOptions, why: str) -> TextChanged:
+    """The error for text that has changed since the run began."""
+    return TextChanged(
+        f"{source_of(options)}: the text has changed since the run began ({why}); put the earlier"
+        f" text back and continue with: fedgpt run resume={options.run_dir}"
+    )
+
+
+def source_of(options: RunOptions) -> str:
+    """The option that names the text."""
+    path = options.corpus.path
+    return f"corpus.path={path}" if path else f"corpus={options.corpus.name}"

@@ -9,7 +9,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedgpt.client.work import ClientWork
-from fedgpt.core.errors import ConfigError, FedGPTError
+from fedgpt.core.errors import ConfigError, FedGPTError, amount
 from fedgpt.flower.messages import info_content, read_job, refusal_content, update_content
 from fedgpt.flower.run_config import options_of
 
@@ -33,6 +33,7 @@ def query(message: Message, context: Context) -> Message:
     """Answer which client this node is, or why it cannot read the options of the run."""
     try:
         work, index = _work(context)
+        _check_partition(context, len(work.shards))
     except ConfigError as error:
         return Message(refusal_content(error.problems), reply_to=message)
     return Message(info_content(work.info(index), work.prepared.digest), reply_to=message)
@@ -60,4 +61,35 @@ def _work(context: Context) -> tuple[ClientWork, int]:
         root = Path(str(state)) if state else Path(options.cache_dir) / "clients"
         _works.clear()
         _works[key] = ClientWork(options, str(root))
-    return _works[key], int(str(context.node_config["partition-id"]))
+    return _works[key], _number(context, "partition-id")
+
+
+def _check_partition(context: Context, clients: int) -> None:
+    """Raise ConfigError unless the node's configuration names one of the run's clients."""
+    index, count = _number(context, "partition-id"), _number(context, "num-partitions")
+    problems = []
+    if not 0 <= index < clients:
+        problems.append(
+            f"--node-config partition-id={index}: must be from 0 to {clients - 1}, as the run has"
+            f" {amount(clients, 'client')}; start each SuperNode with another of these numbers"
+        )
+    if count != clients:
+        problems.append(
+            f"--node-config num-partitions={count}: the run has {amount(clients, 'client')}; start"
+            f" every SuperNode with num-partitions={clients}, or change partition.clients"
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _number(context: Context, name: str) -> int:
+    """A whole number in the node's configuration; raises ConfigError if it is missing or none."""
+    value = context.node_config.get(name)
+    try:
+        return int(str(value))
+    except ValueError:
+        given = "is missing" if value is None else f"{value!r} is not a whole number"
+        raise ConfigError(
+            f"--node-config {name}: {given}; start the SuperNode with --node-config"
+            " 'partition-id=0 num-partitions=2', for example"
+        ) from None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import httpx
@@ -18,6 +18,7 @@ from fedgpt.core.messages import ClientInfo, Job, JobTime, Reply
 from fedgpt.flower.local_grid import LocalGrid
 from fedgpt.flower.messages import (
     died,
+    has_other_text,
     job_bytes,
     job_content,
     params_record,
@@ -35,12 +36,21 @@ STOP_FILE = "FEDGPT_STOP_FILE"
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class RunText:
+    """The prepared text of a run, which the server and every client must have."""
+
+    digest: str  # of the text and of everything that it was prepared with
+    # raises FedGPTError if the server's own text has changed since
+    check: Callable[[], None] = lambda: None
+
+
 class GridTransport:
     """Sends jobs and receives replies through a Grid's push and pull.
 
     It waits until `expected` clients have connected. `known` maps node ids to clients if the caller
-    knows them (the pool); otherwise every node is queried once. `digest` is the digest of the
-    server's prepared data; each client must have the same data.
+    knows them (the pool); otherwise every node is queried once. `text` is the server's
+    prepared text; each client must have the same.
     """
 
     virtual = False
@@ -49,7 +59,7 @@ class GridTransport:
         self,
         grid: Grid,
         expected: int,
-        digest: str,
+        text: RunText,
         known: dict[int, ClientInfo] | None = None,
         ttl: float | None = None,
         now: float = 0.0,
@@ -60,7 +70,7 @@ class GridTransport:
         self._stop = Path(os.environ[STOP_FILE]) if STOP_FILE in os.environ else None
         self._local = grid if isinstance(grid, LocalGrid) else None
         self.at_once = None if self._local is None else self._local.workers
-        self.grid, self.expected, self.digest, self.ttl = grid, expected, digest, ttl
+        self.grid, self.expected, self.text, self.ttl = grid, expected, text, ttl
         self._nodes: dict[str, int] = {}
         self._known = known
         self._began = time.monotonic() - now
@@ -78,7 +88,8 @@ class GridTransport:
         self._nodes = {info.id: node for node, info in infos.items()}
         if len(self._nodes) != len(infos):
             raise FedGPTError(
-                "two nodes reported the same client id; give every node its own partition-id"
+                "two nodes reported the same client id; give every node its own"
+                " --node-config partition-id"
             )
         return sorted(infos.values(), key=lambda info: info.id)
 
@@ -182,6 +193,9 @@ class GridTransport:
         self._abandoned.discard(message_id)
         if isinstance(message, Exception):
             return [unreadable(job.client, job.number, message)]
+        if has_other_text(message):
+            # only what the server finds itself ends the run: a client may report anything
+            self.text.check()
         if wanted and attempt < ATTEMPTS and died(message):
             log.warning(
                 "client %s job %d is retried: %s", job.client, job.number, message.error.reason
@@ -218,11 +232,11 @@ class GridTransport:
                     continue
                 del waiting[message_id]
                 infos[node], digest = _introduced(message, node)
-                if digest != self.digest:
+                if digest != self.text.digest:
                     raise FedGPTError(
                         f"client {infos[node].id!r} prepared other data ({digest}) than the server"
-                        f" ({self.digest}); corpus, tokenizer and their package versions must be"
-                        " the same"
+                        f" ({self.text.digest}); corpus, tokenizer and their package versions must"
+                        " be the same"
                     )
             if waiting and self.now() > deadline:
                 raise StoppedEarly(

@@ -12,6 +12,7 @@ from flwr.app import Context, Error, Message, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
+from fedgpt.core.errors import FedGPTError
 from fedgpt.core.messages import JobTime
 from fedgpt.flower.local_grid import FIRST_NODE, LocalGrid
 from fedgpt.flower.pool.shared_memory import NdArray
@@ -21,7 +22,7 @@ class InProcessGrid(LocalGrid):
     """Messages queue until `wait` runs the oldest one; so at most one reply is kept at a time.
 
     An exception of the ClientApp becomes an error reply, as on every grid, and its traceback goes
-    to stderr.
+    to stderr unless its message is meant for the user.
     """
 
     workers = 1
@@ -94,7 +95,8 @@ class InProcessGrid(LocalGrid):
         try:
             reply = self._app(message, context)
         except Exception as error:
-            traceback.print_exc()
+            if not isinstance(error, FedGPTError):  # its message says all, and the server shows it
+                traceback.print_exc()
             reason = f"{type(error).__name__}: {error}"
             failure = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason)
             return Message(failure, reply_to=message)

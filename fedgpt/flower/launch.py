@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
-from fedgpt.config.compose import refuse_another_run
+from fedgpt.config.compose import changed_options, refuse_another_run, to_yaml
 from fedgpt.core.errors import ConfigError
+from fedgpt.core.files import write_text
 from fedgpt.core.options import RunOptions
 from fedgpt.core.resources import Resources, resources_for
 from fedgpt.core.runtimes import runtime_of
 from fedgpt.data.shards import load_shards
 from fedgpt.flower.failure import FAILURE_FILE
+from fedgpt.storage.resume import checked_content
+from fedgpt.storage.run_folder import RunFolder, made_folder
 
 FLOWER_ENV = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -26,18 +31,46 @@ FLOWER_ENV = {
 KEEP_HEAP = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(4 << 30)}
 
 
-def launch(options: RunOptions) -> None:
-    """Run `options` to the end; raises the error with which the run fails, if any."""
-    refuse_another_run(options)
+def launch(options: RunOptions, dated: bool = False, more: Mapping[str, int] | None = None) -> None:
+    """Run `options` to the end; raises the error with which the run fails, if any.
+
+    With `dated` nobody chose the name of the run's folder: if it exists, `options.run_dir` becomes
+    another name. `more`: options to be raised in the existing run, such as {"rounds": 6}.
+    """
+    if not more and not dated:
+        refuse_another_run(options)
+    with made_folder(options.run_dir, dated) as folder:
+        options.run_dir = str(folder)
+        _launch(options, more or {})
+
+
+def _launch(options: RunOptions, more: Mapping[str, int]) -> None:
     for name, value in FLOWER_ENV.items():
         os.environ.setdefault(name, value)
-    clients = len(load_shards(options)[1])
+    prepared, shards = load_shards(options)
+    clients = len(shards)
+    # before any process is started
+    checked_content(options, prepared, partial(changed_options, options=options))
+    if more:
+        _extend(options)
     runtime = runtime_of(options)
     # the number of natural clients was not known when the options were checked
     if problems := list(runtime.problems(options, clients)):
         raise ConfigError(problems)
     resources = resources_for(options, clients)
     runtime.start(options, clients, resources, client_environment(options, resources))
+
+
+def _extend(options: RunOptions) -> None:
+    """Write a raised length of the run in `run_dir` into its config.yaml.
+
+    A kill at any moment leaves the old length or the new one. Raises FedGPTError while another
+    process runs in this folder.
+    """
+    with RunFolder(options.run_dir) as folder:
+        # first, because a run with summary.json is complete
+        (folder.path / "summary.json").unlink(missing_ok=True)
+        write_text(folder.path / "config.yaml", to_yaml(options))
 
 
 def client_environment(options: RunOptions, resources: Resources) -> dict[str, str]:

@@ -13,7 +13,7 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode, SType
 
-from fedgpt.core.errors import ConfigError, UpdateRejected
+from fedgpt.core.errors import ConfigError, TextChanged, UpdateRejected
 from fedgpt.core.messages import ClientInfo, Job, Reply, plan_as_json, plan_of_json
 from fedgpt.flower.pool.shared_memory import NdArray, array_record
 from fedgpt.update.codecs.bf16 import BF16
@@ -96,6 +96,11 @@ def unreadable(client: str, number: int, error: Exception) -> Reply:
 def died(message: Message) -> bool:
     """Whether a reply reports that the client's process ended during the job."""
     return message.has_error() and message.error.code == ErrorCode.CLIENT_APP_CRASHED
+
+
+def has_other_text(message: Message) -> bool:
+    """Whether a reply reports that the client has other text than the run began with."""
+    return message.has_error() and TextChanged.__name__ in str(message.error.reason)
 
 
 def info_content(info: ClientInfo, digest: str) -> RecordDict:

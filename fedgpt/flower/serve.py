@@ -14,7 +14,9 @@ from fedgpt.core.messages import ClientInfo
 from fedgpt.core.options import RunOptions
 from fedgpt.core.transport import Transport
 from fedgpt.data.partition import Shard
-from fedgpt.flower.grid_transport import GridTransport
+from fedgpt.data.prepare import Prepared
+from fedgpt.data.shards import check_text, text_changed, text_digest
+from fedgpt.flower.grid_transport import GridTransport, RunText
 from fedgpt.flower.local_grid import LocalGrid
 from fedgpt.flower.strategy_adapter import FlowerStrategy
 
@@ -30,13 +32,17 @@ def serve(options: RunOptions, grid: Grid) -> dict[str, Any]:
 
 
 def _connect(
-    options: RunOptions, grid: Grid, shards: Sequence[Shard], digest: str, now: float
+    options: RunOptions, grid: Grid, shards: Sequence[Shard], prepared: Prepared, now: float
 ) -> Transport:
     """Connect to the clients: a local grid knows them by partition, other nodes are queried."""
     known = None
     if isinstance(grid, LocalGrid):
+        if grid.num_clients != len(shards):  # it was made for the text of a moment ago
+            raise text_changed(options, f"{grid.num_clients} -> {len(shards)} clients")
         infos = [ClientInfo(shard.client, shard.size) for shard in shards]
         known = dict(zip(grid.get_node_ids(), infos, strict=True))
+    check = partial(check_text, options, text_digest(prepared))
+    text = RunText(prepared.digest, check)
     deadline = options.pace.deadline
     ttl = None if deadline is None or options.clock == "virtual" else deadline + TTL_MARGIN
-    return GridTransport(grid, len(shards), digest, known, ttl, now)
+    return GridTransport(grid, len(shards), text, known, ttl, now)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fedgpt.core.errors import FedGPTError
-from fedgpt.core.files import write_text
+from fedgpt.core.files import PRIVATE, write_text
 from fedgpt.privacy.accounting import Event, epsilon_of
 
 FORMAT = 1
@@ -203,7 +203,11 @@ class Ledger:
             **charged,
             "events": [asdict(e) for e in account.total],
         }
-        write_text(self.path, json.dumps({**about, "sha256": _digest(about)}, indent=1) + "\n")
+        write_text(
+            self.path,
+            json.dumps({**about, "sha256": _digest(about)}, indent=1) + "\n",
+            mode=PRIVATE,
+        )
         self.account = account
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fedgpt.core.messages import Job, JobTime, Pacing, Plan, ServerState
+from fedgpt.core.messages import DIGESTS, Job, JobTime, Pacing, Plan, ServerState
 from fedgpt.core.options import RunOptions
 from fedgpt.server.parts import Parts
 from fedgpt.storage.tables import Clients, RunIdentity, RunTotals
@@ -67,7 +67,7 @@ class JobPlanner:
             downlink=parts.options.update.downlink,
             cached_version=-1 if deltas is None else cached,
             seconds=0.0 if parts.fleet is None else steps * parts.fleet.step_seconds(client),
-            base_digest=self.identity.environment.get("base", ""),
+            digests=self._digests(*DIGESTS),
         )
         return Job(client, number, start.version, start.params, plan, now, deltas or ())
 
@@ -83,8 +83,14 @@ class JobPlanner:
             local_steps=options.local.steps,
             state_job=version - 1,
             keep=tuple(range(oldest, version)),
+            digests=self._digests("text"),
         )
         return Job("", version, version, state.params, plan)
+
+    def _digests(self, *names: str) -> dict[str, str]:
+        """The digests of these contents of the run, as far as the run has them."""
+        environment = self.identity.environment
+        return {name: environment[name] for name in names if name in environment}
 
     def steps(self, client: str) -> int:
         """Local steps of a job; under DyLU proportional to speed: floor(H v_i / max v) >= 1."""

@@ -21,7 +21,7 @@ import torch
 
 from fedgpt.aggregate.base import Strategy
 from fedgpt.core.errors import StoppedEarly
-from fedgpt.core.files import write_text
+from fedgpt.core.files import PRIVATE, write_text
 from fedgpt.core.messages import ClientInfo, Pacing, ServerState, Update
 from fedgpt.core.options import RunOptions
 from fedgpt.privacy.accounting import Event, epsilon_of
@@ -152,7 +152,7 @@ class PaidByClients(Privacy):
             "clients": dict(clients.charges),
             "events": [] if worst is None else [asdict(worst)],
         }
-        write_text(self.folder / "ledger.json", json.dumps(about, indent=1) + "\n")
+        write_text(self.folder / "ledger.json", json.dumps(about, indent=1) + "\n", mode=PRIVATE)
         return {"epsilon": most}
 
 

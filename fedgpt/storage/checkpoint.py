@@ -17,6 +17,7 @@ import json
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -27,12 +28,14 @@ from safetensors.numpy import save_file
 
 from fedgpt.core.errors import FedGPTError, Unwritten
 from fedgpt.core.faults import reach
-from fedgpt.core.files import replacing, sha256_of, write_text
+from fedgpt.core.files import PRIVATE, replacing, sha256_of, write_text
 from fedgpt.core.messages import ServerState
 from fedgpt.storage.tables import Clients, RunIdentity, RunTotals, VersionLine
 
 FORMAT = 4
 MOST_STARTS = 3  # consecutive starts without a new version, after which an older checkpoint is used
+# errors of reading a damaged file
+UNUSABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
 log = logging.getLogger(__name__)
 
 
@@ -95,13 +98,26 @@ class Checkpoints:
         """
         return self._newest()[0]
 
-    def recover(self) -> Snapshot | None:
+    def identity(self) -> RunIdentity | None:
+        """The constants of the run, from its newest undamaged checkpoint, without its arrays.
+
+        Returns None if there is none. Changes no file, and gives no warning.
+        """
+        for path in sorted(self.folder.glob("version-*.safetensors"), reverse=True):
+            with suppress(*UNUSABLE):
+                return RunIdentity(**_about(path)["identity"])
+        return None
+
+    def recover(self, check: Callable[[Snapshot], object] = lambda _: None) -> Snapshot | None:
         """Like `load`, for the server that holds the run's lock; also cleans the folder.
 
+        `check` gets the snapshot before any file is changed, and may raise.
         Unusable checkpoints are renamed to .damaged, and also a checkpoint from which MOST_STARTS
         consecutive starts made no new version. Temporary files of a killed server are deleted.
         """
         snapshot, skipped = self._newest()
+        if snapshot is not None:
+            check(snapshot)
         for unusable in skipped:  # so that it is not the newest checkpoint at the next start
             if self._starts(unusable) >= MOST_STARTS:
                 self.retired = _version_of(unusable)
@@ -120,7 +136,7 @@ class Checkpoints:
         for path in paths:
             try:
                 snapshot = self._read(path)
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            except UNUSABLE as error:
                 log.warning(
                     "checkpoint %s is damaged (%s); trying the previous one", path.name, error
                 )
@@ -177,7 +193,7 @@ class Checkpoints:
                 params = stored.get_tensor("params")
             value = about["value"] if "value" in about else about["loss"]  # its name in format 3
             return (params, float(value)) if about["sha256"] == _digest(params) else None
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError):
+        except UNUSABLE:
             return None
 
     @property
@@ -214,7 +230,7 @@ class Checkpoints:
         }
         path = self._path(state.version)
         reach("checkpoint.begin")
-        with replacing(path) as temporary:
+        with replacing(path, mode=PRIVATE) as temporary:
             # one metadata key: safetensors writes several in random order, and equal states must
             # give equal files
             tensors = {name: np.require(array, requirements="C") for name, array in tensors.items()}
@@ -233,18 +249,9 @@ class Checkpoints:
             self._committed(_version_of(paths[-self.keep :][0]))
 
     def _read(self, path: Path) -> Snapshot:
-        if not _mark(path).exists():
-            raise ValueError("its digest file is missing")
-        if _mark(path).read_text().strip() != sha256_of(path):
-            raise ValueError("its digest does not match")
+        about = _about(path)
         with safe_open(path, framework="numpy") as stored:
-            about = json.loads(stored.metadata()["fedgpt"])
-            names = list(stored.keys())
-            arrays = {name: stored.get_tensor(name) for name in names}
-        if about["format"] == 3:
-            about = converted(about)
-        elif about["format"] != FORMAT:
-            raise ValueError(f"its format is {about['format']}, this version reads 3 and {FORMAT}")
+            arrays = {name: stored.get_tensor(name) for name in list(stored.keys())}
         memory, extra = (
             {n.removeprefix(prefix): a for n, a in arrays.items() if n.startswith(prefix)}
             for prefix in ("memory/", "extra/")
@@ -260,6 +267,21 @@ class Checkpoints:
             tuple(about["unsaved"]),
             extra,
         )
+
+
+def _about(path: Path) -> dict[str, Any]:
+    """The JSON of a checkpoint; raises one of UNUSABLE if the file is damaged."""
+    if not _mark(path).exists():
+        raise ValueError("its digest file is missing")
+    if _mark(path).read_text().strip() != sha256_of(path):
+        raise ValueError("its digest does not match")
+    with safe_open(path, framework="numpy") as stored:
+        about = json.loads(stored.metadata()["fedgpt"])
+    if about["format"] == 3:
+        return converted(about)
+    if about["format"] != FORMAT:
+        raise ValueError(f"its format is {about['format']}, this version reads 3 and {FORMAT}")
+    return about
 
 
 def converted(old: dict[str, Any]) -> dict[str, Any]:

@@ -1,38 +1,68 @@
 """The start of a run: at version 0, or at the newest usable checkpoint.
 
 When a run is resumed, records after its checkpoint are deleted, because they will be written again.
-A run whose options or environment have changed is refused.
+A run whose options, text, tokenizer or frozen weights have changed is refused before any file is
+changed.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from fedgpt.core.errors import FedGPTError
+from fedgpt.core.options import RunOptions
+from fedgpt.data.prepare import Prepared
 from fedgpt.storage.checkpoint import Checkpoints, Snapshot
+from fedgpt.storage.content import CONTENT, content_of, refuse_other_content
 from fedgpt.storage.journal import Journal
 from fedgpt.storage.run_folder import RunFolder
+from fedgpt.storage.tables import RunIdentity
 
 log = logging.getLogger(__name__)
 
 
+Changed = Callable[[Mapping[str, Any]], str]
+
+
+def checked_content(options: RunOptions, prepared: Prepared, changed: Changed) -> dict[str, str]:
+    """Return the digests of text and tokenizer, for the environment of a run's checkpoints.
+
+    Raises FedGPTError if the run in `run_dir` began with others, or with other options; `changed`:
+    see `open_or_resume`. Uses no array of a checkpoint, and changes no file.
+    """
+    content = content_of(prepared)
+    folder = Path(options.run_dir) / "checkpoints"
+    identity = Checkpoints(folder, options.checkpoint.keep).identity()
+    if identity is not None:
+        _refuse_changed(options, identity, content, changed)
+    return content
+
+
 def open_or_resume(
     folder: RunFolder,
-    keep: int,
+    options: RunOptions,
     start: Callable[[], Snapshot],
-    changed: Callable[[Mapping[str, Any]], str] = lambda options: "",
+    changed: Changed = lambda options: "",
     environment: Mapping[str, Any] | None = None,
 ) -> Snapshot:
     """Return the snapshot that a server starts from, and delete later records.
 
-    `keep`: number of checkpoints that are kept; `start` makes version 0; `changed` returns the
-    options (dotted name -> value) of a checkpoint that differ now; `environment`: versions and
-    machine, on which bit-identity depends. Raises FedGPTError if the run cannot be continued.
+    `start` makes version 0; `changed` returns the options (dotted name -> value) of a checkpoint
+    that differ now; `environment`: versions and machine, on which bit-identity depends, and the
+    digests of what the run depends on. Raises FedGPTError if the run cannot be continued.
     """
-    checkpoints = Checkpoints(folder.checkpoints, keep)
-    snapshot = checkpoints.recover()
+    now = environment or {}
+
+    def check(snapshot: Snapshot) -> None:
+        _refuse_changed(options, snapshot.identity, now, changed)
+        _refuse_unsaved(folder, snapshot)
+
+    checkpoints = Checkpoints(folder.checkpoints, options.checkpoint.keep)
+    snapshot = checkpoints.recover(check)
     checkpoints.close()
     if checkpoints.retired is not None:  # replaying the journal would fail again
         Journal(folder.wal).forget(checkpoints.retired)
@@ -42,18 +72,11 @@ def open_or_resume(
         folder.events.keep([])
         Journal(folder.wal).clear()
         return snapshot
-    _refuse(folder, snapshot, changed)
-    _refuse_other_base(folder, snapshot, environment or {})
     version = snapshot.state.version
     folder.metrics.keep(line for line in folder.metrics.read() if line["version"] < version)
     folder.events.keep(events_until(version, folder.events.read()))
-    before, now = snapshot.identity.environment, environment or {}
-    if differing := [f"{k} {before.get(k)} -> {now[k]}" for k in now if before.get(k) != now[k]]:
-        log.warning(
-            "resuming under other conditions (%s): statistically equivalent, not bit-identical",
-            ", ".join(differing),
-        )
-    return snapshot
+    _warn_of_other_conditions(snapshot.identity.environment, now)
+    return _with_content(snapshot, now)
 
 
 def events_until(version: int, events: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
@@ -61,20 +84,26 @@ def events_until(version: int, events: Sequence[dict[str, Any]]) -> Sequence[dic
     ends = [
         i
         for i, event in enumerate(events)
-        if event["event"] == "version" and event["version"] == version
+        if event["event"] == "version" and event.get("version") == version
     ]
     return events[: ends[-1] + 1] if ends else []
 
 
-def _refuse(
-    folder: RunFolder, snapshot: Snapshot, changed: Callable[[Mapping[str, Any]], str]
+def _refuse_changed(
+    options: RunOptions, identity: RunIdentity, now: Mapping[str, Any], changed: Changed
 ) -> None:
-    """Raise FedGPTError if the run of a checkpoint cannot be continued."""
-    if differences := changed(snapshot.identity.options):
+    """Raise FedGPTError if a checkpoint is of a run with other options or content."""
+    if differences := changed(identity.options):
         raise FedGPTError(
-            f"{folder.path} cannot be continued: its config.yaml was changed after its checkpoint"
-            f" was made ({differences}); change it back, or start again with another run_dir"
+            f"{options.run_dir} cannot be continued: its config.yaml was changed after its"
+            f" checkpoint was made ({differences}); change it back, or start again with another"
+            " run_dir"
         )
+    refuse_other_content(options, identity.environment, now)
+
+
+def _refuse_unsaved(folder: RunFolder, snapshot: Snapshot) -> None:
+    """Raise FedGPTError if a checkpoint does not contain all of the strategy's state."""
     if snapshot.unsaved:
         raise FedGPTError(
             f"{folder.path} cannot be continued: its strategy has state"
@@ -83,14 +112,24 @@ def _refuse(
         )
 
 
-def _refuse_other_base(
-    folder: RunFolder, snapshot: Snapshot, environment: Mapping[str, Any]
-) -> None:
-    """Raise FedGPTError if the frozen weights differ from those at the start of the run."""
-    before, now = snapshot.identity.environment.get("base", ""), environment.get("base", "")
-    if before != now:
-        raise FedGPTError(
-            f"{folder.path} cannot be continued: its base weights differ, as the model of init_from"
-            f" has changed ({before[:16]} -> {now[:16]}); restore that folder, or start again with"
-            " another run_dir"
+def _warn_of_other_conditions(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Name the versions and properties of the machine that differ from those of the start."""
+    differing = [
+        f"{name} {before[name]} -> {now[name]}"
+        for name in now
+        if name in before and name not in CONTENT and before[name] != now[name]
+    ]
+    if differing:
+        log.warning(
+            "the run is resumed under other conditions than it began with: %s. It goes on, but its"
+            " result may differ in the last bits from that of an uninterrupted run",
+            ", ".join(differing),
         )
+
+
+def _with_content(snapshot: Snapshot, now: Mapping[str, Any]) -> Snapshot:
+    """The snapshot, whose next checkpoint has the digests that earlier versions did not store."""
+    identity = snapshot.identity
+    missing = {name: now[name] for name in ("text", "tokenizer") if name in now}
+    environment = {**missing, **identity.environment}
+    return replace(snapshot, identity=replace(identity, environment=environment))

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
-from collections.abc import Iterable
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fedgpt.core.errors import FedGPTError
+from fedgpt.core.errors import ConfigError, FedGPTError, Unwritten
+from fedgpt.data.tokenizer import Tokenizer
+from fedgpt.storage.content import TOKENIZER, kept_tokenizer
+
+log = logging.getLogger(__name__)
 
 
 class RunFolder:
@@ -17,17 +26,19 @@ class RunFolder:
 
     def __init__(self, path: str | Path):
         self.path = Path(path).resolve()
-        self.path.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(self.path / ".lock")
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout:
             raise FedGPTError(
                 f"run_dir={self.path}: another fedgpt process is running in this folder; "
                 "wait for it or name another run_dir"
             ) from None
-        self.metrics = JsonLines(self.path / "metrics.jsonl")
-        self.events = JsonLines(self.path / "events.jsonl")
+        except OSError as error:  # Timeout is one, too
+            raise _unusable(self.path, error) from error
+        self.metrics = JsonLines(self.path / "metrics.jsonl", "version")
+        self.events = JsonLines(self.path / "events.jsonl", "event")
 
     @property
     def checkpoints(self) -> Path:
@@ -56,11 +67,73 @@ class RunFolder:
         self.close()
 
 
+@contextmanager
+def made_folder(path: str, dated: bool) -> Iterator[Path]:
+    """Make the folder of a run, and remove it again if the block fails before the run begins.
+
+    If it is `dated`, the folder is a new one: `path`, or `path`-2, `path`-3 and so on, because
+    several runs can begin in one second. Otherwise it may exist, and is then never removed. Raises
+    ConfigError if it cannot be made.
+    """
+    folder = Path(path)
+    number = 1
+    while True:
+        missing = [p for p in (folder, *folder.parents) if not os.path.lexists(p)]
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(exist_ok=not dated)
+            break
+        except FileExistsError as error:
+            if not dated:
+                raise _unusable(folder, error) from error
+            number += 1
+            folder = Path(f"{path}-{number}")
+        except OSError as error:
+            _remove_empty(missing)
+            raise _unusable(folder, error) from error
+    try:
+        yield folder
+    except BaseException:
+        if folder in missing:
+            _discard(folder)
+            _remove_empty(missing)
+        raise
+
+
+def _discard(folder: Path) -> None:
+    """Remove a folder in which no run has begun, unless another process uses it."""
+    with suppress(OSError, Timeout), FileLock(folder / ".lock", timeout=0):
+        if not (folder / "config.yaml").exists():
+            shutil.rmtree(folder)
+
+
+def _remove_empty(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _unusable(folder: Path, error: OSError) -> FedGPTError:
+    """The error for a folder that cannot be made or locked."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return Unwritten("the folder of the run", folder, error)
+    return ConfigError(
+        f"run_dir={folder}: cannot be written ({error.strerror or error}); name another folder"
+    )
+
+
+def keep_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Write a run's tokenizer into its folder, unless the folder has it."""
+    if (kept := kept_tokenizer(folder)) is None or kept.digest != tokenizer.digest:
+        tokenizer.save(folder / TOKENIZER)
+
+
 class JsonLines:
     """A file with one JSON object per line, appended one at a time."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, key: str = ""):
+        """Every record has `key`; one without it is damaged."""
+        self.path, self._key = path, key
         self._stream = None
 
     def append(self, record: dict[str, Any]) -> None:
@@ -74,7 +147,7 @@ class JsonLines:
 
     def read(self) -> list[dict[str, Any]]:
         """All complete records; a line that a crash truncated is skipped."""
-        return list(read_lines(self.path))
+        return list(read_lines(self.path, self._key))
 
     def keep(self, records: Iterable[dict[str, Any]]) -> None:
         """Replace the file's content; a resumed run deletes the records that it will write
@@ -94,12 +167,23 @@ class JsonLines:
             stream.close()
 
 
-def read_lines(path: Path) -> Iterable[dict[str, Any]]:
-    """Complete records of a JSON-lines file; none if the file does not exist."""
+def read_lines(path: Path, key: str = "") -> Iterable[dict[str, Any]]:
+    """Complete records of a JSON-lines file; none if the file does not exist.
+
+    Every record has `key`. A last line that a crash truncated is skipped. Any other damage ends
+    the records, with a warning.
+    """
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
+            record = json.loads(line.decode())
+        except ValueError:
+            record = None
+        if isinstance(record, dict) and (not key or key in record):
+            yield record
+            continue
+        if number < len(lines):
+            log.warning("%s: line %d is damaged; it and all later ones are ignored", path, number)
+        return

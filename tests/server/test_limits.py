@@ -20,11 +20,16 @@ from fedgpt.aggregate.krum import Krum
 from fedgpt.aggregate.median import Median
 from fedgpt.aggregate.norm_clip import NormClip
 from fedgpt.aggregate.trimmed_mean import TrimmedMean
-from fedgpt.core.messages import Reply, Update
-from fedgpt.core.options import ValidateOptions
+from fedgpt.core.errors import UpdateRejected
+from fedgpt.core.messages import Job, Plan, Reply, ServerState, Update
+from fedgpt.core.options import RunOptions, ValidateOptions
+from fedgpt.server.collector import Collectors
 from fedgpt.server.limits import ENOUGH, REMEMBERED, clip_length, norm_limit, remembered
+from fedgpt.server.privacy import Privacy
 from fedgpt.server.quarantine import Quarantine
 from fedgpt.storage.tables import Clients
+from fedgpt.update.compress import codec_of
+from fedgpt.update.wire import compress, header_of
 
 RULES = [
     FedAvg(),
@@ -274,3 +279,31 @@ def test_a_clipped_update_is_as_long_as_the_clip(tmp_path):
 
     norms = [line.get("step_norm") for line in run(o, {"a": client}).metrics]
     assert norms[9] == pytest.approx(1) and norms[10] == pytest.approx(2.0)
+
+
+def test_the_norm_limit_follows_the_updates_of_earlier_versions_only():
+    """The updates of a version do not move its own limit, whichever of them comes first."""
+    size, options = 4, RunOptions()
+    collectors = Collectors(options, FedAvg(), Privacy(), size, "run")
+    earlier = (0.3,) * ENOUGH  # so that the limit of the version is 10 * 0.3
+    state = ServerState(np.zeros(size, np.float32))
+    collector = collectors.open(state, earlier, 40, Clients())
+    codec = codec_of(options.update)
+
+    def answered(client: int, norm: float) -> None:
+        delta = np.array([norm, 0, 0, 0], np.float32)
+        update = Update(f"c{client}", 0, 0, delta, 10, {})
+        payload = compress(delta, codec)
+        header = header_of("run", update, payload, codec)
+        job = Job(update.client, 0, 0, state.params, Plan("run", 1, 0, 1, 1))
+        reply = Reply(update.client, 0, header, payload)
+        collector.add(collector.read(reply, job, 10), job, 0)
+
+    for client in range(3 * ENOUGH):  # which have most of the norms now
+        answered(client, 2.9)
+    with pytest.raises(UpdateRejected, match="norm_limit"):
+        answered(99, 3.1)
+    later = collectors.open(state, collector.norms_after(earlier), 40, Clients())
+    assert later.limits.norm == pytest.approx(10.0), "the second limit"
+    collector = later
+    answered(99, 3.1)

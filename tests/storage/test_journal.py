@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,10 +22,10 @@ from fedgpt.aggregate.median import Median
 from fedgpt.cli import exit_code
 from fedgpt.core.errors import Interrupted, StoppedEarly
 from fedgpt.core.faults import Injected, injected
-from fedgpt.core.messages import JobTime, Reply
+from fedgpt.core.messages import ClientInfo, Job, JobTime, Plan, Reply
 from fedgpt.core.options import CheckpointOptions, PaceOptions, RunOptions, RuntimeOptions
 from fedgpt.storage.checkpoint import Checkpoints
-from fedgpt.storage.journal import Entry, Journal, needs_journal
+from fedgpt.storage.journal import Entry, Journal, RecordedTransport, needs_journal
 
 
 def entries() -> list[Entry]:
@@ -365,3 +366,54 @@ def test_a_round_that_depends_on_time_is_logged_on_the_real_clock_only(timed):
     assert needs_journal(o, switches=False)
     o.clock = "virtual"
     assert not needs_journal(o, switches=False)
+
+
+class Watched:
+    """A transport that notes what is on the disk when jobs are handed to it."""
+
+    at_once, virtual = None, False
+
+    def __init__(self, folder: Path, synced: dict[str, int]):
+        self.folder, self.synced, self.on_disk = folder, synced, []
+
+    def now(self) -> float:
+        return 0.0
+
+    def clients(self, timeout: float) -> list[ClientInfo]:
+        return [ClientInfo("a", 1)]
+
+    def available(self, client: str) -> bool:
+        return True
+
+    def receive(self, timeout: float | None) -> list[Reply]:
+        return [Reply("a", 0, "{}", np.zeros(3, np.float32))]
+
+    def send(self, jobs) -> None:
+        if not jobs:
+            return
+        (path,) = self.folder.glob("*.log")
+        assert self.synced.get(path.name) == path.stat().st_size, "all of the log is on the disk"
+        self.on_disk.append([entry.call for entry in Journal(self.folder).read(0)])
+
+
+def test_jobs_leave_after_the_log_with_them_is_on_the_disk(tmp_path, monkeypatch):
+    """A power cut loses what was written and not synced: here only synced bytes count."""
+    synced: dict[str, int] = {}
+    sync = os.fsync
+
+    def noted(descriptor: int) -> None:
+        sync(descriptor)
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        synced[path.name] = os.fstat(descriptor).st_size
+
+    monkeypatch.setattr(os, "fsync", noted)
+    inner = Watched(tmp_path, synced)
+    transport = RecordedTransport(inner, Journal(tmp_path), 0, 0.0)  # type: ignore[arg-type]
+    transport.clients(1.0)
+    job = Job("a", 0, 0, np.zeros(3, np.float32), Plan("run", 1, 0, 1, 1))
+    transport.send([])  # the jobs in flight at the snapshot: none
+    transport.send([job])
+    transport.receive(None)
+    transport.send([replace(job, number=1)])
+    assert inner.on_disk == [["send"], ["send", "receive", "send"]]
+    transport.journal.close()

@@ -118,7 +118,7 @@ def start_server(
         params = np.linspace(-1, 1, SIZE, dtype=np.float32)
         return Snapshot(ServerState(params), IDENTITY, first_line())
 
-    snapshot = open_or_resume(folder, o.checkpoint.keep, start)
+    snapshot = open_or_resume(folder, o, start)
     transport = connect(snapshot)
     fresh = snapshot.state.version == 0
     privacy = make_privacy(o, plan, folder.path, "data", fresh)

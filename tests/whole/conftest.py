@@ -100,7 +100,7 @@ except FedGPTError as error:
     results["refused"] = str(error)
 results["resumed"] = fedgpt.run("resume=alone").summary
 try:
-    fedgpt.run("resume=alone", "rounds=3")
+    fedgpt.run("resume=alone", "seed=3")
 except FedGPTError as error:
     results["resumed with more"] = str(error)
 opened = fedgpt.open_run("finished")

@@ -322,7 +322,7 @@ def test_messages_without_frozen_parameters_have_no_base_digest():
     job = Job("ann", 0, 0, np.zeros(3, np.float32), Plan("run", 1, 0, 1, 1))
     text = str(job_content(job, params_record(job))["job"]["json"])
     assert "base" not in text
-    frozen = replace(job, plan=replace(job.plan, base_digest="abc"))
+    frozen = replace(job, plan=replace(job.plan, digests={"base": "abc"}))
     content = job_content(frozen, params_record(frozen))
     assert json.loads(str(content["job"]["json"]))["plan"]["base_digest"] == "abc"
     assert read_job(Message(content)).plan == frozen.plan

@@ -76,8 +76,8 @@ class RunOptions(Group):
     )
     resume: str | None = option(
         None,
-        "Folder of the run to continue. No other option may be typed with it, because the folder"
-        " contains the options of the run.",
+        "Folder of the run to continue. The folder contains the options of the run, so only rounds"
+        " or tokens may be typed with it, to make the run longer.",
     )
     cache_dir: str = option(
         "",

@@ -25,6 +25,7 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedgpt.core.errors import FedGPTError
 from fedgpt.core.messages import JobTime
 from fedgpt.flower.pool.channel import Channel, Frame, content_of, metadata_to_json, take_apart
 from fedgpt.flower.pool.shared_memory import share
@@ -79,7 +80,9 @@ def load_app(name: str) -> ClientApp:
 
 
 def answer(app: ClientApp, job: Frame, run_config: dict[str, Any]) -> Frame:
-    """Run one job; an exception becomes an error reply, and its traceback goes to stderr."""
+    """Run one job; an exception becomes an error reply, and its traceback goes to stderr unless
+    its message is meant for the user.
+    """
     metadata = Metadata(**job.header["metadata"])
     TaskIdentity.run_id, TaskIdentity.node_id = metadata.run_id, metadata.dst_node_id
     TaskIdentity.task_id = metadata.dst_task_id or 0
@@ -92,7 +95,8 @@ def answer(app: ClientApp, job: Frame, run_config: dict[str, Any]) -> Frame:
         )
         return _reply_frame(_checked(app(request, context), metadata.message_id))
     except Exception as error:
-        traceback.print_exc()
+        if not isinstance(error, FedGPTError):  # its message says all, and the server shows it
+            traceback.print_exc()
         reason = f"{type(error).__name__}: {error}"[:_REASON]
         return _reply_frame(
             Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=request)

@@ -1,0 +1,115 @@
+"""Damaged files in a run's folder: an error that names the file, or a recovery that is told."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.here import run_here, tiny_run
+
+import fedgpt
+from fedgpt.core.errors import FedGPTError
+from fedgpt.core.faults import Injected, injected
+
+FILES = [
+    "config.yaml",
+    "metrics.jsonl",
+    "events.jsonl",
+    "tokenizer/tokenizer.json",
+    "checkpoints/version-00000002.safetensors",
+    "checkpoints/version-00000002.sha256",
+    "checkpoints/starts.json",
+    "wal/version-00000002.log",
+]
+
+
+def flipped(data: bytes, number: int) -> bytes:
+    draw = random.Random(number)
+    changed = bytearray(data)
+    changed[draw.randrange(len(changed))] ^= 1 << draw.randrange(8)
+    return bytes(changed)
+
+
+DAMAGES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda data: b"",
+    "cut": lambda data: data[: len(data) // 2],
+    "cut at its end": lambda data: data[:-1],
+    "zeros": lambda data: bytes(len(data)),
+    "a list": lambda data: b"[1, 2]\n",
+    "a number": lambda data: b"7\n",
+    "null": lambda data: b"null\n",
+    "another encoding": lambda data: b"\xff\xfe" + data,
+    **{f"flip {n}": (lambda data, n=n: flipped(data, n)) for n in range(3)},
+}
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory) -> Path:
+    """A run that ended at version 2 of 3, with a journal."""
+    folder = tmp_path_factory.mktemp("damaged")
+    words = [*tiny_run(folder), "tokenizer=bpe", "tokenizer.vocab_size=270"]
+    words += ["checkpoint.every=1", "checkpoint.journal=true"]
+    with injected("aggregate:3:raise"), pytest.raises(Injected):
+        run_here(*words)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def whole(stopped, tmp_path_factory) -> str:
+    """The weights of the run without a damage."""
+    copy = tmp_path_factory.mktemp("whole") / "run"
+    shutil.copytree(stopped, copy)
+    return fedgpt.run(f"resume={copy}").summary["weights_sha256"]
+
+
+def damaged(stopped: Path, folder: Path, file: str, how: str) -> Path:
+    copy = folder / "run"
+    shutil.copytree(stopped, copy)
+    path = copy / file
+    data = path.read_bytes() if path.exists() else b'{"version": 2, "starts": 1}'
+    path.write_bytes(DAMAGES[how](data))
+    return copy
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("file", FILES)
+def test_a_reader_of_a_damaged_folder_gets_an_error_or_what_was_there(
+    stopped, tmp_path, file, how, caplog
+):
+    expected = fedgpt.open_run(stopped)
+    copy = damaged(stopped, tmp_path, file, how)
+    original = (stopped / file).read_bytes() if (stopped / file).exists() else b""
+    before = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
+    repr(fedgpt.open_run(copy))
+    try:
+        opened = fedgpt.open_run(copy)
+        digest, model = opened.tokenizer.digest, opened.model
+    except FedGPTError as error:
+        assert str(copy) in str(error)
+    else:
+        assert digest == expected.tokenizer.digest
+        assert sum(p.numel() for p in model.parameters()) > 0
+        # a digest without its line end is the same digest
+        same = (copy / file).exists() and (copy / file).read_bytes().strip() == original.strip()
+        if file.endswith((".safetensors", ".sha256")) and not same:
+            assert Path(file).stem in caplog.text, "an older checkpoint is used, which is told"
+    assert {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("file", FILES)
+def test_a_resume_in_a_damaged_folder_is_an_error_or_has_the_same_bits(
+    stopped, whole, tmp_path, file, how
+):
+    copy = damaged(stopped, tmp_path, file, how)
+    try:
+        weights = fedgpt.run(f"resume={copy}").summary["weights_sha256"]
+    except FedGPTError as error:
+        assert str(copy) in str(error)
+    else:
+        # a changed number in config.yaml is found by comparing it with the checkpoint
+        assert weights == whole

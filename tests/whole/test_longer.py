@@ -1,0 +1,107 @@
+"""A run that is made longer when it is resumed: `resume=FOLDER rounds=6`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.here import run_here, tiny_run
+
+import fedgpt
+from fedgpt.config import compose
+from fedgpt.core.errors import ConfigError, FedGPTError
+from fedgpt.core.faults import Injected, injected
+from fedgpt.storage.checkpoint import Checkpoints
+
+CONSTANT = ["local.warmup=0", "local.lr=0.01", "local.min_lr=0.01"]
+STATE = ["strategy=fedadam", "local.moments=keep", "update=int8", "update.error_feedback=true"]
+
+
+def rounds_of(run: Path) -> int:
+    return compose.of_run(run, reading=True).rounds
+
+
+@pytest.fixture
+def words(tmp_path) -> list[str]:
+    return [o for o in tiny_run(tmp_path) if not o.startswith(("rounds", "run_dir"))]
+
+
+@pytest.mark.parametrize("length", ["rounds", "tokens"])
+def test_a_longer_run_has_the_bits_of_a_run_that_was_started_with_that_length(
+    words, tmp_path, length
+):
+    each = 1 if length == "rounds" else 64  # tokens of a round: 2 clients x 2 sequences of 16
+    run, options = tmp_path / "a", [*words, *CONSTANT, *STATE]
+    run_here(*options, f"run_dir={run}", f"{length}={2 * each}")
+    longer = fedgpt.run(f"resume={run}", f"{length}={4 * each}").summary
+    whole = run_here(*options, f"run_dir={tmp_path / 'b'}", f"{length}={4 * each}")
+    assert longer["versions"] == whole["versions"] == 4
+    assert longer["weights_sha256"] == whole["weights_sha256"]
+    assert getattr(compose.of_run(run), length) == 4 * each
+
+
+def test_a_schedule_that_follows_the_length_is_told(words, tmp_path, capsys):
+    run_here(*words, "rounds=1", f"run_dir={tmp_path / 'a'}")
+    capsys.readouterr()
+    assert fedgpt.run(f"resume={tmp_path / 'a'}", "rounds=2").summary["versions"] == 2
+    told = capsys.readouterr().out
+    assert "the run goes on to rounds=2 instead of 1. Its learning rate is from here on" in told
+
+
+@pytest.mark.parametrize("point", ["open:1", "checkpoint.renamed:1"])
+def test_the_new_length_survives_a_failure_at_any_moment(words, tmp_path, point):
+    run = tmp_path / "a"
+    options = [*words, *CONSTANT, "checkpoint.every=1"]
+    run_here(*options, "rounds=1", f"run_dir={run}")
+    with injected(f"{point}:raise"), pytest.raises((Injected, FedGPTError)):
+        fedgpt.run(f"resume={run}", "rounds=3")
+    assert rounds_of(run) == 3 and not (run / "summary.json").exists()
+    longer = fedgpt.run(f"resume={run}").summary
+    whole = run_here(*options, "rounds=3", f"run_dir={tmp_path / 'b'}")
+    assert longer["weights_sha256"] == whole["weights_sha256"]
+    identity = Checkpoints(run / "checkpoints", 9).identity()
+    assert identity is not None and identity.options["rounds"] == 3
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["rounds=1"], "rounds=1: must be a whole number of at least 2"),
+        (["rounds=many"], "rounds=many: must be a whole number of at least 2"),
+        (["tokens=5000"], "tokens=5000: the length of this run is given by rounds=2"),
+        (["rounds=3", "seed=1"], "stands alone"),
+        (["local.lr=1"], "stands alone"),
+    ],
+)
+def test_a_run_is_not_made_shorter_nor_changed_otherwise(words, tmp_path, more, message):
+    run = tmp_path / "a"
+    with injected("aggregate:2:raise"), pytest.raises(Injected):
+        run_here(*words, "rounds=2", f"run_dir={run}")
+    before = (run / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match=message):
+        fedgpt.run(f"resume={run}", *more)
+    assert (run / "config.yaml").read_text() == before
+
+
+def test_a_private_run_is_not_made_longer(words, tmp_path):
+    run = tmp_path / "a"
+    run.mkdir()
+    options = compose.load([*words, "rounds=2", f"run_dir={run}"])
+    options.privacy.unit = "client"
+    with pytest.raises(ConfigError, match=r"rounds=3: the noise and the epsilon .* planned"):
+        compose.raised(options, {"rounds": "3"})
+    before = compose.flat_options(options)
+    options.rounds = 3
+    assert compose.changed_options(before, options) == "rounds: 2 -> 3"
+    options.privacy.unit = "none"
+    assert "rounds" not in compose.changed_options(before, options)
+
+
+def test_a_folder_in_which_another_process_runs_is_not_changed(words, tmp_path):
+    from fedgpt.storage.run_folder import RunFolder
+
+    run = tmp_path / "a"
+    run_here(*words, "rounds=1", f"run_dir={run}")
+    with RunFolder(run), pytest.raises(FedGPTError, match="another fedgpt process is running"):
+        fedgpt.run(f"resume={run}", "rounds=2")
+    assert rounds_of(run) == 1 and (run / "summary.json").exists()

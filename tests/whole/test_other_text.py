@@ -1,0 +1,226 @@
+"""Text that changes: between two starts of a run, while it starts, and while its clients train."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from support.here import run_here, tiny_run
+from support.world import LONG, files, wait_until
+
+import fedgpt
+from fedgpt.cli import dispatch
+from fedgpt.core.errors import FedGPTError, TextChanged
+from fedgpt.core.faults import Injected, injected
+from fedgpt.core.files import sha256_of
+from fedgpt.core.messages import Job, Plan
+from fedgpt.storage.checkpoint import Checkpoints
+from fedgpt.storage.initial_weights import initial_weights
+
+BPE = ["tokenizer=bpe", "tokenizer.vocab_size=270"]
+
+
+def content(folder: Path) -> dict[str, str]:
+    """Every file of a run's folder but its lock, with its digest."""
+    return {name: sha256_of(folder / name) for name in files(folder) if name != ".lock"}
+
+
+def write_other_text(folder: Path) -> None:
+    """Other words under the same file names, so that clients and options stay as they are."""
+    for path in folder.rglob("*.txt"):
+        path.write_text("\n".join(f"{path.stem} quick zebras jump {n} fences" for n in range(40)))
+
+
+def stop_after(version: int, *options: str) -> None:
+    """Run until a server step fails, as the newest checkpoint has `version`."""
+    with injected(f"aggregate:{version + 1}:raise"), pytest.raises(Injected):
+        run_here(*options, "checkpoint.every=1")
+
+
+@pytest.fixture
+def stopped(tmp_path) -> Path:
+    """The folder of a run with a BPE tokenizer that ended at version 2 of 3."""
+    stop_after(2, *tiny_run(tmp_path), *BPE)
+    return tmp_path / "run"
+
+
+def test_a_resume_over_other_text_is_refused_before_any_file_is_changed(
+    stopped, tmp_path, monkeypatch
+):
+    before, digest = content(stopped), fedgpt.open_run(stopped).tokenizer.digest
+    write_other_text(tmp_path / "text")
+
+    def read(*_):
+        raise AssertionError("weights are read before the text is compared")
+
+    monkeypatch.setattr("fedgpt.assemble.initial_weights", read)
+    monkeypatch.setattr("fedgpt.assemble.base_weights", read)
+    with pytest.raises(FedGPTError, match=r"corpus.path=.*text has changed since the run began"):
+        fedgpt.run(f"resume={stopped}")
+    assert content(stopped) == before
+    assert fedgpt.open_run(stopped).tokenizer.digest == digest
+
+
+def test_a_run_needs_no_text_to_generate_before_its_end(stopped, tmp_path):
+    texts = fedgpt.open_run(stopped).generate("The river", tokens=8)
+    shutil.rmtree(tmp_path / "text")
+    shutil.rmtree(tmp_path / "cache")
+    assert fedgpt.open_run(stopped).generate("The river", tokens=8) == texts
+
+
+def test_with_the_earlier_text_back_the_run_ends_with_the_same_bits(stopped, tmp_path):
+    shutil.copytree(tmp_path / "text", tmp_path / "kept")
+    write_other_text(tmp_path / "text")
+    with pytest.raises(FedGPTError, match="cannot be continued"):
+        fedgpt.run(f"resume={stopped}")
+    shutil.rmtree(tmp_path / "text")
+    (tmp_path / "kept").rename(tmp_path / "text")
+    resumed = fedgpt.run(f"resume={stopped}").summary["weights_sha256"]
+    options = [o for o in tiny_run_again(tmp_path) if not o.startswith("run_dir")]
+    assert resumed == run_here(*options, *BPE, f"run_dir={tmp_path / 'b'}")["weights_sha256"]
+
+
+def tiny_run_again(folder: Path) -> list[str]:
+    shutil.rmtree(folder / "text")
+    return tiny_run(folder)
+
+
+def edit_identity(run: Path, **environment: str | None) -> None:
+    """Change the environment in the newest checkpoint; None removes a name."""
+    checkpoints = Checkpoints(run / "checkpoints", 9)
+    snapshot = checkpoints.load()
+    assert snapshot is not None
+    changed = {**snapshot.identity.environment, **environment}
+    kept = {name: value for name, value in changed.items() if value is not None}
+    checkpoints.save(replace(snapshot, identity=replace(snapshot.identity, environment=kept)))
+    checkpoints.close()
+
+
+def test_a_resume_with_another_tokenizer_of_the_same_text_is_refused(stopped):
+    edit_identity(stopped, tokenizer="0123456789abcdef")
+    with pytest.raises(FedGPTError, match=r"tokenizer=bpe makes another tokenizer of corpus.path="):
+        fedgpt.run(f"resume={stopped}")
+    with pytest.raises(FedGPTError, match="is not the one that the run began with"):
+        fedgpt.open_run(stopped).tokenizer  # noqa: B018
+
+
+def test_other_versions_are_a_warning_that_names_them(stopped, caplog):
+    edit_identity(stopped, torch="0.1", numpy=None)
+    with caplog.at_level(logging.WARNING):
+        fedgpt.run(f"resume={stopped}")
+    assert "under other conditions than it began with: torch 0.1 -> " in caplog.text
+    assert "numpy" not in caplog.text, "an earlier version did not store it"
+
+
+def test_the_run_of_an_earlier_version_resumes_and_its_next_checkpoint_has_the_digests(stopped):
+    edit_identity(stopped, text=None, tokenizer=None)
+    shutil.rmtree(stopped / "tokenizer")
+    fedgpt.run(f"resume={stopped}")
+    identity = Checkpoints(stopped / "checkpoints", 9).identity()
+    assert identity is not None and {"text", "tokenizer"} <= identity.environment.keys()
+    assert (stopped / "tokenizer" / "tokenizer.json").exists()
+
+
+def test_the_digest_of_the_clients_text_is_in_no_file_that_is_published(stopped):
+    identity = Checkpoints(stopped / "checkpoints", 9).identity()
+    assert identity is not None
+    digest = identity.environment["text"]
+    for name in files(stopped):
+        if not name.startswith(("checkpoints/", "clients/")):
+            assert digest.encode() not in (stopped / name).read_bytes(), name
+
+
+def test_a_damaged_tokenizer_in_the_folder_is_told_and_made_again(stopped, caplog):
+    digest = fedgpt.open_run(stopped).tokenizer.digest
+    (stopped / "tokenizer" / "tokenizer.json").write_text("{}")
+    with caplog.at_level(logging.WARNING):
+        assert fedgpt.open_run(stopped).tokenizer.digest == digest
+    assert "tokenizer.json" in caplog.text
+    fedgpt.run(f"resume={stopped}")
+    assert json.loads((stopped / "tokenizer" / "tokenizer.json").read_text()) != {}
+
+
+def test_a_client_that_prepares_other_text_refuses_its_job(tmp_path):
+    from fedgpt.client.work import ClientWork
+    from fedgpt.config import compose
+    from fedgpt.data.shards import text_digest
+
+    options = compose.load(tiny_run(tmp_path))
+    work = ClientWork(options, str(tmp_path / "state"))
+    digest = text_digest(work.prepared)
+    params = initial_weights(options, work.prepared.tokenizer)
+    plan = Plan("r", 1, 0, 10, 100, digests={"text": digest})
+    job = Job("ann", 0, 0, params, plan)
+    before = work.train(job, 0)[1].copy()
+    write_other_text(tmp_path / "text")
+    anew = ClientWork(options, str(tmp_path / "state"))
+    with pytest.raises(TextChanged, match=r"corpus.path=.*the text has changed since the run"):
+        anew.train(job, 0)
+    with pytest.raises(TextChanged, match=r"corpus.path="):
+        anew.train_root(job)
+    shutil.rmtree(tmp_path / "text")
+    with pytest.raises(TextChanged, match=r"corpus.path="):
+        ClientWork(options, str(tmp_path / "state")).train(job, 0)
+    tiny_run(tmp_path)
+    assert (anew.train(job, 0)[1] == before).all(), "the same process, with the text put back"
+
+
+def start(options: list[str], env: dict[str, str]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "fedgpt", "run", *options]
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, env={**os.environ, **env}, text=True, **streams)
+
+
+def children(process: subprocess.Popen[str]) -> list[int]:
+    listing = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return [int(pid) for pid in listing.split()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", ["other words", "gone"])
+def test_a_worker_killed_after_the_text_changed_ends_the_run_with_one_message(tmp_path, change):
+    options = [o for o in tiny_run(tmp_path) if not o.startswith(("rounds", "local.steps"))]
+    run = tmp_path / "run"
+    process = start([*options, "rounds=5000", "runtime.workers=1", "local.steps=20"], {})
+    try:
+        metrics = run / "metrics.jsonl"
+        wait_until(lambda: metrics.exists() and len(metrics.read_text().splitlines()) > 2)
+        shutil.copytree(tmp_path / "text", tmp_path / "kept")
+        if change == "gone":
+            shutil.rmtree(tmp_path / "text")
+        else:
+            write_other_text(tmp_path / "text")
+        (worker,) = children(process)
+        os.kill(worker, signal.SIGKILL)
+        _, errors = process.communicate(timeout=LONG)
+    finally:
+        process.kill()
+    assert process.returncode == 1, errors
+    assert re.search(rf"fedgpt: corpus.path={tmp_path}/text: the text has changed", errors), errors
+    assert "Traceback" not in errors and f"fedgpt run resume={run}" in errors
+
+
+def test_text_that_goes_while_the_run_starts_is_one_message(tmp_path, monkeypatch, capsys):
+    options = tiny_run(tmp_path)
+    from fedgpt.flower.runtimes.inprocess import InProcess
+
+    begin = InProcess.start
+
+    def later(self, *arguments):
+        """The server and the clients prepare the text after the launcher has."""
+        shutil.rmtree(tmp_path / "text" / "ann")
+        begin(self, *arguments)
+
+    monkeypatch.setattr(InProcess, "start", later)
+    assert dispatch("run", ["runtime=inprocess", *options]) in (1, 2)
+    errors = capsys.readouterr().err
+    assert "corpus.path=" in errors and "Traceback" not in errors
