@@ -245,6 +245,16 @@ def test_a_mistake_is_one_message_and_never_a_traceback(arguments, part, tmp_pat
     assert not (tmp_path / "runs").exists(), "no work begins before the options are valid"
 
 
+def test_a_text_reaches_hydra_as_it_is_typed(tmp_path):
+    """In one configuration, which Hydra prints, and in the jobs of a sweep, which it names."""
+    done = fedgpt("run", "--cfg", "job", "name=2024_10", "evaluate.prompt=${seed}", cwd=tmp_path)
+    assert "\nname: '2024_10'\n" in done.stdout or "\nname: 2024_10\n" in done.stdout
+    assert "prompt: \\${seed}\n" in done.stdout
+    done = fedgpt("run", "-m", "init_from=1_000,1e5", cwd=tmp_path)
+    for name in ("1_000", "1e5"):
+        assert f"init_from={tmp_path}/{name}: is no folder" in done.stderr
+
+
 def test_cfg_job_prints_the_complete_configuration_without_running(tmp_path):
     done = fedgpt("run", "--cfg", "job", "model=mini", "seed=5", cwd=tmp_path)
     assert done.returncode == 0

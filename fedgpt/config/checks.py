@@ -46,7 +46,11 @@ def folder_problems(o: RunOptions) -> Iterator[str]:
     """Problems of folders that a run on this machine cannot write or read; paths are absolute."""
     for option in ("run_dir", "cache_dir"):
         path = Path(getattr(o, option))
-        existing = next(p for p in (path, *path.parents) if p.exists())
+        try:
+            existing = next(p for p in (path, *path.parents) if p.exists())
+        except OSError as error:  # such as a name that is too long
+            yield f"{option}={path}: {error.strerror}; name another folder"
+            continue
         if not existing.is_dir():
             yield f"{option}={path}: {existing} is a file; name a folder"
         elif not os.access(existing, os.W_OK):

@@ -14,11 +14,12 @@ from typing import Any, cast
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from yaml import YAMLError
 
 from fedgpt.aggregate.base import Strategy
 from fedgpt.config import checks, overrides
+from fedgpt.config.texts import escaped, quoted
 from fedgpt.core import members, targets
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import RunOptions, StrategyOptions, TaskOptions
@@ -31,13 +32,21 @@ from fedgpt.server.pacing import make_pace
 from fedgpt.simulate.replay import replay_problems
 
 TRUSTED = ("fedgpt.aggregate", "flwr.serverapp.strategy")
+# (group, option) whose value is a path
+PATHS = (
+    ("", "run_dir"),
+    ("", "cache_dir"),
+    ("", "init_from"),
+    ("fleet", "path"),
+    ("corpus", "path"),
+)
 # options that may change when a run is resumed, because they do not change its result
 FREE = ("cache_dir", "run_dir", "runtime.workers", "track")
 
 
 def load(words: Sequence[str] = (), config_dir: str | None = None) -> RunOptions:
     """Options for `fedgpt run <words>`; raises ConfigError with every problem that was found."""
-    texts = [overrides.quoted(word) for word in words]
+    texts = [quoted(word) for word in words]
     problems, good = overrides.check_words(texts, config_dir)
     dropped = [text.partition("=")[0].lstrip("+~") for text in texts if text not in good]
     parsed = [OverridesParser.create().parse_override(text) for text in good]
@@ -47,7 +56,8 @@ def load(words: Sequence[str] = (), config_dir: str | None = None) -> RunOptions
         " typed in quotes"
         for text in swept
     ]
-    typed = {one.key_or_group: str(one.input_line) for one in parsed}
+    as_typed = dict(zip(texts, words, strict=True))
+    typed = {one.key_or_group: as_typed[str(one.input_line)] for one in parsed}
     options = None
     try:
         cfg = overrides.compose_config([text for text in good if text not in swept], config_dir)
@@ -71,7 +81,7 @@ def check_sweep(words: Sequence[str], config_dir: str | None = None) -> None:
     A problem of every job is reported once; any other problem is reported with the first job that
     has it. At most MOST_JOBS jobs are checked.
     """
-    texts = [overrides.quoted(word, sweep=True) for word in words]
+    texts = [quoted(word, sweep=True) for word in words]
     problems, good = overrides.check_words(texts, config_dir)
     found: dict[str, list[str]] = {}  # problem -> jobs that have it
     jobs = list(overrides.jobs_of_sweep(good, config_dir))
@@ -106,25 +116,52 @@ def _typed(cfg: DictConfig) -> RunOptions:
     try:
         options = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
-        raise ConfigError(
-            f"{error.full_key or 'configuration'}: {overrides.first_line(error)}"
-        ) from error
+        raise ConfigError(_why(cfg, error)) from error
     assert isinstance(options, RunOptions), "the schema is the root of run.yaml"
-    for place, name in (
-        (options, "run_dir"),
-        (options, "cache_dir"),
-        (options, "init_from"),
-        (options.fleet, "path"),
-        (options.corpus, "path"),
-    ):
-        if path := getattr(place, name):
-            setattr(place, name, str(Path(path).expanduser().resolve()))
+    problems = list(_absolute(options))
+    if problems:
+        raise ConfigError(problems)
     return options
+
+
+def _absolute(options: RunOptions) -> Iterator[str]:
+    """Make the paths of the options absolute; yields a problem for each one that is no path."""
+    for group, name in PATHS:
+        place = getattr(options, group) if group else options
+        if not (path := getattr(place, name)) or "\0" in path:  # which is a problem of any text
+            continue
+        try:
+            setattr(place, name, str(Path(path).expanduser().resolve()))
+        except (OSError, RuntimeError) as error:
+            key = f"{group}.{name}" if group else name
+            home = "there is no such home folder; type ./~ for a folder whose name begins so"
+            yield f"{key}={path}: {home if path.startswith('~') else error}"
+
+
+def _why(cfg: DictConfig, error: OmegaConfBaseException) -> str:
+    """The option that cannot be converted, and why."""
+    key = error.full_key or "configuration"
+    reason = overrides.first_line(error)
+    if not isinstance(error, InterpolationResolutionError):
+        return f"{key}: {reason}"
+    typed = dotted(cast(dict[str, Any], OmegaConf.to_container(cfg))).get(key, "")
+    return f"{key}={typed}: {overrides.REFERENCE} ({reason})"
 
 
 def to_yaml(options: RunOptions) -> str:
     """The resolved options as YAML, for config.yaml and for messages to clients."""
-    return OmegaConf.to_yaml(OmegaConf.structured(options))
+    return OmegaConf.to_yaml(OmegaConf.create(_without_references(asdict(options))))
+
+
+def _without_references(value: Any) -> Any:
+    """The same value for the reader of YAML, which would resolve a `${` that means itself."""
+    if isinstance(value, str):
+        return escaped(value)
+    if isinstance(value, list):
+        return [_without_references(one) for one in value]
+    if isinstance(value, dict):
+        return {key: _without_references(one) for key, one in value.items()}
+    return value
 
 
 def from_yaml(text: str, reading: bool = False) -> RunOptions:

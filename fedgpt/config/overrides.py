@@ -20,15 +20,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 
 from fedgpt.config.choices import CONF, groups
+from fedgpt.config.texts import LISTS
 from fedgpt.core.errors import ConfigError, nearest
 from fedgpt.core.options import OPTIONS, RunOptions, StrategyOptions
 
 MOST_JOBS = 300  # largest number of jobs of a sweep that are checked before the first job runs
-# options whose value may be any text
-TEXTS = {key for key, one in OPTIONS.items() if str in one.kinds and not one.facts.allowed.choices}
 
 
 def _opened(node: DictConfig) -> DictConfig:
@@ -47,28 +46,6 @@ SCHEMAS.store(
 )
 
 
-def quoted(word: str, sweep: bool = False) -> str:
-    """A word with its value in quotes, if Hydra's grammar would not parse it as a text.
-
-    Such values are paths with blanks, `~` or `=`, and prompts.
-
-    >>> quoted("corpus.path=~/my notes"), quoted("seed=0,1")
-    ('corpus.path="~/my notes"', 'seed=0,1')
-    """
-    key, equals, value = word.partition("=")
-    if not equals or key not in TEXTS:
-        return word
-    try:
-        override = OverridesParser.create().parse_override(word)
-        if sweep or not override.is_sweep_override():
-            return word
-    except HydraException:
-        pass
-    mark = "'" if '"' in value else '"'
-    escaped = value.replace(mark, "\\" + mark)
-    return f"{key}={mark}{escaped}{mark}"
-
-
 def check_words(overrides: Sequence[str], config_dir: str | None) -> tuple[list[str], list[str]]:
     """Return (problems, overrides without a problem); each override is checked separately."""
     problems: list[str] = []
@@ -80,9 +57,10 @@ def check_words(overrides: Sequence[str], config_dir: str | None) -> tuple[list[
             parsed.append(parser.parse_override(text))
         except HydraException:
             key, equals, value = text.partition("=")
+            text_of = f'["{value.strip("[]")}"]' if key in LISTS else f'"{value}"'
             how = (
-                "; a value with special characters needs quotes within the shell's quotes:"
-                f" '{key}=\"{value}\"'"
+                "; a text with special characters needs quotes within the shell's quotes:"
+                f" '{key}={text_of}'"
             )
             problems.append(f"{text}: not of the form key=value{how if equals else ''}")
     known = groups(config_dir)
@@ -116,6 +94,9 @@ def _group_problems(override: Override, known: dict[str, list[str]]) -> Iterator
                 yield f"{group}={name}: choose from {', '.join(names)}{nearest(str(name), names)}"
 
 
+REFERENCE = (
+    "${...} must name another option, such as ${seed}; type \\${ for the characters ${ themselves"
+)
 _PLUS = "; an option that only the class of strategy=flower knows is typed with a plus: +"
 
 
@@ -144,8 +125,12 @@ def _value_problems(override: Override, cfg: DictConfig) -> Iterator[str]:
             _with_values(cfg, {key: value})
         except OmegaConfBaseException as error:
             typed = f"{key}={value}" if override.is_sweep_override() else override.input_line
-            known = key in OPTIONS and OPTIONS[key].kinds
-            yield f"{typed}: {OPTIONS[key].needs(value) if known else first_line(error)}"
+            if isinstance(error, GrammarParseError):
+                yield f"{key}={value}: {REFERENCE}"
+            elif key in OPTIONS and OPTIONS[key].kinds:
+                yield f"{typed}: {OPTIONS[key].needs(value)}"
+            else:
+                yield f"{typed}: {first_line(error)}"
 
 
 def _single_values(override: Override, known: dict[str, list[str]]) -> list[str]:

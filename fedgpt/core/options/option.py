@@ -205,6 +205,8 @@ def value_problem(key: str, value: Any, allowed: Allowed) -> str:
     """The problem of one value, with the allowed values; empty if the value is allowed."""
     if value is None:
         return ""  # null is a matter of the type
+    if wrong := _no_text(value):
+        return f"{key}={value!a}: {wrong}"
     whole = isinstance(value, Integral)  # which may be too large for isfinite
     if isinstance(value, Real) and not whole and not isfinite(value):
         words = f", {allowed.words}" if allowed.words else ""
@@ -212,6 +214,19 @@ def value_problem(key: str, value: Any, allowed: Allowed) -> str:
     if allowed.holds(value):
         return ""
     return f"{key}={value}: must be {allowed.words}{nearest(str(value), allowed.choices)}"
+
+
+def _no_text(value: Any) -> str:
+    """Why a value, or an element of a list, cannot be written to a file; empty if it can."""
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str):
+            if "\0" in text:
+                return "must be a text without the character NUL; leave it out"
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                return "must be UTF-8 text; type it in UTF-8, and rename a file that is named so"
+    return ""
 
 
 def no_effect(
@@ -298,6 +313,8 @@ class Option:
         words = self.facts.allowed.words
         whole = int in self.kinds and isinstance(value, float) and value.is_integer()
         proposal = f"; type {value:.0f}" if whole else ""
+        if str in self.kinds and isinstance(value, Real):
+            proposal = "; a text that looks like a number is written in quotes"
         return f"must be {self.kind}{f', {words}' if words else ''}{proposal}"
 
 

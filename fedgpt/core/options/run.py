@@ -73,6 +73,7 @@ class RunOptions(Group):
         None,
         "Folder of a finished run, or of a Hugging Face model (GPT-2, GPT-NeoX), whose weights the"
         " run starts from. null means random weights.",
+        allowed=FOLDER,
     )
     resume: str | None = option(
         None,
