@@ -18,12 +18,14 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
+from yaml import YAMLError
 
 from fedgpt.config.choices import CONF, groups
 from fedgpt.config.texts import LISTS
+from fedgpt.config.user_files import file_problems
 from fedgpt.core.errors import ConfigError, nearest
 from fedgpt.core.options import OPTIONS, RunOptions, StrategyOptions
 
@@ -65,7 +67,7 @@ def check_words(overrides: Sequence[str], config_dir: str | None) -> tuple[list[
             problems.append(f"{text}: not of the form key=value{how if equals else ''}")
     known = groups(config_dir)
     for override in [o for o in parsed if o.key_or_group in known]:
-        found = list(_group_problems(override, known))
+        found = list(_group_problems(override, known, config_dir))
         problems += found
         if not found:
             good.append(str(override.input_line))
@@ -83,7 +85,9 @@ def check_words(overrides: Sequence[str], config_dir: str | None) -> tuple[list[
     return problems, good
 
 
-def _group_problems(override: Override, known: dict[str, list[str]]) -> Iterator[str]:
+def _group_problems(
+    override: Override, known: dict[str, list[str]], config_dir: str | None
+) -> Iterator[str]:
     group = override.key_or_group
     names = sorted(known[group])
     for choice in _values(override, known):
@@ -92,6 +96,8 @@ def _group_problems(override: Override, known: dict[str, list[str]]) -> Iterator
         for name in choice if isinstance(choice, list) else [choice]:
             if str(name) not in names:
                 yield f"{group}={name}: choose from {', '.join(names)}{nearest(str(name), names)}"
+            elif config_dir is not None:
+                yield from file_problems(config_dir, group, str(name))
 
 
 REFERENCE = (
@@ -204,8 +210,47 @@ def compose_config(overrides: Sequence[str], config_dir: str | None) -> DictConf
     with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
             return compose("run", [*overrides, *searchpath])
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
-            raise ConfigError(first_line(error)) from error
+        except MissingConfigException as error:
+            raise ConfigError(_missing(error)) from error
+        except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+            raise ConfigError(_with_cause(error)) from error
+
+
+# choices of Hydra's groups that its plug-ins bring -> the package to install
+PLUGINS = {
+    "hydra/launcher/joblib": "hydra-joblib-launcher",
+    "hydra/launcher/ray": "hydra-ray-launcher",
+    "hydra/launcher/rq": "hydra-rq-launcher",
+    "hydra/launcher/submitit_local": "hydra-submitit-launcher",
+    "hydra/launcher/submitit_slurm": "hydra-submitit-launcher",
+    "hydra/sweeper/ax": "hydra-ax-sweeper",
+    "hydra/sweeper/nevergrad": "hydra-nevergrad-sweeper",
+    "hydra/sweeper/optuna": "hydra-optuna-sweeper",
+    "hydra/hydra_logging/colorlog": "hydra-colorlog",
+    "hydra/job_logging/colorlog": "hydra-colorlog",
+}
+
+
+def _missing(error: MissingConfigException) -> str:
+    """The problem of a choice that is not there: what to install, or the choices that are."""
+    group, _, name = str(error.missing_cfg_file).rpartition("/")
+    if package := PLUGINS.get(f"{group}/{name}"):
+        return (
+            f"{group}={name}: is a plug-in of Hydra that is not installed; install it with: pip"
+            f" install {package}"
+        )
+    if not error.options:
+        return first_line(error)
+    names = sorted(error.options)
+    return f"{group}={name}: choose from {', '.join(names)}{nearest(name, names)}"
+
+
+def _with_cause(error: Exception) -> str:
+    """The message of an error of Hydra, and that of the error behind it, which has the key."""
+    text, cause = first_line(error), error.__cause__ or error.__context__
+    if not isinstance(cause, OmegaConfBaseException):
+        return text
+    return ": ".join(filter(None, (text.rstrip(".:"), cause.full_key, first_line(cause))))
 
 
 def is_about(problem: str, option: str) -> bool:
