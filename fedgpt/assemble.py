@@ -174,7 +174,7 @@ def _snapshot(setting: Setting) -> Snapshot:
         run, flat = secrets.token_hex(8), flat_options(options)
         identity = RunIdentity(run, setting.environment, flat, setting.statement)
         params = initial_weights(options, setting.prepared.tokenizer)
-        return Snapshot(ServerState(params), identity, first_line())
+        return Snapshot(ServerState(params), identity, first_line(options.evaluate.samples))
 
     return open_or_resume(
         setting.folder,

@@ -30,8 +30,8 @@ class EvaluateOptions(Group):
     samples: int = option(
         3,
         "Number of versions that generate a sample of text, including the first and the last"
-        " version.",
-        allowed=at_least(0),
+        " version. With 1 it is only the last version.",
+        allowed=at_least(0, zero="none"),
     )
     sample_tokens: int = option(120, "Length of a sample.", unit="tokens", allowed=at_least(1))
     prompt: str | None = option(
