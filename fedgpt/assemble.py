@@ -37,6 +37,7 @@ from fedgpt.core.messages import ServerState
 from fedgpt.core.options import RunOptions
 from fedgpt.core.resources import Resources, resources_for
 from fedgpt.core.transport import Transport
+from fedgpt.core.waiting import saying
 from fedgpt.data.partitions.base import Shard
 from fedgpt.data.prepare import Prepared
 from fedgpt.data.shards import load_shards
@@ -140,9 +141,11 @@ def _setting(options: RunOptions, folder: RunFolder, network: Network) -> Settin
     torch.set_num_threads(resources.threads)
     plan = None
     if options.privacy.unit != "none":
-        plan = make_plan(options, [shard.size for shard in shards])
+        with saying("computing the noise"):
+            plan = make_plan(options, [shard.size for shard in shards])
     promise = statement(options, plan, len(shards)) if plan else {}
-    base = base_weights(options, prepared.tokenizer)
+    with saying("reading the initial weights"):
+        base = base_weights(options, prepared.tokenizer)
     environment = environment_of(resources, network.versions)
     if base:
         environment["base"] = base_digest(base)
@@ -173,7 +176,8 @@ def _snapshot(setting: Setting) -> Snapshot:
     def start() -> Snapshot:
         run, flat = secrets.token_hex(8), flat_options(options)
         identity = RunIdentity(run, setting.environment, flat, setting.statement)
-        params = initial_weights(options, setting.prepared.tokenizer)
+        with saying("making the initial weights"):
+            params = initial_weights(options, setting.prepared.tokenizer)
         return Snapshot(ServerState(params), identity, first_line(options.evaluate.samples))
 
     return open_or_resume(

@@ -8,11 +8,12 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from fedgpt.core.device import memory
 from fedgpt.core.options import OPTIONS, RunOptions
 from fedgpt.core.options.option import Group, no_effect
 from fedgpt.data.corpus import CORPORA
 from fedgpt.data.partition import PARTITIONS
-from fedgpt.model.shape import trainable_problems
+from fedgpt.model.shape import count_parameters, count_trainable, trainable_problems
 from fedgpt.simulate.fleet import fleet_problems
 from fedgpt.update.compress import CODECS
 
@@ -34,12 +35,28 @@ def unused_options(typed: Mapping[str, str], o: RunOptions) -> Iterator[str]:
 
 def problems(o: RunOptions) -> Iterator[str]:
     """Problems of single values and of combinations that need no strategy to find them."""
-    yield from o.problems()
-    yield from trainable_problems(o.model)
+    wrong = list(o.problems())
+    yield from wrong
+    if not any(problem.startswith("model.") for problem in wrong):  # such as 10**18 layers
+        yield from trainable_problems(o.model)
     yield from CORPORA.problems(o.corpus, o.trusted_packages)
     yield from PARTITIONS.problems(o.partition, o.trusted_packages)
     yield from CODECS.problems(o.update, o.trusted_packages)
     yield from fleet_problems(o)
+
+
+def memory_problems(o: RunOptions) -> Iterator[str]:
+    """The problem of a model that does not fit into the memory of this machine."""
+    vocabulary = 257 if o.tokenizer.name == "bytes" else o.tokenizer.vocab_size + 1
+    parameters = count_parameters(o.model, vocabulary)
+    # float32 weights, and for each trained parameter a sum of updates in 64 bits
+    needed = 4 * parameters + 8 * count_trainable(o.model, vocabulary)
+    if 0 < memory() < needed:
+        yield (
+            f"model.n_embd={o.model.n_embd} and model.n_layer={o.model.n_layer}: {parameters:.3g}"
+            f" parameters need at least {needed / 1e9:,.1f} GB, and this machine has"
+            f" {memory() / 1e9:,.1f} GB; lower one of them"
+        )
 
 
 def folder_problems(o: RunOptions) -> Iterator[str]:

@@ -172,15 +172,14 @@ def from_yaml(text: str, reading: bool = False) -> RunOptions:
     """
     try:
         cfg = OmegaConf.merge(OmegaConf.structured(RunOptions), _mapping(text))
-    except OmegaConfBaseException as error:
-        raise ConfigError(
-            f"{error.full_key or 'configuration'}: {overrides.first_line(error)}"
-        ) from error
+    except (OmegaConfBaseException, OverflowError) as error:
+        key = getattr(error, "full_key", None) or "configuration"
+        raise ConfigError(f"{key}: {overrides.first_line(error)}") from error
     assert isinstance(cfg, DictConfig), "as the schema is one"
     if not reading:
         return to_options(cfg)
     options = _typed(cfg)
-    if problems := [*options.problems(), *trainable_problems(options.model)]:
+    if problems := list(options.problems()) or trainable_problems(options.model):
         raise ConfigError(problems)
     return options
 
@@ -294,6 +293,8 @@ def _problems(o: RunOptions, on_this_machine: bool) -> Iterator[str]:
     yield from wrong
     if on_this_machine:
         yield from checks.folder_problems(o)
+        if not any(problem.startswith("model.") for problem in wrong):
+            yield from checks.memory_problems(o)
         yield from runtime_problems(o, o.partition.clients if o.partition.name != "natural" else 0)
     try:
         strategy = build_strategy(o.strategy, o.trusted_packages)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cache, partial
-from itertools import product
+from itertools import islice, product
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,9 @@ from fedgpt.config.texts import LISTS
 from fedgpt.config.user_files import file_problems
 from fedgpt.core.errors import ConfigError, nearest
 from fedgpt.core.options import OPTIONS, RunOptions, StrategyOptions
+from fedgpt.core.options.option import short
 
+MOST_VALUES = 10_000  # largest number of values of one option in a sweep
 MOST_JOBS = 300  # largest number of jobs of a sweep that are checked before the first job runs
 
 
@@ -40,6 +42,7 @@ def _opened(node: DictConfig) -> DictConfig:
     return node
 
 
+NUMBERS = (ValueError, OverflowError)  # of Python, for a number that it cannot convert
 SCHEMAS = ConfigStore.instance()  # the types and defaults of all options
 SCHEMAS.store(name="schema", node=_opened(OmegaConf.structured(RunOptions)))
 # a plain mapping, as every strategy is one
@@ -57,6 +60,8 @@ def check_words(overrides: Sequence[str], config_dir: str | None) -> tuple[list[
     for text in overrides:
         try:
             parsed.append(parser.parse_override(text))
+        except ValueError:  # an integer of more than 4300 digits
+            problems.append(f"{text[:60]}...: a number of {len(text):,} characters; type fewer")
         except HydraException:
             key, equals, value = text.partition("=")
             text_of = f'["{value.strip("[]")}"]' if key in LISTS else f'"{value}"'
@@ -77,8 +82,9 @@ def check_words(overrides: Sequence[str], config_dir: str | None) -> tuple[list[
         [text for line in good for text in _single_values(parser.parse_override(line), known)[:1]],
         config_dir,
     )
+    scratch = _open_copy(cfg)  # one for all values, as a copy takes long
     for override in [o for o in parsed if o.key_or_group not in known]:
-        found = list(_value_problems(override, cfg))
+        found = list(_value_problems(override, cfg, scratch))
         problems += found
         if not found:
             good.append(str(override.input_line))
@@ -106,7 +112,8 @@ REFERENCE = (
 _PLUS = "; an option that only the class of strategy=flower knows is typed with a plus: +"
 
 
-def _value_problems(override: Override, cfg: DictConfig) -> Iterator[str]:
+def _value_problems(override: Override, cfg: DictConfig, scratch: DictConfig) -> Iterator[str]:
+    """The problems of an override of `cfg`; the value is tried in its copy `scratch`."""
     key = override.key_or_group
     if key.startswith(("hydra.", "hydra/")):
         return
@@ -128,11 +135,13 @@ def _value_problems(override: Override, cfg: DictConfig) -> Iterator[str]:
         return
     for value in _values(override, {}):
         try:
-            _with_values(cfg, {key: value})
-        except OmegaConfBaseException as error:
+            OmegaConf.update(scratch, key, value)
+        except (OmegaConfBaseException, OverflowError) as error:
             typed = f"{key}={value}" if override.is_sweep_override() else override.input_line
             if isinstance(error, GrammarParseError):
                 yield f"{key}={value}: {REFERENCE}"
+            elif isinstance(error, OverflowError):
+                yield f"{key}={short(value)}: is too large for a number with a fraction"
             elif key in OPTIONS and OPTIONS[key].kinds:
                 yield f"{typed}: {OPTIONS[key].needs(value)}"
             else:
@@ -147,7 +156,14 @@ def _single_values(override: Override, known: dict[str, list[str]]) -> list[str]
     if isinstance(value, Glob):
         values = value.filter(known.get(override.key_or_group, []))
     else:
-        values = list(override.sweep_string_iterator()) if override.is_discrete_sweep() else []
+        values = []
+        if override.is_discrete_sweep():
+            values = list(islice(override.sweep_string_iterator(), MOST_VALUES + 1))
+        if len(values) > MOST_VALUES:
+            raise ConfigError(
+                f"{override.input_line}: has more than {MOST_VALUES:,} values; a sweep runs each of"
+                " them"
+            )
     return [f"{override.get_key_element()}={value}" for value in values]
 
 
@@ -156,9 +172,15 @@ def _values(override: Override, known: dict[str, list[str]]) -> list[Any]:
     return [parser.parse_override(text).value() for text in _single_values(override, known)]
 
 
+def _open_copy(cfg: DictConfig) -> DictConfig:
+    """A copy to which any key may be added."""
+    copy = cfg.copy()
+    OmegaConf.set_struct(copy, False)
+    return copy
+
+
 def _with_values(cfg: DictConfig, values: dict[str, Any]) -> DictConfig:
-    changed = cfg.copy()
-    OmegaConf.set_struct(changed, False)
+    changed = _open_copy(cfg)
     for key, value in values.items():
         OmegaConf.update(changed, key, value)
     return changed
@@ -212,7 +234,7 @@ def compose_config(overrides: Sequence[str], config_dir: str | None) -> DictConf
             return compose("run", [*overrides, *searchpath])
         except MissingConfigException as error:
             raise ConfigError(_missing(error)) from error
-        except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+        except (HydraException, OmegaConfBaseException, YAMLError, *NUMBERS) as error:
             raise ConfigError(_with_cause(error)) from error
 
 

@@ -96,6 +96,8 @@ def _in_list(match: re.Match[str]) -> str:
         read = OverridesParser.create().parse_rule(text.strip(), "primitive")
     except HydraException:
         return text
+    except ValueError:  # an integer of more than 4300 digits
+        read = 0
     if isinstance(read, int | float):
         return QuotedString(text.strip(), Quote.double).with_quotes()
     return text
@@ -104,5 +106,5 @@ def _in_list(match: re.Match[str]) -> str:
 def _is_sweep(word: str) -> bool:
     try:
         return OverridesParser.create().parse_override(word).is_sweep_override()
-    except HydraException:
+    except (HydraException, ValueError):
         return False

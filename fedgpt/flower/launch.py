@@ -11,6 +11,7 @@ from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import RunOptions
 from fedgpt.core.resources import Resources, resources_for
 from fedgpt.core.runtimes import runtime_of
+from fedgpt.core.waiting import saying
 from fedgpt.data.shards import load_shards
 from fedgpt.flower.failure import FAILURE_FILE
 
@@ -31,12 +32,14 @@ def launch(options: RunOptions) -> None:
     refuse_another_run(options)
     for name, value in FLOWER_ENV.items():
         os.environ.setdefault(name, value)
-    clients = len(load_shards(options)[1])
+    with saying("reading the text"):
+        clients = len(load_shards(options)[1])
     runtime = runtime_of(options)
     # the number of natural clients was not known when the options were checked
     if problems := list(runtime.problems(options, clients)):
         raise ConfigError(problems)
-    resources = resources_for(options, clients)
+    with saying("loading PyTorch"):
+        resources = resources_for(options, clients)
     runtime.start(options, clients, resources, client_environment(options, resources))
 
 

@@ -52,7 +52,7 @@ class PrivacyOptions(Group):
         None,
         "Probability delta with which the bound epsilon may fail. null means n ** -1.1, where n is"
         " the number of protected units (blocks or clients).",
-        allowed=share(zero=False),
+        allowed=share(zero=False, least=0),
         only_with=PRIVATE,
     )
     clip: float = option(
@@ -85,7 +85,7 @@ class PrivacyOptions(Group):
         "Number of consecutive releases whose noise is correlated (matrix factorisation), so that"
         " later noise cancels a part of earlier noise.",
         unit="releases",
-        allowed=Allowed("at least 1 (1 = independent noise)", lambda value: value >= 1),
+        allowed=Allowed("at least 1 (1 = independent noise)", lambda value: value >= 1, most=10**5),
         only_with=("client",),
     )
     separation: int = option(
