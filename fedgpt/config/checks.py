@@ -5,7 +5,7 @@ component or this machine does not support.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from fedgpt.core.device import memory
@@ -18,6 +18,30 @@ from fedgpt.simulate.fleet import fleet_problems
 from fedgpt.update.compress import CODECS
 
 
+_SAMPLES = "evaluate.samples=0; add evaluate.samples=2"
+# options that have an effect only with another option -> whether they have, and the remedy
+USED_WITH: dict[str, tuple[Callable[[RunOptions], bool], str]] = {
+    "update.decay": (
+        lambda o: o.update.error_feedback,
+        "update.error_feedback=false; add update.error_feedback=true and a codec, such as"
+        " update=int8",
+    ),
+    "evaluate.prompt": (lambda o: o.evaluate.samples > 0, _SAMPLES),
+    "evaluate.sample_tokens": (lambda o: o.evaluate.samples > 0, _SAMPLES),
+    "validate.rest": (
+        lambda o: o.validate.strikes > 0,
+        "validate.strikes=0; add validate.strikes=3",
+    ),
+    **{
+        f"privacy.{name}": (
+            lambda o: o.privacy.unit != "none",
+            "privacy=none; choose privacy=example, client or local",
+        )
+        for name in ("clip", "participations", "rng")
+    },
+}
+
+
 def unused_options(typed: Mapping[str, str], o: RunOptions) -> Iterator[str]:
     """Typed options (option -> text) that have no effect with the chosen groups."""
     for option, text in typed.items():
@@ -26,6 +50,9 @@ def unused_options(typed: Mapping[str, str], o: RunOptions) -> Iterator[str]:
         group: Group = getattr(o, OPTIONS[option].group)
         if group.chosen not in only_with and not group.reports_unused:
             yield no_effect(text, group.chosen, only_with)
+    for option, (used, why) in USED_WITH.items():
+        if option in typed and not used(o):
+            yield f"{typed[option]}: has no effect with {why}, or leave it out"
     if "rounds" in typed and o.tokens:
         yield (
             f"{typed['rounds']}: tokens={o.tokens} decides where the run ends; add tokens=0, or"

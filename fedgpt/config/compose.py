@@ -7,6 +7,7 @@ inside an allow-list.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -46,6 +47,7 @@ FREE = ("cache_dir", "run_dir", "runtime.workers", "track")
 
 def load(words: Sequence[str] = (), config_dir: str | None = None) -> RunOptions:
     """Options for `fedgpt run <words>`; raises ConfigError with every problem that was found."""
+    _say_what_is_replaced(words)
     texts = [quoted(word) for word in words]
     problems, good = overrides.check_words(texts, config_dir)
     dropped = [text.partition("=")[0].lstrip("+~") for text in texts if text not in good]
@@ -81,22 +83,40 @@ def check_sweep(words: Sequence[str], config_dir: str | None = None) -> None:
     A problem of every job is reported once; any other problem is reported with the first job that
     has it. At most MOST_JOBS jobs are checked.
     """
+    _say_what_is_replaced(words)
     texts = [quoted(word, sweep=True) for word in words]
     problems, good = overrides.check_words(texts, config_dir)
     found: dict[str, list[str]] = {}  # problem -> jobs that have it
+    unused: dict[str, list[str]] = {}  # word -> a problem for each job in which it has no effect
+    as_typed = dict(zip(texts, words, strict=True))
+    typed = {text.partition("=")[0].lstrip("+"): as_typed[text] for text in good}
     jobs = list(overrides.jobs_of_sweep(good, config_dir))
     for job, compose_job in jobs:
         try:
-            to_options(compose_job(), on_this_machine=True)
+            options = to_options(compose_job(), on_this_machine=True)
         except ConfigError as error:
             for problem in error.problems:
                 found.setdefault(problem, []).append(job)
+        else:
+            for problem in checks.unused_options(typed, options):
+                word = next(word for word in typed.values() if problem.startswith(f"{word}: "))
+                unused.setdefault(word, []).append(problem)
     for problem, where in found.items():
         more = f" and {len(where) - 1} more" if len(where) > 1 else ""
         shown = problem if len(where) == len(jobs) else f"{problem} (in the job {where[0]}{more})"
         problems += [shown] if problem not in problems else []
+    # an option may have an effect with some of the choices only
+    problems += [told[0] for told in unused.values() if len(told) == len(jobs)]
     if problems:
         raise ConfigError(problems)
+
+
+def _say_what_is_replaced(words: Sequence[str]) -> None:
+    """Print a line for each word that a later one replaces, as Hydra takes the last one."""
+    last = {word.partition("=")[0].lstrip("+"): word for word in words}
+    for word in words:
+        if (later := last[word.partition("=")[0].lstrip("+")]) != word:
+            print(f"fedgpt: {word} is replaced by {later}, which is typed later", file=sys.stderr)
 
 
 def to_options(cfg: DictConfig, on_this_machine: bool = False) -> RunOptions:
