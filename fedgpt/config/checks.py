@@ -17,7 +17,6 @@ from fedgpt.model.shape import count_parameters, count_trainable, trainable_prob
 from fedgpt.simulate.fleet import fleet_problems
 from fedgpt.update.compress import CODECS
 
-
 _SAMPLES = "evaluate.samples=0; add evaluate.samples=2"
 # options that have an effect only with another option -> whether they have, and the remedy
 USED_WITH: dict[str, tuple[Callable[[RunOptions], bool], str]] = {

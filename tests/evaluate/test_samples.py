@@ -13,10 +13,13 @@ from fedgpt.core.errors import FedGPTError
 from fedgpt.core.faults import Injected, injected
 from fedgpt.storage.run_folder import read_lines
 
+PROMPT = "A prompt of this test"
+
 
 def options(folder: Path, samples: int) -> list[str]:
     words = [word for word in tiny_run(folder) if not word.startswith("evaluate.samples")]
-    return [*words, f"evaluate.samples={samples}", "evaluate.sample_tokens=3"]
+    more = ["evaluate.sample_tokens=3", f"evaluate.prompt={PROMPT}"] if samples else []
+    return [*words, f"evaluate.samples={samples}", *more]
 
 
 def sampled(folder: Path) -> list[int]:
@@ -31,12 +34,11 @@ def sampled(folder: Path) -> list[int]:
     "samples, versions", [(0, []), (1, [3]), (2, [0, 3]), (3, [0, 2, 3]), (9, [0, 1, 2, 3])]
 )
 def test_as_many_versions_as_asked_for_generate_a_sample(tmp_path, samples, versions, capsys):
-    run_here(*options(tmp_path, samples), "evaluate.prompt=A prompt of this test")
+    run_here(*options(tmp_path, samples))
     assert sampled(tmp_path / "run") == versions
-    shown = "A prompt of this test" in capsys.readouterr().out
+    shown = PROMPT in capsys.readouterr().out
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
-    in_page = page.count("A prompt of this test") - 1  # once in the configuration
-    assert shown == bool(versions) == bool(in_page)
+    assert shown == bool(versions) == (page.count(PROMPT) > 1)  # once in the configuration
 
 
 def test_a_run_without_samples_is_resumed_without_any(tmp_path):
