@@ -25,8 +25,10 @@ USED_WITH: dict[str, tuple[Callable[[RunOptions], bool], str]] = {
         "update.error_feedback=false; add update.error_feedback=true and a codec, such as"
         " update=int8",
     ),
-    "evaluate.prompt": (lambda o: o.evaluate.samples > 0, _SAMPLES),
-    "evaluate.sample_tokens": (lambda o: o.evaluate.samples > 0, _SAMPLES),
+    **{
+        f"evaluate.{name}": (lambda o: o.evaluate.samples > 0, _SAMPLES)
+        for name in ("prompt", "sample_tokens")
+    },
     "validate.rest": (
         lambda o: o.validate.strikes > 0,
         "validate.strikes=0; add validate.strikes=3",
