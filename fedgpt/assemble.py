@@ -38,6 +38,7 @@ from fedgpt.core.messages import ServerState
 from fedgpt.core.options import RunOptions
 from fedgpt.core.resources import Resources, resources_for
 from fedgpt.core.transport import Transport
+from fedgpt.core.waiting import saying
 from fedgpt.data.partitions.base import Shard
 from fedgpt.data.prepare import Prepared
 from fedgpt.data.shards import load_shards
@@ -143,12 +144,14 @@ def _setting(options: RunOptions, folder: RunFolder, network: Network) -> Settin
     torch.set_num_threads(resources.threads)
     plan = None
     if options.privacy.unit != "none":
-        plan = make_plan(options, [shard.size for shard in shards])
+        with saying("computing the noise"):
+            plan = make_plan(options, [shard.size for shard in shards])
     promise = statement(options, plan, len(shards)) if plan else {}
     # before weights are read
     content = checked_content(options, prepared, partial(changed_options, options=options))
     environment = {**environment_of(resources, network.versions), **content}
-    base = base_weights(options, prepared.tokenizer)
+    with saying("reading the initial weights"):
+        base = base_weights(options, prepared.tokenizer)
     if base:
         environment["base"] = base_digest(base)
     return Setting(options, folder, prepared, shards, resources, base, environment, plan, promise)
@@ -178,8 +181,9 @@ def _snapshot(setting: Setting) -> Snapshot:
     def start() -> Snapshot:
         run, flat = secrets.token_hex(8), flat_options(options)
         identity = RunIdentity(run, setting.environment, flat, setting.statement)
-        params = initial_weights(options, setting.prepared.tokenizer)
-        return Snapshot(ServerState(params), identity, first_line())
+        with saying("making the initial weights"):
+            params = initial_weights(options, setting.prepared.tokenizer)
+        return Snapshot(ServerState(params), identity, first_line(options.evaluate.samples))
 
     snapshot = open_or_resume(
         setting.folder,

@@ -235,6 +235,7 @@ def test_dir_shows_lazily_imported_names():
         (["run", "--bogus"], "--bogus"),
         (["run", "strategy=fedavgg"], "did you mean 'fedavg'"),
         (["run", "-m", "seed=0,x"], "seed=x"),
+        (["run", "-m", "hydra/launcher=joblib", "seed=0,1"], "pip install hydra-joblib-launcher"),
         (["run", "resume=nowhere"], "is not a run's folder"),
         (["run", "resume=nowhere", "seed=3"], "stands alone"),
         (["run", "resume="], "resume=: is not a run's folder"),
@@ -257,6 +258,16 @@ def test_a_mistake_is_one_message_and_never_a_traceback(arguments, part, tmp_pat
     assert "Traceback" not in done.stderr
     assert done.returncode == 2
     assert not (tmp_path / "runs").exists(), "no work begins before the options are valid"
+
+
+def test_a_text_reaches_hydra_as_it_is_typed(tmp_path):
+    """In one configuration, which Hydra prints, and in the jobs of a sweep, which it names."""
+    done = fedgpt("run", "--cfg", "job", "name=2024_10", "evaluate.prompt=${seed}", cwd=tmp_path)
+    assert "name: '2024_10'\n" in done.stdout
+    assert "prompt: \\${seed}\n" in done.stdout
+    done = fedgpt("run", "-m", "init_from=1_000,1e5", cwd=tmp_path)
+    for name in ("1_000", "1e5"):
+        assert f"init_from={tmp_path}/{name}: is no folder" in done.stderr
 
 
 def test_cfg_job_prints_the_complete_configuration_without_running(tmp_path):

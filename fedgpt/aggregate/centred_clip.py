@@ -40,7 +40,7 @@ class CentredClip(Strategy):
         5,
         "Repetitions of the clip in a server step, each around the result of the one before.",
         unit="passes",
-        allowed=at_least(1),
+        allowed=at_least(1, end=10_000),
     )
 
     def combine(

@@ -41,7 +41,7 @@ class GeometricMedian(Strategy):
         8,
         "Passes of Weiszfeld's algorithm. The paper needs 3 to 8.",
         unit="passes",
-        allowed=at_least(1),
+        allowed=at_least(1, end=10_000),
     )
 
     def problems(self, pacing: Pacing) -> Iterator[str]:

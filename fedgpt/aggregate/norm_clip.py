@@ -34,7 +34,7 @@ class NormClip(Strategy):
         100,
         "Number of recent norms over which the median is computed.",
         unit="updates",
-        allowed=at_least(1),
+        allowed=at_least(1, end=10**6),
     )
 
     def combine(

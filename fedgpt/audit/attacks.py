@@ -22,12 +22,14 @@ import numpy as np
 import torch
 
 from fedgpt.aggregate.base import Strategy
+from fedgpt.audit.problems import PER_TOKEN, audit_problems
 from fedgpt.audit.statistics import Bounds, auc, bounds, rate_at
 from fedgpt.core.device import choose_compute
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.flat import frozen_weights
 from fedgpt.core.messages import Job, Pacing, Plan, ServerState, Update
 from fedgpt.core.options import PrivacyOptions, RunOptions
+from fedgpt.core.waiting import saying
 from fedgpt.data.batches import Batches, Blocks
 from fedgpt.data.partition import Shard
 from fedgpt.data.prepare import Prepared
@@ -36,7 +38,6 @@ from fedgpt.local.private import PrivateSteps
 from fedgpt.local.trainer import Trainer
 from fedgpt.model.build import freeze
 from fedgpt.model.gpt import GPT
-from fedgpt.model.shape import is_trainable
 from fedgpt.privacy.accounting import gaussian_epsilon
 from fedgpt.privacy.clipping import clipped
 from fedgpt.privacy.plan import PrivacyPlan, make_plan, sampling_probability
@@ -49,7 +50,6 @@ from fedgpt.storage.tables import Clients
 # dimensions any two of the random canary updates are nearly orthogonal
 CANARIES, DIMENSIONS = 600, 20_000
 # parameters with one row per token; the token-leak attack uses the first of them that is trained
-PER_TOKEN = ("transformer.wte.weight", "lm_head.weight")
 # privacy=example: number of canary blocks (random tokens, all in every batch), and of local steps
 BLOCKS, STEPS = 96, 8
 # membership: number of local steps, enough for a small model to memorise some of a client's text
@@ -98,38 +98,29 @@ def audit(
     o: RunOptions, strategy: Strategy, prepared: Prepared, shards: Sequence[Shard]
 ) -> Findings:
     """All attacks; raises ConfigError if the configuration has no mechanism to attack."""
-    if o.task.name != "lm":
-        raise ConfigError(
-            f"task={o.task.name}: fedgpt audit plants text for next-token prediction and looks for"
-            " it, so it attacks task=lm only; leave task out"
-        )
-    if o.privacy.unit == "local":
-        raise ConfigError(
-            "privacy=local: an update is noised before it leaves the client, so there is nothing to"
-            " attack; audit privacy=example or privacy=client"
-        )
-    if o.model.trainable and not any(is_trainable([n], o.model.trainable) for n in PER_TOKEN):
-        raise ConfigError(
-            f"model.trainable={o.model.trainable}: fedgpt audit looks for tokens in the update of"
-            " the embedding or the head; add transformer.wte.* or lm_head.*, or leave it out"
-        )
-    plan = make_plan(o, [shard.size for shard in shards]) if o.privacy.unit != "none" else None
+    if problems := list(audit_problems(o)):
+        raise ConfigError(problems)
+    plan = None
+    if o.privacy.unit != "none":
+        with saying("computing the noise"):
+            plan = make_plan(o, [shard.size for shard in shards])
     vocab_size = prepared.tokenizer.vocab_size
     verdict = None
     if plan is not None:
         client = plan.unit == "client"
-        verdict = audit_client(o, strategy, plan) if client else audit_example(o, vocab_size, plan)
+        with saying(f"looking for canary {'clients' if client else 'blocks'} (1 of 3 attacks)"):
+            verdict = (
+                audit_client(o, strategy, plan) if client else audit_example(o, vocab_size, plan)
+            )
     # the client with the median size represents the others
     shard = sorted(shards, key=lambda s: s.size)[len(shards) // 2]
     tokens = shard.read(prepared.tokens)
+    with saying(f"training on half of the blocks of {shard.client} (2 of 3 attacks)"):
+        members = membership(o, vocab_size, tokens, plan, MEMBER_STEPS)
+    with saying(f"looking for the tokens of {shard.client} in an update (3 of 3 attacks)"):
+        leak = token_leak(o, vocab_size, tokens, plan, o.local.steps)
     return Findings(
-        o.privacy.unit,
-        verdict,
-        shard.client,
-        MEMBER_STEPS,
-        o.local.steps,
-        membership(o, vocab_size, tokens, plan, MEMBER_STEPS),
-        token_leak(o, vocab_size, tokens, plan, o.local.steps),
+        o.privacy.unit, verdict, shard.client, MEMBER_STEPS, o.local.steps, members, leak
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from fedgpt.cli.words import split_words
+from fedgpt.core.errors import ConfigError
+from fedgpt.core.waiting import saying
 
 HELP = """
   fedgpt audit privacy=example privacy.target_epsilon=4 rounds=2
@@ -17,12 +19,17 @@ The options are those of `fedgpt run` (fedgpt help privacy).
 
 def main(arguments: list[str]) -> int:
     """Print the audit of a private run."""
-    from fedgpt.audit.report import audit_report
+    from fedgpt.audit.problems import audit_problems
     from fedgpt.config import compose
     from fedgpt.data.shards import load_shards
 
     options = compose.load(*split_words(arguments))
-    prepared, shards = load_shards(options)
+    if problems := list(audit_problems(options)):
+        raise ConfigError(problems)
+    with saying("reading the text"):
+        prepared, shards = load_shards(options)
+    with saying("loading PyTorch"):
+        from fedgpt.audit.report import audit_report
     strategy = compose.build_strategy(options.strategy, options.trusted_packages)
     text, holds = audit_report(options, strategy, prepared, shards)
     print(text)

@@ -20,9 +20,12 @@ def main(arguments: list[str]) -> int:
     from rich.console import Console
 
     from fedgpt.config import compose
+    from fedgpt.core.waiting import saying
     from fedgpt.data.shards import load_shards
     from fedgpt.report.shards import data_report
 
-    prepared, shards = load_shards(compose.load(*split_words(arguments)))
+    options = compose.load(*split_words(arguments))
+    with saying("reading the text"):
+        prepared, shards = load_shards(options)
     data_report(prepared, shards, Console(highlight=False))
     return 0

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import math
 
 from fedgpt.core.errors import ConfigError
+from fedgpt.core.options.option import short
 
 LARGEST_SEED = 2**63 - 1
 RANGES = {
-    "tokens": (0, math.inf),
-    "samples": (1, math.inf),
-    "temperature": (0, math.inf),
-    "top_k": (0, math.inf),
+    "tokens": (0, 10**6),
+    "samples": (1, 10**5),
+    "temperature": (0, 10**6),
+    "top_k": (0, 10**9),
     "top_p": (0, 1),
     "seed": (0, LARGEST_SEED),
 }
@@ -24,8 +24,8 @@ def main(arguments: list[str]) -> int:
     for name, (low, high) in RANGES.items():
         value = getattr(chosen, name)
         if value is not None and not low <= value <= high:
-            most = "" if high == math.inf else f" and at most {high}"
-            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least {low}{most}")
+            option = f"--{name.replace('_', '-')} {short(value)}"
+            raise ConfigError(f"{option}: must be at least {low} and at most {high}")
 
     from fedgpt.api import open_run
 

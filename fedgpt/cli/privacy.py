@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fedgpt.cli.words import split_words
 from fedgpt.core.errors import ConfigError
+from fedgpt.core.waiting import saying
 
 HELP = """
   fedgpt privacy plan privacy=client privacy.target_epsilon=4 rounds=100
@@ -18,7 +19,7 @@ def main(arguments: list[str]) -> int:
     """Print the plan of a private run."""
     from fedgpt.config import compose
     from fedgpt.data.shards import load_shards
-    from fedgpt.report.privacy_plan import plan_text
+    from fedgpt.report.privacy_plan import plan_text, refuse_no_privacy
 
     if not arguments or arguments[0] != "plan":
         raise ConfigError(
@@ -26,6 +27,10 @@ def main(arguments: list[str]) -> int:
             " [key=value ...]`"
         )
     options = compose.load(*split_words(arguments[1:]))
-    prepared, shards = load_shards(options)
-    print(plan_text(options, [shard.size for shard in shards], prepared.tokenizer.vocab_size))
+    refuse_no_privacy(options)
+    with saying("reading the text"):
+        prepared, shards = load_shards(options)
+    with saying("computing the noise and its cost"):
+        text = plan_text(options, [shard.size for shard in shards], prepared.tokenizer.vocab_size)
+    print(text)
     return 0

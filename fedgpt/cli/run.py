@@ -25,13 +25,17 @@ HELP = """
 OPTION=VALUE sets one option. GROUP=CHOICE sets several options of a group at
 once; single options of the group can be set in addition. Each option is listed
 as OPTION=DEFAULT, with its allowed values. null means no value.
+An option that is a text gets the characters as they are typed. ${OPTION} in it
+stands for the value of another option, except in evaluate.prompt. In a sweep,
+a text with a comma is typed in quotes within the shell's: name='"a,b",c'.
 """
 
 
 def main(arguments: list[str]) -> int:
     """Check all options, then start the run, or the runs of a sweep."""
     from fedgpt.api import resumed
-    from fedgpt.config import compose, overrides
+    from fedgpt.config import compose
+    from fedgpt.config.texts import quoted
 
     if found := resumed(arguments):
         from fedgpt.flower.launch import launch
@@ -49,12 +53,11 @@ def main(arguments: list[str]) -> int:
         compose.check_sweep(words, config_dir)
     else:
         compose.load(words, config_dir)
-    quoted = [overrides.quoted(word, sweep) if word in words else word for word in arguments]
-    return _hydra(arguments, quoted)
+    return _hydra(arguments, [quoted(a, sweep) if a in words else a for a in arguments])
 
 
-def _hydra(arguments: list[str], quoted: list[str]) -> int:
-    """Call Hydra, which composes, sweeps and prints; Hydra calls `job` for each job."""
+def _hydra(arguments: list[str], of_hydra: list[str]) -> int:
+    """Call Hydra with `of_hydra`; it composes, sweeps and prints, and calls `job` for each job."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
@@ -84,7 +87,7 @@ def _hydra(arguments: list[str], quoted: list[str]) -> int:
             failures.append(error)
             return None
 
-    sys.argv = ["fedgpt run", *quoted]
+    sys.argv = ["fedgpt run", *of_hydra]
     hydra.main(version_base="1.3", config_path=str(CONF), config_name="run")(job)()
     return exit_code(failures[-1]) if failures else 0
 

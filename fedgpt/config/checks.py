@@ -5,16 +5,42 @@ component or this machine does not support.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from fedgpt.core.device import memory
 from fedgpt.core.options import OPTIONS, RunOptions
 from fedgpt.core.options.option import Group, no_effect
 from fedgpt.data.corpus import CORPORA
 from fedgpt.data.partition import PARTITIONS
-from fedgpt.model.shape import trainable_problems
+from fedgpt.model.shape import count_parameters, count_trainable, trainable_problems
 from fedgpt.simulate.fleet import fleet_problems
 from fedgpt.update.compress import CODECS
+
+_SAMPLES = "evaluate.samples=0; add evaluate.samples=2"
+# options that have an effect only with another option -> whether they have, and the remedy
+USED_WITH: dict[str, tuple[Callable[[RunOptions], bool], str]] = {
+    "update.decay": (
+        lambda o: o.update.error_feedback,
+        "update.error_feedback=false; add update.error_feedback=true and a codec, such as"
+        " update=int8",
+    ),
+    **{
+        f"evaluate.{name}": (lambda o: o.evaluate.samples > 0, _SAMPLES)
+        for name in ("prompt", "sample_tokens")
+    },
+    "validate.rest": (
+        lambda o: o.validate.strikes > 0,
+        "validate.strikes=0; add validate.strikes=3",
+    ),
+    **{
+        f"privacy.{name}": (
+            lambda o: o.privacy.unit != "none",
+            "privacy=none; choose privacy=example, client or local",
+        )
+        for name in ("clip", "participations", "rng")
+    },
+}
 
 
 def unused_options(typed: Mapping[str, str], o: RunOptions) -> Iterator[str]:
@@ -25,6 +51,9 @@ def unused_options(typed: Mapping[str, str], o: RunOptions) -> Iterator[str]:
         group: Group = getattr(o, OPTIONS[option].group)
         if group.chosen not in only_with and not group.reports_unused:
             yield no_effect(text, group.chosen, only_with)
+    for option, (used, why) in USED_WITH.items():
+        if option in typed and not used(o):
+            yield f"{typed[option]}: has no effect with {why}, or leave it out"
     if "rounds" in typed and o.tokens:
         yield (
             f"{typed['rounds']}: tokens={o.tokens} decides where the run ends; add tokens=0, or"
@@ -34,19 +63,39 @@ def unused_options(typed: Mapping[str, str], o: RunOptions) -> Iterator[str]:
 
 def problems(o: RunOptions) -> Iterator[str]:
     """Problems of single values and of combinations that need no strategy to find them."""
-    yield from o.problems()
-    yield from trainable_problems(o.model)
+    wrong = list(o.problems())
+    yield from wrong
+    if not any(problem.startswith("model.") for problem in wrong):  # such as 10**18 layers
+        yield from trainable_problems(o.model)
     yield from CORPORA.problems(o.corpus, o.trusted_packages)
     yield from PARTITIONS.problems(o.partition, o.trusted_packages)
     yield from CODECS.problems(o.update, o.trusted_packages)
     yield from fleet_problems(o)
 
 
+def memory_problems(o: RunOptions) -> Iterator[str]:
+    """The problem of a model that does not fit into the memory of this machine."""
+    vocabulary = 257 if o.tokenizer.name == "bytes" else o.tokenizer.vocab_size + 1
+    parameters = count_parameters(o.model, vocabulary)
+    # float32 weights, and for each trained parameter a sum of updates in 64 bits
+    needed = 4 * parameters + 8 * count_trainable(o.model, vocabulary)
+    if 0 < memory() < needed:
+        yield (
+            f"model.n_embd={o.model.n_embd} and model.n_layer={o.model.n_layer}: {parameters:.3g}"
+            f" parameters need at least {needed / 1e9:,.1f} GB, and this machine has"
+            f" {memory() / 1e9:,.1f} GB; lower one of them"
+        )
+
+
 def folder_problems(o: RunOptions) -> Iterator[str]:
     """Problems of folders that a run on this machine cannot write or read; paths are absolute."""
     for option in ("run_dir", "cache_dir"):
         path = Path(getattr(o, option))
-        existing = next(p for p in (path, *path.parents) if p.exists())
+        try:
+            existing = next(p for p in (path, *path.parents) if p.exists())
+        except OSError as error:  # such as a name that is too long
+            yield f"{option}={path}: {error.strerror}; name another folder"
+            continue
         if not existing.is_dir():
             yield f"{option}={path}: {existing} is a file; name a folder"
         elif not os.access(existing, os.W_OK):

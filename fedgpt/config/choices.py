@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import yaml
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.options.option import dotted
 
+MOST_VALUES = 10_000  # of a file, each alias written out; the files of fedgpt have about 20
 PACKAGE = Path(__file__).parents[1]
 # in a wheel conf/ is inside the package, in a clone next to it
 CONF = PACKAGE / "conf" if (PACKAGE / "conf").is_dir() else PACKAGE.parent / "conf"
@@ -29,6 +31,7 @@ class Choice:
     name: str
     meaning: str
     sets: dict[str, Any]
+    anywhere: bool  # whether its keys are those of all options, not of its group
 
 
 def groups(config_dir: str | None = None) -> dict[str, list[str]]:
@@ -59,39 +62,65 @@ def defaults() -> dict[str, str | None]:
 
 
 def read_choice(group: str, name: str, config_dir: str | None = None) -> Choice:
-    """Read a choice; a user's file takes precedence over fedgpt's."""
+    """Read a choice of a user's folder or of fedgpt; raises ConfigError for a damaged file."""
     roots = [*([Path(config_dir)] if config_dir else []), CONF]
     path = next(path for root in roots if (path := root / group / f"{name}.yaml").is_file())
-    text = _text(path)
+    text = read_text(path)
     values = _mapping(path, text)
+    built_on = values.pop("defaults", [])
     anywhere = "@package _global_" in text.partition("\n")[0]
     return Choice(
         group=group,
         name=name,
         meaning=_first_comment(text),
         sets={
-            **{key: value for line in values.pop("defaults", []) for key, value in _chosen(line)},
+            **{key: value for line in built_on for key, value in _chosen(line)},
             **dotted(values, "" if anywhere else f"{group}."),
         },
+        anywhere=anywhere,
     )
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """The text of a file of options; raises ConfigError if it cannot be read as UTF-8."""
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
 
 
+def not_yaml(path: Path, error: yaml.YAMLError) -> ConfigError:
+    """The error for a file whose text is not YAML; `error` has the line."""
+    why = " ".join(str(error).split()).replace('"<unicode string>", ', "")
+    return ConfigError(f"{path}: is no YAML ({why}); correct it")
+
+
 def _mapping(path: Path, text: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        why = " ".join(str(error).split())
-        raise ConfigError(f"{path}: is no YAML ({why}); correct it") from error
+        raise not_yaml(path, error) from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must be options and their values, such as n_layer: 4")
+    if not isinstance(values.get("defaults", []), list):
+        raise ConfigError(f"{path}: defaults must be a list of choices, such as [nano]")
+    if _size(values, {}) > MOST_VALUES:
+        raise ConfigError(
+            f"{path}: has more than {MOST_VALUES:,} values, or an alias of itself; a choice is a"
+            " few options"
+        )
     return values
+
+
+def _size(node: Any, known: dict[int, float]) -> float:
+    """Number of values in a node with each alias written out; without end for a loop."""
+    if not isinstance(node, list | dict):
+        return 1
+    if id(node) not in known:
+        known[id(node)] = inf  # while it is counted, so that a loop ends
+        parts = node.values() if isinstance(node, dict) else node
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    return known[id(node)]
 
 
 def _first_comment(text: str) -> str:

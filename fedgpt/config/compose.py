@@ -7,6 +7,7 @@ inside an allow-list.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,11 +15,12 @@ from typing import Any, cast
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 from yaml import YAMLError
 
 from fedgpt.aggregate.base import Strategy
 from fedgpt.config import checks, overrides
+from fedgpt.config.texts import escaped, quoted
 from fedgpt.core import members, targets
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import RunOptions, StrategyOptions, TaskOptions
@@ -32,13 +34,22 @@ from fedgpt.simulate.replay import replay_problems
 
 TRUSTED = ("fedgpt.aggregate", "flwr.serverapp.strategy")
 LENGTH = ("rounds", "tokens")  # options that may be raised when a run is resumed
+# (group, option) whose value is a path
+PATHS = (
+    ("", "run_dir"),
+    ("", "cache_dir"),
+    ("", "init_from"),
+    ("fleet", "path"),
+    ("corpus", "path"),
+)
 # options that may change when a run is resumed, because they do not change its result
 FREE = ("cache_dir", "run_dir", "runtime.workers", "track")
 
 
 def load(words: Sequence[str] = (), config_dir: str | None = None) -> RunOptions:
     """Options for `fedgpt run <words>`; raises ConfigError with every problem that was found."""
-    texts = [overrides.quoted(word) for word in words]
+    _say_what_is_replaced(words)
+    texts = [quoted(word) for word in words]
     problems, good = overrides.check_words(texts, config_dir)
     dropped = [text.partition("=")[0].lstrip("+~") for text in texts if text not in good]
     parsed = [OverridesParser.create().parse_override(text) for text in good]
@@ -48,7 +59,8 @@ def load(words: Sequence[str] = (), config_dir: str | None = None) -> RunOptions
         " typed in quotes"
         for text in swept
     ]
-    typed = {one.key_or_group: str(one.input_line) for one in parsed}
+    as_typed = dict(zip(texts, words, strict=True))
+    typed = {one.key_or_group: as_typed[str(one.input_line)] for one in parsed}
     options = None
     try:
         cfg = overrides.compose_config([text for text in good if text not in swept], config_dir)
@@ -72,22 +84,40 @@ def check_sweep(words: Sequence[str], config_dir: str | None = None) -> None:
     A problem of every job is reported once; any other problem is reported with the first job that
     has it. At most MOST_JOBS jobs are checked.
     """
-    texts = [overrides.quoted(word, sweep=True) for word in words]
+    _say_what_is_replaced(words)
+    texts = [quoted(word, sweep=True) for word in words]
     problems, good = overrides.check_words(texts, config_dir)
     found: dict[str, list[str]] = {}  # problem -> jobs that have it
+    unused: dict[str, list[str]] = {}  # word -> a problem for each job in which it has no effect
+    as_typed = dict(zip(texts, words, strict=True))
+    typed = {text.partition("=")[0].lstrip("+"): as_typed[text] for text in good}
     jobs = list(overrides.jobs_of_sweep(good, config_dir))
     for job, compose_job in jobs:
         try:
-            to_options(compose_job(), on_this_machine=True)
+            options = to_options(compose_job(), on_this_machine=True)
         except ConfigError as error:
             for problem in error.problems:
                 found.setdefault(problem, []).append(job)
+        else:
+            for problem in checks.unused_options(typed, options):
+                word = next(word for word in typed.values() if problem.startswith(f"{word}: "))
+                unused.setdefault(word, []).append(problem)
     for problem, where in found.items():
         more = f" and {len(where) - 1} more" if len(where) > 1 else ""
         shown = problem if len(where) == len(jobs) else f"{problem} (in the job {where[0]}{more})"
         problems += [shown] if problem not in problems else []
+    # an option may have an effect with some of the choices only
+    problems += [told[0] for told in unused.values() if len(told) == len(jobs)]
     if problems:
         raise ConfigError(problems)
+
+
+def _say_what_is_replaced(words: Sequence[str]) -> None:
+    """Print a line for each word that a later one replaces, as Hydra takes the last one."""
+    last = {word.partition("=")[0].lstrip("+"): word for word in words}
+    for word in words:
+        if (later := last[word.partition("=")[0].lstrip("+")]) != word:
+            print(f"fedgpt: {word} is replaced by {later}, which is typed later", file=sys.stderr)
 
 
 def to_options(cfg: DictConfig, on_this_machine: bool = False) -> RunOptions:
@@ -107,25 +137,52 @@ def _typed(cfg: DictConfig) -> RunOptions:
     try:
         options = OmegaConf.to_object(cfg)
     except OmegaConfBaseException as error:
-        raise ConfigError(
-            f"{error.full_key or 'configuration'}: {overrides.first_line(error)}"
-        ) from error
+        raise ConfigError(_why(cfg, error)) from error
     assert isinstance(options, RunOptions), "the schema is the root of run.yaml"
-    for place, name in (
-        (options, "run_dir"),
-        (options, "cache_dir"),
-        (options, "init_from"),
-        (options.fleet, "path"),
-        (options.corpus, "path"),
-    ):
-        if path := getattr(place, name):
-            setattr(place, name, str(Path(path).expanduser().resolve()))
+    problems = list(_absolute(options))
+    if problems:
+        raise ConfigError(problems)
     return options
+
+
+def _absolute(options: RunOptions) -> Iterator[str]:
+    """Make the paths of the options absolute; yields a problem for each one that is no path."""
+    for group, name in PATHS:
+        place = getattr(options, group) if group else options
+        if not (path := getattr(place, name)) or "\0" in path:  # which is a problem of any text
+            continue
+        try:
+            setattr(place, name, str(Path(path).expanduser().resolve()))
+        except (OSError, RuntimeError) as error:
+            key = f"{group}.{name}" if group else name
+            home = "there is no such home folder; type ./~ for a folder whose name begins so"
+            yield f"{key}={path}: {home if path.startswith('~') else error}"
+
+
+def _why(cfg: DictConfig, error: OmegaConfBaseException) -> str:
+    """The option that cannot be converted, and why."""
+    key = error.full_key or "configuration"
+    reason = overrides.first_line(error)
+    if not isinstance(error, InterpolationResolutionError):
+        return f"{key}: {reason}"
+    typed = dotted(cast(dict[str, Any], OmegaConf.to_container(cfg))).get(key, "")
+    return f"{key}={typed}: {overrides.REFERENCE} ({reason})"
 
 
 def to_yaml(options: RunOptions) -> str:
     """The resolved options as YAML, for config.yaml and for messages to clients."""
-    return OmegaConf.to_yaml(OmegaConf.structured(options))
+    return OmegaConf.to_yaml(OmegaConf.create(_without_references(asdict(options))))
+
+
+def _without_references(value: Any) -> Any:
+    """The same value for the reader of YAML, which would resolve a `${` that means itself."""
+    if isinstance(value, str):
+        return escaped(value)
+    if isinstance(value, list):
+        return [_without_references(one) for one in value]
+    if isinstance(value, dict):
+        return {key: _without_references(one) for key, one in value.items()}
+    return value
 
 
 def from_yaml(text: str, reading: bool = False) -> RunOptions:
@@ -136,15 +193,14 @@ def from_yaml(text: str, reading: bool = False) -> RunOptions:
     """
     try:
         cfg = OmegaConf.merge(OmegaConf.structured(RunOptions), _mapping(text))
-    except OmegaConfBaseException as error:
-        raise ConfigError(
-            f"{error.full_key or 'configuration'}: {overrides.first_line(error)}"
-        ) from error
+    except (OmegaConfBaseException, OverflowError) as error:
+        key = getattr(error, "full_key", None) or "configuration"
+        raise ConfigError(f"{key}: {overrides.first_line(error)}") from error
     assert isinstance(cfg, DictConfig), "as the schema is one"
     if not reading:
         return to_options(cfg)
     options = _typed(cfg)
-    if problems := [*options.problems(), *trainable_problems(options.model)]:
+    if problems := list(options.problems()) or trainable_problems(options.model):
         raise ConfigError(problems)
     return options
 
@@ -307,6 +363,8 @@ def _problems(o: RunOptions, on_this_machine: bool) -> Iterator[str]:
     yield from wrong
     if on_this_machine:
         yield from checks.folder_problems(o)
+        if not any(problem.startswith("model.") for problem in wrong):
+            yield from checks.memory_problems(o)
         yield from runtime_problems(o, o.partition.clients if o.partition.name != "natural" else 0)
     try:
         strategy = build_strategy(o.strategy, o.trusted_packages)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import cache, partial
-from itertools import product
+from itertools import islice, product
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -18,17 +18,20 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
-from hydra.errors import HydraException
+from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
+from yaml import YAMLError
 
 from fedgpt.config.choices import CONF, groups
+from fedgpt.config.texts import LISTS
+from fedgpt.config.user_files import file_problems
 from fedgpt.core.errors import ConfigError, nearest
 from fedgpt.core.options import OPTIONS, RunOptions, StrategyOptions
+from fedgpt.core.options.option import short
 
+MOST_VALUES = 10_000  # largest number of values of one option in a sweep
 MOST_JOBS = 300  # largest number of jobs of a sweep that are checked before the first job runs
-# options whose value may be any text
-TEXTS = {key for key, one in OPTIONS.items() if str in one.kinds and not one.facts.allowed.choices}
 
 
 def _opened(node: DictConfig) -> DictConfig:
@@ -39,34 +42,13 @@ def _opened(node: DictConfig) -> DictConfig:
     return node
 
 
+NUMBERS = (ValueError, OverflowError)  # of Python, for a number that it cannot convert
 SCHEMAS = ConfigStore.instance()  # the types and defaults of all options
 SCHEMAS.store(name="schema", node=_opened(OmegaConf.structured(RunOptions)))
 # a plain mapping, as every strategy is one
 SCHEMAS.store(
     group="strategy", name="of_ones_own", node=_opened(OmegaConf.create(asdict(StrategyOptions())))
 )
-
-
-def quoted(word: str, sweep: bool = False) -> str:
-    """A word with its value in quotes, if Hydra's grammar would not parse it as a text.
-
-    Such values are paths with blanks, `~` or `=`, and prompts.
-
-    >>> quoted("corpus.path=~/my notes"), quoted("seed=0,1")
-    ('corpus.path="~/my notes"', 'seed=0,1')
-    """
-    key, equals, value = word.partition("=")
-    if not equals or key not in TEXTS:
-        return word
-    try:
-        override = OverridesParser.create().parse_override(word)
-        if sweep or not override.is_sweep_override():
-            return word
-    except HydraException:
-        pass
-    mark = "'" if '"' in value else '"'
-    escaped = value.replace(mark, "\\" + mark)
-    return f"{key}={mark}{escaped}{mark}"
 
 
 def check_words(overrides: Sequence[str], config_dir: str | None) -> tuple[list[str], list[str]]:
@@ -78,16 +60,19 @@ def check_words(overrides: Sequence[str], config_dir: str | None) -> tuple[list[
     for text in overrides:
         try:
             parsed.append(parser.parse_override(text))
+        except ValueError:  # an integer of more than 4300 digits
+            problems.append(f"{text[:60]}...: a number of {len(text):,} characters; type fewer")
         except HydraException:
             key, equals, value = text.partition("=")
+            text_of = f'["{value.strip("[]")}"]' if key in LISTS else f'"{value}"'
             how = (
-                "; a value with special characters needs quotes within the shell's quotes:"
-                f" '{key}=\"{value}\"'"
+                "; a text with special characters needs quotes within the shell's quotes:"
+                f" '{key}={text_of}'"
             )
             problems.append(f"{text}: not of the form key=value{how if equals else ''}")
     known = groups(config_dir)
     for override in [o for o in parsed if o.key_or_group in known]:
-        found = list(_group_problems(override, known))
+        found = list(_group_problems(override, known, config_dir))
         problems += found
         if not found:
             good.append(str(override.input_line))
@@ -97,15 +82,18 @@ def check_words(overrides: Sequence[str], config_dir: str | None) -> tuple[list[
         [text for line in good for text in _single_values(parser.parse_override(line), known)[:1]],
         config_dir,
     )
+    scratch = _open_copy(cfg)  # one for all values, as a copy takes long
     for override in [o for o in parsed if o.key_or_group not in known]:
-        found = list(_value_problems(override, cfg))
+        found = list(_value_problems(override, cfg, scratch))
         problems += found
         if not found:
             good.append(str(override.input_line))
     return problems, good
 
 
-def _group_problems(override: Override, known: dict[str, list[str]]) -> Iterator[str]:
+def _group_problems(
+    override: Override, known: dict[str, list[str]], config_dir: str | None
+) -> Iterator[str]:
     group = override.key_or_group
     names = sorted(known[group])
     for choice in _values(override, known):
@@ -114,12 +102,18 @@ def _group_problems(override: Override, known: dict[str, list[str]]) -> Iterator
         for name in choice if isinstance(choice, list) else [choice]:
             if str(name) not in names:
                 yield f"{group}={name}: choose from {', '.join(names)}{nearest(str(name), names)}"
+            elif config_dir is not None:
+                yield from file_problems(config_dir, group, str(name))
 
 
+REFERENCE = (
+    "${...} must name another option, such as ${seed}; type \\${ for the characters ${ themselves"
+)
 _PLUS = "; an option that only the class of strategy=flower knows is typed with a plus: +"
 
 
-def _value_problems(override: Override, cfg: DictConfig) -> Iterator[str]:
+def _value_problems(override: Override, cfg: DictConfig, scratch: DictConfig) -> Iterator[str]:
+    """The problems of an override of `cfg`; the value is tried in its copy `scratch`."""
     key = override.key_or_group
     if key.startswith(("hydra.", "hydra/")):
         return
@@ -141,11 +135,17 @@ def _value_problems(override: Override, cfg: DictConfig) -> Iterator[str]:
         return
     for value in _values(override, {}):
         try:
-            _with_values(cfg, {key: value})
-        except OmegaConfBaseException as error:
+            OmegaConf.update(scratch, key, value)
+        except (OmegaConfBaseException, OverflowError) as error:
             typed = f"{key}={value}" if override.is_sweep_override() else override.input_line
-            known = key in OPTIONS and OPTIONS[key].kinds
-            yield f"{typed}: {OPTIONS[key].needs(value) if known else first_line(error)}"
+            if isinstance(error, GrammarParseError):
+                yield f"{key}={value}: {REFERENCE}"
+            elif isinstance(error, OverflowError):
+                yield f"{key}={short(value)}: is too large for a number with a fraction"
+            elif key in OPTIONS and OPTIONS[key].kinds:
+                yield f"{typed}: {OPTIONS[key].needs(value)}"
+            else:
+                yield f"{typed}: {first_line(error)}"
 
 
 def _single_values(override: Override, known: dict[str, list[str]]) -> list[str]:
@@ -156,7 +156,14 @@ def _single_values(override: Override, known: dict[str, list[str]]) -> list[str]
     if isinstance(value, Glob):
         values = value.filter(known.get(override.key_or_group, []))
     else:
-        values = list(override.sweep_string_iterator()) if override.is_discrete_sweep() else []
+        values = []
+        if override.is_discrete_sweep():
+            values = list(islice(override.sweep_string_iterator(), MOST_VALUES + 1))
+        if len(values) > MOST_VALUES:
+            raise ConfigError(
+                f"{override.input_line}: has more than {MOST_VALUES:,} values; a sweep runs each of"
+                " them"
+            )
     return [f"{override.get_key_element()}={value}" for value in values]
 
 
@@ -165,9 +172,15 @@ def _values(override: Override, known: dict[str, list[str]]) -> list[Any]:
     return [parser.parse_override(text).value() for text in _single_values(override, known)]
 
 
+def _open_copy(cfg: DictConfig) -> DictConfig:
+    """A copy to which any key may be added."""
+    copy = cfg.copy()
+    OmegaConf.set_struct(copy, False)
+    return copy
+
+
 def _with_values(cfg: DictConfig, values: dict[str, Any]) -> DictConfig:
-    changed = cfg.copy()
-    OmegaConf.set_struct(changed, False)
+    changed = _open_copy(cfg)
     for key, value in values.items():
         OmegaConf.update(changed, key, value)
     return changed
@@ -219,8 +232,47 @@ def compose_config(overrides: Sequence[str], config_dir: str | None) -> DictConf
     with initialize_config_dir(str(CONF), version_base="1.3"):
         try:
             return compose("run", [*overrides, *searchpath])
-        except (HydraException, OmegaConfBaseException, ValueError) as error:
-            raise ConfigError(first_line(error)) from error
+        except MissingConfigException as error:
+            raise ConfigError(_missing(error)) from error
+        except (HydraException, OmegaConfBaseException, YAMLError, *NUMBERS) as error:
+            raise ConfigError(_with_cause(error)) from error
+
+
+# choices of Hydra's groups that its plug-ins bring -> the package to install
+PLUGINS = {
+    "hydra/launcher/joblib": "hydra-joblib-launcher",
+    "hydra/launcher/ray": "hydra-ray-launcher",
+    "hydra/launcher/rq": "hydra-rq-launcher",
+    "hydra/launcher/submitit_local": "hydra-submitit-launcher",
+    "hydra/launcher/submitit_slurm": "hydra-submitit-launcher",
+    "hydra/sweeper/ax": "hydra-ax-sweeper",
+    "hydra/sweeper/nevergrad": "hydra-nevergrad-sweeper",
+    "hydra/sweeper/optuna": "hydra-optuna-sweeper",
+    "hydra/hydra_logging/colorlog": "hydra-colorlog",
+    "hydra/job_logging/colorlog": "hydra-colorlog",
+}
+
+
+def _missing(error: MissingConfigException) -> str:
+    """The problem of a choice that is not there: what to install, or the choices that are."""
+    group, _, name = str(error.missing_cfg_file).rpartition("/")
+    if package := PLUGINS.get(f"{group}/{name}"):
+        return (
+            f"{group}={name}: is a plug-in of Hydra that is not installed; install it with: pip"
+            f" install {package}"
+        )
+    if not error.options:
+        return first_line(error)
+    names = sorted(error.options)
+    return f"{group}={name}: choose from {', '.join(names)}{nearest(name, names)}"
+
+
+def _with_cause(error: Exception) -> str:
+    """The message of an error of Hydra, and that of the error behind it, which has the key."""
+    text, cause = first_line(error), error.__cause__ or error.__context__
+    if not isinstance(cause, OmegaConfBaseException):
+        return text
+    return ": ".join(filter(None, (text.rstrip(".:"), cause.full_key, first_line(cause))))
 
 
 def is_about(problem: str, option: str) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedgpt.core.errors import ConfigError
@@ -81,6 +83,20 @@ def repeat_exactly(device: str) -> None:
 def cores() -> int:
     """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory() -> int:
+    """Bytes of main memory that this process may use, or 0 if the system does not say."""
+    limits = [
+        Path("/sys/fs/cgroup/memory.max"),
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+    ]
+    names = ("SC_PHYS_PAGES", "SC_PAGE_SIZE")
+    known = [os.sysconf(names[0]) * os.sysconf(names[1])] if {*names} <= {*os.sysconf_names} else []
+    for limit in limits:  # of a container
+        with suppress(OSError, ValueError):  # no such limit, or "max"
+            known.append(int(limit.read_text()))
+    return min(known, default=0)
 
 
 def visible_gpus() -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from fedgpt.core.files import write_text
 from fedgpt.core.options import RunOptions
 from fedgpt.core.resources import Resources, resources_for
 from fedgpt.core.runtimes import runtime_of
+from fedgpt.core.waiting import saying
 from fedgpt.data.shards import load_shards
 from fedgpt.flower.failure import FAILURE_FILE
 from fedgpt.storage.resume import checked_content
@@ -47,7 +48,8 @@ def launch(options: RunOptions, dated: bool = False, more: Mapping[str, int] | N
 def _launch(options: RunOptions, more: Mapping[str, int]) -> None:
     for name, value in FLOWER_ENV.items():
         os.environ.setdefault(name, value)
-    prepared, shards = load_shards(options)
+    with saying("reading the text"):
+        prepared, shards = load_shards(options)
     clients = len(shards)
     # before any process is started
     checked_content(options, prepared, partial(changed_options, options=options))
@@ -57,7 +59,8 @@ def _launch(options: RunOptions, more: Mapping[str, int]) -> None:
     # the number of natural clients was not known when the options were checked
     if problems := list(runtime.problems(options, clients)):
         raise ConfigError(problems)
-    resources = resources_for(options, clients)
+    with saying("loading PyTorch"):
+        resources = resources_for(options, clients)
     runtime.start(options, clients, resources, client_environment(options, resources))
 
 

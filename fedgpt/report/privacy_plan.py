@@ -14,15 +14,20 @@ from fedgpt.privacy.plan import PrivacyPlan, make_plan
 from fedgpt.privacy.statement import rows, statement
 
 
+def refuse_no_privacy(o: RunOptions) -> None:
+    """Raise ConfigError for privacy=none, before text is read for a plan."""
+    if o.privacy.unit == "none":
+        raise ConfigError(
+            "privacy=none: has no cost to plan; choose privacy=example, client or local"
+        )
+
+
 def plan_text(o: RunOptions, shards: Sequence[int], vocab_size: int) -> str:
     """Return the privacy statement, the size of the noise, and epsilon for other noise and lengths.
 
     `shards` are the tokens of each client. Raises ConfigError for privacy=none.
     """
-    if o.privacy.unit == "none":
-        raise ConfigError(
-            "privacy=none: has no cost to plan; choose privacy=example, client or local"
-        )
+    refuse_no_privacy(o)
     plan = make_plan(o, shards)
     facts = [*rows(statement(o, plan, len(shards))), *_noise_rows(o, plan, vocab_size)]
     lines = [f"{name:>12}  {text}" for name, text in facts]

@@ -71,9 +71,9 @@ class RunMetrics:
         return self._earlier + time.monotonic() - self._began
 
 
-def first_line() -> VersionLine:
-    """The line of version 0, before its evaluation."""
-    return VersionLine(FIRST)
+def first_line(samples: int) -> VersionLine:
+    """The line of version 0, before its evaluation; a single sample is that of the last version."""
+    return VersionLine(FIRST, sample=samples > 1)
 
 
 def line_of_version(

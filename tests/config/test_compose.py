@@ -269,6 +269,7 @@ def half(tmp_path, monkeypatch) -> str:
         "class Half(Strategy):\n"
         "    share: float = 0.5\n"
         "    warm: bool = False\n"
+        "    label: str = 'plain'\n"
         "    def step(self, d, state):\n"
         "        return advance(state, state.params - self.share * d)\n"
     )
@@ -313,6 +314,13 @@ def test_a_trusted_package_may_bring_a_strategy(way, half):
                 " false",
             ],
         ),
+        (
+            ["strategy.arguments.label=2024_10"],
+            [
+                "strategy.arguments.label=202410: must be a text; a text that looks like a number"
+                " is written in quotes, or leave it out for the default, plain"
+            ],
+        ),
         (["strategy.arguments.shar=1"], ["strategy.arguments.shar=1: the options of Half are "]),
         (["strategy.arguments=3"], ["strategy.arguments=3: must be names and values, such as"]),
         (["strategy.share=1"], ["strategy.share=1: no option 'strategy.share'; type strategy.arg"]),
@@ -332,6 +340,14 @@ def test_what_is_wrong_with_a_strategy_of_ones_own_is_told_as_it_is_typed(words,
     found = problems("strategy=custom", half, *words, TRUSTED)
     assert len(found) == len(told)
     assert all(map(str.startswith, found, told)), found
+
+
+@pytest.mark.parametrize("text", ["2024_10", "1e5", "true", "null", "0x10", "${seed}"])
+def test_an_argument_in_quotes_is_a_text(text, half):
+    quoted = f"strategy.arguments.label='{text}'".replace("${", r"\${")
+    options = compose.load(["strategy=custom", half, TRUSTED, quoted])
+    for one in (options, compose.from_yaml(compose.to_yaml(options))):
+        assert one.strategy["arguments"] == {"label": text}
 
 
 def test_arguments_belong_to_a_class_of_ones_own(half):

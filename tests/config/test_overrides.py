@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from support.refused import problems
 
-from fedgpt.config import compose, overrides
+from fedgpt.config import compose
+from fedgpt.config.texts import quoted
 
 
 @pytest.mark.parametrize(
@@ -29,7 +30,7 @@ from fedgpt.config import compose, overrides
         ("pace.deadline=nan", "pace.deadline=nan: must be a finite number, above 0 seconds"),
         (
             "rounds==5",
-            "rounds==5: not of the form key=value; a value with special characters needs quotes",
+            "rounds==5: not of the form key=value; a text with special characters needs quotes",
         ),
         ("~local.lr", "~local.lr: an option can be set, not deleted"),
         ("run_dir=", "run_dir=: must be a folder"),
@@ -98,7 +99,7 @@ def test_paths_and_prompts_need_no_quotes_but_those_of_the_shell(value):
         options.corpus.path == options.run_dir == str(Path(value).expanduser())
         and options.evaluate.prompt == value
     )
-    assert compose.load([overrides.quoted(f"evaluate.prompt={value}")]).evaluate.prompt == value, (
+    assert compose.load([quoted(f"evaluate.prompt={value}")]).evaluate.prompt == value, (
         "with the quotes that Hydra gets"
     )
 
@@ -109,6 +110,5 @@ def test_a_name_is_free_text_and_a_comma_in_a_choice_is_a_sweep():
     assert problem.startswith("clock=real,virtual: is a sweep, which is typed with -m")
 
 
-def test_a_sweep_over_texts_is_not_quoted():
-    assert overrides.quoted("evaluate.prompt=a,b", sweep=True) == "evaluate.prompt=a,b"
+def test_a_sweep_over_texts_and_numbers_is_accepted():
     compose.check_sweep(["evaluate.prompt=a,b", "local.lr=1e-4,1e-3"])

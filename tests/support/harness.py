@@ -116,7 +116,7 @@ def start_server(
 
     def start() -> Snapshot:
         params = np.linspace(-1, 1, SIZE, dtype=np.float32)
-        return Snapshot(ServerState(params), IDENTITY, first_line())
+        return Snapshot(ServerState(params), IDENTITY, first_line(o.evaluate.samples))
 
     snapshot = open_or_resume(folder, o, start)
     transport = connect(snapshot)

@@ -31,6 +31,11 @@ STOPPED = [
 ]
 
 
+def without_notices(stderr: str) -> str:
+    """The text without lines such as `fedgpt: reading the text ...`, which a slow machine shows."""
+    return "".join(line for line in stderr.splitlines(True) if not line.endswith(" ...\n"))
+
+
 @dataclass(frozen=True)
 class World:
     """A folder with text, and an environment that marks every process started from it."""

@@ -20,7 +20,9 @@ class CheckpointOptions(Group):
         unit="versions",
         allowed=at_least(0, zero="only the last"),
     )
-    keep: int = option(2, "Number of newest checkpoints that are kept.", allowed=at_least(1))
+    keep: int = option(
+        2, "Number of newest checkpoints that are kept.", allowed=at_least(1, end=10**6)
+    )
     best: bool = option(True, "Whether the weights with the best held-out score are also kept.")
     journal: bool | None = option(
         None,

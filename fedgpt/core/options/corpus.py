@@ -41,7 +41,7 @@ class CorpusOptions(Group):
         "Size of a document. A longer text is cut at blank lines into documents of about this"
         " size, so that a held-out part can be taken from it.",
         unit="bytes",
-        allowed=at_least(64),
+        allowed=at_least(64, end=10**9),
         only_with=("files",),
     )
     public: float = option(

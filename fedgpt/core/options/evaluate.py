@@ -25,15 +25,17 @@ class EvaluateOptions(Group):
         0,
         "Number of held-out tokens in an evaluation, spread evenly over the held-out text.",
         unit="tokens",
-        allowed=at_least(0, zero="all"),
+        allowed=at_least(0, end=10**15, zero="all"),
     )
     samples: int = option(
         3,
         "Number of versions that generate a sample of text, including the first and the last"
-        " version.",
-        allowed=at_least(0),
+        " version. With 1 it is only the last version.",
+        allowed=at_least(0, zero="none"),
     )
-    sample_tokens: int = option(120, "Length of a sample.", unit="tokens", allowed=at_least(1))
+    sample_tokens: int = option(
+        120, "Length of a sample.", unit="tokens", allowed=at_least(1, end=10**6)
+    )
     prompt: str | None = option(
         None,
         'Text that samples continue. null means a short prompt of the corpus, such as "Fellow'

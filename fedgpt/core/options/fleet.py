@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import inf
 
-from fedgpt.core.options.option import Group, above, at_least, between, choice, option, share
+from fedgpt.core.options.option import (
+    LONGEST,
+    SMALLEST,
+    Group,
+    above,
+    at_least,
+    between,
+    choice,
+    option,
+    share,
+)
 
 MODELLED = ("constant", "published", "lognormal", "trace")  # fleets whose links have options
 
@@ -33,7 +42,7 @@ class FleetOptions(Group):
         1.0,
         "Median over the clients of the time of a local step.",
         unit="seconds",
-        allowed=above(0, "seconds"),
+        allowed=above(0, "seconds", end=LONGEST),
         only_with=("lognormal",),
     )
     spread: float = option(
@@ -47,14 +56,14 @@ class FleetOptions(Group):
         0.0,
         "Time to send the model to a client, for each megabyte.",
         unit="seconds per megabyte",
-        allowed=at_least(0, "seconds per megabyte"),
+        allowed=at_least(0, "seconds per megabyte", end=LONGEST),
         only_with=MODELLED,
     )
     up: float = option(
         0.0,
         "Time to send an update to the server, for each megabyte of the compressed message.",
         unit="seconds per megabyte",
-        allowed=at_least(0, "seconds per megabyte"),
+        allowed=at_least(0, "seconds per megabyte", end=LONGEST),
         only_with=MODELLED,
     )
     jitter: float = option(
@@ -87,13 +96,17 @@ class FleetOptions(Group):
 
     def rules(self) -> Iterator[str]:
         """The lists must have valid elements."""
-        if not self.step_seconds or not all(0 < s < inf for s in self.step_seconds):
+        if not self.step_seconds or not all(map(_is_time, self.step_seconds)):
             yield (
                 f"fleet.step_seconds={list(self.step_seconds)}: needs numbers above 0, one for each"
-                " client in turn"
+                f" client in turn; at most {LONGEST:g} seconds"
             )
-        if self.window and not (len(self.window) == 2 and min(self.window) > 0):
+        if self.window and not (len(self.window) == 2 and all(map(_is_time, self.window))):
             yield (
                 f"fleet.window={list(self.window)}: must be [seconds available, seconds away], both"
-                " above 0"
+                f" above 0; at most {LONGEST:g} seconds"
             )
+
+
+def _is_time(seconds: float) -> bool:
+    return SMALLEST <= seconds <= LONGEST

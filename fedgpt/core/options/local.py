@@ -15,19 +15,19 @@ class LocalOptions(Group):
     group = "local"
 
     steps: int = option(
-        40, "Number of optimiser steps in one job.", unit="steps", allowed=at_least(1)
+        40, "Number of optimiser steps in one job.", unit="steps", allowed=at_least(1, end=10**7)
     )
     batch_size: int = option(
         8,
         "Number of sequences in a micro-batch. A sequence has model.block_size tokens.",
         unit="sequences",
-        allowed=at_least(1),
+        allowed=at_least(1, end=10**6),
     )
     accumulate: int = option(
         1,
         "Number of micro-batches whose gradients are averaged for one optimiser step.",
         unit="micro-batches",
-        allowed=at_least(1),
+        allowed=at_least(1, end=10**6),
     )
     lr: float = option(
         3e-3,
@@ -53,7 +53,7 @@ class LocalOptions(Group):
         0.99, "AdamW: decay of the running mean of the squared gradients.", allowed=share()
     )
     weight_decay: float = option(
-        0.1, "AdamW: weight decay of matrices and embeddings.", allowed=at_least(0)
+        0.1, "AdamW: weight decay of matrices and embeddings.", allowed=at_least(0, end=10**6)
     )
     grad_clip: float = option(
         1.0,

@@ -14,17 +14,19 @@ class ModelOptions(Group):
 
     group = "model"
 
-    n_layer: int = option(4, "Number of transformer blocks.", allowed=at_least(1))
-    n_head: int = option(4, "Number of attention heads of a block.", allowed=at_least(1))
+    n_layer: int = option(4, "Number of transformer blocks.", allowed=at_least(1, end=10_000))
+    n_head: int = option(
+        4, "Number of attention heads of a block.", allowed=at_least(1, end=10_000)
+    )
     n_embd: int = option(
         128,
         "Width of the model: number of channels of a token's vector. It must be a multiple of"
         " model.n_head.",
         unit="channels",
-        allowed=at_least(1),
+        allowed=at_least(1, end=10**6),
     )
     block_size: int = option(
-        64, "Length of the model's context.", unit="tokens", allowed=at_least(1)
+        64, "Length of the model's context.", unit="tokens", allowed=at_least(1, end=10**7)
     )
     dropout: float = option(
         0.0,

@@ -27,6 +27,11 @@ from typing import Any, ClassVar
 
 from fedgpt.core.errors import nearest
 
+# Numbers beyond these ends work nowhere: they overflow, or nobody lives to see the end. A number
+# other than 0 is not smaller than the second, as the smallest ones become 0 in float32.
+LARGEST, SMALLEST = 10**12, 1e-12
+LONGEST = 1e9  # seconds, about 30 years; Python waits no longer than 9e9
+
 KINDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
@@ -46,25 +51,42 @@ class Allowed:
     words: str
     holds: Callable[[Any], bool]
     choices: tuple[str, ...] = ()  # all allowed words, if the option has a fixed set of words
+    most: float = inf  # the upper end, where `words` do not name it
+    least: float = 0.0  # the smallest number beside 0
+
+    def beyond(self, value: float) -> str:
+        """The end beyond which a number is, in words like `words`; empty if it is within."""
+        if value > self.most:
+            return f"at most {self.most}"
+        return f"0, or at least {self.least}" if 0 < abs(value) < self.least else ""
 
 
 ANYTHING = Allowed("", lambda value: True)
 
 
-def at_least(low: float, unit: str = "", *, zero: str = "", or_zero: str = "") -> Allowed:
+def at_least(
+    low: float, unit: str = "", *, end: float = LARGEST, zero: str = "", or_zero: str = ""
+) -> Allowed:
     """Numbers from `low`; `zero` is the meaning of 0, and `or_zero` also allows 0 below `low`.
+
+    `end` is the upper end beyond which the number cannot work; only an error names it.
 
     >>> at_least(0, zero="off").words, at_least(1, or_zero="off").words
     ('at least 0 (0 = off)', 'at least 1, or 0 (off)')
     """
     words = " ".join(filter(None, (f"at least {low}", unit, zero and f"(0 = {zero})")))
     if or_zero:
-        return Allowed(f"{words}, or 0 ({or_zero})", lambda value: value == 0 or value >= low)
-    return Allowed(words, lambda value: value >= low)
+        words = f"{words}, or 0 ({or_zero})"
+        return Allowed(words, lambda value: value == 0 or value >= low, (), end, SMALLEST)
+    return Allowed(words, lambda value: value >= low, (), end, SMALLEST)
 
 
-def above(low: float, unit: str = "", *, most: float = inf, or_zero: str = "") -> Allowed:
+def above(
+    low: float, unit: str = "", *, most: float = inf, end: float = LARGEST, or_zero: str = ""
+) -> Allowed:
     """Numbers above `low`, up to `most`; `or_zero` is the meaning of 0, if 0 is allowed.
+
+    `end` is the upper end beyond which the number cannot work; only an error names it.
 
     >>> above(0, "seconds").words, above(0, most=1).words
     ('above 0 seconds', 'above 0 and at most 1')
@@ -72,20 +94,30 @@ def above(low: float, unit: str = "", *, most: float = inf, or_zero: str = "") -
     words = f"above {low}{f' {unit}' if unit else ''}"
     words += f" and at most {most}" if most < inf else ""
     words += f", or 0 ({or_zero})" if or_zero else ""
-    return Allowed(words, lambda value: low < value <= most or (bool(or_zero) and value == 0))
+
+    def holds(value: float) -> bool:
+        return low < value <= most or (bool(or_zero) and value == 0)
+
+    return Allowed(words, holds, (), end, SMALLEST)
+
+
+def at_most(high: float) -> Allowed:
+    """Numbers up to `high`; the lower end is a matter of the other options of the group."""
+    return Allowed(f"at most {high}", lambda value: value <= high)
 
 
 def between(low: float, high: float) -> Allowed:
     """Numbers from `low` to `high`, both included."""
-    return Allowed(f"from {low} to {high}", lambda value: low <= value <= high)
+    words = f"from {low} to {high}"
+    return Allowed(words, lambda value: low <= value <= high, least=SMALLEST)
 
 
-def share(of: str = "", *, zero: bool = True) -> Allowed:
+def share(of: str = "", *, zero: bool = True, least: float = SMALLEST) -> Allowed:
     """A part of something: from 0, or above 0, to below 1."""
     words = f"from 0 to below 1{f' ({of})' if of else ''}"
     if not zero:
-        return Allowed("between 0 and 1", lambda value: 0 < value < 1)
-    return Allowed(words, lambda value: 0 <= value < 1)
+        return Allowed("between 0 and 1", lambda value: 0 < value < 1, least=least)
+    return Allowed(words, lambda value: 0 <= value < 1, least=least)
 
 
 def one_of(*choices: str) -> Allowed:
@@ -205,13 +237,41 @@ def value_problem(key: str, value: Any, allowed: Allowed) -> str:
     """The problem of one value, with the allowed values; empty if the value is allowed."""
     if value is None:
         return ""  # null is a matter of the type
+    if wrong := _no_text(value):
+        return f"{key}={value!a}: {wrong}"
     whole = isinstance(value, Integral)  # which may be too large for isfinite
     if isinstance(value, Real) and not whole and not isfinite(value):
         words = f", {allowed.words}" if allowed.words else ""
         return f"{key}={value}: must be a finite number{words}"
+    if isinstance(value, int | float) and (end := allowed.beyond(value)):
+        return f"{key}={short(value)}: must be {end}"
     if allowed.holds(value):
         return ""
-    return f"{key}={value}: must be {allowed.words}{nearest(str(value), allowed.choices)}"
+    shown = short(value) if whole else value
+    return f"{key}={shown}: must be {allowed.words}{nearest(str(value), allowed.choices)}"
+
+
+def short(value: Any) -> str:
+    """A number as it is typed, or the beginning of a very long one.
+
+    >>> short(10**100)
+    '10000000000000000000... (101 characters)'
+    """
+    text = str(value)
+    return text if len(text) <= 40 else f"{text[:20]}... ({len(text)} characters)"
+
+
+def _no_text(value: Any) -> str:
+    """Why a value, or an element of a list, cannot be written to a file; empty if it can."""
+    for text in value if isinstance(value, list) else [value]:
+        if isinstance(text, str):
+            if "\0" in text:
+                return "must be a text without the character NUL; leave it out"
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                return "must be UTF-8 text; type it in UTF-8, and rename a file that is named so"
+    return ""
 
 
 def no_effect(
@@ -296,8 +356,10 @@ class Option:
     def needs(self, value: Any) -> str:
         """Which type and values are allowed, for a value that has another type."""
         words = self.facts.allowed.words
-        whole = int in self.kinds and isinstance(value, float) and value.is_integer()
-        proposal = f"; type {value:.0f}" if whole else ""
+        whole = int in self.kinds and isinstance(value, float) and abs(value) < LARGEST
+        proposal = f"; type {int(value)}" if whole and value.is_integer() else ""
+        if str in self.kinds and isinstance(value, Real):
+            proposal = "; a text that looks like a number is written in quotes"
         return f"must be {self.kind}{f', {words}' if words else ''}{proposal}"
 
 

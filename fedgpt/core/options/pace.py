@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fedgpt.core.options.option import Group, above, at_least, choice, option
+from fedgpt.core.options.option import LONGEST, Group, above, at_least, choice, option
 
 
 @dataclass
@@ -40,14 +40,14 @@ class PaceOptions(Group):
         "Time for which the server waits for more updates after pace.goal is reached. null means"
         " that it does not wait.",
         unit="seconds",
-        allowed=at_least(0, "seconds"),
+        allowed=at_least(0, "seconds", end=LONGEST),
     )
     deadline: float | None = option(
         None,
         "cohort: time after which the server makes the version with the updates that have"
         " arrived. buffer: time after which a job is given up. null means no limit.",
         unit="seconds",
-        allowed=above(0, "seconds"),
+        allowed=above(0, "seconds", end=LONGEST),
     )
     minimum: int = option(
         1,

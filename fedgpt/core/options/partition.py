@@ -34,14 +34,14 @@ class PartitionOptions(Group):
         0.5,
         "Concentration of the Dirichlet distribution over labels. With 0.1 a client has text of"
         " few labels; with 10 all clients have nearly the same mixture.",
-        allowed=above(0),
+        allowed=above(0, end=1e6),
         only_with=("dirichlet",),
     )
     exponent: float = option(
         1.0,
         "Inequality of the clients' sizes: client i (from 0) gets a share proportional to (i + 1)"
         " ** -exponent. 0 means equal sizes.",
-        allowed=at_least(0),
+        allowed=at_least(0, end=100),
         only_with=("quantity",),
     )
     piece: int = option(

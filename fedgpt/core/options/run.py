@@ -42,20 +42,20 @@ class RunOptions(Group):
     seed: int = option(
         0,
         "Seed of all random numbers. The same options and seed give the same run.",
-        allowed=at_least(0),
+        allowed=at_least(0, end=2**63 - 1),
     )
     rounds: int = option(
         20,
         "Length of the run: number of server steps. Each step makes one version of the model.",
         unit="versions",
-        allowed=at_least(1),
+        allowed=at_least(1, end=10**9),
     )
     tokens: int = option(
         0,
         "Length of the run, instead of rounds: the run ends with the version at which the clients"
         " have trained this many tokens.",
         unit="tokens",
-        allowed=at_least(0, zero="end after `rounds`"),
+        allowed=at_least(0, end=10**15, zero="end after `rounds`"),
     )
     clock: str = option(
         "real",
@@ -73,6 +73,7 @@ class RunOptions(Group):
         None,
         "Folder of a finished run, or of a Hugging Face model (GPT-2, GPT-NeoX), whose weights the"
         " run starts from. null means random weights.",
+        allowed=FOLDER,
     )
     resume: str | None = option(
         None,

@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from fedgpt.core.options.option import Group, arguments, at_least, member, one_of, option, target
+from fedgpt.core.options.option import (
+    LONGEST,
+    Group,
+    arguments,
+    at_least,
+    member,
+    one_of,
+    option,
+    target,
+)
 
 
 @dataclass
@@ -19,14 +28,14 @@ class RuntimeOptions(Group):
         0,
         "Number of processes that run clients. 0 means one for each CPU core, or one for each GPU.",
         unit="processes",
-        allowed=at_least(0, zero="choose"),
+        allowed=at_least(0, end=4096, zero="choose"),
     )
     threads: int = option(
         0,
         "Number of PyTorch threads of each client process. 0 means the number of cores divided by"
         " the number of processes.",
         unit="threads",
-        allowed=at_least(0, zero="choose"),
+        allowed=at_least(0, end=4096, zero="choose"),
     )
     device: str = option(
         "auto",
@@ -37,7 +46,7 @@ class RuntimeOptions(Group):
         3600.0,
         "Time limit of a job. At the limit the client's process is ended, and the job has failed.",
         unit="seconds",
-        allowed=at_least(0, "seconds", zero="off"),
+        allowed=at_least(0, "seconds", end=LONGEST, zero="off"),
     )
     _target_: str | None = target()
     arguments: dict[str, Any] = arguments()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fedgpt.core.options.option import Group, choice, option
+from fedgpt.core.options.option import Group, at_most, choice, option
 
 
 @dataclass
@@ -20,6 +20,7 @@ class TokenizerOptions(Group):
         "Size of the vocabulary, without the end-of-text token: the 256 bytes and the merges"
         " learned from the public part of the corpus.",
         unit="tokens",
+        allowed=at_most(1_000_000),
         only_with=("bpe",),
     )
 
