@@ -19,10 +19,10 @@ def main(arguments: list[str]) -> int:
     """Print the audit of a private run."""
     from fedgpt.audit.report import audit_report
     from fedgpt.config import compose
-    from fedgpt.data.shards import load_shards
+    from fedgpt.data.shards import load_shards, say
 
-    options = compose.load(*split_words(arguments))
-    prepared, shards = load_shards(options)
+    options = compose.load(*split_words(arguments), trains=False)
+    prepared, shards = load_shards(options, say)
     strategy = compose.build_strategy(options.strategy, options.trusted_packages)
     text, holds = audit_report(options, strategy, prepared, shards)
     print(text)

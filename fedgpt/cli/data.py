@@ -20,9 +20,9 @@ def main(arguments: list[str]) -> int:
     from rich.console import Console
 
     from fedgpt.config import compose
-    from fedgpt.data.shards import load_shards
+    from fedgpt.data.shards import load_shards, say
     from fedgpt.report.shards import data_report
 
-    prepared, shards = load_shards(compose.load(*split_words(arguments)))
+    prepared, shards = load_shards(compose.load(*split_words(arguments), trains=False), say)
     data_report(prepared, shards, Console(highlight=False))
     return 0

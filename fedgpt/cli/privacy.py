@@ -17,7 +17,7 @@ trained. The options are those of `fedgpt run`; the group privacy follows.
 def main(arguments: list[str]) -> int:
     """Print the plan of a private run."""
     from fedgpt.config import compose
-    from fedgpt.data.shards import load_shards
+    from fedgpt.data.shards import load_shards, say
     from fedgpt.report.privacy_plan import plan_text
 
     if not arguments or arguments[0] != "plan":
@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
             f"fedgpt privacy {' '.join(arguments)}: the command is `fedgpt privacy plan"
             " [key=value ...]`"
         )
-    options = compose.load(*split_words(arguments[1:]))
-    prepared, shards = load_shards(options)
+    options = compose.load(*split_words(arguments[1:]), trains=False)
+    prepared, shards = load_shards(options, say)
     print(plan_text(options, [shard.size for shard in shards], prepared.tokenizer.vocab_size))
     return 0

@@ -42,9 +42,12 @@ def problems(o: RunOptions) -> Iterator[str]:
     yield from fleet_problems(o)
 
 
-def folder_problems(o: RunOptions) -> Iterator[str]:
-    """Problems of folders that a run on this machine cannot write or read; paths are absolute."""
-    for option in ("run_dir", "cache_dir"):
+def folder_problems(o: RunOptions, trains: bool) -> Iterator[str]:
+    """Problems of folders that a run on this machine cannot write or read; paths are absolute.
+
+    The run folder is of no importance to a command that does not train.
+    """
+    for option in ("run_dir", "cache_dir") if trains else ("cache_dir",):
         path = Path(getattr(o, option))
         existing = next(p for p in (path, *path.parents) if p.exists())
         if not existing.is_dir():

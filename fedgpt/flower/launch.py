@@ -11,7 +11,7 @@ from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import RunOptions
 from fedgpt.core.resources import Resources, resources_for
 from fedgpt.core.runtimes import runtime_of
-from fedgpt.data.shards import load_shards
+from fedgpt.data.shards import load_shards, say
 from fedgpt.flower.failure import FAILURE_FILE
 
 FLOWER_ENV = {
@@ -31,7 +31,7 @@ def launch(options: RunOptions) -> None:
     refuse_another_run(options)
     for name, value in FLOWER_ENV.items():
         os.environ.setdefault(name, value)
-    clients = len(load_shards(options)[1])
+    clients = len(load_shards(options, say)[1])
     runtime = runtime_of(options)
     # the number of natural clients was not known when the options were checked
     if problems := list(runtime.problems(options, clients)):
