@@ -41,7 +41,7 @@ from fedgpt.core.transport import Transport
 from fedgpt.core.waiting import saying
 from fedgpt.data.partitions.base import Shard
 from fedgpt.data.prepare import Prepared
-from fedgpt.data.shards import load_shards
+from fedgpt.data.shards import load_shards, say
 from fedgpt.evaluate.central import CentralEvaluation
 from fedgpt.model.build import build_model
 from fedgpt.privacy.plan import PrivacyPlan, make_plan
@@ -139,7 +139,7 @@ def _serve(setting: Setting, network: Network) -> dict[str, Any]:
 
 
 def _setting(options: RunOptions, folder: RunFolder, network: Network) -> Setting:
-    prepared, shards = load_shards(options)
+    prepared, shards = load_shards(options, say)
     resources = resources_for(options, len(shards))
     torch.set_num_threads(resources.threads)
     plan = None

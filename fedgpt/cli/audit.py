@@ -21,13 +21,13 @@ def main(arguments: list[str]) -> int:
     """Print the audit of a private run."""
     from fedgpt.audit.problems import audit_problems
     from fedgpt.config import compose
-    from fedgpt.data.shards import load_shards
+    from fedgpt.data.shards import load_shards, say
 
-    options = compose.load(*split_words(arguments))
+    options = compose.load(*split_words(arguments), trains=False)
     if problems := list(audit_problems(options)):
         raise ConfigError(problems)
     with saying("reading the text"):
-        prepared, shards = load_shards(options)
+        prepared, shards = load_shards(options, say)
     with saying("loading PyTorch"):
         from fedgpt.audit.report import audit_report
     strategy = compose.build_strategy(options.strategy, options.trusted_packages)

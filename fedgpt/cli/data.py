@@ -21,11 +21,11 @@ def main(arguments: list[str]) -> int:
 
     from fedgpt.config import compose
     from fedgpt.core.waiting import saying
-    from fedgpt.data.shards import load_shards
+    from fedgpt.data.shards import load_shards, say
     from fedgpt.report.shards import data_report
 
-    options = compose.load(*split_words(arguments))
+    options = compose.load(*split_words(arguments), trains=False)
     with saying("reading the text"):
-        prepared, shards = load_shards(options)
+        prepared, shards = load_shards(options, say)
     data_report(prepared, shards, Console(highlight=False))
     return 0

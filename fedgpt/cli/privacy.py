@@ -18,7 +18,7 @@ trained. The options are those of `fedgpt run`; the group privacy follows.
 def main(arguments: list[str]) -> int:
     """Print the plan of a private run."""
     from fedgpt.config import compose
-    from fedgpt.data.shards import load_shards
+    from fedgpt.data.shards import load_shards, say
     from fedgpt.report.privacy_plan import plan_text, refuse_no_privacy
 
     if not arguments or arguments[0] != "plan":
@@ -26,10 +26,10 @@ def main(arguments: list[str]) -> int:
             f"fedgpt privacy {' '.join(arguments)}: the command is `fedgpt privacy plan"
             " [key=value ...]`"
         )
-    options = compose.load(*split_words(arguments[1:]))
+    options = compose.load(*split_words(arguments[1:]), trains=False)
     refuse_no_privacy(options)
     with saying("reading the text"):
-        prepared, shards = load_shards(options)
+        prepared, shards = load_shards(options, say)
     with saying("computing the noise and its cost"):
         text = plan_text(options, [shard.size for shard in shards], prepared.tokenizer.vocab_size)
     print(text)

@@ -87,9 +87,12 @@ def memory_problems(o: RunOptions) -> Iterator[str]:
         )
 
 
-def folder_problems(o: RunOptions) -> Iterator[str]:
-    """Problems of folders that a run on this machine cannot write or read; paths are absolute."""
-    for option in ("run_dir", "cache_dir"):
+def folder_problems(o: RunOptions, trains: bool) -> Iterator[str]:
+    """Problems of folders that a run on this machine cannot write or read; paths are absolute.
+
+    The run folder is of no importance to a command that does not train.
+    """
+    for option in ("run_dir", "cache_dir") if trains else ("cache_dir",):
         path = Path(getattr(o, option))
         try:
             existing = next(p for p in (path, *path.parents) if p.exists())

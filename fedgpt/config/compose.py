@@ -46,8 +46,13 @@ PATHS = (
 FREE = ("cache_dir", "run_dir", "runtime.workers", "track")
 
 
-def load(words: Sequence[str] = (), config_dir: str | None = None) -> RunOptions:
-    """Options for `fedgpt run <words>`; raises ConfigError with every problem that was found."""
+def load(
+    words: Sequence[str] = (), config_dir: str | None = None, trains: bool = True
+) -> RunOptions:
+    """Options for `fedgpt run <words>`; raises ConfigError with every problem that was found.
+
+    Without `trains`, as for `fedgpt data`, the run folder is not written, so it may be any.
+    """
     _say_what_is_replaced(words)
     texts = [quoted(word) for word in words]
     problems, good = overrides.check_words(texts, config_dir)
@@ -64,7 +69,7 @@ def load(words: Sequence[str] = (), config_dir: str | None = None) -> RunOptions
     options = None
     try:
         cfg = overrides.compose_config([text for text in good if text not in swept], config_dir)
-        options = to_options(cfg, on_this_machine=True)
+        options = to_options(cfg, True, trains)
         found = list(checks.unused_options(typed, options))
     except ConfigError as error:
         found = error.problems
@@ -120,14 +125,14 @@ def _say_what_is_replaced(words: Sequence[str]) -> None:
             print(f"fedgpt: {word} is replaced by {later}, which is typed later", file=sys.stderr)
 
 
-def to_options(cfg: DictConfig, on_this_machine: bool = False) -> RunOptions:
+def to_options(cfg: DictConfig, on_this_machine: bool = False, trains: bool = True) -> RunOptions:
     """Typed options of a composed configuration, checked one by one and against each other.
 
     With `on_this_machine` the run will start here. Without it only its folder is read, for example
-    on a machine without Ray.
+    on a machine without Ray. Without `trains` no run folder is written.
     """
     options = _typed(cfg)
-    if problems := list(_problems(options, on_this_machine)):
+    if problems := list(_problems(options, on_this_machine, trains)):
         raise ConfigError(problems)
     return options
 
@@ -357,12 +362,12 @@ def _own_strategy(node: Mapping[str, Any], trusted: Iterable[str]) -> Strategy:
     return targets.call("strategy.arguments", cls, arguments)
 
 
-def _problems(o: RunOptions, on_this_machine: bool) -> Iterator[str]:
+def _problems(o: RunOptions, on_this_machine: bool, trains: bool) -> Iterator[str]:
     """All problems of single values and of combinations."""
     wrong = list(checks.problems(o))
     yield from wrong
     if on_this_machine:
-        yield from checks.folder_problems(o)
+        yield from checks.folder_problems(o, trains)
         if not any(problem.startswith("model.") for problem in wrong):
             yield from checks.memory_problems(o)
         yield from runtime_problems(o, o.partition.clients if o.partition.name != "natural" else 0)

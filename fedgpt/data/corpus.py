@@ -1,11 +1,11 @@
 """The corpus of a run, and the problems of its options.
 
-corpus.* -> corpus_of -> Corpus (corpora/) -> load_documents -> documents -> prepare.py
+corpus.* -> corpus_of -> Corpus (corpora/) -> read_documents -> documents -> prepare.py
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from fedgpt.core.errors import ConfigError
@@ -30,21 +30,41 @@ def corpus_prompt(options: CorpusOptions, trusted: Sequence[str] = ()) -> str:
     return corpus_of(options, trusted).prompt
 
 
-def load_documents(corpus: Corpus) -> list[Document]:
-    """Return all documents of a corpus, in its order.
+def read_documents(corpus: Corpus) -> Iterator[Document]:
+    """Yield the documents of a corpus in its order; only one of them is held in memory.
 
     Raises ConfigError if there is no document, or if the corpus yields an object that is not a
     Document with valid text.
     """
+    number = -1
     with calling("corpus", corpus, "documents"):
         found: Any = corpus.documents()
-        documents: list[Any] = list(found) if isinstance(found, Iterable) else []
+        _check_corpus(corpus, found)
+        for number, document in enumerate(found):
+            if problem := _problem(document):
+                name = type(corpus).__name__
+                raise ConfigError(f"corpus: document {number} of {name} {problem}")
+            yield document
+    if number < 0:
+        raise ConfigError(
+            f"corpus: {type(corpus).__name__} from {corpus.source} has no documents;"
+            f" {corpus.too_few}"
+        )
+
+
+def notes_of(corpus: Corpus) -> list[str]:
+    """Return what a corpus has to tell of the documents that were read last."""
+    with calling("corpus", corpus, "notes"):
+        return [str(note) for note in corpus.notes()]
+
+
+def _check_corpus(corpus: Corpus, found: Any) -> None:
+    """Raise ConfigError unless `found` is iterable, and what the corpus says of itself is text."""
     if not isinstance(found, Iterable):
         what = "it must return an iterable of fedgpt.data.corpora.base.Document"
         raise ConfigError(
             f"{typed_class('corpus', corpus)}: documents returned {found!r:.60}; {what}"
         )
-    name = type(corpus).__name__
     for text in ("source", "owner", "prompt", "too_few"):
         with calling("corpus", corpus, text):
             value = getattr(corpus, text)
@@ -52,12 +72,6 @@ def load_documents(corpus: Corpus) -> list[Document]:
             raise ConfigError(
                 f"{typed_class('corpus', corpus)}: {text} is {value!r:.60}; it must be a text"
             )
-    if not documents:
-        raise ConfigError(f"corpus: {name} from {corpus.source} has no documents; {corpus.too_few}")
-    for number, document in enumerate(documents):
-        if problem := _problem(document):
-            raise ConfigError(f"corpus: document {number} of {name} {problem}")
-    return documents
 
 
 def _problem(document: Any) -> str:

@@ -8,16 +8,21 @@
 The split depends only on the text, not on a run's seed. So runs can be compared, and no document is
 held out in one run and used for training in another. The cache key is a hash of the content: a
 changed corpus makes a new entry.
+
+No text is held in memory. The corpus is read once to find the cache entry (survey.py). To make the
+entry it is read again, for the tokens and for a tokenizer that is trained, and must be the same.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import io
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -29,15 +34,16 @@ from fedgpt.core.errors import ConfigError, FedGPTError
 from fedgpt.core.files import sync
 from fedgpt.core.options import CorpusOptions, TokenizerOptions
 from fedgpt.core.targets import CUSTOM
-from fedgpt.data.corpora.base import Corpus, Document
-from fedgpt.data.corpus import CORPORA, corpus_of, load_documents
+from fedgpt.data.corpora.base import Corpus
+from fedgpt.data.corpus import CORPORA, corpus_of, notes_of
+from fedgpt.data.survey import Survey, survey_of
 from fedgpt.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
 FORMAT = 1  # version of the files of a cache entry and of the split: raise it when these change
 PUBLIC, HELD_OUT, CLIENTS = 0, 1, 2
 PARTS = {"public": PUBLIC, "held_out": HELD_OUT, "clients": CLIENTS}
 LOCK_SECONDS = 1800  # seconds to wait for another process that prepares the same corpus
-ENCODE_AT_ONCE = 256  # number of documents in one call of the tokenizer
+ENCODE_AT_ONCE = 1 << 21  # characters in one call of the tokenizer, if a document is no longer
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,10 +81,12 @@ def prepare(
     tokenizer: TokenizerOptions,
     cache_dir: str | Path,
     trusted: Sequence[str] = (),
+    tell: Callable[[str], Any] = lambda note: None,
 ) -> Prepared:
     """Load, split, tokenise and cache a corpus, or open it from the cache.
 
-    `trusted` are the packages that `corpus._target_` may name. Safe to call from several processes
+    `trusted` are the packages that `corpus._target_` may name. `tell` gets a line for all that was
+    left out of the text. Safe to call from several processes
     at once: one process prepares the corpus, the others wait and open it. Raises ConfigError for
     options or text that cannot be prepared.
     """
@@ -86,9 +94,10 @@ def prepare(
     if problems:
         raise ConfigError(problems)
     reader = corpus_of(corpus, trusted)
-    documents = load_documents(reader)
-    text_digest = digest_of(documents)
-    digest = _cache_key(corpus, tokenizer, reader.source, text_digest)
+    survey = survey_of(reader)
+    for note in notes_of(reader):
+        tell(note)
+    digest = _cache_key(corpus, tokenizer, reader.source, survey.digest)
     cache = Path(cache_dir).expanduser()
     folder = cache / f"{corpus.name}-{digest}"
     if (ready := _open_if_valid(folder)) is not None:
@@ -101,16 +110,19 @@ def prepare(
             # a damaged entry, or files of a killed process
             for leftover in (folder, *cache.glob(f".{folder.name}.*")):
                 shutil.rmtree(leftover, ignore_errors=True)
+            part = split_documents(survey.keys, survey.sizes, corpus.public, corpus.held_out)
+            _check_split(part, corpus, tokenizer, reader.too_few)
             manifest = {"format": FORMAT, "digest": digest, **_identity(corpus, reader)}
-            manifest |= {"source": reader.source, "sha256": text_digest}
+            manifest |= {"source": reader.source, "sha256": survey.digest}
             with tempfile.TemporaryDirectory(dir=cache, prefix=f".{folder.name}.") as temporary:
-                made = _split_and_tokenise(documents, corpus, tokenizer, reader.too_few)
-                _write(Path(temporary) / "new", documents, *made, manifest).rename(folder)
+                made = _make(Path(temporary) / "new", survey, part, tokenizer, manifest)
+                made.rename(folder)
     except Timeout as error:
         raise FedGPTError(
             f"waited {LOCK_SECONDS} s for another process that prepares this corpus in {folder}; "
             "is it still running? With another cache_dir= there is nothing to wait for"
         ) from error
+    del survey  # the entry has all of it
     return open_prepared(folder)
 
 
@@ -145,41 +157,26 @@ def open_prepared(folder: str | Path) -> Prepared:
     )
 
 
-def split_documents(texts: Sequence[str], public: float, held_out: float) -> np.ndarray:
+def split_documents(
+    keys: np.ndarray, sizes: np.ndarray, public: float, held_out: float
+) -> np.ndarray:
     """Return the part of each document, (documents,) int8; equal texts are always in one part.
 
-    Distinct texts, in the order of their hashes, go to the public part until it has its share of
-    the bytes, then to the held-out part until it has its own. The clients get the rest.
+    `keys` (documents,) are hashes of the texts and `sizes` (documents,) their bytes. Distinct
+    texts, in the order of their hashes, go to the public part until it has its share of the bytes,
+    then to the held-out part until it has its own. The clients get the rest.
     """
-    keys = [hashlib.sha256(text.encode()).digest() for text in texts]
-    sizes: dict[bytes, int] = {}
-    for key, text in zip(keys, texts, strict=True):
-        sizes[key] = sizes.get(key, 0) + len(text.encode())
-    total = sum(sizes.values())
-    part_of: dict[bytes, int] = {}
-    filled = {PUBLIC: 0, HELD_OUT: 0}
-    for key in sorted(sizes):
-        part = CLIENTS
-        if filled[PUBLIC] < public * total:
-            part = PUBLIC
-        elif filled[HELD_OUT] < held_out * total:
-            part = HELD_OUT
-        part_of[key] = part
-        if part in filled:
-            filled[part] += sizes[key]
-    return np.array([part_of[key] for key in keys], dtype=np.int8)
-
-
-def digest_of(documents: Sequence[Document]) -> str:
-    """Return the hexadecimal sha256 of owner, id, label and text of every document in order."""
-    digest = hashlib.sha256()
-    for document in documents:
-        for field in (document.client, document.id, document.label, document.text):
-            data = field.encode()
-            # the length first, so that text moved from one field to the next changes the digest
-            digest.update(len(data).to_bytes(8, "big"))
-            digest.update(data)
-    return digest.hexdigest()
+    distinct, number = np.unique(keys, return_inverse=True)
+    each = np.zeros(len(distinct), np.int64)
+    np.add.at(each, number, sizes)
+    before = np.cumsum(each) - each  # bytes of the texts that come first
+    total = int(sizes.sum())
+    part = np.full(len(distinct), CLIENTS, np.int8)
+    is_public = before < public * total
+    part[is_public] = PUBLIC
+    filled = int(each[is_public].sum())
+    part[~is_public & (before - filled < held_out * total)] = HELD_OUT
+    return part[number]
 
 
 def _cache_key(
@@ -215,67 +212,37 @@ def _open_if_valid(folder: Path) -> Prepared | None:
         return None
 
 
-def _split_and_tokenise(
-    documents: Sequence[Document],
-    corpus: CorpusOptions,
-    options: TokenizerOptions,
-    remedy: str,
-) -> tuple[np.ndarray, Tokenizer, list[np.ndarray]]:
-    """Return the part of each document, the tokenizer, and the ids of each document.
-
-    `remedy` says what to do if there are too few documents.
-    """
-    texts = [document.text for document in documents]
-    part = split_documents(texts, corpus.public, corpus.held_out)
-    _check_split(part, corpus, options, remedy)
-    public = [text for text, number in zip(texts, part, strict=True) if number == PUBLIC]
-    tokenizer = make_tokenizer(options, public)
-    dtype = np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32
-    return part, tokenizer, [ids.astype(dtype) for ids in _encode(texts, tokenizer)]
-
-
-def _encode(texts: Sequence[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
-    """Yield the ids of every document, followed by the end token."""
-    for first in range(0, len(texts), ENCODE_AT_ONCE):
-        for ids in tokenizer.encode_many(texts[first : first + ENCODE_AT_ONCE]):
-            yield np.append(ids, tokenizer.end)
-
-
-def _write(
+def _make(
     folder: Path,
-    documents: Sequence[Document],
+    survey: Survey,
     part: np.ndarray,
-    tokenizer: Tokenizer,
-    encoded: Sequence[np.ndarray],
+    options: TokenizerOptions,
     manifest: dict[str, Any],
 ) -> Path:
     """Write all files of a cache entry to `folder`, the manifest last, and return it."""
-    lengths = np.array([len(ids) for ids in encoded], dtype=np.int64)
-    sizes = np.array([len(document.text.encode()) for document in documents], dtype=np.int64)
-    arrays = {
-        "tokens": np.concatenate(encoded),
-        "starts": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-        "part": part,
-        "bytes": sizes,
-    }
-    names = {
-        "clients": [document.client for document in documents],
-        "labels": [document.label for document in documents],
-        "ids": [document.id for document in documents],
-    }
+    # only bpe is trained, and reads the corpus once more
+    texts = (text for text, number in zip(survey.texts(), part, strict=True) if number == PUBLIC)
+    tokenizer = make_tokenizer(options, texts)
+    folder.mkdir()
+    starts = _write_tokens(folder / "tokens.npy", _encode(survey.texts(), tokenizer), tokenizer)
+    lengths = np.diff(starts)
+    for name, values in {"starts": starts, "part": part, "bytes": survey.sizes}.items():
+        np.save(folder / f"{name}.npy", values, allow_pickle=False)
+    names = {"clients": survey.clients, "labels": survey.labels, "ids": survey.ids}
+    (folder / "documents.json").write_text(json.dumps(names, ensure_ascii=False), encoding="utf-8")
     split = {
         name: {
             "documents": int((part == number).sum()),
             "tokens": int(lengths[part == number].sum()),
-            "bytes": int(sizes[part == number].sum()),
+            "bytes": int(survey.sizes[part == number].sum()),
         }
         for name, number in PARTS.items()
     }
     manifest = manifest | {
-        "documents": len(documents),
-        "tokens": int(lengths.sum()),
-        "bytes": int(sizes.sum()),
-        "owners": len(set(names["clients"])),
+        "documents": len(part),
+        "tokens": int(starts[-1]),
+        "bytes": int(survey.sizes.sum()),
+        "owners": len(set(survey.clients)),
         "split": split,
         "tokenizer": {
             "name": tokenizer.name,
@@ -284,15 +251,51 @@ def _write(
         },
         "versions": {"tokenizers": importlib.metadata.version("tokenizers")},
     }
-    folder.mkdir()
-    for name, array in arrays.items():
-        np.save(folder / f"{name}.npy", array, allow_pickle=False)
-    (folder / "documents.json").write_text(json.dumps(names, ensure_ascii=False), encoding="utf-8")
     tokenizer.save(folder)
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     for file in folder.iterdir():
         sync(file)
     return folder
+
+
+def _write_tokens(path: Path, encoded: Iterable[np.ndarray], tokenizer: Tokenizer) -> np.ndarray:
+    """Write the ids of all documents as one array; return where each starts, and the end."""
+    dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32)
+    lengths = array("q")
+    with path.open("wb") as stream:
+        header = _array_header(dtype, 0)
+        stream.write(header)
+        for ids in encoded:
+            stream.write(ids.astype(dtype).tobytes())
+            lengths.append(len(ids))
+        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        # numpy leaves room for a longer shape, so the size of the header does not change
+        final = _array_header(dtype, int(starts[-1]))
+        assert len(final) == len(header), "the header of an array grows with the array"
+        stream.seek(0)
+        stream.write(final)
+    return starts
+
+
+def _array_header(dtype: np.dtype, length: int) -> bytes:
+    """Return the first bytes of a .npy file, as np.save writes them."""
+    stream = io.BytesIO()
+    about = {"descr": dtype.str, "fortran_order": False, "shape": (length,)}
+    np.lib.format.write_array_header_1_0(stream, about)
+    return stream.getvalue()
+
+
+def _encode(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[np.ndarray]:
+    """Yield the ids of every document, followed by the end token."""
+    held: list[str] = []
+    size = 0
+    for text in texts:
+        held.append(text)
+        size += len(text)
+        if size >= ENCODE_AT_ONCE:
+            yield from (np.append(ids, tokenizer.end) for ids in tokenizer.encode_many(held))
+            held, size = [], 0
+    yield from (np.append(ids, tokenizer.end) for ids in tokenizer.encode_many(held))
 
 
 def _check_split(

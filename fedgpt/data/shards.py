@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 from fedgpt.core.errors import FedGPTError, TextChanged
 from fedgpt.core.options import RunOptions
 from fedgpt.data.partition import partition
@@ -9,14 +14,23 @@ from fedgpt.data.partitions.base import Shard
 from fedgpt.data.prepare import Prepared, prepare
 
 
-def load_shards(options: RunOptions) -> tuple[Prepared, list[Shard]]:
+@cache
+def say(note: str) -> None:
+    """Print a line about the text to stderr, once in this process."""
+    print(f"fedgpt: {note}", file=sys.stderr)
+
+
+def load_shards(
+    options: RunOptions, tell: Callable[[str], Any] = lambda note: None
+) -> tuple[Prepared, list[Shard]]:
     """Return the prepared corpus of a run and its clients' shards, sorted by client id.
 
-    Every process that has the same options, corpus and packages gets the same result. Raises
-    ConfigError if no clients can be made from the text and options.
+    `tell` gets lines about what was left out of the text; of the processes of a run only the first
+    one prints them, with `say`. Every process that has the same options, corpus and packages gets
+    the same result. Raises ConfigError if no clients can be made from the text and options.
     """
     trusted = options.trusted_packages
-    prepared = prepare(options.corpus, options.tokenizer, options.cache_dir, trusted)
+    prepared = prepare(options.corpus, options.tokenizer, options.cache_dir, trusted, tell)
     # smallest number of tokens to train on: a sequence, and the target of its last token
     window = options.model.block_size + 1
     return prepared, partition(prepared, options.partition, options.seed, window, trusted)

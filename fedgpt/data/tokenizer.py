@@ -14,9 +14,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
@@ -113,7 +114,7 @@ class Tokenizer:
         """
         if self._plain:
             return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) for text in texts]
-        ids: list[list[int]] = [[] for _ in texts]
+        ids = [array("I") for _ in texts]
         pieces = ((number, piece) for number, text in enumerate(texts) for piece in _pieces(text))
         while batch := list(islice(pieces, BATCH)):
             encoded = self._library.encode_batch_fast(
@@ -169,8 +170,8 @@ def make_tokenizer(options: TokenizerOptions, public_texts: Iterable[str]) -> To
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
     if options.name == "bpe":
-        texts = [text for text in public_texts if text]
-        if not texts:
+        texts = filter(None, public_texts)
+        if (first := next(texts, None)) is None:
             raise ConfigError(
                 "tokenizer.name=bpe: has no public text to be trained on; raise corpus.public or"
                 " use tokenizer=bytes"
@@ -181,6 +182,7 @@ def make_tokenizer(options: TokenizerOptions, public_texts: Iterable[str]) -> To
             initial_alphabet=sorted(byte_characters()),
             show_progress=False,
         )
+        texts = chain([first], texts)
         library.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
     # Added after training, because the trainer would give a special token id 0.
     library.add_special_tokens([AddedToken(END, special=True, normalized=False)])

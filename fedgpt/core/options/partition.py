@@ -6,10 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedgpt.core.options.option import (
+    Allowed,
     Group,
     above,
     arguments,
     at_least,
+    between,
     member,
     option,
     target,
@@ -28,6 +30,7 @@ class PartitionOptions(Group):
         "Number of clients. natural: number of owners that take part, those with the most text; 0"
         " means all owners.",
         unit="clients",
+        allowed=Allowed("at most 1000000", lambda value: value <= 1_000_000),
         only_with=("natural", "grouped", "iid", "dirichlet", "quantity"),
     )
     alpha: float = option(
@@ -48,7 +51,7 @@ class PartitionOptions(Group):
         1024,
         "Length of the pieces of text that are assigned to clients.",
         unit="tokens",
-        allowed=at_least(1),
+        allowed=between(1, 10**9),
         only_with=("iid", "dirichlet", "quantity"),
     )
     min_tokens: int = option(
@@ -56,7 +59,7 @@ class PartitionOptions(Group):
         "Smallest number of tokens of a client that takes part. 0 means one training window,"
         " which is model.block_size + 1 tokens.",
         unit="tokens",
-        allowed=at_least(0),
+        allowed=between(0, 10**9),
     )
     _target_: str | None = target()
     arguments: dict[str, Any] = arguments()

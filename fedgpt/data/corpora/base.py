@@ -15,9 +15,10 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import ClassVar
 
-BLANK_LINES = re.compile(r"(?:\n[^\S\n]*)+\n")
+BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
 LINES = re.compile(r"[^\n]*\n|[^\n]+")
 
 
@@ -61,9 +62,9 @@ class Corpus(ABC):
         fedgpt run corpus=custom corpus._target_=mine.Poems 'corpus.arguments={stanzas: 3}' \\
             'trusted_packages=[mine]'
 
-    Several processes read the corpus, and a resumed run reads it again. So `documents` must give
-    the same documents in the same order each time. Options are checked in `__post_init__`, which
-    raises ConfigError; text is read in `documents` only.
+    Several processes read the corpus, each of them several times, and a resumed run reads it again.
+    So `documents` must give the same documents in the same order each time. Options are checked in
+    `__post_init__`, which raises ConfigError; text is read in `documents` only.
     """
 
     prompt: ClassVar[str] = ""  # a short text in the corpus's style, which samples continue
@@ -78,6 +79,10 @@ class Corpus(ABC):
     def owner(self) -> str:
         """The kind of owner, in a word for reports, such as president or package."""
         return "author"
+
+    def notes(self) -> Iterable[str]:
+        """What a user should know of the documents that were read last, such as files left out."""
+        return ()
 
     @abstractmethod
     def documents(self) -> Iterable[Document]:
@@ -96,42 +101,104 @@ def cut(text: str, size: int) -> list[str]:
     >>> cut("One.\\n\\nTwo.\\n\\nThree.\\n", 14)
     ['One.\\n\\nTwo.\\n\\n', 'Three.\\n']
     """
-    pieces: list[str] = []
+    return list(cut_chunks([text], size))
+
+
+def cut_chunks(chunks: Iterable[str], size: int) -> Iterator[str]:
+    """Like `cut`, for a text that comes in parts, of which only one is held in memory."""
+    if isinstance(chunks, list) and len(chunks) == 1 and not _is_longer(chunks[0], size):
+        yield from filter(None, chunks)  # most records are this short
+        return
     current: list[str] = []
     filled = 0
-    for atom in _atoms(text, size):
+    for atom in _atoms(chunks, size):
         length = len(atom.encode())
         if current and filled + length > size:
-            pieces.append("".join(current))
+            yield "".join(current)
             current, filled = [], 0
         current.append(atom)
         filled += length
-    return [*pieces, "".join(current)] if current else pieces
+    if current:
+        yield "".join(current)
 
 
-def cut_document(document: Document, size: int) -> Iterator[Document]:
+def cut_document(document: Document, size: int, chunks: Iterable[str] = ()) -> Iterator[Document]:
     """Yield the document, or its pieces of at most `size` bytes with numbered ids; none if blank.
 
-    A blank piece of a document that is not blank is kept, so that no text is lost.
+    `chunks` is the text in parts, if the document has none. A blank piece of a document that is not
+    blank is kept, so that no text is lost.
     """
-    if not document.text.strip():
-        return
-    pieces = cut(document.text, size)
-    for number, piece in enumerate(pieces):
-        name = document.id if len(pieces) == 1 else f"{document.id}#{number}"
-        yield Document(document.client, name, piece, document.label)
+    chunks = [document.text] if document.text else chunks
+    client, name, label = document.client, document.id, document.label
+    blank: list[str] = []  # the pieces before the first one that is not blank
+    number, held = 0, ""  # a piece is held until it is known whether it is the only one
+    for piece in cut_chunks(chunks, size):
+        if not held and not piece.strip():
+            # equal pieces are one object, so that long white space takes little memory
+            blank.append(blank[-1] if blank and blank[-1] == piece else piece)
+            continue
+        for each in (*blank, piece):
+            if held:
+                yield Document(client, f"{name}#{number}", held, label)
+                number += 1
+            held = each
+        blank = []
+    if held:
+        yield Document(client, f"{name}#{number}" if number else name, held, label)
 
 
-def _atoms(text: str, size: int) -> Iterator[str]:
+def _atoms(chunks: Iterable[str], size: int) -> Iterator[str]:
     """Yield the largest units of at most `size` bytes: paragraphs, else lines, else characters."""
-    ends = [match.end() for match in BLANK_LINES.finditer(text)]
-    for start, end in zip([0, *ends], [*ends, len(text)], strict=True):
-        paragraph = text[start:end]
-        if len(paragraph.encode()) > size:
-            for line in LINES.findall(paragraph):
-                yield from _slices(line.encode(), size)
-        elif paragraph:  # nothing follows blank lines at the end of the text
-            yield paragraph
+    text = ""  # the rest of the current paragraph, and what follows it
+    seen = ""  # the line ends, at most two, directly before `text` in its paragraph
+    is_long = False  # whether the current paragraph has more than `size` bytes
+    for chunk in chain(chunks, [None]):
+        text += chunk or ""
+        # a paragraph ends before a visible character; in white space at the end it may still go on
+        last = len(text) + 1 if chunk is None else len(text.rstrip())
+        begin, ended = 0, False
+        for match in BLANK_LINES.finditer(seen + text):
+            end = match.end() - len(seen)
+            if end >= last:
+                break
+            yield from _units(text[begin:end], size, is_long)
+            begin, is_long, ended = end, False, True
+        text, seen = text[begin:], "" if ended else seen
+        if chunk is None:
+            yield from _units(text, size, is_long)
+        elif is_long or _is_longer(text[: max(last - begin, text.rfind("\n") + 1)], size):
+            is_long = True
+            units, text, seen = _released(text, seen, size)
+            yield from units
+
+
+def _units(text: str, size: int, is_long: bool) -> Iterator[str]:
+    """Yield a paragraph, or its lines or their slices if it is longer than `size` bytes."""
+    if is_long or _is_longer(text, size):
+        for line in LINES.findall(text):
+            yield from _slices(line.encode(), size)
+    elif text:  # nothing follows blank lines at the end of the text
+        yield text
+
+
+def _is_longer(text: str, size: int) -> bool:
+    return 4 * len(text) > size and len(text.encode()) > size
+
+
+def _released(text: str, seen: str, size: int) -> tuple[list[str], str, str]:
+    """Return the units of a long paragraph that has not ended, and the new `text` and `seen`.
+
+    The end of the last line is kept, as more of this line may follow.
+    """
+    complete = text.rfind("\n") + 1
+    line = text[complete:]
+    *slices, rest = list(_slices(line.encode(), size)) or [""]
+    if line.strip():
+        seen = ""
+    else:
+        before = seen + text[:complete]
+        seen = "\n" * min(2, before[len(before.rstrip()) :].count("\n"))
+    return [*_units(text[:complete], size, True), *slices], rest, seen
 
 
 def _slices(line: bytes, size: int) -> Iterator[str]:

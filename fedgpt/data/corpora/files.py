@@ -1,44 +1,46 @@
-"""corpus=files: the user's own text, in a folder, one file, or the records of a .jsonl file."""
+"""corpus=files: the user's own text, in a folder, one file, or records with a field of text."""
 
 from __future__ import annotations
 
-import json
-import warnings
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from fedgpt.core.errors import ConfigError, nearest
+from fedgpt.core.errors import ConfigError
 from fedgpt.data.corpora.base import Corpus, Document, cut_document
+from fedgpt.data.reading import Unreadable, shown, text_chunks
+from fedgpt.data.record_text import RecordFields, RecordText
+from fedgpt.data.records import OWNERS, Field
+from fedgpt.data.sources import LeftOut, find_files, listing, sort_files, stem_of
 
-JSONL_SUFFIXES = (".jsonl", ".ndjson")
-# A file with one of these suffixes must be text; other files that are not text are skipped.
-TEXT_SUFFIXES = ("", ".txt", ".text", ".md", ".markdown", ".rst")
+BESIDE_TEXT = "records, while text is read; corpus.path='FOLDER/*.jsonl' reads them"
 
 
 @dataclass(frozen=True)
 class Files(Corpus):
     """The text below `path`, cut into documents of at most `document_bytes`.
 
-    In a folder the client is a file or its top-level folder; the label is the top-level folder. In
-    a .jsonl file client and label are fields of a record.
+    The client is a file or its top-level folder, or a field of a record; the label is the top-level
+    folder, or a field of a record.
     """
 
     path: str | None = None
-    client: str = "file"  # file, folder, or the name of a field
+    client: str = "file"  # file, folder, or a field of a record
     text_field: str = "text"
     label_field: str | None = None
     document_bytes: int = 4096
+    bad_records: str = "refuse"  # refuse or skip
+    _told: list[str] = field(default_factory=list, init=False, compare=False, repr=False)
 
     too_few: ClassVar[str] = "add text or lower corpus.document_bytes"
 
     def __post_init__(self) -> None:
         if not self.path:
             raise ConfigError(
-                "corpus.path is not set: corpus=files needs corpus.path=FOLDER (text files) or"
-                " FILE.jsonl"
+                "corpus.path is not set: corpus=files needs corpus.path=FOLDER or FILE (text,"
+                " .jsonl, .json, .csv, .tsv or .parquet)"
             )
 
     @property
@@ -51,154 +53,88 @@ class Files(Corpus):
         """Either file, folder or the name of a field."""
         return self.client
 
-    def documents(self) -> Iterator[Document]:
-        """Yield the documents by file name or line; raises ConfigError if there is no text.
+    def notes(self) -> list[str]:
+        """What was left out when the documents were read last."""
+        return [f"corpus.path={shown(self.path or '')}: {note}" for note in self._told]
 
-        Warns (UserWarning) of files in a folder that are not text.
+    def documents(self) -> Iterator[Document]:
+        """Yield the documents by file name and place in the file.
+
+        Raises ConfigError if there is no text, or if a file or record cannot be read.
         """
+        self._told.clear()
+        try:
+            yield from self._documents()
+        except Unreadable as error:
+            raise ConfigError(f"corpus.path={shown(self.path or '')}: {error}") from error
+
+    def _documents(self) -> Iterator[Document]:
+        left = LeftOut()
         path = Path(self.path or "").expanduser()
-        if not path.exists():
-            raise ConfigError(
-                f"corpus.path={self.path}: does not exist (looked at {path.absolute()}); name a"
-                " folder or file"
+        root, files = find_files(path, left)
+        found = sort_files(files, path.is_file(), left)
+        named = self.client not in OWNERS
+        if found.records and (named or not found.texts):
+            documents = self._from_records(root, found.records)
+            left.add_all("text, while records are read", found.texts)
+        elif named and found.texts:
+            raise Unreadable(
+                f"corpus.client={self.client} is a field of records, and {listing(found.texts)}"
+                " has no fields; use corpus.client=file or corpus.client=folder"
             )
-        if path.is_file() and path.suffix.lower() in JSONL_SUFFIXES:
-            found = self._from_jsonl(path)
-        elif self.client in ("file", "folder"):
-            found = self._from_folder(path)
         else:
-            raise ConfigError(
-                f"corpus.client={self.client}: a folder of text files has corpus.client=file or"
-                " corpus.client=folder; a field's name goes with a .jsonl file"
-            )
+            documents = self._from_texts(root, found.texts)
+            left.add_all(BESIDE_TEXT, found.records)
+        self._told.extend(left.notes())
         empty = True
-        for document in found:
+        for document in documents:
             empty = False
             yield document
         if empty:
-            raise ConfigError(
-                f"corpus.path={self.path}: contains no text; name a folder with UTF-8 text or a"
-                " .jsonl file"
-            )
+            why = "; ".join(["name a folder with UTF-8 text or a file of records", *self._told])
+            raise Unreadable(f"contains no text; {why}")
 
-    def _from_folder(self, path: Path) -> Iterator[Document]:
-        """Yield the documents of every text file below `path`, or of the file `path`."""
-        root = path if path.is_dir() else path.parent
-        texts = self._texts(root, path.rglob("*") if path.is_dir() else [path])
-        stems = Counter(name.removesuffix(Path(name).suffix) for name in texts)
-        for name, text in texts.items():
-            top = name.split("/")[0] if "/" in name else ""
-            stem = name.removesuffix(Path(name).suffix)
-            file_owner = stem if stems[stem] == 1 else name  # a.txt and a.md are two clients
-            client = file_owner if self.client == "file" else top or root.absolute().name
-            yield from cut_document(Document(client, name, text, top), self.document_bytes)
-
-    def _texts(self, root: Path, found: Any) -> dict[str, str]:
-        """Read the text files among `found`, which are not hidden: name below `root` -> text."""
-        names = {file.relative_to(root).as_posix(): file for file in found if file.is_file()}
-        texts, foreign = {}, []
-        for name in sorted(names):
-            if any(part.startswith(".") for part in name.split("/")):
-                continue
-            text = _read_text(names[name])
-            if text is not None:
-                texts[name] = text
-            elif names[name].suffix.lower() in TEXT_SUFFIXES:
-                raise ConfigError(
-                    f"corpus.path={self.path}: {name} is not UTF-8; convert it "
-                    "(`iconv -f ITS_ENCODING -t UTF-8`) or move it out of the folder"
-                )
-            else:
-                foreign.append(name)
-        if foreign:
-            listing = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
-            warnings.warn(
-                f"corpus.path={self.path}: skipped {len(foreign)} files that are not text:"
-                f" {listing}",
-                stacklevel=2,
-            )
-        return texts
-
-    def _from_jsonl(self, path: Path) -> Iterator[Document]:
-        """Yield the documents of a file with one JSON record per line; every record needs all named
-        fields.
-        """
-        wanted = {"corpus.client": self.client, "corpus.text_field": self.text_field}
-        if self.label_field:
-            wanted["corpus.label_field"] = self.label_field
-        with path.open(encoding="utf-8-sig") as stream:
-            try:
-                lines = list(stream)
-            except UnicodeDecodeError as error:
-                raise ConfigError(
-                    f"corpus.path={self.path}: not UTF-8 ({error}); convert it with iconv"
-                ) from error
-        for number, line in enumerate(lines, start=1):
-            if line.isspace():
-                continue
-            record = _record(line, f"corpus.path={self.path}, line {number}", wanted)
-            label = record[self.label_field] if self.label_field else None
-            document = Document(
-                client=_valid(str(record[self.client])),
-                id=f"line {number}",
-                text=_valid(record[self.text_field]).replace("\r\n", "\n"),
-                label="" if label is None else _valid(str(label)),
-            )
-            yield from cut_document(document, self.document_bytes)
-
-
-def _read_text(path: Path) -> str | None:
-    r"""Return a file's text with line ends \n and no byte order mark; None if it is not UTF-8.
-
-    None also for records in a folder of text files: a model would learn JSON syntax from them.
-    """
-    data = path.read_bytes()
-    if b"\0" in data or path.suffix.lower() in JSONL_SUFFIXES:
-        return None
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return None
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def _record(line: str, place: str, wanted: dict[str, str]) -> dict[str, Any]:
-    """Return the record of a line; raises ConfigError if it lacks a required field.
-
-    `wanted` is option -> field; `place` is the path and line number for messages.
-    """
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ConfigError(
-            f"{place}: not JSON ({error}); a .jsonl file has one record per line"
-        ) from error
-    if not isinstance(record, dict):
-        raise ConfigError(
-            f"{place}: a record must be an object with fields, not {type(record).__name__}"
+    def _from_records(self, root: Path, files: dict[str, Path]) -> Iterator[Document]:
+        """Yield the documents of files of records, as if they were one file."""
+        fields = RecordFields(
+            client=None if self.client in OWNERS else Field(self.client),
+            text=Field(self.text_field),
+            label=Field(self.label_field) if self.label_field else None,
         )
-    problems = []
-    for option, field in wanted.items():
-        if field not in record:
-            names = ", ".join(record) or "none"
-            problems.append(
-                f"{option}={field}: {place} has no such field; its fields:"
-                f" {names}{nearest(field, record)}"
-            )
-        elif option == "corpus.text_field" and not isinstance(record[field], str):
-            problems.append(
-                f"{option}={field}: in {place} it is {type(record[field]).__name__}, not text"
-            )
-        elif option == "corpus.client" and record[field] is None:
-            problems.append(f"{option}={field}: in {place} it is null; every record needs an owner")
-    if problems:
-        raise ConfigError(problems)
-    return record
+        text = RecordText(fields, self.client, self.bad_records == "skip")
+        owners = Owners(root, self.client, files)
+        for row in text.rows(files):
+            client = owners.of(row.file) if row.client is None else row.client
+            label = top_folder(row.file) if row.label is None else row.label
+            yield from cut_document(Document(client, row.id, row.text, label), self.document_bytes)
+        self._told.extend(text.notes())
+
+    def _from_texts(self, root: Path, texts: dict[str, Path]) -> Iterator[Document]:
+        """Yield the documents of text files."""
+        owners = Owners(root, self.client, texts)
+        for name, path in texts.items():
+            document = Document(owners.of(name), name, "", top_folder(name))
+            try:
+                yield from cut_document(document, self.document_bytes, text_chunks(path))
+            except Unreadable as error:
+                raise Unreadable(f"{name} {error}") from error
 
 
-def _valid(text: str) -> str:
-    """Return text that can be encoded as UTF-8.
+class Owners:
+    """The owner of each file: the file itself, or its top-level folder."""
 
-    JSON's escapes may leave half a surrogate pair, which becomes U+FFFD.
-    """
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    def __init__(self, root: Path, client: str, files: dict[str, Path]):
+        self._root, self._client = root, client
+        self._stems = Counter(map(stem_of, files))
+
+    def of(self, name: str) -> str:
+        """Return the owner of a file."""
+        if self._client == "folder":
+            return top_folder(name) or self._root.absolute().name
+        stem = stem_of(name)
+        return stem if self._stems[stem] == 1 else name  # a.txt and a.md are two clients
+
+
+def top_folder(name: str) -> str:
+    """Return the top-level folder of a file below the root; empty for a file without one."""
+    return name.split("/", maxsplit=1)[0] if "/" in name else ""

@@ -1,0 +1,94 @@
+"""What must be known of all documents before the first of them is tokenised.
+
+corpus -> read once -> digest of the text (the cache key), hash and size of each document
+       -> read again -> the same texts, or an error that says that they changed
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedgpt.core.errors import FedGPTError
+from fedgpt.data.corpora.base import Corpus, Document
+from fedgpt.data.corpus import read_documents
+
+HASH = hashlib.sha256
+HASH_BYTES = HASH().digest_size
+
+
+@dataclass(frozen=True, eq=False)
+class Survey:
+    """The documents of a corpus without their texts."""
+
+    corpus: Corpus
+    digest: str  # of owner, id, label and text of every document
+    keys: np.ndarray  # (documents,) S32: hash of each text
+    sizes: np.ndarray  # (documents,) int64: UTF-8 bytes of each text
+    clients: list[str]
+    labels: list[str]
+    ids: list[str]
+
+    def texts(self) -> Iterator[str]:
+        """Read the corpus again; raises FedGPTError if a document is not the one of the survey."""
+        digest, number = HASH(), 0
+        try:
+            for number, document in enumerate(read_documents(self.corpus), start=1):
+                _add(digest, document, document.text.encode())
+                if number > len(self.ids) or document.id != self.ids[number - 1]:
+                    raise _changed(f"it has another document, {document.id}")
+                yield document.text
+        except FedGPTError as error:
+            if isinstance(error, Changed):
+                raise
+            raise _changed(str(error)) from error
+        if digest.hexdigest() != self.digest:
+            raise _changed(
+                "it has other words" if number == len(self.ids) else "documents are gone"
+            )
+
+
+class Changed(FedGPTError):
+    """The text is not what it was when it was read first."""
+
+
+def survey_of(corpus: Corpus) -> Survey:
+    """Read a corpus once; raises ConfigError if it has no valid documents."""
+    digest, keys, sizes = HASH(), bytearray(), array("q")
+    known: dict[str, str] = {}  # one object for each name, however many documents have it
+    clients, labels, ids = [], [], []
+    for document in read_documents(corpus):
+        data = document.text.encode()
+        _add(digest, document, data)
+        keys += HASH(data).digest()
+        sizes.append(len(data))
+        clients.append(known.setdefault(document.client, document.client))
+        labels.append(known.setdefault(document.label, document.label))
+        ids.append(document.id)
+    return Survey(
+        corpus,
+        digest.hexdigest(),
+        np.frombuffer(keys, f"S{HASH_BYTES}"),
+        np.array(sizes, np.int64),
+        clients,
+        labels,
+        ids,
+    )
+
+
+def _add(digest: hashlib._Hash, document: Document, text: bytes) -> None:
+    """Add a document to the digest of the corpus."""
+    for data in (document.client.encode(), document.id.encode(), document.label.encode(), text):
+        # the length first, so that text moved from one field to the next changes the digest
+        digest.update(len(data).to_bytes(8, "big"))
+        digest.update(data)
+
+
+def _changed(how: str) -> Changed:
+    return Changed(
+        f"corpus: the text changed while it was prepared: {how}; start again when it rests"
+    )
