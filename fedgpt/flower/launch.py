@@ -13,6 +13,7 @@ from fedgpt.core.resources import Resources, resources_for
 from fedgpt.core.runtimes import runtime_of
 from fedgpt.data.shards import load_shards
 from fedgpt.flower.failure import FAILURE_FILE
+from fedgpt.storage.init_from import check_tokenizer
 
 FLOWER_ENV = {
     "FLWR_TELEMETRY_ENABLED": "0",
@@ -31,7 +32,13 @@ def launch(options: RunOptions) -> None:
     refuse_another_run(options)
     for name, value in FLOWER_ENV.items():
         os.environ.setdefault(name, value)
-    clients = len(load_shards(options)[1])
+    if options.init_from is not None:  # before any text is read
+        from fedgpt.storage.initial_weights import check_weights  # imports torch
+
+        check_weights(options)
+    prepared, shards = load_shards(options)
+    check_tokenizer(options, prepared.tokenizer)
+    clients = len(shards)
     runtime = runtime_of(options)
     # the number of natural clients was not known when the options were checked
     if problems := list(runtime.problems(options, clients)):
