@@ -169,7 +169,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     try:
         return Tokenizer(_of_pair(*pair) if path == pair[0] else path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
         raise FedGPTError(f"{path}: no tokenizer that fedgpt can read ({reason})") from error
 
 

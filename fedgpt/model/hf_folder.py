@@ -114,7 +114,7 @@ def is_there(path: Path) -> bool:
     """
     try:
         path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no possible name
         return False
     except OSError as error:
         raise FedGPTError(f"{path} cannot be read: {error.strerror}") from None
@@ -190,20 +190,22 @@ def _read_headers(folder: Path) -> tuple[dict[str, Stored], Path]:
         others = sorted(path.name for path in folder.glob("*.bin"))
         instead = f" ({', '.join(others[:3])} is pickle)" if others else ""
         raise FedGPTError(
-            f"{single} is missing; only safetensors is read{instead}, save with"
+            f"{single} is missing, and {INDEX} too; only safetensors is read{instead}, save with"
             " save_pretrained(...) anew"
         )
     tensors: dict[str, Stored] = {}
     shard_of = _read_index(index)
     for shard in sorted(set(shard_of.values())):
+        if not is_there(folder / shard):
+            raise FedGPTError(f"{index}: {shard!r} is missing")
         for stored in _read_header(folder / shard):
             if stored.name in tensors:
                 first = tensors[stored.name].path.name
-                raise FedGPTError(f"{index}: {stored.name} is in both {first} and {shard}")
+                raise FedGPTError(f"{index}: {stored.name!r} is in both {first} and {shard}")
             tensors[stored.name] = stored
     for name, shard in shard_of.items():
         if name not in tensors or tensors[name].path != folder / shard:
-            raise FedGPTError(f"{index}: {name} is not in {shard}")
+            raise FedGPTError(f"{index}: {name!r} is not in {shard}")
     return tensors, index
 
 
@@ -231,7 +233,7 @@ def _read_header(path: Path) -> list[Stored]:
                 for name, part in parts.items()
             ]
     except (SafetensorError, OSError) as error:
-        raise FedGPTError(f"{path} is damaged: {error}") from None
+        raise FedGPTError(f"{path} is damaged: {' '.join(str(error).split())}") from None
 
 
 def _check_tensor(stored: Stored, shape: tuple[int, ...]) -> None:

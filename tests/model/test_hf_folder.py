@@ -196,19 +196,22 @@ def test_a_damaged_index_is_refused(sharded, damage, message):
 def test_an_index_that_does_not_fit_its_files_is_refused(sharded):
     good = weight_map(sharded)
     write_index(sharded, good | {WTE: "c.safetensors"})
-    refused(sharded, r"c\.safetensors cannot be read: No such file")
+    refused(sharded, r"index\.json: 'c\.safetensors' is missing")
+    for strange in ("\0", "\ud800", "x" * 300 + ".safetensors"):
+        write_index(sharded, good | {WTE: strange})
+        refused(sharded, r"index\.json: .* is missing|cannot be read: File name too long")
     for outside in ("../x.safetensors", "/etc/x.safetensors", "a/../../x.safetensors"):
         write_index(sharded, good | {WTE: outside})
         refused(sharded, rf"index\.json: '{outside}' is outside the folder")
     other = {"a.safetensors": "b.safetensors", "b.safetensors": "a.safetensors"}[good[WTE]]
     write_index(sharded, good | {WTE: other})
-    refused(sharded, rf"index\.json: {WTE} is not in {other}")
+    refused(sharded, rf"index\.json: '{WTE}' is not in {other}")
     write_index(sharded, good | {"transformer.more": good[WTE]})
-    refused(sharded, r"index\.json: transformer\.more is not in ")
+    refused(sharded, r"index\.json: 'transformer\.more' is not in ")
     write_index(sharded, good)
     both = load_file(sharded / other) | {WTE: load_file(sharded / good[WTE])[WTE]}
     save_file(both, sharded / other)
-    refused(sharded, rf"index\.json: {WTE} is in both a\.safetensors and b\.safetensors")
+    refused(sharded, rf"index\.json: '{WTE}' is in both a\.safetensors and b\.safetensors")
 
 
 def test_files_in_a_folder_below_are_read(sharded):
