@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# start of the small text that Git has in place of a large file, until the file is fetched
+LFS_POINTER = b"version https://git-lfs"
+
 
 @contextmanager
 def replacing(path: str | Path, durable: bool = True) -> Iterator[Path]:

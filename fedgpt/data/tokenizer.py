@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedgpt.core.errors import ConfigError, FedGPTError
-from fedgpt.core.files import write_text
+from fedgpt.core.files import LFS_POINTER, write_text
 from fedgpt.core.options import TokenizerOptions
 
 if TYPE_CHECKING:
@@ -167,7 +167,10 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if not path.exists() and all(part.exists() for part in pair):
         path = pair[0]
     try:
-        return Tokenizer(_of_pair(*pair) if path == pair[0] else path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        if content.startswith(LFS_POINTER):
+            raise ValueError("it is a Git LFS pointer; fetch the file with: git lfs pull")
+        return Tokenizer(_of_pair(*pair) if path == pair[0] else content.decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
         raise FedGPTError(f"{path}: no tokenizer that fedgpt can read ({reason})") from error

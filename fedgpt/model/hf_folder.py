@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from fedgpt.core.errors import FedGPTError
-from fedgpt.core.files import sha256_of
+from fedgpt.core.files import LFS_POINTER, sha256_of
 from fedgpt.core.options import ModelOptions
 from fedgpt.model.hf_formats import FORMATS, Format, whole
 from fedgpt.model.shape import parameter_shapes
@@ -26,7 +26,6 @@ DTYPES = ("F64", "F32", "F16", "BF16")  # the names that safetensors gives them
 HEAD = "lm_head.weight"
 # parts of names that torch.compile, DistributedDataParallel and FSDP add
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.")
-LFS = b"version https://git-lfs"  # start of the file that Git has instead of a large one
 
 
 @dataclass(frozen=True)
@@ -144,12 +143,12 @@ def _check_file(path: Path) -> None:
         if not stat.S_ISREG(path.stat().st_mode):
             raise FedGPTError(f"{path} is not a file")
         with path.open("rb") as stream:
-            head = stream.read(len(LFS))
+            head = stream.read(len(LFS_POINTER))
     except OSError as error:
         raise FedGPTError(f"{path} cannot be read: {error.strerror}") from None
     if not head:
         raise FedGPTError(f"{path} is empty")
-    if head == LFS:
+    if head == LFS_POINTER:
         raise FedGPTError(
             f"{path} is a Git LFS pointer, not the file itself; fetch the file with: git lfs pull"
         )

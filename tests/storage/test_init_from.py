@@ -220,6 +220,7 @@ def test_a_damaged_tokenizer_is_refused_by_name(tmp_path, file, damage):
     (tmp_path / file).write_text(damage(text))
     (found,) = init_from_problems(o)
     assert found.startswith(f"init_from={tmp_path}: {file}: no tokenizer that fedgpt can read (")
+    assert (damage is DAMAGED["pointer"]) == ("fetch the file with: git lfs pull" in found)
     assert "\n" not in found
 
 
