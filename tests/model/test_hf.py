@@ -365,6 +365,20 @@ def test_a_second_export_leaves_nothing_of_the_first_in_force(tmp_path):
     assert torch.equal(flatten(import_model(tmp_path))[1], flatten(other)[1])
 
 
+def test_an_export_that_fails_after_the_weights_leaves_no_wrong_checksum(tmp_path):
+    export_model(tmp_path, small())
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").mkdir()
+    other = small()
+    other.init_weights(5)
+    with pytest.raises(OSError):
+        export_model(tmp_path, other)
+    (tmp_path / "config.json").rmdir()
+    (tmp_path / "config.json").write_text(config)
+    assert torch.equal(flatten(import_model(tmp_path))[1], flatten(other)[1])
+
+
 @pytest.mark.parametrize("change", [{}, {"positions": "rotary"}], ids=["gpt2", "gpt_neox"])
 def test_our_tokenizer_reads_the_same_in_transformers(tmp_path, change):
     ours = make_tokenizer(
