@@ -15,6 +15,7 @@ from fedgpt.data.corpus import CORPORA
 from fedgpt.data.partition import PARTITIONS
 from fedgpt.model.shape import count_parameters, count_trainable, trainable_problems
 from fedgpt.simulate.fleet import fleet_problems
+from fedgpt.storage.init_from import init_from_problems
 from fedgpt.update.compress import CODECS
 
 _SAMPLES = "evaluate.samples=0; add evaluate.samples=2"
@@ -103,15 +104,4 @@ def folder_problems(o: RunOptions, trains: bool) -> Iterator[str]:
             yield f"{option}={path}: {existing} is a file; name a folder"
         elif not os.access(existing, os.W_OK):
             yield f"{option}={path}: {existing} is not writable; name another folder"
-    if o.init_from and not any(
-        (Path(o.init_from) / f"{at}config.json").is_file() for at in ("", "model/")
-    ):
-        what = (
-            "has no config.json, nor model/config.json"
-            if Path(o.init_from).is_dir()
-            else "is no folder"
-        )
-        yield (
-            f"init_from={o.init_from}: {what}; name the folder of a finished run, or of a Hugging"
-            " Face model"
-        )
+    yield from init_from_problems(o)

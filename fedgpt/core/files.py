@@ -12,6 +12,8 @@ from pathlib import Path
 
 # mode of a file that tells of single clients: only its owner may read it
 PRIVATE = 0o600
+# start of the small text that Git has in place of a large file, until the file is fetched
+LFS_POINTER = b"version https://git-lfs"
 
 
 @contextmanager

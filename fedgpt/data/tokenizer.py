@@ -19,16 +19,26 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fedgpt.core.errors import ConfigError, FedGPTError
-from fedgpt.core.files import write_text
+from fedgpt.core.files import LFS_POINTER, write_text
 from fedgpt.core.options import TokenizerOptions
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Library
+    from tokenizers import models
 
 END = "<|endoftext|>"
 # characters in one string for the library, whose time per character grows with the string's length
 PIECE = 4096
+# settings of a BPE with which the same vocabulary and merges give other tokens
+CHANGES = (
+    *("dropout", "continuing_subword_prefix", "end_of_word_suffix", "fuse_unk", "byte_fallback"),
+    "ignore_merges",
+)
 BATCH = 512  # number of pieces in one call, which limits the memory of the library's results
 
 # GPT-2's pattern always starts a new word between a visible character and a space or line end, so
@@ -50,7 +60,9 @@ class Tokenizer:
     """
 
     def __init__(self, definition: str):
-        """Read the content of a `tokenizer.json`; raises ValueError unless it is byte-level BPE."""
+        """Read the content of a `tokenizer.json`; raises ValueError unless it is byte-level BPE
+        whose text is not changed before it is encoded.
+        """
         from tokenizers import Tokenizer as Library
 
         self._definition = definition
@@ -59,15 +71,13 @@ class Tokenizer:
             self._library = Library.from_str(definition)
         except Exception as error:  # the library raises no narrower class
             raise ValueError(str(error)) from error
+        _check_pipeline(parsed)
+        # transformers saves the settings of its last call with the tokenizer
+        self._library.no_truncation()
+        self._library.no_padding()
         self._library.encode_special_tokens = True  # as characters, see above
-        vocabulary = sorted(parsed["model"]["vocab"].items(), key=lambda entry: entry[1])
+        entries = _entries(parsed)
         byte_of = {character: byte for byte, character in enumerate(byte_characters())}
-        ends = [token["id"] for token in parsed["added_tokens"] if token["content"] == END]
-        entries = [name for name, _ in vocabulary if name != END]
-        if ends != [len(entries)] or any(
-            character not in byte_of for name in entries for character in name
-        ):
-            raise ValueError(f"not a byte-level vocabulary that ends with {END}")
         self._table = [bytes(byte_of[character] for character in name) for name in entries] + [b""]
         # older versions of the library write "a b", newer ones ["a", "b"]; a byte-level token
         # contains no space
@@ -128,26 +138,80 @@ class Tokenizer:
         """Return the text of the ids, without end tokens; invalid UTF-8 becomes U+FFFD."""
         return b"".join(self._table[int(token)] for token in ids).decode("utf-8", errors="replace")
 
-    def save(self, folder: str | Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer reads."""
-        settings = {
+    def save(self, folder: str | Path, length: int | None = None) -> None:
+        """Write tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer reads.
+
+        `length` is the longest text, in tokens, of the model that is in the same folder.
+        """
+        settings: dict[str, str | int | bool] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": END,
             "eos_token": END,
             "unk_token": END,
+            "pad_token": END,
             "clean_up_tokenization_spaces": False,
         }
+        if length is not None:
+            settings["model_max_length"] = length
         write_text(Path(folder) / "tokenizer.json", self._definition)
         write_text(Path(folder) / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Return the tokenizer that `Tokenizer.save` wrote to `folder`; raises FedGPTError."""
-    path = Path(folder) / "tokenizer.json"
+    """Return the tokenizer in `folder`: tokenizer.json, or GPT-2's vocab.json and merges.txt.
+
+    Raises FedGPTError, naming the file, if there is none that fedgpt can read.
+    """
+    folder = Path(folder)
+    path = folder / "tokenizer.json"
+    pair = folder / "vocab.json", folder / "merges.txt"
+    if not path.exists() and all(part.exists() for part in pair):
+        path = pair[0]
     try:
-        return Tokenizer(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError) as error:
-        raise FedGPTError(f"{path}: no tokenizer that fedgpt can read ({error})") from error
+        content = path.read_bytes()
+        if content.startswith(LFS_POINTER):
+            raise ValueError("it is a Git LFS pointer; fetch the file with: git lfs pull")
+        return Tokenizer(_of_pair(*pair) if path == pair[0] else content.decode("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        raise FedGPTError(f"{path}: no tokenizer that fedgpt can read ({reason})") from error
+
+
+def _of_pair(vocabulary: Path, merges: Path) -> str:
+    """The content of the tokenizer.json that equals GPT-2's two files; raises ValueError."""
+    from tokenizers import models
+
+    more = vocabulary.parent / "added_tokens.json"
+    if more.exists():
+        raise ValueError(f"{more.name} adds to its vocabulary")
+    settings = vocabulary.parent / "tokenizer_config.json"
+    config = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
+    if not isinstance(config, dict) or config.get("add_prefix_space"):
+        raise ValueError(f"{settings.name} has no mapping, or add_prefix_space is true in it")
+    try:
+        model = models.BPE.from_file(str(vocabulary), str(merges))
+    except Exception as error:  # the library raises no narrower class
+        raise ValueError(f"with {merges.name}: {error}") from error
+    return _with_end(_byte_level(model))
+
+
+def _byte_level(model: models.BPE) -> Library:
+    """The library's tokenizer of texts as they are, without an end token."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, pre_tokenizers
+
+    library = Library(model)
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    return library
+
+
+def _with_end(library: Library) -> str:
+    """The definition of a tokenizer, with the end token behind its vocabulary."""
+    from tokenizers import AddedToken
+
+    library.add_special_tokens([AddedToken(END, special=True, normalized=False)])
+    return library.to_str()
 
 
 def make_tokenizer(options: TokenizerOptions, public_texts: Iterable[str]) -> Tokenizer:
@@ -158,17 +222,12 @@ def make_tokenizer(options: TokenizerOptions, public_texts: Iterable[str]) -> To
     """
     if problems := list(options.problems()):
         raise ConfigError(problems)
-    from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
-    from tokenizers import Tokenizer as Library
+    from tokenizers import models, trainers
 
-    if options.name == "bytes":
-        library = Library(
-            models.BPE(vocab={name: byte for byte, name in enumerate(byte_characters())}, merges=[])
-        )
-    else:
-        library = Library(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    library.decoder = decoders.ByteLevel()
+    plain = {name: byte for byte, name in enumerate(byte_characters())}
+    library = _byte_level(
+        models.BPE(vocab=plain, merges=[]) if options.name == "bytes" else models.BPE()
+    )
     if options.name == "bpe":
         texts = filter(None, public_texts)
         if (first := next(texts, None)) is None:
@@ -185,8 +244,7 @@ def make_tokenizer(options: TokenizerOptions, public_texts: Iterable[str]) -> To
         texts = chain([first], texts)
         library.train_from_iterator((piece for text in texts for piece in _pieces(text)), trainer)
     # Added after training, because the trainer would give a special token id 0.
-    library.add_special_tokens([AddedToken(END, special=True, normalized=False)])
-    return Tokenizer(library.to_str())
+    return Tokenizer(_with_end(library))
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -197,3 +255,38 @@ def _pieces(text: str) -> Iterator[str]:
         end = match.start() if match else len(text)
         yield text[start:end]
         start = end
+
+
+def _check_pipeline(parsed: Any) -> None:
+    """Raise ValueError unless a tokenizer.json cuts text as GPT-2 does and changes none of it."""
+    before = parsed.get("pre_tokenizer") or {}
+    model = parsed["model"]
+    wrong = {
+        "normalizer": parsed.get("normalizer"),
+        "model.type": model.get("type", "BPE") != "BPE",
+        "pre_tokenizer": before.get("type") != "ByteLevel"
+        or before.get("add_prefix_space", True)
+        or not before.get("use_regex", True),
+        **{f"model.{name}": model.get(name) for name in CHANGES},
+    }
+    for name, is_wrong in wrong.items():
+        if is_wrong:
+            raise ValueError(
+                f"its {name} changes how text is encoded; fedgpt's tokenizers are as GPT-2's"
+            )
+
+
+def _entries(parsed: Any) -> list[str]:
+    """The vocabulary in the order of its ids, without the end token, which must be behind it."""
+    vocabulary = parsed["model"]["vocab"]
+    names = sorted((name for name in vocabulary if name != END), key=vocabulary.__getitem__)
+    added = {token["content"]: token["id"] for token in parsed["added_tokens"]}
+    if (
+        [vocabulary[name] for name in names] != list(range(len(names)))
+        or vocabulary.get(END, len(names)) != len(names)
+        or added != {END: len(names)}
+        or not set(byte_characters()).issuperset("".join(names))
+        or not set(byte_characters()).issubset(names)
+    ):
+        raise ValueError(f"not a byte-level vocabulary that ends with {END}, its only added token")
+    return names

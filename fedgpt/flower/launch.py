@@ -17,6 +17,7 @@ from fedgpt.core.runtimes import runtime_of
 from fedgpt.core.waiting import saying
 from fedgpt.data.shards import load_shards, say
 from fedgpt.flower.failure import FAILURE_FILE
+from fedgpt.storage.init_from import check_tokenizer
 from fedgpt.storage.resume import checked_content
 from fedgpt.storage.run_folder import RunFolder, made_folder
 
@@ -48,10 +49,16 @@ def launch(options: RunOptions, dated: bool = False, more: Mapping[str, int] | N
 def _launch(options: RunOptions, more: Mapping[str, int]) -> None:
     for name, value in FLOWER_ENV.items():
         os.environ.setdefault(name, value)
+    if options.init_from is not None:  # before any text is read
+        from fedgpt.storage.initial_weights import check_weights  # imports torch
+
+        with saying("reading the initial weights"):
+            check_weights(options)
     with saying("reading the text"):
         prepared, shards = load_shards(options, say)
     clients = len(shards)
     # before any process is started
+    check_tokenizer(options, prepared.tokenizer)
     checked_content(options, prepared, partial(changed_options, options=options))
     if more:
         _extend(options)

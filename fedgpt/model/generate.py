@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fedgpt.core.errors import FedGPTError
 from fedgpt.model.gpt import GPT, KVCache
 
 
@@ -28,7 +29,7 @@ def generate(  # noqa: PLR0913  # those of generate in transformers
     temperature=0 takes the most likely token. `cache=False` computes the complete context again for
     every token; it is slow, and is the reference in tests. Text longer than block_size is cropped
     as `window_start` describes, with and without the cache. Raises ValueError, naming argument and
-    value, for values out of range.
+    value, for values out of range, and FedGPTError if the model's logits are not finite.
     """
     _check_tokens(model, prompt_ids, max_new_tokens, stop)
     _check_sampling(samples, temperature, top_k, top_p)
@@ -46,6 +47,12 @@ def generate(  # noqa: PLR0913  # those of generate in transformers
                 # on the CPU in fp32 (fp64 stays), so that a seed draws the same on every device
                 logits = reader.logits(ids).cpu()  # (samples, vocab)
                 logits = logits if logits.dtype == torch.float64 else logits.float()
+                if not logits.isfinite().all():
+                    raise FedGPTError(
+                        "no text can be generated: the model's logits are not finite (NaN or"
+                        " infinite), because its weights are damaged or its training diverged;"
+                        " lower the learning rate of the training"
+                    )
                 token = choose(logits, generator, temperature, top_k, top_p)
                 ids = torch.cat((ids, token.to(device)[:, None]), 1)
                 ended |= token == (-1 if stop is None else stop)

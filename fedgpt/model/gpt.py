@@ -24,10 +24,8 @@ from torch.nn import functional as F
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import ModelOptions
 from fedgpt.model.kernels import IGNORE, RowwiseCrossEntropy, attend_explicitly
-from fedgpt.model.shape import trainable_problems
+from fedgpt.model.shape import NORM_EPS, ROTARY_BASE, trainable_problems
 
-NORM_EPS = 1e-5  # GPT-2's; torch's default for RMSNorm depends on the dtype and is 8e-3 in bf16
-ROTARY_BASE = 10_000.0  # base of the rotation angles; larger values rotate more slowly
 # longest context (tokens) of the explicit attention, which stores time x time scores
 EXPLICIT_UP_TO = 512
 

@@ -1,164 +1,120 @@
 """Hugging Face folders: config.json and model.safetensors, written and read without transformers.
 
-The families of models are in hf_formats.py. Only safetensors is read, never pickle.
+What a folder must contain is in hf_folder.py, the families of models in hf_formats.py.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
+from collections import defaultdict
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
-from fedgpt.core.errors import ConfigError, FedGPTError
-from fedgpt.core.files import replacing, write_text
+from fedgpt.core.errors import FedGPTError
+from fedgpt.core.files import replacing, sha256_of, write_text
 from fedgpt.model.gpt import GPT
-from fedgpt.model.hf_formats import FORMATS, Weights, model_type
-
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.json",
-    "merges.txt",
-)
+from fedgpt.model.hf_folder import HEAD, SUMS, WEIGHTS, ModelFolder, Stored, read_folder
+from fedgpt.model.hf_formats import FORMATS, model_type
 
 
 def export_model(
-    folder: str | Path,
-    model: GPT,
-    tokenizer_folder: str | Path | None = None,
-    card: str | None = None,
-    end_of_text: int | None = None,
+    folder: str | Path, model: GPT, card: str | None = None, end_of_text: int | None = None
 ) -> None:
     """Write all of `model`, trained and frozen, as a Hugging Face folder.
 
     `card` becomes README.md, `end_of_text` defaults to the last token id. Existing files are
-    replaced one by one, each completely or not at all.
+    replaced one by one, each completely or not at all. `Tokenizer.save` adds the tokenizer.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     end_of_text = model.vocab_size - 1 if end_of_text is None else end_of_text
-    form = FORMATS[model_type(model.options)]
+    form, options = FORMATS[model_type(model.options)], model.options
     # named_parameters has a tied head once, as transformers' files do
-    weights = {name: p.detach().cpu() for name, p in model.named_parameters()}
-    weights = form.to_file(weights, model.options)
+    weights = {
+        form.theirs(name): form.to_file(name, p.detach().cpu(), options).contiguous()
+        for name, p in model.named_parameters()
+    }
+    dtype = model.lm_head.weight.dtype
+    zeros = form.zeros(options).items()
+    weights |= {form.theirs(name): torch.zeros(shape, dtype=dtype) for name, shape in zeros}
+    (folder / SUMS).unlink(missing_ok=True)  # of weights that are replaced now
     with replacing(folder / WEIGHTS) as temporary:
-        save_file(
-            {name: p.contiguous() for name, p in weights.items()},
-            temporary,
-            metadata={"format": "pt"},
-        )
-    dtype = str(model.lm_head.weight.dtype).removeprefix("torch.")
-    config = form.config(model.options, model.vocab_size) | {
-        "bos_token_id": end_of_text,
-        "eos_token_id": end_of_text,
-        "dtype": dtype,
-        "torch_dtype": dtype,  # the same for transformers before 4.56
+        save_file(weights, temporary, metadata={"format": "pt"})
+    dtype_name = str(dtype).removeprefix("torch.")
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), end_of_text)
+    config = form.config(options, model.vocab_size) | {
+        **special,
+        "dtype": dtype_name,
+        "torch_dtype": dtype_name,  # the same for transformers before 4.56
     }
     write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
-    if tokenizer_folder is not None:
-        _copy_tokenizer(Path(tokenizer_folder), folder, model.options.block_size, end_of_text)
+    # without max_length, transformers generates beyond the model's positions
+    generation = special | {"max_length": options.block_size}
+    write_text(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
     if card is not None:
         write_text(folder / "README.md", card)
+    write_text(folder / SUMS, f"{sha256_of(folder / WEIGHTS)}  {WEIGHTS}\n")
 
 
 def import_model(folder: str | Path) -> GPT:
     """Read a folder that `export_model` or transformers (GPT-2 or GPT-NeoX) wrote.
 
-    The model has the dtype of the file's weights. Raises FedGPTError, naming file and reason, for
-    what is missing or unsupported.
+    The model is in float32, each tensor converted from its own dtype. Raises FedGPTError, naming
+    file and reason, for what is missing, damaged or unsupported, and for weights that are not
+    finite.
     """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise FedGPTError(
-            f"{folder}: no config.json; expected a Hugging Face folder with config.json and"
-            f" {WEIGHTS}"
-        )
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as damage:  # not JSON, or not text
-        raise FedGPTError(f"{folder}/config.json is damaged: {damage}") from None
-    kind = config.get("model_type") if isinstance(config, dict) else None
-    if kind not in FORMATS:
-        *others, last = FORMATS
-        allowed = f"{', '.join(others)} and {last}"
-        raise FedGPTError(
-            f"{folder}/config.json: model_type={kind!r} is not supported; allowed are {allowed}"
-        )
-    try:
-        options = FORMATS[kind].options(config)
-        model = GPT(options, int(config["vocab_size"]))
-    except KeyError as missing:
-        raise FedGPTError(f"{folder}/config.json: {missing} is missing") from None
-    except (ConfigError, TypeError, ValueError) as problem:
-        raise FedGPTError(f"{folder}/config.json is not supported: {problem}") from None
-    weights = _read_weights(folder)
-    try:
-        weights = FORMATS[kind].from_file(weights, options)
-    except ValueError as problem:
-        raise FedGPTError(f"{folder}/{WEIGHTS} is not supported: {problem}") from None
-    _fill(model, weights, folder)
+    return load_model(read_folder(folder))
+
+
+def load_model(found: ModelFolder) -> GPT:
+    """The model in a folder whose config.json and names have been read; as `import_model`."""
+    found.check_sum()
+    model = GPT(found.options, found.vocab_size)
+    _fill(model, found)
     return model
 
 
-def _read_weights(folder: Path) -> Weights:
-    if (folder / INDEX).is_file():
-        shards = sorted(
-            set(json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
-        )
-    else:
-        shards = [WEIGHTS]
-    weights: Weights = {}
-    for shard in shards:
-        path = folder / Path(shard).name  # a name with a path must not leave the folder
-        if not path.is_file():
-            raise FedGPTError(
-                f"{path} is missing; only safetensors is read, save with save_pretrained(...) anew"
-            )
-        weights |= load_file(path)
-    return weights
-
-
 @torch.no_grad()
-def _fill(model: GPT, weights: Weights, folder: Path) -> None:
-    params = dict(model.named_parameters())
-    missing, extra = sorted(params.keys() - weights.keys()), sorted(weights.keys() - params.keys())
-    if missing or extra:
+def _fill(model: GPT, found: ModelFolder) -> None:
+    params = dict(model.named_parameters(remove_duplicate=False))
+    files: dict[Path, list[tuple[str, Stored]]] = defaultdict(list)
+    for name, stored in found.parameters.items():
+        files[stored.path].append((name, stored))
+    head = None
+    for path, parts in files.items():
+        try:
+            with safe_open(path, framework="pt") as opened:
+                for name, stored in parts:
+                    p = _finite(opened.get_tensor(stored.name).float(), stored)
+                    p = found.form.from_file(name, p, found.options)
+                    if found.options.tie and name == HEAD:
+                        head = p  # compared below, when the embedding is there
+                    else:
+                        params[name].copy_(p)
+        except (SafetensorError, OSError) as error:
+            raise FedGPTError(f"{path} is damaged: {error}") from None
+    if head is not None and not torch.equal(head, model.lm_head.weight):
         raise FedGPTError(
-            f"{folder}/{WEIGHTS} does not fit config.json: missing {missing[:5]}, unexpected"
-            f" {extra[:5]}"
+            f"{found.parameters[HEAD].path}: {found.parameters[HEAD].name} differs from the"
+            " embedding, but config.json ties them (tie_word_embeddings=true); set it to false"
         )
-    model.to(next(iter(weights.values())).dtype)
-    for name, p in params.items():
-        if p.shape != weights[name].shape:
-            raise FedGPTError(
-                f"{folder}/{WEIGHTS}: {name} has shape {tuple(weights[name].shape)}, config.json"
-                f" says {tuple(p.shape)}"
-            )
-        p.copy_(weights[name])
+    for stored in found.zeros:
+        with safe_open(stored.path, framework="pt") as opened:
+            if opened.get_tensor(stored.name).any():
+                raise FedGPTError(
+                    f"{stored.path} is not supported: {stored.name} must be 0 where attention_bias"
+                    " is false"
+                )
 
 
-def _copy_tokenizer(source: Path, folder: Path, block_size: int, end_of_text: int) -> None:
-    """Copy the files that transformers needs; write a tokenizer_config.json if there is none."""
-    found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
-    if not (source / "tokenizer.json").is_file() and not found:
+def _finite(p: Tensor, stored: Stored) -> Tensor:
+    if not p.isfinite().all():
         raise FedGPTError(
-            f"{source}: no tokenizer found; expected one of {', '.join(TOKENIZER_FILES)}"
+            f"{stored.path}: {stored.name} has values that are not finite in float32 (NaN or"
+            " infinite); the model is damaged, or its training diverged"
         )
-    for path in found:
-        if path.resolve() != (folder / path.name).resolve():
-            with replacing(folder / path.name) as temporary:
-                shutil.copyfile(path, temporary)
-    if (folder / "tokenizer.json").is_file() and not (folder / "tokenizer_config.json").is_file():
-        added = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8")).get(
-            "added_tokens", []
-        )
-        text = next((token["content"] for token in added if token["id"] == end_of_text), None)
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size}
-        if text is not None:
-            config |= {"bos_token": text, "eos_token": text}
-        write_text(folder / "tokenizer_config.json", json.dumps(config, indent=2) + "\n")
+    return p

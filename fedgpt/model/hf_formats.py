@@ -3,18 +3,22 @@
 Options that GPT-2 can express become `model_type: gpt2`, rotary positions with layer norms
 `model_type: gpt_neox`; transformers loads both. All others become `model_type: fedgpt`, with the
 model's own names. A family that can be read and written is one `Format`, at the end of this file.
+
+This file is free of torch, so that a folder can be checked before torch is imported.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
-from typing import Any
-
-from torch import Tensor
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from fedgpt.core.options import ModelOptions
-from fedgpt.model.gpt import NORM_EPS, ROTARY_BASE
+from fedgpt.core.options.option import KINDS, described, is_a
+from fedgpt.model.shape import NORM_EPS, ROTARY_BASE, parameter_shapes
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ACTIVATIONS = {
     "gelu": "exact",
@@ -22,8 +26,6 @@ ACTIVATIONS = {
     "gelu_new": "tanh",
     "gelu_pytorch_tanh": "tanh",
 }
-# matrices that transformers' Conv1D stores as (in, out)
-TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 # settings that change what GPT-2 and GPT-NeoX compute, with the one value that our model computes
 GPT2_FIXED = {
     "layer_norm_epsilon": NORM_EPS,
@@ -37,7 +39,15 @@ NEOX_FIXED = {
     "rotary_pct": 1.0,
     "rotary_emb_base": ROTARY_BASE,
 }
-NEOX_DEFAULTS = {  # what transformers assumes for a name that config.json does not have
+# what transformers assumes for a name that config.json does not have
+GPT2_DEFAULTS = {
+    "activation_function": "gelu_new",
+    "resid_pdrop": 0.1,
+    "embd_pdrop": 0.1,
+    "attn_pdrop": 0.1,
+    "tie_word_embeddings": True,
+}
+NEOX_DEFAULTS = {
     "use_parallel_residual": True,
     "rotary_pct": 0.25,
     "intermediate_size": 24576,
@@ -60,21 +70,55 @@ NEOX_NAMES = {  # parts of our parameter names -> parts of GPT-NeoX's
     # files keep this name; the module is called lm_head since transformers 5
     "lm_head.": "embed_out.",
 }
-# tensors in old files that are not parameters
-NEOX_BUFFERS = (".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq")
-Weights = dict[str, Tensor]
 # options that affect training but not the model's outputs, which config.json does not contain
 TRAINING = {"trainable"}
 
 
 @dataclass(frozen=True)
 class Format:
-    """One model_type: export and import of config.json and weights."""
+    """One model_type: config.json, and the names and the layout of the tensors in its files."""
 
     config: Callable[[ModelOptions, int], dict[str, Any]]  # options, vocab_size
     options: Callable[[dict[str, Any]], ModelOptions]
-    to_file: Callable[[Weights, ModelOptions], Weights]
-    from_file: Callable[[Weights, ModelOptions], Weights]
+    prefix: str = ""  # start of the names, which some files leave out
+    names: Mapping[str, str] = field(default_factory=dict)  # parts of our names -> of the file's
+    transposed: tuple[str, ...] = ()  # ends of names: matrices that are stored as (in, out)
+    by_head: bool = False  # rows of c_attn are (heads, q k v, width) instead of (q k v, heads, ..)
+    skipped: tuple[str, ...] = ()  # ends of names: tensors in old files that are not parameters
+    mlp_biases: bool = False  # the MLP always has biases; a model without stores zeros
+
+    def theirs(self, name: str) -> str:
+        """The file's name of a parameter."""
+        for ours, theirs in self.names.items():
+            name = name.replace(ours, theirs)
+        return name
+
+    def full(self, name: str) -> str:
+        """A name in a file, with the prefix that some files leave out."""
+        return name if name.startswith((self.prefix, "lm_head.")) else self.prefix + name
+
+    def zeros(self, options: ModelOptions) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors that a file contains and our model does not have."""
+        if options.bias or not self.mlp_biases:
+            return {}
+        shapes = parameter_shapes(replace(options, bias=True), vocab_size=1)
+        return {name: s for name, s in shapes.items() if ".mlp." in name and len(s) == 1}
+
+    def stored_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape in a file of a parameter that has `name` and `shape` in our model."""
+        return shape[::-1] if name.endswith(self.transposed) else shape
+
+    def to_file(self, name: str, p: Tensor, options: ModelOptions) -> Tensor:
+        """A parameter in the layout of the file."""
+        if self.by_head and ".c_attn." in name:
+            return _regrouped(p, 3, options.n_head)
+        return p.t() if name.endswith(self.transposed) else p
+
+    def from_file(self, name: str, p: Tensor, options: ModelOptions) -> Tensor:
+        """The inverse of `to_file`; `name` is ours."""
+        if self.by_head and ".c_attn." in name:
+            return _regrouped(p, options.n_head, 3)
+        return p.t() if name.endswith(self.transposed) else p
 
 
 def model_type(options: ModelOptions) -> str:
@@ -130,144 +174,110 @@ def fedgpt_config(options: ModelOptions, vocab_size: int) -> dict[str, Any]:
     return {"model_type": "fedgpt", "architectures": ["GPT"], "vocab_size": vocab_size} | ours
 
 
+def whole(config: Mapping[str, Any], name: str) -> int:
+    """The whole number `name`, which config.json must have; raises ValueError below 1."""
+    number = _value(config, name, int)
+    if number < 1:
+        raise ValueError(f"{name}={number}: must be at least 1")
+    return number
+
+
 def _fedgpt_options(config: dict[str, Any]) -> ModelOptions:
-    names = [field.name for field in fields(ModelOptions) if field.name not in TRAINING]
-    return ModelOptions(**{name: config[name] for name in names})
+    kinds = {one.name: one.kinds[0] for one in described(ModelOptions) if one.name not in TRAINING}
+    return ModelOptions(**{name: _value(config, name, kind) for name, kind in kinds.items()})
 
 
 def _gpt2_options(config: dict[str, Any]) -> ModelOptions:
+    config = GPT2_DEFAULTS | config
+    channels = whole(config, "n_embd")
     _check_fixed(config, GPT2_FIXED)
-    channels = config["n_embd"]
     if config.get("n_inner") not in (None, 4 * channels):
         raise ValueError(f"n_inner={config['n_inner']}: must be 4 * n_embd={4 * channels} or null")
-    rates = {name: config.get(name, 0.1) for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop")}
     return ModelOptions(
-        n_layer=config["n_layer"],
-        n_head=config["n_head"],
+        n_layer=whole(config, "n_layer"),
+        n_head=whole(config, "n_head"),
         n_embd=channels,
-        block_size=config["n_positions"],
-        dropout=_one_rate(rates),
+        block_size=whole(config, "n_positions"),
+        dropout=_one_rate(config, "resid_pdrop", "embd_pdrop", "attn_pdrop"),
         positions="learned",
-        gelu=_gelu("activation_function", config.get("activation_function", "gelu_new")),
-        tie=config.get("tie_word_embeddings", True),
+        gelu=_gelu(config, "activation_function"),
+        tie=_value(config, "tie_word_embeddings", bool),
     )
 
 
 def _neox_options(config: dict[str, Any]) -> ModelOptions:
     config = NEOX_DEFAULTS | config
     # rope_parameters since transformers 5, rope_scaling before
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    name = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
+    rope = _value(config, name, dict) if config.get(name) else {}
     renamed = {"rotary_pct": "partial_rotary_factor", "rotary_emb_base": "rope_theta"}
     config |= {old: rope[new] for old, new in renamed.items() if new in rope}
     config["rope_type"] = rope.get("rope_type", rope.get("type", "default"))
-    channels = config["hidden_size"]
+    channels = whole(config, "hidden_size")
     _check_fixed(config, NEOX_FIXED | {"rope_type": "default", "intermediate_size": 4 * channels})
     return ModelOptions(
-        n_layer=config["num_hidden_layers"],
-        n_head=config["num_attention_heads"],
+        n_layer=whole(config, "num_hidden_layers"),
+        n_head=whole(config, "num_attention_heads"),
         n_embd=channels,
-        block_size=config["max_position_embeddings"],
-        dropout=_one_rate({name: config[name] for name in ("hidden_dropout", "attention_dropout")}),
+        block_size=whole(config, "max_position_embeddings"),
+        dropout=_one_rate(config, "hidden_dropout", "attention_dropout"),
         positions="rotary",
-        bias=config["attention_bias"],
-        gelu=_gelu("hidden_act", config["hidden_act"]),
-        tie=config["tie_word_embeddings"],
+        bias=_value(config, "attention_bias", bool),
+        gelu=_gelu(config, "hidden_act"),
+        tie=_value(config, "tie_word_embeddings", bool),
     )
 
 
-def _check_fixed(config: dict[str, Any], fixed: dict[str, Any]) -> None:
+def _value(config: Mapping[str, Any], name: str, kind: type) -> Any:
+    if name not in config:
+        raise ValueError(f"{name} is missing")
+    if not is_a(config[name], kind):
+        words = KINDS.get(kind, "a mapping")
+        raise ValueError(f"{name}={config[name]!r}: must be {words}")
+    return config[name]
+
+
+def _check_fixed(config: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
     for name, needed in fixed.items():
         if config.get(name, needed) != needed:
-            raise ValueError(f"{name}={config[name]}: must be {needed}")
+            raise ValueError(f"{name}={config[name]!r}: must be {needed!r}")
 
 
-def _one_rate(rates: dict[str, float]) -> float:
-    if len(set(rates.values())) > 1:
-        *others, last = rates
-        raise ValueError(
-            f"{', '.join(others)} and {last} are {sorted(set(rates.values()))}: must be one rate"
-        )
-    return next(iter(rates.values()))
+def _one_rate(config: Mapping[str, Any], *names: str) -> float:
+    rates = {_value(config, name, float) for name in names}
+    if len(rates) > 1:
+        *others, last = names
+        raise ValueError(f"{', '.join(others)} and {last} are {sorted(rates)}: must be one rate")
+    return float(rates.pop())
 
 
-def _gelu(name: str, activation: str) -> str:
+def _gelu(config: Mapping[str, Any], name: str) -> str:
+    activation = _value(config, name, str)
     if activation not in ACTIVATIONS:
         raise ValueError(f"{name}={activation!r}: must be one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[activation]
 
 
-def _to_gpt2(weights: Weights, options: ModelOptions) -> Weights:
-    return {name: _transposed(name, p) for name, p in weights.items()}
-
-
-def _from_gpt2(weights: Weights, options: ModelOptions) -> Weights:
-    """Our names and orientation for GPT-2's weights, with or without the `transformer.` prefix."""
-    ours = {}
-    for name, p in weights.items():
-        if name.endswith((".attn.bias", ".attn.masked_bias")):  # causal masks in old files
-            continue
-        full = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-        ours[full] = _transposed(full, p)
-    if options.tie:
-        ours.pop("lm_head.weight", None)
-    return ours
-
-
-def _transposed(name: str, p: Tensor) -> Tensor:
-    return p.t() if name.endswith(TRANSPOSED) else p
-
-
-def _to_neox(weights: Weights, options: ModelOptions) -> Weights:
-    """GPT-NeoX's names and order. Its MLP always has biases: a model without gets zeros."""
-    if not options.bias:
-        mlp = {name: p for name, p in weights.items() if ".mlp." in name}
-        weights = weights | {
-            name.replace(".weight", ".bias"): p.new_zeros(len(p)) for name, p in mlp.items()
-        }
-    theirs = {}
-    for name, p in weights.items():
-        full = name
-        for ours, other in NEOX_NAMES.items():
-            full = full.replace(ours, other)
-        theirs[full] = _regrouped(name, p, 3, options.n_head)
-    return theirs
-
-
-def _from_neox(weights: Weights, options: ModelOptions) -> Weights:
-    """The inverse of `_to_neox`; refuses MLP biases, which our options cannot express."""
-    ours = {}
-    for theirs, p in weights.items():
-        if theirs.endswith(NEOX_BUFFERS):
-            continue
-        name = theirs
-        for our, other in NEOX_NAMES.items():
-            name = name.replace(other, our)
-        if not options.bias and ".mlp." in name and name.endswith(".bias"):
-            if p.any():
-                raise ValueError(f"{theirs} must be 0 where attention_bias is false")
-            continue
-        ours[name] = _regrouped(name, p, options.n_head, 3)
-    if options.tie:
-        ours.pop("lm_head.weight", None)
-    return ours
-
-
-def _regrouped(name: str, p: Tensor, outer: int, inner: int) -> Tensor:
-    """The rows of c_attn in the other order.
-
-    Ours are (q k v, heads, width), those of GPT-NeoX (heads, q k v, width).
-    """
-    if ".c_attn." not in name or len(p) % (outer * inner):  # import_model names a wrong shape
-        return p
+def _regrouped(p: Tensor, outer: int, inner: int) -> Tensor:
+    """The rows (outer, inner, width) of `p` as (inner, outer, width)."""
     return p.unflatten(0, (outer, inner, -1)).transpose(0, 1).flatten(0, 2)
 
 
-def _unchanged(weights: Weights, options: ModelOptions) -> Weights:
-    return weights
-
-
 FORMATS = {
-    "gpt2": Format(gpt2_config, _gpt2_options, _to_gpt2, _from_gpt2),
-    "gpt_neox": Format(neox_config, _neox_options, _to_neox, _from_neox),
-    "fedgpt": Format(fedgpt_config, _fedgpt_options, _unchanged, _unchanged),
+    "gpt2": Format(
+        gpt2_config,
+        _gpt2_options,
+        prefix="transformer.",
+        transposed=("c_attn.weight", "c_proj.weight", "c_fc.weight"),
+        skipped=(".attn.bias", ".attn.masked_bias"),
+    ),
+    "gpt_neox": Format(
+        neox_config,
+        _neox_options,
+        names=NEOX_NAMES,
+        by_head=True,
+        skipped=(".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"),
+        mlp_biases=True,
+    ),
+    "fedgpt": Format(fedgpt_config, _fedgpt_options),
 }

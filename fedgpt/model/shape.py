@@ -12,6 +12,9 @@ from fnmatch import fnmatchcase
 from fedgpt.core.errors import nearest
 from fedgpt.core.options import ModelOptions
 
+NORM_EPS = 1e-5  # GPT-2's; torch's default for RMSNorm depends on the dtype and is 8e-3 in bf16
+ROTARY_BASE = 10_000.0  # base of the rotation angles; larger values rotate more slowly
+
 
 def parameter_shapes(options: ModelOptions, vocab_size: int) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every parameter of `GPT(options, vocab_size)`, in the module's order.

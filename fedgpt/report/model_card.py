@@ -39,6 +39,8 @@ def model_card(o: RunOptions, summary: Mapping[str, Any], statement: dict[str, A
         f"|---|{'---|' * len(scores)}",
         f"| last version | {' | '.join(scores.values())} |",
         "",
+        f"The context is {amount(o.model.block_size, 'token')} long; longer texts must be cut.",
+        "",
         f"sha256 of the flat float32 weights: `{summary['weights_sha256']}`",
         "",
         "## Privacy",

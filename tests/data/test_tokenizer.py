@@ -154,3 +154,75 @@ def test_wrong_options_and_files_say_what_to_change(tmp_path):
     path.write_text(json.dumps(foreign))
     with pytest.raises(FedGPTError, match="not a byte-level vocabulary"):
         load_tokenizer(tmp_path)
+
+
+def without(vocabulary, gone):
+    """The vocabulary without one token; the ids after it are one lower."""
+    return {
+        name: number - (number > vocabulary[gone])
+        for name, number in vocabulary.items()
+        if name != gone
+    }
+
+
+def renumbered(vocabulary, first):
+    """The ids from `first` on are one higher: one id has no token."""
+    return {name: number + (number >= first) for name, number in vocabulary.items()}
+
+
+CHANGED = {
+    "a gap in the ids": (lambda v: renumbered(v, 300), 401),
+    "an end token in the middle": (lambda v: {**renumbered(v, 300), END: 300}, 300),
+    "an end token with two ids": (lambda v: {**v, END: 7}, 400),
+    "two tokens with one id": (lambda v: {**v, max(v, key=v.get): 260}, 400),
+    "a byte without a token": (lambda v: without(v, "A"), 399),
+    "a token that is no bytes": (lambda v: {**without(v, max(v, key=v.get)), "你": 399}, 400),
+}
+
+
+@pytest.mark.parametrize(("change", "end"), CHANGED.values(), ids=CHANGED.keys())
+def test_ids_that_mean_something_else_than_bytes_are_refused(tmp_path, change, end):
+    """The library itself reads each of them."""
+    KINDS["bpe"].save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    definition = json.loads(path.read_text())
+    definition["model"]["vocab"] = change(definition["model"]["vocab"])
+    # merges of tokens that are not there are an error of the library
+    vocabulary = definition["model"]["vocab"]
+    definition["model"]["merges"] = [
+        pair
+        for pair in definition["model"]["merges"]
+        if {*pair, "".join(pair)} <= vocabulary.keys()
+    ]
+    definition["added_tokens"][0]["id"] = end
+    path.write_text(json.dumps(definition))
+    Library.from_file(str(path))
+    with pytest.raises(FedGPTError, match="not a byte-level vocabulary that ends with"):
+        load_tokenizer(tmp_path)
+
+
+def test_settings_that_a_library_saved_with_a_tokenizer_change_no_id(tmp_path):
+    tokenizer = KINDS["bpe"]
+    tokenizer.save(tmp_path)
+    library = Library.from_file(str(tmp_path / "tokenizer.json"))
+    library.enable_truncation(3)
+    library.enable_padding(length=9000, pad_id=tokenizer.end, pad_token=END)
+    library.save(str(tmp_path / "tokenizer.json"))
+    loaded = load_tokenizer(tmp_path)
+    assert loaded.encode(ENGLISH).tolist() == tokenizer.encode(ENGLISH).tolist()
+
+
+@pytest.mark.parametrize(
+    "name", ["dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"]
+)
+def test_a_setting_of_the_merges_that_changes_tokens_is_refused(tmp_path, name):
+    KINDS["bpe"].save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    definition = json.loads(path.read_text())
+    values = {"dropout": 0.5, "ignore_merges": True}
+    definition["model"][name] = values.get(name, "</w>")
+    if name.startswith("continuing"):
+        definition["model"]["merges"] = []
+    path.write_text(json.dumps(definition))
+    with pytest.raises(FedGPTError, match=f"its model.{name} changes how text is encoded"):
+        load_tokenizer(tmp_path)

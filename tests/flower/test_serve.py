@@ -52,7 +52,7 @@ def test_a_run_that_cannot_start_leaves_its_folder_free(tmp_path, options):
     weights.mkdir()
     (weights / "config.json").write_text("[1, 2]")
     with pytest.raises(
-        ConfigError, match=r"init_from=.*: config.json: model_type=None is not supported"
+        ConfigError, match=r"init_from=.*: config.json is damaged: it has no mapping"
     ):
         run_here(*options, f"init_from={weights}")
     assert not (tmp_path / "run" / "config.yaml").exists()

@@ -2,6 +2,7 @@ import pytest
 import torch
 from test_gpt import VARIANTS, VOCAB, small, tokens
 
+from fedgpt.core.errors import FedGPTError
 from fedgpt.model.generate import choose, generate, window_start
 
 PROMPT = [3, 1, 4, 1, 5]
@@ -128,3 +129,14 @@ def test_bf16_generates():
 def test_wrong_values_are_named(model, change, message):
     with pytest.raises(ValueError, match=message):
         generate(model, **({"prompt_ids": PROMPT, "max_new_tokens": 2} | change))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 5}, {"top_p": 0.5}], ids=str)
+def test_a_model_whose_logits_are_not_finite_generates_no_text(value, options):
+    broken = small()
+    with torch.no_grad():
+        broken.transformer["ln_f"].bias.fill_(value)
+        broken.lm_head.weight.fill_(1.0)  # with 3e38: finite weights, infinite logits
+    with pytest.raises(FedGPTError, match="logits are not finite"):
+        generate(broken, PROMPT, 5, **options)

@@ -12,6 +12,7 @@ from fedgpt.core.flat import flatten
 from fedgpt.core.options import TokenizerOptions
 from fedgpt.data.tokenizer import END, make_tokenizer
 from fedgpt.model.generate import generate
+from fedgpt.model.gpt import GPT
 from fedgpt.model.hf import export_model, import_model
 
 transformers = pytest.importorskip("transformers")
@@ -181,14 +182,71 @@ def test_round_trip_is_exact(tmp_path, change):
 
 
 @pytest.mark.parametrize("positions", ["learned", "rotary"])
-def test_bf16_round_trip_keeps_the_dtype(tmp_path, positions):
+def test_a_bf16_export_is_read_in_float32_without_a_change(tmp_path, positions):
     model = small(positions=positions).to(torch.bfloat16)
     export_model(tmp_path, model)
+    assert load_file(tmp_path / "model.safetensors").popitem()[1].dtype == torch.bfloat16
     again = import_model(tmp_path)
     assert all(
-        torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True)
+        torch.equal(a, b.float())
+        for a, b in zip(again.parameters(), model.parameters(), strict=True)
     )
-    assert again.lm_head.weight.dtype == torch.bfloat16
+
+
+MIXED = {
+    "bf16 first": [torch.bfloat16, torch.float32],
+    "bf16 second": [torch.float32, torch.bfloat16],
+    "fp16 and fp32": [torch.float16, torch.float32],
+    "fp64": [torch.float64],
+    "all four": [torch.bfloat16, torch.float32, torch.float64, torch.float16],
+}
+
+
+@pytest.mark.parametrize("positions", ["learned", "rotary"])
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("dtypes", MIXED.values(), ids=MIXED.keys())
+def test_each_tensor_keeps_its_own_precision_as_in_transformers(
+    tmp_path, dtypes, shards, positions
+):
+    export_model(tmp_path, small(positions=positions))
+    weights = {
+        name: torch.randn(p.shape, dtype=torch.float64).to(dtypes[number % len(dtypes)])
+        for number, (name, p) in enumerate(load_file(tmp_path / "model.safetensors").items())
+    }
+    save_again(tmp_path, weights, shards)
+    found = dict(import_model(tmp_path).named_parameters())
+    export_model(tmp_path / "again", import_model(tmp_path))
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    theirs = {name: p for name, p in load(tmp_path).state_dict().items() if name in weights}
+    assert {p.dtype for p in found.values()} == {torch.float32}
+    for name, p in weights.items():
+        assert torch.equal(again[name], p.float())
+    assert theirs and all(torch.equal(again[name], p) for name, p in theirs.items())
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.int64, torch.bool, torch.float8_e4m3fn])
+def test_weights_that_are_no_ordinary_numbers_are_refused(tmp_path, kind):
+    export_model(tmp_path, small())
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["transformer.wpe.weight"] = weights["transformer.wpe.weight"].to(kind)
+    save_again(tmp_path, weights)
+    with pytest.raises(FedGPTError, match=r"wpe\.weight has dtype \w+; allowed are F64, F32, F16"):
+        import_model(tmp_path)
+
+
+def save_again(folder, weights, shards=1):
+    """Weights in another file or files, as a user would save them."""
+    for name in ("model.safetensors", "SHA256SUMS"):
+        (folder / name).unlink()
+    if shards == 1:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    shard_of = {name: f"part-{n * shards // len(weights)}" for n, name in enumerate(weights)}
+    for shard in set(shard_of.values()):
+        part = {name: p for name, p in weights.items() if shard_of[name] == shard}
+        save_file(part, folder / f"{shard}.safetensors", metadata={"format": "pt"})
+    index = {"weight_map": {name: f"{shard}.safetensors" for name, shard in shard_of.items()}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}} | index))
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -238,9 +296,7 @@ def test_old_gpt_neox_buffers_are_skipped_and_mlp_biases_are_not(tmp_path):
         "attention.bias": torch.ones(1, 1, 16, 16).bool(),
         "attention.rotary_emb.inv_freq": torch.ones(4),
     }
-    save_file(
-        weights | {layer + name: p for name, p in buffers.items()}, tmp_path / "model.safetensors"
-    )
+    save_again(tmp_path, weights | {layer + name: p for name, p in buffers.items()})
     assert torch.equal(flatten(import_model(tmp_path))[1], flatten(model)[1])
     weights[layer + "mlp.dense_4h_to_h.bias"][3] = 1.0
     save_file(weights, tmp_path / "model.safetensors")
@@ -257,29 +313,70 @@ def test_reads_the_names_of_the_published_gpt2(tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     bare = {name.removeprefix("transformer."): p for name, p in weights.items()}
     bare["h.0.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
-    save_file(bare, tmp_path / "model.safetensors")
+    save_again(tmp_path, bare)
     assert all(
         torch.equal(a, b)
         for a, b in zip(import_model(tmp_path).parameters(), model.parameters(), strict=True)
     )
 
 
-def test_the_tokenizer_is_exported_with_the_model(tmp_path):
-    import tokenizers
+@pytest.fixture
+def exported(tmp_path):
+    """A folder with the model and the tokenizer of a run; its context is 16 tokens."""
+    ours = make_tokenizer(TokenizerOptions(name="bytes"), [])
+    export_model(tmp_path, GPT(small().options, ours.vocab_size))
+    ours.save(tmp_path, length=16)
+    return tmp_path
 
-    source = tmp_path / "tokenizer"
-    source.mkdir()
-    words = {"<|endoftext|>": 2, "a": 0, "b": 1}
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="a"))
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    tokenizer.add_special_tokens(["<|endoftext|>"])
-    tokenizer.save(str(source / "tokenizer.json"))
-    export_model(tmp_path / "model", small(), tokenizer_folder=source, end_of_text=2)
-    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
-    assert theirs("a b b")["input_ids"] == [0, 1, 1]
-    assert theirs.eos_token_id == 2
-    with pytest.raises(FedGPTError, match="no tokenizer found"):
-        export_model(tmp_path / "other", small(), tokenizer_folder=tmp_path / "model" / "nowhere")
+
+def test_transformers_cuts_a_long_text_to_the_length_of_the_model(exported):
+    theirs = transformers.AutoTokenizer.from_pretrained(exported)
+    assert theirs.model_max_length == 16
+    ids = theirs("a text that is longer than the context", truncation=True, return_tensors="pt")
+    assert ids["input_ids"].shape == (1, 16)
+    assert load(exported)(**ids).logits.shape == (1, 16, 257)
+
+
+def test_transformers_pads_a_batch_with_the_end_token(exported):
+    theirs = transformers.AutoTokenizer.from_pretrained(exported)
+    batch = theirs(["a", "river stone"], padding=True, return_tensors="pt")
+    assert batch["input_ids"][0].tolist() == [97] + [256] * 10
+    assert batch["attention_mask"].sum(1).tolist() == [1, 11]
+    model = load(exported)
+    assert model.config.pad_token_id == theirs.pad_token_id == 256
+    one = model(**theirs("a", return_tensors="pt")).logits
+    torch.testing.assert_close(model(**batch).logits[0, :1], one[0])
+
+
+def test_the_pipeline_of_transformers_stops_at_the_end_of_the_context(exported):
+    pipeline = transformers.pipeline("text-generation", model=str(exported))
+    (text,) = pipeline("The", do_sample=False, return_tensors=True)
+    assert 3 < len(text["generated_token_ids"]) <= 16
+    long = pipeline("x" * 40, handle_long_generation="hole", max_new_tokens=5, return_tensors=True)
+    assert len(long[0]["generated_token_ids"]) <= 16
+
+
+def test_a_second_export_leaves_nothing_of_the_first_in_force(tmp_path):
+    """A changed model in the same folder is read again, and its checksum is the new one."""
+    export_model(tmp_path, small())
+    other = small()
+    other.init_weights(5)
+    export_model(tmp_path, other)
+    assert torch.equal(flatten(import_model(tmp_path))[1], flatten(other)[1])
+
+
+def test_an_export_that_fails_after_the_weights_leaves_no_wrong_checksum(tmp_path):
+    export_model(tmp_path, small())
+    config = (tmp_path / "config.json").read_text()
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").mkdir()
+    other = small()
+    other.init_weights(5)
+    with pytest.raises(OSError):
+        export_model(tmp_path, other)
+    (tmp_path / "config.json").rmdir()
+    (tmp_path / "config.json").write_text(config)
+    assert torch.equal(flatten(import_model(tmp_path))[1], flatten(other)[1])
 
 
 @pytest.mark.parametrize("change", [{}, {"positions": "rotary"}], ids=["gpt2", "gpt_neox"])
@@ -287,10 +384,8 @@ def test_our_tokenizer_reads_the_same_in_transformers(tmp_path, change):
     ours = make_tokenizer(
         TokenizerOptions(name="bpe", vocab_size=300), ["the cat sat on the mat, naïve\n"] * 9
     )
-    ours.save(tmp_path)
-    export_model(
-        tmp_path / "model", small(**change), tokenizer_folder=tmp_path, end_of_text=ours.end
-    )
+    export_model(tmp_path / "model", small(**change), end_of_text=ours.end)
+    ours.save(tmp_path / "model")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
     for text in ("the cat sat", "  two  spaces\n\n", "na\u00efve cafe\u0301 \u2603"):
         ids = theirs(text)["input_ids"]
@@ -336,11 +431,11 @@ def test_unsupported_folders_are_refused_with_the_reason(tmp_path, change, messa
         ({"rotary_pct": 0.25}, r"rotary_pct=0\.25: must be 1\.0"),
         ({"rotary_emb_base": 500}, "rotary_emb_base=500: must be 10000"),
         ({"rope_parameters": {"rope_theta": 500.0}}, r"rotary_emb_base=500\.0: must be 10000"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type=linear: must be default"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear': must be 'def"),
         ({"intermediate_size": 64}, "intermediate_size=64: must be 128"),
         ({"hidden_act": "relu"}, "hidden_act='relu': must be one of"),
         ({"hidden_dropout": 0.3}, "hidden_dropout and attention_dropout are .*: must be one rate"),
-        ({"num_hidden_layers": 3}, r"missing \['transformer\.h\.2"),
+        ({"num_hidden_layers": 3}, r"missing \['gpt_neox\.layers\.2.*unexpected \[\]$"),
         (
             {"num_attention_heads": 1, "hidden_size": 34, "intermediate_size": 136},
             r"has shape \(\d+, 32\), config\.json says \(\d+, 34\)",
@@ -356,7 +451,8 @@ def test_unsupported_gpt_neox_folders_are_refused_with_the_reason(tmp_path, chan
 
 
 @pytest.mark.parametrize(
-    "text, message", [("{", "config.json is damaged"), ("[1]", "model_type=None is not supported")]
+    "text, message",
+    [("{", "config.json is damaged"), ("[1]", "damaged: it has no mapping, but a list")],
 )
 def test_a_config_that_is_not_a_mapping_is_refused(tmp_path, text, message):
     export_model(tmp_path, small())

@@ -122,6 +122,8 @@ def test_published_files_of_a_run_tell_nothing_about_who_took_part(tmp_path):
     assert names <= SHOWN | KEPT and names >= SHOWN
     assert {path.name for path in (folder / "model").iterdir()} == {
         "README.md",
+        "SHA256SUMS",
+        "generation_config.json",
         "config.json",
         "model.safetensors",
         "tokenizer.json",

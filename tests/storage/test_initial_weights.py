@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 
-from fedgpt.core.errors import ConfigError, FedGPTError
+from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import ModelOptions, RunOptions, TokenizerOptions
 from fedgpt.data.tokenizer import make_tokenizer
 from fedgpt.model.gpt import GPT
 from fedgpt.model.hf import export_model
-from fedgpt.storage.initial_weights import initial_weights
+from fedgpt.storage.initial_weights import check_weights, initial_weights
 
 BYTES = make_tokenizer(TokenizerOptions("bytes"), [])
 
@@ -24,14 +25,15 @@ def options(init_from=None, **model) -> RunOptions:
         "positions": "learned",
         **model,
     }
-    return RunOptions(seed=3, init_from=init_from, model=ModelOptions(**shape))
+    tokenizer = TokenizerOptions("bytes")
+    return RunOptions(seed=3, init_from=init_from, model=ModelOptions(**shape), tokenizer=tokenizer)
 
 
 def exported(folder, tokenizer=BYTES, **model) -> GPT:
     gpt = GPT(options(**model).model, tokenizer.vocab_size)
     gpt.init_weights(99)
-    tokenizer.save(folder / "tokenizer")
-    export_model(folder, gpt, folder / "tokenizer")
+    export_model(folder, gpt)
+    tokenizer.save(folder)
     return gpt
 
 
@@ -60,21 +62,23 @@ def test_every_difference_is_reported_with_what_to_set(tmp_path):
     assert "model.block_size=16" in str(error.value)
 
 
-def test_another_tokenizer_is_refused(tmp_path):
-    bpe = make_tokenizer(
-        TokenizerOptions("bpe", 300), ["some public text, some more public text"] * 20
-    )
-    exported(tmp_path, bpe)
-    with pytest.raises(ConfigError, match="has another tokenizer"):
-        initial_weights(options(str(tmp_path)), BYTES)
+def test_a_damaged_model_is_refused_by_the_name_of_the_option_and_of_the_file(tmp_path):
+    exported(tmp_path / "model")
+    o = options(str(tmp_path))
+    check_weights(o)
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"")
+    for read in (check_weights, lambda o: initial_weights(o, BYTES)):
+        with pytest.raises(ConfigError) as caught:
+            read(o)
+        assert caught.value.problems == [f"init_from={tmp_path}: model/model.safetensors is empty"]
 
 
-def test_a_folder_without_a_model_is_refused(tmp_path):
-    nothing = str(tmp_path / "nothing")
-    with pytest.raises(FedGPTError, match=r"no config\.json") as caught:
-        initial_weights(options(nothing), BYTES)
-    assert str(caught.value).count(nothing) == 1, "the path is named once"
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(FedGPTError, match=r"init_from=\S+: config\.json is damaged") as caught:
-        initial_weights(options(str(tmp_path)), BYTES)
-    assert str(caught.value).count(str(tmp_path)) == 1
+def test_weights_that_are_not_finite_are_found_before_the_run(tmp_path):
+    gpt = exported(tmp_path)
+    with torch.no_grad():
+        gpt.lm_head.weight[3, 2] = torch.nan
+    export_model(tmp_path, gpt)
+    with pytest.raises(
+        ConfigError, match=r"model\.safetensors: transformer\.wte\.weight has values"
+    ):
+        check_weights(options(str(tmp_path)))

@@ -34,6 +34,8 @@ def test_a_run_leaves_exactly_the_documented_files(finished):
         "figures/timeline.png",
         "figures/updates.png",
         "model/config.json",
+        "model/generation_config.json",
+        "model/SHA256SUMS",
         "model/model.safetensors",
         "model/tokenizer.json",
         "model/tokenizer_config.json",

@@ -1,0 +1,262 @@
+"""What a Hugging Face folder contains, read from config.json and the headers of its weight files.
+
+No weights are read and torch is not imported, so a folder that does not fit is refused at once.
+Only safetensors is read, never pickle.
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from fedgpt.core.errors import FedGPTError
+from fedgpt.core.files import LFS_POINTER, sha256_of
+from fedgpt.core.options import ModelOptions
+from fedgpt.model.hf_formats import FORMATS, Format, whole
+from fedgpt.model.shape import parameter_shapes
+
+WEIGHTS, INDEX, SUMS = "model.safetensors", "model.safetensors.index.json", "SHA256SUMS"
+DTYPES = ("F64", "F32", "F16", "BF16")  # the names that safetensors gives them
+HEAD = "lm_head.weight"
+# parts of names that torch.compile, DistributedDataParallel and FSDP add
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor in a file: its name there, its shape and dtype."""
+
+    path: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model in a Hugging Face folder whose names and shapes fit its config.json."""
+
+    path: Path
+    form: Format
+    options: ModelOptions
+    vocab_size: int
+    parameters: Mapping[str, Stored]  # by our name; of a tied head only if the file has it too
+    zeros: tuple[Stored, ...]  # biases that must be 0, because our model does not have them
+
+    def check_sum(self) -> None:
+        """Raise FedGPTError if the weights are not those that fedgpt exported to this folder.
+
+        A folder that transformers wrote has no SHA256SUMS, and nothing to compare with.
+        """
+        sums = self.path / SUMS
+        if not sums.exists():
+            return
+        text = read_file(sums).decode("utf-8", errors="replace")
+        lines = [line.split() for line in text.splitlines()]
+        if [sha256_of(self.path / WEIGHTS), WEIGHTS] not in lines:
+            raise FedGPTError(
+                f"{self.path / WEIGHTS} is damaged: its sha256 is not the one in {SUMS}; copy the"
+                f" folder again, or delete {SUMS} if you replaced the weights yourself"
+            )
+
+
+def read_folder(folder: str | Path) -> ModelFolder:
+    """Read config.json, the index if there is one, and the headers of the weight files.
+
+    Raises FedGPTError, naming file and reason, for what is missing, damaged or unsupported.
+    """
+    folder = Path(folder)
+    form, options, vocab_size = _read_config(folder / "config.json")
+    tensors, source = _read_headers(folder)
+    if options.n_layer > len(tensors):  # before the names of that many layers are listed
+        raise FedGPTError(
+            f"{source} does not fit config.json: it has {len(tensors)} tensors for"
+            f" {options.n_layer} layers"
+        )
+    shapes = parameter_shapes(options, vocab_size)
+    zeros = form.zeros(options)
+    expected = {form.theirs(name): name for name in (*shapes, *zeros)} | {HEAD: HEAD}
+    found: dict[str, Stored] = {}
+    unexpected: list[str] = []
+    for name, stored in tensors.items():
+        if name.endswith(form.skipped):
+            continue
+        ours = expected.get(form.full(name))
+        if ours is None:
+            unexpected.append(name)
+        elif ours in found:
+            raise FedGPTError(f"{source}: {found[ours].name} and {name} are the same parameter")
+        else:
+            found[ours] = stored
+    needed = shapes.keys() - ({HEAD} if options.tie else set())
+    missing = sorted(form.theirs(name) for name in needed - found.keys())
+    if missing or unexpected:
+        raise FedGPTError(
+            f"{source} does not fit config.json: missing {missing[:5]}, unexpected"
+            f" {sorted(unexpected)[:5]}{_wrapped(unexpected, set(expected), form)}"
+        )
+    for name, stored in found.items():
+        _check_tensor(stored, form.stored_shape(name, {**zeros, **shapes}[name]))
+    extra = tuple(found.pop(name) for name in zeros if name in found)
+    return ModelFolder(folder, form, options, vocab_size, found, extra)
+
+
+def is_there(path: Path) -> bool:
+    """Whether something has this name, if only a link that leads nowhere; raises FedGPTError for a
+    folder that cannot be read.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no possible name
+        return False
+    except OSError as error:
+        raise FedGPTError(f"{path} cannot be read: {error.strerror}") from None
+    return True
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a file; raises FedGPTError if it cannot be read or is not there."""
+    _check_file(path)
+    return path.read_bytes()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file; raises FedGPTError, naming the file and the reason."""
+    try:
+        content = json.loads(read_file(path).decode("utf-8"))
+    except (ValueError, RecursionError) as damage:
+        raise FedGPTError(f"{path} is damaged: {damage}") from None
+    if not isinstance(content, dict):
+        raise FedGPTError(f"{path} is damaged: it has no mapping, but a {type(content).__name__}")
+    return content
+
+
+def _check_file(path: Path) -> None:
+    """Raise FedGPTError unless the file can be read and is more than the pointer to one."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise FedGPTError(f"{path} is not a file")
+        with path.open("rb") as stream:
+            head = stream.read(len(LFS_POINTER))
+    except OSError as error:
+        raise FedGPTError(f"{path} cannot be read: {error.strerror}") from None
+    if not head:
+        raise FedGPTError(f"{path} is empty")
+    if head == LFS_POINTER:
+        raise FedGPTError(
+            f"{path} is a Git LFS pointer, not the file itself; fetch the file with: git lfs pull"
+        )
+
+
+def _read_config(path: Path) -> tuple[Format, ModelOptions, int]:
+    if not is_there(path):
+        raise FedGPTError(
+            f"{path.parent}: no config.json; expected a Hugging Face folder with config.json and"
+            f" {WEIGHTS}"
+        )
+    config = read_json(path)
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in FORMATS:
+        *others, last = FORMATS
+        allowed = f"{', '.join(others)} and {last}"
+        raise FedGPTError(f"{path}: model_type={kind!r} is not supported; allowed are {allowed}")
+    try:
+        if config.get("quantization_config") is not None:
+            raise ValueError("quantization_config: save the model in float32, float16 or bfloat16")
+        options, vocab_size = FORMATS[kind].options(config), whole(config, "vocab_size")
+    except ValueError as problem:
+        raise FedGPTError(f"{path} is not supported: {problem}") from None
+    if problems := list(options.problems()):
+        raise FedGPTError(f"{path} is not supported: {'; '.join(problems)}")
+    return FORMATS[kind], options, vocab_size
+
+
+def _read_headers(folder: Path) -> tuple[dict[str, Stored], Path]:
+    """All tensors by name, and the file to name for what is wrong with them together.
+
+    As in transformers, one file of weights comes before an index of several.
+    """
+    single, index = folder / WEIGHTS, folder / INDEX
+    if is_there(single):
+        return {stored.name: stored for stored in _read_header(single)}, single
+    if not is_there(index):
+        others = sorted(path.name for path in folder.glob("*.bin"))
+        instead = f" ({', '.join(others[:3])} is pickle)" if others else ""
+        raise FedGPTError(
+            f"{single} is missing, and {INDEX} too; only safetensors is read{instead}, save with"
+            " save_pretrained(...) anew"
+        )
+    tensors: dict[str, Stored] = {}
+    shard_of = _read_index(index)
+    for shard in sorted(set(shard_of.values())):
+        if not is_there(folder / shard):
+            raise FedGPTError(f"{index}: {shard!r} is missing")
+        for stored in _read_header(folder / shard):
+            if stored.name in tensors:
+                first = tensors[stored.name].path.name
+                raise FedGPTError(f"{index}: {stored.name!r} is in both {first} and {shard}")
+            tensors[stored.name] = stored
+    for name, shard in shard_of.items():
+        if name not in tensors or tensors[name].path != folder / shard:
+            raise FedGPTError(f"{index}: {name!r} is not in {shard}")
+    return tensors, index
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """Name of each tensor -> name of its file, inside the folder."""
+    shard_of = read_json(path).get("weight_map")
+    if not isinstance(shard_of, dict) or not shard_of:
+        raise FedGPTError(f"{path} is damaged: weight_map is missing, empty or no mapping")
+    for shard in shard_of.values():
+        if not isinstance(shard, str) or not shard:
+            raise FedGPTError(f"{path} is damaged: weight_map has {shard!r} for a file's name")
+        parts = PurePosixPath(shard)
+        if parts.is_absolute() or ".." in parts.parts:
+            raise FedGPTError(f"{path}: {shard!r} is outside the folder")
+    return shard_of
+
+
+def _read_header(path: Path) -> list[Stored]:
+    _check_file(path)
+    try:
+        with safe_open(path, framework="numpy") as opened:
+            parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            return [
+                Stored(path, name, tuple(part.get_shape()), part.get_dtype())
+                for name, part in parts.items()
+            ]
+    except (SafetensorError, OSError) as error:
+        raise FedGPTError(f"{path} is damaged: {' '.join(str(error).split())}") from None
+
+
+def _check_tensor(stored: Stored, shape: tuple[int, ...]) -> None:
+    if stored.shape != shape:
+        raise FedGPTError(
+            f"{stored.path}: {stored.name} has shape {stored.shape}, config.json says {shape}"
+        )
+    if stored.dtype not in DTYPES:
+        raise FedGPTError(
+            f"{stored.path}: {stored.name} has dtype {stored.dtype}; allowed are"
+            f" {', '.join(DTYPES)}"
+        )
+
+
+def _wrapped(names: Sequence[str], expected: set[str], form: Format) -> str:
+    """What to do about unexpected names that would fit without a part that a wrapper added."""
+    parts = names[0].split(".") if names else []
+    starts = [".".join(parts[:end]) + "." for end in range(1, len(parts))]
+    for extra in (*WRAPPERS, *starts):
+        if names and all(form.full(name.replace(extra, "")) in expected for name in names):
+            return (
+                f"; the names fit without {extra!r}, which a wrapper of the model added: save the"
+                " model that is inside, or rename the tensors (with safetensors.torch:"
+                f" save_file({{n.replace({extra!r}, ''): p for n, p in load_file(f).items()}}, f,"
+                " {'format': 'pt'}))"
+            )
+    return ""

@@ -1,0 +1,124 @@
+"""The folder that `init_from` names: what it contains, and in what it differs from the run.
+
+Free of torch and of the folder's weights, so that a wrong folder is refused with the other options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from fedgpt.core.errors import ConfigError, FedGPTError
+from fedgpt.core.options import RunOptions
+from fedgpt.core.options.option import typed
+from fedgpt.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
+from fedgpt.model.hf_folder import ModelFolder, is_there, read_folder
+
+# options that may differ from the model of `init_from`, because they do not change its parameters
+MAY_DIFFER = {"dropout", "trainable"}
+# files of tokenizers of all kinds; a folder with one of them has a tokenizer
+TOKENIZER_FILES = (
+    *("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model"),
+    *("sentencepiece.bpe.model", "vocab.txt", "encoder.json", "vocab.bpe", "added_tokens.json"),
+)
+
+
+def init_from_problems(o: RunOptions) -> Iterator[str]:
+    """What is wrong with `init_from` as far as it is known before any text is read."""
+    if o.init_from is None:
+        return
+    bytewise = o.tokenizer.name == "bytes" and not list(o.tokenizer.problems())
+    try:
+        found = read_start(o.init_from)
+        yield from differences(o, found, make_tokenizer(o.tokenizer, ()) if bytewise else None)
+    except ConfigError as error:
+        yield from error.problems
+
+
+def read_start(init_from: str) -> ModelFolder:
+    """The folder of the model that `init_from` names: a run's, or a Hugging Face folder.
+
+    Raises ConfigError, naming `init_from`, file and reason, if it is damaged or not supported.
+    """
+    folder = Path(init_from)
+    with naming(init_from):
+        inside = is_there(folder / "model" / "config.json")
+        if not inside and not is_there(folder / "config.json"):
+            what = "is no folder"
+            if is_there(folder / "config.yaml"):
+                what = "is the folder of a run that has not finished, so it has no model/ yet"
+            elif folder.is_dir():
+                what = "has no config.json, nor model/config.json"
+            raise FedGPTError(
+                f"{what}; name the folder of a finished run, or of a Hugging Face model"
+            )
+        return read_folder(folder / "model" if inside else folder)
+
+
+def differences(o: RunOptions, found: ModelFolder, tokenizer: Tokenizer | None) -> list[str]:
+    """Each difference between the model of `init_from` and the run's, with what to change.
+
+    `tokenizer` is the run's, or None while it is not known.
+    """
+    where = f"init_from={o.init_from}"
+    theirs, ours = asdict(found.options), asdict(o.model)
+    problems = [
+        f"{where}: its model.{name} is {typed(theirs[name])}, this run's is {typed(ours[name])};"
+        f" set model.{name}={typed(theirs[name])}"
+        for name in ours
+        if name not in MAY_DIFFER and theirs[name] != ours[name]
+    ]
+    try:
+        if problem := _tokenizer_problem(found, o, tokenizer):
+            problems.append(f"{where}: {problem}")
+    except FedGPTError as error:
+        problems.append(f"{where}: {_inside(error, where)}")
+    return problems
+
+
+def _tokenizer_problem(found: ModelFolder, o: RunOptions, tokenizer: Tokenizer | None) -> str:
+    files = [name for name in TOKENIZER_FILES if (found.path / name).exists()]
+    if files:
+        theirs = load_tokenizer(found.path)
+        if theirs.name == "bytes" and o.tokenizer.name != "bytes":
+            return f"its tokenizer is bytes, this run's is {o.tokenizer.name}; set tokenizer=bytes"
+        if tokenizer is not None and theirs.digest != tokenizer.digest:
+            return "has another tokenizer; train both with tokenizer=bytes, which all runs share"
+    elif o.tokenizer.name != "bytes":
+        return (
+            "has no tokenizer, so its token ids may have other meanings than this run's; copy the"
+            " tokenizer.json that it was trained with into the folder"
+        )
+    if tokenizer is not None and found.vocab_size != tokenizer.vocab_size:
+        return (
+            f"its vocab_size is {found.vocab_size}, this run's tokenizer has"
+            f" {tokenizer.vocab_size} tokens"
+        )
+    return ""
+
+
+def check_tokenizer(o: RunOptions, tokenizer: Tokenizer) -> None:
+    """Raise ConfigError if the model of `init_from`, if there is one, has another tokenizer."""
+    if o.init_from is not None:
+        found = read_start(o.init_from)
+        if problems := differences(o, found, tokenizer):
+            raise ConfigError(problems)
+
+
+@contextmanager
+def naming(init_from: str) -> Iterator[None]:
+    """Turn a FedGPTError into a ConfigError that begins with `init_from`, and names paths in it
+    from there.
+    """
+    where = f"init_from={init_from}"
+    try:
+        yield
+    except FedGPTError as error:
+        raise ConfigError(f"{where}: {_inside(error, where)}") from error
+
+
+def _inside(error: FedGPTError, where: str) -> str:
+    folder = where.removeprefix("init_from=").rstrip("/")
+    return str(error).replace(f"{folder}/", "").removeprefix(f"{folder}: ")

@@ -1,0 +1,397 @@
+"""Damaged and unsupported Hugging Face folders: one message each, which names file and reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_gpt import small
+
+from fedgpt.core.errors import FedGPTError
+from fedgpt.core.flat import flatten
+from fedgpt.model.hf import export_model, import_model
+from fedgpt.model.hf_folder import read_folder
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+WTE = "transformer.wte.weight"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A model in one file, without the checksum that only fedgpt's own exports have."""
+    export_model(tmp_path, small())
+    (tmp_path / "SHA256SUMS").unlink()
+    return tmp_path
+
+
+@pytest.fixture
+def sharded(folder: Path) -> Path:
+    """The same model in two files and an index."""
+    weights = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    shard_of = {name: f"{'ab'[n % 2]}.safetensors" for n, name in enumerate(sorted(weights))}
+    for shard in set(shard_of.values()):
+        save_file({n: p for n, p in weights.items() if shard_of[n] == shard}, folder / shard)
+    write_index(folder, shard_of)
+    return folder
+
+
+def write_index(folder: Path, shard_of: object) -> None:
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": shard_of}))
+
+
+def weight_map(folder: Path) -> dict[str, str]:
+    return json.loads((folder / INDEX).read_text())["weight_map"]
+
+
+def change(folder: Path, change_them) -> None:
+    """Save the folder's weights again after `change_them(weights)`."""
+    weights = load_file(folder / WEIGHTS)
+    change_them(weights)
+    save_file({name: p.contiguous() for name, p in weights.items()}, folder / WEIGHTS)
+
+
+def config(folder: Path, **values: object) -> None:
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | values))
+
+
+def refused(folder: Path, message: str) -> None:
+    """Both the check without torch and the import refuse the folder, naming it, in one line."""
+    for read in (read_folder, import_model):
+        with pytest.raises(FedGPTError, match=message) as caught:
+            read(folder)
+        assert str(folder) in str(caught.value) and "\n" not in str(caught.value)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:aaaa\nsize 548105171\n"
+CONTENTS = {
+    "Git LFS pointer": (
+        POINTER.encode(),
+        "is a Git LFS pointer.*fetch the file with: git lfs pull",
+    ),
+    "empty": (b"", "is empty"),
+    "text": (b"This file was here once.\n" * 9, "is damaged: .*eader"),
+    "web page": (b"<!DOCTYPE html><html><body>404</body></html>", "is damaged: .*eader"),
+    "zip of torch.save": (b"PK\x03\x04" + bytes(400), "is damaged: .*eader"),
+    "header longer than the file": ((10**6).to_bytes(8, "little") + b"{", "is damaged: .*eader"),
+    "header that is no JSON": ((4).to_bytes(8, "little") + b"nope", "is damaged: .*eader"),
+    "header that is too short": (b"\x01\x02", "is damaged: .*eader"),
+}
+
+
+@pytest.mark.parametrize(("content", "message"), CONTENTS.values(), ids=CONTENTS.keys())
+@pytest.mark.parametrize("file", [WEIGHTS, "b.safetensors"])
+def test_a_file_that_is_not_the_weights_is_refused(request, file, content, message):
+    folder = request.getfixturevalue("folder" if file == WEIGHTS else "sharded")
+    (folder / file).write_bytes(content)
+    refused(folder, f"{file} {message}")
+
+
+def test_a_file_that_was_cut_off_is_refused(folder):
+    whole = (folder / WEIGHTS).read_bytes()
+    for kept in (7, 8, 100, len(whole) // 2, len(whole) - 1):
+        (folder / WEIGHTS).write_bytes(whole[:kept])
+        refused(folder, f"{WEIGHTS} is damaged")
+    (folder / WEIGHTS).write_bytes(whole + b"more")
+    refused(folder, f"{WEIGHTS} is damaged")
+
+
+def test_a_git_lfs_pointer_in_place_of_the_config_or_the_index_is_told(sharded):
+    (sharded / INDEX).write_text(POINTER)
+    refused(sharded, "index.json is a Git LFS pointer")
+    (sharded / "config.json").write_text(POINTER)
+    refused(sharded, "config.json is a Git LFS pointer")
+
+
+def put_a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def put_a_loop(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(path.name)
+
+
+def put_a_broken_link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+def put_a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, INDEX, "a.safetensors", "config.json"])
+@pytest.mark.parametrize(
+    ("put", "message"),
+    [
+        (put_a_folder, "is not a file"),
+        (put_a_pipe, "is not a file"),
+        (put_a_loop, "cannot be read: Too many levels of symbolic links"),
+        (put_a_broken_link, "cannot be read: No such file"),
+    ],
+)
+def test_a_path_that_is_no_file_is_refused(request, file, put, message):
+    folder = request.getfixturevalue("folder" if file == WEIGHTS else "sharded")
+    put(folder / file)
+    refused(folder, f"{file} {message}")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
+@pytest.mark.parametrize("file", [WEIGHTS, "config.json", "."])
+def test_a_file_that_may_not_be_read_is_refused(folder, file):
+    """As another user than root, who may read every file."""
+    for parent in (folder, *folder.parents[:3]):
+        parent.chmod(0o755)
+    for path in folder.iterdir():
+        path.chmod(0o644)
+    (folder / file).chmod(0)
+    program = (
+        "import os; from fedgpt.model.hf_folder import read_folder;"
+        f"os.setgroups([]); os.setegid(65534); os.seteuid(65534); read_folder({str(folder)!r})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    last = done.stderr.splitlines()[-1]
+    what = "config.json" if file == "." else file
+    assert re.search(rf"FedGPTError: \S*{what} cannot be read: Permission denied", last), last
+
+
+def test_a_model_in_pickle_alone_is_refused_with_the_file_and_what_to_do(folder):
+    (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
+    refused(folder, r"safetensors is missing.*pytorch_model\.bin is pickle.*save_pretrained")
+
+
+INDEXES = {
+    "cut": (lambda text: text[:40], r"index\.json is damaged: .*char "),
+    "empty": (lambda text: "", r"index\.json is empty"),
+    "a list": (lambda text: "[1]", r"index\.json is damaged: it has no mapping, but a list"),
+    "no map": (lambda text: "{}", r"index\.json is damaged: weight_map is missing"),
+    "an empty map": (lambda text: '{"weight_map": {}}', "weight_map is missing, empty"),
+    "a list of names": (lambda text: '{"weight_map": ["a"]}', "weight_map is missing, empty or no"),
+    "a number for a name": (lambda text: '{"weight_map": {"a": 5}}', "weight_map has 5 for a file"),
+    "nested too deeply": (lambda text: '{"a":' * 10**5, r"index\.json is damaged: .*recursion"),
+    "other encoding": (lambda text: text.encode("utf-16"), r"index\.json is damaged: .*codec"),
+}
+
+
+@pytest.mark.parametrize(("damage", "message"), INDEXES.values(), ids=INDEXES.keys())
+def test_a_damaged_index_is_refused(sharded, damage, message):
+    damaged = damage((sharded / INDEX).read_text())
+    (sharded / INDEX).write_bytes(damaged if isinstance(damaged, bytes) else damaged.encode())
+    refused(sharded, message)
+
+
+def test_an_index_that_does_not_fit_its_files_is_refused(sharded):
+    good = weight_map(sharded)
+    write_index(sharded, good | {WTE: "c.safetensors"})
+    refused(sharded, r"index\.json: 'c\.safetensors' is missing")
+    for strange in ("\0", "\ud800", "x" * 300 + ".safetensors"):
+        write_index(sharded, good | {WTE: strange})
+        refused(sharded, r"index\.json: .* is missing|cannot be read: File name too long")
+    for outside in ("../x.safetensors", "/etc/x.safetensors", "a/../../x.safetensors"):
+        write_index(sharded, good | {WTE: outside})
+        refused(sharded, rf"index\.json: '{outside}' is outside the folder")
+    other = {"a.safetensors": "b.safetensors", "b.safetensors": "a.safetensors"}[good[WTE]]
+    write_index(sharded, good | {WTE: other})
+    refused(sharded, rf"index\.json: '{WTE}' is not in {other}")
+    write_index(sharded, good | {"transformer.more": good[WTE]})
+    refused(sharded, r"index\.json: 'transformer\.more' is not in ")
+    write_index(sharded, good)
+    both = load_file(sharded / other) | {WTE: load_file(sharded / good[WTE])[WTE]}
+    save_file(both, sharded / other)
+    refused(sharded, rf"index\.json: '{WTE}' is in both a\.safetensors and b\.safetensors")
+
+
+def test_files_in_a_folder_below_are_read(sharded):
+    expected = flatten(import_model(sharded))[1]
+    (sharded / "parts").mkdir()
+    for name in "ab":
+        (sharded / f"{name}.safetensors").rename(sharded / "parts" / f"{name}.safetensors")
+    write_index(sharded, {name: f"parts/{shard}" for name, shard in weight_map(sharded).items()})
+    assert torch.equal(flatten(import_model(sharded))[1], expected)
+
+
+def test_one_file_comes_before_an_index_as_in_transformers(sharded):
+    transformers = pytest.importorskip("transformers")
+    other = small()
+    other.init_weights(7)
+    export_model(sharded, other)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(sharded, dtype=torch.float32)
+    assert torch.equal(theirs.transformer.wte.weight, other.lm_head.weight)
+    assert torch.equal(import_model(sharded).lm_head.weight, other.lm_head.weight)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", [WTE, "transformer.h.1.mlp.c_proj.bias"])
+def test_weights_that_are_not_finite_are_refused_with_the_tensor_s_name(folder, name, value):
+    change(folder, lambda weights: weights[name].view(-1).__setitem__(3, value))
+    read_folder(folder)  # which reads no weights
+    with pytest.raises(FedGPTError, match=rf"safetensors: {re.escape(name)} has values that are"):
+        import_model(folder)
+
+
+def test_weights_beyond_float32_are_refused_with_the_tensor_s_name(folder):
+    def to_double(weights):
+        weights[WTE] = weights[WTE].double() * 1e300
+
+    change(folder, to_double)
+    with pytest.raises(FedGPTError, match=rf"safetensors: {WTE} has values that are not finite"):
+        import_model(folder)
+
+
+@pytest.mark.parametrize(
+    ("theirs", "extra"),
+    [
+        ("_orig_mod.{}", "_orig_mod."),
+        ("module.{}", "module."),
+        ("_fsdp_wrapped_module.{}", "_fsdp_wrapped_module."),
+        ("model.{}", "model."),
+        ("base_model.model.{}", "base_model.model."),
+    ],
+)
+def test_names_with_the_prefix_of_a_wrapper_are_told_with_what_to_do(folder, theirs, extra):
+    expected = flatten(import_model(folder))[1]
+
+    def rename(weights):
+        for name in list(weights):
+            weights[theirs.format(name)] = weights.pop(name)
+        weights[theirs.format("transformer.h.0.attn.bias")] = torch.ones(1, 1, 16, 16)
+
+    change(folder, rename)
+    refused(folder, rf"the names fit without '{re.escape(extra)}', which a wrapper")
+    with pytest.raises(FedGPTError) as caught:
+        import_model(folder)
+    # the remedy in the message, as it is written there
+    (remedy,) = re.findall(r"save_file\(.*?'pt'\}\)", str(caught.value))
+    exec(remedy, {"save_file": save_file, "load_file": load_file, "f": folder / WEIGHTS})
+    assert torch.equal(flatten(import_model(folder))[1], expected)
+
+
+def test_a_part_that_a_wrapper_added_in_the_middle_is_told(folder):
+    def rename(weights):
+        for name in list(weights):
+            if ".h.1." in name:
+                weights[name.replace(".h.1.", ".h.1._checkpoint_wrapped_module.")] = weights.pop(
+                    name
+                )
+
+    change(folder, rename)
+    refused(folder, "the names fit without '_checkpoint_wrapped_module.'")
+
+
+def test_names_that_do_not_fit_are_listed_without_a_false_remedy(folder):
+    change(folder, lambda weights: weights.pop(WTE))
+    refused(folder, r"missing \['transformer\.wte\.weight'\], unexpected \[\]$")
+    change(folder, lambda weights: weights.update({"transformer.wtf.weight": torch.ones(1)}))
+    refused(folder, r"missing \['transformer\.wte.*unexpected \['transformer\.wtf\.weight'\]$")
+
+
+def test_one_parameter_under_two_names_is_refused(folder):
+    change(folder, lambda weights: weights.update({"wte.weight": torch.ones(23, 32)}))
+    refused(folder, r"(\S+) and (\S+) are the same parameter")
+
+
+def test_a_head_that_differs_from_the_embedding_to_which_it_is_tied_is_refused(folder):
+    """transformers reads such a file as two matrices."""
+    change(folder, lambda weights: weights.update({"lm_head.weight": weights[WTE].clone()}))
+    import_model(folder)
+    change(folder, lambda weights: weights["lm_head.weight"].mul_(2))
+    with pytest.raises(FedGPTError, match=r"lm_head\.weight differs from the embedding.*to false"):
+        import_model(folder)
+    config(folder, tie_word_embeddings=False)
+    assert not import_model(folder).options.tie
+
+
+CONFIGS = {
+    "other type": ({"n_layer": "2"}, "n_layer='2': must be a whole number"),
+    "true for a number": ({"n_head": True}, "n_head=True: must be a whole number"),
+    "a fraction": ({"n_embd": 32.0}, r"n_embd=32\.0: must be a whole number"),
+    "null": ({"n_positions": None}, "n_positions=None: must be a whole number"),
+    "negative": ({"n_layer": -1}, r"n_layer=-1: must be at least 1"),
+    "zero": ({"n_positions": 0}, r"n_positions=0: must be at least 1"),
+    "no tokens": ({"vocab_size": 0}, "vocab_size=0: must be at least 1"),
+    "a fraction of a token": ({"vocab_size": 23.9}, r"vocab_size=23\.9: must be a whole number"),
+    "huge": ({"n_layer": 10**12}, "it has 28 tensors for 1000000000000 layers"),
+    "huge width": ({"n_embd": 4 * 10**15}, r"has shape \(96,\), config\.json says \(12000000"),
+    "rate of a text": ({"resid_pdrop": "0.1"}, "resid_pdrop='0.1': must be a number"),
+    "rate of NaN": (
+        dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), float("nan")),
+        "dropout=nan",
+    ),
+    "rate above 1": (dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 1.5), "dropout=1"),
+    "list": ({"activation_function": ["gelu"]}, r"activation_function=\['gelu'\]: must be a text"),
+    "tie": ({"tie_word_embeddings": "yes"}, "tie_word_embeddings='yes': must be true or false"),
+    "eps": ({"layer_norm_epsilon": "1e-05"}, "layer_norm_epsilon='1e-05': must be 1e-05"),
+    "kind": ({"model_type": ["gpt2"]}, r"model_type=\['gpt2'\] is not supported; allowed are gpt2"),
+    "unknown": ({"model_type": "mamba"}, "model_type='mamba' is not supported; allowed are gpt2"),
+    "quantised": ({"quantization_config": {"bits": 8}}, "quantization_config: save the model in"),
+}
+
+
+@pytest.mark.parametrize(("values", "message"), CONFIGS.values(), ids=CONFIGS.keys())
+def test_a_config_with_wrong_values_is_refused(folder, values, message):
+    config(folder, **values)
+    refused(folder, message)
+
+
+@pytest.mark.parametrize("positions, norm", [("rotary", "layernorm"), ("rotary", "rmsnorm")])
+def test_a_config_with_wrong_types_is_refused_in_every_family(tmp_path, positions, norm):
+    export_model(tmp_path, small(positions=positions, norm=norm))
+    good = json.loads((tmp_path / "config.json").read_text())
+    ignored = {"architectures", "initializer_range", "dtype", "torch_dtype"}
+    for name in sorted(good.keys() - ignored):
+        if name.endswith("token_id"):
+            continue
+        for wrong in ("x", [1], {"a": 1}, -1):
+            (tmp_path / "config.json").write_text(json.dumps(good | {name: wrong}))
+            refused(tmp_path, name)
+    for rope in ("linear", [1], 3):
+        (tmp_path / "config.json").write_text(json.dumps(good | {"rope_scaling": rope}))
+        if norm == "layernorm":
+            refused(tmp_path, "rope_scaling=.*: must be a mapping")
+
+
+def test_each_missing_key_of_a_config_is_named(folder):
+    good = json.loads((folder / "config.json").read_text())
+    for name in ("n_layer", "n_head", "n_embd", "n_positions", "vocab_size"):
+        (folder / "config.json").write_text(
+            json.dumps({key: value for key, value in good.items() if key != name})
+        )
+        refused(folder, f"config.json is not supported: {name} is missing")
+
+
+def test_weights_of_an_export_that_changed_are_refused(tmp_path):
+    export_model(tmp_path, small())
+    import_model(tmp_path)
+    content = bytearray((tmp_path / WEIGHTS).read_bytes())
+    content[-2] ^= 1  # still a finite number
+    (tmp_path / WEIGHTS).write_bytes(content)
+    with pytest.raises(FedGPTError, match=r"is damaged: its sha256 is not the one in SHA256SUMS"):
+        import_model(tmp_path)
+    (tmp_path / "SHA256SUMS").unlink()  # as the message says
+    import_model(tmp_path)
+
+
+def test_the_checksum_of_an_export_is_what_sha256sum_checks(tmp_path):
+    export_model(tmp_path, small())
+    subprocess.run(["sha256sum", "-c", "SHA256SUMS"], cwd=tmp_path, check=True)
+
+
+def test_a_folder_is_read_without_torch(folder):
+    program = (
+        "import sys; from fedgpt.model.hf_folder import read_folder;"
+        f"read_folder({str(folder)!r}); assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
