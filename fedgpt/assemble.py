@@ -35,10 +35,10 @@ from fedgpt.core.errors import ConfigError, Unwritten
 from fedgpt.core.files import write_text
 from fedgpt.core.flat import base_digest, flatten
 from fedgpt.core.messages import ServerState
+from fedgpt.core.notices import saying
 from fedgpt.core.options import RunOptions
 from fedgpt.core.resources import Resources, resources_for
 from fedgpt.core.transport import Transport
-from fedgpt.core.waiting import saying
 from fedgpt.data.partitions.base import Shard
 from fedgpt.data.prepare import Prepared
 from fedgpt.data.shards import load_shards, say

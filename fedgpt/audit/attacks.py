@@ -28,8 +28,8 @@ from fedgpt.core.device import choose_compute
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.flat import frozen_weights
 from fedgpt.core.messages import Job, Pacing, Plan, ServerState, Update
+from fedgpt.core.notices import saying
 from fedgpt.core.options import PrivacyOptions, RunOptions
-from fedgpt.core.waiting import saying
 from fedgpt.data.batches import Batches, Blocks
 from fedgpt.data.partition import Shard
 from fedgpt.data.prepare import Prepared

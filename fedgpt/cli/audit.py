@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedgpt.cli.words import split_words
 from fedgpt.core.errors import ConfigError
-from fedgpt.core.waiting import saying
+from fedgpt.core.notices import saying
 
 HELP = """
   fedgpt audit privacy=example privacy.target_epsilon=4 rounds=2

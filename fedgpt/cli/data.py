@@ -20,7 +20,7 @@ def main(arguments: list[str]) -> int:
     from rich.console import Console
 
     from fedgpt.config import compose
-    from fedgpt.core.waiting import saying
+    from fedgpt.core.notices import saying
     from fedgpt.data.shards import load_shards, say
     from fedgpt.report.shards import data_report
 

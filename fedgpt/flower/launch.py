@@ -11,10 +11,10 @@ from pathlib import Path
 from fedgpt.config.compose import changed_options, refuse_another_run, to_yaml
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.files import write_text
+from fedgpt.core.notices import saying
 from fedgpt.core.options import RunOptions
 from fedgpt.core.resources import Resources, resources_for
 from fedgpt.core.runtimes import runtime_of
-from fedgpt.core.waiting import saying
 from fedgpt.data.shards import load_shards, say
 from fedgpt.flower.failure import FAILURE_FILE
 from fedgpt.storage.init_from import check_tokenizer

@@ -8,24 +8,23 @@ import pytest
 from support.here import tiny_run
 
 from fedgpt.cli import COMMANDS
-from fedgpt.core import waiting
 from fedgpt.core.errors import ConfigError
 
 LONG = 30.0  # seconds; limits a wait
 
 
 def test_a_block_that_takes_long_is_told_once(monkeypatch, capsys):
-    monkeypatch.setattr(waiting, "PATIENCE", 0.01)
-    with waiting.saying("counting sand"):
+    monkeypatch.setattr(notices, "PATIENCE", 0.01)
+    with notices.saying("counting sand"):
         [timer] = [t for t in threading.enumerate() if isinstance(t, threading.Timer)]
         timer.join(LONG)
     assert capsys.readouterr() == ("", "fedgpt: counting sand ...\n")
 
 
 def test_a_short_block_and_one_that_fails_are_not_told(capsys):
-    with waiting.saying("nothing"):
+    with notices.saying("nothing"):
         pass
-    with pytest.raises(ZeroDivisionError), waiting.saying("failing"):
+    with pytest.raises(ZeroDivisionError), notices.saying("failing"):
         raise ZeroDivisionError
     assert not [t for t in threading.enumerate() if isinstance(t, threading.Timer) and t.is_alive()]
     assert capsys.readouterr() == ("", "")
@@ -53,7 +52,7 @@ def test_a_short_block_and_one_that_fails_are_not_told(capsys):
     ids=["data", "privacy plan", "audit"],
 )
 def test_commands_say_what_they_are_doing(command, more, told, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(waiting, "PATIENCE", 0.0)
+    monkeypatch.setattr(notices, "PATIENCE", 0.0)
     name, *words = command
     COMMANDS[name].module.main([*words, *tiny_run(tmp_path), *more])
     out, err = capsys.readouterr()
