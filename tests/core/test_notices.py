@@ -8,6 +8,7 @@ import pytest
 from support.here import tiny_run
 
 from fedgpt.cli import COMMANDS
+from fedgpt.core import notices
 from fedgpt.core.errors import ConfigError
 
 LONG = 30.0  # seconds; limits a wait
