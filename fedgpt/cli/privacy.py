@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
 
     if not arguments or arguments[0] != "plan":
         raise ConfigError(
-            f"fedgpt privacy {' '.join(arguments)}: the command is `fedgpt privacy plan"
+            f"{' '.join(['fedgpt privacy', *arguments])}: the command is `fedgpt privacy plan"
             " [key=value ...]`"
         )
     options = compose.load(*split_words(arguments[1:]), trains=False)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import cache, partial
 from itertools import islice, product
 from math import prod
@@ -43,6 +43,12 @@ def _opened(node: DictConfig) -> DictConfig:
 
 
 NUMBERS = (ValueError, OverflowError)  # of Python, for a number that it cannot convert
+# option that a choice of its group sets, such as update.compress -> its group
+SET_BY = {
+    f"{kind.group}.{kind.choice_field}": kind.group
+    for kind in (field.default_factory for field in fields(RunOptions))
+    if isinstance(kind, type) and f"{kind.group}.{kind.choice_field}" in OPTIONS
+}
 SCHEMAS = ConfigStore.instance()  # the types and defaults of all options
 SCHEMAS.store(name="schema", node=_opened(OmegaConf.structured(RunOptions)))
 # a plain mapping, as every strategy is one
@@ -119,6 +125,10 @@ def _value_problems(override: Override, cfg: DictConfig, scratch: DictConfig) ->
         return
     if override.is_delete():
         yield f"{override.input_line}: an option can be set, not deleted"
+        return
+    if group := SET_BY.get(key):
+        for value in _values(override, {}):
+            yield f"{key}={value}: is set by the choice of its group; type {group}={value}"
         return
     parent, _, leaf = key.rpartition(".")
     node = OmegaConf.select(cfg, parent, default=None) if parent else cfg

@@ -32,6 +32,10 @@ from fedgpt.config.texts import quoted
             "rounds==5",
             "rounds==5: not of the form key=value; a text with special characters needs quotes",
         ),
+        (
+            "update.compress=int8",
+            "update.compress=int8: is set by the choice of its group; type update=int8",
+        ),
         ("~local.lr", "~local.lr: an option can be set, not deleted"),
         ("run_dir=", "run_dir=: must be a folder"),
         ("name=a/b", "name=a/b: must be a name without a slash"),

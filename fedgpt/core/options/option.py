@@ -360,6 +360,8 @@ class Option:
         proposal = f"; type {int(value)}" if whole and value.is_integer() else ""
         if str in self.kinds and isinstance(value, Real):
             proposal = "; a text that looks like a number is written in quotes"
+        if isinstance(value, str) and {list[str], list[Any]} & set(self.kinds):
+            proposal = f"; type {self.key}=[{value}]"
         return f"must be {self.kind}{f', {words}' if words else ''}{proposal}"
 
 
