@@ -147,15 +147,19 @@ def _value_problems(override: Override, cfg: DictConfig, scratch: DictConfig) ->
         try:
             OmegaConf.update(scratch, key, value)
         except (OmegaConfBaseException, OverflowError) as error:
-            typed = f"{key}={value}" if override.is_sweep_override() else override.input_line
-            if isinstance(error, GrammarParseError):
-                yield f"{key}={value}: {REFERENCE}"
-            elif isinstance(error, OverflowError):
-                yield f"{key}={short(value)}: is too large for a number with a fraction"
-            elif key in OPTIONS and OPTIONS[key].kinds:
-                yield f"{typed}: {OPTIONS[key].needs(value)}"
-            else:
-                yield f"{typed}: {first_line(error)}"
+            yield _refused(override, value, error)
+
+
+def _refused(override: Override, value: Any, error: Exception) -> str:
+    """The problem of a value that the option's type does not take."""
+    key = override.key_or_group
+    if isinstance(error, GrammarParseError):
+        return f"{key}={value}: {REFERENCE}"
+    if isinstance(error, OverflowError):
+        return f"{key}={short(value)}: is too large for a number with a fraction"
+    typed = f"{key}={value}" if override.is_sweep_override() else override.input_line
+    known = key in OPTIONS and OPTIONS[key].kinds
+    return f"{typed}: {OPTIONS[key].needs(value) if known else first_line(error)}"
 
 
 def _single_values(override: Override, known: dict[str, list[str]]) -> list[str]:
