@@ -182,7 +182,7 @@ def test_help_shows_a_users_own_choices(tmp_path, capsys):
 @pytest.mark.parametrize(
     "content, part",
     [
-        (b"n_layer: [", "is no YAML (while parsing"),
+        (b"n_layer: [", "is not valid YAML (while parsing"),
         (b"- 1\n", "must be options and their values"),
         (b"\xff", "cannot be read ("),
     ],
@@ -267,7 +267,7 @@ def test_a_text_reaches_hydra_as_it_is_typed(tmp_path):
     assert "prompt: \\${seed}\n" in done.stdout
     done = fedgpt("run", "-m", "init_from=1_000,1e5", cwd=tmp_path)
     for name in ("1_000", "1e5"):
-        assert f"init_from={tmp_path}/{name}: is no folder" in done.stderr
+        assert f"init_from={tmp_path}/{name}: is not a folder" in done.stderr
 
 
 def test_cfg_job_prints_the_complete_configuration_without_running(tmp_path):

@@ -92,7 +92,7 @@ def read_text(path: Path) -> str:
 def not_yaml(path: Path, error: yaml.YAMLError) -> ConfigError:
     """The error for a file whose text is not YAML; `error` has the line."""
     why = " ".join(str(error).split()).replace('"<unicode string>", ', "")
-    return ConfigError(f"{path}: is no YAML ({why}); correct it")
+    return ConfigError(f"{path}: is not valid YAML ({why}); correct it")
 
 
 def _mapping(path: Path, text: str) -> dict[str, Any]:

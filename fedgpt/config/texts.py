@@ -4,7 +4,7 @@ Hydra reads a value by its look: 2024_10 and 1e5 as numbers, true as a truth val
 an option that is a text is passed on in quotes. Three things keep a meaning of their own:
 
     init_from=null       no value, if the option may be null
-    name='"a, b"'        a value that is wholly in quotes is the text between them
+    name='"a, b"'        a value between quotes is the text between them
     'run_dir=out/${seed}'    a reference to another option; \\${ types the characters ${
 
 A prompt is text for the model, so it has no references. In a sweep (-m) commas separate the values.

@@ -1,7 +1,7 @@
 """The owner, the text and the label in records, and the count of records that have none.
 
 line 1  {"who": "ann", "text": "It rained."}   usable
-line 2  {"who": "ann", "text": " "}            blank: left out, and told
+line 2  {"who": "ann", "text": " "}            blank: left out and counted
 line 3  {"who": "", "text": "It snowed."}      bad: refused, or left out with bad_records=skip
 """
 

@@ -121,7 +121,7 @@ def type_word(value: Any) -> str:
 
 
 def format_of(name: str) -> Format | None:
-    """Return the format of a file by its name; None if it is no file of records."""
+    """Return the format of a file by its name; None if it has no records."""
     path = Path(name.lower())
     suffix = Path(path.stem).suffix if path.suffix in PACKED else path.suffix
     return None if suffix == ".parquet" != path.suffix else FORMATS.get(suffix)
@@ -234,7 +234,7 @@ def _separated(path: Path, fields: Sequence[Field], separator: str) -> Iterator[
         try:
             values = next(rows, None)
         except csv.Error as error:
-            yield Row(number, {}, f"is no row of a table ({error})")
+            yield Row(number, {}, f"is not a row of a table ({error})")
             continue
         if values is None:
             return

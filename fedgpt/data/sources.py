@@ -2,7 +2,7 @@
 
 notes/ann.txt        text       its words are the text
 notes/posts.jsonl    records    a field of each record is text
-notes/page.html      left out   a model would learn its tags; told, or refused where it is named
+notes/page.html      left out   a model would learn its tags; refused if it is named itself
 notes/ann2.txt       left out   if it is a link to ann.txt, whose text would count twice
 """
 

@@ -46,7 +46,7 @@ def read_start(init_from: str) -> ModelFolder:
     with naming(init_from):
         inside = is_there(folder / "model" / "config.json")
         if not inside and not is_there(folder / "config.json"):
-            what = "is no folder"
+            what = "is not a folder"
             if is_there(folder / "config.yaml"):
                 what = "is the folder of a run that has not finished, so it has no model/ yet"
             elif folder.is_dir():

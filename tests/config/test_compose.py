@@ -150,7 +150,7 @@ def test_paths_that_no_run_could_use_are_refused(tmp_path):
             assert problem == f"{option}={path}: {tmp_path / 'file'} is a file; name a folder"
     [problem] = problems(f"init_from={tmp_path / 'nowhere'}")
     assert problem.startswith(
-        f"init_from={tmp_path / 'nowhere'}: is no folder; name the folder of a finished run"
+        f"init_from={tmp_path / 'nowhere'}: is not a folder; name the folder of a finished run"
     )
     [problem] = problems(f"init_from={tmp_path}")
     assert "has no config.json, nor model/config.json" in problem

@@ -41,11 +41,17 @@ BOMB = "a: &a [1,1,1,1,1,1,1,1]\n" + "".join(
     [
         ("n_layers: 2\n", "no option 'model.n_layers'; did you mean 'model.n_layer'"),
         ("# @package _global_\nseeed: 2\n", "no option 'seeed'; did you mean 'seed'"),
-        ("n_layer:\t2\n", "is no YAML (while scanning for the next token found character '\\t'"),
-        ("a: [1,\n  b: 2\n", "is no YAML (while parsing a flow sequence in line 1, column 4"),
+        (
+            "n_layer:\t2\n",
+            "is not valid YAML (while scanning for the next token found character '\\t'",
+        ),
+        (
+            "a: [1,\n  b: 2\n",
+            "is not valid YAML (while parsing a flow sequence in line 1, column 4",
+        ),
         (
             "n_layer: 2\nn_head: 1\nn_layer: 3\n",
-            "is no YAML (while constructing a mapping in line 1, column 1: n_layer: 2 ^ found"
+            "is not valid YAML (while constructing a mapping in line 1, column 1: n_layer: 2 ^ found"
             " duplicate key n_layer in line 3, column 1",
         ),
         (b"n_layer: 2 # \xff\n", "cannot be read ('utf-8' codec can't decode byte 0xff"),
@@ -54,7 +60,10 @@ BOMB = "a: &a [1,1,1,1,1,1,1,1]\n" + "".join(
         ("defaults: nano\n", "defaults must be a list of choices, such as [nano]"),
         (BOMB, "has more than 10,000 values, or an alias of itself"),
         ("trainable: &a [*a]\n", "has more than 10,000 values, or an alias of itself"),
-        ("n_layer: !!python/object:os.system 1\n", "is no YAML (could not determine a constr"),
+        (
+            "n_layer: !!python/object:os.system 1\n",
+            "is not valid YAML (could not determine a constr",
+        ),
     ],
 )
 def test_a_damaged_file_is_named_with_what_is_wrong_in_it(content, part, write):
