@@ -51,8 +51,8 @@ BOMB = "a: &a [1,1,1,1,1,1,1,1]\n" + "".join(
         ),
         (
             "n_layer: 2\nn_head: 1\nn_layer: 3\n",
-            "is not valid YAML (while constructing a mapping in line 1, column 1: n_layer: 2 ^ found"
-            " duplicate key n_layer in line 3, column 1",
+            "is not valid YAML (while constructing a mapping in line 1, column 1: n_layer: 2 ^"
+            " found duplicate key n_layer in line 3, column 1",
         ),
         (b"n_layer: 2 # \xff\n", "cannot be read ('utf-8' codec can't decode byte 0xff"),
         ("- 1\n", "must be options and their values, such as n_layer: 4"),
