@@ -348,7 +348,7 @@ def test_commands_are_found_with_their_continued_lines():
 @pytest.mark.parametrize(
     "line",
     [
-        "fedgpt run rounds=5 resume=x",
+        "fedgpt run seed=5 resume=x",
         "fedgpt run model=huge",
         "fedgpt data local.stpes=3",
         "fedgpt train",

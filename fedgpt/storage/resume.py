@@ -130,6 +130,8 @@ def _warn_of_other_conditions(before: Mapping[str, Any], now: Mapping[str, Any])
 def _with_content(snapshot: Snapshot, now: Mapping[str, Any]) -> Snapshot:
     """The snapshot, whose next checkpoint has the digests that earlier versions did not store."""
     identity = snapshot.identity
-    missing = {name: now[name] for name in ("text", "tokenizer") if name in now}
-    environment = {**missing, **identity.environment}
+    environment = dict(identity.environment)
+    for name in ("text", "tokenizer"):
+        if name in now:
+            environment.setdefault(name, now[name])
     return replace(snapshot, identity=replace(identity, environment=environment))

@@ -27,7 +27,7 @@ from fedgpt.core.messages import Pacing, ServerState
 
 RULES = [Median(), TrimmedMean(), Krum(), GeometricMedian(), NormClip(), CentredClip(), FLTrust()]
 every = pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.name)
-HUGE = 1e30  # a clipping radius that clips nothing
+HUGE = 1e12  # a clipping radius that clips nothing
 # cohorts of updates; their values are far from underflow, so norms and ratios are exact to rounding
 matrices = hnp.arrays(
     np.float64,

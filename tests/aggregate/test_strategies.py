@@ -237,7 +237,8 @@ def test_a_rule_from_outside_may_have_any_fields_and_those_of_known_types_are_ch
     assert refused(Mine, warm=1, eta="2", name_of=3, table=None, kept=1) == [
         "strategy.warm=1: must be true or false, or leave it out for the default, false",
         "strategy.eta=2: must be a number, or leave it out for the default, 0.5",
-        "strategy.name_of=3: must be a text or null",
+        "strategy.name_of=3: must be a text or null; a text that looks like a number is written in"
+        " quotes",
         "strategy.kept=1: must be at least 2, or leave it out for the default, 3",
     ]
 

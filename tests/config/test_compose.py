@@ -430,7 +430,7 @@ def sweep_problems(*overrides: str) -> list[str]:
         ),
         (
             ["strategy=diloco,fedavg", "strategy.mu=0.5"],
-            "strategy.mu'. (in the job strategy=fedavg)",
+            "Key 'mu' is not in struct (in the job strategy=fedavg)",
         ),
     ],
 )

@@ -133,7 +133,10 @@ class Sized:
         ({"share": "half"}, "share=half: must be a number"),
         ({"share": False}, "share=false: must be a number"),
         ({"wide": 1}, "wide=1: must be true or false"),
-        ({"label": 3}, "label=3: must be a text"),
+        (
+            {"label": 3},
+            "label=3: must be a text; a text that looks like a number is written in quotes",
+        ),
         ({"most": "all"}, "most=all: must be a whole number or null"),
     ],
 )

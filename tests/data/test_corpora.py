@@ -231,7 +231,7 @@ def test_all_problems_of_the_options_are_listed_at_once():
     ):
         assert option in text
     [problem] = CorpusOptions(name="files", path="x", document_bytes=1).problems()
-    assert problem == "corpus.document_bytes=1: must be from 64 to 1073741824"
+    assert problem == "corpus.document_bytes=1: must be from 64 to 1000000000"
     [problem] = CORPORA.problems(CorpusOptions(name="files", client="file"))
     assert problem.startswith("corpus.path is not set")
     [problem] = CORPORA.problems(CorpusOptions(name="sotuu"))

@@ -323,8 +323,9 @@ CONFIGS = {
     "zero": ({"n_positions": 0}, r"n_positions=0: must be at least 1"),
     "no tokens": ({"vocab_size": 0}, "vocab_size=0: must be at least 1"),
     "a fraction of a token": ({"vocab_size": 23.9}, r"vocab_size=23\.9: must be a whole number"),
-    "huge": ({"n_layer": 10**12}, "it has 28 tensors for 1000000000000 layers"),
-    "huge width": ({"n_embd": 4 * 10**15}, r"has shape \(96,\), config\.json says \(12000000"),
+    "huge": ({"n_layer": 10**4}, "it has 28 tensors for 10000 layers"),
+    "beyond all": ({"n_layer": 10**12}, "model.n_layer=1000000000000: must be at most 10000"),
+    "huge width": ({"n_embd": 4 * 10**5}, r"has shape \(96,\), config\.json says \(1200000,"),
     "rate of a text": ({"resid_pdrop": "0.1"}, "resid_pdrop='0.1': must be a number"),
     "rate of NaN": (
         dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), float("nan")),

@@ -49,6 +49,7 @@ KEPT = {
     "environment.json",
     "events.jsonl",
     "figures",
+    "tokenizer",
     "ledger.json",
     "metrics.jsonl",
     "privacy.key",

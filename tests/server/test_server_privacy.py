@@ -247,7 +247,7 @@ def test_a_release_that_differs_in_anything_has_other_noise(tmp_path, what):
 def test_no_noise_is_drawn_for_a_release_that_could_not_be_charged(tmp_path, monkeypatch):
     build, drawn = Mechanism(tmp_path, 1.0), []
 
-    def disk_full(*_):
+    def disk_full(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("fedgpt.privacy.ledger.write_text", disk_full)

@@ -40,6 +40,8 @@ def test_a_run_leaves_exactly_the_documented_files(finished):
         "model/tokenizer.json",
         "model/tokenizer_config.json",
         "model/README.md",
+        "tokenizer/tokenizer.json",
+        "tokenizer/tokenizer_config.json",
         "checkpoints/best.safetensors",
         *(
             f"checkpoints/version-0000000{v}.{end}"
@@ -151,6 +153,8 @@ def test_the_environment_that_bit_identity_depends_on_is_recorded(finished):
         "threads",
         "cpu",
         "gpu",
+        "text",
+        "tokenizer",
     }
     assert (environment["threads"], environment["dtype"], environment["device"]) == (
         1,

