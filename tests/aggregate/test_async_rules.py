@@ -24,6 +24,11 @@ ZERO = ServerState(np.zeros(5))
 discounted = pytest.mark.parametrize("cls", [DeltaSGD, FedAsync, FedBuff])
 
 
+def zero_or_more(most):
+    """Numbers that an option takes: other than 0, the smallest is 1e-12."""
+    return st.just(0.0) | st.floats(1e-12, most)
+
+
 # Staleness.
 
 
@@ -46,7 +51,7 @@ def test_the_discount_by_staleness(cls, staleness, table):
     staleness=st.sampled_from(["constant", "polynomial", "hinge"]),
     power=st.floats(0.01, 3),
     slope=st.floats(0.01, 100),
-    grace=st.just(0.0) | st.floats(1e-12, 20),
+    grace=zero_or_more(20),
     tau=st.integers(0, 1000),
 )
 def test_a_fresh_update_counts_fully_and_a_staler_one_never_more(
@@ -185,7 +190,7 @@ def test_rho_of_fedasync_goes_to_the_clients():
 # Delayed Nesterov.
 
 
-@given(st.floats(0, 1), st.just(0.0) | st.floats(1e-12, 0.99), st.floats(0.01, 2))
+@given(zero_or_more(1), zero_or_more(0.99), st.floats(0.01, 2))
 def test_delayed_nesterov_with_period_1_has_the_bits_of_diloco(c, mu, eta):
     one = run(DelayedNesterov(eta=eta, mu=mu, period=1, c=c), eight_gradients(), ZERO)
     assert np.array_equal(one, run(DiLoCo(eta, mu), eight_gradients(), ZERO))

@@ -161,7 +161,9 @@ def test_the_environment_that_bit_identity_depends_on_is_recorded(finished):
         "fp32",
         "cpu",
     )
-    assert json.loads((finished.folder / "environment.json").read_text()) == environment
+    written = json.loads((finished.folder / "environment.json").read_text())
+    del environment["text"]  # with its digest a guess of private text could be confirmed
+    assert written == environment
     assert "threads: 1" in (finished.folder / "config.yaml").read_text()
 
 
