@@ -99,7 +99,7 @@ def test_a_reader_of_a_damaged_folder_gets_an_error_or_what_was_there(
     assert {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()} == before
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("how", DAMAGES)
 @pytest.mark.parametrize("file", FILES)
 def test_a_resume_in_a_damaged_folder_is_an_error_or_has_the_same_bits(
