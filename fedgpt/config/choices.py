@@ -97,9 +97,10 @@ def not_yaml(path: Path, error: yaml.YAMLError) -> ConfigError:
 
 def _mapping(path: Path, text: str) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(text) or {}
+        values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise not_yaml(path, error) from error
+    values = {} if values is None else values  # an empty file
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: must be options and their values, such as n_layer: 4")
     if not isinstance(values.get("defaults", []), list):
