@@ -39,6 +39,7 @@ BOMB = "a: &a [1,1,1,1,1,1,1,1]\n" + "".join(
 @pytest.mark.parametrize(
     "content, part",
     [
+        ("0\n", "must be options and their values, such as n_layer: 4"),
         ("n_layers: 2\n", "no option 'model.n_layers'; did you mean 'model.n_layer'"),
         ("# @package _global_\nseeed: 2\n", "no option 'seeed'; did you mean 'seed'"),
         (
