@@ -33,7 +33,7 @@ SMALL = [
     "seed=5",
 ]
 LONG = 300  # seconds; bounds every wait
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 
 @pytest.fixture(scope="module")

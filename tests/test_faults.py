@@ -135,7 +135,7 @@ def test_after_three_crashes_at_the_start_the_previous_checkpoint_is_used(tmp_pa
     assert summary(folder) == summary(tmp_path / "uninterrupted")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("unit", "faults"),
     [

@@ -28,7 +28,7 @@ def test_a_mutated_message_is_valid_or_rejected(data):
     check(*message(lambda count: data.draw(st.integers(0, count - 1))))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_fifty_thousand_mutated_messages_are_valid_or_rejected():
     seen: Counter[str] = Counter()
 
