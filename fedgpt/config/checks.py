@@ -5,7 +5,8 @@ component or this machine does not support.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 
 from fedgpt.core.device import memory
@@ -18,31 +19,6 @@ from fedgpt.simulate.fleet import fleet_problems
 from fedgpt.storage.init_from import init_from_problems
 from fedgpt.update.compress import CODECS
 
-_SAMPLES = "evaluate.samples=0; add evaluate.samples=2"
-# options that have an effect only with another option -> whether they have, and the remedy
-USED_WITH: dict[str, tuple[Callable[[RunOptions], bool], str]] = {
-    "update.decay": (
-        lambda o: o.update.error_feedback,
-        "update.error_feedback=false; add update.error_feedback=true and a codec, such as"
-        " update=int8",
-    ),
-    **{
-        f"evaluate.{name}": (lambda o: o.evaluate.samples > 0, _SAMPLES)
-        for name in ("prompt", "sample_tokens")
-    },
-    "validate.rest": (
-        lambda o: o.validate.strikes > 0,
-        "validate.strikes=0; add validate.strikes=3",
-    ),
-    **{
-        f"privacy.{name}": (
-            lambda o: o.privacy.unit != "none",
-            "privacy=none; choose privacy=example, client or local",
-        )
-        for name in ("clip", "participations", "rng")
-    },
-}
-
 
 def unused_options(typed: Mapping[str, str], o: RunOptions) -> Iterator[str]:
     """Typed options (option -> text) that have no effect with the chosen groups."""
@@ -52,14 +28,11 @@ def unused_options(typed: Mapping[str, str], o: RunOptions) -> Iterator[str]:
         group: Group = getattr(o, OPTIONS[option].group)
         if group.chosen not in only_with and not group.reports_unused:
             yield no_effect(text, group.chosen, only_with)
-    for option, (used, why) in USED_WITH.items():
-        if option in typed and not used(o):
-            yield f"{typed[option]}: has no effect with {why}, or leave it out"
-    if "rounds" in typed and o.tokens:
-        yield (
-            f"{typed['rounds']}: tokens={o.tokens} decides where the run ends; add tokens=0, or"
-            " leave rounds out"
-        )
+    groups = [value for one in fields(o) if isinstance(value := getattr(o, one.name), Group)]
+    for group in (o, *groups):
+        for name, why in group.without_effect():
+            if (key := group.key(name)) in typed:
+                yield f"{typed[key]}: has no effect with {why}, or leave it out"
 
 
 def problems(o: RunOptions) -> Iterator[str]:

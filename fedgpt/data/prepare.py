@@ -85,10 +85,10 @@ def prepare(
 ) -> Prepared:
     """Load, split, tokenise and cache a corpus, or open it from the cache.
 
-    `trusted` are the packages that `corpus._target_` may name. `tell` gets a line for all that was
-    left out of the text. Safe to call from several processes
-    at once: one process prepares the corpus, the others wait and open it. Raises ConfigError for
-    options or text that cannot be prepared.
+    `trusted` are the packages that `corpus._target_` may name. `tell` gets a line about each kind
+    of text that was left out. Safe to call from several processes at once: one process prepares the
+    corpus, the others wait and open it. Raises ConfigError for options or text that cannot be
+    prepared.
     """
     problems = [*corpus.problems(), *CORPORA.problems(corpus, trusted), *tokenizer.problems()]
     if problems:

@@ -85,13 +85,13 @@ class RecordText:
         notes = list(self._told)
         if self._bad:
             notes.append(
-                f"left out {self._bad:,} of {amount(self._every, 'record')} that cannot be used"
+                f"left out {self._bad:,} of {amount(self._total, 'record')} that cannot be used"
                 f" (corpus.bad_records=skip): {self._examples}"
             )
         if self._blank:
             places = ", ".join(self._blank_places) + (", ..." if self._blank > NAMED else "")
             notes.append(
-                f"left out {self._blank:,} of {amount(self._every, 'record')} whose text is blank:"
+                f"left out {self._blank:,} of {amount(self._total, 'record')} whose text is blank:"
                 f" {places}"
             )
         if self._mended:
@@ -109,7 +109,7 @@ class RecordText:
             raise Unreadable(f"{name} {error}") from error
 
     @property
-    def _every(self) -> int:
+    def _total(self) -> int:
         return self._usable + self._blank + self._bad
 
     @property
@@ -123,7 +123,7 @@ class RecordText:
         problems = [problem] if problem else []
         client = text = label = None
         if not problem:
-            if not self._every:
+            if not self._total:
                 self._choose_owner(record)
             fields = self._fields
             text = _text(record, fields.text, problems)
@@ -151,7 +151,11 @@ class RecordText:
                 (value or "").encode()
         except UnicodeEncodeError:
             self._mended += 1
-            return client and _whole(client), _whole(text), label and _whole(label)
+            return (
+                client and _without_half_pairs(client),
+                _without_half_pairs(text),
+                label and _without_half_pairs(label),
+            )
         return client, text, label
 
     def _choose_owner(self, record: dict[str, Any]) -> None:
@@ -165,7 +169,7 @@ class RecordText:
         if not self._usable:
             which = f"the first {self._bad:,} records" if self._bad == MOST_BAD else "all records"
             return f"{which} cannot be used. {self._examples}"
-        which = f"{self._bad:,} of {amount(self._every, 'record')} cannot be used"
+        which = f"{self._bad:,} of {amount(self._total, 'record')} cannot be used"
         if self._skip:
             return (
                 f"{which}, and corpus.bad_records=skip leaves out less than half. {self._examples}"
@@ -210,5 +214,5 @@ def _label(record: dict[str, Any], field: Field, problems: list[str]) -> str:
     return "" if value is None else str(value)
 
 
-def _whole(text: str) -> str:
+def _without_half_pairs(text: str) -> str:
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -226,7 +226,8 @@ def _read_header(path: Path) -> list[Stored]:
     _check_file(path)
     try:
         with safe_open(path, framework="numpy") as opened:
-            parts = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
+            names = list(opened.keys())
+            parts = {name: opened.get_slice(name) for name in names}
             return [
                 Stored(path, name, tuple(part.get_shape()), part.get_dtype())
                 for name, part in parts.items()

@@ -202,9 +202,9 @@ def test_every_field_is_an_option_with_a_meaning(cls):
 @pytest.mark.parametrize("wrong", [-1, float("nan"), float("inf"), "much", None, True])
 def test_wrong_values_are_refused_all_at_once_as_they_are_typed(cls, wrong):
     defaults = {field.name: field.default for field in fields(cls)}
-    told = refused(cls, **dict.fromkeys(defaults, wrong)) if defaults else []
-    assert len(told) == len(defaults)
-    for problem, (name, default) in zip(told, defaults.items(), strict=True):
+    problems = refused(cls, **dict.fromkeys(defaults, wrong)) if defaults else []
+    assert len(problems) == len(defaults)
+    for problem, (name, default) in zip(problems, defaults.items(), strict=True):
         assert problem.startswith(f"strategy.{name}={typed(wrong)}: must be ")
         assert problem.endswith(f", or leave it out for the default, {default}")
         if isinstance(default, int):

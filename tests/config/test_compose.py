@@ -303,7 +303,7 @@ def test_a_trusted_package_may_bring_a_strategy(way, half):
 
 
 @pytest.mark.parametrize(
-    "words, told",
+    "words, expected",
     [
         (
             ["strategy.arguments={share: much, warm: 2}"],
@@ -336,10 +336,12 @@ def test_a_trusted_package_may_bring_a_strategy(way, half):
         ),
     ],
 )
-def test_what_is_wrong_with_a_strategy_of_ones_own_is_told_as_it_is_typed(words, told, half):
+def test_what_is_wrong_with_a_strategy_of_ones_own_is_reported_as_it_is_typed(
+    words, expected, half
+):
     found = problems("strategy=custom", half, *words, TRUSTED)
-    assert len(found) == len(told)
-    assert all(map(str.startswith, found, told)), found
+    assert len(found) == len(expected)
+    assert all(map(str.startswith, found, expected)), found
 
 
 @pytest.mark.parametrize("text", ["2024_10", "1e5", "true", "null", "0x10", "${seed}"])

@@ -74,7 +74,7 @@ def test_an_error_shows_the_value_as_typed_and_what_is_allowed(typed, message):
             "update.block=64: has no effect with update=topk; add update=int8 or update=int4 or",
         ),
         (["trusted_packages=['']"], "trusted_packages=['']: must be names of packages, such as"),
-        (["tokens=100000", "rounds=5"], "rounds=5: tokens=100000 decides where the run ends"),
+        (["tokens=100000", "rounds=5"], "rounds=5: has no effect with tokens=100000; add tokens=0"),
     ],
 )
 def test_one_mistake_is_reported_once(typed, only):

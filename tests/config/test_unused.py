@@ -32,7 +32,7 @@ WITHOUT = {
 
 
 @pytest.mark.parametrize("typed", UNUSED)
-def test_an_option_without_effect_is_told_and_the_remedy_helps(typed):
+def test_an_option_without_effect_is_reported_and_the_remedy_helps(typed):
     without = [WITHOUT[group] for group in WITHOUT if typed.startswith(f"{group}.")]
     [problem] = problems(typed, *without)
     assert problem.startswith(f"{typed}: has no effect with ") and "or leave it out" in problem
@@ -50,7 +50,7 @@ def test_a_sweep_is_checked_for_options_without_effect_in_all_of_its_jobs():
     compose.check_sweep(["partition=iid,dirichlet", "partition.alpha=0.1,0.2"])
 
 
-def test_a_word_that_a_later_one_replaces_is_told(capsys):
+def test_a_word_that_a_later_one_replaces_is_reported(capsys):
     assert compose.load(["rounds=5", "seed=1", "rounds=6"]).rounds == 6
     assert capsys.readouterr().err == (
         "fedgpt: rounds=5 is replaced by rounds=6, which is typed later\n"

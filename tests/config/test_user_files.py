@@ -81,7 +81,7 @@ def test_a_damaged_file_is_named_with_what_is_wrong_in_it(content, part, write):
         ("defaults: [no_such]\n", "In 'model/mine': Could not load 'model/no_such'."),
     ],
 )
-def test_a_value_that_hydra_refuses_is_told_with_its_reason(content, problem, write):
+def test_a_value_that_hydra_refuses_is_reported_with_its_reason(content, problem, write):
     [text] = found(["model=mine"], write("model/mine", content))
     assert problem in text and "model/mine" in text
 
@@ -164,6 +164,6 @@ def test_any_file_is_read_or_named(tmp_path_factory, content):
         ("hydra.sweeper.x=1", "Could not override 'hydra.sweeper.x': hydra.sweeper.x: Key 'x' not"),
     ],
 )
-def test_a_plug_in_of_hydra_that_is_missing_is_told_with_what_to_install(typed, message):
+def test_a_plug_in_of_hydra_that_is_missing_is_reported_with_what_to_install(typed, message):
     [problem] = found([typed], "conf")
     assert problem.startswith(message)

@@ -14,7 +14,7 @@ from fedgpt.core.errors import ConfigError
 LONG = 30.0  # seconds; limits a wait
 
 
-def test_a_block_that_takes_long_is_told_once(monkeypatch, capsys):
+def test_a_block_that_takes_long_is_reported_once(monkeypatch, capsys):
     monkeypatch.setattr(notices, "PATIENCE", 0.01)
     with notices.saying("counting sand"):
         [timer] = [t for t in threading.enumerate() if isinstance(t, threading.Timer)]
@@ -22,7 +22,7 @@ def test_a_block_that_takes_long_is_told_once(monkeypatch, capsys):
     assert capsys.readouterr() == ("", "fedgpt: counting sand ...\n")
 
 
-def test_a_short_block_and_one_that_fails_are_not_told(capsys):
+def test_a_short_block_and_one_that_fails_are_not_reported(capsys):
     with notices.saying("nothing"):
         pass
     with pytest.raises(ZeroDivisionError), notices.saying("failing"):
@@ -32,7 +32,7 @@ def test_a_short_block_and_one_that_fails_are_not_told(capsys):
 
 
 @pytest.mark.parametrize(
-    "command, more, told",
+    "command, more, printed",
     [
         (["data"], [], ["reading the text"]),
         (
@@ -52,13 +52,13 @@ def test_a_short_block_and_one_that_fails_are_not_told(capsys):
     ],
     ids=["data", "privacy plan", "audit"],
 )
-def test_commands_say_what_they_are_doing(command, more, told, tmp_path, monkeypatch, capsys):
+def test_commands_say_what_they_are_doing(command, more, printed, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(notices, "PATIENCE", 0.0)
     name, *words = command
     COMMANDS[name].module.main([*words, *tiny_run(tmp_path), *more])
     out, err = capsys.readouterr()
     assert "fedgpt: " not in out and out.strip()
-    for line in told:
+    for line in printed:
         assert f"fedgpt: {line}" in err
 
 

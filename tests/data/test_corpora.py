@@ -132,7 +132,7 @@ def test_line_ends_and_byte_order_mark_are_normalised(tmp_path):
     assert load(files(tmp_path))[0].text == "one\ntwo\n"
 
 
-def test_text_in_another_encoding_is_an_error_and_other_files_are_told(tmp_path):
+def test_text_in_another_encoding_is_an_error_and_other_files_are_reported(tmp_path):
     write(tmp_path, "good.txt", CHINESE)
     write(tmp_path, "picture.png", b"\x89PNG\x00\xff")
     write(tmp_path, "records.jsonl", '{"text": "name me directly"}')

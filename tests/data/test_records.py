@@ -1,4 +1,4 @@
-"""Records: every format gives the same texts, and what has no text is counted, told and bounded."""
+"""Records: every format gives the same texts, and records without a text are counted."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_a_file_or_folder_owns_its_records(tmp_path):
     assert notes(files(tmp_path)) == []
 
 
-def test_a_field_named_file_is_the_owner_and_that_is_told(tmp_path):
+def test_a_field_named_file_is_the_owner_and_that_is_reported(tmp_path):
     rows = [{"file": row["who"], "text": row["text"]} for row in POSTS]
     path = write(tmp_path, "posts.jsonl", jsonl(rows))
     assert {d.client for d in load(files(path))} == {"ann", "bob"}
@@ -176,7 +176,7 @@ def test_a_field_named_file_is_the_owner_and_that_is_told(tmp_path):
     ]
 
 
-def test_texts_beside_records_are_told(tmp_path):
+def test_texts_beside_records_are_reported(tmp_path):
     write(tmp_path, "README.md", "about the records")
     write(tmp_path, "posts.jsonl", jsonl(POSTS))
     assert {d.client for d in load(files(tmp_path, client="who"))} == {"ann", "bob"}
@@ -244,7 +244,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("line", "problem"), BAD)
-def test_a_bad_record_is_refused_with_its_line_or_left_out_and_told(tmp_path, line, problem):
+def test_a_bad_record_is_refused_with_its_line_or_left_out_and_reported(tmp_path, line, problem):
     good = jsonl(POSTS).decode()
     path = write(tmp_path, "posts.jsonl", f"{good}\n\n{line}\n{good}\n")
     with pytest.raises(ConfigError) as caught:
@@ -259,7 +259,7 @@ def test_a_bad_record_is_refused_with_its_line_or_left_out_and_told(tmp_path, li
     assert "left out 1 of 7 records that cannot be used (corpus.bad_records=skip): line 5" in note
 
 
-def test_blank_texts_are_left_out_counted_and_told(tmp_path):
+def test_blank_texts_are_left_out_counted_and_reported(tmp_path):
     rows = [*POSTS, {"who": "ann", "text": " \n"}, {"who": "bob", "text": ""}]
     path = write(tmp_path, "posts.jsonl", jsonl(rows))
     assert len(load(files(path, client="who"))) == 3
@@ -267,7 +267,7 @@ def test_blank_texts_are_left_out_counted_and_told(tmp_path):
     assert note.endswith("left out 2 of 5 records whose text is blank: line 4, line 5")
 
 
-def test_all_bad_records_are_told_at_once_and_no_more_than_three_in_full(tmp_path):
+def test_all_bad_records_are_reported_at_once_and_no_more_than_three_in_full(tmp_path):
     rows = [*POSTS, *[{"who": "ann", "text": None}] * 2, *POSTS, *[{"who": "ann"}] * 2]
     path = write(tmp_path, "posts.jsonl", jsonl(rows))
     with pytest.raises(ConfigError) as caught:
@@ -288,13 +288,13 @@ def test_not_more_records_are_left_out_than_are_used(tmp_path):
         assert "or leave them out" not in message  # which would not help
 
 
-def test_wrong_options_are_told_after_the_first_hundred_records(tmp_path):
+def test_wrong_options_are_reported_after_the_first_hundred_records(tmp_path):
     path = write(tmp_path, "posts.jsonl", jsonl([POSTS[0]] * 1000) + b"\nnot read")
     with pytest.raises(ConfigError, match=r"the first 100 records cannot be used.*did you mean"):
         load(files(path, text_field="texts"))
 
 
-def test_half_a_surrogate_pair_is_told(tmp_path):
+def test_half_a_surrogate_pair_is_reported(tmp_path):
     path = write(tmp_path, "posts.jsonl", '{"who": "x", "text": "cut \\ud83d"}\n')
     assert [d.text for d in load(files(path, client="who"))] == ["cut �"]
     [note] = notes(files(path, client="who"))
@@ -402,7 +402,10 @@ def test_a_long_file_is_never_in_memory_as_a_whole(tmp_path, monkeypatch):
             alive -= 1
 
     chunks = reading.text_chunks
-    counted = lambda path: map(Counted, chunks(path))  # noqa: E731
+
+    def counted(path):
+        return map(Counted, chunks(path))
+
     monkeypatch.setattr("fedgpt.data.corpora.files.text_chunks", counted)
     monkeypatch.setattr(records, "text_chunks", counted)
     monkeypatch.setattr(reading, "CHUNK", 1000)

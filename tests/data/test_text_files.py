@@ -1,8 +1,9 @@
-"""corpus=files: which files are read, who owns their text, and what is told of the others."""
+"""corpus=files: which files are read, who owns their text, and which are left out by name."""
 
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -59,15 +60,15 @@ def test_a_link_to_a_text_elsewhere_is_a_client(tmp_path):
     assert owners(corpus) == {"ann", "bob"} and notes(files(corpus)) == []
 
 
-def test_links_to_nothing_and_pipes_are_told_and_never_opened(tmp_path):
+def test_links_to_nothing_and_pipes_are_reported_and_never_opened(tmp_path):
     write(tmp_path, "a.txt", "text")
     (tmp_path / "gone.txt").symlink_to("nowhere")
     (tmp_path / "self.txt").symlink_to("self.txt")
     os.mkfifo(tmp_path / "pipe.txt")
     assert owners(tmp_path) == {"a"}
-    told = "\n".join(notes(files(tmp_path)))
-    assert "left out 2 files: gone.txt, self.txt (leads to nothing)" in told
-    assert "left out 1 file: pipe.txt (a pipe, socket or device)" in told
+    printed = "\n".join(notes(files(tmp_path)))
+    assert "left out 2 files: gone.txt, self.txt (leads to nothing)" in printed
+    assert "left out 1 file: pipe.txt (a pipe, socket or device)" in printed
     with pytest.raises(ConfigError, match=r"pipe\.txt: is neither a folder nor a file"):
         load(files(tmp_path / "pipe.txt"))
 
@@ -166,8 +167,8 @@ def test_the_remedy_for_another_encoding_makes_a_text_that_is_read(tmp_path, nam
         load(files(tmp_path))
     message = str(caught.value)
     assert f"corpus.path={tmp_path}: {name} {problem}" in message
-    command = message.split("`")[1].replace("ITS_ENCODING", "LATIN1")
-    converted = subprocess.run(command, shell=True, input=data, capture_output=True, check=True)
+    command = shlex.split(message.split("`")[1].replace("ITS_ENCODING", "LATIN1"))
+    converted = subprocess.run(command, input=data, capture_output=True, check=True)
     write(tmp_path, name, converted.stdout)
     assert load(files(tmp_path))[0].text in ("naïve", "nai", "words and words")
 
@@ -203,7 +204,7 @@ def folder_of_root() -> Iterator[Path]:
 @pytest.mark.parametrize(
     "locked", ["locked.txt", "locked.jsonl", "locked.py", "locked.txt.gz", "the folder sub"]
 )
-def test_another_user_is_told_which_file_or_folder_cannot_be_read(locked):
+def test_the_file_or_folder_that_another_user_cannot_read_is_named(locked):
     name = locked.split()[-1]
     with folder_of_root() as folder:
         if not name.endswith("jsonl"):

@@ -104,7 +104,7 @@ def test_a_file_that_was_cut_off_is_refused(folder):
     refused(folder, f"{WEIGHTS} is damaged")
 
 
-def test_a_git_lfs_pointer_in_place_of_the_config_or_the_index_is_told(sharded):
+def test_a_git_lfs_pointer_in_place_of_the_config_or_the_index_is_reported(sharded):
     (sharded / INDEX).write_text(POINTER)
     refused(sharded, "index.json is a Git LFS pointer")
     (sharded / "config.json").write_text(POINTER)
@@ -261,7 +261,7 @@ def test_weights_beyond_float32_are_refused_with_the_tensor_s_name(folder):
         ("base_model.model.{}", "base_model.model."),
     ],
 )
-def test_names_with_the_prefix_of_a_wrapper_are_told_with_what_to_do(folder, theirs, extra):
+def test_names_with_the_prefix_of_a_wrapper_are_reported_with_what_to_do(folder, theirs, extra):
     expected = flatten(import_model(folder))[1]
 
     def rename(weights):
@@ -275,11 +275,12 @@ def test_names_with_the_prefix_of_a_wrapper_are_told_with_what_to_do(folder, the
         import_model(folder)
     # the remedy in the message, as it is written there
     (remedy,) = re.findall(r"save_file\(.*?'pt'\}\)", str(caught.value))
-    exec(remedy, {"save_file": save_file, "load_file": load_file, "f": folder / WEIGHTS})
+    script = "import sys\nfrom safetensors.torch import load_file, save_file\nf = sys.argv[1]\n"
+    subprocess.run([sys.executable, "-c", script + remedy, folder / WEIGHTS], check=True)
     assert torch.equal(flatten(import_model(folder))[1], expected)
 
 
-def test_a_part_that_a_wrapper_added_in_the_middle_is_told(folder):
+def test_a_part_that_a_wrapper_added_in_the_middle_is_reported(folder):
     def rename(weights):
         for name in list(weights):
             if ".h.1." in name:

@@ -284,21 +284,23 @@ def test_numbers_at_the_ends_of_their_ranges_have_a_plan_within_the_budget(chose
     assert found.budget is None or found.epsilon <= found.budget * (1 + 1e-9)
 
 
-def test_a_delta_that_promises_next_to_nothing_is_told_with_a_remedy():
-    def told(shards: list[int], *chosen: str) -> dict[str, str]:
+def test_a_delta_that_promises_next_to_nothing_is_reported_with_a_remedy():
+    def statement_of(shards: list[int], *chosen: str) -> dict[str, str]:
         o = compose.load(chosen)
         return dict(rows(statement(o, make_plan(o, shards), len(shards))))
 
     for few, unit in ((CLIENT, "clients"), (COINS, "clients"), (["privacy=local"], "clients")):
-        text = told([2000] * 4, *few, "privacy.noise_multiplier=1", "privacy.target_epsilon=null")
+        text = statement_of(
+            [2000] * 4, *few, "privacy.noise_multiplier=1", "privacy.target_epsilon=null"
+        )
         assert "delta is 0.22" in text["WEAK"] and f"take many more {unit}" in text["WEAK"]
-    blocks = told([70], "privacy=example", "rounds=2")
+    blocks = statement_of([70], "privacy=example", "rounds=2")
     assert "delta is 0.47" in blocks["WEAK"] and "blocks of text" in blocks["WEAK"]
     assert "set privacy.delta=0.001 or less" in blocks["WEAK"]
     for remedy in (
-        told([2000] * 4, *CLIENT, "privacy.delta=0.001"),
-        told([2000] * 66, *CLIENT),
-        told([2000] * 66, "privacy=example", "rounds=2"),
+        statement_of([2000] * 4, *CLIENT, "privacy.delta=0.001"),
+        statement_of([2000] * 66, *CLIENT),
+        statement_of([2000] * 66, "privacy=example", "rounds=2"),
     ):
         assert "WEAK" not in remedy or "delta is 0.02" in remedy["WEAK"]
 

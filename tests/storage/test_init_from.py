@@ -103,7 +103,7 @@ def test_a_folder_without_a_tokenizer_is_taken_for_bytes_only(tmp_path):
     assert "its vocab_size is 301, this run's tokenizer has 257 tokens" in found
 
 
-def test_a_vocabulary_that_is_larger_than_the_tokenizer_is_told(tmp_path):
+def test_a_vocabulary_that_is_larger_than_the_tokenizer_is_reported(tmp_path):
     o = exported(tmp_path, OURS, vocab_size=320)
     assert "its vocab_size is 320, this run's tokenizer has 301 tokens" in problem(o)
 
@@ -224,7 +224,7 @@ def test_a_damaged_tokenizer_is_refused_by_name(tmp_path, file, damage):
     assert "\n" not in found
 
 
-def test_a_run_that_has_not_finished_is_told(tmp_path):
+def test_a_run_that_has_not_finished_is_reported(tmp_path):
     (tmp_path / "config.yaml").touch()
     with pytest.raises(ConfigError, match="has not finished, so it has no model/ yet; name"):
         read_start(str(tmp_path))

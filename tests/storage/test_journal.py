@@ -408,7 +408,7 @@ def test_jobs_leave_after_the_log_with_them_is_on_the_disk(tmp_path, monkeypatch
 
     monkeypatch.setattr(os, "fsync", noted)
     inner = Watched(tmp_path, synced)
-    transport = RecordedTransport(inner, Journal(tmp_path), 0, 0.0)  # type: ignore[arg-type]
+    transport = RecordedTransport(inner, Journal(tmp_path), 0, 0.0)
     transport.clients(1.0)
     job = Job("a", 0, 0, np.zeros(3, np.float32), Plan("run", 1, 0, 1, 1))
     transport.send([])  # the jobs in flight at the snapshot: none

@@ -119,9 +119,9 @@ def test_without_permission_it_is_refused_by_name(tmp_path):
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
-    told = done.stdout
-    assert told.count("cannot be written (Permission denied)") == 2, told
-    assert told.count("cannot be read (Permission denied)") == 2, told
+    printed = done.stdout
+    assert printed.count("cannot be written (Permission denied)") == 2, printed
+    assert printed.count("cannot be read (Permission denied)") == 2, printed
 
 
 def test_files_have_the_users_umask_and_private_ones_are_for_their_owner_only(tmp_path):

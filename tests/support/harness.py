@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -98,20 +99,20 @@ def distance(version: int, params: np.ndarray, sample: bool) -> dict[str, float]
     return {"loss": value, "perplexity": 1.0, "bits_per_byte": value}
 
 
-def start_server(
-    o: RunOptions,
-    connect: Callable[[Snapshot], Transport],
-    strategy: Strategy | None = None,
-    evaluator: Evaluator = distance,
-    plan: PrivacyPlan | None = None,
-    root: RootTrainer | None = None,
-    outcomes: list[Outcome] | None = None,
-    observers: Sequence[Observer] = (),
-) -> Outcome:
-    """One start of the server, from version 0 or from what its folder has.
+@dataclass(frozen=True)
+class Given:
+    """The parts of a server that a test may choose."""
 
-    The outcome is added to `outcomes` also where the server raises.
-    """
+    strategy: Strategy = field(default_factory=FedAvg)
+    evaluator: Evaluator = distance
+    plan: PrivacyPlan | None = None
+    root: RootTrainer | None = None
+    observers: Sequence[Observer] = ()
+    outcomes: list[Outcome] = field(default_factory=list)  # gets the outcome, also of a failure
+
+
+def start_server(o: RunOptions, connect: Callable[[Snapshot], Transport], given: Given) -> Outcome:
+    """One start of the server, from version 0 or from what its folder has."""
     folder = RunFolder(o.run_dir)
 
     def start() -> Snapshot:
@@ -121,10 +122,12 @@ def start_server(
     snapshot = open_or_resume(folder, o, start)
     transport = connect(snapshot)
     fresh = snapshot.state.version == 0
-    privacy = make_privacy(o, plan, folder.path, "data", fresh)
-    parts = Parts(o, strategy or FedAvg(), transport, evaluator, folder, privacy=privacy, root=root)
+    privacy = make_privacy(o, given.plan, folder.path, "data", fresh)
+    parts = Parts(
+        o, given.strategy, transport, given.evaluator, folder, privacy=privacy, root=given.root
+    )
     events: list[Event] = []
-    server = Server(parts, snapshot, [events.append, *observers])
+    server = Server(parts, snapshot, [events.append, *given.observers])
     del snapshot  # so that only the server decides how long its initial vector is kept
     summary: dict[str, Any] = {}
     try:
@@ -133,8 +136,7 @@ def start_server(
         inner = getattr(transport, "inner", transport)
         outcome = Outcome(server, inner, events, folder)
         outcome.summary = summary
-        if outcomes is not None:
-            outcomes.append(outcome)
+        given.outcomes.append(outcome)
         folder.close()
     return outcome
 
@@ -148,7 +150,7 @@ def run(
     kind: type[ScriptTransport] = ScriptTransport,
     **more: Any,
 ) -> Outcome:
-    """`start_server` over a script; `loss`: what each version scores."""
+    """`start_server` over a script; `loss`: what each version scores; `more`: see Given."""
 
     def scores(version: int, params: np.ndarray, sample: bool) -> dict[str, float]:
         assert loss is not None
@@ -164,7 +166,7 @@ def run(
         return RecordedTransport(script, log, snapshot.state.version, now)
 
     evaluator = distance if loss is None else scores
-    return start_server(o, connect, strategy, evaluator, **more)
+    return start_server(o, connect, Given(strategy or FedAvg(), evaluator, **more))
 
 
 class LatePool:
@@ -248,4 +250,4 @@ def run_virtual(
         clients = pool(behaviours, shuffle)
         return VirtualTransport(clients, make_timing(o), snapshot.totals.seconds)
 
-    return start_server(o, connect, strategy)
+    return start_server(o, connect, Given(strategy))

@@ -139,7 +139,7 @@ def lists_of(kind: str, package: Path = PACKAGE) -> list[str]:
 def touched(kind: str, package: Path = PACKAGE) -> str:
     """How many files a new member of a family touches: its own, and at most how many others.
 
-    With few members, a file that lists them cannot be told from one that uses them.
+    With few members, a file that lists them cannot be distinguished from one that uses them.
     """
     known = members(kind, package)
     if not known:

@@ -1,4 +1,4 @@
-"""Damaged files in a run's folder: an error that names the file, or a recovery that is told."""
+"""Damaged files in a run's folder: an error that names the file, or a recovery with a warning."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_reader_of_a_damaged_folder_gets_an_error_or_what_was_there(
         # a digest without its line end is the same digest
         same = (copy / file).exists() and (copy / file).read_bytes().strip() == original.strip()
         if file.endswith((".safetensors", ".sha256")) and not same:
-            assert Path(file).stem in caplog.text, "an older checkpoint is used, which is told"
+            assert Path(file).stem in caplog.text, "a warning says that an older checkpoint is used"
     assert {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()} == before
 
 

@@ -40,12 +40,12 @@ def test_a_longer_run_has_the_bits_of_a_run_that_was_started_with_that_length(
     assert getattr(compose.of_run(run), length) == 4 * each
 
 
-def test_a_schedule_that_follows_the_length_is_told(words, tmp_path, capsys):
+def test_a_schedule_that_follows_the_length_is_reported(words, tmp_path, capsys):
     run_here(*words, "rounds=1", f"run_dir={tmp_path / 'a'}")
     capsys.readouterr()
     assert fedgpt.run(f"resume={tmp_path / 'a'}", "rounds=2").summary["versions"] == 2
-    told = capsys.readouterr().out
-    assert "the run goes on to rounds=2 instead of 1. Its learning rate is from here on" in told
+    printed = capsys.readouterr().out
+    assert "the run goes on to rounds=2 instead of 1. Its learning rate is from here on" in printed
 
 
 @pytest.mark.parametrize("point", ["open:1", "checkpoint.renamed:1"])

@@ -110,7 +110,7 @@ def test_a_resume_with_another_tokenizer_of_the_same_text_is_refused(stopped):
     with pytest.raises(FedGPTError, match=r"tokenizer=bpe makes another tokenizer of corpus.path="):
         fedgpt.run(f"resume={stopped}")
     with pytest.raises(FedGPTError, match="is not the one that the run began with"):
-        fedgpt.open_run(stopped).tokenizer  # noqa: B018
+        _ = fedgpt.open_run(stopped).tokenizer
 
 
 def test_other_versions_are_a_warning_that_names_them(stopped, caplog):
@@ -139,7 +139,7 @@ def test_the_digest_of_the_clients_text_is_in_no_file_that_is_published(stopped)
             assert digest.encode() not in (stopped / name).read_bytes(), name
 
 
-def test_a_damaged_tokenizer_in_the_folder_is_told_and_made_again(stopped, caplog):
+def test_a_damaged_tokenizer_in_the_folder_is_reported_and_made_again(stopped, caplog):
     digest = fedgpt.open_run(stopped).tokenizer.digest
     (stopped / "tokenizer" / "tokenizer.json").write_text("{}")
     with caplog.at_level(logging.WARNING):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fedgpt.core.options.option import Group, at_least, option
@@ -47,3 +48,9 @@ class EvaluateOptions(Group):
         " than this share. null means no rollback.",
         allowed=at_least(0, "(a share of the best score)"),
     )
+
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        """Without samples nothing is generated."""
+        if self.samples == 0:
+            for name in ("prompt", "sample_tokens"):
+                yield name, "evaluate.samples=0; add evaluate.samples=2"

@@ -27,8 +27,8 @@ from typing import Any, ClassVar
 
 from fedgpt.core.errors import nearest
 
-# Numbers beyond these ends work nowhere: they overflow, or nobody lives to see the end. A number
-# other than 0 is not smaller than the second, as the smallest ones become 0 in float32.
+# The largest number of any option, because larger ones overflow or describe a run without end; and
+# the smallest number beside 0, because products of smaller ones can become 0 in float32.
 LARGEST, SMALLEST = 10**12, 1e-12
 LONGEST = 1e9  # seconds, about 30 years; Python waits no longer than 9e9
 
@@ -225,6 +225,12 @@ class Group:
 
     def rules(self) -> Iterator[str]:
         """Problems of combinations of values; a group overrides it."""
+        yield from ()
+
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        """(field, reason) for each field without effect beside another value of the group; a group
+        overrides it. The reason names that value and what to add.
+        """
         yield from ()
 
 

@@ -110,6 +110,14 @@ class PrivacyOptions(Group):
         allowed=one_of("secure", "seeded"),
     )
 
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        """Without a unit there is no noise. Values of older runs are accepted, so these fields have
+        no `only_with`.
+        """
+        if self.unit == "none":
+            for name in ("clip", "participations", "rng"):
+                yield name, "privacy=none; choose privacy=example, client or local"
+
     def rules(self) -> Iterator[str]:
         """Report each value that has an effect only with another unit."""
         if self.unit not in ("none", *PRIVATE):

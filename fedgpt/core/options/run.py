@@ -123,6 +123,11 @@ class RunOptions(Group):
         built_in="fedgpt.report.trackers",
     )
 
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        """A number of tokens decides where the run ends."""
+        if self.tokens:
+            yield "rounds", f"tokens={self.tokens}; add tokens=0"
+
     def rules(self) -> Iterator[str]:
         """Contradictions between groups that need no component to find them."""
         if self.corpus.public == 0 and self.tokenizer.name == "bpe":

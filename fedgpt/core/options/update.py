@@ -55,3 +55,9 @@ class UpdateOptions(Group):
                 "update.error_feedback=true: update.compress=none leaves nothing out; choose a"
                 " codec, or leave update.error_feedback out"
             )
+
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        """Without error feedback no residual decays."""
+        if not self.error_feedback:
+            remedy = "add update.error_feedback=true and a codec, such as update=int8"
+            yield "decay", f"update.error_feedback=false; {remedy}"

@@ -43,3 +43,8 @@ class ValidateOptions(Group):
                 f"validate.clip={self.clip}: above validate.norm={self.norm}, where updates are"
                 " rejected, it clips none; lower it"
             )
+
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        """Without strikes there is no quarantine."""
+        if self.strikes == 0:
+            yield "rest", "validate.strikes=0; add validate.strikes=3"
