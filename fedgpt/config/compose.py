@@ -13,10 +13,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
-from yaml import YAMLError
 
 from fedgpt.aggregate.base import Strategy
 from fedgpt.config import checks, overrides
@@ -176,7 +176,23 @@ def _why(cfg: DictConfig, error: OmegaConfBaseException) -> str:
 
 def to_yaml(options: RunOptions) -> str:
     """The resolved options as YAML, for config.yaml and for messages to clients."""
-    return OmegaConf.to_yaml(OmegaConf.create(_without_references(asdict(options))))
+    values = _without_references(asdict(options))
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes values so that OmegaConf reads the same ones.
+
+    PyYAML's own quotes lose a line break that is not a newline, and 1e5 is no number to it.
+    """
+
+
+def _write_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    needs_quotes = text[:1] in "+-.0123456789" or any(one in text for one in "\x85\u2028\u2029")
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, '"' if needs_quotes else None)
+
+
+_Dumper.add_representer(str, _write_text)
 
 
 def _without_references(value: Any) -> Any:
@@ -213,7 +229,11 @@ def from_yaml(text: str, reading: bool = False) -> RunOptions:
 def _mapping(text: str) -> DictConfig:
     try:
         cfg = OmegaConf.create(text)
-    except (OmegaConfBaseException, YAMLError, AssertionError) as error:  # a number: AssertionError
+    except (
+        OmegaConfBaseException,
+        yaml.YAMLError,
+        AssertionError,
+    ) as error:  # a number: AssertionError
         raise ConfigError(f"configuration: is not YAML ({overrides.first_line(error)})") from error
     if not isinstance(cfg, DictConfig) or not cfg:
         raise ConfigError("configuration: is not a YAML mapping of options to values")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,19 @@ LOOKS_LIKE_SOMETHING_ELSE = [
     *("2024_10", "1_000", "1e5", "1e-3", "1.50", "007", "0x10", "+1", "inf", "true", "off"),
     *("a ", " a", "~", "2024-10-05", "12:30", "[a]", "{a: 1}", "a,b", "a: b", "# a", "- a", "*a"),
     *("NULL", "None", "a\\", 'a\\"', "it's", '"', "$", "a=b", "!!int 3", "choice(1,2)", "%", "@a"),
+    *(
+        "a\u2028b",
+        "\x85",
+        "\u2029 ",
+        "\x0b",
+        "\x1c",
+        "\ufeffa",
+        "\x7f",
+        "tab\t",
+        "\r",
+        "a\nb",
+        "1\x85",
+    ),
 ]
 characters = st.characters(codec="utf-8", exclude_characters="\0")
 texts = st.one_of(st.sampled_from(LOOKS_LIKE_SOMETHING_ELSE), st.text(characters, max_size=15))
@@ -40,6 +54,14 @@ def test_a_text_that_looks_like_something_else_is_used_as_it_is_typed(text):
     options = compose.load([f"name={text}", f"run_dir={text}", f"evaluate.prompt={text}"])
     assert options.name == text and Path(options.run_dir) == Path(text).expanduser().resolve()
     assert options.evaluate.prompt == (None if text == "null" else text)
+
+
+@pytest.mark.parametrize("text", LOOKS_LIKE_SOMETHING_ELSE)
+def test_a_text_that_looks_like_something_else_is_read_back_from_config_yaml(text):
+    typed = compose.load([])
+    typed.name = typed.evaluate.prompt = typed.corpus.text_field = typed.run_dir = text
+    read = OmegaConf.create(compose.to_yaml(typed))
+    assert OmegaConf.to_container(read, resolve=True) == asdict(typed)
 
 
 @settings(max_examples=10, deadline=None)
