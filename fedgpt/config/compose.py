@@ -55,7 +55,7 @@ def load(
     """
     _say_what_is_replaced(words)
     texts = [quoted(word) for word in words]
-    problems, good = overrides.check_words(texts, config_dir)
+    problems, good, cfg = overrides.check_words(texts, config_dir)
     dropped = [text.partition("=")[0].lstrip("+~") for text in texts if text not in good]
     parsed = [OverridesParser.create().parse_override(text) for text in good]
     swept = [str(one.input_line) for one in parsed if one.is_sweep_override()]
@@ -68,7 +68,6 @@ def load(
     typed = {one.key_or_group: as_typed[str(one.input_line)] for one in parsed}
     options = None
     try:
-        cfg = overrides.compose_config([text for text in good if text not in swept], config_dir)
         options = to_options(cfg, True, trains)
         found = list(checks.unused_options(typed, options))
     except ConfigError as error:
@@ -91,7 +90,7 @@ def check_sweep(words: Sequence[str], config_dir: str | None = None) -> None:
     """
     _say_what_is_replaced(words)
     texts = [quoted(word, sweep=True) for word in words]
-    problems, good = overrides.check_words(texts, config_dir)
+    problems, good, _ = overrides.check_words(texts, config_dir)
     found: dict[str, list[str]] = {}  # problem -> jobs that have it
     unused: dict[str, list[str]] = {}  # word -> a problem for each job in which it has no effect
     as_typed = dict(zip(texts, words, strict=True))

@@ -5,7 +5,7 @@ once.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from functools import cache, partial
 from itertools import islice, product
@@ -42,6 +42,7 @@ def _opened(node: DictConfig) -> DictConfig:
     return node
 
 
+HYDRA = ("hydra.", "hydra/")  # options of Hydra itself begin so
 NUMBERS = (ValueError, OverflowError)  # of Python, for a number that it cannot convert
 # option that a choice of its group sets, such as update.compress -> its group
 SET_BY = {
@@ -57,8 +58,12 @@ SCHEMAS.store(
 )
 
 
-def check_words(overrides: Sequence[str], config_dir: str | None) -> tuple[list[str], list[str]]:
-    """Return (problems, overrides without a problem); each override is checked separately."""
+def check_words(
+    overrides: Sequence[str], config_dir: str | None
+) -> tuple[list[str], list[str], DictConfig]:
+    """Return (problems, overrides without a problem, their configuration without sweeps); each
+    override is checked separately.
+    """
     problems: list[str] = []
     good: list[str] = []
     parsed: list[Override] = []
@@ -85,16 +90,19 @@ def check_words(overrides: Sequence[str], config_dir: str | None) -> tuple[list[
     # options are checked with the first choice of every group of a sweep; problems with the other
     # choices are found when their jobs are composed
     cfg = compose_config(
-        [text for line in good for text in _single_values(parser.parse_override(line), known)[:1]],
+        [text for line in good for text in _single_values(parser.parse_override(line), known)[:1]]
+        + [str(o.input_line) for o in parsed if o.key_or_group.startswith(HYDRA)],
         config_dir,
     )
     scratch = _open_copy(cfg)  # one for all values, as a copy takes long
+    values: list[Override] = []
     for override in [o for o in parsed if o.key_or_group not in known]:
         found = list(_value_problems(override, cfg, scratch))
         problems += found
         if not found:
             good.append(str(override.input_line))
-    return problems, good
+            values += [] if override.is_sweep_override() else [override]
+    return problems, good, with_values(cfg, values)
 
 
 def _group_problems(
@@ -121,7 +129,7 @@ _PLUS = "; an option that only the class of strategy=flower knows is typed with 
 def _value_problems(override: Override, cfg: DictConfig, scratch: DictConfig) -> Iterator[str]:
     """The problems of an override of `cfg`; the value is tried in its copy `scratch`."""
     key = override.key_or_group
-    if key.startswith(("hydra.", "hydra/")):
+    if key.startswith(HYDRA):
         return
     if override.is_delete():
         yield f"{override.input_line}: an option can be set, not deleted"
@@ -193,10 +201,12 @@ def _open_copy(cfg: DictConfig) -> DictConfig:
     return copy
 
 
-def _with_values(cfg: DictConfig, values: dict[str, Any]) -> DictConfig:
+def with_values(cfg: DictConfig, overrides: Iterable[Override]) -> DictConfig:
+    """The configuration with the values of overrides that choose no group."""
     changed = _open_copy(cfg)
-    for key, value in values.items():
-        OmegaConf.update(changed, key, value)
+    for override in overrides:
+        if not override.key_or_group.startswith(HYDRA):
+            OmegaConf.update(changed, override.key_or_group, override.value())
     return changed
 
 
@@ -219,16 +229,8 @@ def jobs_of_sweep(
 
     def compose_job(texts: tuple[str, ...]) -> DictConfig:
         chosen = [parser.parse_override(text) for text in texts]
-        values = {o.key_or_group: o.value() for o in chosen if o.key_or_group not in known}
         cfg = with_groups(tuple(str(o.input_line) for o in chosen if o.key_or_group in known))
-        return _with_values(
-            cfg,
-            {
-                key: value
-                for key, value in values.items()
-                if not key.startswith(("hydra.", "hydra/"))
-            },
-        )
+        return with_values(cfg, [o for o in chosen if o.key_or_group not in known])
 
     for texts in product(*axes):
         yield " ".join(texts), partial(compose_job, texts)
