@@ -183,7 +183,7 @@ def test_an_asynchronous_run_that_is_killed_loses_and_repeats_no_update(tmp_path
     assert summary(folder)["rejected"] == {}, "a worker that dies is no failure of its client"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_full_disk_is_a_clear_error_and_leaves_no_incomplete_checkpoint(tmp_path, env):
     """No file may exceed 60 kB: the metrics fit, a checkpoint does not.
 

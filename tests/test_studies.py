@@ -17,7 +17,7 @@ STUDIES = sorted(path.parent.name for path in SIMULATIONS.glob("*/run.py"))
 
 
 # studies whose smoke run takes more than a minute
-LONG = {"async_vs_sync", "strategies", "chaos", "privacy", "compression"}
+LONG = {"async_vs_sync", "auto", "chaos", "compression", "privacy", "scaling", "strategies"}
 
 
 def files(study: str) -> dict[str, bytes]:

@@ -238,6 +238,7 @@ def test_superlink_with_too_many_clients_is_refused_with_what_to_change(tmp_path
     assert "partition.clients=2" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.long
 def test_a_run_whose_supernodes_fail_says_why_it_stopped(tmp_path, env):
     """The reason and the exit code are passed through two processes."""
     command = [

@@ -102,6 +102,7 @@ def one_round(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(
     "runtime",
     [
