@@ -425,9 +425,8 @@ class Server:
 
     def _summary(self) -> dict[str, Any]:
         parts, identity = self.parts, self.saver.snapshot.identity
-        totals = replace(self.totals, wall_seconds=self.metrics.wall_seconds())
         lines, virtual = parts.folder.metrics.read(), self.transport.virtual
-        return summary(lines, self.state, totals, identity, parts.scoring, virtual)
+        return summary(lines, self.state, self.totals, identity, parts.scoring, virtual)
 
     # ---- helpers
 
