@@ -220,6 +220,8 @@ def test_too_small_made_clients_name_the_count_and_the_smallest(ten):
 
 # partition, window -> what the message advises, in its own words
 REFUSED: list[tuple[dict[str, Any], int, list[str]]] = [
+    ({"name": "natural", "clients": 3}, 450, ["lower model.block_size to 199"]),
+    ({"name": "natural", "clients": 3}, 250, ["use 2 or fewer", "lower model.block_size to 199"]),
     ({"name": "iid", "clients": 40}, 65, ["lower it to 15", "lower model.block_size to 24"]),
     ({"name": "iid", "clients": 10**6}, 65, ["lower it to 15"]),
     ({"name": "grouped", "clients": 4}, 300, ["lower it to 3", "lower model.block_size to 249"]),
