@@ -111,7 +111,8 @@ def serve(options: RunOptions, network: Network) -> dict[str, Any]:
 
 def _serve(setting: Setting, network: Network) -> dict[str, Any]:
     options, folder = setting.options, setting.folder
-    strategy, evaluation = _strategy(setting, network), _evaluation(setting)
+    with saying("preparing the evaluation"):
+        strategy, evaluation = _strategy(setting, network), _evaluation(setting)
     snapshot = _snapshot(setting)
     names, resumed_at = evaluation.scoring.names, snapshot.state.version
     trackers = make_trackers(options, folder.path, resumed_at, names)
@@ -131,9 +132,10 @@ def _serve(setting: Setting, network: Network) -> dict[str, Any]:
         server = Server(parts, snapshot, [display, *trackers])
         del snapshot  # so that the server can free the vectors in it
         summary = server.run()
-    model = build_model(options.model, setting.prepared.tokenizer.vocab_size, setting.base)
-    np.copyto(flatten(model)[1].numpy(), server.state.params)
-    write_results(folder, options, setting.prepared, model, summary, setting.statement)
+    with saying("writing the results"):
+        model = build_model(options.model, setting.prepared.tokenizer.vocab_size, setting.base)
+        np.copyto(flatten(model)[1].numpy(), server.state.params)
+        write_results(folder, options, setting.prepared, model, summary, setting.statement)
     display.say(summary_text(summary, folder.metrics.read(), folder.path))
     return summary
 

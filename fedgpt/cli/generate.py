@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from fedgpt.core.errors import ConfigError
+from fedgpt.core.notices import saying
 from fedgpt.core.options.option import short
 
 LARGEST_SEED = 2**63 - 1
@@ -29,15 +30,17 @@ def main(arguments: list[str]) -> int:
 
     from fedgpt.api import open_run
 
-    texts = open_run(chosen.run, chosen.best).generate(
-        chosen.prompt,
-        tokens=chosen.tokens,
-        samples=chosen.samples,
-        temperature=chosen.temperature,
-        top_k=chosen.top_k or None,
-        top_p=chosen.top_p,
-        seed=chosen.seed,
-    )
+    run = open_run(chosen.run, chosen.best)
+    with saying("reading the model and generating text"):
+        texts = run.generate(
+            chosen.prompt,
+            tokens=chosen.tokens,
+            samples=chosen.samples,
+            temperature=chosen.temperature,
+            top_k=chosen.top_k or None,
+            top_p=chosen.top_p,
+            seed=chosen.seed,
+        )
     for number, text in enumerate(texts):
         if number:
             print("-" * 40)

@@ -7,7 +7,7 @@ No text is copied, and the same options and seed give the same shards in every p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,9 @@ import numpy as np
 from fedgpt.core.errors import ConfigError, amount
 from fedgpt.core.members import Members
 from fedgpt.core.options import PartitionOptions
+from fedgpt.core.options.option import typed
 from fedgpt.core.targets import CUSTOM, calling
-from fedgpt.data.partitions.base import Documents, Partition, Shard, merged
+from fedgpt.data.partitions.base import ADD_TEXT, Documents, MadeClients, Partition, Shard, merged
 from fedgpt.data.prepare import CLIENTS, Prepared
 
 PARTITIONS = Members("partition", "partition.name", Partition)
@@ -44,15 +45,25 @@ def partition(
     """
     if problems := [*options.problems(), *PARTITIONS.problems(options, trusted)]:
         raise ConfigError(problems)
-    documents = _documents(prepared, max(options.min_tokens, window))
+    documents = _documents(prepared, window, options.min_tokens)
     dealer = partition_of(options, trusted)
+    if isinstance(dealer, MadeClients):
+        _check_number(dealer.clients, documents)
     with calling("partition", dealer, "deal"):
         dealt: Any = dealer.deal(documents, seed)
         dealt = list(dealt) if isinstance(dealt, Iterable) else dealt
     _check_kind(dealt, options)
     shards = sorted(dealt, key=lambda shard: shard.client)
     _check_tokens(shards, documents, options)
-    _check_sizes(shards, documents.minimum, options, dealer.remedies)
+    if small := [shard for shard in shards if shard.size < documents.minimum]:
+        least = min(small, key=lambda shard: shard.size)
+        helps = _helping(dealer, documents, seed)
+        remedies = [dealer.remedy, *helps, documents.lower_minimum(least.size)]
+        raise ConfigError(
+            f"{_label(options)}: {len(small)} of {amount(len(shards), 'client')}"
+            f" {'has' if len(shards) == 1 else 'have'} fewer than {documents.minimum} tokens (the"
+            f" smallest, {least.client}, has {least.size}); {', or '.join(filter(None, remedies))}"
+        )
     return shards
 
 
@@ -63,14 +74,16 @@ def natural_owners(prepared: Prepared) -> int:
     return len({prepared.clients[d] for d in np.flatnonzero(prepared.part == CLIENTS)})
 
 
-def _documents(prepared: Prepared, minimum: int) -> Documents:
+def _documents(prepared: Prepared, window: int, asked: int) -> Documents:
     """Return the documents of the clients' part."""
     chosen = np.flatnonzero(prepared.part == CLIENTS)
     return Documents(
         clients=[prepared.clients[d] for d in chosen],
         labels=[prepared.labels[d] for d in chosen],
         spans=np.stack([prepared.starts[chosen], prepared.starts[chosen + 1]], axis=1),
-        minimum=minimum,
+        minimum=max(window, asked),
+        window=window,
+        asked=asked,
     )
 
 
@@ -126,19 +139,27 @@ def _wrong_tokens(shards: Sequence[Shard], allowed: np.ndarray) -> str:
     return ""
 
 
-def _check_sizes(
-    shards: Sequence[Shard], minimum: int, options: PartitionOptions, remedies: Sequence[str]
-) -> None:
-    """Raise ConfigError if a client has too few tokens."""
-    small = [shard for shard in shards if shard.size < minimum]
-    if not small:
+def _check_number(clients: int, documents: Documents) -> None:
+    """Raise ConfigError if not even equal shares are large enough, before any client is made."""
+    size, minimum = documents.size, documents.minimum
+    if clients * minimum <= size:
         return
-    least = min(small, key=lambda shard: shard.size)
-    asked = options.min_tokens >= minimum
-    last = "lower partition.min_tokens" if asked else "lower model.block_size"
-    has = "has" if len(shards) == 1 else "have"
+    fewer = f"lower it to {size // minimum}" if size >= minimum else ""
+    remedies = [fewer, documents.lower_minimum(size // clients)]
     raise ConfigError(
-        f"{_label(options)}: {len(small)} of {amount(len(shards), 'client')} {has} fewer than"
-        f" {minimum} tokens (the smallest, {least.client}, has {least.size});"
-        f" {', or '.join([*remedies, last])}"
+        f"partition.clients={clients}: each needs {minimum} tokens, and the clients' part of the"
+        f" text has {size:,}; {', or '.join(filter(None, remedies)) or ADD_TEXT}"
     )
+
+
+def _helping(dealer: Partition, documents: Documents, seed: int) -> Iterator[str]:
+    """Yield a value of each option with which all clients have enough tokens, as it is typed."""
+    named = set()
+    for other in dealer.milder(documents):
+        before, after = vars(dealer), vars(other)
+        [name] = [name for name in after if after[name] != before[name]]
+        if name in named:
+            continue
+        if all(shard.size >= documents.minimum for shard in other.deal(documents, seed)):
+            named.add(name)
+            yield f"set partition.{name}={typed(after[name])}"

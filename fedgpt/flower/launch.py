@@ -17,6 +17,7 @@ from fedgpt.core.resources import Resources, resources_for
 from fedgpt.core.runtimes import runtime_of
 from fedgpt.data.shards import load_shards, say
 from fedgpt.flower.failure import FAILURE_FILE
+from fedgpt.privacy.plan import make_plan
 from fedgpt.storage.init_from import check_tokenizer
 from fedgpt.storage.resume import checked_content
 from fedgpt.storage.run_folder import RunFolder, made_folder
@@ -60,12 +61,15 @@ def _launch(options: RunOptions, more: Mapping[str, int]) -> None:
     # before any process is started
     check_tokenizer(options, prepared.tokenizer)
     checked_content(options, prepared, partial(changed_options, options=options))
-    if more:
-        _extend(options)
     runtime = runtime_of(options)
     # the number of natural clients was not known when the options were checked
     if problems := list(runtime.problems(options, clients)):
         raise ConfigError(problems)
+    if options.privacy.unit != "none":
+        with saying("computing the noise"):
+            make_plan(options, [shard.size for shard in shards])
+    if more:
+        _extend(options)
     with saying("loading PyTorch"):
         resources = resources_for(options, clients)
     runtime.start(options, clients, resources, client_environment(options, resources))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from fedgpt.core.errors import ConfigError
@@ -82,7 +82,7 @@ def make_plan(o: RunOptions, shards: Sequence[int]) -> PrivacyPlan:
         raise ConfigError(
             f"privacy.adaptive=true: with noise of {noise:.3g}, adapting the clip needs more than"
             f" {noise / 2 / AdaptiveClip().share:.0f} clients in a cohort, this run has"
-            f" {cohort:g}; raise pace.rate or pace.clients, or leave it out"
+            f" {cohort:g}; raise {_cohort_option(o)}, or leave it out"
         )
     planned = Event(noise, probability, count)
     budget = o.privacy.target_epsilon
@@ -90,10 +90,13 @@ def make_plan(o: RunOptions, shards: Sequence[int]) -> PrivacyPlan:
         unit, sampling, planned, delta, budget, protected, participations, cohort, scale
     )
     if unit != "client" and budget is not None and plan.epsilon > budget:
+        least = replace(planned, count=count // participations)
+        helps = epsilon_of((least,), delta) <= budget
+        length = "rounds" if o.privacy.participations is None else "privacy.participations"
         raise ConfigError(
             f"privacy.noise_multiplier={noise:g}: {count} releases would cost epsilon"
             f" {plan.epsilon:.3g}, above privacy.target_epsilon={budget:g}; leave the noise out, so"
-            " that it follows from the target, or lower rounds"
+            f" that it follows from the target{f', or lower {length}' if helps else ''}"
         )
     return plan
 
@@ -151,6 +154,13 @@ def _cohort(o: RunOptions, clients: int) -> float:
         return o.pace.rate * clients
     size = min(o.pace.clients or clients, clients)
     return float(min(o.pace.goal or size, size))
+
+
+def _cohort_option(o: RunOptions) -> str:
+    """The option that determines `_cohort`."""
+    if o.pace.name == "buffer":
+        return "pace.goal"
+    return "pace.clients" if o.pace.rate is None else "pace.rate"
 
 
 def _participations(o: RunOptions, clients: int, cohort: float) -> int:

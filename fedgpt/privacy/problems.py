@@ -73,10 +73,11 @@ def _local(o: RunOptions) -> Iterator[str]:
 def _client(o: RunOptions, rule: Rule) -> Iterator[str]:
     p = o.privacy
     if not rule.linear:
+        linear = "fedbuff" if o.pace.name == "buffer" else "fedavg, fedavgm, diloco"
         yield (
             f"strategy={rule.name}: privacy=client needs a plain sum of clipped updates, and this"
             " rule computes something else: the clip does not bound how far one client moves its"
-            " result; take fedavg, fedavgm, diloco, delta_sgd or fedbuff"
+            f" result; take {linear} or delta_sgd"
         )
     if rule.switches:
         yield (
@@ -86,8 +87,8 @@ def _client(o: RunOptions, rule: Rule) -> Iterator[str]:
     if o.validate.clip:
         yield (
             f"validate.clip={o.validate.clip}: this limit follows other clients' norms, which"
-            " privacy=client must not reveal; set privacy.adaptive=true for a clip that follows"
-            " them privately, or leave it out"
+            " privacy=client must not reveal; leave it out, and for a clip that follows them"
+            " privately set privacy.adaptive=true"
         )
     if o.pace.dylu:
         yield (

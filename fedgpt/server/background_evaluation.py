@@ -6,12 +6,14 @@ import math
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from fedgpt.core.messages import ServerState
+from fedgpt.core.notices import saying
 from fedgpt.core.options import EvaluateOptions
 from fedgpt.server.parts import Evaluator
 from fedgpt.storage.tables import VersionLine
@@ -80,5 +82,7 @@ class BackgroundEvaluation:
     def _complete(self, line: VersionLine, params: np.ndarray | None) -> None:
         version, scores = line.metrics["version"], {}
         if params is not None:
-            scores = self._evaluator(version, params, line.sample)
+            # later versions have lines before them
+            with saying("scoring version 0") if version == 0 else nullcontext():
+                scores = self._evaluator(version, params, line.sample)
         self._done({**line.metrics, **scores}, params)

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -69,11 +69,12 @@ class RunFolder:
 
 @contextmanager
 def made_folder(path: str, dated: bool) -> Iterator[Path]:
-    """Make the folder of a run, and remove it again if the block fails before the run begins.
+    """Make the folder of a run, and remove all that is new if the block fails before the run
+    begins.
 
     If it is `dated`, the folder is a new one: `path`, or `path`-2, `path`-3 and so on, because
-    several runs can begin in one second. Otherwise it may exist, and is then never removed. Raises
-    ConfigError if it cannot be made.
+    several runs can begin in one second. Otherwise it may exist; then it stays, with what was in
+    it. Raises ConfigError if it cannot be made.
     """
     folder = Path(path)
     number = 1
@@ -82,6 +83,7 @@ def made_folder(path: str, dated: bool) -> Iterator[Path]:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             folder.mkdir(exist_ok=not dated)
+            before = {path.name for path in folder.iterdir()}
             break
         except FileExistsError as error:
             if not dated:
@@ -94,17 +96,21 @@ def made_folder(path: str, dated: bool) -> Iterator[Path]:
     try:
         yield folder
     except BaseException:
-        if folder in missing:
-            _discard(folder)
-            _remove_empty(missing)
+        _discard(folder, before)
+        _remove_empty(missing)
         raise
 
 
-def _discard(folder: Path) -> None:
-    """Remove a folder in which no run has begun, unless another process uses it."""
+def _discard(folder: Path, before: Collection[str]) -> None:
+    """Empty a folder in which no run has begun, but for the names that were there `before`, unless
+    another process uses it.
+    """
     with suppress(OSError, Timeout), FileLock(folder / ".lock", timeout=0):
-        if not (folder / "config.yaml").exists():
-            shutil.rmtree(folder)
+        new = [path for path in folder.iterdir() if path.name not in before]
+        if (folder / "config.yaml").exists():
+            return
+        for path in new:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _remove_empty(folders: Iterable[Path]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from support.refused import problems
+from support.third_party import TRUSTED
 
 from fedgpt.config import compose
 from fedgpt.core.errors import ConfigError
@@ -23,23 +24,48 @@ UNUSED = {
     "tokenizer.vocab_size=300": ["tokenizer=bpe"],
     "corpus.text_field=body": ["corpus=files", "corpus.path=."],
     "fleet.median=2": ["fleet=lognormal", "clock=virtual"],
+    "pace.minimum=2": ["pace=cohort"],
+    "pace.clients=4": ["pace.rate=null"],
+    "runtime.workers=2": ["runtime=pool", "runtime.threads=1"],
 }
+# an option, or a group -> what else is typed, so that the option has no effect
 WITHOUT = {
-    "evaluate": "evaluate.samples=0",
-    "validate": "validate.strikes=0",
-    "tokenizer": "tokenizer=bytes",
+    "evaluate": ["evaluate.samples=0"],
+    "validate": ["validate.strikes=0"],
+    "tokenizer": ["tokenizer=bytes"],
+    "runtime": ["runtime=inprocess", "runtime.threads=1"],
+    "pace.minimum": ["pace=buffer", "strategy=fedbuff"],
+    "pace.clients": ["pace.rate=0.5"],
 }
 
 
 @pytest.mark.parametrize("typed", UNUSED)
 def test_an_option_without_effect_is_reported_and_the_remedy_helps(typed):
-    without = [WITHOUT[group] for group in WITHOUT if typed.startswith(f"{group}.")]
+    without = [word for key in WITHOUT if typed.startswith(key) for word in WITHOUT[key]]
     [problem] = problems(typed, *without)
     assert problem.startswith(f"{typed}: has no effect with ") and "or leave it out" in problem
     for word in UNUSED[typed][:1]:
         assert word.partition("=")[0] in problem
     compose.load([typed, *UNUSED[typed]])
     compose.load(without)
+
+
+def test_the_smallest_cohort_is_not_compared_under_client_privacy():
+    private = [*PRIVATE, "pace.minimum=2"]
+    [problem] = problems(*private)
+    assert problem == (
+        "pace.minimum=2: has no effect with privacy=client; choose privacy=example or local, or"
+        " leave it out"
+    )
+    for unit in ("example", "local"):
+        compose.load([f"privacy={unit}", *private[1:]])
+
+
+@pytest.mark.parametrize("words", [[], ["track=[csv]"], ["strategy=median"]], ids=str)
+def test_a_trusted_package_without_a_class_of_it_is_reported(words):
+    [problem] = problems(TRUSTED, *words)
+    assert problem.startswith(f"{TRUSTED}: has no effect with classes of other packages only;")
+    compose.load([TRUSTED, *words, "partition=custom", "partition._target_=outsider.Alternate"])
 
 
 def test_a_sweep_is_checked_for_options_without_effect_in_all_of_its_jobs():

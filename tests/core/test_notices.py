@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
-from support.here import tiny_run
+from support.here import run_here, tiny_run
 
 from fedgpt.cli import COMMANDS
 from fedgpt.core import notices
@@ -62,6 +62,27 @@ def test_commands_say_what_they_are_doing(command, more, printed, tmp_path, monk
         assert f"fedgpt: {line}" in err
 
 
+def test_a_run_says_what_it_is_doing_between_its_own_lines(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(notices, "PATIENCE", 0.0)
+    words = ["privacy=client", "privacy.noise_multiplier=5", "privacy.target_epsilon=null"]
+    run_here(*tiny_run(tmp_path), *words, "rounds=1", "evaluate.samples=1")
+    COMMANDS["generate"].module.main([str(tmp_path / "run"), "--tokens", "1"])
+    err = capsys.readouterr().err
+    places = [
+        err.index(f"fedgpt: {what} ...\n")
+        for what in (
+            "reading the text",
+            "computing the noise",
+            "loading PyTorch",
+            "preparing the evaluation",
+            "scoring version 0",
+            "writing the results",
+            "reading the model and generating text",
+        )
+    ]
+    assert places == sorted(places) and err.count("scoring version") == 1
+
+
 @pytest.mark.parametrize(
     "command, options, part",
     [
@@ -77,3 +98,16 @@ def test_what_a_command_cannot_do_is_refused_before_text_is_read(command, option
     with pytest.raises(ConfigError) as caught:
         COMMANDS[name].module.main([*words, *nowhere, *options])
     assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("command", [["data"], ["privacy", "plan"]], ids=" ".join)
+def test_the_folder_of_another_run_stays_as_it_is(command, tmp_path, capsys):
+    """A command that does not train writes no run folder, so `run_dir` may be any."""
+    words = [*tiny_run(tmp_path), "privacy=local"]
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text("seed: 4\n")
+    name, *rest = command
+    assert COMMANDS[name].module.main([*rest, *words]) == 0
+    assert [path.name for path in run.iterdir()] == ["config.yaml"]
+    assert (run / "config.yaml").read_text() == "seed: 4\n" and capsys.readouterr().out

@@ -5,7 +5,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from support import third_party  # noqa: F401  # makes the module `outsider`
 
@@ -144,7 +144,7 @@ def test_natural_errors_name_what_to_change(ten):
     ):
         partition(ten, PartitionOptions(clients=9), 0, 10)
     with pytest.raises(
-        ConfigError, match=r"partition\.min_tokens=0: none of 4 natural clients has 500 .*has 400"
+        ConfigError, match=r"model\.block_size=499: none of 4 natural clients has 500 .*has 400"
     ):
         partition(ten, PartitionOptions(), 0, 500)
 
@@ -210,19 +210,137 @@ def test_dirichlet_needs_labels(ten):
 
 
 def test_too_small_made_clients_name_the_count_and_the_smallest(ten):
-    options = PartitionOptions(name="quantity", clients=40, exponent=2.0, piece=5)
+    options = PartitionOptions(name="quantity", clients=15, exponent=2.0, piece=5)
     with pytest.raises(
         ConfigError,
-        match=r"\d+ of 40 clients have fewer than 65 tokens \(the smallest, client-\d+, has \d+",
+        match=r"\d+ of 15 clients have fewer than 65 tokens \(the smallest, client-\d+, has \d+",
     ):
         partition(ten, options, 0, 65)
-    with pytest.raises(
-        ConfigError,
-        match=r"lower partition\.clients.*raise partition\.alpha.*lower model\.block_size",
-    ):
-        partition(ten, PartitionOptions(name="dirichlet", clients=60, alpha=0.1), 0, 65)
-    with pytest.raises(ConfigError, match=r"fewer than 600 tokens.*lower partition\.min_tokens"):
-        partition(ten, PartitionOptions(name="iid", clients=2, min_tokens=600), 0, 65)
+
+
+# partition, window -> what the message advises, in its own words
+REFUSED: list[tuple[dict[str, Any], int, list[str]]] = [
+    ({"name": "natural", "clients": 3}, 450, ["lower model.block_size to 199"]),
+    ({"name": "natural", "clients": 3}, 250, ["use 2 or fewer", "lower model.block_size to 199"]),
+    ({"name": "iid", "clients": 40}, 65, ["lower it to 15", "lower model.block_size to 24"]),
+    ({"name": "iid", "clients": 10**6}, 65, ["lower it to 15"]),
+    ({"name": "grouped", "clients": 4}, 300, ["lower it to 3", "lower model.block_size to 249"]),
+    ({"name": "grouped", "clients": 4}, 150, ["lower partition.clients", "block_size to 99"]),
+    ({"name": "iid", "clients": 2}, 1500, ["lower model.block_size to 499"]),
+    ({"name": "iid", "clients": 2, "piece": 10**6}, 65, ["clients", "set partition.piece=62"]),
+    (
+        {"name": "iid", "clients": 2, "min_tokens": 600},
+        65,
+        ["1", "lower partition.min_tokens to 500"],
+    ),
+    (
+        {"name": "iid", "clients": 2, "min_tokens": 1500},
+        600,
+        ["lower model.block_size to 499 and partition.min_tokens to 500"],
+    ),
+    (
+        {"name": "quantity", "clients": 8, "exponent": 3.0, "piece": 10},
+        50,
+        ["lower partition.clients", "set partition.exponent=0.5"],
+    ),
+    (
+        {"name": "dirichlet", "clients": 8, "alpha": 0.1, "piece": 5},
+        65,
+        ["lower partition.clients", "set partition.alpha=10.0"],
+    ),
+    (
+        {"name": "natural"},
+        500,
+        [
+            "lower model.block_size to 399",
+            "use partition=iid partition.clients=1 partition.piece=500",
+        ],
+    ),
+    (
+        {"name": "natural", "min_tokens": 450},
+        65,
+        ["lower partition.min_tokens to 400", "use partition=iid partition.clients=1"],
+    ),
+    (
+        {"name": "natural", "clients": 9},
+        65,
+        ["use 4 or fewer (0 = all)", "use partition=iid partition.clients=7 partition.piece=65"],
+    ),
+    ({"name": "grouped", "clients": 9}, 65, ["use 4 or fewer", "or partition=iid"]),
+]
+
+
+def follow(prepared, chosen: dict[str, Any], window: int, problem: str, remedy: str) -> None:
+    """Do what a message advises: no client is refused then.
+
+    The number of clients is checked first, so another check may follow that one.
+    """
+    chosen = dict(chosen)
+    if remedy == "lower partition.clients":
+        assert chosen["clients"] > 1
+        for clients in range(chosen["clients"] - 1, 0, -1):
+            try:
+                partition(prepared, PartitionOptions(**chosen | {"clients": clients}), 0, window)
+            except ConfigError:
+                continue
+            return
+        raise AssertionError(f"{remedy}: no number is low enough")
+    remedy = re.sub(r"^(lower it to|use) (?=\d)", "partition.clients=", remedy)
+    for key, value in re.findall(r"([a-z_.]+)(?:=| to )(\w[\w.]*)", remedy):
+        if key == "model.block_size":
+            assert int(value) < window - 1
+            window = int(value) + 1
+        else:
+            name = "name" if key == "partition" else key.removeprefix("partition.")
+            chosen[name] = value if name == "name" else float(value) if "." in value else int(value)
+    try:
+        partition(prepared, PartitionOptions(**chosen), 0, window)
+    except ConfigError as error:
+        first = re.search("each needs|joins natural", problem)
+        assert first and first[0] not in str(error), f"{problem}\n{remedy}\n{error}"
+
+
+def remedies_of(problem: str) -> list[str]:
+    words = problem.partition("; ")[2]
+    words = words.replace(" or fewer (0 = all)", "").replace(" or fewer", "")
+    return [one.partition(", which")[0] for one in re.split(r",? or (?=lower|set|use|part)", words)]
+
+
+@pytest.mark.parametrize("chosen, window, parts", REFUSED)
+def test_every_remedy_for_clients_with_too_little_text_helps(ten, chosen, window, parts):
+    with pytest.raises(ConfigError) as caught:
+        partition(ten, PartitionOptions(**chosen), 0, window)
+    [problem] = caught.value.problems
+    assert all(part in problem for part in parts), problem
+    for remedy in remedies_of(problem):
+        follow(ten, chosen, window, problem, remedy)
+
+
+@settings(max_examples=12, deadline=None, phases=[Phase.generate])
+@given(
+    corpora(),
+    st.sampled_from(["iid", "dirichlet", "quantity", "grouped", "natural"]),
+    st.integers(1, 12),
+    st.sampled_from([1, 5, 50, 1000]),
+    st.integers(2, 80),
+    st.sampled_from([0, 10, 70]),
+)
+def test_no_remedy_is_named_that_does_not_help(prepared, name, clients, piece, window, least):
+    chosen: dict[str, Any] = {"name": name, "clients": clients, "piece": piece, "min_tokens": least}
+    try:
+        partition(prepared, PartitionOptions(**chosen), 0, window)
+    except ConfigError as error:
+        [problem] = error.problems
+        if "have the same one" not in problem and not problem.endswith("add text"):
+            for remedy in remedies_of(problem):
+                follow(prepared, chosen, window, problem, remedy)
+
+
+def test_too_many_clients_are_refused_before_one_is_made(ten, monkeypatch):
+    monkeypatch.setattr("fedgpt.data.partitions.iid.made_clients", None)  # to call it would fail
+    for clients in (16, 10**6):
+        with pytest.raises(ConfigError, match=f"partition.clients={clients}: each needs 65 tokens"):
+            partition(ten, PartitionOptions(name="iid", clients=clients), 0, 65)
 
 
 @pytest.mark.parametrize("clients", [10, 1000, 1001])
@@ -372,5 +490,8 @@ def test_a_partition_may_yield_its_shards(ten, monkeypatch):
 def test_messages_count_in_the_singular_and_the_plural(ten):
     with pytest.raises(ConfigError, match=r"partition\.clients=-1: must be the number of largest"):
         partition(ten, PartitionOptions(clients=-1), 0, 10)
-    with pytest.raises(ConfigError, match="1 of 1 client has fewer than 5000 tokens"):
+    with pytest.raises(
+        ConfigError,
+        match=r"the clients' part of the text has 1,000; lower model\.block_size to 999",
+    ):
         partition(ten, PartitionOptions(name="iid", clients=1), 0, 5000)

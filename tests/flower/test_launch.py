@@ -12,6 +12,7 @@ import pytest
 from flwr.app import Context, Metadata, RecordDict
 from flwr.app.message import make_message
 from support import third_party
+from support.here import tiny_run
 
 from fedgpt.config import compose
 from fedgpt.core.errors import ConfigError, FedGPTError, StoppedEarly
@@ -98,3 +99,25 @@ def test_a_child_process_imports_from_the_same_folders_in_the_same_order(tmp_pat
         check=True,
     )
     assert Path(done.stdout.strip()) == tmp_path / "mine.py"
+
+
+def test_what_the_clients_text_rules_out_is_refused_before_torch_is_imported(tmp_path):
+    many = ["partition=iid", "partition.clients=17", "partition.piece=16"]
+    refused = {
+        "each needs": ["partition=iid", "partition.clients=4000"],
+        "none of 2 natural clients": ["model.block_size=100000"],
+        "cannot fill": ["privacy=client", "privacy.separation=3", "pace.clients=2"],
+        "runtime=superlink: starts": ["runtime=superlink", *many],
+    }
+    words = tiny_run(tmp_path)
+    script = (
+        "import sys\nfrom fedgpt.cli import dispatch\n"
+        f"for chosen in {list(refused.values())!r}:\n"
+        f"    assert dispatch('run', [*{words!r}, *chosen]) == 2\n"
+        "    assert 'torch' not in sys.modules, chosen\n"
+    )
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert all(part in done.stderr for part in refused), done.stderr
+    assert not (tmp_path / "run").exists()

@@ -124,6 +124,98 @@ def test_combinations_without_correct_accounting_are_refused(chosen, option, why
     assert option in message and why in message, message
 
 
+QUICK = ["privacy.noise_multiplier=5", "privacy.target_epsilon=null"]  # nothing to calibrate
+COHORT_OF_4 = ["pace.rate=null", "pace.clients=4"]
+BANDS = ["privacy.bands=4", "privacy.separation=4"]
+TEXT = ["privacy=example", "local.steps=1", "privacy.noise_multiplier=2"]
+# what is refused -> what the message advises, and the options that do it
+REMEDIES = {
+    (*CLIENT, "privacy.target_epsilon=null"): {
+        "set privacy.target_epsilon": ["privacy.target_epsilon=4"],
+        "or privacy.noise_multiplier": ["privacy.noise_multiplier=2"],
+    },
+    (*CLIENT, "tokens=100000"): {"set rounds instead": ["tokens=0", "rounds=5"]},
+    ("privacy=example", *QUICK, "local.precision=bf16"): {
+        "take local.precision=fp32": ["local.precision=fp32"]
+    },
+    ("privacy=example", *QUICK, "model.dropout=0.1"): {"take model.dropout=0": ["model.dropout=0"]},
+    ("privacy=local", "update=topk"): {
+        "take update=int8": ["update=int8"],
+        "set update.error_feedback=false": ["update.error_feedback=false"],
+    },
+    (*CLIENT, "strategy=median"): {
+        "take fedavg, fedavgm, diloco or delta_sgd": ["strategy=fedavg"],
+        "fedavgm": ["strategy=fedavgm"],
+        "diloco": ["strategy=diloco"],
+        "delta_sgd": ["strategy=delta_sgd"],
+    },
+    (*BUFFER, "strategy=fedasync"): {
+        "take fedbuff or delta_sgd": ["strategy=fedbuff"],
+        "delta_sgd": ["strategy=delta_sgd"],
+    },
+    (*CLIENT, "strategy=auto"): {"such as delta_sgd": ["strategy=delta_sgd"]},
+    (*CLIENT, "pace.clients=100", "validate.clip=2"): {
+        "leave it out, and": ["validate.clip=0"],
+        "set privacy.adaptive=true": ["validate.clip=0", "privacy.adaptive=true"],
+    },
+    (*CLIENT, "pace.dylu=true"): {"leave it out": ["pace.dylu=false"]},
+    (*COINS, *QUICK, "privacy.participations=3"): {"leave it out": ["privacy.participations=null"]},
+    (*COINS, *QUICK, "pace.goal=3"): {
+        "leave it out": ["pace.goal=null"],
+        "choose pace.clients instead of pace.rate": COHORT_OF_4,
+    },
+    (*COINS, *BANDS): {"set pace.clients instead of pace.rate": COHORT_OF_4},
+    (*COINS, "privacy.separation=3"): {"set pace.clients, not pace.rate": COHORT_OF_4},
+    (*CLIENT, "privacy.bands=4"): {
+        "raise privacy.separation=1 to 4": ["privacy.separation=4"],
+        "or lower privacy.bands": ["privacy.bands=1"],
+    },
+    (*CLIENT, "pace.clients=50", *BANDS, "privacy.adaptive=true"): {
+        "leave it out": ["privacy.adaptive=false"],
+        "set privacy.bands=1": ["privacy.bands=1"],
+    },
+    (*BUFFER, "privacy.participations=null"): {
+        "set the largest number of updates of one client": ["privacy.participations=5"]
+    },
+    (*BUFFER, "pace.goal=1"): {
+        "raise pace.goal": ["pace.goal=2"],
+        "set privacy.single=true": ["privacy.single=true"],
+    },
+    # these depend on the clients
+    (*COINS, *QUICK, "privacy.delta=0.01"): {"leave it out": ["privacy.delta=null"]},
+    (*CLIENT, "privacy.separation=30"): {
+        "lower it to 20 at most": ["privacy.separation=20"],
+        "lower pace.clients": ["pace.clients=6"],
+    },
+    (*COINS, "privacy.adaptive=true", "privacy.noise_multiplier=3"): {
+        "raise pace.rate, or": ["pace.rate=0.9"],
+        "leave it out": ["privacy.adaptive=false"],
+    },
+    (*CLIENT, "privacy.adaptive=true", "privacy.noise_multiplier=3"): {
+        "raise pace.clients, or": ["pace.clients=100"],
+    },
+    (*BUFFER, "privacy.adaptive=true", "privacy.noise_multiplier=3"): {
+        "raise pace.goal, or": ["pace.goal=100"],
+    },
+    (*TEXT, "pace.clients=0", "rounds=1000"): {
+        "leave the noise out": ["privacy.noise_multiplier=null"],
+        "or lower rounds": ["rounds=1"],
+    },
+    (*TEXT, "privacy.participations=1000"): {
+        "or lower privacy.participations": ["privacy.participations=1"]
+    },
+}
+
+
+@pytest.mark.parametrize("chosen", REMEDIES, ids=" ".join)
+def test_every_remedy_of_a_private_run_helps(chosen):
+    with pytest.raises(ConfigError) as error:
+        plan(MANY, *chosen)
+    for words, remedy in REMEDIES[chosen].items():
+        assert words in str(error.value)
+        plan(MANY, *chosen, *remedy)
+
+
 def test_steps_of_a_single_update_can_be_allowed():
     assert compose.load([*BUFFER, "pace.goal=1", "privacy.single=true"]).privacy.single
 

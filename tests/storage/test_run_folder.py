@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from support.here import run_here, tiny_run
 
 from fedgpt.cli import dispatch
@@ -60,6 +61,33 @@ def test_a_refused_run_leaves_no_folder(tmp_path, capsys, monkeypatch):
     assert dispatch("run", ["runtime=inprocess", *deep]) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) in (["cache", "text"], ["text"])
     assert "Traceback" not in capsys.readouterr().err
+
+
+# what a run is refused for, from the first check to the last one
+LATE = {
+    "no GPU": ["runtime.device=cuda"],
+    "text too short": ["model.block_size=100000"],
+    "too many clients": ["partition=iid", "partition.clients=4000"],
+    "no correct accounting": ["privacy=client", "privacy.separation=3", "pace.clients=2"],
+    "public text too short": ["strategy=fltrust", "corpus.public=0.01", "model.block_size=1000"],
+}
+
+
+@pytest.mark.parametrize("why", LATE)
+def test_a_late_refusal_leaves_what_was_there_and_nothing_else(why, tmp_path, capsys):
+    if why == "no GPU" and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    words = [o for o in tiny_run(tmp_path) if not o.startswith("run_dir")]
+    (tmp_path / "mine" / "sub").mkdir(parents=True)
+    (tmp_path / "mine" / "sub" / "notes.txt").write_text("keep")
+    (tmp_path / "parent").mkdir()
+    for run in ("mine", "parent/run", "new/er/run"):
+        chosen = [*words, f"run_dir={tmp_path / run}", *LATE[why]]
+        assert dispatch("run", ["runtime=inprocess", *chosen]) == 2
+        assert "1 problem in the configuration" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} - {"cache"} == {"mine", "parent", "text"}
+    assert [path.name for path in (tmp_path / "mine").rglob("*")] == ["sub", "notes.txt"]
+    assert not any((tmp_path / "parent").iterdir())
 
 
 def test_a_folder_that_was_there_is_not_removed(tmp_path):

@@ -95,6 +95,13 @@ class PaceOptions(Group):
                 " and would stop there; lower it"
             )
 
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        """A buffer has no cohort that could be too small, and coins decide how many take part."""
+        if self.name == "buffer":
+            yield "minimum", "pace=buffer; choose pace=cohort"
+        elif self.rate is not None and self.clients:
+            yield "clients", f"pace.rate={self.rate}; add pace.rate=null"
+
     def rules_of_pacing(self, switches: bool) -> Iterator[str]:
         """Contradictions that depend on whether the strategy `switches` between the pacings."""
         if switches and self.rate is not None:

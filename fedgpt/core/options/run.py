@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fedgpt.core.options.attack import AttackOptions
@@ -124,9 +124,19 @@ class RunOptions(Group):
     )
 
     def without_effect(self) -> Iterator[tuple[str, str]]:
-        """A number of tokens decides where the run ends."""
+        """Options whose effect another group has taken away, each as it is typed."""
         if self.tokens:
             yield "rounds", f"tokens={self.tokens}; add tokens=0"
+        if self.privacy.unit == "client" and self.pace.name == "cohort":
+            # it would tell how many took part
+            yield "pace.minimum", "privacy=client; choose privacy=example or local"
+        named = [str(target) for target in _values_of("_target_", asdict(self))]
+        packages = [f"{package}." for package in self.trusted_packages]
+        if packages and not any(target.startswith((*packages,)) for target in named):
+            yield (
+                "trusted_packages",
+                "classes of other packages only; name one of these with `_target_`",
+            )
 
     def rules(self) -> Iterator[str]:
         """Contradictions between groups that need no component to find them."""
@@ -150,3 +160,13 @@ class RunOptions(Group):
                 f"resume={self.resume}: stands alone (fedgpt run resume=<folder>); the folder holds"
                 " its own options"
             )
+
+
+def _values_of(name: str, node: Any) -> Iterator[Any]:
+    """The values of all entries `name` in nested mappings and lists."""
+    if isinstance(node, dict):
+        if name in node:
+            yield node[name]
+        node = list(node.values())
+    for inner in node if isinstance(node, list) else ():
+        yield from _values_of(name, inner)

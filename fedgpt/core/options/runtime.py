@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,3 +51,8 @@ class RuntimeOptions(Group):
     )
     _target_: str | None = target()
     arguments: dict[str, Any] = arguments()
+
+    def without_effect(self) -> Iterator[tuple[str, str]]:
+        """Two runtimes have a fixed number of processes; from `workers` follow their threads."""
+        if self.name in ("inprocess", "superlink") and self.threads:
+            yield "workers", f"runtime={self.name}; choose runtime=pool or runtime=ray"

@@ -12,13 +12,15 @@ give the same shards in every process.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
 
 from fedgpt.core.errors import ConfigError
+
+ADD_TEXT = "add text"  # the remedy where no other value of an option helps
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +47,23 @@ class Documents:
     clients: list[str]  # owner of each document
     labels: list[str]  # label of each document
     spans: np.ndarray  # (documents, 2) int64: first token of each document, one past its last
-    minimum: int  # tokens that a client needs, at least one training window
+    minimum: int  # tokens that a client needs: the larger one of the following two
+    window: int = 2  # tokens of one training window: model.block_size + 1
+    asked: int = 0  # partition.min_tokens
+
+    @property
+    def size(self) -> int:
+        """Number of tokens."""
+        return int((self.spans[:, 1] - self.spans[:, 0]).sum())
+
+    def lower_minimum(self, size: int) -> str:
+        """Return what to change so that `size` tokens are enough; an empty text if it is 0 or 1."""
+        if size >= self.window:
+            return f"lower partition.min_tokens to {size}"
+        if size < 2:  # a token to predict, and one before it
+            return ""
+        rest = f" and partition.min_tokens to {size}" if self.asked > size else ""
+        return f"lower model.block_size to {size - 1}{rest}"
 
 
 class Partition(ABC):
@@ -84,7 +102,7 @@ class Partition(ABC):
     """
 
     # what to change where a client has too few tokens
-    remedies: ClassVar[tuple[str, ...]] = ("change partition.arguments",)
+    remedy: ClassVar[str] = "change partition.arguments"
 
     @abstractmethod
     def deal(self, documents: Documents, seed: int) -> list[Shard]:
@@ -95,13 +113,19 @@ class Partition(ABC):
         tokens; a partition may exclude such clients.
         """
 
+    def milder(self, documents: Documents) -> Iterator[Partition]:
+        """Yield this partition with another value of one option, which may give every client
+        enough tokens. An error names the values that do.
+        """
+        yield from ()
+
 
 @dataclass(frozen=True)
 class MadeClients(Partition):
     """A partition that makes its clients, where others keep those of the corpus."""
 
     clients: int = 8
-    remedies: ClassVar[tuple[str, ...]] = ("lower partition.clients",)
+    remedy: ClassVar[str] = "lower partition.clients"
 
     def __post_init__(self) -> None:
         if self.clients < 1:
@@ -116,7 +140,12 @@ class Pieces(MadeClients):
     """Deals pieces of text out to clients that it makes; a subclass sets the clients' shares."""
 
     piece: int = 1024  # tokens
-    remedies: ClassVar[tuple[str, ...]] = ("lower partition.clients", "lower partition.piece")
+
+    def milder(self, documents: Documents) -> Iterator[Partition]:
+        """Yield shorter pieces, about eight for each client."""
+        piece = max(1, documents.size // (8 * self.clients))
+        if piece < self.piece:
+            yield replace(self, piece=piece)
 
     def deal_pieces(
         self, spans: np.ndarray, shares: np.ndarray, generator: np.random.Generator

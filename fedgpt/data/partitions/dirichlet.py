@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.seeds import numpy_generator
-from fedgpt.data.partitions.base import Documents, Pieces, Shard, made_clients, shards_of
+from fedgpt.data.partitions.base import (
+    Documents,
+    Partition,
+    Pieces,
+    Shard,
+    made_clients,
+    shards_of,
+)
 
 
 @dataclass(frozen=True)
@@ -17,7 +24,13 @@ class Dirichlet(Pieces):
     """Pieces of each label, divided by proportions drawn for that label from Dirichlet(alpha)."""
 
     alpha: float = 0.5  # concentration: a smaller one gives more uneven mixtures
-    remedies: ClassVar[tuple[str, ...]] = (*Pieces.remedies, "raise partition.alpha")
+
+    def milder(self, documents: Documents) -> Iterator[Partition]:
+        """Yield shorter pieces, and more even mixtures."""
+        yield from super().milder(documents)
+        for alpha in (1.0, 10.0, 1000.0):
+            if alpha > self.alpha:
+                yield replace(self, alpha=alpha)
 
     def deal(self, documents: Documents, seed: int) -> list[Shard]:
         """Return `clients` shards; raises ConfigError if all documents have one label."""

@@ -27,7 +27,7 @@ class Grouped(MadeClients):
         if len(names) < self.clients:
             raise ConfigError(
                 f"partition.clients={self.clients}: partition=grouped joins natural clients, and"
-                f" the corpus has {len(names)}; use that many or fewer, or partition=iid"
+                f" the corpus has {len(names)}; use {len(names)} or fewer, or partition=iid"
             )
         sizes = np.bincount(natural, spans[:, 1] - spans[:, 0]).astype(np.int64)
         group = np.empty(len(names), np.int64)

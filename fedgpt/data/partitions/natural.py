@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedgpt.core.errors import ConfigError, amount
-from fedgpt.data.partitions.base import Documents, Partition, Shard, shards_of
+from fedgpt.data.partitions.base import ADD_TEXT, Documents, Partition, Shard, shards_of
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,6 @@ class Natural(Partition):
     """The owners with enough tokens, or the `clients` largest of them."""
 
     clients: int = 0  # number of largest owners to keep; 0: all
-    min_tokens: int = 0  # used in a message only; `documents.minimum` already includes it
 
     def __post_init__(self) -> None:
         if self.clients < 0:
@@ -28,23 +27,33 @@ class Natural(Partition):
         """Return the shards of the largest owners; owners below the minimum are excluded."""
         names, owners = np.unique(np.array(documents.clients, dtype=object), return_inverse=True)
         shards = shards_of([str(name) for name in names], documents.spans, owners)
-        minimum = documents.minimum
-        large = [shard for shard in shards if shard.size >= minimum]
-        if not large:
-            largest = max(shard.size for shard in shards)
-            raise ConfigError(
-                f"partition.min_tokens={self.min_tokens}: none of"
-                f" {amount(len(shards), 'natural client')} has {minimum} tokens (the largest has"
-                f" {largest}); lower partition.min_tokens or model.block_size, or use"
-                " partition=iid"
+        shards.sort(key=lambda shard: (-shard.size, shard.client))
+        large = [shard for shard in shards if shard.size >= documents.minimum]
+        if len(large) < max(1, self.clients):
+            raise self._too_few(documents, [shard.size for shard in shards], len(large))
+        return large[: self.clients or None]
+
+    def _too_few(self, documents: Documents, sizes: list[int], large: int) -> ConfigError:
+        """The error for owners of `sizes`, the largest first, of which `large` are large enough."""
+        minimum, wanted = documents.minimum, max(1, self.clients)
+        remedies = []
+        if large:
+            owners = f"{amount(large, 'natural client')} of at least {minimum} tokens"
+            problem = f"partition.clients={self.clients}: the corpus has {owners}"
+            remedies.append(f"use {large} or fewer (0 = all)")
+        else:
+            cause = f"model.block_size={documents.window - 1}"
+            if documents.asked == minimum:
+                cause = f"partition.min_tokens={minimum}"
+            problem = (
+                f"{cause}: none of {amount(len(sizes), 'natural client')} has {minimum} tokens"
             )
-        if self.clients > len(large):
-            raise ConfigError(
-                f"partition.clients={self.clients}: the corpus has"
-                f" {amount(len(large), 'natural client')} of at least {minimum} tokens; use"
-                " that many or fewer (0 = all), or partition=iid, which makes any number"
-            )
-        if self.clients:
-            large.sort(key=lambda shard: (-shard.size, shard.client))
-            del large[self.clients :]
-        return large
+            problem += f" (the largest has {sizes[0]})"
+        if wanted <= len(sizes):
+            remedies.append(documents.lower_minimum(sizes[wanted - 1]))
+        if (pieces := documents.size // minimum) > 0:
+            # of two pieces of `minimum` tokens only the last one of all may be shorter
+            clients = max(1, min(self.clients or 8, pieces // 2))
+            iid = f"partition=iid partition.clients={clients} partition.piece={minimum}"
+            remedies.append(f"use {iid}, which divides all text")
+        return ConfigError(f"{problem}; {', or '.join(filter(None, remedies)) or ADD_TEXT}")

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from fedgpt.core.seeds import numpy_generator
-from fedgpt.data.partitions.base import Documents, Pieces, Shard, made_clients, shards_of
+from fedgpt.data.partitions.base import (
+    Documents,
+    Partition,
+    Pieces,
+    Shard,
+    made_clients,
+    shards_of,
+)
 
 
 @dataclass(frozen=True)
@@ -16,7 +23,13 @@ class Quantity(Pieces):
     """Pieces of all text, shuffled; client i has a share proportional to (i + 1) ** -exponent."""
 
     exponent: float = 1.0
-    remedies: ClassVar[tuple[str, ...]] = (*Pieces.remedies, "lower partition.exponent")
+
+    def milder(self, documents: Documents) -> Iterator[Partition]:
+        """Yield shorter pieces, and more equal sizes."""
+        yield from super().milder(documents)
+        for exponent in (0.5, 0.0):
+            if exponent < self.exponent:
+                yield replace(self, exponent=exponent)
 
     def deal(self, documents: Documents, seed: int) -> list[Shard]:
         """Return `clients` shards, the largest first."""

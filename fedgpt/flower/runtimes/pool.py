@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fedgpt.core.notices import saying
 from fedgpt.core.options import RunOptions
 from fedgpt.core.resources import Resources
 from fedgpt.core.runtimes import Runtime
@@ -29,10 +30,11 @@ class Pool(Runtime):
         environment: Mapping[str, str],
     ) -> None:
         """Run the server in this process, on a grid of `resources.workers` worker processes."""
-        from fedgpt.flower.pool.grid import PoolGrid
-        from fedgpt.flower.pool.workers import WorkerSettings
-        from fedgpt.flower.run_config import run_config_of
-        from fedgpt.flower.server_app import run_on
+        with saying("loading Flower"):
+            from fedgpt.flower.pool.grid import PoolGrid
+            from fedgpt.flower.pool.workers import WorkerSettings
+            from fedgpt.flower.run_config import run_config_of
+            from fedgpt.flower.server_app import run_on
 
         settings = WorkerSettings(
             "fedgpt.flower.client_app:app",
