@@ -12,6 +12,7 @@ from pathlib import Path
 
 # mode of a file that tells of single clients: only its owner may read it
 PRIVATE = 0o600
+SUMS = "SHA256SUMS"  # a folder's list of digests, which `sha256sum -c` checks
 # start of the small text that Git has in place of a large file, until the file is fetched
 LFS_POINTER = b"version https://git-lfs"
 
@@ -62,3 +63,9 @@ def sha256_of(path: str | Path) -> str:
     """Hexadecimal sha256 of a file's bytes."""
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sums_of(folder: Path) -> str:
+    """The content of SHA256SUMS for all other files of a folder."""
+    names = sorted(path.name for path in folder.iterdir() if path.name != SUMS)
+    return "".join(f"{sha256_of(folder / name)}  {name}\n" for name in names)
