@@ -16,12 +16,12 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from fedgpt.core.errors import FedGPTError
-from fedgpt.core.files import LFS_POINTER, sha256_of
+from fedgpt.core.files import LFS_POINTER, SUMS, sha256_of
 from fedgpt.core.options import ModelOptions
 from fedgpt.model.hf_formats import FORMATS, Format, whole
 from fedgpt.model.shape import parameter_shapes
 
-WEIGHTS, INDEX, SUMS = "model.safetensors", "model.safetensors.index.json", "SHA256SUMS"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F64", "F32", "F16", "BF16")  # the names that safetensors gives them
 HEAD = "lm_head.weight"
 # parts of names that torch.compile, DistributedDataParallel and FSDP add
@@ -55,15 +55,16 @@ class ModelFolder:
         A folder that transformers wrote has no SHA256SUMS, and nothing to compare with.
         """
         sums = self.path / SUMS
-        if not sums.exists():
+        if not is_there(sums):
             return
         text = read_file(sums).decode("utf-8", errors="replace")
-        lines = [line.split() for line in text.splitlines()]
-        if [sha256_of(self.path / WEIGHTS), WEIGHTS] not in lines:
-            raise FedGPTError(
-                f"{self.path / WEIGHTS} is damaged: its sha256 is not the one in {SUMS}; copy the"
-                f" folder again, or delete {SUMS} if you replaced the weights yourself"
-            )
+        lines = [line.split(maxsplit=1) for line in text.splitlines()]
+        for path in sorted({stored.path for stored in self.parameters.values()}):
+            if [sha256_of(path), path.relative_to(self.path).as_posix()] not in lines:
+                raise FedGPTError(
+                    f"{path} is damaged: its sha256 is not in {SUMS}; copy the folder again, or"
+                    f" delete {SUMS} if you replaced the weights yourself"
+                )
 
 
 def read_folder(folder: str | Path) -> ModelFolder:

@@ -380,10 +380,25 @@ def test_weights_of_an_export_that_changed_are_refused(tmp_path):
     content = bytearray((tmp_path / WEIGHTS).read_bytes())
     content[-2] ^= 1  # still a finite number
     (tmp_path / WEIGHTS).write_bytes(content)
-    with pytest.raises(FedGPTError, match=r"is damaged: its sha256 is not the one in SHA256SUMS"):
+    with pytest.raises(FedGPTError, match=r"is damaged: its sha256 is not in SHA256SUMS"):
         import_model(tmp_path)
     (tmp_path / "SHA256SUMS").unlink()  # as the message says
     import_model(tmp_path)
+
+
+def test_shards_are_compared_with_the_checksums_too(sharded):
+    """An export that was saved again in shards still has the checksum of the one file."""
+    sums = sharded / "SHA256SUMS"
+    sums.write_text(f"{'0' * 64}  {WEIGHTS}\n")
+    with pytest.raises(FedGPTError, match=r"/a\.safetensors is damaged: its sha256 is not in SHA"):
+        import_model(sharded)
+    command = ["sha256sum", "a.safetensors", "b.safetensors"]
+    sums.write_bytes(subprocess.check_output(command, cwd=sharded))
+    import_model(sharded)
+    weights = load_file(sharded / "b.safetensors")
+    save_file({name: p + 1 for name, p in weights.items()}, sharded / "b.safetensors")
+    with pytest.raises(FedGPTError, match=r"/b\.safetensors is damaged: its sha256 is not in SHA"):
+        import_model(sharded)
 
 
 def test_the_checksum_of_an_export_is_what_sha256sum_checks(tmp_path):
