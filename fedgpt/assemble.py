@@ -133,8 +133,9 @@ def _serve(setting: Setting, network: Network) -> dict[str, Any]:
         summary = server.run()
     model = build_model(options.model, setting.prepared.tokenizer.vocab_size, setting.base)
     np.copyto(flatten(model)[1].numpy(), server.state.params)
-    write_results(folder, options, setting.prepared, model, summary, setting.statement)
-    display.say(summary_text(summary, folder.metrics.read(), folder.path))
+    with folder.records_used():
+        write_results(folder, options, setting.prepared, model, summary, setting.statement)
+        display.say(summary_text(summary, folder.metrics.read(), folder.path))
     return summary
 
 

@@ -99,6 +99,32 @@ def test_a_reader_of_a_damaged_folder_gets_an_error_or_what_was_there(
     assert {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.parametrize(
+    ("file", "line", "name"),
+    [
+        ("metrics.jsonl", 0, b'"bits_per_byte"'),
+        ("metrics.jsonl", 1, b'"tokens"'),
+        ("events.jsonl", 2, b'"tokens"'),
+    ],
+)
+def test_a_damaged_name_in_a_record_is_an_error_and_without_the_line_the_run_ends(
+    stopped, whole, tmp_path, file, line, name
+):
+    copy = tmp_path / "run"
+    shutil.copytree(stopped, copy)
+    records = (copy / file).read_bytes().splitlines(keepends=True)
+    changed = records[line].replace(name, name[:-2] + b'_"')
+    assert changed != records[line]
+    (copy / file).write_bytes(b"".join([*records[:line], changed, *records[line + 1 :]]))
+    with pytest.raises(FedGPTError, match=rf"{copy}: a line of metrics\.jsonl or events\.jsonl is"):
+        fedgpt.run(f"resume={copy}")
+    assert not (copy / "summary.json").exists()
+    left = (copy / file).read_bytes().splitlines(keepends=True)
+    assert left[line] == changed
+    (copy / file).write_bytes(b"".join([*left[:line], *left[line + 1 :]]))
+    assert fedgpt.run(f"resume={copy}").summary["weights_sha256"] == whole
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("how", DAMAGES)
 @pytest.mark.parametrize("file", FILES)
