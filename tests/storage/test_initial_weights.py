@@ -67,6 +67,7 @@ def test_options_that_change_no_weight_may_differ(tmp_path):
     o = options(str(tmp_path), dropout=0.1, trainable=["transformer.ln_f.*"])
     whole = initial_weights(options(str(tmp_path), dropout=0.3), BYTES)
     trained = initial_weights(o, BYTES)
+    assert trained.size == 32, "weight and bias of ln_f"
     np.testing.assert_array_equal(trained, whole[-trained.size :])
 
 
