@@ -427,8 +427,7 @@ class Server:
         parts, identity = self.parts, self.saver.snapshot.identity
         totals = replace(self.totals, wall_seconds=self.metrics.wall_seconds())
         lines, virtual = parts.folder.metrics.read(), self.transport.virtual
-        with parts.folder.records_used():
-            return summary(lines, self.state, totals, identity, parts.scoring, virtual)
+        return summary(lines, self.state, totals, identity, parts.scoring, virtual)
 
     # ---- helpers
 
