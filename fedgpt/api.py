@@ -11,7 +11,6 @@ old = fedgpt.open_run("runs/2026-01-31_12-00-00-run", best=True)
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedgpt.core.errors import ConfigError, FedGPTError
+from fedgpt.core.files import read_json
 from fedgpt.report.scores import named, score_of, shown
 
 if TYPE_CHECKING:
@@ -144,8 +144,8 @@ class Run:
     def __repr__(self) -> str:
         """Folder, state and newest score, read from files; does not raise."""
         summary: dict[str, Any] = {}
-        with suppress(OSError, ValueError):  # not finished, or damaged
-            summary = json.loads(self._summary.read_text(encoding="utf-8"))
+        with suppress(FedGPTError):  # not finished, or damaged
+            summary = self.summary
         metrics = self.metrics
         if not metrics:
             return f"<Run {self.folder}: no version yet>"
@@ -160,17 +160,17 @@ class Run:
     def summary(self) -> dict[str, Any]:
         """The content of summary.json: `final` and `best` scores, totals.
 
-        Raises FedGPTError if the run is not finished.
+        Raises FedGPTError if the run is not finished, or the file is damaged.
         """
-        if not self._summary.exists():
+        path = self.folder / "summary.json"
+        if not path.exists():
             raise FedGPTError(
                 f"{self.folder} has no summary yet; finish it with: fedgpt run resume={self.folder}"
             )
-        return json.loads(self._summary.read_text(encoding="utf-8"))
-
-    @property
-    def _summary(self) -> Path:
-        return self.folder / "summary.json"
+        try:
+            return read_json(path)
+        except FedGPTError as error:
+            raise FedGPTError(f"{error}; write it again: fedgpt run resume={self.folder}") from None
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -229,10 +229,15 @@ class Run:
             )
         model = build_model(options.model, self.tokenizer.vocab_size, self._base(options)).eval()
         vector = flatten(model)[1].numpy()
-        if vector.shape != params.shape:
+        identity = checkpoints.identity()
+        before = {} if identity is None else identity.options
+        # the heads, for example, do not change the number of parameters
+        changed = compose.changed_options(before, options, "model.") if before else ""
+        if changed or vector.shape != params.shape:
+            sizes = f"{vector.size} parameters instead of {params.size}"
             raise FedGPTError(
-                f"{self.folder}/config.yaml: describes another model ({vector.size} parameters)"
-                f" than the checkpoints contain ({params.size}); restore that file"
+                f"{self.folder}/config.yaml: describes another model than the checkpoints contain"
+                f" ({changed or sizes}); restore that file"
             )
         np.copyto(vector, params)
         return model

@@ -132,11 +132,12 @@ def _serve(setting: Setting, network: Network) -> dict[str, Any]:
         server = Server(parts, snapshot, [display, *trackers])
         del snapshot  # so that the server can free the vectors in it
         summary = server.run()
-    with saying("writing the results"):
+    with saying("writing the results"), folder.records_used():
         model = build_model(options.model, setting.prepared.tokenizer.vocab_size, setting.base)
         np.copyto(flatten(model)[1].numpy(), server.state.params)
         write_results(folder, options, setting.prepared, model, summary, setting.statement)
-    display.say(summary_text(summary, folder.metrics.read(), folder.path))
+        text = summary_text(summary, folder.metrics.read(), folder.path)
+    display.say(text)
     return summary
 
 

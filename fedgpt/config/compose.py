@@ -268,17 +268,17 @@ def flat_options(options: RunOptions) -> dict[str, Any]:
     return {key: value for key, value in flat.items() if key not in FREE}
 
 
-def changed_options(before: Mapping[str, Any], options: RunOptions) -> str:
+def changed_options(before: Mapping[str, Any], options: RunOptions, group: str = "") -> str:
     """Differences between the options of a checkpoint and the current options, as `name: old ->
     new`. An option that does not exist in an older checkpoint has its default there. A run may have
-    become longer, if it is not private.
+    become longer, if it is not private. With `group`, such as `model.`, only those of this group.
     """
     now = flat_options(options)
     before = _with_new_options(before)
     return ", ".join(
         f"{k}: {before.get(k)} -> {now.get(k)}"
         for k in _differing(before, now)
-        if not _is_longer(k, before.get(k), options)
+        if k.startswith(group) and not _is_longer(k, before.get(k), options)
     )
 
 

@@ -1,17 +1,25 @@
-"""Atomic writes: a new file is written beside the old one, synced, and renamed over it."""
+"""Files: writes that are atomic, digests, and reading what may be missing or damaged.
+
+A new file is written beside the old one, synced, and renamed over it.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from fedgpt.core.errors import FedGPTError
 
 # mode of a file that tells of single clients: only its owner may read it
 PRIVATE = 0o600
+SUMS = "SHA256SUMS"  # a folder's list of digests, which `sha256sum -c` checks
 # start of the small text that Git has in place of a large file, until the file is fetched
 LFS_POINTER = b"version https://git-lfs"
 
@@ -62,3 +70,56 @@ def sha256_of(path: str | Path) -> str:
     """Hexadecimal sha256 of a file's bytes."""
     with Path(path).open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sums_of(folder: Path) -> str:
+    """The content of SHA256SUMS for all other files of a folder."""
+    names = sorted(path.name for path in folder.iterdir() if path.name != SUMS)
+    return "".join(f"{sha256_of(folder / name)}  {name}\n" for name in names)
+
+
+def is_there(path: Path) -> bool:
+    """Whether something has this name, if only a link that leads nowhere; raises FedGPTError for a
+    folder that cannot be read.
+    """
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no possible name
+        return False
+    except OSError as error:
+        raise FedGPTError(f"{path} cannot be read: {error.strerror}") from None
+    return True
+
+
+def read_file(path: Path) -> bytes:
+    """The content of a file; raises FedGPTError if it cannot be read or is not there."""
+    check_file(path)
+    return path.read_bytes()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The mapping in a JSON file; raises FedGPTError, naming the file and the reason."""
+    try:
+        content = json.loads(read_file(path).decode("utf-8"))
+    except (ValueError, RecursionError) as damage:
+        raise FedGPTError(f"{path} is damaged: {damage}") from None
+    if not isinstance(content, dict):
+        raise FedGPTError(f"{path} is damaged: it has no mapping, but a {type(content).__name__}")
+    return content
+
+
+def check_file(path: Path) -> None:
+    """Raise FedGPTError unless the file can be read and is more than the pointer to one."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise FedGPTError(f"{path} is not a file")
+        with path.open("rb") as stream:
+            head = stream.read(len(LFS_POINTER))
+    except OSError as error:
+        raise FedGPTError(f"{path} cannot be read: {error.strerror}") from None
+    if not head:
+        raise FedGPTError(f"{path} is empty")
+    if head == LFS_POINTER:
+        raise FedGPTError(
+            f"{path} is a Git LFS pointer, not the file itself; fetch the file with: git lfs pull"
+        )

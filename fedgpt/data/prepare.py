@@ -31,7 +31,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from fedgpt.core.errors import ConfigError, FedGPTError
-from fedgpt.core.files import sync
+from fedgpt.core.files import SUMS, sums_of, sync
 from fedgpt.core.options import CorpusOptions, TokenizerOptions
 from fedgpt.core.targets import CUSTOM
 from fedgpt.data.corpora.base import Corpus
@@ -129,23 +129,17 @@ def prepare(
 def open_prepared(folder: str | Path) -> Prepared:
     """Open a folder that `prepare` made, without reading the corpus again.
 
-    Raises OSError, ValueError or KeyError if the folder is missing or damaged.
+    Raises OSError or ValueError if a file is missing, or is not as it was written.
     """
     folder = Path(folder)
+    if (folder / SUMS).read_text(encoding="utf-8") != sums_of(folder):
+        raise ValueError(f"{folder}: its files are not those in {SUMS}")
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     names = json.loads((folder / "documents.json").read_text(encoding="utf-8"))
-    tokens = np.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False)
-    starts = np.load(folder / "starts.npy", allow_pickle=False)
-    if (
-        manifest["format"] != FORMAT
-        or len(tokens) != manifest["tokens"]
-        or starts[-1] != len(tokens)
-    ):
-        raise ValueError(f"{folder}: not a complete data folder of format {FORMAT}")
     return Prepared(
         folder=folder,
-        tokens=tokens,
-        starts=starts,
+        tokens=np.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False),
+        starts=np.load(folder / "starts.npy", allow_pickle=False),
         part=np.load(folder / "part.npy", allow_pickle=False),
         clients=names["clients"],
         labels=names["labels"],
@@ -208,7 +202,7 @@ def _open_if_valid(folder: Path) -> Prepared | None:
     """Return the cache entry, or None if it is missing or damaged and must be made."""
     try:
         return open_prepared(folder)
-    except (OSError, ValueError, KeyError, FedGPTError):
+    except (OSError, ValueError, FedGPTError):  # the last: a tokenizer of another library version
         return None
 
 
@@ -219,7 +213,7 @@ def _make(
     options: TokenizerOptions,
     manifest: dict[str, Any],
 ) -> Path:
-    """Write all files of a cache entry to `folder`, the manifest last, and return it."""
+    """Write all files of a cache entry to `folder`, their digests last, and return it."""
     # only bpe is trained, and reads the corpus once more
     texts = (text for text, number in zip(survey.texts(), part, strict=True) if number == PUBLIC)
     tokenizer = make_tokenizer(options, texts)
@@ -253,6 +247,7 @@ def _make(
     }
     tokenizer.save(folder)
     (folder / "manifest.json").write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    (folder / SUMS).write_text(sums_of(folder), encoding="utf-8")
     for file in folder.iterdir():
         sync(file)
     return folder

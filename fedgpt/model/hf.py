@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedgpt.core.errors import FedGPTError
-from fedgpt.core.files import replacing, sha256_of, write_text
+from fedgpt.core.files import SUMS, replacing, sha256_of, write_text
 from fedgpt.model.gpt import GPT
-from fedgpt.model.hf_folder import HEAD, SUMS, WEIGHTS, ModelFolder, Stored, read_folder
+from fedgpt.model.hf_folder import HEAD, WEIGHTS, ModelFolder, Stored, read_folder
 from fedgpt.model.hf_formats import FORMATS, model_type
 
 

@@ -6,22 +6,19 @@ Only safetensors is read, never pickle.
 
 from __future__ import annotations
 
-import json
-import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from fedgpt.core.errors import FedGPTError
-from fedgpt.core.files import LFS_POINTER, sha256_of
+from fedgpt.core.files import SUMS, check_file, is_there, read_file, read_json, sha256_of
 from fedgpt.core.options import ModelOptions
 from fedgpt.model.hf_formats import FORMATS, Format, whole
 from fedgpt.model.shape import parameter_shapes
 
-WEIGHTS, INDEX, SUMS = "model.safetensors", "model.safetensors.index.json", "SHA256SUMS"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F64", "F32", "F16", "BF16")  # the names that safetensors gives them
 HEAD = "lm_head.weight"
 # parts of names that torch.compile, DistributedDataParallel and FSDP add
@@ -55,15 +52,16 @@ class ModelFolder:
         A folder that transformers wrote has no SHA256SUMS, and nothing to compare with.
         """
         sums = self.path / SUMS
-        if not sums.exists():
+        if not is_there(sums):
             return
         text = read_file(sums).decode("utf-8", errors="replace")
-        lines = [line.split() for line in text.splitlines()]
-        if [sha256_of(self.path / WEIGHTS), WEIGHTS] not in lines:
-            raise FedGPTError(
-                f"{self.path / WEIGHTS} is damaged: its sha256 is not the one in {SUMS}; copy the"
-                f" folder again, or delete {SUMS} if you replaced the weights yourself"
-            )
+        lines = [line.split(maxsplit=1) for line in text.splitlines()]
+        for path in sorted({stored.path for stored in self.parameters.values()}):
+            if [sha256_of(path), path.relative_to(self.path).as_posix()] not in lines:
+                raise FedGPTError(
+                    f"{path} is damaged: its sha256 is not in {SUMS}; copy the folder again, or"
+                    f" delete {SUMS} if you replaced the weights yourself"
+                )
 
 
 def read_folder(folder: str | Path) -> ModelFolder:
@@ -105,53 +103,6 @@ def read_folder(folder: str | Path) -> ModelFolder:
         _check_tensor(stored, form.stored_shape(name, {**zeros, **shapes}[name]))
     extra = tuple(found.pop(name) for name in zeros if name in found)
     return ModelFolder(folder, form, options, vocab_size, found, extra)
-
-
-def is_there(path: Path) -> bool:
-    """Whether something has this name, if only a link that leads nowhere; raises FedGPTError for a
-    folder that cannot be read.
-    """
-    try:
-        path.lstat()
-    except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: no possible name
-        return False
-    except OSError as error:
-        raise FedGPTError(f"{path} cannot be read: {error.strerror}") from None
-    return True
-
-
-def read_file(path: Path) -> bytes:
-    """The content of a file; raises FedGPTError if it cannot be read or is not there."""
-    _check_file(path)
-    return path.read_bytes()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The mapping in a JSON file; raises FedGPTError, naming the file and the reason."""
-    try:
-        content = json.loads(read_file(path).decode("utf-8"))
-    except (ValueError, RecursionError) as damage:
-        raise FedGPTError(f"{path} is damaged: {damage}") from None
-    if not isinstance(content, dict):
-        raise FedGPTError(f"{path} is damaged: it has no mapping, but a {type(content).__name__}")
-    return content
-
-
-def _check_file(path: Path) -> None:
-    """Raise FedGPTError unless the file can be read and is more than the pointer to one."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise FedGPTError(f"{path} is not a file")
-        with path.open("rb") as stream:
-            head = stream.read(len(LFS_POINTER))
-    except OSError as error:
-        raise FedGPTError(f"{path} cannot be read: {error.strerror}") from None
-    if not head:
-        raise FedGPTError(f"{path} is empty")
-    if head == LFS_POINTER:
-        raise FedGPTError(
-            f"{path} is a Git LFS pointer, not the file itself; fetch the file with: git lfs pull"
-        )
 
 
 def _read_config(path: Path) -> tuple[Format, ModelOptions, int]:
@@ -223,7 +174,7 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _read_header(path: Path) -> list[Stored]:
-    _check_file(path)
+    check_file(path)
     try:
         with safe_open(path, framework="numpy") as opened:
             names = list(opened.keys())

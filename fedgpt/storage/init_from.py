@@ -11,10 +11,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fedgpt.core.errors import ConfigError, FedGPTError
+from fedgpt.core.files import is_there
 from fedgpt.core.options import RunOptions
 from fedgpt.core.options.option import typed
 from fedgpt.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
-from fedgpt.model.hf_folder import ModelFolder, is_there, read_folder
+from fedgpt.model.hf_folder import ModelFolder, read_folder
 
 # options that may differ from the model of `init_from`, because they do not change its parameters
 MAY_DIFFER = {"dropout", "trainable"}

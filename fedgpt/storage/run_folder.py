@@ -52,6 +52,21 @@ class RunFolder:
         """The folder of the journal."""
         return self.path / "wal"
 
+    @contextmanager
+    def records_used(self) -> Iterator[None]:
+        """Raise FedGPTError, naming the files, if the block fails at a damaged record.
+
+        A line in which a name is damaged can be read, and the name is missing where it is needed.
+        """
+        try:
+            yield
+        except (LookupError, TypeError, ValueError) as error:
+            raise FedGPTError(
+                f"{self.path}: a line of metrics.jsonl or events.jsonl is damaged"
+                f" ({type(error).__name__}: {error}); delete that line, and continue with:"
+                f" fedgpt run resume={self.path}"
+            ) from error
+
     def close(self) -> None:
         """Flush the records and release the lock."""
         try:

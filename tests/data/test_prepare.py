@@ -171,13 +171,27 @@ def test_a_cache_made_twice_is_the_same_to_the_byte(corpus, tmp_path):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "tokens.npy", "tokenizer.json"])
-def test_a_damaged_cache_entry_is_rebuilt(corpus, tmp_path, name):
-    first = prepare(corpus, BPE, tmp_path / "cache")
-    expected = np.array(first.tokens)
-    data = (first.folder / name).read_bytes()
-    (first.folder / name).write_bytes(data[: len(data) // 2])
-    assert (prepare(corpus, BPE, tmp_path / "cache").tokens == expected).all()
+CACHED = [f"{name}.npy" for name in ("tokens", "starts", "part", "bytes")]
+CACHED += ["documents.json", "manifest.json", "tokenizer.json", "tokenizer_config.json"]
+DAMAGES = {
+    "empty": lambda data: b"",
+    "a bit": lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:],
+    "another type": lambda data: b"[1, 2]",
+}
+
+
+@pytest.mark.parametrize("name", [*CACHED, "SHA256SUMS"])
+def test_a_damaged_cache_entry_is_made_again(corpus, tmp_path, name):
+    folder = prepare(corpus, BYTES, tmp_path / "cache").folder
+    good = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert good.keys() == {*CACHED, "SHA256SUMS"}
+    for how, damage in DAMAGES.items():
+        (folder / name).write_bytes(damage(good[name]))
+        prepare(corpus, BYTES, tmp_path / "cache")
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == good, how
+    (folder / name).unlink()
+    prepare(corpus, BYTES, tmp_path / "cache")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == good
 
 
 def test_a_failed_preparation_leaves_nothing_behind(corpus, tmp_path, monkeypatch):
@@ -217,31 +231,37 @@ def test_concurrent_threads_prepare_a_corpus_once(corpus, tmp_path, monkeypatch)
     assert len(builds) == 1 and len(results) == 4 and len(set(results)) == 1
 
 
-def test_two_concurrent_processes_make_one_cache_entry(corpus, tmp_path):
+def test_of_three_concurrent_processes_one_makes_the_cache_entry(corpus, tmp_path):
     script = (
         "import sys\n"
         "from fedgpt.core.options import CorpusOptions, TokenizerOptions\n"
-        "from fedgpt.data.prepare import prepare\n"
-        "sys.stdin.readline()\n"  # both are imported before either starts
+        "from fedgpt.data import prepare as module\n"
+        "make = module._make\n"
+        "module._make = lambda *arguments: (print('made'), make(*arguments))[1]\n"
+        "sys.stdin.readline()\n"  # all are imported before any starts
         f"corpus = CorpusOptions(name='files', client='folder', path={corpus.path!r}, public=0.2,"
         " held_out=0.2)\n"
-        "prepared = prepare(corpus, TokenizerOptions(vocab_size=300),"
+        "prepared = module.prepare(corpus, TokenizerOptions(vocab_size=300),"
         f" {str(tmp_path / 'cache')!r})\n"
         "print(prepared.folder, prepared.tokens.sum())\n"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(fedgpt.__file__).parents[1])}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     processes = [
-        subprocess.Popen([sys.executable, "-c", script], env=environment, **pipes) for _ in range(2)
+        subprocess.Popen([sys.executable, "-c", script], env=environment, **pipes) for _ in range(3)
     ]
     for process in processes:
         assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
     answers = [process.communicate(timeout=60)[0] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    assert answers[0] == answers[1] != ""
-    assert len([path for path in (tmp_path / "cache").iterdir() if path.is_dir()]) == 1
+    assert [process.returncode for process in processes] == [0, 0, 0]
+    assert sorted(answer.startswith("made\n") for answer in answers) == [False, False, True]
+    assert len({answer.removeprefix("made\n") for answer in answers}) == 1
+    (entry,) = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    alone = prepare(corpus, TokenizerOptions(vocab_size=300), tmp_path / "alone").folder
+    for path in alone.iterdir():
+        assert (entry / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 def test_waiting_for_the_lock_has_a_time_limit(corpus, tmp_path, monkeypatch):

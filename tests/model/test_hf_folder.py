@@ -374,16 +374,68 @@ def test_each_missing_key_of_a_config_is_named(folder):
         refused(folder, f"config.json is not supported: {name} is missing")
 
 
+def without(folder: Path, *names: str) -> None:
+    """Leave these keys out of config.json."""
+    good = json.loads((folder / "config.json").read_text())
+    assert set(names) <= good.keys()
+    left = {key: value for key, value in good.items() if key not in names}
+    (folder / "config.json").write_text(json.dumps(left))
+
+
+def test_what_a_gpt2_config_leaves_out_is_what_transformers_assumes(tmp_path):
+    theirs = pytest.importorskip("transformers").GPT2Config()
+    rates = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+    assert (theirs.activation_function, theirs.tie_word_embeddings) == ("gelu_new", True)
+    assert [getattr(theirs, name) for name in rates] == [0.1] * 3
+    export_model(tmp_path, small(positions="learned", gelu="exact", dropout=0.5))
+    without(tmp_path, "activation_function", "tie_word_embeddings", *rates)
+    options = read_folder(tmp_path).options
+    assert (options.gelu, options.tie, options.dropout) == ("tanh", True, 0.1)
+
+
+def test_what_a_gpt_neox_config_leaves_out_is_what_transformers_assumes(tmp_path):
+    theirs = pytest.importorskip("transformers").GPTNeoXConfig()
+    assert theirs.use_parallel_residual and theirs.attention_bias and theirs.hidden_act == "gelu"
+    assert not theirs.tie_word_embeddings and theirs.hidden_dropout == theirs.attention_dropout == 0
+    model = small(positions="rotary", gelu="tanh", tie=False, dropout=0.5)
+    export_model(tmp_path, model)
+    good = (tmp_path / "config.json").read_text()
+    # values that our model does not have
+    for name in ("use_parallel_residual", "rotary_pct", "intermediate_size"):
+        without(tmp_path, name)
+        refused(tmp_path, rf"{name}=\S+: must be ")
+        (tmp_path / "config.json").write_text(good)
+    left_out = ("tie_word_embeddings", "hidden_dropout", "attention_dropout", "hidden_act")
+    without(tmp_path, *left_out, "attention_bias")
+    options = read_folder(tmp_path).options
+    assert (options.gelu, options.tie, options.dropout) == ("exact", False, 0.0) and options.bias
+
+
 def test_weights_of_an_export_that_changed_are_refused(tmp_path):
     export_model(tmp_path, small())
     import_model(tmp_path)
     content = bytearray((tmp_path / WEIGHTS).read_bytes())
     content[-2] ^= 1  # still a finite number
     (tmp_path / WEIGHTS).write_bytes(content)
-    with pytest.raises(FedGPTError, match=r"is damaged: its sha256 is not the one in SHA256SUMS"):
+    with pytest.raises(FedGPTError, match=r"is damaged: its sha256 is not in SHA256SUMS"):
         import_model(tmp_path)
     (tmp_path / "SHA256SUMS").unlink()  # as the message says
     import_model(tmp_path)
+
+
+def test_shards_are_compared_with_the_checksums_too(sharded):
+    """An export that was saved again in shards still has the checksum of the one file."""
+    sums = sharded / "SHA256SUMS"
+    sums.write_text(f"{'0' * 64}  {WEIGHTS}\n")
+    with pytest.raises(FedGPTError, match=r"/a\.safetensors is damaged: its sha256 is not in SHA"):
+        import_model(sharded)
+    command = ["sha256sum", "a.safetensors", "b.safetensors"]
+    sums.write_bytes(subprocess.check_output(command, cwd=sharded))
+    import_model(sharded)
+    weights = load_file(sharded / "b.safetensors")
+    save_file({name: p + 1 for name, p in weights.items()}, sharded / "b.safetensors")
+    with pytest.raises(FedGPTError, match=r"/b\.safetensors is damaged: its sha256 is not in SHA"):
+        import_model(sharded)
 
 
 def test_the_checksum_of_an_export_is_what_sha256sum_checks(tmp_path):

@@ -62,6 +62,15 @@ def test_every_difference_is_reported_with_what_to_set(tmp_path):
     assert "model.block_size=16" in str(error.value)
 
 
+def test_options_that_change_no_weight_may_differ(tmp_path):
+    exported(tmp_path, dropout=0.3)
+    o = options(str(tmp_path), dropout=0.1, trainable=["transformer.ln_f.*"])
+    whole = initial_weights(options(str(tmp_path), dropout=0.3), BYTES)
+    trained = initial_weights(o, BYTES)
+    assert trained.size == 32, "weight and bias of ln_f"
+    np.testing.assert_array_equal(trained, whole[-trained.size :])
+
+
 def test_a_damaged_model_is_refused_by_the_name_of_the_option_and_of_the_file(tmp_path):
     exported(tmp_path / "model")
     o = options(str(tmp_path))

@@ -11,6 +11,7 @@ import pytest
 from support.here import run_here, tiny_run
 
 import fedgpt
+from fedgpt.cli import dispatch
 from fedgpt.core.errors import FedGPTError
 from fedgpt.core.faults import Injected, injected
 
@@ -58,11 +59,18 @@ def stopped(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(stopped, tmp_path_factory) -> str:
-    """The weights of the run without a damage."""
+def finished(stopped, tmp_path_factory) -> Path:
+    """The same run at its end, without a damage."""
     copy = tmp_path_factory.mktemp("whole") / "run"
     shutil.copytree(stopped, copy)
-    return fedgpt.run(f"resume={copy}").summary["weights_sha256"]
+    fedgpt.run(f"resume={copy}")
+    return copy
+
+
+@pytest.fixture(scope="module")
+def whole(finished) -> str:
+    """The weights of the run without a damage."""
+    return fedgpt.open_run(finished).summary["weights_sha256"]
 
 
 def damaged(stopped: Path, folder: Path, file: str, how: str) -> Path:
@@ -97,6 +105,89 @@ def test_a_reader_of_a_damaged_folder_gets_an_error_or_what_was_there(
         if file.endswith((".safetensors", ".sha256")) and not same:
             assert Path(file).stem in caplog.text, "a warning says that an older checkpoint is used"
     assert {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()} == before
+
+
+def test_a_damaged_summary_is_an_error_and_written_again(finished, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    path, expected = copy / "summary.json", fedgpt.open_run(finished).summary
+    for how, damage in DAMAGES.items():
+        path.write_bytes(damage((finished / "summary.json").read_bytes()))
+        if how == "cut at its end" or how.startswith("flip"):  # may be JSON
+            continue
+        with pytest.raises(FedGPTError, match=rf"{path} is (damaged|empty).*run resume={copy}"):
+            _ = fedgpt.open_run(copy).summary
+        assert repr(fedgpt.open_run(copy)).startswith(f"<Run {copy}: at version 3, ")
+    assert fedgpt.run(f"resume={copy}").summary.keys() == expected.keys()
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ("checkpoints/version-*.safetensors", []),
+        ("checkpoints/best.safetensors", ["--best"]),
+    ],
+)
+@pytest.mark.parametrize("how", ["cut", "zeros", "a list", "another encoding"])
+def test_generate_with_a_damaged_file_is_one_message(finished, tmp_path, capsys, files, words, how):
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    for path in copy.glob(files):
+        path.write_bytes(DAMAGES[how](path.read_bytes()))
+    assert dispatch("generate", [str(copy), "--tokens", "2", *words]) in (1, 2)
+    out, errors = capsys.readouterr()
+    assert not out and errors.count("fedgpt: ") == 1 and str(copy) in errors
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("n_head: 2", "n_head: 4", "n_head: 2 -> 4"),
+        ("gelu: exact", "gelu: tanh", "gelu: exact -> tanh"),
+        ("  n_head: 2\n", "", "n_head: 2 -> 4"),
+        ("n_embd: 16", "n_embd: 32", "n_embd: 16 -> 32"),
+        ("model:\n", "", "model"),
+        ("seed: 0", "seed: [", "config.yaml"),
+    ],
+)
+@pytest.mark.parametrize("words", [[], ["--best"]], ids=["newest", "best"])
+def test_a_changed_model_in_the_configuration_is_refused(
+    finished, tmp_path, capsys, old, new, message, words
+):
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    text = (copy / "config.yaml").read_text()
+    assert old in text
+    (copy / "config.yaml").write_text(text.replace(old, new))
+    assert dispatch("generate", [str(copy), "--tokens", "2", *words]) in (1, 2)
+    out, errors = capsys.readouterr()
+    assert not out and f"{copy}/config.yaml" in errors and message in errors
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "name"),
+    [
+        ("metrics.jsonl", 0, b'"bits_per_byte"'),
+        ("metrics.jsonl", 1, b'"tokens"'),
+        ("events.jsonl", 2, b'"tokens"'),
+    ],
+)
+def test_a_damaged_name_in_a_record_is_an_error_and_without_the_line_the_run_ends(
+    stopped, whole, tmp_path, file, line, name
+):
+    copy = tmp_path / "run"
+    shutil.copytree(stopped, copy)
+    records = (copy / file).read_bytes().splitlines(keepends=True)
+    changed = records[line].replace(name, name[:-2] + b'_"')
+    assert changed != records[line]
+    (copy / file).write_bytes(b"".join([*records[:line], changed, *records[line + 1 :]]))
+    with pytest.raises(FedGPTError, match=rf"{copy}: a line of metrics\.jsonl or events\.jsonl is"):
+        fedgpt.run(f"resume={copy}")
+    assert not (copy / "summary.json").exists()
+    left = (copy / file).read_bytes().splitlines(keepends=True)
+    assert left[line] == changed
+    (copy / file).write_bytes(b"".join([*left[:line], *left[line + 1 :]]))
+    assert fedgpt.run(f"resume={copy}").summary["weights_sha256"] == whole
 
 
 @pytest.mark.long

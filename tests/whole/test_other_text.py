@@ -10,6 +10,8 @@ import shutil
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,12 +21,21 @@ from support.world import LONG, files, wait_until
 
 import fedgpt
 from fedgpt.cli import dispatch
+from fedgpt.client.work import ClientWork
+from fedgpt.config import compose
 from fedgpt.core.errors import FedGPTError, TextChanged
 from fedgpt.core.faults import Injected, injected
 from fedgpt.core.files import sha256_of
 from fedgpt.core.messages import Job, Plan
+from fedgpt.core.options import RunOptions, TokenizerOptions
+from fedgpt.core.resources import resources_for
+from fedgpt.data.shards import text_digest
+from fedgpt.data.tokenizer import make_tokenizer
+from fedgpt.flower.launch import client_environment
+from fedgpt.flower.local_superlink import local_superlink
 from fedgpt.storage.checkpoint import Checkpoints
 from fedgpt.storage.initial_weights import initial_weights
+from fedgpt.storage.run_folder import read_lines
 
 BPE = ["tokenizer=bpe", "tokenizer.vocab_size=270"]
 
@@ -149,17 +160,16 @@ def test_a_damaged_tokenizer_in_the_folder_is_reported_and_made_again(stopped, c
     assert json.loads((stopped / "tokenizer" / "tokenizer.json").read_text()) != {}
 
 
-def test_a_client_that_prepares_other_text_refuses_its_job(tmp_path):
-    from fedgpt.client.work import ClientWork
-    from fedgpt.config import compose
-    from fedgpt.data.shards import text_digest
+def job_of(options: RunOptions, work: ClientWork) -> Job:
+    """The first job of ann, with the digest of the text."""
+    plan = Plan("r", 1, 0, 10, 100, digests={"text": text_digest(work.prepared)})
+    return Job("ann", 0, 0, initial_weights(options, work.prepared.tokenizer), plan)
 
+
+def test_a_client_that_prepares_other_text_refuses_its_job(tmp_path):
     options = compose.load(tiny_run(tmp_path))
     work = ClientWork(options, str(tmp_path / "state"))
-    digest = text_digest(work.prepared)
-    params = initial_weights(options, work.prepared.tokenizer)
-    plan = Plan("r", 1, 0, 10, 100, digests={"text": digest})
-    job = Job("ann", 0, 0, params, plan)
+    job = job_of(options, work)
     before = work.train(job, 0)[1].copy()
     write_other_text(tmp_path / "text")
     anew = ClientWork(options, str(tmp_path / "state"))
@@ -172,6 +182,19 @@ def test_a_client_that_prepares_other_text_refuses_its_job(tmp_path):
         ClientWork(options, str(tmp_path / "state")).train(job, 0)
     tiny_run(tmp_path)
     assert (anew.train(job, 0)[1] == before).all(), "the same process, with the text put back"
+
+
+def test_a_process_that_starts_over_a_damaged_cache_trains_the_same_bits(tmp_path):
+    options = compose.load(tiny_run(tmp_path))
+    work = ClientWork(options, str(tmp_path / "state"))
+    job, folder = job_of(options, work), work.prepared.folder
+    before = work.train(job, 0)[1].copy()
+    tokens = (folder / "tokens.npy").read_bytes()
+    (folder / "tokens.npy").unlink()  # not written over, as this process has mapped the file
+    (folder / "tokens.npy").write_bytes(tokens[:200] + tokens[:199:-1])
+    assert (ClientWork(options, str(tmp_path / "state")).train(job, 0)[1] == before).all()
+    make_tokenizer(TokenizerOptions("bpe", 260), ["the river rose"]).save(folder)
+    assert (ClientWork(options, str(tmp_path / "state")).train(job, 0)[1] == before).all()
 
 
 def start(options: list[str], env: dict[str, str]) -> subprocess.Popen[str]:
@@ -207,6 +230,43 @@ def test_a_worker_killed_after_the_text_changed_ends_the_run_with_one_message(tm
     assert process.returncode == 1, errors
     assert re.search(rf"fedgpt: corpus.path={tmp_path}/text: the text has changed", errors), errors
     assert "Traceback" not in errors and f"fedgpt run resume={run}" in errors
+
+
+@pytest.mark.long
+def test_a_supernode_whose_text_changed_refuses_its_jobs(tmp_path, monkeypatch):
+    """Each node has a text of its own; the run ends when the text of the server changes too."""
+    words = [o for o in tiny_run(tmp_path) if not o.startswith("rounds")]
+    options = compose.load([*words, "rounds=100", "runtime=superlink"])
+    text = {name: tmp_path / name / "text" for name in ("server", "ann", "bob")}
+    for folder in text.values():
+        shutil.copytree(tmp_path / "text", folder)
+    options.corpus.path = "/proc/self/cwd/text"  # in the folder where a process was started
+    environment = client_environment(options, resources_for(options, 2))
+
+    def events(kind: str, client: str) -> list[dict]:
+        lines = read_lines(tmp_path / "run" / "events.jsonl")
+        return [e for e in lines if e["event"] == kind and e["client"] == client]
+
+    with ThreadPoolExecutor(1) as threads, ExitStack() as stack:
+        monkeypatch.chdir(text["server"].parent)
+        link = stack.enter_context(local_superlink(options.run_dir, environment))
+        for number, name in enumerate(("ann", "bob")):
+            monkeypatch.chdir(text[name].parent)
+            link.start_node(number, 2, None)
+        monkeypatch.chdir(text["server"].parent)
+        run = threads.submit(link.submit, options)
+        wait_until(lambda: bool(events("accept", "bob")) or run.done())
+        with (text["bob"] / "bob" / "0.txt").open("a") as stream:
+            stream.write("one line more\n")
+        wait_until(lambda: bool(events("reject", "bob")) or run.done())
+        assert not run.done(), "only this client's job fails"
+        shutil.rmtree(text["server"])
+        with pytest.raises(FedGPTError, match=rf"{text['server']}: the text has changed since"):
+            run.result(timeout=LONG)
+    assert events("accept", "ann")
+    for refusal in events("reject", "bob"):
+        assert refusal["code"] == "client_error"
+        assert f"corpus.path={text['bob']}: the text has changed" in refusal["detail"]
 
 
 def test_text_that_goes_while_the_run_starts_is_one_message(tmp_path, monkeypatch, capsys):
