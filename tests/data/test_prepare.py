@@ -62,7 +62,6 @@ def test_tokens_are_the_documents_each_with_its_end(corpus, tokenizer, tmp_path)
         assert prepared.bytes[number] == len(document.text.encode())
     assert prepared.clients == [document.client for document in documents]
     assert prepared.labels == [document.label for document in documents]
-    assert prepared.ids == [document.id for document in documents]
 
 
 def test_the_split_keeps_texts_apart_and_covers_all(corpus, tmp_path):
@@ -171,13 +170,22 @@ def test_a_cache_made_twice_is_the_same_to_the_byte(corpus, tmp_path):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "tokens.npy", "tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", ["manifest.json", "tokens.npy", "tokenizer.json", "names.json", "clients.npy"]
+)
 def test_a_damaged_cache_entry_is_rebuilt(corpus, tmp_path, name):
     first = prepare(corpus, BPE, tmp_path / "cache")
     expected = np.array(first.tokens)
     data = (first.folder / name).read_bytes()
     (first.folder / name).write_bytes(data[: len(data) // 2])
-    assert (prepare(corpus, BPE, tmp_path / "cache").tokens == expected).all()
+    second = prepare(corpus, BPE, tmp_path / "cache")
+    assert (second.tokens == expected).all() and second.clients == first.clients
+
+
+def test_an_entry_with_fewer_names_than_numbers_is_rebuilt(corpus, tmp_path):
+    first = prepare(corpus, BYTES, tmp_path / "cache")
+    (first.folder / "names.json").write_text('{"clients": ["an"], "labels": [""]}')
+    assert prepare(corpus, BYTES, tmp_path / "cache").clients == first.clients
 
 
 def test_a_failed_preparation_leaves_nothing_behind(corpus, tmp_path, monkeypatch):
