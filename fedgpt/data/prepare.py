@@ -56,7 +56,6 @@ class Prepared:
     part: np.ndarray  # (documents,) int8: PUBLIC, HELD_OUT or CLIENTS
     clients: list[str]  # owner of each document
     labels: list[str]  # label of each document
-    ids: list[str]  # id of each document
     bytes: np.ndarray  # (documents,) int64: UTF-8 bytes of each text
     tokenizer: Tokenizer
     manifest: dict[str, Any]
@@ -135,15 +134,14 @@ def open_prepared(folder: str | Path) -> Prepared:
     if (folder / SUMS).read_text(encoding="utf-8") != sums_of(folder):
         raise ValueError(f"{folder}: its files are not those in {SUMS}")
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    names = json.loads((folder / "documents.json").read_text(encoding="utf-8"))
+    names = json.loads((folder / "names.json").read_text(encoding="utf-8"))
     return Prepared(
         folder=folder,
         tokens=np.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False),
         starts=np.load(folder / "starts.npy", allow_pickle=False),
         part=np.load(folder / "part.npy", allow_pickle=False),
-        clients=names["clients"],
-        labels=names["labels"],
-        ids=names["ids"],
+        clients=_read_names(folder, "clients", names),
+        labels=_read_names(folder, "labels", names),
         bytes=np.load(folder / "bytes.npy", allow_pickle=False),
         tokenizer=load_tokenizer(folder),
         manifest=manifest,
@@ -222,8 +220,11 @@ def _make(
     lengths = np.diff(starts)
     for name, values in {"starts": starts, "part": part, "bytes": survey.sizes}.items():
         np.save(folder / f"{name}.npy", values, allow_pickle=False)
-    names = {"clients": survey.clients, "labels": survey.labels, "ids": survey.ids}
-    (folder / "documents.json").write_text(json.dumps(names, ensure_ascii=False), encoding="utf-8")
+    names = {
+        "clients": _write_names(folder / "clients.npy", survey.clients),
+        "labels": _write_names(folder / "labels.npy", survey.labels),
+    }
+    (folder / "names.json").write_text(json.dumps(names, ensure_ascii=False), encoding="utf-8")
     split = {
         name: {
             "documents": int((part == number).sum()),
@@ -270,6 +271,20 @@ def _write_tokens(path: Path, encoded: Iterable[np.ndarray], tokenizer: Tokenize
         stream.seek(0)
         stream.write(final)
     return starts
+
+
+def _write_names(path: Path, names: list[str]) -> list[str]:
+    """Write the number of each document's name; return the names by number."""
+    number = {name: place for place, name in enumerate(dict.fromkeys(names))}
+    numbers = np.fromiter(map(number.__getitem__, names), np.int32, len(names))
+    np.save(path, numbers, allow_pickle=False)
+    return list(number)
+
+
+def _read_names(folder: Path, kind: str, names: dict[str, list[str]]) -> list[str]:
+    """Return the name of each document; equal names are one object, so that they take little."""
+    numbers = np.load(folder / f"{kind}.npy", allow_pickle=False)
+    return [names[kind][number] for number in numbers]
 
 
 def _array_header(dtype: np.dtype, length: int) -> bytes:

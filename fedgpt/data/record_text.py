@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from fedgpt.core.errors import amount
 from fedgpt.data.reading import Unreadable
 from fedgpt.data.records import Field, Format, Missing, Row, format_of, type_word
-from fedgpt.data.sources import NAMED
+from fedgpt.data.sources import NAMED, LeftOut
 
 MOST_BAD = 100  # so many bad records and no usable one mean that the options are wrong
 
@@ -46,16 +46,18 @@ class TextRow(NamedTuple):
 class RecordText:
     """Reads files of records in the given order, as one corpus, and counts what is left out."""
 
-    def __init__(self, fields: RecordFields, owner: str, skip: bool):
-        """`owner` is corpus.client as typed; with `skip` bad records are left out."""
-        self._fields, self._owner, self._skip = fields, owner, skip
+    def __init__(self, fields: RecordFields, owner: str, skip: bool, direct: bool):
+        """`owner` is corpus.client as typed; with `skip` bad records are left out; `direct` says
+        that corpus.path names the only file.
+        """
+        self._fields, self._owner, self._skip, self._direct = fields, owner, skip, direct
         self._usable, self._blank, self._bad, self._mended = 0, 0, 0, 0
         self._blank_places: list[str] = []  # of the first blank records
         self._problems: list[str] = []  # of the first bad records
         self._told: list[str] = []
 
-    def rows(self, files: Mapping[str, Path]) -> Iterator[TextRow]:
-        """Yield the text of each usable record.
+    def rows(self, files: Mapping[str, Path], left: LeftOut) -> Iterator[TextRow]:
+        """Yield the text of each usable record; files without a record go to `left`.
 
         Raises Unreadable for a file that cannot be read, and, after the last record or after
         MOST_BAD, for bad records that are not to be left out.
@@ -66,12 +68,14 @@ class RecordText:
             assert kind is not None, "these are files of records"
             for number, record, problem in self._read(name, path, kind):
                 place = f"{kind.unit} {number}"
-                place = place if len(files) == 1 else f"{name}, {place}"
+                place = place if self._direct else f"{name}, {place}"
                 if found := self._used(record, problem, place):
                     yield TextRow(name, f"{kind.unit} {before + number}", *found)
                 elif self._bad == MOST_BAD and not self._usable:
                     raise Unreadable(self._refusal())
             before += number
+            if not number:
+                left.add("no records in it", name)
         if self._bad and not (self._skip and self._bad < self._usable):
             raise Unreadable(self._refusal())
         if self._fields.client is None and self._owner == "file" and len(files) == 1:

@@ -39,6 +39,7 @@ WORDS = {
     str: "text",
     list: "a list",
     dict: "an object",
+    bytes: "bytes without an encoding",
 }
 
 
@@ -287,13 +288,19 @@ def _parquet(path: Path, fields: Sequence[Field]) -> Iterator[Row]:
                 for record in batch.to_pylist():
                     number += 1
                     yield Row(number, record)
-    except (ArrowException, OSError, UnicodeDecodeError) as error:
+            expected = file.metadata.num_rows
+    # pyarrow raises the last two for values that Python does not have, such as the year 10000
+    except (ArrowException, OSError, ValueError, OverflowError) as error:
         raise Unreadable(f"{reason(error)}; it is damaged, or no Parquet file") from error
+    if number != expected:  # the numbers of rows have no checksum
+        raise Unreadable(f"has {number:,} of {expected:,} rows; it is damaged")
 
 
 def _columns(names: Sequence[str], fields: Sequence[Field]) -> list[str]:
     """Return the columns that are needed; all, which a message lists, if a field is missing."""
     wanted = {*OWNERS, *(field.typed for field in fields), *(field.column for field in fields)}
+    if twice := [name for name in names if name in wanted and names.count(name) > 1]:
+        raise Unreadable(f"has two columns {twice[0]!r}; rename one of them")
     complete = all(field.typed in names or field.column in names for field in fields)
     return [name for name in names if name in wanted or not complete]
 

@@ -176,12 +176,13 @@ def sort_files(files: dict[str, Path], direct: bool, left: LeftOut) -> Sorted:
     texts, records = {}, {}
     for name, path in files.items():
         suffix = suffix_of(name)
-        if suffix in REMEDY_OF:
+        holds_records = format_of(name) is not None
+        packed_twice = suffix == ".parquet" and not holds_records
+        if suffix in REMEDY_OF or packed_twice:
             if direct:
-                raise Unreadable(f"{shown(name)} is not text; {REMEDY_OF[suffix]}")
+                raise Unreadable(f"{shown(name)} is not text; {REMEDY_OF.get(suffix, 'unpack it')}")
             left.add("not text", name)
             continue
-        holds_records = format_of(name) is not None
         if not holds_records and suffix not in TEXT_SUFFIXES and not is_text_file(name, path):
             if direct:
                 raise Unreadable(f"{shown(name)} is not text in UTF-8; convert it to a .txt file")

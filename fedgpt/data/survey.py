@@ -18,7 +18,7 @@ from fedgpt.data.corpora.base import Corpus, Document
 from fedgpt.data.corpus import read_documents
 
 HASH = hashlib.sha256
-HASH_BYTES = HASH().digest_size
+KEY_BYTES = 16  # of each text's hash: enough that no two texts have the same
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,11 +27,10 @@ class Survey:
 
     corpus: Corpus
     digest: str  # of owner, id, label and text of every document
-    keys: np.ndarray  # (documents,) S32: hash of each text
+    keys: np.ndarray  # (documents,) S16: hash of each text
     sizes: np.ndarray  # (documents,) int64: UTF-8 bytes of each text
     clients: list[str]
     labels: list[str]
-    ids: list[str]
 
     def texts(self) -> Iterator[str]:
         """Read the corpus again; raises FedGPTError if a document is not the one of the survey."""
@@ -39,7 +38,7 @@ class Survey:
         try:
             for number, document in enumerate(read_documents(self.corpus), start=1):
                 _add(digest, document, document.text.encode())
-                if number > len(self.ids) or document.id != self.ids[number - 1]:
+                if number > len(self.sizes):
                     raise _changed(f"it has another document, {document.id}")
                 yield document.text
         except FedGPTError as error:
@@ -48,7 +47,7 @@ class Survey:
             raise _changed(str(error)) from error
         if digest.hexdigest() != self.digest:
             raise _changed(
-                "it has other words" if number == len(self.ids) else "documents are gone"
+                "it has other words or names" if number == len(self.sizes) else "documents are gone"
             )
 
 
@@ -60,23 +59,21 @@ def survey_of(corpus: Corpus) -> Survey:
     """Read a corpus once; raises ConfigError if it has no valid documents."""
     digest, keys, sizes = HASH(), bytearray(), array("q")
     known: dict[str, str] = {}  # one object for each name, however many documents have it
-    clients, labels, ids = [], [], []
+    clients, labels = [], []
     for document in read_documents(corpus):
         data = document.text.encode()
         _add(digest, document, data)
-        keys += HASH(data).digest()
+        keys += HASH(data).digest()[:KEY_BYTES]
         sizes.append(len(data))
         clients.append(known.setdefault(document.client, document.client))
         labels.append(known.setdefault(document.label, document.label))
-        ids.append(document.id)
     return Survey(
         corpus,
         digest.hexdigest(),
-        np.frombuffer(keys, f"S{HASH_BYTES}"),
-        np.array(sizes, np.int64),
+        np.frombuffer(keys, f"S{KEY_BYTES}"),
+        np.frombuffer(sizes, np.int64),
         clients,
         labels,
-        ids,
     )
 
 

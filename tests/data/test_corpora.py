@@ -2,6 +2,7 @@ import hashlib
 import importlib.util
 import json
 import re
+import sysconfig
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,6 +81,22 @@ def test_stdlib_has_many_clients_and_no_tests():
         document.label == document.client and document.text.strip() for document in documents
     )
     assert documents == load(options)
+    paths = [document.id.split("/") for document in documents]
+    assert paths == sorted(paths)
+
+
+def test_stdlib_is_every_source_file_of_its_modules():
+    """Found in another way than by the corpus, which does not search site-packages."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"test", "tests", "idle_test", "__pycache__", "site-packages"}
+    found = {document.id for document in load(CorpusOptions(name="stdlib", client="package"))}
+    for folder in (root / "json", root / "asyncio", root / "unittest", root / "idlelib"):
+        for path in folder.rglob("*.py"):
+            name = path.relative_to(root).as_posix()
+            wanted = not left_out.intersection(name.split("/")) and path.read_bytes().strip()
+            assert (name in found) == bool(wanted), name
+    assert {"abc.py", "json/decoder.py", "xml/dom/minidom.py"} <= found
+    assert not {name for name in found if name.split("/")[0] in {"encodings", "this.py"}}
 
 
 # ---- files

@@ -62,7 +62,6 @@ def test_tokens_are_the_documents_each_with_its_end(corpus, tokenizer, tmp_path)
         assert prepared.bytes[number] == len(document.text.encode())
     assert prepared.clients == [document.client for document in documents]
     assert prepared.labels == [document.label for document in documents]
-    assert prepared.ids == [document.id for document in documents]
 
 
 def test_the_split_keeps_texts_apart_and_covers_all(corpus, tmp_path):
@@ -171,8 +170,8 @@ def test_a_cache_made_twice_is_the_same_to_the_byte(corpus, tmp_path):
         assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
 
 
-CACHED = [f"{name}.npy" for name in ("tokens", "starts", "part", "bytes")]
-CACHED += ["documents.json", "manifest.json", "tokenizer.json", "tokenizer_config.json"]
+CACHED = [f"{name}.npy" for name in ("tokens", "starts", "part", "bytes", "clients", "labels")]
+CACHED += ["names.json", "manifest.json", "tokenizer.json", "tokenizer_config.json"]
 DAMAGES = {
     "empty": lambda data: b"",
     "a bit": lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:],

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from support.text import files, write
 from fedgpt.core.errors import ConfigError, FedGPTError
 from fedgpt.core.options import TokenizerOptions
 from fedgpt.data import prepare as module
+from fedgpt.data import reading
 from fedgpt.data.corpus import corpus_of
 from fedgpt.data.prepare import prepare
 from fedgpt.data.survey import survey_of
@@ -57,3 +60,26 @@ def test_a_survey_reads_the_same_texts_again(tmp_path):
     texts = list(survey.texts())
     assert texts == list(survey.texts()) and len(texts) == 20
     assert [len(text.encode()) for text in texts] == survey.sizes.tolist()
+
+
+def memory_of(tmp_path: Path, documents: int) -> int:
+    """The most bytes that the preparation of short records holds at once."""
+    rows = (
+        {"who": f"owner {number % 9}", "text": f"It rained {number}."}
+        for number in range(documents)
+    )
+    path = write(tmp_path, "a.jsonl", "\n".join(map(json.dumps, rows)))
+    tracemalloc.start()
+    prepare(files(path, client="who"), TokenizerOptions(name="bytes"), tmp_path / "cache")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    return peak
+
+
+def test_a_document_takes_little_memory(tmp_path, monkeypatch):
+    """2 GB of short records are millions of documents, and about each of them something is kept."""
+    monkeypatch.setattr(module, "ENCODE_AT_ONCE", 1000)
+    monkeypatch.setattr(reading, "CHUNK", 10_000)
+    memory_of(tmp_path, 100)  # what is loaded at first use
+    few, many = memory_of(tmp_path, 500), memory_of(tmp_path, 2500)
+    assert (many - few) / 2000 < 150

