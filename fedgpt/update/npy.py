@@ -44,6 +44,11 @@ def read_npy(data: bytes) -> np.ndarray:
     claimed, left = math.prod(shape) * dtype.itemsize, len(data) - stream.tell()
     if claimed != left:
         raise UpdateRejected(
-            "size_mismatch", f"the header claims {claimed:.3g} bytes, {left} follow"
+            "size_mismatch", f"{left} bytes follow the header, which claims another number"
         )
-    return np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape)
+    try:
+        return np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape)
+    except (TypeError, ValueError) as error:  # a shape with a bool, or more axes than numpy allows
+        raise UpdateRejected(
+            "bad_encoding", f"no shape of an array ({type(error).__name__})"
+        ) from error

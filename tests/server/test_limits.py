@@ -20,11 +20,12 @@ from fedgpt.aggregate.krum import Krum
 from fedgpt.aggregate.median import Median
 from fedgpt.aggregate.norm_clip import NormClip
 from fedgpt.aggregate.trimmed_mean import TrimmedMean
+from fedgpt.config import compose
 from fedgpt.core.errors import UpdateRejected
 from fedgpt.core.messages import Job, Plan, Reply, ServerState, Update
 from fedgpt.core.options import RunOptions, ValidateOptions
 from fedgpt.server.collector import Collectors
-from fedgpt.server.limits import ENOUGH, REMEMBERED, clip_length, norm_limit, remembered
+from fedgpt.server.limits import ENOUGH, clip_length, norm_limit, remembered
 from fedgpt.server.privacy import Privacy
 from fedgpt.server.quarantine import Quarantine
 from fedgpt.storage.tables import Clients
@@ -46,7 +47,7 @@ HONEST = dict.fromkeys("abcdef", honest)
 
 def test_the_limit_is_a_multiple_of_the_running_median():
     o = ValidateOptions(norm=10.0, clip=2.0)
-    few, many = (3.0,) * (ENOUGH - 1), (1.0, 1.0, 1.0, 3.0, 3.0, 3.0, 3.0, 100.0)
+    few, many = (3.0,) * 7, (1.0, 1.0, 1.0, 3.0, 3.0, 3.0, 3.0, 100.0)
     assert norm_limit(o, few, 2.0) == 20.0 and clip_length(o, few) is None
     assert norm_limit(o, many, 50.0) == 30.0 and clip_length(o, many) == 6.0
     assert norm_limit(o, many, 0.5) == 10.0, "never above ten times the model, or ten"
@@ -59,7 +60,7 @@ def test_norms_are_remembered_in_an_order_that_does_not_depend_on_arrival():
 
     one, two = accepted("a", 1.0), accepted("b", 2.0)
     assert remembered((0.5,), [one, two]) == remembered((0.5,), [two, one]) == (0.5, 1.0, 2.0)
-    assert len(remembered((1.0,) * REMEMBERED, [one])) == REMEMBERED
+    assert remembered((0.5, *(2.0,) * 63), [one]) == (*(2.0,) * 63, 1.0), "the last 64"
     assert remembered((), [accepted("a", 0.0)]) == (), "zero updates would make the limit zero"
 
 
@@ -266,6 +267,21 @@ def test_an_update_far_longer_than_usual_is_rejected_and_a_long_one_is_scaled(tm
     assert steps[4] < plain.metrics[4]["step_norm"] and np.isclose(
         steps[3], plain.metrics[3]["step_norm"]
     )
+
+
+def test_validate_off_leaves_only_the_limit_from_the_norm_of_the_model(tmp_path):
+    """A client that exceeds it every time but one is never quarantined."""
+
+    def z(job):
+        ((seconds, reply),) = honest(job)
+        factor = np.float32(30 if job.number == 4 else 1e6)
+        return [(seconds, reply_with(job, reply.payload * factor))]
+
+    o = replace(options(tmp_path, rounds=6), validate=compose.load(["validate=off"]).validate)
+    outcome = run(o, {**HONEST, "z": z})
+    once = {"norm_limit": 1}
+    assert [m["rejected"] for m in outcome.metrics[1:]] == [once, once, once, once, {}, once]
+    assert len([job for job in outcome.jobs if job.client == "z"]) == 6
 
 
 def test_a_clipped_update_is_as_long_as_the_clip(tmp_path):

@@ -44,11 +44,19 @@ def test_weights_are_the_weighted_mean_of_what_clients_sent(tmp_path):
     assert done.metrics[1]["accepted"] == 2 and done.metrics[1]["staleness"] == {"0": 2}
 
 
-def test_the_order_of_arrival_changes_no_bit(tmp_path):
+class Added(FedAvg):
+    """A rule that adds in float32, in the order in which it gets the updates of a cohort."""
+
+    def combine(self, updates, state, root=None):
+        return sum((update.delta for update in updates), np.zeros_like(state.params))
+
+
+@pytest.mark.parametrize("rule", [FedAdam(), Added()], ids=["linear", "not linear"])
+def test_the_order_of_arrival_changes_no_bit(tmp_path, rule):
     digests = set()
     for number, delays in enumerate([(1, 2, 3, 4, 5), (5, 4, 3, 2, 1), (3, 1, 5, 2, 4)]):
         clients = {n: partial(honest, seconds=s) for n, s in zip("abcde", delays, strict=True)}
-        digests.add(serve(tmp_path / str(number), clients, FedAdam()).summary["weights_sha256"])
+        digests.add(serve(tmp_path / str(number), clients, rule).summary["weights_sha256"])
     assert len(digests) == 1
 
 

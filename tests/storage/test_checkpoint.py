@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,6 +57,34 @@ def test_checkpoints_load_as_they_were_saved_and_only_the_newest_are_kept(tmp_pa
     save(tmp_path, 1, 2, 3, 4, keep=2)
     assert_same(Checkpoints(tmp_path, 2).load(), snapshot(4))
     assert len(list(tmp_path.iterdir())) == 4  # two checkpoints, two digests, no temporary file
+
+
+def test_a_checkpoint_is_on_the_disk_before_an_older_one_is_deleted(tmp_path, monkeypatch):
+    """A power cut between any two of these steps leaves a complete checkpoint."""
+    save(tmp_path, 1, keep=1)
+    steps: list[tuple[str, str]] = []
+    sync, rename, unlink = os.fsync, Path.replace, Path.unlink
+
+    def note(what: str, path: Path) -> None:
+        if path.exists():
+            name = "folder" if path.is_dir() else path.name.removeprefix(".version-0000000")
+            steps.append((what, name.removeprefix("version-0000000")[: len("2.sha256")]))
+
+    def noted_sync(descriptor: int) -> None:
+        sync(descriptor)
+        note("sync", Path(f"/proc/self/fd/{descriptor}").readlink())
+
+    monkeypatch.setattr(os, "fsync", noted_sync)
+    monkeypatch.setattr(Path, "replace", lambda path, to: (note("rename", path), rename(path, to)))
+    monkeypatch.setattr(
+        Path, "unlink", lambda path, missing_ok=False: (note("delete", path), unlink(path, True))
+    )
+    save(tmp_path, 2, keep=1)
+    assert steps == [
+        *[("sync", "2.safete"), ("rename", "2.safete"), ("sync", "folder")],
+        *[("sync", "2.sha256"), ("rename", "2.sha256"), ("sync", "folder")],
+        *[("delete", "1.sha256"), ("delete", "1.safete")],
+    ]
 
 
 def test_damaged_checkpoints_are_skipped_with_a_warning(tmp_path, caplog):
@@ -146,6 +176,16 @@ def test_the_only_checkpoint_is_used_after_any_number_of_starts(tmp_path):
         checkpoints.started(checkpoints.recover().state.version)
         checkpoints.close()
     assert Checkpoints(tmp_path, 2).recover().state.version == 1
+
+
+def test_the_only_undamaged_checkpoint_is_used_after_any_number_of_starts(tmp_path):
+    save(tmp_path, 1, 2)
+    (tmp_path / "version-00000001.safetensors").write_bytes(b"torn")
+    for _ in range(5):
+        checkpoints = Checkpoints(tmp_path, 2)
+        checkpoints.started(checkpoints.recover().state.version)
+        checkpoints.close()
+    assert Checkpoints(tmp_path, 2).recover().state.version == 2
 
 
 def contents(folder) -> dict[str, bytes]:

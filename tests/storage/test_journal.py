@@ -25,7 +25,7 @@ from fedgpt.core.faults import Injected, injected
 from fedgpt.core.messages import ClientInfo, Job, JobTime, Plan, Reply
 from fedgpt.core.options import CheckpointOptions, PaceOptions, RunOptions, RuntimeOptions
 from fedgpt.storage.checkpoint import Checkpoints
-from fedgpt.storage.journal import Entry, Journal, RecordedTransport, needs_journal
+from fedgpt.storage.journal import HEAD, Entry, Journal, RecordedTransport, needs_journal
 
 
 def entries() -> list[Entry]:
@@ -34,6 +34,7 @@ def entries() -> list[Entry]:
     replies = (
         Reply("b", 3, error="code 2: é", code="bad_encoding"),
         Reply("c", 1, "{}", packed, bytes=7),
+        Reply("d", 2, "{}", -update, job_time=JobTime(measured=False)),
     )
     return [
         Entry(
@@ -122,6 +123,14 @@ def test_any_cut_and_any_flipped_byte_leave_a_prefix(tmp_path_factory, data):
     assert len(again) == len(read) + 1 and same(again[-1], entries()[0])
 
 
+def test_a_damaged_length_allocates_no_memory(tmp_path):
+    path = written(tmp_path) / "version-00000004.log"
+    content = path.read_bytes()
+    magic, about, _, checksum = HEAD.unpack_from(content)
+    path.write_bytes(HEAD.pack(magic, about, 2**62, checksum) + content[HEAD.size :])
+    assert list(Journal(tmp_path).read(4)) == []
+
+
 def test_a_missing_version_ends_the_log(tmp_path):
     """Entries behind the gap belong to a continuation from another checkpoint."""
     journal = Journal(written(tmp_path))
@@ -197,6 +206,11 @@ def test_a_server_that_fails_anywhere_loses_and_repeats_no_update(tmp_path, stra
     assert not asked_again & {(client, number) for client, number, _ in first[begun:]}, (
         "no client repeats accepted work"
     )
+    made = outcomes[0].events_of("reject", "version")
+    while made and made[-1]["event"] != "version":
+        made.pop()
+    given_up = {(e["client"], e["number"]) for e in made if e["event"] == "reject"}
+    assert not asked_again & given_up, "nor work that was given up"
     if not pace.get("dylu"):
         assert (
             again.server.totals.tokens_done
@@ -289,6 +303,67 @@ def test_with_a_damaged_checkpoint_the_log_leads_to_the_same_state(tmp_path):
     assert again.accepted[: len(first) - begun] == first[begun:] and again.version == 20
 
 
+def test_the_log_after_a_checkpoint_from_which_three_starts_failed_is_deleted(tmp_path):
+    """Its replay could fail again. That of the log before the checkpoint loses no update."""
+    o = options(tmp_path, rounds=20, **BUFFER)
+    o.checkpoint = CheckpointOptions(every=6, keep=2)
+    outcomes = []
+    for fault in ("accepted:15", "open:1", "open:1", "open:1"):
+        with injected(f"{fault}:raise"), pytest.raises(Injected):
+            run(o, uneven(1.0), DeltaSGD(), journal=True, outcomes=outcomes)
+    again = run(o, uneven(-1.0), DeltaSGD(), journal=True)
+    assert (tmp_path / "checkpoints" / "version-00000012.damaged").exists()
+    first = outcomes[0].accepted
+    begun, kept = (outcomes[0].accepted_until(version) for version in (6, 12))
+    assert again.accepted[: kept - begun] == first[begun:kept] and again.version == 20
+    asked_again = {(job.client, job.number) for job in again.jobs}
+    assert not asked_again & {(client, number) for client, number, _ in first[:kept]}
+    assert asked_again & {(client, number) for client, number, _ in first[kept:]}
+
+
+def test_the_log_is_deleted_only_after_the_last_checkpoint_is_written(tmp_path):
+    o = options(tmp_path, rounds=3, **BUFFER)
+    o.checkpoint = CheckpointOptions(every=2)
+    outcomes = []
+    with injected("checkpoint.begin:3:raise"), pytest.raises(Injected):  # after versions 0 and 2
+        run(o, uneven(1.0), DeltaSGD(), journal=True, outcomes=outcomes)
+    assert outcomes[0].version == 3
+    again = run(o, uneven(-1.0), DeltaSGD(), journal=True)
+    assert again.accepted == outcomes[0].accepted[2:], "replayed, not trained again"
+
+
+def test_a_client_that_was_away_is_away_in_the_replay(tmp_path):
+    class WithoutA(ScriptTransport):
+        def available(self, client: str) -> bool:
+            return client != "a"
+
+    o = options(tmp_path, rounds=3)
+    o.checkpoint = CheckpointOptions(every=9)
+    outcomes = []
+    with injected("accepted:5:raise"), pytest.raises(Injected):
+        run(o, uneven(1.0), journal=True, kind=WithoutA, outcomes=outcomes)
+    again = run(o, uneven(-1.0), journal=True)
+    assert again.accepted[:5] == outcomes[0].accepted
+    assert [job.version for job in again.jobs if job.client == "a"] == [2], "it is back"
+
+
+def test_a_payload_that_is_no_array_of_numbers_is_rejected_and_replayed_as_an_error(tmp_path):
+    payloads = [b"\x80\x04", [1.0], np.array([object()])]
+
+    def hostile(job):
+        ((seconds, reply),) = honest(job)
+        return [(seconds, replace(reply, payload=payloads[job.number]))]
+
+    o = options(tmp_path, rounds=3)
+    o.checkpoint = CheckpointOptions(every=9)
+    clients = {**dict.fromkeys("abc", honest), "z": hostile}
+    with injected("accepted:5:raise"), pytest.raises(Injected):
+        run(o, clients, journal=True)
+    again = run(o, clients, journal=True)
+    assert again.version == 3 and again.server.totals.rejected == {"bad_encoding": 3}
+    assert len([job for job in again.jobs if job.client == "z"]) == 2, "the first is replayed"
+
+
 def test_a_log_is_replaced_from_the_entry_that_does_not_fit(tmp_path, caplog):
     """The next restart reads the entries written after it."""
     o = options(tmp_path, rounds=20, **BUFFER)
@@ -360,6 +435,11 @@ def test_which_runs_keep_a_log(clock, pace, runtime, journal, kept):
     assert needs_journal(o, switches=False) == kept
 
 
+def test_a_run_whose_pacing_may_change_is_logged_on_the_real_clock_only():
+    assert needs_journal(RunOptions(), switches=True)
+    assert not needs_journal(RunOptions(clock="virtual"), switches=True)
+
+
 @pytest.mark.parametrize("timed", [{"goal": 2}, {"deadline": 60.0}, {"dylu": True}])
 def test_a_round_that_depends_on_time_is_logged_on_the_real_clock_only(timed):
     o = RunOptions(pace=PaceOptions(**timed))
@@ -368,13 +448,34 @@ def test_a_round_that_depends_on_time_is_logged_on_the_real_clock_only(timed):
     assert not needs_journal(o, switches=False)
 
 
+class Disk:
+    """What a power cut leaves of a folder: synced bytes of files whose names are synced, too."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch):
+        self.folder, self.bytes, self.names = folder, {}, set()
+        self._sync = os.fsync
+        monkeypatch.setattr(os, "fsync", self._noted)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {name: size for name, size in self.bytes.items() if name in self.names}
+
+    def _noted(self, descriptor: int) -> None:
+        self._sync(descriptor)
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        if path == self.folder:
+            self.names = {file.name for file in path.iterdir()}
+        else:
+            self.bytes[path.name] = os.fstat(descriptor).st_size
+
+
 class Watched:
     """A transport that notes what is on the disk when jobs are handed to it."""
 
     at_once, virtual = None, False
 
-    def __init__(self, folder: Path, synced: dict[str, int]):
-        self.folder, self.synced, self.on_disk = folder, synced, []
+    def __init__(self, disk: Disk):
+        self.disk, self.on_disk = disk, []
 
     def now(self) -> float:
         return 0.0
@@ -391,23 +492,16 @@ class Watched:
     def send(self, jobs) -> None:
         if not jobs:
             return
-        (path,) = self.folder.glob("*.log")
-        assert self.synced.get(path.name) == path.stat().st_size, "all of the log is on the disk"
-        self.on_disk.append([entry.call for entry in Journal(self.folder).read(0)])
+        folder = self.disk.folder
+        assert self.disk.sizes == {path.name: path.stat().st_size for path in folder.iterdir()}, (
+            "all of the log is on the disk"
+        )
+        self.on_disk.append([entry.call for entry in Journal(folder).read(0)])
 
 
 def test_jobs_leave_after_the_log_with_them_is_on_the_disk(tmp_path, monkeypatch):
-    """A power cut loses what was written and not synced: here only synced bytes count."""
-    synced: dict[str, int] = {}
-    sync = os.fsync
-
-    def noted(descriptor: int) -> None:
-        sync(descriptor)
-        path = Path(f"/proc/self/fd/{descriptor}").readlink()
-        synced[path.name] = os.fstat(descriptor).st_size
-
-    monkeypatch.setattr(os, "fsync", noted)
-    inner = Watched(tmp_path, synced)
+    """Also the end of the previous version's file, and the name of a new file."""
+    inner = Watched(Disk(tmp_path, monkeypatch))
     transport = RecordedTransport(inner, Journal(tmp_path), 0, 0.0)
     transport.clients(1.0)
     job = Job("a", 0, 0, np.zeros(3, np.float32), Plan("run", 1, 0, 1, 1))
@@ -415,5 +509,9 @@ def test_jobs_leave_after_the_log_with_them_is_on_the_disk(tmp_path, monkeypatch
     transport.send([job])
     transport.receive(None)
     transport.send([replace(job, number=1)])
-    assert inner.on_disk == [["send"], ["send", "receive", "send"]]
+    transport.receive(None)
+    transport.step(1)
+    transport.send([replace(job, number=2)])
+    first = ["send", "receive", "send"]
+    assert inner.on_disk == [["send"], first, [*first, "receive", "step", "send"]]
     transport.journal.close()

@@ -1,0 +1,70 @@
+"""Client state: the job that a job starts from, and what happens where its state is lost."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support.here import tiny_run
+
+from fedgpt.client.state import ClientStore
+from fedgpt.client.work import ClientWork
+from fedgpt.config import compose
+from fedgpt.core.flat import flatten
+from fedgpt.core.messages import Job, Plan
+from fedgpt.model.gpt import GPT
+
+STEP_TOKENS = 2 * 16
+
+
+class Client:
+    """Ann, whose jobs all have the same model."""
+
+    def __init__(self, work: ClientWork, states: Path):
+        self.work, self.states, self.name = work, states, work.shards[0].client
+        self.params = flatten(GPT(work.options.model, 257))[1].numpy()
+
+    def train(self, number: int, state_job: int) -> tuple[np.ndarray, float]:
+        """Do a job that starts from the state of `state_job`: (what it sends, its `state_lost`)."""
+        plan = Plan("run", 2, 64, STEP_TOKENS, 640, state_job=state_job, keep=(0, 1))
+        job = Job(self.name, number, 0, self.params, plan)
+        header, array = self.work.train(job, 0)
+        return array.copy(), json.loads(header)["metrics"]["state_lost"]
+
+    def state(self, number: int) -> Path:
+        return ClientStore(self.states, "run", self.name)._path(number)
+
+
+@pytest.fixture(params=[["local.moments=keep"], ["local=reset", "update=topk"]], ids=" ".join)
+def client(request, tmp_path) -> Client:
+    """With Adam's moments as its state, and with the residual of error feedback."""
+    options = compose.load([*tiny_run(tmp_path), *request.param])
+    return Client(ClientWork(options, str(tmp_path / "clients")), tmp_path / "clients")
+
+
+def test_a_job_starts_from_the_state_of_the_job_that_it_names(client):
+    """The job between them was rejected: it changes nothing. Neither does the first try."""
+    client.train(0, -1)
+    first, lost = client.train(2, 0)
+    assert not lost
+    client.train(1, 0)
+    again, _ = client.train(2, 0)
+    assert np.array_equal(first, again)
+    for other in (1, -1):
+        assert not np.array_equal(first, client.train(2, other)[0]), "the state has an effect"
+
+
+@pytest.mark.parametrize("left", [None, 0, 50, 300])
+def test_a_client_that_has_lost_its_state_starts_anew_and_says_so(client, left):
+    """As after a power cut: the file is missing, or only its first bytes are there."""
+    client.train(0, -1)
+    new, _ = client.train(1, -1)
+    path = client.state(0)
+    content = path.read_bytes()
+    path.unlink()
+    if left is not None:
+        path.write_bytes(content[:left])
+    sent, lost = client.train(1, 0)
+    assert np.array_equal(sent, new) and lost == 1

@@ -1,0 +1,45 @@
+"""Reading `.npy`: headers that fit the length of their data and still describe no array."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fedgpt.core.errors import UpdateRejected
+from fedgpt.update.npy import read_npy
+
+
+def npy(dtype: object, shape: tuple[int, ...], data: bytes) -> bytes:
+    """A file of version 1.0 with any header."""
+    fields = {"descr": dtype, "fortran_order": False, "shape": shape}
+    header = repr(fields).encode().ljust(511) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data
+
+
+def test_a_header_of_our_own_is_read():
+    data = np.arange(6, dtype="<f4").tobytes()
+    assert read_npy(npy("<f4", (2, 3), data)).tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert read_npy(npy("<f4", (), data[4:8])).tolist() == 1
+
+
+@pytest.mark.parametrize(
+    "dtype, shape, count",
+    [
+        ("<f4", (-2, -3), 24),
+        ("<f4", (0, -1), 0),
+        ("<f4", (0, 10**30), 0),
+        ("<f4", (0, 2**62, 2**62), 0),
+        ("<f4", (True,), 4),
+        ("<f4", (1,) * 70, 4),
+        ("|V0", (5,), 0),
+        ("|S0", (5,), 0),
+    ],
+)
+def test_a_shape_or_a_dtype_of_no_array_is_rejected(dtype, shape, count):
+    with pytest.raises(UpdateRejected, match="bad_encoding"):
+        read_npy(npy(dtype, shape, bytes(count)))
+
+
+def test_a_shape_beyond_every_number_of_bytes_is_rejected():
+    with pytest.raises(UpdateRejected, match="size_mismatch: 8 bytes follow"):
+        read_npy(npy("<f4", (10**400,), bytes(8)))
