@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from flwr.app import Context, Message
@@ -23,6 +25,9 @@ class ClientFailed(Exception):
     log.
     """
 
+    def __init__(self, error: Exception):
+        super().__init__(f"{type(error).__name__} (the client's log has its message)")
+
 
 # run config -> work of the latest run, so that data and buffers are reused for its next message
 _works: dict[str, ClientWork] = {}
@@ -33,23 +38,33 @@ def query(message: Message, context: Context) -> Message:
     """Answer which client this node is, or why it cannot read the options of the run."""
     try:
         work, index = _work(context)
-        _check_partition(context, len(work.shards))
+        with _reported(work):
+            clients, digest = len(work.shards), work.prepared.digest
+        _check_partition(context, clients)
     except ConfigError as error:
         return Message(refusal_content(error.problems), reply_to=message)
-    return Message(info_content(work.info(index), work.prepared.digest), reply_to=message)
+    return Message(info_content(work.info(index), digest), reply_to=message)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Do one job."""
     work, index = _work(context)
-    try:
+    with _reported(work):
         header, delta = work.train(read_job(message), index)
-    except FedGPTError:  # its message is meant for the user
-        raise
-    except Exception as error:
-        raise ClientFailed(type(error).__name__) from error
     return Message(update_content(header, delta), reply_to=message)
+
+
+@contextmanager
+def _reported(work: ClientWork) -> Iterator[None]:
+    """Raise an exception of the block as ClientFailed, if the server must not read its message."""
+    try:
+        yield
+    except Exception as error:
+        # a FedGPTError is meant for the user, but may quote a record or name a file
+        if isinstance(error, FedGPTError) and work.options.privacy.unit not in ("example", "local"):
+            raise
+        raise ClientFailed(error) from error
 
 
 def _work(context: Context) -> tuple[ClientWork, int]:

@@ -22,17 +22,20 @@ import numpy as np
 
 # discretisation of the privacy losses; half of it changed epsilons of the tests by less than 1e-4
 INTERVAL = 1e-4
-COARSE = 1e-3  # discretisation while a noise multiplier is searched for: ten times as fast
+# number of discrete losses of one release, at most; three times as many changed epsilons of the
+# tests by less than 1e-4
+POINTS = 30_000
+ROUGHLY = 10_000  # the same while a noise multiplier is searched for
 PRECISE = 1e-3  # relative precision of a calibrated noise multiplier
-MOST_NOISE = 1e6  # largest noise multiplier for which calibration asks the Renyi bound
 FINE = 1e-5  # relative precision of an epsilon above LARGE, to which the discretisation is adapted
 LARGE = 100.0
 SMALL_LOSSES = 100.0  # noise multiplier above which the discretisation shrinks with the losses
 # the loss distributions cannot tell epsilons from 709.8 to this from each other in float64
 OVERFLOW = 745.2
-# limits of the loss distributions, which then need too much memory or are inexact; beyond them the
+# limits of the loss distributions, which then need too much memory or are inexact: with a delta of
+# 1e-13 the rounding errors of their convolutions made epsilons too small; beyond the limits the
 # looser Renyi bound is used
-LEAST_NOISE, LEAST_DELTA, MOST_RELEASES = 0.01, 1e-14, 10**6
+LEAST_NOISE, LEAST_DELTA, MOST_RELEASES = 0.01, 1e-12, 10**6
 
 
 @dataclass(frozen=True)
@@ -44,28 +47,27 @@ class Event:
     count: int
 
 
-def epsilon_of(events: Iterable[Event], delta: float, interval: float = INTERVAL) -> float:
+def epsilon_of(events: Iterable[Event], delta: float, points: int = POINTS) -> float:
     """Epsilon of all these releases together; math.inf if one has no noise.
 
-    `interval` is the discretisation of the privacy losses of sampled releases.
+    `points` limits the number of discrete privacy losses of a sampled release.
     """
     events = tuple(event for event in events if event.count)
     if any(event.noise_multiplier <= 0 for event in events):
         return math.inf
+    unsampled = gaussian_epsilon(
+        math.sqrt(sum(e.count / e.noise_multiplier**2 for e in events)), delta
+    )
     if all(event.sampling_probability == 1 for event in events):
-        return gaussian_epsilon(
-            math.sqrt(sum(e.count / e.noise_multiplier**2 for e in events)), delta
-        )
-    rough = renyi_epsilon(events, delta)
+        return unsampled
     if not _is_exact(events, delta):
-        return rough
+        return min(renyi_epsilon(events, delta), unsampled)
     least = min(event.noise_multiplier for event in events)
-    interval *= min(1.0, SMALL_LOSSES / least)
-    if rough > LARGE:
-        longest = (1 / (2 * least) + 8) / least  # about the largest loss of one release
+    longest = (1 / (2 * least) + 8) / least  # about the largest loss of one release
+    interval = max(INTERVAL * min(1.0, SMALL_LOSSES / least), longest / points)
+    if unsampled > LARGE and (rough := renyi_epsilon(events, delta)) > LARGE:
         interval = max(interval, min(FINE * rough, longest / 1000))
-    found = _composed(events, delta, interval)
-    return found if math.isfinite(found) else rough
+    return min(_composed(events, delta, interval), unsampled)
 
 
 def accountant_of(events: Iterable[Event], delta: float) -> str:
@@ -79,7 +81,7 @@ def accountant_of(events: Iterable[Event], delta: float) -> str:
         return "closed form of Gaussian mechanisms"
     if _is_exact(events, delta):
         return "dp-accounting, privacy loss distributions"
-    return "dp-accounting, Renyi divergences (an upper bound)"
+    return "dp-accounting, Renyi divergences (an upper bound), or without sampling if that is less"
 
 
 def _is_exact(events: tuple[Event, ...], delta: float) -> bool:
@@ -119,35 +121,41 @@ def gaussian_mu(epsilon: float, delta: float) -> float:
     return low
 
 
+@lru_cache(maxsize=16)
 def calibrate(target: float, sampling_probability: float, count: int, delta: float) -> float:
     """The smallest noise multiplier, to 1e-3 of it, for `count` releases of epsilon `target`.
 
-    With sampling it is at least LEAST_NOISE.
+    It is rounded up to four digits, so that it is short to type. With sampling it is at least
+    LEAST_NOISE.
     """
-    unsampled = math.sqrt(count) / gaussian_mu(target, delta)
-    if sampling_probability == 1:
-        return unsampled
 
+    def excess(z: float, points: int = POINTS) -> float:
+        return epsilon_of((Event(z, sampling_probability, count),), delta, points) - target
+
+    enough = math.sqrt(count) / gaussian_mu(target, delta)  # for releases without sampling
+    if sampling_probability < 1:
+        enough = _crossing(lambda z: excess(z, ROUGHLY), enough * (1 + PRECISE))
+    unit = 10.0 ** (math.floor(math.log10(enough)) - 3)
+    digits = math.ceil(enough / unit)
+    while excess(round(digits * unit, 12)) > 0:  # the discretisation changes with the noise
+        digits += 1
+    return round(digits * unit, 12)
+
+
+def _crossing(excess: Callable[[float], float], high: float) -> float:
+    """Where a decreasing function of the noise crosses 0, to PRECISE; it is below 0 at `high`.
+
+    The search comes from above, because much noise has few losses, which take little time.
+    """
     from scipy.optimize import brentq
 
-    def cost(z: float, interval: float = INTERVAL) -> float:
-        return epsilon_of((Event(z, sampling_probability, count),), delta, interval)
-
-    def bound(z: float) -> float:
-        return renyi_epsilon((Event(z, sampling_probability, count),), delta)
-
-    # the Renyi bound of any noise is above a very small target
-    high = _bracket(bound, target) if bound(MOST_NOISE) <= target else unsampled
     low = max(high / 2, LEAST_NOISE)
-    while cost(low, COARSE) <= target:
+    while excess(low) <= 0:
         if low == LEAST_NOISE:
             return low
-        low = max(low / 2, LEAST_NOISE)
+        low, high = max(low / 2, LEAST_NOISE), low
     solve: Any = brentq  # typed as Any, because its annotations ask for numpy's floats
-    found = float(solve(lambda z: cost(z, COARSE) - target, low, high, rtol=PRECISE))
-    while cost(found) > target:  # both discretisations overestimate epsilon, the coarse one by more
-        found *= 1 + PRECISE
-    return found
+    return float(solve(excess, low, high, rtol=PRECISE))
 
 
 @lru_cache(maxsize=256)
@@ -191,20 +199,6 @@ def _single(noise_multiplier: float, sampling_probability: float, interval: floa
     return privacy_loss_distribution.from_gaussian_mechanism(
         noise_multiplier, value_discretization_interval=interval, sampling_prob=sampling_probability
     )
-
-
-def _bracket(cost: Callable[[float], float], target: float) -> float:
-    """A value, at most 2 % too large, at which a decreasing cost is within the target."""
-    high = 1.0
-    while cost(high) > target:
-        high *= 2
-    low = high / 2
-    while cost(low) <= target and high > LEAST_NOISE:
-        low, high = low / 2, low
-    while high > 1.02 * low:
-        middle = (low + high) / 2
-        low, high = (low, middle) if cost(middle) <= target else (middle, high)
-    return high
 
 
 def _gaussian_delta(mu: float, epsilon: float) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import RunOptions
@@ -77,7 +76,7 @@ def make_plan(o: RunOptions, shards: Sequence[int]) -> PrivacyPlan:
     noise = o.privacy.noise_multiplier
     if noise is None:
         assert o.privacy.target_epsilon is not None, "checked by privacy_problems"
-        noise = _calibrated(o.privacy.target_epsilon, probability, count, delta)
+        noise = calibrate(o.privacy.target_epsilon, probability, count, delta)
     if o.privacy.adaptive and not math.isfinite(AdaptiveClip().release_noise(noise, cohort)):
         raise ConfigError(
             f"privacy.adaptive=true: with noise of {noise:.3g}, adapting the clip needs more than"
@@ -133,17 +132,6 @@ def sampling_probability(o: RunOptions, blocks: int) -> float:
 def default_delta(units: int) -> float:
     """units^-1.1; for one unit, the value for two."""
     return max(2, units) ** -EXPONENT
-
-
-@lru_cache(maxsize=16)
-def _calibrated(target: float, probability: float, count: int, delta: float) -> float:
-    """The calibrated noise multiplier, rounded up to four digits, so that it is short to type."""
-    noise = calibrate(target, probability, count, delta)
-    unit = 10.0 ** (math.floor(math.log10(noise)) - 3)
-    digits = math.ceil(noise / unit)
-    while epsilon_of((Event(round(digits * unit, 12), probability, count),), delta) > target:
-        digits += 1  # the discretisation of large epsilons changes with the noise
-    return round(digits * unit, 12)
 
 
 def _cohort(o: RunOptions, clients: int) -> float:

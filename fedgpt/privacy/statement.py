@@ -34,8 +34,8 @@ TRUST = {
     "local": "the client and whoever sets its options",
 }
 PARTICIPATION = (
-    "how much text a client has, when and how often it takes part, how long its jobs take, and"
-    " messages about its errors"
+    "a client's name, how much text it has, when and how often it takes part, how long its jobs"
+    " take, the kinds of its errors, and a digest of all prepared text"
 )
 NOT_COVERED = {
     "example": (

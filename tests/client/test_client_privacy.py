@@ -124,6 +124,13 @@ def test_the_clients_own_budget_limits_a_server_that_asks_for_less_noise_or_more
     assert events(tmp_path)[0]["count"] == 3
 
 
+@pytest.mark.parametrize(("rng", "repeats"), [("secure", False), ("seeded", True)])
+def test_only_seeded_noise_follows_from_the_seed(tmp_path, rng, repeats):
+    o = options(rng=rng)
+    one, two = (client(o, tmp_path / name).steps(job(o), "fresh") for name in ("one", "two"))
+    assert np.array_equal(one.stream.normal(50), two.stream.normal(50)) == repeats
+
+
 @pytest.mark.parametrize("name", ["ledger.json", "privacy.key"])
 def test_without_its_ledger_or_key_a_client_refuses_to_continue(tmp_path, name):
     o = options()

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import numpy as np
 import pytest
-from flwr.app import Context, Metadata, RecordDict
+from flwr.app import Context, Message, Metadata, RecordDict
 from flwr.app.message import make_message
-from support.here import tiny_run
+from support.here import tiny_model, tiny_run
 
 from fedgpt.config import compose
 from fedgpt.core.errors import ConfigError
+from fedgpt.core.messages import Job, Plan
 from fedgpt.flower import client_app
-from fedgpt.flower.messages import read_info
+from fedgpt.flower.in_process_grid import InProcessGrid
+from fedgpt.flower.local_grid import FIRST_NODE
+from fedgpt.flower.messages import job_content, read_info, read_reply, vector_record
 from fedgpt.flower.run_config import run_config_of
 
 
@@ -31,3 +38,62 @@ def test_a_node_with_a_wrong_number_is_refused_with_its_option(tmp_path, config,
     answer = client_app.app(request, context)
     with pytest.raises(ConfigError, match=message):
         read_info(answer)
+
+
+CANARY = "zanzibar"
+
+
+def _no_field(records: Path) -> None:
+    records.write_text(json.dumps({CANARY: "no other field"}) + "\n")
+
+
+def _not_text(records: Path) -> None:
+    records.write_text(json.dumps({"author": "ann", "text": [CANARY]}) + "\n")
+
+
+def _cut_off(records: Path) -> None:
+    records.write_text(f'{{"author": "{CANARY}", "text"')
+
+
+def _fine(records: Path) -> None:
+    lines = (
+        {"author": author, "text": f"{CANARY} of {author}, page {page}. " * 20}
+        for author in ("ann", "bob")
+        for page in range(5)
+    )
+    records.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize(
+    ("written", "kind", "unit"),
+    [
+        *((written, "query", "example") for written in (_no_field, _not_text, _cut_off)),
+        (_no_field, "train", "local"),
+        (_not_text, "query", "local"),
+        (_fine, "train", "example"),
+    ],
+)
+def test_no_error_of_a_private_client_tells_of_its_text_or_files(
+    tmp_path, written, kind, unit, capfd
+):
+    """With `_fine` text, a job without noise is refused; its own output has all reasons."""
+    written(tmp_path / f"{CANARY}.jsonl")
+    options = compose.load(
+        [
+            *tiny_model(),
+            "corpus=files",
+            "corpus.client=author",
+            f"corpus.path={tmp_path / CANARY}.jsonl",
+            f"cache_dir={tmp_path / CANARY}",
+            f"privacy={unit}",
+        ]
+    )
+    grid = InProcessGrid(client_app.app, 2, run_config_of(options), str(tmp_path / CANARY))
+    job = Job("ann", 0, 0, np.zeros(10, np.float32), Plan("run", 1, 0, 32, 1000))
+    content = job_content(job, vector_record(job.params)) if kind == "train" else RecordDict()
+    (sent,) = grid.push_messages([Message(content, FIRST_NODE, kind)])
+    grid.wait()
+    (reply,) = grid.pull_messages([sent])
+    told = read_reply(reply, "ann", 0).error
+    assert "ClientFailed: " in told and CANARY not in told and str(tmp_path) not in told
+    assert ("the job has noise 0" if written is _fine else CANARY) in capfd.readouterr().err
