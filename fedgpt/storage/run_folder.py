@@ -82,9 +82,12 @@ class RunFolder:
         self.close()
 
 
+REFUSED = (".lock", "failure.json")  # files of a run that is refused before it begins
+
+
 @contextmanager
 def made_folder(path: str, dated: bool) -> Iterator[Path]:
-    """Make the folder of a run, and remove all that is new if the block fails before the run
+    """Make the folder of a run, and remove what it left if the block fails before the run
     begins.
 
     If it is `dated`, the folder is a new one: `path`, or `path`-2, `path`-3 and so on, because
@@ -111,17 +114,23 @@ def made_folder(path: str, dated: bool) -> Iterator[Path]:
     try:
         yield folder
     except BaseException:
-        _discard(folder, before)
+        _discard(folder, folder in missing, before)
         _remove_empty(missing)
         raise
 
 
-def _discard(folder: Path, before: Collection[str]) -> None:
-    """Empty a folder in which no run has begun, but for the names that were there `before`, unless
-    another process uses it.
+def _discard(folder: Path, is_new: bool, before: Collection[str]) -> None:
+    """Empty a folder in which no run has begun, unless another process uses it.
+
+    In a folder that is not new, others may write: only files of a refused run that were not there
+    `before` are removed.
     """
     with suppress(OSError, Timeout), FileLock(folder / ".lock", timeout=0):
-        new = [path for path in folder.iterdir() if path.name not in before]
+        new = [
+            path
+            for path in folder.iterdir()
+            if is_new or path.name in REFUSED and path.name not in before
+        ]
         if (folder / "config.yaml").exists():
             return
         for path in new:
