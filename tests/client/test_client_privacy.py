@@ -71,6 +71,23 @@ def test_a_run_as_planned_is_within_its_budget_and_the_next_job_is_refused(tmp_p
     assert events(tmp_path)[0]["count"] == 15
 
 
+def test_the_steps_have_the_noise_and_the_sampling_that_the_ledger_is_charged_for(tmp_path):
+    o = options(clip=0.25)
+    steps = client(o, tmp_path).steps(job(o), "fresh")
+    (paid,) = events(tmp_path)
+    assert steps.noise_multiplier == paid["noise_multiplier"] == job(o).plan.noise_multiplier
+    assert steps.probability == paid["sampling_probability"] == 4 / 40
+    assert steps.clip == 0.25 and len(steps.units) == 40
+
+
+def test_a_longer_plan_is_checked_although_a_shorter_one_was_within_the_budget(tmp_path):
+    o = options()
+    for number in range(5):
+        client(o, tmp_path).steps(job(o, number), "fresh")
+    with pytest.raises(BudgetExhausted, match=r"privacy\.target_epsilon=4"):
+        client(o, tmp_path).steps(job(o, 5, participations=10_000), "fresh")
+
+
 def test_an_identical_repeat_of_a_job_is_free_and_gets_the_same_noise(tmp_path):
     o = options()
     first = client(o, tmp_path).steps(job(o), "fresh").stream.normal(50)

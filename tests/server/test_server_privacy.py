@@ -410,6 +410,7 @@ def test_a_stale_update_counts_and_costs_less(tmp_path):
     update = m.Update("a", 0, 0, np.ones(4, np.float32), 1000, {"update_norm": 2.0})
     _, weight = privacy.take(update, FedBuff(), 3)
     assert weight == 0.5
+    assert privacy.bits == -0.25, "its bit counts as much as its update, for which it is charged"
     privacy.release(np.zeros(4, np.float32), 10.0, state, clients)
     assert privacy.ledger.account.spent == {"a": 0.25}
     assert privacy.metrics(clients)["epsilon"] == pytest.approx(
