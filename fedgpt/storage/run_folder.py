@@ -129,7 +129,7 @@ def _discard(folder: Path, is_new: bool, before: Collection[str]) -> None:
         new = [
             path
             for path in folder.iterdir()
-            if is_new or path.name in REFUSED and path.name not in before
+            if is_new or (path.name in REFUSED and path.name not in before)
         ]
         if (folder / "config.yaml").exists():
             return

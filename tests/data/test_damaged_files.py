@@ -84,7 +84,7 @@ def table(data: bytes, separator: str) -> list[str]:
 
 UNDAMAGED = {
     ".txt": PROSE,
-    ".md.gz": gzip.compress(PROSE[:20]) + gzip.compress(PROSE[20:]),
+    ".md.gz": gzip.compress(PROSE[:20], mtime=0) + gzip.compress(PROSE[20:], mtime=0),
     ".rst.zst": lambda: zst(PROSE),
     **{suffix: lambda make=make: make(POSTS) for suffix, make in MAKERS.items()},
     ".checked.jsonl.zst": CHECKED_ZST,
@@ -190,11 +190,19 @@ def test_damage_is_reported_or_changes_nothing(tmp_path_factory, suffix):
 # ---- packed files
 
 GZ = [
-    (gzip.compress(b"one\n") + gzip.compress(b"two\n"), ""),
-    (gzip.compress(b"one\n") + gzip.compress(b"") + gzip.compress(b"two\n"), ""),
-    (gzip.compress(b"one\ntwo\n") + bytes(100), ""),  # zeros fill the last block of a tape
-    (gzip.compress(b"one\n") + gzip.compress(b"two\n")[:-3], "cannot be unpacked"),
-    (gzip.compress(b"one\ntwo\n") + b"more", "cannot be unpacked"),
+    (gzip.compress(b"one\n", mtime=0) + gzip.compress(b"two\n", mtime=0), ""),
+    (
+        gzip.compress(b"one\n", mtime=0)
+        + gzip.compress(b"", mtime=0)
+        + gzip.compress(b"two\n", mtime=0),
+        "",
+    ),
+    (gzip.compress(b"one\ntwo\n", mtime=0) + bytes(100), ""),  # zeros fill the last block of a tape
+    (
+        gzip.compress(b"one\n", mtime=0) + gzip.compress(b"two\n", mtime=0)[:-3],
+        "cannot be unpacked",
+    ),
+    (gzip.compress(b"one\ntwo\n", mtime=0) + b"more", "cannot be unpacked"),
     (b"one\ntwo\n", "cannot be unpacked"),
     (b"", "is empty, which a packed file never is"),
 ]
