@@ -58,7 +58,7 @@ def test_every_strategy_of_conf_trains(world, finished):
     )
     results = world.python(f"""
 for number, (name, more) in enumerate({needs!r}.items()):
-    chosen = f"run_dir=strategy-{{number}} runtime.workers=1 strategy={{name}}{{more}}"
+    chosen = f"run_dir=strategy-{{number}} strategy={{name}}{{more}}"
     results[name] = run_here(*OPTIONS, *chosen.split())
 """)
     digests = {name: each["weights_sha256"] for name, each in results.items()}
@@ -85,9 +85,9 @@ def test_every_codec_trains_and_a_restart_keeps_the_residual(world, finished):
     results = world.python(f"""
 downlinks = ["none update.downlink=bf16", "none update.downlink=int8"]
 for number, codec in enumerate({codecs!r} + downlinks):
-    chosen = f"runtime.workers=1 rounds=4 run_dir=codec-{{number}} update={{codec}}".split()
+    chosen = f"rounds=4 run_dir=codec-{{number}} update={{codec}}".split()
     results[codec] = run_here(*OPTIONS, *chosen)
-chosen = "runtime.workers=1 rounds=4 update=topk run_dir=killed-codec".split()
+chosen = "rounds=4 update=topk run_dir=killed-codec".split()
 run_here(*OPTIONS, *chosen)
 for path in Path("killed-codec").glob("checkpoints/version-00000004*"):
     path.unlink()  # as if it had been killed before its last checkpoint
