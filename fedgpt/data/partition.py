@@ -71,16 +71,17 @@ def natural_owners(prepared: Prepared) -> int:
     """Return the number of owners with text in the clients' part, including owners with too little
     text.
     """
-    return len({prepared.clients[d] for d in np.flatnonzero(prepared.part == CLIENTS)})
+    owners, _ = prepared.clients[prepared.part == CLIENTS].sorted()
+    return len(owners)
 
 
 def _documents(prepared: Prepared, window: int, asked: int) -> Documents:
     """Return the documents of the clients' part."""
-    chosen = np.flatnonzero(prepared.part == CLIENTS)
+    chosen = prepared.part == CLIENTS
     return Documents(
-        clients=[prepared.clients[d] for d in chosen],
-        labels=[prepared.labels[d] for d in chosen],
-        spans=np.stack([prepared.starts[chosen], prepared.starts[chosen + 1]], axis=1),
+        clients=prepared.clients[chosen],
+        labels=prepared.labels[chosen],
+        spans=np.stack([prepared.starts[:-1][chosen], prepared.starts[1:][chosen]], axis=1),
         minimum=max(window, asked),
         window=window,
         asked=asked,
@@ -127,16 +128,15 @@ def _wrong_tokens(shards: Sequence[Shard], allowed: np.ndarray) -> str:
     for shard in shards:
         if np.ndim(shard.spans) != 2 or np.shape(shard.spans)[1] != 2:
             return f"gives {shard.client} spans that are not an array (spans, 2)"
-    spans = np.concatenate([shard.spans for shard in shards])
-    spans = spans[np.argsort(spans[:, 0], kind="stable")]
-    within = np.searchsorted(allowed[:, 0], spans[:, 0], side="right") - 1
-    if (spans[:, 1] <= spans[:, 0]).any():
-        return "assigns a span without tokens"
-    if (within < 0).any() or (spans[:, 1] > allowed[within, 1]).any():
-        return "assigns a token that is not in the clients' part"
-    if (spans[1:, 0] < spans[:-1, 1]).any():
-        return "assigns a token twice"
-    return ""
+        if (shard.spans[:, 1] <= shard.spans[:, 0]).any():
+            return f"gives {shard.client} a span without tokens"
+        within = np.searchsorted(allowed[:, 0], shard.spans[:, 0], side="right") - 1
+        if (within < 0).any() or (shard.spans[:, 1] > allowed[within, 1]).any():
+            return f"gives {shard.client} a token that is not in the clients' part"
+    # Spans have no token in common if each one ends before the next begins. Then ends are in the
+    # order of beginnings, so it is enough to sort each.
+    first, last = (np.sort(np.concatenate([s.spans[:, side] for s in shards])) for side in (0, 1))
+    return "assigns a token twice" if (first[1:] < last[:-1]).any() else ""
 
 
 def _check_number(clients: int, documents: Documents) -> None:

@@ -22,6 +22,7 @@ import json
 import shutil
 import tempfile
 from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,7 +37,8 @@ from fedgpt.core.options import CorpusOptions, TokenizerOptions
 from fedgpt.core.targets import CUSTOM
 from fedgpt.data.corpora.base import Corpus
 from fedgpt.data.corpus import CORPORA, corpus_of, notes_of
-from fedgpt.data.survey import Survey, survey_of
+from fedgpt.data.names import Names
+from fedgpt.data.survey import KEYS, Survey, survey_of
 from fedgpt.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
 FORMAT = 1  # version of the files of a cache entry and of the split: raise it when these change
@@ -54,8 +56,8 @@ class Prepared:
     tokens: np.ndarray  # (tokens,) uint16 or uint32, memory-mapped, read-only
     starts: np.ndarray  # (documents + 1,) int64: document d is tokens[starts[d] : starts[d + 1]]
     part: np.ndarray  # (documents,) int8: PUBLIC, HELD_OUT or CLIENTS
-    clients: list[str]  # owner of each document
-    labels: list[str]  # label of each document
+    clients: Names  # owner of each document
+    labels: Names  # label of each document
     bytes: np.ndarray  # (documents,) int64: UTF-8 bytes of each text
     tokenizer: Tokenizer
     manifest: dict[str, Any]
@@ -140,8 +142,8 @@ def open_prepared(folder: str | Path) -> Prepared:
         tokens=np.load(folder / "tokens.npy", mmap_mode="r", allow_pickle=False),
         starts=np.load(folder / "starts.npy", allow_pickle=False),
         part=np.load(folder / "part.npy", allow_pickle=False),
-        clients=_read_names(folder, "clients", names),
-        labels=_read_names(folder, "labels", names),
+        clients=Names(names["clients"], np.load(folder / "clients.npy", allow_pickle=False)),
+        labels=Names(names["labels"], np.load(folder / "labels.npy", allow_pickle=False)),
         bytes=np.load(folder / "bytes.npy", allow_pickle=False),
         tokenizer=load_tokenizer(folder),
         manifest=manifest,
@@ -154,21 +156,29 @@ def split_documents(
 ) -> np.ndarray:
     """Return the part of each document, (documents,) int8; equal texts are always in one part.
 
-    `keys` (documents,) are hashes of the texts and `sizes` (documents,) their bytes. Distinct
-    texts, in the order of their hashes, go to the public part until it has its share of the bytes,
-    then to the held-out part until it has its own. The clients get the rest.
+    `keys` (documents,) are numbers below KEYS from hashes of the texts, and `sizes` (documents,)
+    their bytes. Texts in the order of their keys go to the public part until it has its share of
+    the bytes, then to the held-out part until it has its own. The clients get the rest.
     """
-    distinct, number = np.unique(keys, return_inverse=True)
-    each = np.zeros(len(distinct), np.int64)
-    np.add.at(each, number, sizes)
-    before = np.cumsum(each) - each  # bytes of the texts that come first
     total = int(sizes.sum())
-    part = np.full(len(distinct), CLIENTS, np.int8)
-    is_public = before < public * total
-    part[is_public] = PUBLIC
-    filled = int(each[is_public].sum())
-    part[~is_public & (before - filled < held_out * total)] = HELD_OUT
-    return part[number]
+    private = _key_after(public * total, keys, sizes, 0)
+    trained = _key_after(held_out * total, keys, sizes, private)
+    part = np.full(len(keys), CLIENTS, np.int8)
+    part[keys < trained] = HELD_OUT
+    part[keys < private] = PUBLIC
+    return part
+
+
+def _key_after(share: float, keys: np.ndarray, sizes: np.ndarray, first: int) -> int:
+    """Return the least key so that the texts from the key `first` up to it have `share` bytes.
+
+    It is found by bisection, which needs no memory for a sorted copy of the keys.
+    """
+
+    def size(key: int) -> int:
+        return int(sizes.sum(where=(first <= keys) & (keys < key)))
+
+    return bisect_left(range(KEYS), share, lo=first, key=size)
 
 
 def _cache_key(
@@ -218,18 +228,20 @@ def _make(
     folder.mkdir()
     starts = _write_tokens(folder / "tokens.npy", _encode(survey.texts(), tokenizer), tokenizer)
     lengths = np.diff(starts)
-    for name, values in {"starts": starts, "part": part, "bytes": survey.sizes}.items():
+    arrays = {"starts": starts, "part": part, "bytes": survey.sizes}
+    arrays |= {"clients": survey.clients.numbers, "labels": survey.labels.numbers}
+    for name, values in arrays.items():
         np.save(folder / f"{name}.npy", values, allow_pickle=False)
     names = {
-        "clients": _write_names(folder / "clients.npy", survey.clients),
-        "labels": _write_names(folder / "labels.npy", survey.labels),
+        "clients": survey.clients.distinct,
+        "labels": survey.labels.distinct,
     }
     (folder / "names.json").write_text(json.dumps(names, ensure_ascii=False), encoding="utf-8")
     split = {
         name: {
             "documents": int((part == number).sum()),
-            "tokens": int(lengths[part == number].sum()),
-            "bytes": int(survey.sizes[part == number].sum()),
+            "tokens": int(lengths.sum(where=part == number)),
+            "bytes": int(survey.sizes.sum(where=part == number)),
         }
         for name, number in PARTS.items()
     }
@@ -237,7 +249,7 @@ def _make(
         "documents": len(part),
         "tokens": int(starts[-1]),
         "bytes": int(survey.sizes.sum()),
-        "owners": len(set(survey.clients)),
+        "owners": len(survey.clients.distinct),
         "split": split,
         "tokenizer": {
             "name": tokenizer.name,
@@ -257,34 +269,19 @@ def _make(
 def _write_tokens(path: Path, encoded: Iterable[np.ndarray], tokenizer: Tokenizer) -> np.ndarray:
     """Write the ids of all documents as one array; return where each starts, and the end."""
     dtype = np.dtype(np.uint16 if tokenizer.vocab_size <= 65536 else np.uint32)
-    lengths = array("q")
+    ends = array("q", [0])
     with path.open("wb") as stream:
         header = _array_header(dtype, 0)
         stream.write(header)
         for ids in encoded:
             stream.write(ids.astype(dtype).tobytes())
-            lengths.append(len(ids))
-        starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+            ends.append(ends[-1] + len(ids))
         # numpy leaves room for a longer shape, so the size of the header does not change
-        final = _array_header(dtype, int(starts[-1]))
+        final = _array_header(dtype, ends[-1])
         assert len(final) == len(header), "the header of an array grows with the array"
         stream.seek(0)
         stream.write(final)
-    return starts
-
-
-def _write_names(path: Path, names: list[str]) -> list[str]:
-    """Write the number of each document's name; return the names by number."""
-    number = {name: place for place, name in enumerate(dict.fromkeys(names))}
-    numbers = np.fromiter(map(number.__getitem__, names), np.int32, len(names))
-    np.save(path, numbers, allow_pickle=False)
-    return list(number)
-
-
-def _read_names(folder: Path, kind: str, names: dict[str, list[str]]) -> list[str]:
-    """Return the name of each document; equal names are one object, so that they take little."""
-    numbers = np.load(folder / f"{kind}.npy", allow_pickle=False)
-    return [names[kind][number] for number in numbers]
+    return np.frombuffer(ends, np.int64)
 
 
 def _array_header(dtype: np.dtype, length: int) -> bytes:

@@ -16,9 +16,10 @@ import numpy as np
 from fedgpt.core.errors import FedGPTError
 from fedgpt.data.corpora.base import Corpus, Document
 from fedgpt.data.corpus import read_documents
+from fedgpt.data.names import Names, Numbering
 
 HASH = hashlib.sha256
-KEY_BYTES = 16  # of each text's hash: enough that no two texts have the same
+KEYS = 1 << 62  # number of keys: two texts with one key, which is unlikely, are in one part
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,10 +28,10 @@ class Survey:
 
     corpus: Corpus
     digest: str  # of owner, id, label and text of every document
-    keys: np.ndarray  # (documents,) S16: hash of each text
+    keys: np.ndarray  # (documents,) uint64, below KEYS: the first bits of each text's hash
     sizes: np.ndarray  # (documents,) int64: UTF-8 bytes of each text
-    clients: list[str]
-    labels: list[str]
+    clients: Names
+    labels: Names
 
     def texts(self) -> Iterator[str]:
         """Read the corpus again; raises FedGPTError if a document is not the one of the survey."""
@@ -57,24 +58,28 @@ class Changed(FedGPTError):
 
 def survey_of(corpus: Corpus) -> Survey:
     """Read a corpus once; raises ConfigError if it has no valid documents."""
-    digest, keys, sizes = HASH(), bytearray(), array("q")
-    known: dict[str, str] = {}  # one object for each name, however many documents have it
-    clients, labels = [], []
+    digest, keys, sizes = HASH(), array("Q"), array("q")
+    clients, labels = Numbering(), Numbering()
     for document in read_documents(corpus):
         data = document.text.encode()
         _add(digest, document, data)
-        keys += HASH(data).digest()[:KEY_BYTES]
+        keys.append(key_of(HASH(data).digest()))
         sizes.append(len(data))
-        clients.append(known.setdefault(document.client, document.client))
-        labels.append(known.setdefault(document.label, document.label))
+        clients.add(document.client)
+        labels.add(document.label)
     return Survey(
         corpus,
         digest.hexdigest(),
-        np.frombuffer(keys, f"S{KEY_BYTES}"),
+        np.frombuffer(keys, np.uint64),
         np.frombuffer(sizes, np.int64),
-        clients,
-        labels,
+        clients.names(),
+        labels.names(),
     )
+
+
+def key_of(text_hash: bytes) -> int:
+    """The key of a text; keys have the order of the hashes."""
+    return int.from_bytes(text_hash[:8], "big") >> 2
 
 
 def _add(digest: hashlib._Hash, document: Document, text: bytes) -> None:

@@ -11,6 +11,7 @@ from support import third_party  # noqa: F401  # makes the module `outsider`
 
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import PartitionOptions
+from fedgpt.data.names import Names
 from fedgpt.data.partition import (
     PARTITIONS,
     Shard,
@@ -29,8 +30,8 @@ def corpus(lengths, owners, labels, parts) -> Any:
         tokens=np.arange(starts[-1], dtype=np.uint32),
         starts=starts,
         part=np.array(parts, dtype=np.int8),
-        clients=[string.ascii_lowercase[owner] for owner in owners],
-        labels=[f"label {label}" for label in labels],
+        clients=Names.of(string.ascii_lowercase[owner] for owner in owners),
+        labels=Names.of(f"label {label}" for label in labels),
     )
 
 
@@ -202,7 +203,7 @@ def test_a_smaller_alpha_is_more_skewed(ten):
 
 
 def test_dirichlet_needs_labels(ten):
-    ten.labels = ["x"] * len(ten.labels)
+    ten.labels = Names.of(["x"] * len(ten.labels))
     with pytest.raises(
         ConfigError, match=r"partition\.name=dirichlet.*corpus\.label_field.*partition=quantity"
     ):
@@ -441,12 +442,12 @@ class Careless(Partition):
         ([("a", [0, 100])], r"gives a spans that are not an array \(spans, 2\)"),
         ([("a", [[0, 100]]), ("b", [[99, 200]])], "assigns a token twice"),
         ([("a", [[0, 100], [50, 150]])], "assigns a token twice"),
-        ([("a", [[300, 400]])], "assigns a token that is not in the clients' part"),  # it is public
-        ([("a", [[299, 301]])], "assigns a token that is not in the clients' part"),
-        ([("a", [[-5, 10]])], "assigns a token that is not in the clients' part"),
-        ([("a", [[1100, 1300]])], "assigns a token that is not in the clients' part"),
-        ([("a", [[100, 100]])], "assigns a span without tokens"),
-        ([("a", [[200, 100]])], "assigns a span without tokens"),
+        ([("a", [[300, 400]])], "gives . a token that is not in the clients' part"),  # it is public
+        ([("a", [[299, 301]])], "gives . a token that is not in the clients' part"),
+        ([("a", [[-5, 10]])], "gives . a token that is not in the clients' part"),
+        ([("a", [[1100, 1300]])], "gives . a token that is not in the clients' part"),
+        ([("a", [[100, 100]])], "gives . a span without tokens"),
+        ([("a", [[200, 100]])], "gives . a span without tokens"),
         ([("a", [[0, 100]]), ("b", [[100, 105]])], "1 of 2 clients have fewer than 10 tokens"),
     ],
 )

@@ -18,6 +18,7 @@ from fedgpt.core.options import CorpusOptions, TokenizerOptions
 from fedgpt.data import prepare as module
 from fedgpt.data.corpus import corpus_of, read_documents
 from fedgpt.data.prepare import CLIENTS, HELD_OUT, PUBLIC, open_prepared, prepare, split_documents
+from fedgpt.data.survey import key_of
 from fedgpt.data.tokenizer import make_tokenizer
 
 BPE = TokenizerOptions(name="bpe", vocab_size=300)
@@ -60,8 +61,8 @@ def test_tokens_are_the_documents_each_with_its_end(corpus, tokenizer, tmp_path)
     for number, document in enumerate(documents):
         assert text_of(prepared, number) == document.text
         assert prepared.bytes[number] == len(document.text.encode())
-    assert prepared.clients == [document.client for document in documents]
-    assert prepared.labels == [document.label for document in documents]
+    assert list(prepared.clients) == [document.client for document in documents]
+    assert list(prepared.labels) == [document.label for document in documents]
 
 
 def test_the_split_keeps_texts_apart_and_covers_all(corpus, tmp_path):
@@ -305,9 +306,9 @@ def test_the_standard_library_is_prepared(tmp_path):
 
 
 def split(texts: list[str], public: float, held_out: float) -> np.ndarray:
-    keys = [hashlib.sha256(text.encode()).digest() for text in texts]
+    keys = [key_of(hashlib.sha256(text.encode()).digest()) for text in texts]
     sizes = np.array([len(text.encode()) for text in texts])
-    return split_documents(np.array(keys, "S32"), sizes, public, held_out)
+    return split_documents(np.array(keys, np.uint64), sizes, public, held_out)
 
 
 @settings(deadline=None, max_examples=50)
@@ -328,3 +329,23 @@ def test_the_split_depends_on_texts_alone(texts, public, held_out, random):
     assert [last[key] for key in sorted(last)] == sorted(last.values())
     if public > 0:
         assert sizes[part == PUBLIC].sum() >= public * sizes.sum()
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+    st.lists(st.sampled_from([f"{word} " * length for word in "abc" for length in range(9)])),
+    st.floats(0, 0.6),
+    st.floats(0, 0.6),
+)
+def test_each_part_is_filled_up_to_its_share(texts, public, held_out):
+    """A slow reference: texts are assigned one by one, in the order of their hashes."""
+    total = sum(len(text) for text in texts)
+    filled = [0, 0, 0]
+    expected = {}
+    for text in sorted(set(texts), key=lambda text: hashlib.sha256(text.encode()).digest()):
+        public_is_full = filled[PUBLIC] >= public * total
+        held_out_is_full = filled[HELD_OUT] >= held_out * total
+        part = (CLIENTS if held_out_is_full else HELD_OUT) if public_is_full else PUBLIC
+        expected[text] = part
+        filled[part] += texts.count(text) * len(text)
+    assert split(texts, public, held_out).tolist() == [expected[text] for text in texts]

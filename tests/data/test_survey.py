@@ -82,4 +82,4 @@ def test_a_document_takes_little_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(reading, "CHUNK", 10_000)
     memory_of(tmp_path, 100)  # what is loaded at first use
     few, many = memory_of(tmp_path, 500), memory_of(tmp_path, 2500)
-    assert (many - few) / 2000 < 150
+    assert (many - few) / 2000 < 60

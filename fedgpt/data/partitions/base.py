@@ -19,6 +19,7 @@ from typing import ClassVar
 import numpy as np
 
 from fedgpt.core.errors import ConfigError
+from fedgpt.data.names import Names
 
 ADD_TEXT = "add text"  # the remedy where no other value of an option helps
 
@@ -44,8 +45,8 @@ class Shard:
 class Documents:
     """The documents to divide, in the order of the corpus: one row per document."""
 
-    clients: list[str]  # owner of each document
-    labels: list[str]  # label of each document
+    clients: Names  # owner of each document
+    labels: Names  # label of each document
     spans: np.ndarray  # (documents, 2) int64: first token of each document, one past its last
     minimum: int  # tokens that a client needs: the larger one of the following two
     window: int = 2  # tokens of one training window: model.block_size + 1
@@ -73,6 +74,7 @@ class Partition(ABC):
 
     >>> from dataclasses import dataclass
     >>> import numpy as np
+    >>> from fedgpt.data.names import Names
     >>> from fedgpt.data.partitions.base import Documents, Partition, made_clients, shards_of
     >>> @dataclass(frozen=True)
     ... class Alternate(Partition):
@@ -85,7 +87,8 @@ class Partition(ABC):
     Three documents of 10 tokens, divided between two clients:
 
     >>> spans = np.array([[0, 10], [10, 20], [20, 30]])
-    >>> documents = Documents(["ann", "ann", "bob"], ["", "", ""], spans, minimum=1)
+    >>> owners, labels = Names.of(["ann", "ann", "bob"]), Names.of(["", "", ""])
+    >>> documents = Documents(owners, labels, spans, minimum=1)
     >>> for shard in Alternate(clients=2).deal(documents, seed=0):
     ...     print(shard.client, shard.spans.tolist())
     client-000 [[0, 10], [20, 30]]
@@ -175,9 +178,9 @@ def shards_of(clients: Sequence[str], spans: np.ndarray, owners: np.ndarray) -> 
     Spans may be in any order; those of one client that touch become one.
     """
     order = np.lexsort((spans[:, 0], owners))
-    spans, owners = spans[order], owners[order]
-    limits = np.searchsorted(owners, np.arange(len(clients) + 1))
-    return [Shard(name, merged(spans[limits[i] : limits[i + 1]])) for i, name in enumerate(clients)]
+    ends = np.cumsum(np.bincount(owners, minlength=len(clients)))
+    each = np.split(order, ends[:-1])  # a copy of all spans in order would take much memory
+    return [Shard(name, merged(spans[of])) for name, of in zip(clients, each, strict=True)]
 
 
 def merged(spans: np.ndarray) -> np.ndarray:

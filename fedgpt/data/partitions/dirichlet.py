@@ -34,7 +34,7 @@ class Dirichlet(Pieces):
 
     def deal(self, documents: Documents, seed: int) -> list[Shard]:
         """Return `clients` shards; raises ConfigError if all documents have one label."""
-        names, label = np.unique(np.array(documents.labels, dtype=object), return_inverse=True)
+        names, label = documents.labels.sorted()
         if len(names) < 2:
             raise ConfigError(
                 "partition.name=dirichlet: distributes labels unevenly, and all documents have the"
@@ -43,7 +43,7 @@ class Dirichlet(Pieces):
             )
         fragments, owners = [], []
         for index, name in enumerate(names):
-            generator = numpy_generator(seed, "partition", "dirichlet", str(name))
+            generator = numpy_generator(seed, "partition", "dirichlet", name)
             shares = generator.dirichlet(np.full(self.clients, self.alpha))
             spans, indices = self.deal_pieces(documents.spans[label == index], shares, generator)
             fragments.append(spans)

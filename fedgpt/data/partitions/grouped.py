@@ -23,7 +23,7 @@ class Grouped(MadeClients):
     def deal(self, documents: Documents, seed: int) -> list[Shard]:
         """Return `clients` shards; the documents of a natural client are all in one of them."""
         spans = documents.spans
-        names, natural = np.unique(np.array(documents.clients, dtype=object), return_inverse=True)
+        names, natural = documents.clients.sorted()
         if len(names) < self.clients:
             raise ConfigError(
                 f"partition.clients={self.clients}: partition=grouped joins natural clients, and"

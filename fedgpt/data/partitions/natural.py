@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from fedgpt.core.errors import ConfigError, amount
 from fedgpt.data.partitions.base import ADD_TEXT, Documents, Partition, Shard, shards_of
 
@@ -25,8 +23,8 @@ class Natural(Partition):
 
     def deal(self, documents: Documents, seed: int) -> list[Shard]:
         """Return the shards of the largest owners; owners below the minimum are excluded."""
-        names, owners = np.unique(np.array(documents.clients, dtype=object), return_inverse=True)
-        shards = shards_of([str(name) for name in names], documents.spans, owners)
+        names, owners = documents.clients.sorted()
+        shards = shards_of(names, documents.spans, owners)
         shards.sort(key=lambda shard: (-shard.size, shard.client))
         large = [shard for shard in shards if shard.size >= documents.minimum]
         if len(large) < max(1, self.clients):
