@@ -13,18 +13,11 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from fedgpt.core.files import LFS_POINTER
-from fedgpt.data.reading import PACKED, Unreadable, opened, reason
+from fedgpt.data.reading import PACKED, Unreadable, opened, pointer_problem, reason
 from fedgpt.data.records import format_of
 from fedgpt.data.sources import TEXT_SUFFIXES, suffix_of
 
 READ = 4096  # bytes
-FETCH = "the file itself is elsewhere; fetch it with"
-# what tools leave in place of a large file
-POINTERS = {
-    re.escape(LFS_POINTER): f"is a Git LFS pointer, and {FETCH}: git lfs pull",
-    rb"((\.\./)*\.git)?/annex/objects/": f"is a git-annex pointer, and {FETCH}: git annex get",
-}
 # what is not text, by its first bytes
 DATA = {
     b"\x1f\x8b\x08": "is packed with gzip; unpack it",
@@ -42,7 +35,7 @@ def check_beginning(name: str, path: Path) -> None:
     """Raise Unreadable, with the file's name, if the file is not what its name says."""
     try:
         begin = _begin(path)
-        problem = next((POINTERS[each] for each in POINTERS if re.match(each, begin)), "")
+        problem = pointer_problem(begin)
         if not problem and suffix_of(name) != ".parquet":
             problem = _problem(name, _unpacked(path, begin))
         if problem:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedgpt.core.errors import amount
-from fedgpt.data.reading import PACKED, Unreadable, is_text, reason, shown
+from fedgpt.data.reading import PACKED, Unreadable, is_text, pointer_problem, reason, shown
 from fedgpt.data.records import format_of
 
 # A file with one of these suffixes must be text. With a suffix that this module does not know, a
@@ -131,6 +131,8 @@ class Walk:
                 return
             about = path.stat()
         except FileNotFoundError:
+            if problem := _missing_text(name, path):
+                raise Unreadable(f"{shown(name)} {problem}") from None
             self.left.add("leads to nothing", name)
             return
         except OSError as error:
@@ -158,6 +160,13 @@ class Walk:
         for each in inside:
             if not each.startswith("."):
                 yield from self._entry(path / each)
+
+
+def _missing_text(name: str, link: Path) -> str:
+    """Return the problem of a link that leads to nothing, if a tool fetches the text there."""
+    if suffix_of(name) not in TEXT_SUFFIXES and format_of(name) is None:
+        return ""
+    return pointer_problem(os.fsencode(link.readlink())) if link.is_symlink() else ""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import json
 
 import pytest
 from support.records import MAKERS, POSTS, jsonl, parquet, table, zst
-from support.text import files, load, write
+from support.text import files, load, notes, write
 
 from fedgpt.core.errors import ConfigError
 
@@ -41,6 +41,20 @@ def test_a_pointer_to_a_file_elsewhere_is_refused_with_the_command_that_fetches_
     for pointer in (ANNEX, ANNEX_LINK):
         assert f"{name} is a git-annex pointer" in refusal(tmp_path, name, pointer)
         assert refusal(tmp_path, name, pointer).endswith("fetch it with: git annex get")
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "a.py"])
+@pytest.mark.parametrize("up", ["", "../", "../../"])
+def test_a_link_to_a_file_that_git_annex_has_not_fetched_is_refused(tmp_path, name, up):
+    """A link to nothing is left out, and a data set that was fetched in part would train less."""
+    folder = tmp_path / "text"
+    write(folder, "b.txt", "text")
+    (folder / name).symlink_to(f"{up}.git/annex/objects/Mk/3w/SHA256E-s5--aaaa.txt/SHA256E-s5")
+    with pytest.raises(ConfigError, match=f"{name} is a git-annex pointer.*: git annex get$"):
+        load(files(folder))
+    (folder / name).rename(folder / "film.mp4")  # may be anything, so it is only named
+    assert len(load(files(folder))) == 1
+    assert notes(files(folder))[0].endswith("left out 1 file: film.mp4 (leads to nothing)")
 
 
 @pytest.mark.parametrize(
