@@ -89,7 +89,7 @@ def prepare(
     `trusted` are the packages that `corpus._target_` may name. `tell` gets a line about each kind
     of text that was left out. Safe to call from several processes at once: one process prepares the
     corpus, the others wait and open it. Raises ConfigError for options or text that cannot be
-    prepared.
+    prepared, and FedGPTError if the cache cannot be written.
     """
     problems = [*corpus.problems(), *CORPORA.problems(corpus, trusted), *tokenizer.problems()]
     if problems:
@@ -103,8 +103,8 @@ def prepare(
     folder = cache / f"{corpus.name}-{digest}"
     if (ready := _open_if_valid(folder)) is not None:
         return ready
-    cache.mkdir(parents=True, exist_ok=True)
     try:
+        cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{folder.name}.lock", timeout=LOCK_SECONDS):
             if (ready := _open_if_valid(folder)) is not None:  # another process has prepared it
                 return ready
@@ -122,6 +122,11 @@ def prepare(
         raise FedGPTError(
             f"waited {LOCK_SECONDS} s for another process that prepares this corpus in {folder}; "
             "is it still running? With another cache_dir= there is nothing to wait for"
+        ) from error
+    except OSError as error:  # not from the text, whose errors name it
+        raise FedGPTError(
+            f"cache_dir={cache_dir}: the prepared text cannot be written there"
+            f" ({error.strerror or error}); make room, or name another folder"
         ) from error
     del survey  # the entry has all of it
     return open_prepared(folder)

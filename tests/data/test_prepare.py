@@ -1,9 +1,11 @@
 import hashlib
 import json
 import os
+import resource
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -194,13 +196,31 @@ def test_a_damaged_cache_entry_is_made_again(corpus, tmp_path, name):
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == good
 
 
-def test_a_failed_preparation_leaves_nothing_behind(corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        module, "_encode", lambda *_: (_ for _ in ()).throw(RuntimeError("disk full"))
-    )
-    with pytest.raises(RuntimeError, match="disk full"):
-        prepare(corpus, BYTES, tmp_path / "cache")
-    assert [path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock"] == []
+@contextmanager
+def largest_file(size: int):
+    """Within it the system refuses to write a file of more bytes, as it does on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("size", [0, 100, 1000, 8000])  # the largest file has 15,130 bytes
+def test_a_cache_that_cannot_be_written_is_one_error_and_leaves_nothing(corpus, tmp_path, size):
+    cache = tmp_path / "cache"
+    error = f"cache_dir={cache}: the prepared text cannot be written there.*too large.*make room"
+    with largest_file(size), pytest.raises(FedGPTError, match=error):
+        prepare(corpus, BYTES, cache)
+    assert [path for path in cache.iterdir() if path.suffix != ".lock"] == []
+    assert prepare(corpus, BYTES, cache).folder.parent == cache
+
+
+def test_a_cache_below_a_file_is_refused_by_name(corpus, tmp_path):
+    cache = tmp_path / "text" / "an" / "1.txt" / "cache"
+    with pytest.raises(FedGPTError, match=f"cache_dir={cache}.*Not a directory"):
+        prepare(corpus, BYTES, cache)
 
 
 def test_temporary_files_of_a_killed_process_are_removed(corpus, tmp_path):
