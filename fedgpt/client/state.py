@@ -7,6 +7,8 @@ lost reply starts from the same bytes.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
 
+from fedgpt.core.errors import FedGPTError
 from fedgpt.core.files import PRIVATE, replacing
 from fedgpt.local.optimizer import Moments
 
@@ -67,7 +70,7 @@ class ClientStore:
             steps = state.moments.steps
         if state.residual is not None:
             tensors["residual"] = torch.from_numpy(state.residual)
-        with replacing(self._path(number), durable=False, mode=PRIVATE) as temporary:
+        with self._writing(self._path(number)) as temporary:
             save_file(tensors, temporary, metadata={"steps": str(steps)})
 
     def load_model(self, version: int) -> np.ndarray | None:
@@ -84,7 +87,7 @@ class ClientStore:
 
         Later versions are deleted, because a restarted server makes them again.
         """
-        with replacing(self._model(version), durable=False, mode=PRIVATE) as temporary:
+        with self._writing(self._model(version)) as temporary:
             save_numpy({"params": np.ascontiguousarray(params)}, temporary)
         kept = sorted(
             path for path in self.folder.glob("model-*.safetensors") if path <= self._model(version)
@@ -100,6 +103,17 @@ class ClientStore:
             number = int(path.stem.removeprefix("task-"))
             if number < max(numbers) and number not in numbers:
                 path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _writing(self, path: Path) -> Iterator[Path]:
+        """Like `replacing`; raises FedGPTError if the system refuses, as on a full disk."""
+        try:
+            with replacing(path, durable=False, mode=PRIVATE) as temporary:
+                yield temporary
+        except (OSError, SafetensorError) as error:
+            raise FedGPTError(
+                f"the client's state cannot be written in {self.folder} ({error}); make room there"
+            ) from error
 
     def _model(self, version: int) -> Path:
         return self.folder / f"model-{version:08d}.safetensors"

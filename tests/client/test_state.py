@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.disk import largest_file
 from support.here import tiny_run
 
 from fedgpt.client.state import ClientStore
 from fedgpt.client.work import ClientWork
 from fedgpt.config import compose
+from fedgpt.core.errors import FedGPTError
 from fedgpt.core.flat import flatten
 from fedgpt.core.messages import Job, Plan
 from fedgpt.model.gpt import GPT
@@ -68,3 +70,15 @@ def test_a_client_that_has_lost_its_state_starts_anew_and_says_so(client, left):
         path.write_bytes(content[:left])
     sent, lost = client.train(1, 0)
     assert np.array_equal(sent, new) and lost == 1
+
+
+@pytest.mark.parametrize("size", [0, 100, 20_000])
+def test_on_a_full_disk_a_job_fails_with_one_message_and_can_be_repeated(client, size):
+    message = f"the client's state cannot be written in {client.state(0).parent}.*too large.*room"
+    with largest_file(size), pytest.raises(FedGPTError, match=message):
+        client.train(0, -1)
+    assert not client.state(0).exists()
+    sent, _ = client.train(0, -1)
+    assert client.state(0).exists()
+    client.state(0).unlink()
+    assert np.array_equal(sent, client.train(0, -1)[0])

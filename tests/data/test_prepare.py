@@ -1,11 +1,9 @@
 import hashlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import third_party  # noqa: F401  # makes the module `outsider`
+from support.disk import largest_file
 
 import fedgpt
 from fedgpt.core.errors import ConfigError, FedGPTError
@@ -194,17 +193,6 @@ def test_a_damaged_cache_entry_is_made_again(corpus, tmp_path, name):
     (folder / name).unlink()
     prepare(corpus, BYTES, tmp_path / "cache")
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == good
-
-
-@contextmanager
-def largest_file(size: int):
-    """Within it the system refuses to write a file of more bytes, as it does on a full disk."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize("size", [0, 100, 1000, 8000])  # the largest file has 15,130 bytes
