@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 from fedgpt.core.errors import FedGPTError, TextChanged
-from fedgpt.core.options import RunOptions
+from fedgpt.core.options import RunOptions, TokenizerOptions
 from fedgpt.data.partition import partition
 from fedgpt.data.partitions.base import Shard
 from fedgpt.data.prepare import Prepared, prepare
@@ -25,15 +25,28 @@ def load_shards(
 ) -> tuple[Prepared, list[Shard]]:
     """Return the prepared corpus of a run and its clients' shards, sorted by client id.
 
-    `tell` gets lines about what was left out of the text; of the processes of a run only the first
-    one prints them, with `say`. Every process that has the same options, corpus and packages gets
-    the same result. Raises ConfigError if no clients can be made from the text and options.
+    `tell` gets lines about what was left out of the text, and about a tokenizer that is smaller
+    than asked for; of the processes of a run only the first one prints them, with `say`. Every
+    process that has the same options, corpus and packages gets the same result. Raises ConfigError
+    if no clients can be made from the text and options.
     """
     trusted = options.trusted_packages
     prepared = prepare(options.corpus, options.tokenizer, options.cache_dir, trusted, tell)
+    if (note := _smaller_tokenizer(options.tokenizer, prepared)) is not None:
+        tell(note)
     # smallest number of tokens to train on: a sequence, and the target of its last token
     window = options.model.block_size + 1
     return prepared, partition(prepared, options.partition, options.seed, window, trusted)
+
+
+def _smaller_tokenizer(options: TokenizerOptions, prepared: Prepared) -> str | None:
+    entries = prepared.tokenizer.vocab_size - 1  # the end token is not counted
+    if options.name != "bpe" or entries == options.vocab_size:
+        return None
+    return (
+        f"tokenizer.vocab_size={options.vocab_size}: the tokenizer has {entries} entries, as no"
+        " other pair of tokens occurs twice in the public text"
+    )
 
 
 def text_digest(prepared: Prepared) -> str:

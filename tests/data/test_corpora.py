@@ -371,3 +371,26 @@ def test_what_a_corpus_says_of_itself_is_a_text(name, monkeypatch):
     monkeypatch.setattr(Careless, name, None)
     with pytest.raises(ConfigError, match=f"Careless: {name} is None; it must be a text"):
         list(read_documents(Careless([Document("a", "b", "c")])))
+
+
+@pytest.mark.parametrize(
+    "typed, option",
+    [
+        ({"text_field": "body"}, "corpus.text_field=body"),
+        ({"label_field": "kind"}, "corpus.label_field=kind"),
+        ({"bad_records": "skip"}, "corpus.bad_records=skip"),
+    ],
+)
+def test_what_is_for_records_is_refused_with_text(tmp_path, typed, option):
+    """It would have no effect, and the records that its user expects are not read."""
+    write(tmp_path, "a.txt", "text")
+    refused = rf"{option}: is for records, and a\.txt is read as text; leave it out"
+    with pytest.raises(ConfigError, match=f"{refused}$"):
+        load(files(tmp_path, **typed))
+    line = '{"text": "first", "body": "second", "kind": "x", "who": "ann"}\n'
+    write(tmp_path, "b.jsonl", line)
+    with pytest.raises(ConfigError, match=rf"{refused}, or read .*'FOLDER/\*\.jsonl'$"):
+        load(files(tmp_path, **typed))
+    assert len(load(files(tmp_path / "*.jsonl", **typed))) == 1  # both remedies help
+    assert len(load(files(tmp_path))) == 1
+    assert len(load(files(tmp_path, client="who", **typed))) == 1

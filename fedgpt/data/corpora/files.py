@@ -84,6 +84,12 @@ class Files(Corpus):
                 f"corpus.client={self.client} is a field of records, and {listing(found.texts)}"
                 " has no fields; use corpus.client=file or corpus.client=folder"
             )
+        elif found.texts and (typed := list(self._options_of_records())):
+            raise Unreadable(
+                f"{', '.join(typed)}: is for records, and {listing(found.texts)} is read as text;"
+                " leave it out"
+                + (", or read the records with corpus.path='FOLDER/*.jsonl'" * bool(found.records))
+            )
         else:
             documents = self._from_texts(root, _checked(found.texts), left)
             left.add_all(BESIDE_TEXT, found.records)
@@ -95,6 +101,15 @@ class Files(Corpus):
         if empty:
             why = "; ".join(["name a folder with UTF-8 text or a file of records", *self._told])
             raise Unreadable(f"contains no text; {why}")
+
+    def _options_of_records(self) -> Iterator[str]:
+        """Yield the options that were set and are for records only, as they are typed."""
+        if self.text_field != Files.text_field:
+            yield f"corpus.text_field={self.text_field}"
+        if self.label_field is not None:
+            yield f"corpus.label_field={self.label_field}"
+        if self.bad_records != Files.bad_records:
+            yield f"corpus.bad_records={self.bad_records}"
 
     def _from_records(
         self, root: Path, files: dict[str, Path], left: LeftOut
