@@ -7,7 +7,7 @@ No text is copied, and the same options and seed give the same shards in every p
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,15 @@ from fedgpt.core.members import Members
 from fedgpt.core.options import PartitionOptions
 from fedgpt.core.options.option import typed
 from fedgpt.core.targets import CUSTOM, calling
-from fedgpt.data.partitions.base import ADD_TEXT, Documents, MadeClients, Partition, Shard, merged
+from fedgpt.data.partitions.base import (
+    ADD_TEXT,
+    MANY,
+    Documents,
+    MadeClients,
+    Partition,
+    Shard,
+    merged,
+)
 from fedgpt.data.prepare import CLIENTS, Prepared
 
 PARTITIONS = Members("partition", "partition.name", Partition)
@@ -47,8 +55,8 @@ def partition(
         raise ConfigError(problems)
     documents = _documents(prepared, window, options.min_tokens)
     dealer = partition_of(options, trusted)
-    if isinstance(dealer, MadeClients):
-        _check_number(dealer.clients, documents)
+    if isinstance(dealer, MadeClients) and dealer.clients * documents.minimum > documents.size:
+        raise _too_many(dealer, documents, options, seed)
     with calling("partition", dealer, "deal"):
         dealt: Any = dealer.deal(documents, seed)
         dealt = list(dealt) if isinstance(dealt, Iterable) else dealt
@@ -57,12 +65,11 @@ def partition(
     _check_tokens(shards, documents, options)
     if small := [shard for shard in shards if shard.size < documents.minimum]:
         least = min(small, key=lambda shard: shard.size)
-        helps = _helping(dealer, documents, seed)
-        remedies = [dealer.remedy, *helps, documents.lower_minimum(least.size)]
+        remedies = _remedies(dealer, documents, options, seed, least.size)
         raise ConfigError(
             f"{_label(options)}: {len(small)} of {amount(len(shards), 'client')}"
             f" {'has' if len(shards) == 1 else 'have'} fewer than {documents.minimum} tokens (the"
-            f" smallest, {least.client}, has {least.size}); {', or '.join(filter(None, remedies))}"
+            f" smallest, {least.client}, has {least.size}); {remedies}"
         )
     return shards
 
@@ -139,27 +146,56 @@ def _wrong_tokens(shards: Sequence[Shard], allowed: np.ndarray) -> str:
     return "assigns a token twice" if (first[1:] < last[:-1]).any() else ""
 
 
-def _check_number(clients: int, documents: Documents) -> None:
-    """Raise ConfigError if not even equal shares are large enough, before any client is made."""
-    size, minimum = documents.size, documents.minimum
-    if clients * minimum <= size:
-        return
-    fewer = f"lower it to {size // minimum}" if size >= minimum else ""
-    remedies = [fewer, documents.lower_minimum(size // clients)]
-    raise ConfigError(
-        f"partition.clients={clients}: each needs {minimum} tokens, and the clients' part of the"
-        f" text has {size:,}; {', or '.join(filter(None, remedies)) or ADD_TEXT}"
+def _too_many(
+    dealer: MadeClients, documents: Documents, options: PartitionOptions, seed: int
+) -> ConfigError:
+    """The error for more clients than even equal shares are enough for; none of them is made."""
+    least = _least(dealer, documents, seed) if dealer.clients <= MANY else 0
+    return ConfigError(
+        f"partition.clients={dealer.clients}: each needs {documents.minimum} tokens, and the"
+        f" clients' part of the text has {documents.size:,};"
+        f" {_remedies(dealer, documents, options, seed, least)}"
     )
 
 
-def _helping(dealer: Partition, documents: Documents, seed: int) -> Iterator[str]:
-    """Yield a value of each option with which all clients have enough tokens, as it is typed."""
-    named = set()
+def _remedies(
+    dealer: Partition, documents: Documents, options: PartitionOptions, seed: int, least: int
+) -> str:
+    """Return what to change, where the smallest client has `least` tokens, which are too few."""
+    helping: list[dict[str, Any]] = []  # options, of each the first values that help
+    nearly, size = "", least
     for other in dealer.milder(documents):
-        before, after = vars(dealer), vars(other)
-        [name] = [name for name in after if after[name] != before[name]]
-        if name in named:
+        if isinstance(other, MadeClients) and other.clients > MANY:
             continue
-        if all(shard.size >= documents.minimum for shard in other.deal(documents, seed)):
-            named.add(name)
-            yield f"set partition.{name}={typed(after[name])}"
+        changed = {name: new for name, new in vars(other).items() if new != vars(dealer)[name]}
+        if any(
+            each.keys() == changed.keys() or each.items() <= changed.items() for each in helping
+        ):
+            continue
+        found = _least(other, documents, seed)
+        if found >= documents.minimum:
+            helping.append(changed)
+        elif found > size:
+            nearly, size = _set(changed, options), found
+    sets = [_set(changed, options) for changed in helping]
+    remedies = [dealer.remedy, *sets, documents.lower_minimum(least)]
+    if not any(remedies) and nearly:
+        remedies = [f"{nearly}, and {documents.lower_minimum(size)}"]
+    return ", or ".join(filter(None, remedies)) or ADD_TEXT
+
+
+def _set(values: Mapping[str, Any], options: PartitionOptions) -> str:
+    """Return how these options of a partition are set, as it is typed."""
+    if options.name == CUSTOM:
+        listing = ", ".join(f"{name}: {typed(value)}" for name, value in values.items())
+        return f"set {listing} in partition.arguments"
+    return "set " + " ".join(f"partition.{name}={typed(value)}" for name, value in values.items())
+
+
+def _least(dealer: Partition, documents: Documents, seed: int) -> int:
+    """Return the tokens of the smallest client; 0 if the text cannot be divided so."""
+    try:
+        with calling("partition", dealer, "deal"):
+            return min((shard.size for shard in dealer.deal(documents, seed)), default=0)
+    except ConfigError:
+        return 0

@@ -21,6 +21,7 @@ import numpy as np
 from fedgpt.core.errors import ConfigError
 from fedgpt.data.names import Names
 
+MANY = 10_000  # clients: to deal text out to more of them takes more than a second
 ADD_TEXT = "add text"  # the remedy where no other value of an option helps
 
 
@@ -65,6 +66,17 @@ class Documents:
             return ""
         rest = f" and partition.min_tokens to {size}" if self.asked > size else ""
         return f"lower model.block_size to {size - 1}{rest}"
+
+    def divided(self, clients: int) -> str:
+        """Return the options that divide all text among `clients` if there is enough of it, or
+        among fewer; an empty text if there is too little for one.
+        """
+        if (pieces := self.size // self.minimum) == 0:
+            return ""
+        # of two pieces of `minimum` tokens only the last one of all may be shorter
+        clients = max(1, min(clients, pieces // 2))
+        iid = f"partition=iid partition.clients={clients} partition.piece={self.minimum}"
+        return f"use {iid}, which divides all text"
 
 
 class Partition(ABC):
@@ -117,8 +129,8 @@ class Partition(ABC):
         """
 
     def milder(self, documents: Documents) -> Iterator[Partition]:
-        """Yield this partition with another value of one option, which may give every client
-        enough tokens. An error names the values that do.
+        """Yield this partition with other values of its options, which may give every client
+        enough tokens. An error names the first values of each option that do.
         """
         yield from ()
 
@@ -128,7 +140,7 @@ class MadeClients(Partition):
     """A partition that makes its clients, where others keep those of the corpus."""
 
     clients: int = 8
-    remedy: ClassVar[str] = "lower partition.clients"
+    remedy: ClassVar[str] = ""  # fewer clients, which `milder` tries
 
     def __post_init__(self) -> None:
         if self.clients < 1:
@@ -136,6 +148,18 @@ class MadeClients(Partition):
                 f"partition.clients={self.clients}: partition={type(self).__name__.lower()} makes"
                 " clients; say how many, 1 or more"
             )
+
+    def milder(self, documents: Documents) -> Iterator[Partition]:
+        """Yield fewer clients."""
+        for clients in self._fewer(documents):
+            yield replace(self, clients=clients)
+
+    def _fewer(self, documents: Documents, most: int = MANY) -> Iterator[int]:
+        """Yield smaller numbers of clients for which there may be enough text."""
+        clients = min(self.clients - 1, documents.size // documents.minimum, most)
+        while clients > 0:
+            yield clients
+            clients //= 2
 
 
 @dataclass(frozen=True)
@@ -145,10 +169,13 @@ class Pieces(MadeClients):
     piece: int = 1024  # tokens
 
     def milder(self, documents: Documents) -> Iterator[Partition]:
-        """Yield shorter pieces, about eight for each client."""
-        piece = max(1, documents.size // (8 * self.clients))
-        if piece < self.piece:
-            yield replace(self, piece=piece)
+        """Yield fewer clients and shorter pieces, about eight for each client."""
+        too_many = self.clients * documents.minimum > documents.size
+        yield from super().milder(documents)
+        for clients in [self.clients, *(self._fewer(documents) if too_many else ())]:
+            piece = max(1, documents.size // (8 * clients))
+            if piece < self.piece:
+                yield replace(self, clients=clients, piece=piece)
 
     def deal_pieces(
         self, spans: np.ndarray, shares: np.ndarray, generator: np.random.Generator

@@ -38,8 +38,8 @@ class Dirichlet(Pieces):
         if len(names) < 2:
             raise ConfigError(
                 "partition.name=dirichlet: distributes labels unevenly, and all documents have the"
-                " same one; set corpus.label_field (.jsonl) or put files in sub-folders, or make"
-                " sizes uneven with partition=quantity"
+                " same one; set corpus.label_field for records, put files of text into"
+                " sub-folders, or make sizes uneven with partition=quantity"
             )
         fragments, owners = [], []
         for index, name in enumerate(names):

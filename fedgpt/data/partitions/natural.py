@@ -49,9 +49,5 @@ class Natural(Partition):
             problem += f" (the largest has {sizes[0]})"
         if wanted <= len(sizes):
             remedies.append(documents.lower_minimum(sizes[wanted - 1]))
-        if (pieces := documents.size // minimum) > 0:
-            # of two pieces of `minimum` tokens only the last one of all may be shorter
-            clients = max(1, min(self.clients or 8, pieces // 2))
-            iid = f"partition=iid partition.clients={clients} partition.piece={minimum}"
-            remedies.append(f"use {iid}, which divides all text")
+        remedies.append(documents.divided(self.clients or 8))
         return ConfigError(f"{problem}; {', or '.join(filter(None, remedies)) or ADD_TEXT}")
