@@ -89,7 +89,12 @@ def read_text(path: Path) -> str:
         raise ConfigError(f"{path}: cannot be read ({error})") from error
 
 
-def not_yaml(path: Path, error: yaml.YAMLError) -> ConfigError:
+# what the YAML library raises: the others for numbers of thousands of digits, for days that are not
+# in the calendar and for values that are nested too deeply
+YAML_ERRORS = (yaml.YAMLError, ValueError, RecursionError)
+
+
+def not_yaml(path: Path, error: Exception) -> ConfigError:
     """The error for a file whose text is not YAML; `error` has the line."""
     why = " ".join(str(error).split()).replace('"<unicode string>", ', "")
     return ConfigError(f"{path}: is not valid YAML ({why}); correct it")
@@ -98,7 +103,7 @@ def not_yaml(path: Path, error: yaml.YAMLError) -> ConfigError:
 def _mapping(path: Path, text: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except YAML_ERRORS as error:
         raise not_yaml(path, error) from error
     values = {} if values is None else values  # an empty file
     if not isinstance(values, dict):

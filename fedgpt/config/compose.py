@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,8 +24,8 @@ from fedgpt.config import checks, overrides
 from fedgpt.config.texts import escaped, quoted
 from fedgpt.core import members, targets
 from fedgpt.core.errors import ConfigError
-from fedgpt.core.options import RunOptions, StrategyOptions, TaskOptions
-from fedgpt.core.options.option import dotted
+from fedgpt.core.options import OPTIONS, RunOptions, StrategyOptions, TaskOptions
+from fedgpt.core.options.option import dotted, is_a
 from fedgpt.core.runtimes import runtime_problems
 from fedgpt.model.shape import trainable_problems
 from fedgpt.privacy.problems import Rule, privacy_problems
@@ -143,10 +144,20 @@ def _typed(cfg: DictConfig) -> RunOptions:
     except OmegaConfBaseException as error:
         raise ConfigError(_why(cfg, error)) from error
     assert isinstance(options, RunOptions), "the schema is the root of run.yaml"
-    problems = list(_absolute(options))
+    problems = [*_absolute(options), *_wrong_lists(options)]
     if problems:
         raise ConfigError(problems)
     return options
+
+
+def _wrong_lists(options: RunOptions) -> Iterator[str]:
+    """A problem for each list with an element of another type, such as another list."""
+    for key, one in OPTIONS.items():
+        if {list[str], list[float]}.isdisjoint(one.kinds):
+            continue
+        value = attrgetter(key)(options)
+        if not any(is_a(value, kind) for kind in one.kinds):
+            yield one.problem(value)
 
 
 def _absolute(options: RunOptions) -> Iterator[str]:
@@ -230,9 +241,9 @@ def _mapping(text: str) -> DictConfig:
         cfg = OmegaConf.create(text)
     except (
         OmegaConfBaseException,
-        yaml.YAMLError,
+        *overrides.YAML_ERRORS,
         AssertionError,
-    ) as error:  # a number: AssertionError
+    ) as error:  # the last: a number
         raise ConfigError(f"configuration: is not YAML ({overrides.first_line(error)})") from error
     if not isinstance(cfg, DictConfig) or not cfg:
         raise ConfigError("configuration: is not a YAML mapping of options to values")

@@ -17,13 +17,12 @@ from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Glob, Override
+from hydra.core.override_parser.types import ChoiceSweep, Glob, Override
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
-from yaml import YAMLError
 
-from fedgpt.config.choices import CONF, groups
+from fedgpt.config.choices import CONF, YAML_ERRORS, groups
 from fedgpt.config.texts import LISTS
 from fedgpt.config.user_files import file_problems
 from fedgpt.core.errors import ConfigError, nearest
@@ -43,7 +42,7 @@ def _opened(node: DictConfig) -> DictConfig:
 
 
 HYDRA = ("hydra.", "hydra/")  # options of Hydra itself begin so
-NUMBERS = (ValueError, OverflowError)  # of Python, for a number that it cannot convert
+DEEPEST = 20  # levels of lists and mappings in a value; the libraries fail from about 100 on
 # option that a choice of its group sets, such as update.compress -> its group
 SET_BY = {
     f"{kind.group}.{kind.choice_field}": kind.group
@@ -70,9 +69,14 @@ def check_words(
     parser = OverridesParser.create()
     for text in overrides:
         try:
-            parsed.append(parser.parse_override(text))
+            override = parser.parse_override(text)
+            if _is_deep(override.value()):
+                raise RecursionError
+            parsed.append(override)
         except ValueError:  # an integer of more than 4300 digits
             problems.append(f"{text[:60]}...: a number of {len(text):,} characters; type fewer")
+        except RecursionError:
+            problems.append(f"{text[:60]}...: is nested too deeply; type fewer brackets")
         except HydraException:
             key, equals, value = text.partition("=")
             text_of = f'["{value.strip("[]")}"]' if key in LISTS else f'"{value}"'
@@ -156,6 +160,15 @@ def _value_problems(override: Override, cfg: DictConfig, scratch: DictConfig) ->
             OmegaConf.update(scratch, key, value)
         except (OmegaConfBaseException, OverflowError) as error:
             yield _refused(override, value, error)
+
+
+def _is_deep(value: Any, levels: int = DEEPEST) -> bool:
+    """Whether a value has more levels of lists and mappings; a sweep counts as a list."""
+    value = value.list if isinstance(value, ChoiceSweep) else value
+    if not isinstance(value, list | dict):
+        return False
+    inside = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_deep(each, levels - 1) for each in inside)
 
 
 def _refused(override: Override, value: Any, error: Exception) -> str:
@@ -250,7 +263,7 @@ def compose_config(overrides: Sequence[str], config_dir: str | None) -> DictConf
             return compose("run", [*overrides, *searchpath])
         except MissingConfigException as error:
             raise ConfigError(_missing(error)) from error
-        except (HydraException, OmegaConfBaseException, YAMLError, *NUMBERS) as error:
+        except (HydraException, OmegaConfBaseException, OverflowError, *YAML_ERRORS) as error:
             raise ConfigError(_with_cause(error)) from error
 
 

@@ -11,9 +11,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
-from fedgpt.config.choices import CONF, not_yaml, read_choice, read_text
+from fedgpt.config.choices import CONF, YAML_ERRORS, not_yaml, read_choice, read_text
 from fedgpt.core.errors import ConfigError, nearest
 from fedgpt.core.options import OPTIONS
 from fedgpt.core.options.option import dotted
@@ -56,10 +55,10 @@ def _values(path: Path) -> dict[str, Any]:
     """The values of a file as Hydra reads it, which refuses a key that stands there twice."""
     try:
         values: Any = OmegaConf.to_container(OmegaConf.create(read_text(path)))
-    except YAMLError as error:
-        raise not_yaml(path, error) from error
     except OmegaConfBaseException as error:
         raise ConfigError(f"{path}: {error.msg or error}") from error
+    except YAML_ERRORS as error:
+        raise not_yaml(path, error) from error
     return values or {}
 
 

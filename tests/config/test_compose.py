@@ -157,7 +157,30 @@ def test_paths_that_no_run_could_use_are_refused(tmp_path):
     assert "has no config.json, nor model/config.json" in problem
 
 
-@pytest.mark.parametrize("text", ["a: [1,\n b: {", "\tx: 1", "", "- 1\n", b"\xff\xfe\x00", None])
+@pytest.mark.parametrize("value", ["[[a]]", "[{a: 1}]", "[a,[b]]", "[[]]", "[null]"])
+@pytest.mark.parametrize(
+    "option", [key for key, one in OPTIONS.items() if {list[str], list[float]} & {*one.kinds}]
+)
+def test_an_element_of_another_type_is_refused_in_every_list(option, value):
+    """OmegaConf takes a list within a list for a text."""
+    shown = value.replace("a: 1", "'a': 1")
+    assert f"{option}={shown}: must be a list of" in " ".join(problems(f"{option}={value}"))
+
+
+@pytest.mark.parametrize("depth", [21, 100, 400, 3000])
+@pytest.mark.parametrize("option", ["model.trainable", "corpus.arguments", "+strategy.x", "rounds"])
+def test_a_value_that_is_nested_deeply_is_one_problem(option, depth):
+    mapping = "{a: " * depth + "1" + "}" * depth
+    for value in ("[" * depth + "]" * depth, mapping, f"{mapping},1"):
+        [problem] = problems(f"{option}={value}")
+        assert len(problem) < 200 and ("nested too deeply" in problem), problem
+
+
+DAMAGED = ["a: [1,\n b: {", "\tx: 1", "", "- 1\n", b"\xff\xfe\x00", None]
+DAMAGED += [f"seed: {'9' * 5000}", "seed: " + "[" * 3000, "1", "a: &a [*a]\n"]
+
+
+@pytest.mark.parametrize("text", DAMAGED, ids=range(len(DAMAGED)))
 def test_the_error_for_a_damaged_config_yaml_has_its_path(tmp_path, text):
     path = tmp_path / "config.yaml"
     path.mkdir() if text is None else path.write_bytes(

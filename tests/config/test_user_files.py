@@ -61,6 +61,10 @@ BOMB = "a: &a [1,1,1,1,1,1,1,1]\n" + "".join(
         ("defaults: nano\n", "defaults must be a list of choices, such as [nano]"),
         (BOMB, "has more than 10,000 values, or an alias of itself"),
         ("trainable: &a [*a]\n", "has more than 10,000 values, or an alias of itself"),
+        (f"n_layer: {'9' * 5000}\n", "is not valid YAML (Exceeds the limit (4300 digits)"),
+        ("n_layer: 2024-13-45\n", "is not valid YAML (month must be in 1..12"),
+        (f"n_layer: {'[' * 3000}\n", "is not valid YAML (maximum recursion depth exceeded"),
+        (f"n_layer: {'{a: ' * 3000}\n", "is not valid YAML (maximum recursion depth exceeded"),
         (
             "n_layer: !!python/object:os.system 1\n",
             "is not valid YAML (could not determine a constr",

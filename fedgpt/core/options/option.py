@@ -377,9 +377,12 @@ NAMED = {*KINDS, NoneType}
 def is_a(value: Any, kind: Any) -> bool:
     """Whether a value has this type of KINDS: whole numbers are numbers, true and false are not.
 
-    >>> is_a(1, float), is_a(True, float), is_a(1.0, int)
-    (True, False, False)
+    >>> is_a(1, float), is_a(True, float), is_a(1.0, int), is_a([["a"]], list[str])
+    (True, False, False, False)
     """
+    if kind in (list[str], list[float]):
+        [element] = typing.get_args(kind)
+        return isinstance(value, list) and all(is_a(each, element) for each in value)
     if kind in (int, float):
         number = Integral if kind is int else Real
         return isinstance(value, number) and not isinstance(value, bool)
