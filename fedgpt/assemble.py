@@ -113,8 +113,9 @@ def _serve(setting: Setting, network: Network) -> dict[str, Any]:
     options, folder = setting.options, setting.folder
     with saying("preparing the evaluation"):
         strategy, evaluation = _strategy(setting, network), _evaluation(setting)
-    snapshot = _snapshot(setting)
-    names, resumed_at = evaluation.scoring.names, snapshot.state.version
+    names = evaluation.scoring.names
+    snapshot = _snapshot(setting, names)
+    resumed_at = snapshot.state.version
     trackers = make_trackers(options, folder.path, resumed_at, names)
     _claim(setting)  # after all checks that can refuse the run
     switches, pacing = strategy.switches, snapshot.totals.pacing or None
@@ -132,7 +133,7 @@ def _serve(setting: Setting, network: Network) -> dict[str, Any]:
         server = Server(parts, snapshot, [display, *trackers])
         del snapshot  # so that the server can free the vectors in it
         summary = server.run()
-    with saying("writing the results"), folder.records_used():
+    with saying("writing the results"):
         model = build_model(options.model, setting.prepared.tokenizer.vocab_size, setting.base)
         np.copyto(flatten(model)[1].numpy(), server.state.params)
         write_results(folder, options, setting.prepared, model, summary, setting.statement)
@@ -177,7 +178,7 @@ def environment_of(resources: Resources, versions: Mapping[str, str]) -> dict[st
     }
 
 
-def _snapshot(setting: Setting) -> Snapshot:
+def _snapshot(setting: Setting, scores: Sequence[str]) -> Snapshot:
     """The run's newest usable checkpoint, or version 0."""
     options = setting.options
 
@@ -194,6 +195,7 @@ def _snapshot(setting: Setting) -> Snapshot:
         start,
         partial(changed_options, options=options),
         setting.environment,
+        scores,
     )
     identity = snapshot.identity
     identity = replace(identity, options=with_length(identity.options, options))

@@ -19,6 +19,7 @@ from fedgpt.data.prepare import Prepared
 from fedgpt.storage.checkpoint import Checkpoints, Snapshot
 from fedgpt.storage.content import CONTENT, content_of, refuse_other_content
 from fedgpt.storage.journal import Journal
+from fedgpt.storage.records import check_records
 from fedgpt.storage.run_folder import RunFolder
 from fedgpt.storage.tables import RunIdentity
 
@@ -48,18 +49,22 @@ def open_or_resume(
     start: Callable[[], Snapshot],
     changed: Changed = lambda options: "",
     environment: Mapping[str, Any] | None = None,
+    scores: Sequence[str] = (),
 ) -> Snapshot:
     """Return the snapshot that a server starts from, and delete later records.
 
     `start` makes version 0; `changed` returns the options (dotted name -> value) of a checkpoint
     that differ now; `environment`: versions and machine, on which bit-identity depends, and the
-    digests of what the run depends on. Raises FedGPTError if the run cannot be continued.
+    digests of what the run depends on; `scores`: the names of the run's scores. Raises FedGPTError
+    if the run cannot be continued.
     """
     now = environment or {}
+    metrics, events = folder.metrics.read(), folder.events.read()
 
     def check(snapshot: Snapshot) -> None:
         _refuse_changed(options, snapshot.identity, now, changed)
         _refuse_unsaved(folder, snapshot)
+        check_records(folder, metrics, events, scores)
 
     checkpoints = Checkpoints(folder.checkpoints, options.checkpoint.keep)
     snapshot = checkpoints.recover(check)
@@ -73,20 +78,24 @@ def open_or_resume(
         Journal(folder.wal).clear()
         return snapshot
     version = snapshot.state.version
-    folder.metrics.keep(line for line in folder.metrics.read() if line["version"] < version)
-    folder.events.keep(events_until(version, folder.events.read()))
+    folder.metrics.keep(line for line in metrics if line["version"] < version)
+    folder.events.keep(events_until(version, events))
     _warn_of_other_conditions(snapshot.identity.environment, now)
     return _with_content(snapshot, now)
 
 
 def events_until(version: int, events: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
-    """The events up to the server step that made `version`; later events will be written again."""
-    ends = [
-        i
-        for i, event in enumerate(events)
-        if event["event"] == "version" and event.get("version") == version
-    ]
-    return events[: ends[-1] + 1] if ends else []
+    """The events up to the server step that made `version`; later events will be written again.
+
+    If the file has been damaged and lacks that step, they end before the first job of `version`.
+    """
+    kinds = [(event["event"], event.get("version")) for event in events]
+    if ("version", version) in kinds:
+        end = len(kinds) - kinds[::-1].index(("version", version))
+    else:
+        jobs = (i for i, (kind, of) in enumerate(kinds) if kind == "dispatch" and of >= version)
+        end = next(jobs, len(kinds))
+    return events[:end]
 
 
 def _refuse_changed(

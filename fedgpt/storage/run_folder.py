@@ -15,6 +15,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from fedgpt.core.errors import ConfigError, FedGPTError, Unwritten
+from fedgpt.core.files import write_text
 from fedgpt.data.tokenizer import Tokenizer
 from fedgpt.storage.content import TOKENIZER, kept_tokenizer
 
@@ -51,21 +52,6 @@ class RunFolder:
     def wal(self) -> Path:
         """The folder of the journal."""
         return self.path / "wal"
-
-    @contextmanager
-    def records_used(self) -> Iterator[None]:
-        """Raise FedGPTError, naming the files, if the block fails at a damaged record.
-
-        A line in which a name is damaged can be read, and the name is missing where it is needed.
-        """
-        try:
-            yield
-        except (LookupError, TypeError, ValueError) as error:
-            raise FedGPTError(
-                f"{self.path}: a line of metrics.jsonl or events.jsonl is damaged"
-                f" ({type(error).__name__}: {error}); delete that line, and continue with:"
-                f" fedgpt run resume={self.path}"
-            ) from error
 
     def close(self) -> None:
         """Flush the records and release the lock."""
@@ -184,11 +170,7 @@ class JsonLines:
         again.
         """
         self.close()
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(
-            "".join(json.dumps(record) + "\n" for record in records), encoding="utf-8"
-        )
-        temporary.replace(self.path)
+        write_text(self.path, "".join(json.dumps(record) + "\n" for record in records))
 
     def close(self) -> None:
         """Close the stream; a later append opens it again."""

@@ -37,10 +37,8 @@ def read_npy(data: bytes) -> np.ndarray:
         ) from error
     if dtype.hasobject:
         raise UpdateRejected("pickle_refused", "an array of objects")
-    if fortran or min(shape, default=0) < 0 or not dtype.itemsize:
-        raise UpdateRejected(
-            "bad_encoding", f"order, shape or dtype {dtype.str:.40} of no array of ours"
-        )
+    if fortran:
+        raise UpdateRejected("bad_encoding", "an array in the order of Fortran")
     claimed, left = math.prod(shape) * dtype.itemsize, len(data) - stream.tell()
     if claimed != left:
         raise UpdateRejected(
@@ -48,7 +46,8 @@ def read_npy(data: bytes) -> np.ndarray:
         )
     try:
         return np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape)
-    except (TypeError, ValueError) as error:  # a shape with a bool, or more axes than numpy allows
+    # a negative length, a bool, more axes than numpy allows, or elements of no bytes
+    except (TypeError, ValueError) as error:
         raise UpdateRejected(
             "bad_encoding", f"no shape of an array ({type(error).__name__})"
         ) from error

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +23,7 @@ from fedgpt.privacy.plan import make_plan
 from fedgpt.privacy.randomness import SecureStream
 from fedgpt.tasks.lm import LanguageModel
 
+JOBS = 20  # of each of two processes
 TOKENS = np.random.default_rng(0).integers(64, size=40 * 17)
 
 
@@ -216,3 +221,33 @@ def test_a_locally_private_update_is_clipped_and_as_noisy_as_promised(tmp_path):
         "another update of the same job has other noise"
     )
     assert events(tmp_path) == [{"noise_multiplier": 2.0, "sampling_probability": 1.0, "count": 2}]
+
+
+def pay_for_jobs(folder: Path, first: int, ready: Callable[[], object]) -> None:
+    """Pay for JOBS new jobs from number `first` on, once `ready` has returned."""
+    o = options(target_epsilon=None, noise_multiplier=1.0)
+    private, new = client(o, folder), job(o, state_job=-1)
+    ready()
+    for number in range(first, first + JOBS):
+        private.steps(replace(new, number=number), "fresh")
+
+
+def test_two_processes_of_a_client_pay_for_each_of_their_jobs(tmp_path):
+    """As if its SuperNode was started twice; they also agree on the key, which is made once."""
+    command = [sys.executable, __file__, str(tmp_path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdin is not None and other.stdout is not None
+        try:
+            assert other.stdout.readline() == b"ready\n"
+            other.stdin.close()
+            pay_for_jobs(tmp_path, 0, ready=lambda: None)
+            assert other.wait(60) == 0
+        finally:
+            other.kill()
+    assert [event["count"] for event in events(tmp_path)] == [2 * JOBS * 3]
+    releases = json.loads((tmp_path / "ledger.json").read_text())["releases"]
+    assert sorted(release["number"] for release in releases) == list(range(2 * JOBS))
+
+
+if __name__ == "__main__":  # the other process of the test above
+    pay_for_jobs(Path(sys.argv[1]), JOBS, lambda: (print("ready", flush=True), sys.stdin.read()))

@@ -121,6 +121,25 @@ def test_a_reply_counts_once(tmp_path):
     assert doubled["rejected"] == {"duplicate": 4}
 
 
+def test_a_client_that_sends_each_reply_twice_has_not_failed(tmp_path):
+    def twice(job):
+        return honest(job) * 4
+
+    done = run(options(tmp_path, rounds=6), {**CLIENTS, "a": twice})
+    assert done.summary["rejected"] == {"duplicate": 6 * 3} and not done.events_of("quarantine")
+
+
+def test_accepted_updates_of_clients_that_lost_their_state_are_counted(tmp_path):
+    def client(job, spoil=1.0):
+        [(seconds, reply)] = honest(job)
+        sent = reply.payload * np.float32(spoil)
+        return [(seconds, reply_with(job, sent, state_lost=float(job.number == 1)))]
+
+    clients = {"a": honest, "b": client, "c": client, "d": partial(client, spoil=np.nan)}
+    done = serve(tmp_path, clients, rounds=3)
+    assert [m["state_lost"] for m in done.metrics] == [0, 0, 2, 0], "d's update is rejected"
+
+
 def test_replies_to_jobs_that_were_never_sent_are_refused(tmp_path):
     def liar(job):
         [(seconds, reply)] = honest(job)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from fedgpt.core.files import sha256_of
 from fedgpt.core.messages import ServerState
 from fedgpt.server.in_flight import restored_jobs
 from fedgpt.storage.checkpoint import Checkpoints, Snapshot
-from fedgpt.storage.run_folder import RunFolder
+from fedgpt.storage.run_folder import JsonLines, RunFolder
 from fedgpt.storage.tables import Clients, RunIdentity, RunTotals, VersionLine
 
 
@@ -30,6 +31,8 @@ def snapshot(version: int) -> Snapshot:
         RunTotals(10 * version, rejected={"late": 2}, norms=(0.5, 1.5)),
         Clients({"next_number": {"a": version}, "accepted": {"a": version - 1}}, [{"a": 0}]),
         ({"client": "a", "number": version, "version": version, "sent": 0.5, "plan": {}},),
+        ("noise",),
+        {"base/0": rng.standard_normal(50).astype(np.float32)},
     )
 
 
@@ -45,12 +48,11 @@ def assert_same(a: Snapshot, b: Snapshot) -> None:
         assert getattr(a, name) == getattr(b, name), name
     assert a.clients.as_json() == b.clients.as_json() and a.state.version == b.state.version
     np.testing.assert_array_equal(a.state.params, b.state.params)
-    assert a.state.memory.keys() == b.state.memory.keys()
-    for name, array in a.state.memory.items():
-        np.testing.assert_array_equal(array, b.state.memory[name])
-        assert (
-            array.dtype == b.state.memory[name].dtype and array.shape == b.state.memory[name].shape
-        )
+    for one, other in ((a.state.memory, b.state.memory), (a.extra, b.extra)):
+        assert one.keys() == other.keys()
+        for name, array in one.items():
+            np.testing.assert_array_equal(array, other[name])
+            assert (array.dtype, array.shape) == (other[name].dtype, other[name].shape)
 
 
 def test_checkpoints_load_as_they_were_saved_and_only_the_newest_are_kept(tmp_path):
@@ -91,7 +93,7 @@ def test_damaged_checkpoints_are_skipped_with_a_warning(tmp_path, caplog):
     save(tmp_path, 1, 2, 3, 4, 5, keep=5)
     paths = sorted(tmp_path.glob("*.safetensors"))
     flipped = bytearray(paths[4].read_bytes())
-    flipped[len(flipped) // 2] ^= 1
+    flipped[-7] ^= 1  # within the weights: only the digest shows it
     paths[4].write_bytes(flipped)
     paths[3].write_bytes(paths[3].read_bytes()[:100])
     paths[2].with_suffix(".sha256").unlink()  # killed between the rename and the commit mark
@@ -132,8 +134,9 @@ def test_a_line_that_a_crash_cut_off_is_skipped(tmp_path):
     folder = RunFolder(tmp_path)
     folder.metrics.append({"version": 0})
     folder.metrics.append({"version": 1})
-    folder.close()
     path = tmp_path / "metrics.jsonl"
+    assert len(path.read_text().splitlines()) == 2, "a process that is killed loses no line"
+    folder.close()
     path.write_text(path.read_text()[:-5])
     assert RunFolder(tmp_path).metrics.read() == [{"version": 0}]
     assert json.loads(path.read_text().splitlines()[0]) == {"version": 0}
@@ -145,6 +148,7 @@ def test_after_three_starts_without_a_new_version_the_previous_checkpoint_is_use
         checkpoints = Checkpoints(tmp_path, 2)
         assert checkpoints.recover().state.version == 2
         checkpoints.started(2)
+        checkpoints.save(snapshot(2))  # as each start of a server does
         checkpoints.close()
     checkpoints = Checkpoints(tmp_path, 2)
     assert checkpoints.load().state.version == 1, "also for a reader"
@@ -169,13 +173,14 @@ def test_a_new_checkpoint_or_a_regular_end_resets_the_count_of_starts(tmp_path, 
     )
 
 
-def test_the_only_checkpoint_is_used_after_any_number_of_starts(tmp_path):
+def test_the_only_checkpoint_is_used_after_any_number_of_starts(tmp_path, caplog):
     save(tmp_path, 1)
     for _ in range(5):
         checkpoints = Checkpoints(tmp_path, 2)
         checkpoints.started(checkpoints.recover().state.version)
         checkpoints.close()
     assert Checkpoints(tmp_path, 2).recover().state.version == 1
+    assert not caplog.text, "there is no previous one to try"
 
 
 def test_the_only_undamaged_checkpoint_is_used_after_any_number_of_starts(tmp_path):
@@ -210,6 +215,51 @@ def test_a_run_renames_damaged_checkpoints_and_removes_temporary_files(tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     intact = {f"version-0000000{v}.{end}" for v in (1, 2) for end in ("safetensors", "sha256")}
     assert names == intact | {"version-00000003.damaged"}
+
+
+def test_a_refused_resume_changes_no_file(tmp_path):
+    save(tmp_path, 1, 2, 3)
+    (tmp_path / "version-00000003.safetensors").write_bytes(b"torn")
+    (tmp_path / ".version-00000004.safetensors.abcd").write_bytes(b"half")
+    before = contents(tmp_path)
+
+    def refuse(found: Snapshot) -> None:
+        assert found.state.version == 2
+        raise FedGPTError("other options")
+
+    with pytest.raises(FedGPTError, match="other options"):
+        Checkpoints(tmp_path, 3).recover(refuse)
+    assert contents(tmp_path) == before
+
+
+def test_what_cannot_be_synced_is_left_as_it_was(tmp_path, monkeypatch):
+    """So a power cut leaves the old file or the new one."""
+    save(tmp_path, 1)
+    checkpoints, params = Checkpoints(tmp_path, 2), np.arange(50, dtype=np.float32)
+    records = JsonLines(tmp_path / "metrics.jsonl")
+    checkpoints.save_best(params, 1, 2.0)
+    checkpoints.started(1)
+    records.append({"version": 0})
+    before = contents(tmp_path)
+
+    def failing(descriptor: int) -> None:
+        raise OSError("no disk")
+
+    def save_next() -> None:
+        checkpoints.save(snapshot(2))
+        checkpoints.wait()
+
+    monkeypatch.setattr(os, "fsync", failing)
+    for write in (
+        save_next,
+        partial(checkpoints.save_best, params + 1, 2, 1.0),
+        partial(checkpoints.started, 1),
+        partial(records.keep, []),
+    ):
+        with pytest.raises((OSError, FedGPTError), match="no disk"):
+            write()
+        assert contents(tmp_path) == before
+    checkpoints.close()
 
 
 def test_the_log_is_kept_from_the_oldest_checkpoint_on(tmp_path):

@@ -40,6 +40,26 @@ def test_a_shape_or_a_dtype_of_no_array_is_rejected(dtype, shape, count):
         read_npy(npy(dtype, shape, bytes(count)))
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        (b"\x01\x00", b"\x03\x00"),  # an unknown version of the format
+        (b"(1,)", b"(1L,)"),  # as Python 2 wrote it: numpy would warn and read it
+        (b"'<f4'", b"{[]: 1}"),
+        (b"(1,)", b"(" * 150),
+        (b"'descr'", b"b'descr'"),
+    ],
+    ids=["version", "Python 2", "unhashable", "nested", "a key of bytes"],
+)
+def test_a_malformed_header_is_rejected_whatever_numpy_raises(changed):
+    data = npy("<f4", (1,), bytes(4))
+    old, new = changed
+    assert old in data
+    data = data.replace(old, new, 1)
+    with pytest.raises(UpdateRejected, match=r"bad_encoding: no header of an array \("):
+        read_npy(data.replace(b" " * (len(new) - len(old)) + b"\n", b"\n", 1))
+
+
 def test_a_shape_beyond_every_number_of_bytes_is_rejected():
     with pytest.raises(UpdateRejected, match="size_mismatch: 8 bytes follow"):
         read_npy(npy("<f4", (10**400,), bytes(8)))

@@ -133,6 +133,23 @@ def test_a_header_that_cannot_be_read_has_its_code(text, code):
     assert code_of(Reply("alice", 3, text, DELTA)) == code
 
 
+def test_the_largest_header_the_largest_metric_and_the_longest_update_are_accepted():
+    """And nothing above them."""
+    longest = float(np.linalg.norm(DELTA))
+    expected = replace(EXPECTED, norm_limit=decode(reply(), EXPECTED).metrics["update_norm"])
+    assert decode(reply(), expected).metrics["update_norm"] == pytest.approx(longest)
+    with pytest.raises(UpdateRejected, match="norm_limit"):
+        decode(reply(), replace(expected, norm_limit=np.nextafter(expected.norm_limit, 0)))
+
+    for metric in (1e30, -1e30):
+        assert decode(reply(header={"metrics": {"a": metric}}), EXPECTED).metrics["a"] == metric
+        assert code_of(reply(header={"metrics": {"a": metric * 1.001}})) == "bad_metric"
+
+    room = 65_536 - len(reply(header={"padding": ""}).header)
+    assert decode(reply(header={"padding": "x" * room}), EXPECTED)
+    assert code_of(reply(header={"padding": "x" * (room + 1)})) == "too_large"
+
+
 @pytest.mark.parametrize(
     "missing",
     [

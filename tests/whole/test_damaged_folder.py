@@ -11,9 +11,13 @@ import pytest
 from support.here import run_here, tiny_run
 
 import fedgpt
+from fedgpt import assemble
 from fedgpt.cli import dispatch
 from fedgpt.core.errors import FedGPTError
 from fedgpt.core.faults import Injected, injected
+from fedgpt.core.score import LANGUAGE
+from fedgpt.storage.records import check_records
+from fedgpt.storage.run_folder import RunFolder
 
 FILES = [
     "config.yaml",
@@ -165,29 +169,73 @@ def test_a_changed_model_in_the_configuration_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("file", "line", "name"),
-    [
-        ("metrics.jsonl", 0, b'"bits_per_byte"'),
-        ("metrics.jsonl", 1, b'"tokens"'),
-        ("events.jsonl", 2, b'"tokens"'),
-    ],
+    ("file", "line", "name"), [("metrics.jsonl", 1, "bits_per_byte"), ("events.jsonl", 3, "tokens")]
 )
-def test_a_damaged_name_in_a_record_is_an_error_and_without_the_line_the_run_ends(
+def test_a_damaged_record_is_refused_by_name_and_without_the_line_the_run_ends(
     stopped, whole, tmp_path, file, line, name
 ):
     copy = tmp_path / "run"
     shutil.copytree(stopped, copy)
-    records = (copy / file).read_bytes().splitlines(keepends=True)
-    changed = records[line].replace(name, name[:-2] + b'_"')
-    assert changed != records[line]
-    (copy / file).write_bytes(b"".join([*records[:line], changed, *records[line + 1 :]]))
-    with pytest.raises(FedGPTError, match=rf"{copy}: a line of metrics\.jsonl or events\.jsonl is"):
+    path = copy / file
+    records = path.read_text().splitlines(keepends=True)
+    changed = records[line - 1].replace(f'"{name}"', f'"{name[:-1]}_"')
+    assert changed != records[line - 1]
+    path.write_text("".join([*records[: line - 1], changed, *records[line:]]))
+    before = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
+    with pytest.raises(FedGPTError) as refused:
         fedgpt.run(f"resume={copy}")
-    assert not (copy / "summary.json").exists()
-    left = (copy / file).read_bytes().splitlines(keepends=True)
-    assert left[line] == changed
-    (copy / file).write_bytes(b"".join([*left[:line], *left[line + 1 :]]))
+    assert f"{path}: line {line} is damaged (it has no '{name}')" in str(refused.value)
+    assert {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()} == before
+    path.write_text("".join([*records[: line - 1], *records[line:]]))
     assert fedgpt.run(f"resume={copy}").summary["weights_sha256"] == whole
+
+
+WRONG: dict[str, Callable[[dict, str], dict]] = {
+    "renamed": lambda record, name: {k if k != name else f"{k}_": v for k, v in record.items()},
+    "a text": lambda record, name: {**record, name: "x"},
+    "a list": lambda record, name: {**record, name: [1]},
+    "a mapping": lambda record, name: {**record, name: {" ": "x"}},
+}
+
+
+@pytest.mark.parametrize("how", WRONG)
+def test_a_record_that_is_not_refused_makes_no_result_fail(stopped, whole, tmp_path, how):
+    """Each field of a line, and of an event of each kind, is damaged; then all that pass, at
+    once.
+    """
+    copy = tmp_path / "run"
+    shutil.copytree(stopped, copy)
+    passed: set[tuple[str, str]] = set()
+    with RunFolder(copy) as folder:
+        lines, events = folder.metrics.read(), folder.events.read()
+        kinds = [event["event"] for event in events]
+        damaged = [(lines, 1), *((events, kinds.index(kind)) for kind in sorted(set(kinds)))]
+        for records, at in damaged:
+            for name in [name for name in records[at] if name not in ("version", "event")]:
+                kind, undamaged = records[at].get("event", "line"), records[at]
+                records[at] = WRONG[how](undamaged, name)
+                try:
+                    check_records(folder, lines, events, LANGUAGE.names)
+                    passed.add((kind, name))
+                except FedGPTError:
+                    records[at] = undamaged
+        folder.metrics.keep(lines)
+        folder.events.keep(events)
+    assert {("line", "wall_seconds"), ("accept", "staleness")} <= passed, "no result needs these"
+    assert not {("line", "tokens"), ("line", "loss"), ("accept", "seconds")} & passed
+    assert fedgpt.run(f"resume={copy}").summary["weights_sha256"] == whole
+
+
+def test_a_fault_of_the_program_is_not_blamed_on_a_record(finished, tmp_path, monkeypatch):
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+
+    def failing(*_: object) -> None:
+        raise KeyError("loss")
+
+    monkeypatch.setattr(assemble, "write_results", failing)
+    with pytest.raises(KeyError, match="loss"):
+        fedgpt.run(f"resume={copy}")
 
 
 @pytest.mark.long
