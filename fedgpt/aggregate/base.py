@@ -117,6 +117,11 @@ class Strategy:
 
     # Rules that are not a weighted sum.
 
+    @property
+    def needed(self) -> int:
+        """Smallest number of updates from which `combine` can compute a step."""
+        return 1
+
     needs_base: ClassVar[bool] = False  # whether `combine` reads Update.base
     # whether `combine` needs an update that the server trained itself, on public text
     needs_root: ClassVar[bool] = False

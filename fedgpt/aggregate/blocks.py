@@ -32,16 +32,16 @@ def shortage(
         )
 
 
-def in_order(rule: Strategy, updates: Sequence[Update], needed: int = 1) -> list[Update]:
+def in_order(rule: Strategy, updates: Sequence[Update]) -> list[Update]:
     """The updates by stable client id.
 
     Raises StoppedEarly if there are some updates, but fewer than the rule needs.
     """
-    if 0 < len(updates) < needed:
+    if 0 < len(updates) < rule.needed:
         raise StoppedEarly(
-            f"strategy={rule.name} needs at least {needed} updates a server step, {len(updates)}"
-            " arrived and the other clients failed or were rejected: the result of so few would"
-            " not be robust; raise pace.clients"
+            f"strategy={rule.name} needs at least {rule.needed} updates a server step,"
+            f" {len(updates)} arrived and the other clients failed or were rejected: the result of"
+            " so few would not be robust; raise pace.clients, or pace.rate if it is set"
         )
     return sorted(updates, key=lambda update: (update.client, update.number))
 

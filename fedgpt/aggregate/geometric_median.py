@@ -32,7 +32,6 @@ class GeometricMedian(Strategy):
     """
 
     refused_pacings = COMPARISON_NEEDS_COHORT
-    needed = 3  # smallest number of updates; of two, every point between them is a geometric median
 
     nu: float = option(
         1e-6, "Distance below which an update counts as equal to the median.", allowed=above(0)
@@ -44,6 +43,11 @@ class GeometricMedian(Strategy):
         allowed=at_least(1, end=10_000),
     )
 
+    @property
+    def needed(self) -> int:
+        """Three, because of two, every point between them is a geometric median."""
+        return 3
+
     def problems(self, pacing: Pacing) -> Iterator[str]:
         """The cohort must have at least three updates."""
         yield from shortage(self, self.needed, pacing, change=", or take strategy=fedavg")
@@ -52,7 +56,7 @@ class GeometricMedian(Strategy):
         self, updates: Sequence[Update], state: ServerState, root: Update | None = None
     ) -> np.ndarray:
         """z after the passes."""
-        ordered = in_order(self, updates, self.needed)
+        ordered = in_order(self, updates)
         weights = np.ones(len(ordered))
         for _ in range(self.iterations):
             z = weighted(ordered, weights / weights.sum(), state.params)

@@ -79,7 +79,7 @@ class Krum(Strategy):
         self, updates: Sequence[Update], state: ServerState, root: Update | None = None
     ) -> np.ndarray:
         """The mean of the updates kept, all with the same weight."""
-        ordered = in_order(self, updates, self.needed)
+        ordered = in_order(self, updates)
         if not ordered:
             return np.zeros_like(state.params)
         most = len(ordered) - self.attackers  # smaller than `keep` if clients have failed

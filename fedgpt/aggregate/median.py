@@ -26,7 +26,11 @@ class Median(Strategy):
     """
 
     refused_pacings = COMPARISON_NEEDS_COHORT
-    needed = 3  # smallest number of updates; the median of two is their mean
+
+    @property
+    def needed(self) -> int:
+        """Three, because the median of two is their mean."""
+        return 3
 
     def problems(self, pacing: Pacing) -> Iterator[str]:
         """The cohort must have at least three updates."""
@@ -36,5 +40,5 @@ class Median(Strategy):
         self, updates: Sequence[Update], state: ServerState, root: Update | None = None
     ) -> np.ndarray:
         """The median of every coordinate."""
-        ordered = in_order(self, updates, self.needed)
+        ordered = in_order(self, updates)
         return middle(ordered, (len(ordered) - 1) // 2, state.params)

@@ -49,4 +49,4 @@ class TrimmedMean(Strategy):
         self, updates: Sequence[Update], state: ServerState, root: Update | None = None
     ) -> np.ndarray:
         """The mean of the remaining values of every coordinate."""
-        return middle(in_order(self, updates, self.needed), self.trim, state.params)
+        return middle(in_order(self, updates), self.trim, state.params)

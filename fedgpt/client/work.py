@@ -17,14 +17,14 @@ from fedgpt.client.attack import attacked
 from fedgpt.client.privacy import ClientPrivacy
 from fedgpt.client.state import ClientState, ClientStore
 from fedgpt.core.device import choose_compute
-from fedgpt.core.errors import FedGPTError, UpdateRejected
+from fedgpt.core.errors import FedGPTError, TextChanged, UpdateRejected
 from fedgpt.core.faults import reach
 from fedgpt.core.messages import ClientInfo, Job, Update
 from fedgpt.core.options import RunOptions
 from fedgpt.core.seeds import derive_seed
 from fedgpt.data.partitions.base import Shard
 from fedgpt.data.prepare import PUBLIC, Prepared
-from fedgpt.data.shards import load_shards, text_changed, text_digest
+from fedgpt.data.shards import load_shards, source_of, text_digest
 from fedgpt.data.text import Text, part_text, shard_text
 from fedgpt.local.optimizer import Moments
 from fedgpt.local.trainer import Trainer
@@ -118,10 +118,17 @@ class ClientWork:
         try:
             found = text_digest(self.prepared)
         except FedGPTError as error:
-            raise text_changed(self.options, str(error)) from error
+            raise self._text_changed(f" ({error})") from error
         if expected and found != expected:
             del self._data  # so that the next job reads the text again
-            raise text_changed(self.options, f"digest {expected[:16]} -> {found[:16]}")
+            raise self._text_changed()
+
+    def _text_changed(self, why: str = "") -> TextChanged:
+        """The error for a client; its owner may have neither the run's folder nor its commands."""
+        return TextChanged(
+            f"{source_of(self.options)}: this client's text has changed since the run began{why};"
+            " put the earlier text back, and the client's next job will read it"
+        )
 
     def _check_base(self, expected: str) -> None:
         """Raise FedGPTError if the frozen weights differ from the run's: the update would harm all

@@ -38,7 +38,8 @@ def resources_for(options: RunOptions, clients: int) -> Resources:
         runtime.device, options.local.precision, options.privacy.unit == "example"
     )
     gpus = visible_gpus() if compute.device == "cuda" else ()
-    together = min(options.pace.clients or clients, clients)
+    # with coins, any number of clients may train at a time
+    together = min((options.pace.rate is None and options.pace.clients) or clients, clients)
     if options.clock == "real" and options.fleet.name != "none" and not runtime.workers:
         reason = "one process per client in flight, as a simulated fleet mostly waits"
         return Resources(compute, min(together, MOST_WAITING), runtime.threads or 1, reason, gpus)

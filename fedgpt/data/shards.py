@@ -55,20 +55,23 @@ def text_digest(prepared: Prepared) -> str:
 
 
 def check_text(options: RunOptions, expected: str) -> None:
-    """Prepare the text again; raises TextChanged unless its digest is `expected`."""
+    """Prepare the server's text again; raises TextChanged unless its digest is `expected`."""
     try:
         found = text_digest(load_shards(options)[0])
     except FedGPTError as error:
         raise text_changed(options, str(error)) from error
     if found != expected:
-        raise text_changed(options, f"digest {expected[:16]} -> {found[:16]}")
+        raise text_changed(options)
 
 
-def text_changed(options: RunOptions, why: str) -> TextChanged:
-    """The error for text that has changed since the run began."""
+def text_changed(options: RunOptions, why: str = "") -> TextChanged:
+    """The error for the server's text, which has changed since the run began.
+
+    It has no digest: whoever reads it could confirm a guess of the text.
+    """
     return TextChanged(
-        f"{source_of(options)}: the text has changed since the run began ({why}); put the earlier"
-        f" text back and continue with: fedgpt run resume={options.run_dir}"
+        f"{source_of(options)}: the text has changed since the run began{f' ({why})' * bool(why)};"
+        f" put the earlier text back and continue with: fedgpt run resume={options.run_dir}"
     )
 
 

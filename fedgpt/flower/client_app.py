@@ -62,7 +62,7 @@ def _reported(work: ClientWork) -> Iterator[None]:
         yield
     except Exception as error:
         # a FedGPTError is meant for the user, but may quote a record or name a file
-        if isinstance(error, FedGPTError) and work.options.privacy.unit not in ("example", "local"):
+        if isinstance(error, FedGPTError) and work.options.privacy.unit == "none":
             raise
         raise ClientFailed(error) from error
 

@@ -234,9 +234,8 @@ class GridTransport:
                 infos[node], digest = _introduced(message, node)
                 if digest != self.text.digest:
                     raise FedGPTError(
-                        f"client {infos[node].id!r} prepared other data ({digest}) than the server"
-                        f" ({self.text.digest}); corpus, tokenizer and their package versions must"
-                        " be the same"
+                        f"client {infos[node].id!r} prepared other data than the server; corpus,"
+                        " tokenizer and their package versions must be the same"
                     )
             if waiting and self.now() > deadline:
                 raise StoppedEarly(

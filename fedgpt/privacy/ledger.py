@@ -88,13 +88,17 @@ class Ledger:
         self.path = path
         if path.exists():
             self.account = _read(path)
-            expected = {"unit": unit, "data": data, "delta": delta}
-            for name, value in expected.items():
-                if (found := getattr(self.account, name)) != value:
-                    raise FedGPTError(
-                        f"{path} is the ledger of {name} {found}, not of {value}; start a new run"
-                        " in another folder"
-                    )
+            account = self.account
+            differing = {
+                f"privacy={account.unit}, not {unit}": account.unit != unit,
+                f"delta {account.delta:g}, not {delta:g}": account.delta != delta,
+                "other text": account.data != data,  # no digest, which could confirm a guess
+            }
+            if what := [words for words, differs in differing.items() if differs]:
+                raise FedGPTError(
+                    f"{path} is the ledger of {' and '.join(what)}; start a new run in another"
+                    " folder"
+                )
         elif fresh:
             self.account = Account(unit, data, delta)
             self._write(self.account)

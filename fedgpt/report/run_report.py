@@ -89,11 +89,10 @@ def _counted(o: RunOptions, trained: int, prepared: Prepared) -> str:
 def _pacing_row(o: RunOptions, clients: int, parameters: int) -> tuple[str, str]:
     """Return the pacing in words, with the sizes of jobs and server steps."""
     cohort = min(o.pace.clients or clients, clients)
-    chosen = (
-        f"{cohort} of {amount(clients, 'client')}"
-        if o.pace.rate is None
-        else f"each of {clients} with p={o.pace.rate}"
-    )
+    chosen = f"{cohort} of {amount(clients, 'client')}"
+    if o.pace.rate is not None:
+        cohort = max(1, round(o.pace.rate * clients))  # on average
+        chosen = f"each of {clients} with p={o.pace.rate}"
     jobs = f"{rule(o)}: {chosen}"
     steps = amount(o.local.steps, "step") + (" at most (DyLU)" if o.pace.dylu else "")
     fleet = f"; virtual clock, fleet {o.fleet.name}" if o.clock == "virtual" else ""

@@ -11,6 +11,7 @@ docs/architecture.md follows one update through this file.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -52,6 +53,7 @@ from fedgpt.storage.tables import VersionLine
 MEETING_SECONDS = 300  # seconds that the server waits for clients to connect
 # consecutive failed jobs after which the run stops, for each update that a server step needs
 MOST_FAILURES = 10
+log = logging.getLogger(__name__)
 
 
 class Server:
@@ -297,7 +299,7 @@ class Server:
         self._close_version()
         reach("aggregate")
         before, part = self.state, self._part_done()
-        self.state = self.current.collector.step(before, self.pacing.numbers, self._root())
+        self.state = self._next(before)
         model_length(self.state)  # a run that has diverged ends here
         self._count_version()
         line = self.metrics.line = self._line(before, part)
@@ -306,6 +308,20 @@ class Server:
             self._keep_or_restore()
         self._record()
         self._open_version()
+
+    def _next(self, state: ServerState) -> ServerState:
+        """The state after this step; with the same model if coins have chosen too few clients."""
+        collector, needed = self.current.collector, self.parts.strategy.needed
+        asked = len(collector) + self.current.failed
+        if self.parts.options.pace.rate is not None and 0 < asked < needed:
+            about = state.version + 1, asked, self.parts.strategy.name, needed
+            log.warning(
+                "version %d leaves the model as it is: coins chose %d clients, strategy=%s needs at"
+                " least %d updates a server step",
+                *about,
+            )
+            return replace(state, version=state.version + 1)
+        return collector.step(state, self.pacing.numbers, self._root())
 
     def _close_version(self) -> None:
         """Give up a cohort's jobs when its version closes; stop if too few updates are valid."""

@@ -40,8 +40,8 @@ def refuse_other_content(
             continue
         what, remedy = _difference(name, options)
         raise FedGPTError(
-            f"{options.run_dir} cannot be continued: {what} ({_short(before[name])} ->"
-            f" {_short(now[name])}); {remedy}, or start again with another run_dir"
+            f"{options.run_dir} cannot be continued: {what}; {remedy}, or start again with another"
+            " run_dir"
         )
 
 
@@ -63,8 +63,8 @@ def run_tokenizer(options: RunOptions, environment: Mapping[str, Any]) -> Tokeni
     if expected not in (None, kept.digest):
         raise FedGPTError(
             f"{options.run_dir}: its tokenizer ({TOKENIZER}/tokenizer.json, or else that of"
-            f" {source_of(options)}) is not the one that the run began with"
-            f" ({_short(expected)} -> {kept.digest}); restore that file, or the text"
+            f" {source_of(options)}) is not the one that the run began with; restore that file, or"
+            " the text"
         )
     return kept
 
@@ -95,7 +95,3 @@ def _difference(name: str, options: RunOptions) -> tuple[str, str]:
         "its base weights differ, as the model of init_from has changed",
         "restore that folder",
     )
-
-
-def _short(digest: object) -> str:
-    return str(digest)[:16] or "none"

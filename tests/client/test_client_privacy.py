@@ -176,7 +176,7 @@ def test_the_ledger_identifies_the_noise_without_revealing_it(tmp_path):
 def test_a_damaged_ledger_and_one_of_other_text_are_refused(tmp_path):
     o = options()
     client(o, tmp_path).steps(job(o), "fresh")
-    with pytest.raises(FedGPTError, match="is the ledger of data"):
+    with pytest.raises(FedGPTError, match="is the ledger of other text;"):
         client(o, tmp_path, tokens=TOKENS[::-1].copy()).steps(job(o, 1), "fresh")
     (tmp_path / "ledger.json").write_text("{")
     with pytest.raises(FedGPTError, match="is damaged"):

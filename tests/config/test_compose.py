@@ -273,6 +273,14 @@ def test_one_wrong_option_is_named_with_what_is_allowed(overrides, part):
     assert any(part in problem for problem in problems(*overrides)), problems(*overrides)
 
 
+def test_coins_are_not_limited_by_the_number_of_clients_that_they_replace():
+    many = ["partition=iid", "partition.clients=100", "pace.rate=0.5"]
+    o = compose.load([*many, "pace.goal=20", "pace.minimum=10"])
+    assert o.pace.clients < o.pace.minimum  # the default, which has no effect with coins
+    (problem,) = problems(*many, "pace.goal=20", "pace.minimum=30")
+    assert "pace.minimum=30: a version closes at pace.goal=20 updates" in problem
+
+
 @pytest.mark.parametrize(
     "target", ["os.system", "os.getcwd", "pathlib.Path", "builtins.eval", "fedgptx.Evil"]
 )

@@ -71,6 +71,8 @@ def _fine(records: Path) -> None:
         (_no_field, "train", "local"),
         (_not_text, "query", "local"),
         (_fine, "train", "example"),
+        *((written, "query", "client") for written in (_no_field, _not_text, _cut_off)),
+        (_not_text, "train", "client"),
     ],
 )
 def test_no_error_of_a_private_client_tells_of_its_text_or_files(

@@ -173,6 +173,14 @@ def test_nodes_answer_which_client_they_are():
     assert made.clients(timeout=1) == [ClientInfo("c7", 7), ClientInfo("c8", 8)]
 
 
+def test_a_client_with_other_data_is_refused_without_a_digest():
+    """A digest in the server's output would confirm a guess of the client's text."""
+    asked = Asked({7: info_content(ClientInfo("ann", 1), "0123456789abcdef")})
+    with pytest.raises(FedGPTError, match="client 'ann' prepared other data than the server;") as e:
+        GridTransport(asked, 1, RunText("fedcba9876543210")).clients(timeout=1)
+    assert "0123" not in str(e.value) and "fedc" not in str(e.value)
+
+
 @pytest.mark.parametrize(
     "answer",
     [

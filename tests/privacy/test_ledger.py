@@ -77,10 +77,17 @@ def test_a_missing_ledger_does_not_count_as_an_empty_one(tmp_path):
         open_ledger(tmp_path)
 
 
-@pytest.mark.parametrize("about", [{"data": "other"}, {"unit": "client"}, {"delta": 1e-6}])
-def test_a_ledger_of_something_else_is_refused(tmp_path, about):
+@pytest.mark.parametrize(
+    ("about", "what"),
+    [
+        ({"data": "other"}, "of other text; start"),  # no digest, which could confirm a guess
+        ({"unit": "client"}, "of privacy=example, not client; start"),
+        ({"delta": 1e-6, "data": "other"}, "of delta 1e-05, not 1e-06 and other text; start"),
+    ],
+)
+def test_a_ledger_of_something_else_is_refused(tmp_path, about, what):
     open_ledger(tmp_path, fresh=True)
-    with pytest.raises(FedGPTError, match=f"is the ledger of {next(iter(about))}"):
+    with pytest.raises(FedGPTError, match=f"is the ledger {what}"):
         open_ledger(tmp_path, **about)
 
 

@@ -86,7 +86,11 @@ def test_the_opening_shows_every_choice_and_what_follows_from_it(prepared):
     [
         ({"clients": 0}, "4 of 4 clients"),
         ({"clients": 50}, "4 of 4 clients"),
-        ({"rate": 0.5}, "each of 4 with p=0.5"),
+        # 8 is the default of pace.clients; two clients take part on average
+        (
+            {"rate": 0.5, "clients": 8},
+            "each of 4 with p=0.5 x 10 steps = 2.56k tokens, 200 kB each way",
+        ),
     ],
 )
 def test_the_opening_shows_how_many_clients_take_part(prepared, pace, part):

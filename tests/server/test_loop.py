@@ -12,6 +12,10 @@ from support.harness import SIZE, Outcome, options, run
 
 from fedgpt.aggregate.fedadam import FedAdam
 from fedgpt.aggregate.fedavg import FedAvg
+from fedgpt.aggregate.geometric_median import GeometricMedian
+from fedgpt.aggregate.krum import Krum
+from fedgpt.aggregate.median import Median
+from fedgpt.aggregate.trimmed_mean import TrimmedMean
 from fedgpt.core.errors import Interrupted, StoppedEarly
 from fedgpt.core.messages import Reply
 from fedgpt.core.options import ValidateOptions
@@ -203,6 +207,59 @@ def test_a_version_without_participants_does_not_change_the_weights(tmp_path):
     empty = [m for m in done.metrics[1:] if m["accepted"] == 0]
     assert empty and all(m["step_norm"] == 0 for m in empty)
     assert done.summary["versions"] == 6
+
+
+NEED = [Median(), GeometricMedian(), TrimmedMean(trim=2), Krum(), Krum(attackers=2)]
+TEN = dict.fromkeys("abcdefghij", honest)
+
+
+@pytest.mark.parametrize("rule", NEED, ids=lambda rule: f"{rule.name} {rule.needed}")
+def test_a_version_for_which_coins_choose_too_few_leaves_the_model_as_it_is(tmp_path, rule, caplog):
+    """Their number is random, so a run with robust rules would end sooner or later."""
+    about = {"rounds": 20, "rate": rule.needed / 10}
+    found = {}
+    for name, chosen in (("robust", rule), ("mean", FedAvg())):
+        done = serve(tmp_path / name, TEN, chosen, **about)
+        found[name] = [(m["accepted"], m["step_norm"] > 0) for m in done.metrics[1:]]
+        assert done.version == 20
+    assert found["mean"] == [(n, n > 0) for n, _ in found["mean"]]
+    assert found["robust"] == [(n, n >= rule.needed) for n, _ in found["mean"]]
+    few = [n for n, _ in found["robust"] if 0 < n < rule.needed]
+    assert few and len(few) < 20
+    told = [r.message for r in caplog.records if "leaves the model as it is" in r.message]
+    assert (
+        len(told) == len(few) and f"coins chose {few[0]} clients, strategy={rule.name}" in told[0]
+    )
+
+
+@pytest.mark.parametrize("pace", [{"rate": 1.0}, {"clients": 10}, {"clients": 10, "goal": 8}])
+def test_too_few_updates_because_clients_failed_stop_the_run_with_any_pace(tmp_path, pace):
+    def broken(job):
+        return [(1.0, Reply(job.client, job.number, error="code 2: no text"))]
+
+    clients = {**TEN, **dict.fromkeys("abcdef", broken)}
+    with pytest.raises(StoppedEarly, match=r"strategy=krum needs at least 5 updates.* 4 arrived"):
+        serve(tmp_path, clients, Krum(), **pace)
+
+
+def test_a_failed_job_of_a_cohort_that_is_too_small_anyway_does_not_stop_the_run(tmp_path):
+    about = {"rounds": 20, "rate": 0.5, "minimum": 0}
+    without = serve(tmp_path / "without", TEN, Krum(), **about)
+    few = next(m["version"] for m in without.metrics[1:] if 1 < m["accepted"] < 5)
+    first = min(job.client for job in without.jobs if job.version + 1 == few)
+
+    def broken_once(job):
+        error = [(1.0, Reply(job.client, job.number, error="code 2: no text"))]
+        return error if (job.client, job.version + 1) == (first, few) else honest(job)
+
+    done = serve(tmp_path, dict.fromkeys(TEN, broken_once), Krum(), **about)
+    assert 0 < done.metrics[few]["accepted"] == without.metrics[few]["accepted"] - 1
+    assert done.metrics[few]["step_norm"] == 0 and done.version == 20
+
+
+def test_coins_alone_do_not_stop_a_run_by_pace_minimum(tmp_path):
+    done = serve(tmp_path, TEN, rounds=10, rate=0.3, minimum=5)
+    assert min(m["accepted"] for m in done.metrics[1:]) < 5 and done.version == 10
 
 
 def test_diverged_weights_stop_the_run(tmp_path):

@@ -83,14 +83,22 @@ def test_a_run_that_is_killed_pays_no_more_and_ends_in_the_same_weights(tmp_path
     assert ledger(tmp_path / "interrupted") == ledger(tmp_path / "uninterrupted")
 
 
-def test_a_run_killed_between_payment_and_checkpoint_makes_the_same_release_again(tmp_path):
+@pytest.mark.parametrize(
+    "about",
+    [
+        {},
+        {"pace": {"clients": 2}, "participations": 3},
+        {"pace": {"clients": 2}, "participations": 3, "bands": 2, "separation": 3},
+    ],
+    ids=["coins", "fixed sample", "correlated"],
+)
+def test_a_run_killed_between_payment_and_checkpoint_makes_the_same_release_again(tmp_path, about):
     """The release is paid for and its noise is drawn, but the new model is not yet on the disk."""
-    uninterrupted = start(tmp_path / "uninterrupted")
+    uninterrupted = start(tmp_path / "uninterrupted", **about)
     with injected("checkpoint.begin:4:raise"), pytest.raises(Injected):
-        start(tmp_path / "interrupted")
-    paid = ledger(tmp_path / "interrupted")["events"][0]["count"]
-    assert paid >= 3
-    again = start(tmp_path / "interrupted")
+        start(tmp_path / "interrupted", **about)
+    assert len(ledger(tmp_path / "interrupted")["releases"]) >= 3
+    again = start(tmp_path / "interrupted", **about)
     np.testing.assert_array_equal(again.params, uninterrupted.params)
     assert ledger(tmp_path / "interrupted") == ledger(tmp_path / "uninterrupted")
 

@@ -13,6 +13,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,8 @@ from fedgpt.core.options import RunOptions, TokenizerOptions
 from fedgpt.core.resources import resources_for
 from fedgpt.data.shards import text_digest
 from fedgpt.data.tokenizer import make_tokenizer
+from fedgpt.flower import client_app
+from fedgpt.flower.grid_transport import GridTransport
 from fedgpt.flower.launch import client_environment
 from fedgpt.flower.local_superlink import local_superlink
 from fedgpt.storage.checkpoint import Checkpoints
@@ -173,13 +176,19 @@ def test_a_client_that_prepares_other_text_refuses_its_job(tmp_path):
     before = work.train(job, 0)[1].copy()
     write_other_text(tmp_path / "text")
     anew = ClientWork(options, str(tmp_path / "state"))
-    with pytest.raises(TextChanged, match=r"corpus.path=.*the text has changed since the run"):
-        anew.train(job, 0)
-    with pytest.raises(TextChanged, match=r"corpus.path="):
-        anew.train_root(job)
+    refusals = []
+    for refused in (partial(anew.train, job, 0), partial(anew.train_root, job)):
+        with pytest.raises(TextChanged, match=r"corpus.path=.*this client's text has changed") as e:
+            refused()
+        refusals.append(str(e.value))
     shutil.rmtree(tmp_path / "text")
-    with pytest.raises(TextChanged, match=r"corpus.path="):
+    with pytest.raises(TextChanged, match=r"corpus.path=.*\(.*text") as e:
         ClientWork(options, str(tmp_path / "state")).train(job, 0)
+    # of a SuperNode's owner: without the commands and the folder of the server, and no digest
+    for refusal in (*refusals, str(e.value)):
+        assert "resume" not in refusal and str(tmp_path / "run") not in refusal
+        assert refusal.endswith("put the earlier text back, and the client's next job will read it")
+        assert not re.search("[0-9a-f]{16}", refusal.replace(str(tmp_path), ""))
     tiny_run(tmp_path)
     assert (anew.train(job, 0)[1] == before).all(), "the same process, with the text put back"
 
@@ -266,7 +275,36 @@ def test_a_supernode_whose_text_changed_refuses_its_jobs(tmp_path, monkeypatch):
     assert events("accept", "ann")
     for refusal in events("reject", "bob"):
         assert refusal["code"] == "client_error"
-        assert f"corpus.path={text['bob']}: the text has changed" in refusal["detail"]
+        assert f"corpus.path={text['bob']}: this client's text has changed" in refusal["detail"]
+
+
+@pytest.mark.parametrize("privacy", [[], ["privacy=client", "pace.rate=0.9", "pace.clients=0"]])
+def test_text_that_changes_within_a_run_leaves_no_digest_of_it(
+    tmp_path, monkeypatch, capfd, privacy
+):
+    """Neither in what the run prints nor in its records: a digest confirms a guess of the text."""
+    options, digests = [*tiny_run(tmp_path), *privacy, "rounds=50"], []
+    send = GridTransport.send
+
+    def later(self, jobs):
+        if jobs and jobs[0].version == 2:
+            write_other_text(tmp_path / "text")
+            client_app._works.clear()  # as in a worker that is started again
+            digests.extend((jobs[0].plan.digests["text"], ClientWork(o, "").prepared.digest))
+        send(self, jobs)
+
+    o = compose.load(options)
+    monkeypatch.setattr(GridTransport, "send", later)
+    assert dispatch("run", ["runtime=inprocess", *options]) == 1
+    out, err = capfd.readouterr()
+    assert f"{tmp_path}/text: the text has changed since the run began; put the earlier" in err
+    written = {name: (tmp_path / "run" / name).read_bytes() for name in files(tmp_path / "run")}
+    assert {"events.jsonl", "metrics.jsonl", "config.yaml"} <= written.keys()
+    told = [out.encode(), err.encode()]
+    told += [content for name, content in written.items() if not name.startswith("checkpoints/")]
+    assert len(digests) == 2
+    for digest in digests:
+        assert not any(digest[:8].encode() in content for content in told)
 
 
 def test_text_that_goes_while_the_run_starts_is_one_message(tmp_path, monkeypatch, capsys):

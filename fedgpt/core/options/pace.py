@@ -25,7 +25,8 @@ class PaceOptions(Group):
     rate: float | None = option(
         None,
         "Probability with which each client independently takes part in a version, instead of the"
-        " fixed number pace.clients. null means the fixed number. Only with pace=cohort.",
+        " fixed number pace.clients. null means the fixed number. Only with pace=cohort. A version"
+        " with fewer clients than the strategy needs leaves the model as it is.",
         allowed=above(0, most=1),
     )
     goal: int | None = option(
@@ -51,8 +52,8 @@ class PaceOptions(Group):
     )
     minimum: int = option(
         1,
-        "cohort: smallest number of updates of a version. With fewer updates the run stops with a"
-        " message.",
+        "cohort: smallest number of updates of a version in which a job failed. With fewer updates"
+        " the run stops with a message.",
         unit="updates",
         allowed=at_least(0),
     )
@@ -75,12 +76,13 @@ class PaceOptions(Group):
             if self.rate is not None:
                 yield f"pace.rate={self.rate}: coins choose cohorts; leave it out with pace=buffer"
             return
-        if self.goal is not None and 0 < self.clients < self.goal:
+        asked = self.clients if self.rate is None else 0  # with coins any number may be asked
+        if self.goal is not None and 0 < asked < self.goal:
             yield (
                 f"pace.goal={self.goal}: more than the pace.clients={self.clients} that are asked;"
                 " raise pace.clients"
             )
-        if 0 < self.clients < self.minimum:
+        if 0 < asked < self.minimum:
             yield (
                 f"pace.minimum={self.minimum}: more than the pace.clients={self.clients} that are"
                 " asked; lower it"
