@@ -292,6 +292,18 @@ def test_reads_what_transformers_saves_of_gpt_neox(tmp_path, tie, bias):
     assert torch.equal(flatten(again)[1], flatten(import_model(tmp_path / "ours"))[1])
 
 
+def test_the_head_of_gpt_neox_is_read_under_both_of_its_names(tmp_path):
+    """Its module is called lm_head since transformers 5, whose files still say embed_out."""
+    model = small(positions="rotary", tie=False)
+    export_model(tmp_path, model)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["lm_head.weight"] = weights.pop("embed_out.weight")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "SHA256SUMS").unlink()
+    assert torch.equal(import_model(tmp_path).lm_head.weight, model.lm_head.weight)
+    assert torch.equal(load(tmp_path).get_output_embeddings().weight, model.lm_head.weight)
+
+
 def test_old_gpt_neox_buffers_are_skipped_and_mlp_biases_are_not(tmp_path):
     model = small(positions="rotary", bias=False)
     export_model(tmp_path, model)
