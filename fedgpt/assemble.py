@@ -124,8 +124,8 @@ def _serve(setting: Setting, network: Network) -> dict[str, Any]:
     display.say(_opening(setting, snapshot, evaluation.held_out.tokens))
     if setting.statement:
         display.say(privacy_text(setting.statement))
-    # without the digest of the clients' text, with which a guess of the text could be confirmed
-    public = {name: value for name, value in setting.environment.items() if name != "text"}
+    # with these digests of the clients' text a guess of the text could be confirmed
+    public = {n: value for n, value in setting.environment.items() if n not in ("text", "shards")}
     environment = json.dumps(public, indent=2)
     write_text(folder.path / "environment.json", environment + "\n")
     parts = _parts(setting, network, strategy, evaluation, snapshot)
@@ -152,7 +152,8 @@ def _setting(options: RunOptions, folder: RunFolder, network: Network) -> Settin
             plan = make_plan(options, [shard.size for shard in shards])
     promise = statement(options, plan, len(shards)) if plan else {}
     # before weights are read
-    content = checked_content(options, prepared, partial(changed_options, options=options))
+    changed = partial(changed_options, options=options)
+    content = checked_content(options, prepared, shards, changed)
     environment = {**environment_of(resources, network.versions), **content}
     with saying("reading the initial weights"):
         base = base_weights(options, prepared.tokenizer)

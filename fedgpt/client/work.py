@@ -24,7 +24,13 @@ from fedgpt.core.options import RunOptions
 from fedgpt.core.seeds import derive_seed
 from fedgpt.data.partitions.base import Shard
 from fedgpt.data.prepare import PUBLIC, Prepared
-from fedgpt.data.shards import load_shards, source_of, text_digest
+from fedgpt.data.shards import (
+    load_shards,
+    partition_source,
+    shards_digest,
+    source_of,
+    text_digest,
+)
 from fedgpt.data.text import Text, part_text, shard_text
 from fedgpt.local.optimizer import Moments
 from fedgpt.local.trainer import Trainer
@@ -62,6 +68,10 @@ class ClientWork:
         return self._data[1]
 
     @cached_property
+    def _shards_digest(self) -> str:
+        return shards_digest(self.shards)
+
+    @cached_property
     def trainer(self) -> Trainer:
         """The model and the training buffers of this process."""
         options, tokenizer = self.options, self.prepared.tokenizer
@@ -84,7 +94,7 @@ class ClientWork:
         The next job reuses the array's memory, so the caller must copy or send the array first. The
         same job gives the same bits in every process. Raises ValueError if the job is for another
         client, TextChanged if this process has prepared other text than the run's, and FedGPTError
-        if this client's frozen weights are not the run's.
+        if this client's shards or frozen weights are not the run's.
         """
         self._check_text(job.plan.digests.get("text", ""))
         shard = self.shards[index]
@@ -92,6 +102,7 @@ class ClientWork:
             raise ValueError(
                 f"the job is for client {job.client!r}, partition {index} is {shard.client!r}"
             )
+        self._check_shards(job.plan.digests.get("shards", ""))
         self._check_base(job.plan.digests.get("base", ""))
         job = self._received(job)
         began = time.monotonic()
@@ -129,6 +140,14 @@ class ClientWork:
             f"{source_of(self.options)}: this client's text has changed since the run began{why};"
             " put the earlier text back, and the client's next job will read it"
         )
+
+    def _check_shards(self, expected: str) -> None:
+        """Raise FedGPTError if the partition of this process makes other shards than the run's."""
+        if expected and self._shards_digest != expected:
+            raise FedGPTError(
+                f"{partition_source(self.options)} makes other clients or shards here than in the"
+                " run, of the same text; use the same code for both"
+            )
 
     def _check_base(self, expected: str) -> None:
         """Raise FedGPTError if the frozen weights differ from the run's: the update would harm all

@@ -20,6 +20,7 @@ from fedgpt.core.errors import FedGPTError
 # mode of a file that tells of single clients: only its owner may read it
 PRIVATE = 0o600
 SUMS = "SHA256SUMS"  # a folder's list of digests, which `sha256sum -c` checks
+RANDOM_BYTES = 8  # of the name of a temporary file
 # start of the small text that Git has in place of a large file, until the file is fetched
 LFS_POINTER = b"version https://git-lfs"
 
@@ -34,7 +35,7 @@ def replacing(path: str | Path, durable: bool = True, mode: int = 0o666) -> Iter
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}"
+    temporary = path.parent / f".{path.name}.{secrets.token_hex(RANDOM_BYTES)}"
     # not tempfile.mkstemp, which makes a file that only its owner can read
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     mode = stat.S_IMODE(os.fstat(handle).st_mode)
@@ -49,6 +50,12 @@ def replacing(path: str | Path, durable: bool = True, mode: int = 0o666) -> Iter
             sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_temporary(folder: Path) -> None:
+    """Delete the files of a folder that `replacing` left when its process was killed."""
+    for left in folder.glob(f".*.{'[0-9a-f]' * 2 * RANDOM_BYTES}"):
+        left.unlink()
 
 
 def write_text(path: str | Path, text: str, durable: bool = True, mode: int = 0o666) -> None:

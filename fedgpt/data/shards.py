@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
+
+import numpy as np
 
 from fedgpt.core.errors import FedGPTError, TextChanged
 from fedgpt.core.options import RunOptions, TokenizerOptions
@@ -54,6 +58,13 @@ def text_digest(prepared: Prepared) -> str:
     return str(prepared.manifest["sha256"])
 
 
+def shards_digest(shards: Sequence[Shard]) -> str:
+    """Hexadecimal sha256 of the names and the spans of all clients."""
+    names = [[shard.client, len(shard.spans)] for shard in shards]
+    spans = np.concatenate([shard.spans for shard in shards]).astype("<i8")
+    return hashlib.sha256(json.dumps(names).encode() + spans.tobytes()).hexdigest()
+
+
 def check_text(options: RunOptions, expected: str) -> None:
     """Prepare the server's text again; raises TextChanged unless its digest is `expected`."""
     try:
@@ -73,6 +84,12 @@ def text_changed(options: RunOptions, why: str = "") -> TextChanged:
         f"{source_of(options)}: the text has changed since the run began{f' ({why})' * bool(why)};"
         f" put the earlier text back and continue with: fedgpt run resume={options.run_dir}"
     )
+
+
+def partition_source(options: RunOptions) -> str:
+    """The option that names the partition."""
+    target = options.partition._target_
+    return f"partition._target_={target}" if target else f"partition={options.partition.name}"
 
 
 def source_of(options: RunOptions) -> str:

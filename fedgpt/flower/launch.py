@@ -60,7 +60,7 @@ def _launch(options: RunOptions, more: Mapping[str, int]) -> None:
     clients = len(shards)
     # before any process is started
     check_tokenizer(options, prepared.tokenizer)
-    checked_content(options, prepared, partial(changed_options, options=options))
+    checked_content(options, prepared, shards, partial(changed_options, options=options))
     runtime = runtime_of(options)
     # the number of natural clients was not known when the options were checked
     if problems := list(runtime.problems(options, clients)):

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedgpt.core.errors import FedGPTError
-from fedgpt.core.files import SUMS, replacing, sha256_of, write_text
+from fedgpt.core.files import SUMS, remove_temporary, replacing, sha256_of, write_text
 from fedgpt.model.gpt import GPT
-from fedgpt.model.hf_folder import HEAD, WEIGHTS, ModelFolder, Stored, read_folder
+from fedgpt.model.hf_folder import CONFIG, HEAD, WEIGHTS, ModelFolder, Stored, read_folder
 from fedgpt.model.hf_formats import FORMATS, model_type
 
 
@@ -26,11 +26,15 @@ def export_model(
 ) -> None:
     """Write all of `model`, trained and frozen, as a Hugging Face folder.
 
-    `card` becomes README.md, `end_of_text` defaults to the last token id. Existing files are
-    replaced one by one, each completely or not at all. `Tokenizer.save` adds the tokenizer.
+    `card` becomes README.md, `end_of_text` defaults to the last token id. config.json, without
+    which neither fedgpt nor transformers reads a folder, is removed first and written last. So a
+    folder in which an export was stopped is no model. `Tokenizer.save` adds the tokenizer, before.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    for old in (CONFIG, SUMS):
+        (folder / old).unlink(missing_ok=True)
+    remove_temporary(folder)
     end_of_text = model.vocab_size - 1 if end_of_text is None else end_of_text
     form, options = FORMATS[model_type(model.options)], model.options
     # named_parameters has a tied head once, as transformers' files do
@@ -41,7 +45,6 @@ def export_model(
     dtype = model.lm_head.weight.dtype
     zeros = form.zeros(options).items()
     weights |= {form.theirs(name): torch.zeros(shape, dtype=dtype) for name, shape in zeros}
-    (folder / SUMS).unlink(missing_ok=True)  # of weights that are replaced now
     with replacing(folder / WEIGHTS) as temporary:
         save_file(weights, temporary, metadata={"format": "pt"})
     dtype_name = str(dtype).removeprefix("torch.")
@@ -51,13 +54,13 @@ def export_model(
         "dtype": dtype_name,
         "torch_dtype": dtype_name,  # the same for transformers before 4.56
     }
-    write_text(folder / "config.json", json.dumps(config, indent=2) + "\n")
     # without max_length, transformers generates beyond the model's positions
     generation = special | {"max_length": options.block_size}
     write_text(folder / "generation_config.json", json.dumps(generation, indent=2) + "\n")
     if card is not None:
         write_text(folder / "README.md", card)
     write_text(folder / SUMS, f"{sha256_of(folder / WEIGHTS)}  {WEIGHTS}\n")
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
 
 
 def import_model(folder: str | Path) -> GPT:

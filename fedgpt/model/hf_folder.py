@@ -18,7 +18,7 @@ from fedgpt.core.options import ModelOptions
 from fedgpt.model.hf_formats import FORMATS, Format, whole
 from fedgpt.model.shape import parameter_shapes
 
-WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F64", "F32", "F16", "BF16")  # the names that safetensors gives them
 HEAD = "lm_head.weight"
 # parts of names that torch.compile, DistributedDataParallel and FSDP add
@@ -70,7 +70,7 @@ def read_folder(folder: str | Path) -> ModelFolder:
     Raises FedGPTError, naming file and reason, for what is missing, damaged or unsupported.
     """
     folder = Path(folder)
-    form, options, vocab_size = _read_config(folder / "config.json")
+    form, options, vocab_size = _read_config(folder / CONFIG)
     tensors, source = _read_headers(folder)
     if options.n_layer > len(tensors):  # before the names of that many layers are listed
         raise FedGPTError(
@@ -108,7 +108,7 @@ def read_folder(folder: str | Path) -> ModelFolder:
 def _read_config(path: Path) -> tuple[Format, ModelOptions, int]:
     if not is_there(path):
         raise FedGPTError(
-            f"{path.parent}: no config.json; expected a Hugging Face folder with config.json and"
+            f"{path.parent}: no {CONFIG}; expected a Hugging Face folder with {CONFIG} and"
             f" {WEIGHTS}"
         )
     config = read_json(path)

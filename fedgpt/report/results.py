@@ -42,8 +42,8 @@ def write_results(
         lines = [published(line, names(summary["final"])) for line in private]
         summary = published_summary(summary)
     card = model_card(options, summary, statement)
-    export_model(path / "model", model, card)
     prepared.tokenizer.save(path / "model", options.model.block_size)
+    export_model(path / "model", model, card)  # last, because it makes the folder a model
     write_text(path / "samples.md", samples_page(lines, score))
     loss_figure(lines, path / "figures" / "loss.png", score)
     timeline_figure(folder.events.read(), path / "figures" / "timeline.png")

@@ -1,4 +1,4 @@
-"""What a run depends on besides its options: its text, its tokenizer and its frozen weights.
+"""What a run depends on besides its options: text, tokenizer, shards and frozen weights.
 
 Their digests are part of every checkpoint. A run goes on only with the content that it began with,
 so each process that prepares the text again compares it.
@@ -7,30 +7,36 @@ so each process that prepares the text again compares it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedgpt.core.errors import FedGPTError
 from fedgpt.core.options import RunOptions
+from fedgpt.data.partitions.base import Shard
 from fedgpt.data.prepare import Prepared, prepare
-from fedgpt.data.shards import source_of, text_digest
+from fedgpt.data.shards import partition_source, shards_digest, source_of, text_digest
 from fedgpt.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
 TOKENIZER = "tokenizer"  # folder of a run's tokenizer inside the run's folder
 log = logging.getLogger(__name__)
-CONTENT = ("text", "tokenizer", "base")  # names in the environment of RunIdentity
+# names in the environment of RunIdentity; a difference in the first ones causes one in the next
+CONTENT = ("text", "tokenizer", "shards", "base")
 
 
-def content_of(prepared: Prepared) -> dict[str, str]:
-    """The digests of text and tokenizer."""
-    return {"text": text_digest(prepared), "tokenizer": prepared.tokenizer.digest}
+def content_of(prepared: Prepared, shards: Sequence[Shard]) -> dict[str, str]:
+    """The digests of text, tokenizer and shards."""
+    return {
+        "text": text_digest(prepared),
+        "tokenizer": prepared.tokenizer.digest,
+        "shards": shards_digest(shards),
+    }
 
 
 def refuse_other_content(
     options: RunOptions, before: Mapping[str, Any], now: Mapping[str, Any]
 ) -> None:
-    """Raise FedGPTError if text, tokenizer or frozen weights are not those of the run.
+    """Raise FedGPTError if text, tokenizer, shards or frozen weights are not those of the run.
 
     Only what is both in `before` (from a checkpoint) and in `now` is compared, because checkpoints
     of earlier versions of fedgpt have fewer digests.
@@ -90,6 +96,15 @@ def _difference(name: str, options: RunOptions) -> tuple[str, str]:
             f"tokenizer={options.tokenizer.name} makes another tokenizer of {source} than at the"
             " start of the run, although the text is the same",
             "install the version of the package tokenizers that the run began with",
+        )
+    if name == "shards":
+        own = options.partition._target_
+        return (
+            f"{partition_source(options)} makes other clients or shards than at the start of the"
+            " run, although the text is the same",
+            f"restore the code of {own}"
+            if own
+            else "install the versions of fedgpt and numpy that the run began with",
         )
     return (
         "its base weights differ, as the model of init_from has changed",

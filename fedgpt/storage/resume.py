@@ -1,8 +1,8 @@
 """The start of a run: at version 0, or at the newest usable checkpoint.
 
 When a run is resumed, records after its checkpoint are deleted, because they will be written again.
-A run whose options, text, tokenizer or frozen weights have changed is refused before any file is
-changed.
+A run whose options, text, tokenizer, shards or frozen weights have changed is refused before any
+file is changed.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from fedgpt.core.errors import FedGPTError
 from fedgpt.core.options import RunOptions
+from fedgpt.data.partitions.base import Shard
 from fedgpt.data.prepare import Prepared
 from fedgpt.storage.checkpoint import Checkpoints, Snapshot
 from fedgpt.storage.content import CONTENT, content_of, refuse_other_content
@@ -29,13 +30,15 @@ log = logging.getLogger(__name__)
 Changed = Callable[[Mapping[str, Any]], str]
 
 
-def checked_content(options: RunOptions, prepared: Prepared, changed: Changed) -> dict[str, str]:
-    """Return the digests of text and tokenizer, for the environment of a run's checkpoints.
+def checked_content(
+    options: RunOptions, prepared: Prepared, shards: Sequence[Shard], changed: Changed
+) -> dict[str, str]:
+    """Return the digests of text, tokenizer and shards, for the environment of a run's checkpoints.
 
     Raises FedGPTError if the run in `run_dir` began with others, or with other options; `changed`:
     see `open_or_resume`. Uses no array of a checkpoint, and changes no file.
     """
-    content = content_of(prepared)
+    content = content_of(prepared, shards)
     folder = Path(options.run_dir) / "checkpoints"
     identity = Checkpoints(folder, options.checkpoint.keep).identity()
     if identity is not None:
@@ -89,7 +92,7 @@ def events_until(version: int, events: Sequence[dict[str, Any]]) -> Sequence[dic
 
     If the file has been damaged and lacks that step, they end before the first job of `version`.
     """
-    kinds = [(event["event"], event.get("version")) for event in events]
+    kinds = [(event["event"], event.get("version", -1)) for event in events]
     if ("version", version) in kinds:
         end = len(kinds) - kinds[::-1].index(("version", version))
     else:
@@ -140,7 +143,7 @@ def _with_content(snapshot: Snapshot, now: Mapping[str, Any]) -> Snapshot:
     """The snapshot, whose next checkpoint has the digests that earlier versions did not store."""
     identity = snapshot.identity
     environment = dict(identity.environment)
-    for name in ("text", "tokenizer"):
+    for name in ("text", "tokenizer", "shards"):
         if name in now:
             environment.setdefault(name, now[name])
     return replace(snapshot, identity=replace(identity, environment=environment))

@@ -1,6 +1,11 @@
 """Folders that transformers reads and writes; logits and gradients of its GPT-2 and GPT-NeoX."""
 
 import json
+import os
+import shutil
+import subprocess
+import sys
+from itertools import groupby
 
 import pytest
 import torch
@@ -287,6 +292,18 @@ def test_reads_what_transformers_saves_of_gpt_neox(tmp_path, tie, bias):
     assert torch.equal(flatten(again)[1], flatten(import_model(tmp_path / "ours"))[1])
 
 
+def test_the_head_of_gpt_neox_is_read_under_both_of_its_names(tmp_path):
+    """Its module is called lm_head since transformers 5, whose files still say embed_out."""
+    model = small(positions="rotary", tie=False)
+    export_model(tmp_path, model)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["lm_head.weight"] = weights.pop("embed_out.weight")
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "SHA256SUMS").unlink()
+    assert torch.equal(import_model(tmp_path).lm_head.weight, model.lm_head.weight)
+    assert torch.equal(load(tmp_path).get_output_embeddings().weight, model.lm_head.weight)
+
+
 def test_old_gpt_neox_buffers_are_skipped_and_mlp_biases_are_not(tmp_path):
     model = small(positions="rotary", bias=False)
     export_model(tmp_path, model)
@@ -365,18 +382,53 @@ def test_a_second_export_leaves_nothing_of_the_first_in_force(tmp_path):
     assert torch.equal(flatten(import_model(tmp_path))[1], flatten(other)[1])
 
 
-def test_an_export_that_fails_after_the_weights_leaves_no_wrong_checksum(tmp_path):
+def test_an_export_that_cannot_write_changes_no_model(tmp_path):
     export_model(tmp_path, small())
-    config = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").mkdir()
-    other = small()
-    other.init_weights(5)
+    before = (tmp_path / "model.safetensors").read_bytes()
     with pytest.raises(OSError):
-        export_model(tmp_path, other)
-    (tmp_path / "config.json").rmdir()
-    (tmp_path / "config.json").write_text(config)
-    assert torch.equal(flatten(import_model(tmp_path))[1], flatten(other)[1])
+        export_model(tmp_path, GPT(small().options, 99))
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_an_export_that_is_killed_leaves_a_whole_model_or_none(tmp_path):
+    """The other model has the same shapes and other heads, so that its config.json would fit."""
+    ours = make_tokenizer(TokenizerOptions(name="bytes"), [])
+    models = {n: GPT(small(positions="learned", n_head=n).options, ours.vocab_size) for n in (2, 4)}
+    for heads, model in models.items():
+        model.init_weights(heads)
+        ours.save(tmp_path / str(heads))
+        export_model(tmp_path / str(heads), model)
+    ours.save(tmp_path / "tokenizer")
+    shutil.copytree(tmp_path / "2", tmp_path / "left")
+    command = [sys.executable, "-m", "support.stopped_export"]
+    command += [str(tmp_path / name) for name in ("left", "4", "tokenizer")]
+    subprocess.run(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}, check=True)
+    stopped = sorted(tmp_path.glob("left-*"), key=lambda path: int(path.name[5:]))
+    whole = [loaded_by_both(folder, models) for folder in stopped]
+    assert [heads for heads, _ in groupby(whole)] == [2, None, 4], whole
+    left = [folder for folder in stopped if list(folder.glob(".*"))]
+    assert len(left) > 3, "kill -9 leaves temporary files"
+    for folder in left:
+        export_model(folder, models[4])
+        assert not list(folder.glob(".*"))
+
+
+def loaded_by_both(folder, models) -> int | None:
+    """The number of heads of the model that fedgpt and transformers read; None if neither does."""
+    try:
+        found = import_model(folder)
+    except FedGPTError as error:
+        assert "no config.json" in str(error)
+        with pytest.raises((OSError, ValueError)):
+            transformers.AutoModelForCausalLM.from_pretrained(folder)
+        return None
+    heads = found.options.n_head
+    assert torch.equal(flatten(found)[1], flatten(models[heads])[1])
+    assert (folder / "tokenizer.json").is_file()
+    assert load(folder).config.n_head == heads
+    return heads
 
 
 @pytest.mark.parametrize("change", [{}, {"positions": "rotary"}], ids=["gpt2", "gpt_neox"])

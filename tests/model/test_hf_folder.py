@@ -84,6 +84,10 @@ CONTENTS = {
     "header longer than the file": ((10**6).to_bytes(8, "little") + b"{", "is damaged: .*eader"),
     "header that is no JSON": ((4).to_bytes(8, "little") + b"nope", "is damaged: .*eader"),
     "header that is too short": (b"\x01\x02", "is damaged: .*eader"),
+    "dtype with a line break": (
+        (54).to_bytes(8, "little") + b'{"a":{"dtype":"F\\n7","shape":[],"data_offsets":[0,0]}}',
+        "is damaged: .*unknown variant `F 7`",
+    ),
 }
 
 
@@ -147,6 +151,13 @@ def test_a_path_that_is_no_file_is_refused(request, file, put, message):
     refused(folder, f"{file} {message}")
 
 
+def test_a_file_that_cannot_be_mapped_is_refused(folder):
+    """safetensors maps a file into memory, which is not possible for one in /proc."""
+    (folder / WEIGHTS).unlink()
+    (folder / WEIGHTS).symlink_to("/proc/self/maps")
+    refused(folder, f"{WEIGHTS} is damaged: .*os error")
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 @pytest.mark.parametrize("file", [WEIGHTS, "config.json", "."])
 def test_a_file_that_may_not_be_read_is_refused(folder, file):
@@ -181,6 +192,7 @@ INDEXES = {
     "an empty map": (lambda text: '{"weight_map": {}}', "weight_map is missing, empty"),
     "a list of names": (lambda text: '{"weight_map": ["a"]}', "weight_map is missing, empty or no"),
     "a number for a name": (lambda text: '{"weight_map": {"a": 5}}', "weight_map has 5 for a file"),
+    "no name": (lambda text: '{"weight_map": {"a": ""}}', "weight_map has '' for a file's name"),
     "nested too deeply": (lambda text: '{"a":' * 10**5, r"index\.json is damaged: .*recursion"),
     "other encoding": (lambda text: text.encode("utf-16"), r"index\.json is damaged: .*codec"),
 }

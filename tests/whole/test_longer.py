@@ -63,6 +63,25 @@ def test_the_new_length_survives_a_failure_at_any_moment(words, tmp_path, point)
     assert identity is not None and identity.options["rounds"] == 3
 
 
+def test_a_run_that_stops_while_it_writes_its_model_has_none_until_it_is_resumed(words, tmp_path):
+    run, model = tmp_path / "a", tmp_path / "a" / "model"
+    run_here(*words, "rounds=1", f"run_dir={run}")
+    (model / "tokenizer.json").unlink()
+    (model / "README.md").unlink()
+    (model / "README.md").mkdir()  # so that the export fails after the weights
+    before = (model / "model.safetensors").read_bytes()
+    with pytest.raises((OSError, FedGPTError)):
+        fedgpt.run(f"resume={run}", "rounds=2")
+    assert (model / "model.safetensors").read_bytes() != before
+    starting = [*words, f"init_from={run}"]
+    with pytest.raises(ConfigError, match="is the folder of a run that has not finished"):
+        compose.load(starting)
+    assert (model / "tokenizer.json").exists(), "the tokenizer comes before what makes it a model"
+    (model / "README.md").rmdir()
+    fedgpt.run(f"resume={run}")
+    assert compose.load(starting).init_from == str(run)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -1,7 +1,11 @@
-"""Text that changes: between two starts of a run, while it starts, and while its clients train."""
+"""Text that changes: between two starts of a run, while it starts, and while its clients train.
+
+So do the clients' shards of the same text, where a partition of the user's own is changed.
+"""
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -10,12 +14,14 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.here import run_here, tiny_run
 from support.world import LONG, files, wait_until
@@ -30,7 +36,8 @@ from fedgpt.core.files import sha256_of
 from fedgpt.core.messages import Job, Plan
 from fedgpt.core.options import RunOptions, TokenizerOptions
 from fedgpt.core.resources import resources_for
-from fedgpt.data.shards import text_digest
+from fedgpt.data.partitions.base import Shard
+from fedgpt.data.shards import shards_digest, text_digest
 from fedgpt.data.tokenizer import make_tokenizer
 from fedgpt.flower import client_app
 from fedgpt.flower.grid_transport import GridTransport
@@ -136,21 +143,22 @@ def test_other_versions_are_a_warning_that_names_them(stopped, caplog):
 
 
 def test_the_run_of_an_earlier_version_resumes_and_its_next_checkpoint_has_the_digests(stopped):
-    edit_identity(stopped, text=None, tokenizer=None)
+    edit_identity(stopped, text=None, tokenizer=None, shards=None)
     shutil.rmtree(stopped / "tokenizer")
     fedgpt.run(f"resume={stopped}")
     identity = Checkpoints(stopped / "checkpoints", 9).identity()
-    assert identity is not None and {"text", "tokenizer"} <= identity.environment.keys()
+    assert identity is not None and {"text", "tokenizer", "shards"} <= identity.environment.keys()
     assert (stopped / "tokenizer" / "tokenizer.json").exists()
 
 
-def test_the_digest_of_the_clients_text_is_in_no_file_that_is_published(stopped):
+def test_the_digests_of_the_clients_text_are_in_no_file_that_is_published(stopped):
     identity = Checkpoints(stopped / "checkpoints", 9).identity()
     assert identity is not None
-    digest = identity.environment["text"]
+    digests = [identity.environment[name].encode() for name in ("text", "shards")]
     for name in files(stopped):
         if not name.startswith(("checkpoints/", "clients/")):
-            assert digest.encode() not in (stopped / name).read_bytes(), name
+            held = (stopped / name).read_bytes()
+            assert not [digest for digest in digests if digest in held], name
 
 
 def test_a_damaged_tokenizer_in_the_folder_is_reported_and_made_again(stopped, caplog):
@@ -164,8 +172,9 @@ def test_a_damaged_tokenizer_in_the_folder_is_reported_and_made_again(stopped, c
 
 
 def job_of(options: RunOptions, work: ClientWork) -> Job:
-    """The first job of ann, with the digest of the text."""
-    plan = Plan("r", 1, 0, 10, 100, digests={"text": text_digest(work.prepared)})
+    """The first job of ann, with the digests of text and shards."""
+    digests = {"text": text_digest(work.prepared), "shards": shards_digest(work.shards)}
+    plan = Plan("r", 1, 0, 10, 100, digests=digests)
     return Job("ann", 0, 0, initial_weights(options, work.prepared.tokenizer), plan)
 
 
@@ -204,6 +213,97 @@ def test_a_process_that_starts_over_a_damaged_cache_trains_the_same_bits(tmp_pat
     assert (ClientWork(options, str(tmp_path / "state")).train(job, 0)[1] == before).all()
     make_tokenizer(TokenizerOptions("bpe", 260), ["the river rose"]).save(folder)
     assert (ClientWork(options, str(tmp_path / "state")).train(job, 0)[1] == before).all()
+
+
+OWN = """
+from dataclasses import dataclass
+import numpy as np
+from fedgpt.data.partitions.base import Partition, shards_of
+
+@dataclass(frozen=True)
+class Mine(Partition):
+    def deal(self, documents, seed):
+        owners = np.arange(len(documents.spans)) % 2
+        return shards_of(["ann", "bob"], documents.spans, owners)
+"""
+# two clients of the same names, with each other's documents, with one more, and of other names
+CHANGES = {
+    "swapped": ("np.arange(len(documents.spans)) % 2", "1 - np.arange(len(documents.spans)) % 2"),
+    "one document moved": ("% 2\n", "% 2 | (np.arange(len(documents.spans)) == 2)\n"),
+    "renamed": ('["ann", "bob"]', '["ann", "eve"]'),
+}
+MINE = ["partition=custom", "partition._target_=mine_own.Mine", "trusted_packages=[mine_own]"]
+
+
+def write_partition(folder: Path, old: str = "", new: str = "") -> None:
+    """Write the user's module, and let this process import it again as a new process would."""
+    (folder / "mine_own.py").write_text(OWN.replace(old, new))
+    sys.modules.pop("mine_own", None)
+    importlib.invalidate_caches()
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch) -> Iterator[list[str]]:
+    """Options of a run with a partition of the user's own."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # its times are whole seconds
+    write_partition(tmp_path)
+    yield [*tiny_run(tmp_path), *MINE]
+    sys.modules.pop("mine_own", None)
+
+
+def test_a_resume_with_other_shards_of_the_same_text_is_refused(own, tmp_path):
+    run = tmp_path / "run"
+    stop_after(2, *own)
+    before = content(run)
+    reason = r"partition\._target_=mine_own\.Mine makes other clients or shards than at the start"
+    for change in CHANGES.values():
+        write_partition(tmp_path, *change)
+        with pytest.raises(FedGPTError, match=rf"{reason}.*restore the code of mine_own\.Mine"):
+            fedgpt.run(f"resume={run}")
+        assert content(run) == before
+    write_partition(tmp_path, "class Mine", "# a comment changes no shard\nclass Mine")
+    resumed = fedgpt.run(f"resume={run}").summary["weights_sha256"]
+    alone = [word for word in own if not word.startswith("run_dir")]
+    assert resumed == run_here(*alone, f"run_dir={tmp_path / 'b'}")["weights_sha256"]
+
+
+def test_a_resume_with_other_shards_of_a_partition_of_fedgpt_is_refused(stopped):
+    edit_identity(stopped, shards="0123456789abcdef")
+    with pytest.raises(
+        FedGPTError, match=r"partition=natural makes other .* versions of fedgpt and numpy"
+    ):
+        fedgpt.run(f"resume={stopped}")
+
+
+@pytest.mark.parametrize("change", ["swapped", "one document moved"])
+def test_a_client_with_other_shards_of_the_same_text_refuses_its_job(own, tmp_path, change):
+    options = compose.load(own)
+    work = ClientWork(options, str(tmp_path / "state"))
+    job = job_of(options, work)
+    before = work.train(job, 0)[1].copy()
+    write_partition(tmp_path, *CHANGES[change])
+    with pytest.raises(FedGPTError, match=r"mine_own\.Mine makes other clients or shards here"):
+        ClientWork(options, str(tmp_path / "state")).train(job, 0)
+    write_partition(tmp_path)
+    assert (ClientWork(options, str(tmp_path / "state")).train(job, 0)[1] == before).all()
+
+
+def test_the_digest_of_shards_is_of_every_name_and_every_span():
+    def digest(*shards: tuple[str, list[list[int]]]) -> str:
+        return shards_digest([Shard(name, np.array(spans)) for name, spans in shards])
+
+    first = [("ann", [[0, 10], [20, 30]]), ("bob", [[30, 40]])]
+    others = [
+        [("ann", [[0, 10]]), ("bob", [[20, 30], [30, 40]])],
+        [("ann", [[0, 10], [20, 31]]), ("bob", [[31, 40]])],
+        [("ann", [[0, 10], [20, 30]]), ("eve", [[30, 40]])],
+        [("ann", [[30, 40]]), ("bob", [[0, 10], [20, 30]])],
+        [("ann", [[0, 10], [20, 30]])],
+    ]
+    assert len({digest(*shards) for shards in [first, *others]}) == 6
+    narrow = [Shard(name, np.array(spans, np.int32)) for name, spans in first]
+    assert shards_digest(narrow) == digest(*first), "whatever integers a partition returns"
 
 
 def start(options: list[str], env: dict[str, str]) -> subprocess.Popen[str]:
