@@ -227,7 +227,7 @@ def _read(path: Path) -> Account:
         account = Account(**about)
         if not all(event.count >= 0 and event.noise_multiplier >= 0 for event in account.events):
             raise ValueError("it has negative numbers")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise FedGPTError(
             f"{path} is damaged ({error}): the privacy loss so far is unknown; start a new run in"
             " another folder"

@@ -36,6 +36,7 @@ FORMAT = 4
 MOST_STARTS = 3  # consecutive starts without a new version, after which an older checkpoint is used
 # errors of reading a damaged file
 UNUSABLE = (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError)
+UNUSABLE += (RecursionError,)  # of JSON that is nested too deeply
 log = logging.getLogger(__name__)
 
 
@@ -207,7 +208,7 @@ class Checkpoints:
         try:
             counted = json.loads((self.folder / "starts.json").read_text())
             return int(counted["starts"]) if self._path(counted["version"]) == path else 0
-        except (OSError, ValueError, KeyError, TypeError):
+        except UNUSABLE:
             return 0
 
     def _write(self, snapshot: Snapshot) -> None:

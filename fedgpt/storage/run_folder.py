@@ -191,7 +191,7 @@ def read_lines(path: Path, key: str = "") -> Iterable[dict[str, Any]]:
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line.decode())
-        except ValueError:
+        except (ValueError, RecursionError):
             record = None
         if isinstance(record, dict) and (not key or key in record):
             yield record

@@ -93,7 +93,15 @@ def test_a_ledger_of_something_else_is_refused(tmp_path, about, what):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", '{"format": 1}', '{"format": 9}', '{"format": 1, "events": 3, "charged": 3}'],
+    [
+        "",
+        "{",
+        "[]",
+        '{"format": 1}',
+        '{"format": 9}',
+        '{"format": 1, "events": 3, "charged": 3}',
+        "[" * 100_000,
+    ],
 )
 def test_a_damaged_ledger_is_refused_and_left_unchanged(tmp_path, text):
     (tmp_path / "ledger.json").write_text(text)

@@ -46,6 +46,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "a list": lambda data: b"[1, 2]\n",
     "a number": lambda data: b"7\n",
     "null": lambda data: b"null\n",
+    "nested": lambda data: data + b"[" * 100_000 + b"\n",
     "another encoding": lambda data: b"\xff\xfe" + data,
     **{f"flip {n}": (lambda data, n=n: flipped(data, n)) for n in range(3)},
 }
