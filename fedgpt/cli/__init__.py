@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 
 from fedgpt.core.errors import ConfigError, FedGPTError, Interrupted, StoppedEarly, nearest
+from fedgpt.core.notices import Warnings
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,8 @@ def dispatch(command: str, arguments: list[str]) -> int:
     if os.environ.get("HYDRA_FULL_ERROR") == "1":  # Hydra's own switch for its tracebacks
         logging.basicConfig()
         logging.getLogger("fedgpt").setLevel(logging.DEBUG)
+    elif not (log := logging.getLogger("fedgpt")).handlers:
+        log.addHandler(Warnings(logging.WARNING))
     # a stop request ends like Ctrl-C: checkpoint, 130
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:

@@ -1,7 +1,10 @@
-"""What a command is doing, if that takes long: a line on stderr, which no script reads."""
+"""What a command is doing, if that takes long, and warnings: lines on stderr, which no script
+reads.
+"""
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 from collections.abc import Iterator
@@ -26,3 +29,11 @@ def saying(what: str) -> Iterator[None]:
     finally:
         timer.cancel()
         timer.join()  # so that no line comes after the block
+
+
+class Warnings(logging.Handler):
+    """Prints each warning of this package as a line that says whose it is."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print `fedgpt: ...` on the stderr of now, as a test may replace it."""
+        print(f"fedgpt: {self.format(record)}", file=sys.stderr, flush=True)

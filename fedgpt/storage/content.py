@@ -82,7 +82,7 @@ def kept_tokenizer(folder: Path) -> Tokenizer | None:
     try:
         return load_tokenizer(folder / TOKENIZER)
     except FedGPTError as error:
-        log.warning("%s", error)
+        log.warning("%s; the tokenizer is made again from the text", error)
         return None
 
 

@@ -7,7 +7,7 @@ import threading
 import pytest
 from support.here import run_here, tiny_run
 
-from fedgpt.cli import COMMANDS
+from fedgpt.cli import COMMANDS, dispatch
 from fedgpt.core import notices
 from fedgpt.core.errors import ConfigError
 
@@ -111,3 +111,13 @@ def test_the_folder_of_another_run_stays_as_it_is(command, tmp_path, capsys):
     assert COMMANDS[name].module.main([*rest, *words]) == 0
     assert [path.name for path in run.iterdir()] == ["config.yaml"]
     assert (run / "config.yaml").read_text() == "seed: 4\n" and capsys.readouterr().out
+
+
+def test_a_warning_of_a_command_says_whose_it_is(tmp_path, capfd):
+    assert dispatch("run", [*tiny_run(tmp_path), "checkpoint.every=1"]) == 0
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as stream:
+        stream.write("no record\n")
+    capfd.readouterr()
+    assert dispatch("run", [f"resume={tmp_path / 'run'}", "rounds=4"]) == 0
+    line = f"fedgpt: {tmp_path / 'run' / 'metrics.jsonl'}: line 5 is damaged; it and all later ones"
+    assert capfd.readouterr().err.count(line) == 1

@@ -100,7 +100,7 @@ def test_a_ledger_of_something_else_is_refused(tmp_path, about, what):
         '{"format": 1}',
         '{"format": 9}',
         '{"format": 1, "events": 3, "charged": 3}',
-        "[" * 100_000,
+        pytest.param("[" * 100_000, id="nested"),
     ],
 )
 def test_a_damaged_ledger_is_refused_and_left_unchanged(tmp_path, text):
