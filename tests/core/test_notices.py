@@ -113,11 +113,12 @@ def test_the_folder_of_another_run_stays_as_it_is(command, tmp_path, capsys):
     assert (run / "config.yaml").read_text() == "seed: 4\n" and capsys.readouterr().out
 
 
-def test_a_warning_of_a_command_says_whose_it_is(tmp_path, capfd):
-    assert dispatch("run", [*tiny_run(tmp_path), "checkpoint.every=1"]) == 0
-    with (tmp_path / "run" / "metrics.jsonl").open("a") as stream:
-        stream.write("no record\n")
-    capfd.readouterr()
-    assert dispatch("run", [f"resume={tmp_path / 'run'}", "rounds=4"]) == 0
-    line = f"fedgpt: {tmp_path / 'run' / 'metrics.jsonl'}: line 5 is damaged; it and all later ones"
-    assert capfd.readouterr().err.count(line) == 1
+def test_a_warning_of_a_command_says_whose_it_is(tmp_path, capsys):
+    run_here(*tiny_run(tmp_path), "tokenizer=bpe", "tokenizer.vocab_size=270", "rounds=1")
+    damaged = tmp_path / "run" / "tokenizer" / "tokenizer.json"
+    damaged.write_text("{}")
+    capsys.readouterr()
+    assert dispatch("generate", [str(tmp_path / "run"), "--prompt", "ann", "--tokens", "3"]) == 0
+    printed = capsys.readouterr().err
+    assert printed.count(f"fedgpt: {damaged}: no tokenizer that fedgpt can read (") == 1
+    assert "; the tokenizer is made again from the text\n" in printed
