@@ -81,7 +81,13 @@ def open_or_resume(
         Journal(folder.wal).clear()
         return snapshot
     version = snapshot.state.version
-    folder.metrics.keep(line for line in metrics if line["version"] < version)
+    kept = [line for line in metrics if line["version"] < version]
+    if len(kept) < version:
+        log.warning(
+            "%s has %d of the %d lines before version %d; the results of the run lack the others",
+            *(folder.metrics.path, len(kept), version, version),
+        )
+    folder.metrics.keep(kept)
     folder.events.keep(events_until(version, events))
     _warn_of_other_conditions(snapshot.identity.environment, now)
     return _with_content(snapshot, now)

@@ -239,6 +239,18 @@ def test_a_fault_of_the_program_is_not_blamed_on_a_record(finished, tmp_path, mo
         fedgpt.run(f"resume={copy}")
 
 
+@pytest.mark.parametrize("left", [slice(0, 1), slice(1, None), slice(0, 0)])
+def test_lines_that_are_gone_are_reported_and_change_no_weights(
+    stopped, whole, tmp_path, caplog, left
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(stopped, copy)
+    lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)[:2]
+    (copy / "metrics.jsonl").write_text("".join(lines[left]))
+    assert fedgpt.run(f"resume={copy}").summary["weights_sha256"] == whole
+    assert f"metrics.jsonl has {len(lines[left])} of the 2 lines before version 2" in caplog.text
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("how", DAMAGES)
 @pytest.mark.parametrize("file", FILES)
