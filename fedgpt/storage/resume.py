@@ -89,13 +89,19 @@ def events_until(version: int, events: Sequence[dict[str, Any]]) -> Sequence[dic
 
     If the file has been damaged and lacks that step, they end before the first job of `version`.
     """
-    kinds = [(event["event"], event.get("version")) for event in events]
-    if ("version", version) in kinds:
-        end = len(kinds) - kinds[::-1].index(("version", version))
-    else:
-        jobs = (i for i, (kind, of) in enumerate(kinds) if kind == "dispatch" and of >= version)
-        end = next(jobs, len(kinds))
-    return events[:end]
+    steps = [
+        i
+        for i, event in enumerate(events)
+        if event["event"] == "version" and event["version"] == version
+    ]
+    if steps:
+        return events[: steps[-1] + 1]
+    jobs = (
+        i
+        for i, event in enumerate(events)
+        if event["event"] == "dispatch" and event["version"] >= version
+    )
+    return events[: next(jobs, len(events))]
 
 
 def _refuse_changed(

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from support.here import tiny_run
 
+from fedgpt.client import state
 from fedgpt.client.state import ClientStore
 from fedgpt.client.work import ClientWork
 from fedgpt.config import compose
@@ -68,3 +69,28 @@ def test_a_client_that_has_lost_its_state_starts_anew_and_says_so(client, left):
         path.write_bytes(content[:left])
     sent, lost = client.train(1, 0)
     assert np.array_equal(sent, new) and lost == 1
+
+
+def test_a_state_that_cannot_be_written_leaves_the_earlier_one(client, monkeypatch):
+    """As if the process is killed meanwhile: the job, done again, writes the same file."""
+    client.train(0, -1)
+    path = client.state(0)
+    before = {p.name: p.read_bytes() for p in path.parent.iterdir()}
+
+    def failing(tensors: object, to: Path, metadata: object) -> None:
+        to.write_bytes(b"half")
+        raise OSError("no space")
+
+    monkeypatch.setattr(state, "save_file", failing)
+    with pytest.raises(OSError, match="no space"):
+        client.train(0, -1)
+    assert {p.name: p.read_bytes() for p in path.parent.iterdir()} == before
+
+
+def test_only_states_that_no_later_job_can_start_from_are_deleted(client):
+    """Every job here says that a restart may need those of the jobs 0 and 1."""
+    for number in range(5):
+        client.train(number, number - 1)
+    client.train(2, 1)  # a job that is done again leaves the state of a later one
+    kept = {path.name for path in client.state(0).parent.iterdir()}
+    assert kept == {f"task-{number}.safetensors" for number in (0, 1, 2, 4)}
