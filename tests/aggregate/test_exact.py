@@ -105,6 +105,15 @@ def test_a_refused_update_changes_nothing(bad, position, before, monkeypatch):
     assert total.mean(4).tobytes() == clean.mean(4).tobytes()
 
 
+@pytest.mark.parametrize("norm", [0.995, 1.0, 1.005])
+def test_a_norm_near_the_bound_does_not_replace_the_look_at_each_element(norm):
+    """Rounded to float32, the norm may be slightly below an element."""
+    total = ExactSum(2, bound=1.0, count=1)
+    with pytest.raises(OverflowError, match=r"bound=1\.0"):
+        total.add(np.float32([0.0, 1.005]), norm=norm)
+    total.add(np.float32([0.0, 1.0]), norm=norm)
+
+
 def test_invalid_arguments_are_refused():
     total = ExactSum(2, 1.0, 4, max_weight=2)
     ok = np.float32([0, 1])

@@ -82,3 +82,23 @@ def test_on_a_full_disk_a_job_fails_with_one_message_and_can_be_repeated(client,
     assert client.state(0).exists()
     client.state(0).unlink()
     assert np.array_equal(sent, client.train(0, -1)[0])
+
+
+def test_a_state_that_cannot_be_written_leaves_the_earlier_one(client):
+    """As if the process is killed meanwhile: the job, done again, writes the same file."""
+    client.train(0, -1)
+    path = client.state(0)
+    before = {p.name: p.read_bytes() for p in path.parent.iterdir()}
+
+    with largest_file(100), pytest.raises(FedGPTError, match="cannot be written"):
+        client.train(0, -1)
+    assert {p.name: p.read_bytes() for p in path.parent.iterdir()} == before
+
+
+def test_only_states_that_no_later_job_can_start_from_are_deleted(client):
+    """Every job here says that a restart may need those of the jobs 0 and 1."""
+    for number in range(5):
+        client.train(number, number - 1)
+    client.train(2, 1)  # a job that is done again leaves the state of a later one
+    kept = {path.name for path in client.state(0).parent.iterdir()}
+    assert kept == {f"task-{number}.safetensors" for number in (0, 1, 2, 4)}
