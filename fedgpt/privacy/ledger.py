@@ -114,8 +114,11 @@ class Ledger:
         )
 
     def made(self, number: int) -> bool:
-        """Whether a release with this number was charged, with any tag."""
-        return any(release.number == number for release in self.account.releases)
+        """Whether a release with this number was charged, with any tag.
+
+        A later number proves it as well, because the tags of old releases are deleted.
+        """
+        return any(release.number >= number for release in self.account.releases)
 
     def spent_before(self, client: str, number: int) -> float:
         """Full charges of a client before release `number`.
@@ -181,8 +184,7 @@ class Ledger:
         """
         if self.known(number, tag):
             return
-        # a later number also proves it, because the tags of old releases are deleted
-        if any(release.number >= number for release in self.account.releases):
+        if self.made(number):
             raise BudgetExhausted(
                 f"release {number} of this series was made before, from another sum: a series of"
                 " correlated noise cannot go back to an earlier version"

@@ -8,9 +8,11 @@ import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from fedgpt.client.privacy import ClientPrivacy
 from fedgpt.core.errors import FedGPTError
@@ -199,6 +201,17 @@ def test_no_noise_is_made_for_a_job_that_could_not_be_charged(tmp_path, monkeypa
         else:
             private.hidden(first, np.zeros(10, np.float32), "fresh")
     assert not made
+
+
+def test_two_processes_of_a_client_charge_its_ledger_one_after_the_other(tmp_path):
+    o = options()
+    other = Thread(target=lambda: client(o, tmp_path).steps(job(o), "fresh"), daemon=True)
+    with FileLock(tmp_path / ".ledger.lock"):
+        other.start()
+        other.join(0.3)
+        assert other.is_alive() and not (tmp_path / "ledger.json").exists()
+    other.join(60)
+    assert events(tmp_path)[0]["count"] == 3
 
 
 def test_only_the_owner_can_read_the_files(tmp_path):

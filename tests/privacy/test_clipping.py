@@ -47,6 +47,13 @@ def test_an_adaptive_clip_finds_the_median(start):
     assert clip == pytest.approx(1.0, abs=0.03)
 
 
+def test_noise_on_the_bits_moves_the_clip():
+    """One of 50 clients more than half is not clipped; the noise has a deviation of 0.05 * 50."""
+    rule = AdaptiveClip()
+    for noise, share in ((0.0, 0.52), (2.0, 0.62), (-1.0, 0.47)):
+        assert rule.next(3.0, 1.0, 50, noise) == pytest.approx(3 * math.exp(-0.2 * (share - 0.5)))
+
+
 def test_updates_and_bits_together_cost_the_given_noise_multiplier():
     rule = AdaptiveClip()
     z = rule.release_noise(1.0, 50)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,48 @@ def test_each_client_pays_for_itself_and_the_largest_total_counts(tmp_path):
         match=r"client x would be charged for 2\.5 releases, privacy\.participations=2",
     ):
         ledger.charge_clients(2, "c", {"x": 1.0}, 4.0, most=2)
+
+
+def test_the_newest_releases_are_remembered_and_older_ones_are_known_to_be_made(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr("fedgpt.privacy.ledger.REMEMBERED", 3)
+    ledger = open_ledger(tmp_path, fresh=True)
+    for number in range(10):
+        ledger.charge(number, f"tag {number}", STEP, None)
+    again = open_ledger(tmp_path)
+    known = [number for number in range(10) if again.known(number, f"tag {number}")]
+    assert known == [7, 8, 9]
+    assert all(again.made(number) for number in range(10)) and not again.made(10)
+
+
+def test_releases_that_are_made_again_do_not_count_as_spent(tmp_path):
+    ledger = open_ledger(tmp_path, fresh=True, unit="client")
+    ledger.charge_clients(0, "a", {"x": 1.0}, 4.0, most=3)
+    ledger.charge_clients(1, "b", {"x": 0.5, "y": 1.0}, 4.0, most=3)
+    before = {number: ledger.spent_before("x", number) for number in range(3)}
+    assert before == {0: 0.0, 1: 1.0, 2: 1.5}
+    assert ledger.spent_before("y", 1) == 0 and ledger.spent_before("y", 2) == 1
+
+
+def test_a_ledger_with_a_negative_number_is_damaged(tmp_path):
+    ledger = open_ledger(tmp_path, fresh=True)
+    ledger.charge(0, "a", replace(STEP, count=-100), None)  # refused by clients, see client/
+    with pytest.raises(FedGPTError, match="negative numbers"):
+        open_ledger(tmp_path)
+
+
+def test_the_budget_holds_for_the_client_that_is_charged_most(tmp_path):
+    """Two full charges at noise 4 have mu = sqrt(2) / 4; a third is beyond the budget."""
+    ledger = open_ledger(tmp_path, fresh=True, unit="client")
+    budget = gaussian_epsilon(2**0.5 / 4, 1e-5) * 1.001
+    for number in range(2):
+        ledger.charge_clients(number, f"{number}", {"x": 1.0, "y": 0.1}, 4.0, most=9, budget=budget)
+    before = (tmp_path / "ledger.json").read_text()
+    with pytest.raises(BudgetExhausted, match=r"privacy\.target_epsilon="):
+        ledger.charge_clients(2, "2", {"x": 1.0}, 4.0, most=9, budget=budget)
+    assert (tmp_path / "ledger.json").read_text() == before
+    ledger.charge_clients(2, "3", {"y": 1.0}, 4.0, most=9, budget=budget)
 
 
 def test_a_series_cannot_be_repeated_from_an_earlier_release(tmp_path):

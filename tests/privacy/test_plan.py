@@ -317,6 +317,36 @@ def test_the_statement_says_what_is_covered_and_what_is_not():
         assert "not covered" in text and len(promise["not_covered"]) >= 3
 
 
+NOBODY_COVERS = ("public part", "held-out part", "other runs on the same text")
+ABOUT = ("name", "how much text", "when and how often", "kinds of its errors", "a digest of all")
+OPEN = {
+    "example": ("privacy=example", (*ABOUT, "document or an author")),
+    "local": ("privacy=local", ABOUT),
+    "coins": (COINS, ("number of clients", "times at which", "publish only model/, samples.md")),
+    "fixed": (CLIENT, ("number of clients", "times at which", "when and how often a client")),
+    "buffer": (BUFFER, ("number of clients", "times at which", "when and how often a client")),
+}
+
+
+@pytest.mark.parametrize("name", OPEN)
+def test_the_statement_lists_everything_that_the_guarantee_does_not_cover(name):
+    chosen, words = OPEN[name]
+    o = compose.load([chosen] if isinstance(chosen, str) else chosen)
+    o.privacy.noise_multiplier, o.init_from = 9.0, "some/model"
+    o.privacy.target_epsilon = None
+    promise = statement(o, make_plan(o, MANY), len(MANY))
+    text = "\n".join(promise["not_covered"])
+    for part in (*NOBODY_COVERS, "init_from=some/model", *words):
+        assert part in text, part
+    assert ("when and how often" in text) == (name != "coins")
+    shown = dict(rows(promise))
+    server = o.privacy.unit == "client"
+    assert ("the server, which sees single updates" in shown["trusts"]) == server
+    assert ("the client and whoever sets" in shown["trusts"]) != server
+    assert ("coin" in shown["noise"]) == (name in ("example", "coins"))
+    assert ("no amplification" in shown["noise"]) == (name in ("fixed", "buffer"))
+
+
 @pytest.mark.parametrize(
     "typed",
     [

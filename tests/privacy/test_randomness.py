@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hmac
+import random
 import stat
 
 import numpy as np
 import pytest
 import torch
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from scipy import stats
 
 from fedgpt.core.errors import FedGPTError
@@ -66,19 +69,35 @@ def test_noise_is_added_in_place_to_vectors_of_any_length():
         assert float((vector - 100).abs().max()) < 0.5 * 6.8
 
 
-def test_global_seeds_have_no_effect():
-    np.random.seed(0)
-    torch.manual_seed(0)
-    one = SecureStream(secret_key_bytes(), "a").normal(100)
-    np.random.seed(0)
-    torch.manual_seed(0)
-    assert (one != SecureStream(secret_key_bytes(), "a").normal(100)).all()
+def test_a_stream_is_aes_256_in_counter_mode_under_a_key_of_its_own():
+    """Block by block, with the block cipher of another mode and the key by the rule in words."""
+    words = b"".join(len(word).to_bytes(4, "big") + word for word in (b"noise", b"3"))
+    own = hmac.digest(KEY, words, "sha256")
+    assert len(own) * 8 == 256
+    block = Cipher(algorithms.AES(own), modes.ECB()).encryptor()
+    bits = b"".join(block.update(counter.to_bytes(16, "big")) for counter in range(50))
+    expected = (np.frombuffer(bits, np.uint64) >> 11) * 2.0**-53
+    np.testing.assert_array_equal(SecureStream(KEY, "noise", 3).uniform(100), expected)
 
 
-def secret_key_bytes() -> bytes:
-    import secrets
+def test_noise_longer_than_a_chunk_does_not_repeat_itself(monkeypatch):
+    whole = SecureStream(KEY, "a").normal(20_000)
+    monkeypatch.setattr("fedgpt.privacy.randomness.CHUNK", 10_000)
+    parts = SecureStream(KEY, "a").normal(20_000)
+    assert abs(np.corrcoef(parts[:10_000], parts[10_000:])[0, 1]) < 4 / 100
+    assert stats.kstest(parts, "norm").pvalue > 1e-3 and parts.shape == whole.shape
 
-    return secrets.token_bytes(32)
+
+def test_global_seeds_have_no_effect(tmp_path):
+    keys = []
+    for name in "ab":
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+        keys.append(secret_key(tmp_path / name, fresh=True))
+    assert keys[0] != keys[1]
+    one, other = (SecureStream(key, "a").normal(100) for key in keys)
+    assert (one != other).all()
 
 
 def test_only_the_owner_may_read_the_key_and_a_restart_finds_it(tmp_path):

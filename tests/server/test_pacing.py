@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -101,6 +102,17 @@ def test_the_numbers_of_a_pacing():
         PaceOptions(clients=8, goal=6), 0
     ).pacing(20)
     assert Cohort(PaceOptions(clients=0, rate=0.25), 0).pacing(20).clients == 5
+
+
+def test_a_secret_coin_belongs_to_its_client_whoever_else_is_there():
+    """An absent client would otherwise change which of the others take part."""
+    tosses = np.random.default_rng(5).random(20)
+    pace = Cohort(PaceOptions(clients=0, rate=0.4), 0, lambda version, count: tosses[:count])
+    everyone = pace.start(progress(), roster())
+    assert everyone == [c for c, toss in zip(CLIENTS, tosses, strict=True) if toss < 0.4]
+    away, busy = {everyone[0], CLIENTS[19]}, {everyone[2]}
+    left = pace.start(progress(), roster(busy, away))
+    assert left == [c for c in everyone if c not in away | busy]
     numbers = Buffer(PaceOptions("buffer", clients=50), 0).pacing(20)
     assert (numbers.name, numbers.clients, numbers.goal) == ("buffer", 20, 1)
 

@@ -229,6 +229,19 @@ def test_the_same_sum_again_is_the_same_release_and_another_sum_is_not(tmp_path)
     )
 
 
+def test_a_version_made_again_has_no_amplification_even_if_its_tag_is_forgotten(
+    tmp_path, monkeypatch
+):
+    """After a kill, a run with few checkpoints goes back by more versions than are remembered."""
+    monkeypatch.setattr("fedgpt.privacy.ledger.REMEMBERED", 2)
+    build = Mechanism(tmp_path, 1.0)
+    for _ in range(4):
+        build.release(deltas())
+    again = Mechanism(tmp_path, 1.0)  # from version 0, with another sum
+    again.release(deltas(5))
+    assert again.privacy.ledger.account.events == (Event(1.0, 0.1, 4), Event(1.0, 1.0, 1))
+
+
 @pytest.mark.parametrize("what", ["sum", "bits", "clip"])
 def test_a_release_that_differs_in_anything_has_other_noise(tmp_path, what):
     """Two releases with one noise would show the difference of what was released."""
