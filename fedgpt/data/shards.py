@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-from fedgpt.core.errors import FedGPTError, TextChanged
+from fedgpt.core.errors import FedGPTError, TextChanged, resume_command
 from fedgpt.core.options import RunOptions
 from fedgpt.data.partition import partition
 from fedgpt.data.partitions.base import Shard
@@ -55,7 +55,7 @@ def text_changed(options: RunOptions, why: str) -> TextChanged:
     """The error for text that has changed since the run began."""
     return TextChanged(
         f"{source_of(options)}: the text has changed since the run began ({why}); put the earlier"
-        f" text back and continue with: fedgpt run resume={options.run_dir}"
+        f" text back and continue with: {resume_command(options.run_dir)}"
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from fedgpt.core.errors import ConfigError, FedGPTError, Unwritten
+from fedgpt.core.errors import ConfigError, FedGPTError, Unwritten, resume_command
 from fedgpt.data.tokenizer import Tokenizer
 from fedgpt.storage.content import TOKENIZER, kept_tokenizer
 
@@ -64,7 +64,7 @@ class RunFolder:
             raise FedGPTError(
                 f"{self.path}: a line of metrics.jsonl or events.jsonl is damaged"
                 f" ({type(error).__name__}: {error}); delete that line, and continue with:"
-                f" fedgpt run resume={self.path}"
+                f" {resume_command(self.path)}"
             ) from error
 
     def close(self) -> None:
