@@ -18,8 +18,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedgpt.core.errors import ConfigError, FedGPTError
-from fedgpt.core.files import read_json
+from fedgpt.core.errors import ConfigError, FedGPTError, resume_command
+from fedgpt.core.files import read_json, typed_path
 from fedgpt.report.scores import named, score_of, shown
 
 if TYPE_CHECKING:
@@ -122,11 +122,13 @@ def _found(folder: str | Path, typed: str) -> Path:
 
     An empty name is refused: as a path it would mean the current folder.
     """
-    path = Path(folder).expanduser()
     try:
+        path = typed_path(folder)
         is_run = bool(str(folder)) and (path / "config.yaml").is_file()
     except OSError as error:  # such as a folder of another user
         raise ConfigError(f"{typed}: cannot be read ({error.strerror})") from error
+    except RuntimeError as error:
+        raise ConfigError(f"{typed}: there is no such home folder; name one in runs/") from error
     if not is_run:
         raise ConfigError(f"{typed}: is not a run's folder (no config.yaml); name one in runs/")
     return path
@@ -165,12 +167,13 @@ class Run:
         path = self.folder / "summary.json"
         if not path.exists():
             raise FedGPTError(
-                f"{self.folder} has no summary yet; finish it with: fedgpt run resume={self.folder}"
+                f"{self.folder} has no summary yet; finish it with: {resume_command(self.folder)}"
             )
         try:
             return read_json(path)
         except FedGPTError as error:
-            raise FedGPTError(f"{error}; write it again: fedgpt run resume={self.folder}") from None
+            again = resume_command(self.folder)
+            raise FedGPTError(f"{error}; write it again: {again}") from None
 
     @property
     def metrics(self) -> list[dict[str, Any]]:
@@ -224,8 +227,8 @@ class Run:
             params = snapshot.state.params
         else:
             raise FedGPTError(
-                f"{self.folder} has no intact checkpoint; continue it with: fedgpt run"
-                f" resume={self.folder}"
+                f"{self.folder} has no intact checkpoint; continue it with:"
+                f" {resume_command(self.folder)}"
             )
         model = build_model(options.model, self.tokenizer.vocab_size, self._base(options)).eval()
         vector = flatten(model)[1].numpy()
@@ -270,7 +273,7 @@ class Run:
         """Return `samples` continuations of `prompt`, of at most `tokens` tokens each.
 
         `sampling` takes `temperature` (default 0.8), `top_k` (default 50) and `top_p`. The same
-        seed gives the same texts. Raises FedGPTError for values out of range.
+        seed gives the same texts. Raises ConfigError for values out of range.
 
         >>> run = open_run("runs/2026-01-31_12-00-00-run")  # doctest: +SKIP
         >>> run.generate("Fellow citizens", tokens=40, samples=2, top_p=0.9)  # doctest: +SKIP
@@ -290,5 +293,5 @@ class Run:
                 **options,
             )
         except ValueError as error:
-            raise FedGPTError(str(error)) from error
+            raise ConfigError(str(error)) from error
         return [self.tokenizer.decode([i for i in row if i != self.tokenizer.end]) for row in new]

@@ -23,6 +23,7 @@ import torch
 from fedgpt import __version__
 from fedgpt.aggregate.base import Strategy
 from fedgpt.client.work import ClientWork
+from fedgpt.config.clients import client_problems
 from fedgpt.config.compose import (
     build_strategy,
     changed_options,
@@ -208,12 +209,9 @@ def _strategy(setting: Setting, network: Network) -> Strategy:
     strategy = build_strategy(options.strategy, options.trusted_packages)
     if not isinstance(strategy, Strategy):
         strategy = network.adapt(strategy)
-    public, block = setting.prepared.public().size, options.model.block_size
-    if strategy.needs_root and public <= block:
-        raise ConfigError(
-            f"corpus.public={options.corpus.public}: {public} tokens are public, and the server's"
-            f" own update needs more than model.block_size={block}; raise it"
-        )
+    names = [shard.client for shard in setting.shards]
+    if problems := list(client_problems(options, strategy, setting.prepared, names)):
+        raise ConfigError(problems)
     return strategy
 
 
@@ -224,9 +222,10 @@ def _evaluation(setting: Setting) -> CentralEvaluation:
             options, setting.prepared, task, setting.resources.compute, setting.base
         )
     except ValueError as error:  # a task raises it for held-out text that it cannot use
+        arguments = "change task.arguments, or " if options.task._target_ else ""
         raise ConfigError(
             f"task={options.task.name}: {type(task).__name__} refused the held-out text ({error});"
-            " change task.arguments, or raise corpus.held_out"
+            f" {arguments}raise corpus.held_out"
         ) from error
 
 

@@ -239,12 +239,16 @@ def test_dir_shows_lazily_imported_names():
         (["run", "resume=nowhere"], "is not a run's folder"),
         (["run", "resume=nowhere", "seed=3"], "stands alone"),
         (["run", "resume="], "resume=: is not a run's folder"),
+        (["run", "resume=~no-such-user/run"], "there is no such home folder; name one in runs/"),
         (["run", "--cfg", "job", "-m", "seed=0,1"], "--cfg: prints one configuration"),
         (["run", "--config-dir", "nowhere", "seed=1"], "--config-dir nowhere: no such folder"),
         (["data", "--config-dir=nowhere"], "--config-dir nowhere: no such folder"),
         (["generate", "nowhere"], "is not a run's folder"),
         (["generate", "nowhere", "--tokens", "-1"], "--tokens -1: must be at least 0"),
-        (["generate", "nowhere", "--top-p", "2"], "--top-p 2.0: must be at least 0 and at most 1"),
+        (
+            ["generate", "nowhere", "--top-p", "2"],
+            "--top-p 2.0: must be at least 1e-12 and at most 1",
+        ),
         (
             ["generate", "nowhere", "--seed", str(2**70)],
             f"--seed {2**70}: must be at least 0 and at most",

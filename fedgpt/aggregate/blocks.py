@@ -28,7 +28,8 @@ def shortage(
     if pacing.goal < needed:
         yield (
             f"{option or f'strategy={rule.name}'} needs at least {needed} updates a server step and"
-            f" pace={pacing.name} waits for {pacing.goal}: raise pace.clients{change}"
+            f" pace={pacing.name} waits for {pacing.goal}: raise"
+            f" {' and '.join(pacing.limits)}{change}"
         )
 
 

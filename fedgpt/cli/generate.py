@@ -6,7 +6,7 @@ import argparse
 
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.notices import saying
-from fedgpt.core.options.option import short
+from fedgpt.core.options.option import SMALLEST, short
 
 LARGEST_SEED = 2**63 - 1
 RANGES = {
@@ -14,7 +14,7 @@ RANGES = {
     "samples": (1, 10**5),
     "temperature": (0, 10**6),
     "top_k": (0, 10**9),
-    "top_p": (0, 1),
+    "top_p": (SMALLEST, 1),
     "seed": (0, LARGEST_SEED),
 }
 

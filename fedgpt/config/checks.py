@@ -7,17 +7,33 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
+from operator import attrgetter
 from pathlib import Path
 
-from fedgpt.core.device import memory
+from fedgpt.core.device import may_have_gpu, memory
+from fedgpt.core.files import typed_path
 from fedgpt.core.options import OPTIONS, RunOptions
-from fedgpt.core.options.option import Group, no_effect
+from fedgpt.core.options.option import Group, is_a, no_effect
 from fedgpt.data.corpus import CORPORA
 from fedgpt.data.partition import PARTITIONS
-from fedgpt.model.shape import count_parameters, count_trainable, trainable_problems
+from fedgpt.model.shape import (
+    count_activations,
+    count_parameters,
+    count_trainable,
+    trainable_problems,
+)
 from fedgpt.simulate.fleet import fleet_problems
 from fedgpt.storage.init_from import init_from_problems
 from fedgpt.update.compress import CODECS
+
+# (group, option) whose value is a path
+PATHS = (
+    ("", "run_dir"),
+    ("", "cache_dir"),
+    ("", "init_from"),
+    ("fleet", "path"),
+    ("corpus", "path"),
+)
 
 
 def unused_options(typed: Mapping[str, str], o: RunOptions) -> Iterator[str]:
@@ -48,7 +64,7 @@ def problems(o: RunOptions) -> Iterator[str]:
 
 
 def memory_problems(o: RunOptions) -> Iterator[str]:
-    """The problem of a model that does not fit into the memory of this machine."""
+    """Problems of a model or a micro-batch that does not fit into the memory of this machine."""
     vocabulary = 257 if o.tokenizer.name == "bytes" else o.tokenizer.vocab_size + 1
     parameters = count_parameters(o.model, vocabulary)
     # float32 weights, and for each trained parameter a sum of updates in 64 bits
@@ -59,6 +75,46 @@ def memory_problems(o: RunOptions) -> Iterator[str]:
             f" parameters need at least {needed / 1e9:,.1f} GB, and this machine has"
             f" {memory() / 1e9:,.1f} GB; lower one of them"
         )
+        return
+    if o.task.name != "lm" or o.privacy.unit == "example":
+        return  # their micro-batches may be smaller
+    if o.runtime.device != "cpu" and may_have_gpu():
+        return
+    # two bytes each: in bf16
+    sequence = 2 * o.model.block_size * count_activations(o.model, vocabulary)
+    if 0 < memory() < (needed := o.local.batch_size * sequence):
+        fits = memory() // (2 * sequence)
+        remedy = f"lower it to {fits} or less, and raise local.accumulate instead"
+        yield (
+            f"local.batch_size={o.local.batch_size}: a micro-batch of so many sequences of"
+            f" model.block_size={o.model.block_size} tokens needs at least {needed / 1e9:,.1f} GB,"
+            f" and this machine has {memory() / 1e9:,.1f} GB;"
+            f" {remedy if fits else 'lower model.block_size'}"
+        )
+
+
+def make_absolute(options: RunOptions) -> Iterator[str]:
+    """Make the paths of the options absolute; yields a problem for each one that is no path."""
+    for group, name in PATHS:
+        place = getattr(options, group) if group else options
+        if not (path := getattr(place, name)) or "\0" in path:  # which is a problem of any text
+            continue
+        try:
+            setattr(place, name, str(typed_path(path).resolve()))
+        except (OSError, RuntimeError) as error:
+            key = f"{group}.{name}" if group else name
+            home = "there is no such home folder; type ./~ for a folder whose name begins so"
+            yield f"{key}={path}: {home if path.startswith('~') else error}"
+
+
+def wrong_lists(options: RunOptions) -> Iterator[str]:
+    """A problem for each list with an element of another type, such as another list."""
+    for key, one in OPTIONS.items():
+        if {list[str], list[float]}.isdisjoint(one.kinds):
+            continue
+        value = attrgetter(key)(options)
+        if not any(is_a(value, kind) for kind in one.kinds):
+            yield one.problem(value)
 
 
 def folder_problems(o: RunOptions, trains: bool) -> Iterator[str]:

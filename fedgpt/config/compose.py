@@ -10,7 +10,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
-from operator import attrgetter
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,28 +20,20 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 
 from fedgpt.aggregate.base import Strategy
 from fedgpt.config import checks, overrides
+from fedgpt.config.clients import number_problems, pacing_problems
 from fedgpt.config.texts import escaped, quoted
 from fedgpt.core import members, targets
-from fedgpt.core.errors import ConfigError
-from fedgpt.core.options import OPTIONS, RunOptions, StrategyOptions, TaskOptions
-from fedgpt.core.options.option import dotted, is_a
+from fedgpt.core.errors import ConfigError, resume_command
+from fedgpt.core.options import RunOptions, StrategyOptions, TaskOptions
+from fedgpt.core.options.option import dotted
 from fedgpt.core.runtimes import runtime_problems
 from fedgpt.model.shape import trainable_problems
 from fedgpt.privacy.problems import Rule, privacy_problems
 from fedgpt.report.trackers import tracker_problems
-from fedgpt.server.pacing import make_pace
 from fedgpt.simulate.replay import replay_problems
 
 TRUSTED = ("fedgpt.aggregate", "flwr.serverapp.strategy")
 LENGTH = ("rounds", "tokens")  # options that may be raised when a run is resumed
-# (group, option) whose value is a path
-PATHS = (
-    ("", "run_dir"),
-    ("", "cache_dir"),
-    ("", "init_from"),
-    ("fleet", "path"),
-    ("corpus", "path"),
-)
 # options that may change when a run is resumed, because they do not change its result
 FREE = ("cache_dir", "run_dir", "runtime.workers", "track")
 
@@ -144,34 +135,10 @@ def _typed(cfg: DictConfig) -> RunOptions:
     except OmegaConfBaseException as error:
         raise ConfigError(_why(cfg, error)) from error
     assert isinstance(options, RunOptions), "the schema is the root of run.yaml"
-    problems = [*_absolute(options), *_wrong_lists(options)]
+    problems = [*checks.make_absolute(options), *checks.wrong_lists(options)]
     if problems:
         raise ConfigError(problems)
     return options
-
-
-def _wrong_lists(options: RunOptions) -> Iterator[str]:
-    """A problem for each list with an element of another type, such as another list."""
-    for key, one in OPTIONS.items():
-        if {list[str], list[float]}.isdisjoint(one.kinds):
-            continue
-        value = attrgetter(key)(options)
-        if not any(is_a(value, kind) for kind in one.kinds):
-            yield one.problem(value)
-
-
-def _absolute(options: RunOptions) -> Iterator[str]:
-    """Make the paths of the options absolute; yields a problem for each one that is no path."""
-    for group, name in PATHS:
-        place = getattr(options, group) if group else options
-        if not (path := getattr(place, name)) or "\0" in path:  # which is a problem of any text
-            continue
-        try:
-            setattr(place, name, str(Path(path).expanduser().resolve()))
-        except (OSError, RuntimeError) as error:
-            key = f"{group}.{name}" if group else name
-            home = "there is no such home folder; type ./~ for a folder whose name begins so"
-            yield f"{key}={path}: {home if path.startswith('~') else error}"
 
 
 def _why(cfg: DictConfig, error: OmegaConfBaseException) -> str:
@@ -363,8 +330,8 @@ def refuse_another_run(options: RunOptions) -> None:
     if differing:
         raise ConfigError(
             f"run_dir={options.run_dir}: contains another run, which differs in"
-            f" {', '.join(differing)}; continue that run with `fedgpt run"
-            f" resume={options.run_dir}`, or name another run_dir"
+            f" {', '.join(differing)}; name another run_dir, or continue that run with:"
+            f" {resume_command(options.run_dir)}"
         )
 
 
@@ -411,7 +378,9 @@ def _problems(o: RunOptions, on_this_machine: bool, trains: bool) -> Iterator[st
         yield from replay_problems(o, switches)
         # numbers of clients are computed from pace.*, so check pace.* before the strategy
         if not any(problem.startswith("pace.") for problem in wrong):
-            yield from _pacing_problems(o, strategy)
+            yield from pacing_problems(o, strategy, max(0, o.partition.clients))
+        if o.partition.clients > 0:
+            yield from number_problems(o, o.partition.clients)
         if o.corpus.public == 0 and getattr(strategy, "needs_root", False):
             yield (
                 f"corpus.public=0: strategy={strategy.name} trains the server's own update on the"
@@ -440,18 +409,6 @@ def _task_problems(o: RunOptions) -> Iterator[str]:
         yield from error.problems
     else:
         yield from targets.problems_of("task", task, o)
-
-
-def _pacing_problems(o: RunOptions, strategy: Any) -> Iterator[str]:
-    """Problems of the strategy under the pacing."""
-    paces = getattr(strategy, "paces", {"cohort"})
-    if o.pace.name not in paces:
-        reason = getattr(strategy, "refused_pacings", {}).get(o.pace.name, "")
-        only = f"{type(strategy).__name__} supports pace={' or '.join(sorted(paces))} only"
-        yield f"pace={o.pace.name}: {only}{': ' if reason else ''}{reason}"
-    elif o.pace.clients and hasattr(strategy, "problems") and o.pace.name in ("cohort", "buffer"):
-        pacing = make_pace(o.pace, o.seed).pacing(o.pace.clients)
-        yield from targets.problems_of("strategy", strategy, pacing)
 
 
 def _flat(cfg: Any) -> dict[str, Any]:

@@ -151,8 +151,10 @@ def _value_problems(override: Override, cfg: DictConfig, scratch: DictConfig) ->
     if not exists and not (override.is_add() and parent.split(".")[0] == "strategy"):
         hint = ""
         if parent == "strategy":
-            own = isinstance(node, DictConfig) and "arguments" in node
-            hint = f"; type strategy.arguments.{leaf}" if own else _PLUS + key
+            choice = node if isinstance(node, DictConfig) else {}
+            ours = str(choice.get("_target_")).startswith("fedgpt.")
+            hint = "" if ours else _PLUS + key
+            hint = f"; type strategy.arguments.{leaf}" if "arguments" in choice else hint
         yield f"{override.input_line}: no option {key!r}{hint}{nearest(key, _keys(cfg))}"
         return
     for value in _values(override, {}):

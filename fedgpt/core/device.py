@@ -99,6 +99,21 @@ def memory() -> int:
     return min(known, default=0)
 
 
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of torch or numpy says that memory could not be allocated."""
+    # on a CPU, torch raises no class of its own
+    known = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
+    return isinstance(error, MemoryError) or known
+
+
+def may_have_gpu() -> bool:
+    """Whether this machine may have a GPU for torch, as far as is known without importing it.
+
+    Its driver has a device: NVIDIA's, AMD's, or that of Windows for Linux.
+    """
+    return any(any(Path("/dev").glob(name)) for name in ("nvidia[0-9]*", "kfd", "dxg"))
+
+
 def visible_gpus() -> tuple[str, ...]:
     """Names, as in CUDA_VISIBLE_DEVICES, of the GPUs that this process may use."""
     import torch

@@ -29,13 +29,22 @@ class ConfigError(FedGPTError):
         super().__init__(f"{len(self.problems)} {noun} in the configuration:\n{listing}")
 
 
+def resume_command(folder: str | Path) -> str:
+    """The command that continues the run in a folder, as it is typed in a shell.
+
+    >>> resume_command("runs/my run")
+    "fedgpt run resume='runs/my run'"
+    """
+    return f"fedgpt run resume={shlex.quote(str(folder))}"
+
+
 class Unwritten(FedGPTError):
     """A file of the run in `folder` could not be written, usually because the disk is full."""
 
     def __init__(self, what: str, folder: Path, error: Exception):
-        command = f"fedgpt run resume={shlex.quote(str(folder))}"
         super().__init__(
-            f"could not write {what} in {folder}: {error}; make room and continue with: {command}"
+            f"could not write {what} in {folder}: {error}; make room and continue with:"
+            f" {resume_command(folder)}"
         )
 
 
@@ -51,7 +60,7 @@ class Interrupted(FedGPTError):
     """The run got SIGINT or SIGTERM, is saved, and can be continued (exit code 130)."""
 
     def __init__(self, folder: str):
-        super().__init__(f"interrupted; continue with: fedgpt run resume={shlex.quote(folder)}")
+        super().__init__(f"interrupted; continue with: {resume_command(folder)}")
 
 
 class UpdateRejected(Exception):

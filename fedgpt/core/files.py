@@ -25,6 +25,17 @@ RANDOM_BYTES = 8  # of the name of a temporary file
 LFS_POINTER = b"version https://git-lfs"
 
 
+def typed_path(text: str | Path) -> Path:
+    """A path as a user types it, in which ~ and ~name are home folders.
+
+    Raises RuntimeError if there is no such home folder. `Path` takes ./~name for the same.
+
+    >>> typed_path("./~folder").name
+    '~folder'
+    """
+    return Path(text).expanduser() if str(text).startswith("~") else Path(text)
+
+
 @contextmanager
 def replacing(path: str | Path, durable: bool = True, mode: int = 0o666) -> Iterator[Path]:
     """Yield a temporary path in the same folder, which is renamed to `path` if the block succeeds.

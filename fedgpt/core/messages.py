@@ -118,6 +118,7 @@ class Pacing:
     clients: int
     goal: int  # number of updates that one server step waits for
     grace: bool = False  # whether a step may take more updates, which arrive within pace.grace
+    limits: tuple[str, ...] = ("pace.clients",)  # the options to raise for a larger goal
 
 
 @dataclass(frozen=True)

@@ -42,10 +42,14 @@ def resources_for(options: RunOptions, clients: int) -> Resources:
     together = min((options.pace.rate is None and options.pace.clients) or clients, clients)
     if options.clock == "real" and options.fleet.name != "none" and not runtime.workers:
         reason = "one process per client in flight, as a simulated fleet mostly waits"
-        return Resources(compute, min(together, MOST_WAITING), runtime.threads or 1, reason, gpus)
-    return Resources(
-        compute, *choose_workers(runtime.workers, runtime.threads, len(gpus), together), gpus
-    )
+        workers, threads = min(together, MOST_WAITING), runtime.threads or 1
+    else:
+        asked = runtime.workers, runtime.threads
+        workers, threads, reason = choose_workers(*asked, len(gpus), together)
+    # these have as many processes as they need, and the threads that give the bits of the others
+    if fixed := {"inprocess": 1, "superlink": clients}.get(runtime.name):
+        workers, reason = fixed, f"runtime={runtime.name}"
+    return Resources(compute, workers, threads, reason, gpus)
 
 
 def _s(count: int) -> str:

@@ -94,12 +94,17 @@ def prepare(
     problems = [*corpus.problems(), *CORPORA.problems(corpus, trusted), *tokenizer.problems()]
     if problems:
         raise ConfigError(problems)
+    cache = Path(cache_dir).expanduser()
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        why = f"cannot be written ({error.strerror}); name another folder"
+        raise ConfigError(f"cache_dir={cache}: {why}") from error
     reader = corpus_of(corpus, trusted)
     survey = survey_of(reader)
     for note in notes_of(reader):
         tell(note)
     digest = _cache_key(corpus, tokenizer, reader.source, survey.digest)
-    cache = Path(cache_dir).expanduser()
     folder = cache / f"{corpus.name}-{digest}"
     if (ready := _open_if_valid(folder)) is not None:
         return ready

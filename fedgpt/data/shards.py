@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fedgpt.core.errors import FedGPTError, TextChanged
+from fedgpt.core.errors import FedGPTError, TextChanged, resume_command
 from fedgpt.core.options import RunOptions, TokenizerOptions
 from fedgpt.data.partition import partition
 from fedgpt.data.partitions.base import Shard
@@ -82,7 +82,7 @@ def text_changed(options: RunOptions, why: str = "") -> TextChanged:
     """
     return TextChanged(
         f"{source_of(options)}: the text has changed since the run began{f' ({why})' * bool(why)};"
-        f" put the earlier text back and continue with: fedgpt run resume={options.run_dir}"
+        f" put the earlier text back and continue with: {resume_command(options.run_dir)}"
     )
 
 

@@ -11,7 +11,9 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedgpt.client.work import ClientWork
+from fedgpt.core.device import out_of_memory
 from fedgpt.core.errors import ConfigError, FedGPTError, amount
+from fedgpt.core.options import RunOptions
 from fedgpt.flower.messages import info_content, read_job, refusal_content, update_content
 from fedgpt.flower.run_config import options_of
 
@@ -27,6 +29,14 @@ class ClientFailed(Exception):
 
     def __init__(self, error: Exception):
         super().__init__(f"{type(error).__name__} (the client's log has its message)")
+
+
+class OutOfMemory(FedGPTError):
+    """The memory of this machine or of its GPU is too small for a job."""
+
+    def __init__(self, options: RunOptions):
+        batch = f"local.batch_size={options.local.batch_size}"
+        super().__init__(f"out of memory; lower {batch}, and raise local.accumulate instead")
 
 
 # run config -> work of the latest run, so that data and buffers are reused for its next message
@@ -61,10 +71,13 @@ def _reported(work: ClientWork) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        told = OutOfMemory(work.options) if out_of_memory(error) else error
         # a FedGPTError is meant for the user, but may quote a record or name a file
-        if isinstance(error, FedGPTError) and work.options.privacy.unit == "none":
+        if not isinstance(told, FedGPTError) or work.options.privacy.unit != "none":
+            told = ClientFailed(told)
+        if told is error:
             raise
-        raise ClientFailed(error) from error
+        raise told from error
 
 
 def _work(context: Context) -> tuple[ClientWork, int]:

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
-from fedgpt.config.compose import changed_options, refuse_another_run, to_yaml
+from fedgpt.config.clients import client_problems
+from fedgpt.config.compose import build_strategy, changed_options, refuse_another_run, to_yaml
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.files import write_text
 from fedgpt.core.notices import saying
@@ -50,7 +51,11 @@ def launch(options: RunOptions, dated: bool = False, more: Mapping[str, int] | N
 def _launch(options: RunOptions, more: Mapping[str, int]) -> None:
     for name, value in FLOWER_ENV.items():
         os.environ.setdefault(name, value)
-    if options.init_from is not None:  # before any text is read
+    # what needs torch is checked before any text is read, too
+    if options.runtime.device == "cuda":
+        with saying("looking for a GPU"):
+            resources_for(options, clients=1)
+    if options.init_from is not None:
         from fedgpt.storage.initial_weights import check_weights  # imports torch
 
         with saying("reading the initial weights"):
@@ -62,8 +67,13 @@ def _launch(options: RunOptions, more: Mapping[str, int]) -> None:
     check_tokenizer(options, prepared.tokenizer)
     checked_content(options, prepared, shards, partial(changed_options, options=options))
     runtime = runtime_of(options)
-    # the number of natural clients was not known when the options were checked
-    if problems := list(runtime.problems(options, clients)):
+    # the clients were not known when the options were checked
+    strategy = build_strategy(options.strategy, options.trusted_packages)
+    names = [shard.client for shard in shards]
+    if problems := [
+        *runtime.problems(options, clients),
+        *client_problems(options, strategy, prepared, names),
+    ]:
         raise ConfigError(problems)
     if options.privacy.unit != "none":
         with saying("computing the noise"):

@@ -19,7 +19,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from fedgpt.config.compose import to_yaml
-from fedgpt.core.errors import FedGPTError, Interrupted
+from fedgpt.core.errors import FedGPTError, Interrupted, resume_command
 from fedgpt.core.options import RunOptions
 from fedgpt.flower.failure import FAILURE_FILE, raise_failure
 from fedgpt.flower.grid_transport import STOP_FILE
@@ -145,7 +145,7 @@ def _refuse_unfinished(folder: Path) -> None:
         raise FedGPTError("Flower ended before the run began; its log is above")
     raise FedGPTError(
         "Flower ended before the end of the run (its log is above); continue with:"
-        f" fedgpt run resume={folder}"
+        f" {resume_command(folder)}"
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fedgpt.core.device import memory
 from fedgpt.core.errors import FedGPTError
 from fedgpt.model.gpt import GPT, KVCache
 
@@ -33,6 +34,7 @@ def generate(  # noqa: PLR0913  # those of generate in transformers
     """
     _check_tokens(model, prompt_ids, max_new_tokens, stop)
     _check_sampling(samples, temperature, top_k, top_p)
+    _check_memory(model, samples, len(prompt_ids) + max_new_tokens)
     generator = torch.Generator().manual_seed(seed)
     device = model.lm_head.weight.device
     # (samples, time)
@@ -135,6 +137,18 @@ def _check_tokens(
         raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 0")
     if stop is not None and not 0 <= stop < vocab:
         raise ValueError(f"stop={stop}: must be a token id from 0 to {vocab - 1}, or None")
+
+
+def _check_memory(model: GPT, samples: int, longest: int) -> None:
+    o = model.options
+    cached = 2 * o.n_layer * o.n_embd * min(longest, o.block_size)  # keys and values
+    needed = samples * (4 * (cached + model.vocab_size) + 8 * longest)  # in float32; ids in int64
+    if model.lm_head.weight.device.type == "cpu" and 0 < memory() < needed:
+        raise ValueError(
+            f"samples={samples}: of up to {longest} tokens need at least {needed / 1e9:,.1f} GB,"
+            f" and this machine has {memory() / 1e9:,.1f} GB; generate fewer samples, or fewer"
+            " tokens"
+        )
 
 
 def _check_sampling(

@@ -54,6 +54,17 @@ def count_trainable(options: ModelOptions, vocab_size: int) -> int:
     return sum(math.prod(shapes[name]) for name in names)
 
 
+def count_activations(options: ModelOptions, vocab_size: int) -> int:
+    """Numbers that a training step keeps for each token until its backward pass, at least.
+
+    These are its logits, and with all parameters trained what each block keeps: two residuals (C
+    channels each), the normalised inputs of attention and MLP (2 C), queries, keys and values
+    (3 C), the output of attention (C), and the MLP's values before and after the GELU (8 C).
+    """
+    block = 0 if options.trainable else 16 * options.n_embd
+    return options.n_layer * block + vocab_size
+
+
 def is_trainable(names: Iterable[str], patterns: Sequence[str]) -> bool:
     """Whether `model.trainable=patterns` selects a parameter that has these names.
 

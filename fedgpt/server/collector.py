@@ -221,6 +221,7 @@ def model_length(state: ServerState) -> float:
     if not length <= LONGEST_MODEL:
         kind = f"weights of length {length:.3g}" if math.isfinite(length) else "NaN or Inf weights"
         raise StoppedEarly(
-            f"version {state.version} has {kind}: it has diverged; lower strategy.eta or local.lr"
+            f"version {state.version} has {kind}: it has diverged; lower local.lr, or strategy.eta"
+            " if the strategy has it"
         )
     return length

@@ -18,6 +18,7 @@ import numpy as np
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.messages import Job, JobTime
 from fedgpt.core.options import FleetOptions, RunOptions
+from fedgpt.core.options.option import typed
 from fedgpt.core.seeds import numpy_generator
 from fedgpt.storage.run_folder import read_lines
 
@@ -83,7 +84,7 @@ class Fleet:
             some = ", ".join(map(repr, missing[:3])) + (", ..." if missing[3:] else "")
             raise ConfigError(
                 f"fleet.path={o.path}: has no line for {len(missing)} of {len(clients)} clients:"
-                f" {some}"
+                f" {some}; add their lines"
             )
         listed = PUBLISHED if o.name == "published" else tuple(o.step_seconds)
         for index, client in enumerate(clients):
@@ -154,7 +155,7 @@ def _trace(options: FleetOptions) -> dict[str, Device]:
     if missing := [name for name in ("client", "step_seconds") if name not in found]:
         raise ConfigError(
             f"{named}: its first line lacks {', '.join(missing)}; it has"
-            f" {', '.join(found) or 'nothing'}"
+            f" {', '.join(found) or 'nothing'}; name the columns there"
         )
     for row in rows:
         step = _number(row["step_seconds"])
@@ -187,18 +188,22 @@ def fleet_problems(options: RunOptions) -> Iterator[str]:
         )
     if options.clock == "real" and f.name == "replay":
         yield f"fleet={f.name}: a record is replayed on the virtual clock; add clock=virtual"
-    if options.clock == "real" and (f.window or f.dropout or f.up or f.down or f.jitter):
-        yield "fleet: window, dropout, up, down and jitter are modelled by clock=virtual only"
+    for name in ("window", "dropout", "up", "down", "jitter") if options.clock == "real" else ():
+        if value := getattr(f, name):
+            yield (
+                f"fleet.{name}={typed(value)}: is modelled by clock=virtual only; add"
+                " clock=virtual, or leave it out"
+            )
     if f.name in ("trace", "replay"):
         kind = (
             "a CSV file with client,step_seconds" if f.name == "trace" else "a run's events.jsonl"
         )
         if not f.path or not Path(f.path).is_file():
-            yield f"fleet.path={f.path}: fleet={f.name} needs {kind}"
+            yield f"fleet.path={typed(f.path)}: fleet={f.name} needs {kind}; name such a file"
         elif f.name == "trace":
             yield from _trace_problems(options)
         elif not _is_a_record(Path(f.path)):
-            yield f"fleet.path={f.path}: fleet=replay needs {kind}, and this is none"
+            yield f"fleet.path={f.path}: fleet=replay needs {kind}, and this is none; name another"
 
 
 def _is_a_record(path: Path) -> bool:
@@ -218,5 +223,5 @@ def _trace_problems(options: RunOptions) -> Iterator[str]:
         if options.clock == "real" and any(device.down or device.up for device in devices):
             yield (
                 f"fleet.path={options.fleet.path}: down and up are modelled by clock=virtual only;"
-                " leave them out"
+                " add clock=virtual, or leave them out"
             )

@@ -95,7 +95,7 @@ def _tokenizer_problem(found: ModelFolder, o: RunOptions, tokenizer: Tokenizer |
     if tokenizer is not None and found.vocab_size != tokenizer.vocab_size:
         return (
             f"its vocab_size is {found.vocab_size}, this run's tokenizer has"
-            f" {tokenizer.vocab_size} tokens"
+            f" {tokenizer.vocab_size} tokens; take a model of this size"
         )
     return ""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fedgpt.core.errors import FedGPTError
+from fedgpt.core.errors import FedGPTError, resume_command
 from fedgpt.storage.run_folder import RunFolder
 
 Record = Mapping[str, Any]
@@ -85,7 +85,7 @@ def check_records(
             if problem := _problem(record, needed(record), fields):
                 raise FedGPTError(
                     f"{path}: line {number} is damaged ({problem}); delete that line, and continue"
-                    f" with: fedgpt run resume={folder.path}"
+                    f" with: {resume_command(folder.path)}"
                 )
 
 

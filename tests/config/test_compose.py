@@ -254,7 +254,7 @@ def test_all_problems_are_reported_at_once():
         (["pace.clients=4", "pace.minimum=5"], "pace.minimum=5"),
         (
             ["attack.clients=2"],
-            "attack.clients=2: attack=none has no attackers; choose attack=sign_flip|",
+            "attack.clients=2: attack=none has no attackers; choose attack=sign_flip or",
         ),
         (["attack=scale", "attack.clients=0"], "attack.clients=0: attack=scale needs attackers"),
         (["attack=scale", "attack.strength=0"], "attack.strength=0.0: must be above 0"),

@@ -76,6 +76,7 @@ def test_any_number_of_any_option_is_valid_or_a_named_problem(text):
     "typed, part",
     [
         ("runtime.workers=1000000", "runtime.workers=1000000: must be at most 4096"),
+        ("partition.clients=10000000", "partition.clients=10000000: must be at most 1000000"),
         ("rounds=1000000000000000000", "rounds=1000000000000000000: must be at most 1000000000"),
         ("model.n_layer=1000000000000", "model.n_layer=1000000000000: must be at most 10000"),
         ("pace.deadline=1e12", "pace.deadline=1000000000000.0: must be at most 1000000000.0"),
@@ -89,6 +90,40 @@ def test_any_number_of_any_option_is_valid_or_a_named_problem(text):
 )
 def test_a_number_that_cannot_work_is_named(typed, part):
     assert any(part in problem for problem in problems(typed)), problems(typed)
+
+
+@pytest.mark.parametrize("key", [key for key in NUMBERS if int in OPTIONS[key].kinds])
+def test_a_whole_number_is_allowed_up_to_its_end_and_refused_above_it(key):
+    if key == "update.block":  # its end is a matter of the codec
+        assert "update.block" in problems("update=int8", f"{key}={2**63}")[0]
+        return
+    one = OPTIONS[key]
+    low, high = 10_000, 2**63  # allowed, if no other option is considered; refused
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if one.problem(middle) else (middle, high)
+    assert one.problem(high).startswith(f"{key}={high}: must be ")
+    assert str(low) in one.problem(high), "the end is named"
+
+
+def test_a_micro_batch_that_does_not_fit_into_memory_is_refused(monkeypatch):
+    monkeypatch.setattr("fedgpt.config.checks.memory", lambda: 25 * 10**9)
+    monkeypatch.setattr("fedgpt.config.checks.may_have_gpu", lambda: True)
+    huge = ["local.batch_size=1000000"]
+    compose.load(huge)  # the memory of a GPU is not known without torch
+    compose.load([*huge, "privacy=example"])  # whose micro-batches are smaller
+    [problem] = problems(*huge, "runtime.device=cpu")
+    assert problem == (
+        "local.batch_size=1000000: a micro-batch of so many sequences of model.block_size=64 tokens"
+        " needs at least 1,573.0 GB, and this machine has 25.0 GB; lower it to 7946 or less, and"
+        " raise local.accumulate instead"
+    )
+    monkeypatch.setattr("fedgpt.config.checks.may_have_gpu", lambda: False)
+    assert problems(*huge) == [problem]
+    compose.load(["local.batch_size=7946", "local.accumulate=126"])
+    [problem] = problems("model.block_size=10000000", "model.n_layer=64", "local.batch_size=2")
+    assert problem.endswith("lower model.block_size")
+    compose.load(["model.block_size=64", "model.n_layer=64", "local.batch_size=2"])
 
 
 def test_patterns_of_parameters_are_not_looked_for_in_a_model_without_end():

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from fedgpt.core import device
 from fedgpt.core.device import Compute, choose_compute, choose_workers, cores, visible_gpus
 from fedgpt.core.errors import ConfigError
+from fedgpt.core.options import RunOptions, RuntimeOptions
+from fedgpt.core.resources import resources_for
 
 
 @pytest.fixture(autouse=True)
@@ -139,3 +141,17 @@ def test_the_number_of_processes_is_at_most_that_of_clients(monkeypatch):
     assert choose_workers(0, 0, 0, 3)[:2] == (3, 2)
     assert choose_workers(0, 0, 0, 1)[:2] == (1, 8)
     assert choose_workers(6, 1, 0, 2)[:2] == (2, 1)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "text"),
+    [
+        ("pool", "2 workers x 4 threads (8 cores, as set)"),
+        ("inprocess", "1 worker x 4 threads (runtime=inprocess)"),
+        ("superlink", "3 workers x 4 threads (runtime=superlink)"),
+    ],
+)
+def test_the_opening_names_as_many_processes_as_there_are(monkeypatch, runtime, text):
+    monkeypatch.setattr(device, "cores", lambda: 8)
+    options = RunOptions(runtime=RuntimeOptions(runtime, workers=2, device="cpu"))
+    assert resources_for(options, clients=3).workers_text == text

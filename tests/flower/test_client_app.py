@@ -7,12 +7,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Context, Message, Metadata, RecordDict
 from flwr.app.message import make_message
 from support.here import tiny_model, tiny_run
 
+from fedgpt.client.work import ClientWork
 from fedgpt.config import compose
-from fedgpt.core.errors import ConfigError
+from fedgpt.core.errors import ConfigError, FedGPTError
 from fedgpt.core.messages import Job, Plan
 from fedgpt.flower import client_app
 from fedgpt.flower.in_process_grid import InProcessGrid
@@ -38,6 +40,22 @@ def test_a_node_with_a_wrong_number_is_refused_with_its_option(tmp_path, config,
     answer = client_app.app(request, context)
     with pytest.raises(ConfigError, match=message):
         read_info(answer)
+
+
+@pytest.mark.parametrize("allocate", [torch.empty, np.ones], ids=["torch", "numpy"])
+def test_a_client_without_memory_says_what_to_lower(tmp_path, allocate):
+    words = tiny_run(tmp_path)
+    work = ClientWork(compose.load([*words, "local.batch_size=32"]), str(tmp_path))
+    told = pytest.raises(FedGPTError, match=r"^out of memory; lower local\.batch_size=32, and")
+    with told, client_app._reported(work):
+        allocate(1 << 46)
+    private = ClientWork(compose.load([*words, "privacy=local"]), str(tmp_path))
+    failed = pytest.raises(client_app.ClientFailed, match=r"^OutOfMemory \(the client's log has")
+    with failed, client_app._reported(private):
+        allocate(1 << 46)
+    failed = pytest.raises(client_app.ClientFailed, match=r"^ZeroDivisionError \(the client's log")
+    with failed, client_app._reported(work):
+        raise ZeroDivisionError
 
 
 CANARY = "zanzibar"

@@ -108,6 +108,9 @@ def test_what_the_clients_text_rules_out_is_refused_before_torch_is_imported(tmp
         "none of 2 natural clients": ["model.block_size=100000"],
         "cannot fill": ["privacy=client", "privacy.separation=3", "pace.clients=2"],
         "runtime=superlink: starts": ["runtime=superlink", *many],
+        "strategy.attackers=1 needs at least 5": ["strategy=krum", "pace.clients=0"],
+        "attack.clients=3: is above": ["attack=scale", "attack.clients=3"],
+        "tokens are public": ["strategy=fltrust", "corpus.public=0.01", "model.block_size=999"],
     }
     words = tiny_run(tmp_path)
     script = (
@@ -117,7 +120,7 @@ def test_what_the_clients_text_rules_out_is_refused_before_torch_is_imported(tmp
         "    assert 'torch' not in sys.modules, chosen\n"
     )
     command = [sys.executable, "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert all(part in done.stderr for part in refused), done.stderr
     assert not (tmp_path / "run").exists()

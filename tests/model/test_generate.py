@@ -122,6 +122,7 @@ def test_bf16_generates():
         ({"temperature": -0.5}, r"temperature=-0\.5: must be finite and at least 0"),
         ({"temperature": float("nan")}, r"temperature=nan: must be finite"),
         ({"top_k": 0}, r"top_k=0: must be at least 1"),
+        ({"samples": 10**12}, r"samples=10{12}: of up to \d+ tokens need at least .* GB, and this"),
         ({"top_p": 0.0}, r"top_p=0\.0: must be above 0 and at most 1"),
         ({"stop": 99}, r"stop=99: must be a token id from 0 to 22"),
     ],

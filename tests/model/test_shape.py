@@ -4,11 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from fedgpt.core.options import ModelOptions
 from fedgpt.model.build import freeze
 from fedgpt.model.gpt import GPT
 from fedgpt.model.shape import (
+    count_activations,
     count_parameters,
     count_trainable,
     parameter_shapes,
@@ -147,3 +149,35 @@ def test_counted_trainable_parameters_are_those_of_the_module(patterns, tie):
     freeze(module, patterns)
     counted = sum(p.numel() for p in module.parameters() if p.requires_grad)
     assert count_trainable(options, 11) == counted
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"norm": "rmsnorm"},
+        {"dropout": 0.1},
+        {"positions": "learned"},
+        {"trainable": ["*head*"]},
+    ],
+    ids=str,
+)
+def test_a_step_keeps_at_least_the_activations_that_are_counted(change):
+    """In bf16, and not many more: the count is not far below what torch keeps."""
+    options = replace(ModelOptions(n_layer=3, n_embd=32, block_size=16), tie=False, **change)
+    model = GPT(options, 257).to(torch.bfloat16).train()
+    freeze(model, options.trainable)
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if (place := tensor.untyped_storage().data_ptr()) not in known:
+            kept[place] = tensor
+        return tensor
+
+    ids = torch.zeros(8, 16, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        model.loss(ids, ids)
+    found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    counted = 2 * ids.numel() * count_activations(options, 257)
+    assert counted <= found <= 2 * counted

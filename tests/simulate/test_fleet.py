@@ -112,7 +112,7 @@ def test_a_file_that_is_not_utf8_is_refused(table):
 def test_links_on_the_real_clock_are_refused(table):
     path = table("client,step_seconds,up\na,1,2\n")
     assert problems(path, clock="real") == [
-        ": down and up are modelled by clock=virtual only; leave them out"
+        ": down and up are modelled by clock=virtual only; add clock=virtual, or leave them out"
     ]
     assert problems(table("client,step_seconds,up\na,1,0\n"), clock="real") == []
 
@@ -124,7 +124,8 @@ def test_links_on_the_real_clock_are_refused(table):
 def test_only_the_events_of_a_run_are_replayed(table, text, good):
     path = table(text)
     options = RunOptions(clock="virtual", fleet=FleetOptions("replay", path=path))
-    problem = f"fleet.path={path}: fleet=replay needs a run's events.jsonl, and this is none"
+    needs = "fleet=replay needs a run's events.jsonl, and this is none; name another"
+    problem = f"fleet.path={path}: {needs}"
     assert list(fleet_problems(options)) == ([] if good else [problem])
 
 

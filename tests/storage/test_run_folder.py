@@ -66,9 +66,10 @@ def test_a_refused_run_leaves_no_folder(tmp_path, capsys, monkeypatch):
 # what a run is refused for, from the first check to the last one
 LATE = {
     "no GPU": ["runtime.device=cuda"],
+    "no place for the cache": ["cache_dir=/proc/x"],
     "text too short": ["model.block_size=100000"],
     "too many clients": ["partition=iid", "partition.clients=4000"],
-    "no correct accounting": ["privacy=client", "privacy.separation=3", "pace.clients=2"],
+    "bad accounting": ["privacy=client", "privacy.separation=3", "pace.clients=2"],
     "public text too short": ["strategy=fltrust", "corpus.public=0.01", "model.block_size=1000"],
 }
 
@@ -86,6 +87,7 @@ def test_a_late_refusal_leaves_what_was_there_and_nothing_else(why, tmp_path, ca
         assert dispatch("run", ["runtime=inprocess", *chosen]) == 2
         assert "1 problem in the configuration" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} - {"cache"} == {"mine", "parent", "text"}
+    assert (tmp_path / "cache").exists() == (not why.startswith("no ")), "text is read last"
     assert [path.name for path in (tmp_path / "mine").rglob("*")] == ["sub", "notes.txt"]
     assert not any((tmp_path / "parent").iterdir())
 

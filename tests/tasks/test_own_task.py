@@ -139,7 +139,9 @@ def test_held_out_text_that_the_task_cannot_use_is_refused_before_the_run(tmp_pa
         run_here(*words)
     (problem,) = caught.value.problems
     assert problem.startswith("task=custom: DocumentLabel refused the held-out text (")
-    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert problem.endswith("; change task.arguments, or raise corpus.held_out")
+    assert not (tmp_path / "run").exists()
+    compose.load([*words[:-2], "task.arguments={labels: [ann, bob]}", TRUST])
 
 
 def test_rollback_follows_the_direction_of_the_score(tmp_path):

@@ -36,7 +36,7 @@ class AttackOptions(Group):
         if self.name == "none" and self.clients:
             yield (
                 f"attack.clients={self.clients}: attack=none has no attackers; choose"
-                f" attack={'|'.join(ATTACKS)}"
+                f" {' or '.join(f'attack={name}' for name in ATTACKS)}, or leave it out"
             )
         if self.name in ATTACKS and self.clients == 0:
             yield (

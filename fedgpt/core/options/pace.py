@@ -94,7 +94,7 @@ class PaceOptions(Group):
         if self.goal is not None and self.goal < self.minimum:
             yield (
                 f"pace.minimum={self.minimum}: a version closes at pace.goal={self.goal} updates"
-                " and would stop there; lower it"
+                " and would stop there; lower pace.minimum"
             )
 
     def without_effect(self) -> Iterator[tuple[str, str]]:
@@ -109,7 +109,7 @@ class PaceOptions(Group):
         if switches and self.rate is not None:
             yield (
                 f"pace.rate={self.rate}: the pacing may change to buffer, which has no coins; set"
-                " pace.clients"
+                " pace.clients instead"
             )
         if self.max_staleness is not None and self.name == "cohort" and not switches:
             yield (

@@ -111,12 +111,13 @@ class PrivacyOptions(Group):
     )
 
     def without_effect(self) -> Iterator[tuple[str, str]]:
-        """Without a unit there is no noise. Values of older runs are accepted, so these fields have
-        no `only_with`.
+        """Without a unit there is no noise. Values of older runs are accepted, so only an option
+        that is typed is reported.
         """
-        if self.unit == "none":
-            for name in ("clip", "participations", "rng"):
-                yield name, "privacy=none; choose privacy=example, client or local"
+        for one in fields(self) if self.unit == "none" else ():
+            units = facts_of(one).only_with or PRIVATE
+            if one.name != "unit" and getattr(self, one.name) is not None:
+                yield one.name, f"privacy=none; choose privacy={one_of(*units).words}"
 
     def rules(self) -> Iterator[str]:
         """Report each value that has an effect only with another unit."""

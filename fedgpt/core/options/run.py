@@ -130,6 +130,10 @@ class RunOptions(Group):
         if self.privacy.unit == "client" and self.pace.name == "cohort":
             # it would tell how many took part
             yield "pace.minimum", "privacy=client; choose privacy=example or local"
+        if self.privacy.unit == "client":  # a rejected update would tell of the others' norms
+            yield "validate.norm", "privacy=client; choose privacy=example or local"
+        if self.partition.name not in ("dirichlet", "custom") and self.task.name == "lm":
+            yield "corpus.label_field", f"partition={self.partition.name}; add partition=dirichlet"
         named = [str(target) for target in _values_of("_target_", asdict(self))]
         packages = [f"{package}." for package in self.trusted_packages]
         if packages and not any(target.startswith((*packages,)) for target in named):
@@ -144,11 +148,6 @@ class RunOptions(Group):
             yield (
                 "corpus.public=0: tokenizer=bpe is trained on the public part; raise it or take"
                 " tokenizer=bytes"
-            )
-        if 0 < self.partition.clients < self.attack.clients:
-            yield (
-                f"attack.clients={self.attack.clients}: more than the"
-                f" partition.clients={self.partition.clients} there are"
             )
         if self.checkpoint.journal and self.clock == "virtual":
             yield (

@@ -53,7 +53,7 @@ class UpdateOptions(Group):
         if self.compress == "none" and self.error_feedback:
             yield (
                 "update.error_feedback=true: update.compress=none leaves nothing out; choose a"
-                " codec, or leave update.error_feedback out"
+                " codec, such as update=int8, or leave update.error_feedback out"
             )
 
     def without_effect(self) -> Iterator[tuple[str, str]]:
