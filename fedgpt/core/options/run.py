@@ -130,13 +130,17 @@ class RunOptions(Group):
         if self.privacy.unit == "client" and self.pace.name == "cohort":
             # it would tell how many took part
             yield "pace.minimum", "privacy=client; choose privacy=example or local"
-        named = [str(target) for target in _values_of("_target_", asdict(self))]
-        packages = [f"{package}." for package in self.trusted_packages]
-        if packages and not any(target.startswith((*packages,)) for target in named):
+        if self.trusted_packages and not self.own_classes():
             yield (
                 "trusted_packages",
                 "classes of other packages only; name one of these with `_target_`",
             )
+
+    def own_classes(self) -> list[str]:
+        """The classes of trusted packages that options name, as package.module.Class."""
+        named = [str(target) for target in _values_of("_target_", asdict(self))]
+        packages = tuple(f"{package}." for package in self.trusted_packages)
+        return [target for target in named if target.startswith(packages)]
 
     def rules(self) -> Iterator[str]:
         """Contradictions between groups that need no component to find them."""
