@@ -10,7 +10,7 @@ cause, and the traceback is logged at level debug (HYDRA_FULL_ERROR=1 prints it)
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
 import logging
 import sys
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from fedgpt.core.errors import ConfigError, FedGPTError, nearest
+from fedgpt.core.files import sha256_of
 from fedgpt.core.options.option import field_problems
 
 CUSTOM = "custom"  # the choice under which `_target_` names the class
@@ -76,6 +77,13 @@ def load_class(
             f"{typed}: {module_name} has no class {class_name}{nearest(class_name, names)}"
         )
     return cls
+
+
+def source_digest(target: str) -> str:
+    """First digits of the sha256 of the file with the class `target`; empty if there is none."""
+    spec = importlib.util.find_spec(target.rpartition(".")[0])
+    file = Path(spec.origin or "") if spec is not None else Path()
+    return sha256_of(file)[:16] if file.is_file() else ""
 
 
 def call(

@@ -13,6 +13,7 @@ from typing import Any
 
 from fedgpt.core.errors import FedGPTError
 from fedgpt.core.options import RunOptions
+from fedgpt.core.targets import source_digest
 from fedgpt.data.partitions.base import Shard
 from fedgpt.data.prepare import Prepared, prepare
 from fedgpt.data.shards import partition_source, shards_digest, source_of, text_digest
@@ -24,12 +25,13 @@ log = logging.getLogger(__name__)
 CONTENT = ("text", "tokenizer", "shards", "base")
 
 
-def content_of(prepared: Prepared, shards: Sequence[Shard]) -> dict[str, str]:
-    """The digests of text, tokenizer and shards."""
+def content_of(options: RunOptions, prepared: Prepared, shards: Sequence[Shard]) -> dict[str, str]:
+    """The digests of text, tokenizer and shards, and of the files with the user's own classes."""
     return {
         "text": text_digest(prepared),
         "tokenizer": prepared.tokenizer.digest,
         "shards": shards_digest(shards),
+        **{f"code of {target}": source_digest(target) for target in options.own_classes()},
     }
 
 

@@ -33,12 +33,12 @@ Changed = Callable[[Mapping[str, Any]], str]
 def checked_content(
     options: RunOptions, prepared: Prepared, shards: Sequence[Shard], changed: Changed
 ) -> dict[str, str]:
-    """Return the digests of text, tokenizer and shards, for the environment of a run's checkpoints.
+    """Return the digests of a run's content, for the environment of its checkpoints.
 
     Raises FedGPTError if the run in `run_dir` began with others, or with other options; `changed`:
     see `open_or_resume`. Uses no array of a checkpoint, and changes no file.
     """
-    content = content_of(prepared, shards)
+    content = content_of(options, prepared, shards)
     folder = Path(options.run_dir) / "checkpoints"
     identity = Checkpoints(folder, options.checkpoint.keep).identity()
     if identity is not None:
@@ -131,7 +131,7 @@ def _refuse_unsaved(folder: RunFolder, snapshot: Snapshot) -> None:
 
 
 def _warn_of_other_conditions(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Name the versions and properties of the machine that differ from those of the start."""
+    """Name the versions, machine and user's files that differ from those of the start."""
     differing = [
         f"{name} {before[name]} -> {now[name]}"
         for name in now
@@ -140,7 +140,7 @@ def _warn_of_other_conditions(before: Mapping[str, Any], now: Mapping[str, Any])
     if differing:
         log.warning(
             "the run is resumed under other conditions than it began with: %s. It goes on, but its"
-            " result may differ in the last bits from that of an uninterrupted run",
+            " result may differ from that of an uninterrupted run",
             ", ".join(differing),
         )
 

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import third_party
 from support.here import run_here, tiny_run
 from support.world import LONG, files, wait_until
 
@@ -252,7 +253,7 @@ def own(tmp_path, monkeypatch) -> Iterator[list[str]]:
     sys.modules.pop("mine_own", None)
 
 
-def test_a_resume_with_other_shards_of_the_same_text_is_refused(own, tmp_path):
+def test_a_resume_with_other_shards_of_the_same_text_is_refused(own, tmp_path, caplog):
     run = tmp_path / "run"
     stop_after(2, *own)
     before = content(run)
@@ -263,7 +264,9 @@ def test_a_resume_with_other_shards_of_the_same_text_is_refused(own, tmp_path):
             fedgpt.run(f"resume={run}")
         assert content(run) == before
     write_partition(tmp_path, "class Mine", "# a comment changes no shard\nclass Mine")
-    resumed = fedgpt.run(f"resume={run}").summary["weights_sha256"]
+    with caplog.at_level(logging.WARNING):
+        resumed = fedgpt.run(f"resume={run}").summary["weights_sha256"]
+    assert re.search(r"conditions than it began with: code of mine_own\.Mine \w+ ->", caplog.text)
     alone = [word for word in own if not word.startswith("run_dir")]
     assert resumed == run_here(*alone, f"run_dir={tmp_path / 'b'}")["weights_sha256"]
 
@@ -274,6 +277,25 @@ def test_a_resume_with_other_shards_of_a_partition_of_fedgpt_is_refused(stopped)
         FedGPTError, match=r"partition=natural makes other .* versions of fedgpt and numpy"
     ):
         fedgpt.run(f"resume={stopped}")
+
+
+def test_the_file_of_a_class_of_any_kind_that_changed_is_a_warning_that_names_it(tmp_path, caplog):
+    """Whether a task, a codec or a metric computes other values with it is not known."""
+    own = ["task=custom", "task._target_=support.labels_task.DocumentLabel"]
+    own += ["metrics=[{_target_:support.labels_task.TopTokens,k:1}]"]
+    own += [
+        "update=custom",
+        f"update._target_={third_party.MODULE}.Sign",
+        "update.arguments={step: 0.002}",
+    ]
+    stop_after(2, *tiny_run(tmp_path), *own, f"trusted_packages=[support,{third_party.MODULE}]")
+    for kind in ("support.labels_task.DocumentLabel", "support.labels_task.TopTokens"):
+        edit_identity(tmp_path / "run", **{f"code of {kind}": "0123"})
+    edit_identity(tmp_path / "run", **{"code of outsider.Sign": "0123"})
+    with caplog.at_level(logging.WARNING):
+        fedgpt.run(f"resume={tmp_path / 'run'}")
+    for kind in ("labels_task.DocumentLabel", "labels_task.TopTokens", "outsider.Sign"):
+        assert re.search(rf"code of \S*{kind} 0123 -> \w{{16}}", caplog.text), caplog.text
 
 
 @pytest.mark.parametrize("change", ["swapped", "one document moved"])

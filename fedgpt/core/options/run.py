@@ -134,13 +134,17 @@ class RunOptions(Group):
             yield "validate.norm", "privacy=client; choose privacy=example or local"
         if self.partition.name not in ("dirichlet", "custom") and self.task.name == "lm":
             yield "corpus.label_field", f"partition={self.partition.name}; add partition=dirichlet"
-        named = [str(target) for target in _values_of("_target_", asdict(self))]
-        packages = [f"{package}." for package in self.trusted_packages]
-        if packages and not any(target.startswith((*packages,)) for target in named):
+        if self.trusted_packages and not self.own_classes():
             yield (
                 "trusted_packages",
                 "classes of other packages only; name one of these with `_target_`",
             )
+
+    def own_classes(self) -> list[str]:
+        """The classes of trusted packages that options name, as package.module.Class."""
+        named = [str(target) for target in _values_of("_target_", asdict(self))]
+        packages = tuple(f"{package}." for package in self.trusted_packages)
+        return [target for target in named if target.startswith(packages)]
 
     def rules(self) -> Iterator[str]:
         """Contradictions between groups that need no component to find them."""
