@@ -46,11 +46,22 @@ def shown(name: str | Path) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
+def brief(text: str, most: int = 30) -> str:
+    """Return a text of the user for a message: its beginning in one line, if it is long.
+
+    >>> brief("a long name " * 1000)
+    'a long name a long name a l...'
+    """
+    begin = text[: most + 1]
+    begin = begin if begin.isprintable() else repr(begin)[1:-1]
+    return begin if len(begin) <= most else f"{begin[: most - 3]}..."
+
+
 def reason(error: BaseException) -> str:
     """Return the reason of an error of the system or of a library, in one line."""
     if isinstance(error, FileNotFoundError):
         return "is not there any more; the text changed while it was read"
-    text = getattr(error, "strerror", None) or " ".join(str(error).split())
+    text = getattr(error, "strerror", None) or brief(" ".join(str(error).split()), 200)
     return f"cannot be read ({text or type(error).__name__})"
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import isnan
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedgpt.core.errors import amount
-from fedgpt.data.reading import Unreadable
+from fedgpt.data.reading import Unreadable, brief
 from fedgpt.data.records import Field, Format, Missing, Row, format_of, type_word
 from fedgpt.data.sources import NAMED, LeftOut
 
@@ -136,7 +137,7 @@ class RecordText:
         if problems or text is None:
             self._bad += 1
             if len(self._problems) < NAMED:
-                self._problems.append(f"{place}: {'; '.join(problems)}")
+                self._problems.append(f"{place}: {brief('; '.join(problems), 160)}")
             return None
         if not text.strip():
             self._blank += 1
@@ -185,9 +186,12 @@ class RecordText:
 
 
 def _value(record: dict[str, Any], option: str, field: Field, problems: list[str]) -> Any:
-    """Return a field's value; None with a problem if it is missing."""
+    """Return a field's value; None with a problem if it is missing, and None for NaN, which some
+    programs write in place of null.
+    """
     try:
-        return field.of(record)
+        value = field.of(record)
+        return None if isinstance(value, float) and isnan(value) else value
     except Missing as error:
         problems.append(f"{option}={field.typed}: {error}")
         return None
@@ -206,16 +210,28 @@ def _text(record: dict[str, Any], field: Field, problems: list[str]) -> str | No
 def _client(record: dict[str, Any], field: Field, problems: list[str]) -> str | None:
     before = len(problems)
     value = _value(record, "corpus.client", field, problems)
-    wrong = type_word(value) if value is None or isinstance(value, list | dict | bytes) else ""
-    wrong = wrong or ("" if str(value).strip() else "empty")
-    if wrong and len(problems) == before:
+    name = _name(value)
+    if not (name and name.strip()) and len(problems) == before:
+        wrong = type_word(value) if name is None else "empty"
         problems.append(f"corpus.client={field.typed}: is {wrong}; every record needs an owner")
-    return str(value)
+    return name
 
 
 def _label(record: dict[str, Any], field: Field, problems: list[str]) -> str:
     value = _value(record, "corpus.label_field", field, problems)
-    return "" if value is None else str(value)
+    name = "" if value is None else _name(value)
+    if name is None:
+        problems.append(f"corpus.label_field={field.typed}: is {type_word(value)}, not a label")
+    return name or ""
+
+
+def _name(value: Any) -> str | None:
+    """Return the owner or label that a value names, in the way that JSON and tables write it;
+    None for a value that names none.
+    """
+    if value is None or isinstance(value, list | dict | bytes):
+        return None
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _without_half_pairs(text: str) -> str:

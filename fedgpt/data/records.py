@@ -10,16 +10,19 @@ from __future__ import annotations
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedgpt.core.errors import nearest
+from fedgpt.core.errors import amount, nearest
 from fedgpt.data.reading import (
     PACKED,
     Unreadable,
+    brief,
     lines,
     parquet_module,
     reason,
@@ -31,6 +34,7 @@ DIGITS = 4000  # a whole number with more digits is read as text, as Python refu
 PATH = re.compile(r"[^.\[\]]+(\[-?\d+\]|\.[^.\[\]]+)*")
 STEP = re.compile(r"(?P<name>[^.\[\]]+)|\[(?P<index>-?\d+)\]")
 SPACE = re.compile(r"[ \t\n\r]*")
+MOST_NAMES = 5  # number of fields that a message names
 OWNERS = ("file", "folder")  # values of corpus.client that need no field
 WORDS = {
     bool: "true or false",
@@ -105,11 +109,20 @@ class Field:
         """Return what is there instead of `step`."""
         what = "no such field" if step == self.typed else f"no {step!r}"
         if isinstance(value, dict):
-            names = ", ".join(map(str, value)) or "none"
-            return f"{what}; its fields: {names}{nearest(str(step), value)}"
+            names = ", ".join(map(brief, islice(value, MOST_NAMES))) or "none"
+            names += ", ..." if len(value) > MOST_NAMES else ""
+            known = [name for name in islice(value, 1000) if len(name) <= 40]
+            return f"{what}; its fields: {names}{nearest(str(step), known, 1)}"
         if isinstance(value, list):
             return f"{what} in a list of {len(value)}"
         return f"{what} in {type_word(value)}"
+
+
+def twice_in(names: Sequence[str]) -> str:
+    """Return the first name that stands twice, for a message; empty if none does."""
+    if len(set(names)) == len(names):
+        return ""
+    return repr(brief(next(name for name, count in Counter(names).items() if count > 1)))
 
 
 def type_word(value: Any) -> str:
@@ -130,11 +143,12 @@ def format_of(name: str) -> Format | None:
 
 def _json_lines(path: Path, fields: Sequence[Field]) -> Iterator[Row]:
     """Yield the objects of a file with one on each line; blank lines are only counted."""
+    decoder = _Decoder()
     for number, line in enumerate(lines(text_chunks(path), LARGEST), start=1):
         if _too_large(line):
             yield Row(number, {}, _TOO_LARGE)
         elif line and not line.isspace():
-            yield _parsed(number, line)
+            yield _parsed(number, line, decoder)
 
 
 def _json(path: Path, fields: Sequence[Field]) -> Iterator[Row]:
@@ -149,11 +163,7 @@ def _json(path: Path, fields: Sequence[Field]) -> Iterator[Row]:
         if number and in_array and not objects.take(","):
             raise Unreadable(objects.damaged("expected ',' or ']'"))
         number += 1
-        value = objects.next(number)
-        if isinstance(value, dict):
-            yield Row(number, value)
-        else:
-            yield Row(number, {}, _not_an_object(value))
+        yield objects.next(number)
     if not objects.at_end():
         raise Unreadable(objects.damaged("text after the end of the array"))
 
@@ -162,7 +172,7 @@ class _Objects:
     """Reads the JSON values of a text one by one, and holds only one of them."""
 
     def __init__(self, chunks: Iterator[str]):
-        self._chunks, self._decoder = chunks, _DECODER
+        self._chunks, self._decoder = chunks, _Decoder()
         self._text, self._at = "", 0  # what is read but not used begins at _at
         self._lines = 0  # number of line ends before _text
 
@@ -185,13 +195,13 @@ class _Objects:
         self._at += found
         return found
 
-    def next(self, number: int) -> Any:
-        """Return the next value; raises Unreadable if it is damaged or too large."""
+    def next(self, number: int) -> Row:
+        """Return the next value as a row; raises Unreadable if it is damaged or too large."""
         while True:
             self.at_end()
             try:
                 value, self._at = self._decoder.raw_decode(self._text, self._at)
-                return value
+                return _row(number, value, self._decoder.twice)
             except json.JSONDecodeError as error:
                 if _too_large(self._text[self._at :]):
                     raise Unreadable(
@@ -203,7 +213,7 @@ class _Objects:
             except RecursionError as error:
                 raise Unreadable(f"record {number} {_TOO_DEEP}") from error
             except ValueError:  # a number with too many digits
-                self._decoder = _PATIENT
+                self._decoder = _Decoder(parse_int=_long_integer)
 
     def damaged(self, why: str) -> str:
         """Return a message with the line of the current place."""
@@ -225,41 +235,81 @@ class _Objects:
 
 
 def _separated(path: Path, fields: Sequence[Field], separator: str) -> Iterator[Row]:
-    """Yield the rows of a table in text; the first row has the names of the fields."""
+    """Yield the rows of a table in text; the first row has the names of the fields.
+
+    Raises Unreadable where quotes are wrong in a way that rows may be inside a quoted value.
+    """
     csv.field_size_limit(max(csv.field_size_limit(), LARGEST))
-    ended = (f"{line}\n" for line in lines(text_chunks(path), LARGEST))
-    rows = csv.reader(ended, delimiter=separator, strict=True)
+    held: list[str] = []  # the lines of the current row
+    rows = csv.reader(_noted(text_chunks(path), held), delimiter=separator, strict=True)
     names: list[str] = []
     while True:
+        held.clear()
         number = rows.line_num + 1
         try:
             values = next(rows, None)
         except csv.Error as error:
+            if len(held) > 1:
+                raise Unreadable(
+                    f"is not a table from line {number} on: a quoted value there has no end before"
+                    f" line {rows.line_num} ({error}); {_QUOTES}"
+                ) from error
             yield Row(number, {}, f"is not a row of a table ({error})")
             continue
         if values is None:
             return
         if not values:  # a blank line
             continue
+        if _hold_rows(held, separator, len(names or values)):
+            raise Unreadable(
+                f"has a quoted value from line {number} to line {rows.line_num}, and most of these"
+                f" lines look like rows of their own; {_QUOTES}, or save the table as .jsonl"
+            )
         if not names:
             names = _header(values, number)
         else:
             yield _table_row(number, names, values)
 
 
+_QUOTES = 'double ("") or remove each quote that neither begins nor ends a value'
+
+
+def _noted(chunks: Iterator[str], held: list[str]) -> Iterator[str]:
+    """Yield the lines of a text, and note each of them in `held`."""
+    for line in lines(chunks, LARGEST):
+        held.append(line)
+        yield f"{line}\n"
+
+
+def _hold_rows(held: Sequence[str], separator: str, count: int) -> bool:
+    """Whether most lines of one row look like rows of `count` values, as a stray quote joins rows.
+
+    In prose, addresses and code few lines have that number of separators, and a space or the end
+    of the line follows most of them. Less than three separators in the joined rows may be chance.
+    """
+    if len(held) == 1:
+        return False
+    rows = [line.split(separator) for line in held if line.strip()]
+    whole = sum(
+        len(row) == count and all(value and not value[0].isspace() for value in row) for row in rows
+    )
+    return whole >= 0.75 * len(rows) and (whole - 1) * (count - 1) >= 3
+
+
 def _header(values: list[str], number: int) -> list[str]:
     """Return the names of the fields; raises Unreadable if there are none or one stands twice."""
     if not any(values):
         raise Unreadable(f"has no names of fields in line {number}, its first row")
-    if twice := [name for name in values if values.count(name) > 1]:
-        raise Unreadable(f"has two fields {twice[0]!r} in line {number}, its first row")
+    if twice := twice_in(values):
+        raise Unreadable(f"has two fields {twice} in line {number}, its first row")
     return values
 
 
 def _table_row(number: int, names: list[str], values: list[str]) -> Row:
     """Return a row of a table as a record."""
     if len(values) != len(names):
-        return Row(number, {}, f"has {len(values)} values; the first row names {len(names)} fields")
+        has, named = amount(len(values), "value"), amount(len(names), "field")
+        return Row(number, {}, f"has {has}; the first row names {named}")
     if any(map(_too_large, values)):
         return Row(number, {}, _TOO_LARGE)
     return Row(number, dict(zip(names, values, strict=True)))
@@ -299,8 +349,8 @@ def _parquet(path: Path, fields: Sequence[Field]) -> Iterator[Row]:
 def _columns(names: Sequence[str], fields: Sequence[Field]) -> list[str]:
     """Return the columns that are needed; all, which a message lists, if a field is missing."""
     wanted = {*OWNERS, *(field.typed for field in fields), *(field.column for field in fields)}
-    if twice := [name for name in names if name in wanted and names.count(name) > 1]:
-        raise Unreadable(f"has two columns {twice[0]!r}; rename one of them")
+    if twice := twice_in([name for name in names if name in wanted]):
+        raise Unreadable(f"has two columns {twice}; rename one of them")
     complete = all(field.typed in names or field.column in names for field in fields)
     return [name for name in names if name in wanted or not complete]
 
@@ -331,25 +381,43 @@ def _long_integer(digits: str) -> int | str:
     return int(digits) if len(digits) <= DIGITS else digits
 
 
-_DECODER = json.JSONDecoder()
-_PATIENT = json.JSONDecoder(parse_int=_long_integer)  # slower
+class _Decoder(json.JSONDecoder):
+    """Notes a name that stands twice in an object, of which only the last value would be read."""
+
+    def __init__(self, **options: Any):
+        self.twice = ""
+        super().__init__(object_pairs_hook=self._object, **options)
+
+    def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:
+        """Return a value and where it ends; `decode` calls this as well."""
+        self.twice = ""
+        return super().raw_decode(s, idx)
+
+    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            self.twice = twice_in([name for name, _ in pairs])
+        return found
 
 
-def _parsed(number: int, line: str) -> Row:
+def _parsed(number: int, line: str, decoder: _Decoder) -> Row:
     """Return the record of a line."""
     try:
-        value = _DECODER.decode(line)
+        return _row(number, decoder.decode(line), decoder.twice)
     except json.JSONDecodeError as error:
         return Row(number, {}, f"not JSON ({error.msg} at character {error.pos + 1})")
     except ValueError:  # a number with too many digits
-        value = _PATIENT.decode(line)
+        return _parsed(number, line, _Decoder(parse_int=_long_integer))  # slower
     except RecursionError:
         return Row(number, {}, _TOO_DEEP)
-    return Row(number, value) if isinstance(value, dict) else Row(number, {}, _not_an_object(value))
 
 
-def _not_an_object(value: Any) -> str:
-    return f"a record must be an object with fields, not {type_word(value)}"
+def _row(number: int, value: Any, twice: str) -> Row:
+    """Return a value as a record, if it is an object in which no name stands twice."""
+    if not isinstance(value, dict):
+        problem = f"a record must be an object with fields, not {type_word(value)}"
+        return Row(number, {}, problem)
+    return Row(number, {}, f"has two fields {twice}") if twice else Row(number, value)
 
 
 FORMATS = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -188,6 +189,12 @@ BAD = [
     ('{"who": "ann", "text": "x"', "not JSON"),
     ("[" * 100_000 + "]" * 100_000, "has too many lists or objects within each other"),
     ('"text"', "must be an object with fields, not text"),
+    ('{"who": "ann", "text": "a", "text": "b"}', "has two fields 'text'"),
+    ('{"text": "x", "who": "ann", "more": [{"a": 1, "b": {}, "a": 1}]}', "has two fields 'a'"),
+    ('{"text": "x", "who": ' + "9" * 5000 + ', "who": "bob"}', "has two fields 'who'"),
+    ('{"who": true, "who": "ann", "text": 3}', "has two fields 'who'"),
+    ('{"who": NaN, "text": "x"}', "corpus.client=who: is null; every record needs an owner"),
+    ('{"who": ["ann"], "text": "x"}', "corpus.client=who: is a list"),
 ]
 
 
@@ -205,6 +212,46 @@ def test_a_bad_record_is_refused_with_its_line_or_left_out_and_reported(tmp_path
     assert [d.text for d in load(skipping)] == [row["text"] for row in POSTS] * 2
     [note] = notes(skipping)
     assert "left out 1 of 7 records that cannot be used (corpus.bad_records=skip): line 5" in note
+
+
+@pytest.mark.parametrize(("line", "problem"), [bad for bad in BAD if "two fields" in bad[1]])
+def test_a_name_that_stands_twice_in_an_object_of_an_array_is_a_bad_record(
+    tmp_path, line, problem, monkeypatch
+):
+    """The last value was read, without a word of the first."""
+    monkeypatch.setattr(reading, "CHUNK", 50)
+    good = ", ".join(json.dumps(row) for row in POSTS)
+    path = write(tmp_path, "posts.json", f"[{good}, {line}, {good}]")
+    with pytest.raises(ConfigError, match=rf"1 of 7 records.*record 4: {problem}"):
+        load(files(path, client="who"))
+    assert len(load(files(path, client="who", bad_records="skip"))) == 6
+
+
+@pytest.mark.parametrize("value", [["a"], {"a": 1}, []])
+def test_a_label_that_is_a_list_or_an_object_is_refused(tmp_path, value):
+    """It became the label "['a']"."""
+    path = write(tmp_path, "a.jsonl", jsonl([{"text": "x", "kind": value}]))
+    with pytest.raises(ConfigError, match=r"label_field=kind: is (a list|an object), not a label"):
+        load(files(path, label_field="kind"))
+
+
+def test_an_owner_or_label_has_the_same_name_in_every_format(tmp_path):
+    values = {"true": True, "1": 1, "1.5": 1.5, "True": "True", "": None, "false": False}
+    rows = [{"who": value or "0", "text": "x", "kind": value} for value in values.values()]
+    for suffix in (".jsonl", ".json"):
+        path = write(tmp_path, f"a{suffix}", MAKERS[suffix](rows))
+        found = load(files(path, client="who", label_field="kind"))
+        assert [d.label for d in found] == list(values)
+        assert [d.client for d in found] == ["true", "1", "1.5", "True", "0", "0"]
+    path = write(tmp_path, "nan.jsonl", '{"text": "x", "kind": NaN}')
+    assert [d.label for d in load(files(path, label_field="kind"))] == [""]
+    pyarrow = pytest.importorskip("pyarrow")
+    columns = {"text": ["x"] * 3, "kind": [True, False, None], "who": pyarrow.array([1, 2, 3])}
+    __import__("pyarrow.parquet").parquet.write_table(
+        pyarrow.table(columns), tmp_path / "a.parquet"
+    )
+    found = load(files(tmp_path / "a.parquet", client="who", label_field="kind"))
+    assert [(d.client, d.label) for d in found] == [("1", "true"), ("2", "false"), ("3", "")]
 
 
 def test_blank_texts_are_left_out_counted_and_reported(tmp_path):
@@ -240,6 +287,42 @@ def test_wrong_options_are_reported_after_the_first_hundred_records(tmp_path):
     path = write(tmp_path, "posts.jsonl", jsonl([POSTS[0]] * 1000) + b"\nnot read")
     with pytest.raises(ConfigError, match=r"the first 100 records cannot be used.*did you mean"):
         load(files(path, text_field="texts"))
+
+
+LONG = st.sampled_from(["n", "secret " * 200, "s" * 5000, "\n" * 300, "text" * 50])
+HUGE = st.recursive(
+    LONG | st.none() | st.just(10**3000),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(LONG, inner, max_size=3),
+    max_leaves=4,
+)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.lists(
+        st.dictionaries(LONG | st.sampled_from(["text", "who", "kind"]), HUGE, max_size=6)
+        | st.just({f"field {number}": number for number in range(200)}),
+        min_size=1,
+        max_size=5,
+    ),
+    st.sampled_from(list(MAKERS)),
+    st.sampled_from(["who", "who.first.name"]),
+)
+def test_a_message_has_an_upper_end_whatever_the_records_hold(
+    tmp_path_factory, rows, suffix, client
+):
+    """A table without a row of names had its first row in the message, with all its text."""
+    folder = tmp_path_factory.mktemp("huge")
+    if suffix == ".parquet":
+        suffix = ".jsonl"
+    path = write(folder, f"a{suffix}", MAKERS[suffix](rows))
+    options = files(path, client=client, label_field="kind")
+    for each in (options, replace(options, bad_records="skip")):
+        try:
+            told = notes(each)
+        except ConfigError as error:
+            told = error.problems
+        assert all(len(line.replace(str(path), "")) < 700 and line.isprintable() for line in told)
 
 
 def test_half_a_surrogate_pair_is_reported(tmp_path):
@@ -302,7 +385,7 @@ def test_a_record_has_an_upper_limit(tmp_path, suffix, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("who,text\nann\n", "line 2: has 1 values; the first row names 2 fields"),
+        ("who,text\nann\n", "line 2: has 1 value; the first row names 2 fields"),
         ("who,text\nann,x,y\n", "line 2: has 3 values; the first row names 2 fields"),
         ('who,text\nann,"x\n', r"line 2: is not a row of a table \(unexpected end of data\)"),
         ('who,text\nann,"x"y\n', "line 2: is not a row of a table"),
@@ -316,6 +399,100 @@ def test_a_table_that_is_none_is_refused_with_its_line(tmp_path, text, message):
     path = write(tmp_path, "a.csv", text)
     with pytest.raises(ConfigError, match=message):
         load(files(path, client="who"))
+
+
+ROWS = [f"{number},ann,words of row {number}" for number in range(60)]
+
+
+def with_quotes(first: str, last: str, separator: str) -> str:
+    """A table in which `first` begins the text of row 39, and `last` ends the row 55."""
+    rows = list(ROWS)
+    rows[39] = f"39,ann,{first}words"
+    rows[55] += last
+    return "\n".join(["id,who,text", *rows, ""]).replace(",", separator)
+
+
+@pytest.mark.parametrize("separator", [",", "\t"])
+@pytest.mark.parametrize(
+    ("first", "last", "message"),
+    [
+        ('"', "", "line 41 on: a quoted value there has no end before line 61 .unexpected end"),
+        ('"', '"x', "line 41 on: a quoted value there has no end before line 57"),
+        (
+            '"',
+            '"',
+            "a quoted value from line 41 to line 57, and most of these lines look like rows",
+        ),
+        ('"', '"SEPARATORx', "a quoted value from line 41 to line 57"),  # not of three values
+    ],
+)
+def test_rows_inside_a_quoted_value_are_refused(tmp_path, separator, first, last, message):
+    """They were one text, or one bad record that was left out with all rows after it."""
+    text = with_quotes(first, last.replace("SEPARATOR", separator), separator)
+    path = write(tmp_path, "a.csv" if separator == "," else "a.tsv", text)
+    for bad_records in ("refuse", "skip"):
+        with pytest.raises(ConfigError, match=message):
+            load(files(path, client="who", bad_records=bad_records))
+
+
+@pytest.mark.parametrize("text_first", [True, False])
+@pytest.mark.parametrize("merged", [4, 5, 30])
+@pytest.mark.parametrize("separator", [",", "\t"])
+def test_rows_of_two_values_that_a_quote_joins_are_refused(tmp_path, text_first, merged, separator):
+    rows = [["ann", f"words of row {number}"] for number in range(40)]
+    rows[5][1], rows[4 + merged][1] = '"' + rows[5][1], rows[4 + merged][1] + '"'
+    if text_first:
+        rows = [list(reversed(row)) for row in rows]
+    lines = [separator.join(row) for row in [["who", "text"][:: -1 if text_first else 1], *rows]]
+    path = write(tmp_path, "a.csv" if separator == "," else "a.tsv", "\n".join(lines))
+    with pytest.raises(ConfigError, match=f"a quoted value from line 7 to line {6 + merged}"):
+        load(files(path, client="who"))
+
+
+def test_two_rows_of_many_values_that_a_quote_joins_are_refused(tmp_path):
+    rows = ["who,kind,n,text", "ann,a,1,words", 'bob,b,2,"words', 'eve,c,3,words"', "ann,a,4,words"]
+    path = write(tmp_path, "a.csv", "\n".join(rows))
+    with pytest.raises(ConfigError, match="a quoted value from line 3 to line 4"):
+        load(files(path, client="who"))
+
+
+def test_a_quote_in_the_first_row_joins_no_rows_to_a_name(tmp_path):
+    path = write(tmp_path, "a.csv", 'who,"text\nann,one\nann,two\nann,three\nann,four"\nann,five\n')
+    with pytest.raises(ConfigError, match="a quoted value from line 1 to line 5"):
+        load(files(path, client="who"))
+
+
+def test_a_row_of_one_line_with_wrong_quotes_is_a_bad_record(tmp_path):
+    rows = [*ROWS[:5], '5,ann,"x"y', *ROWS[6:], '60,ann,"not closed']
+    path = write(tmp_path, "a.csv", "\n".join(["id,who,text", *rows]))
+    documents = load(files(path, client="who", bad_records="skip"))
+    assert [d.text for d in documents] == [f"words of row {n}" for n in range(60) if n != 5]
+
+
+LOOK_ALIKES = {
+    "poem": "Come, reader, and sit,\nthe lamp, now lit,\nis low, but warm,\nagainst, you see,\n",
+    "one comma in each line": "The fire is low\nthe lamp, it flickers\nsay, who knocks\nno, none",
+    "address": "Ann Doe\n1 Mill Lane, Ely\nCambridge, Isle of Ely\nEngland, United Kingdom",
+    "list": "apples,\npears,\nplums,\nnuts,",
+    "code": "def f(a, b):\n    x, y = a, b\n    return g(x, y)\n",
+    "code with tabs": "if x:\n\ty()\n\tz()\n\tw()\nelse:\n\tpass",
+    "packed code": "function f(a,b) {\n  x(a,b);\n  y(b,a);\n  z(a,a);\n}",
+    "numbers": "we counted\n1,500 herons\n2,300 gulls",
+    "a table in prose": "We saw\na,b\n1,2\n3,4\n5,6\nand went home.\nIt rained.\nIt snowed.",
+    "blank lines": "one\n\n\n\ntwo, three\n\n",
+    "quotes": '"a,b"\n"c,d"\nand "e,f"',
+}
+
+
+@pytest.mark.parametrize("separator", [",", "\t"])
+@pytest.mark.parametrize("columns", [["text"], ["text", "n"], ["n", "text"], ["n", "text", "m"]])
+@pytest.mark.parametrize("kind", LOOK_ALIKES)
+def test_texts_of_several_lines_are_read(tmp_path, kind, columns, separator):
+    text = LOOK_ALIKES[kind]
+    rows = [{name: text if name == "text" else str(n) for name in columns} for n in range(3)]
+    suffix = ".csv" if separator == "," else ".tsv"
+    path = write(tmp_path, f"a{suffix}", MAKERS[suffix](rows))
+    assert [d.text for d in load(files(path))] == [text] * 3
 
 
 def test_quoted_cells_hold_line_ends_and_blank_lines_do_not_count(tmp_path):
