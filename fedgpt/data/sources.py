@@ -123,7 +123,8 @@ def _matching(pattern: Path, left: LeftOut) -> tuple[Path, dict[str, Path]]:
 
 def _glob(parts: Sequence[str]) -> list[Path]:
     """Return what matches a pattern; not by Path.glob, whose wildcards match hidden names."""
-    return [Path(name) for name in sorted(glob.glob(str(Path(*parts)), recursive=True))]  # noqa: PTH207
+    names = glob.glob(str(Path(*parts)), recursive=True)  # noqa: PTH207
+    return [Path(name) for name in sorted(names)]
 
 
 def _check_folder(folder: Path, listed: bool) -> None:
