@@ -41,7 +41,7 @@ def groups(config_dir: str | None = None) -> dict[str, list[str]]:
     """
     found: dict[str, list[str]] = {group: [] for group in defaults()}
     for root in [CONF, *([Path(config_dir)] if config_dir else [])]:
-        for path in sorted(root.glob("*/*.yaml")):
+        for path in _files(root):
             names = found.setdefault(path.parent.name, [])
             names += [path.stem] if path.stem not in names else []
     first = defaults()
@@ -51,6 +51,21 @@ def groups(config_dir: str | None = None) -> dict[str, list[str]]:
         )
         for group, names in found.items()
     }
+
+
+def _files(root: Path) -> list[Path]:
+    """The files of a folder's groups; raises ConfigError if one of them cannot be listed."""
+    try:  # not Path.glob, which leaves out what it cannot list
+        folders = [group for group in root.iterdir() if group.is_dir()]
+        inside = [path for folder in folders for path in folder.iterdir()]
+        # lstat fails in a folder whose files may be listed but not opened
+        return sorted(path for path in inside if path.suffix == ".yaml" and path.lstat())
+    except (FileNotFoundError, NotADirectoryError):  # a wrong --config-dir is refused elsewhere
+        return []
+    except OSError as error:
+        raise ConfigError(
+            f"--config-dir {root}: {error.filename} cannot be read ({error.strerror})"
+        ) from error
 
 
 @cache

@@ -3,6 +3,7 @@
 notes.txt     version https://git-lfs...    a pointer: the file itself was not fetched
 posts.jsonl   <!DOCTYPE html>               a web page, such as the error page of a download
 notes.txt     {"who": "ann", "text": ...    records: a model would learn their syntax
+notes.log     {"who": ...\n{"who": ...      records, as no source code has two such lines
 
 Only what no text of this kind begins with is refused. A table in a .txt file is not noticed: its
 first row can be the first line of a text.
@@ -17,7 +18,7 @@ from fedgpt.data.reading import PACKED, Unreadable, opened, pointer_problem, rea
 from fedgpt.data.records import format_of
 from fedgpt.data.sources import TEXT_SUFFIXES, suffix_of
 
-READ = 4096  # bytes
+READ = 1 << 16  # bytes
 # what is not text, by its first bytes
 DATA = {
     b"\x1f\x8b\x08": "is packed with gzip; unpack it",
@@ -29,6 +30,8 @@ DATA = {
 }
 PAGE = re.compile(r"<(!doctype|html|\?xml)\b", re.IGNORECASE)
 RECORD = re.compile(r'\[?\s*\{\s*"([^"\\]|\\.)*"\s*:')  # {"who": or [{"who":
+
+RECORD_LINE = re.compile(RECORD.pattern + r".*\},?\s*")
 
 
 def check_beginning(name: str, path: Path) -> None:
@@ -73,4 +76,17 @@ def _problem(name: str, begin: bytes) -> str:
         return "is a web page or XML; convert it to plain text (.txt), or fetch the file again"
     if is_text and RECORD.match(text):
         return "holds records; give it the suffix .json or .jsonl"
+    if not format_of(name) and _are_records(text, whole=len(begin) < READ):
+        return "holds records, one on each line; give it the suffix .jsonl, and remove other lines"
     return ""
+
+
+def _are_records(text: str, whole: bool) -> bool:
+    """Whether at least two lines are records, and all others come before: one, or comments."""
+    found = [line for line in text.split("\n") if line.strip()]
+    found = found if whole else found[:-1]  # the last line may be cut off
+    while found and found[0].startswith(("#", "//")):
+        del found[0]
+    if found and not RECORD.match(found[0]):
+        del found[0]
+    return len(found) > 1 and all(map(RECORD_LINE.fullmatch, found))

@@ -143,7 +143,7 @@ def format_of(name: str) -> Format | None:
 
 def _json_lines(path: Path, fields: Sequence[Field]) -> Iterator[Row]:
     """Yield the objects of a file with one on each line; blank lines are only counted."""
-    decoder = _Decoder()
+    decoder = _Decoder(fields)
     for number, line in enumerate(lines(text_chunks(path), LARGEST), start=1):
         if _too_large(line):
             yield Row(number, {}, _TOO_LARGE)
@@ -156,7 +156,7 @@ def _json(path: Path, fields: Sequence[Field]) -> Iterator[Row]:
 
     Raises Unreadable where the JSON is damaged, as no record after that place can be found.
     """
-    objects = _Objects(text_chunks(path))
+    objects = _Objects(text_chunks(path), fields)
     in_array = objects.take("[")
     number = 0
     while not (objects.take("]") if in_array else objects.at_end()):
@@ -171,8 +171,8 @@ def _json(path: Path, fields: Sequence[Field]) -> Iterator[Row]:
 class _Objects:
     """Reads the JSON values of a text one by one, and holds only one of them."""
 
-    def __init__(self, chunks: Iterator[str]):
-        self._chunks, self._decoder = chunks, _Decoder()
+    def __init__(self, chunks: Iterator[str], fields: Sequence[Field]):
+        self._chunks, self._decoder = chunks, _Decoder(fields)
         self._text, self._at = "", 0  # what is read but not used begins at _at
         self._lines = 0  # number of line ends before _text
 
@@ -213,7 +213,7 @@ class _Objects:
             except RecursionError as error:
                 raise Unreadable(f"record {number} {_TOO_DEEP}") from error
             except ValueError:  # a number with too many digits
-                self._decoder = _Decoder(parse_int=_long_integer)
+                self._decoder = self._decoder.patient()
 
     def damaged(self, why: str) -> str:
         """Return a message with the line of the current place."""
@@ -382,21 +382,35 @@ def _long_integer(digits: str) -> int | str:
 
 
 class _Decoder(json.JSONDecoder):
-    """Notes a name that stands twice in an object, of which only the last value would be read."""
+    """Notes a needed name that stands twice in an object: only its last value would be read."""
 
-    def __init__(self, **options: Any):
-        self.twice = ""
-        super().__init__(object_pairs_hook=self._object, **options)
+    def __init__(self, fields: Sequence[Field], **options: Any):
+        super().__init__(**options)
+        self._fields, self.twice = fields, ""
+        steps = {str(step) for field in fields for step in (field.typed, *field.steps)}
+        self._quoted = [f'"{step}"' for step in steps]
+        self._careful = json.JSONDecoder(object_pairs_hook=self._object, **options)  # slower
+
+    def patient(self) -> _Decoder:
+        """Return a slower one, for numbers with any number of digits."""
+        return _Decoder(self._fields, parse_int=_long_integer)
 
     def raw_decode(self, s: str, idx: int = 0) -> tuple[Any, int]:
         """Return a value and where it ends; `decode` calls this as well."""
+        value, end = super().raw_decode(s, idx)
         self.twice = ""
-        return super().raw_decode(s, idx)
+        for name in self._quoted:
+            if s.count(name, idx, end) > 1:
+                self._careful.raw_decode(s, idx)
+                break
+        return value, end
 
     def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) < len(pairs):
-            self.twice = twice_in([name for name, _ in pairs])
+            self.twice = self.twice or twice_in(
+                [name for name, _ in pairs if f'"{name}"' in self._quoted]
+            )
         return found
 
 
@@ -407,7 +421,7 @@ def _parsed(number: int, line: str, decoder: _Decoder) -> Row:
     except json.JSONDecodeError as error:
         return Row(number, {}, f"not JSON ({error.msg} at character {error.pos + 1})")
     except ValueError:  # a number with too many digits
-        return _parsed(number, line, _Decoder(parse_int=_long_integer))  # slower
+        return _parsed(number, line, decoder.patient())
     except RecursionError:
         return Row(number, {}, _TOO_DEEP)
 

@@ -8,11 +8,13 @@ notes/ann2.txt       left out   if it is a link to ann.txt, whose text would cou
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
+import re
 import stat
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,11 +33,22 @@ REMEDIES = {
     ),
     "save its records as .jsonl or .csv": (
         *(".yaml", ".yml", ".toml", ".xls", ".xlsx", ".ods", ".arrow", ".feather", ".avro"),
-        *(".sqlite", ".db", ".pkl", ".npy", ".npz"),
+        *(".sqlite", ".db", ".pkl", ".npy", ".npz", ".psv"),
+        *(".json5", ".jsonc", ".jsonld", ".geojson", ".topojson", ".har"),
     ),
-    "unpack it": (".zip", ".tar", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".lz4", ".br"),
+    "give it the suffix .jsonl": (".jsonlines", ".ldjson"),
+    "give it the suffix .tsv": (".tab",),
+    "give it the suffix .gz, or unpack it": (".gzip",),
+    "give it the suffix .zst, or unpack it": (".zstd",),
+    "unpack it": (
+        *(".zip", ".tar", ".tgz", ".bz2", ".xz", ".7z", ".rar", ".lz4", ".br", ".lzma", ".z"),
+        ".parquet",  # as .parquet.gz
+    ),
 }
 REMEDY_OF = {suffix: remedy for remedy, suffixes in REMEDIES.items() for suffix in suffixes}
+# what programs add to the name of a copy or of an unfinished file
+COPY = re.compile(r"(\.(bak|backup|old|orig|save|tmp|part|\d+)|~)$", re.IGNORECASE)
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ELOOP)
 NAMED = 3  # number of files that a message names
 
 
@@ -78,6 +91,9 @@ def find_files(path: Path, left: LeftOut) -> tuple[Path, dict[str, Path]]:
     `path` is a folder, a file or a pattern such as notes/*.txt. Hidden files are not found, unless
     named. Raises Unreadable.
     """
+    for parent in reversed(path.absolute().parents):
+        _check_folder(parent, listed=False)
+    _check_folder(path, listed=True)
     if path.is_dir():
         return path, _sorted(Walk(path, left).files())
     if path.is_file():
@@ -96,12 +112,30 @@ def _matching(pattern: Path, left: LeftOut) -> tuple[Path, dict[str, Path]]:
     parts = pattern.absolute().parts
     first = next(number for number, part in enumerate(parts) if glob.has_magic(part))
     root = Path(*parts[:first])
-    # not Path.glob, whose wildcards match hidden names
-    names = glob.glob(str(pattern.absolute()), recursive=True)  # noqa: PTH207
-    found = [Path(name) for name in sorted(names)]
+    for number in range(first, len(parts)):  # glob does not tell which folders it cannot read
+        for folder in _glob(parts[:number]):
+            _check_folder(folder, listed=glob.has_magic(parts[number]))
+    found = _glob(parts)
     if not found:
         raise Unreadable("no file has such a name; name a folder, a file or a pattern")
     return root, _sorted(Walk(root, left).files(found))
+
+
+def _glob(parts: Sequence[str]) -> list[Path]:
+    """Return what matches a pattern; not by Path.glob, whose wildcards match hidden names."""
+    names = glob.glob(str(Path(*parts)), recursive=True)  # noqa: PTH207
+    return [Path(name) for name in sorted(names)]
+
+
+def _check_folder(folder: Path, listed: bool) -> None:
+    """Raise Unreadable if there is a folder that cannot be searched, or not listed."""
+    try:
+        (folder / "..").stat()  # as every name below it
+        if listed:
+            os.scandir(folder).close()
+    except OSError as error:
+        if error.errno not in ABSENT:
+            raise Unreadable(f"the folder {shown(folder)} {reason(error)}") from error
 
 
 def _sorted(files: Iterable[tuple[str, Path]]) -> dict[str, Path]:
@@ -184,15 +218,14 @@ def sort_files(files: dict[str, Path], direct: bool, left: LeftOut) -> Sorted:
     """
     texts, records = {}, {}
     for name, path in files.items():
-        suffix = suffix_of(name)
         holds_records = format_of(name) is not None
-        packed_twice = suffix == ".parquet" and not holds_records
-        if suffix in REMEDY_OF or packed_twice:
+        if not holds_records and (remedy := _remedy(name)):
             if direct:
-                raise Unreadable(f"{shown(name)} is not text; {REMEDY_OF.get(suffix, 'unpack it')}")
+                raise Unreadable(f"{shown(name)} is not text; {remedy}")
             left.add("not text", name)
             continue
-        if not holds_records and suffix not in TEXT_SUFFIXES and not is_text_file(name, path):
+        named_so = holds_records or suffix_of(name) in TEXT_SUFFIXES
+        if not named_so and not is_text_file(name, path):
             if direct:
                 raise Unreadable(f"{shown(name)} is not text in UTF-8; convert it to a .txt file")
             left.add("not text", name)
@@ -201,6 +234,18 @@ def sort_files(files: dict[str, Path], direct: bool, left: LeftOut) -> Sorted:
             raise Unreadable(f"the name of {shown(name)} is not UTF-8; rename it")
         (records if holds_records else texts)[name] = path
     return Sorted(texts, records)
+
+
+def _remedy(name: str) -> str:
+    """Return what to do with a file that is not text by its name; empty if it may be text.
+
+    >>> _remedy("page.html"), _remedy("posts.jsonl.bak"), _remedy("main.c")
+    ('convert it to plain text (.txt)', 'rename it to posts.jsonl', '')
+    """
+    original = COPY.sub("", name)
+    if original != name and format_of(original):
+        return f"rename it to {shown(Path(original).name)}"
+    return REMEDY_OF.get(suffix_of(original), "")
 
 
 def is_text_file(name: str, path: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.users import become_nobody, folder_of_root
 
 from fedgpt.config import compose
 from fedgpt.core.errors import ConfigError
@@ -171,3 +172,20 @@ def test_any_file_is_read_or_named(tmp_path_factory, content):
 def test_a_plug_in_of_hydra_that_is_missing_is_reported_with_what_to_install(typed, message):
     [problem] = found([typed], "conf")
     assert problem.startswith(message)
+
+
+@pytest.mark.parametrize("closed", ["parent", "parent/own", "parent/own/model"])
+@pytest.mark.parametrize("mode", [0o000, 0o444])
+def test_a_config_dir_that_another_user_cannot_read_is_one_message(closed, mode):
+    """It ended with a traceback, or its choices were unknown."""
+    with folder_of_root() as folder:
+        own = folder / "parent" / "own"
+        (own / "model").mkdir(parents=True)
+        (own / "model" / "foo.yaml").write_text("n_layer: 1\n")
+        (folder / closed).chmod(mode)
+        become_nobody()
+        with pytest.raises(ConfigError) as caught:
+            compose.load(["model=foo"], str(own))
+    [message] = caught.value.problems
+    assert message.startswith(f"--config-dir {own}: {folder / closed}")
+    assert message.endswith("cannot be read (Permission denied)")

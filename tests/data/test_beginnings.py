@@ -97,6 +97,18 @@ def test_records_in_a_text_file_are_refused_and_the_remedy_reads_them(tmp_path, 
     assert texts == [row["text"] for row in POSTS][: len(texts)] != []
 
 
+@pytest.mark.parametrize("before", [b"", b"# of today\n# by ann\n", b"Posts of today:\n\n"])
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a", "a.log", "a.jl", "a.data", "a.txt.1"])
+def test_records_on_lines_are_refused_under_any_name_of_text(tmp_path, name, before):
+    if before or name not in ("a.txt", "a.md", "a"):
+        for rows in (POSTS, [{"who": "ann", "text": "long " * 3000}] * 10):
+            message = refusal(tmp_path, name, before + jsonl(rows))
+            assert f"{name} holds records, one on each line; give it the suffix .jsonl" in message
+    (tmp_path / name).unlink(missing_ok=True)
+    write(tmp_path, "a.jsonl", jsonl(POSTS))
+    assert len(load(files(tmp_path))) == 3  # the remedy
+
+
 @pytest.mark.parametrize(
     ("data", "problem"),
     [
@@ -146,7 +158,7 @@ def contents() -> dict[str, bytes]:
 # what a file with this name may hold; a table in a text file cannot be told from text
 READ = {
     "a.txt": {"prose", "csv", "tsv"},
-    "a.py": {"prose", "csv", "tsv", "jsonl", "json"},
+    "a.py": {"prose", "csv", "tsv", "json"},
     "a.jsonl": {"jsonl"},
     "a.json": {"json", "jsonl"},  # an array, or one object after the other
     "a.csv": {"csv"},
@@ -182,6 +194,13 @@ def test_what_another_format_holds_is_refused(tmp_path, name):
         ("a.py", '{"a": 1}\n'),
         ("a.txt", "The file begins:\n<!DOCTYPE html>\n"),
         ("a.txt", 'The record is\n{"who": "ann"}\n'),
+        ("a.txt", 'Two records:\n{"who": "ann"}\n{"who": "bob"}\nThat is all.\n'),
+        ("a.md", '# Records\n\n```\n{"who": "ann"}\n{"who": "bob"}\n```\n'),
+        ("a.js", '{"use strict": 1}\n{"a"; }\nf({"a": 1})\n'),
+        ("a.py", '{\n    "name": "ann",\n    "depends": ["bob"],\n}\n'),
+        ("a.js", 'var rows = [\n{"who": "ann"},\n{"who": "bob"}\n];\n'),
+        ("a.rb", '# words\n{"who": 1}\n  .map { |x| x }\n'),
+        ("a.log", '{"who": "ann"}\n'),
     ],
 )
 def test_text_that_only_looks_like_something_else_is_read(tmp_path, name, text):

@@ -231,8 +231,19 @@ def test_wrong_paths_name_the_option(tmp_path):
     write(tmp_path, "a.txt", "words")
     with pytest.raises(ConfigError, match=r"corpus\.client=author.*a\.txt has no fields"):
         load(files(tmp_path, client="author"))
+    write(tmp_path, "b.txt", "words")
+    with pytest.raises(ConfigError, match=r"corpus\.client=author.*a\.txt, b\.txt have no fields"):
+        load(files(tmp_path, client="author"))
     with pytest.raises(ConfigError, match=r"corpus\.path is not set"):
         load(CorpusOptions(name="files", client="file"))
+
+
+@pytest.mark.parametrize("option", ["client", "text_field"])
+@pytest.mark.parametrize("value", ["", " "])
+def test_an_empty_field_name_is_refused_as_that(tmp_path, option, value):
+    write(tmp_path, "a.txt", "words")
+    with pytest.raises(ConfigError, match=rf"corpus\.{option}= is empty; (use|name) .*field"):
+        load(files(tmp_path, **{option: value}))
 
 
 # ---- options and cutting
@@ -384,7 +395,7 @@ def test_what_a_corpus_says_of_itself_is_a_text(name, monkeypatch):
 def test_what_is_for_records_is_refused_with_text(tmp_path, typed, option):
     """It would have no effect, and the records that its user expects are not read."""
     write(tmp_path, "a.txt", "text")
-    refused = rf"{option}: is for records, and a\.txt is read as text; leave it out"
+    refused = rf"{option}: only for records, and text is read here \(a\.txt\); leave it out"
     with pytest.raises(ConfigError, match=f"{refused}$"):
         load(files(tmp_path, **typed))
     line = '{"text": "first", "body": "second", "kind": "x", "who": "ann"}\n'

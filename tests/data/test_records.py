@@ -190,7 +190,6 @@ BAD = [
     ("[" * 100_000 + "]" * 100_000, "has too many lists or objects within each other"),
     ('"text"', "must be an object with fields, not text"),
     ('{"who": "ann", "text": "a", "text": "b"}', "has two fields 'text'"),
-    ('{"text": "x", "who": "ann", "more": [{"a": 1, "b": {}, "a": 1}]}', "has two fields 'a'"),
     ('{"text": "x", "who": ' + "9" * 5000 + ', "who": "bob"}', "has two fields 'who'"),
     ('{"who": true, "who": "ann", "text": 3}', "has two fields 'who'"),
     ('{"who": NaN, "text": "x"}', "corpus.client=who: is null; every record needs an owner"),

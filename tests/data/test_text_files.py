@@ -5,18 +5,14 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from support.text import files, load, notes, write
+from support.users import become_nobody, folder_of_root
 
 from fedgpt.core.errors import ConfigError
 from fedgpt.data import reading
-
-NOBODY = 65534
 
 
 def owners(path: Path, client: str = "file") -> set[str]:
@@ -86,6 +82,18 @@ def test_links_to_nothing_and_pipes_are_reported_and_never_opened(tmp_path):
         ("table.xlsx", r"save its records as \.jsonl or \.csv"),
         ("notes.zip", "unpack it"),
         ("notes.tar.gz", "unpack it"),
+        ("posts.jsonl.zstd", r"give it the suffix \.zst, or unpack it"),
+        ("notes.txt.gzip", r"give it the suffix \.gz, or unpack it"),
+        ("posts.jsonlines", r"give it the suffix \.jsonl"),
+        ("posts.LDJSON.gz", r"give it the suffix \.jsonl"),
+        ("posts.tab", r"give it the suffix \.tsv"),
+        ("posts.psv", r"save its records as \.jsonl"),
+        ("map.geojson", r"save its records as \.jsonl"),
+        ("posts.jsonl.bak", r"rename it to posts\.jsonl"),
+        ("posts.CSV~", r"rename it to posts\.CSV"),
+        ("posts.json.gz.1", r"rename it to posts\.json\.gz"),
+        ("page.html.old", "convert it to plain text"),
+        ("posts.parquet.gz", "unpack it"),
     ],
 )
 def test_what_is_no_text_is_refused_by_name_and_left_out_of_a_folder(tmp_path, name, remedy):
@@ -97,6 +105,12 @@ def test_what_is_no_text_is_refused_by_name_and_left_out_of_a_folder(tmp_path, n
     write(tmp_path, "a.txt", "text")
     assert owners(tmp_path) == {"a"}
     assert notes(files(tmp_path)) == [f"corpus.path={tmp_path}: left out 1 file: {name} (not text)"]
+
+
+@pytest.mark.parametrize("name", ["notes.txt.bak", "book.1", "parse.json.py", "v1.2", "a.csv.md"])
+def test_a_text_whose_name_only_looks_like_a_copy_of_records_is_read(tmp_path, name):
+    write(tmp_path, name, "text")
+    assert len(load(files(tmp_path))) == 1
 
 
 def test_source_code_is_text_and_a_binary_file_is_not(tmp_path):
@@ -187,20 +201,6 @@ def test_the_place_of_a_wrong_byte_is_counted_over_all_that_was_read(tmp_path, m
             load(files(tmp_path))
 
 
-@contextmanager
-def folder_of_root() -> Iterator[Path]:
-    """A folder that every user can search; whoever runs the tests is root again at the end."""
-    with tempfile.TemporaryDirectory() as name:
-        Path(name).chmod(0o755)
-        try:
-            yield Path(name)
-        finally:
-            if os.getuid() == 0:
-                os.seteuid(0)
-            for path in Path(name).rglob("*"):
-                path.chmod(0o755)
-
-
 @pytest.mark.parametrize(
     "locked", ["locked.txt", "locked.jsonl", "locked.py", "locked.txt.gz", "the folder sub"]
 )
@@ -211,7 +211,49 @@ def test_the_file_or_folder_that_another_user_cannot_read_is_named(locked):
             write(folder, "a.txt", "text")
         write(folder, "sub/b.txt" if name == "sub" else name, '{"text": "x"}')
         (folder / name).chmod(0)
-        if os.getuid() == 0:  # who may read everything
-            os.seteuid(NOBODY)
+        become_nobody()
         with pytest.raises(ConfigError, match=rf"{locked} cannot be read \(Permission denied\)"):
             load(files(folder))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "closed", "mode"),
+    [
+        ("sub/b.txt", "sub", 0o000),
+        ("sub/*.txt", "sub", 0o000),
+        ("sub", "sub", 0o000),
+        ("sub", "sub", 0o400),  # its files may be listed but not opened
+        ("sub/in/*", "sub", 0o000),
+        ("sub/in/b.txt", "sub", 0o000),
+        ("*/*.txt", "sub", 0o000),
+        ("**/*.txt", "sub", 0o000),
+        ("**/*.txt", "sub/in", 0o000),
+        ("*/in/b.txt", "sub", 0o000),
+        ("s*/in/?.txt", "sub/in", 0o000),
+        ("sub/**", "sub/in", 0o000),
+    ],
+)
+def test_the_folder_of_a_path_or_pattern_that_another_user_cannot_read_is_named(
+    pattern, closed, mode
+):
+    """A pattern left its files out in silence, and a path ended with a traceback."""
+    with folder_of_root() as folder:
+        for name in ("a.txt", "sub/b.txt", "sub/in/b.txt", "other/c.txt"):
+            write(folder, name, "text")
+        (folder / closed).chmod(mode)
+        become_nobody()
+        with pytest.raises(
+            ConfigError, match=rf"the folder \S*{Path(closed).name} cannot be read \(Perm"
+        ):
+            load(files(folder / pattern))
+        assert len(load(files(folder / "other" / "*"))) == 1  # what is not needed may be closed
+        assert len(load(files(folder / "*.txt"))) == 1
+
+
+def test_a_folder_that_is_searched_for_a_name_need_not_be_listed():
+    with folder_of_root() as folder:
+        write(folder, "sub/b.txt", "text")
+        (folder / "sub").chmod(0o111)
+        become_nobody()
+        assert len(load(files(folder / "sub" / "b.txt"))) == 1
+        assert len(load(files(folder / "s*" / "b.txt"))) == 1

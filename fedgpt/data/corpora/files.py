@@ -44,6 +44,12 @@ class Files(Corpus):
                 "corpus.path is not set: corpus=files needs corpus.path=FOLDER or FILE (text,"
                 " .jsonl, .json, .csv, .tsv or .parquet)"
             )
+        if not self.client.strip():
+            raise ConfigError(
+                "corpus.client= is empty; use file, folder or the name of a field of the records"
+            )
+        if not self.text_field.strip():
+            raise ConfigError("corpus.text_field= is empty; name the field with the text")
 
     @property
     def source(self) -> str:
@@ -80,14 +86,15 @@ class Files(Corpus):
             documents = self._from_records(root, _checked(found.records), left)
             left.add_all("text, while records are read", found.texts)
         elif named and found.texts:
+            have = "has" if len(found.texts) == 1 else "have"
             raise Unreadable(
                 f"corpus.client={self.client} is a field of records, and {listing(found.texts)}"
-                " has no fields; use corpus.client=file or corpus.client=folder"
+                f" {have} no fields; use corpus.client=file or corpus.client=folder"
             )
         elif found.texts and (typed := list(self._options_of_records())):
             raise Unreadable(
-                f"{', '.join(typed)}: is for records, and {listing(found.texts)} is read as text;"
-                " leave it out"
+                f"{', '.join(typed)}: only for records, and text is read here"
+                f" ({listing(found.texts)}); leave it out"
                 + (", or read the records with corpus.path='FOLDER/*.jsonl'" * bool(found.records))
             )
         else:
