@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,13 +30,22 @@ class ConfigError(FedGPTError):
         super().__init__(f"{len(self.problems)} {noun} in the configuration:\n{listing}")
 
 
+# error numbers of a full disk
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
 class Unwritten(FedGPTError):
-    """A file of the run in `folder` could not be written, usually because the disk is full."""
+    """A file of the run in `folder` could not be written, usually because the disk is full.
+
+    Otherwise it cannot be read either, as a folder that has the file's name.
+    """
 
     def __init__(self, what: str, folder: Path, error: Exception):
         command = f"fedgpt run resume={shlex.quote(str(folder))}"
+        full = not isinstance(error, OSError) or error.errno in FULL
+        verb, remedy = ("write", "make room") if full else ("read or write", "remove the cause")
         super().__init__(
-            f"could not write {what} in {folder}: {error}; make room and continue with: {command}"
+            f"could not {verb} {what} in {folder}: {error}; {remedy} and continue with: {command}"
         )
 
 
