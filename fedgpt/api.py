@@ -146,9 +146,11 @@ class Run:
     def __repr__(self) -> str:
         """Folder, state and newest score, read from files; does not raise."""
         summary: dict[str, Any] = {}
+        metrics: list[dict[str, Any]] = []
+        with suppress(FedGPTError):  # damaged
+            metrics = self.metrics
         with suppress(FedGPTError):  # not finished, or damaged
             summary = self.summary
-        metrics = self.metrics
         if not metrics:
             return f"<Run {self.folder}: no version yet>"
         version = metrics[-1]["version"]
@@ -218,9 +220,11 @@ class Run:
 
         options = compose.of_run(self.folder, reading=True)
         checkpoints = Checkpoints(self.folder / "checkpoints", options.checkpoint.keep)
+        identity = checkpoints.identity()
         if self.best:
-            if (kept := checkpoints.load_best()) is None:
-                why = "checkpoint.best is off, nothing is scored yet, or the file is damaged"
+            if (kept := checkpoints.load_best(identity.run if identity else None)) is None:
+                why = "checkpoint.best is off, nothing is scored yet, or best.safetensors is"
+                why += " damaged or of another run"
                 raise FedGPTError(f"{self.folder} has no best weights: {why}")
             params = kept[0]
         elif (snapshot := checkpoints.load()) is not None:
@@ -232,7 +236,6 @@ class Run:
             )
         model = build_model(options.model, self.tokenizer.vocab_size, self._base(options)).eval()
         vector = flatten(model)[1].numpy()
-        identity = checkpoints.identity()
         before = {} if identity is None else identity.options
         # the heads, for example, do not change the number of parameters
         changed = compose.changed_options(before, options, "model.") if before else ""

@@ -6,7 +6,6 @@ refuse a run come before its configuration is written to its folder.
 
 from __future__ import annotations
 
-import errno
 import json
 import secrets
 import shlex
@@ -32,7 +31,7 @@ from fedgpt.config.compose import (
     to_yaml,
     with_length,
 )
-from fedgpt.core.errors import ConfigError, Unwritten
+from fedgpt.core.errors import FULL, ConfigError, Unwritten
 from fedgpt.core.files import write_text
 from fedgpt.core.flat import base_digest, flatten
 from fedgpt.core.messages import ServerState
@@ -64,9 +63,6 @@ from fedgpt.storage.resume import checked_content, open_or_resume
 from fedgpt.storage.run_folder import RunFolder, keep_tokenizer
 from fedgpt.storage.tables import RunIdentity
 from fedgpt.tasks.base import make_task
-
-# error numbers of a full disk
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 
 @dataclass(frozen=True)
@@ -105,9 +101,10 @@ def serve(options: RunOptions, network: Network) -> dict[str, Any]:
             refuse_another_run(options)
             return _serve(_setting(options, folder, network), network)
     except OSError as error:
-        if error.errno not in FULL:
+        folder, path = Path(options.run_dir), Path(str(error.filename)).absolute()
+        if error.errno not in FULL and not {folder.absolute(), folder.resolve()} & {*path.parents}:
             raise
-        raise Unwritten(str(error.filename or "a file"), Path(options.run_dir), error) from error
+        raise Unwritten(str(error.filename or "a file"), folder, error) from error
 
 
 def _serve(setting: Setting, network: Network) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,6 +30,10 @@ class ConfigError(FedGPTError):
         super().__init__(f"{len(self.problems)} {noun} in the configuration:\n{listing}")
 
 
+# error numbers of a full disk
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
 def resume_command(folder: str | Path) -> str:
     """The command that continues the run in a folder, as it is typed in a shell.
 
@@ -39,11 +44,16 @@ def resume_command(folder: str | Path) -> str:
 
 
 class Unwritten(FedGPTError):
-    """A file of the run in `folder` could not be written, usually because the disk is full."""
+    """A file of the run in `folder` could not be written, usually because the disk is full.
+
+    Otherwise it cannot be read either, as a folder that has the file's name.
+    """
 
     def __init__(self, what: str, folder: Path, error: Exception):
+        full = not isinstance(error, OSError) or error.errno in FULL
+        verb, remedy = ("write", "make room") if full else ("read or write", "remove the cause")
         super().__init__(
-            f"could not write {what} in {folder}: {error}; make room and continue with:"
+            f"could not {verb} {what} in {folder}: {error}; {remedy} and continue with:"
             f" {resume_command(folder)}"
         )
 

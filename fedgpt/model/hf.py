@@ -32,8 +32,7 @@ def export_model(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    for old in (CONFIG, SUMS):
-        (folder / old).unlink(missing_ok=True)
+    (folder / CONFIG).unlink(missing_ok=True)
     remove_temporary(folder)
     end_of_text = model.vocab_size - 1 if end_of_text is None else end_of_text
     form, options = FORMATS[model_type(model.options)], model.options

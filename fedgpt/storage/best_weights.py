@@ -26,7 +26,8 @@ class BestWeights:
         valid.
         """
         self.options, self.checkpoints, self.score = options, checkpoints, score
-        kept = checkpoints.load_best() if options.checkpoint.best else None
+        self._run = snapshot.identity.run
+        kept = checkpoints.load_best(self._run) if options.checkpoint.best else None
         self._kept = score.worst if kept is None else kept[1]
         self._state, self._value = _restored(snapshot.extra, score)
 
@@ -39,7 +40,7 @@ class BestWeights:
             return
         if self.score.better(value, self._kept):
             self._kept = value
-            self.checkpoints.save_best(params, metrics["version"], value)
+            self.checkpoints.save_best(params, metrics["version"], value, self._run)
 
     def decide(self, state: ServerState, value: float) -> tuple[ServerState, dict[str, int]]:
         """Return (the state to continue with, fields for the metrics line) for a scored version.

@@ -174,26 +174,29 @@ class Checkpoints:
         """Reset the count of starts, because the server did not crash."""
         (self.folder / "starts.json").unlink(missing_ok=True)
 
-    def save_best(self, params: np.ndarray, version: int, value: float) -> None:
+    def save_best(self, params: np.ndarray, version: int, value: float, run: str) -> None:
         """Replace the best weights; raises FedGPTError if they cannot be written.
 
-        `value` is their score.
+        `value` is their score, `run` the id of the run.
         """
-        about = {"version": version, "value": value, "sha256": _digest(params)}
+        about = {"run": run, "version": version, "value": value, "sha256": _digest(params)}
         try:
             with replacing(self._best) as temporary:
                 save_file({"params": params}, temporary, metadata={"fedgpt": json.dumps(about)})
         except (OSError, SafetensorError) as error:
             raise Unwritten("the best weights", self.folder.parent, error) from error
 
-    def load_best(self) -> tuple[np.ndarray, float] | None:
-        """(best weights, (parameters,) float32, their score); None: missing or damaged."""
+    def load_best(self, run: str | None = None) -> tuple[np.ndarray, float] | None:
+        """(best weights, (parameters,) float32, their score); None: missing, damaged, or of another
+        run than that with the id `run`, if that is known.
+        """
         try:
             with safe_open(self._best, framework="numpy") as stored:
                 about = json.loads(stored.metadata()["fedgpt"])
                 params = stored.get_tensor("params")
             value = about["value"] if "value" in about else about["loss"]  # its name in format 3
-            return (params, float(value)) if about["sha256"] == _digest(params) else None
+            ours = run is None or about.get("run", run) == run  # earlier versions did not store it
+            return (params, float(value)) if ours and about["sha256"] == _digest(params) else None
         except UNUSABLE:
             return None
 

@@ -183,11 +183,14 @@ def read_lines(path: Path, key: str = "") -> Iterable[dict[str, Any]]:
     """Complete records of a JSON-lines file; none if the file does not exist.
 
     Every record has `key`. A last line that a crash truncated is skipped. Any other damage ends
-    the records, with a warning.
+    the records, with a warning. Raises FedGPTError if there is something else than a file.
     """
     if not path.exists():
         return
-    lines = path.read_bytes().split(b"\n")
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise FedGPTError(f"{path} cannot be read: {error.strerror}") from error
     for number, line in enumerate(lines, 1):
         try:
             record = json.loads(line.decode())

@@ -196,6 +196,11 @@ def test_a_bf16_export_is_read_in_float32_without_a_change(tmp_path, positions):
         torch.equal(a, b.float())
         for a, b in zip(again.parameters(), model.parameters(), strict=True)
     )
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name in ("dtype", "torch_dtype"):  # the second is for transformers before 4.56
+        one = {key: value for key, value in config.items() if "dtype" not in key or key == name}
+        (tmp_path / "config.json").write_text(json.dumps(one))
+        assert transformers.AutoConfig.from_pretrained(tmp_path).dtype == torch.bfloat16
 
 
 MIXED = {

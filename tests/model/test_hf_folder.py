@@ -16,7 +16,7 @@ from test_gpt import small
 
 from fedgpt.core.errors import FedGPTError
 from fedgpt.core.flat import flatten
-from fedgpt.model.hf import export_model, import_model
+from fedgpt.model.hf import export_model, import_model, load_model
 from fedgpt.model.hf_folder import read_folder
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -149,6 +149,18 @@ def test_a_path_that_is_no_file_is_refused(request, file, put, message):
     folder = request.getfixturevalue("folder" if file == WEIGHTS else "sharded")
     put(folder / file)
     refused(folder, f"{file} {message}")
+
+
+def test_weights_that_are_damaged_after_their_headers_were_read_are_refused(folder):
+    """A run reads them when its options, its text and its tokenizer are known to fit."""
+    found = read_folder(folder)
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
+    with pytest.raises(FedGPTError, match=f"{folder}/{WEIGHTS} is damaged"):
+        load_model(found)
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(FedGPTError, match=f"{folder}/{WEIGHTS} is damaged"):
+        load_model(found)
 
 
 def test_a_file_that_cannot_be_mapped_is_refused(folder):

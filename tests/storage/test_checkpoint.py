@@ -273,10 +273,12 @@ def test_the_log_is_kept_from_the_oldest_checkpoint_on(tmp_path):
 
 def test_damaged_best_weights_are_not_loaded(tmp_path):
     checkpoints, params = Checkpoints(tmp_path, 2), np.arange(50, dtype=np.float32)
-    checkpoints.save_best(params, 4, 2.5)
-    kept, loss = checkpoints.load_best()
+    checkpoints.save_best(params, 4, 2.5, "mine")
+    kept, loss = checkpoints.load_best("mine")
     assert np.array_equal(kept, params) and loss == 2.5
     path = tmp_path / "best.safetensors"
+    assert checkpoints.load_best("another run") is None
+    assert checkpoints.load_best() is not None, "the run is not known"
     content = bytearray(path.read_bytes())
     content[-7] ^= 1  # within the weights, so that the file can still be parsed
     path.write_bytes(content)

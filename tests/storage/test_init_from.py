@@ -231,13 +231,15 @@ def test_a_run_that_has_not_finished_is_reported(tmp_path):
         read_start(str(tmp_path))
 
 
-def test_a_file_or_a_path_below_one_is_not_a_folder(tmp_path):
+def test_a_file_a_path_below_one_and_a_folder_of_other_files_are_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     for name in ("model.safetensors", "model.safetensors/model"):
         start = str(tmp_path / name)
         message = rf"init_from={re.escape(start)}: is not a folder; name the folder of a finished"
         with pytest.raises(ConfigError, match=message):
             read_start(start)
+    with pytest.raises(ConfigError, match=r"has no config.json, nor model/config.json; name the"):
+        read_start(str(tmp_path))
 
 
 def test_each_option_that_differs_is_reported_as_it_is_typed(tmp_path):

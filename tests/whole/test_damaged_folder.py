@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.here import run_here, tiny_run
+from support.world import without_notices
 
 import fedgpt
 from fedgpt import assemble
@@ -26,6 +27,7 @@ FILES = [
     "tokenizer/tokenizer.json",
     "checkpoints/version-00000002.safetensors",
     "checkpoints/version-00000002.sha256",
+    "checkpoints/best.safetensors",
     "checkpoints/starts.json",
     "wal/version-00000002.log",
 ]
@@ -49,6 +51,10 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "nested": lambda data: data + b"[" * 100_000 + b"\n",
     "another encoding": lambda data: b"\xff\xfe" + data,
     **{f"flip {n}": (lambda data, n=n: flipped(data, n)) for n in range(3)},
+}
+NO_FILES: dict[str, Callable[[Path], object]] = {
+    "a folder": lambda path: (path.mkdir(), (path / "kept").write_text("kept")),
+    "a link to nothing": lambda path: path.symlink_to("nowhere"),
 }
 
 
@@ -83,11 +89,15 @@ def damaged(stopped: Path, folder: Path, file: str, how: str) -> Path:
     shutil.copytree(stopped, copy)
     path = copy / file
     data = path.read_bytes() if path.exists() else b'{"version": 2, "starts": 1}'
-    path.write_bytes(DAMAGES[how](data))
+    if how in NO_FILES:
+        path.unlink(missing_ok=True)
+        NO_FILES[how](path)
+    else:
+        path.write_bytes(DAMAGES[how](data))
     return copy
 
 
-@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("how", [*DAMAGES, *NO_FILES])
 @pytest.mark.parametrize("file", FILES)
 def test_a_reader_of_a_damaged_folder_gets_an_error_or_what_was_there(
     stopped, tmp_path, file, how, caplog
@@ -96,7 +106,8 @@ def test_a_reader_of_a_damaged_folder_gets_an_error_or_what_was_there(
     copy = damaged(stopped, tmp_path, file, how)
     original = (stopped / file).read_bytes() if (stopped / file).exists() else b""
     before = {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()}
-    repr(fedgpt.open_run(copy))
+    if (copy / "config.yaml").is_file():
+        assert repr(fedgpt.open_run(copy)).startswith(f"<Run {copy}: ")
     try:
         opened = fedgpt.open_run(copy)
         digest, model = opened.tokenizer.digest, opened.model
@@ -106,8 +117,8 @@ def test_a_reader_of_a_damaged_folder_gets_an_error_or_what_was_there(
         assert digest == expected.tokenizer.digest
         assert sum(p.numel() for p in model.parameters()) > 0
         # a digest without its line end is the same digest
-        same = (copy / file).exists() and (copy / file).read_bytes().strip() == original.strip()
-        if file.endswith((".safetensors", ".sha256")) and not same:
+        same = (copy / file).is_file() and (copy / file).read_bytes().strip() == original.strip()
+        if Path(file).name.startswith("version-") and file.startswith("checkpoints") and not same:
             assert Path(file).stem in caplog.text, "a warning says that an older checkpoint is used"
     assert {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()} == before
 
@@ -141,6 +152,7 @@ def test_generate_with_a_damaged_file_is_one_message(finished, tmp_path, capsys,
         path.write_bytes(DAMAGES[how](path.read_bytes()))
     assert dispatch("generate", [str(copy), "--tokens", "2", *words]) in (1, 2)
     out, errors = capsys.readouterr()
+    errors = without_notices(errors)
     assert not out and errors.count("fedgpt: ") == 1 and str(copy) in errors
 
 
@@ -251,8 +263,26 @@ def test_lines_that_are_gone_are_reported_and_change_no_weights(
     assert f"metrics.jsonl has {len(lines[left])} of the 2 lines before version 2" in caplog.text
 
 
+def test_records_that_are_a_folder_are_an_error(stopped, tmp_path):
+    copy = damaged(stopped, tmp_path, "metrics.jsonl", "a folder")
+    with pytest.raises(FedGPTError, match=rf"{copy}/metrics.jsonl cannot be read: Is a directory"):
+        _ = fedgpt.open_run(copy).metrics
+
+
+@pytest.mark.parametrize(
+    "file", ["checkpoints/version-00000002.sha256", "checkpoints/best.safetensors"]
+)
+def test_a_folder_in_place_of_a_file_is_one_message_and_is_kept(stopped, whole, tmp_path, file):
+    copy = damaged(stopped, tmp_path, file, "a folder")
+    with pytest.raises(FedGPTError, match=rf"{file}'?; remove the cause and continue with"):
+        fedgpt.run(f"resume={copy}")
+    assert (copy / file / "kept").read_text() == "kept"
+    shutil.rmtree(copy / file)
+    assert fedgpt.run(f"resume={copy}").summary["weights_sha256"] == whole
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("how", DAMAGES)
+@pytest.mark.parametrize("how", [*DAMAGES, *NO_FILES])
 @pytest.mark.parametrize("file", FILES)
 def test_a_resume_in_a_damaged_folder_is_an_error_or_has_the_same_bits(
     stopped, whole, tmp_path, file, how
