@@ -260,7 +260,7 @@ def test_all_problems_are_reported_at_once():
         (["attack=scale", "attack.strength=0"], "attack.strength=0.0: must be above 0"),
         (
             ["attack=scale", "partition=iid", "attack.clients=9"],
-            "attack.clients=9: more than the partition.clients=8",
+            "attack.clients=9: is above the number of clients, 8",
         ),
         (["attack=scal"], "did you mean 'scale'"),
         (["runtime.device=tpu"], "runtime.device=tpu: must be auto, cpu or cuda"),
