@@ -54,10 +54,11 @@ def number_problems(o: RunOptions, clients: int) -> Iterator[str]:
     if clients < o.attack.clients:
         yield f"attack.clients={o.attack.clients}: {too_many}"
     if o.pace.name == "cohort":  # a buffer counts updates, and one client may send several
+        asked = o.pace.clients if o.pace.rate is None else 0
         for name in ("goal", "minimum"):
             number = getattr(o.pace, name) or 0
             # if it is also above pace.clients, that is reported with the options of the group
-            if clients < number and not 0 < o.pace.clients < number:
+            if clients < number and not 0 < asked < number:
                 yield f"pace.{name}={number}: {too_many}"
 
 

@@ -37,6 +37,10 @@ REFUSED = {
         ["pace.minimum=2"],
     ),
     "pace.goal=3: is above the number of clients, 2; lower it": (["pace.goal=3"], ["pace.goal=2"]),
+    "pace.minimum=9: is above the number of clients, 2; lower it": (
+        ["pace.rate=0.5", "pace.minimum=9"],
+        ["pace.rate=0.5", "pace.minimum=2"],
+    ),
     "corpus.public=0.01: 614 tokens are public, and the server's own update needs more than"
     " model.block_size=1000; raise corpus.public, or lower model.block_size": (
         FLTRUST,

@@ -570,7 +570,7 @@ def test_a_folder_older_than_an_option_is_opened_and_resumed(tmp_path):
     assert asdict(compose.of_run(tmp_path)) == asdict(options)
     compose.refuse_another_run(options)
     options.seed = 1
-    with pytest.raises(ConfigError, match="which differs in seed; continue"):
+    with pytest.raises(ConfigError, match="which differs in seed; name another run_dir"):
         compose.refuse_another_run(options)
 
 

@@ -98,7 +98,7 @@ def test_a_whole_number_is_allowed_up_to_its_end_and_refused_above_it(key):
         assert "update.block" in problems("update=int8", f"{key}={2**63}")[0]
         return
     one = OPTIONS[key]
-    low, high = 10_000, 2**63  # allowed, if no other option is considered; refused
+    low, high = 1_000, 2**63  # allowed, if no other option is considered; refused
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (low, middle) if one.problem(middle) else (middle, high)

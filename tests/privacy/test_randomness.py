@@ -106,6 +106,8 @@ def test_only_the_owner_may_read_the_key_and_a_restart_finds_it(tmp_path):
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert secret_key(path, fresh=True) == secret_key(path, fresh=False) == key
     assert secret_key(tmp_path / "other.key", fresh=True) != key
+    path.unlink()
+    assert secret_key(path, fresh=True) != key, "it does not follow from the name of the file"
 
 
 def test_a_missing_or_damaged_key_is_refused(tmp_path):

@@ -257,6 +257,14 @@ def test_a_release_that_differs_in_anything_has_other_noise(tmp_path, what):
     assert sum(event.count for event in privacy.ledger.account.events) == 2
 
 
+def test_the_noise_grows_with_the_adapted_clip(tmp_path):
+    build = Mechanism(tmp_path, 0.8, adaptive=True)
+    build.state = replace(build.state, memory={"privacy/clip": np.array(4 * CLIP)})
+    z = (0.8**-2 - 1) ** -0.5  # see updates_pay_for_the_bits
+    released = build.release([]) * COHORT / (z * 4 * CLIP)
+    assert abs(released.std() - 1) < 4 / math.sqrt(2 * SIZE)
+
+
 def test_no_noise_is_drawn_for_a_release_that_could_not_be_charged(tmp_path, monkeypatch):
     build, drawn = Mechanism(tmp_path, 1.0), []
 
@@ -480,7 +488,8 @@ def test_a_client_waits_for_separation_versions(tmp_path):
 def test_the_divisor_is_a_constant(tmp_path):
     privacy = bounded(tmp_path)
     assert privacy.divisor(FedAvg(), Pacing("cohort", 5, 5)) == COHORT
-    assert privacy.divisor(FedBuff(), Pacing("buffer", 8, 4)) == 4
+    for rule in (FedBuff(), FedAvg()):  # by the sum of the weights, as a rule of a user may do
+        assert privacy.divisor(rule, Pacing("buffer", 8, 4)) == 4
 
 
 def test_the_coins_are_secret_and_the_same_for_a_repeated_version(tmp_path):
