@@ -118,7 +118,7 @@ def test_a_checkpoint_that_cannot_be_written_is_a_clear_error(tmp_path):
     (tmp_path / "file").write_text("in the way")
     checkpoints = Checkpoints(tmp_path / "file", 1)
     checkpoints.save(snapshot(1))
-    with pytest.raises(FedGPTError, match="could not write a checkpoint"):
+    with pytest.raises(FedGPTError, match="could not read or write a checkpoint"):
         checkpoints.wait()
 
 
@@ -237,7 +237,7 @@ def test_what_cannot_be_synced_is_left_as_it_was(tmp_path, monkeypatch):
     save(tmp_path, 1)
     checkpoints, params = Checkpoints(tmp_path, 2), np.arange(50, dtype=np.float32)
     records = JsonLines(tmp_path / "metrics.jsonl")
-    checkpoints.save_best(params, 1, 2.0)
+    checkpoints.save_best(params, 1, 2.0, "mine")
     checkpoints.started(1)
     records.append({"version": 0})
     before = contents(tmp_path)
@@ -252,7 +252,7 @@ def test_what_cannot_be_synced_is_left_as_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", failing)
     for write in (
         save_next,
-        partial(checkpoints.save_best, params + 1, 2, 1.0),
+        partial(checkpoints.save_best, params + 1, 2, 1.0, "mine"),
         partial(checkpoints.started, 1),
         partial(records.keep, []),
     ):
