@@ -34,6 +34,8 @@ def test_clipping_keeps_the_direction_and_short_vectors():
     delta = np.float32([3, 4])
     np.testing.assert_allclose(clipped(delta, 1.0), [0.6, 0.8], rtol=1e-5)
     np.testing.assert_array_equal(clipped(delta, 6.0), delta)
+    huge = np.float32([3e25, 4e25])  # whose squares are infinite in float32
+    np.testing.assert_allclose(clipped(huge, 1.0), [0.6, 0.8], rtol=1e-5)
     np.testing.assert_array_equal(clipped(np.zeros(3, np.float32), 1.0), np.zeros(3))
 
 
