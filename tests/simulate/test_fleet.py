@@ -78,9 +78,10 @@ def test_a_byte_order_mark_and_other_columns_are_ignored(table):
     [
         (
             "client;step_seconds\na;1\n",
-            ": its first line lacks client, step_seconds; it has client;step_seconds",
+            ": its first line lacks client, step_seconds; it has client;step_seconds;"
+            " name the columns there",
         ),
-        ("", ": its first line lacks client, step_seconds; it has nothing"),
+        ("", ": its first line lacks client, step_seconds; it has nothing; name the columns there"),
         (
             "client,step_seconds\na,1\nb,fast\n",
             " line 3: step_seconds=fast: must be above 0, down and up at least 0",
