@@ -313,6 +313,18 @@ def test_the_budget_stops_a_run_before_the_release(tmp_path):
     assert build.state is last
 
 
+def test_a_release_beyond_the_plan_is_compared_with_the_budget(tmp_path):
+    """Those of the plan are not, as the cost of the complete plan has been."""
+    build = Mechanism(tmp_path, 1.0)
+    planned = Event(1.0, 0.1, 3)
+    cost = epsilon_of([planned], 1e-5)
+    build.privacy.plan = replace(build.privacy.plan, planned=planned, budget=cost * 1.0001)
+    for _ in range(3):
+        build.release(deltas())
+    with pytest.raises(StoppedEarly, match="the model of version 3 is the last"):
+        build.release(deltas())
+
+
 def test_the_ledger_identifies_the_noise_without_revealing_it(tmp_path):
     build = Mechanism(tmp_path, 1.0)
     released = build.release([])
