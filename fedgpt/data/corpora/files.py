@@ -44,11 +44,11 @@ class Files(Corpus):
                 "corpus.path is not set: corpus=files needs corpus.path=FOLDER or FILE (text,"
                 " .jsonl, .json, .csv, .tsv or .parquet)"
             )
-        if not self.client.strip():
+        if not self.client:
             raise ConfigError(
                 "corpus.client= is empty; use file, folder or the name of a field of the records"
             )
-        if not self.text_field.strip():
+        if not self.text_field:
             raise ConfigError("corpus.text_field= is empty; name the field with the text")
 
     @property
