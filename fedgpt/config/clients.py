@@ -12,7 +12,7 @@ from typing import Any
 
 from fedgpt.core.errors import ConfigError, amount
 from fedgpt.core.options import RunOptions
-from fedgpt.core.targets import is_built_in, problems_of
+from fedgpt.core.targets import problems_of
 from fedgpt.data.prepare import Prepared
 from fedgpt.server.pacing import make_pace
 from fedgpt.simulate.fleet import Fleet
@@ -30,8 +30,8 @@ def pacing_problems(o: RunOptions, strategy: Any, clients: int) -> Iterator[str]
     known = clients or (o.pace.clients if o.pace.rate is None else 0)
     if known and o.pace.name in ("cohort", "buffer") and hasattr(strategy, "problems"):
         pacing = make_pace(o.pace, o.seed).pacing(known)
-        needed = getattr(strategy, "needed", 0) if is_built_in(type(strategy)) else 0
-        limits = tuple(_limits(o, needed or pacing.goal + 1, clients))
+        needed = getattr(strategy, "needed", 1)  # strategies of Flower do not have it
+        limits = tuple(_limits(o, needed if needed > 1 else pacing.goal + 1, clients))
         pacing = replace(pacing, limits=limits)
         yield from problems_of("strategy", strategy, pacing)
 
