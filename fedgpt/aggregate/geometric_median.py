@@ -45,7 +45,7 @@ class GeometricMedian(Strategy):
 
     @property
     def needed(self) -> int:
-        """Three, because of two, every point between them is a geometric median."""
+        """Three, because every point between two updates is a geometric median of both."""
         return 3
 
     def problems(self, pacing: Pacing) -> Iterator[str]:

@@ -206,11 +206,8 @@ def from_yaml(text: str, reading: bool = False) -> RunOptions:
 def _mapping(text: str) -> DictConfig:
     try:
         cfg = OmegaConf.create(text)
-    except (
-        OmegaConfBaseException,
-        *overrides.YAML_ERRORS,
-        AssertionError,
-    ) as error:  # the last: a number
+    # OmegaConf raises AssertionError for a number alone
+    except (OmegaConfBaseException, AssertionError, *overrides.YAML_ERRORS) as error:
         raise ConfigError(f"configuration: is not YAML ({overrides.first_line(error)})") from error
     if not isinstance(cfg, DictConfig) or not cfg:
         raise ConfigError("configuration: is not a YAML mapping of options to values")

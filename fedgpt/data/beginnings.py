@@ -30,7 +30,6 @@ DATA = {
 }
 PAGE = re.compile(r"<(!doctype|html|\?xml)\b", re.IGNORECASE)
 RECORD = re.compile(r'\[?\s*\{\s*"([^"\\]|\\.)*"\s*:')  # {"who": or [{"who":
-
 RECORD_LINE = re.compile(RECORD.pattern + r".*\},?\s*")
 
 

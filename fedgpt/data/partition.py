@@ -149,7 +149,7 @@ def _wrong_tokens(shards: Sequence[Shard], allowed: np.ndarray) -> str:
 def _too_many(
     dealer: MadeClients, documents: Documents, options: PartitionOptions, seed: int
 ) -> ConfigError:
-    """The error for more clients than even equal shares are enough for; none of them is made."""
+    """The error for more clients than even equal shares are enough for."""
     least = _least(dealer, documents, seed) if dealer.clients <= MANY else 0
     return ConfigError(
         f"partition.clients={dealer.clients}: each needs {documents.minimum} tokens, and the"

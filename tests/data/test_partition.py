@@ -324,7 +324,7 @@ def test_no_remedy_is_named_that_does_not_help(prepared, name, clients, piece, w
                 follow(prepared, chosen, window, problem, remedy)
 
 
-def test_too_many_clients_are_refused_before_one_is_made(ten, monkeypatch):
+def test_far_too_many_clients_are_refused_without_making_them(ten, monkeypatch):
     def few(count):  # to make 10 ** 6 clients takes half a minute
         assert count <= 10_000
         return made_clients(count)
