@@ -95,6 +95,15 @@ def test_a_longer_plan_is_checked_although_a_shorter_one_was_within_the_budget(t
         client(o, tmp_path).steps(job(o, 5, participations=10_000), "fresh")
 
 
+def test_a_smaller_shard_is_checked_although_a_larger_one_was_within_the_budget(tmp_path):
+    """Its blocks are in more batches, so the same plan costs more."""
+    o, small = options(), TOKENS[: 10 * 17]
+    client(o, tmp_path / "large").steps(job(o), "fresh")
+    with pytest.raises(BudgetExhausted, match=r"privacy\.target_epsilon=4"):
+        for number in range(5):
+            client(o, tmp_path / "small", small).steps(job(o, number), "fresh")
+
+
 def test_an_identical_repeat_of_a_job_is_free_and_gets_the_same_noise(tmp_path):
     o = options()
     first = client(o, tmp_path).steps(job(o), "fresh").stream.normal(50)
@@ -148,6 +157,38 @@ def test_the_clients_own_budget_limits_a_server_that_asks_for_less_noise_or_more
     assert events(tmp_path)[0]["count"] == 3
 
 
+def test_a_job_whose_result_may_differ_in_a_bit_is_charged_again(tmp_path, monkeypatch):
+    """The same noise on another gradient would show the difference of both."""
+    import torch
+    from support.here import tiny_run  # not at the top, as another process also runs this file
+
+    from fedgpt.client.work import ClientWork
+    from fedgpt.config import compose
+
+    noise = ["privacy.noise_multiplier=3", "privacy.target_epsilon=null"]
+    o = compose.load([*tiny_run(tmp_path), "privacy=local", *noise])
+    work = ClientWork(o, str(tmp_path / "clients"))
+    params = np.zeros(work.trainer.layout.size, np.float32)
+    plan = Plan("run", 1, 0, 32, 640, noise_multiplier=3.0, participations=9, delta=1e-3)
+
+    def charged() -> float:
+        header, _ = work.train(Job("ann", 0, 0, params, plan), 0)
+        return json.loads(header)["metrics"]["charged"]
+
+    assert charged() == charged() == 1
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        assert charged() == 2
+    finally:
+        torch.set_num_threads(threads)
+    monkeypatch.setattr(torch, "__version__", "0.1")
+    assert charged() == 3
+    # not every condition is known on a GPU, so there even the same job counts as another
+    work.trainer.compute = replace(work.trainer.compute, device="cuda")
+    assert [charged(), charged()] == [4, 5]
+
+
 @pytest.mark.parametrize(("rng", "repeats"), [("secure", False), ("seeded", True)])
 def test_only_seeded_noise_follows_from_the_seed(tmp_path, rng, repeats):
     o = options(rng=rng)
@@ -173,6 +214,9 @@ def test_the_ledger_identifies_the_noise_without_revealing_it(tmp_path):
     (release,) = json.loads((tmp_path / "ledger.json").read_text())["releases"]
     guess = SecureStream(bytes.fromhex(release["tag"]), "noise").normal(5000)
     assert abs(np.corrcoef(noise, guess)[0, 1]) < 0.07
+    client(o, tmp_path / "other").hidden(job(o), np.zeros(5000, np.float32), "fresh")
+    (other,) = json.loads((tmp_path / "other" / "ledger.json").read_text())["releases"]
+    assert other["tag"] != release["tag"], "without the key no guess of the update is confirmed"
 
 
 def test_a_damaged_ledger_and_one_of_other_text_are_refused(tmp_path):

@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+from support import mechanism
 from support.here import run_here, tiny_run
 
 from fedgpt.cli import audit, privacy
@@ -103,6 +104,16 @@ def test_an_audit_ends_with_a_line_for_scripts(options, name, capsys, monkeypatc
     assert 0 <= found["membership"]["auc"] <= 1 and 0 <= found["token_leak"]["auc"] <= 1
     assert ("released_auc" in found["token_leak"]) == (name == "coins")
     assert ("claimed_mu" in found) == (name != "none")
+
+
+def test_an_audit_that_refutes_the_guarantee_has_exit_code_1(options, capsys, monkeypatch):
+    monkeypatch.setattr("fedgpt.audit.attacks.MEMBER_STEPS", 3)
+    noise = ["privacy.noise_multiplier=4", "privacy.target_epsilon=null"]
+    with mechanism.no_noise():
+        assert audit.main([*options, *COINS, *noise]) == 1
+    printed = capsys.readouterr().out
+    assert "canaries: one release, 600 canary clients" in printed
+    assert "THE GUARANTEE IS REFUTED" in printed and "the guarantee holds" not in printed
 
 
 def test_noise_below_the_budget_is_refused_before_a_job_is_sent(options):

@@ -267,6 +267,8 @@ def test_fixed_cohorts_and_buffers_are_accounted_by_participation():
     fixed = plan(MANY, *CLIENT, "rounds=50")
     assert fixed.sampling == "bounded" and fixed.participations == 50 and fixed.cohort == 10
     assert fixed.epsilon == pytest.approx(8.0, abs=0.02)
+    apart = plan(MANY, *CLIENT, "rounds=50", "privacy.separation=20")
+    assert apart.participations == 3, "in versions 0, 20 and 40"
     buffered = plan(MANY, *BUFFER, "rounds=500")
     assert buffered.participations == 5 and buffered.cohort == 4
     mu = 5**0.5 / buffered.noise_multiplier
@@ -315,6 +317,13 @@ def test_the_statement_says_what_is_covered_and_what_is_not():
             assert word in text
         assert ("NOT PRIVATE" in text) == (chosen is seeded)
         assert "not covered" in text and len(promise["not_covered"]) >= 3
+
+
+def test_the_statement_says_whether_the_plan_is_within_the_budget():
+    for noise, words in ((0.5, "but the run ends before it is above 2"), (50, "never above 2")):
+        o = compose.load([*CLIENT, "privacy.target_epsilon=2", f"privacy.noise_multiplier={noise}"])
+        promise = statement(o, make_plan(o, MANY), len(MANY))
+        assert words in dict(rows(promise))["epsilon"]
 
 
 NOBODY_COVERS = ("public part", "held-out part", "other runs on the same text")
@@ -419,6 +428,8 @@ def test_a_delta_that_promises_next_to_nothing_is_reported_with_a_remedy():
     blocks = statement_of([70], "privacy=example", "rounds=2")
     assert "delta is 0.47" in blocks["WEAK"] and "blocks of text" in blocks["WEAK"]
     assert "set privacy.delta=0.001 or less" in blocks["WEAK"]
+    weak = [statement_of([2000] * 4, *CLIENT, f"privacy.delta={d}") for d in (0.011, 0.01)]
+    assert ["WEAK" in rows for rows in weak] == [True, False]
     for remedy in (
         statement_of([2000] * 4, *CLIENT, "privacy.delta=0.001"),
         statement_of([2000] * 66, *CLIENT),

@@ -325,6 +325,19 @@ def test_a_release_beyond_the_plan_is_compared_with_the_budget(tmp_path):
         build.release(deltas())
 
 
+def test_a_version_made_again_is_compared_with_the_budget(tmp_path):
+    """The plan covers amplified releases, and this one is not."""
+    planned = Event(1.0, 0.1, 3)
+    plan = replace(m.plan(1.0), planned=planned, budget=epsilon_of([planned], 1e-5) * 1.0001)
+    first = Mechanism(tmp_path, 1.0)
+    first.privacy.plan = plan
+    first.release(deltas())
+    again = Mechanism(tmp_path, 1.0)  # from version 0, with another sum
+    again.privacy.plan = plan
+    with pytest.raises(StoppedEarly, match="the model of version 0 is the last"):
+        again.release(deltas(5))
+
+
 def test_the_ledger_identifies_the_noise_without_revealing_it(tmp_path):
     build = Mechanism(tmp_path, 1.0)
     released = build.release([])
@@ -332,6 +345,9 @@ def test_the_ledger_identifies_the_noise_without_revealing_it(tmp_path):
     for words in ((), ("noise",), ("noise", entry["tag"])):
         guess = SecureStream(bytes.fromhex(entry["tag"]), *words).normal(SIZE)
         assert abs(np.corrcoef(released, guess)[0, 1]) < 5 / math.sqrt(SIZE)
+    Mechanism(tmp_path / "other", 1.0).release([])
+    (other,) = json.loads((tmp_path / "other" / "ledger.json").read_text())["releases"]
+    assert other["tag"] != entry["tag"], "without the key no guess of the sum is confirmed"
 
 
 def test_a_missing_ledger_is_an_error_after_the_first_release(tmp_path):
