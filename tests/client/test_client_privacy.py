@@ -157,38 +157,6 @@ def test_the_clients_own_budget_limits_a_server_that_asks_for_less_noise_or_more
     assert events(tmp_path)[0]["count"] == 3
 
 
-def test_a_job_whose_result_may_differ_in_a_bit_is_charged_again(tmp_path, monkeypatch):
-    """The same noise on another gradient would show the difference of both."""
-    import torch
-    from support.here import tiny_run  # not at the top, as another process also runs this file
-
-    from fedgpt.client.work import ClientWork
-    from fedgpt.config import compose
-
-    noise = ["privacy.noise_multiplier=3", "privacy.target_epsilon=null"]
-    o = compose.load([*tiny_run(tmp_path), "privacy=local", *noise])
-    work = ClientWork(o, str(tmp_path / "clients"))
-    params = np.zeros(work.trainer.layout.size, np.float32)
-    plan = Plan("run", 1, 0, 32, 640, noise_multiplier=3.0, participations=9, delta=1e-3)
-
-    def charged() -> float:
-        header, _ = work.train(Job("ann", 0, 0, params, plan), 0)
-        return json.loads(header)["metrics"]["charged"]
-
-    assert charged() == charged() == 1
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads + 1)
-    try:
-        assert charged() == 2
-    finally:
-        torch.set_num_threads(threads)
-    monkeypatch.setattr(torch, "__version__", "0.1")
-    assert charged() == 3
-    # not every condition is known on a GPU, so there even the same job counts as another
-    work.trainer.compute = replace(work.trainer.compute, device="cuda")
-    assert [charged(), charged()] == [4, 5]
-
-
 @pytest.mark.parametrize(("rng", "repeats"), [("secure", False), ("seeded", True)])
 def test_only_seeded_noise_follows_from_the_seed(tmp_path, rng, repeats):
     o = options(rng=rng)

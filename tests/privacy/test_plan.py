@@ -269,6 +269,7 @@ def test_fixed_cohorts_and_buffers_are_accounted_by_participation():
     assert fixed.epsilon == pytest.approx(8.0, abs=0.02)
     apart = plan(MANY, *CLIENT, "rounds=50", "privacy.separation=20")
     assert apart.participations == 3, "in versions 0, 20 and 40"
+    assert plan(MANY, *CLIENT, *QUICK, "pace.goal=6").cohort == 6, "a step needs 6 of the 10"
     buffered = plan(MANY, *BUFFER, "rounds=500")
     assert buffered.participations == 5 and buffered.cohort == 4
     mu = 5**0.5 / buffered.noise_multiplier
