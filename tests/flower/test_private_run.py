@@ -116,9 +116,13 @@ def test_an_audit_that_refutes_the_guarantee_has_exit_code_1(options, capsys, mo
     assert "THE GUARANTEE IS REFUTED" in printed and "the guarantee holds" not in printed
 
 
-def test_noise_below_the_budget_is_refused_before_a_job_is_sent(options):
+def test_noise_below_the_budget_is_refused_before_the_runtime_starts(options, monkeypatch):
     from fedgpt.core.errors import ConfigError
 
+    def planned(*_, **__):
+        raise AssertionError("processes are planned before the noise is compared with the budget")
+
+    monkeypatch.setattr("fedgpt.flower.launch.resources_for", planned)
     with pytest.raises(
         ConfigError,
         match="leave the noise out, so that it follows from the target, or lower rounds",
