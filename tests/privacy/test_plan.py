@@ -300,6 +300,9 @@ def test_the_smallest_shard_costs_most():
     )
     assert found.planned.count == 50 and found.planned.sampling_probability == 8 / 15
     assert found.delta == 400**-1.1 and found.protected == 400
+    batches = ["local.batch_size=2", "local.accumulate=3"]
+    found = plan([1000], "privacy=example", *QUICK, *batches)
+    assert found.planned.sampling_probability == 6 / 15
 
 
 def test_clients_chosen_at_random_may_take_part_more_often_than_on_average():
