@@ -215,6 +215,21 @@ def test_no_noise_is_made_for_a_job_that_could_not_be_charged(tmp_path, monkeypa
     assert not made
 
 
+def test_a_client_whose_ledger_could_not_be_created_can_start_again(tmp_path, monkeypatch):
+    """A key without a ledger would look like a client whose ledger is gone."""
+
+    def disk_full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    o = options()
+    with monkeypatch.context() as patch:
+        patch.setattr("fedgpt.privacy.ledger.write_text", disk_full)
+        with pytest.raises(OSError, match="No space left"):
+            client(o, tmp_path).steps(job(o), "fresh")
+    client(o, tmp_path).steps(job(o), "fresh")
+    assert events(tmp_path)[0]["count"] == 3
+
+
 def test_two_processes_of_a_client_charge_its_ledger_one_after_the_other(tmp_path):
     o = options()
     other = Thread(target=lambda: client(o, tmp_path).steps(job(o), "fresh"), daemon=True)

@@ -323,6 +323,38 @@ def test_the_statement_says_what_is_covered_and_what_is_not():
         assert "not covered" in text and len(promise["not_covered"]) >= 3
 
 
+ALL_TEXT = "all text of one client"
+PROTECTED = {
+    "privacy=example": "one block of 65 tokens of a client's text, cut once (compared with a run"
+    " without its gradients)",
+    "privacy=local": f"{ALL_TEXT}, also against the server (compared with any other updates of the"
+    " client)",
+    " ".join(COINS): f"{ALL_TEXT} (compared with a run without its updates)",
+    " ".join(BUFFER): f"{ALL_TEXT} (compared with a run with the same participation and updates of"
+    " zero)",
+}
+
+
+@pytest.mark.parametrize("chosen", PROTECTED)
+def test_the_statement_has_the_unit_and_the_numbers_of_the_plan(chosen):
+    o = compose.load([*chosen.split(), *QUICK, "privacy.clip=0.5", "rounds=2", "local.steps=1"])
+    made = make_plan(o, MANY)
+    shown = dict(rows(statement(o, made, len(MANY))))
+    assert shown["protects"] == PROTECTED[chosen]
+    assert shown["epsilon"] == f"{made.epsilon:.3g} as planned, at delta {made.delta:.2g}"
+    assert shown["noise"].startswith("5 x clip 0.5, ")
+    sampled = made.planned.sampling_probability < 1
+    assert ("privacy loss distributions" in shown["accountant"]) == sampled
+    assert ("closed form" in shown["accountant"]) != sampled
+
+
+def test_the_statement_says_that_coins_of_few_clients_help_little():
+    o = compose.load([*COINS, *QUICK, "rounds=2"])
+    for clients, said in ((66, True), (200, False)):
+        promise = statement(o, make_plan(o, [2000] * clients), clients)
+        assert (f"few clients ({clients})" in dict(rows(promise))["noise"]) == said
+
+
 def test_the_statement_says_whether_the_plan_is_within_the_budget():
     for noise, words in ((0.5, "but the run ends before it is above 2"), (50, "never above 2")):
         o = compose.load([*CLIENT, "privacy.target_epsilon=2", f"privacy.noise_multiplier={noise}"])

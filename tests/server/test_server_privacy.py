@@ -278,6 +278,19 @@ def test_no_noise_is_drawn_for_a_release_that_could_not_be_charged(tmp_path, mon
     assert not drawn
 
 
+def test_a_run_whose_ledger_could_not_be_created_can_start_again(tmp_path, monkeypatch):
+    """A key without a ledger would look like a run whose ledger is gone."""
+
+    def disk_full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedgpt.privacy.ledger.write_text", disk_full)
+        with pytest.raises(OSError, match="No space left"):
+            Mechanism(tmp_path, 1.0)
+    assert Mechanism(tmp_path, 1.0).release([]).any()
+
+
 def test_no_weight_of_an_update_is_above_1(tmp_path):
     class Eager(FedBuff):
         def discount(self, staleness: int) -> float:
@@ -513,6 +526,12 @@ def test_a_client_waits_for_separation_versions(tmp_path):
     assert [privacy.may_ask("a", version, clients) for version in (5, 6, 7)] == [False, False, True]
 
 
+def test_with_coins_nothing_but_the_coin_decides_who_takes_part(tmp_path):
+    build = Mechanism(tmp_path, 1.0)
+    build.release(deltas())
+    assert build.privacy.may_ask("client 0", build.state.version - 1, build.clients)
+
+
 def test_the_divisor_is_a_constant(tmp_path):
     privacy = bounded(tmp_path)
     assert privacy.divisor(FedAvg(), Pacing("cohort", 5, 5)) == COHORT
@@ -554,7 +573,9 @@ def test_the_epsilon_of_privacy_example_is_that_of_the_client_that_paid_most(tmp
             privacy.asked(client, 5, clients)
     assert not privacy.may_ask("small", 0, clients)
     assert 3.9 < privacy.metrics(clients)["epsilon"] <= 4.0
-    assert json.loads((tmp_path / "ledger.json").read_text())["events"][0]["count"] == 50
+    ledger = tmp_path / "ledger.json"
+    assert json.loads(ledger.read_text())["events"][0]["count"] == 50
+    assert ledger.stat().st_mode & 0o777 == 0o600, "it has the number of jobs of each client"
     clients = Clients({"charged": {"small": 1.0, "large": 50.0}})
     costs = [
         epsilon_of([Event(plan.noise_multiplier, q, n)], plan.delta)
