@@ -116,13 +116,16 @@ def test_an_identical_repeat_of_a_job_is_free_and_gets_the_same_noise(tmp_path):
     assert events(tmp_path)[0]["count"] == 3
 
 
-@pytest.mark.parametrize("what", ["moments", "params", "schedule", "environment"])
-def test_another_job_of_the_same_number_is_paid_for_and_gets_other_noise(tmp_path, what):
+@pytest.mark.parametrize(
+    "what", ["client", "number", "version", "params", "schedule", "moments", "environment"]
+)
+def test_a_job_that_differs_in_anything_is_paid_for_and_gets_other_noise(tmp_path, what):
     o = options()
     first = client(o, tmp_path).steps(job(o), "fresh").stream.normal(1000)
     other = job(o, tokens_done=64) if what == "schedule" else job(o)
-    if what == "params":
-        other = Job("alice", 0, 0, np.ones(10, np.float32), other.plan)
+    values = {"client": "bob", "number": 1, "version": 1, "params": np.ones(10, np.float32)}
+    if what in values:
+        other = replace(other, **{what: values[what]})
     environment = {"threads": 7} if what == "environment" else {}
     steps = client(o, tmp_path, **environment).steps(
         other, "moments of 3" if what == "moments" else "fresh"
@@ -160,7 +163,11 @@ def test_the_clients_own_budget_limits_a_server_that_asks_for_less_noise_or_more
 @pytest.mark.parametrize(("rng", "repeats"), [("secure", False), ("seeded", True)])
 def test_only_seeded_noise_follows_from_the_seed(tmp_path, rng, repeats):
     o = options(rng=rng)
-    one, two = (client(o, tmp_path / name).steps(job(o), "fresh") for name in ("one", "two"))
+    new = job(o)
+    one, two = (
+        client(o, tmp_path / run).steps(replace(new, plan=replace(new.plan, run=run)), "fresh")
+        for run in ("one", "two")
+    )
     assert np.array_equal(one.stream.normal(50), two.stream.normal(50)) == repeats
 
 
