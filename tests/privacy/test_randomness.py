@@ -92,6 +92,7 @@ def test_noise_is_added_in_place_to_vectors_of_any_length():
         SecureStream(KEY, size).add_normal(vector, 0.5)
         assert vector.isfinite().all() and (vector != 100).any()
         assert float((vector - 100).abs().max()) < 0.5 * 6.8
+    assert float((vector - 100).std()) == pytest.approx(0.5, rel=0.01)
 
 
 def test_a_stream_is_aes_256_in_counter_mode_under_a_key_of_its_own():
