@@ -9,7 +9,10 @@ import pytest
 from support import mechanism
 from support.here import run_here, tiny_run
 
+import fedgpt
 from fedgpt.cli import audit, privacy
+from fedgpt.core.errors import ConfigError, FedGPTError
+from fedgpt.core.faults import Injected, injected
 from fedgpt.privacy.accounting import Event, epsilon_of
 from fedgpt.storage.checkpoint import Checkpoints
 from fedgpt.storage.run_folder import read_lines
@@ -73,6 +76,17 @@ def test_every_epsilon_of_seeded_noise_is_called_not_private(tmp_path, options, 
     assert "NOT PRIVATE" in card
 
 
+@pytest.mark.parametrize("gone", [["privacy.key"], ["privacy.key", "ledger.json"]], ids=" ".join)
+def test_a_stopped_run_is_not_resumed_without_key_or_ledger(tmp_path, options, gone):
+    """Without both it would look like a new run, which has spent nothing yet."""
+    with injected("aggregate:3:raise"), pytest.raises(Injected):
+        run_here(*options, *FIXED, "checkpoint.every=1")
+    for name in gone:
+        (tmp_path / "run" / name).unlink()
+    with pytest.raises(FedGPTError, match=rf"{gone[-1]} is missing"):
+        fedgpt.run(f"resume={tmp_path / 'run'}")
+
+
 @pytest.mark.parametrize("name", [*CHOICES, "correlated"])
 def test_the_plan_has_the_cost_of_shorter_longer_and_noisier_runs(options, name, capsys):
     correlated = [*FIXED, "pace.clients=1", "privacy.bands=2", "privacy.separation=2"]
@@ -117,8 +131,6 @@ def test_an_audit_that_refutes_the_guarantee_has_exit_code_1(options, capsys, mo
 
 
 def test_noise_below_the_budget_is_refused_before_the_runtime_starts(options, monkeypatch):
-    from fedgpt.core.errors import ConfigError
-
     def planned(*_, **__):
         raise AssertionError("processes are planned before the noise is compared with the budget")
 
