@@ -61,7 +61,7 @@ def make_plan(o: RunOptions, shards: Sequence[int]) -> PrivacyPlan:
     cohort = _cohort(o, len(shards))
     participations = o.privacy.participations or _participations(o, len(shards), cohort)
     delta = default_delta(protected) if o.privacy.delta is None else o.privacy.delta
-    if problems := list(_problems(o, delta, protected, len(shards), cohort, sampling)):
+    if problems := list(_problems(o, delta, protected, len(shards), cohort)):
         raise ConfigError(problems)
     probability, count, scale = 1.0, participations, 1.0
     if unit == "example":
@@ -170,7 +170,7 @@ def _participations(o: RunOptions, clients: int, cohort: float) -> int:
 
 
 def _problems(
-    o: RunOptions, delta: float, protected: int, clients: int, cohort: float, sampling: str
+    o: RunOptions, delta: float, protected: int, clients: int, cohort: float
 ) -> Iterator[str]:
     noun = "blocks of the largest client" if o.privacy.unit == "example" else "clients"
     if protected < 1:
@@ -185,16 +185,9 @@ def _problems(
             f" out for {default_delta(protected):.2g}"
         )
     apart = o.privacy.separation
-    if (
-        o.privacy.unit == "client"
-        and sampling != "poisson"
-        and apart > 1
-        and clients < cohort * apart
-    ):
+    if apart > 1 and clients < cohort * apart:  # only with privacy=client and without coins
         yield (
             f"privacy.separation={apart}: {clients} clients cannot fill {cohort:g} places in each"
             f" of {apart} versions without one taking part twice; lower it to"
             f" {max(1, int(clients // cohort))} at most, or lower pace.clients"
         )
-    if min(cohort, clients) <= 0:
-        yield "privacy: no client takes part; raise pace.clients or pace.rate"

@@ -42,7 +42,7 @@ class SecureStream:
     def add_normal(self, out: torch.Tensor, std: float) -> None:
         """Add N(0, std^2) to every element of a contiguous float32 vector, on any device.
 
-        Box-Muller from two 32-bit uniforms in (0, 1): no value is beyond 6.7 standard deviations.
+        Box-Muller from two 32-bit uniforms in (0, 1): no value is beyond 6.8 standard deviations.
         """
         flat = out.view(-1)
         for start in range(0, flat.numel(), CHUNK):

@@ -10,7 +10,15 @@ import pytest
 from support import mechanism as m
 
 from fedgpt.aggregate.fedavg import FedAvg
-from fedgpt.audit.attacks import audit, audit_client, audit_example, membership, token_leak
+from fedgpt.audit.attacks import (
+    Verdict,
+    audit,
+    audit_client,
+    audit_example,
+    membership,
+    token_leak,
+)
+from fedgpt.audit.statistics import Bounds
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import (
     LocalOptions,
@@ -47,6 +55,14 @@ def test_a_correct_server_passes():
     assert any(verdict.holds for verdict in found)
     assert found[0].mu == 0.5 and found[0].epsilon < 2.3
     assert all(verdict.bounds.mu_bound < 0.8 for verdict in found)
+
+
+@pytest.mark.parametrize(
+    ("mu", "epsilon", "holds"), [(0.9, 4.0, True), (1.1, 4.0, False), (0.9, 4.5, False)]
+)
+def test_each_of_the_two_bounds_can_refute_the_guarantee(mu, epsilon, holds):
+    """A mu of 1 is an epsilon of 4.38 at a delta of 1e-5."""
+    assert Verdict(Bounds(mu + 0.2, mu, epsilon), 1.0, 1e-5, "a release").holds == holds
 
 
 def test_at_least_eight_of_nine_broken_servers_fail():
@@ -93,7 +109,7 @@ def test_a_correct_client_passes(engine):
     o, plan = tiny(engine=engine)
     found = [audit_example(o, VOCAB, plan, seed) for seed in range(2)]
     assert any(verdict.holds for verdict in found)
-    assert found[0].mu == pytest.approx(8**0.5 / 2)
+    assert found[0].mu == pytest.approx(8**0.5 / 2) and "96 canary blocks" in found[0].what
 
 
 @pytest.mark.parametrize(
@@ -124,6 +140,15 @@ def test_one_update_reveals_its_tokens_and_a_private_one_does_not():
         for _ in range(5)
     ]
     assert np.mean(found) < 0.62, "close to a random order"
+
+
+def test_a_release_does_not_reveal_the_tokens_that_the_server_sees():
+    o, _ = tiny()
+    o = replace(o, privacy=PrivacyOptions(unit="client", clip=1.0))
+    tokens = text(0, 32, 200 * 17)
+    found = [token_leak(o, VOCAB, tokens, m.plan(2.0), 8) for _ in range(4)]
+    assert min(each["auc"] for each in found) > 0.9
+    assert np.mean([each["released_auc"] for each in found]) < 0.65, "close to a random order"
 
 
 def test_members_are_found_if_the_model_has_memorised_its_text():

@@ -95,6 +95,15 @@ def test_a_longer_plan_is_checked_although_a_shorter_one_was_within_the_budget(t
         client(o, tmp_path).steps(job(o, 5, participations=10_000), "fresh")
 
 
+def test_a_smaller_shard_is_checked_although_a_larger_one_was_within_the_budget(tmp_path):
+    """Its blocks are in more batches, so the same plan costs more."""
+    o, small = options(), TOKENS[: 10 * 17]
+    client(o, tmp_path / "large").steps(job(o), "fresh")
+    with pytest.raises(BudgetExhausted, match=r"privacy\.target_epsilon=4"):
+        for number in range(5):
+            client(o, tmp_path / "small", small).steps(job(o, number), "fresh")
+
+
 def test_an_identical_repeat_of_a_job_is_free_and_gets_the_same_noise(tmp_path):
     o = options()
     first = client(o, tmp_path).steps(job(o), "fresh").stream.normal(50)
@@ -107,13 +116,16 @@ def test_an_identical_repeat_of_a_job_is_free_and_gets_the_same_noise(tmp_path):
     assert events(tmp_path)[0]["count"] == 3
 
 
-@pytest.mark.parametrize("what", ["moments", "params", "schedule", "environment"])
-def test_another_job_of_the_same_number_is_paid_for_and_gets_other_noise(tmp_path, what):
+@pytest.mark.parametrize(
+    "what", ["client", "number", "version", "params", "schedule", "moments", "environment"]
+)
+def test_a_job_that_differs_in_anything_is_paid_for_and_gets_other_noise(tmp_path, what):
     o = options()
     first = client(o, tmp_path).steps(job(o), "fresh").stream.normal(1000)
     other = job(o, tokens_done=64) if what == "schedule" else job(o)
-    if what == "params":
-        other = Job("alice", 0, 0, np.ones(10, np.float32), other.plan)
+    values = {"client": "bob", "number": 1, "version": 1, "params": np.ones(10, np.float32)}
+    if what in values:
+        other = replace(other, **{what: values[what]})
     environment = {"threads": 7} if what == "environment" else {}
     steps = client(o, tmp_path, **environment).steps(
         other, "moments of 3" if what == "moments" else "fresh"
@@ -151,7 +163,11 @@ def test_the_clients_own_budget_limits_a_server_that_asks_for_less_noise_or_more
 @pytest.mark.parametrize(("rng", "repeats"), [("secure", False), ("seeded", True)])
 def test_only_seeded_noise_follows_from_the_seed(tmp_path, rng, repeats):
     o = options(rng=rng)
-    one, two = (client(o, tmp_path / name).steps(job(o), "fresh") for name in ("one", "two"))
+    new = job(o)
+    one, two = (
+        client(o, tmp_path / run).steps(replace(new, plan=replace(new.plan, run=run)), "fresh")
+        for run in ("one", "two")
+    )
     assert np.array_equal(one.stream.normal(50), two.stream.normal(50)) == repeats
 
 
@@ -173,6 +189,9 @@ def test_the_ledger_identifies_the_noise_without_revealing_it(tmp_path):
     (release,) = json.loads((tmp_path / "ledger.json").read_text())["releases"]
     guess = SecureStream(bytes.fromhex(release["tag"]), "noise").normal(5000)
     assert abs(np.corrcoef(noise, guess)[0, 1]) < 0.07
+    client(o, tmp_path / "other").hidden(job(o), np.zeros(5000, np.float32), "fresh")
+    (other,) = json.loads((tmp_path / "other" / "ledger.json").read_text())["releases"]
+    assert other["tag"] != release["tag"], "without the key no guess of the update is confirmed"
 
 
 def test_a_damaged_ledger_and_one_of_other_text_are_refused(tmp_path):
@@ -201,6 +220,21 @@ def test_no_noise_is_made_for_a_job_that_could_not_be_charged(tmp_path, monkeypa
         else:
             private.hidden(first, np.zeros(10, np.float32), "fresh")
     assert not made
+
+
+def test_a_client_whose_ledger_could_not_be_created_can_start_again(tmp_path, monkeypatch):
+    """A key without a ledger would look like a client whose ledger is gone."""
+
+    def disk_full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    o = options()
+    with monkeypatch.context() as patch:
+        patch.setattr("fedgpt.privacy.ledger.write_text", disk_full)
+        with pytest.raises(OSError, match="No space left"):
+            client(o, tmp_path).steps(job(o), "fresh")
+    client(o, tmp_path).steps(job(o), "fresh")
+    assert events(tmp_path)[0]["count"] == 3
 
 
 def test_two_processes_of_a_client_charge_its_ledger_one_after_the_other(tmp_path):

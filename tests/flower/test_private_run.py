@@ -6,9 +6,13 @@ import json
 import re
 
 import pytest
+from support import mechanism
 from support.here import run_here, tiny_run
 
+import fedgpt
 from fedgpt.cli import audit, privacy
+from fedgpt.core.errors import ConfigError, FedGPTError
+from fedgpt.core.faults import Injected, injected
 from fedgpt.privacy.accounting import Event, epsilon_of
 from fedgpt.storage.checkpoint import Checkpoints
 from fedgpt.storage.run_folder import read_lines
@@ -72,6 +76,17 @@ def test_every_epsilon_of_seeded_noise_is_called_not_private(tmp_path, options, 
     assert "NOT PRIVATE" in card
 
 
+@pytest.mark.parametrize("gone", [["privacy.key"], ["privacy.key", "ledger.json"]], ids=" ".join)
+def test_a_stopped_run_is_not_resumed_without_key_or_ledger(tmp_path, options, gone):
+    """Without both it would look like a new run, which has spent nothing yet."""
+    with injected("aggregate:3:raise"), pytest.raises(Injected):
+        run_here(*options, *FIXED, "checkpoint.every=1")
+    for name in gone:
+        (tmp_path / "run" / name).unlink()
+    with pytest.raises(FedGPTError, match=rf"{gone[-1]} is missing"):
+        fedgpt.run(f"resume={tmp_path / 'run'}")
+
+
 @pytest.mark.parametrize("name", [*CHOICES, "correlated"])
 def test_the_plan_has_the_cost_of_shorter_longer_and_noisier_runs(options, name, capsys):
     correlated = [*FIXED, "pace.clients=1", "privacy.bands=2", "privacy.separation=2"]
@@ -105,9 +120,21 @@ def test_an_audit_ends_with_a_line_for_scripts(options, name, capsys, monkeypatc
     assert ("claimed_mu" in found) == (name != "none")
 
 
-def test_noise_below_the_budget_is_refused_before_a_job_is_sent(options):
-    from fedgpt.core.errors import ConfigError
+def test_an_audit_that_refutes_the_guarantee_has_exit_code_1(options, capsys, monkeypatch):
+    monkeypatch.setattr("fedgpt.audit.attacks.MEMBER_STEPS", 3)
+    noise = ["privacy.noise_multiplier=4", "privacy.target_epsilon=null"]
+    with mechanism.no_noise():
+        assert audit.main([*options, *COINS, *noise]) == 1
+    printed = capsys.readouterr().out
+    assert "canaries: one release, 600 canary clients" in printed
+    assert "THE GUARANTEE IS REFUTED" in printed and "the guarantee holds" not in printed
 
+
+def test_noise_below_the_budget_is_refused_before_the_runtime_starts(options, monkeypatch):
+    def planned(*_, **__):
+        raise AssertionError("processes are planned before the noise is compared with the budget")
+
+    monkeypatch.setattr("fedgpt.flower.launch.resources_for", planned)
     with pytest.raises(
         ConfigError,
         match="leave the noise out, so that it follows from the target, or lower rounds",

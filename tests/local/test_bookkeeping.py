@@ -257,15 +257,19 @@ def steps_of(
     return PrivateSteps(Blocks(tokens, TIME), stream, probability, noise, 0.5)
 
 
-@pytest.mark.parametrize("engine", ["bookkeeping", "opacus"])
-def test_a_step_is_the_clipped_sum_and_noise_over_a_constant(engine):
+@pytest.mark.parametrize(
+    ("engine", "kind"), [("bookkeeping", BookKeeping), ("opacus", OpacusHooks)]
+)
+def test_a_step_is_the_clipped_sum_and_noise_over_a_constant(engine, kind):
     model, layout, vector = make()
     steps = steps_of(noise=1e-12)
     chosen = np.flatnonzero(SecureStream(bytes(32), "test").uniform(40) < 0.25)
     assert 2 < len(chosen) < 20 and len(chosen) != 10
     found = torch.zeros_like(vector)
     # a batch size of 3 makes several parts
-    PrivateGradient(model, layout, TASK, engine, batch_size=3).fill(found, steps)
+    gradient = PrivateGradient(model, layout, TASK, engine, batch_size=3)
+    assert type(gradient.engine) is kind
+    gradient.fill(found, steps)
     # of a new model, because torch.func does not work with the hooks of Opacus
     own = reference(make()[0], layout, *steps.units.take(chosen))
     want = clipped_sum(own, 0.5) / 10  # q * n, not the number of examples drawn

@@ -10,16 +10,22 @@ import torch
 from scipy import stats
 from support import mechanism as m
 
+from fedgpt.core.device import Compute
 from fedgpt.core.flat import flatten
-from fedgpt.core.options import ModelOptions
+from fedgpt.core.messages import Plan
+from fedgpt.core.options import LocalOptions, ModelOptions
 from fedgpt.data.batches import Blocks
 from fedgpt.local.bookkeeping import BookKeeping
 from fedgpt.local.private import PrivateGradient, PrivateSteps
+from fedgpt.local.trainer import Trainer
 from fedgpt.model.gpt import GPT
 from fedgpt.privacy.randomness import SecureStream
 from fedgpt.tasks.lm import LanguageModel
 
 VOCAB, TIME, COUNT, CLIP, Q = 32, 8, 24, 0.01, 0.5
+
+
+MODEL = ModelOptions(n_layer=1, n_head=1, n_embd=16, block_size=TIME, positions="learned")
 
 
 class Chosen(SecureStream):
@@ -38,10 +44,7 @@ class Step:
 
     def __init__(self):
         torch.manual_seed(0)
-        model = GPT(
-            ModelOptions(n_layer=1, n_head=1, n_embd=16, block_size=TIME, positions="learned"),
-            VOCAB,
-        )
+        model = GPT(MODEL, VOCAB)
         layout, vector = flatten(model)
         self.gradient = PrivateGradient(model, layout, LanguageModel(), "bookkeeping", 8)
         self.grad = torch.zeros_like(vector)
@@ -67,10 +70,13 @@ def bounded_sensitivity() -> bool:
 
 
 def correct_noise() -> bool:
-    """Divided by z * C the noise is standard normal, here that of an empty batch."""
-    found = Step().sum([], noise=2.0) / (2.0 * CLIP)
-    close = abs(found.std() - 1) < 4 / math.sqrt(2 * found.size)
-    return bool(found.any() and close and stats.kstest(found, "norm").pvalue > 1e-4)
+    """Divided by z * C the noise is standard normal, also of an empty batch and of three parts."""
+    step, correct = Step(), []
+    for inside in ([], list(range(COUNT))):
+        found = (step.sum(inside, noise=2.0) - step.sum(inside)) / (2.0 * CLIP)
+        close = abs(found.std() - 1) < 4 / math.sqrt(2 * found.size)
+        correct.append(found.any() and close and stats.kstest(found, "norm").pvalue > 1e-4)
+    return all(correct)
 
 
 def independent_noise() -> bool:
@@ -156,3 +162,18 @@ def test_every_broken_step_fails_its_checks(name):
     broken, expected = BROKEN[name]
     with broken():
         assert {check for check in CHECKS if not check()} >= expected
+
+
+def test_a_job_of_empty_batches_does_not_depend_on_the_text():
+    """Nothing of the text gets past the noise into the update, the moments or the metrics."""
+    start, jobs = flatten(GPT(MODEL, VOCAB))[1].numpy(), []
+    for seed in (0, 1):
+        tokens = np.random.default_rng(seed).integers(VOCAB, size=COUNT * (TIME + 1))
+        steps = PrivateSteps(Blocks(tokens, TIME), Chosen([]), Q, 1.0, CLIP)
+        options = LocalOptions(steps=3, batch_size=4)
+        trainer = Trainer(MODEL, VOCAB, options, Compute("cpu", "fp32", "test"))
+        jobs.append(trainer.train(start, steps, Plan("run", 3, 0, 32, 96), None))
+    one, two = jobs
+    assert one.delta.any() and one.metrics == two.metrics
+    for found, other in ((one.delta, two.delta), (one.moments.first, two.moments.first)):
+        np.testing.assert_array_equal(found, other)

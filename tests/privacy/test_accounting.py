@@ -127,6 +127,12 @@ def test_epsilon_decreases_with_the_noise_down_to_almost_none():
     assert found[noises.index(0.1)] < 10 * (1 / (2 * 0.1**2) + 8 / 0.1)
 
 
+def test_a_sampled_release_never_costs_more_than_one_without_sampling():
+    """The discretisation of these losses alone would add 1 to epsilon."""
+    found = epsilon_of([Event(0.5, 0.999999, 3000)], 1e-5)
+    assert found <= epsilon_of([Event(0.5, 1.0, 3000)], 1e-5)
+
+
 @pytest.mark.parametrize(
     ("event", "precise"),
     [(Event(0.15, 0.1, 10), 146.17728), (Event(0.3, 0.1, 1000), 506.19093)],

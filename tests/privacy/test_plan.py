@@ -267,6 +267,9 @@ def test_fixed_cohorts_and_buffers_are_accounted_by_participation():
     fixed = plan(MANY, *CLIENT, "rounds=50")
     assert fixed.sampling == "bounded" and fixed.participations == 50 and fixed.cohort == 10
     assert fixed.epsilon == pytest.approx(8.0, abs=0.02)
+    apart = plan(MANY, *CLIENT, "rounds=50", "privacy.separation=20")
+    assert apart.participations == 3, "in versions 0, 20 and 40"
+    assert plan(MANY, *CLIENT, *QUICK, "pace.goal=6").cohort == 6, "a step needs 6 of the 10"
     buffered = plan(MANY, *BUFFER, "rounds=500")
     assert buffered.participations == 5 and buffered.cohort == 4
     mu = 5**0.5 / buffered.noise_multiplier
@@ -297,6 +300,9 @@ def test_the_smallest_shard_costs_most():
     )
     assert found.planned.count == 50 and found.planned.sampling_probability == 8 / 15
     assert found.delta == 400**-1.1 and found.protected == 400
+    batches = ["local.batch_size=2", "local.accumulate=3"]
+    found = plan([1000], "privacy=example", *QUICK, *batches)
+    assert found.planned.sampling_probability == 6 / 15
 
 
 def test_clients_chosen_at_random_may_take_part_more_often_than_on_average():
@@ -315,6 +321,45 @@ def test_the_statement_says_what_is_covered_and_what_is_not():
             assert word in text
         assert ("NOT PRIVATE" in text) == (chosen is seeded)
         assert "not covered" in text and len(promise["not_covered"]) >= 3
+
+
+ALL_TEXT = "all text of one client"
+PROTECTED = {
+    "privacy=example": "one block of 65 tokens of a client's text, cut once (compared with a run"
+    " without its gradients)",
+    "privacy=local": f"{ALL_TEXT}, also against the server (compared with any other updates of the"
+    " client)",
+    " ".join(COINS): f"{ALL_TEXT} (compared with a run without its updates)",
+    " ".join(BUFFER): f"{ALL_TEXT} (compared with a run with the same participation and updates of"
+    " zero)",
+}
+
+
+@pytest.mark.parametrize("chosen", PROTECTED)
+def test_the_statement_has_the_unit_and_the_numbers_of_the_plan(chosen):
+    o = compose.load([*chosen.split(), *QUICK, "privacy.clip=0.5", "rounds=2", "local.steps=1"])
+    made = make_plan(o, MANY)
+    shown = dict(rows(statement(o, made, len(MANY))))
+    assert shown["protects"] == PROTECTED[chosen]
+    assert shown["epsilon"] == f"{made.epsilon:.3g} as planned, at delta {made.delta:.2g}"
+    assert shown["noise"].startswith("5 x clip 0.5, ")
+    sampled = made.planned.sampling_probability < 1
+    assert ("privacy loss distributions" in shown["accountant"]) == sampled
+    assert ("closed form" in shown["accountant"]) != sampled
+
+
+def test_the_statement_says_that_coins_of_few_clients_help_little():
+    o = compose.load([*COINS, *QUICK, "rounds=2"])
+    for clients, said in ((66, True), (200, False)):
+        promise = statement(o, make_plan(o, [2000] * clients), clients)
+        assert (f"few clients ({clients})" in dict(rows(promise))["noise"]) == said
+
+
+def test_the_statement_says_whether_the_plan_is_within_the_budget():
+    for noise, words in ((0.5, "but the run ends before it is above 2"), (50, "never above 2")):
+        o = compose.load([*CLIENT, "privacy.target_epsilon=2", f"privacy.noise_multiplier={noise}"])
+        promise = statement(o, make_plan(o, MANY), len(MANY))
+        assert words in dict(rows(promise))["epsilon"]
 
 
 NOBODY_COVERS = ("public part", "held-out part", "other runs on the same text")
@@ -419,6 +464,8 @@ def test_a_delta_that_promises_next_to_nothing_is_reported_with_a_remedy():
     blocks = statement_of([70], "privacy=example", "rounds=2")
     assert "delta is 0.47" in blocks["WEAK"] and "blocks of text" in blocks["WEAK"]
     assert "set privacy.delta=0.001 or less" in blocks["WEAK"]
+    weak = [statement_of([2000] * 4, *CLIENT, f"privacy.delta={d}") for d in (0.011, 0.01)]
+    assert ["WEAK" in rows for rows in weak] == [True, False]
     for remedy in (
         statement_of([2000] * 4, *CLIENT, "privacy.delta=0.001"),
         statement_of([2000] * 66, *CLIENT),

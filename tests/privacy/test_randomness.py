@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import random
 import stat
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,6 +38,30 @@ def test_many_short_streams_have_the_right_spread():
     assert 0.6 < np.std(scores) < 1.5
 
 
+def test_no_value_of_the_noise_is_there_a_second_time():
+    """Values are made in pairs; if both were the same, their difference would have no noise."""
+    size = 10_000
+    noise = SecureStream(KEY, "pairs").normal(size)
+    assert len(np.unique(np.abs(noise))) > 0.99 * size
+    for lag in (1, 2, size // 2):
+        assert abs(np.corrcoef(noise[:-lag], noise[lag:])[0, 1]) < 4 / np.sqrt(size - lag), lag
+
+
+class Extreme(SecureStream):
+    """A stream of one word only."""
+
+    def __init__(self, word: int):
+        self.word = word
+
+    def _words(self, count: int) -> np.ndarray:
+        return np.full(count, self.word, np.uint32)
+
+
+@pytest.mark.parametrize(("word", "radius"), [(0, 6.76), (1 << 31, 1.18), ((1 << 32) - 1, 0.0)])
+def test_noise_of_extreme_random_words_is_finite(word, radius):
+    assert np.hypot(*Extreme(word).normal(2)) == pytest.approx(radius, abs=0.01)
+
+
 def test_uniforms_are_uniform():
     values = SecureStream(KEY, "u").uniform(100_000)
     assert stats.kstest(values, "uniform").pvalue > 1e-3
@@ -67,6 +92,7 @@ def test_noise_is_added_in_place_to_vectors_of_any_length():
         SecureStream(KEY, size).add_normal(vector, 0.5)
         assert vector.isfinite().all() and (vector != 100).any()
         assert float((vector - 100).abs().max()) < 0.5 * 6.8
+    assert float((vector - 100).std()) == pytest.approx(0.5, rel=0.01)
 
 
 def test_a_stream_is_aes_256_in_counter_mode_under_a_key_of_its_own():
@@ -108,6 +134,17 @@ def test_only_the_owner_may_read_the_key_and_a_restart_finds_it(tmp_path):
     assert secret_key(tmp_path / "other.key", fresh=True) != key
     path.unlink()
     assert secret_key(path, fresh=True) != key, "it does not follow from the name of the file"
+
+
+def test_a_new_key_is_on_the_disk_before_it_is_used(tmp_path, monkeypatch):
+    synced = []
+
+    def record(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").resolve())
+
+    monkeypatch.setattr("fedgpt.core.files.os.fsync", record)
+    secret_key(tmp_path / "privacy.key", fresh=True)
+    assert synced == [(tmp_path / "privacy.key").resolve(), tmp_path.resolve()]
 
 
 def test_a_missing_or_damaged_key_is_refused(tmp_path):

@@ -27,6 +27,7 @@ from fedgpt.report.published import (
     SUMMARY,
     SUMMARY_WITHHELD,
     WITHHELD,
+    published,
     published_summary,
 )
 from fedgpt.server.metrics_line import FIRST
@@ -98,13 +99,15 @@ def test_what_is_computed_from_the_options_is_the_same_whoever_took_part(runs):
     assert one.summary["virtual_seconds"] != two.summary["virtual_seconds"]
 
 
-def test_a_withheld_number_of_the_summary_is_null_and_a_new_one_too(runs):
+def test_a_withheld_number_of_the_summary_is_null_and_a_new_one_is_not_shown(runs):
     shown = published_summary({**runs[0].summary, "brand_new": 3})
     assert {name for name, value in shown.items() if value is None} >= {
         *SUMMARY_WITHHELD,
         "brand_new",
     }
     assert shown["final"] == runs[0].summary["final"] and shown["tokens"] > 0
+    line = published({**runs[0].metrics[-1], "brand_new": 3}, SCORES)
+    assert "brand_new" not in line and {"loss", "epsilon"} <= line.keys()
 
 
 def test_lines_without_bytes_have_a_figure(tmp_path):
@@ -136,11 +139,13 @@ def test_published_files_of_a_run_tell_nothing_about_who_took_part(tmp_path):
         columns = csv.DictReader(stream).fieldnames or ()
     assert set(columns) <= PUBLISHED.keys() | SCORES and "epsilon" in columns
     last = list(read_lines(folder / "metrics.jsonl"))[-1]
-    page = re.sub(r"<img[^>]*>", "", (folder / "report.html").read_text())
+    report = (folder / "report.html").read_text()
+    assert re.findall(r'<img alt="(\w+)"', report) == ["loss"], "no figure of clients or updates"
+    page = re.sub(r"<img[^>]*>", "", report)
     moved = [size(last[way]) for way in ("bytes_up", "bytes_down") if last[way]]
     for word in ("tok/s", "<th>up</th>", "updates rejected</", *moved):
         assert word not in page
-    assert "which depend on the clients that took part" in page and "alt=" not in page
+    assert "which depend on the clients that took part" in page
     texts = ("summary.json", "samples.md", "report.html", "metrics.csv", "model/README.md")
     for name in texts:
         assert not re.search(r"\b(ann|bob)\b", (folder / name).read_text()), name

@@ -248,7 +248,8 @@ def test_the_report_of_another_task_has_a_column_for_its_score(tmp_path):
 )
 def test_a_model_card_has_every_score(summary, table):
     options = RunOptions(strategy={"_target_": "fedgpt.aggregate.fedavg.FedAvg"})
-    assert "\n".join(table) in model_card(options, summary, {})
+    card = model_card(options, summary, {})
+    assert "\n".join(table) in card and "## Privacy\n\nNone: the model may repeat texts" in card
 
 
 # ---- the report

@@ -278,6 +278,19 @@ def test_no_noise_is_drawn_for_a_release_that_could_not_be_charged(tmp_path, mon
     assert not drawn
 
 
+def test_a_run_whose_ledger_could_not_be_created_can_start_again(tmp_path, monkeypatch):
+    """A key without a ledger would look like a run whose ledger is gone."""
+
+    def disk_full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fedgpt.privacy.ledger.write_text", disk_full)
+        with pytest.raises(OSError, match="No space left"):
+            Mechanism(tmp_path, 1.0)
+    assert Mechanism(tmp_path, 1.0).release([]).any()
+
+
 def test_no_weight_of_an_update_is_above_1(tmp_path):
     class Eager(FedBuff):
         def discount(self, staleness: int) -> float:
@@ -325,6 +338,19 @@ def test_a_release_beyond_the_plan_is_compared_with_the_budget(tmp_path):
         build.release(deltas())
 
 
+def test_a_version_made_again_is_compared_with_the_budget(tmp_path):
+    """The plan covers amplified releases, and this one is not."""
+    planned = Event(1.0, 0.1, 3)
+    plan = replace(m.plan(1.0), planned=planned, budget=epsilon_of([planned], 1e-5) * 1.0001)
+    first = Mechanism(tmp_path, 1.0)
+    first.privacy.plan = plan
+    first.release(deltas())
+    again = Mechanism(tmp_path, 1.0)  # from version 0, with another sum
+    again.privacy.plan = plan
+    with pytest.raises(StoppedEarly, match="the model of version 0 is the last"):
+        again.release(deltas(5))
+
+
 def test_the_ledger_identifies_the_noise_without_revealing_it(tmp_path):
     build = Mechanism(tmp_path, 1.0)
     released = build.release([])
@@ -332,6 +358,9 @@ def test_the_ledger_identifies_the_noise_without_revealing_it(tmp_path):
     for words in ((), ("noise",), ("noise", entry["tag"])):
         guess = SecureStream(bytes.fromhex(entry["tag"]), *words).normal(SIZE)
         assert abs(np.corrcoef(released, guess)[0, 1]) < 5 / math.sqrt(SIZE)
+    Mechanism(tmp_path / "other", 1.0).release([])
+    (other,) = json.loads((tmp_path / "other" / "ledger.json").read_text())["releases"]
+    assert other["tag"] != entry["tag"], "without the key no guess of the sum is confirmed"
 
 
 def test_a_missing_ledger_is_an_error_after_the_first_release(tmp_path):
@@ -497,6 +526,12 @@ def test_a_client_waits_for_separation_versions(tmp_path):
     assert [privacy.may_ask("a", version, clients) for version in (5, 6, 7)] == [False, False, True]
 
 
+def test_with_coins_nothing_but_the_coin_decides_who_takes_part(tmp_path):
+    build = Mechanism(tmp_path, 1.0)
+    build.release(deltas())
+    assert build.privacy.may_ask("client 0", build.state.version - 1, build.clients)
+
+
 def test_the_divisor_is_a_constant(tmp_path):
     privacy = bounded(tmp_path)
     assert privacy.divisor(FedAvg(), Pacing("cohort", 5, 5)) == COHORT
@@ -538,7 +573,9 @@ def test_the_epsilon_of_privacy_example_is_that_of_the_client_that_paid_most(tmp
             privacy.asked(client, 5, clients)
     assert not privacy.may_ask("small", 0, clients)
     assert 3.9 < privacy.metrics(clients)["epsilon"] <= 4.0
-    assert json.loads((tmp_path / "ledger.json").read_text())["events"][0]["count"] == 50
+    ledger = tmp_path / "ledger.json"
+    assert json.loads(ledger.read_text())["events"][0]["count"] == 50
+    assert ledger.stat().st_mode & 0o777 == 0o600, "it has the number of jobs of each client"
     clients = Clients({"charged": {"small": 1.0, "large": 50.0}})
     costs = [
         epsilon_of([Event(plan.noise_multiplier, q, n)], plan.delta)
