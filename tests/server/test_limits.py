@@ -307,7 +307,8 @@ def test_the_norm_limit_follows_the_updates_of_earlier_versions_only():
     codec = codec_of(options.update)
 
     def answered(client: int, norm: float) -> None:
-        delta = np.array([norm, 0, 0, 0], np.float32)
+        # no element exceeds the limit by itself: the exact sum would refuse such an update, too
+        delta = np.full(size, norm / 2, np.float32)
         update = Update(f"c{client}", 0, 0, delta, 10, {})
         payload = compress(delta, codec)
         header = header_of("run", update, payload, codec)
