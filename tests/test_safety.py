@@ -129,6 +129,11 @@ def test_nothing_is_installed_at_run_time():
     )
 
 
+def test_a_version_for_the_tests_is_exact():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    assert lines and all(re.fullmatch(r"[\w-]+==\d[\w.]*", line) for line in lines), lines
+
+
 def test_the_protocol_of_a_transport_is_what_the_loop_uses():
     sources = [path.read_text() for path in (ROOT / "fedgpt" / "server").glob("*.py")]
     used = set(re.findall(r"\btransport\.(\w+)", "\n".join(sources))) - {"Transport"}
