@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +71,14 @@ def test_a_client_that_has_lost_its_state_starts_anew_and_says_so(client, left):
         path.write_bytes(content[:left])
     sent, lost = client.train(1, 0)
     assert np.array_equal(sent, new) and lost == 1
+
+
+def test_a_state_is_not_synced_to_the_disk(client, monkeypatch):
+    client.train(0, -1)  # prepares the text, whose files are
+    synced = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    client.train(1, 0)
+    assert client.state(1).exists() and not synced
 
 
 @pytest.mark.parametrize("size", [0, 100, 20_000])

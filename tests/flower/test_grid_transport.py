@@ -103,6 +103,17 @@ def test_a_cancelled_job_is_not_retried():
     assert [reply.client for reply in made.receive(0.0)] == ["a"] and len(grid.pushed) == 1
 
 
+def test_the_job_of_a_message_that_the_superlink_refuses_has_failed():
+    made, grid = transport({})
+    push = grid.push_messages
+    grid.push_messages = lambda messages: [None, *push(list(messages)[1:])]
+    made.send([job("a"), job("b")])
+    assert [(r.client, r.error) for r in made.receive(1.0)] == [
+        ("a", "the SuperLink refused the message"),
+        ("b", ""),
+    ]
+
+
 def test_the_clock_continues_at_the_time_of_the_run():
     made, _ = transport({})
     assert 100.0 <= made.now() <= made.now() < 110.0

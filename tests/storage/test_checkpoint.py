@@ -122,6 +122,14 @@ def test_a_checkpoint_that_cannot_be_written_is_a_clear_error(tmp_path):
         checkpoints.wait()
 
 
+def test_a_checkpoint_that_was_not_written_is_an_error_of_the_next_one(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    checkpoints = Checkpoints(tmp_path / "file", 1)
+    checkpoints.save(snapshot(1))
+    with pytest.raises(FedGPTError, match="could not read or write a checkpoint"):
+        checkpoints.save(snapshot(2))
+
+
 def test_a_second_process_is_refused_and_the_lock_ends_with_the_first(tmp_path):
     folder = RunFolder(tmp_path)
     with pytest.raises(FedGPTError, match="another fedgpt process"):

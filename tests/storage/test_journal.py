@@ -385,6 +385,17 @@ def test_a_log_is_replaced_from_the_entry_that_does_not_fit(tmp_path, caplog):
     )
 
 
+def test_jobs_of_other_clients_do_not_fit_the_log(tmp_path, caplog):
+    o = options(tmp_path, rounds=4, clients=2)
+    o.checkpoint = CheckpointOptions(every=9)
+    with injected("accepted:3:raise"), pytest.raises(Injected):
+        run(o, dict.fromkeys("abcdef", honest), journal=True)
+    o.seed += 1  # another version of the program could draw other clients, too
+    again = run(o, dict.fromkeys("abcdef", honest), journal=True)
+    assert "the log does not match" in caplog.text
+    assert again.version == 4 and not again.server.totals.rejected
+
+
 def test_the_log_is_kept_if_clients_do_not_reconnect_in_time(tmp_path, monkeypatch):
     """The run stops with exit code 3; once its clients are connected it continues."""
     o = options(tmp_path, rounds=2)
