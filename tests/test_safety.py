@@ -111,8 +111,9 @@ NAMES = st.text(st.characters(), max_size=300) | st.sampled_from(
 @example("", "~")
 @example("x" * 101, safe_name("x" * 101))
 def test_every_client_name_has_a_folder_of_its_own_inside_that_of_the_run(name, other):
-    folder = ClientStore("/root-of-states", "run", name).folder
-    assert folder.parent == Path("/root-of-states/run")
+    folder = ClientStore("/root-of-states", "run 7", name).folder
+    assert folder.parent == Path("/root-of-states/run 7")
+    assert (folder == ClientStore("/root-of-states", "run 7", other).folder) == (name == other)
     safe = safe_name(name)
     assert 0 < len(os.fsencode(safe)) <= 100 and not set(safe) & set("/\\\0.")
     assert (safe == safe_name(other)) == (name == other)

@@ -40,7 +40,10 @@ class Client:
         return ClientStore(self.states, "run", self.name)._path(number)
 
 
-@pytest.fixture(params=[["local.moments=keep"], ["local=reset", "update=topk"]], ids=" ".join)
+KEPT = ["local.moments=keep", "model.dropout=0.2"]
+
+
+@pytest.fixture(params=[KEPT, ["local=reset", "update=topk"]], ids=" ".join)
 def client(request, tmp_path) -> Client:
     """With Adam's moments as its state, and with the residual of error feedback."""
     options = compose.load([*tiny_run(tmp_path), *request.param])
@@ -102,6 +105,17 @@ def test_a_state_that_cannot_be_written_leaves_the_earlier_one(client):
     with largest_file(100), pytest.raises(FedGPTError, match="cannot be written"):
         client.train(0, -1)
     assert {p.name: p.read_bytes() for p in path.parent.iterdir()} == before
+
+
+def test_an_interrupted_write_leaves_the_earlier_state(client):
+    client.train(0, -1)
+    path = client.state(0)
+    before = path.read_bytes()
+    store = ClientStore(client.states, "run", client.name)
+    with pytest.raises(KeyboardInterrupt), store._writing(path) as temporary:
+        temporary.write_bytes(before[:50])
+        raise KeyboardInterrupt
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
 
 
 def test_only_states_that_no_later_job_can_start_from_are_deleted(client):

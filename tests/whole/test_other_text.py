@@ -440,8 +440,13 @@ def test_a_client_that_alone_has_other_text_fails_and_the_run_goes_on(tmp_path, 
         check(work, expected)
 
     monkeypatch.setattr(ClientWork, "_check_text", other_text_once)
-    summary = run_here(*tiny_run(tmp_path))
+    shards = []
+    monkeypatch.setattr(ClientWork, "_check_shards", lambda work, of: shards.append(of))
+    options = tiny_run(tmp_path)
+    summary = run_here(*options)
     assert summary["versions"] == 3 and summary["rejected"] == {"client_error": 1}
+    work = ClientWork(compose.load(options), "")
+    assert refused == [text_digest(work.prepared)] and set(shards) == {shards_digest(work.shards)}
 
 
 def test_text_that_goes_while_the_run_starts_is_one_message(tmp_path, monkeypatch, capsys):
