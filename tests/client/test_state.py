@@ -66,7 +66,8 @@ def test_a_job_starts_from_the_state_of_the_job_that_it_names(client):
 def test_a_client_that_has_lost_its_state_starts_anew_and_says_so(client, left):
     """As after a power cut: the file is missing, or only its first bytes are there."""
     client.train(0, -1)
-    new, _ = client.train(1, -1)
+    new, lost = client.train(1, -1)
+    assert not lost, "a first job has none"
     path = client.state(0)
     content = path.read_bytes()
     path.unlink()
