@@ -293,7 +293,14 @@ def test_an_interrupt_writes_a_checkpoint_and_keeps_the_log(tmp_path):
     with pytest.raises(Interrupted):
         run(o, clients, DeltaSGD(), journal=True, outcomes=outcomes)
     assert Checkpoints(tmp_path / "checkpoints", 2).load().state.version == 1
-    assert not (tmp_path / "checkpoints" / "starts.json").exists(), "it did not crash"
+
+    def at_once(job):
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        run(o, dict.fromkeys("abcde", at_once), DeltaSGD(), journal=True)
+    starts = tmp_path / "checkpoints" / "starts.json"
+    assert not starts.exists(), "a start without a new version that did not crash"
     rest = outcomes[0].accepted[2:]
     again = run(o, uneven(1.0), DeltaSGD(), journal=True)
     assert len(rest) == 1 and again.accepted[:1] == rest and again.version == 3
