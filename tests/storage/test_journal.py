@@ -256,6 +256,39 @@ def test_a_change_of_the_pacing_is_replayed_at_the_same_time(tmp_path, fault):
     assert switched or from_version or len(first) < 3, "the test would check nothing"
 
 
+class Ticking(ScriptTransport):
+    """A clock that advances at each look, and no client."""
+
+    def __init__(self, start: float):
+        super().__init__({})
+        self.time = start
+
+    def now(self) -> float:
+        self.time += 1.0
+        return self.time
+
+    def receive(self, timeout: float | None) -> list[Reply]:
+        return []
+
+
+def test_each_look_at_the_clock_is_replayed_and_the_clock_goes_on_from_the_last(tmp_path):
+    def looks(start: float, live: int) -> list[float]:
+        clock = RecordedTransport(Ticking(start), Journal(tmp_path), 0, 0.0)
+        clock.send([])  # begins the log
+        seen = []
+        for _ in range(3):
+            seen += [clock.now(), clock.now()]
+            clock.receive(0.0)
+        seen += [clock.now() for _ in range(live)]
+        clock.close()
+        return seen
+
+    first = looks(0.0, live=0)
+    *again, later = looks(1000.0, live=1)
+    assert again == first and len(set(first)) == 6
+    assert first[-1] < later < first[-1] + 10, "it does not advance while no server runs"
+
+
 def test_an_interrupted_server_continues_within_a_version(tmp_path):
     """It stops after two of four updates; after the restart only the other two clients get jobs."""
     o = options(tmp_path, rounds=1)
