@@ -247,6 +247,7 @@ def sparse_payload(entries: list[int], levels: list[int]) -> np.ndarray:
         ([3, 4095], [0x3F80, 0x4000], "bad_encoding"),
         ([3, 4], [0x4000, 0x3F80], "bad_encoding"),
         ([3, 4], [0xBF80, 0x3F80], "bad_encoding"),
+        ([3, 4], [0xBF80, 0xC000], "bad_encoding"),
         ([3, 4], [0x3F80, 0x7F80], "non_finite"),
         ([3, 4], [0x7FC0, 0x7FC0], "non_finite"),
     ],
