@@ -238,6 +238,14 @@ def test_python_blocks_compile(document, code):
         compile(source, document, "exec")
 
 
+def test_a_number_in_brackets_after_an_option_is_its_default():
+    defaults = compose.flat_options(compose.load(["strategy=auto"]))
+    shown = re.findall(r"`(\w+\.\w+)`(?: \w+)? \((\d[\d.,]*)\)", "\n".join(TEXTS.values()))
+    assert {"validate.norm", "strategy.back"} <= {name for name, _ in shown}
+    for name, number in shown:
+        assert float(number.replace(",", "")) == defaults[name], name
+
+
 def test_the_error_for_a_typo_is_the_one_shown(tmp_path):
     (shown,) = [body for body in blocks(README, "text") if body.startswith("$ fedgpt ")]
     command, _, answer = shown.partition("\n")

@@ -111,8 +111,9 @@ NAMES = st.text(st.characters(), max_size=300) | st.sampled_from(
 @example("", "~")
 @example("x" * 101, safe_name("x" * 101))
 def test_every_client_name_has_a_folder_of_its_own_inside_that_of_the_run(name, other):
-    folder = ClientStore("/root-of-states", "run", name).folder
-    assert folder.parent == Path("/root-of-states/run")
+    folder = ClientStore("/root-of-states", "run 7", name).folder
+    assert folder.parent == Path("/root-of-states/run 7")
+    assert (folder == ClientStore("/root-of-states", "run 7", other).folder) == (name == other)
     safe = safe_name(name)
     assert 0 < len(os.fsencode(safe)) <= 100 and not set(safe) & set("/\\\0.")
     assert (safe == safe_name(other)) == (name == other)
@@ -127,6 +128,11 @@ def test_nothing_is_installed_at_run_time():
     assert (
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION" in texts["superlink.py"] + texts["launch.py"]
     )
+
+
+def test_a_version_for_the_tests_is_exact():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    assert lines and all(re.fullmatch(r"[\w-]+==\d[\w.]*", line) for line in lines), lines
 
 
 def test_the_protocol_of_a_transport_is_what_the_loop_uses():

@@ -23,7 +23,7 @@ import logging
 import os
 import struct
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass, replace
 from math import isnan, nan
 from pathlib import Path
@@ -112,7 +112,7 @@ class Journal:
         if self._stream is not None:
             os.fsync(self._stream.fileno())
 
-    def read(self, version: int) -> Iterator[Entry]:
+    def read(self, version: int) -> Generator[Entry, None, None]:
         """Yield the entries from `version` onwards, read one at a time.
 
         Everything after a damaged entry, or after a version without its last entry, is deleted.
@@ -282,6 +282,7 @@ class RecordedTransport:
 
     def close(self) -> None:
         """Close the log and the inner transport."""
+        self._entries.close()  # a log that did not match, or that an interrupt left unread
         self.journal.close()
         self.inner.close()
 

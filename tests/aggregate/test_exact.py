@@ -105,7 +105,7 @@ def test_a_refused_update_changes_nothing(bad, position, before, monkeypatch):
     assert total.mean(4).tobytes() == clean.mean(4).tobytes()
 
 
-@pytest.mark.parametrize("norm", [0.995, 1.0, 1.005])
+@pytest.mark.parametrize("norm", [0.995, 1.0, 1.005, np.nan])
 def test_a_norm_near_the_bound_does_not_replace_the_look_at_each_element(norm):
     """Rounded to float32, the norm may be slightly below an element."""
     total = ExactSum(2, bound=1.0, count=1)
@@ -150,7 +150,8 @@ def test_reset_starts_again_with_the_same_accumulator(monkeypatch):
     updates = rng.uniform(-1, 1, (5, 11)).astype(np.float32)
     total = ExactSum(11, 0.5, 3)
     accumulator = total._sum
-    total.add(updates[0] / 2)
+    for update in updates[:3]:
+        total.add(update / 2)
     total.reset(bound=1.0, count=5)
     fresh = ExactSum(11, 1.0, 5)
     for update in updates:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +40,10 @@ class Client:
         return ClientStore(self.states, "run", self.name)._path(number)
 
 
-@pytest.fixture(params=[["local.moments=keep"], ["local=reset", "update=topk"]], ids=" ".join)
+KEPT = ["local.moments=keep", "model.dropout=0.2"]
+
+
+@pytest.fixture(params=[KEPT, ["local=reset", "update=topk"]], ids=" ".join)
 def client(request, tmp_path) -> Client:
     """With Adam's moments as its state, and with the residual of error feedback."""
     options = compose.load([*tiny_run(tmp_path), *request.param])
@@ -62,7 +66,8 @@ def test_a_job_starts_from_the_state_of_the_job_that_it_names(client):
 def test_a_client_that_has_lost_its_state_starts_anew_and_says_so(client, left):
     """As after a power cut: the file is missing, or only its first bytes are there."""
     client.train(0, -1)
-    new, _ = client.train(1, -1)
+    new, lost = client.train(1, -1)
+    assert not lost, "a first job has none"
     path = client.state(0)
     content = path.read_bytes()
     path.unlink()
@@ -70,6 +75,14 @@ def test_a_client_that_has_lost_its_state_starts_anew_and_says_so(client, left):
         path.write_bytes(content[:left])
     sent, lost = client.train(1, 0)
     assert np.array_equal(sent, new) and lost == 1
+
+
+def test_a_state_is_not_synced_to_the_disk(client, monkeypatch):
+    client.train(0, -1)  # prepares the text, whose files are
+    synced = []
+    monkeypatch.setattr(os, "fsync", synced.append)
+    client.train(1, 0)
+    assert client.state(1).exists() and not synced
 
 
 @pytest.mark.parametrize("size", [0, 100, 20_000])
@@ -93,6 +106,17 @@ def test_a_state_that_cannot_be_written_leaves_the_earlier_one(client):
     with largest_file(100), pytest.raises(FedGPTError, match="cannot be written"):
         client.train(0, -1)
     assert {p.name: p.read_bytes() for p in path.parent.iterdir()} == before
+
+
+def test_an_interrupted_write_leaves_the_earlier_state(client):
+    client.train(0, -1)
+    path = client.state(0)
+    before = path.read_bytes()
+    store = ClientStore(client.states, "run", client.name)
+    with pytest.raises(KeyboardInterrupt), store._writing(path) as temporary:
+        temporary.write_bytes(before[:50])
+        raise KeyboardInterrupt
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
 
 
 def test_only_states_that_no_later_job_can_start_from_are_deleted(client):

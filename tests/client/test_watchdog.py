@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import faulthandler
 import subprocess
 import sys
 import time
 
+from support.here import tiny_run
 
-def process(seconds: float, slow: float, sleep: float) -> tuple[int, str, float]:
+from fedgpt.client.work import ClientWork, watchdog
+from fedgpt.config import compose
+from fedgpt.core.flat import flatten
+from fedgpt.core.messages import Job, Plan
+from fedgpt.model.gpt import GPT
+
+
+def process(seconds: float, slow: float, sleep: float, after: float = 0) -> tuple[int, str, float]:
     script = (
         f"import time\nfrom fedgpt.client.work import watchdog\nwith watchdog({seconds}, {slow}):\n"
     )
-    script += f"    began = time.monotonic(); time.sleep({sleep})\nprint('through')"
+    script += f"    began = time.monotonic(); time.sleep({sleep})\n"
+    script += f"time.sleep({after})\nprint('through')"
     began = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
@@ -30,5 +40,25 @@ def test_a_slow_client_of_a_simulated_fleet_is_not_ended():
     assert code == 0 and output == "through\n"
 
 
+def test_the_time_between_two_jobs_does_not_count():
+    code, output, _ = process(0.5, 0.0, 0.0, after=1.0)
+    assert code == 0 and output == "through\n"
+
+
 def test_zero_seconds_disable_the_watchdog():
-    assert process(0.0, 0.0, 0.5)[0] == 0
+    with watchdog(0.0):
+        time.sleep(0.01)
+
+
+def test_a_job_has_the_time_limit_of_its_run_and_the_time_of_its_modelled_device(
+    tmp_path, monkeypatch
+):
+    limits = []
+    monkeypatch.setattr(
+        faulthandler, "dump_traceback_later", lambda seconds, exit: limits.append((seconds, exit))
+    )
+    options = compose.load([*tiny_run(tmp_path), "runtime.watchdog=7"])
+    work = ClientWork(options, str(tmp_path / "clients"))
+    params = flatten(GPT(options.model, 257))[1].numpy()
+    work.train(Job(work.shards[0].client, 0, 0, params, Plan("run", 1, 0, 32, 32, seconds=0.25)), 0)
+    assert limits == [(7.25, True)]

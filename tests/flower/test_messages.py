@@ -87,6 +87,13 @@ def wire(data: bytes, stype: str = SType.NUMPY, **more: Array) -> ArrayRecord:
     return ArrayRecord({"flat": Array("float32", (64,), stype, data), **more})
 
 
+def without_bytes() -> ArrayRecord:
+    """An array that raises another error than those of a damaged one when it is read."""
+    record = wire(GOOD)
+    del record["flat"].data
+    return record
+
+
 def content(delta: object = None, update: object = None, **more: object) -> RecordDict:
     header = ConfigRecord({"json": "{}"})
     delta = wire(GOOD) if delta is None else delta
@@ -117,6 +124,7 @@ CONTENTS = {
     "columns first": (content(wire(npy(np.asfortranarray(NUMBERS.reshape(8, 8))))), "bad_encoding"),
     "garbage": (content(wire(bytes(range(256)))), "bad_encoding"),
     "empty": (content(wire(b"")), "bad_encoding"),
+    "no bytes": (content(without_bytes()), "bad_encoding"),
     "other stype": (content(wire(GOOD, "torch.Tensor")), "bad_encoding"),
     "renamed array": (content(ArrayRecord({"flat2": Array(NUMBERS)})), "missing_key"),
     "no array": (content(ArrayRecord({})), "missing_key"),

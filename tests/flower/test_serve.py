@@ -12,8 +12,13 @@ from support.here import run_here, tiny_run
 
 from fedgpt import assemble
 from fedgpt.client import work
+from fedgpt.config import compose
 from fedgpt.core.errors import ConfigError, FedGPTError, StoppedEarly
 from fedgpt.core.faults import Injected, injected
+from fedgpt.data.shards import load_shards
+from fedgpt.flower.client_app import app
+from fedgpt.flower.in_process_grid import InProcessGrid
+from fedgpt.flower.serve import _connect
 from fedgpt.storage import checkpoint
 from fedgpt.storage.journal import Journal
 from fedgpt.storage.run_folder import JsonLines, read_lines
@@ -57,6 +62,20 @@ def test_a_run_that_cannot_start_leaves_its_folder_free(tmp_path, options):
         run_here(*options, f"init_from={weights}")
     assert not (tmp_path / "run" / "config.yaml").exists()
     assert run_here(*options)["versions"] == 3
+
+
+VIRTUAL = ["clock=virtual", "fleet=published"]
+
+
+@pytest.mark.parametrize(
+    "more, ttl", [([], None), (["pace.deadline=20"], 30), (["pace.deadline=20", *VIRTUAL], None)]
+)
+def test_the_worker_of_a_client_that_hangs_is_ended_soon_after_the_deadline(options, more, ttl):
+    """On the real clock; a deadline on the virtual clock is not one of the worker."""
+    o = compose.load([*options, *more])
+    prepared, shards = load_shards(o)
+    grid = InProcessGrid(app, len(shards), {}, "")
+    assert _connect(o, grid, shards, prepared, 0.0).ttl == ttl
 
 
 PLACES = {

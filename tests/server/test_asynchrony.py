@@ -199,7 +199,7 @@ def test_a_stale_update_changes_no_speed(tmp_path, monkeypatch):
 
 def test_updates_above_max_staleness_are_dropped_with_a_reason(tmp_path):
     run = run_virtual(tmp_path, FOUR, DeltaSGD(), rounds=60, max_staleness=4)
-    assert max(a["staleness"] for a in accepted(run)) <= 4
+    assert max(a["staleness"] for a in accepted(run)) == 4
     assert set(run.summary["rejected"]) == {"stale"}
     assert run.events_of("quarantine") == [], "a client that is too slow has not failed"
     free = run_virtual(tmp_path / "free", FOUR, DeltaSGD(), rounds=60)

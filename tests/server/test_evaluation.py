@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,8 @@ from support.harness import SIZE, options, run, run_virtual
 
 from fedgpt.aggregate.fedavg import FedAvg
 from fedgpt.core.options import CheckpointOptions, EvaluateOptions, FleetOptions
+from fedgpt.storage.checkpoint import Checkpoints
+from fedgpt.storage.run_folder import read_lines
 
 ROUNDS = 6
 BOUND = 20.0  # seconds for which an evaluation waits for training at most
@@ -48,6 +51,28 @@ def test_training_continues_while_a_version_is_scored(tmp_path, evaluate, checkp
     assert [m["version"] for m in outcome.metrics] == list(range(ROUNDS + 1)), (
         "in the order of versions"
     )
+
+
+def test_metrics_have_every_version_before_a_checkpoint_when_it_is_written(tmp_path, monkeypatch):
+    """A server that is killed then has lost no line that it would not write again."""
+
+    class Slow(dict):
+        def __missing__(self, version: int) -> float:
+            time.sleep(0.05)
+            return 1.0
+
+    save, lines = Checkpoints.save, []
+
+    def counted(self, snapshot):
+        records = read_lines(self.folder.parent / "metrics.jsonl")
+        lines.append((snapshot.state.version, len(list(records))))
+        save(self, snapshot)
+
+    monkeypatch.setattr(Checkpoints, "save", counted)
+    o = replace(options(tmp_path, 4), checkpoint=CheckpointOptions(every=1))
+    run(o, dict.fromkeys("ab", honest), loss=Slow())
+    assert [version for version, _ in lines] == [0, 1, 2, 3, 4]
+    assert all(count >= version for version, count in lines)
 
 
 def test_the_numbers_of_a_version_equal_those_by_hand(tmp_path):

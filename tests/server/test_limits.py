@@ -24,7 +24,7 @@ from fedgpt.config import compose
 from fedgpt.core.errors import UpdateRejected
 from fedgpt.core.messages import Job, Plan, Reply, ServerState, Update
 from fedgpt.core.options import RunOptions, ValidateOptions
-from fedgpt.server.collector import Collectors
+from fedgpt.server.collector import Collectors, UpdateCollector
 from fedgpt.server.limits import ENOUGH, clip_length, norm_limit, remembered
 from fedgpt.server.privacy import Privacy
 from fedgpt.server.quarantine import Quarantine
@@ -80,6 +80,15 @@ def test_three_failures_in_a_row_are_a_quarantine():
     assert quarantine.summary() == "1 of 2 are in quarantine"
     assert clients.end_rests(13) == [] and clients.end_rests(14) == ["a"]
     assert not clients.is_resting("a") and clients.as_json()["columns"]["strikes"] == {}
+
+
+def test_an_accepted_update_resets_the_count_of_failures_of_all_clients():
+    quarantine = Quarantine(ValidateOptions(), two_clients())
+    quarantine.failed("a", 0, 1)
+    quarantine.failed(None, 0, 1)
+    assert quarantine.failures == 2
+    quarantine.succeeded()
+    assert quarantine.failures == 0
 
 
 def test_the_last_client_is_never_quarantined():
@@ -297,6 +306,34 @@ def test_a_clipped_update_is_as_long_as_the_clip(tmp_path):
     assert norms[9] == pytest.approx(1) and norms[10] == pytest.approx(2.0)
 
 
+def collect(collector: UpdateCollector, client: str, delta: np.ndarray) -> None:
+    """Read and add the update of a client's first job."""
+    codec, update = codec_of(RunOptions().update), Update(client, 0, 0, delta, 10, {})
+    payload = compress(delta, codec)
+    header = header_of("run", update, payload, codec)
+    job = Job(client, 0, 0, np.zeros_like(delta), Plan("run", 1, 0, 1, 1))
+    collector.add(collector.read(Reply(client, 0, header, payload), job, 10), job, 0)
+
+
+def test_an_element_that_does_not_fit_the_exact_sum_is_a_rejection():
+    collectors = Collectors(RunOptions(), FedAvg(), Privacy(), 2, "run")
+    collector = collectors.open(ServerState(np.zeros(2, np.float32)), (), 8, Clients())
+    limit = collector.limits.norm
+    delta = np.array([1.01 * limit, 0], np.float32)
+    update = Update("a", 0, 0, delta, 10, {"update_norm": limit})  # as if it were rounded down
+    with pytest.raises(UpdateRejected, match="norm_limit: an element"):
+        collector.add(update, Job("a", 0, 0, delta, Plan("run", 1, 0, 1, 1)), 0)
+    assert len(collector) == 0
+
+
+def test_the_vector_of_an_accepted_update_is_not_kept():
+    collectors = Collectors(RunOptions(), FedAvg(), Privacy(), 2, "run")
+    collector = collectors.open(ServerState(np.zeros(2, np.float32)), (), 8, Clients())
+    for client in "ab":
+        collect(collector, client, np.ones(2, np.float32))
+    assert [update.delta.size for update in collector.accepted] == [0, 0]
+
+
 def test_the_norm_limit_follows_the_updates_of_earlier_versions_only():
     """The updates of a version do not move its own limit, whichever of them comes first."""
     size, options = 4, RunOptions()
@@ -304,16 +341,10 @@ def test_the_norm_limit_follows_the_updates_of_earlier_versions_only():
     earlier = (0.3,) * ENOUGH  # so that the limit of the version is 10 * 0.3
     state = ServerState(np.zeros(size, np.float32))
     collector = collectors.open(state, earlier, 40, Clients())
-    codec = codec_of(options.update)
 
     def answered(client: int, norm: float) -> None:
-        delta = np.array([norm, 0, 0, 0], np.float32)
-        update = Update(f"c{client}", 0, 0, delta, 10, {})
-        payload = compress(delta, codec)
-        header = header_of("run", update, payload, codec)
-        job = Job(update.client, 0, 0, state.params, Plan("run", 1, 0, 1, 1))
-        reply = Reply(update.client, 0, header, payload)
-        collector.add(collector.read(reply, job, 10), job, 0)
+        # no element exceeds the limit by itself: the exact sum would refuse such an update, too
+        collect(collector, f"c{client}", np.full(size, norm / 2, np.float32))
 
     for client in range(3 * ENOUGH):  # which have most of the norms now
         answered(client, 2.9)

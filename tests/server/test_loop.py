@@ -18,7 +18,7 @@ from fedgpt.aggregate.median import Median
 from fedgpt.aggregate.trimmed_mean import TrimmedMean
 from fedgpt.core.errors import Interrupted, StoppedEarly
 from fedgpt.core.messages import Reply
-from fedgpt.core.options import ValidateOptions
+from fedgpt.core.options import CheckpointOptions, ValidateOptions
 
 
 def serve(folder, behaviours, strategy=None, **pace) -> Outcome:
@@ -313,3 +313,12 @@ def test_jobs_name_every_client_state_that_a_restart_could_need(tmp_path):
     done = serve(tmp_path, {"a": honest}, rounds=6)
     keep = [j.plan.keep for j in done.jobs]
     assert keep == [(), (0,), (0, 1), (0, 1, 2), (1, 2, 3), (2, 3, 4)]
+
+
+def test_jobs_keep_the_states_of_the_checkpoint_that_an_interrupted_server_wrote(tmp_path):
+    """It is not among the regular ones, of every fourth version."""
+    for rounds in (2, 4):
+        o = options(tmp_path, rounds=rounds)
+        o.checkpoint = CheckpointOptions(every=4)
+        done = run(o, {"a": honest})
+    assert [(j.number, 1 in j.plan.keep) for j in done.jobs] == [(2, True), (3, True)]

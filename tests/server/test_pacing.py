@@ -60,6 +60,18 @@ def test_the_next_client_depends_only_on_the_number_of_jobs():
     assert at[0] == at[1] != at[2]
 
 
+@pytest.mark.parametrize("options", [{"clients": 5}, {"rate": 0.4}], ids=str)
+def test_the_sample_of_a_cohort_depends_only_on_seed_and_version(options):
+    """So a restarted server asks the same clients again."""
+
+    def sample(seed, **at):
+        return Cohort(PaceOptions("cohort", **options), seed).start(progress(**at), roster())
+
+    first = sample(1, version=3)
+    assert sample(1, version=3, dispatched=99, seconds=5.0) == first
+    assert sample(2, version=3) != first != sample(1, version=4)
+
+
 def test_every_client_gets_jobs():
     pace = Buffer(PaceOptions("buffer", clients=1), seed=0)
     seen = [pace.start(progress(dispatched=n), roster())[0] for n in range(400)]

@@ -59,6 +59,13 @@ def test_a_small_regression_may_be_allowed(tmp_path):
     assert [m["restored"] for m in outcome.metrics] == [None] * 5 + [4, None]
 
 
+def test_all_versions_are_compared_with_the_best_and_not_with_the_one_before(tmp_path):
+    """5.0 is exactly as much worse as is allowed."""
+    loss = {0: 9.0, 1: 4.0, 2: 4.5, 3: 5.0, 4: 5.25}
+    outcome = run(rollback_options(tmp_path, rounds=4, share=0.25), CLIENTS, loss=loss)
+    assert [m["restored"] for m in outcome.metrics] == [None] * 4 + [1]
+
+
 def test_a_loss_of_nan_is_a_regression(tmp_path):
     outcome = run(
         rollback_options(tmp_path, rounds=2), CLIENTS, loss={0: 5.0, 1: 4.0, 2: float("nan")}
@@ -76,6 +83,9 @@ def test_a_restarted_run_rolls_back_as_the_uninterrupted_run_does(tmp_path, faul
         run(o, CLIENTS, FedAvgM(), loss=LOSS)
     again = run(o, CLIENTS, FedAvgM(), loss=LOSS)
     assert np.array_equal(again.params, reference.params)
+    ours, expected = again.server.state.memory, reference.server.state.memory
+    assert ours.keys() == expected.keys() and expected
+    assert all(np.array_equal(ours[name], expected[name]) for name in expected)
     assert [m["restored"] for m in again.metrics] == [m["restored"] for m in reference.metrics]
     assert np.array_equal(kept(tmp_path / "interrupted"), kept(tmp_path / "reference"))
 

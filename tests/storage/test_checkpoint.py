@@ -122,6 +122,14 @@ def test_a_checkpoint_that_cannot_be_written_is_a_clear_error(tmp_path):
         checkpoints.wait()
 
 
+def test_a_checkpoint_that_was_not_written_is_an_error_of_the_next_one(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    checkpoints = Checkpoints(tmp_path / "file", 1)
+    checkpoints.save(snapshot(1))
+    with pytest.raises(FedGPTError, match="could not read or write a checkpoint"):
+        checkpoints.save(snapshot(2))
+
+
 def test_a_second_process_is_refused_and_the_lock_ends_with_the_first(tmp_path):
     folder = RunFolder(tmp_path)
     with pytest.raises(FedGPTError, match="another fedgpt process"):
@@ -140,6 +148,13 @@ def test_a_line_that_a_crash_cut_off_is_skipped(tmp_path):
     path.write_text(path.read_text()[:-5])
     assert RunFolder(tmp_path).metrics.read() == [{"version": 0}]
     assert json.loads(path.read_text().splitlines()[0]) == {"version": 0}
+
+
+@pytest.mark.parametrize("line", ['{"vers', '{"loss": 2.0}', "[1]"], ids=["cut", "no key", "list"])
+def test_records_from_a_damaged_line_on_are_not_read(tmp_path, caplog, line):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"version": 0}}\n{line}\n{{"version": 2}}\n')
+    assert RunFolder(tmp_path).metrics.read() == [{"version": 0}]
+    assert "line 2 is damaged; it and all later ones are ignored" in caplog.text
 
 
 def test_after_three_starts_without_a_new_version_the_previous_checkpoint_is_used(tmp_path, caplog):
@@ -320,7 +335,7 @@ def test_a_checkpoint_of_the_previous_format_is_converted(tmp_path):
         "quarantine": {"c": 9},
         "speeds": {"a": 2.5},
         "trained": {"a": 512},
-        "charged": {},
+        "charged": {"a": 7.0},
         "last": {"a": 0},
         "busy": {"a": 0.5},
         "pacing": "buffer",
@@ -340,8 +355,19 @@ def test_a_checkpoint_of_the_previous_format_is_converted(tmp_path):
     assert found.state.version == 2 and found.identity.run == "abc"
     assert found.totals.tokens_done == 640 and found.totals.pacing == "buffer"
     assert dict(found.totals.rejected) == {"unknown_job": 1, "late": 2}
-    assert found.clients.accepted_number("b") == 1 and found.clients.cached_version("a") == 1
-    assert found.clients.is_resting("c") and found.clients.restorable_numbers("a") == {0}
+    columns = {
+        "next_number": {"a": 3, "b": 2},
+        "accepted": {"a": 1, "b": 1},
+        "cached_version": {"a": 1},
+        "strikes": {"b": 1},
+        "resting_until": {"c": 9},
+        "speed": {"a": 2.5},
+        "tokens": {"a": 512},
+        "charged": {"a": 7.0},
+        "released": {"a": 0},
+        "seconds": {"a": 0.5},
+    }
+    assert found.clients.as_json() == {"columns": columns, "restorable": ({"a": 0},)}
     assert found.line.metrics["loss"] == 3.0 and found.line.score and not found.line.sample
     (job,) = restored_jobs(found.in_flight, found.extra, params)
     assert (job.client, job.number, job.plan.local_steps, job.plan.state_job) == ("a", 2, 4, 1)

@@ -142,16 +142,32 @@ def test_a_missing_version_ends_the_log(tmp_path):
     assert list(Journal(tmp_path).read(3)) == [] and not list(tmp_path.iterdir())
 
 
+def test_a_version_without_its_last_entry_ends_the_log(tmp_path):
+    journal = Journal(tmp_path)
+    for version, some in ((4, entries()[:2]), (5, entries()[3:])):
+        journal.begin(version)
+        for entry in some:
+            journal.append(entry)
+    journal.close()
+    assert len(list(Journal(tmp_path).read(4))) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["version-00000004.log"]
+
+
+def test_bytes_after_the_last_entry_of_a_version_end_the_log(tmp_path):
+    path = written(tmp_path) / "version-00000004.log"
+    path.write_bytes(path.read_bytes() + b"F")
+    assert len(list(Journal(tmp_path).read(4))) == 3
+    assert [left.name for left in tmp_path.iterdir()] == [path.name]
+
+
 def test_cut_deletes_the_last_entry_read_and_all_later_ones(tmp_path):
     journal = Journal(written(tmp_path))
     read = journal.read(4)
     for _ in range(2):
         next(read)
     journal.cut()
-    assert (
-        len(list(Journal(tmp_path).read(4))) == 1
-        and not (tmp_path / "version-00000005.log").exists()
-    )
+    assert [path.name for path in tmp_path.iterdir()] == ["version-00000004.log"]
+    assert len(list(Journal(tmp_path).read(4))) == 1
 
 
 def uneven(hurry: float):
@@ -240,6 +256,39 @@ def test_a_change_of_the_pacing_is_replayed_at_the_same_time(tmp_path, fault):
     assert switched or from_version or len(first) < 3, "the test would check nothing"
 
 
+class Ticking(ScriptTransport):
+    """A clock that advances at each look, and no client."""
+
+    def __init__(self, start: float):
+        super().__init__({})
+        self.time = start
+
+    def now(self) -> float:
+        self.time += 1.0
+        return self.time
+
+    def receive(self, timeout: float | None) -> list[Reply]:
+        return []
+
+
+def test_each_look_at_the_clock_is_replayed_and_the_clock_goes_on_from_the_last(tmp_path):
+    def looks(start: float, live: int) -> list[float]:
+        clock = RecordedTransport(Ticking(start), Journal(tmp_path), 0, 0.0)
+        clock.send([])  # begins the log
+        seen = []
+        for _ in range(3):
+            seen += [clock.now(), clock.now()]
+            clock.receive(0.0)
+        seen += [clock.now() for _ in range(live)]
+        clock.close()
+        return seen
+
+    first = looks(0.0, live=0)
+    *again, one, two = looks(1000.0, live=2)
+    assert again == first and len(set(first)) == 6
+    assert first[-1] < one < two < first[-1] + 10, "it does not advance while no server runs"
+
+
 def test_an_interrupted_server_continues_within_a_version(tmp_path):
     """It stops after two of four updates; after the restart only the other two clients get jobs."""
     o = options(tmp_path, rounds=1)
@@ -257,18 +306,37 @@ def test_an_interrupted_server_continues_within_a_version(tmp_path):
     assert [a[:2] for a in again.accepted] == [("a", 0), ("b", 0), ("c", 0), ("d", 0)]
 
 
-def test_an_interrupt_keeps_the_log(tmp_path):
-    def interrupt(job):
-        if job.number == 1:
-            raise KeyboardInterrupt
-        return honest(job)
+def test_an_interrupt_writes_a_checkpoint_and_keeps_the_log(tmp_path):
+    """It comes with the second job of version 1, so after the first update of that version."""
+    sent = []
 
-    o = options(tmp_path, rounds=3, **BUFFER)
-    clients = {**uneven(1.0), "a": interrupt}
+    def watched(client):
+        def answer(job):
+            sent.append(job.version)
+            if sent.count(1) == 2:
+                raise KeyboardInterrupt
+            return client(job)
+
+        return answer
+
+    o = options(tmp_path, rounds=3, goal=2, **BUFFER)
+    o.checkpoint = CheckpointOptions(every=9)
+    clients = {name: watched(client) for name, client in uneven(1.0).items()}
+    outcomes = []
     with pytest.raises(Interrupted):
-        run(o, clients, DeltaSGD(), journal=True)
+        run(o, clients, DeltaSGD(), journal=True, outcomes=outcomes)
+    assert Checkpoints(tmp_path / "checkpoints", 2).load().state.version == 1
+
+    def at_once(job):
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        run(o, dict.fromkeys("abcde", at_once), DeltaSGD(), journal=True)
+    starts = tmp_path / "checkpoints" / "starts.json"
+    assert not starts.exists(), "a start without a new version that did not crash"
+    rest = outcomes[0].accepted[2:]
     again = run(o, uneven(1.0), DeltaSGD(), journal=True)
-    assert again.version == 3
+    assert len(rest) == 1 and again.accepted[:1] == rest and again.version == 3
 
 
 def test_a_run_that_stopped_early_sends_its_jobs_again(tmp_path):
@@ -330,6 +398,7 @@ def test_the_log_is_deleted_only_after_the_last_checkpoint_is_written(tmp_path):
     assert outcomes[0].version == 3
     again = run(o, uneven(-1.0), DeltaSGD(), journal=True)
     assert again.accepted == outcomes[0].accepted[2:], "replayed, not trained again"
+    assert not list((tmp_path / "wal").iterdir()), "the run is over"
 
 
 def test_a_client_that_was_away_is_away_in_the_replay(tmp_path):
@@ -383,6 +452,17 @@ def test_a_log_is_replaced_from_the_entry_that_does_not_fit(tmp_path, caplog):
     assert (
         again.accepted[: len(outcomes[0].accepted)] == outcomes[0].accepted and again.version == 20
     )
+
+
+def test_jobs_of_other_clients_do_not_fit_the_log(tmp_path, caplog):
+    o = options(tmp_path, rounds=4, clients=2)
+    o.checkpoint = CheckpointOptions(every=9)
+    with injected("accepted:3:raise"), pytest.raises(Injected):
+        run(o, dict.fromkeys("abcdef", honest), journal=True)
+    o.seed += 1  # another version of the program could draw other clients, too
+    again = run(o, dict.fromkeys("abcdef", honest), journal=True)
+    assert "the log does not match" in caplog.text
+    assert again.version == 4 and not again.server.totals.rejected
 
 
 def test_the_log_is_kept_if_clients_do_not_reconnect_in_time(tmp_path, monkeypatch):

@@ -8,13 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from support.here import run_here, tiny_run
 
 from fedgpt.cli import dispatch
 from fedgpt.core.errors import ConfigError, FedGPTError
-from fedgpt.core.files import PRIVATE, write_text
+from fedgpt.core.files import PRIVATE, replacing, write_text
 from fedgpt.storage.run_folder import RunFolder, made_folder
 
 NOBODY = 65534
@@ -159,11 +161,14 @@ def test_files_have_the_users_umask_and_private_ones_are_for_their_owner_only(tm
     try:
         write_text(tmp_path / "shared", "text")
         write_text(tmp_path / "own", "text", mode=PRIVATE)
+        with replacing(tmp_path / "weights") as temporary:  # safetensors sets a mode of its own
+            save_file({"params": np.zeros(2)}, temporary)
     finally:
         os.umask(before)
-    assert stat.S_IMODE((tmp_path / "shared").stat().st_mode) == 0o640
+    for name in ("shared", "weights"):
+        assert stat.S_IMODE((tmp_path / name).stat().st_mode) == 0o640
     assert stat.S_IMODE((tmp_path / "own").stat().st_mode) == 0o600
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["own", "shared"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["own", "shared", "weights"]
 
 
 def test_others_may_read_a_runs_results_but_not_what_tells_of_single_clients(tmp_path):

@@ -45,6 +45,14 @@ def test_an_accepted_update_is_credited_and_resets_failures():
     assert clients.cached_version("a") == 4 and clients.strike("a") == 1
 
 
+def test_a_client_may_report_more_charges_than_were_counted_and_not_fewer():
+    clients = Clients()
+    clients.charge("a", 2.0)
+    for reported, charged in ((1.0, 2.0), (5.0, 5.0)):
+        clients.charged_at_least("a", reported)
+        assert clients.charges == {"a": charged}
+
+
 def test_later_changes_do_not_affect_a_copy_and_json_restores_it():
     clients = Clients()
     clients.accept(update("a", 0), 0.5)

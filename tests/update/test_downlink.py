@@ -104,6 +104,15 @@ def test_a_client_keeps_the_latest_models(tmp_path):
     assert store.load_model(3).tolist() == [30, 30, 30] and store.load_model(6) is None
 
 
+@pytest.mark.parametrize("left", [0, 5, 80])
+def test_a_cached_model_that_a_power_cut_left_incomplete_is_not_used(tmp_path, left):
+    store = ClientStore(tmp_path, "run", "ann")
+    store.save_model(3, np.ones(3, np.float32))
+    (path,) = store.folder.iterdir()
+    path.write_bytes(path.read_bytes()[:left])
+    assert store.load_model(3) is None
+
+
 def stepping(folder: Path, rounds: int = 6):
     o = options(folder, rounds=rounds)
     o.update.downlink = "int8"

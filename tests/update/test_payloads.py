@@ -9,7 +9,7 @@ import pytest
 from support.codecs import delta_of, every_codec, through
 
 from fedgpt.core.errors import UpdateRejected
-from fedgpt.update.codecs.base import Codec
+from fedgpt.update.codecs.base import CHUNK, Codec
 from fedgpt.update.compress import CODECS, make_codec
 from fedgpt.update.wire import REASONS
 
@@ -148,6 +148,16 @@ def test_memory_depends_on_what_the_server_expects_and_not_on_the_payload(codec)
         tracemalloc.stop()
 
 
+@pytest.mark.parametrize("name, options", [("none", {}), ("bf16", {}), ("topk", {"density": 1.0})])
+def test_a_value_that_is_not_finite_is_refused_wherever_it_is(name, options):
+    """Codecs look at CHUNK values at a time."""
+    codec, delta = make_codec(name, **options), np.ones(CHUNK + 2, np.float32)
+    for at in (0, CHUNK - 1, CHUNK, CHUNK + 1):
+        bad = delta.copy()
+        bad[at] = -np.inf
+        assert code_of(codec, codec.encode(bad), bad.size) == "non_finite"
+
+
 def patched(codec: Codec, delta: np.ndarray, at: int, piece: np.ndarray) -> np.ndarray:
     payload = codec.encode(delta)
     piece = np.atleast_1d(piece).view(np.uint8)
@@ -237,6 +247,7 @@ def sparse_payload(entries: list[int], levels: list[int]) -> np.ndarray:
         ([3, 4095], [0x3F80, 0x4000], "bad_encoding"),
         ([3, 4], [0x4000, 0x3F80], "bad_encoding"),
         ([3, 4], [0xBF80, 0x3F80], "bad_encoding"),
+        ([3, 4], [0xBF80, 0xC000], "bad_encoding"),
         ([3, 4], [0x3F80, 0x7F80], "non_finite"),
         ([3, 4], [0x7FC0, 0x7FC0], "non_finite"),
     ],

@@ -429,6 +429,26 @@ def test_text_that_changes_within_a_run_leaves_no_digest_of_it(
         assert not any(digest[:8].encode() in content for content in told)
 
 
+def test_a_client_that_alone_has_other_text_fails_and_the_run_goes_on(tmp_path, monkeypatch):
+    """The server prepares its own text again, which is that of the start."""
+    check, refused = ClientWork._check_text, []
+
+    def other_text_once(work, expected):
+        if not refused:
+            refused.append(expected)
+            raise work._text_changed()
+        check(work, expected)
+
+    monkeypatch.setattr(ClientWork, "_check_text", other_text_once)
+    shards = []
+    monkeypatch.setattr(ClientWork, "_check_shards", lambda work, of: shards.append(of))
+    options = tiny_run(tmp_path)
+    summary = run_here(*options)
+    assert summary["versions"] == 3 and summary["rejected"] == {"client_error": 1}
+    work = ClientWork(compose.load(options), "")
+    assert refused == [text_digest(work.prepared)] and set(shards) == {shards_digest(work.shards)}
+
+
 def test_text_that_goes_while_the_run_starts_is_one_message(tmp_path, monkeypatch, capsys):
     options = tiny_run(tmp_path)
     from fedgpt.flower.runtimes.inprocess import InProcess

@@ -71,10 +71,10 @@ class TopK(Codec):
             return dense
         values = payload[: 4 * kept].view("<f4").astype(np.float32)
         refuse_non_finite(values)
-        low, bitmap = elias_fano(size, kept)
+        low, _ = elias_fano(size, kept)
         split = 4 * kept + -(-low * kept // 8)
         marks = np.flatnonzero(np.unpackbits(payload[split:]))
-        if marks.size != kept or marks[-1] >= bitmap:
+        if marks.size != kept:
             raise UpdateRejected("bad_encoding", f"{marks.size} positions, expected {kept}")
         where = (marks - np.arange(kept)) << low
         where |= unpack_bits(payload[4 * kept : split], kept, low)
