@@ -196,5 +196,3 @@ def _problems(
             f" of {apart} versions without one taking part twice; lower it to"
             f" {max(1, int(clients // cohort))} at most, or lower pace.clients"
         )
-    if min(cohort, clients) <= 0:
-        yield "privacy: no client takes part; raise pace.clients or pace.rate"

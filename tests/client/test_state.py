@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.advice import advises
 from support.disk import largest_file
 from support.here import tiny_run
 
@@ -75,8 +76,9 @@ def test_a_client_that_has_lost_its_state_starts_anew_and_says_so(client, left):
 @pytest.mark.parametrize("size", [0, 100, 20_000])
 def test_on_a_full_disk_a_job_fails_with_one_message_and_can_be_repeated(client, size):
     message = f"the client's state cannot be written in {client.state(0).parent}.*too large.*room"
-    with largest_file(size), pytest.raises(FedGPTError, match=message):
+    with largest_file(size), pytest.raises(FedGPTError, match=message) as failed:
         client.train(0, -1)
+    advises(failed.value, "make room there")
     assert not client.state(0).exists()
     sent, _ = client.train(0, -1)
     assert client.state(0).exists()
