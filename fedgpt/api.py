@@ -11,6 +11,7 @@ old = fedgpt.open_run("runs/2026-01-31_12-00-00-run", best=True)
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
     from fedgpt.core.options import RunOptions
     from fedgpt.data.tokenizer import Tokenizer
     from fedgpt.model.gpt import GPT
+
+
+log = logging.getLogger(__name__)
 
 
 def run(*overrides: str) -> Run:
@@ -87,22 +91,8 @@ def resumed(arguments: Sequence[str]) -> tuple[RunOptions, dict[str, int]] | Non
         if number > getattr(options, name)
     }
     for name, number in more.items():
-        print(longer_text(options, name, number), flush=True)
         setattr(options, name, number)
     return options, more
-
-
-def longer_text(options: RunOptions, name: str, number: int) -> str:
-    """What a raised length changes."""
-    local, old = options.local, getattr(options, name)
-    text = f"the run goes on to {name}={number} instead of {old}"
-    if local.warmup == 0 and local.min_lr == local.lr:
-        return text
-    return (
-        f"{text}. Its learning rate is from here on that of a run of {number} {name}, because"
-        " warm-up and cosine follow the length of the run. Only with local.warmup=0 and"
-        " local.min_lr equal to local.lr does it get the bits of such a run"
-    )
 
 
 def open_run(folder: str | Path, best: bool = False) -> Run:
@@ -181,11 +171,21 @@ class Run:
     def metrics(self) -> list[dict[str, Any]]:
         """One dictionary for each server version, as in metrics.jsonl; version 0 is the start.
 
-        Versions that were evaluated have scores in it, such as `loss` and `bits_per_byte`.
+        Versions that were evaluated have scores in it, such as `loss` and `bits_per_byte`. A
+        warning says how many versions have none, because the file has lost lines.
         """
         from fedgpt.storage.run_folder import read_lines
 
-        return list(read_lines(self.folder / "metrics.jsonl", "version"))
+        lines = list(read_lines(self.folder / "metrics.jsonl", "version"))
+        versions = [line["version"] for line in lines]
+        with suppress(FedGPTError):  # not finished, or damaged
+            versions.append(self.summary["versions"])
+        if (wanted := max(versions, default=-1) + 1) > len(lines):
+            log.warning(
+                "%s has %d of the %d lines up to version %d",
+                *(self.folder / "metrics.jsonl", len(lines), wanted, wanted - 1),
+            )
+        return lines
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -48,7 +48,7 @@ from fedgpt.privacy.plan import PrivacyPlan, make_plan
 from fedgpt.privacy.statement import statement
 from fedgpt.report.progress import ProgressDisplay
 from fedgpt.report.results import write_results
-from fedgpt.report.run_report import opening, privacy_text, summary_text
+from fedgpt.report.run_report import longer_text, opening, privacy_text, summary_text
 from fedgpt.report.trackers import make_trackers
 from fedgpt.server.loop import Server
 from fedgpt.server.metrics_line import first_line
@@ -119,6 +119,9 @@ def _serve(setting: Setting, network: Network) -> dict[str, Any]:
     switches, pacing = strategy.switches, snapshot.totals.pacing or None
     score = evaluation.scoring.score.name
     display = ProgressDisplay(options, switches=switches, pacing=pacing, score=score)
+    if longer := longer_text(snapshot.identity.options, options):
+        display.say(longer)
+    snapshot = _with_length(snapshot, options)
     display.say(_opening(setting, snapshot, evaluation.held_out.tokens))
     if setting.statement:
         display.say(privacy_text(setting.statement))
@@ -188,7 +191,7 @@ def _snapshot(setting: Setting, scores: Sequence[str]) -> Snapshot:
             params = initial_weights(options, setting.prepared.tokenizer)
         return Snapshot(ServerState(params), identity, first_line(options.evaluate.samples))
 
-    snapshot = open_or_resume(
+    return open_or_resume(
         setting.folder,
         options,
         start,
@@ -196,6 +199,10 @@ def _snapshot(setting: Setting, scores: Sequence[str]) -> Snapshot:
         setting.environment,
         scores,
     )
+
+
+def _with_length(snapshot: Snapshot, options: RunOptions) -> Snapshot:
+    """The snapshot, whose next checkpoint has the length of the run as it is now."""
     identity = snapshot.identity
     identity = replace(identity, options=with_length(identity.options, options))
     return replace(snapshot, identity=identity)

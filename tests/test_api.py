@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from support.advice import advises
 
 from fedgpt import open_run
 from fedgpt.core.errors import ConfigError, FedGPTError
@@ -55,8 +56,31 @@ def test_a_run_that_is_not_finished_has_no_summary(folder):
     assert open_run(folder).metrics == []
 
 
+@pytest.mark.parametrize(
+    ("left", "has"),
+    [([0, 1, 2], ""), ([0, 2], "2 of the 3"), ([0, 1], "2 of the 3"), ([], "0 of the 3")],
+)
+@pytest.mark.parametrize("finished", [True, False])
+def test_versions_that_have_no_line_any_more_are_counted(folder, caplog, left, has, finished):
+    """A run that has not finished cannot tell of versions after its newest line."""
+    lines = [{"version": version} for version in left]
+    write(folder, lines, {"versions": 2} if finished else None)
+    caplog.clear()
+    assert open_run(folder).metrics == lines
+    known = has and (finished or left[-1:] == [2])
+    assert (f"metrics.jsonl has {has} lines up to version 2" in caplog.text) == bool(known)
+    assert known or not caplog.text
+
+
 @pytest.mark.parametrize("name", ["", "nowhere"])
 def test_a_folder_without_a_run_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="is not a run's folder \\(no config"):
+    with pytest.raises(ConfigError, match="is not a run's folder \\(no config") as refused:
         open_run(name)
+    advises(refused.value, "(no config.yaml); name one in runs/")
+    with pytest.raises(ConfigError, match="there is no such home folder") as refused:
+        open_run("~nobody-of-this-name/run")
+    advises(refused.value, "there is no such home folder; name one in runs/")
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "config.yaml").touch()
+    open_run("runs/a")

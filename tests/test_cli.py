@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.advice import advises
 
 import fedgpt as fedgpt_package
 from fedgpt import __version__, cli
@@ -283,3 +284,11 @@ def test_cfg_job_prints_the_complete_configuration_without_running(tmp_path):
         and "_target_: fedgpt.aggregate" in done.stdout
     )
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_configuration_is_printed_without_the_sweep_as_the_refusal_advises(tmp_path):
+    refused = fedgpt("run", "--cfg", "job", "-m", "seed=0,1", cwd=tmp_path)
+    assert refused.returncode == 2
+    advises(refused.stderr, "but -m makes several; leave one of them out")
+    printed = fedgpt("run", "--cfg", "job", "seed=1", cwd=tmp_path)
+    assert printed.returncode == 0 and "seed: 1" in printed.stdout

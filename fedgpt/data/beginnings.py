@@ -4,6 +4,7 @@ notes.txt     version https://git-lfs...    a pointer: the file itself was not f
 posts.jsonl   <!DOCTYPE html>               a web page, such as the error page of a download
 notes.txt     {"who": "ann", "text": ...    records: a model would learn their syntax
 notes.log     {"who": ...\n{"who": ...      records, as no source code has two such lines
+notes.txt     ["ann", ...]\n["bob", ...]     rows of a table, without the names of the fields
 
 Only what no text of this kind begins with is refused. A table in a .txt file is not noticed: its
 first row can be the first line of a text.
@@ -11,7 +12,9 @@ first row can be the first line of a text.
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fedgpt.data.reading import PACKED, Unreadable, opened, pointer_problem, reason
@@ -75,17 +78,35 @@ def _problem(name: str, begin: bytes) -> str:
         return "is a web page or XML; convert it to plain text (.txt), or fetch the file again"
     if is_text and RECORD.match(text):
         return "holds records; give it the suffix .json or .jsonl"
-    if not format_of(name) and _are_records(text, whole=len(begin) < READ):
+    return "" if format_of(name) else _problem_of_lines(_lines(text, whole=len(begin) < READ))
+
+
+def _problem_of_lines(lines: Sequence[str]) -> str:
+    if _are(lines, lambda line: RECORD_LINE.fullmatch(line) is not None):
         return "holds records, one on each line; give it the suffix .jsonl, and remove other lines"
+    if _are(lines, _is_list):
+        return "holds lists in JSON, one on each line; save them as a table (.csv) or as text"
     return ""
 
 
-def _are_records(text: str, whole: bool) -> bool:
-    """Whether at least two lines are records, and all others come before: one, or comments."""
+def _lines(text: str, whole: bool) -> list[str]:
+    """The lines of a text that are not blank, after the comments at its beginning."""
     found = [line for line in text.split("\n") if line.strip()]
     found = found if whole else found[:-1]  # the last line may be cut off
     while found and found[0].startswith(("#", "//")):
         del found[0]
-    if found and not RECORD.match(found[0]):
-        del found[0]
-    return len(found) > 1 and all(map(RECORD_LINE.fullmatch, found))
+    return found
+
+
+def _are(lines: Sequence[str], is_one: Callable[[str], bool]) -> bool:
+    """Whether at least two lines are such, and at most one other comes before."""
+    lines = lines[1:] if lines and not is_one(lines[0]) else lines
+    return len(lines) > 1 and all(map(is_one, lines))
+
+
+def _is_list(line: str) -> bool:
+    """Whether a line is a list in JSON."""
+    try:
+        return line.lstrip().startswith("[") and isinstance(json.loads(line), list)
+    except (ValueError, RecursionError):
+        return False

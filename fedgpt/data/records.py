@@ -271,7 +271,10 @@ def _separated(path: Path, fields: Sequence[Field], separator: str) -> Iterator[
             yield _table_row(number, names, values)
 
 
-_QUOTES = 'double ("") or remove each quote that neither begins nor ends a value'
+_QUOTES = (
+    'end each value that begins with a quote with a quote, and double ("") the quotes within, or'
+    " remove all these quotes"
+)
 
 
 def _noted(chunks: Iterator[str], held: list[str]) -> Iterator[str]:

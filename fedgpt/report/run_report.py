@@ -73,6 +73,25 @@ def opening(
     return "\n".join(f"{name:>10}  {text}" for name, text in choices)
 
 
+def longer_text(before: Mapping[str, Any], o: RunOptions) -> str:
+    """Return what a raised length changes in a run that began with the options `before`; empty if
+    it is not longer.
+    """
+    for name in ("rounds", "tokens"):
+        old, new = before.get(name) or 0, getattr(o, name)
+        if not 0 < old < new:
+            continue
+        text = f"the run goes on to {name}={new} instead of {old}"
+        if o.local.warmup == 0 and o.local.min_lr == o.local.lr:
+            return text
+        return (
+            f"{text}. Its learning rate is from here on that of a run of {new} {name}, because"
+            " warm-up and cosine follow the length of the run. Only with local.warmup=0 and"
+            " local.min_lr equal to local.lr does it get the bits of such a run"
+        )
+    return ""
+
+
 def privacy_text(statement: dict[str, Any]) -> str:
     """Return the statement of a private run (privacy/statement.py) as lines."""
     return "\n".join(f"{name:>12}  {text}" for name, text in rows(statement))

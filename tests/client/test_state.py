@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.advice import advises
 from support.disk import largest_file
 from support.here import tiny_run
 
@@ -88,8 +89,9 @@ def test_a_state_is_not_synced_to_the_disk(client, monkeypatch):
 @pytest.mark.parametrize("size", [0, 100, 20_000])
 def test_on_a_full_disk_a_job_fails_with_one_message_and_can_be_repeated(client, size):
     message = f"the client's state cannot be written in {client.state(0).parent}.*too large.*room"
-    with largest_file(size), pytest.raises(FedGPTError, match=message):
+    with largest_file(size), pytest.raises(FedGPTError, match=message) as failed:
         client.train(0, -1)
+    advises(failed.value, "make room there")
     assert not client.state(0).exists()
     sent, _ = client.train(0, -1)
     assert client.state(0).exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from support.advice import advises
 from support.here import tiny_run
 
 from fedgpt.config import compose
@@ -12,7 +13,7 @@ from fedgpt.data.shards import load_shards
 FLTRUST = ["strategy=fltrust", "corpus.public=0.01", "model.block_size=1000"]
 KRUM = ["strategy=krum", "pace.clients=0"]
 # options of a run of two clients -> the problem, and options with which there is none
-REFUSED = {
+CLIENT_REMEDIES = {
     "strategy.attackers=1 needs at least 5 updates a server step and pace=cohort waits for 2: raise"
     " partition.clients of partition=iid, or take strategy=median": (
         KRUM,
@@ -49,10 +50,10 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("problem", REFUSED)
+@pytest.mark.parametrize("problem", CLIENT_REMEDIES)
 def test_a_problem_of_the_clients_is_named_and_its_remedy_helps(problem, tmp_path):
     text = tiny_run(tmp_path)
-    wrong, remedy = REFUSED[problem]
+    wrong, remedy = CLIENT_REMEDIES[problem]
     assert problems(*text, *wrong) == [problem]
     assert problems(*text, *wrong, *remedy) == []
 
@@ -68,7 +69,7 @@ def test_a_table_of_devices_must_have_every_client(tmp_path):
     trace = ["fleet=trace", f"fleet.path={table}"]
     table.write_text("client,step_seconds\nann,1\n")
     [problem] = problems(*text, *trace)
-    assert problem.endswith("has no line for 1 of 2 clients: 'bob'; add their lines")
+    advises(problem, "has no line for 1 of 2 clients: 'bob'; add their lines")
     table.write_text("client,step_seconds\nann,1\nbob,2\n")
     assert problems(*text, *trace) == []
 

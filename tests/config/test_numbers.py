@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.advice import advises
 from support.refused import problems
 
 from fedgpt.config import compose
@@ -118,11 +119,12 @@ def test_a_micro_batch_that_does_not_fit_into_memory_is_refused(monkeypatch):
         " needs at least 1,573.0 GB, and this machine has 25.0 GB; lower it to 7946 or less, and"
         " raise local.accumulate instead"
     )
+    advises(problem, "lower it to 7946 or less, and raise local.accumulate instead")
     monkeypatch.setattr("fedgpt.config.checks.may_have_gpu", lambda: False)
     assert problems(*huge) == [problem]
     compose.load(["local.batch_size=7946", "local.accumulate=126"])
     [problem] = problems("model.block_size=10000000", "model.n_layer=64", "local.batch_size=2")
-    assert problem.endswith("lower model.block_size")
+    advises(problem, "lower model.block_size")
     compose.load(["model.block_size=64", "model.n_layer=64", "local.batch_size=2"])
 
 

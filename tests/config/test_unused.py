@@ -10,30 +10,54 @@ from fedgpt.config import compose
 from fedgpt.core.errors import ConfigError
 
 PRIVATE = ["privacy=client", "privacy.noise_multiplier=5"]
-# what is typed -> the problem, and what it advises to add
-UNUSED = {
-    "update.decay=0.5": ["update=int8", "update.error_feedback=true"],
-    "evaluate.sample_tokens=5": ["evaluate.samples=2"],
-    "evaluate.prompt=x": ["evaluate.samples=2"],
-    "validate.rest=5": ["validate.strikes=3"],
-    "validate.norm=5": ["privacy=example"],
-    "privacy.clip=2": PRIVATE,
-    "privacy.engine=opacus": ["privacy=example"],
-    "privacy.adaptive=true": PRIVATE,
-    "privacy.bands=1": PRIVATE,
-    "privacy.separation=2": PRIVATE,
-    "privacy.single=true": PRIVATE,
-    "privacy.participations=2": PRIVATE,
-    "privacy.rng=seeded": PRIVATE,
-    "partition.alpha=0.1": ["partition=dirichlet"],
-    "attack.strength=3": ["attack=scale", "attack.clients=1"],
-    "tokenizer.vocab_size=300": ["tokenizer=bpe"],
-    "corpus.text_field=body": ["corpus=files", "corpus.path=."],
-    "corpus.label_field=topic": ["partition=dirichlet", "corpus=files", "corpus.path=."],
-    "fleet.median=2": ["fleet=lognormal", "clock=virtual"],
-    "pace.minimum=2": ["pace=cohort"],
-    "pace.clients=4": ["pace.rate=null"],
-    "runtime.workers=2": ["runtime=pool", "runtime.threads=1"],
+CHOOSE = "choose privacy=example, client or local"
+CLIENT = {"choose privacy=client": PRIVATE}
+# what is typed -> what the message advises, and the words that do so
+UNUSED_REMEDIES = {
+    "update.decay=0.5": {
+        "add update.error_feedback=true and a codec, such as update=int8": [
+            "update=int8",
+            "update.error_feedback=true",
+        ]
+    },
+    "evaluate.sample_tokens=5": {"add evaluate.samples=2": ["evaluate.samples=2"]},
+    "evaluate.prompt=x": {"add evaluate.samples=2": ["evaluate.samples=2"]},
+    "validate.rest=5": {"add validate.strikes=3": ["validate.strikes=3"]},
+    "validate.norm=5": {"choose privacy=example or local": ["privacy=local"]},
+    "pace.minimum=3": {"choose privacy=example or local": ["privacy=local"]},
+    "privacy.clip=2": {CHOOSE: PRIVATE},
+    "privacy.engine=opacus": {"choose privacy=example": ["privacy=example"]},
+    "privacy.adaptive=true": CLIENT,
+    "privacy.bands=1": CLIENT,
+    "privacy.separation=2": CLIENT,
+    "privacy.single=true": CLIENT,
+    "privacy.participations=2": {CHOOSE: PRIVATE},
+    "privacy.rng=seeded": {CHOOSE: PRIVATE},
+    "partition.alpha=0.1": {"add partition=dirichlet": ["partition=dirichlet"]},
+    "attack.strength=3": {
+        "add attack=sign_flip or attack=scale or attack=gaussian": [
+            "attack=scale",
+            "attack.clients=1",
+        ]
+    },
+    "tokenizer.vocab_size=300": {"add tokenizer=bpe": ["tokenizer=bpe"]},
+    "corpus.text_field=body": {"add corpus=files": ["corpus=files", "corpus.path=."]},
+    "corpus.label_field=topic": {
+        "add partition=dirichlet": ["partition=dirichlet", "corpus=files", "corpus.path=."]
+    },
+    "fleet.median=2": {"add fleet=lognormal": ["fleet=lognormal", "clock=virtual"]},
+    "pace.minimum=2": {"choose pace=cohort": ["pace=cohort"]},
+    "pace.clients=4": {"add pace.rate=null": ["pace.rate=null"]},
+    "rounds=5": {"add tokens=0": ["tokens=0"]},
+    "runtime.workers=2": {
+        "choose runtime=pool or runtime=ray": ["runtime=pool", "runtime.threads=1"]
+    },
+    TRUSTED: {
+        "name one of these with `_target_`": [
+            "partition=custom",
+            "partition._target_=outsider.Alternate",
+        ]
+    },
 }
 # an option, or a group -> what else is typed, so that the option has no effect
 WITHOUT = {
@@ -43,19 +67,21 @@ WITHOUT = {
     "corpus.label_field": ["corpus=files", "corpus.path=."],
     "tokenizer": ["tokenizer=bytes"],
     "runtime": ["runtime=inprocess", "runtime.threads=1"],
-    "pace.minimum": ["pace=buffer", "strategy=fedbuff"],
+    "pace.minimum=2": ["pace=buffer", "strategy=fedbuff"],
+    "pace.minimum=3": PRIVATE,
+    "rounds": ["tokens=100000"],
     "pace.clients": ["pace.rate=0.5"],
 }
 
 
-@pytest.mark.parametrize("typed", UNUSED)
+@pytest.mark.parametrize("typed", UNUSED_REMEDIES)
 def test_an_option_without_effect_is_reported_and_the_remedy_helps(typed):
     without = [word for key in WITHOUT if typed.startswith(key) for word in WITHOUT[key]]
     [problem] = problems(typed, *without)
-    assert problem.startswith(f"{typed}: has no effect with ") and "or leave it out" in problem
-    for word in UNUSED[typed][:1]:
-        assert word.partition("=")[0] in problem
-    compose.load([typed, *UNUSED[typed]])
+    assert problem.startswith(f"{typed}: has no effect with ")
+    for remedy, words in UNUSED_REMEDIES[typed].items():
+        assert problem.endswith(f"; {remedy}, or leave it out")
+        compose.load([typed, *words])
     compose.load(without)
 
 

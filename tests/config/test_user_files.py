@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.advice import advises
 from support.users import become_nobody, folder_of_root
 
 from fedgpt.config import compose
@@ -76,6 +77,10 @@ def test_a_damaged_file_is_named_with_what_is_wrong_in_it(content, part, write):
     folder = write("model/mine", content)
     [problem] = found(["model=mine"], folder)
     assert problem.startswith(f"{folder}/model/mine.yaml: {part}"), problem
+    if "is not valid YAML" in problem:
+        advises(problem, "; correct it")
+        write("model/mine", "n_layer: 2\n")
+        compose.load(["model=mine"], folder)
 
 
 @pytest.mark.parametrize(
@@ -130,9 +135,10 @@ def test_a_file_with_the_name_of_a_choice_of_fedgpt_is_refused(write):
     """Hydra would use fedgpt's file without a word."""
     folder = write("model/nano", "n_layer: 9\n")
     [problem] = found(["model=nano"], folder)
-    assert problem == (
-        f"{folder}/model/nano.yaml: fedgpt has model=nano of its own; give this file another name"
-    )
+    assert problem.startswith(f"{folder}/model/nano.yaml: fedgpt has model=nano of its own; ")
+    advises(problem, "give this file another name")
+    write("model/mine", "n_layer: 9\n")
+    assert compose.load(["model=mine"], folder).model.n_layer == 9
 
 
 def test_a_folder_in_the_place_of_a_file_is_named(tmp_path):

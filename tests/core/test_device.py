@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.advice import advises
 
 from fedgpt.core import device
 from fedgpt.core.device import Compute, choose_compute, choose_workers, cores, visible_gpus
@@ -59,9 +60,11 @@ def test_asking_for_a_missing_gpu_is_refused(monkeypatch, built, why):
     monkeypatch.setattr(torch.version, "cuda", built)
     with pytest.raises(
         ConfigError,
-        match=rf"runtime.device=cuda: no GPU is available, torch .* {why}; take auto or cpu",
-    ):
+        match=rf"runtime.device=cuda: no GPU is available, torch .* {why}",
+    ) as refused:
         choose_compute("cuda")
+    advises(refused.value, "take auto or cpu")
+    assert choose_compute("auto").device == choose_compute("cpu").device == "cpu"
 
 
 def test_dtypes_map_to_those_of_torch():

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.advice import advises
 
 from fedgpt.core.errors import ConfigError, FedGPTError
 from fedgpt.core.options import OPTIONS, PartitionOptions, RunOptions
@@ -84,12 +85,19 @@ def test_a_module_that_fails_at_import_is_refused_with_its_error_and_line(
         assert "(broken.py, line 2)" in problem, "the line of the user's file, not of the library"
 
 
-def test_a_module_that_is_not_found_is_refused_with_what_to_change():
+def test_a_module_that_is_not_found_is_refused_with_what_to_change(tmp_path, monkeypatch):
     (problem,) = refusal("corpus", "absent_package.Mine", (), ["absent_package"]).problems
-    assert problem == (
+    assert problem.startswith(
         "corpus._target_=absent_package.Mine: cannot import absent_package (No module named"
-        " 'absent_package'); add its folder to PYTHONPATH"
+        " 'absent_package'); "
     )
+    advises(problem, "add its folder to PYTHONPATH")
+    (tmp_path / "absent_package.py").write_text(
+        "from fedgpt.data.corpora.base import Corpus\nclass Mine(Corpus): pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)  # as PYTHONPATH does for a new process
+    assert load_class("corpus", "absent_package.Mine", (), ["absent_package"])
+    del sys.modules["absent_package"]
 
 
 @pytest.mark.parametrize("target", [".x.Y", "", "Mine", "x..Y", "x.", "a b.C", "x.1", "."])

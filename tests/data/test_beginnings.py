@@ -109,6 +109,21 @@ def test_records_on_lines_are_refused_under_any_name_of_text(tmp_path, name, bef
     assert len(load(files(tmp_path))) == 3  # the remedy
 
 
+@pytest.mark.parametrize("before", [b"", b"# of today\n", b"Posts of today:\n\n"])
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a", "a.log", "a.txt.1", "a.txt.gz"])
+def test_lists_in_json_on_lines_are_refused_under_any_name_of_text(tmp_path, name, before):
+    """They were read as prose, although lines of objects were refused."""
+    for rows in (
+        [["ann", "It rained."]] * 2,
+        [[]] * 2,
+        [[1, ["deep"]]] * 9,
+        [["long " * 3000]] * 9,
+    ):
+        data = before + b"\n".join(json.dumps(row).encode() for row in rows)
+        message = refusal(tmp_path, name, gzip.compress(data) if name.endswith("gz") else data)
+        assert f"{name} holds lists in JSON, one on each line; save them as" in message
+
+
 @pytest.mark.parametrize(
     ("data", "problem"),
     [
@@ -183,6 +198,13 @@ def test_what_another_format_holds_is_refused(tmp_path, name):
         ("a.txt", '["Hello," she said.] It rained.'),
         ("a.txt", '{"quoted"} words'),
         ("a.txt", "[1] A footnote"),
+        ("a.txt", "[1] A footnote\n[2] And another"),
+        ("a.md", "[a](b)\n[c](d)\n"),
+        ("a.md", "[a]: b\n[c]: d\n"),
+        ("a.txt", "[1]\n"),
+        ("a.txt", "[1]\nis a footnote\n[2]\n"),
+        ("a.py", "[1, 2]\n[3, x]\n"),
+        ("a.txt", "[" * 1900 + "\n" + "[" * 1900),
         ("a.txt", "version https://example.org/spec"),
         ("a.txt", "/annexes/objects are words"),
         ("a.txt", "<p>A tag in words</p>"),

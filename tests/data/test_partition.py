@@ -1,5 +1,6 @@
 import re
 import string
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from support import third_party  # noqa: F401  # makes the module `outsider`
+from support.advice import advises
 
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import PartitionOptions
@@ -203,11 +205,17 @@ def test_a_smaller_alpha_is_more_skewed(ten):
 
 
 def test_dirichlet_needs_labels(ten):
-    ten.labels = Names.of(["x"] * len(ten.labels))
-    with pytest.raises(
-        ConfigError, match=r"partition\.name=dirichlet.*corpus\.label_field.*partition=quantity"
-    ):
+    labels, ten.labels = ten.labels, Names.of(["x"] * len(ten.labels))
+    with pytest.raises(ConfigError, match=r"partition\.name=dirichlet") as refused:
         partition(ten, PartitionOptions(name="dirichlet", clients=2), 0, 10)
+    advises(
+        refused.value,
+        "set corpus.label_field for records, put files of text into sub-folders, or make sizes"
+        " uneven with partition=quantity",
+    )
+    partition(ten, PartitionOptions(name="quantity", clients=2, piece=10), 0, 10)
+    ten.labels = labels  # as records or sub-folders give them
+    partition(ten, PartitionOptions(name="dirichlet", clients=2, piece=10), 0, 10)
 
 
 def test_too_small_made_clients_name_the_count_and_the_smallest(ten):
@@ -220,7 +228,7 @@ def test_too_small_made_clients_name_the_count_and_the_smallest(ten):
 
 
 # partition, window -> what the message advises, in its own words
-REFUSED: list[tuple[dict[str, Any], int, list[str]]] = [
+REMEDIES: list[tuple[dict[str, Any], int, list[str]]] = [
     ({"name": "natural", "clients": 3}, 450, ["lower model.block_size to 199"]),
     ({"name": "natural", "clients": 3}, 250, ["use 2 or fewer", "lower model.block_size to 199"]),
     ({"name": "iid", "clients": 40}, 65, ["clients=1,", "clients=7 partition.piece=17"]),
@@ -254,7 +262,7 @@ REFUSED: list[tuple[dict[str, Any], int, list[str]]] = [
         500,
         [
             "lower model.block_size to 399",
-            "use partition=iid partition.clients=1 partition.piece=500",
+            "use partition=iid partition.clients=1 partition.piece=500, which divides all text",
         ],
     ),
     (
@@ -294,7 +302,7 @@ def remedies_of(problem: str) -> list[str]:
     return [one.partition(", which")[0] for one in re.split(r",? or (?=lower|set|use|part)", words)]
 
 
-@pytest.mark.parametrize("chosen, window, parts", REFUSED)
+@pytest.mark.parametrize("chosen, window, parts", REMEDIES)
 def test_every_remedy_for_clients_with_too_little_text_helps(ten, chosen, window, parts):
     with pytest.raises(ConfigError) as caught:
         partition(ten, PartitionOptions(**chosen), 0, window)
@@ -409,11 +417,21 @@ def test_a_partition_from_outside_is_built_from_its_name_and_arguments(ten):
     ]
     assert PARTITIONS.problems(options)[0].startswith("partition._target_=outsider.Alternate: only")
     with pytest.raises(
-        ConfigError,
-        match=r"partition\._target_=outsider\.Alternate: 5 of 5 clients have fewer than 300 tok.*"
-        r"change partition\.arguments, or lower model\.block_size",
-    ):
+        ConfigError, match=r"Alternate: 5 of 5 clients have fewer than 300"
+    ) as error:
         partition(ten, options, 0, 300, ["outsider"])
+    advises(error.value, "change partition.arguments")
+    partition(ten, replace(options, arguments={"clients": 3}), 0, 300, ["outsider"])
+    advises(error.value, "lower model.block_size to 199")
+    partition(ten, options, 0, 200, ["outsider"])
+
+
+def test_the_arguments_that_a_message_advises_for_a_custom_partition_help(ten):
+    iid = {"name": "custom", "_target_": "fedgpt.data.partitions.iid.Iid"}
+    with pytest.raises(ConfigError) as refused:
+        partition(ten, PartitionOptions(**iid, arguments={"clients": 40}), 0, 65)
+    advises(refused.value, "set clients: 1 in partition.arguments")
+    partition(ten, PartitionOptions(**iid, arguments={"clients": 1}), 0, 65)
 
 
 class Careless(Partition):

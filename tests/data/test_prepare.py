@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import third_party  # noqa: F401  # makes the module `outsider`
+from support.advice import advises
 from support.disk import largest_file
 
 import fedgpt
@@ -198,17 +199,20 @@ def test_a_damaged_cache_entry_is_made_again(corpus, tmp_path, name):
 @pytest.mark.parametrize("size", [0, 100, 1000, 8000])  # the largest file has 15,130 bytes
 def test_a_cache_that_cannot_be_written_is_one_error_and_leaves_nothing(corpus, tmp_path, size):
     cache = tmp_path / "cache"
-    error = f"cache_dir={cache}: the prepared text cannot be written there.*too large.*make room"
-    with largest_file(size), pytest.raises(FedGPTError, match=error):
+    error = f"cache_dir={cache}: the prepared text cannot be written there.*too large"
+    with largest_file(size), pytest.raises(FedGPTError, match=error) as refused:
         prepare(corpus, BYTES, cache)
+    advises(refused.value, "make room, or name another folder")
     assert [path for path in cache.iterdir() if path.suffix != ".lock"] == []
     assert prepare(corpus, BYTES, cache).folder.parent == cache
 
 
 def test_a_cache_below_a_file_is_refused_by_name(corpus, tmp_path):
     cache = tmp_path / "text" / "an" / "1.txt" / "cache"
-    with pytest.raises(FedGPTError, match=f"cache_dir={cache}.*Not a directory"):
+    with pytest.raises(FedGPTError, match=f"cache_dir={cache}.*Not a directory") as refused:
         prepare(corpus, BYTES, cache)
+    advises(refused.value, "cannot be written (Not a directory); name another folder")
+    prepare(corpus, BYTES, tmp_path / "another")
 
 
 def test_temporary_files_of_a_killed_process_are_removed(corpus, tmp_path):

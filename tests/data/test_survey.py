@@ -7,6 +7,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+from support.advice import advises
 from support.text import files, write
 
 from fedgpt.core.errors import ConfigError, FedGPTError
@@ -53,6 +54,12 @@ def test_text_that_changes_while_it_is_prepared_is_one_error(
         prepare(files(text, public=0.2, held_out=0.2), options, tmp_path / "cache")
     assert not isinstance(hit.value, ConfigError)  # exit code 1: no option is wrong
     assert [path for path in (tmp_path / "cache").iterdir() if path.is_dir()] == []
+    advises(hit.value, "; start again when it rests")
+    monkeypatch.setattr(module, "split_documents", split)
+    write(text, "07.txt", "Other words than before.\n")
+    for page in range(40):
+        write(text, f"more/{page}.txt", f"Page {page} rests now.\n")
+    prepare(files(text, public=0.2, held_out=0.2), options, tmp_path / "cache")
 
 
 def test_a_survey_reads_the_same_texts_again(tmp_path):

@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from support.advice import advises
 from support.text import files, load, notes, write
 from support.users import become_nobody, folder_of_root
 
@@ -173,6 +174,16 @@ CONVERTED = {
 }
 
 
+CONVERT_REMEDIES = {
+    "old.txt": "convert it (`iconv -f ITS_ENCODING -t UTF-8`) or move it out of the folder",
+    "utf16.txt": "convert it (`iconv -f UTF-16 -t UTF-8`)",
+    "utf32.txt": "convert it (`iconv -f UTF-32 -t UTF-8`)",
+    "little.txt": "convert it (`iconv -f UTF-16LE -t UTF-8`)",
+    "big.txt": "convert it (`iconv -f UTF-16BE -t UTF-8`)",
+    "nul.txt": "remove such bytes (`tr -d '\\000'`)",
+}
+
+
 @pytest.mark.parametrize("name", CONVERTED)
 def test_the_remedy_for_another_encoding_makes_a_text_that_is_read(tmp_path, name):
     data, problem = CONVERTED[name]
@@ -181,6 +192,7 @@ def test_the_remedy_for_another_encoding_makes_a_text_that_is_read(tmp_path, nam
         load(files(tmp_path))
     message = str(caught.value)
     assert f"corpus.path={tmp_path}: {name} {problem}" in message
+    advises(message, CONVERT_REMEDIES[name])
     command = shlex.split(message.split("`")[1].replace("ITS_ENCODING", "LATIN1"))
     converted = subprocess.run(command, input=data, capture_output=True, check=True)
     write(tmp_path, name, converted.stdout)

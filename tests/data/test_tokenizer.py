@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from support.advice import advises
 from tokenizers import Tokenizer as Library
 
 from fedgpt.core.errors import ConfigError, FedGPTError
@@ -226,3 +227,11 @@ def test_a_setting_of_the_merges_that_changes_tokens_is_refused(tmp_path, name):
     path.write_text(json.dumps(definition))
     with pytest.raises(FedGPTError, match=f"its model.{name} changes how text is encoded"):
         load_tokenizer(tmp_path)
+
+
+def test_without_public_text_a_tokenizer_is_made_as_the_refusal_advises():
+    with pytest.raises(ConfigError) as refused:
+        make_tokenizer(TokenizerOptions("bpe", 300), [])
+    advises(refused.value, "raise corpus.public or use tokenizer=bytes")
+    make_tokenizer(TokenizerOptions("bpe", 300), ["the river rose again"])
+    make_tokenizer(TokenizerOptions("bytes"), [])

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from support.advice import advises
 from support.here import run_here, tiny_run
 
 from fedgpt import open_run
@@ -72,11 +73,22 @@ def test_no_metric_and_no_score_has_the_name_of_another_field(name, monkeypatch)
         f"metrics=[{__name__}.Named]: Named is named {name!r}, as a field of every line of"
         " metrics.jsonl; give it another name"
     )
+    advises(make_metrics_problem(), "metrics.jsonl; give it another name")
     if name in ("version", "epsilon"):
         assert f"is named {name!r}" in refused(metric, TRUST)
     scoring = Scoring(Score("loss"), ("loss", name))
     assert f"one of its scores is named {name!r}" in scoring.problem
     assert f"one of its scores is named {name!r}" in Scoring(Score(name), (name,)).problem
+    monkeypatch.setattr(Named, "name", "another")
+    make_metrics([{"_target_": f"{__name__}.Named"}], [__name__.partition(".")[0]], LANGUAGE)
+
+
+def test_a_scoring_is_accepted_after_what_its_problem_advises():
+    advises(Scoring(Score("loss"), ("accuracy",)).problem, "add it to them")
+    assert not Scoring(Score("loss"), ("accuracy", "loss")).problem
+    twice = Scoring(Score("loss"), ("loss", "accuracy", "accuracy")).problem
+    advises(twice, "two of its scores are named 'accuracy'; give one another name")
+    assert not Scoring(Score("loss"), ("loss", "accuracy", "other")).problem
 
 
 @pytest.mark.parametrize("name", ["", "  ", None, 3])

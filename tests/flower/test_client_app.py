@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from flwr.app import Context, Message, Metadata, RecordDict
 from flwr.app.message import make_message
+from support.advice import advises
 from support.here import tiny_model, tiny_run
 
 from fedgpt.client.work import ClientWork
 from fedgpt.config import compose
 from fedgpt.core.errors import ConfigError, FedGPTError
 from fedgpt.core.messages import Job, Plan
+from fedgpt.core.options import RunOptions
 from fedgpt.flower import client_app
 from fedgpt.flower.in_process_grid import InProcessGrid
 from fedgpt.flower.local_grid import FIRST_NODE
@@ -34,12 +37,49 @@ from fedgpt.flower.run_config import run_config_of
     ],
 )
 def test_a_node_with_a_wrong_number_is_refused_with_its_option(tmp_path, config, message):
-    options = compose.load(tiny_run(tmp_path))
-    request = make_message(Metadata(1, "", 0, 1, "", "", 0.0, 60.0, "query"), RecordDict())
-    context = Context(1, 7, config, RecordDict(), run_config_of(options))
-    answer = client_app.app(request, context)
+    answer = asked(compose.load(tiny_run(tmp_path)), config)
     with pytest.raises(ConfigError, match=message):
         read_info(answer)
+
+
+def asked(options: RunOptions, config: dict[str, Any]) -> Message:
+    """What a SuperNode with this --node-config answers to the question which client it is."""
+    request = make_message(Metadata(1, "", 0, 1, "", "", 0.0, 60.0, "query"), RecordDict())
+    context = Context(1, 7, config, RecordDict(), run_config_of(options))
+    return client_app.app(request, context)
+
+
+FOUR = ["partition=iid", "partition.clients=4", "partition.piece=64"]
+# --node-config -> the advice, and what is done
+NODE_REMEDIES = [
+    (
+        {"partition-id": 2, "num-partitions": 2},
+        "start each SuperNode with another of these numbers",
+        [({"partition-id": 0}, []), ({"partition-id": 1}, [])],
+    ),
+    (
+        {"partition-id": 1, "num-partitions": 4},
+        "start every SuperNode with num-partitions=2, or change partition.clients",
+        [({"num-partitions": 2}, []), ({}, FOUR)],
+    ),
+    (
+        {"num-partitions": 2},
+        "start the SuperNode with --node-config 'partition-id=0 num-partitions=2', for example",
+        [({"partition-id": 0, "num-partitions": 2}, [])],
+    ),
+]
+
+
+@pytest.mark.parametrize(("config", "remedy", "followed"), NODE_REMEDIES)
+def test_a_node_that_is_started_as_its_refusal_advises_is_a_client(
+    tmp_path, config, remedy, followed
+):
+    words = tiny_run(tmp_path)
+    with pytest.raises(ConfigError) as refused:
+        read_info(asked(compose.load(words), config))
+    assert remedy in str(refused.value)
+    for change, more in followed:
+        assert read_info(asked(compose.load([*words, *more]), config | change))
 
 
 @pytest.mark.parametrize("allocate", [torch.empty, np.ones], ids=["torch", "numpy"])
@@ -47,8 +87,10 @@ def test_a_client_without_memory_says_what_to_lower(tmp_path, allocate):
     words = tiny_run(tmp_path)
     work = ClientWork(compose.load([*words, "local.batch_size=32"]), str(tmp_path))
     told = pytest.raises(FedGPTError, match=r"^out of memory; lower local\.batch_size=32, and")
-    with told, client_app._reported(work):
+    with told as error, client_app._reported(work):
         allocate(1 << 46)
+    advises(error.value, "lower local.batch_size=32, and raise local.accumulate instead")
+    compose.load([*words, "local.batch_size=16", "local.accumulate=2"])
     private = ClientWork(compose.load([*words, "privacy=local"]), str(tmp_path))
     failed = pytest.raises(client_app.ClientFailed, match=r"^OutOfMemory \(the client's log has")
     with failed, client_app._reported(private):

@@ -14,6 +14,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from safetensors.numpy import load, save
 
 from fedgpt.aggregate.fedavg import FedAvg
+from fedgpt.config import compose
 from fedgpt.core.errors import ConfigError, FedGPTError
 from fedgpt.core.messages import ServerState, Update
 from fedgpt.flower.strategy_adapter import FlowerStrategy
@@ -316,6 +317,40 @@ def test_a_strategy_that_cannot_be_saved_is_reported_and_still_works(late, caplo
 def test_a_strategy_that_cannot_work_is_refused_with_the_reason(inner, reason):
     with pytest.raises(ConfigError, match=reason):
         FlowerStrategy(inner)
+
+
+AVERAGE = "strategy._target_=flwr.serverapp.strategy.FedAvg"
+FLOWER_REMEDIES = [
+    (
+        stock.FedXgbBagging(),
+        "take strategy=fedavg or another",
+        [["strategy=fedavg"], ["strategy=flower", AVERAGE]],
+    ),
+    (
+        stock.DifferentialPrivacyServerSideFixedClipping(stock.FedAvg(), 1.0, 1.0, 2),
+        "take another strategy and privacy=client",
+        [["strategy=fedavg", "privacy=client"]],
+    ),
+    (
+        stock.FedAvg(fraction_train=0.5),
+        "set pace.clients or pace.rate",
+        [
+            ["strategy=flower", AVERAGE, "pace.clients=4"],
+            ["strategy=flower", AVERAGE, "pace.rate=0.5"],
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("inner", "remedy", "followed"), FLOWER_REMEDIES)
+def test_what_the_refusal_of_a_strategy_advises_is_accepted(inner, remedy, followed):
+    with pytest.raises(ConfigError) as refused:
+        FlowerStrategy(inner)
+    assert remedy in str(refused.value)
+    for words in followed:
+        built = compose.build_strategy(compose.load(words).strategy)
+        if "strategy=flower" in words:
+            FlowerStrategy(built)
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,31 @@ def test_wrong_values_are_named(model, change, message):
         generate(model, **({"prompt_ids": PROMPT, "max_new_tokens": 2} | change))
 
 
+GENERATE_REMEDIES = [
+    (
+        {"prompt_ids": []},
+        "start an empty text with the end-of-text token",
+        [{"prompt_ids": [VOCAB - 1]}],
+    ),
+    ({"prompt_ids": [1, VOCAB]}, "use the model's tokenizer", [{"prompt_ids": [1, VOCAB - 1]}]),
+    (
+        {"samples": 10**9, "max_new_tokens": 10},
+        "generate fewer samples, or fewer tokens",
+        [{"samples": 1}, {"samples": 10, "max_new_tokens": 1}],
+    ),
+]
+
+
+@pytest.mark.parametrize(("wrong", "remedy", "followed"), GENERATE_REMEDIES)
+def test_text_is_generated_as_a_refusal_advises(model, wrong, remedy, followed):
+    given = {"prompt_ids": PROMPT, "max_new_tokens": 2} | wrong
+    with pytest.raises(ValueError) as refused:
+        generate(model, **given)
+    assert remedy in str(refused.value)
+    for change in followed:
+        assert generate(model, **given | change)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
 @pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_k": 5}, {"top_p": 0.5}], ids=str)
 def test_a_model_whose_logits_are_not_finite_generates_no_text(value, options):

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.advice import advises
 from torch.nn import functional as F
 
 from fedgpt.core.errors import ConfigError
@@ -237,3 +238,13 @@ def test_no_buffers_and_no_bare_parameters_on_the_root():
     model = small()
     assert not list(model.buffers())
     assert not list(model.parameters(recurse=False))
+
+
+def test_tokens_beyond_the_context_are_refused_and_cropped_ones_are_not():
+    model = small()
+    length = model.options.block_size
+    ids = torch.zeros(1, length + 1, dtype=torch.long)
+    with pytest.raises(ValueError) as refused:
+        model(ids)
+    advises(refused.value, "; crop them")
+    assert model(ids[:, -length:]) is not None

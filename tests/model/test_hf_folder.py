@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.advice import advises
 from test_gpt import small
 
 from fedgpt.core.errors import FedGPTError
@@ -109,8 +110,14 @@ def test_a_file_that_was_cut_off_is_refused(folder):
 
 
 def test_a_git_lfs_pointer_in_place_of_the_config_or_the_index_is_reported(sharded):
+    index = (sharded / INDEX).read_text()
     (sharded / INDEX).write_text(POINTER)
     refused(sharded, "index.json is a Git LFS pointer")
+    with pytest.raises(FedGPTError) as caught:
+        import_model(sharded)
+    advises(caught.value, "not the file itself; fetch the file with: git lfs pull")
+    (sharded / INDEX).write_text(index)  # as the command does
+    import_model(sharded)
     (sharded / "config.json").write_text(POINTER)
     refused(sharded, "config.json is a Git LFS pointer")
 
@@ -193,7 +200,12 @@ def test_a_file_that_may_not_be_read_is_refused(folder, file):
 
 def test_a_model_in_pickle_alone_is_refused_with_the_file_and_what_to_do(folder):
     (folder / WEIGHTS).rename(folder / "pytorch_model.bin")
-    refused(folder, r"safetensors is missing.*pytorch_model\.bin is pickle.*save_pretrained")
+    advised = r"save with save_pretrained\(\.\.\.\) anew"
+    refused(folder, rf"safetensors is missing.*pytorch_model\.bin is pickle\), {advised}")
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config.from_pretrained(folder)
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    import_model(folder)
 
 
 INDEXES = {
@@ -297,7 +309,12 @@ def test_names_with_the_prefix_of_a_wrapper_are_reported_with_what_to_do(folder,
     refused(folder, rf"the names fit without '{re.escape(extra)}', which a wrapper")
     with pytest.raises(FedGPTError) as caught:
         import_model(folder)
-    # the remedy in the message, as it is written there
+    advises(
+        caught.value,
+        "save the model that is inside, or rename the tensors (with safetensors.torch:"
+        f" save_file({{n.replace({extra!r}, ''): p for n, p in load_file(f).items()}}, f,"
+        " {'format': 'pt'}))",
+    )
     (remedy,) = re.findall(r"save_file\(.*?'pt'\}\)", str(caught.value))
     script = "import sys\nfrom safetensors.torch import load_file, save_file\nf = sys.argv[1]\n"
     subprocess.run([sys.executable, "-c", script + remedy, folder / WEIGHTS], check=True)
@@ -333,8 +350,9 @@ def test_a_head_that_differs_from_the_embedding_to_which_it_is_tied_is_refused(f
     change(folder, lambda weights: weights.update({"lm_head.weight": weights[WTE].clone()}))
     import_model(folder)
     change(folder, lambda weights: weights["lm_head.weight"].mul_(2))
-    with pytest.raises(FedGPTError, match=r"lm_head\.weight differs from the embedding.*to false"):
+    with pytest.raises(FedGPTError, match=r"lm_head\.weight differs from the embedd") as caught:
         import_model(folder)
+    advises(caught.value, "(tie_word_embeddings=true); set it to false")
     config(folder, tie_word_embeddings=False)
     assert not import_model(folder).options.tie
 
@@ -364,6 +382,19 @@ CONFIGS = {
     "unknown": ({"model_type": "mamba"}, "model_type='mamba' is not supported; allowed are gpt2"),
     "quantised": ({"quantization_config": {"bits": 8}}, "quantization_config: save the model in"),
 }
+
+
+def test_a_quantised_model_is_read_after_it_is_saved_as_the_message_advises(folder):
+    config(folder, quantization_config={"bits": 8})
+    change(folder, lambda weights: weights.update({WTE: weights[WTE].to(torch.int8)}))
+    with pytest.raises(FedGPTError) as caught:
+        import_model(folder)
+    advises(caught.value, "save the model in float32, float16 or bfloat16")
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        export_model(folder, small())
+        (folder / "SHA256SUMS").unlink()
+        change(folder, lambda weights, to=dtype: weights.update({WTE: weights[WTE].to(to)}))
+        import_model(folder)
 
 
 @pytest.mark.parametrize(("values", "message"), CONFIGS.values(), ids=CONFIGS.keys())
@@ -441,9 +472,15 @@ def test_weights_of_an_export_that_changed_are_refused(tmp_path):
     content = bytearray((tmp_path / WEIGHTS).read_bytes())
     content[-2] ^= 1  # still a finite number
     (tmp_path / WEIGHTS).write_bytes(content)
-    with pytest.raises(FedGPTError, match=r"is damaged: its sha256 is not in SHA256SUMS"):
+    with pytest.raises(FedGPTError, match=r"is damaged: its sha256 is not in SHA256S") as caught:
         import_model(tmp_path)
-    (tmp_path / "SHA256SUMS").unlink()  # as the message says
+    advises(
+        caught.value,
+        "copy the folder again, or delete SHA256SUMS if you replaced the weights yourself",
+    )
+    (tmp_path / "SHA256SUMS").unlink()
+    import_model(tmp_path)
+    export_model(tmp_path, small())  # as a copy has the same weights again
     import_model(tmp_path)
 
 

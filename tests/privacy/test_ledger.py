@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.advice import advises
 
 from fedgpt.core.errors import FedGPTError
 from fedgpt.privacy.accounting import Event, epsilon_of, gaussian_epsilon
@@ -130,8 +131,10 @@ def test_a_missing_ledger_does_not_count_as_an_empty_one(tmp_path):
 )
 def test_a_ledger_of_something_else_is_refused(tmp_path, about, what):
     open_ledger(tmp_path, fresh=True)
-    with pytest.raises(FedGPTError, match=f"is the ledger {what}"):
+    with pytest.raises(FedGPTError, match=f"is the ledger {what}") as refused:
         open_ledger(tmp_path, **about)
+    advises(refused.value, "; start a new run in another folder")
+    open_ledger(tmp_path / "new", fresh=True, **about)
 
 
 @pytest.mark.parametrize(
@@ -148,9 +151,11 @@ def test_a_ledger_of_something_else_is_refused(tmp_path, about, what):
 )
 def test_a_damaged_ledger_is_refused_and_left_unchanged(tmp_path, text):
     (tmp_path / "ledger.json").write_text(text)
-    with pytest.raises(FedGPTError, match="is damaged"):
+    with pytest.raises(FedGPTError, match="is damaged") as refused:
         open_ledger(tmp_path, fresh=True)
     assert (tmp_path / "ledger.json").read_text() == text
+    advises(refused.value, "so far is unknown; start a new run in another folder")
+    open_ledger(tmp_path / "new", fresh=True)
 
 
 def test_a_ledger_cut_off_anywhere_is_damaged(tmp_path):
@@ -174,8 +179,11 @@ def test_a_ledger_with_a_changed_digit_is_damaged(tmp_path):
 def test_clients_cannot_continue_with_other_noise(tmp_path):
     ledger = open_ledger(tmp_path, fresh=True, unit="client")
     ledger.charge_clients(0, "a", {"x": 1.0}, 4.0, most=2)
-    with pytest.raises(FedGPTError, match="is for noise 4, this run has 9"):
+    with pytest.raises(FedGPTError, match="is for noise 4, this run has 9") as refused:
         ledger.charge_clients(1, "b", {"x": 1.0}, 9.0, most=2)
+    advises(refused.value, "this run has 9; start a new run in another folder")
+    new = open_ledger(tmp_path / "new", fresh=True, unit="client")
+    new.charge_clients(1, "b", {"x": 1.0}, 9.0, most=2)
 
 
 def test_a_charge_that_could_not_be_written_is_not_recorded(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 from scipy import stats
+from support.advice import advises
 
 from fedgpt.core.errors import FedGPTError
 from fedgpt.privacy.randomness import SecureStream, derive, secret_key
@@ -148,8 +149,11 @@ def test_a_new_key_is_on_the_disk_before_it_is_used(tmp_path, monkeypatch):
 
 
 def test_a_missing_or_damaged_key_is_refused(tmp_path):
-    with pytest.raises(FedGPTError, match=r"privacy\.key is missing"):
+    with pytest.raises(FedGPTError, match=r"privacy\.key is missing") as missing:
         secret_key(tmp_path / "privacy.key", fresh=False)
+    advises(missing.value, "cannot continue; start a new run in another folder")
     (tmp_path / "privacy.key").write_bytes(b"short")
-    with pytest.raises(FedGPTError, match="has 5 bytes"):
+    with pytest.raises(FedGPTError, match="has 5 bytes") as damaged:
         secret_key(tmp_path / "privacy.key", fresh=True)
+    advises(damaged.value, "it is damaged; start a new run in another folder")
+    secret_key(tmp_path / "new" / "privacy.key", fresh=True)

@@ -6,8 +6,10 @@ import math
 import re
 
 import pytest
+from support.advice import advises
 
 from fedgpt.config import compose
+from fedgpt.core.errors import ConfigError
 from fedgpt.model.shape import count_parameters
 from fedgpt.report import privacy_plan
 
@@ -70,3 +72,12 @@ def test_the_suggested_changes_lower_the_noise(chosen, more, words):
     assert before["lower with"].startswith(words)
     for change in (more, ["model.n_layer=1"], ["privacy.target_epsilon=4"]):
         assert change is None or ratio(plan_rows(*chosen, *change)) < ratio(before), change
+
+
+@pytest.mark.parametrize("chosen", [EXAMPLE, CLIENT, LOCAL], ids=str)
+def test_without_a_unit_there_is_no_plan_and_with_each_that_is_advised_there_is(chosen):
+    with pytest.raises(ConfigError) as refused:
+        privacy_plan.refuse_no_privacy(compose.load([]))
+    advises(refused.value, "choose privacy=example, client or local")
+    privacy_plan.refuse_no_privacy(compose.load(chosen))
+    assert plan_rows(*chosen)

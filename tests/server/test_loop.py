@@ -7,8 +7,10 @@ from functools import partial
 
 import numpy as np
 import pytest
+from support.advice import advises
 from support.fake_transport import honest, reply_with
 from support.harness import SIZE, Outcome, options, run
+from support.here import run_here, tiny_run
 
 from fedgpt.aggregate.fedadam import FedAdam
 from fedgpt.aggregate.fedavg import FedAvg
@@ -269,6 +271,14 @@ def test_diverged_weights_stop_the_run(tmp_path):
 
     with pytest.raises(StoppedEarly, match="NaN or Inf"), np.errstate(invalid="ignore"):
         serve(tmp_path, CLIENTS, Exploding())
+
+
+def test_a_run_that_diverged_ends_with_the_learning_rate_that_its_message_advises(tmp_path):
+    words = [o for o in tiny_run(tmp_path) if not o.startswith("run_dir")]
+    with pytest.raises(StoppedEarly) as stopped, np.errstate(all="ignore"):
+        run_here(*words, "strategy.eta=1e35", f"run_dir={tmp_path / 'a'}")
+    advises(stopped.value, "lower local.lr, or strategy.eta if the strategy has it")
+    assert run_here(*words, "strategy.eta=1", f"run_dir={tmp_path / 'b'}")["versions"] == 3
 
 
 def test_weights_that_grow_too_large_stop_the_run_with_advice(tmp_path):

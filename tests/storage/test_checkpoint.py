@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from support.advice import advises
 
 from fedgpt.core.errors import FedGPTError
 from fedgpt.core.files import sha256_of
@@ -102,6 +103,15 @@ def test_damaged_checkpoints_are_skipped_with_a_warning(tmp_path, caplog):
     assert caplog.text.count("is damaged") == 3
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_starts_again_in_another_folder(tmp_path):
+    save(tmp_path / "a", 1)
+    (tmp_path / "a" / "version-00000001.safetensors").write_bytes(b"damaged")
+    with pytest.raises(FedGPTError, match="no checkpoint in") as refused:
+        Checkpoints(tmp_path / "a", 1).recover()
+    advises(refused.value, "; start again with another run_dir")
+    assert Checkpoints(tmp_path / "b", 1).recover() is None, "so it begins at version 0"
+
+
 def test_loading_from_an_empty_folder_gives_none(tmp_path):
     assert Checkpoints(tmp_path, 1).load() is None
 
@@ -132,8 +142,10 @@ def test_a_checkpoint_that_was_not_written_is_an_error_of_the_next_one(tmp_path)
 
 def test_a_second_process_is_refused_and_the_lock_ends_with_the_first(tmp_path):
     folder = RunFolder(tmp_path)
-    with pytest.raises(FedGPTError, match="another fedgpt process"):
+    with pytest.raises(FedGPTError, match="another fedgpt process") as refused:
         RunFolder(tmp_path)
+    advises(refused.value, "wait for it or name another run_dir")
+    RunFolder(tmp_path / "another").close()
     folder.close()
     RunFolder(tmp_path).close()
 

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support.advice import advises
 from support.refused import problems as refused
 
 from fedgpt.config import compose
@@ -80,22 +81,28 @@ def test_another_tokenizer_of_the_same_size_is_refused_in_either_form(tmp_path):
 
 def test_a_bytes_model_for_a_bpe_run_is_refused_before_text_is_read(tmp_path):
     o = exported(tmp_path, BYTES)
-    assert list(init_from_problems(o)) == [
-        f"init_from={tmp_path}: its tokenizer is bytes, this run's is bpe; set tokenizer=bytes"
-    ]
+    (found,) = init_from_problems(o)
+    assert found.startswith(f"init_from={tmp_path}: its tokenizer is bytes, this run's is bpe; ")
+    advises(found, "set tokenizer=bytes")
     assert not list(init_from_problems(replace(o, tokenizer=TokenizerOptions("bytes"))))
 
 
 def test_a_bpe_model_for_a_bytes_run_is_refused_before_text_is_read(tmp_path):
     o = replace(exported(tmp_path, OURS), tokenizer=TokenizerOptions("bytes"))
     (found,) = init_from_problems(o)
-    assert "has another tokenizer; train both with tokenizer=bytes" in found
+    advises(found, "has another tokenizer; train both with tokenizer=bytes, which all runs share")
+    byte_run = exported(tmp_path / "bytes", BYTES)
+    both = replace(byte_run, tokenizer=TokenizerOptions("bytes"))
+    assert not list(init_from_problems(both))
+    check_tokenizer(both, BYTES)
 
 
 def test_a_folder_without_a_tokenizer_is_taken_for_bytes_only(tmp_path):
     o = exported(tmp_path, None)
-    assert "has no tokenizer, so its token ids may have other meanings" in problem(o)
-    OURS.save(tmp_path)  # as the message says
+    found = problem(o)
+    assert "has no tokenizer, so its token ids may have other meanings" in found
+    advises(found, "copy the tokenizer.json that it was trained with into the folder")
+    OURS.save(tmp_path)
     check_tokenizer(o, OURS)
     byte_run = exported(tmp_path / "bytes", None, vocab_size=257)
     check_tokenizer(replace(byte_run, tokenizer=TokenizerOptions("bytes")), BYTES)
@@ -106,7 +113,11 @@ def test_a_folder_without_a_tokenizer_is_taken_for_bytes_only(tmp_path):
 
 def test_a_vocabulary_that_is_larger_than_the_tokenizer_is_reported(tmp_path):
     o = exported(tmp_path, OURS, vocab_size=320)
-    assert "its vocab_size is 320, this run's tokenizer has 301 tokens" in problem(o)
+    advises(
+        problem(o),
+        "its vocab_size is 320, this run's tokenizer has 301 tokens; take a model of this size",
+    )
+    check_tokenizer(exported(tmp_path / "other", OURS), OURS)
 
 
 @pytest.mark.parametrize(
@@ -221,8 +232,11 @@ def test_a_damaged_tokenizer_is_refused_by_name(tmp_path, file, damage):
     (tmp_path / file).write_text(damage(text))
     (found,) = init_from_problems(o)
     assert found.startswith(f"init_from={tmp_path}: {file}: no tokenizer that fedgpt can read (")
-    assert (damage is DAMAGED["pointer"]) == ("fetch the file with: git lfs pull" in found)
     assert "\n" not in found
+    if damage is DAMAGED["pointer"]:
+        advises(found, "it is a Git LFS pointer; fetch the file with: git lfs pull")
+        OURS.save(tmp_path)  # as the command does
+        check_tokenizer(o, OURS)
 
 
 def test_a_run_that_has_not_finished_is_reported(tmp_path):
@@ -238,8 +252,11 @@ def test_a_file_a_path_below_one_and_a_folder_of_other_files_are_refused(tmp_pat
         message = rf"init_from={re.escape(start)}: is not a folder; name the folder of a finished"
         with pytest.raises(ConfigError, match=message):
             read_start(start)
-    with pytest.raises(ConfigError, match=r"has no config.json, nor model/config.json; name the"):
+    with pytest.raises(ConfigError, match=r"has no config.json, nor model/config.json") as caught:
         read_start(str(tmp_path))
+    advises(caught.value, "name the folder of a finished run, or of a Hugging Face model")
+    exported(tmp_path / "model", BYTES)
+    assert read_start(str(tmp_path)) and read_start(str(tmp_path / "model"))
 
 
 def test_each_option_that_differs_is_reported_as_it_is_typed(tmp_path):
@@ -256,6 +273,7 @@ def test_each_option_that_differs_is_reported_as_it_is_typed(tmp_path):
             ("tie", "true", "false"),
         ]
     ]
+    advises(found[0], "set model.n_layer=1")
     advised = [one.rpartition("set ")[2] for one in found]
     compose.load([*SHAPE, *advised, "tokenizer=bytes", f"init_from={tmp_path}"])
 

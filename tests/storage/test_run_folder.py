@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.numpy import save_file
+from support.advice import advises
 from support.here import run_here, tiny_run
 
 from fedgpt.cli import dispatch
@@ -121,11 +122,14 @@ def test_a_folder_that_cannot_be_made_is_refused_by_name(tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     Path("file").write_text("")
     making = made_folder(str(Path(path).absolute()), dated=False)
-    with pytest.raises(ConfigError, match=r"run_dir=.*cannot be written \(.*name another folder"):
+    with pytest.raises(ConfigError, match=r"run_dir=.*cannot be written \(") as refused:
         making.__enter__()
+    advises(refused.value, "; name another folder")
     with pytest.raises(ConfigError, match=r"run_dir=.*cannot be written"):
         RunFolder(Path(path).absolute())
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    with made_folder(str(tmp_path / "another"), dated=False) as folder:
+        RunFolder(folder).close()
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.advice import advises
 from support.here import run_here, tiny_run
 from support.labels_task import DocumentLabel
 
@@ -114,7 +115,11 @@ def test_wrong_metrics_are_refused(tmp_path):
     assert problem == "metrics=accuracy: stands twice in the list; leave one out"
     same = "{_target_:fedgpt.evaluate.metrics.accuracy.Accuracy}"
     (problem,) = problems(tmp_path, f"metrics=[accuracy,{same}]")
-    assert "there is a metric of the name 'accuracy' already; leave one of them out" in problem
+    assert "there is a metric of the name 'accuracy' already" in problem
+    advises(problem, "leave one of them out, or give it another name")
+    other = "{_target_:support.labels_task.TopTokens,k:1}"
+    for followed in (f"metrics=[{same}]", f"metrics=[accuracy,{other}]"):
+        compose.load([f"run_dir={tmp_path}", followed, *([TRUST] if other in followed else [])])
     (problem,) = problems(tmp_path, "metrics=[{_target_:support.labels_task.DocumentLabel}]", TRUST)
     base = "fedgpt.evaluate.metrics.base"
     assert problem.endswith(f"must inherit from {base}.BatchMetric or {base}.SampleMetric")

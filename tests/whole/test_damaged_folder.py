@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.advice import advises
 from support.here import run_here, tiny_run
 from support.world import without_notices
 
@@ -123,6 +124,45 @@ def test_a_reader_of_a_damaged_folder_gets_an_error_or_what_was_there(
     assert {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()} == before
 
 
+def test_a_stopped_run_without_a_checkpoint_has_a_summary_and_a_model_when_it_is_continued(
+    stopped, whole, tmp_path
+):
+    copy = tmp_path / "run"
+    shutil.copytree(stopped, copy)
+    with pytest.raises(FedGPTError) as refused:
+        _ = fedgpt.open_run(copy).summary
+    advises(refused.value, f"finish it with: fedgpt run resume={copy}")
+    for path in (copy / "checkpoints").glob("version-*"):
+        path.unlink()
+    with pytest.raises(FedGPTError) as refused:
+        _ = fedgpt.open_run(copy).model
+    advises(refused.value, f"continue it with: fedgpt run resume={copy}")
+    fedgpt.run(f"resume={copy}")
+    assert fedgpt.open_run(copy).summary["weights_sha256"] == whole
+    assert fedgpt.open_run(copy).model
+
+
+@pytest.mark.parametrize(("old", "new"), [("n_head: 2", "n_head: 4"), ("lr: 0.001", "lr: 0.002")])
+def test_a_changed_config_is_refused_and_what_the_message_advises_helps(
+    stopped, whole, tmp_path, old, new
+):
+    copy = tmp_path / "run"
+    shutil.copytree(stopped, copy)
+    text = (copy / "config.yaml").read_text()
+    assert old in text
+    (copy / "config.yaml").write_text(text.replace(old, new, 1))
+    with pytest.raises(FedGPTError) as refused:
+        fedgpt.run(f"resume={copy}")
+    advises(refused.value, "change it back, or start again with another run_dir")
+    if "head" in old:
+        with pytest.raises(FedGPTError) as refused:
+            _ = fedgpt.open_run(copy).model
+        advises(refused.value, "restore that file")
+    (copy / "config.yaml").write_text(text)
+    assert fedgpt.open_run(copy).model
+    assert fedgpt.run(f"resume={copy}").summary["weights_sha256"] == whole
+
+
 def test_a_damaged_summary_is_an_error_and_written_again(finished, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(finished, copy)
@@ -131,8 +171,9 @@ def test_a_damaged_summary_is_an_error_and_written_again(finished, tmp_path):
         path.write_bytes(damage((finished / "summary.json").read_bytes()))
         if how == "cut at its end" or how.startswith("flip"):  # may be JSON
             continue
-        with pytest.raises(FedGPTError, match=rf"{path} is (damaged|empty).*run resume={copy}"):
+        with pytest.raises(FedGPTError, match=rf"{path} is (damaged|empty)") as refused:
             _ = fedgpt.open_run(copy).summary
+        advises(refused.value, f"write it again: fedgpt run resume={copy}")
         assert repr(fedgpt.open_run(copy)).startswith(f"<Run {copy}: at version 3, ")
     assert fedgpt.run(f"resume={copy}").summary.keys() == expected.keys()
 
@@ -199,6 +240,7 @@ def test_a_damaged_record_is_refused_by_name_and_without_the_line_the_run_ends(
     with pytest.raises(FedGPTError) as refused:
         fedgpt.run(f"resume={copy}")
     assert f"{path}: line {line} is damaged (it has no '{name}')" in str(refused.value)
+    advises(refused.value, f"delete that line, and continue with: fedgpt run resume={copy}")
     assert {p: p.read_bytes() for p in copy.rglob("*") if p.is_file()} == before
     path.write_text("".join([*records[: line - 1], *records[line:]]))
     assert fedgpt.run(f"resume={copy}").summary["weights_sha256"] == whole
@@ -275,8 +317,10 @@ def test_records_that_are_a_folder_are_an_error(stopped, tmp_path):
 )
 def test_a_folder_in_place_of_a_file_is_one_message_and_is_kept(stopped, whole, tmp_path, file):
     copy = damaged(stopped, tmp_path, file, "a folder")
-    with pytest.raises(FedGPTError, match=rf"{file}'?; remove the cause and continue with"):
+    with pytest.raises(FedGPTError, match=rf"{file}'?; remove the cause") as refused:
         fedgpt.run(f"resume={copy}")
+    advises(refused.value, "remove the cause")
+    advises(refused.value, f"; continue with: fedgpt run resume={copy}".replace("; ", " and "))
     assert (copy / file / "kept").read_text() == "kept"
     shutil.rmtree(copy / file)
     assert fedgpt.run(f"resume={copy}").summary["weights_sha256"] == whole

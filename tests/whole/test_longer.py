@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support.advice import advises
 from support.here import run_here, tiny_run
 
 import fedgpt
@@ -46,6 +47,23 @@ def test_a_schedule_that_follows_the_length_is_reported(words, tmp_path, capsys)
     assert fedgpt.run(f"resume={tmp_path / 'a'}", "rounds=2").summary["versions"] == 2
     printed = capsys.readouterr().out
     assert "the run goes on to rounds=2 instead of 1. Its learning rate is from here on" in printed
+    fedgpt.run(f"resume={tmp_path / 'a'}")
+    assert "goes on to" not in capsys.readouterr().out
+
+
+def test_a_longer_run_that_is_refused_says_nothing_of_its_new_length(words, tmp_path, capsys):
+    run = tmp_path / "a"
+    run_here(*words, "rounds=1", f"run_dir={run}")
+    metrics = (run / "metrics.jsonl").read_text()
+    (run / "metrics.jsonl").write_text(metrics.replace('"tokens"', '"tokens_"'))
+    for damaged in ("metrics.jsonl", "text"):
+        capsys.readouterr()
+        with pytest.raises(FedGPTError, match=r"is damaged|text has changed"):
+            fedgpt.run(f"resume={run}", "rounds=2")
+        assert "goes on to" not in capsys.readouterr().out
+        if damaged == "metrics.jsonl":
+            (run / "metrics.jsonl").write_text(metrics)
+            (tmp_path / "text" / "ann" / "more.txt").write_text("one line more\n")
 
 
 @pytest.mark.parametrize("point", ["open:1", "checkpoint.renamed:1"])
@@ -97,9 +115,27 @@ def test_a_run_is_not_made_shorter_nor_changed_otherwise(words, tmp_path, more, 
     with injected("aggregate:2:raise"), pytest.raises(Injected):
         run_here(*words, "rounds=2", f"run_dir={run}")
     before = (run / "config.yaml").read_text()
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=message) as refused:
         fedgpt.run(f"resume={run}", *more)
     assert (run / "config.yaml").read_text() == before
+    if more == ["tokens=5000"]:
+        advises(refused.value, "is given by rounds=2; raise that option")
+        fedgpt.run(f"resume={run}", "rounds=3")
+
+
+def test_a_run_with_other_options_in_the_same_folder_is_refused_and_what_it_advises_helps(
+    words, tmp_path
+):
+    run = tmp_path / "a"
+    run_here(*words, "rounds=1", f"run_dir={run}")
+    with pytest.raises(ConfigError) as refused:
+        run_here(*words, "rounds=1", "seed=5", f"run_dir={run}")
+    advises(
+        refused.value,
+        f"name another run_dir, or continue that run with: fedgpt run resume={run}",
+    )
+    assert run_here(*words, "rounds=1", "seed=5", f"run_dir={tmp_path / 'b'}")["versions"] == 1
+    assert fedgpt.run(f"resume={run}").summary["versions"] == 1
 
 
 def test_a_private_run_is_not_made_longer(words, tmp_path):
@@ -107,8 +143,11 @@ def test_a_private_run_is_not_made_longer(words, tmp_path):
     run.mkdir()
     options = compose.load([*words, "rounds=2", f"run_dir={run}"])
     options.privacy.unit = "client"
-    with pytest.raises(ConfigError, match=r"rounds=3: the noise and the epsilon .* planned"):
+    with pytest.raises(ConfigError, match=r"rounds=3: the noise and the epsilon") as refused:
         compose.raised(options, {"rounds": "3"})
+    advises(refused.value, "start another run with a plan of its own")
+    private = ["privacy=client", "privacy.noise_multiplier=5"]
+    compose.load([*words, *private, "rounds=3", f"run_dir={tmp_path / 'b'}"])
     before = compose.flat_options(options)
     options.rounds = 3
     assert compose.changed_options(before, options) == "rounds: 2 -> 3"

@@ -24,6 +24,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import third_party
+from support.advice import advises
 from support.here import run_here, tiny_run
 from support.world import LONG, files, wait_until
 
@@ -99,11 +100,34 @@ def test_a_run_needs_no_text_to_generate_before_its_end(stopped, tmp_path):
     assert fedgpt.open_run(stopped).generate("The river", tokens=8) == texts
 
 
+def test_a_run_whose_tokenizer_was_replaced_generates_with_that_file_or_the_text_restored(
+    stopped, tmp_path
+):
+    kept, texts = stopped / "tokenizer", fedgpt.open_run(stopped).generate("The river", tokens=8)
+    shutil.copytree(kept, tmp_path / "kept")
+    shutil.copytree(tmp_path / "text", tmp_path / "kept text")
+    write_other_text(tmp_path / "text")
+    make_tokenizer(TokenizerOptions("bpe", 260), ["the river rose"]).save(kept)
+    with pytest.raises(FedGPTError) as refused:
+        fedgpt.open_run(stopped).generate("The river", tokens=8)
+    advises(refused.value, "restore that file, or the text")
+    shutil.rmtree(kept)
+    shutil.copytree(tmp_path / "kept", kept)
+    assert fedgpt.open_run(stopped).generate("The river", tokens=8) == texts
+    shutil.rmtree(kept)  # as in a run of an earlier version
+    with pytest.raises(FedGPTError, match="is not the one that the run began with"):
+        fedgpt.open_run(stopped).generate("The river", tokens=8)
+    shutil.rmtree(tmp_path / "text")
+    (tmp_path / "kept text").rename(tmp_path / "text")
+    assert fedgpt.open_run(stopped).generate("The river", tokens=8) == texts
+
+
 def test_with_the_earlier_text_back_the_run_ends_with_the_same_bits(stopped, tmp_path):
     shutil.copytree(tmp_path / "text", tmp_path / "kept")
     write_other_text(tmp_path / "text")
-    with pytest.raises(FedGPTError, match="cannot be continued"):
+    with pytest.raises(FedGPTError, match="cannot be continued") as refused:
         fedgpt.run(f"resume={stopped}")
+    advises(refused.value, "put the earlier text back")
     shutil.rmtree(tmp_path / "text")
     (tmp_path / "kept").rename(tmp_path / "text")
     resumed = fedgpt.run(f"resume={stopped}").summary["weights_sha256"]
@@ -128,11 +152,15 @@ def edit_identity(run: Path, **environment: str | None) -> None:
 
 
 def test_a_resume_with_another_tokenizer_of_the_same_text_is_refused(stopped):
+    digest = fedgpt.open_run(stopped).tokenizer.digest
     edit_identity(stopped, tokenizer="0123456789abcdef")
-    with pytest.raises(FedGPTError, match=r"tokenizer=bpe makes another tokenizer of corpus.path="):
+    with pytest.raises(FedGPTError, match=r"=bpe makes another tokenizer of corpus.path=") as e:
         fedgpt.run(f"resume={stopped}")
+    advises(e.value, "install the version of the package tokenizers that the run began with")
     with pytest.raises(FedGPTError, match="is not the one that the run began with"):
         _ = fedgpt.open_run(stopped).tokenizer
+    edit_identity(stopped, tokenizer=digest)  # which that version makes
+    fedgpt.run(f"resume={stopped}")
 
 
 def test_other_versions_are_a_warning_that_names_them(stopped, caplog):
@@ -197,7 +225,7 @@ def test_a_client_that_prepares_other_text_refuses_its_job(tmp_path):
     # of a SuperNode's owner: without the commands and the folder of the server, and no digest
     for refusal in (*refusals, str(e.value)):
         assert "resume" not in refusal and str(tmp_path / "run") not in refusal
-        assert refusal.endswith("put the earlier text back, and the client's next job will read it")
+        advises(refusal, "put the earlier text back, and the client's next job will read it")
         assert not re.search("[0-9a-f]{16}", refusal.replace(str(tmp_path), ""))
     tiny_run(tmp_path)
     assert (anew.train(job, 0)[1] == before).all(), "the same process, with the text put back"
@@ -260,8 +288,9 @@ def test_a_resume_with_other_shards_of_the_same_text_is_refused(own, tmp_path, c
     reason = r"partition\._target_=mine_own\.Mine makes other clients or shards than at the start"
     for change in CHANGES.values():
         write_partition(tmp_path, *change)
-        with pytest.raises(FedGPTError, match=rf"{reason}.*restore the code of mine_own\.Mine"):
+        with pytest.raises(FedGPTError, match=reason) as refused:
             fedgpt.run(f"resume={run}")
+        advises(refused.value, "restore the code of mine_own.Mine")
         assert content(run) == before
     write_partition(tmp_path, "class Mine", "# a comment changes no shard\nclass Mine")
     with caplog.at_level(logging.WARNING):
@@ -272,11 +301,14 @@ def test_a_resume_with_other_shards_of_the_same_text_is_refused(own, tmp_path, c
 
 
 def test_a_resume_with_other_shards_of_a_partition_of_fedgpt_is_refused(stopped):
+    identity = Checkpoints(stopped / "checkpoints", 9).identity()
+    assert identity is not None
     edit_identity(stopped, shards="0123456789abcdef")
-    with pytest.raises(
-        FedGPTError, match=r"partition=natural makes other .* versions of fedgpt and numpy"
-    ):
+    with pytest.raises(FedGPTError, match=r"partition=natural makes other clients") as refused:
         fedgpt.run(f"resume={stopped}")
+    advises(refused.value, "install the versions of fedgpt and numpy that the run began with")
+    edit_identity(stopped, shards=identity.environment["shards"])  # which those versions make
+    fedgpt.run(f"resume={stopped}")
 
 
 def test_the_file_of_a_class_of_any_kind_that_changed_is_a_warning_that_names_it(tmp_path, caplog):
@@ -305,8 +337,9 @@ def test_a_client_with_other_shards_of_the_same_text_refuses_its_job(own, tmp_pa
     job = job_of(options, work)
     before = work.train(job, 0)[1].copy()
     write_partition(tmp_path, *CHANGES[change])
-    with pytest.raises(FedGPTError, match=r"mine_own\.Mine makes other clients or shards here"):
+    with pytest.raises(FedGPTError, match=r"mine_own\.Mine makes other clients or s") as refused:
         ClientWork(options, str(tmp_path / "state")).train(job, 0)
+    advises(refused.value, "of the same text; use the same code for both")
     write_partition(tmp_path)
     assert (ClientWork(options, str(tmp_path / "state")).train(job, 0)[1] == before).all()
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.advice import advises
 from support.here import run_here, tiny_run
 from support.world import TESTS
 from support.world import summary as summary_of
@@ -270,8 +271,14 @@ def test_a_base_from_a_folder_is_exported_and_not_trained(half):
     model = fedgpt.open_run(half.folder / "tuned").model  # its base is in its own export
     assert torch.equal(model.transformer["wte"].weight, start["transformer.wte.weight"])
     shutil.rmtree(half.folder / "tuned" / "model")
-    with pytest.raises(FedGPTError, match="has no exported model; restore init_from="):
+    with pytest.raises(FedGPTError, match="has no exported model; restore") as refused:
         _ = fedgpt.open_run(half.folder / "tuned").model
+    started = compose.of_run(half.folder / "tuned", reading=True).init_from
+    assert started is not None
+    advises(refused.value, f"restore init_from={started}")
+    pretrained(half, Path(started).name, seed=7)
+    model = fedgpt.open_run(half.folder / "tuned").model
+    assert torch.equal(model.transformer["wte"].weight, start["transformer.wte.weight"])
 
 
 def test_a_run_whose_base_has_changed_is_refused_before_anything_is_written(half):
@@ -281,8 +288,9 @@ def test_a_run_whose_base_has_changed_is_refused_before_anything_is_written(half
     drop_last_checkpoint(half.folder / "changed")
     before = contents(half.folder / "changed")
     pretrained(half, "changing", seed=8)
-    with pytest.raises(FedGPTError, match="cannot be continued: its base weights differ"):
+    with pytest.raises(FedGPTError, match="cannot be continued: its base weights diff") as refused:
         half.run("changed", *more)
+    advises(refused.value, "restore that folder")
     assert contents(half.folder / "changed") == before
     pretrained(half, "changing", seed=7)
     assert half.run("changed", *more)["versions"] == 2
@@ -301,7 +309,9 @@ def test_a_client_with_another_base_refuses_its_job(half, capsys):
         serve(ours, grid)
     printed = capsys.readouterr().out
     assert "base weights differ: this client's are" in printed
-    assert "use the same init_from for both" in printed
+    advises(printed, "use the same init_from for both")
+    grid = InProcessGrid(app, 2, run_config_of(ours), str(half.folder / "clients"))
+    serve(ours, grid)
 
 
 def test_a_pattern_that_selects_nothing_is_refused(half):
