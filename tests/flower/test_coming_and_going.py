@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
-from support.superlink import LiveSuperLink, in_thread, live_superlink, next_message
+from support.superlink import LiveSuperLink, in_thread, live_superlink, next_message, send
 
 from fedgpt.core.errors import ConfigError, FedGPTError, StoppedEarly
 from fedgpt.core.messages import ClientInfo, Job, Plan, Reply
@@ -44,7 +44,7 @@ def transport(link) -> Iterator[Callable[[int], GridTransport]]:
 def answer(connection: FleetConnection, content: RecordDict) -> None:
     """Answer the server's next message."""
     question = next_message(connection)
-    connection.upload(connection.announce(Message(content, reply_to=question), 0.0))
+    send(connection, Message(content, reply_to=question))
 
 
 def work(connection: FleetConnection) -> Job:
@@ -52,7 +52,7 @@ def work(connection: FleetConnection) -> Job:
     message = next_message(connection)
     job = read_job(message)
     reply = Message(update_content(f'{{"task": {job.number}}}', job.params + 1), reply_to=message)
-    connection.upload(connection.announce(reply, 0.0))
+    send(connection, reply)
     return job
 
 

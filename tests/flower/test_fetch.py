@@ -13,7 +13,7 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.corestate import in_memory_corestate
 from flwr.supercore.run import RunNotRunningException
-from support.superlink import LiveSuperLink, in_thread, live_superlink, next_message
+from support.superlink import LiveSuperLink, in_thread, live_superlink, next_message, send
 
 from fedgpt.core.errors import UpdateRejected
 from fedgpt.flower import fetch
@@ -44,7 +44,7 @@ class Site:
         return self.connection.announce(reply, 0.1)
 
     def reply(self, vector: np.ndarray, pause: float = 0.0) -> None:
-        self.connection.upload(self.announce(vector), lambda: time.sleep(pause))
+        send(self.connection, Message(update_content("{}", vector), reply_to=self.job), pause)
 
 
 class Server:
@@ -140,7 +140,8 @@ def test_a_small_upload_that_would_fill_the_memory_is_refused_before_it_does(lin
     upload = site.announce(np.zeros(50_000_000, np.float32))
     assert len(upload.objects) < 10, "200 MB are announced, and 10 MB are uploaded"
     tracemalloc.start()
-    site.connection.upload(upload)
+    while site.connection.upload(upload):
+        pass
     _, error = server.take()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()

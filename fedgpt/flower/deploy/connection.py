@@ -6,14 +6,14 @@ each of which is a request of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
-from flwr.common.serde import message_to_proto
+from flwr.common.serde import message_to_proto, run_from_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     DeactivateNodeRequest,
@@ -23,6 +23,7 @@ from flwr.proto.fleet_pb2 import (
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PushObjectRequest
 from flwr.proto.node_pb2 import Node
+from flwr.proto.run_pb2 import GetRunRequest
 from flwr.supercore.inflatable.inflatable_object import (
     InflatableObject,
     get_all_nested_objects,
@@ -53,7 +54,7 @@ class Upload:
 
     run_id: int
     session_id: str
-    objects: Mapping[str, InflatableObject]  # id -> object
+    objects: dict[str, InflatableObject]  # id -> object that has not been sent
 
 
 class FleetConnection:
@@ -137,13 +138,13 @@ class FleetConnection:
         wanted = {object_id: objects[object_id] for object_id in answer.objects_to_push}
         return Upload(reply.metadata.run_id, answer.session_id, wanted)
 
-    def upload(self, upload: Upload, pause: Callable[[], object] = lambda: None) -> None:
-        """Send the objects of an announced reply, with a `pause` before each.
+    def upload(self, upload: Upload) -> bool:
+        """Send the next object of an announced reply; whether there was one.
 
-        Raises UploadEnded if the SuperLink does not want them any more.
+        Raises UploadEnded if the SuperLink does not want it any more. After any other error the
+        same object is sent again by the next call.
         """
         for object_id, one in upload.objects.items():
-            pause()
             answer = self._client.PushObject(
                 PushObjectRequest(
                     node=self._node,
@@ -155,6 +156,14 @@ class FleetConnection:
             )
             if not answer.stored:
                 raise UploadEnded
+            del upload.objects[object_id]
+            return True
+        return False
+
+    def run_config(self, run_id: int) -> dict[str, Any]:
+        """The options that a run was submitted with; its code is not asked for."""
+        found = self._client.GetRun(GetRunRequest(node=self._node, run_id=run_id))
+        return dict(run_from_proto(found.run).override_config)
 
     def deactivate(self) -> None:
         """Disconnect, so that the server knows at once."""
