@@ -115,7 +115,8 @@ def persistent_node(
     paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
     with subprocess.Popen(
         command,
-        env={**os.environ, "PYTHONPATH": paths},
+        # the bits of an update depend on the number of threads
+        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
         stdin=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
