@@ -74,6 +74,9 @@ class Network:
     # makes a Strategy of an object of another framework
     adapt: Callable[[Any], Strategy]
     versions: Mapping[str, str]  # versions of libraries, on which bit-identity depends
+    # whether clients have their own machines: the server then keeps a journal of their replies, so
+    # that no work is repeated
+    real_clients: bool
 
 
 @dataclass(frozen=True)
@@ -282,7 +285,7 @@ def _transport(
     real = network.connect(setting.shards, setting.prepared, now)
     if options.clock == "virtual":
         return VirtualTransport(real, make_timing(options), now)
-    if needs_journal(options, strategy.switches):
+    if needs_journal(options, strategy.switches, network.real_clients):
         journal = Journal(setting.folder.wal)
         return RecordedTransport(real, journal, snapshot.state.version, now)
     return real

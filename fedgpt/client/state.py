@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
 
-from fedgpt.core.errors import FedGPTError
+from fedgpt.core.errors import FULL, DiskFull, FedGPTError
 from fedgpt.core.files import PRIVATE, replacing
 from fedgpt.local.optimizer import Moments
 
@@ -111,7 +111,8 @@ class ClientStore:
             with replacing(path, durable=False, mode=PRIVATE) as temporary:
                 yield temporary
         except (OSError, SafetensorError) as error:
-            raise FedGPTError(
+            full = not isinstance(error, OSError) or error.errno in FULL
+            raise (DiskFull if full else FedGPTError)(
                 f"the client's state cannot be written in {self.folder} ({error}); make room there"
             ) from error
 

@@ -58,6 +58,10 @@ class Unwritten(FedGPTError):
         )
 
 
+class DiskFull(FedGPTError):
+    """A client's disk, or its share of one, is full. Servers see the name of this class."""
+
+
 class StoppedEarly(FedGPTError):
     """The run ended before its last version, for the reason in the message (exit code 3)."""
 

@@ -46,9 +46,6 @@ class Runtime(ABC):
     # its limitations, each a sentence that ends with a full stop. A built-in runtime has at least
     # one, and `fedgpt help runtime` prints them.
     limits: ClassVar[tuple[str, ...]] = ()
-    # whether clients have their own machines: the server then keeps a journal of their replies, so
-    # that no work is repeated
-    real_clients: ClassVar[bool] = False
 
     def problems(self, options: RunOptions, clients: int) -> Iterator[str]:
         """Yield a message for each reason why the run cannot start here; `clients` is 0 if unknown.

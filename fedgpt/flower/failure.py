@@ -19,8 +19,16 @@ FAILURE_FILE = "FEDGPT_FAILURE_FILE"  # environment variable with the path of th
 def write_failure(error: FedGPTError) -> bool:
     """Write the error for the launcher; False where nobody asked for it or it cannot be written."""
     path = os.environ.get(FAILURE_FILE)
-    if path is None:
-        return False
+    return path is not None and _write(error, Path(path))
+
+
+def keep_failure(error: FedGPTError, folder: Path) -> None:
+    """Write the error into the run's folder, if the run has one."""
+    if folder.is_dir():
+        _write(error, folder / "failure.json")
+
+
+def _write(error: FedGPTError, path: Path) -> bool:
     problems = error.problems if isinstance(error, ConfigError) else []
     about = {"kind": type(error).__name__, "message": str(error), "problems": problems}
     try:

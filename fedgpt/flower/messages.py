@@ -5,9 +5,10 @@ A message contains one array, because its cost in Flower grows with the number o
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -22,6 +23,9 @@ from fedgpt.update.npy import read_npy
 
 ARRAY = "flat"  # the one array of an ArrayRecord
 MOST_REASON = 500  # largest length of a client's exception in logs and messages, in characters
+PROTOCOL = 1  # version of the messages in this file: raise it when their meaning changes
+# packages whose other version at a client may give an update other bits
+COMPARED = ("fedgpt", "torch")
 
 
 def vector_record(vector: np.ndarray) -> ArrayRecord:
@@ -80,17 +84,22 @@ def read_reply(message: Message, client: str, number: int) -> Reply:
     try:
         header, payload = _update(message.content)
         return Reply(client, number, header, payload, bytes=payload.nbytes + len(header))
-    except UpdateRejected as rejection:
-        return Reply(client, number, error=rejection.detail or rejection.code, code=rejection.code)
     except Exception as error:  # a malicious message may raise any exception
         return unreadable(client, number, error)
 
 
 def unreadable(client: str, number: int, error: Exception) -> Reply:
     """The failure for a reply whose reading raised `error`."""
+    if isinstance(error, UpdateRejected):
+        return Reply(client, number, error=error.detail or error.code, code=error.code)
     return Reply(
         client, number, error=f"unreadable reply ({type(error).__name__})", code="bad_encoding"
     )
+
+
+def away(message: Message) -> bool:
+    """Whether the SuperLink reports that it lost the client before it replied."""
+    return message.has_error() and message.error.code == ErrorCode.NODE_UNAVAILABLE
 
 
 def died(message: Message) -> bool:
@@ -103,10 +112,26 @@ def has_other_text(message: Message) -> bool:
     return message.has_error() and TextChanged.__name__ in str(message.error.reason)
 
 
+@dataclass(frozen=True)
+class Introduction:
+    """A node's answer to the server's first query."""
+
+    info: ClientInfo
+    digest: str  # of its prepared text
+    protocol: int  # version of its messages; 0: from before they had one
+    versions: Mapping[str, str]  # of the packages in COMPARED
+
+
+def versions() -> dict[str, str]:
+    """The versions in this process of the packages in COMPARED."""
+    return {name: importlib.metadata.version(name) for name in COMPARED}
+
+
 def info_content(info: ClientInfo, digest: str) -> RecordDict:
-    """The answer to the server's first query: the client, and the digest of its prepared data."""
-    about = MetricRecord({"tokens": info.tokens})
-    return RecordDict({"size": about, "who": ConfigRecord({"id": info.id, "digest": digest})})
+    """The answer to the server's first query: the client, its text's digest, and its versions."""
+    size = MetricRecord({"tokens": info.tokens})
+    who = ConfigRecord({"id": info.id, "digest": digest, "protocol": PROTOCOL})
+    return RecordDict({"size": size, "who": who, "versions": ConfigRecord({**versions()})})
 
 
 def refusal_content(problems: Sequence[str]) -> RecordDict:
@@ -114,18 +139,34 @@ def refusal_content(problems: Sequence[str]) -> RecordDict:
     return RecordDict({"refused": ConfigRecord({"problems": list(problems)})})
 
 
-def read_info(message: Message) -> tuple[ClientInfo, str]:
-    """(client, digest of its data) from the answer to a query.
+def read_info(message: Message) -> Introduction:
+    """A node's answer to a query.
 
-    Raises ConfigError where the client refuses the run's options.
+    Raises ConfigError where the client refuses the run's options, and any exception for a malformed
+    answer.
     """
-    if "refused" in message.content:
-        problems = message.content.config_records["refused"]["problems"]
+    content = message.content
+    if "refused" in content:
+        problems = content.config_records["refused"]["problems"]
         if not isinstance(problems, list) or not problems:
             raise TypeError("a refusal without problems")
         raise ConfigError(str(problem)[:MOST_REASON] for problem in problems)
-    who, size = message.content.config_records["who"], message.content.metric_records["size"]
-    return ClientInfo(str(who["id"]), int(str(size["tokens"]))), str(who["digest"])
+    who, size = content.config_records["who"], content.metric_records["size"]
+    told = content.config_records["versions"] if "versions" in content else {}
+    return Introduction(
+        ClientInfo(_short(who["id"]), int(str(size["tokens"]))),
+        _short(who["digest"]),
+        int(str(who.get("protocol", 0))),
+        {name: _short(told[name]) for name in COMPARED if name in told},
+    )
+
+
+def _short(value: object) -> str:
+    """A text of a client, which may send any; raises ValueError for a very long one."""
+    text = str(value)
+    if len(text) > MOST_REASON:
+        raise ValueError("a very long text")
+    return text
 
 
 # Records are read by name, because properties of a RecordDict (`array_records` and others) create a

@@ -8,6 +8,7 @@ from typing import Any
 
 import flwr
 from flwr.serverapp import Grid
+from flwr.superlink.grid.http_grid import HttpGrid
 
 from fedgpt import assemble
 from fedgpt.core.messages import ClientInfo
@@ -27,7 +28,10 @@ TTL_MARGIN = 10.0
 def serve(options: RunOptions, grid: Grid) -> dict[str, Any]:
     """Run `options` over `grid` to the last version, or continue its folder; the summary."""
     connect = partial(_connect, options, grid)
-    network = assemble.Network(connect, FlowerStrategy, {"flwr": flwr.__version__})
+    versions = {"flwr": flwr.__version__}
+    # also where `flwr run` starts the run, whatever its options say of a runtime
+    real_clients = isinstance(grid, HttpGrid)
+    network = assemble.Network(connect, FlowerStrategy, versions, real_clients)
     return assemble.serve(options, network)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from flwr.app import Context, RecordDict
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp import Grid, ServerApp
+from flwr.superlink.grid.http_grid import HttpGrid
 
 from fedgpt.core.errors import FedGPTError
 from fedgpt.core.options import RunOptions
-from fedgpt.flower.failure import write_failure
+from fedgpt.flower.failure import keep_failure, write_failure
 from fedgpt.flower.run_config import options_of, run_config_of
 from fedgpt.flower.serve import serve
 
@@ -20,13 +23,19 @@ def main(grid: Grid, context: Context) -> None:
     """Run to the last version.
 
     The run folder then contains all results. If the run fails, the reason is written for a launcher
-    that waits in another process, which shows it; without a launcher the error is raised.
+    that waits in another process, which shows it. Without a launcher the error is raised, and for
+    a run on a SuperLink the reason is in failure.json of its folder, too.
     """
+    options = None
     try:
-        serve(options_of(context.run_config), grid)
+        options = options_of(context.run_config)
+        serve(options, grid)
     except FedGPTError as error:
-        if not write_failure(error):
-            raise
+        if write_failure(error):
+            return
+        if options is not None and isinstance(grid, HttpGrid):
+            keep_failure(error, Path(options.run_dir))
+        raise
 
 
 def run_on(grid: Grid, options: RunOptions) -> None:

@@ -53,6 +53,8 @@ from fedgpt.storage.tables import VersionLine
 MEETING_SECONDS = 300  # seconds that the server waits for clients to connect
 # consecutive failed jobs after which the run stops, for each update that a server step needs
 MOST_FAILURES = 10
+# codes of failed jobs for which their client gets no strike
+BLAMELESS = ("stale", "offline")
 log = logging.getLogger(__name__)
 
 
@@ -217,7 +219,8 @@ class Server:
             if missed and job is not None:  # the client is at least as slow as this
                 self.planner.measure(job, self.transport.now())
             self._reject("no_reply", client, number, why)
-            self._fail(client if missed else None)
+            # a client that is offline is not to blame: it gets no job until it is back
+            self._fail(client if missed and self.transport.available(client) else None)
         self.transport.abandon(keys)
 
     def _handle(self, reply: Reply) -> None:
@@ -238,7 +241,7 @@ class Server:
         except UpdateRejected as rejection:
             self._reject(rejection.code, reply.client, reply.number, rejection.detail)
             if job is not None:
-                self._fail(None if rejection.code == "stale" else reply.client)
+                self._fail(None if rejection.code in BLAMELESS else reply.client)
 
     def _send_complete(self, job: Job) -> None:
         """Send the same job with all parameters, because the client may have lost its cached

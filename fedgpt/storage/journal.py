@@ -35,7 +35,6 @@ from fedgpt.core.faults import reach
 from fedgpt.core.files import sync
 from fedgpt.core.messages import ClientInfo, Job, JobTime, Reply
 from fedgpt.core.options import RunOptions
-from fedgpt.core.runtimes import runtime_of
 from fedgpt.core.transport import Transport
 
 HEAD = struct.Struct("<4sIQI")
@@ -44,7 +43,7 @@ Key = tuple[str, int]  # (client, number of its job)
 log = logging.getLogger(__name__)
 
 
-def needs_journal(options: RunOptions, switches: bool) -> bool:
+def needs_journal(options: RunOptions, switches: bool, real_clients: bool) -> bool:
     """Whether a run keeps a journal: the value of `checkpoint.journal`, or, if it is null, whether
     the run has real clients or is not deterministic.
 
@@ -57,7 +56,7 @@ def needs_journal(options: RunOptions, switches: bool) -> bool:
     pace = options.pace
     timed = pace.goal is not None or pace.deadline is not None or pace.dylu
     depends_on_time = pace.name == "buffer" or switches or timed
-    return options.clock == "real" and (depends_on_time or runtime_of(options).real_clients)
+    return options.clock == "real" and (depends_on_time or real_clients)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ MOST_METRIC = 1e30  # largest metric, so that sums over many clients are finite
 REASONS = (
     "client_error",
     "no_reply",
+    "offline",
     "too_large",
     "unknown_job",
     "duplicate",

@@ -44,11 +44,6 @@ def test_a_problem_names_the_runtime_and_another_choice(name):
             assert problem.startswith(f"runtime={name}: ") and "runtime=pool" in problem
 
 
-def test_only_deployed_clients_are_real():
-    members = [runtime_of(options_with(name)) for name in RUNTIMES.names()]
-    assert {one.name for one in members if one.real_clients} == {"superlink"}
-
-
 def test_runtimes_are_checked_without_flower_and_torch():
     """Importing them takes seconds, and a typo must be reported at once."""
     script = (

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from support.fake_transport import honest, reply_with
+from support.fake_transport import ScriptTransport, honest, reply_with
 from support.harness import SIZE, options, run
 
 from fedgpt.aggregate.centred_clip import CentredClip
@@ -204,6 +204,31 @@ def test_a_client_is_quarantined_after_garbage_three_times_in_a_row(tmp_path):
     outcome = run(options(tmp_path, rounds=8), {**HONEST, "mallory": garbage})
     (event,) = outcome.events_of("quarantine")
     assert event["client"] == "mallory" and event["until"] == 3 + 10
+
+
+def test_a_client_that_was_offline_gets_no_strike(tmp_path):
+    def offline(job):
+        return [(1.0, Reply(job.client, job.number, error="offline for 180 s", code="offline"))]
+
+    o = options(tmp_path, rounds=4)
+    o.validate = ValidateOptions(strikes=1)
+    outcome = run(o, {**HONEST, "mallory": offline})
+    assert outcome.events_of("quarantine") == []
+    assert outcome.server.totals.rejected == {"offline": 4}
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_a_deadline_is_no_strike_against_a_client_that_is_offline(tmp_path, monkeypatch, online):
+    def available(transport, client):
+        return online or client != "mallory" or not transport.jobs
+
+    monkeypatch.setattr(ScriptTransport, "available", available)
+    o = options(tmp_path, rounds=4, deadline=5.0)
+    o.validate = ValidateOptions(strikes=1)
+    outcome = run(o, {**HONEST, "mallory": lambda job: []})
+    assert [event["client"] for event in outcome.events_of("quarantine")] == ["mallory"] * online
+    assert sum(job.client == "mallory" for job in outcome.jobs) == 1
+    assert outcome.server.totals.rejected == {"no_reply": 1}
 
 
 def test_quarantine_ends_and_survives_a_restart(tmp_path):

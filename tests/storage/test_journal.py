@@ -23,7 +23,7 @@ from fedgpt.cli import exit_code
 from fedgpt.core.errors import Interrupted, StoppedEarly
 from fedgpt.core.faults import Injected, injected
 from fedgpt.core.messages import ClientInfo, Job, JobTime, Plan, Reply
-from fedgpt.core.options import CheckpointOptions, PaceOptions, RunOptions, RuntimeOptions
+from fedgpt.core.options import CheckpointOptions, PaceOptions, RunOptions
 from fedgpt.storage.checkpoint import Checkpoints
 from fedgpt.storage.journal import HEAD, Entry, Journal, RecordedTransport, needs_journal
 
@@ -495,37 +495,33 @@ def test_the_log_of_other_clients_is_discarded(tmp_path, caplog):
 
 
 @pytest.mark.parametrize(
-    "clock, pace, runtime, journal, kept",
+    "clock, pace, real, journal, kept",
     [
-        ("real", "cohort", "pool", None, False),
-        ("real", "buffer", "pool", None, True),
-        ("virtual", "buffer", "pool", None, False),
-        ("real", "cohort", "superlink", None, True),
-        ("real", "cohort", "pool", True, True),
-        ("real", "buffer", "pool", False, False),
+        ("real", "cohort", False, None, False),
+        ("real", "buffer", False, None, True),
+        ("virtual", "buffer", True, None, False),
+        ("real", "cohort", True, None, True),
+        ("real", "cohort", False, True, True),
+        ("real", "buffer", True, False, False),
     ],
 )
-def test_which_runs_keep_a_log(clock, pace, runtime, journal, kept):
-    o = RunOptions(
-        clock=clock,
-        runtime=RuntimeOptions(name=runtime),
-        checkpoint=CheckpointOptions(journal=journal),
-    )
+def test_which_runs_keep_a_log(clock, pace, real, journal, kept):
+    o = RunOptions(clock=clock, checkpoint=CheckpointOptions(journal=journal))
     o.pace.name = pace
-    assert needs_journal(o, switches=False) == kept
+    assert needs_journal(o, switches=False, real_clients=real) == kept
 
 
 def test_a_run_whose_pacing_may_change_is_logged_on_the_real_clock_only():
-    assert needs_journal(RunOptions(), switches=True)
-    assert not needs_journal(RunOptions(clock="virtual"), switches=True)
+    assert needs_journal(RunOptions(), switches=True, real_clients=False)
+    assert not needs_journal(RunOptions(clock="virtual"), switches=True, real_clients=True)
 
 
 @pytest.mark.parametrize("timed", [{"goal": 2}, {"deadline": 60.0}, {"dylu": True}])
 def test_a_round_that_depends_on_time_is_logged_on_the_real_clock_only(timed):
     o = RunOptions(pace=PaceOptions(**timed))
-    assert needs_journal(o, switches=False)
+    assert needs_journal(o, switches=False, real_clients=False)
     o.clock = "virtual"
-    assert not needs_journal(o, switches=False)
+    assert not needs_journal(o, switches=False, real_clients=False)
 
 
 class Disk:

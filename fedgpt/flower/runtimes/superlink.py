@@ -23,7 +23,6 @@ class SuperLink(Runtime):
         " a Python process for each.",
         "A job cannot be cancelled: its late reply is rejected when it arrives.",
     )
-    real_clients = True
 
     def problems(self, options: RunOptions, clients: int) -> Iterator[str]:
         """The number of clients is limited."""

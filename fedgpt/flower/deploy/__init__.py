@@ -1,0 +1,1 @@
+"""Server and clients on machines of their own."""

@@ -1,0 +1,174 @@
+"""A client's connection to a SuperLink: Flower's fleet API, as a SuperNode uses it.
+
+Messages arrive and leave as trees of objects (a message, its records, the chunks of its arrays),
+each of which is a request of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import Message
+from flwr.app.message import remove_content_from_message
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
+from flwr.common.serde import message_to_proto, run_from_proto
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PushObjectRequest
+from flwr.proto.node_pb2 import Node
+from flwr.proto.run_pb2 import GetRunRequest
+from flwr.supercore.inflatable.inflatable_object import (
+    InflatableObject,
+    get_all_nested_objects,
+    get_object_tree,
+    iterate_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
+from flwr.supercore.inflatable.inflatable_utils import (
+    inflate_object_from_contents,
+    pull_objects,
+)
+from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+PULL_SECONDS = 600.0  # longest wait for the objects of a message that the server still sends
+
+
+class UploadEnded(Exception):
+    """The SuperLink takes no more objects of a reply: the job was given up, or it took too long."""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """A reply that was announced, and those of its objects that the SuperLink does not have."""
+
+    run_id: int
+    session_id: str
+    objects: dict[str, InflatableObject]  # id -> object that has not been sent
+
+
+class FleetConnection:
+    """The connection of the node with the private `key` to the SuperLink at `address`.
+
+    Requests raise httpx.HTTPError if the SuperLink does not respond or refuses.
+    """
+
+    def __init__(
+        self, address: str, key: ec.EllipticCurvePrivateKey, root_certificates: bytes | None
+    ):
+        """`address`: host and port; without `root_certificates` (PEM) there is no encryption."""
+        self._public_key = public_key_to_bytes(key.public_key())
+        self._node = Node()
+        self._client = FleetHttpClient.from_server_address(
+            address,
+            insecure=root_certificates is None,
+            root_certificates=root_certificates,
+            interceptors=[
+                RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+                NodeAuthHttpInterceptor(key, key.public_key()),
+            ],
+        )
+
+    def activate(self) -> int:
+        """Connect; returns the node's id, which belongs to its key."""
+        wanted = ActivateNodeRequest(
+            public_key=self._public_key, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL
+        )
+        self._node = Node(node_id=self._client.ActivateNode(wanted).node_id)
+        return self._node.node_id
+
+    def heartbeat(self) -> bool:
+        """Say that the node is alive; False if the SuperLink has given it up."""
+        beat = SendNodeHeartbeatRequest(
+            node=self._node, heartbeat_interval=HEARTBEAT_DEFAULT_INTERVAL
+        )
+        return self._client.SendNodeHeartbeat(beat).success
+
+    def receive(self) -> Message | None:
+        """The next message with all its content; None if there is none.
+
+        Raises whatever the reading of a malformed message raises.
+        """
+        found = self._client.PullMessages(PullMessagesRequest(node=self._node))
+        if not found.messages_list:
+            return None
+        metadata, tree = found.messages_list[0].metadata, found.message_object_trees[0]
+        # the server may still be sending them
+        contents = pull_objects(
+            [one.object_id for one in iterate_object_tree(tree)],
+            make_pull_object_fn_protobuf(self._client.PullObject, self._node, metadata.run_id),
+            max_time=PULL_SECONDS,
+        )
+        message_id = metadata.message_id
+        self._client.ConfirmMessageReceived(
+            ConfirmMessageReceivedRequest(
+                node=self._node, run_id=metadata.run_id, message_object_id=message_id
+            )
+        )
+        message = inflate_object_from_contents(message_id, contents)
+        if not isinstance(message, Message):
+            raise TypeError(f"a {type(message).__name__} in place of a message")
+        message.metadata.__dict__["_message_id"] = message_id
+        return message
+
+    def announce(self, reply: Message, seconds: float) -> Upload:
+        """Tell the SuperLink of a reply that took `seconds`, and learn what to upload."""
+        with no_object_id_recompute():
+            reply.metadata.__dict__["_message_id"] = reply.object_id
+            objects, tree = get_all_nested_objects(reply), get_object_tree(reply)
+            about = remove_content_from_message(reply) if reply.has_content() else reply
+            answer = self._client.PushMessages(
+                PushMessagesRequest(
+                    node=self._node,
+                    messages_list=[message_to_proto(about)],
+                    message_object_trees=[tree],
+                    clientapp_runtime_list=[seconds],
+                )
+            )
+        wanted = {object_id: objects[object_id] for object_id in answer.objects_to_push}
+        return Upload(reply.metadata.run_id, answer.session_id, wanted)
+
+    def upload(self, upload: Upload) -> bool:
+        """Send the next object of an announced reply; whether there was one.
+
+        Raises UploadEnded if the SuperLink does not want it any more. After any other error the
+        same object is sent again by the next call.
+        """
+        for object_id, one in upload.objects.items():
+            answer = self._client.PushObject(
+                PushObjectRequest(
+                    node=self._node,
+                    run_id=upload.run_id,
+                    session_id=upload.session_id,
+                    object_id=object_id,
+                    object_content=one.deflate(),
+                )
+            )
+            if not answer.stored:
+                raise UploadEnded
+            del upload.objects[object_id]
+            return True
+        return False
+
+    def run_config(self, run_id: int) -> dict[str, Any]:
+        """The options that a run was submitted with; its code is not asked for."""
+        found = self._client.GetRun(GetRunRequest(node=self._node, run_id=run_id))
+        return dict(run_from_proto(found.run).override_config)
+
+    def deactivate(self) -> None:
+        """Disconnect, so that the server knows at once."""
+        self._client.DeactivateNode(DeactivateNodeRequest(node_id=self._node.node_id))
+
+    def close(self) -> None:
+        """Close the connection without a word to the SuperLink."""
+        self._client.close()

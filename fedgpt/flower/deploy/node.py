@@ -1,0 +1,211 @@
+"""A client that stays: one process takes the messages of a server and answers them, for ever.
+
+Flower's SuperNode starts a Python process for each message, which takes seconds. This one keeps the
+text, the model and its buffers in memory. It never asks for code: what it does is the ClientApp
+that is installed here.
+
+    connect -> wait for a message -> answer it -> upload the answer
+       ^______________________________________________________|
+    away: the connection is tried again, with a pause that grows; the log says why, once
+"""
+
+from __future__ import annotations
+
+import logging
+import ssl
+import threading
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any, TypeVar
+
+import httpx
+from flwr.app import Context, Error, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+from flwr.supercore.error import FlowerError
+from flwr.supercore.task_identity import TaskIdentity
+
+from fedgpt.core.errors import FedGPTError
+from fedgpt.flower.deploy.connection import FleetConnection, UploadEnded
+
+Found = TypeVar("Found")
+HEARTBEAT_SECONDS = 12.0  # the server gives a client up after 30 seconds without one, at least
+SHORTEST, LONGEST = 0.05, 0.5  # pause between two questions for messages: after one, and when idle
+MOST_PAUSE = 20.0  # longest pause between two attempts to connect
+# the server counts a client that was killed as connected for a minute, and refuses its restart
+RESTART_SECONDS = 90.0
+PASSING = (502, 503, 504)  # statuses of a server that is overloaded or restarts
+log = logging.getLogger(__name__)
+
+
+class NotAccepted(FedGPTError):
+    """The server does not accept this client."""
+
+
+class PersistentNode:
+    """Answers the messages of one server with `app` until it is stopped."""
+
+    def __init__(self, connection: FleetConnection, app: ClientApp, config: Mapping[str, Any]):
+        """`config`: what a SuperNode gets as --node-config."""
+        self._connection, self._app, self._config = connection, app, dict(config)
+        self._stopped = threading.Event()
+        self._contexts: dict[int, Context] = {}  # of the newest run
+        self._told = ""  # why the server does not respond, as the log has it
+
+    def run(self) -> None:
+        """Connect and answer messages until `stop`; raises NotAccepted."""
+        try:
+            node = self._activate()
+            if node is None:
+                return
+            TaskIdentity.node_id, TaskIdentity.task_id = node, 1
+            with self._heartbeats():
+                self._answer_messages(node)
+            with suppress(httpx.HTTPError):  # the server notices it later by itself
+                self._connection.deactivate()
+        finally:
+            self._connection.close()
+
+    def stop(self) -> None:
+        """Let `run` return after the message under way; may be called by another thread."""
+        self._stopped.set()
+
+    def _activate(self) -> int | None:
+        deadline = time.monotonic() + RESTART_SECONDS
+        while not self._stopped.is_set():
+            try:
+                return self._persist(self._connection.activate)
+            except httpx.HTTPStatusError as error:
+                if error.response.status_code != httpx.codes.PRECONDITION_FAILED:
+                    raise NotAccepted(reason_of(error)) from error
+                if time.monotonic() > deadline:
+                    raise NotAccepted(
+                        "the server does not accept this client: its key is not approved there, or"
+                        " a client with the same key is connected already"
+                    ) from error
+                self._tell("the server may still count an earlier start of this client")
+                self._stopped.wait(5.0)
+        return None
+
+    def _answer_messages(self, node: int) -> None:
+        pause = SHORTEST
+        while not self._stopped.is_set():
+            try:
+                message = self._persist(self._connection.receive)
+            except httpx.HTTPError:
+                raise
+            except Exception as error:  # one that cannot be read: it is gone
+                log.warning("a message cannot be read (%s)", type(error).__name__)
+                continue
+            if message is None:
+                self._stopped.wait(pause)
+                pause = min(LONGEST, 1.1 * pause)
+                continue
+            pause = SHORTEST
+            self._answer(message, node)
+
+    def _answer(self, message: Message, node: int) -> None:
+        began = time.monotonic()
+        TaskIdentity.run_id = message.metadata.run_id
+        try:
+            context = self._context(message.metadata.run_id, node)
+            try:
+                reply = self._app(message, context)
+            except Exception as error:  # the app has made its message safe to tell
+                log.exception("a job failed")
+                failure = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, repr(error))
+                reply = Message(failure, reply_to=message)
+            seconds = time.monotonic() - began
+            upload = self._persist(lambda: self._connection.announce(reply, seconds))
+            while upload is not None and self._persist(lambda: self._connection.upload(upload)):
+                pass
+        except UploadEnded:
+            log.warning("the server does not want the last reply any more")
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code != httpx.codes.FORBIDDEN:
+                raise NotAccepted(reason_of(error)) from error
+            log.warning("the last reply was not taken: %s", reason_of(error))  # its run is over
+
+    def _context(self, run_id: int, node: int) -> Context:
+        if run_id not in self._contexts:
+            config: dict[str, Any] = (
+                self._persist(lambda: self._connection.run_config(run_id)) or {}
+            )
+            self._contexts = {run_id: Context(run_id, node, self._config, RecordDict(), config)}
+        return self._contexts[run_id]
+
+    def _persist(self, request: Callable[[], Found]) -> Found | None:
+        """The request's answer, however long the server is away; None once `stop` was called.
+
+        Raises NotAccepted where it is no use to wait, and HTTPStatusError for a refusal.
+        """
+        pause = SHORTEST
+        while not self._stopped.is_set():
+            try:
+                answer = request()
+            except httpx.HTTPStatusError as error:
+                if error.response.status_code not in PASSING:
+                    raise
+                why = reason_of(error)
+            except httpx.TransportError as error:
+                if hopeless(error):
+                    raise NotAccepted(reason_of(error)) from error
+                why = reason_of(error)
+            else:
+                if self._told:
+                    log.warning("the server responds again")
+                    self._told = ""
+                return answer
+            self._tell(why)
+            self._stopped.wait(pause)
+            pause = min(MOST_PAUSE, 2 * pause)
+        return None
+
+    def _tell(self, why: str) -> None:
+        """Log why the server is not reached, once for each reason."""
+        if why != self._told:
+            log.warning("%s; trying again", why)
+            self._told = why
+
+    def _heartbeats(self) -> _Heartbeats:
+        return _Heartbeats(self._connection)
+
+
+class _Heartbeats:
+    """A thread that tells the server that this client is alive, also while it trains."""
+
+    def __init__(self, connection: FleetConnection):
+        self._connection, self._ended = connection, threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="heartbeats", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *error: object) -> None:
+        self._ended.set()
+        self._thread.join(timeout=5.0)
+
+    def _beat(self) -> None:
+        while not self._ended.wait(HEARTBEAT_SECONDS):
+            with suppress(httpx.HTTPError):  # the other thread says what is wrong
+                self._connection.heartbeat()
+
+
+def hopeless(error: httpx.TransportError) -> bool:
+    """Whether waiting cannot mend an error: the server's certificate is not the expected one."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
+
+
+def reason_of(error: httpx.HTTPError) -> str:
+    """Why a request failed, in one line."""
+    if isinstance(error, httpx.HTTPStatusError):
+        told = FlowerError.from_json(error.response.text)
+        about = f": {told.message}" if told else ""
+        return f"the server refuses with status {error.response.status_code}{about}"
+    return f"the server does not respond ({error or type(error).__name__})"

@@ -1,0 +1,270 @@
+"""Fetch replies from a SuperLink beside the server's loop.
+
+A client announces its reply with the tree of its objects and then uploads them, which takes as long
+as its link needs. Flower's own `pull_messages` waits for the objects, so that one slow upload, or
+one that never ends, would hold up the replies of all clients. Here one thread asks for the objects
+of all announced replies in turn, takes what has arrived, and hands over complete replies only.
+
+    watch -> announced: too many objects? -> refused, nothing is fetched
+                     |  object by object, into a file if the reply is large
+                     v
+                  complete -> take
+
+A tree names its objects but not their sizes. Flower cuts an array into chunks of at most 5 MiB, so
+the number of objects bounds what is fetched. Equal chunks are one object, which an array may name a
+million times: so its size is computed before it is put together.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping
+
+from flwr.app import Array, Message
+from flwr.common.serde import message_from_proto
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree, PullObjectRequest
+from flwr.proto.runtime_pb2 import GetNodesRequest, PullAppMessagesRequest
+from flwr.supercore.constant import HEAD_BODY_DIVIDER
+from flwr.supercore.inflatable.inflatable_object import (
+    get_object_head_values_from_object_content,
+)
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
+from flwr.superlink.grid.http_grid import HttpGrid
+
+from fedgpt.core.errors import UpdateRejected
+
+POLL_SECONDS = 0.05  # between two questions for new replies and objects
+NODES_SECONDS = 1.0  # between two questions for the connected nodes
+MOST_PAUSE = 0.5  # longest time between two questions for an object that has not arrived
+AT_ONCE = 8  # objects of one reply before it is the next reply's turn
+CHUNK = 5 << 20  # bytes of one object of an array
+# objects of a message besides those of its array: itself, its records, the array's head
+OTHER_OBJECTS = 16
+IN_MEMORY = 32 << 20  # larger replies wait in a file until they are taken
+
+
+class _Download:
+    """An announced reply, and those of its objects that have arrived."""
+
+    def __init__(self, message_id: str, object_ids: Iterable[str], largest: int):
+        self.message_id, self.missing, self._largest = message_id, deque(object_ids), largest
+        self._place: dict[str, tuple[int, int]] = {}  # id -> offset and size
+        self._spool = tempfile.SpooledTemporaryFile(  # noqa: SIM115  # `close` or `message` ends it
+            max_size=IN_MEMORY
+        )
+        self.due = 0.0  # when the next object is asked for
+        self.pause = POLL_SECONDS
+
+    def add(self, content: bytes) -> None:
+        """Keep the content of the next missing object."""
+        self._place[self.missing.popleft()] = (self._spool.seek(0, os.SEEK_END), len(content))
+        self._spool.write(content)
+        self.pause = POLL_SECONDS
+
+    def put_off(self) -> None:
+        """Ask for the next object later, and later each time that it is not there."""
+        self.due = time.monotonic() + self.pause
+        self.pause = min(MOST_PAUSE, 2 * self.pause)
+
+    def message(self) -> Message:
+        """The complete reply.
+
+        Raises UpdateRejected for one that is too large, and whatever the reading of a malformed one
+        raises.
+        """
+        contents = {}
+        with self._spool:
+            for object_id, (offset, size) in self._place.items():
+                self._spool.seek(offset)
+                contents[object_id] = self._spool.read(size)
+        if (size := sum(array_sizes(contents))) > self._largest:
+            raise UpdateRejected("too_large", f"arrays of {size} bytes, at most {self._largest}")
+        inflated = inflate_object_from_contents(self.message_id, contents)
+        if not isinstance(inflated, Message):
+            raise TypeError(f"a {type(inflated).__name__} in place of a message")
+        inflated.metadata.__dict__["_message_id"] = self.message_id
+        return inflated
+
+    def close(self) -> None:
+        """Delete what has arrived."""
+        self._spool.close()
+
+
+class Fetcher:
+    """A thread that fetches replies from the SuperLink of `grid`."""
+
+    def __init__(self, grid: HttpGrid):
+        self._client, self._node, self._run_id = grid._runtime_client, grid.node, grid.run.run_id
+        self._changed = threading.Condition()
+        self._watched: dict[str, int] = {}  # message id -> bytes of the longest valid reply
+        self._cancelled: set[str] = set()
+        self._downloads: dict[str, _Download] = {}  # message id of the job -> its reply
+        self._complete: deque[tuple[str, _Download | Message | Exception]] = deque()
+        self._nodes: Collection[int] = ()
+        self._failed: BaseException | None = None
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="fetch replies", daemon=True)
+        self._thread.start()
+
+    def watch(self, message_id: str, largest: int) -> None:
+        """Fetch the reply to a message once it is announced; `largest`: bytes of a valid one."""
+        with self._changed:
+            self._watched[message_id] = largest
+
+    def cancel(self, message_ids: Collection[str]) -> None:
+        """Fetch these replies no more; each one that comes is an UpdateRejected without content."""
+        with self._changed:
+            self._cancelled.update(message_ids)
+
+    def take(self) -> tuple[str, Message | Exception] | None:
+        """(id of the message, its reply or why it cannot be read), once for each; None for none.
+
+        Raises what has ended the thread, such as Flower's error that the run was stopped.
+        """
+        with self._changed:
+            if self._failed is not None:
+                raise self._failed
+            if not self._complete:
+                return None
+            message_id, found = self._complete.popleft()
+        if not isinstance(found, _Download):
+            return message_id, found
+        try:
+            return message_id, found.message()
+        except Exception as error:  # a malicious reply may raise any exception
+            return message_id, error
+
+    def wait(self, seconds: float) -> None:
+        """Return as soon as a reply can be taken, at the latest after `seconds`."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._complete or self._failed, seconds)
+
+    def nodes(self) -> Collection[int]:
+        """The nodes that were connected a second ago."""
+        return self._nodes
+
+    def close(self) -> None:
+        """End the thread; a request under way may last longer."""
+        self._closed.set()
+        self._thread.join(timeout=1)
+        waiting = [*self._downloads.values(), *(found for _, found in self._complete)]
+        for one in waiting:
+            if isinstance(one, _Download):
+                one.close()
+
+    # ---- the thread
+
+    def _work(self) -> None:
+        look_again = 0.0
+        try:
+            while not self._closed.is_set():
+                if time.monotonic() >= look_again:
+                    listed = self._client.GetNodes(GetNodesRequest())
+                    self._nodes = [node.node_id for node in listed.nodes]
+                    look_again = time.monotonic() + NODES_SECONDS
+                moved = self._announced()
+                for key, download in list(self._downloads.items()):
+                    moved |= self._fetched(key, download)
+                if not moved:
+                    self._closed.wait(POLL_SECONDS)
+        except BaseException as error:  # Flower's RunNotRunningException is no Exception
+            with self._changed:
+                self._failed = error
+                self._changed.notify_all()
+
+    def _announced(self) -> bool:
+        """Ask which replies are there, and begin to fetch the new ones; whether any is new."""
+        with self._changed:
+            asked = list(self._watched)
+        if not asked:
+            return False
+        found = self._client.PullMessages(PullAppMessagesRequest(message_ids=asked))
+        for proto, tree in zip(found.messages_list, found.message_object_trees, strict=True):
+            key = proto.metadata.reply_to_message_id
+            with self._changed:
+                largest = self._watched.pop(key, None)
+                cancelled = key in self._cancelled
+            if largest is None:
+                continue
+            most = OTHER_OBJECTS + -(-largest // CHUNK)
+            message_id = proto.metadata.message_id
+            if proto.HasField("error"):
+                self._done(key, message_id, message_from_proto(proto))
+            elif cancelled:
+                self._done(key, message_id, UpdateRejected("late", "not fetched"))
+            elif (ids := object_ids(tree, most)) is None:
+                detail = f"more than {most} objects"
+                self._done(key, message_id, UpdateRejected("too_large", detail))
+            else:
+                self._downloads[key] = _Download(message_id, ids, largest)
+        return bool(found.messages_list)
+
+    def _fetched(self, key: str, download: _Download) -> bool:
+        """Fetch the next objects of a reply that have arrived; whether there was any."""
+        if key in self._cancelled:
+            self._done(key, download.message_id, UpdateRejected("late", "not fetched completely"))
+            return True
+        if time.monotonic() < download.due:
+            return False
+        for number in range(AT_ONCE):
+            if not download.missing:
+                self._done(key, download.message_id, download)
+                return True
+            wanted = PullObjectRequest(
+                node=self._node, run_id=self._run_id, object_id=download.missing[0]
+            )
+            found = self._client.PullObject(wanted)
+            if not found.object_found:  # no object has arrived for some minutes
+                error = UpdateRejected("no_reply", "its upload was broken off")
+                self._done(key, download.message_id, error)
+                return True
+            if not found.object_available:
+                download.put_off()
+                return number > 0
+            download.add(found.object_content)
+        return True
+
+    def _done(self, key: str, message_id: str, found: _Download | Message | Exception) -> None:
+        """Hand a reply over, and let the SuperLink delete what it has of it."""
+        confirmed = ConfirmMessageReceivedRequest(
+            node=self._node, run_id=self._run_id, message_object_id=message_id
+        )
+        self._client.ConfirmMessageReceived(confirmed)
+        download = self._downloads.pop(key, None)
+        if download is not None and download is not found:
+            download.close()
+        with self._changed:
+            self._cancelled.discard(key)
+            self._complete.append((key, found))
+            self._changed.notify_all()
+
+
+def object_ids(tree: ObjectTree, most: int) -> list[str] | None:
+    """The ids of a tree's objects, each once; None if it names more than `most`, with repeats."""
+    ids = list(itertools.islice(_named(tree), most + 1))
+    return list(dict.fromkeys(ids)) if len(ids) <= most else None
+
+
+def _named(tree: ObjectTree) -> Iterator[str]:
+    """Yield the id of every object; protobuf bounds the depth of a tree."""
+    left = [tree]
+    while left:
+        node = left.pop()
+        yield node.object_id
+        left.extend(node.children)
+
+
+def array_sizes(contents: Mapping[str, bytes]) -> Iterator[int]:
+    """Yield the bytes of each array among the objects, with every repeat of a chunk."""
+    for content in contents.values():
+        kind, chunks, _ = get_object_head_values_from_object_content(content)
+        if kind == Array.__qualname__:
+            body = json.loads(content[content.index(HEAD_BODY_DIVIDER) + 1 :])
+            sizes = [len(contents[chunk]) for chunk in chunks]
+            yield sum(sizes[number] for number in body["arraychunk_ids"])

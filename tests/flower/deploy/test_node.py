@@ -1,0 +1,153 @@
+"""A client that stays, in a process of its own, at a real SuperLink that comes and goes."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.clientapp import ClientApp
+from support.superlink import LiveSuperLink, in_thread, live_superlink, persistent_node
+
+from fedgpt.flower import fetch
+from fedgpt.flower.deploy import node as node_module
+from fedgpt.flower.deploy.connection import FleetConnection
+from fedgpt.flower.deploy.node import NotAccepted, PersistentNode
+from fedgpt.flower.fetch import Fetcher
+
+
+@pytest.fixture
+def link(monkeypatch) -> Iterator[LiveSuperLink]:
+    monkeypatch.setattr(fetch, "NODES_SECONDS", 0.1)
+    with live_superlink() as one:
+        yield one
+
+
+@pytest.fixture
+def key() -> ec.EllipticCurvePrivateKey:
+    return ec.generate_private_key(ec.SECP384R1())
+
+
+class Server:
+    """Asks the node with a key, and waits for its answers."""
+
+    def __init__(self, link: LiveSuperLink, key: ec.EllipticCurvePrivateKey):
+        self.node, self.grid = link.registered(key), link.grid()
+        self.fetcher = Fetcher(self.grid)
+
+    def online(self) -> bool:
+        return self.node in self.fetcher.nodes()
+
+    def wait_until(self, online: bool) -> None:
+        deadline = time.monotonic() + 30
+        while self.online() != online:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+
+    def ask(self, **about: Any) -> None:
+        content = RecordDict({"about": ConfigRecord(about)})
+        (number,) = self.grid.push_messages([Message(content, self.node, MessageType.TRAIN)])
+        self.fetcher.watch(number, 1000)
+
+    def answer(self, seconds: float = 30.0) -> Message:
+        deadline = time.monotonic() + seconds
+        while (found := self.fetcher.take()) is None:
+            assert time.monotonic() < deadline, "no answer"
+            self.fetcher.wait(0.1)
+        assert isinstance(found[1], Message)
+        return found[1]
+
+
+@pytest.fixture
+def server(link, key) -> Iterator[Server]:
+    one = Server(link, key)
+    yield one
+    one.fetcher.close()
+
+
+def test_one_process_answers_message_after_message(link, key, server):
+    """It knows its own configuration and the run's options, and outlives jobs that fail."""
+    with persistent_node(link, key, "echo", {"index": 7}) as process:
+        server.wait_until(online=True)
+        for number in range(5):
+            server.ask(number=number)
+            said = dict(server.answer().content["about"])
+            assert said == {"number": number, "index": 7}
+        server.ask(error="no such thing")
+        failed = server.answer()
+        assert failed.has_error() and failed.error.code == 2
+        assert failed.error.reason == "ValueError('no such thing')"
+        server.ask(number=9)
+        assert server.answer().content["about"]["number"] == 9
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+        server.wait_until(online=False)
+
+
+def test_a_server_that_was_away_gets_the_answers_afterwards(link, key, server):
+    """Also to a message that it asked before, and without a word from an operator."""
+    with persistent_node(link, key, "echo", {"index": 0}) as process:
+        server.wait_until(online=True)
+        server.ask(number=1, seconds=2.0)
+        time.sleep(1.0)
+        link.restart(seconds=3.0)
+        assert server.answer().content["about"]["number"] == 1
+        server.ask(number=2)
+        assert server.answer().content["about"]["number"] == 2
+        process.send_signal(signal.SIGTERM)
+        log = process.stderr.read()
+    assert log.count("the server does not respond") == 1, "each reason is told once"
+    assert log.count("the server responds again") == 1
+
+
+def test_a_client_waits_for_its_server_and_can_be_stopped_while_it_waits(link, key, caplog):
+    link.registered(key)
+    link.stop()
+    node = PersistentNode(FleetConnection(link.address, key, None), ClientApp(), {})
+    running = in_thread(node.run)
+    time.sleep(1.5)
+    assert running.is_alive() and caplog.text.count("the server does not respond") == 1
+    node.stop()
+    running.join(timeout=10)
+    assert not running.is_alive()
+
+
+def test_a_client_whose_key_is_not_approved_says_so(link, key, monkeypatch, caplog):
+    """After a minute, because a restarted client is refused in the same way."""
+    monkeypatch.setattr(node_module, "RESTART_SECONDS", 0.5)
+    node = PersistentNode(FleetConnection(link.address, key, None), ClientApp(), {})
+    with pytest.raises(NotAccepted, match="its key is not approved there, or a client with"):
+        node.run()
+    assert "may still count an earlier start of this client" in caplog.text
+
+
+def test_a_client_that_was_killed_is_accepted_again(link, key, server, monkeypatch):
+    with persistent_node(link, key, "echo", {"index": 1}) as process:
+        server.wait_until(online=True)
+        process.kill()
+        process.wait()
+    with persistent_node(link, key, "echo", {"index": 2}):
+        time.sleep(3.0)  # it is refused meanwhile
+        link.lose(server.node)  # the minute is over
+        server.wait_until(online=False)
+        server.wait_until(online=True)
+        server.ask(number=1)
+        assert server.answer().content["about"]["index"] == 2
+
+
+def test_the_end_of_a_run_does_not_end_the_client(link, key, server):
+    with persistent_node(link, key, "echo", {"index": 0}) as process:
+        server.wait_until(online=True)
+        server.ask(number=1, seconds=1.5)
+        time.sleep(1.0)
+        server.fetcher.close()
+        link.state.stop_run(link.run_id)
+        time.sleep(2.0)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+        assert "the last reply was not taken" in process.stderr.read()

@@ -1,0 +1,217 @@
+"""Replies fetched from a real SuperLink while other clients are slow, broken off or malicious."""
+
+from __future__ import annotations
+
+import threading
+import time
+import tracemalloc
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from flwr.app import Message, MessageType, RecordDict
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.supercore.corestate import in_memory_corestate
+from flwr.supercore.run import RunNotRunningException
+from support.superlink import LiveSuperLink, in_thread, live_superlink, next_message, send
+
+from fedgpt.core.errors import UpdateRejected
+from fedgpt.flower import fetch
+from fedgpt.flower.fetch import CHUNK, Fetcher, object_ids
+from fedgpt.flower.messages import read_reply, update_content
+
+MODEL = 12_000_000  # bytes of the vectors in these tests: three chunks
+
+
+@pytest.fixture
+def link(monkeypatch) -> Iterator[LiveSuperLink]:
+    monkeypatch.setattr(fetch, "NODES_SECONDS", 0.1)
+    with live_superlink() as one:
+        yield one
+
+
+class Site:
+    """A node that got a job, and what the server fetches of it."""
+
+    def __init__(self, link: LiveSuperLink, grid, fetcher: Fetcher, largest: int = 2 * MODEL):
+        node, self.connection = link.node()
+        (self.id,) = grid.push_messages([Message(RecordDict(), node, MessageType.TRAIN)])
+        fetcher.watch(self.id, largest)
+        self.job = next_message(self.connection)
+
+    def announce(self, vector: np.ndarray):
+        reply = Message(update_content("{}", vector), reply_to=self.job)
+        return self.connection.announce(reply, 0.1)
+
+    def reply(self, vector: np.ndarray, pause: float = 0.0) -> None:
+        send(self.connection, Message(update_content("{}", vector), reply_to=self.job), pause)
+
+
+class Server:
+    def __init__(self, link: LiveSuperLink):
+        self.grid = link.grid()
+        self.fetcher = Fetcher(self.grid)
+
+    def take(self, seconds: float = 20.0) -> tuple[str, Message | Exception]:
+        deadline = time.monotonic() + seconds
+        while (found := self.fetcher.take()) is None:
+            assert time.monotonic() < deadline, "no reply"
+            self.fetcher.wait(0.1)
+        return found
+
+
+@pytest.fixture
+def server(link) -> Iterator[Server]:
+    one = Server(link)
+    yield one
+    one.fetcher.close()
+
+
+def vector(seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).random(MODEL // 4, dtype=np.float32)
+
+
+def payload(reply: Message | Exception) -> np.ndarray:
+    assert isinstance(reply, Message)
+    found = read_reply(reply, "a", 0)
+    assert found.error == ""
+    return found.payload
+
+
+@pytest.mark.parametrize("in_memory", [fetch.IN_MEMORY, 1000], ids=["in memory", "in a file"])
+def test_a_reply_arrives_with_its_bits(link, server, monkeypatch, in_memory):
+    monkeypatch.setattr(fetch, "IN_MEMORY", in_memory)
+    site = Site(link, server.grid, server.fetcher)
+    site.reply(vector())
+    message_id, reply = server.take()
+    assert message_id == site.id and np.array_equal(payload(reply), vector())
+    assert reply.metadata.reply_to_message_id == site.id
+    assert server.fetcher.take() is None, "each reply is taken once"
+
+
+def test_a_slow_upload_holds_up_no_other_reply(link, server):
+    slow, quick = (Site(link, server.grid, server.fetcher) for _ in range(2))
+    upload = in_thread(lambda: slow.reply(vector(1), pause=0.4))
+    time.sleep(0.6)  # it is under way
+    quick.reply(vector(2))
+    message_id, reply = server.take()
+    assert message_id == quick.id and upload.is_alive()
+    assert np.array_equal(payload(reply), vector(2))
+    message_id, reply = server.take()
+    assert message_id == slow.id and np.array_equal(payload(reply), vector(1))
+
+
+def test_an_upload_that_is_broken_off_costs_its_client_alone(link, server, monkeypatch):
+    monkeypatch.setattr(in_memory_corestate, "OBJECT_PUSH_SESSION_TTL_SECONDS", 1)
+    broken, honest = (Site(link, server.grid, server.fetcher) for _ in range(2))
+    broken.announce(vector(1))
+    honest.reply(vector(2))
+    assert server.take()[0] == honest.id
+    message_id, error = server.take()
+    assert message_id == broken.id and isinstance(error, UpdateRejected)
+    assert error.code == "no_reply" and "broken off" in error.detail
+
+
+def counted(monkeypatch, server: Server) -> list[str]:
+    """The ids of the objects that the server asks for from now on."""
+    asked, client = [], server.fetcher._client
+    pull = client.PullObject
+
+    def counting(request):
+        asked.append(request.object_id)
+        return pull(request)
+
+    monkeypatch.setattr(client, "PullObject", counting)
+    return asked
+
+
+def test_a_reply_of_too_many_objects_is_refused_unread(link, server, monkeypatch):
+    site = Site(link, server.grid, server.fetcher, largest=1000)
+    asked = counted(monkeypatch, server)
+    site.announce(np.random.default_rng(0).random(30_000_000, dtype=np.float32))
+    message_id, error = server.take()
+    assert message_id == site.id and isinstance(error, UpdateRejected)
+    assert error.code == "too_large" and asked == []
+
+
+def test_a_small_upload_that_would_fill_the_memory_is_refused_before_it_does(link, server):
+    """All chunks of an array of zeros are one object, which is uploaded once."""
+    site = Site(link, server.grid, server.fetcher)
+    upload = site.announce(np.zeros(50_000_000, np.float32))
+    assert len(upload.objects) < 10, "200 MB are announced, and 10 MB are uploaded"
+    tracemalloc.start()
+    while site.connection.upload(upload):
+        pass
+    _, error = server.take()
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert isinstance(error, UpdateRejected) and error.code == "too_large"
+    assert error.detail.startswith("arrays of 200") and peak < 100_000_000
+
+
+def test_the_reply_to_a_job_that_was_given_up_is_not_fetched(link, server, monkeypatch):
+    before, during, other = (Site(link, server.grid, server.fetcher) for _ in range(3))
+    asked = counted(monkeypatch, server)
+    server.fetcher.cancel([before.id])
+    before.announce(vector(1))
+    message_id, error = server.take()
+    assert message_id == before.id and isinstance(error, UpdateRejected)
+    assert error.code == "late" and asked == []
+    during.announce(vector(2))
+    deadline = time.monotonic() + 10
+    while not asked:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    server.fetcher.cancel([during.id])
+    assert server.take()[0] == during.id
+    other.reply(vector(3))
+    assert server.take()[0] == other.id
+
+
+def test_a_client_that_goes_away_is_an_error_of_its_job(link, server):
+    site = Site(link, server.grid, server.fetcher)
+    node = site.job.metadata.dst_node_id
+    assert node in wait_for(server.fetcher.nodes)
+    link.lose(node)
+    message_id, reply = server.take()
+    assert message_id == site.id and reply.has_error() and reply.error.code == 5
+    wait_for(lambda: node not in server.fetcher.nodes())
+    assert site.connection.heartbeat()
+    wait_for(lambda: node in server.fetcher.nodes())
+
+
+def wait_for(found):
+    deadline = time.monotonic() + 10
+    while not (value := found()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return value
+
+
+def test_what_ends_the_thread_reaches_the_server(link, server, monkeypatch):
+    """Flower reports the end of a run with an exception that is no Exception."""
+
+    def stopped(request):
+        raise RunNotRunningException
+
+    monkeypatch.setattr(server.fetcher._client, "GetNodes", stopped)
+    with pytest.raises(RunNotRunningException):
+        server.take()
+
+
+def test_closing_ends_the_thread(link):
+    one = Fetcher(link.grid())
+    assert any(thread.name == "fetch replies" for thread in threading.enumerate())
+    one.close()
+    assert not any(thread.name == "fetch replies" for thread in threading.enumerate())
+
+
+def test_the_objects_of_a_tree_count_with_repeats():
+    leaf = ObjectTree(object_id="leaf")
+    tree = ObjectTree(object_id="root", children=[leaf] * 5)
+    assert object_ids(tree, 6) == ["root", "leaf"] and object_ids(tree, 5) is None
+    deep = ObjectTree(object_id="0")
+    for number in range(1, 90):
+        deep = ObjectTree(object_id=str(number), children=[deep])
+    assert len(object_ids(deep, 90)) == 90 and object_ids(deep, 89) is None
+    assert CHUNK == 5 * 2**20, "Flower's own size, which the bound relies on"
