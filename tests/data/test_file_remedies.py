@@ -18,6 +18,7 @@ from fedgpt.data import records
 from fedgpt.data.prepare import prepare
 
 WORDS = b"It rained.\n\nThen it snowed.\n"
+PACKED = gzip.compress(WORDS, mtime=0)  # the same in every process that collects tests
 ROWS = jsonl(POSTS)
 LISTS = b'["ann", "It rained."]\n["bob", "It snowed."]\n'
 PAGE = b"<!DOCTYPE html>\n<p>It rained.\n"
@@ -30,8 +31,8 @@ UNENDED = b'who,text\nann,"one\nbob,two\neve,three\n'
 JOINED = b'who,text\nann,"one\nbob,two\neve,three\nann,four"\nbob,five\n'
 # file, what it holds -> the advice, and the file and what it holds after that
 FILE_REMEDIES = [
-    ("a.txt", gzip.compress(WORDS), "is packed with gzip; unpack it", "a.txt", WORDS),
-    ("a.txt", gzip.compress(WORDS), "is packed with gzip; unpack it", "a.txt.gz", None),
+    ("a.txt", PACKED, "is packed with gzip; unpack it", "a.txt", WORDS),
+    ("a.txt", PACKED, "is packed with gzip; unpack it", "a.txt.gz", None),
     ("a.txt", b"PK\x03\x04..", "is a zip archive; unpack it", "a.txt", WORDS),
     ("a.zip", b"PK\x03\x04..", "is not text; unpack it", "a.txt", WORDS),
     ("a.txt", b"%PDF-1.7", "is a PDF; convert it to plain text (.txt)", "a.txt", WORDS),
@@ -62,8 +63,8 @@ FILE_REMEDIES = [
     ),
     ("a.jsonlines", ROWS, "give it the suffix .jsonl", "a.jsonl", None),
     ("a.tab", table("\t")(POSTS), "give it the suffix .tsv", "a.tsv", None),
-    ("a.txt.gzip", gzip.compress(WORDS), "give it the suffix .gz, or unpack it", "a.txt.gz", None),
-    ("a.txt.gzip", gzip.compress(WORDS), "give it the suffix .gz, or unpack it", "a.txt", WORDS),
+    ("a.txt.gzip", PACKED, "give it the suffix .gz, or unpack it", "a.txt.gz", None),
+    ("a.txt.gzip", PACKED, "give it the suffix .gz, or unpack it", "a.txt", WORDS),
     ("a.jsonl.bak", ROWS, "rename it to a.jsonl", "a.jsonl", None),
     ("a.bin", b"\xff\xfe\xff", "convert it to a .txt file", "a.txt", WORDS),
     (os.fsdecode(b"f\xfcr.txt"), WORDS, "is not UTF-8; rename it", "für.txt", None),
