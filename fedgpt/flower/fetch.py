@@ -109,7 +109,7 @@ class Fetcher:
         self._nodes: Collection[int] = ()
         self._failed: BaseException | None = None
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="fetch replies", daemon=True)
+        self._thread = threading.Thread(target=self._work, name="replies", daemon=True)
         self._thread.start()
 
     def watch(self, message_id: str, largest: int) -> None:

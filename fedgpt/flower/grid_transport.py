@@ -91,6 +91,7 @@ class GridTransport:
         self._pending: dict[str, tuple[Job, int]] = {}
         self._parked: dict[tuple[str, int], _Parked] = {}
         self._abandoned: set[str] = set()  # ids of messages whose jobs were given up
+        self._refused: list[Reply] = []  # failures of jobs whose messages were not accepted
         # params of the last version that was sent, and cached version -> record of the message
         self._broadcast: tuple[object, dict[int, ArrayRecord]] | None = None
 
@@ -125,9 +126,10 @@ class GridTransport:
         """Push one message per job; the params of a version are sent once."""
         self._send(jobs, attempt=1)
 
-    def _send(self, jobs: Sequence[Job], attempt: int) -> None:
+    def _send(self, jobs: Sequence[Job], attempt: int, until: float | None = None) -> None:
+        """Send jobs; one whose client is away is parked, at the latest `until` then."""
         there = [(job, node) for job in jobs if (node := self._nodes.of(job.client)) is not None]
-        self._park((job for job in jobs if self._nodes.of(job.client) is None), attempt)
+        self._park((job for job in jobs if self._nodes.of(job.client) is None), attempt, until)
         messages = [
             Message(job_content(job, self._params(job)), node, MessageType.TRAIN, ttl=self.ttl)
             for job, node in there
@@ -138,9 +140,12 @@ class GridTransport:
             if message_id:
                 self._pending[message_id] = (job, attempt)
                 self._mailbox.watch(message_id, LARGEST * job.params.nbytes)
-            else:  # a SuperLink refuses a message to a client that has just left
+            elif self._nodes.come_and_go:  # a SuperLink refuses a message to one that has just left
                 self._nodes.lost(job.client)
-                self._park([job], attempt)
+                self._park([job], attempt, until)
+            else:
+                why = "the SuperLink refused the message"
+                self._refused.append(Reply(job.client, job.number, error=why))
 
     def _params(self, job: Job) -> ArrayRecord:
         if self._broadcast is None or self._broadcast[0] is not job.params:
@@ -224,24 +229,25 @@ class GridTransport:
             return []
         return [replace(read_reply(message, job.client, job.number), job_time=arrival.job_time)]
 
-    def _park(self, jobs: Iterable[Job], attempt: int) -> None:
-        """Keep jobs until their clients are back."""
+    def _park(self, jobs: Iterable[Job], attempt: int, until: float | None = None) -> None:
+        """Keep jobs until their clients are back, at the latest `until`."""
+        latest = self.now() + PARKED_SECONDS if until is None else until
         for job in jobs:
-            log.warning("client %s is offline; its job %d waits for it", job.client, job.number)
-            until = self.now() + PARKED_SECONDS
-            self._parked[job.client, job.number] = _Parked(job, attempt, until)
+            if until is None:
+                log.warning("client %s is offline; its job %d waits for it", job.client, job.number)
+            self._parked[job.client, job.number] = _Parked(job, attempt, latest)
 
     def _resumed(self) -> list[Reply]:
         """Send parked jobs whose clients are back; failures of those that have waited too long."""
-        replies = []
+        replies, self._refused = self._refused, []
         for key, parked in list(self._parked.items()):
-            if self._nodes.of(parked.job.client) is not None:
-                del self._parked[key]
-                self._send([parked.job], parked.attempt)
-            elif self.now() > parked.until:
+            if self.now() > parked.until:
                 del self._parked[key]
                 why = f"the client was offline for {PARKED_SECONDS:.0f} s"
                 replies.append(Reply(*key, error=why, code="offline"))
+            elif self._nodes.of(parked.job.client) is not None:
+                del self._parked[key]
+                self._send([parked.job], parked.attempt, parked.until)
         return replies
 
     def _wait(self, seconds: float | None) -> None:

@@ -201,9 +201,9 @@ def test_what_ends_the_thread_reaches_the_server(link, server, monkeypatch):
 
 def test_closing_ends_the_thread(link):
     one = Fetcher(link.grid())
-    assert any(thread.name == "fetch replies" for thread in threading.enumerate())
+    assert any(thread.name == "replies" for thread in threading.enumerate())
     one.close()
-    assert not any(thread.name == "fetch replies" for thread in threading.enumerate())
+    assert not any(thread.name == "replies" for thread in threading.enumerate())
 
 
 def test_the_objects_of_a_tree_count_with_repeats():

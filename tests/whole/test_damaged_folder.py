@@ -142,7 +142,7 @@ def test_a_stopped_run_without_a_checkpoint_has_a_summary_and_a_model_when_it_is
     assert fedgpt.open_run(copy).model
 
 
-@pytest.mark.parametrize(("old", "new"), [("n_head: 2", "n_head: 4"), ("lr: 0.001", "lr: 0.002")])
+@pytest.mark.parametrize(("old", "new"), [("n_head: 2", "n_head: 4"), ("lr: 0.003", "lr: 0.002")])
 def test_a_changed_config_is_refused_and_what_the_message_advises_helps(
     stopped, whole, tmp_path, old, new
 ):

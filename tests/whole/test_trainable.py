@@ -296,7 +296,7 @@ def test_a_run_whose_base_has_changed_is_refused_before_anything_is_written(half
     assert half.run("changed", *more)["versions"] == 2
 
 
-def test_a_client_with_another_base_refuses_its_job(half, capsys):
+def test_a_client_with_another_base_refuses_its_job(half, capfd):
     for name, seed in (("ours", 7), ("theirs", 8)):
         pretrained(half, name, seed)
     run_dir = f"run_dir={half.folder / 'refused'}"
@@ -307,7 +307,7 @@ def test_a_client_with_another_base_refuses_its_job(half, capsys):
     grid = InProcessGrid(app, 2, run_config_of(theirs), str(half.folder / "clients"))
     with pytest.raises(FedGPTError, match="0 valid updates of 2 jobs"):
         serve(ours, grid)
-    printed = capsys.readouterr().out
+    printed = capfd.readouterr().out
     assert "base weights differ: this client's are" in printed
     advises(printed, "use the same init_from for both")
     grid = InProcessGrid(app, 2, run_config_of(ours), str(half.folder / "clients"))

@@ -43,7 +43,7 @@ class Server:
         return self.node in self.fetcher.nodes()
 
     def wait_until(self, online: bool) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 90
         while self.online() != online:
             assert time.monotonic() < deadline
             time.sleep(0.05)
@@ -53,7 +53,7 @@ class Server:
         (number,) = self.grid.push_messages([Message(content, self.node, MessageType.TRAIN)])
         self.fetcher.watch(number, 1000)
 
-    def answer(self, seconds: float = 30.0) -> Message:
+    def answer(self, seconds: float = 90.0) -> Message:
         deadline = time.monotonic() + seconds
         while (found := self.fetcher.take()) is None:
             assert time.monotonic() < deadline, "no answer"
