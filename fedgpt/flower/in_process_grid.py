@@ -102,6 +102,7 @@ class InProcessGrid(LocalGrid):
             return Message(failure, reply_to=message)
         for record in reply.content.array_records.values() if reply.has_content() else ():
             for key, array in list(record.items()):
-                # the client reuses the buffer of its update for its next job
-                record[key] = NdArray(array.numpy().copy())
+                if isinstance(array, NdArray):  # any other holds bytes of its own, maybe damaged
+                    # the client reuses the buffer of its update for its next job
+                    record[key] = NdArray(array.numpy().copy())
         return reply

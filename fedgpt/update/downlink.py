@@ -66,10 +66,11 @@ class Published:
     def steps(self, cached: int, version: int) -> tuple[np.ndarray, ...] | None:
         """Return the steps from version `cached` (-1: none is cached) to `version`.
 
-        None means that the client must get the complete vector.
+        None means that the client must get the complete vector, as without a cached version: there
+        is no step to version 0.
         """
         wanted = range(cached + 1, version + 1)
-        if self._codec is None or cached < 0 or any(v not in self._steps for v in wanted):
+        if self._codec is None or any(v not in self._steps for v in wanted):
             return None
         return tuple(self._steps[number] for number in wanted)
 

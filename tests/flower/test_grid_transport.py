@@ -157,10 +157,16 @@ class Asked(Grid):
 
     def __init__(self, answers: dict[int, RecordDict]):
         super().__init__({})
-        self.contents = answers
+        self.contents, self.polls = answers, itertools.count()
 
     def get_node_ids(self) -> list[int]:
+        self.poll()
         return list(self.contents)
+
+    def poll(self) -> None:
+        """Fail a test whose wait does not end; as no error of a node, which the server handles."""
+        if next(self.polls) == 100:  # those of five seconds
+            pytest.fail("the wait has no end")
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
         ids = []
@@ -236,6 +242,7 @@ def test_the_error_for_missing_clients_says_how_many_connected():
 def test_waiting_for_the_answers_of_nodes_has_a_time_limit():
     class Silent(Asked):
         def pull_messages(self, ids: Iterable[str]) -> list[Message]:
+            self.poll()
             return []
 
     made = GridTransport(Silent({7: RecordDict()}), 1, RunText("digest"))

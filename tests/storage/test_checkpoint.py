@@ -16,8 +16,10 @@ from support.advice import advises
 from fedgpt.core.errors import FedGPTError
 from fedgpt.core.files import sha256_of
 from fedgpt.core.messages import ServerState
+from fedgpt.core.options import RunOptions
 from fedgpt.server.in_flight import restored_jobs
 from fedgpt.storage.checkpoint import Checkpoints, Snapshot
+from fedgpt.storage.resume import open_or_resume
 from fedgpt.storage.run_folder import JsonLines, RunFolder
 from fedgpt.storage.tables import Clients, RunIdentity, RunTotals, VersionLine
 
@@ -257,6 +259,15 @@ def test_a_refused_resume_changes_no_file(tmp_path):
     with pytest.raises(FedGPTError, match="other options"):
         Checkpoints(tmp_path, 3).recover(refuse)
     assert contents(tmp_path) == before
+
+
+def test_a_run_whose_strategy_has_state_outside_its_checkpoint_is_refused(tmp_path):
+    save(tmp_path / "checkpoints", 1, 2)
+    before = contents(tmp_path / "checkpoints")
+    refusal = r"its strategy has state \(noise\) that no checkpoint can contain; start again with"
+    with RunFolder(tmp_path) as folder, pytest.raises(FedGPTError, match=refusal):
+        open_or_resume(folder, RunOptions(run_dir=str(tmp_path)), lambda: snapshot(0))
+    assert contents(tmp_path / "checkpoints") == before
 
 
 def test_what_cannot_be_synced_is_left_as_it_was(tmp_path, monkeypatch):

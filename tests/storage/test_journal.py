@@ -389,6 +389,18 @@ def test_the_log_after_a_checkpoint_from_which_three_starts_failed_is_deleted(tm
     assert asked_again & {(client, number) for client, number, _ in first[kept:]}
 
 
+def test_a_run_that_starts_again_from_version_0_does_not_read_the_log(tmp_path):
+    """It is a new run, so the replies in the log are those of another one."""
+    o = options(tmp_path, **BUFFER)
+    o.checkpoint = CheckpointOptions(every=0)
+    with injected("accepted:3:raise"), pytest.raises(Injected):
+        run(o, uneven(1.0), DeltaSGD(), journal=True)
+    assert list((tmp_path / "wal").iterdir()), "there are replies that could be read"
+    again = run(o, uneven(-1.0), DeltaSGD(), journal=True)
+    whole = run(options(tmp_path / "whole", **BUFFER), uneven(-1.0), DeltaSGD(), journal=True)
+    assert again.accepted == whole.accepted and len(again.jobs) == len(whole.jobs)
+
+
 def test_the_log_is_deleted_only_after_the_last_checkpoint_is_written(tmp_path):
     o = options(tmp_path, rounds=3, **BUFFER)
     o.checkpoint = CheckpointOptions(every=2)

@@ -13,6 +13,7 @@ from fedgpt.update.wire import encode
 
 # a job -> (seconds until it arrives, reply), any number
 Behaviour = Callable[[Job], list[tuple[float, Reply]]]
+MOST_WAITS = 10_000  # between two replies; a server that waits more often waits for nothing
 
 
 def honest(
@@ -47,6 +48,7 @@ class ScriptTransport:
         self.jobs: list[Job] = []
         self._queue: list[tuple[float, int, Reply]] = []
         self._order = itertools.count()
+        self._waits = 0  # since the last reply
 
     def clients(self, timeout: float) -> list[ClientInfo]:
         return [ClientInfo(name, 10_000) for name in sorted(self.behaviours)]
@@ -70,7 +72,10 @@ class ScriptTransport:
         if not self._queue or (timeout is not None and self._queue[0][0] > self.time + timeout):
             assert timeout is not None, "the server would wait forever"
             self.time += max(timeout, 1e-9)  # a clock that moves, as the real one does
+            self._waits += 1
+            assert self._waits < MOST_WAITS, "the server would wait forever"
             return []
+        self._waits = 0
         self.time, _, reply = heapq.heappop(self._queue)
         return [reply]
 

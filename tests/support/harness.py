@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from support.fake_transport import Behaviour, ScriptTransport
+from support.fake_transport import MOST_WAITS, Behaviour, ScriptTransport
 
 from fedgpt.aggregate.base import Strategy
 from fedgpt.aggregate.fedavg import FedAvg
@@ -213,6 +213,18 @@ class LatePool:
         pass
 
 
+class BoundedClock(VirtualTransport):
+    """A virtual clock on which a server cannot wait forever."""
+
+    waits = 0  # since the last reply
+
+    def receive(self, timeout: float | None) -> list[Reply]:
+        replies = super().receive(timeout)
+        self.waits = 0 if replies else self.waits + 1
+        assert self.waits < MOST_WAITS, "the server would wait forever"
+        return replies
+
+
 def virtual_options(folder: Path, rounds: int = 10, **changes: Any) -> RunOptions:
     """Options of a run on the virtual clock; `changes`: other groups by name, else the pacing's."""
     groups = {
@@ -248,6 +260,6 @@ def run_virtual(
 
     def connect(snapshot: Snapshot) -> Transport:
         clients = pool(behaviours, shuffle)
-        return VirtualTransport(clients, make_timing(o), snapshot.totals.seconds)
+        return BoundedClock(clients, make_timing(o), snapshot.totals.seconds)
 
     return start_server(o, connect, Given(strategy))

@@ -75,6 +75,22 @@ def test_a_wrong_header_has_its_code(header, code):
 
 
 @pytest.mark.parametrize(
+    "header",
+    [
+        {"metrics": {"z" * 1000: "a"}},
+        {"metrics": {"a": "z" * 1000}},
+        {"tokens": "z" * 1000},
+        {"run": "z" * 1000},
+        {"compress": "z" * 1000},
+    ],
+)
+def test_what_a_client_writes_in_its_header_is_cut_in_the_detail_of_its_rejection(header):
+    with pytest.raises(UpdateRejected) as caught:
+        decode(reply(header=header), EXPECTED)
+    assert 0 < caught.value.detail.count("z") < 60
+
+
+@pytest.mark.parametrize(
     "payload, code",
     [
         (None, "bad_encoding"),
