@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import errno
 import hashlib
 import json
 import os
@@ -23,8 +24,8 @@ from cryptography.exceptions import InvalidSignature, UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from fedgpt.core.errors import FedGPTError
-from fedgpt.core.files import sync
+from fedgpt.core.errors import ConfigError, FedGPTError
+from fedgpt.core.files import sync, typed_path
 
 FORMAT = 1
 LARGEST = 1 << 24  # bytes of a file; a list of 20,000 sites has fewer
@@ -43,6 +44,14 @@ TRAVELS = ("kit", "request", "approval")
 ALGORITHM = ec.ECDSA(hashes.SHA384())
 
 
+def path_of(typed: str | Path) -> Path:
+    """A path as it is typed; raises ConfigError for `~name` without such a home folder."""
+    try:
+        return typed_path(typed)
+    except RuntimeError:
+        raise ConfigError(f"{typed}: there is no such home folder") from None
+
+
 def read(path: Path, private: bool = True) -> bytes:
     """The content of a regular file that is not a link.
 
@@ -53,7 +62,7 @@ def read(path: Path, private: bool = True) -> bytes:
         # without O_NONBLOCK a named pipe would be waited for
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
-        if path.is_symlink():
+        if error.errno == errno.ELOOP:
             raise FedGPTError(f"{path} is a symbolic link; name the file itself") from None
         raise FedGPTError(f"{path} cannot be read: {error.strerror}") from None
     try:

@@ -21,11 +21,11 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from filelock import FileLock, Timeout
 
 from fedgpt.core.errors import ConfigError, FedGPTError
-from fedgpt.core.files import PRIVATE, is_there, sync, typed_path, write_text
+from fedgpt.core.files import PRIVATE, is_there, sync, write_text
 from fedgpt.core.options.option import short
 from fedgpt.flower.deploy import certificates, documents
 from fedgpt.flower.deploy.certificates import LAST_PORT, check_address, host_of, pem
-from fedgpt.flower.deploy.documents import as_text, document, fingerprint, read, written
+from fedgpt.flower.deploy.documents import as_text, document, fingerprint, path_of, read, written
 
 PORT = 9443
 SOON = 30  # days before its end from which a certificate should be renewed
@@ -70,7 +70,7 @@ def init(folder: str | Path, hosts: Sequence[str], port: int = PORT) -> Server:
 
     Raises ConfigError for a wrong host or port, and if the folder exists and is not empty.
     """
-    path = typed_path(folder)
+    path = path_of(folder)
     if problems := list(_problems(path, hosts, port)):
         raise ConfigError(problems)
     names = list(dict.fromkeys(map(host_of, hosts)))
@@ -165,7 +165,7 @@ def ca_of(path: Path) -> tuple[x509.Certificate, ec.EllipticCurvePrivateKey]:
 
 def checked_folder(folder: str | Path) -> Path:
     """The path of a server's folder; raises FedGPTError if it is none, a link, or not private."""
-    path = typed_path(folder)
+    path = path_of(folder)
     try:
         found = path.lstat()
     except OSError as error:

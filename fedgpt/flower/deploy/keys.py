@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedgpt.core.errors import ConfigError, FedGPTError, nearest
-from fedgpt.core.files import PRIVATE, typed_path, write_text
+from fedgpt.core.files import PRIVATE, write_text
 from fedgpt.flower.deploy import documents
 from fedgpt.flower.deploy.certificates import pem
-from fedgpt.flower.deploy.documents import as_text, document, written
+from fedgpt.flower.deploy.documents import as_text, document, path_of, written
 from fedgpt.flower.deploy.folder import SITES, ca_of, changing, checked_folder, read_server
 from fedgpt.flower.deploy.kit import NAME, Request, approved, read_kit, read_request
 
@@ -186,11 +186,11 @@ def _issue(
     folder, out = places
     server = read_server(folder)
     ca, ca_key = ca_of(server.folder)
-    path = typed_path(out) / f"{wish.name}.approval"
-    if not path.parent.is_dir():
-        raise ConfigError(f"--out {out}: is not a folder; name one that exists")
+    path = path_of(out) / f"{wish.name}.approval"
     content = approved(wish, server.hosts, server.port, pem(ca), ca_key)
     try:
+        if not path.parent.is_dir():
+            raise ConfigError(f"--out {out}: is not a folder; name one that exists")
         write_text(path, as_text(content))
     except OSError as error:
         raise FedGPTError(f"{path} cannot be written: {error.strerror}") from None

@@ -17,10 +17,10 @@ from typing import Any
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedgpt.core.errors import ConfigError, FedGPTError
-from fedgpt.core.files import PRIVATE, is_there, sync, typed_path, write_text
+from fedgpt.core.files import PRIVATE, is_there, sync, write_text
 from fedgpt.flower.deploy import documents
 from fedgpt.flower.deploy.certificates import check_address, read_ca
-from fedgpt.flower.deploy.documents import as_text, document, fingerprint, written
+from fedgpt.flower.deploy.documents import as_text, document, fingerprint, path_of, written
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 ALLOWED = (
@@ -72,7 +72,7 @@ def make_request(name: str, folder: str | Path) -> Request:
     """
     if not NAME.fullmatch(name):
         raise ConfigError(f"{name!r}: {ALLOWED}")
-    folder = typed_path(folder)
+    folder = path_of(folder)
     kit, path = folder / f"{name}.kit", folder / f"{name}.request"
     key = ec.generate_private_key(ec.SECP384R1())  # the kind that Flower's SuperNodes have
     fields = {"name": name, "public_key": documents.public_text(key.public_key())}
@@ -86,19 +86,19 @@ def make_request(name: str, folder: str | Path) -> Request:
         except OSError:
             kit.unlink()  # nobody has seen its request
             raise
-    except FileExistsError:
-        raise ConfigError(
-            f"{kit}: exists and is never replaced; name another folder with --dir, or move the kit"
-            " away if its key is no longer in use"
-        ) from None
     except OSError as error:
+        if is_there(kit):
+            raise ConfigError(
+                f"{kit}: exists and is never replaced; name another folder with --dir, or move the"
+                " kit away if its key is no longer in use"
+            ) from None
         raise FedGPTError(f"{kit} and {path.name} cannot be written: {error.strerror}") from None
     return _request(request, str(path))
 
 
 def read_request(path: str | Path) -> Request:
     """A site's request; raises FedGPTError for one that is damaged or not signed with its key."""
-    path = typed_path(path)
+    path = path_of(path)
     return _request(document(path, "request", private=False), str(path))
 
 
@@ -108,7 +108,7 @@ def read_kit(path: str | Path) -> Kit:
     Raises FedGPTError for a kit that is damaged, of another user or open to others, and for one
     that is not approved.
     """
-    path = typed_path(path)
+    path = path_of(path)
     content = document(path, "kit")
     request = _request(content["request"], f"the request in {path}")
     public = documents.public_key(request.public_key, str(path))

@@ -26,6 +26,7 @@ from flwr.superlink.federation import NoOpFederationManager
 from flwr.supernode.cli.flower_supernode import _try_setup_client_authentication
 from support.deployment import HOSTS, deployment
 from support.disk import largest_file
+from support.users import become_nobody, folder_of_root
 
 from fedgpt import cli
 from fedgpt.core.errors import ConfigError, FedGPTError
@@ -52,7 +53,7 @@ def here(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def typed(here, capsys):
+def typed(capsys):
     """Type `fedgpt keys ...`: the exit code, and what it printed."""
 
     def type_it(*words: str) -> tuple[int, str]:
@@ -309,8 +310,23 @@ def test_a_request_that_cannot_be_written_leaves_no_kit(here, typed):
     code, printed = typed("request", "a")
     assert code == 1 and "cannot be written: Is a directory" in printed
     assert not (here / "a.kit").exists()
-    code, printed = typed("request", "b", "--dir", "/proc/none")
-    assert code == 1 and "/proc/none/b.kit and b.request cannot be written" in printed
+    (here / "file").touch()
+    for place in ("/proc/none", "file", "file/none"):
+        code, printed = typed("request", "b", "--dir", place)
+        assert code == 1 and f"{place}/b.kit and b.request cannot be written" in printed
+
+
+def test_a_home_folder_that_does_not_exist_is_named(here, typed):
+    make_request("a", here)
+    missing = "~no-such-user/x"
+    for words in (
+        *(["init", missing, "--host", "a.org"], ["request", "a", "--dir", missing]),
+        *(["approve", missing, "a.request"], ["renew", missing], ["list", missing]),
+    ):
+        code, printed = typed(*words)
+        assert code == 2 and f"{missing}: there is no such home folder" in printed
+    with pytest.raises(ConfigError, match="no such home folder"):
+        read_kit(missing)
 
 
 # ---- approve
@@ -689,6 +705,36 @@ def test_what_is_no_file_of_this_kind_is_refused(here, name, kind):
         read_all(here)
 
 
+def test_what_is_closed_to_this_user_is_named(typed, monkeypatch):
+    """As a user without root's right to read everything."""
+    with folder_of_root() as place:
+        monkeypatch.chdir(place)
+        place.chmod(0o777)
+        become_nobody()
+        init("server", HOSTS)
+        make_request("a", ".")
+        Path("closed").mkdir(mode=0o000)
+        Path("full").mkdir(mode=0o500)
+        for words, problem in [
+            (["request", "b", "--dir", "closed"], "closed/b.kit cannot be read"),
+            (["request", "b", "--dir", "full"], "full/b.kit and b.request cannot be written"),
+            (["init", "closed/server", "--host", "a.org"], "closed/server cannot be read"),
+            (["init", "full/server", "--host", "a.org"], "full/server cannot be made"),
+            (["init", "closed", "--host", "a.org"], "closed: exists and is never replaced"),
+            (["list", "closed/server"], "closed/server cannot be read"),
+            (["approve", "server", "closed/a.request"], "closed/a.request cannot be read"),
+            (["approve", "server", "a.request", "--out", "full"], "full/a.approval cannot be"),
+            (["approve", "server", "a.request", "--out", "closed/x"], "closed/x/a.approval cannot"),
+        ]:
+            code, printed = typed(*words)
+            assert code in (1, 2) and problem in printed, printed
+        assert all_sites("server") == {}
+        Path("server").chmod(0o500)
+        for words in (["approve", "server", "a.request"], ["renew", "server"]):
+            code, printed = typed(*words)
+            assert code == 1 and "server cannot be changed: Permission denied" in printed
+
+
 @pytest.mark.parametrize("command", ["list", "revoke", "renew", "approve"])
 def test_a_folder_that_is_none_is_named(here, typed, command):
     make_request("a", here)
@@ -714,9 +760,9 @@ for name in sys.argv[1:]:
 
 
 def test_operators_at_once_lose_nothing(here):
-    deployment(here, *(revoked := [f"r{i}" for i in range(3)]))
-    groups = [[f"{who}{i}" for i in range(3)] for who in "ab"]
-    for name in [name for group in groups for name in group]:
+    deployment(here, "r0", "r1", "r2")
+    new = [f"a{i}" for i in range(6)]
+    for name in new:
         make_request(name, here)
     operators = [
         subprocess.Popen(
@@ -725,15 +771,18 @@ def test_operators_at_once_lose_nothing(here):
             stdout=subprocess.PIPE,
             text=True,
         )
-        for names in (*groups, revoked)
+        for names in (new[:4], ["r0", new[4], "r1", new[5], "r2"])
     ]
     for one in operators:
         assert one.stdout is not None and one.stdout.readline() == "ready\n"
     for one in operators:
-        one.communicate("go\n", timeout=60)
-    assert [one.returncode for one in operators] == [0, 0, 0]
-    assert set(sites("server")) == {name for group in groups for name in group}
-    assert set(all_sites("server")) - set(sites("server")) == set(revoked)
+        assert one.stdin is not None
+        print("go", file=one.stdin, flush=True)
+    for one in operators:
+        one.communicate(timeout=60)
+    assert [one.returncode for one in operators] == [0, 0]
+    assert set(sites("server")) == set(new)
+    assert set(all_sites("server")) - set(new) == {"r0", "r1", "r2"}
 
 
 def test_of_two_requests_with_one_name_one_is_approved(here):
