@@ -1,1 +1,1 @@
-"""Real clients on real machines: keys, and the processes of a server and of a site."""
+"""Server and clients on machines of their own."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from support.deployment import HOSTS, deployment
@@ -19,6 +20,7 @@ from support.deployment import HOSTS, deployment
 from fedgpt import cli
 from fedgpt.core.errors import FedGPTError
 from fedgpt.flower.deploy import folder
+from fedgpt.flower.deploy.documents import public_text
 from fedgpt.flower.deploy.folder import ca_of, read_server
 from fedgpt.flower.deploy.keys import all_sites, approve, read_kit, renew_site, revoke, sites
 from fedgpt.flower.deploy.kit import make_request, read_request
@@ -41,6 +43,12 @@ OTHERS: list[Any] = [
     {"": 0},
 ]
 KIT, NEW_KIT, REQUEST, APPROVAL = "a.kit", "b.kit", "b.request", "b.approval"
+NEW = {
+    "public_key": public_text(ec.generate_private_key(ec.SECP384R1()).public_key()),
+    "approved": "2026-01-01T00:00:00+00:00",
+    "revoked": None,
+}
+P_256 = public_text(ec.generate_private_key(ec.SECP256R1()).public_key())
 Damage = Callable[[bytes], bytes]
 T = TypeVar("T")
 
@@ -234,6 +242,40 @@ def test_the_list_of_sites(place, damage):
         assert set(found.values()) <= set(good.values())
         revoked = {site.public_key.encode() for site in every.values() if site.revoked}
         assert not revoked & set(found.values())
+
+
+@pytest.mark.parametrize(
+    "name, record",
+    [
+        ("e", lambda sites: sites["a"]),
+        ("e", lambda sites: sites["c"]),  # of a site that is revoked
+        ("e", lambda sites: sites["a"] | {"revoked": "2026-01-01T00:00:00+00:00"}),
+        ("e", lambda sites: NEW | {"replaced": sites["d"]["replaced"]}),
+        ("A", lambda sites: NEW),
+        ("e", lambda sites: NEW | {"replaced": ["SHA256:x"]}),
+        ("e", lambda sites: NEW | {"public_key": P_256}),
+        ("e", lambda sites: NEW | {"approved": "today"}),
+        ("e", lambda sites: NEW | {"approved": "2026-01-01"}),  # without its time zone
+        ("e", lambda sites: NEW | {"revoked": ""}),
+        ("e f", lambda sites: NEW),
+    ],
+)
+def test_two_sites_with_one_key_and_records_of_no_meaning(place, name, record):
+    server = place / "server"
+    sites_of = json.loads((server / "sites.json").read_bytes())["sites"]
+
+    def add(site: Any) -> Damage:
+        return lambda good: json.dumps({"format": 1, "sites": {**sites_of, name: site}}).encode()
+
+    bad = add(record(sites_of))
+    with (
+        damaged(server / "sites.json", bad),
+        pytest.raises(FedGPTError, match=r"sites\.json"),
+    ):
+        sites(server)
+    name = "e"
+    with damaged(server / "sites.json", add(NEW)):
+        assert name in sites(server), "without that it is read"
 
 
 @many
