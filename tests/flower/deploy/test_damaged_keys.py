@@ -278,6 +278,19 @@ def test_two_sites_with_one_key_and_records_of_no_meaning(place, name, record):
         assert name in sites(server), "without that it is read"
 
 
+@pytest.mark.parametrize(
+    "name, field", [(KIT, b'"approval"'), ("server/sites.json", b'"a"'), (REQUEST, b'"name"')]
+)
+def test_a_name_that_stands_twice(place, name, field):
+    """Of two values the reader would take one, and somebody who looks at the file the other."""
+    read = {KIT: read_kit, REQUEST: read_request}.get(name, lambda path: sites(path.parent))
+    with (
+        damaged(place / name, lambda good: good.replace(field, field + b": {}, " + field, 1)),
+        pytest.raises(FedGPTError, match="a name stands twice in it"),
+    ):
+        read(place / name)
+
+
 @many
 @given(damages())
 @example(lambda good: good.replace(b"9443", b"94430"))
