@@ -20,7 +20,7 @@ from flwr.common.config import parse_config_args
 from support.here import run_here
 
 from fedgpt import api
-from fedgpt.cli import COMMANDS
+from fedgpt.cli import COMMANDS, keys
 from fedgpt.config import compose
 from fedgpt.config.choices import CONF
 from fedgpt.core.errors import ConfigError
@@ -93,6 +93,11 @@ def check(words: list[str], folder: Path, readme: str) -> None:
 
 def check_command(name: str, words: list[str], folder: Path, readme: str) -> None:
     """Raise if a command would refuse its arguments; nothing is trained."""
+    if name == "keys" and words:
+        # the files are those of an earlier command; one word is only mentioned
+        assert words[0] in keys.ACTIONS, words
+        assert not words[1:] or keys.parser().parse_args(words)
+        return
     fixed, takes_options, _ = COMMANDS[name].arguments.partition("[OPTIONS]")
     if not takes_options:
         # a command without words, such as `fedgpt generate`, is only mentioned
@@ -363,6 +368,9 @@ def test_commands_are_found_with_their_continued_lines():
         "fedgpt run -m seed=0,x",
         "fedgpt run --bogus",
         "fedgpt generate RUN --promt x",
+        "fedgpt keys aprove",
+        "fedgpt keys approve server",
+        "fedgpt keys list server --port 1",
         "make coffee",
         "python no/such.py",
         "fedgpt data corpus=files corpus.path=$HOME/no such folder",
@@ -384,6 +392,7 @@ def test_wrong_commands_are_detected(line, tmp_path, capsys):
         "fedgpt run --config-dir my_conf strategy=mine",
         "fedgpt run --cfg job --resolve",
         "python -m fedgpt data",
+        "fedgpt keys init server --host fed.example.org",
         'fedgpt generate PLACEHOLDER --prompt "Once" --top-k 0',
     ],
 )

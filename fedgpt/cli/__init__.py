@@ -50,6 +50,12 @@ COMMANDS = {
         Command(
             "generate", "FOLDER [--prompt TEXT]", "generate text with the model of a run", True
         ),
+        Command(
+            "keys",
+            "init|request|approve|revoke|renew|list",
+            "make, approve and revoke the keys of a server and its sites",
+            True,
+        ),
         Command("help", "[TOPIC]", "explain a command, a group or an option"),
     )
 }
