@@ -77,7 +77,9 @@ class Site:
         return path
 
 
-def server_folder(folder: Path, sites: Iterable[Site], names: Iterable[str] = ("127.0.0.1",)) -> int:
+def server_folder(
+    folder: Path, sites: Iterable[Site], names: Iterable[str] = ("127.0.0.1",)
+) -> int:
     """Write a server's folder as `fedgpt keys init` and `approve` do; its port."""
     folder.mkdir(mode=0o700, exist_ok=True)
     write_certificates(folder, names)
@@ -183,9 +185,9 @@ class Fleet:
         self.guard = Guard(
             self.app, lambda: self.approved, Record(self.lines.append), reply_objects
         )
-        self.run_id = self._run()
+        self.run_id, self.task = self._run()
 
-    def _run(self) -> int:
+    def _run(self) -> tuple[int, int]:
         fab_hash = self.state.store_fab(Fab(None, b"code", {}))
         run_id = self.state.create_run(
             "a/b", "1", fab_hash, {}, NOOP_FEDERATION_ID, None, None, TaskType.SERVER_APP
@@ -194,7 +196,7 @@ class Fleet:
         assert task is not None and self.state.claim_task(task) and self.state.activate_task(task)
         TaskIdentity.run_id, TaskIdentity.task_id = run_id, task
         TaskIdentity.node_id = SUPERLINK_NODE_ID
-        return run_id
+        return run_id, task
 
     def node(self, site: Site) -> int:
         found = self.state.get_node_id_by_public_key(site.public)
@@ -225,6 +227,7 @@ class Fleet:
 
     def job(self, site: Site, array: np.ndarray) -> Message:
         """Put a job for a site into the link state, as the ServerApp does."""
+        self.state.acknowledge_task_heartbeat(self.task)  # else the run ends after a minute
         content = RecordDict({"arrays": ArrayRecord([array])})
         message = Message(content, self.node(site), "train")
         message.metadata.__dict__["_message_id"] = message.object_id
@@ -254,7 +257,9 @@ class Fleet:
 
     def announce(self, site: Site, reply: Message, **changes: Any) -> PushMessagesRequest:
         """The request that announces a reply; `changes` are of its metadata."""
-        request = PushMessagesRequest(node=self.of(site), message_object_trees=[get_object_tree(reply)])
+        request = PushMessagesRequest(
+            node=self.of(site), message_object_trees=[get_object_tree(reply)]
+        )
         proto = message_to_proto(reply)
         proto.ClearField("content")
         if reply.has_content():
@@ -278,14 +283,14 @@ async def call(
     app: Any, path: str, headers: list[tuple[bytes, bytes]], body: Iterable[bytes], **scope: Any
 ) -> Answer:
     """One request to an ASGI application."""
-    pieces, taken, events = iter([*body, None]), 0, []
-    upcoming = next(pieces)
+    pieces, taken, events = iter(body), 0, []
+    upcoming = next(pieces, None)
 
     async def receive() -> dict[str, Any]:
         nonlocal taken, upcoming
         if upcoming is None:
             return {"type": "http.disconnect"}
-        piece, upcoming = upcoming, next(pieces)
+        piece, upcoming = upcoming, next(pieces, None)
         taken += len(piece)
         return {"type": "http.request", "body": piece, "more_body": upcoming is not None}
 

@@ -31,6 +31,7 @@ App = Callable[[Event, Receive, Send], Awaitable[None]]
 Sites = Callable[[], Mapping[str, bytes]]
 
 FLEET = "/v1/fleet/"
+REGISTER = f"{FLEET}register-node"
 SMALL, REPLY, OBJECT = 1 << 16, 1 << 20, 8 << 20  # most bytes of a body; Flower's chunks: 5 MiB
 PATHS = {
     "activate-node": SMALL,
@@ -112,9 +113,12 @@ def checked_path(scope: Event) -> str:
     """The last part of a fleet path; raises Refused (403) for all but POST to the ten of them.
 
     The path as it was sent must be this text, too: no percent signs, no second slash, no query.
+    Where a node without a key registers itself, it is 412, which Flower says there, too.
     """
     path, what = scope["path"], scope["path"].removeprefix(FLEET)
     plain = scope.get("raw_path", path.encode()) == path.encode() and not scope.get("query_string")
+    if path == REGISTER and scope["method"] == "POST":  # a stock node without a key
+        raise Refused(412, "path", "give this node its key: only registered nodes may join")
     if what not in PATHS or path != FLEET + what or not plain or scope.get("root_path"):
         raise Refused(403, "path", "this address serves approved sites only")
     if scope["method"] != "POST":
@@ -220,6 +224,8 @@ async def _answer(send: Send, refused: Refused, what: str) -> None:
         # as Flower answers an unknown key: a stock node prints the reason of this one, and ends
         # without a word at a 401
         status, code = 412, int(ApiErrorCode.FLEET_NODE_ACTIVATION_FAILED)
+    elif status == 412:
+        code = int(ApiErrorCode.FLEET_SUPERNODE_REGISTRATION_DISABLED)
     detail = f"{refused.reason}: {refused.detail}"
     body = json.dumps({"code": code, "detail": detail}).encode()
     headers = [(b"content-type", b"application/json"), (b"connection", b"close")]

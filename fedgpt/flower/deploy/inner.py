@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
@@ -18,8 +19,10 @@ from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
+import httpx
 from fastapi import FastAPI
 from flwr.common.constant import ISOLATION_MODE_PROCESS, TRANSPORT_TYPE_GRPC_RERE
+from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
@@ -29,13 +32,15 @@ from uvicorn.server import ServerState
 
 from fedgpt.core.errors import FedGPTError
 from fedgpt.core.files import PRIVATE
+from fedgpt.flower.deploy import keeper
 from fedgpt.flower.deploy.guard import App, Event, Receive, Send
 from fedgpt.flower.deploy.listener import http_config
 from fedgpt.flower.launch import FLOWER_ENV
-from fedgpt.flower.processes import child
 
 CONTROL, RUNTIME = ("/v1/control/", "/health"), ("/v1/runtime/",)
 LONGEST_SOCKET = 100  # bytes of the path of a unix socket
+CONTROL_SOCKET = "control.sock"
+CALL_SECONDS = 30.0  # for an answer of the control API
 CLOSE_SECONDS = 1.0  # for answers that are under way when the link stops
 _LOOPBACK = "127.0.0.1"
 _TCP = Path("/proc/self/net/tcp")
@@ -146,6 +151,15 @@ def runtime_socket() -> socket.socket:
     return one
 
 
+def control_client(folder: Path) -> ControlHttpClient:
+    """A client of Flower's control API at the link that runs in the folder."""
+    client = ControlHttpClient("http://link")
+    client.close()
+    transport = httpx.HTTPTransport(uds=str(folder / CONTROL_SOCKET))
+    client._client = httpx.Client(transport=transport, timeout=CALL_SECONDS)
+    return client
+
+
 def control_socket(path: Path) -> socket.socket:
     """A unix socket for this user only; raises FedGPTError for a path that is too long for one."""
     if len(os.fsencode(path)) > LONGEST_SOCKET:
@@ -167,25 +181,28 @@ def control_socket(path: Path) -> socket.socket:
 async def superexec(folder: Path, port: int, secret: bytes) -> AsyncIterator[Popen[bytes]]:
     """Flower's starter of ServerApps while the block runs; it and all that it started end then.
 
-    It also ends, and its children do, when this process is killed.
+    They also end when this process is killed.
     """
     path = folder / "superexec.secret"
     path.unlink(missing_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, PRIVATE)
     with os.fdopen(descriptor, "wb") as stream:
         stream.write(secret)
-    command = ["flower-superexec", "--insecure", "--parent-pid", str(os.getpid())]
-    command += ["--runtime-api-address", f"{_LOOPBACK}:{port}"]
+    command = ["flower-superexec", "--insecure", "--runtime-api-address", f"{_LOOPBACK}:{port}"]
     command += ["--superexec-auth-secret-file", str(path)]
     # Flower starts its own programs by name: those beside this interpreter come first
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    context = child(command, {**os.environ, **FLOWER_ENV, "PATH": programs}, log=None)
-    process = context.__enter__()
+    process = subprocess.Popen(
+        [sys.executable, "-m", keeper.__name__, *command],
+        env={**os.environ, **FLOWER_ENV, "PATH": programs},
+        stdin=subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C is for the link alone
+    )
     try:
         yield process
     finally:
         # in a thread: a ServerApp that ends may still call the runtime API
-        await asyncio.to_thread(context.__exit__, None, None, None)
+        await asyncio.to_thread(process.communicate)
         path.unlink(missing_ok=True)
 
 

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 # an address may be refused so often at once, and so often a second from then on
-REFUSALS, REFUSALS_PER_SECOND = 60, 5.0
+REFUSALS, REFUSALS_PER_SECOND = 300, 5.0
 ADDRESSES = 4096  # number of addresses that are remembered
 # an address is not barred for so long after a node with an approved key called from it: a site
 # may share it with an attacker, behind a router or a proxy

@@ -90,8 +90,8 @@ async def serve(settings: Settings) -> None:
     async with AsyncExitStack() as stack:
         state = dict(await stack.enter_async_context(app.router.lifespan_context(app)) or {})
         runtime = inner.runtime_socket()
-        control = inner.control_socket(folder / "control.sock")
-        stack.callback((folder / "control.sock").unlink, missing_ok=True)
+        control = inner.control_socket(folder / inner.CONTROL_SOCKET)
+        stack.callback((folder / inner.CONTROL_SOCKET).unlink, missing_ok=True)
         for paths, one in ((inner.RUNTIME, runtime), (inner.CONTROL, control)):
             await stack.enter_async_context(inner.served(inner.Only(app, paths), one, state))
         port = runtime.getsockname()[1]

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import logging
 import socket
 import ssl
+import sys
+import termios
 import time
 from functools import partial
 from typing import Any
@@ -24,14 +27,15 @@ TLS_SECONDS = 10.0  # to the end of the handshake
 REQUEST_SECONDS = 10.0  # from there to the end of the first request's headers
 # from a response to the end of the next request's headers; clients of Flower close after 5 s
 KEEP_ALIVE_SECONDS = 20
-RESPONSE_SECONDS = 180.0  # in which a client must have read a response
+RESPONSE_SECONDS = 1200.0  # in which a client must have read a response: 5 MiB at 40 kbit/s
 SHUTDOWN_SECONDS = 2.0  # for the end of TLS
 HEADERS = 16384  # most bytes of the headers of a request
 BACKLOG = 512
 _TLS_HANDSHAKE = b"\x16"  # the first byte of every TLS connection
+_PLAIN_BODY = b'{"code": 400, "detail": "plaintext: this port speaks TLS; give the CA certificate"}'
 _PLAIN_ANSWER = (
-    b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-type: text/plain\r\n"
-    b"content-length: 33\r\n\r\nthis port speaks TLS, use https:\n"
+    b"HTTP/1.1 400 Bad Request\r\nconnection: close\r\ncontent-type: application/json\r\n"
+    b"content-length: %d\r\n\r\n%s" % (len(_PLAIN_BODY), _PLAIN_BODY)
 )
 # errors of a machine that has too many connections open
 _FULL = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -86,7 +90,7 @@ class Http(H11Protocol):
 
     def timeout_keep_alive_handler(self) -> None:
         """End the connection, unless its client still reads a response."""
-        if self.transport.get_write_buffer_size() == 0:
+        if _unread(self.connection.socket) == 0:
             if self.connection.key is None:
                 self.connection.refused(Refused(408, "no_request", "no request came"))
             super().timeout_keep_alive_handler()
@@ -131,10 +135,12 @@ class Listener:
         await asyncio.gather(*self._accepting, return_exceptions=True)
         for one in self._sockets:
             one.close()
+        ending = set(self._server.tasks)
         for connection in self._places.every():
+            ending |= {connection.task} if connection.task is not None else set()
             connection.reset()
-        if self._server.tasks:
-            await asyncio.wait(self._server.tasks, timeout=SHUTDOWN_SECONDS)
+        if ending:
+            await asyncio.wait(ending, timeout=SHUTDOWN_SECONDS)
 
     @property
     def port(self) -> int:
@@ -160,6 +166,7 @@ class Listener:
             connection = Connection(self._places, accepted, network_of(peer[0]))
             if self._places.admit(connection):
                 connection.task = asyncio.create_task(self._open(connection))
+                connection.task.add_done_callback(partial(self._opened, connection))
             else:
                 connection.reset()
                 accepted.close()
@@ -178,11 +185,13 @@ class Listener:
             connection.refused(refused)
         except OSError:
             pass  # the peer has gone
-        finally:
-            connection.task = None
-            if connection.transport is None:  # it came to no HTTP
-                self._places.forget(connection)
-                connection.socket.close()
+
+    def _opened(self, connection: Connection, task: asyncio.Task[None]) -> None:
+        """Close a connection that came to no HTTP, also where its task was ended unbegun."""
+        connection.task = None
+        if connection.transport is None:
+            self._places.forget(connection)
+            connection.socket.close()
 
     async def _secure(self, connection: Connection) -> None:
         # asyncio has buffers of 256 KiB for TLS: none for who only connects
@@ -222,6 +231,17 @@ def http_config(app: Any) -> Config:
     )
     config.load()
     return config
+
+
+def _unread(one: socket.socket) -> int:
+    """Bytes that the peer has not received yet; 0 where the system does not tell.
+
+    asyncio does not tell either: its transport for TLS counts only what it has not encrypted yet.
+    """
+    try:
+        return int.from_bytes(fcntl.ioctl(one.fileno(), termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+    except (OSError, ValueError):
+        return 0
 
 
 async def _readable(one: socket.socket) -> None:
