@@ -187,13 +187,16 @@ class Fleet:
         )
         self.run_id, self.task = self._run()
 
-    def _run(self) -> tuple[int, int]:
+    def _run(self, claim: bool = True) -> tuple[int, int]:
         fab_hash = self.state.store_fab(Fab(None, b"code", {}))
         run_id = self.state.create_run(
             "a/b", "1", fab_hash, {}, NOOP_FEDERATION_ID, None, None, TaskType.SERVER_APP
         )
         task = self.state.get_run_info(run_ids=[run_id])[0].primary_task_id
-        assert task is not None and self.state.claim_task(task) and self.state.activate_task(task)
+        assert task is not None
+        if not claim:
+            return run_id, task
+        assert self.state.claim_task(task) and self.state.activate_task(task)
         TaskIdentity.run_id, TaskIdentity.task_id = run_id, task
         TaskIdentity.node_id = SUPERLINK_NODE_ID
         return run_id, task

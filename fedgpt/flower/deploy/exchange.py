@@ -69,8 +69,8 @@ class Repeats:
 class Exchange:
     """The messages and uploads of one node, and how much it asks for."""
 
-    def __init__(self, name: str, reply_objects: int, repeats: Repeats):
-        self.name, self.seen, self.in_flight = name, time.monotonic(), 0
+    def __init__(self, reply_objects: int, repeats: Repeats):
+        self.seen, self.in_flight = time.monotonic(), 0
         self._most, self._repeats = reply_objects, repeats
         self._bucket = Bucket(REQUESTS_PER_SECOND, REQUESTS + 2 * reply_objects)
         self._handed: OrderedDict[str, frozenset[str]] = OrderedDict()

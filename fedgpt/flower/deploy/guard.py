@@ -48,6 +48,7 @@ PATHS = {
 RESPONSES = {"pull-messages": PullMessagesResponse, "push-messages": PushMessagesResponse}
 # a body ends after so many seconds at the latest, as an upload of Flower's, or after a pause
 BODY_SECONDS, PAUSE_SECONDS = 180.0, 20.0
+LOOK_SECONDS = 60.0  # between two looks which nodes are away
 
 
 class Guard:
@@ -62,6 +63,7 @@ class Guard:
         self._app, self._sites, self._most = app, sites, reply_objects
         self._repeats = Repeats()
         self._nodes: dict[bytes, Exchange] = {}
+        self._looked = time.monotonic()
 
     async def __call__(self, scope: Event, receive: Receive, send: Send) -> None:
         """Answer one request."""
@@ -76,7 +78,7 @@ class Guard:
             self.addresses.known(address)
             if (connection := scope.get("state", {}).get("connection")) is not None:
                 connection.authenticated(key)
-            with self._entered(name, key) as node:
+            with self._entered(key) as node:
                 body = await read_body(receive, PATHS[what])
                 request = parsed(what, body)
                 node.check(what, request)
@@ -89,12 +91,12 @@ class Guard:
             await _answer(send, refused, what)
 
     @contextmanager
-    def _entered(self, name: str, key: bytes) -> Iterator[Exchange]:
+    def _entered(self, key: bytes) -> Iterator[Exchange]:
         """The node with this key, while it has one more request."""
+        self._forget()
         node = self._nodes.get(key)
         if node is None:
-            self._forget()
-            node = self._nodes[key] = Exchange(name, self._most, self._repeats)
+            node = self._nodes[key] = Exchange(self._most, self._repeats)
         node.enter()
         try:
             yield node
@@ -104,6 +106,9 @@ class Guard:
     def _forget(self) -> None:
         """Forget nodes that are away; what they had announced is over at Flower's, too."""
         now = time.monotonic()
+        if now - self._looked < LOOK_SECONDS:
+            return
+        self._looked = now
         for key, node in list(self._nodes.items()):
             if not node.in_flight and now - node.seen > AWAY_SECONDS:
                 del self._nodes[key]

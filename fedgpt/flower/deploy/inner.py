@@ -27,6 +27,7 @@ from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
+from sqlalchemy.exc import SQLAlchemyError
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
 
@@ -51,7 +52,8 @@ _OPENINGS = ("FLWR_INTERNAL_GRPC_CONTROL_API", "FLWR_INTERNAL_GRPC_FLEET_API")
 def flower_app(folder: Path, secret: bytes) -> FastAPI:
     """Flower's SuperLink with its state in the folder; its tasks are for who has the secret.
 
-    In its other isolation mode Flower ignores the secret and gives a task to whoever asks.
+    In its other isolation mode Flower ignores the secret and gives a task to whoever asks. Raises
+    FedGPTError for a damaged database.
     """
     for name in _OPENINGS:
         os.environ.pop(name, None)
@@ -79,7 +81,13 @@ def flower_app(folder: Path, secret: bytes) -> FastAPI:
         isolation=ISOLATION_MODE_PROCESS,
         runtime_dependency_install=False,
     )
-    return create_app(config, SuperLinkLifespan)
+    try:
+        return create_app(config, SuperLinkLifespan)
+    except SQLAlchemyError as damage:
+        raise FedGPTError(
+            f"{config.database} cannot be used: {damage.__class__.__name__}; move it away, with"
+            " the files beside it of the same name, to begin with a new one"
+        ) from None
 
 
 class Only:

@@ -22,8 +22,8 @@ import signal
 import ssl
 import stat
 import sys
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager
 from dataclasses import dataclass
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
@@ -86,8 +86,9 @@ async def serve(settings: Settings) -> None:
     link_state = app.state.linkstate_factory.state()
     stop_old_runs(link_state)
     sites = Sites(folder, link_state)
-    guard = Guard(app, lambda: sites.keys, Record(_audit(folder)), settings.reply_objects)
     async with AsyncExitStack() as stack:
+        record = Record(stack.enter_context(_audit(folder)))
+        guard = Guard(app, lambda: sites.keys, record, settings.reply_objects)
         state = dict(await stack.enter_async_context(app.router.lifespan_context(app)) or {})
         runtime = inner.runtime_socket()
         control = inner.control_socket(folder / inner.CONTROL_SOCKET)
@@ -103,6 +104,7 @@ async def serve(settings: Settings) -> None:
         list_changed, files_changed = _watch(folder / SITES), _watch(*files)
         while not stop.is_set():
             await _wait(stop)
+            listener.check()
             if starter.poll() is not None:
                 raise FedGPTError(f"flower-superexec ended with exit code {starter.returncode}")
             if list_changed():
@@ -164,17 +166,18 @@ async def _listening(listener: Listener, settings: Settings) -> AsyncIterator[No
         await listener.stop()
 
 
-def _audit(folder: Path) -> Callable[[dict[str, Any]], None]:
+@contextmanager
+def _audit(folder: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
     """A writer of audit.jsonl; older lines move to audit.jsonl.1 and so on, and then go."""
     handler = RotatingFileHandler(
         folder / "audit.jsonl", maxBytes=AUDIT_BYTES, backupCount=AUDIT_FILES, encoding="utf-8"
     )
 
     def write(line: dict[str, Any]) -> None:
-        text = json.dumps(line)
-        handler.handle(logging.makeLogRecord({"msg": "%s", "args": (text,)}))
+        handler.handle(logging.makeLogRecord({"msg": "%s", "args": (json.dumps(line),)}))
 
-    return write
+    with closing(handler):
+        yield write
 
 
 def _watch(*files: Path) -> Callable[[], bool]:

@@ -128,6 +128,12 @@ class Listener:
         self._sockets = await _bound(host, port)
         self._accepting = [asyncio.create_task(self._accept(one)) for one in self._sockets]
 
+    def check(self) -> None:
+        """Raise the error that ended the acceptance of connections, if any."""
+        for task in self._accepting:
+            if task.done():
+                task.result()
+
     async def stop(self) -> None:
         """Accept nothing more, and end all connections."""
         for task in self._accepting:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from base64 import b64encode
 from datetime import UTC, datetime, timedelta
 from itertools import repeat
@@ -616,7 +618,7 @@ def test_objects_that_cannot_be_read_are_refused(data, reason):
 
 def test_what_is_remembered_of_a_node_is_bounded(fleet):
     north, _ = fleet.sites
-    node = exchange.Exchange("north", 64, exchange.Repeats())
+    node = exchange.Exchange(64, exchange.Repeats())
     response = PullMessagesResponse()
     for number in range(1000):
         response.message_object_trees.add(object_id=f"{number:064d}")
@@ -638,11 +640,40 @@ def test_what_is_remembered_of_a_node_is_bounded(fleet):
 def test_a_node_that_is_away_is_forgotten(fleet, monkeypatch):
     north, south = fleet.sites
     assert set(fleet.guard._nodes) == {north.public, south.public}
-    monkeypatch.setattr(guard, "AWAY_SECONDS", 0.0)
-    other = Site("west")
-    fleet.approved["west"] = other.public
-    fleet.pull_as = fleet.ask("pull-messages", PullMessagesRequest(), other)
-    assert set(fleet.guard._nodes) == {other.public}
+    for node in fleet.guard._nodes.values():
+        node.seen -= 2 * exchange.AWAY_SECONDS
+    assert fleet.pull(north).status == 200  # nobody looks yet
+    fleet.guard._looked -= 2 * guard.LOOK_SECONDS
+    assert fleet.pull(north).status == 200
+    assert set(fleet.guard._nodes) == {north.public}
+
+
+def test_a_body_that_stops_or_never_ends_is_refused(fleet, monkeypatch):
+    north, _ = fleet.sites
+    raw = [(name.encode(), value.encode()) for name, value in north.headers().items()]
+    raw += [(b"content-type", PROTOBUF), (b"transfer-encoding", b"chunked")]
+
+    async def ask(pause: float) -> float:
+        begin, events = time.monotonic(), []
+
+        async def receive():
+            await asyncio.sleep(pause)
+            return {"type": "http.request", "body": b"a", "more_body": True}
+
+        async def send(event):
+            events.append(event)
+
+        path = "/v1/fleet/push-object"
+        scope = {"type": "http", "path": path, "method": "POST", "headers": raw}
+        await fleet.guard(scope, receive, send)
+        assert events[0]["status"] == 408
+        return time.monotonic() - begin
+
+    monkeypatch.setattr(guard, "PAUSE_SECONDS", 0.2)
+    monkeypatch.setattr(guard, "BODY_SECONDS", 0.6)
+    assert asyncio.run(ask(60)) < 0.6  # nothing comes
+    assert asyncio.run(ask(0.05)) >= 0.6  # a byte now and then
+    assert fleet.guard._nodes[north.public].in_flight == 0
 
 
 # how often
@@ -660,11 +691,20 @@ def test_a_node_that_asks_too_much_gets_503_and_the_other_is_served(fleet, monke
 
 
 def test_an_honest_node_is_never_held_up(fleet):
-    """20 polls a second and 30 uploads a second, for a minute."""
-    bucket = limits.Bucket(exchange.REQUESTS_PER_SECOND, exchange.REQUESTS)
-    bucket._time -= 60
-    assert bucket.left() >= exchange.REQUESTS
-    assert exchange.REQUESTS_PER_SECOND >= 20 + 2 * 64
+    """A message each way of the most objects at once, and then 160 requests a second for 10 min."""
+    node = exchange.Exchange(256, exchange.Repeats())
+    for _ in range(2 * 256):
+        node.enter()
+        node.in_flight -= 1
+    for _ in range(600):
+        node._bucket._time -= 1.0
+        for _ in range(160):
+            node.enter()
+            node.in_flight -= 1
+    for _ in range(exchange.IN_FLIGHT):
+        node.enter()
+    with pytest.raises(limits.Refused):
+        node.enter()
 
 
 def test_an_address_that_is_refused_too_often_gets_503_but_not_its_neighbours(fleet):
