@@ -197,7 +197,8 @@ async def superexec(folder: Path, port: int, secret: bytes) -> AsyncIterator[Pop
     with os.fdopen(descriptor, "wb") as stream:
         stream.write(secret)
     command = ["flower-superexec", "--insecure", "--runtime-api-address", f"{_LOOPBACK}:{port}"]
-    command += ["--superexec-auth-secret-file", str(path)]
+    # its own watch, should the keeper be killed; it is slower
+    command += ["--parent-pid", str(os.getpid()), "--superexec-auth-secret-file", str(path)]
     # Flower starts its own programs by name: those beside this interpreter come first
     programs = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     process = subprocess.Popen(

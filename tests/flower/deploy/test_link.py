@@ -183,6 +183,12 @@ def lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def name(pid: int) -> str:
+    """The program of a process, or the script that it runs."""
+    words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+    return Path(words[1 if Path(words[0]).name.startswith("python") else 0]).name
+
+
 def alive(pids: list[int]) -> list[int]:
     """Those of the processes that still run."""
     return [
@@ -220,16 +226,18 @@ def test_a_stock_node_works_and_goes_on_after_the_link_was_killed_in_a_run(serve
 
 
 def test_a_link_that_is_stopped_or_cannot_go_on_leaves_nothing_behind(server, tmp_path):
-    """In a run: stopped, and with its starter of ServerApps killed."""
+    """In a run: stopped, and with flower-superexec killed, which starts ServerApps."""
     out = tmp_path / "out.jsonl"
-    for way in ("stop", "kill the starter"):
+    for way in ("stop", "kill"):
         server.submit(out, rounds=1000)
         wait_until(lambda: len(lines(out)) > 0, LONG)
         children = _descendants(server.process.pid)
         if way == "stop":
             assert server.stop() == 0
         else:
-            os.kill(children[0], signal.SIGKILL)
+            os.kill(
+                next(pid for pid in children if name(pid) == "flower-superexec"), signal.SIGKILL
+            )
             assert server.process.wait(60) == 1
             assert "flower-superexec ended" in server.log()
         wait_until(lambda pids=children: not alive(pids), 15)
