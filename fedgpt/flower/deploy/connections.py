@@ -32,10 +32,12 @@ class Connection:
     transport: asyncio.Transport | None = None  # from then on
 
     def authenticated(self, key: bytes) -> None:
-        """A request on this connection was signed with an approved key."""
+        """A request on this connection was signed with an approved key.
+
+        Raises Refused (503) where the node has its connections already.
+        """
         if self.key is None:
-            self.key = key
-            self.places.known(self)
+            self.places.known(self, key)
 
     def refused(self, refused: Refused) -> None:
         """Record why it is refused or ended."""
@@ -86,16 +88,13 @@ class Connections:
         self._strangers[connection] = None
         return True
 
-    def known(self, connection: Connection) -> None:
-        """A stranger turned out to be a node."""
-        assert connection.key is not None
+    def known(self, connection: Connection, key: bytes) -> None:
+        """A stranger turned out to be a node; raises Refused (503) if the node has enough."""
+        own = self._nodes.setdefault(key, {})
+        if len(own) >= OF_NODE:
+            raise Refused(503, "connections", "the node has too many connections")
         self._strangers.pop(connection, None)
-        own = self._nodes.setdefault(connection.key, {})
-        own[connection] = None
-        if len(own) > OF_NODE:
-            oldest = next(iter(own))
-            oldest.refused(Refused(0, "connections", "a node has too many connections"))
-            oldest.reset()
+        connection.key, own[connection] = key, None
 
     def forget(self, connection: Connection) -> None:
         """Count a connection no more."""

@@ -10,9 +10,12 @@ the link, and the continued run sends the job again.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections import OrderedDict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +37,7 @@ IN_FLIGHT = 8  # requests of a node at the same time; Flower's own node has at m
 # Requests of a node: so many a second, and at once so many and a message each way. A node that
 # polls 20 times a second and moves 2 objects at a time stays below.
 REQUESTS_PER_SECOND, REQUESTS = 200.0, 1000
+WAIT_SECONDS = 1.0  # for which a request above these limits waits before it is refused
 
 
 @dataclass
@@ -70,18 +74,34 @@ class Exchange:
     """The messages and uploads of one node, and how much it asks for."""
 
     def __init__(self, reply_objects: int, repeats: Repeats):
-        self.seen, self.in_flight = time.monotonic(), 0
+        self.seen, self._slots = time.monotonic(), asyncio.Semaphore(IN_FLIGHT)
         self._most, self._repeats = reply_objects, repeats
         self._bucket = Bucket(REQUESTS_PER_SECOND, REQUESTS + 2 * reply_objects)
         self._handed: OrderedDict[str, frozenset[str]] = OrderedDict()
         self._uploads: OrderedDict[str, _Upload] = OrderedDict()
 
-    def enter(self) -> None:
-        """Count a request; raises Refused (503) where the node asks for too much at once."""
+    @asynccontextmanager
+    async def request(self) -> AsyncIterator[None]:
+        """A request of the node; raises Refused (503) where it asks for too much for a while.
+
+        A request above the limits waits, so that a node that floods the server is as slow as the
+        limits are, and an honest one that is above them for a moment does not notice.
+        """
         self.seen = time.monotonic()
-        if self.in_flight >= IN_FLIGHT or not self._bucket.take():
-            raise Refused(503, "rate", "the node sends too many requests")
-        self.in_flight += 1
+        try:
+            async with asyncio.timeout(WAIT_SECONDS):
+                await self._slots.acquire()
+        except TimeoutError:
+            raise Refused(503, "rate", "the node sends too many requests at a time") from None
+        try:
+            deadline = time.monotonic() + WAIT_SECONDS
+            while not self._bucket.take():
+                if time.monotonic() > deadline:
+                    raise Refused(503, "rate", "the node sends too many requests")
+                await asyncio.sleep(WAIT_SECONDS / 20)
+            yield
+        finally:
+            self._slots.release()
 
     def check(self, what: str, request: Any) -> None:
         """Raise Refused where the node must not send this request of Flower's fleet protocol."""

@@ -10,8 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from typing import Any
 
 from flwr.proto.fleet_pb2 import PullMessagesResponse, PushMessagesResponse
@@ -78,7 +77,8 @@ class Guard:
             self.addresses.known(address)
             if (connection := scope.get("state", {}).get("connection")) is not None:
                 connection.authenticated(key)
-            with self._entered(key) as node:
+            node = self._node(key)
+            async with node.request():
                 body = await read_body(receive, PATHS[what])
                 request = parsed(what, body)
                 node.check(what, request)
@@ -88,20 +88,15 @@ class Guard:
             self.record.add(refused, address, name, scope["path"])
             if name is None and not self.addresses.refused(address):
                 refused = Refused(503, "rate", "too many refused requests from this address")
-            await _answer(send, refused, what)
+            await _answer(send, refused, what, close=name is None or refused.reason != "rate")
 
-    @contextmanager
-    def _entered(self, key: bytes) -> Iterator[Exchange]:
-        """The node with this key, while it has one more request."""
+    def _node(self, key: bytes) -> Exchange:
+        """The node with this key."""
         self._forget()
         node = self._nodes.get(key)
         if node is None:
             node = self._nodes[key] = Exchange(self._most, self._repeats)
-        node.enter()
-        try:
-            yield node
-        finally:
-            node.in_flight -= 1
+        return node
 
     def _forget(self) -> None:
         """Forget nodes that are away; what they had announced is over at Flower's, too."""
@@ -110,7 +105,7 @@ class Guard:
             return
         self._looked = now
         for key, node in list(self._nodes.items()):
-            if not node.in_flight and now - node.seen > AWAY_SECONDS:
+            if now - node.seen > AWAY_SECONDS:
                 del self._nodes[key]
 
 
@@ -222,8 +217,8 @@ def _noting(node: Exchange, what: str, request: Message, send: Send) -> Send:
     return noting
 
 
-async def _answer(send: Send, refused: Refused, what: str) -> None:
-    """Answer a refused request, and close its connection."""
+async def _answer(send: Send, refused: Refused, what: str, close: bool) -> None:
+    """Answer a refused request, and close its connection; a new one would cost more."""
     status, code = refused.status, refused.status
     if status == 401 and what == "activate-node":
         # as Flower answers an unknown key: a stock node prints the reason of this one, and ends
@@ -233,7 +228,7 @@ async def _answer(send: Send, refused: Refused, what: str) -> None:
         code = int(ApiErrorCode.FLEET_SUPERNODE_REGISTRATION_DISABLED)
     detail = f"{refused.reason}: {refused.detail}"
     body = json.dumps({"code": code, "detail": detail}).encode()
-    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-    headers.append((b"content-length", str(len(body)).encode()))
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    headers += [(b"connection", b"close")] if close else []
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})

@@ -673,38 +673,70 @@ def test_a_body_that_stops_or_never_ends_is_refused(fleet, monkeypatch):
     monkeypatch.setattr(guard, "BODY_SECONDS", 0.6)
     assert asyncio.run(ask(60)) < 0.6  # nothing comes
     assert asyncio.run(ask(0.05)) >= 0.6  # a byte now and then
-    assert fleet.guard._nodes[north.public].in_flight == 0
+    assert fleet.guard._nodes[north.public]._slots._value == exchange.IN_FLIGHT
 
 
 # how often
 
 
-def test_a_node_that_asks_too_much_gets_503_and_the_other_is_served(fleet, monkeypatch):
+def test_a_node_that_asks_too_much_waits_gets_503_and_the_other_is_served(fleet, monkeypatch):
     monkeypatch.setattr(exchange, "REQUESTS", -98)  # and 128 for a message of 64 objects each way
     monkeypatch.setattr(exchange, "REQUESTS_PER_SECOND", 0.1)
+    monkeypatch.setattr(exchange, "WAIT_SECONDS", 0.1)
     fleet.guard._nodes.clear()
     north, south = fleet.sites
-    statuses = [fleet.pull(north).status for _ in range(40)]
-    assert statuses == [200] * 30 + [503] * 10
+    statuses = [fleet.pull(north).status for _ in range(30)]
+    begin = time.monotonic()
+    refused = [fleet.pull(north) for _ in range(5)]
+    assert statuses == [200] * 30 and {answer.status for answer in refused} == {503}
+    assert time.monotonic() - begin >= 0.5
+    # the connection stays: a new one would cost more
+    assert {answer.headers.get("connection") for answer in refused} == {None}
     assert fleet.pull(south).status == 200
-    assert fleet.lines[-1]["reason"] == "rate" and fleet.guard.record.counts["rate"] == 10
+    assert fleet.lines[-1]["reason"] == "rate" and fleet.guard.record.counts["rate"] == 5
 
 
-def test_an_honest_node_is_never_held_up(fleet):
+def test_a_node_has_a_number_of_requests_at_a_time_and_others_wait(monkeypatch):
+    monkeypatch.setattr(exchange, "WAIT_SECONDS", 0.2)
+    under_way, most = 0, 0
+
+    async def ask(node: exchange.Exchange, seconds: float) -> bool:
+        nonlocal under_way, most
+        try:
+            async with node.request():
+                under_way += 1
+                most = max(most, under_way)
+                await asyncio.sleep(seconds)
+                under_way -= 1
+        except limits.Refused as refused:
+            assert refused.status == 503
+            return False
+        return True
+
+    async def ask_all(count: int, seconds: float) -> list[bool]:
+        node = exchange.Exchange(64, exchange.Repeats())
+        done = await asyncio.gather(*(ask(node, seconds) for _ in range(count)))
+        assert await ask(node, 0)  # nothing is left over
+        return done
+
+    limit = exchange.IN_FLIGHT
+    assert asyncio.run(ask_all(3 * limit, 0.01)) == [True] * 3 * limit and most == limit
+    assert asyncio.run(ask_all(2 * limit, 1.0)) == [True] * limit + [False] * limit
+
+
+def test_an_honest_node_is_never_held_up():
     """A message each way of the most objects at once, and then 160 requests a second for 10 min."""
-    node = exchange.Exchange(256, exchange.Repeats())
-    for _ in range(2 * 256):
-        node.enter()
-        node.in_flight -= 1
-    for _ in range(600):
-        node._bucket._time -= 1.0
-        for _ in range(160):
-            node.enter()
-            node.in_flight -= 1
-    for _ in range(exchange.IN_FLIGHT):
-        node.enter()
-    with pytest.raises(limits.Refused):
-        node.enter()
+
+    async def work() -> None:
+        node, begin = exchange.Exchange(256, exchange.Repeats()), time.monotonic()
+        for seconds in range(600):
+            for _ in range(2 * 256 if seconds == 0 else 160):
+                async with node.request():
+                    pass
+            node._bucket._time -= 1.0
+        assert node._bucket.left() >= exchange.REQUESTS - 600 and time.monotonic() - begin < 60
+
+    asyncio.run(work())
 
 
 def test_an_address_that_is_refused_too_often_gets_503_but_not_its_neighbours(fleet):

@@ -19,6 +19,7 @@ from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse
 from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from support.link import PROTOBUF, Fleet, Site, free_port, server_folder, write_certificates
+from support.world import wait_until
 
 from fedgpt.flower.deploy import connections, listener
 from fedgpt.flower.deploy.guard import Guard
@@ -212,10 +213,14 @@ def test_an_ended_stranger_gets_a_reset_because_a_stock_node_does_not_retry_an_e
 def test_a_node_has_a_number_of_connections(port):
     north, south = port.fleet.sites
     with ExitStack() as stack:
-        clients = [stack.enter_context(port.client()) for _ in range(connections.OF_NODE + 3)]
-        assert {port.pull(client, north) for client in clients} == {200}
+        most = connections.OF_NODE
+        clients = [stack.enter_context(port.client()) for _ in range(most + 3)]
+        assert [port.pull(one, north) for one in clients] == [200] * most + [503] * 3
         assert port.pull(stack.enter_context(port.client()), south) == 200
-        assert len(port.listener._places.every()) == connections.OF_NODE + 1
+        assert [port.pull(one, north) for one in clients[:most]] == [200] * most
+        clients[0].close()
+        wait_until(lambda: len(port.listener._places.every()) == most)
+        assert port.pull(clients[-1], north) == 200
     assert port.reasons() == ["connections"] * 3
 
 
