@@ -118,11 +118,12 @@ def test_flower_s_former_servers_stay_closed(tmp_path, monkeypatch):
         monkeypatch.setenv(name, "1")
     app = inner.flower_app(tmp_path, b"x")
 
-    async def live() -> int:
+    async def check() -> None:
         async with app.router.lifespan_context(app):
-            return len(app.state.superlink_lifespan.grpc_servers)
+            lifespan = app.state.superlink_lifespan
+            assert lifespan.grpc_servers == [] and lifespan.superexec_process is None
 
-    assert asyncio.run(live()) == 0
+    asyncio.run(check())
     assert app.state.enable_supernode_auth and app.state.superexec_auth_secret == b"x"
 
 
