@@ -82,6 +82,9 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     folder, secret = settings.folder, secrets.token_bytes(_SECRET_BYTES)
+    files = folder / CERTIFICATE, folder / KEY
+    # before the files are read, so that no change is missed
+    list_changed, files_changed = _watch(folder / SITES), _watch(*files)
     app = inner.flower_app(folder, secret)
     link_state = app.state.linkstate_factory.state()
     stop_old_runs(link_state)
@@ -97,11 +100,9 @@ async def serve(settings: Settings) -> None:
             await stack.enter_async_context(inner.served(inner.Only(app, paths), one, state))
         port = runtime.getsockname()[1]
         starter = await stack.enter_async_context(inner.superexec(folder, port, secret))
-        files = folder / CERTIFICATE, folder / KEY
-        listener = Listener(guard, str(files[0]), str(files[1]), state)
+        listener = _new_listener(guard, files, state)
         await stack.enter_async_context(_listening(listener, settings))
         print(f"link: port {listener.port}, {len(sites.keys)} approved sites", flush=True)
-        list_changed, files_changed = _watch(folder / SITES), _watch(*files)
         while not stop.is_set():
             await _wait(stop)
             listener.check()
@@ -195,6 +196,13 @@ def _watch(*files: Path) -> Callable[[], bool]:
         return last != before
 
     return changed
+
+
+def _new_listener(guard: Guard, files: tuple[Path, Path], state: dict[str, Any]) -> Listener:
+    try:
+        return Listener(guard, str(files[0]), str(files[1]), state)
+    except OSError as error:
+        raise FedGPTError(f"{files[0]} and {files[1].name} cannot be used: {error}") from None
 
 
 def _renew(listener: Listener) -> None:

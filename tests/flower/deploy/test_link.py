@@ -442,6 +442,10 @@ def test_one_link_runs_in_a_folder_and_a_wrong_folder_is_refused(server, tmp_pat
     (wide / "server.json").write_text(json.dumps({"port": server.port}))
     code, said = run(str(wide), "--host", "127.0.0.1")
     assert code == 1 and f"port {server.port}" in said and "Traceback" not in said
+    (wide / "server.key").write_text("no key")
+    code, said = run(str(wide))
+    assert code == 1 and "server.pem and server.key cannot be used" in said
+    assert "Traceback" not in said
     (wide / "sites.json").write_text("{}")
     code, said = run(str(wide))
     assert code == 1 and "sites.json is damaged" in said
