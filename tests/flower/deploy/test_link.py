@@ -28,6 +28,7 @@ from support.link import PROTOBUF, Site, free_port, server_folder, write_sites
 from support.users import NOBODY
 from support.world import wait_until
 
+from fedgpt.flower.deploy import link
 from fedgpt.flower.deploy.inner import control_client
 from fedgpt.flower.processes import _descendants, child
 
@@ -368,9 +369,9 @@ def ended(one: socket.socket) -> bool:
 def loopback_ports(server: Server) -> set[int]:
     """Ports on which the link listens."""
     inodes = set()
-    for link in Path(f"/proc/{server.process.pid}/fd").iterdir():
+    for open_file in Path(f"/proc/{server.process.pid}/fd").iterdir():
         try:
-            inodes.add(str(link.readlink()).removeprefix("socket:[").removesuffix("]"))
+            inodes.add(str(open_file.readlink()).removeprefix("socket:[").removesuffix("]"))
         except OSError:
             continue
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
@@ -424,11 +425,10 @@ def test_control_and_runtime_are_closed_from_outside_and_to_other_users(server):
             assert other.stdout.decode().strip() == said
 
 
-def test_one_link_runs_in_a_folder_and_a_wrong_folder_is_refused(server, tmp_path):
+def test_one_link_runs_in_a_folder_and_a_wrong_folder_is_refused(server, tmp_path, capfd):
     def run(*arguments: str) -> tuple[int, str]:
-        command = [sys.executable, "-m", "fedgpt.flower.deploy.link", *arguments]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=LONG, check=False)
-        return done.returncode, done.stderr
+        code = link.main(arguments)
+        return code, capfd.readouterr().err
 
     assert "another link runs" in run(str(server.folder))[1]
     code, said = run(str(tmp_path / "none"))
