@@ -1,1 +1,1 @@
-"""Server and clients on machines of their own."""
+"""Server and clients on machines of their own: keys, the server's link and its guard, clients."""

@@ -1,0 +1,224 @@
+"""The server's link: Flower's SuperLink behind its guard, in one process with three listeners.
+
+    python -m fedgpt.flower.deploy.link DIR
+
+| listener | who | what |
+|---|---|---|
+| the port in DIR/server.json, TLS | everybody | the guard: ten fleet paths, approved sites |
+| a loopback port | this user's processes | /v1/runtime/, with Flower's secret or a task's token |
+| DIR/control.sock | this user | /v1/control/ and /health |
+
+Nothing depends on the address of a peer: behind a proxy on this machine all have the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import secrets
+import signal
+import ssl
+import stat
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, closing, contextmanager
+from dataclasses import dataclass
+from logging.handlers import RotatingFileHandler
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from flwr.server.superlink.linkstate import LinkState
+
+from fedgpt.core.errors import ConfigError, FedGPTError
+from fedgpt.core.files import read_json
+from fedgpt.flower.deploy import inner
+from fedgpt.flower.deploy.guard import Guard
+from fedgpt.flower.deploy.limits import Record
+from fedgpt.flower.deploy.listener import Listener
+from fedgpt.flower.deploy.registration import SITES, approved_sites, register, stop_old_runs
+
+POLL_SECONDS = 1.0  # between two looks at the list of sites, the certificate and the child
+REPLY_OBJECTS = 256  # of a reply; an update of 124 million float32 numbers has about 120
+AUDIT_BYTES, AUDIT_FILES = 16 << 20, 3  # size of audit.jsonl, and how many older ones are kept
+CERTIFICATE, KEY = "server.pem", "server.key"
+_SECRET_BYTES = 32
+_LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A server's folder, where it listens, and the most objects of a reply."""
+
+    folder: Path
+    host: str | None  # None: all addresses of this machine
+    port: int
+    reply_objects: int = REPLY_OBJECTS
+
+
+class Sites:
+    """The sites that are approved now: those of the list, and the nodes of the link state."""
+
+    def __init__(self, folder: Path, state: LinkState):
+        self.folder, self._state = folder, state
+        self.keys = approved_sites(folder)
+        register(state, self.keys)
+
+    def reload(self) -> None:
+        """Take over a changed list; a damaged one changes nothing and is logged."""
+        try:
+            self.keys = approved_sites(self.folder)  # from here on a revoked site is refused
+        except FedGPTError as damage:
+            _LOG.error("%s; the sites stay as they were", damage)
+            return
+        register(self._state, self.keys)
+
+
+async def serve(settings: Settings) -> None:
+    """Run the link until SIGTERM or SIGINT; raises FedGPTError where it cannot go on."""
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    folder, secret = settings.folder, secrets.token_bytes(_SECRET_BYTES)
+    files = folder / CERTIFICATE, folder / KEY
+    # before the files are read, so that no change is missed
+    list_changed, files_changed = _watch(folder / SITES), _watch(*files)
+    app = inner.flower_app(folder, secret)
+    link_state = app.state.linkstate_factory.state()
+    stop_old_runs(link_state)
+    sites = Sites(folder, link_state)
+    async with AsyncExitStack() as stack:
+        record = Record(stack.enter_context(_audit(folder)))
+        guard = Guard(app, lambda: sites.keys, record, settings.reply_objects)
+        state = dict(await stack.enter_async_context(app.router.lifespan_context(app)) or {})
+        runtime = inner.runtime_socket()
+        control = inner.control_socket(folder / inner.CONTROL_SOCKET)
+        stack.callback((folder / inner.CONTROL_SOCKET).unlink, missing_ok=True)
+        for paths, one in ((inner.RUNTIME, runtime), (inner.CONTROL, control)):
+            await stack.enter_async_context(inner.served(inner.Only(app, paths), one, state))
+        port = runtime.getsockname()[1]
+        starter = await stack.enter_async_context(inner.superexec(folder, port, secret))
+        listener = _new_listener(guard, files, state)
+        await stack.enter_async_context(_listening(listener, settings))
+        print(f"link: port {listener.port}, {len(sites.keys)} approved sites", flush=True)
+        while not stop.is_set():
+            await _wait(stop)
+            listener.check()
+            if starter.poll() is not None:
+                raise FedGPTError(f"flower-superexec ended with exit code {starter.returncode}")
+            if list_changed():
+                await asyncio.to_thread(sites.reload)
+            if files_changed():
+                _renew(listener)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the link of a server's folder; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m fedgpt.flower.deploy.link")
+    parser.add_argument("folder", metavar="DIR", help="a server's folder (fedgpt keys init DIR)")
+    parser.add_argument("--host", help="listen on this address only, such as behind a proxy")
+    parser.add_argument(
+        "--reply-objects",
+        type=int,
+        default=REPLY_OBJECTS,
+        help=f"most objects (5 MiB) of a client's reply (default {REPLY_OBJECTS})",
+    )
+    given = parser.parse_args(arguments)
+    try:
+        settings = checked_settings(Path(given.folder), given.host, given.reply_objects)
+        with FileLock(settings.folder / "link.lock", timeout=0):
+            asyncio.run(serve(settings))
+    except Timeout:
+        print(f"fedgpt: another link runs in {given.folder}", file=sys.stderr)
+        return 1
+    except FedGPTError as error:
+        print(f"fedgpt: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
+
+
+def checked_settings(folder: Path, host: str | None, reply_objects: int) -> Settings:
+    """The settings of a server's folder; raises ConfigError, FedGPTError."""
+    if reply_objects < 1:
+        raise ConfigError(f"--reply-objects={reply_objects}: must be at least 1")
+    if not folder.is_dir():
+        raise ConfigError(f"DIR={folder}: no such folder; make one: fedgpt keys init {folder}")
+    folder = folder.absolute()
+    if stat.S_IMODE(folder.stat().st_mode) & 0o077:
+        raise ConfigError(f"DIR={folder}: other users may open it; allow only yours: chmod 700")
+    port = read_json(folder / "server.json").get("port")
+    if not isinstance(port, int) or not 0 <= port < 1 << 16:
+        raise FedGPTError(f"{folder / 'server.json'}: port={port!r}, must be from 1 to 65535")
+    return Settings(folder, host, port, reply_objects)
+
+
+@asynccontextmanager
+async def _listening(listener: Listener, settings: Settings) -> AsyncIterator[None]:
+    try:
+        await listener.start(settings.host, settings.port)
+    except OSError as error:
+        where = f"{settings.host or 'all addresses'}, port {settings.port}"
+        raise FedGPTError(f"cannot listen on {where}: {error.strerror}") from None
+    try:
+        yield
+    finally:
+        await listener.stop()
+
+
+@contextmanager
+def _audit(folder: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """A writer of audit.jsonl; older lines move to audit.jsonl.1 and so on, and then go."""
+    handler = RotatingFileHandler(
+        folder / "audit.jsonl", maxBytes=AUDIT_BYTES, backupCount=AUDIT_FILES, encoding="utf-8"
+    )
+
+    def write(line: dict[str, Any]) -> None:
+        handler.handle(logging.makeLogRecord({"msg": "%s", "args": (json.dumps(line),)}))
+
+    with closing(handler):
+        yield write
+
+
+def _watch(*files: Path) -> Callable[[], bool]:
+    """A function that tells whether one of the files was replaced since it was last called."""
+
+    def state() -> list[tuple[int, int]]:
+        found = [path.stat() for path in files if path.exists()]
+        return [(one.st_mtime_ns, one.st_ino) for one in found]
+
+    last = state()
+
+    def changed() -> bool:
+        nonlocal last
+        before, last = last, state()
+        return last != before
+
+    return changed
+
+
+def _new_listener(guard: Guard, files: tuple[Path, Path], state: dict[str, Any]) -> Listener:
+    try:
+        return Listener(guard, str(files[0]), str(files[1]), state)
+    except OSError as error:
+        raise FedGPTError(f"{files[0]} and {files[1].name} cannot be used: {error}") from None
+
+
+def _renew(listener: Listener) -> None:
+    try:
+        listener.load_certificate()
+    except (ssl.SSLError, OSError) as error:
+        _LOG.error("the new certificate cannot be used: %s; the old one stays", error)
+
+
+async def _wait(stop: asyncio.Event) -> None:
+    try:
+        async with asyncio.timeout(POLL_SECONDS):
+            await stop.wait()
+    except TimeoutError:
+        pass
+
+
+if __name__ == "__main__":
+    sys.exit(main())

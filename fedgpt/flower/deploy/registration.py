@@ -1,0 +1,84 @@
+"""The approved sites of a server's folder, as nodes of Flower's link state.
+
+A node keeps its id for as long as its key is approved, over restarts of the link too, because the
+link state is a file. A revoked key is unregistered and cannot come back: a site makes a new one.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cryptography.hazmat.primitives.asymmetric import ec
+from flwr.common.constant import (
+    HEARTBEAT_DEFAULT_INTERVAL,
+    NOOP_ACCOUNT_NAME,
+    NOOP_FLWR_AID,
+    Status,
+)
+from flwr.server.superlink.linkstate import LinkState
+from flwr.supercore.constant import NodeStatus
+from flwr.supercore.primitives.asymmetric import bytes_to_public_key, public_key_to_bytes
+
+from fedgpt.core.errors import FedGPTError
+from fedgpt.core.files import read_json
+
+SITES = "sites.json"
+_REGISTERED = (NodeStatus.REGISTERED, NodeStatus.ONLINE, NodeStatus.OFFLINE)
+_LOG = logging.getLogger(__name__)
+
+
+def approved_sites(folder: Path) -> dict[str, bytes]:
+    """The public keys of the sites that are approved and not revoked, as Flower writes them.
+
+    Raises FedGPTError for a list that cannot be read.
+    """
+    path = folder / SITES
+    try:
+        sites = read_json(path)["sites"]
+        return {
+            name: _canonical(name, site["public_key"], path)
+            for name, site in sites.items()
+            if site["revoked"] is None
+        }
+    except (KeyError, TypeError, AttributeError) as damage:
+        raise FedGPTError(f"{path} is damaged: {damage!r}") from None
+
+
+def register(state: LinkState, sites: Mapping[str, bytes]) -> None:
+    """Make the registered nodes those of `sites`; raises nothing for a key that was revoked."""
+    nodes = {node.public_key: node for node in state.get_node_info(statuses=_REGISTERED)}
+    approved = set(sites.values())
+    for key, node in nodes.items():
+        if key not in approved:
+            state.delete_node(node.owner_aid, node.node_id)
+    for name, key in sites.items():
+        if key in nodes:
+            continue
+        try:
+            state.create_node(
+                NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, HEARTBEAT_DEFAULT_INTERVAL, name=name
+            )
+        except ValueError:
+            _LOG.error("the key of site %s was revoked before; the site must make a new one", name)
+
+
+def stop_old_runs(state: LinkState) -> None:
+    """Stop runs that a former link had started: their ServerApp ended with it.
+
+    A node that works for one is told so at its next request; else it would be after a minute.
+    """
+    for run in state.get_run_info(statuses=[Status.STARTING, Status.RUNNING]):
+        state.stop_run(run.run_id)
+
+
+def _canonical(name: str, text: Any, path: Path) -> bytes:
+    try:
+        key = bytes_to_public_key(text.encode("ascii"))
+    except (ValueError, AttributeError):
+        raise FedGPTError(f"{path}: the public key of {name} is damaged") from None
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise FedGPTError(f"{path}: the public key of {name} is not of an elliptic curve")
+    return public_key_to_bytes(key)
