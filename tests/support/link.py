@@ -81,7 +81,8 @@ def server_folder(
     folder: Path, sites: Iterable[Site], names: Iterable[str] = ("127.0.0.1",)
 ) -> int:
     """Write a server's folder as `fedgpt keys init` and `approve` do; its port."""
-    folder.mkdir(mode=0o700, exist_ok=True)
+    folder.mkdir(exist_ok=True)
+    folder.chmod(0o700)
     write_certificates(folder, names)
     port = free_port()
     (folder / "server.json").write_text(
@@ -104,6 +105,7 @@ def write_sites(folder: Path, sites: Iterable[Site], revoked: Iterable[Site] = (
     }
     beside = folder / "sites.json.new"
     beside.write_text(json.dumps({"format": 1, "sites": entry}))
+    beside.chmod(0o600)
     beside.replace(folder / "sites.json")
 
 

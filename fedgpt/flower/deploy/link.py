@@ -35,10 +35,12 @@ from flwr.server.superlink.linkstate import LinkState
 from fedgpt.core.errors import ConfigError, FedGPTError
 from fedgpt.core.files import read_json
 from fedgpt.flower.deploy import inner
+from fedgpt.flower.deploy.folder import SITES
 from fedgpt.flower.deploy.guard import Guard
+from fedgpt.flower.deploy.keys import sites as approved_sites
 from fedgpt.flower.deploy.limits import Record
 from fedgpt.flower.deploy.listener import Listener
-from fedgpt.flower.deploy.registration import SITES, approved_sites, register, stop_old_runs
+from fedgpt.flower.deploy.registration import register, stop_old_runs
 
 POLL_SECONDS = 1.0  # between two looks at the list of sites, the certificate and the child
 REPLY_OBJECTS = 256  # of a reply; an update of 124 million float32 numbers has about 120

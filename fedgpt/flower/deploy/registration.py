@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
-from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.common.constant import (
     HEARTBEAT_DEFAULT_INTERVAL,
     NOOP_ACCOUNT_NAME,
@@ -20,31 +17,9 @@ from flwr.common.constant import (
 )
 from flwr.server.superlink.linkstate import LinkState
 from flwr.supercore.constant import NodeStatus
-from flwr.supercore.primitives.asymmetric import bytes_to_public_key, public_key_to_bytes
 
-from fedgpt.core.errors import FedGPTError
-from fedgpt.core.files import read_json
-
-SITES = "sites.json"
 _REGISTERED = (NodeStatus.REGISTERED, NodeStatus.ONLINE, NodeStatus.OFFLINE)
 _LOG = logging.getLogger(__name__)
-
-
-def approved_sites(folder: Path) -> dict[str, bytes]:
-    """The public keys of the sites that are approved and not revoked, as Flower writes them.
-
-    Raises FedGPTError for a list that cannot be read.
-    """
-    path = folder / SITES
-    try:
-        sites = read_json(path)["sites"]
-        return {
-            name: _canonical(name, site["public_key"], path)
-            for name, site in sites.items()
-            if site["revoked"] is None
-        }
-    except (KeyError, TypeError, AttributeError) as damage:
-        raise FedGPTError(f"{path} is damaged: {damage!r}") from None
 
 
 def register(state: LinkState, sites: Mapping[str, bytes]) -> None:
@@ -72,13 +47,3 @@ def stop_old_runs(state: LinkState) -> None:
     """
     for run in state.get_run_info(statuses=[Status.STARTING, Status.RUNNING]):
         state.stop_run(run.run_id)
-
-
-def _canonical(name: str, text: Any, path: Path) -> bytes:
-    try:
-        key = bytes_to_public_key(text.encode("ascii"))
-    except (ValueError, AttributeError):
-        raise FedGPTError(f"{path}: the public key of {name} is damaged") from None
-    if not isinstance(key, ec.EllipticCurvePublicKey):
-        raise FedGPTError(f"{path}: the public key of {name} is not of an elliptic curve")
-    return public_key_to_bytes(key)

@@ -14,8 +14,9 @@ from support.link import Fleet, Site, call, server_folder, write_sites
 
 from fedgpt.core.errors import FedGPTError
 from fedgpt.flower.deploy import inner
+from fedgpt.flower.deploy.keys import sites as approved_sites
 from fedgpt.flower.deploy.link import Sites
-from fedgpt.flower.deploy.registration import approved_sites, register, stop_old_runs
+from fedgpt.flower.deploy.registration import register, stop_old_runs
 
 
 @pytest.fixture(scope="module")
@@ -57,19 +58,23 @@ def test_a_site_keeps_its_node_and_a_revoked_one_is_unregistered_for_good(fleet,
 
 
 def bad_lists(site: Site) -> dict[str, str]:
-    entry = {"public_key": site.public.decode(), "approved": "2026", "revoked": None}
+    entry = {
+        "public_key": site.public.decode(),
+        "approved": "2026-01-01T00:00:00+00:00",
+        "revoked": None,
+    }
     return {
         "no JSON": "{",
         "empty": "",
         "no mapping": "[]",
-        "no sites": "{}",
-        "sites are a list": '{"sites": []}',
-        "no key": json.dumps({"sites": {"a": {"revoked": None}}}),
-        "no word of revocation": json.dumps({"sites": {"a": {"public_key": "x"}}}),
-        "no public key": json.dumps({"sites": {"a": {**entry, "public_key": "x"}}}),
-        "a number": json.dumps({"sites": {"a": {**entry, "public_key": 7}}}),
-        "not ASCII": json.dumps({"sites": {"a": {**entry, "public_key": "\u00e9"}}}),
-        "a site that is text": json.dumps({"sites": {"a": "b"}}),
+        "no sites": '{"format": 1}',
+        "sites are a list": '{"format": 1, "sites": []}',
+        "no key": json.dumps({"format": 1, "sites": {"a": {"revoked": None}}}),
+        "no word of revocation": json.dumps({"format": 1, "sites": {"a": {"public_key": "x"}}}),
+        "no public key": json.dumps({"format": 1, "sites": {"a": {**entry, "public_key": "x"}}}),
+        "a number": json.dumps({"format": 1, "sites": {"a": {**entry, "public_key": 7}}}),
+        "not ASCII": json.dumps({"format": 1, "sites": {"a": {**entry, "public_key": "\u00e9"}}}),
+        "a site that is text": json.dumps({"format": 1, "sites": {"a": "b"}}),
     }
 
 
