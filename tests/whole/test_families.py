@@ -7,6 +7,7 @@ from support.world import PARAMETERS, TESTS, summary
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_sweep_makes_a_folder_for_each_run(world):
     done = world.fedgpt(
         "run", "-m", *[o for o in world.options if o != "seed=11"], "seed=11,12", "rounds=1"
@@ -79,6 +80,7 @@ for number, (name, more) in enumerate({needs!r}.items()):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_codec_trains_and_a_restart_keeps_the_residual(world, finished):
     codecs = sorted(path.stem for path in (TESTS.parent / "conf" / "update").glob("*.yaml"))
     codecs.remove("custom")  # it needs the name of a class

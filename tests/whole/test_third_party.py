@@ -123,6 +123,7 @@ def test_every_process_of_flower_finds_the_classes_in_the_users_folder(runtime, 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("program", ["flwr-serverapp", "flwr-clientapp"])
 def test_a_class_that_one_process_cannot_import_is_one_message_and_no_traceback(program, tmp_path):
     absent = f'import sys\nif "{program}" in sys.argv[0]:\n    raise ImportError("not here")\n'

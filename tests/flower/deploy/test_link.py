@@ -34,6 +34,7 @@ from fedgpt.flower.processes import _descendants, child
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning"),  # of flwr.cli
 ]
 
