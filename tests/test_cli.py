@@ -286,6 +286,13 @@ def test_cfg_job_prints_the_complete_configuration_without_running(tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+def test_options_may_be_typed_on_both_sides_of_a_flag(tmp_path):
+    typed = ["seed=7", "--config-dir", ".", "rounds=3", "--cfg", "job", "name=x"]
+    done = fedgpt("run", *typed, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert all(f"{line}\n" in done.stdout for line in ("seed: 7", "rounds: 3", "name: x"))
+
+
 def test_a_configuration_is_printed_without_the_sweep_as_the_refusal_advises(tmp_path):
     refused = fedgpt("run", "--cfg", "job", "-m", "seed=0,1", cwd=tmp_path)
     assert refused.returncode == 2
