@@ -70,8 +70,14 @@ def load(
         if problem not in problems and not any(overrides.is_about(problem, o) for o in dropped)
     ]
     if problems or options is None:
-        raise ConfigError(problems)
+        raise ConfigError(_as_typed(problem, as_typed) for problem in problems)
     return options
+
+
+def _as_typed(problem: str, words: Mapping[str, str]) -> str:
+    """The problem of a word (text for Hydra -> as typed), without the quotes that Hydra needs."""
+    text = problem.partition(": ")[0]
+    return words.get(text, text) + problem[len(text) :]
 
 
 def check_sweep(words: Sequence[str], config_dir: str | None = None) -> None:
@@ -105,7 +111,7 @@ def check_sweep(words: Sequence[str], config_dir: str | None = None) -> None:
     # an option may have an effect with some of the choices only
     problems += [told[0] for told in unused.values() if len(told) == len(jobs)]
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(_as_typed(problem, as_typed) for problem in problems)
 
 
 def _say_what_is_replaced(words: Sequence[str]) -> None:
