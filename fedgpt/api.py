@@ -76,6 +76,11 @@ def resumed(arguments: Sequence[str]) -> tuple[RunOptions, dict[str, int]] | Non
     if resume is None:
         return None
     folder = resume.removeprefix("resume=")
+    if flag := next((a for a in arguments if a.startswith("-")), None):
+        raise ConfigError(
+            f"{flag}: cannot be typed with {resume}, as config.yaml in that folder has the run's"
+            f" options; leave out {flag.partition('=')[0]}"
+        )
     parts = [a.partition("=") for a in arguments if a != resume]
     typed = {name: value for name, _, value in parts}
     if not typed.keys() <= set(compose.LENGTH):

@@ -12,6 +12,7 @@ from support.advice import advises
 import fedgpt as fedgpt_package
 from fedgpt import __version__, cli
 from fedgpt.__main__ import main
+from fedgpt.api import resumed
 from fedgpt.cli import COMMANDS, help
 from fedgpt.config import choices
 from fedgpt.config.choices import groups
@@ -275,6 +276,15 @@ def test_a_text_reaches_hydra_as_it_is_typed(tmp_path):
         assert f"init_from={tmp_path}/{name}: is not a folder" in done.stderr
 
 
+@pytest.mark.parametrize("flags", [["--cfg", "job"], ["--cfg=job"], ["-m"], ["--config-dir=."]])
+def test_a_flag_beside_resume_is_named_and_without_it_the_run_is_looked_for(flags):
+    with pytest.raises(ConfigError, match=f"{flags[0]}: cannot be typed with resume=s1") as refused:
+        resumed([*flags, "resume=s1"])
+    advises(refused.value, f"; leave out {flags[0].partition('=')[0]}")
+    with pytest.raises(ConfigError, match="resume=s1: is not a run's folder"):
+        resumed(["resume=s1"])
+
+
 def test_cfg_job_prints_the_complete_configuration_without_running(tmp_path):
     done = fedgpt("run", "--cfg", "job", "model=mini", "seed=5", cwd=tmp_path)
     assert done.returncode == 0
@@ -284,6 +294,13 @@ def test_cfg_job_prints_the_complete_configuration_without_running(tmp_path):
         and "_target_: fedgpt.aggregate" in done.stdout
     )
     assert not (tmp_path / "runs").exists()
+
+
+def test_options_may_be_typed_on_both_sides_of_a_flag(tmp_path):
+    typed = ["seed=7", "--config-dir", ".", "rounds=3", "--cfg", "job", "name=x"]
+    done = fedgpt("run", *typed, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert all(f"{line}\n" in done.stdout for line in ("seed: 7", "rounds: 3", "name: x"))
 
 
 def test_a_configuration_is_printed_without_the_sweep_as_the_refusal_advises(tmp_path):

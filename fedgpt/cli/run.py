@@ -53,7 +53,9 @@ def main(arguments: list[str]) -> int:
         compose.check_sweep(words, config_dir)
     else:
         compose.load(words, config_dir)
-    return _hydra(arguments, [quoted(a, sweep) if a in words else a for a in arguments])
+    # options first, as Hydra's parser takes them from one side of a flag only
+    flags = [a for a in arguments if a not in words]
+    return _hydra(arguments, [*(quoted(word, sweep) for word in words), *flags])
 
 
 def _hydra(arguments: list[str], of_hydra: list[str]) -> int:

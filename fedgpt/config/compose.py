@@ -70,8 +70,21 @@ def load(
         if problem not in problems and not any(overrides.is_about(problem, o) for o in dropped)
     ]
     if problems or options is None:
-        raise ConfigError(problems)
+        numbers = {
+            f"{one.key_or_group}={value}{'.0' * isinstance(value, int)}": as_typed[text]
+            for one, text in zip(parsed, good, strict=True)
+            if isinstance(value := one.value(), int | float)
+        }
+        raise ConfigError(_as_typed(problem, as_typed | numbers) for problem in problems)
     return options
+
+
+def _as_typed(problem: str, words: Mapping[str, str]) -> str:
+    """The problem with its word as typed, where `words` (as read -> as typed) have it: without the
+    quotes that Hydra needs, and 1e400 instead of inf.
+    """
+    text = problem.partition(": ")[0]
+    return words.get(text, text) + problem[len(text) :]
 
 
 def check_sweep(words: Sequence[str], config_dir: str | None = None) -> None:
@@ -105,7 +118,7 @@ def check_sweep(words: Sequence[str], config_dir: str | None = None) -> None:
     # an option may have an effect with some of the choices only
     problems += [told[0] for told in unused.values() if len(told) == len(jobs)]
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(_as_typed(problem, as_typed) for problem in problems)
 
 
 def _say_what_is_replaced(words: Sequence[str]) -> None:
@@ -362,7 +375,7 @@ def _problems(o: RunOptions, on_this_machine: bool, trains: bool) -> Iterator[st
     yield from wrong
     if on_this_machine:
         yield from checks.folder_problems(o, trains)
-        if not any(problem.startswith("model.") for problem in wrong):
+        if not any(problem.startswith(("model.", "tokenizer.vocab_size=")) for problem in wrong):
             yield from checks.memory_problems(o)
         yield from runtime_problems(o, o.partition.clients if o.partition.name != "natural" else 0)
     try:

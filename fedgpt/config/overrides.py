@@ -114,6 +114,9 @@ def _group_problems(
 ) -> Iterator[str]:
     group = override.key_or_group
     names = sorted(known[group])
+    if (override.is_add() or override.is_force_add()) and group in groups(None):
+        yield f"{override.input_line}: {PLUS}"
+        return
     for choice in _values(override, known):
         if choice is None and group == "experiment":
             continue
@@ -127,7 +130,8 @@ def _group_problems(
 REFERENCE = (
     "${...} must name another option, such as ${seed}; type \\${ for the characters ${ themselves"
 )
-_PLUS = "; an option that only the class of strategy=flower knows is typed with a plus: +"
+PLUS = "a plus adds a name that is not there yet; leave out the plus"
+OF_FLOWER = "; an option that only the class of strategy=flower knows is typed with a plus: +"
 
 
 def _value_problems(override: Override, cfg: DictConfig, scratch: DictConfig) -> Iterator[str]:
@@ -145,6 +149,9 @@ def _value_problems(override: Override, cfg: DictConfig, scratch: DictConfig) ->
     parent, _, leaf = key.rpartition(".")
     node = OmegaConf.select(cfg, parent, default=None) if parent else cfg
     exists = isinstance(node, DictConfig) and leaf in node
+    if exists and override.is_add():
+        yield f"{override.input_line}: {PLUS}"
+        return
     if ".arguments." in key:
         holder = f"{key.partition('.arguments.')[0]}.arguments"
         exists = isinstance(OmegaConf.select(cfg, holder), DictConfig)
@@ -153,7 +160,7 @@ def _value_problems(override: Override, cfg: DictConfig, scratch: DictConfig) ->
         if parent == "strategy":
             choice = node if isinstance(node, DictConfig) else {}
             ours = str(choice.get("_target_")).startswith("fedgpt.")
-            hint = "" if ours else _PLUS + key
+            hint = "" if ours else OF_FLOWER + key
             hint = f"; type strategy.arguments.{leaf}" if "arguments" in choice else hint
         yield f"{override.input_line}: no option {key!r}{hint}{nearest(key, _keys(cfg))}"
         return

@@ -80,7 +80,7 @@ def test_any_number_of_any_option_is_valid_or_a_named_problem(text):
         ("partition.clients=10000000", "partition.clients=10000000: must be at most 1000000"),
         ("rounds=1000000000000000000", "rounds=1000000000000000000: must be at most 1000000000"),
         ("model.n_layer=1000000000000", "model.n_layer=1000000000000: must be at most 10000"),
-        ("pace.deadline=1e12", "pace.deadline=1000000000000.0: must be at most 1000000000.0"),
+        ("pace.deadline=1e12", "pace.deadline=1e12: must be at most 1000000000.0"),
         ("local.lr=1e-320", "local.lr=1e-320: must be 0, or at least 1e-12"),
         ("fleet.window=[inf,1]", "fleet.window=[inf, 1.0]: must be [seconds available"),
         ("seed=" + "9" * 5000, "a number of 5,005 characters; type fewer"),
@@ -139,6 +139,9 @@ def test_a_model_that_does_not_fit_into_memory_is_refused_before_anything_is_all
     assert problem.endswith("lower one of them")
     compose.load(["model=gpt2"])
     monkeypatch.setattr("fedgpt.config.checks.memory", lambda: 10**9)
+    assert problems(f"tokenizer.vocab_size={10**10}") == [
+        f"tokenizer.vocab_size={10**10}: must be at most 1000000"
+    ]
     [problem] = problems("model=gpt2")
     assert "need at least 1.1 GB, and this machine has 1.0 GB" in problem
     monkeypatch.setattr("fedgpt.config.checks.memory", lambda: 0)  # a system that does not say

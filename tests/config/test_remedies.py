@@ -36,6 +36,7 @@ REMEDIES: dict[tuple[str, ...], dict[str, list[str]]] = {
             "-attack.clients",
         ]
     },
+    ("+name=foo",): {"leave out the plus": ["-+name name=foo"]},
     ("attack=scale", "attack.clients=0"): {
         "say how many, or take attack=none": ["attack.clients=2", "attack=none"]
     },

@@ -37,7 +37,7 @@ class Dirichlet(Pieces):
         names, label = documents.labels.sorted()
         if len(names) < 2:
             raise ConfigError(
-                "partition.name=dirichlet: distributes labels unevenly, and all documents have the"
+                "partition=dirichlet: distributes labels unevenly, and all documents have the"
                 " same one; set corpus.label_field for records, put files of text into"
                 " sub-folders, or make sizes uneven with partition=quantity"
             )
