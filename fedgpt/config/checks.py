@@ -5,6 +5,7 @@ component or this machine does not support.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from operator import attrgetter
@@ -26,6 +27,7 @@ from fedgpt.simulate.fleet import fleet_problems
 from fedgpt.storage.init_from import init_from_problems
 from fedgpt.update.compress import CODECS
 
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 # (group, option) whose value is a path
 PATHS = (
     ("", "run_dir"),
@@ -99,10 +101,16 @@ def make_absolute(options: RunOptions) -> Iterator[str]:
         place = getattr(options, group) if group else options
         if not (path := getattr(place, name)) or "\0" in path:  # which is a problem of any text
             continue
+        key = f"{group}.{name}" if group else name
+        if ADDRESS.match(path):
+            yield (
+                f"{key}={path}: is an address, and fedgpt fetches nothing; copy what is there to"
+                " this machine first, and type its path here"
+            )
+            continue
         try:
             setattr(place, name, str(typed_path(path).resolve()))
         except (OSError, RuntimeError) as error:
-            key = f"{group}.{name}" if group else name
             home = "there is no such home folder; type ./~ for a folder whose name begins so"
             yield f"{key}={path}: {home if path.startswith('~') else error}"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
@@ -21,8 +22,24 @@ from fedgpt.core.errors import FedGPTError
 PRIVATE = 0o600
 SUMS = "SHA256SUMS"  # a folder's list of digests, which `sha256sum -c` checks
 RANDOM_BYTES = 8  # of the name of a temporary file
-# start of the small text that Git has in place of a large file, until the file is fetched
-LFS_POINTER = b"version https://git-lfs"
+FETCH = "the file itself is elsewhere; fetch it with"
+# how the small texts begin that tools have in place of a large file, until the file is fetched
+POINTERS = {
+    rb"version https://git-lfs": f"is a Git LFS pointer, and {FETCH}: git lfs pull",
+    rb"((\.\./)*\.git)?/annex/objects/": f"is a git-annex pointer, and {FETCH}: git annex get",
+}
+PAGE = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|\?xml)\b", re.IGNORECASE)
+BEGINNING = 1 << 10  # bytes of a file in which a pointer or a web page shows
+DIGITS = 4000  # of a whole number in JSON; Python refuses to convert one with many more
+WORDS = {
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "an object",
+    bytes: "bytes without an encoding",
+}
 
 
 def typed_path(text: str | Path) -> Path:
@@ -118,26 +135,51 @@ def read_file(path: Path) -> bytes:
 def read_json(path: Path) -> dict[str, Any]:
     """The mapping in a JSON file; raises FedGPTError, naming the file and the reason."""
     try:
-        content = json.loads(read_file(path).decode("utf-8"))
+        content = json.loads(read_file(path).decode("utf-8"), parse_int=_integer)
     except (ValueError, RecursionError) as damage:
         raise FedGPTError(f"{path} is damaged: {damage}") from None
     if not isinstance(content, dict):
-        raise FedGPTError(f"{path} is damaged: it has no mapping, but a {type(content).__name__}")
+        raise FedGPTError(f"{path} is damaged: it has {type_word(content)}, not an object")
     return content
 
 
+def _integer(digits: str) -> int:
+    """The whole number; raises ValueError if it has more than DIGITS digits."""
+    if len(digits) > DIGITS:
+        raise ValueError(f"it has a number of {len(digits):,} digits")
+    return int(digits)
+
+
+def type_word(value: Any) -> str:
+    """Return the type of a value in words of JSON.
+
+    >>> type_word(None), type_word(3), type_word([])
+    ('null', 'a number', 'a list')
+    """
+    return "null" if value is None else WORDS.get(type(value), f"a {type(value).__name__}")
+
+
+def pointer_problem(begin: bytes) -> str:
+    """Return what a file is that begins so, or a link that leads there, if it is only a pointer
+    to the file, and the command that fetches it; an empty text otherwise.
+    """
+    return next((POINTERS[each] for each in POINTERS if re.match(each, begin)), "")
+
+
 def check_file(path: Path) -> None:
-    """Raise FedGPTError unless the file can be read and is more than the pointer to one."""
+    """Raise FedGPTError unless the file can be read and is no pointer and no web page."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise FedGPTError(f"{path} is not a file")
         with path.open("rb") as stream:
-            head = stream.read(len(LFS_POINTER))
+            head = stream.read(BEGINNING)
     except OSError as error:
-        raise FedGPTError(f"{path} cannot be read: {error.strerror}") from None
+        gone = isinstance(error, FileNotFoundError) and path.is_symlink()
+        problem = pointer_problem(os.fsencode(path.readlink())) if gone else ""
+        raise FedGPTError(f"{path} {problem or f'cannot be read: {error.strerror}'}") from None
     if not head:
         raise FedGPTError(f"{path} is empty")
-    if head == LFS_POINTER:
-        raise FedGPTError(
-            f"{path} is a Git LFS pointer, not the file itself; fetch the file with: git lfs pull"
-        )
+    if problem := pointer_problem(head):
+        raise FedGPTError(f"{path} {problem}")
+    if PAGE.match(head):
+        raise FedGPTError(f"{path} is a web page or XML; fetch the file again")

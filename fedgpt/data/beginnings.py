@@ -6,8 +6,8 @@ notes.txt     {"who": "ann", "text": ...    records: a model would learn their s
 notes.log     {"who": ...\n{"who": ...      records, as no source code has two such lines
 notes.txt     ["ann", ...]\n["bob", ...]     rows of a table, without the names of the fields
 
-Only what no text of this kind begins with is refused. A table in a .txt file is not noticed: its
-first row can be the first line of a text.
+Only what no text of this kind begins with is refused. A table in a .txt file is noticed only by a
+name such as posts.csv.txt: its first row can be the first line of a text.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from fedgpt.data.reading import PACKED, Unreadable, opened, pointer_problem, reason
+from fedgpt.core.files import pointer_problem
+from fedgpt.data.reading import PACKED, Unreadable, opened, reason
 from fedgpt.data.records import format_of
-from fedgpt.data.sources import TEXT_SUFFIXES, suffix_of
+from fedgpt.data.sources import TEXT_SUFFIXES, stem_of, suffix_of
 
 READ = 1 << 16  # bytes
 # what is not text, by its first bytes
@@ -78,6 +79,9 @@ def _problem(name: str, begin: bytes) -> str:
         return "is a web page or XML; convert it to plain text (.txt), or fetch the file again"
     if is_text and RECORD.match(text):
         return "holds records; give it the suffix .json or .jsonl"
+    if is_text and suffix_of(inner := Path(stem_of(name)).name) in (".csv", ".tsv"):
+        plain = f"{Path(inner).stem}.txt"
+        return f"is a table by its name; rename it to {inner}, or to {plain} if it is text"
     return "" if format_of(name) else _problem_of_lines(_lines(text, whole=len(begin) < READ))
 
 

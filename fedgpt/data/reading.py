@@ -10,23 +10,14 @@ import codecs
 import gzip
 import io
 import os
-import re
 import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from fedgpt.core.files import LFS_POINTER
-
 CHUNK = 1 << 20  # bytes that are read at once
 PACKED = (".gz", ".zst")
-FETCH = "the file itself is elsewhere; fetch it with"
-# what tools leave in place of a large file
-POINTERS = {
-    re.escape(LFS_POINTER): f"is a Git LFS pointer, and {FETCH}: git lfs pull",
-    rb"((\.\./)*\.git)?/annex/objects/": f"is a git-annex pointer, and {FETCH}: git annex get",
-}
 RECORDS_EXTRA = "python -m pip install 'fedgpt[records]'"
 # how a file in UTF-16 or UTF-32 begins
 MARKS = {
@@ -63,13 +54,6 @@ def reason(error: BaseException) -> str:
         return "is not there any more; the text changed while it was read"
     text = getattr(error, "strerror", None) or brief(" ".join(str(error).split()), 200)
     return f"cannot be read ({text or type(error).__name__})"
-
-
-def pointer_problem(begin: bytes) -> str:
-    """Return what a file is that begins so, or a link that leads there, if it is only a pointer
-    to the text, and the command that fetches it; an empty text otherwise.
-    """
-    return next((POINTERS[each] for each in POINTERS if re.match(each, begin)), "")
 
 
 @contextmanager

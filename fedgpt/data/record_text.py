@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedgpt.core.errors import amount
+from fedgpt.core.files import type_word
 from fedgpt.data.reading import Unreadable, brief
-from fedgpt.data.records import Field, Format, Missing, Row, format_of, type_word
+from fedgpt.data.records import Field, Format, Missing, Row, format_of
 from fedgpt.data.sources import NAMED, LeftOut
 
 MOST_BAD = 100  # so many bad records and no usable one mean that the options are wrong
@@ -79,7 +80,8 @@ class RecordText:
                 left.add("no records in it", name)
         if self._bad and not (self._skip and self._bad < self._usable):
             raise Unreadable(self._refusal())
-        if self._fields.client is None and self._owner == "file" and len(files) == 1:
+        one_owner = self._fields.client is None and self._owner == "file" and len(files) == 1
+        if one_owner and self._total:
             self._told.append(
                 "corpus.client=file gives all records one owner; corpus.client=FIELD gives each"
                 " record its own"

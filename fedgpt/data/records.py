@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedgpt.core.errors import amount, nearest
+from fedgpt.core.files import DIGITS, type_word
 from fedgpt.data.reading import (
     PACKED,
     Unreadable,
@@ -30,21 +31,13 @@ from fedgpt.data.reading import (
 )
 
 LARGEST = 32 << 20  # bytes of one record: a larger one is not read
-DIGITS = 4000  # a whole number with more digits is read as text, as Python refuses to convert it
 PATH = re.compile(r"[^.\[\]]+(\[-?\d+\]|\.[^.\[\]]+)*")
 STEP = re.compile(r"(?P<name>[^.\[\]]+)|\[(?P<index>-?\d+)\]")
+SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
+NAME = re.compile(r"[\w.-]+( [\w.-]+)*")  # of a field, in the first row of most tables
 SPACE = re.compile(r"[ \t\n\r]*")
 MOST_NAMES = 5  # number of fields that a message names
 OWNERS = ("file", "folder")  # values of corpus.client that need no field
-WORDS = {
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-    str: "text",
-    list: "a list",
-    dict: "an object",
-    bytes: "bytes without an encoding",
-}
 
 
 class Row(NamedTuple):
@@ -123,15 +116,6 @@ def twice_in(names: Sequence[str]) -> str:
     if len(set(names)) == len(names):
         return ""
     return repr(brief(next(name for name, count in Counter(names).items() if count > 1)))
-
-
-def type_word(value: Any) -> str:
-    """Return the type of a value in words of JSON.
-
-    >>> type_word(None), type_word(3), type_word([])
-    ('null', 'a number', 'a list')
-    """
-    return "null" if value is None else WORDS.get(type(value), f"a {type(value).__name__}")
 
 
 def format_of(name: str) -> Format | None:
@@ -239,6 +223,7 @@ def _separated(path: Path, fields: Sequence[Field], separator: str) -> Iterator[
 
     Raises Unreadable where quotes are wrong in a way that rows may be inside a quoted value.
     """
+    _check_separator(path, fields, separator)
     csv.field_size_limit(max(csv.field_size_limit(), LARGEST))
     held: list[str] = []  # the lines of the current row
     rows = csv.reader(_noted(text_chunks(path), held), delimiter=separator, strict=True)
@@ -275,6 +260,23 @@ _QUOTES = (
     'end each value that begins with a quote with a quote, and double ("") the quotes within, or'
     " remove all these quotes"
 )
+
+
+def _check_separator(path: Path, fields: Sequence[Field], separator: str) -> None:
+    """Raise Unreadable if the names in the first row seem to have another separator: each row would
+    be one value, with all of its fields in it.
+    """
+    rows = lines(text_chunks(path), LARGEST)
+    first = next((line for line in rows if line and not line.isspace()), "")
+    asked = {name for field in fields for name in (field.typed, field.column)}
+    for other in SEPARATORS if separator not in first else ():
+        names = [name.strip('"') for name in first.split(other)]
+        if len(names) > 1 and (asked.intersection(names) or all(map(NAME.fullmatch, names))):
+            raise Unreadable(
+                f"has {SEPARATORS[other]} between the names in its first row, {brief(first)!r}, and"
+                f" is read with {SEPARATORS[separator]}; save it with commas as .csv, or with tabs"
+                " as .tsv"
+            )
 
 
 def _noted(chunks: Iterator[str], held: list[str]) -> Iterator[str]:
@@ -381,6 +383,7 @@ def _end(match: re.Match[str] | None) -> int:
 
 
 def _long_integer(digits: str) -> int | str:
+    """A number with too many digits is read as text."""
     return int(digits) if len(digits) <= DIGITS else digits
 
 

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedgpt.core.errors import amount
-from fedgpt.data.reading import PACKED, Unreadable, is_text, pointer_problem, reason, shown
+from fedgpt.core.files import pointer_problem
+from fedgpt.data.reading import PACKED, Unreadable, is_text, reason, shown
 from fedgpt.data.records import format_of
 
 # A file with one of these suffixes must be text. With a suffix that this module does not know, a

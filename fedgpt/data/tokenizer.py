@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedgpt.core.errors import ConfigError, FedGPTError
-from fedgpt.core.files import LFS_POINTER, write_text
+from fedgpt.core.files import check_file, is_there, read_file, write_text
 from fedgpt.core.options import TokenizerOptions
 
 if TYPE_CHECKING:
@@ -165,15 +165,20 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     folder = Path(folder)
     path = folder / "tokenizer.json"
     pair = folder / "vocab.json", folder / "merges.txt"
-    if not path.exists() and all(part.exists() for part in pair):
+    if not is_there(path) and any(map(is_there, pair)):
         path = pair[0]
+        for part, other in (pair, pair[::-1]):
+            if not is_there(part):
+                raise FedGPTError(
+                    f"{part} is missing, and {other.name} alone is no tokenizer; copy it from the"
+                    " model's source into the folder"
+                )
+            check_file(part)
+    content = read_file(path)
     try:
-        content = path.read_bytes()
-        if content.startswith(LFS_POINTER):
-            raise ValueError("it is a Git LFS pointer; fetch the file with: git lfs pull")
         return Tokenizer(_of_pair(*pair) if path == pair[0] else content.decode("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        reason = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+    except (ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
         raise FedGPTError(f"{path}: no tokenizer that fedgpt can read ({reason})") from error
 
 

@@ -80,7 +80,7 @@ def differences(o: RunOptions, found: ModelFolder, tokenizer: Tokenizer | None) 
 
 
 def _tokenizer_problem(found: ModelFolder, o: RunOptions, tokenizer: Tokenizer | None) -> str:
-    files = [name for name in TOKENIZER_FILES if (found.path / name).exists()]
+    files = [name for name in TOKENIZER_FILES if is_there(found.path / name)]
     if files:
         theirs = load_tokenizer(found.path)
         if theirs.name == "bytes" and o.tokenizer.name != "bytes":

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from support import third_party
+from support.advice import advises
 from support.refused import problems
 
 from fedgpt.config import choices, compose, overrides
@@ -155,6 +156,25 @@ def test_paths_that_no_run_could_use_are_refused(tmp_path):
     )
     [problem] = problems(f"init_from={tmp_path}")
     assert "has no config.json, nor model/config.json" in problem
+
+
+@pytest.mark.parametrize(
+    "address", ["http://example.com/a.txt", "https://a.b/c", "s3://a/b", "hf://a", "file:///tmp"]
+)
+@pytest.mark.parametrize("option", ["corpus.path", "init_from", "run_dir"])
+def test_an_address_is_refused_as_typed_with_what_to_do(option, address):
+    """It was shown as a path below the current folder, with one slash."""
+    [problem] = problems(*["corpus=files"] * (option == "corpus.path"), f'{option}="{address}"')
+    assert problem.startswith(f"{option}={address}: is an address")
+
+
+def test_an_address_may_be_replaced_by_the_path_of_its_copy(tmp_path):
+    [problem] = problems("corpus=files", 'corpus.path="https://example.com/a.txt"')
+    advises(problem, "copy what is there to this machine first, and type its path here")
+    (tmp_path / "a.txt").write_text("It rained.")
+    (tmp_path / "https:").mkdir()
+    for path in (tmp_path / "a.txt", tmp_path / "https:", "c:/a", "./http://a"):
+        assert compose.load(["corpus=files", f'corpus.path="{path}"']).corpus.path
 
 
 @pytest.mark.parametrize("value", ["[[a]]", "[{a: 1}]", "[a,[b]]", "[[]]", "[null]"])

@@ -20,6 +20,7 @@ from fedgpt.data.prepare import prepare
 WORDS = b"It rained.\n\nThen it snowed.\n"
 PACKED = gzip.compress(WORDS, mtime=0)  # the same in every process that collects tests
 ROWS = jsonl(POSTS)
+TABLE = table(",")(POSTS)
 LISTS = b'["ann", "It rained."]\n["bob", "It snowed."]\n'
 PAGE = b"<!DOCTYPE html>\n<p>It rained.\n"
 LONG = b'{"text": "' + b"word " * 400 + b'"}\n'
@@ -60,6 +61,14 @@ FILE_REMEDIES = [
         "save its records as .jsonl or .csv",
         "a.csv",
         table(",")(POSTS),
+    ),
+    *(
+        ("a.csv", table(";")(POSTS), "save it with commas as .csv, or with tabs as .tsv", *after)
+        for after in (("a.csv", table(",")(POSTS)), ("a.tsv", table("\t")(POSTS)))
+    ),
+    *(
+        ("a.csv.txt", data, "rename it to a.csv, or to a.txt if it is text", *after)
+        for data, after in {TABLE: ("a.csv", None), WORDS: ("a.txt", None)}.items()
     ),
     ("a.jsonlines", ROWS, "give it the suffix .jsonl", "a.jsonl", None),
     ("a.tab", table("\t")(POSTS), "give it the suffix .tsv", "a.tsv", None),

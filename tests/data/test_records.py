@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -104,6 +105,45 @@ def test_plain_records_need_no_owner(tmp_path):
     assert {(d.client, d.label) for d in load(files(path))} == {("plain", "")}
     [note] = notes(files(path))
     assert note.endswith("corpus.client=FIELD gives each record its own")
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.json"])
+def test_a_file_without_records_gets_no_advice_on_their_owner(tmp_path, name):
+    path = write(tmp_path, name, {"a.csv": b"who,text\n", "a.json": b"[]"}.get(name, b""))
+    with pytest.raises(ConfigError, match="contains no text") as caught:
+        load(files(path))
+    assert "no records in it" in str(caught.value) and "gives each" not in str(caught.value)
+
+
+@pytest.mark.parametrize("separator", [";", "\t", "|", ","])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".csv.gz"])
+@pytest.mark.parametrize("header", ["text{}who{}n", '"text"{}"who"', "Full text{}a-b", "ä{}b"])
+def test_a_table_with_another_separator_is_refused(tmp_path, separator, suffix, header):
+    """The message advised the whole first row as a field, whose values were whole rows."""
+    first = header.replace("{}", separator)
+    if separator == ("\t" if suffix == ".tsv" else ","):
+        return
+    data = f"\n{first}\nIt rained{separator}ann\n".encode()
+    path = write(tmp_path, f"a{suffix}", gzip.compress(data) if suffix == ".csv.gz" else data)
+    for field in ("text", first.replace('"', "")):
+        with pytest.raises(ConfigError, match=rf"a{suffix} has \w+ .*between the names") as caught:
+            load(files(path, text_field=field))
+        assert "did you mean" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "header", ["what was said, and by whom; when", "text;", "a; b", "text", "(x|y)", "100% | 5%"]
+)
+def test_a_table_of_one_field_may_have_any_sign_in_its_name(tmp_path, header):
+    quoted = header.replace('"', "")
+    path = write(tmp_path, "a.csv", f'"{quoted}"\nIt rained\n')
+    assert [d.text for d in load(files(path, text_field=quoted))] == ["It rained"]
+
+
+def test_the_asked_field_between_other_signs_shows_the_separator(tmp_path):
+    path = write(tmp_path, "a.csv", "text; said (by)\nIt rained; ann\n")
+    with pytest.raises(ConfigError, match="has semicolons between the names"):
+        load(files(path))
 
 
 def test_a_file_or_folder_owns_its_records(tmp_path):

@@ -509,7 +509,14 @@ def test_unsupported_gpt_neox_folders_are_refused_with_the_reason(tmp_path, chan
 
 @pytest.mark.parametrize(
     "text, message",
-    [("{", "config.json is damaged"), ("[1]", "damaged: it has no mapping, but a list")],
+    [
+        ("{", "config.json is damaged"),
+        ("[1]", "damaged: it has a list, not an object"),
+        ("null", "damaged: it has null, not an object"),
+        ("3", "damaged: it has a number, not an object"),
+        ('{"vocab_size": ' + "9" * 5000 + "}", "damaged: it has a number of 5,000 digits$"),
+        ("1" * 4001, "damaged: it has a number of 4,001 digits$"),
+    ],
 )
 def test_a_config_that_is_not_a_mapping_is_refused(tmp_path, text, message):
     export_model(tmp_path, small())

@@ -76,11 +76,18 @@ POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:aaaa\nsize 548
 CONTENTS = {
     "Git LFS pointer": (
         POINTER.encode(),
-        "is a Git LFS pointer.*fetch the file with: git lfs pull",
+        "is a Git LFS pointer.*fetch it with: git lfs pull",
     ),
     "empty": (b"", "is empty"),
     "text": (b"This file was here once.\n" * 9, "is damaged: .*eader"),
-    "web page": (b"<!DOCTYPE html><html><body>404</body></html>", "is damaged: .*eader"),
+    "git-annex pointer": (
+        b"/annex/objects/MD5E-s1--a\n",
+        "is a git-annex pointer.*fetch it with: git annex get",
+    ),
+    "web page": (
+        b"<!DOCTYPE html><html><body>404</body></html>",
+        "is a web page or XML; fetch the file again",
+    ),
     "zip of torch.save": (b"PK\x03\x04" + bytes(400), "is damaged: .*eader"),
     "header longer than the file": ((10**6).to_bytes(8, "little") + b"{", "is damaged: .*eader"),
     "header that is no JSON": ((4).to_bytes(8, "little") + b"nope", "is damaged: .*eader"),
@@ -115,11 +122,27 @@ def test_a_git_lfs_pointer_in_place_of_the_config_or_the_index_is_reported(shard
     refused(sharded, "index.json is a Git LFS pointer")
     with pytest.raises(FedGPTError) as caught:
         import_model(sharded)
-    advises(caught.value, "not the file itself; fetch the file with: git lfs pull")
+    advises(caught.value, "the file itself is elsewhere; fetch it with")
     (sharded / INDEX).write_text(index)  # as the command does
     import_model(sharded)
     (sharded / "config.json").write_text(POINTER)
     refused(sharded, "config.json is a Git LFS pointer")
+
+
+@pytest.mark.parametrize("file", ["config.json", WEIGHTS])
+def test_a_model_is_read_after_a_web_page_or_a_link_of_git_annex_is_replaced(folder, file):
+    content = (folder / file).read_bytes()
+    (folder / file).write_bytes(b"\n<html><body>404 Not Found</body></html>")
+    refused(folder, f"{file} is a web page or XML")
+    with pytest.raises(FedGPTError) as caught:
+        import_model(folder)
+    advises(caught.value, "is a web page or XML; fetch the file again")
+    (folder / file).unlink()
+    (folder / file).symlink_to("../.git/annex/objects/Mk/3w/MD5E-s1--a/MD5E-s1--a")
+    refused(folder, f"{file} is a git-annex pointer.*fetch it with: git annex get")
+    (folder / file).unlink()
+    (folder / file).write_bytes(content)  # as both commands do
+    import_model(folder)
 
 
 def put_a_folder(path: Path) -> None:
@@ -211,7 +234,7 @@ def test_a_model_in_pickle_alone_is_refused_with_the_file_and_what_to_do(folder)
 INDEXES = {
     "cut": (lambda text: text[:40], r"index\.json is damaged: .*char "),
     "empty": (lambda text: "", r"index\.json is empty"),
-    "a list": (lambda text: "[1]", r"index\.json is damaged: it has no mapping, but a list"),
+    "a list": (lambda text: "[1]", r"index\.json is damaged: it has a list, not an object"),
     "no map": (lambda text: "{}", r"index\.json is damaged: weight_map is missing"),
     "an empty map": (lambda text: '{"weight_map": {}}', "weight_map is missing, empty"),
     "a list of names": (lambda text: '{"weight_map": ["a"]}', "weight_map is missing, empty or no"),
