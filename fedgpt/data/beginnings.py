@@ -23,6 +23,7 @@ from fedgpt.data.records import format_of
 from fedgpt.data.sources import TEXT_SUFFIXES, stem_of, suffix_of
 
 READ = 1 << 16  # bytes
+PLAIN, TABLES = (".txt", ".text"), (".csv", ".tsv")  # a.csv.md may be a page about a.csv
 # what is not text, by its first bytes
 DATA = {
     b"\x1f\x8b\x08": "is packed with gzip; unpack it",
@@ -79,7 +80,7 @@ def _problem(name: str, begin: bytes) -> str:
         return "is a web page or XML; convert it to plain text (.txt), or fetch the file again"
     if is_text and RECORD.match(text):
         return "holds records; give it the suffix .json or .jsonl"
-    if is_text and suffix_of(inner := Path(stem_of(name)).name) in (".csv", ".tsv"):
+    if suffix_of(name) in PLAIN and suffix_of(inner := Path(stem_of(name)).name) in TABLES:
         plain = f"{Path(inner).stem}.txt"
         return f"is a table by its name; rename it to {inner}, or to {plain} if it is text"
     return "" if format_of(name) else _problem_of_lines(_lines(text, whole=len(begin) < READ))

@@ -277,7 +277,7 @@ def test_all_problems_are_reported_at_once():
             "attack.clients=2: attack=none has no attackers; choose attack=sign_flip or",
         ),
         (["attack=scale", "attack.clients=0"], "attack.clients=0: attack=scale needs attackers"),
-        (["attack=scale", "attack.strength=0"], "attack.strength=0.0: must be above 0"),
+        (["attack=scale", "attack.strength=0"], "attack.strength=0: must be above 0"),
         (
             ["attack=scale", "partition=iid", "attack.clients=9"],
             "attack.clients=9: is above the number of clients, 8",

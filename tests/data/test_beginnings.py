@@ -151,7 +151,7 @@ def test_a_packed_parquet_file_is_refused_with_what_to_do(tmp_path):
 
 
 @pytest.mark.parametrize("inner", ["a.csv", "A.TSV"])
-@pytest.mark.parametrize("suffix", [".txt", ".md", ".rst", ".text", ".txt.gz"])
+@pytest.mark.parametrize("suffix", [".txt", ".text", ".txt.gz"])
 def test_a_table_under_the_name_of_a_text_is_refused(tmp_path, inner, suffix):
     data = table(",")(POSTS)
     data = gzip.compress(data) if suffix.endswith("gz") else data
@@ -159,7 +159,7 @@ def test_a_table_under_the_name_of_a_text_is_refused(tmp_path, inner, suffix):
     assert f"{inner}{suffix} is a table by its name; rename it to {inner}, or to" in message
 
 
-@pytest.mark.parametrize("name", ["csv.txt", "a.csv notes.txt", "a-csv.md", "a.csv.py", "a.c.txt"])
+@pytest.mark.parametrize("name", ["csv.txt", "a.csv notes.txt", "a.csv.md", "a.csv.py", "a.c.txt"])
 def test_a_name_with_other_parts_is_that_of_a_text(tmp_path, name):
     assert refusal(tmp_path, name, b"It rained, and then, it snowed") == ""
 

@@ -58,7 +58,8 @@ def texts_of(records: list[Any]) -> list[str]:
 
 
 def lines(data: bytes) -> list[str]:
-    return texts_of([json.loads(line) for line in plain(data)[0].split("\n") if line.strip()])
+    text = "".join(plain(data))  # none in a byte order mark alone
+    return texts_of([json.loads(line) for line in text.split("\n") if line.strip()])
 
 
 def stream(data: bytes) -> list[str]:

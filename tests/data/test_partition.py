@@ -206,7 +206,7 @@ def test_a_smaller_alpha_is_more_skewed(ten):
 
 def test_dirichlet_needs_labels(ten):
     labels, ten.labels = ten.labels, Names.of(["x"] * len(ten.labels))
-    with pytest.raises(ConfigError, match=r"partition\.name=dirichlet") as refused:
+    with pytest.raises(ConfigError, match=r"partition=dirichlet: ") as refused:
         partition(ten, PartitionOptions(name="dirichlet", clients=2), 0, 10)
     advises(
         refused.value,

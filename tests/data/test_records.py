@@ -428,7 +428,7 @@ def test_a_record_has_an_upper_limit(tmp_path, suffix, monkeypatch):
         ("who,text\nann,x,y\n", "line 2: has 3 values; the first row names 2 fields"),
         ('who,text\nann,"x\n', r"line 2: is not a row of a table \(unexpected end of data\)"),
         ('who,text\nann,"x"y\n', "line 2: is not a row of a table"),
-        ("who;text\nann;x\n", "corpus.text_field=text: no such field; its fields: who;text"),
+        ("who;text\nann;x\n", "a.csv has semicolons between the names in its first row"),
         ("text,text\nx,y\n", "has two fields 'text' in line 1"),
         (",\nx,y\n", "has no names of fields in line 1"),
         ("who,text\n", "contains no text"),
