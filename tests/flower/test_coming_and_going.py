@@ -10,23 +10,16 @@ import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from support.advice import advises
-from support.superlink import LiveSuperLink, in_thread, live_superlink, next_message, send
+from support.superlink import in_thread, next_message, send
 
 from fedgpt.core.errors import ConfigError, FedGPTError, StoppedEarly
 from fedgpt.core.messages import ClientInfo, Job, Plan, Reply
-from fedgpt.flower import fetch, grid_transport, nodes
+from fedgpt.flower import grid_transport, nodes
 from fedgpt.flower.deploy.connection import FleetConnection
 from fedgpt.flower.grid_transport import GridTransport, RunText
 from fedgpt.flower.messages import info_content, read_job, refusal_content, update_content
 
 PARAMS = np.arange(1000, dtype=np.float32)
-
-
-@pytest.fixture
-def link(monkeypatch) -> Iterator[LiveSuperLink]:
-    monkeypatch.setattr(fetch, "NODES_SECONDS", 0.1)
-    with live_superlink() as one:
-        yield one
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from flwr.app import Message, MessageType, RecordDict
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.corestate import in_memory_corestate
 from flwr.supercore.run import RunNotRunningException
-from support.superlink import LiveSuperLink, in_thread, live_superlink, next_message, send
+from support.superlink import LiveSuperLink, in_thread, next_message, send
 
 from fedgpt.core.errors import UpdateRejected
 from fedgpt.flower import fetch
@@ -21,13 +21,6 @@ from fedgpt.flower.fetch import CHUNK, Fetcher, object_ids
 from fedgpt.flower.messages import read_reply, update_content
 
 MODEL = 12_000_000  # bytes of the vectors in these tests: three chunks
-
-
-@pytest.fixture
-def link(monkeypatch) -> Iterator[LiveSuperLink]:
-    monkeypatch.setattr(fetch, "NODES_SECONDS", 0.1)
-    with live_superlink() as one:
-        yield one
 
 
 class Site:

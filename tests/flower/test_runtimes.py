@@ -13,29 +13,12 @@ import uuid
 from pathlib import Path
 
 import pytest
+from support.here import SMALL
 
 from fedgpt.storage.checkpoint import Checkpoints
 from fedgpt.storage.run_folder import read_lines
 
 REPOSITORY = Path(__file__).parent.parent.parent
-SMALL = [
-    "corpus=stdlib",
-    "tokenizer=bytes",
-    "partition=iid",
-    "partition.clients=2",
-    "model.n_layer=1",
-    "model.n_embd=32",
-    "model.n_head=2",
-    "model.block_size=32",
-    "rounds=3",
-    "local.steps=3",
-    "pace.clients=2",
-    "strategy=fedadam",
-    "runtime.threads=1",
-    "local.precision=fp32",
-    "evaluate.tokens=2048",
-    "seed=11",
-]
 needs_ray = pytest.mark.skipif(
     importlib.util.find_spec("ray") is None, reason="pip install '.[ray]'"
 )

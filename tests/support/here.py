@@ -7,6 +7,26 @@ from typing import Any
 
 from fedgpt import api
 
+# the same options on every runtime, so that the weights can be compared
+SMALL = [
+    "corpus=stdlib",
+    "tokenizer=bytes",
+    "partition=iid",
+    "partition.clients=2",
+    "model.n_layer=1",
+    "model.n_embd=32",
+    "model.n_head=2",
+    "model.block_size=32",
+    "rounds=3",
+    "local.steps=3",
+    "pace.clients=2",
+    "strategy=fedadam",
+    "runtime.threads=1",
+    "local.precision=fp32",
+    "evaluate.tokens=2048",
+    "seed=11",
+]
+
 
 def run_here(*overrides: str) -> dict[str, Any]:
     """`fedgpt run overrides` in this process; returns the summary."""

@@ -1,4 +1,4 @@
-"""A client that stays: one process takes the messages of a server and answers them, for ever.
+"""A persistent client: one process that answers the messages of a server until it is stopped.
 
 Flower's SuperNode starts a Python process for each message, which takes seconds. This one keeps the
 text, the model and its buffers in memory. It never asks for code: what it does is the ClientApp
@@ -6,7 +6,7 @@ that is installed here.
 
     connect -> wait for a message -> answer it -> upload the answer
        ^______________________________________________________|
-    away: the connection is tried again, with a pause that grows; the log says why, once
+    server away: the connection is tried again, with a growing pause; each reason is logged once
 """
 
 from __future__ import annotations
@@ -93,9 +93,11 @@ class PersistentNode:
         while not self._stopped.is_set():
             try:
                 message = self._persist(self._connection.receive)
-            except httpx.HTTPError:
+            except httpx.HTTPStatusError as error:  # such as a key that was revoked
+                raise NotAccepted(reason_of(error)) from error
+            except NotAccepted:
                 raise
-            except Exception as error:  # one that cannot be read: it is gone
+            except Exception as error:  # any, for a message that cannot be read: it is gone
                 log.warning("a message cannot be read (%s)", type(error).__name__)
                 continue
             if message is None:

@@ -43,7 +43,8 @@ def register(state: LinkState, sites: Mapping[str, bytes]) -> None:
 def stop_old_runs(state: LinkState) -> None:
     """Stop runs that a former link had started: their ServerApp ended with it.
 
-    A node that works for one is told so at its next request; else it would be after a minute.
+    A node with a job of such a run learns it from its next request, where Flower alone would take a
+    minute to notice.
     """
     for run in state.get_run_info(statuses=[Status.STARTING, Status.RUNNING]):
         state.stop_run(run.run_id)

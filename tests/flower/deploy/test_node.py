@@ -1,4 +1,4 @@
-"""A client that stays, in a process of its own, at a real SuperLink that comes and goes."""
+"""A persistent client, in a process of its own, at a real SuperLink that goes and comes back."""
 
 from __future__ import annotations
 
@@ -11,20 +11,12 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
-from support.superlink import LiveSuperLink, in_thread, live_superlink, persistent_node
+from support.superlink import LiveSuperLink, in_thread, persistent_node
 
-from fedgpt.flower import fetch
 from fedgpt.flower.deploy import node as node_module
 from fedgpt.flower.deploy.connection import FleetConnection
 from fedgpt.flower.deploy.node import NotAccepted, PersistentNode
 from fedgpt.flower.fetch import Fetcher
-
-
-@pytest.fixture
-def link(monkeypatch) -> Iterator[LiveSuperLink]:
-    monkeypatch.setattr(fetch, "NODES_SECONDS", 0.1)
-    with live_superlink() as one:
-        yield one
 
 
 @pytest.fixture
@@ -100,7 +92,7 @@ def test_a_server_that_was_away_gets_the_answers_afterwards(link, key, server):
         assert server.answer().content["about"]["number"] == 2
         process.send_signal(signal.SIGTERM)
         log = process.stderr.read()
-    assert log.count("the server does not respond") == 1, "each reason is told once"
+    assert log.count("the server does not respond") == 1, "each reason is logged once"
     assert log.count("the server responds again") == 1
 
 
@@ -123,6 +115,19 @@ def test_a_client_whose_key_is_not_approved_says_so(link, key, monkeypatch, capl
     with pytest.raises(NotAccepted, match="its key is not approved there, or a client with"):
         node.run()
     assert "may still count an earlier start of this client" in caplog.text
+
+
+def test_a_client_whose_key_is_revoked_while_it_waits_says_so(link, key):
+    identity = link.registered(key)
+    with persistent_node(link, key, "echo", {"index": 0}) as process:
+        deadline = time.monotonic() + 60
+        while link.state.get_node_info(node_ids=[identity])[0].status != "online":
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        link.state.delete_node("", identity)
+        assert process.wait(timeout=60) == 1
+        log = process.stderr.read()
+    assert "NotAccepted: the server refuses with status 401" in log
 
 
 def test_a_client_that_was_killed_is_accepted_again(link, key, server, monkeypatch):

@@ -1,4 +1,4 @@
-"""Runs over a real SuperLink whose clients stay."""
+"""Runs over a real SuperLink with persistent clients."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import ExitStack
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
+from support.here import SMALL
 from support.superlink import live_superlink, persistent_node
 
 from fedgpt.api import run
@@ -16,28 +17,9 @@ from fedgpt.flower.run_config import run_config_of
 from fedgpt.flower.serve import serve
 from fedgpt.storage.journal import Journal
 
-SMALL = [
-    "corpus=stdlib",
-    "tokenizer=bytes",
-    "partition=iid",
-    "partition.clients=2",
-    "model.n_layer=1",
-    "model.n_embd=32",
-    "model.n_head=2",
-    "model.block_size=32",
-    "rounds=3",
-    "local.steps=3",
-    "pace.clients=2",
-    "strategy=fedadam",
-    "runtime.threads=1",
-    "local.precision=fp32",
-    "evaluate.tokens=2048",
-    "seed=11",
-]
-
 
 @pytest.mark.slow
-def test_a_run_with_clients_that_stay_has_the_weights_of_the_pool(tmp_path, monkeypatch):
+def test_a_run_with_persistent_clients_has_the_weights_of_the_pool(tmp_path, monkeypatch):
     pool = run(*SMALL, f"run_dir={tmp_path / 'pool'}").summary
     logged, append = [], Journal.append
     monkeypatch.setattr(
