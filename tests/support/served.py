@@ -17,16 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-
-from fedgpt.flower.deploy.folder import init
-from fedgpt.flower.deploy.keys import approve
-from fedgpt.flower.deploy.kit import make_request, read_kit
-from fedgpt.storage.run_folder import read_lines
 from support.link import free_port
 from support.superlink import node_process
 from support.world import wait_until
 
+from fedgpt.flower.deploy.folder import init
+from fedgpt.flower.deploy.keys import approve
+from fedgpt.flower.deploy.kit import make_request, read_kit
+from fedgpt.flower.processes import _descendants
+from fedgpt.storage.run_folder import read_lines
+
 LONG = 300.0  # seconds; bounds every wait, and the machine may be busy
+LINK, SERVER = "fedgpt.flower.deploy.link", "flwr-serverapp"
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
 
 
@@ -123,6 +125,17 @@ class Served:
     def acts(self) -> list[dict[str, Any]]:
         """The supervisor's lines of audit.jsonl."""
         return [line for line in read_lines(self.folder / "audit.jsonl") if "act" in line]
+
+
+def descendant(process: subprocess.Popen[str], word: str) -> int:
+    """The one process below another that was started as `word`, a program or a module."""
+    found = []
+    for pid in _descendants(process.pid):
+        words = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        if word in words[2:3] or Path(words[1]).name == word:
+            found.append(pid)
+    (one,) = found
+    return one
 
 
 def version_of(run_dir: Path) -> int:

@@ -19,6 +19,7 @@ from flwr.proto.control_pb2 import (
     ListRunsRequest,
     StartRunRequest,
     StopRunRequest,
+    StreamLogsRequest,
 )
 from flwr.supercore.constant import NOOP_FEDERATION_ID
 from flwr.supercore.control.control_http_client import ControlHttpClient
@@ -114,6 +115,12 @@ class Control:
             return
         with self._asking():
             self.api.StopRun(StopRunRequest(run_id=run_id))
+
+    def output(self, run_id: int) -> Iterator[str]:
+        """What the server of a run prints, in pieces as they come, until it ends."""
+        with self._asking():
+            for piece in self.api.StreamLogs(StreamLogsRequest(run_id=run_id)):
+                yield piece.log_output
 
     def online(self) -> set[bytes]:
         """The public keys of the clients that are connected now."""

@@ -93,8 +93,11 @@ class PersistentNode:
         while not self._stopped.is_set():
             try:
                 message = self._persist(self._connection.receive)
-            except httpx.HTTPStatusError as error:  # such as a key that was revoked
-                raise NotAccepted(reason_of(error)) from error
+            except httpx.HTTPStatusError as error:
+                if error.response.status_code != httpx.codes.FORBIDDEN:  # a key that was revoked
+                    raise NotAccepted(reason_of(error)) from error
+                log.warning("a job was not read: %s", reason_of(error))  # its run is over
+                continue
             except NotAccepted:
                 raise
             except Exception as error:  # any, for a message that cannot be read: it is gone

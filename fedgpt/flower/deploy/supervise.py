@@ -11,18 +11,21 @@ writes a reason to DIR/failure.json, and saves itself and ends when DIR/stop app
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from fedgpt.config.compose import from_yaml, of_run, refuse_another_run
 from fedgpt.core.errors import (
+    CONTINUES_WITH,
     ConfigError,
     FedGPTError,
     Interrupted,
@@ -43,6 +46,7 @@ MOST_STARTS = 5  # of a run without a new version, and of a link without an answ
 LONGEST_PAUSE = 60.0  # seconds before the next start; the first pauses are 1, 2, 4, ...
 SILENT_SECONDS = 60.0  # for which a link may not answer
 STOP_SECONDS = 60.0  # for the checkpoint of a run that is to stop
+OUTPUT_SECONDS = 10.0  # for the last lines of a run that has ended
 POLL_SECONDS = 0.5
 LOCK = "server.lock"
 LOCK_SECONDS = 2.0  # `fedgpt status` holds the lock for a moment
@@ -141,7 +145,9 @@ class Supervisor:
             raise Interrupted(options.run_dir)
         try:
             with Control(self.folder) as control:
-                status = self._watch(control, control.submit(options))
+                run_id = control.submit(options)
+                with _printing(self.folder, run_id):
+                    status = self._watch(control, run_id)
         except LinkDown as error:
             raise _Crash(str(error)) from error
         try:
@@ -212,6 +218,24 @@ class Supervisor:
         audit.note(self.folder, "end", run=run.number, exit_code=exit_code, reason=reason)
 
 
+@contextmanager
+def _printing(folder: Path, run_id: int) -> Iterator[None]:
+    """Print what the server of a run prints, which Flower takes from it, while the block runs."""
+
+    def work() -> None:
+        with suppress(FedGPTError), Control(folder) as control:  # the link may end meanwhile
+            for piece in control.output(run_id):
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+
+    thread = threading.Thread(target=work, name="output", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join(OUTPUT_SECONDS)
+
+
 def pause_before(start: int) -> float:
     """Seconds before another start after `start` that led nowhere.
 
@@ -235,7 +259,7 @@ def serving(folder: Path, link: LinkProcess) -> Iterator[Supervisor]:
     FedGPTError if another server has the folder.
     """
     supervisor = Supervisor(folder, link)
-    with _lock(folder), _signals(supervisor):
+    with _lock(folder), _signals(supervisor), _continued_with(link):
         _give_up_abandoned(folder)
         try:
             yield supervisor
@@ -257,6 +281,19 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def _continued_with(link: LinkProcess) -> Iterator[None]:
+    """Let messages name the command that continues a run here."""
+    before = os.environ.get(CONTINUES_WITH)
+    os.environ[CONTINUES_WITH] = link.environment[CONTINUES_WITH]
+    try:
+        yield
+    finally:
+        del os.environ[CONTINUES_WITH]
+        if before is not None:
+            os.environ[CONTINUES_WITH] = before
 
 
 @contextmanager

@@ -11,6 +11,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.supercore.inflatable.inflatable_object import get_object_tree
+from flwr.supercore.task_identity import TaskIdentity
 from support.superlink import LiveSuperLink, in_thread, persistent_node
 
 from fedgpt.flower.deploy import node as node_module
@@ -142,6 +145,25 @@ def test_a_client_that_was_killed_is_accepted_again(link, key, server, monkeypat
         server.wait_until(online=True)
         server.ask(number=1)
         assert server.answer().content["about"]["index"] == 2
+
+
+def test_a_run_that_ends_before_its_job_was_sent_does_not_end_the_client(link, key, server):
+    """As where the server of the run is killed between announcing a job and sending it."""
+    with persistent_node(link, key, "echo", {"index": 0}) as process:
+        server.wait_until(online=True)
+        TaskIdentity.run_id, TaskIdentity.node_id = link.run_id, SUPERLINK_NODE_ID
+        message = Message(RecordDict({"about": ConfigRecord({"number": 1})}), server.node, "train")
+        message.metadata.__dict__["_message_id"] = message.object_id
+        session = link.state.start_session(link.run_id)
+        link.state.store_message_and_object_tree(message, get_object_tree(message), session)
+        time.sleep(2.0)  # the client waits for the content
+        server.fetcher.close()
+        link.state.stop_run(link.run_id)
+        time.sleep(2.0)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+        assert "a job was not read: the server refuses with status 403" in process.stderr.read()
 
 
 def test_the_end_of_a_run_does_not_end_the_client(link, key, server):
