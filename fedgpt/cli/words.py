@@ -48,6 +48,7 @@ def server_run(words: Sequence[str], config_dir: str | None, folder: Path) -> Wi
     """
     from fedgpt.api import resumed
     from fedgpt.config import compose
+    from fedgpt.flower.deploy.link_process import continued_at
     from fedgpt.flower.deploy.queue import Wish
 
     if found := resumed(words):
@@ -57,7 +58,10 @@ def server_run(words: Sequence[str], config_dir: str | None, folder: Path) -> Wi
         if word.lstrip("+~").partition("=")[0] in OF_RUNTIMES:
             raise ConfigError(f"{word}: the clients of a server are its sites; leave it out")
     if any(word.startswith("run_dir=") for word in words):
-        return Wish(compose.load(words, config_dir), dated=False, resumed=False)
+        options = compose.load(words, config_dir)
+        with continued_at(folder):
+            compose.refuse_another_run(options)
+        return Wish(options, dated=False, resumed=False)
     begin = f"run_dir={folder}/runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"
     options = compose.load([*words, f"{begin}-${{name}}"], config_dir)
     return Wish(options, dated=True, resumed=False)

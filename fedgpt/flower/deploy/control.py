@@ -5,6 +5,7 @@ The run that it submits has no code in it: its app names the ServerApp that is i
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -84,8 +85,9 @@ class Control:
     def healthy(self) -> bool:
         """Whether the link answers."""
         try:
-            return self._http.get(f"{_URL}/health").status_code == httpx.codes.OK
-        except httpx.HTTPError:
+            with self._asking():
+                return self._http.get(f"{_URL}/health").status_code == httpx.codes.OK
+        except FedGPTError:
             return False
 
     def submit(self, options: RunOptions) -> int:
@@ -131,8 +133,11 @@ class Control:
     @contextmanager
     def _asking(self) -> Iterator[None]:
         try:
+            with socket.socket(socket.AF_UNIX) as probe:  # httpx does not close one that fails
+                probe.settimeout(CALL_SECONDS)
+                probe.connect(str(self._folder / CONTROL_SOCKET))
             yield
-        except httpx.TransportError as error:
+        except (OSError, httpx.TransportError) as error:
             raise LinkDown(f"no link answers in {self._folder} ({error})") from error
         except httpx.HTTPStatusError as error:
             raise FedGPTError(reason_of(error)) from error

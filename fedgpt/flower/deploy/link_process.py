@@ -7,7 +7,8 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from fedgpt.core.errors import CONTINUES_WITH
@@ -21,6 +22,23 @@ START_SECONDS = 180.0  # to the first answer
 END_SECONDS = 60.0  # to the end of all of its processes
 POLL_SECONDS = 0.2
 FAILURE, STOP = "failure.json", "stop"  # in the server's folder, for the server of a run
+
+
+def _continues_with(folder: Path) -> str:
+    return shlex.join(["fedgpt", "server", str(folder)])
+
+
+@contextmanager
+def continued_at(folder: Path) -> Iterator[None]:
+    """Let messages name the command that continues a run at the server of a folder."""
+    before = os.environ.get(CONTINUES_WITH)
+    os.environ[CONTINUES_WITH] = _continues_with(folder)
+    try:
+        yield
+    finally:
+        del os.environ[CONTINUES_WITH]
+        if before is not None:
+            os.environ[CONTINUES_WITH] = before
 
 
 class LinkProcess:
@@ -47,7 +65,7 @@ class LinkProcess:
             "PYTHONPATH": import_path(),
             FAILURE_FILE: str(self._folder / FAILURE),
             STOP_FILE: str(self._folder / STOP),
-            CONTINUES_WITH: shlex.join(["fedgpt", "server", str(self._folder)]),
+            CONTINUES_WITH: _continues_with(self._folder),
         }
 
     @property

@@ -11,7 +11,6 @@ writes a reason to DIR/failure.json, and saves itself and ends when DIR/stop app
 
 from __future__ import annotations
 
-import os
 import shlex
 import signal
 import sys
@@ -25,7 +24,6 @@ from filelock import FileLock, Timeout
 
 from fedgpt.config.compose import from_yaml, of_run, refuse_another_run
 from fedgpt.core.errors import (
-    CONTINUES_WITH,
     ConfigError,
     FedGPTError,
     Interrupted,
@@ -36,7 +34,7 @@ from fedgpt.core.files import PRIVATE
 from fedgpt.core.options import RunOptions
 from fedgpt.flower.deploy import audit, queue
 from fedgpt.flower.deploy.control import Control, LinkDown, RunStatus
-from fedgpt.flower.deploy.link_process import FAILURE, STOP, LinkProcess
+from fedgpt.flower.deploy.link_process import FAILURE, STOP, LinkProcess, continued_at
 from fedgpt.flower.deploy.queue import QueuedRun
 from fedgpt.flower.failure import raise_failure
 from fedgpt.flower.launch import extend
@@ -259,7 +257,7 @@ def serving(folder: Path, link: LinkProcess) -> Iterator[Supervisor]:
     FedGPTError if another server has the folder.
     """
     supervisor = Supervisor(folder, link)
-    with _lock(folder), _signals(supervisor), _continued_with(link):
+    with _lock(folder), _signals(supervisor), continued_at(folder):
         _give_up_abandoned(folder)
         try:
             yield supervisor
@@ -281,19 +279,6 @@ def _lock(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
-
-
-@contextmanager
-def _continued_with(link: LinkProcess) -> Iterator[None]:
-    """Let messages name the command that continues a run here."""
-    before = os.environ.get(CONTINUES_WITH)
-    os.environ[CONTINUES_WITH] = link.environment[CONTINUES_WITH]
-    try:
-        yield
-    finally:
-        del os.environ[CONTINUES_WITH]
-        if before is not None:
-            os.environ[CONTINUES_WITH] = before
 
 
 @contextmanager
