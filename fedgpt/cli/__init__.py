@@ -59,7 +59,7 @@ COMMANDS = {
         Command(
             "server",
             "DIR [OPTIONS]",
-            "take real clients, and bring one run or those of a queue to their end",
+            "serve real clients: one run, or a queue of runs",
             True,
         ),
         Command("submit", "DIR [OPTIONS]", "queue a run at a server", True),
