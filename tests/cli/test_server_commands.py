@@ -44,7 +44,7 @@ def typed(capsys):
     return type_it
 
 
-REFUSED = {
+REMEDIES = {
     "rounds=0": "rounds=0: must be at least 1",
     "rounds": "rounds: options are typed key=value",
     "runtime=ray": "runtime=ray: the clients of a server are its sites; leave it out",
@@ -53,12 +53,12 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("word", REFUSED)
+@pytest.mark.parametrize("word", REMEDIES)
 @pytest.mark.parametrize("command", ["server", "submit"])
 def test_wrong_options_are_refused_before_anything_is_started(folder, typed, command, word):
     before = sorted(folder.rglob("*"))
     code, out, err = typed(command, folder, word)
-    assert (code, out) == (2, "") and REFUSED[word] in err
+    assert (code, out) == (2, "") and REMEDIES[word] in err
     assert sorted(folder.rglob("*")) == before, "no lock, no queue, no folder of a run"
 
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.advice import advises
+from support.deployment import deployment
 from support.here import SMALL
 from support.metrics_text import parsed
 from support.served import LINK, LONG, SERVER, Served, descendant, ended, reached, version_of
 from support.world import summary, wait_until
 
 from fedgpt.api import run
+from fedgpt.config.compose import load
 from fedgpt.core.errors import FedGPTError
 from fedgpt.flower.deploy import queue, supervise
 from fedgpt.flower.deploy.control import Control
@@ -40,6 +42,7 @@ class Crashing(FedAvg):
     def step(self, D, state):
         raise RuntimeError("no step today")
 """
+END = "        return super().step(D, state)\n"
 
 
 @pytest.fixture
@@ -172,8 +175,6 @@ def test_a_run_that_comes_no_further_is_given_up_with_the_reason(served, tmp_pat
     monkeypatch.setattr(supervise, "MOST_STARTS", 2)
     options = [word for word in SMALL if not word.startswith("strategy=")]
     options += ["strategy=custom", "strategy._target_=mine.Crashing", "trusted_packages=[mine]"]
-    from fedgpt.config.compose import load
-
     wish = Wish(load([*options, f"run_dir={tmp_path / 'run'}"]), dated=False, resumed=False)
     link = LinkProcess(served.folder, ["--host=127.0.0.1"])
     with served.sites(), serving(served.folder, link) as supervisor:
@@ -181,6 +182,12 @@ def test_a_run_that_comes_no_further_is_given_up_with_the_reason(served, tmp_pat
         with pytest.raises(FedGPTError, match="started 2 times without a new version") as given_up:
             supervisor.carry_out(one)
         assert "no step today" in str(given_up.value)
+        again = f"fedgpt server {served.folder} resume={tmp_path / 'run'}"
+        advises(given_up.value, f"remove the cause and continue with: {again}")
+        (tmp_path / "mine.py").write_text(
+            CRASHING.replace("raise Runtime", "# raise Runtime") + END
+        )
+        supervisor.carry_out(queue.add(served.folder, replace(wish, resumed=True), once=True))
         # the control API, while the link is up
         with Control(served.folder) as control:
             assert control.healthy() and len(control.online()) == 2
@@ -194,5 +201,17 @@ def test_a_run_that_comes_no_further_is_given_up_with_the_reason(served, tmp_pat
             control.stop(number)  # it stays as it is
             with pytest.raises(FedGPTError, match="12345"):
                 control.status(12345)
-    assert queue.read(served.folder, one.number).exit_code == 1
-    assert json.loads((served.folder / "queue" / "1.json").read_text())["starts"] == 2
+    assert [run.exit_code for run in queue.runs(served.folder)] == [1, 0]
+    assert summary(tmp_path / "run")["rejected"] == {}
+
+
+def test_a_run_whose_own_server_was_killed_is_recorded_so(tmp_path):
+    folder = deployment(tmp_path).folder
+    wish = Wish(load([*SMALL, f"run_dir={tmp_path / 'run'}"]), dated=False, resumed=False)
+    queue.add(folder, wish, once=True)
+    queue.add(folder, wish)
+    with serving(folder, LinkProcess(folder)):
+        own, queued = queue.runs(folder)
+    assert own.exit_code == 1 and queued.waits
+    again = f"fedgpt server {folder} resume={tmp_path / 'run'}"
+    advises(own.reason, f"its server was killed; continue with: {again}")
