@@ -10,7 +10,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -84,23 +84,33 @@ class Served:
         return done
 
     @contextmanager
-    def sites(self, plain: bool = False) -> Iterator[list[subprocess.Popen[str]]]:
-        """A persistent client for each site; `plain`: without TLS."""
+    def sites(
+        self, own: Callable[[str], Mapping[str, Any]] | None = None, plain: bool = False
+    ) -> Iterator[list[subprocess.Popen[str]]]:
+        """A persistent client for each site, with the node configuration `own(name)`, or that of
+        its partition; `plain`: without TLS.
+        """
         with ExitStack() as nodes:
             yield [
-                nodes.enter_context(node_process(self._about(number, name, plain)))
+                nodes.enter_context(
+                    node_process(
+                        self._about(name, own(name) if own else self._partition(number), plain)
+                    )
+                )
                 for number, name in enumerate(self.names)
             ]
 
-    def _about(self, number: int, name: str, plain: bool) -> dict[str, Any]:
+    def _partition(self, number: int) -> dict[str, Any]:
+        partition = {"partition-id": number, "num-partitions": len(self.names)}
+        return {**partition, "state-dir": str(self.root / "state")}
+
+    def _about(self, name: str, config: Mapping[str, Any], plain: bool) -> dict[str, Any]:
         kit = read_kit(self.root / f"{name}.kit")
-        config = {"partition-id": number, "num-partitions": len(self.names)}
-        config["state-dir"] = str(self.root / "state")
         private = kit.private_key.private_bytes(
             Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()
         ).decode()
         about = {"address": kit.approval.address, "app": "fedgpt.flower.client_app:app"}
-        return {**about, "key": private, "config": config} | (
+        return {**about, "key": private, "config": dict(config)} | (
             {} if plain else {"ca": kit.approval.ca}
         )
 

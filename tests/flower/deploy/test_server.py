@@ -14,6 +14,7 @@ from support.deployment import deployment
 from support.here import SMALL
 from support.metrics_text import parsed
 from support.served import LINK, LONG, SERVER, Served, descendant, ended, reached, version_of
+from support.sites import NAMES, Texts
 from support.world import summary, wait_until
 
 from fedgpt.api import run
@@ -24,6 +25,7 @@ from fedgpt.flower.deploy.control import Control
 from fedgpt.flower.deploy.link_process import LinkProcess
 from fedgpt.flower.deploy.queue import Wish
 from fedgpt.flower.deploy.supervise import serving
+from fedgpt.storage.run_folder import read_lines
 
 pytestmark = [
     pytest.mark.slow,
@@ -95,6 +97,24 @@ def test_one_command_runs_one_run_and_tells_how_it_goes(served, tmp_path):
     assert one["progress"]["version"] == 3 and one["progress"]["accepted"] == 6
     acts = [(act["act"], act["run"]) for act in served.acts()]
     assert acts == [("submit", 1), ("start", 1), ("submit", 2), ("end", 1)]
+
+
+@pytest.mark.long
+def test_sites_have_their_own_text_and_are_known_by_the_names_in_their_kits(tmp_path):
+    """Without TLS, on this machine alone, which is said."""
+    texts = Texts.write(tmp_path)
+    pool = texts.in_one_place(f"run_dir={tmp_path / 'pool'}")
+    served, folder = Served(tmp_path, NAMES), tmp_path / "run"
+
+    words = texts.at_sites(f"run_dir={folder}")
+    with served.sites(texts.config, plain=True), served.server("--insecure", *words) as server:
+        assert ended(server) == 0, served.log()
+    same(folder, pool)
+    accepted = [
+        event for event in read_lines(folder / "events.jsonl") if event["event"] == "accept"
+    ]
+    assert {event["client"] for event in accepted} == set(NAMES)
+    assert "NO ENCRYPTION" in served.log() and "without TLS" in served.log()
 
 
 @pytest.mark.long
