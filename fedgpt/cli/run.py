@@ -65,7 +65,6 @@ def _hydra(arguments: list[str], of_hydra: list[str]) -> int:
     from hydra.types import RunMode
     from omegaconf import DictConfig
 
-    from fedgpt.cli import exit_code
     from fedgpt.config import compose
     from fedgpt.config.choices import CONF
 
@@ -91,7 +90,7 @@ def _hydra(arguments: list[str], of_hydra: list[str]) -> int:
 
     sys.argv = ["fedgpt run", *of_hydra]
     hydra.main(version_base="1.3", config_path=str(CONF), config_name="run")(job)()
-    return exit_code(failures[-1]) if failures else 0
+    return failures[-1].exit_code if failures else 0
 
 
 def _start(options: Any, dated: bool) -> float:

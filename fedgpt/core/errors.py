@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 
 class FedGPTError(Exception):
     """A failure whose message is meant for the user; it is printed without a traceback."""
+
+    exit_code = 1  # of the command that ends with it
 
 
 class ConfigError(FedGPTError):
@@ -23,6 +26,8 @@ class ConfigError(FedGPTError):
       - rounds=0: must be at least 1
     """
 
+    exit_code = 2
+
     def __init__(self, problems: Iterable[str] | str):
         self.problems = [problems] if isinstance(problems, str) else list(problems)
         noun = "problem" if len(self.problems) == 1 else "problems"
@@ -30,6 +35,7 @@ class ConfigError(FedGPTError):
         super().__init__(f"{len(self.problems)} {noun} in the configuration:\n{listing}")
 
 
+CONTINUES_WITH = "FEDGPT_CONTINUES_WITH"
 # error numbers of a full disk
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -37,10 +43,14 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 def resume_command(folder: str | Path) -> str:
     """The command that continues the run in a folder, as it is typed in a shell.
 
+    It begins as the environment variable CONTINUES_WITH says, because the run of a server's folder
+    is continued there.
+
     >>> resume_command("runs/my run")
     "fedgpt run resume='runs/my run'"
     """
-    return f"fedgpt run resume={shlex.quote(str(folder))}"
+    command = os.environ.get(CONTINUES_WITH, "fedgpt run")
+    return f"{command} resume={shlex.quote(str(folder))}"
 
 
 class Unwritten(FedGPTError):
@@ -70,7 +80,9 @@ class DiskFull(FedGPTError):
 
 
 class StoppedEarly(FedGPTError):
-    """The run ended before its last version, for the reason in the message (exit code 3)."""
+    """The run ended before its last version, for the reason in the message."""
+
+    exit_code = 3
 
 
 class TextChanged(FedGPTError):
@@ -78,7 +90,9 @@ class TextChanged(FedGPTError):
 
 
 class Interrupted(FedGPTError):
-    """The run got SIGINT or SIGTERM, is saved, and can be continued (exit code 130)."""
+    """The run got SIGINT or SIGTERM, is saved, and can be continued."""
+
+    exit_code = 130
 
     def __init__(self, folder: str):
         super().__init__(f"interrupted; continue with: {resume_command(folder)}")

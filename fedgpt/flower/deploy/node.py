@@ -27,7 +27,7 @@ from flwr.supercore.error import FlowerError
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedgpt.core.errors import FedGPTError
-from fedgpt.flower.deploy.connection import FleetConnection, UploadEnded
+from fedgpt.flower.deploy.connection import FleetConnection, UploadEnded, passes
 
 Found = TypeVar("Found")
 HEARTBEAT_SECONDS = 12.0  # the server gives a client up after 30 seconds without one, at least
@@ -35,7 +35,6 @@ SHORTEST, LONGEST = 0.05, 0.5  # pause between two questions for messages: after
 MOST_PAUSE = 20.0  # longest pause between two attempts to connect
 # the server counts a client that was killed as connected for a minute, and refuses its restart
 RESTART_SECONDS = 90.0
-PASSING = (502, 503, 504)  # statuses of a server that is overloaded or restarts
 log = logging.getLogger(__name__)
 
 
@@ -93,8 +92,11 @@ class PersistentNode:
         while not self._stopped.is_set():
             try:
                 message = self._persist(self._connection.receive)
-            except httpx.HTTPStatusError as error:  # such as a key that was revoked
-                raise NotAccepted(reason_of(error)) from error
+            except httpx.HTTPStatusError as error:
+                if error.response.status_code != httpx.codes.FORBIDDEN:  # a key that was revoked
+                    raise NotAccepted(reason_of(error)) from error
+                log.warning("a job was not read: %s", reason_of(error))  # its run is over
+                continue
             except NotAccepted:
                 raise
             except Exception as error:  # any, for a message that cannot be read: it is gone
@@ -147,7 +149,7 @@ class PersistentNode:
             try:
                 answer = request()
             except httpx.HTTPStatusError as error:
-                if error.response.status_code not in PASSING:
+                if not passes(error):
                     raise
                 why = reason_of(error)
             except httpx.TransportError as error:

@@ -26,7 +26,7 @@ from flwr.proto.message_pb2 import (
     PushObjectResponse,
 )
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
-from support.link import PROTOBUF, Fleet, Site
+from support.link import PROTOBUF, Fleet, Site, call
 
 from fedgpt.flower.deploy import exchange, guard, limits
 
@@ -500,6 +500,31 @@ def test_a_confirmed_message_cannot_be_read_again(fleet):
     job = handed(fleet, north)
     assert confirm(fleet, north, job.metadata.message_id).status == 200
     assert pull_object(fleet, north, job.object_id).reason == "foreign_id"
+
+
+def test_a_node_may_fetch_a_job_as_soon_as_it_has_read_that_there_is_one(fleet, monkeypatch):
+    """Flower sends a response in two pieces, of which the second is empty."""
+    north, _ = fleet.sites
+    job = fleet.job(north, ARRAY)
+    wanted = PullObjectRequest(
+        node=fleet.of(north), run_id=fleet.run_id, object_id=job.object_id
+    ).SerializeToString()
+    length = ("content-length", str(len(wanted)))
+    headers = {"content-type": PROTOBUF.decode(), **north.headers()}
+    raw = [(name.encode(), value.encode()) for name, value in (*headers.items(), length)]
+    answers, real = [], fleet.guard
+
+    async def eager(scope, receive, send) -> None:
+        async def at_once(event) -> None:
+            if event.get("body"):
+                answers.append(await call(real, "/v1/fleet/pull-object", raw, [wanted]))
+            await send(event)
+
+        await real(scope, receive, at_once)
+
+    monkeypatch.setattr(fleet, "guard", eager)
+    assert len(PullMessagesResponse.FromString(fleet.pull(north).body).messages_list) == 1
+    assert [answer.status for answer in answers] == [200]
 
 
 def test_a_node_that_starts_again_has_been_handed_nothing(fleet):
