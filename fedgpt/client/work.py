@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from fedgpt.client.account import SiteAccount
 from fedgpt.client.attack import attacked
 from fedgpt.client.privacy import ClientPrivacy
 from fedgpt.client.state import ClientState, ClientStore
@@ -49,8 +50,9 @@ ROOT = "the server"
 class ClientWork:
     """The work of all clients of this process, which share its data and buffers."""
 
-    def __init__(self, options: RunOptions, state_root: str):
-        self.options, self.state_root = options, state_root
+    def __init__(self, options: RunOptions, state_root: str, account: SiteAccount | None = None):
+        """`account` counts the private releases of a site over all its runs."""
+        self.options, self.state_root, self.account = options, state_root, account
         self.codec = codec_of(options.update, options.trusted_packages)
 
     @cached_property
@@ -214,6 +216,10 @@ class ClientWork:
 
     def _privacy(self, job: Job, text: Text) -> ClientPrivacy | None:
         """The private part of a client's job; None for a run without privacy at the client."""
+        promised = self.options.privacy
+        if self.account is not None and promised.unit == "client":
+            if promised.target_epsilon is not None and promised.delta is not None:
+                self.account.charge_run(job.plan.run, promised.target_epsilon, promised.delta)
         if self.options.privacy.unit not in ("example", "local"):
             return None
         compute = self.trainer.compute
@@ -227,7 +233,8 @@ class ClientWork:
         if compute.device != "cpu":
             environment["once"] = secrets.token_hex(8)
         folder = ClientStore(self.state_root, job.plan.run, job.client).folder
-        return ClientPrivacy(self.options, folder, text, environment, self.trainer.task)
+        task, account = self.trainer.task, self.account
+        return ClientPrivacy(self.options, folder, text, environment, task, account)
 
     def _trained(
         self,

@@ -10,6 +10,7 @@ from pathlib import Path
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
+from fedgpt.client.policy import PolicyRefused
 from fedgpt.client.work import ClientWork
 from fedgpt.core.device import out_of_memory
 from fedgpt.core.errors import ConfigError, FedGPTError, amount
@@ -73,7 +74,8 @@ def _reported(work: ClientWork) -> Iterator[None]:
     except Exception as error:
         told = OutOfMemory(work.options) if out_of_memory(error) else error
         # a FedGPTError is meant for the user, but may quote a record or name a file
-        if not isinstance(told, FedGPTError) or work.options.privacy.unit != "none":
+        meant = isinstance(told, FedGPTError) and work.options.privacy.unit == "none"
+        if not meant and not isinstance(told, PolicyRefused):
             told = ClientFailed(told)
         if told is error:
             raise

@@ -21,7 +21,6 @@ from typing import Any, TypeVar
 
 import httpx
 from flwr.app import Context, Error, Message, RecordDict
-from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.supercore.error import FlowerError
 from flwr.supercore.task_identity import TaskIdentity
@@ -29,6 +28,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedgpt.core.errors import FedGPTError
 from fedgpt.flower.deploy.connection import FleetConnection, UploadEnded
 
+App = Callable[[Message, Context], Message]  # such as a ClientApp
 Found = TypeVar("Found")
 HEARTBEAT_SECONDS = 12.0  # the server gives a client up after 30 seconds without one, at least
 SHORTEST, LONGEST = 0.05, 0.5  # pause between two questions for messages: after one, and when idle
@@ -46,7 +46,7 @@ class NotAccepted(FedGPTError):
 class PersistentNode:
     """Answers the messages of one server with `app` until it is stopped."""
 
-    def __init__(self, connection: FleetConnection, app: ClientApp, config: Mapping[str, Any]):
+    def __init__(self, connection: FleetConnection, app: App, config: Mapping[str, Any]):
         """`config`: what a SuperNode gets as --node-config."""
         self._connection, self._app, self._config = connection, app, dict(config)
         self._stopped = threading.Event()
@@ -115,7 +115,10 @@ class PersistentNode:
             try:
                 reply = self._app(message, context)
             except Exception as error:  # the app has made its message safe to tell
-                log.exception("a job failed")
+                if isinstance(error, FedGPTError):
+                    log.warning("a job failed: %s", error)
+                else:
+                    log.exception("a job failed")
                 failure = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, repr(error))
                 reply = Message(failure, reply_to=message)
             seconds = time.monotonic() - began
