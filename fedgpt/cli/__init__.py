@@ -56,6 +56,8 @@ COMMANDS = {
             "make, approve and revoke the keys of a server and its sites",
             True,
         ),
+        Command("client", "KIT --text FOLDER", "connect a site to its server", True),
+        Command("doctor", "KIT", "find out what keeps a site from its server", True),
         Command("help", "[TOPIC]", "explain a command, a group or an option"),
     )
 }

@@ -67,8 +67,14 @@ class SiteAccount:
         self.path, self._limits = Path(folder) / FILE, limits
         self._allowed = Spent()  # known to be within the limit
 
+    def begin(self) -> None:
+        """Make the file if this site has made no release yet."""
+        with self._open() as spent:
+            if not self.path.exists():
+                self._write(spent)
+
     def charge(self, event: Event, planned: Event) -> None:
-        """Charge releases before they are made; `planned` are these and all later ones of the run."""
+        """Charge releases before they are made; `planned`: these and all later ones of the run."""
         with self._open() as before:
             after = replace(before, events=added(before.events, event))
             whole = replace(before, events=added(before.events, planned))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from fedgpt.client.policy import Policy
 from fedgpt.core.device import choose_compute, memory
@@ -55,7 +56,7 @@ def _limit_data(share: float) -> str:
 
 def _data_bytes() -> int:
     """Bytes of this process that RLIMIT_DATA counts; raises FedGPTError if Linux does not say."""
-    with open("/proc/self/status", encoding="ascii") as status:
+    with Path("/proc/self/status").open(encoding="ascii") as status:
         for line in status:
             if line.startswith("VmData:"):
                 return int(line.split()[1]) * 1024

@@ -114,7 +114,7 @@ class Policy:
     threads: int | None = option(
         None, "Number of PyTorch threads of the site.", allowed=at_least(1, end=4096)
     )
-    text: CorpusOptions = field(default_factory=lambda: CorpusOptions(name="files"))
+    text: CorpusOptions = field(default_factory=lambda: CorpusOptions(name="files", client="file"))
     privacy: PrivacyLimits = field(default_factory=PrivacyLimits)
 
     def refuse_server(self, fingerprint: str) -> None:

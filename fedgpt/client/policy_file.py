@@ -49,12 +49,12 @@ def read_policy(path: str | Path) -> Policy:
     of_privacy, _ = read.section(
         inner.get("privacy", {}), "privacy.", _options(PrivacyLimits, "privacy.")
     )
-    read.combined(of_privacy)
+    if not read.problems:
+        read.combined(of_privacy)
     if read.problems:
         raise ConfigError(read.problems)
-    return Policy(
-        **top, text=CorpusOptions(name="files", **of_text), privacy=PrivacyLimits(**of_privacy)
-    )
+    text_of_site = CorpusOptions(name="files", client="file", **of_text)
+    return Policy(**top, text=text_of_site, privacy=PrivacyLimits(**of_privacy))
 
 
 class _Reader:

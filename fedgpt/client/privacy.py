@@ -93,6 +93,8 @@ class ClientPrivacy:
             raise BudgetExhausted(
                 f"the job has {event.count} steps and is one of {plan.participations} jobs"
             )
+        if self.account is not None:
+            self.account.begin()  # before there is a ledger, which proves that it was there
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / ".ledger.lock"):
             path = self.folder / "privacy.key"

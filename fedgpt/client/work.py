@@ -216,10 +216,8 @@ class ClientWork:
 
     def _privacy(self, job: Job, text: Text) -> ClientPrivacy | None:
         """The private part of a client's job; None for a run without privacy at the client."""
-        promised = self.options.privacy
-        if self.account is not None and promised.unit == "client":
-            if promised.target_epsilon is not None and promised.delta is not None:
-                self.account.charge_run(job.plan.run, promised.target_epsilon, promised.delta)
+        if self.options.privacy.unit == "client":
+            self._promised(job)
         if self.options.privacy.unit not in ("example", "local"):
             return None
         compute = self.trainer.compute
@@ -235,6 +233,12 @@ class ClientWork:
         folder = ClientStore(self.state_root, job.plan.run, job.client).folder
         task, account = self.trainer.task, self.account
         return ClientPrivacy(self.options, folder, text, environment, task, account)
+
+    def _promised(self, job: Job) -> None:
+        """Charge the site's account for what a run promises in which the server adds the noise."""
+        epsilon, delta = self.options.privacy.target_epsilon, self.options.privacy.delta
+        if self.account is not None and epsilon is not None and delta is not None:
+            self.account.charge_run(job.plan.run, epsilon, delta)
 
     def _trained(
         self,

@@ -25,6 +25,7 @@ from flwr.common.constant import ErrorCode
 from flwr.supercore.error import FlowerError
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedgpt.client.policy import PolicyRefused
 from fedgpt.core.errors import FedGPTError
 from fedgpt.flower.deploy.connection import FleetConnection, UploadEnded
 
@@ -59,6 +60,7 @@ class PersistentNode:
             node = self._activate()
             if node is None:
                 return
+            log.info("connected; waiting for jobs")
             TaskIdentity.node_id, TaskIdentity.task_id = node, 1
             with self._heartbeats():
                 self._answer_messages(node)
@@ -115,7 +117,9 @@ class PersistentNode:
             try:
                 reply = self._app(message, context)
             except Exception as error:  # the app has made its message safe to tell
-                if isinstance(error, FedGPTError):
+                if isinstance(error, PolicyRefused):
+                    log.warning("refused: %s", error)
+                elif isinstance(error, FedGPTError):
                     log.warning("a job failed: %s", error)
                 else:
                     log.exception("a job failed")
