@@ -217,6 +217,34 @@ def test_a_client_that_was_offline_gets_no_strike(tmp_path):
     assert outcome.server.totals.rejected == {"offline": 4}
 
 
+@pytest.mark.parametrize("pace", [{}, {"name": "buffer", "clients": 2, "goal": 2}])
+def test_refusals_by_policy_are_no_strike_and_never_end_a_run(tmp_path, pace):
+    """Also if every site refuses for a long time, as outside its hours."""
+
+    def outside(job):
+        why = Reply(job.client, job.number, error="the site's policy has hours", code="policy")
+        return [(60.0, why)] if job.number < 40 else honest(job)
+
+    o = options(tmp_path, rounds=3, **pace)
+    o.validate = ValidateOptions(strikes=1)
+    outcome = run(o, dict.fromkeys(HONEST, outside))
+    assert outcome.version == 3 and outcome.events_of("quarantine") == []
+    assert outcome.server.totals.rejected == {"policy": 40 * len(HONEST)}
+    # a cohort of refusals makes no version without an update
+    assert outcome.accepted_until(1) >= 2
+
+
+def test_a_cohort_goes_on_without_a_site_that_refuses(tmp_path):
+    def never(job):
+        return [(1.0, Reply(job.client, job.number, error="runs=[other]", code="policy"))]
+
+    o = options(tmp_path, rounds=4)
+    outcome = run(o, {**HONEST, "mallory": never})
+    assert outcome.version == 4
+    assert outcome.server.totals.rejected == {"policy": 4}
+    assert len(outcome.accepted) == 4 * len(HONEST)
+
+
 @pytest.mark.parametrize("online", [True, False])
 def test_a_deadline_is_no_strike_against_a_client_that_is_offline(tmp_path, monkeypatch, online):
     def available(transport, client):
