@@ -74,8 +74,8 @@ def site_of(chosen: argparse.Namespace, policy: Policy, name: str) -> Site:
     home = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
     state = chosen.state or f"{home}/fedgpt"
     cache = chosen.cache or os.environ.get("FEDGPT_CACHE") or "~/.cache/fedgpt"
-    folders = (Path(folder).expanduser().absolute() for folder in (state, cache))
-    return Site(name, policy.text, *folders, policy.device)
+    state_dir, cache_dir = (Path(folder).expanduser().absolute() for folder in (state, cache))
+    return Site(name, policy.text, state_dir, cache_dir, policy.device)
 
 
 def _described(chosen: argparse.Namespace, policy: Policy) -> Iterator[str]:

@@ -6,6 +6,7 @@ import json
 import shutil
 import stat
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +75,17 @@ def test_the_limit_holds_over_runs_and_restarts_and_when_the_folder_of_a_run_is_
             for number in range(5):
                 private = client(o, folder)
                 private.account = account(tmp_path)
-                steps = private.steps(job(o, number), "fresh")
+                private.steps(job(o, number), "fresh")
                 made += 1
         except PolicyRefused as error:
             assert "privacy.most_epsilon=3 for all runs together" in str(error)
             break
         if run % 2:
             shutil.rmtree(folder.parent)
-    noise, probability = steps.noise_multiplier, steps.probability
-    assert epsilon([Event(noise, probability, 3 * made)]) * (1 - 1e-3) <= 3.0
-    assert epsilon([Event(noise, probability, 3 * (made + 1))]) > 3.0 * (1 - 1e-3)
+    (event,) = account(tmp_path).read().events
+    assert event.count == 3 * made
+    assert epsilon([event]) <= 3.0 * (1 + 1e-3)
+    assert epsilon([event, replace(event, count=3)]) > 3.0 * (1 - 1e-3)
     assert made > 15, "three runs of epsilon 1 and more, as they compose"
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from support.fake_transport import ScriptTransport, honest, reply_with
+from support.fake_transport import Behaviour, ScriptTransport, honest, reply_with
 from support.harness import SIZE, options, run
 
 from fedgpt.aggregate.centred_clip import CentredClip
@@ -227,9 +227,11 @@ def test_refusals_by_policy_are_no_strike_and_never_end_a_run(tmp_path, pace):
 
     o = options(tmp_path, rounds=3, **pace)
     o.validate = ValidateOptions(strikes=1)
-    outcome = run(o, dict.fromkeys(HONEST, outside))
+    behaviours: dict[str, Behaviour] = dict.fromkeys(HONEST, outside)
+    outcome = run(o, behaviours)
     assert outcome.version == 3 and outcome.events_of("quarantine") == []
-    assert outcome.server.totals.rejected == {"policy": 40 * len(HONEST)}
+    assert outcome.server.totals.rejected["policy"] > 30 * len(HONEST)
+    assert set(outcome.server.totals.rejected) == {"policy"}
     # a cohort of refusals makes no version without an update
     assert outcome.accepted_until(1) >= 2
 

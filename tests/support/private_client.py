@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -42,7 +44,7 @@ def job(o: RunOptions, number: int = 0, **plan) -> Job:
     )
 
 
-def client(o: RunOptions, folder, tokens=TOKENS, **environment) -> ClientPrivacy:
+def client(o: RunOptions, folder: Path, tokens: Any = TOKENS, **environment: Any) -> ClientPrivacy:
     return ClientPrivacy(o, folder, Text.of([tokens]), environment, LanguageModel())
 
 

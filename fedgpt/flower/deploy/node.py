@@ -36,6 +36,8 @@ SHORTEST, LONGEST = 0.05, 0.5  # pause between two questions for messages: after
 MOST_PAUSE = 20.0  # longest pause between two attempts to connect
 # the server counts a client that was killed as connected for a minute, and refuses its restart
 RESTART_SECONDS = 90.0
+# reasons of the guard for which it is no use to wait: a key that is not approved, a wrong clock
+HOPELESS = (" unknown_key: ", " clock: ")
 PASSING = (502, 503, 504)  # statuses of a server that is overloaded or restarts
 log = logging.getLogger(__name__)
 
@@ -79,8 +81,10 @@ class PersistentNode:
             try:
                 return self._persist(self._connection.activate)
             except httpx.HTTPStatusError as error:
-                if error.response.status_code != httpx.codes.PRECONDITION_FAILED:
-                    raise NotAccepted(reason_of(error)) from error
+                why = reason_of(error)
+                waits = error.response.status_code == httpx.codes.PRECONDITION_FAILED
+                if not waits or any(reason in why for reason in HOPELESS):
+                    raise NotAccepted(why) from error
                 if time.monotonic() > deadline:
                     raise NotAccepted(
                         "the server does not accept this client: its key is not approved there, or"

@@ -117,12 +117,12 @@ def test_a_client_whose_key_was_revoked_ends_with_one_message(server, start):
 
 @pytest.fixture
 def run(capsys):
-    """A command in this process: its exit code and what it printed, errors last."""
+    """A command in this process: its exit code and what it printed, or else its error."""
 
     def one(command: str, arguments: list[str]) -> tuple[int, str]:
         code = cli.dispatch(command, arguments)
         printed = capsys.readouterr()
-        return code, printed.out + printed.err
+        return code, printed.out or printed.err
 
     return one
 
