@@ -74,8 +74,8 @@ def site_of(chosen: argparse.Namespace, policy: Policy, name: str) -> Site:
     home = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
     state = chosen.state or f"{home}/fedgpt"
     cache = chosen.cache or os.environ.get("FEDGPT_CACHE") or "~/.cache/fedgpt"
-    state_dir, cache_dir = (Path(folder).expanduser().absolute() for folder in (state, cache))
-    return Site(name, policy.text, state_dir, cache_dir, policy.device)
+    folders = [str(Path(folder).expanduser().absolute()) for folder in (state, cache)]
+    return Site(name, policy.text, folders[0], folders[1], policy.device)
 
 
 def _described(chosen: argparse.Namespace, policy: Policy) -> Iterator[str]:
@@ -91,7 +91,7 @@ def _described(chosen: argparse.Namespace, policy: Policy) -> Iterator[str]:
         return
     yield f"client  {kit.name}, in this process"
     yield f"server  {kit.approval.address}, CA {kit.approval.ca_fingerprint}"
-    yield f"text    {site.text.path}"
+    yield f"text    {site.corpus.path}"
     yield f"state   {site.state_dir}"
     yield f"cache   {site.cache_dir}"
     yield f"device  {site.device}, threads {policy.threads or 'as torch chooses'}"

@@ -98,7 +98,7 @@ class SiteAccount:
         A site with ledgers of runs has had this file.
         """
         if not is_there(self.path):
-            if ledgers := sorted(self.path.parent.glob("*/*/ledger.json")):
+            if ledgers := sorted(self.path.parent.glob("runs/*/*/ledger.json")):
                 raise FedGPTError(
                     f"{self.path} is missing, and the site has made releases ({ledgers[0]}): put"
                     " the file back from a backup"

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 
-from fedgpt.core.errors import FedGPTError
+from fedgpt.core.errors import ForServer
 from fedgpt.core.messages import Job
 from fedgpt.core.options import CorpusOptions, RunOptions
 from fedgpt.core.options.option import (
@@ -31,8 +31,8 @@ HOURS = re.compile(r"(\d{1,2}):(\d{2})-(\d{1,2}):(\d{2})")
 DAY = 24 * 60  # minutes
 
 
-class PolicyRefused(FedGPTError):
-    """A request is beyond the site's policy. The message is safe for the server to read."""
+class PolicyRefused(ForServer):
+    """A request is beyond the site's policy."""
 
     def __init__(self, limit: str, asked: str, again: float = AGAIN_SECONDS):
         """`limit`: key and value as in the policy; `again`: seconds until the next attempt may be

@@ -63,12 +63,16 @@ def needs_journal(options: RunOptions, switches: bool, real_clients: bool) -> bo
 class Entry:
     """One call of the transport, and the values that the loop read since the previous entry."""
 
-    call: str  # send, receive, or step: the end of a version
+    call: str  # send, receive, join, or step: the end of a version
     jobs: tuple[Key, ...] = ()  # jobs sent
     replies: tuple[Reply, ...] = ()  # replies received
     times: tuple[float, ...] = ()  # readings of the clock
     away: frozenset[str] = frozenset()  # clients that were not available
     clients: int = 0  # number of clients of the run
+    joined: tuple[ClientInfo, ...] = ()  # clients that joined
+    asked: int = (
+        0  # how often the loop had asked for newcomers since the last entry, when they came
+    )
 
 
 class Journal:
@@ -193,6 +197,7 @@ class RecordedTransport:
         self._open: dict[Key, Job] = {}  # jobs sent in the log without a replayed reply
         self._last, self._offset = now, now - inner.now()
         self._clients = 0
+        self._asked = 0  # questions for newcomers since the last entry
 
     def clients(self, timeout: float) -> list[ClientInfo]:
         """The inner transport's clients; the log is replayed only if the number of clients is
@@ -200,6 +205,22 @@ class RecordedTransport:
         """
         infos = self.inner.clients(timeout)
         self._clients = len(infos)
+        return infos
+
+    def newcomers(self) -> list[ClientInfo]:
+        """Log and return the inner transport's newcomers."""
+        if not self._begun:
+            return []
+        self._asked += 1
+        infos: list[ClientInfo] = []
+        if (entry := self._next) is None:
+            infos = self.inner.newcomers()
+            if infos:
+                self._write("join", joined=tuple(infos), asked=self._asked)
+        elif entry.call == "join" and entry.asked == self._asked:
+            infos = list(entry.joined)
+            self._advance()
+        self._clients += len(infos)
         return infos
 
     def available(self, client: str) -> bool:
@@ -305,7 +326,7 @@ class RecordedTransport:
     def _write(self, call: str, **about: Any) -> None:
         away = frozenset(client for client, available in self._available.items() if not available)
         entry = Entry(call, times=tuple(self._times), away=away, clients=self._clients, **about)
-        self._times, self._available = [], {}
+        self._times, self._available, self._asked = [], {}, 0
         self.journal.append(entry)
 
     def _replays(self, call: str, jobs: tuple[Key, ...] = ()) -> bool:
@@ -328,6 +349,7 @@ class RecordedTransport:
         assert self._next is not None, "no entry to pass"
         self._last = self._next.times[-1] if self._next.times else self._last
         self._next, self._times_read = next(self._entries, None), 0
+        self._asked = 0
         if self._next is None:
             self._go_live()
 
@@ -375,6 +397,8 @@ def _as_json(entry: Entry) -> dict[str, Any]:
         "times": entry.times,
         "away": sorted(entry.away),
         "clients": entry.clients,
+        "joined": [(info.id, info.tokens) for info in entry.joined],
+        "asked": entry.asked,
     }
 
 
@@ -413,6 +437,8 @@ def _read_entry(stream: IO[bytes]) -> Entry | None:
         tuple(stored["times"]),
         frozenset(stored["away"]),
         stored["clients"],
+        tuple(ClientInfo(client, tokens) for client, tokens in stored.get("joined", [])),
+        stored.get("asked", 0),
     )
 
 

@@ -70,7 +70,7 @@ def test_all_releases_together_stay_within_the_limit_and_none_is_refused_that_fi
 def test_the_limit_holds_over_runs_and_restarts_and_when_the_folder_of_a_run_is_deleted(tmp_path):
     o, made = options(target_epsilon=1.0, delta=DELTA), 0
     for run in range(30):
-        folder = tmp_path / f"run{run}" / "alice"
+        folder = tmp_path / "runs" / f"run{run}" / "alice"
         try:
             for number in range(5):
                 private = client(o, folder)
@@ -92,7 +92,7 @@ def test_the_limit_holds_over_runs_and_restarts_and_when_the_folder_of_a_run_is_
 def test_a_repeated_job_is_charged_once(tmp_path):
     o = options()
     for _ in range(3):
-        private = client(o, tmp_path / "run" / "alice")
+        private = client(o, tmp_path / "runs" / "run" / "alice")
         private.account = account(tmp_path, most=None)
         private.steps(job(o), "fresh")
     (event,) = account(tmp_path).read().events
@@ -138,7 +138,7 @@ def test_only_the_owner_can_read_the_file(tmp_path):
 @pytest.mark.parametrize("how", ["lost", "cut", "changed", "other"])
 def test_a_file_that_is_lost_or_damaged_is_told_and_nothing_is_released(tmp_path, how):
     o = options()
-    private = client(o, tmp_path / "run" / "alice")
+    private = client(o, tmp_path / "runs" / "run" / "alice")
     private.account = account(tmp_path, most=None)
     private.steps(job(o), "fresh")
     file = tmp_path / FILE

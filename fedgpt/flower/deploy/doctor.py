@@ -23,7 +23,7 @@ from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
 from fedgpt.client.policy import Policy
 from fedgpt.client.site import Site
 from fedgpt.core.errors import ConfigError, FedGPTError, amount
-from fedgpt.data.corpora.files import Files
+from fedgpt.data.corpus import corpus_of
 from fedgpt.flower.deploy import probe
 from fedgpt.flower.deploy.connection import FleetConnection
 from fedgpt.flower.deploy.folder import SOON
@@ -68,8 +68,9 @@ class Doctor:
         yield from self._server(key)
         if self._site is not None:
             yield self._checked("text", self._text)
-            yield self._checked("state", lambda: _room(site_dir(self._site, "state_dir")))
-            yield self._checked("cache", lambda: _room(site_dir(self._site, "cache_dir")))
+            state, cache = self._site.state_dir, self._site.cache_dir
+            yield self._checked("state", lambda: _room(Path(state)))
+            yield self._checked("cache", lambda: _room(Path(cache)))
 
     def _server(self, key: bool) -> Iterator[Finding]:
         yield (found := self._checked("kit", self._kit))
@@ -170,13 +171,12 @@ class Doctor:
 
     def _text(self) -> str:
         assert self._site is not None, "it was asked about"
-        o = self._site.text
-        fields = (o.text_field, o.label_field, o.document_bytes, o.bad_records)
         try:
-            documents = list(map(_size, Files(o.path, o.client, *fields).documents()))
+            documents = [len(one.text.encode()) for one in corpus_of(self._site.corpus).documents()]
         except ConfigError as error:
             raise ConfigError(as_typed(problem) for problem in error.problems) from None
-        return f"{amount(len(documents), 'document')}, {amount(sum(documents), 'byte')}: {o.path}"
+        found = f"{amount(len(documents), 'document')}, {amount(sum(documents), 'byte')}"
+        return f"{found}: {self._site.corpus.path}"
 
 
 def connection_of(kit: Kit, host: str) -> FleetConnection:
@@ -186,18 +186,9 @@ def connection_of(kit: Kit, host: str) -> FleetConnection:
     return FleetConnection(address, kit.private_key, kit.approval.ca.encode())
 
 
-def site_dir(site: Site | None, name: str) -> Path:
-    """A folder of a site."""
-    return Path(getattr(site, name))
-
-
 def as_typed(problem: str) -> str:
     """A problem of corpus=files, with the names that a site types."""
     return problem.replace("corpus.path=", "--text ").replace("corpus.", "text.")
-
-
-def _size(document: object) -> int:
-    return len(getattr(document, "text", "").encode("utf-8", "replace"))
 
 
 def _link(answer: probe.Answer) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
 from cryptography.hazmat.primitives import serialization
 
@@ -12,9 +13,8 @@ from fedgpt.core.files import PRIVATE, write_text
 from fedgpt.flower.deploy.kit import Kit
 
 WHAT_IT_IS = (
-    "A stock SuperNode runs whatever app the server sends, as this user: it knows no policy,",
-    "no --text and no --cache, and reads the paths that the run's options name on this machine.",
-    "Let it run as a user of its own, who can read nothing but the text of the runs.",
+    "A stock SuperNode runs whatever app the server sends, as this user, and knows no policy.",
+    "Let it run as a user of its own, who can read nothing but the text of this site.",
 )
 
 
@@ -24,7 +24,7 @@ def stock_command(kit: Kit, site: Site) -> str:
     They are STATE/stock/NAME.key (for its owner only) and NAME.ca.pem. Raises FedGPTError if they
     cannot be written.
     """
-    folder = site.state_dir.absolute() / "stock"
+    folder = Path(site.state_dir) / "stock"
     key, ca = folder / f"{kit.name}.key", folder / f"{kit.name}.ca.pem"
     openssh = kit.private_key.private_bytes(
         serialization.Encoding.PEM,
@@ -37,7 +37,9 @@ def stock_command(kit: Kit, site: Site) -> str:
         write_text(ca, kit.approval.ca, mode=0o644)
     except OSError as error:
         raise FedGPTError(f"{folder} cannot be written: {error.strerror}") from None
-    config = f'partition-id=0 num-partitions=1 state-dir="{site.state_dir.absolute()}"'
+    own = {"name": kit.name, "text": str(Path(site.corpus.path or "").absolute())}
+    own |= {"state-dir": site.state_dir, "cache-dir": site.cache_dir, "device": site.device}
+    config = " ".join(f'{name}="{value}"' for name, value in own.items())
     words = [
         *("flower-supernode", "--superlink", kit.approval.address),
         *("--root-certificates", str(ca), "--auth-supernode-private-key", str(key)),

@@ -36,7 +36,7 @@ def site(root: Path, text: str | None = None) -> Site:
     folder.mkdir(exist_ok=True)
     (folder / "a.txt").write_text("The river rose again.\n" * 20)
     options = CorpusOptions(name="files", client="file", path=text or str(folder))
-    return Site("clinic", options, root / "state", root / "cache")
+    return Site("clinic", options, str(root / "state"), str(root / "cache"))
 
 
 def found(server: SiteServer, **about) -> list[Finding]:
