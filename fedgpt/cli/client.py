@@ -38,7 +38,7 @@ def add_site(parser: argparse.ArgumentParser) -> None:
     """The arguments that describe a site."""
     parser.add_argument("kit", metavar="KIT", help="the site's kit (fedgpt keys request)")
     parser.add_argument("--text", metavar="FOLDER", help="the site's text: a folder or a file")
-    parser.add_argument("--policy", metavar="FILE", help="what the site allows (docs/deploy.md)")
+    parser.add_argument("--policy", metavar="FILE", help="what the site allows (docs/site.md)")
     parser.add_argument(
         "--state",
         metavar="DIR",
@@ -103,7 +103,7 @@ def _parser() -> argparse.ArgumentParser:
         "fedgpt client",
         description="Connect a site to its server, and train on the site's text when it asks.",
         epilog="Stops at SIGTERM (exit code 0) or SIGINT (130) after the job under way."
-        " docs/deploy.md explains the policy.",
+        " docs/site.md explains the policy.",
     )
     add_site(parser)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], help="where to train (auto)")

@@ -17,7 +17,7 @@ from fedgpt.core.errors import StoppedEarly
 from fedgpt.core.messages import ClientInfo, Job, Plan, Reply
 from fedgpt.core.options import RunOptions
 from fedgpt.flower import nodes
-from fedgpt.flower.grid_transport import GridTransport, RunText
+from fedgpt.flower.grid_transport import Admission, GridTransport
 from fedgpt.flower.messages import MOST_REFUSED, info_content, read_job, refused_for, update_content
 
 JOB = Job("north", 0, 3, np.arange(1000, dtype=np.float32), Plan("run", 1, 0, 1, 1))
@@ -72,7 +72,7 @@ def site(link):
 
 @pytest.fixture
 def transport(link):
-    made = GridTransport(link.grid(), 1, RunText("digest"))
+    made = GridTransport(link.grid(), Admission(1, "digest"))
     yield made
     made.close()
 

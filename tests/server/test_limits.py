@@ -42,7 +42,7 @@ RULES = [
     CentredClip(),
     FLTrust(),
 ]
-HONEST = dict.fromkeys("abcdef", honest)
+HONEST: dict[str, Behaviour] = dict.fromkeys("abcdef", honest)
 
 
 def test_the_limit_is_a_multiple_of_the_running_median():

@@ -46,6 +46,7 @@ class Finding:
     problem: str = ""
     passing: bool = False  # whether waiting may mend the problem
     warning: bool = False  # whether the client can work all the same
+    typed: bool = False  # whether an option or a value of the policy is wrong
 
     def __str__(self) -> str:
         state = "ok" if not self.problem else "warning" if self.warning else "WRONG"
@@ -107,7 +108,7 @@ class Doctor:
         try:
             return Finding(about, check())
         except ConfigError as error:
-            return Finding(about, "", "; ".join(error.problems))
+            return Finding(about, "", "; ".join(error.problems), typed=True)
         except Wrong as wrong:
             return Finding(about, "", str(wrong), wrong.passing)
         except FedGPTError as error:

@@ -20,7 +20,7 @@ from flwr.app import Context, Message, MessageType
 from fedgpt.client.limits import limit_process
 from fedgpt.client.policy import Policy
 from fedgpt.client.site import Site
-from fedgpt.core.errors import FedGPTError
+from fedgpt.core.errors import ConfigError, FedGPTError
 from fedgpt.flower.deploy.doctor import Doctor, Finding, connection_of
 from fedgpt.flower.deploy.kit import Kit
 from fedgpt.flower.deploy.node import App, PersistentNode
@@ -46,12 +46,14 @@ class Ready:
 def preflight(kit: str, site: Site, policy: Policy) -> Ready:
     """Run the checks and log each of them.
 
-    What waiting may mend, such as a server that is not there yet, is a warning. Raises NotReady for
-    the first of the others.
+    What waiting may mend, such as a server that is not there yet, is a warning. For the first of
+    the others it raises ConfigError if an option is wrong, and otherwise NotReady.
     """
     doctor = Doctor(kit, site, policy)
     for finding in doctor.findings(key=False):
         _log(finding)
+        if finding.typed:
+            raise ConfigError(finding.problem)
         if finding.problem and not finding.passing:
             raise NotReady(f"{finding.about}: {finding.problem}")
     assert doctor.kit is not None, "otherwise the first check has failed"

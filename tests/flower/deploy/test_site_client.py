@@ -134,6 +134,12 @@ def test_a_check_that_waiting_does_not_mend_ends_the_client(server, run):
     assert code == 1 and "fedgpt: TLS: the server's certificate ended on" in printed
 
 
+def test_text_that_is_not_there_is_wrong_usage(server, run):
+    with server.listening():
+        code, printed = run("client", [*words(server), "--text", "nowhere"])
+    assert code == 2 and "  - --text nowhere: " in printed
+
+
 def test_the_doctor_prints_a_line_for_each_check_and_tells_a_failed_one_by_its_code(server, run):
     with server.listening():
         code, printed = run("doctor", words(server))
