@@ -196,7 +196,7 @@ class RecordedTransport:
         self._available: dict[str, bool] = {}  # live: availability of clients since the last entry
         self._open: dict[Key, Job] = {}  # jobs sent in the log without a replayed reply
         self._last, self._offset = now, now - inner.now()
-        self._clients = 0
+        self._clients: set[str] = set()  # ids of the clients of the run
         self._asked = 0  # questions for newcomers since the last entry
 
     def clients(self, timeout: float) -> list[ClientInfo]:
@@ -204,7 +204,7 @@ class RecordedTransport:
         unchanged.
         """
         infos = self.inner.clients(timeout)
-        self._clients = len(infos)
+        self._clients = {info.id for info in infos}
         return infos
 
     def newcomers(self) -> list[ClientInfo]:
@@ -214,13 +214,14 @@ class RecordedTransport:
         self._asked += 1
         infos: list[ClientInfo] = []
         if (entry := self._next) is None:
-            infos = self.inner.newcomers()
+            # the inner transport does not know of those that have joined in the log
+            infos = [info for info in self.inner.newcomers() if info.id not in self._clients]
             if infos:
                 self._write("join", joined=tuple(infos), asked=self._asked)
         elif entry.call == "join" and entry.asked == self._asked:
             infos = list(entry.joined)
             self._advance()
-        self._clients += len(infos)
+        self._clients |= {info.id for info in infos}
         return infos
 
     def available(self, client: str) -> bool:
@@ -310,12 +311,12 @@ class RecordedTransport:
         """Send the jobs in flight at the snapshot, at once or after the log has been replayed."""
         self._begun, self._times, self._available, self._open = True, [], {}, jobs
         first = next(self._entries, None)
-        if first is not None and first.clients != self._clients:
+        if first is not None and first.clients != len(self._clients):
             log.warning(
                 "the log was written with %d clients, %d are connected: it is deleted, and the"
                 " clients are asked again",
                 first.clients,
-                self._clients,
+                len(self._clients),
             )
             self.journal.clear()
             first = None
@@ -325,7 +326,8 @@ class RecordedTransport:
 
     def _write(self, call: str, **about: Any) -> None:
         away = frozenset(client for client, available in self._available.items() if not available)
-        entry = Entry(call, times=tuple(self._times), away=away, clients=self._clients, **about)
+        clients = len(self._clients)
+        entry = Entry(call, times=tuple(self._times), away=away, clients=clients, **about)
         self._times, self._available, self._asked = [], {}, 0
         self.journal.append(entry)
 

@@ -179,10 +179,11 @@ def test_a_node_takes_part_only_in_runs_of_its_kind(tmp_path):
     numbered = {"partition-id": 0, "num-partitions": 2}
     with pytest.raises(ConfigError) as refused:
         read_info(asked(site, numbered))
-    start = (
-        """start the SuperNode with --node-config 'name="NAME" text="FOLDER" state-dir="FOLDER"'"""
+    advises(
+        refused.value,
+        "start the SuperNode with --node-config"
+        ' \'name="NAME" text="FOLDER" state-dir="FOLDER"\', or use fedgpt client',
     )
-    advises(refused.value, f"{start}, or use fedgpt client")
     tokenizer = CommonText(site).tokenizer
     question = question_content(tokenizer.definition)
     told = read_info(asked(site, texts.config("ann"), question))
