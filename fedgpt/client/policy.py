@@ -84,7 +84,7 @@ class Policy:
         ),
     )
     runs: list[str] | None = option(
-        None, "Names of runs (name=) in which the site takes part.", allowed=_named("name of a run")
+        None, "Names of runs (name=) in which the site takes part.", allowed=_named("run's name")
     )
     tasks: list[str] | None = option(
         None, "Learning problems (task=) for which the site trains.", allowed=_named("task")

@@ -80,7 +80,7 @@ def test_an_empty_file_has_no_limits(file):
         ("most_steps: 0", "most_steps=0: must be at least 1"),
         ("most_tokens: 1.5", "most_tokens=1.5: must be a whole number, at least 1"),
         ("runs: night", "runs=night: must be a list of texts, such as [a,b], a list of at least"),
-        ("runs: []", "runs=[]: must be a list of at least one name of a run, or left out for all"),
+        ("runs: []", "runs=[]: must be a list of at least one run's name, or left out for all"),
         ("servers: [abc]", "servers=['abc']: must be a list of fingerprints SHA256:..."),
         ("hours: 8-12", "hours=8-12: must be from-to, such as 20:00-06:00"),
         ("hours: 20:00", "hours=1200: must be a text, from-to, such as 20:00-06:00"),

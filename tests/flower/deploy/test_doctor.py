@@ -164,18 +164,21 @@ def test_a_certificate_for_another_name_is_told_with_the_names_that_it_has(tmp_p
     advises(finding.problem, "ask the operator to add 127.0.0.2 to server.json and to renew")
 
 
+CLOCK_REMEDIES = {
+    -400: "ask the operator for: fedgpt keys renew",
+    10: "set the clock of this machine",
+}
+
+
 @pytest.mark.parametrize(
-    "days, told, advice",
-    [
-        (-400, "the server's certificate ended on ", "ask the operator for: fedgpt keys renew"),
-        (10, "the server's certificate is valid from ", "set the clock of this machine"),
-    ],
+    "days, told",
+    [(-400, "the server's certificate ended on "), (10, "the server's certificate is ")],
 )
-def test_a_certificate_of_another_time_is_told(server, days, told, advice):
+def test_a_certificate_of_another_time_is_told(server, days, told):
     server.certify(days=days)
     with server.listening():
         finding = wrong(server, "TLS")
-    assert finding.problem.startswith(told) and finding.problem.endswith(advice)
+    assert finding.problem.startswith(told) and finding.problem.endswith(CLOCK_REMEDIES[days])
     server.certify()
     with server.listening():
         assert not any(one.problem for one in found(server))
@@ -271,7 +274,11 @@ def test_a_proxy_that_refuses_is_told(server, through, monkeypatch):
 
 def test_a_proxy_that_is_none_is_told(server, monkeypatch):
     monkeypatch.setenv("HTTPS_PROXY", "socks5://127.0.0.1:1080")
-    advises(wrong(server, "port").problem, "correct HTTPS_PROXY, or put the server's host into NO_")
+    problem = wrong(server, "port").problem
+    advises(problem, "correct HTTPS_PROXY, or put the server's host into NO_PROXY")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with server.listening():
+        assert not any(one.problem for one in found(server))
 
 
 def of_site(server: SiteServer, about: str, one: Site) -> str:
