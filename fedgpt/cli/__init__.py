@@ -64,6 +64,8 @@ COMMANDS = {
         ),
         Command("submit", "DIR [OPTIONS]", "queue a run at a server", True),
         Command("status", "DIR [--json]", "show a server, its run and its queue", True),
+        Command("client", "KIT --text FOLDER", "connect a site to its server", True),
+        Command("doctor", "KIT", "find out what keeps a site from its server", True),
         Command("help", "[TOPIC]", "explain a command, a group or an option"),
     )
 }

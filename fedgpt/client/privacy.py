@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
+from fedgpt.client.account import SiteAccount
 from fedgpt.core.messages import Job, plan_as_json
 from fedgpt.core.options import RunOptions
 from fedgpt.data.text import Text
@@ -38,17 +39,19 @@ class ClientPrivacy:
         text: Text,
         environment: dict[str, Any],
         task: Task,
+        account: SiteAccount | None = None,
     ):
         """`folder` contains the client's key and ledger.
 
         `environment`: everything besides the job that determines the bits of a result, such as the
-        device.
+        device. `account` counts the releases of all runs of a site.
         """
         self.options = options
         self.folder = folder
         self.text = text
         self.task = task
         self.environment = environment
+        self.account = account
         # releases that the ledger was charged for, including those of the present job
         self.charged = 0.0
 
@@ -90,6 +93,8 @@ class ClientPrivacy:
             raise BudgetExhausted(
                 f"the job has {event.count} steps and is one of {plan.participations} jobs"
             )
+        if self.account is not None:
+            self.account.begin()  # before there is a ledger, which proves that it was there
         self.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.folder / ".ledger.lock"):
             path = self.folder / "privacy.key"
@@ -105,6 +110,10 @@ class ClientPrivacy:
             # identifies the noise in the ledger without revealing it
             tag = derive(key, "job", inputs).hex()
             planned = replace(event, count=plan.participations * per_job)
+            if self.account is not None and not ledger.known(job.number, tag):
+                done = sum(each.count for each in ledger.account.events)
+                left = replace(event, count=max(event.count, planned.count - done))
+                self.account.charge(event, left)
             budget = None if self._as_planned(ledger, event, planned) else o.target_epsilon
             ledger.charge(job.number, tag, event, budget)
             self.charged = float(sum(each.count for each in ledger.account.events))

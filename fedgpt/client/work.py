@@ -13,6 +13,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from fedgpt.client.account import SiteAccount
 from fedgpt.client.attack import attacked
 from fedgpt.client.privacy import ClientPrivacy
 from fedgpt.client.state import ClientState, ClientStore
@@ -41,9 +42,17 @@ ROOT = "the server"
 class ClientWork:
     """The work of all clients of this process, which share its data and buffers."""
 
-    def __init__(self, options: RunOptions, state_root: str, texts: Texts | None = None):
-        """`texts`: where the clients' text comes from, if it is not the text of the run."""
-        self.options, self.state_root = options, state_root
+    def __init__(
+        self,
+        options: RunOptions,
+        state_root: str,
+        texts: Texts | None = None,
+        account: SiteAccount | None = None,
+    ):
+        """`texts`: where the clients' text comes from, if it is not the text of the run; `account`
+        counts the private releases of a site over all its runs.
+        """
+        self.options, self.state_root, self.account = options, state_root, account
         self.texts = texts or CommonText(options)
         self.codec = codec_of(options.update, options.trusted_packages)
 
@@ -153,6 +162,8 @@ class ClientWork:
 
     def _privacy(self, job: Job, text: Text) -> ClientPrivacy | None:
         """The private part of a client's job; None for a run without privacy at the client."""
+        if self.options.privacy.unit == "client":
+            self._promised(job)
         if self.options.privacy.unit not in ("example", "local"):
             return None
         compute = self.trainer.compute
@@ -166,7 +177,14 @@ class ClientWork:
         if compute.device != "cpu":
             environment["once"] = secrets.token_hex(8)
         folder = ClientStore(self.state_root, job.plan.run, job.client).folder
-        return ClientPrivacy(self.options, folder, text, environment, self.trainer.task)
+        task, account = self.trainer.task, self.account
+        return ClientPrivacy(self.options, folder, text, environment, task, account)
+
+    def _promised(self, job: Job) -> None:
+        """Charge the site's account for what a run promises in which the server adds the noise."""
+        epsilon, delta = self.options.privacy.target_epsilon, self.options.privacy.delta
+        if self.account is not None and epsilon is not None and delta is not None:
+            self.account.charge_run(job.plan.run, epsilon, delta)
 
     def _trained(
         self,

@@ -63,15 +63,9 @@ _works: dict[str, ClientWork] = {}
 def query(message: Message, context: Context) -> Message:
     """Answer which client this node is, or why it cannot take part in the run."""
     try:
-        work = _work(context)
-        if isinstance(work.texts, SiteText):
-            with _reported(work):
-                answer = _of_site(work.texts, work.options, read_question(message))
-        else:
-            answer = _of_common_text(work, context)
+        return introduction(_work(context), message, context)
     except ConfigError as error:
         return Message(refusal_content(error.problems), reply_to=message)
-    return Message(answer, reply_to=message)
 
 
 @app.query(ACTION)
@@ -87,6 +81,21 @@ def train(message: Message, context: Context) -> Message:
     """Do one job."""
     work = _work(context)
     index = _number(context, "partition-id") if isinstance(work.texts, CommonText) else 0
+    return trained(work, message, index)
+
+
+def introduction(work: ClientWork, message: Message, context: Context) -> Message:
+    """The answer to the question which client this is; raises ConfigError if it is none."""
+    if isinstance(work.texts, SiteText):
+        with _reported(work):
+            answer = _of_site(work.texts, work.options, read_question(message))
+    else:
+        answer = _of_common_text(work, context)
+    return Message(answer, reply_to=message)
+
+
+def trained(work: ClientWork, message: Message, index: int) -> Message:
+    """The answer to a job for the client with partition number `index`."""
     with _reported(work):
         header, delta = work.train(read_job(message), index)
     return Message(update_content(header, delta), reply_to=message)
@@ -133,7 +142,7 @@ def _work(context: Context) -> ClientWork:
     key = repr((sorted(context.run_config.items()), site))
     if key not in _works:
         options = options_of(context.run_config)
-        _check_kind(options, site)
+        check_kind(options, site)
         _works.clear()
         if site is not None:
             _works[key] = ClientWork(site.options(options), site.runs, SiteText(site, options))
@@ -144,7 +153,7 @@ def _work(context: Context) -> ClientWork:
     return _works[key]
 
 
-def _check_kind(options: RunOptions, site: Site | None) -> None:
+def check_kind(options: RunOptions, site: Site | None) -> None:
     """Raise ConfigError unless the run's clients have the kind of text that this node has."""
     if site is None and options.corpus.at_sites:
         raise ConfigError(

@@ -24,6 +24,7 @@ from fedgpt.flower.messages import (
     job_content,
     params_record,
     read_reply,
+    refused_for,
     unreadable,
 )
 from fedgpt.flower.nodes import Admission, Nodes, one_line
@@ -84,6 +85,8 @@ class GridTransport:
         self._pending: dict[str, tuple[Job, int]] = {}
         self._parked: dict[tuple[str, int], _Parked] = {}
         self._abandoned: set[str] = set()  # ids of messages whose jobs were given up
+        # client whose policy refuses jobs -> when it is asked again, on the run's clock
+        self._resting: dict[str, float] = {}
         self._refused: list[Reply] = []  # failures of jobs whose messages were not accepted
         # params of the last version that was sent, and cached version -> record of the message
         self._broadcast: tuple[object, dict[int, ArrayRecord]] | None = None
@@ -158,7 +161,7 @@ class GridTransport:
         """
         began = self.now()
         while True:
-            returned = self._nodes.look()
+            returned = self._nodes.look() or self._rested()
             replies = self._resumed()
             for arrival in self._mailbox.take():
                 if not self._nodes.takes(arrival):
@@ -172,8 +175,8 @@ class GridTransport:
             self._wait(None if timeout is None else timeout - waited)
 
     def available(self, client: str) -> bool:
-        """Whether a client is connected."""
-        return self._nodes.of(client) is not None
+        """Whether a client is connected, and its policy has not refused a job a short time ago."""
+        return self._nodes.of(client) is not None and client not in self._resting
 
     def abandon(self, keys: Iterable[tuple[str, int]]) -> None:
         """Cancel jobs on a local grid; on other grids they continue, and their replies are rejected
@@ -223,6 +226,11 @@ class GridTransport:
             self._nodes.lost(job.client)
             self._park([job], attempt)
             return []
+        if (seconds := refused_for(message)) is not None:
+            log.warning(
+                "client %s refuses job %d: %s", job.client, job.number, message.error.reason
+            )
+            self._resting[job.client] = self.now() + seconds
         if wanted and attempt < ATTEMPTS and died(message):
             log.warning(
                 "client %s job %d is retried: %s", job.client, job.number, message.error.reason
@@ -230,6 +238,20 @@ class GridTransport:
             self._send([job], attempt + 1)
             return []
         return [replace(read_reply(message, job.client, job.number), job_time=arrival.job_time)]
+
+    def _rested(self) -> bool:
+        """Whether a client that has refused a job by its policy may be asked again.
+
+        So may one that has been away: its owner may have changed the policy.
+        """
+        over = [
+            client
+            for client, until in self._resting.items()
+            if self.now() > until or self._nodes.of(client) is None
+        ]
+        for client in over:
+            del self._resting[client]
+        return bool(over)
 
     def _park(self, jobs: Iterable[Job], attempt: int, until: float | None = None) -> None:
         """Keep jobs until their clients are back, at the latest `until`."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,6 +15,7 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode, SType
 
+from fedgpt.client.policy import PolicyRefused
 from fedgpt.core.errors import ConfigError, FedGPTError, TextChanged, UpdateRejected
 from fedgpt.core.messages import ClientInfo, Job, Reply, plan_as_json, plan_of_json
 from fedgpt.flower.pool.shared_memory import NdArray, array_record
@@ -23,6 +25,7 @@ from fedgpt.update.npy import read_npy
 
 ARRAY = "flat"  # the one array of an ArrayRecord
 MOST_REASON = 500  # largest length of a client's exception in logs and messages, in characters
+MOST_REFUSED = 12 * 3600.0  # seconds after which a site that refuses is asked again, at the latest
 PROTOCOL = 1  # version of the messages in this file: raise it when their meaning changes
 # packages whose other version at a client may give an update other bits
 COMPARED = ("fedgpt", "torch")
@@ -78,9 +81,9 @@ def update_content(header: str, delta: np.ndarray) -> RecordDict:
 def read_reply(message: Message, client: str, number: int) -> Reply:
     """A client's reply, before validation; raises for no content of a message."""
     if message.has_error():
-        return Reply(
-            client, number, error=f"code {message.error.code}: {message.error.reason}"[:MOST_REASON]
-        )
+        error = f"code {message.error.code}: {message.error.reason}"[:MOST_REASON]
+        refused = refused_for(message) is not None
+        return Reply(client, number, error=error, code="policy" if refused else "client_error")
     try:
         header, payload = _update(message.content)
         return Reply(client, number, header, payload, bytes=payload.nbytes + len(header))
@@ -110,6 +113,15 @@ def died(message: Message) -> bool:
 def has_other_text(message: Message) -> bool:
     """Whether a reply reports that the client has other text than the run began with."""
     return message.has_error() and TextChanged.__name__ in str(message.error.reason)
+
+
+def refused_for(message: Message) -> float | None:
+    """Seconds for which a site refuses jobs by its policy; None if it does not."""
+    reason = str(message.error.reason) if message.has_error() else ""
+    if PolicyRefused.__name__ not in reason:
+        return None
+    told = re.search(r"asked again in (\d{1,9}) s", reason)
+    return min(MOST_REFUSED, float(told[1])) if told else MOST_REFUSED
 
 
 @dataclass(frozen=True)

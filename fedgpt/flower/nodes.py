@@ -24,13 +24,24 @@ from fedgpt.core.errors import ConfigError, FedGPTError
 from fedgpt.core.files import read_json
 from fedgpt.core.messages import ClientInfo
 from fedgpt.flower.mailbox import Arrival, Mailbox
-from fedgpt.flower.messages import PROTOCOL, Introduction, read_info, versions
+from fedgpt.flower.messages import (
+    MOST_REASON,
+    PROTOCOL,
+    Introduction,
+    read_info,
+    refused_for,
+    versions,
+)
 
 MOST_INFO = 1 << 20  # bytes of the longest answer to a question
 # environment variable with the path of a file: the approved site of each registered node
 NODES_FILE = "FEDGPT_NODES_FILE"
 ASK_AGAIN_SECONDS = 60.0  # until a node that was left out is asked again
 log = logging.getLogger(__name__)
+
+
+class SiteRefused(FedGPTError):
+    """The policy of a site refuses the run, perhaps for some hours only."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +118,11 @@ class Nodes:
 
     @property
     def refused(self) -> bool:
-        """Whether all connected nodes have answered and none of them can take part."""
+        """Whether all connected nodes have answered, and none can take part now or later."""
         connected = self._online - self.left_out.keys()
-        return len(self.left_out) >= self._admission.expected and not connected and not self._asked
+        later = any(isinstance(error, SiteRefused) for error in self.left_out.values())
+        enough = len(self.left_out) >= self._admission.expected
+        return enough and not (connected or later or self._asked)
 
     @property
     def silent(self) -> int:
@@ -265,6 +278,10 @@ def _answer(node: int, reply: Message | Exception) -> Introduction:
         if not reply.has_error():
             return read_info(reply)
         reason = reply.error.reason
+        if refused_for(reply) is not None:
+            raise SiteRefused(f"node {node}: {reason}"[:MOST_REASON])
+    except SiteRefused:
+        raise
     except ConfigError as error:
         raise ConfigError(f"node {node}: {problem}" for problem in error.problems) from error
     except Exception as error:  # a malformed answer may raise any exception

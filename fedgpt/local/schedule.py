@@ -1,8 +1,10 @@
-"""The learning rate: a function of the tokens that all clients together have trained on."""
+"""The learning rate, a function of the tokens that all clients together have trained on."""
 
 from __future__ import annotations
 
 import math
+
+from fedgpt.core.options import RunOptions
 
 
 def learning_rate(
@@ -21,3 +23,9 @@ def learning_rate(
         return min_lr
     progress = (tokens_done - warm) / (tokens_total - warm)
     return min_lr + 0.5 * (lr - min_lr) * (1 + math.cos(math.pi * progress))
+
+
+def tokens_per_step(options: RunOptions) -> int:
+    """Tokens of one local optimiser step."""
+    local = options.local
+    return local.accumulate * local.batch_size * options.model.block_size

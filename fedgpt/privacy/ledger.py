@@ -135,7 +135,7 @@ class Ledger:
         """
         if self.known(number, tag):
             return
-        events = _added(self.account.events, event)
+        events = added(self.account.events, event)
         account = replace(self.account, events=events, releases=self._noted(Release(number, tag)))
         self._check(account, budget)
         self._write(account)
@@ -211,7 +211,7 @@ class Ledger:
         }
         write_text(
             self.path,
-            json.dumps({**about, "sha256": _digest(about)}, indent=1) + "\n",
+            json.dumps({**about, "sha256": digest_of(about)}, indent=1) + "\n",
             mode=PRIVATE,
         )
         self.account = account
@@ -220,7 +220,7 @@ class Ledger:
 def _read(path: Path) -> Account:
     try:
         about: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if about.pop("sha256") != _digest(about):
+        if about.pop("sha256") != digest_of(about):
             raise ValueError("its digest does not match its content")
         if about.pop("format") != FORMAT:
             raise ValueError(f"its format is not {FORMAT}")
@@ -237,11 +237,12 @@ def _read(path: Path) -> Account:
     return account
 
 
-def _digest(about: Mapping[str, Any]) -> str:
+def digest_of(about: Mapping[str, Any]) -> str:
+    """Hexadecimal sha256 of the content of a file of charges, which that file has, too."""
     return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
 
 
-def _added(events: tuple[Event, ...], more: Event) -> tuple[Event, ...]:
+def added(events: tuple[Event, ...], more: Event) -> tuple[Event, ...]:
     """The events with one more; events of the same kind are merged into one."""
     kind = (more.noise_multiplier, more.sampling_probability)
     same = [

@@ -12,6 +12,7 @@ import numpy as np
 
 from fedgpt.core.messages import DIGESTS, OWN_TEXT, Job, JobTime, Pacing, Plan, ServerState
 from fedgpt.core.options import RunOptions
+from fedgpt.local.schedule import tokens_per_step
 from fedgpt.server.parts import Parts
 from fedgpt.storage.tables import Clients, RunIdentity, RunTotals
 from fedgpt.update.downlink import Published
@@ -126,12 +127,6 @@ class JobPlanner:
             "tokens_per_step": self.step_tokens * together,
             "tokens_total": self.tokens_total(pacing),
         }
-
-
-def tokens_per_step(options: RunOptions) -> int:
-    """Tokens of one local optimiser step."""
-    local = options.local
-    return local.accumulate * local.batch_size * options.model.block_size
 
 
 def tokens_per_job(options: RunOptions) -> int:

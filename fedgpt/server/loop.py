@@ -56,6 +56,8 @@ MEETING_SECONDS = 300  # seconds that the server waits for clients to connect
 MOST_FAILURES = 10
 # codes of failed jobs for which their client gets no strike
 BLAMELESS = ("stale", "offline")
+# code of a job that is beyond the policy of a site: no failure, and the site is asked again later
+POLICY = "policy"
 log = logging.getLogger(__name__)
 
 
@@ -243,7 +245,8 @@ class Server:
         """Validate one reply and collect its update; a rejected one changes only counters."""
         self.totals = self.totals.plus(bytes_up=reply.bytes)
         job = self.jobs.pop(reply.client, reply.number)
-        if job is not None and reply.error and job.plan.cached_version >= 0:
+        refused = reply.code == POLICY
+        if job is not None and reply.error and not refused and job.plan.cached_version >= 0:
             self._send_complete(job)
             return
         try:
@@ -256,8 +259,19 @@ class Server:
             self._advise()
         except UpdateRejected as rejection:
             self._reject(rejection.code, reply.client, reply.number, rejection.detail)
-            if job is not None:
+            if job is not None and rejection.code == POLICY:
+                self._excuse()
+            elif job is not None:
                 self._fail(None if rejection.code in BLAMELESS else reply.client)
+
+    def _excuse(self) -> None:
+        """Count a job that a site's policy refuses; a cohort that consists of such jobs only is
+        chosen again when a site may be asked.
+        """
+        self.current.failed += 1
+        answered = len(self.jobs) + len(self.current.collector)
+        if not answered and not self.pacing.pace.keeps_jobs:
+            self.current.asked = False
 
     def _send_complete(self, job: Job) -> None:
         """Send the same job with all parameters, because the client may have lost its cached

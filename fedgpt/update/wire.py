@@ -30,6 +30,7 @@ REASONS = (
     "client_error",
     "no_reply",
     "offline",
+    "policy",
     "too_large",
     "unknown_job",
     "duplicate",

@@ -13,54 +13,15 @@ from threading import Thread
 import numpy as np
 import pytest
 from filelock import FileLock
+from support.private_client import TOKENS, client, events, job, options
 
-from fedgpt.client.privacy import ClientPrivacy
 from fedgpt.core.errors import FedGPTError
-from fedgpt.core.messages import Job, Plan
-from fedgpt.core.options import LocalOptions, ModelOptions, PrivacyOptions, RunOptions
-from fedgpt.data.text import Text
 from fedgpt.privacy.accounting import Event, epsilon_of
 from fedgpt.privacy.ledger import BudgetExhausted
 from fedgpt.privacy.plan import make_plan
 from fedgpt.privacy.randomness import SecureStream
-from fedgpt.tasks.lm import LanguageModel
 
 JOBS = 20  # of each of two processes
-TOKENS = np.random.default_rng(0).integers(64, size=40 * 17)
-
-
-def options(unit: str = "example", **privacy) -> RunOptions:
-    return RunOptions(
-        rounds=5,
-        model=ModelOptions(n_layer=1, n_head=1, n_embd=8, block_size=16, positions="learned"),
-        local=LocalOptions(steps=3, batch_size=4),
-        privacy=PrivacyOptions(**{"unit": unit, "target_epsilon": 4.0, **privacy}),
-    )
-
-
-def job(o: RunOptions, number: int = 0, **plan) -> Job:
-    planned = make_plan(o, [TOKENS.size])
-    numbers = {
-        "noise_multiplier": planned.noise_multiplier,
-        "participations": planned.participations,
-        "delta": planned.delta,
-        "state_job": number - 1,
-        "tokens_done": 0,
-        "tokens_per_step": 64,
-        **plan,
-    }
-    params = np.full(10, number, np.float32)
-    return Job(
-        "alice", number, number, params, Plan("run", o.local.steps, tokens_total=1000, **numbers)
-    )
-
-
-def client(o: RunOptions, folder, tokens=TOKENS, **environment) -> ClientPrivacy:
-    return ClientPrivacy(o, folder, Text.of([tokens]), environment, LanguageModel())
-
-
-def events(folder) -> list[dict]:
-    return json.loads((folder / "ledger.json").read_text())["events"]
 
 
 def test_a_run_as_planned_is_within_its_budget_and_the_next_job_is_refused(tmp_path):

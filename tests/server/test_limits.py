@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from support.fake_transport import ScriptTransport, honest, reply_with
+from support.fake_transport import Behaviour, ScriptTransport, honest, reply_with
 from support.harness import SIZE, options, run
 
 from fedgpt.aggregate.centred_clip import CentredClip
@@ -42,7 +42,7 @@ RULES = [
     CentredClip(),
     FLTrust(),
 ]
-HONEST = dict.fromkeys("abcdef", honest)
+HONEST: dict[str, Behaviour] = dict.fromkeys("abcdef", honest)
 
 
 def test_the_limit_is_a_multiple_of_the_running_median():
@@ -215,6 +215,36 @@ def test_a_client_that_was_offline_gets_no_strike(tmp_path):
     outcome = run(o, {**HONEST, "mallory": offline})
     assert outcome.events_of("quarantine") == []
     assert outcome.server.totals.rejected == {"offline": 4}
+
+
+@pytest.mark.parametrize("pace", [{}, {"name": "buffer", "clients": 2, "goal": 2}])
+def test_refusals_by_policy_are_no_strike_and_never_end_a_run(tmp_path, pace):
+    """Also if every site refuses for a long time, as outside its hours."""
+
+    def outside(job):
+        why = Reply(job.client, job.number, error="the site's policy has hours", code="policy")
+        return [(60.0, why)] if job.number < 40 else honest(job)
+
+    o = options(tmp_path, rounds=3, **pace)
+    o.validate = ValidateOptions(strikes=1)
+    behaviours: dict[str, Behaviour] = dict.fromkeys(HONEST, outside)
+    outcome = run(o, behaviours)
+    assert outcome.version == 3 and outcome.events_of("quarantine") == []
+    assert outcome.server.totals.rejected["policy"] > 30 * len(HONEST)
+    assert set(outcome.server.totals.rejected) == {"policy"}
+    # a cohort of refusals makes no version without an update
+    assert outcome.accepted_until(1) >= 2
+
+
+def test_a_cohort_goes_on_without_a_site_that_refuses(tmp_path):
+    def never(job):
+        return [(1.0, Reply(job.client, job.number, error="runs=[other]", code="policy"))]
+
+    o = options(tmp_path, rounds=4)
+    outcome = run(o, {**HONEST, "mallory": never})
+    assert outcome.version == 4
+    assert outcome.server.totals.rejected == {"policy": 4}
+    assert len(outcome.accepted) == 4 * len(HONEST)
 
 
 @pytest.mark.parametrize("online", [True, False])

@@ -43,6 +43,19 @@ class LiveSuperLink:
         (task,) = self.state.get_tasks(run_ids=[self.run_id])
         self._token = self.state.claim_task(task.task_id)
         self.state.activate_task(task.task_id)
+        self._keep_alive(task.task_id)
+
+    def _keep_alive(self, task: int) -> None:
+        """Say that the ServerApp is alive, without which its run ends after a minute."""
+        over = threading.Event()
+
+        def beat() -> None:
+            while not over.wait(10.0):
+                self.state.acknowledge_task_heartbeat(task)
+
+        thread = in_thread(beat)
+        self._closing.callback(thread.join, 10)
+        self._closing.callback(over.set)
 
     def grid(self) -> HttpGrid:
         """The grid that Flower passes to a ServerApp of the run."""

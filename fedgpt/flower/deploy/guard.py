@@ -11,6 +11,7 @@ import asyncio
 import json
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from email.utils import formatdate
 from typing import Any
 
 from flwr.proto.fleet_pb2 import PullMessagesResponse, PushMessagesResponse
@@ -241,6 +242,8 @@ async def _answer(send: Send, refused: Refused, what: str, close: bool) -> None:
     detail = f"{refused.reason}: {refused.detail}"
     body = json.dumps({"code": code, "detail": detail}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+    # with which a site finds out that its clock is wrong
+    headers += [(b"date", formatdate(usegmt=True).encode())]
     headers += [(b"connection", b"close")] if close else []
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": body, "more_body": False})

@@ -21,20 +21,23 @@ from typing import Any, TypeVar
 
 import httpx
 from flwr.app import Context, Error, Message, RecordDict
-from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 from flwr.supercore.error import FlowerError
 from flwr.supercore.task_identity import TaskIdentity
 
+from fedgpt.client.policy import PolicyRefused
 from fedgpt.core.errors import FedGPTError
 from fedgpt.flower.deploy.connection import FleetConnection, UploadEnded, passes
 
+App = Callable[[Message, Context], Message]  # such as a ClientApp
 Found = TypeVar("Found")
 HEARTBEAT_SECONDS = 12.0  # the server gives a client up after 30 seconds without one, at least
 SHORTEST, LONGEST = 0.05, 0.5  # pause between two questions for messages: after one, and when idle
 MOST_PAUSE = 20.0  # longest pause between two attempts to connect
 # the server counts a client that was killed as connected for a minute, and refuses its restart
 RESTART_SECONDS = 90.0
+# reasons of the guard for which it is no use to wait: a key that is not approved, a wrong clock
+HOPELESS = (" unknown_key: ", " clock: ")
 log = logging.getLogger(__name__)
 
 
@@ -45,7 +48,7 @@ class NotAccepted(FedGPTError):
 class PersistentNode:
     """Answers the messages of one server with `app` until it is stopped."""
 
-    def __init__(self, connection: FleetConnection, app: ClientApp, config: Mapping[str, Any]):
+    def __init__(self, connection: FleetConnection, app: App, config: Mapping[str, Any]):
         """`config`: what a SuperNode gets as --node-config."""
         self._connection, self._app, self._config = connection, app, dict(config)
         self._stopped = threading.Event()
@@ -58,6 +61,7 @@ class PersistentNode:
             node = self._activate()
             if node is None:
                 return
+            log.info("connected; waiting for jobs")
             TaskIdentity.node_id, TaskIdentity.task_id = node, 1
             with self._heartbeats():
                 self._answer_messages(node)
@@ -76,8 +80,10 @@ class PersistentNode:
             try:
                 return self._persist(self._connection.activate)
             except httpx.HTTPStatusError as error:
-                if error.response.status_code != httpx.codes.PRECONDITION_FAILED:
-                    raise NotAccepted(reason_of(error)) from error
+                why = reason_of(error)
+                waits = error.response.status_code == httpx.codes.PRECONDITION_FAILED
+                if not waits or any(reason in why for reason in HOPELESS):
+                    raise NotAccepted(why) from error
                 if time.monotonic() > deadline:
                     raise NotAccepted(
                         "the server does not accept this client: its key is not approved there, or"
@@ -117,7 +123,12 @@ class PersistentNode:
             try:
                 reply = self._app(message, context)
             except Exception as error:  # the app has made its message safe to tell
-                log.exception("a job failed")
+                if isinstance(error, PolicyRefused):
+                    log.warning("refused: %s", error)
+                elif isinstance(error, FedGPTError):
+                    log.warning("a job failed: %s", error)
+                else:
+                    log.exception("a job failed")
                 failure = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, repr(error))
                 reply = Message(failure, reply_to=message)
             seconds = time.monotonic() - began

@@ -1,0 +1,157 @@
+"""What a site has spent of its privacy: one file over all runs and servers.
+
+A run's own ledger (privacy/ledger.py) goes with the folder of its state, and knows one run. This
+file counts every release of the site, is charged before each of them, and stays.
+
+    releases to which this site adds the noise     composed exactly: the events of all runs
+    privacy=client, where the server adds it       epsilon and delta of each run are added up
+
+The composition holds for a passage of the site's text that is inside one block in each run.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from fedgpt.client.policy import PolicyRefused, PrivacyLimits
+from fedgpt.core.errors import FedGPTError
+from fedgpt.core.files import PRIVATE, is_there, write_text
+from fedgpt.privacy.accounting import Event, epsilon_of
+from fedgpt.privacy.ledger import ROUNDING, added, digest_of
+
+FILE = "privacy.json"
+FORMAT = 1
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Spent:
+    """The releases of a site, and what the runs with privacy=client have promised it."""
+
+    events: tuple[Event, ...] = ()
+    # id of a run -> (epsilon, delta)
+    promised: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def epsilon(self, delta: float) -> float:
+        """Epsilon of everything together at `delta`; inf if the runs' deltas are more than that."""
+        left = delta - sum(each for _, each in self.promised.values())
+        if left < 0 or (left == 0 and self.events):
+            return float("inf")
+        own = epsilon_of(self.events, left) if self.events else 0.0
+        return own + sum(each for each, _ in self.promised.values())
+
+    def within(self, other: Spent) -> bool:
+        """Whether nothing here is more than in `other`."""
+        counts = {(e.noise_multiplier, e.sampling_probability): e.count for e in other.events}
+        return self.promised == other.promised and all(
+            e.count <= counts.get((e.noise_multiplier, e.sampling_probability), 0)
+            for e in self.events
+        )
+
+
+class SiteAccount:
+    """The file `privacy.json` in the folder of a site's state.
+
+    Every charge raises PolicyRefused, and charges nothing, if the site's limit does not allow it.
+    """
+
+    def __init__(self, folder: str | Path, limits: PrivacyLimits):
+        self.path, self._limits = Path(folder) / FILE, limits
+        self._allowed = Spent()  # known to be within the limit
+
+    def begin(self) -> None:
+        """Make the file if this site has made no release yet."""
+        with self._open() as spent:
+            if not self.path.exists():
+                self._write(spent)
+
+    def charge(self, event: Event, planned: Event) -> None:
+        """Charge releases before they are made; `planned`: these and all later ones of the run."""
+        with self._open() as before:
+            after = replace(before, events=added(before.events, event))
+            whole = replace(before, events=added(before.events, planned))
+            self._check(before, after, whole)
+            self._write(after)
+
+    def charge_run(self, run: str, epsilon: float, delta: float) -> None:
+        """Charge a run with privacy=client once, with all that it has promised."""
+        with self._open() as before:
+            known = before.promised.get(run, (0.0, 0.0))
+            most = max(known[0], epsilon), max(known[1], delta)
+            if most == known:
+                return
+            after = replace(before, promised={**before.promised, run: most})
+            self._check(before, after, after)
+            self._write(after)
+
+    def read(self) -> Spent:
+        """What was spent; raises FedGPTError for a file that is damaged, or lost.
+
+        A site with ledgers of runs has had this file.
+        """
+        if not is_there(self.path):
+            if ledgers := sorted(self.path.parent.glob("runs/*/*/ledger.json")):
+                raise FedGPTError(
+                    f"{self.path} is missing, and the site has made releases ({ledgers[0]}): put"
+                    " the file back from a backup"
+                )
+            return Spent()
+        try:
+            about: dict[str, Any] = json.loads(self.path.read_text(encoding="utf-8"))
+            if about.pop("sha256") != digest_of(about) or about.pop("format") != FORMAT:
+                raise ValueError("its digest or its format is another")
+            events = tuple(Event(**event) for event in about["events"])
+            promised = {run: (float(e), float(d)) for run, (e, d) in about["promised"].items()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise FedGPTError(
+                f"{self.path} is damaged ({error}), and what the site has spent is unknown: put the"
+                " file back from a backup"
+            ) from error
+        return Spent(events, promised)
+
+    def _check(self, before: Spent, after: Spent, whole: Spent) -> None:
+        """Raise PolicyRefused unless `after` is within the limit.
+
+        If `whole` is, too, nothing has to be computed for the later charges of the same run.
+        """
+        most, delta = self._limits.most_epsilon, self._limits.delta
+        if most is None or delta is None or after.within(self._allowed):
+            return
+        for wanted in (whole, after):
+            if wanted.epsilon(delta) <= most * (1 + ROUNDING):
+                self._allowed = wanted
+                return
+        log.warning(
+            "refused: the job would bring epsilon at this site from %.4g to %.4g at delta %g, and"
+            " privacy.most_epsilon is %g",
+            *(before.epsilon(delta), after.epsilon(delta), delta, most),
+        )
+        # without the numbers, which depend on the amount of the site's text
+        raise PolicyRefused(
+            f"privacy.most_epsilon={most:g} for all runs together",
+            "and what is left of it is not enough for the job",
+        )
+
+    @contextmanager
+    def _open(self) -> Iterator[Spent]:
+        """What was spent, while no other client of this site charges."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path.with_name(f".{FILE}.lock"), mode=PRIVATE):
+            yield self.read()
+
+    def _write(self, spent: Spent) -> None:
+        about = {
+            "format": FORMAT,
+            "events": [asdict(event) for event in spent.events],
+            "promised": {run: list(each) for run, each in spent.promised.items()},
+        }
+        text = json.dumps({**about, "sha256": digest_of(about)}, indent=1) + "\n"
+        write_text(self.path, text, mode=PRIVATE)

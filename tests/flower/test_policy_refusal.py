@@ -1,0 +1,139 @@
+"""A site that refuses a job by its policy: the reason at the server, and the next attempt."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+from datetime import datetime
+
+import numpy as np
+import pytest
+from flwr.app import Error, Message, MessageType, RecordDict
+from support.superlink import in_thread, send
+
+from fedgpt.client.policy import Policy, PolicyRefused
+from fedgpt.core.errors import StoppedEarly
+from fedgpt.core.messages import ClientInfo, Job, Plan, Reply
+from fedgpt.core.options import RunOptions
+from fedgpt.flower import nodes
+from fedgpt.flower.grid_transport import Admission, GridTransport
+from fedgpt.flower.messages import MOST_REFUSED, info_content, read_job, refused_for, update_content
+
+JOB = Job("north", 0, 3, np.arange(1000, dtype=np.float32), Plan("run", 1, 0, 1, 1))
+
+
+class Site:
+    """A client that does what its policy allows, by a clock of its own."""
+
+    def __init__(self, link, policy: Policy):
+        self.policy, self.now = policy, datetime(2026, 11, 27, 12, 30)
+        _, self._connection = link.node()
+        self._stopped = threading.Event()
+        self._thread = in_thread(self._answer_messages)
+
+    def _answer_messages(self) -> None:
+        while not self._stopped.wait(0.05):
+            if (message := self._connection.receive()) is None:
+                continue
+            try:
+                content = self._answer(message)
+            except PolicyRefused as error:  # as the persistent node tells it
+                content = Error(2, repr(error))
+            send(self._connection, Message(content, reply_to=message))
+        self._connection.deactivate()
+
+    def _answer(self, message: Message) -> RecordDict:
+        if message.metadata.message_type == MessageType.QUERY:
+            self.policy.refuse_run(RunOptions(), self.now)
+            return info_content(ClientInfo("north", 10), "digest")
+        job = read_job(message)
+        self.policy.refuse_job(RunOptions(), job, self.now)
+        return update_content(f'{{"task": {job.number}}}', job.params + 1)
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+
+
+@pytest.fixture
+def site(link):
+    made = []
+
+    def make(policy: Policy) -> Site:
+        made.append(Site(link, policy))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.stop()
+
+
+@pytest.fixture
+def transport(link):
+    made = GridTransport(link.grid(), Admission(1, "digest"))
+    yield made
+    made.close()
+
+
+def reply(made: GridTransport) -> Reply:
+    deadline = time.monotonic() + 60
+    while not (found := made.receive(0.2)):
+        assert time.monotonic() < deadline, "no reply"
+    return found[0]
+
+
+def test_a_site_is_asked_again_when_its_hours_begin(transport, site, caplog):
+    one = site(Policy(hours="12:00-13:00"))
+    assert [info.id for info in transport.clients(timeout=60)] == ["north"]
+    one.now = datetime(2026, 11, 27, 11, 59, 58)
+    transport.send([JOB])
+    refused = reply(transport)
+    why = "the site's policy has hours=12:00-13:00, and it is 11:59 there; it may be asked again in"
+    assert refused.code == "policy" and f"{why} 2 s" in refused.error
+    assert "client north refuses job 0: PolicyRefused" in caplog.text
+    assert not transport.available("north")
+    one.now = datetime(2026, 11, 27, 12, 0)
+    # returns without a reply when the client may be asked again
+    assert transport.receive(60.0) == [] and transport.available("north")
+    transport.send([replace(JOB, number=1)])
+    assert reply(transport).header == '{"task": 1}'
+
+
+def test_a_site_that_was_away_is_asked_at_once(transport, site):
+    """Its owner may have changed the policy."""
+    one = site(Policy(most_steps=3))
+    transport.clients(timeout=60)
+    transport.send([replace(JOB, plan=replace(JOB.plan, local_steps=4))])
+    assert "most_steps=3, and the server asks for a job of 4 steps" in reply(transport).error
+    assert not transport.available("north")
+    one.stop()
+    deadline = time.monotonic() + 60
+    while transport._resting:
+        assert transport.receive(0.2) == [] and time.monotonic() < deadline
+
+
+def test_a_run_waits_for_sites_that_refuse_it_and_says_who(transport, site, monkeypatch):
+    monkeypatch.setattr(nodes, "ASK_AGAIN_SECONDS", 0.5)
+    one = site(Policy(runs=["another"]))
+    with pytest.raises(StoppedEarly, match=r"runs=\[another\], and the server asks for name=run"):
+        transport.clients(timeout=3.0)
+    one.policy = Policy(runs=["run"])
+    assert [info.id for info in transport.clients(timeout=60)] == ["north"]
+
+
+@pytest.mark.parametrize(
+    "told, seconds",
+    [
+        (repr(PolicyRefused("hours=1:00-2:00", "and it is 0:50 there", 600)), 600),
+        (repr(PolicyRefused("a", "b", 10**9)), MOST_REFUSED),
+        ("PolicyRefused: of another version", MOST_REFUSED),
+        ("PolicyRefused asked again in -1 s", MOST_REFUSED),
+        ("ValueError('no')", None),
+    ],
+)
+def test_a_client_cannot_stay_away_for_ever_by_what_it_says(told, seconds):
+    question = Message(RecordDict(), 1, MessageType.TRAIN)
+    question.metadata.__dict__["_message_id"] = "1"
+    assert refused_for(Message(Error(2, told), reply_to=question)) == seconds
