@@ -15,6 +15,7 @@ from fedgpt.client.work import ClientWork
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import RunOptions
 from fedgpt.flower.client_app import check_kind, introduction, trained
+from fedgpt.flower.finished import ACTION, keep
 from fedgpt.flower.messages import read_job, refusal_content
 from fedgpt.flower.run_config import options_of
 
@@ -48,6 +49,13 @@ def site_app(site: Site, policy: Policy) -> ClientApp:
             return introduction(work, message, context)
         except ConfigError as error:
             return Message(refusal_content(error.problems), reply_to=message)
+
+    @app.query(ACTION)
+    def finished(message: Message, context: Context) -> Message:
+        """Keep the model of a run that has ended, at any hour."""
+        options = options_of(context.run_config)
+        policy.refuse_options(options)
+        return Message(keep(message, site, options.name), reply_to=message)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
