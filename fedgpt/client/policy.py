@@ -122,13 +122,20 @@ class Policy:
         if self.servers is not None and fingerprint not in self.servers:
             raise PolicyRefused(_said("servers", self.servers), f"and the CA is {fingerprint}")
 
-    def refuse_run(self, options: RunOptions, now: datetime) -> None:
-        """Raise PolicyRefused if the site takes no part in this run, or not at this hour.
+    def refuse_options(self, options: RunOptions) -> None:
+        """Raise PolicyRefused if the site takes no part in this run at any hour.
 
-        `now` is in local time. Options that name code are refused under every policy.
+        Options that name code are refused under every policy.
         """
         for limit, asked in self._run_problems(options):
             raise PolicyRefused(limit, f"and the server asks for {asked}")
+
+    def refuse_run(self, options: RunOptions, now: datetime) -> None:
+        """Raise PolicyRefused if the site takes no part in this run, or not at this hour.
+
+        `now` is in local time.
+        """
+        self.refuse_options(options)
         self._refuse_hour(now)
 
     def refuse_job(self, options: RunOptions, job: Job, now: datetime) -> None:

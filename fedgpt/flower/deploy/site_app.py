@@ -52,9 +52,10 @@ def site_app(site: Site, policy: Policy) -> ClientApp:
 
     @app.query(ACTION)
     def finished(message: Message, context: Context) -> Message:
-        """Keep the model of a run that has ended."""
-        name = options_of(context.run_config).name
-        return Message(keep(message, site, name), reply_to=message)
+        """Keep the model of a run that has ended, at any hour."""
+        options = options_of(context.run_config)
+        policy.refuse_options(options)
+        return Message(keep(message, site, options.name), reply_to=message)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:

@@ -51,6 +51,8 @@ def test_a_run_goes_on_without_the_site_whose_policy_refuses_its_jobs(texts, tmp
         summary = serve(options, link.grid())
     # once in the run: it may be asked again after an hour
     assert summary["versions"] == 3 and summary["rejected"] == {"policy": 1}
+    for name in NAMES:  # the model comes to the site that has refused, too
+        assert list((tmp_path / "state" / name / "models").glob("*/model.safetensors"))
     (told,) = rejections(tmp_path / "run")
     assert told["client"] == NAMES[2]
     assert "most_steps=1, and the server asks for a job of 2 steps" in json.dumps(told)
