@@ -79,6 +79,9 @@ class Supervisor:
                     self.carry_out(run)
                 except LinkFailed:
                     raise
+                except Interrupted:
+                    what = f"run {run.number} is interrupted; the next server here continues it"
+                    print(f"fedgpt: {what}", file=sys.stderr, flush=True)
                 except FedGPTError as error:
                     print(f"fedgpt: run {run.number}: {error}", file=sys.stderr, flush=True)
             self._pause(POLL_SECONDS)

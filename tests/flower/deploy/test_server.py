@@ -156,12 +156,11 @@ def test_a_stopped_run_is_continued_by_the_same_command(served, undisturbed, tmp
 @pytest.mark.long
 def test_runs_of_the_queue_follow_each_other_and_outlive_their_server(served, tmp_path):
     """The second is refused by its server, and the third is stopped with it and continued."""
-    queued = [
-        SMALL,
-        # what only the server of the run can see, because it needs the text
-        [*SMALL, "corpus.held_out=0.000001"],
-        LONGER,
-    ]
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "only.txt").write_text("Too short a text.\n")
+    # only the server of the run reads the text
+    short = ["corpus=files", f"corpus.path={tmp_path / 'text'}", *SMALL[1:]]
+    queued = [SMALL, short, LONGER]
     for number, words in enumerate(queued, 1):
         done = served.fedgpt("submit", str(served.folder), *words)
         assert (done.returncode, done.stdout) == (0, f"run {number}\n"), done.stderr
@@ -178,6 +177,8 @@ def test_runs_of_the_queue_follow_each_other_and_outlive_their_server(served, tm
             assert ended(server) == 0, served.log()
         stopped = served.status()
         assert [one["exit_code"] for one in stopped["ended"]] == [0, 2]
+        assert "1 documents are too few" in stopped["ended"][1]["reason"]
+        assert "run 3 is interrupted; the next server" in served.log()
         assert stopped["running"]["number"] == 3 and stopped["running"]["starts"] == 1
         with served.server() as server:
             done = served.fedgpt("submit", str(served.folder), "--wait", *SMALL)
