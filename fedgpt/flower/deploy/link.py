@@ -18,6 +18,7 @@ import asyncio
 import json
 import logging
 import secrets
+import shlex
 import signal
 import ssl
 import stat
@@ -146,7 +147,10 @@ def checked_settings(folder: Path, host: str | None, reply_objects: int) -> Sett
     if reply_objects < 1:
         raise ConfigError(f"--reply-objects={reply_objects}: must be at least 1")
     if not folder.is_dir():
-        raise ConfigError(f"DIR={folder}: no such folder; make one: fedgpt keys init {folder}")
+        typed = shlex.quote(str(folder))
+        raise ConfigError(
+            f"DIR={folder}: no such folder; make one with: fedgpt keys init {typed} --host NAME"
+        )
     folder = folder.absolute()
     if stat.S_IMODE(folder.stat().st_mode) & 0o077:
         raise ConfigError(f"DIR={folder}: other users may open it; allow only yours: chmod 700")
