@@ -43,7 +43,9 @@ UNUSED_REMEDIES = {
     "tokenizer.vocab_size=300": {"add tokenizer=bpe": ["tokenizer=bpe"]},
     "corpus.text_field=body": {"add corpus=files": ["corpus=files", "corpus.path=."]},
     "corpus.label_field=topic": {
-        "add partition=dirichlet": ["partition=dirichlet", "corpus=files", "corpus.path=."]
+        "add partition=dirichlet if corpus.path has records": [
+            *("partition=dirichlet", "corpus=files", "corpus.path=."),
+        ]
     },
     "fleet.median=2": {"add fleet=lognormal": ["fleet=lognormal", "clock=virtual"]},
     "pace.minimum=2": {"choose pace=cohort": ["pace=cohort"]},
