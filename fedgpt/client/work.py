@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import logging
 import secrets
 import time
 from collections.abc import Iterator
@@ -25,6 +26,8 @@ from fedgpt.core.seeds import derive_seed
 from fedgpt.data.partitions.base import Shard
 from fedgpt.data.prepare import PUBLIC, Prepared
 from fedgpt.data.shards import (
+    classes_of_clients,
+    code_digest,
     load_shards,
     partition_source,
     shards_digest,
@@ -44,6 +47,7 @@ from fedgpt.update.wire import compress, digest, header_of
 
 # client name under which the server keeps its optimiser state, if the strategy needs a root update
 ROOT = "the server"
+log = logging.getLogger(__name__)
 
 
 class ClientWork:
@@ -52,6 +56,7 @@ class ClientWork:
     def __init__(self, options: RunOptions, state_root: str):
         self.options, self.state_root = options, state_root
         self.codec = codec_of(options.update, options.trusted_packages)
+        self._warned = False  # of other code than the run's
 
     @cached_property
     def _data(self) -> tuple[Prepared, list[Shard]]:
@@ -70,6 +75,10 @@ class ClientWork:
     @cached_property
     def _shards_digest(self) -> str:
         return shards_digest(self.shards)
+
+    @cached_property
+    def _code_digest(self) -> str:
+        return code_digest(self.options)
 
     @cached_property
     def trainer(self) -> Trainer:
@@ -103,6 +112,7 @@ class ClientWork:
                 f"the job is for client {job.client!r}, partition {index} is {shard.client!r}"
             )
         self._check_shards(job.plan.digests.get("shards", ""))
+        self._compare_code(job.plan.digests.get("code", ""))
         self._check_base(job.plan.digests.get("base", ""))
         job = self._received(job)
         began = time.monotonic()
@@ -147,6 +157,18 @@ class ClientWork:
             raise FedGPTError(
                 f"{partition_source(self.options)} makes other clients or shards here than in the"
                 " run, of the same text; use the same code for both"
+            )
+
+    def _compare_code(self, expected: str) -> None:
+        """Warn, once, if the user's own task or codec is in another file than the run's: as on a
+        resume it may be a correction.
+        """
+        if expected and self._code_digest != expected and not self._warned:
+            self._warned = True
+            log.warning(
+                "%s: its file is not that with which the run began; this client uses it all the"
+                " same, and the result of the run may differ",
+                " and ".join(classes_of_clients(self.options)),
             )
 
     def _check_base(self, expected: str) -> None:

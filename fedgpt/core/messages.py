@@ -36,12 +36,12 @@ class Plan:
     # int8, int4: version that the client has cached, so that only deltas are sent; -1: none
     cached_version: int = -1
     # what the client must have, as far as the run has it: `base`, the digest of the frozen weights
-    # (core/flat.py); `text` and `shards`, the digests of the text and of what each
-    # client has of it (data/shards.py)
+    # (core/flat.py); `text`, `shards` and `code`, the digests of the text, of what each client has
+    # of it, and of the user's own classes that clients use (data/shards.py)
     digests: dict[str, str] = field(default_factory=dict)
 
 
-DIGESTS = ("base", "text", "shards")  # names in Plan.digests
+DIGESTS = ("base", "text", "shards", "code")  # names in Plan.digests
 # Plan's fields with other names in messages and checkpoints: the names of earlier versions of
 # fedgpt, so that their runs, journals and clients remain compatible.
 WIRE = {"local_steps": "steps", "state_job": "state", "cached_version": "held"}
