@@ -74,19 +74,19 @@ def load(
         numbers = {
             f"{one.key_or_group}={shown}": as_typed[text]
             for one, text in zip(parsed, good, strict=True)
-            if isinstance(value := one.value(), int | float | list)
-            for shown in (str(_converted(value)), option.typed(_converted(value)))
+            for shown in _readings(one.value())
         }
         raise ConfigError(_as_typed(problem, as_typed | numbers) for problem in problems)
     return options
 
 
-def _converted(value: Any) -> Any:
-    """A number, or a list of numbers, as an option of numbers with a fraction has it."""
-    if isinstance(value, list):
-        return [_converted(each) for each in value]
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return float(value) if whole and abs(value) < 10**300 else value
+def _readings(value: Any) -> set[str]:
+    """How messages show a number, or a list of numbers, of an option that may have fractions."""
+    numbers = value if isinstance(value, list) else [value]
+    if not all(isinstance(one, int | float) and not isinstance(one, bool) for one in numbers):
+        return set()
+    read = [float(one) if abs(one) < 10**300 else one for one in numbers]
+    return {str(read), option.typed(read)} if isinstance(value, list) else {str(read[0])}
 
 
 def _as_typed(problem: str, words: Mapping[str, str]) -> str:
