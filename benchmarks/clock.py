@@ -48,6 +48,9 @@ class Instant:
     def clients(self, timeout: float) -> list[ClientInfo]:
         return [ClientInfo(name, 1000) for name in self.names]
 
+    def newcomers(self) -> list[ClientInfo]:
+        return []
+
     def available(self, client: str) -> bool:
         return True
 

@@ -11,6 +11,7 @@ import secrets
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,12 +35,11 @@ from fedgpt.config.compose import (
 from fedgpt.core.errors import FULL, ConfigError, Unwritten
 from fedgpt.core.files import write_text
 from fedgpt.core.flat import base_digest, flatten
-from fedgpt.core.messages import ServerState
+from fedgpt.core.messages import ClientInfo, ServerState
 from fedgpt.core.notices import saying
 from fedgpt.core.options import RunOptions
 from fedgpt.core.resources import Resources, resources_for
 from fedgpt.core.transport import Transport
-from fedgpt.data.partitions.base import Shard
 from fedgpt.data.prepare import Prepared
 from fedgpt.data.shards import load_shards, say
 from fedgpt.evaluate.central import CentralEvaluation
@@ -50,7 +50,7 @@ from fedgpt.report.progress import ProgressDisplay
 from fedgpt.report.results import write_results
 from fedgpt.report.run_report import longer_text, opening, privacy_text, summary_text
 from fedgpt.report.trackers import make_trackers
-from fedgpt.server.loop import Server
+from fedgpt.server.loop import MEETING_SECONDS, Server
 from fedgpt.server.metrics_line import first_line
 from fedgpt.server.parts import Parts
 from fedgpt.server.privacy import make_privacy
@@ -59,24 +59,35 @@ from fedgpt.simulate.virtual_clock import VirtualTransport, make_timing
 from fedgpt.storage.checkpoint import Snapshot
 from fedgpt.storage.initial_weights import base_weights, initial_weights
 from fedgpt.storage.journal import Journal, RecordedTransport, needs_journal
-from fedgpt.storage.resume import checked_content, open_or_resume
+from fedgpt.storage.resume import check_options, checked_content, open_or_resume
 from fedgpt.storage.run_folder import RunFolder, keep_tokenizer
-from fedgpt.storage.tables import RunIdentity
+from fedgpt.storage.tables import Clients, RunIdentity
 from fedgpt.tasks.base import make_task
+
+
+@dataclass(frozen=True)
+class RunText:
+    """What the server knows of the text of a run."""
+
+    prepared: Prepared  # the text of all clients, or the server's own
+    # those of the partition; with corpus=site those of a run that goes on
+    clients: Sequence[ClientInfo]
 
 
 @dataclass(frozen=True)
 class Network:
     """The network between the server and its clients."""
 
-    # (shards, prepared text, seconds on the run's clock) -> a transport
-    connect: Callable[[Sequence[Shard], Prepared, float], Transport]
+    # (what the server knows of the text, seconds on the run's clock) -> a transport
+    connect: Callable[[RunText, float], Transport]
     # makes a Strategy of an object of another framework
     adapt: Callable[[Any], Strategy]
     versions: Mapping[str, str]  # versions of libraries, on which bit-identity depends
     # whether clients have their own machines: the server then keeps a journal of their replies, so
     # that no work is repeated
     real_clients: bool
+    # (the finished model's folder, id of the run) -> who has got it, in words
+    deliver: Callable[[Path, str], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,13 +96,18 @@ class Setting:
 
     options: RunOptions
     folder: RunFolder
-    prepared: Prepared
-    shards: Sequence[Shard]
+    text: RunText
     resources: Resources
     base: Mapping[str, torch.Tensor]  # the frozen weights; empty if all parameters are trained
     environment: Mapping[str, Any]
     plan: PrivacyPlan | None
     statement: dict[str, Any]  # the statement of a private run
+    transport: Transport | None  # where it was needed to learn who the clients are
+
+    @property
+    def prepared(self) -> Prepared:
+        """The prepared text."""
+        return self.text.prepared
 
 
 def serve(options: RunOptions, network: Network) -> dict[str, Any]:
@@ -102,7 +118,8 @@ def serve(options: RunOptions, network: Network) -> dict[str, Any]:
     try:
         with RunFolder(options.run_dir) as folder:
             refuse_another_run(options)
-            return _serve(_setting(options, folder, network), network)
+            with ExitStack() as closing:
+                return _serve(_setting(options, folder, network, closing), network)
     except OSError as error:
         folder, path = Path(options.run_dir), Path(str(error.filename)).absolute()
         if error.errno not in FULL and not {folder.absolute(), folder.resolve()} & {*path.parents}:
@@ -129,11 +146,14 @@ def _serve(setting: Setting, network: Network) -> dict[str, Any]:
     if setting.statement:
         display.say(privacy_text(setting.statement))
     # with these digests of the clients' text a guess of the text could be confirmed
-    public = {n: value for n, value in setting.environment.items() if n not in ("text", "shards")}
+    # and what the clients said of their own text is theirs
+    kept_back = ("text", "shards", "clients")
+    public = {name: value for name, value in setting.environment.items() if name not in kept_back}
     environment = json.dumps(public, indent=2)
     write_text(folder.path / "environment.json", environment + "\n")
     parts = _parts(setting, network, strategy, evaluation, snapshot)
     with display:
+        run = snapshot.identity.run
         server = Server(parts, snapshot, [display, *trackers])
         del snapshot  # so that the server can free the vectors in it
         summary = server.run()
@@ -143,27 +163,54 @@ def _serve(setting: Setting, network: Network) -> dict[str, Any]:
         write_results(folder, options, setting.prepared, model, summary, setting.statement)
         text = summary_text(summary, folder.metrics.read(), folder.path)
     display.say(text)
+    if network.deliver is not None:
+        with saying("handing the model to the clients"):
+            told = network.deliver(folder.path / "model", run)
+        display.say(told)
     return summary
 
 
-def _setting(options: RunOptions, folder: RunFolder, network: Network) -> Setting:
+def _setting(
+    options: RunOptions, folder: RunFolder, network: Network, closing: ExitStack
+) -> Setting:
+    """The parts that are computed first; `closing` closes a transport that is never used."""
+    changed = partial(changed_options, options=options)
+    before = check_options(options, changed)
     prepared, shards = load_shards(options, say)
-    resources = resources_for(options, len(shards))
+    # before weights are read
+    content: dict[str, Any] = {**checked_content(options, prepared, shards, changed)}
+    text, transport = RunText(prepared, [ClientInfo(s.client, s.size) for s in shards]), None
+    if options.corpus.at_sites:
+        text, transport = _sites(text, before, network)
+        content |= {"clients": {client.id: client.tokens for client in text.clients}}
+    if transport is not None:
+        closing.callback(transport.close)
+    clients = text.clients
+    resources = resources_for(options, len(clients))
     torch.set_num_threads(resources.threads)
     plan = None
     if options.privacy.unit != "none":
         with saying("computing the noise"):
-            plan = make_plan(options, [shard.size for shard in shards])
-    promise = statement(options, plan, len(shards)) if plan else {}
-    # before weights are read
-    changed = partial(changed_options, options=options)
-    content = checked_content(options, prepared, shards, changed)
+            plan = make_plan(options, [client.tokens for client in clients])
+    promise = statement(options, plan, len(clients)) if plan else {}
     environment = {**environment_of(resources, network.versions), **content}
     with saying("reading the initial weights"):
         base = base_weights(options, prepared.tokenizer)
     if base:
         environment["base"] = base_digest(base)
-    return Setting(options, folder, prepared, shards, resources, base, environment, plan, promise)
+    about = (resources, base, environment, plan, promise, transport)
+    return Setting(options, folder, text, *about)
+
+
+def _sites(
+    text: RunText, before: RunIdentity | None, network: Network
+) -> tuple[RunText, Transport | None]:
+    """The clients with which the run began, or now begins: then also how they are connected."""
+    if before is not None:
+        started = before.environment["clients"].items()
+        return replace(text, clients=[ClientInfo(*client) for client in started]), None
+    transport = network.connect(text, 0.0)
+    return replace(text, clients=transport.clients(MEETING_SECONDS)), transport
 
 
 def environment_of(resources: Resources, versions: Mapping[str, str]) -> dict[str, Any]:
@@ -192,7 +239,11 @@ def _snapshot(setting: Setting, scores: Sequence[str]) -> Snapshot:
         identity = RunIdentity(run, setting.environment, flat, setting.statement)
         with saying("making the initial weights"):
             params = initial_weights(options, setting.prepared.tokenizer)
-        return Snapshot(ServerState(params), identity, first_line(options.evaluate.samples))
+        clients = Clients()
+        if options.corpus.at_sites:
+            clients.join(setting.text.clients)
+        line = first_line(options.evaluate.samples)
+        return Snapshot(ServerState(params), identity, line, clients=clients)
 
     return open_or_resume(
         setting.folder,
@@ -216,7 +267,7 @@ def _strategy(setting: Setting, network: Network) -> Strategy:
     strategy = build_strategy(options.strategy, options.trusted_packages)
     if not isinstance(strategy, Strategy):
         strategy = network.adapt(strategy)
-    names = [shard.client for shard in setting.shards]
+    names = [client.id for client in setting.text.clients]
     if problems := list(client_problems(options, strategy, setting.prepared, names)):
         raise ConfigError(problems)
     return strategy
@@ -249,8 +300,8 @@ def _claim(setting: Setting) -> None:
 def _opening(setting: Setting, snapshot: Snapshot, held_out_tokens: int) -> str:
     compute, workers = setting.resources.compute, setting.resources.workers_text
     words = f"{compute.device}, {compute.dtype} ({compute.reason}), {workers}"
-    text, shards = setting.prepared, setting.shards
-    return opening(setting.options, text, shards, snapshot, words, held_out_tokens)
+    text = setting.text
+    return opening(setting.options, text.prepared, text.clients, snapshot, words, held_out_tokens)
 
 
 def _parts(
@@ -282,7 +333,9 @@ def _transport(
 ) -> Transport:
     """The network's transport, wrapped in the virtual clock or the journal if the run has one."""
     options, now = setting.options, snapshot.totals.seconds
-    real = network.connect(setting.shards, setting.prepared, now)
+    joined = snapshot.clients.joined
+    text = replace(setting.text, clients=joined) if joined else setting.text
+    real = setting.transport or network.connect(text, now)
     if options.clock == "virtual":
         return VirtualTransport(real, make_timing(options), now)
     if needs_journal(options, strategy.switches, network.real_clients):

@@ -10,6 +10,8 @@ from support.measures import PACKAGE
 TESTS = Path(__file__).parent
 # what no test follows
 NOT_FOLLOWED = {
+    "install its version of fedgpt",
+    "install the same version of tokenizers at both",
     "install it with: pip install {}",  # of Hydra; tests install nothing
     'pip install ".[ray]" in a clone, or take runtime=pool',
     "run `python -m pip install {}` or use corpus=stdlib, text that every Python has",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import logging
 import secrets
 import time
 from collections.abc import Iterator
@@ -17,24 +16,14 @@ import torch
 from fedgpt.client.attack import attacked
 from fedgpt.client.privacy import ClientPrivacy
 from fedgpt.client.state import ClientState, ClientStore
+from fedgpt.client.texts import CommonText, Texts
 from fedgpt.core.device import choose_compute
-from fedgpt.core.errors import FedGPTError, TextChanged, UpdateRejected
+from fedgpt.core.errors import FedGPTError, UpdateRejected
 from fedgpt.core.faults import reach
-from fedgpt.core.messages import ClientInfo, Job, Update
+from fedgpt.core.messages import Job, Update
 from fedgpt.core.options import RunOptions
 from fedgpt.core.seeds import derive_seed
-from fedgpt.data.partitions.base import Shard
-from fedgpt.data.prepare import PUBLIC, Prepared
-from fedgpt.data.shards import (
-    classes_of_clients,
-    code_digest,
-    load_shards,
-    partition_source,
-    shards_digest,
-    source_of,
-    text_digest,
-)
-from fedgpt.data.text import Text, part_text, shard_text
+from fedgpt.data.text import Text
 from fedgpt.local.optimizer import Moments
 from fedgpt.local.trainer import Trainer
 from fedgpt.storage.initial_weights import base_weights
@@ -47,43 +36,21 @@ from fedgpt.update.wire import compress, digest, header_of
 
 # client name under which the server keeps its optimiser state, if the strategy needs a root update
 ROOT = "the server"
-log = logging.getLogger(__name__)
 
 
 class ClientWork:
     """The work of all clients of this process, which share its data and buffers."""
 
-    def __init__(self, options: RunOptions, state_root: str):
+    def __init__(self, options: RunOptions, state_root: str, texts: Texts | None = None):
+        """`texts`: where the clients' text comes from, if it is not the text of the run."""
         self.options, self.state_root = options, state_root
+        self.texts = texts or CommonText(options)
         self.codec = codec_of(options.update, options.trusted_packages)
-        self._warned = False  # of other code than the run's
-
-    @cached_property
-    def _data(self) -> tuple[Prepared, list[Shard]]:
-        return load_shards(self.options)
-
-    @property
-    def prepared(self) -> Prepared:
-        """The tokens, from a cache that all processes of this machine share."""
-        return self._data[0]
-
-    @property
-    def shards(self) -> list[Shard]:
-        """The shard of each client; clients and server compute the same list."""
-        return self._data[1]
-
-    @cached_property
-    def _shards_digest(self) -> str:
-        return shards_digest(self.shards)
-
-    @cached_property
-    def _code_digest(self) -> str:
-        return code_digest(self.options)
 
     @cached_property
     def trainer(self) -> Trainer:
         """The model and the training buffers of this process."""
-        options, tokenizer = self.options, self.prepared.tokenizer
+        options, tokenizer = self.options, self.texts.tokenizer
         private = options.privacy.unit == "example"
         compute = choose_compute(options.runtime.device, options.local.precision, private)
         engine, task = options.privacy.engine, make_task(options)
@@ -91,11 +58,6 @@ class ClientWork:
         return Trainer(
             options.model, tokenizer.vocab_size, options.local, compute, engine, task, base
         )
-
-    def info(self, index: int) -> ClientInfo:
-        """The id and the size of the client with partition number `index`."""
-        shard = self.shards[index]
-        return ClientInfo(shard.client, shard.size)
 
     def train(self, job: Job, index: int) -> tuple[str, np.ndarray]:
         """Do one job; returns the header and the array of its update.
@@ -105,19 +67,11 @@ class ClientWork:
         client, TextChanged if this process has prepared other text than the run's, and FedGPTError
         if this client's shards or frozen weights are not the run's.
         """
-        self._check_text(job.plan.digests.get("text", ""))
-        shard = self.shards[index]
-        if shard.client != job.client:
-            raise ValueError(
-                f"the job is for client {job.client!r}, partition {index} is {shard.client!r}"
-            )
-        self._check_shards(job.plan.digests.get("shards", ""))
-        self._compare_code(job.plan.digests.get("code", ""))
+        text = self.texts.of(job, index)
         self._check_base(job.plan.digests.get("base", ""))
         job = self._received(job)
         began = time.monotonic()
         lies = index < self.options.attack.clients
-        text = shard_text(self.prepared, shard)
         with watchdog(self.options.runtime.watchdog, job.plan.seconds):
             reach("client.begin")
             header, payload = self._do(job, job.client, text, lies)
@@ -128,48 +82,11 @@ class ClientWork:
 
     def train_root(self, job: Job) -> Update:
         """The server's own update: the same training on the public text."""
-        self._check_text(job.plan.digests.get("text", ""))
-        text = part_text(self.prepared, PUBLIC)
+        assert isinstance(self.texts, CommonText), "the server has the text of the run"
+        text = self.texts.public(job)
         update, state = self._trained(job, ROOT, text, self._state(job, ROOT))
         self._keep(job, ROOT, state)
         return update
-
-    def _check_text(self, expected: str) -> None:
-        """Raise TextChanged if this process has prepared other text than the run's."""
-        try:
-            found = text_digest(self.prepared)
-        except FedGPTError as error:
-            raise self._text_changed(f" ({error})") from error
-        if expected and found != expected:
-            del self._data  # so that the next job reads the text again
-            raise self._text_changed()
-
-    def _text_changed(self, why: str = "") -> TextChanged:
-        """The error for a client; its owner may have neither the run's folder nor its commands."""
-        return TextChanged(
-            f"{source_of(self.options)}: this client's text has changed since the run began{why};"
-            " put the earlier text back, and the client's next job will read it"
-        )
-
-    def _check_shards(self, expected: str) -> None:
-        """Raise FedGPTError if the partition of this process makes other shards than the run's."""
-        if expected and self._shards_digest != expected:
-            raise FedGPTError(
-                f"{partition_source(self.options)} makes other clients or shards here than in the"
-                " run, of the same text; use the same code for both"
-            )
-
-    def _compare_code(self, expected: str) -> None:
-        """Warn, once, if the user's own task or codec is in another file than the run's: as on a
-        resume it may be a correction.
-        """
-        if expected and self._code_digest != expected and not self._warned:
-            self._warned = True
-            log.warning(
-                "%s: its file is not that with which the run began; this client uses it all the"
-                " same, and the result of the run may differ",
-                " and ".join(classes_of_clients(self.options)),
-            )
 
     def _check_base(self, expected: str) -> None:
         """Raise FedGPTError if the frozen weights differ from the run's: the update would harm all

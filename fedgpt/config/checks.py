@@ -35,6 +35,8 @@ PATHS = (
     ("", "init_from"),
     ("fleet", "path"),
     ("corpus", "path"),
+    ("corpus", "public_path"),
+    ("corpus", "held_out_path"),
 )
 
 

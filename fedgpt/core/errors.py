@@ -70,6 +70,13 @@ class Unwritten(FedGPTError):
         )
 
 
+class ForServer(FedGPTError):
+    """A client's failure whose message says nothing of its text, its machine or its files.
+
+    So the server may read it, whatever the run promises.
+    """
+
+
 class DiskFull(FedGPTError):
     """A client's disk, or its share of one, is full. Servers see the name of this class."""
 

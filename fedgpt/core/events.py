@@ -46,6 +46,17 @@ class RunOpened(Event):
 
 
 @dataclass(frozen=True)
+class ClientJoined(Event):
+    """A client has joined while the run goes on; it may get jobs from now on."""
+
+    name: ClassVar[str] = "join"
+    client: str
+    tokens: int  # of its text, as it says
+    version: int
+    seconds: float
+
+
+@dataclass(frozen=True)
 class JobSent(Event):
     """A job was sent to a client."""
 

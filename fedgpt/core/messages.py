@@ -36,12 +36,14 @@ class Plan:
     # int8, int4: version that the client has cached, so that only deltas are sent; -1: none
     cached_version: int = -1
     # what the client must have, as far as the run has it: `base`, the digest of the frozen weights
-    # (core/flat.py); `text`, `shards` and `code`, the digests of the text, of what each client has
-    # of it, and of the user's own classes that clients use (data/shards.py)
+    # (core/flat.py); `text` and `shards`, the digests of the text and of what each client has of it
+    # (data/shards.py); `tokenizer`, where each client has its own text; `code`, the digests of the
+    # files with the user's own classes that clients use
     digests: dict[str, str] = field(default_factory=dict)
 
 
-DIGESTS = ("base", "text", "shards", "code")  # names in Plan.digests
+# names in Plan.digests: of clients that share a text, and of those that have their own
+DIGESTS, OWN_TEXT = ("base", "code", "text", "shards"), ("base", "tokenizer")
 # Plan's fields with other names in messages and checkpoints: the names of earlier versions of
 # fedgpt, so that their runs, journals and clients remain compatible.
 WIRE = {"local_steps": "steps", "state_job": "state", "cached_version": "held"}
@@ -64,7 +66,11 @@ def plan_of_json(about: Mapping[str, Any]) -> Plan:
     """
     fields = {wire: field for field, wire in WIRE.items()}
     named = {fields.get(name, name): value for name, value in about.items()}
-    digests = {name: named.pop(f"{name}_digest") for name in DIGESTS if f"{name}_digest" in named}
+    digests = {
+        name: named.pop(f"{name}_digest")
+        for name in {*DIGESTS, *OWN_TEXT}
+        if f"{name}_digest" in named
+    }
     return Plan(**{**named, "keep": tuple(named["keep"]), "digests": digests})
 
 

@@ -4,6 +4,7 @@ values.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from fedgpt.core.device import Compute, choose_compute, choose_workers, visible_gpus
@@ -40,7 +41,10 @@ def resources_for(options: RunOptions, clients: int) -> Resources:
     gpus = visible_gpus() if compute.device == "cuda" else ()
     # with coins, any number of clients may train at a time
     together = min((options.pace.rate is None and options.pace.clients) or clients, clients)
-    if options.clock == "real" and options.fleet.name != "none" and not runtime.workers:
+    if options.corpus.at_sites:
+        reason = "on the machines of the clients"
+        workers, threads = clients, runtime.threads or os.cpu_count() or 1
+    elif options.clock == "real" and options.fleet.name != "none" and not runtime.workers:
         reason = "one process per client in flight, as a simulated fleet mostly waits"
         workers, threads = min(together, MOST_WAITING), runtime.threads or 1
     else:

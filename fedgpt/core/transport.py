@@ -30,6 +30,9 @@ class Transport(Protocol):
     ...     def clients(self, timeout):
     ...         return [ClientInfo("ann", tokens=100), ClientInfo("bob", tokens=900)]
     ...
+    ...     def newcomers(self):
+    ...         return []
+    ...
     ...     def available(self, client):
     ...         return True
     ...
@@ -83,6 +86,10 @@ class Transport(Protocol):
         """All clients that can be sampled, sorted by id; waits at most `timeout` seconds for them
         to connect.
         """
+        ...
+
+    def newcomers(self) -> list[ClientInfo]:
+        """Clients that have joined the run since the last call of `clients` or of this method."""
         ...
 
     def available(self, client: str) -> bool:

@@ -12,7 +12,7 @@ from fedgpt.core.errors import ConfigError
 from fedgpt.core.members import Members
 from fedgpt.core.options import CorpusOptions
 from fedgpt.core.targets import calling, typed_class
-from fedgpt.data.corpora.base import Corpus, Document
+from fedgpt.data.corpora.base import PARTS, Corpus, Document
 
 CORPORA = Members("corpus", "corpus.name", Corpus)
 
@@ -86,4 +86,6 @@ def _problem(document: Any) -> str:
             value.encode()
         except UnicodeEncodeError as error:
             return f"has a {name} that is not valid UTF-8 ({error.reason})"
+    if document.part not in ("", *PARTS):
+        return f"has part={document.part!r:.60}; it must be {', '.join(PARTS)}, or empty"
     return ""

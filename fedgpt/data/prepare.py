@@ -23,8 +23,9 @@ import shutil
 import tempfile
 from array import array
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +36,13 @@ from fedgpt.core.errors import ConfigError, FedGPTError
 from fedgpt.core.files import SUMS, sums_of, sync
 from fedgpt.core.options import CorpusOptions, TokenizerOptions
 from fedgpt.core.targets import CUSTOM
-from fedgpt.data.corpora.base import Corpus
+from fedgpt.data.corpora.base import CLIENTS, HELD_OUT, PARTS, PUBLIC, Corpus
 from fedgpt.data.corpus import CORPORA, corpus_of, notes_of
 from fedgpt.data.names import Names
-from fedgpt.data.survey import KEYS, Survey, survey_of
+from fedgpt.data.survey import BY_HASH, KEYS, Survey, survey_of
 from fedgpt.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
 FORMAT = 1  # version of the files of a cache entry and of the split: raise it when these change
-PUBLIC, HELD_OUT, CLIENTS = 0, 1, 2
-PARTS = {"public": PUBLIC, "held_out": HELD_OUT, "clients": CLIENTS}
 LOCK_SECONDS = 1800  # seconds to wait for another process that prepares the same corpus
 ENCODE_AT_ONCE = 1 << 21  # characters in one call of the tokenizer, if a document is no longer
 
@@ -94,18 +93,78 @@ def prepare(
     problems = [*corpus.problems(), *CORPORA.problems(corpus, trusted), *tokenizer.problems()]
     if problems:
         raise ConfigError(problems)
+    reader = corpus_of(corpus, trusted)
+
+    def split(survey: Survey) -> np.ndarray:
+        shares = {PUBLIC: corpus.public, HELD_OUT: corpus.held_out}
+        part = split_documents(survey.keys, survey.sizes, shares, survey.parts)
+        _check_split(part, corpus, tokenizer, reader.too_few)
+        return part
+
+    recipe = _Recipe(
+        reader,
+        corpus.name,
+        partial(_cache_key, corpus, tokenizer, reader.source),
+        {**_identity(corpus, reader), "source": reader.source},
+        split,
+        partial(make_tokenizer, tokenizer),
+    )
+    return _prepared(recipe, cache_dir, tell)
+
+
+def prepare_own(
+    corpus: CorpusOptions,
+    tokenizer: Tokenizer,
+    cache_dir: str | Path,
+    tell: Callable[[str], Any] = lambda note: None,
+) -> Prepared:
+    """Tokenise and cache the text of one client, all of which is its own, with a given tokenizer.
+
+    For the other arguments and for errors see `prepare`.
+    """
+    if problems := [*corpus.problems(), *CORPORA.problems(corpus)]:
+        raise ConfigError(problems)
+    reader = corpus_of(corpus)
+
+    def key(text_digest: str) -> str:
+        return _digest([FORMAT, "own", reader.source, text_digest, tokenizer.digest])
+
+    recipe = _Recipe(
+        reader,
+        "own",
+        key,
+        {**_identity(corpus, reader), "source": reader.source},
+        lambda survey: np.full(len(survey.sizes), CLIENTS, np.int8),
+        lambda texts: tokenizer,
+    )
+    return _prepared(recipe, cache_dir, tell)
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """How an entry of the cache is made from the text of a corpus."""
+
+    reader: Corpus
+    name: str  # the beginning of the entry's name
+    key: Callable[[str], str]  # digest of the text -> digest of the entry
+    about: Mapping[str, Any]  # the description of the corpus in the manifest
+    split: Callable[[Survey], np.ndarray]  # (documents,) int8: the part of each document
+    tokenizer: Callable[[Iterable[str]], Tokenizer]  # from the texts of the public part
+
+
+def _prepared(recipe: _Recipe, cache_dir: str | Path, tell: Callable[[str], Any]) -> Prepared:
+    """The cache entry of a recipe, which is made unless it is there."""
     cache = Path(cache_dir).expanduser()
     try:
         cache.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         why = f"cannot be written ({error.strerror}); name another folder"
         raise ConfigError(f"cache_dir={cache}: {why}") from error
-    reader = corpus_of(corpus, trusted)
-    survey = survey_of(reader)
-    for note in notes_of(reader):
+    survey = survey_of(recipe.reader)
+    for note in notes_of(recipe.reader):
         tell(note)
-    digest = _cache_key(corpus, tokenizer, reader.source, survey.digest)
-    folder = cache / f"{corpus.name}-{digest}"
+    digest = recipe.key(survey.digest)
+    folder = cache / f"{recipe.name}-{digest}"
     if (ready := _open_if_valid(folder)) is not None:
         return ready
     try:
@@ -116,12 +175,11 @@ def prepare(
             # a damaged entry, or files of a killed process
             for leftover in (folder, *cache.glob(f".{folder.name}.*")):
                 shutil.rmtree(leftover, ignore_errors=True)
-            part = split_documents(survey.keys, survey.sizes, corpus.public, corpus.held_out)
-            _check_split(part, corpus, tokenizer, reader.too_few)
-            manifest = {"format": FORMAT, "digest": digest, **_identity(corpus, reader)}
-            manifest |= {"source": reader.source, "sha256": survey.digest}
+            part = recipe.split(survey)
+            manifest = {"format": FORMAT, "digest": digest, **recipe.about}
+            manifest |= {"sha256": survey.digest}
             with tempfile.TemporaryDirectory(dir=cache, prefix=f".{folder.name}.") as temporary:
-                made = _make(Path(temporary) / "new", survey, part, tokenizer, manifest)
+                made = _make(Path(temporary) / "new", survey, part, recipe.tokenizer, manifest)
                 made.rename(folder)
     except Timeout as error:
         raise FedGPTError(
@@ -162,20 +220,27 @@ def open_prepared(folder: str | Path) -> Prepared:
 
 
 def split_documents(
-    keys: np.ndarray, sizes: np.ndarray, public: float, held_out: float
+    keys: np.ndarray, sizes: np.ndarray, shares: Mapping[int, float], named: np.ndarray
 ) -> np.ndarray:
     """Return the part of each document, (documents,) int8; equal texts are always in one part.
 
     `keys` (documents,) are numbers below KEYS from hashes of the texts, and `sizes` (documents,)
-    their bytes. Texts in the order of their keys go to the public part until it has its share of
-    the bytes, then to the held-out part until it has its own. The clients get the rest.
+    their bytes; `named` (documents,) is the part that the corpus gives a document, or BY_HASH.
+    Texts without a part go in the order of their keys to the public part until it has its share of
+    their bytes, then to the held-out part until it has its own. The clients get the rest. A part
+    that the corpus gives to some documents has these alone.
     """
+    part, free = named.copy(), named == BY_HASH
+    shares = {one: 0.0 if (named == one).any() else share for one, share in shares.items()}
+    if not free.all():
+        keys, sizes = keys[free], sizes[free]
     total = int(sizes.sum())
-    private = _key_after(public * total, keys, sizes, 0)
-    trained = _key_after(held_out * total, keys, sizes, private)
-    part = np.full(len(keys), CLIENTS, np.int8)
-    part[keys < trained] = HELD_OUT
-    part[keys < private] = PUBLIC
+    private = _key_after(shares[PUBLIC] * total, keys, sizes, 0)
+    trained = _key_after(shares[HELD_OUT] * total, keys, sizes, private)
+    of_free = np.full(len(keys), CLIENTS, np.int8)
+    of_free[keys < trained] = HELD_OUT
+    of_free[keys < private] = PUBLIC
+    part[free] = of_free
     return part
 
 
@@ -204,6 +269,10 @@ def _cache_key(
     parts = [FORMAT, corpus.name, corpus.client, source, text_digest, shares, kind, library]
     if corpus._target_ or corpus.arguments:  # absent otherwise, so that older entries stay valid
         parts.append([corpus._target_, corpus.arguments])
+    return _digest(parts)
+
+
+def _digest(parts: list[Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=repr).encode()).hexdigest()[:16]
 
 
@@ -228,13 +297,13 @@ def _make(
     folder: Path,
     survey: Survey,
     part: np.ndarray,
-    options: TokenizerOptions,
+    tokenizer_of: Callable[[Iterable[str]], Tokenizer],
     manifest: dict[str, Any],
 ) -> Path:
     """Write all files of a cache entry to `folder`, their digests last, and return it."""
     # only bpe is trained, and reads the corpus once more
     texts = (text for text, number in zip(survey.texts(), part, strict=True) if number == PUBLIC)
-    tokenizer = make_tokenizer(options, texts)
+    tokenizer = tokenizer_of(texts)
     folder.mkdir()
     starts = _write_tokens(folder / "tokens.npy", _encode(survey.texts(), tokenizer), tokenizer)
     lengths = np.diff(starts)
@@ -325,7 +394,10 @@ def _check_split(
             f"corpus.public={corpus.public}: tokenizer=bpe trains on the public part, which is"
             " empty; raise it or use tokenizer=bytes"
         )
-    for name, number in (("held-out", HELD_OUT), ("clients'", CLIENTS)):
+    needed = {"held-out": HELD_OUT, "clients'": CLIENTS}
+    if corpus.at_sites:
+        del needed["clients'"]
+    for name, number in needed.items():
         if not (part == number).any():
             problems.append(
                 f"corpus.public={corpus.public}, corpus.held_out={corpus.held_out}: {len(part)}"

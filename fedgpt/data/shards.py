@@ -28,7 +28,8 @@ def say(note: str) -> None:
 def load_shards(
     options: RunOptions, tell: Callable[[str], Any] = lambda note: None
 ) -> tuple[Prepared, list[Shard]]:
-    """Return the prepared corpus of a run and its clients' shards, sorted by client id.
+    """Return the prepared corpus of a run and its clients' shards, sorted by client id; none if
+    each client has its own text.
 
     `tell` gets lines about what was left out of the text, and about a tokenizer that is smaller
     than asked for; of the processes of a run only the first one prints them, with `say`. Every
@@ -39,6 +40,8 @@ def load_shards(
     prepared = prepare(options.corpus, options.tokenizer, options.cache_dir, trusted, tell)
     if (note := _smaller_tokenizer(options.tokenizer, prepared)) is not None:
         tell(note)
+    if options.corpus.at_sites:  # each client makes its own shard
+        return prepared, []
     # smallest number of tokens to train on: a sequence, and the target of its last token
     window = options.model.block_size + 1
     return prepared, partition(prepared, options.partition, options.seed, window, trusted)
@@ -106,5 +109,5 @@ def partition_source(options: RunOptions) -> str:
 
 def source_of(options: RunOptions) -> str:
     """The option that names the text."""
-    path = options.corpus.path
+    path = options.corpus.path or options.corpus.held_out_path
     return f"corpus.path={path}" if path else f"corpus={options.corpus.name}"

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedgpt.core.errors import FedGPTError
-from fedgpt.data.corpora.base import Corpus, Document
+from fedgpt.data.corpora.base import PARTS, Corpus, Document
 from fedgpt.data.corpus import read_documents
 from fedgpt.data.names import Names, Numbering
 
 HASH = hashlib.sha256
+BY_HASH = -1  # instead of a part
 KEYS = 1 << 62  # number of keys: two texts with one key, which is unlikely, are in one part
 
 
@@ -32,6 +33,7 @@ class Survey:
     sizes: np.ndarray  # (documents,) int64: UTF-8 bytes of each text
     clients: Names
     labels: Names
+    parts: np.ndarray  # (documents,) int8: the part that the corpus names, or BY_HASH
 
     def texts(self) -> Iterator[str]:
         """Read the corpus again; raises FedGPTError if a document is not the one of the survey."""
@@ -59,7 +61,7 @@ class Changed(FedGPTError):
 def survey_of(corpus: Corpus) -> Survey:
     """Read a corpus once; raises ConfigError if it has no valid documents."""
     digest, keys, sizes = HASH(), array("Q"), array("q")
-    clients, labels = Numbering(), Numbering()
+    clients, labels, parts = Numbering(), Numbering(), array("b")
     for document in read_documents(corpus):
         data = document.text.encode()
         _add(digest, document, data)
@@ -67,6 +69,7 @@ def survey_of(corpus: Corpus) -> Survey:
         sizes.append(len(data))
         clients.add(document.client)
         labels.add(document.label)
+        parts.append(PARTS.get(document.part, BY_HASH))
     return Survey(
         corpus,
         digest.hexdigest(),
@@ -74,6 +77,7 @@ def survey_of(corpus: Corpus) -> Survey:
         np.frombuffer(sizes, np.int64),
         clients.names(),
         labels.names(),
+        np.frombuffer(parts, np.int8),
     )
 
 
@@ -84,7 +88,10 @@ def key_of(text_hash: bytes) -> int:
 
 def _add(digest: hashlib._Hash, document: Document, text: bytes) -> None:
     """Add a document to the digest of the corpus."""
-    for data in (document.client.encode(), document.id.encode(), document.label.encode(), text):
+    names = [document.client, document.id, document.label]
+    if document.part:  # absent otherwise, so that older digests stay valid
+        names.append(document.part)
+    for data in (*(name.encode() for name in names), text):
         # the length first, so that text moved from one field to the next changes the digest
         digest.update(len(data).to_bytes(8, "big"))
         digest.update(data)

@@ -65,7 +65,7 @@ class Tokenizer:
         """
         from tokenizers import Tokenizer as Library
 
-        self._definition = definition
+        self.definition = definition  # the content of its tokenizer.json
         parsed = json.loads(definition, object_pairs_hook=once)
         try:
             self._library = Library.from_str(definition)
@@ -153,7 +153,7 @@ class Tokenizer:
         }
         if length is not None:
             settings["model_max_length"] = length
-        write_text(Path(folder) / "tokenizer.json", self._definition)
+        write_text(Path(folder) / "tokenizer.json", self.definition)
         write_text(Path(folder) / "tokenizer_config.json", json.dumps(settings, indent=2) + "\n")
 
 

@@ -26,7 +26,7 @@ from fedgpt.flower.messages import (
     read_reply,
     unreadable,
 )
-from fedgpt.flower.nodes import Nodes, one_line
+from fedgpt.flower.nodes import Admission, Nodes, one_line
 
 # bytes of the longest valid reply, as a multiple of the model's in fp32: no codec makes it larger
 LARGEST = 2
@@ -42,15 +42,6 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class RunText:
-    """The prepared text of a run, which the server and every client must have."""
-
-    digest: str  # of the text and of everything that it was prepared with
-    # raises FedGPTError if the server's own text has changed since
-    check: Callable[[], None] = lambda: None
-
-
-@dataclass(frozen=True)
 class _Parked:
     """A job whose client has gone away; it is sent again when the client is back."""
 
@@ -62,9 +53,8 @@ class _Parked:
 class GridTransport:
     """Sends jobs and receives replies through a Grid's push and pull.
 
-    It waits until `expected` clients have connected. `known` maps node ids to clients if the caller
-    knows them (the pool); otherwise every node is queried once. `text` is the server's
-    prepared text; each client must have the same.
+    `admission` says who may take part. `known` maps node ids to clients if the caller knows them
+    (the pool); otherwise every node is queried once.
     """
 
     virtual = False
@@ -72,20 +62,23 @@ class GridTransport:
     def __init__(
         self,
         grid: Grid,
-        expected: int,
-        text: RunText,
+        admission: Admission,
         known: Mapping[int, ClientInfo] | None = None,
+        check_text: Callable[[], None] = lambda: None,
         ttl: float | None = None,
         now: float = 0.0,
     ):
-        """`ttl` is the time to live of a job in seconds; `now` is the time on the run's clock."""
+        """`check_text` raises FedGPTError if the server's own text has changed since the run began;
+        `ttl` is the time to live of a job in seconds; `now` is the time on the run's clock.
+        """
         # a launcher in another process stops the server by creating a file, because Flower runs a
         # ServerApp in a process or thread that gets no signal
         self._stop = Path(os.environ[STOP_FILE]) if STOP_FILE in os.environ else None
         self.at_once = grid.workers if isinstance(grid, LocalGrid) else None
-        self.grid, self.expected, self.text, self.ttl = grid, expected, text, ttl
+        self.grid, self.ttl = grid, ttl
+        self._expected, self._check_text = admission.expected, check_text
         self._mailbox = mailbox_of(grid)
-        self._nodes = Nodes(grid, self._mailbox, text.digest, expected, known)
+        self._nodes = Nodes(grid, self._mailbox, admission, known)
         self._began = time.monotonic() - now
         # message id -> its job, and the number of the attempt
         self._pending: dict[str, tuple[Job, int]] = {}
@@ -96,7 +89,7 @@ class GridTransport:
         self._broadcast: tuple[object, dict[int, ArrayRecord]] | None = None
 
     def clients(self, timeout: float) -> list[ClientInfo]:
-        """Clients sorted by id, once all have connected.
+        """Clients sorted by id, once as many as expected have connected.
 
         Raises StoppedEarly if they do not in time, and FedGPTError or ConfigError as soon as there
         are enough nodes and none of them can take part.
@@ -106,8 +99,7 @@ class GridTransport:
             self._nodes.look()
             for arrival in self._mailbox.take():
                 self._nodes.takes(arrival)
-            clients = self._nodes.clients
-            if len(clients) == self.expected:
+            if (clients := self._nodes.begin()) is not None:
                 return clients
             left_out = list(self._nodes.left_out.values())
             if self._nodes.refused:
@@ -117,10 +109,14 @@ class GridTransport:
                 why = f"; {amount(silent, 'node')} did not say which client it is" if silent else ""
                 why += "".join(f"; left out: {one_line(error)}" for error in left_out)
                 raise StoppedEarly(
-                    f"{len(clients)} of {self.expected} clients connected within"
+                    f"{self._nodes.count} of {self._expected} clients connected within"
                     f" {timeout:.0f} s{why}"
                 )
             self._wait(POLL_SECONDS)
+
+    def newcomers(self) -> list[ClientInfo]:
+        """Clients that have joined while the run goes on."""
+        return self._nodes.newcomers()
 
     def send(self, jobs: Sequence[Job]) -> None:
         """Push one message per job; the params of a version are sent once."""
@@ -158,7 +154,7 @@ class GridTransport:
     def receive(self, timeout: float | None) -> list[Reply]:
         """Replies that have arrived; waits up to `timeout` seconds for the first.
 
-        Returns [] before that time when a client has come back, which may get a job.
+        Returns [] before that time when a client has come back or joined, which may get a job.
         """
         began = self.now()
         while True:
@@ -168,6 +164,7 @@ class GridTransport:
                 if not self._nodes.takes(arrival):
                     replies += self._answered(arrival)
             waited = self.now() - began
+            returned = returned or self._nodes.has_newcomers
             if replies or returned or (timeout is not None and waited >= timeout):
                 return replies
             if waited > ALONE_SECONDS and not self._pending:
@@ -191,6 +188,11 @@ class GridTransport:
                 del self._pending[message_id]
         else:
             self._abandoned |= ids
+
+    @property
+    def connected(self) -> dict[str, int]:
+        """The node of each client that was connected when this was last looked at."""
+        return self._nodes.connected
 
     def bytes_down(self, job: Job) -> int:
         """Bytes of the vector and the plan."""
@@ -216,7 +218,7 @@ class GridTransport:
             return [unreadable(job.client, job.number, message)]
         if has_other_text(message):
             # only what the server finds itself ends the run: a client may report anything
-            self.text.check()
+            self._check_text()
         if wanted and self._nodes.come_and_go and away(message):
             self._nodes.lost(job.client)
             self._park([job], attempt)

@@ -20,7 +20,7 @@ from fedgpt.data.shards import load_shards, say
 from fedgpt.flower.failure import FAILURE_FILE
 from fedgpt.privacy.plan import make_plan
 from fedgpt.storage.init_from import check_tokenizer
-from fedgpt.storage.resume import checked_content
+from fedgpt.storage.resume import check_options, checked_content
 from fedgpt.storage.run_folder import RunFolder, made_folder
 
 FLOWER_ENV = {
@@ -51,6 +51,10 @@ def launch(options: RunOptions, dated: bool = False, more: Mapping[str, int] | N
 def _launch(options: RunOptions, more: Mapping[str, int]) -> None:
     for name, value in FLOWER_ENV.items():
         os.environ.setdefault(name, value)
+    if options.corpus.at_sites:
+        raise ConfigError(options.corpus.ONLY_DEPLOYED)
+    changed = partial(changed_options, options=options)
+    check_options(options, changed)
     # what needs torch is checked before any text is read, too
     if options.runtime.device == "cuda":
         with saying("looking for a GPU"):
@@ -65,7 +69,7 @@ def _launch(options: RunOptions, more: Mapping[str, int]) -> None:
     clients = len(shards)
     # before any process is started
     check_tokenizer(options, prepared.tokenizer)
-    checked_content(options, prepared, shards, partial(changed_options, options=options))
+    checked_content(options, prepared, shards, changed)
     runtime = runtime_of(options)
     # the clients were not known when the options were checked
     strategy = build_strategy(options.strategy, options.trusted_packages)

@@ -14,7 +14,7 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode, SType
 
-from fedgpt.core.errors import ConfigError, TextChanged, UpdateRejected
+from fedgpt.core.errors import ConfigError, FedGPTError, TextChanged, UpdateRejected
 from fedgpt.core.messages import ClientInfo, Job, Reply, plan_as_json, plan_of_json
 from fedgpt.flower.pool.shared_memory import NdArray, array_record
 from fedgpt.update.codecs.bf16 import BF16
@@ -125,6 +125,18 @@ class Introduction:
 def versions() -> dict[str, str]:
     """The versions in this process of the packages in COMPARED."""
     return {name: importlib.metadata.version(name) for name in COMPARED}
+
+
+def question_content(tokenizer: str) -> RecordDict:
+    """The server's first query of a client with its own text: the content of tokenizer.json."""
+    return RecordDict({"tokenizer": vector_record(np.frombuffer(tokenizer.encode(), np.uint8))})
+
+
+def read_question(message: Message) -> str:
+    """The tokenizer in a query; raises FedGPTError if there is none."""
+    if "tokenizer" not in message.content:
+        raise FedGPTError("the server's question has no tokenizer; install its version of fedgpt")
+    return _vector(message.content, "tokenizer").tobytes().decode()
 
 
 def info_content(info: ClientInfo, digest: str) -> RecordDict:

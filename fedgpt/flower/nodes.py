@@ -3,42 +3,72 @@
 Every node is asked once when it connects. One that gives no usable answer, is another run's or
 another client's, or is not needed is left out: the log says why, and the run goes on with the
 others. It is asked again later, as its owner may have mended the cause.
+
+    one text for all clients   `expected` clients, all of which are needed
+    corpus=site                begins with `expected` clients; with `late`, others join later
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedgpt.core.errors import ConfigError, FedGPTError
+from fedgpt.core.files import read_json
 from fedgpt.core.messages import ClientInfo
 from fedgpt.flower.mailbox import Arrival, Mailbox
 from fedgpt.flower.messages import PROTOCOL, Introduction, read_info, versions
 
 MOST_INFO = 1 << 20  # bytes of the longest answer to a question
+# environment variable with the path of a file: the approved site of each registered node
+NODES_FILE = "FEDGPT_NODES_FILE"
 ASK_AGAIN_SECONDS = 60.0  # until a node that was left out is asked again
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Admission:
+    """Who may take part in a run."""
+
+    expected: int  # number of clients that must be connected before the run begins
+    # of what a client must have in common with the server: the text, or the tokenizer alone
+    digest: str
+    # content of the message that asks a node who it is; a run whose clients have their own text
+    # brings the tokenizer with it
+    question: RecordDict = field(default_factory=RecordDict)
+    members: tuple[ClientInfo, ...] = ()  # the clients of a run that goes on
+    late: bool = False  # whether other clients may join while the run goes on
+    # whether a client that joins later needs as much text as the smallest one of the start, for
+    # which the noise was computed
+    planned: bool = False
+
+    @property
+    def own_text(self) -> bool:
+        """Whether each client has its own text."""
+        return "tokenizer" in self.question
+
+
 class Nodes:
-    """The clients of a run by node; `expected` of them may join."""
+    """The clients of a run by node."""
 
     def __init__(
         self,
         grid: Grid,
         mailbox: Mailbox,
-        digest: str,
-        expected: int,
+        admission: Admission,
         known: Mapping[int, ClientInfo] | None,
     ):
-        """`digest`: of the text that each client must have; `known`: all clients, if they are
-        known without being asked.
-        """
-        self._grid, self._mailbox, self._digest, self._expected = grid, mailbox, digest, expected
+        """`known`: all clients by node, if they are known without being asked."""
+        self._grid, self._mailbox, self._admission = grid, mailbox, admission
+        self._members = {info.id: info for info in admission.members}
+        self._begun = False  # whether the run has taken its first clients
         self.come_and_go = known is None  # otherwise they are always connected
         self._clients = dict(known or {})  # node -> its client
         self._node = {info.id: node for node, info in self._clients.items()}
@@ -48,20 +78,48 @@ class Nodes:
         self._online = frozenset(self._clients)
 
     @property
-    def clients(self) -> list[ClientInfo]:
-        """The clients that have joined, sorted by id."""
-        return sorted(self._clients.values(), key=lambda info: info.id)
+    def count(self) -> int:
+        """Number of clients that have joined, of those that the run waits for."""
+        return len(self._clients)
+
+    def begin(self) -> list[ClientInfo] | None:
+        """The clients that the run begins or goes on with, sorted by id; None: not enough yet."""
+        wanted = self._admission.expected
+        if len(self._clients) < min(wanted, len(self._members) or wanted):
+            return None
+        if not self._members:
+            self._members = {info.id: info for info in self._clients.values()}
+        self._begun = True
+        return sorted(self._members.values(), key=lambda info: info.id)
+
+    def newcomers(self) -> list[ClientInfo]:
+        """The clients that have joined since the run began or this was called, sorted by id."""
+        if not self._begun:
+            return []
+        new = [info for info in self._clients.values() if info.id not in self._members]
+        self._members |= {info.id: info for info in new}
+        return sorted(new, key=lambda info: info.id)
+
+    @property
+    def has_newcomers(self) -> bool:
+        """Whether `newcomers` has any."""
+        return self._begun and any(i.id not in self._members for i in self._clients.values())
 
     @property
     def refused(self) -> bool:
         """Whether all connected nodes have answered and none of them can take part."""
         connected = self._online - self.left_out.keys()
-        return len(self.left_out) >= self._expected and not connected and not self._asked
+        return len(self.left_out) >= self._admission.expected and not connected and not self._asked
 
     @property
     def silent(self) -> int:
         """Number of nodes that have not answered yet."""
         return len(self._asked)
+
+    @property
+    def connected(self) -> dict[str, int]:
+        """The node of each client that is connected."""
+        return {client: node for client, node in self._node.items() if node in self._online}
 
     def of(self, client: str) -> int | None:
         """The node of a client if it is connected."""
@@ -85,7 +143,8 @@ class Nodes:
             if self._again.get(node, 0.0) <= now
         ]
         if new:
-            questions = [Message(RecordDict(), node, MessageType.QUERY) for node in new]
+            content = self._admission.question
+            questions = [Message(content, node, MessageType.QUERY) for node in new]
             for message_id, node in zip(self._grid.push_messages(questions), new, strict=True):
                 if message_id:  # a SuperLink refuses a message to a node that has just left
                     self._asked[message_id] = node
@@ -126,21 +185,22 @@ class Nodes:
                 f"client {client!r} speaks version {answer.protocol} of fedgpt's messages, this"
                 f" server version {PROTOCOL}; install the same fedgpt at both"
             )
-        if answer.digest != self._digest:
+        if answer.digest != self._admission.digest:
             raise FedGPTError(
-                f"client {client!r} prepared other data than the server; corpus, tokenizer and"
-                " their package versions must be the same"
+                f"client {client!r} uses another tokenizer than the server sent; install the same"
+                " version of tokenizers at both"
+                if self._admission.own_text
+                else f"client {client!r} prepared other data than the server; corpus, tokenizer"
+                " and their package versions must be the same"
             )
+        self._check_key(node, client)
         if before is not None and before in self._online and before != node:
             raise FedGPTError(
                 f"node {node} says that it is client {client!r}, as node {before} does; give every"
                 " node its own --node-config partition-id"
             )
-        if before is None and len(self._clients) >= self._expected:
-            raise FedGPTError(
-                f"node {node} says that it is client {client!r}; the run has its"
-                f" {self._expected} clients"
-            )
+        if before is None:
+            self._check_new(node, answer.info)
         for name, version in versions().items():
             if (theirs := answer.versions.get(name)) != version:
                 log.warning(
@@ -154,6 +214,43 @@ class Nodes:
             del self._clients[before]
         self._clients[node], self._node[client] = answer.info, node
         self.left_out.pop(node, None)
+
+    def _check_new(self, node: int, info: ClientInfo) -> None:
+        """Raise FedGPTError unless a client that was not connected before may take part."""
+        admission = self._admission
+        if info.id in self._members:
+            return
+        full = self._members or len(self._clients) >= admission.expected
+        if full and not admission.late:
+            taken = len(self._members) or admission.expected
+            raise FedGPTError(
+                f"node {node} says that it is client {info.id!r}; the run has its {taken} clients"
+            )
+        least = min((member.tokens for member in self._members.values()), default=0)
+        if admission.planned and info.tokens < least:
+            raise FedGPTError(
+                f"client {info.id!r} has less text than any client at the start of the run, for"
+                " which the noise was computed; it can take part in another run"
+            )
+
+    def _check_key(self, node: int, client: str) -> None:
+        """Raise FedGPTError if a node with the key of one site says that it is another."""
+        if not self._admission.own_text:
+            return  # its clients are numbered
+        site = approved_names().get(node)
+        if site is not None and site != client:
+            raise FedGPTError(
+                f"node {node} has the key of site {site!r} and says that it is {client!r}; a site"
+                " takes part with the name in its kit"
+            )
+
+
+def approved_names() -> dict[int, str]:
+    """Node -> the site whose key it has, where a link has written that down."""
+    path = os.environ.get(NODES_FILE)
+    if path is None:
+        return {}
+    return {int(node): str(name) for node, name in read_json(Path(path)).items()}
 
 
 def one_line(error: FedGPTError) -> str:

@@ -56,7 +56,9 @@ def make_plan(o: RunOptions, shards: Sequence[int]) -> PrivacyPlan:
     Raises ConfigError if there is no correct accounting, or the budget cannot be met.
     """
     unit, blocks = o.privacy.unit, [count_blocks(size, o) for size in shards]
-    protected = max(blocks) if unit == "example" else len(shards)
+    # a site says how much text it has down to a power of two
+    largest = max(shards) * (2 if o.corpus.at_sites else 1)
+    protected = count_blocks(largest, o) if unit == "example" else len(shards)
     sampling = sampling_of(o)
     cohort = _cohort(o, len(shards))
     participations = o.privacy.participations or _participations(o, len(shards), cohort)

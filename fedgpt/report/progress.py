@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.text import Text
 
 from fedgpt.core.events import (
+    ClientJoined,
     Event,
     JobSent,
     MetricsReady,
@@ -99,6 +100,8 @@ class ProgressDisplay:
                 self._first_version = event.version
                 self._began = time.monotonic()
                 self._tokens_end = event.tokens_total if self._by_tokens else 0
+            case ClientJoined():
+                self.say(f"  client {event.client} joins, with {count(event.tokens)} tokens")
             case JobSent():
                 self._in_flight.add((event.client, event.number))
             case UpdateAccepted():

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from fedgpt.core.errors import amount
+from fedgpt.core.messages import ClientInfo
 from fedgpt.core.options import RunOptions
-from fedgpt.data.partition import Shard
 from fedgpt.data.prepare import Prepared
 from fedgpt.model.shape import count_parameters
 from fedgpt.privacy.statement import rows
@@ -22,7 +22,7 @@ from fedgpt.storage.checkpoint import Snapshot
 def opening(
     options: RunOptions,
     prepared: Prepared,
-    shards: Sequence[Shard],
+    clients: Sequence[ClientInfo],
     snapshot: Snapshot,
     compute: str,
     held_out_tokens: int,
@@ -39,8 +39,8 @@ def opening(
         (
             "text",
             (
-                f"{o.corpus.name}: {count(sum(s.size for s in shards))} tokens at"
-                f" {amount(len(shards), 'client')}, {held_out_tokens:,} held-out tokens"
+                f"{o.corpus.name}: {count(sum(client.tokens for client in clients))} tokens at"
+                f" {amount(len(clients), 'client')}, {held_out_tokens:,} held-out tokens"
             ),
         ),
         (
@@ -54,7 +54,7 @@ def opening(
                 f" width {o.model.n_embd}, context {o.model.block_size}"
             ),
         ),
-        _pacing_row(o, len(shards), parameters),
+        _pacing_row(o, len(clients), parameters),
         ("compute", compute),
     ]
     if o.attack.clients:
@@ -63,7 +63,7 @@ def opening(
                 "attack",
                 (
                     f"{o.attack.name} of strength {o.attack.strength:g} by {o.attack.clients} of"
-                    f" {amount(len(shards), 'client')}, for research only"
+                    f" {amount(len(clients), 'client')}, for research only"
                 ),
             )
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fedgpt.core.messages import DIGESTS, Job, JobTime, Pacing, Plan, ServerState
+from fedgpt.core.messages import DIGESTS, OWN_TEXT, Job, JobTime, Pacing, Plan, ServerState
 from fedgpt.core.options import RunOptions
 from fedgpt.server.parts import Parts
 from fedgpt.storage.tables import Clients, RunIdentity, RunTotals
@@ -67,7 +67,7 @@ class JobPlanner:
             downlink=parts.options.update.downlink,
             cached_version=-1 if deltas is None else cached,
             seconds=0.0 if parts.fleet is None else steps * parts.fleet.step_seconds(client),
-            digests=self._digests(*DIGESTS),
+            digests=self._digests(*(OWN_TEXT if parts.options.corpus.at_sites else DIGESTS)),
         )
         return Job(client, number, start.version, start.params, plan, now, deltas or ())
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from fedgpt.core.errors import ConfigError, FedGPTError, Interrupted, StoppedEarly, UpdateRejected
 from fedgpt.core.events import (
+    ClientJoined,
     Event,
     JobSent,
     MetricsReady,
@@ -34,9 +35,9 @@ from fedgpt.core.events import (
     VersionMade,
 )
 from fedgpt.core.faults import reach
-from fedgpt.core.messages import Job, JobTime, Reply, ServerState, Update
+from fedgpt.core.messages import ClientInfo, Job, JobTime, Reply, ServerState, Update
 from fedgpt.server.background_evaluation import BackgroundEvaluation
-from fedgpt.server.collector import Collectors, model_length
+from fedgpt.server.collector import Collectors, UpdateCollector, model_length
 from fedgpt.server.in_flight import InFlight, Key, restored_jobs
 from fedgpt.server.jobs import JobPlanner
 from fedgpt.server.metrics_line import RunMetrics, counted, line_of_version, summary
@@ -131,18 +132,23 @@ class Server:
 
     def _open_version(self) -> None:
         """Open the next version, without updates, and fix the limits on its updates."""
-        most = self.pacing.pace.max_updates(len(self.clients)) + len(self.jobs)
-        collector = self.collectors.open(self.state, self.totals.norms, most, self.clients)
+        collector = self._open_collector()
         start = replace(self.state, params=self.planner.published.advance(self.state))
         self.current = OpenVersion(start, collector, self.transport.now())
         for client in self.clients.end_rests(self.state.version):
             now = self.transport.now()
             self._tell(QuarantineEnded(client, self.state.version, now))
 
+    def _open_collector(self) -> UpdateCollector:
+        most = self.pacing.pace.max_updates(len(self.clients)) + len(self.jobs)
+        return self.collectors.open(self.state, self.totals.norms, most, self.clients)
+
     # ---- dispatch
 
     def _dispatch(self) -> None:
         """Give jobs to the clients that the pacing chooses, from the newest model."""
+        if joined := self.transport.newcomers():
+            self._admit(joined)
         chosen = self._choose()
         if chosen is None:
             return
@@ -158,6 +164,16 @@ class Server:
             now=self.transport.now(),
         )
         self._send([job(client) for client in chosen])
+
+    def _admit(self, joined: Sequence[ClientInfo]) -> None:
+        """Let clients that have just joined take part."""
+        self.clients.join(joined)
+        self.parts.privacy.meet(joined)
+        for info in joined:
+            now = self.transport.now()
+            self._tell(ClientJoined(info.id, info.tokens, self.state.version, now))
+        if not self.current.asked and not len(self.current.collector):
+            self.current.collector = self._open_collector()  # a cohort may be larger now
 
     def _choose(self) -> list[str] | None:
         """The clients that get a job now; None: nobody can be asked yet."""

@@ -52,6 +52,10 @@ class VirtualTransport:
         self.timing.meet([info.id for info in infos])
         return infos
 
+    def newcomers(self) -> list[ClientInfo]:
+        """None: simulated clients are there from the start."""
+        return []
+
     def available(self, client: str) -> bool:
         """Whether the client is available at the current virtual time."""
         available = self.timing.available(client, self._now)

@@ -30,7 +30,7 @@ def content_of(options: RunOptions, prepared: Prepared, shards: Sequence[Shard])
     return {
         "text": text_digest(prepared),
         "tokenizer": prepared.tokenizer.digest,
-        "shards": shards_digest(shards),
+        **({} if options.corpus.at_sites else {"shards": shards_digest(shards)}),
         **{f"code of {target}": source_digest(target) for target in options.own_classes()},
         **({"code": code} if (code := code_digest(options)) else {}),
     }

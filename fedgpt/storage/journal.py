@@ -63,12 +63,16 @@ def needs_journal(options: RunOptions, switches: bool, real_clients: bool) -> bo
 class Entry:
     """One call of the transport, and the values that the loop read since the previous entry."""
 
-    call: str  # send, receive, or step: the end of a version
+    call: str  # send, receive, join, or step: the end of a version
     jobs: tuple[Key, ...] = ()  # jobs sent
     replies: tuple[Reply, ...] = ()  # replies received
     times: tuple[float, ...] = ()  # readings of the clock
     away: frozenset[str] = frozenset()  # clients that were not available
     clients: int = 0  # number of clients of the run
+    joined: tuple[ClientInfo, ...] = ()  # clients that joined
+    asked: int = (
+        0  # how often the loop had asked for newcomers since the last entry, when they came
+    )
 
 
 class Journal:
@@ -192,14 +196,32 @@ class RecordedTransport:
         self._available: dict[str, bool] = {}  # live: availability of clients since the last entry
         self._open: dict[Key, Job] = {}  # jobs sent in the log without a replayed reply
         self._last, self._offset = now, now - inner.now()
-        self._clients = 0
+        self._clients: set[str] = set()  # ids of the clients of the run
+        self._asked = 0  # questions for newcomers since the last entry
 
     def clients(self, timeout: float) -> list[ClientInfo]:
         """The inner transport's clients; the log is replayed only if the number of clients is
         unchanged.
         """
         infos = self.inner.clients(timeout)
-        self._clients = len(infos)
+        self._clients = {info.id for info in infos}
+        return infos
+
+    def newcomers(self) -> list[ClientInfo]:
+        """Log and return the inner transport's newcomers."""
+        if not self._begun:
+            return []
+        self._asked += 1
+        infos: list[ClientInfo] = []
+        if (entry := self._next) is None:
+            # the inner transport does not know of those that have joined in the log
+            infos = [info for info in self.inner.newcomers() if info.id not in self._clients]
+            if infos:
+                self._write("join", joined=tuple(infos), asked=self._asked)
+        elif entry.call == "join" and entry.asked == self._asked:
+            infos = list(entry.joined)
+            self._advance()
+        self._clients |= {info.id for info in infos}
         return infos
 
     def available(self, client: str) -> bool:
@@ -289,12 +311,12 @@ class RecordedTransport:
         """Send the jobs in flight at the snapshot, at once or after the log has been replayed."""
         self._begun, self._times, self._available, self._open = True, [], {}, jobs
         first = next(self._entries, None)
-        if first is not None and first.clients != self._clients:
+        if first is not None and first.clients != len(self._clients):
             log.warning(
                 "the log was written with %d clients, %d are connected: it is deleted, and the"
                 " clients are asked again",
                 first.clients,
-                self._clients,
+                len(self._clients),
             )
             self.journal.clear()
             first = None
@@ -304,8 +326,9 @@ class RecordedTransport:
 
     def _write(self, call: str, **about: Any) -> None:
         away = frozenset(client for client, available in self._available.items() if not available)
-        entry = Entry(call, times=tuple(self._times), away=away, clients=self._clients, **about)
-        self._times, self._available = [], {}
+        clients = len(self._clients)
+        entry = Entry(call, times=tuple(self._times), away=away, clients=clients, **about)
+        self._times, self._available, self._asked = [], {}, 0
         self.journal.append(entry)
 
     def _replays(self, call: str, jobs: tuple[Key, ...] = ()) -> bool:
@@ -328,6 +351,7 @@ class RecordedTransport:
         assert self._next is not None, "no entry to pass"
         self._last = self._next.times[-1] if self._next.times else self._last
         self._next, self._times_read = next(self._entries, None), 0
+        self._asked = 0
         if self._next is None:
             self._go_live()
 
@@ -375,6 +399,8 @@ def _as_json(entry: Entry) -> dict[str, Any]:
         "times": entry.times,
         "away": sorted(entry.away),
         "clients": entry.clients,
+        "joined": [(info.id, info.tokens) for info in entry.joined],
+        "asked": entry.asked,
     }
 
 
@@ -413,6 +439,8 @@ def _read_entry(stream: IO[bytes]) -> Entry | None:
         tuple(stored["times"]),
         frozenset(stored["away"]),
         stored["clients"],
+        tuple(ClientInfo(client, tokens) for client, tokens in stored.get("joined", [])),
+        stored.get("asked", 0),
     )
 
 

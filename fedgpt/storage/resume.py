@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from fedgpt.core.errors import FedGPTError
-from fedgpt.core.messages import DIGESTS
 from fedgpt.core.options import RunOptions
 from fedgpt.data.partitions.base import Shard
 from fedgpt.data.prepare import Prepared
 from fedgpt.storage.checkpoint import Checkpoints, Snapshot
-from fedgpt.storage.content import content_of, refuse_other_content
+from fedgpt.storage.content import CONTENT, content_of, refuse_other_content
 from fedgpt.storage.journal import Journal
 from fedgpt.storage.records import check_records, refuse_other_records
 from fedgpt.storage.run_folder import RunFolder
@@ -31,19 +30,30 @@ log = logging.getLogger(__name__)
 Changed = Callable[[Mapping[str, Any]], str]
 
 
+def check_options(options: RunOptions, changed: Changed) -> RunIdentity | None:
+    """Raise FedGPTError if the run in `run_dir` began with other options; `changed`: see
+    `open_or_resume`. Returns the constants of that run; None if there is none.
+
+    Uses no array of a checkpoint, and changes no file.
+    """
+    folder = Path(options.run_dir) / "checkpoints"
+    identity = Checkpoints(folder, options.checkpoint.keep).identity()
+    if identity is not None:
+        _refuse_other_options(options, identity, changed)
+    return identity
+
+
 def checked_content(
     options: RunOptions, prepared: Prepared, shards: Sequence[Shard], changed: Changed
 ) -> dict[str, str]:
     """Return the digests of a run's content, for the environment of its checkpoints.
 
-    Raises FedGPTError if the run in `run_dir` began with others, or with other options; `changed`:
-    see `open_or_resume`. Uses no array of a checkpoint, and changes no file.
+    Like `check_options`, and raises FedGPTError if the run began with other content.
     """
     content = content_of(options, prepared, shards)
-    folder = Path(options.run_dir) / "checkpoints"
-    identity = Checkpoints(folder, options.checkpoint.keep).identity()
+    identity = check_options(options, changed)
     if identity is not None:
-        _refuse_changed(options, identity, content, changed)
+        refuse_other_content(options, identity.environment, content)
     return content
 
 
@@ -66,7 +76,8 @@ def open_or_resume(
     metrics, events = folder.metrics.read(), folder.events.read()
 
     def check(snapshot: Snapshot) -> None:
-        _refuse_changed(options, snapshot.identity, now, changed)
+        _refuse_other_options(options, snapshot.identity, changed)
+        refuse_other_content(options, snapshot.identity.environment, now)
         _refuse_unsaved(folder, snapshot)
         check_records(folder, metrics, events, scores)
         if snapshot.state.version > 0:  # all records are written again after version 0
@@ -110,17 +121,14 @@ def events_until(version: int, events: Sequence[dict[str, Any]]) -> Sequence[dic
     return events[:end]
 
 
-def _refuse_changed(
-    options: RunOptions, identity: RunIdentity, now: Mapping[str, Any], changed: Changed
-) -> None:
-    """Raise FedGPTError if a checkpoint is of a run with other options or content."""
+def _refuse_other_options(options: RunOptions, identity: RunIdentity, changed: Changed) -> None:
+    """Raise FedGPTError if a checkpoint is of a run with other options."""
     if differences := changed(identity.options):
         raise FedGPTError(
             f"{options.run_dir} cannot be continued: its config.yaml was changed after its"
             f" checkpoint was made ({differences}); change it back, or start again with another"
             " run_dir"
         )
-    refuse_other_content(options, identity.environment, now)
 
 
 def _refuse_unsaved(folder: RunFolder, snapshot: Snapshot) -> None:
@@ -138,7 +146,7 @@ def _warn_of_other_conditions(before: Mapping[str, Any], now: Mapping[str, Any])
     differing = [
         f"{name} {before[name]} -> {now[name]}"
         for name in now
-        if name in before and name not in DIGESTS and before[name] != now[name]
+        if name in before and name not in (*CONTENT, "code") and before[name] != now[name]
     ]
     if differing:
         log.warning(

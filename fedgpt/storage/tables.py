@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-from fedgpt.core.messages import Update
+from fedgpt.core.messages import ClientInfo, Update
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ class Clients:
         self._charged: dict[str, float] = {}  # private steps or jobs sent to the client
         self._released: dict[str, int] = {}  # privacy=client: version of its last release
         self._seconds: dict[str, float] = {}  # seconds of the client's accepted jobs
+        self._joined: dict[str, int] = {}  # tokens of a client that brings its own text
         self._restorable = tuple(dict(table) for table in restorable)
         for name, column in (columns or {}).items():
             self._columns[name].update(column)
@@ -112,6 +113,7 @@ class Clients:
             "charged": self._charged,
             "released": self._released,
             "seconds": self._seconds,
+            "joined": self._joined,
         }
 
     def __len__(self) -> int:
@@ -120,6 +122,16 @@ class Clients:
     def meet(self, ids: Iterable[str]) -> None:
         """These are the clients of the run; sorted, as every process samples from the same list."""
         self.ids = tuple(ids)
+
+    def join(self, infos: Iterable[ClientInfo]) -> None:
+        """Add clients that bring their own text, and remember them for a restart."""
+        self._joined |= {info.id: info.tokens for info in infos}
+        self.ids = tuple(sorted({*self.ids, *self._joined}))
+
+    @property
+    def joined(self) -> list[ClientInfo]:
+        """The clients that have joined with their own text, sorted."""
+        return [ClientInfo(client, self._joined[client]) for client in sorted(self._joined)]
 
     # ---- jobs
 

@@ -80,7 +80,11 @@ def train(tmp_path):
         work = ClientWork(options, str(tmp_path / "clients"))
         params = flatten(GPT(options.model, 257))[1].numpy()
         job = Job(
-            work.shards[index].client, 0, 0, params, Plan("run", STEPS, 0, TOKENS, 10 * TOKENS)
+            work.texts.shards[index].client,
+            0,
+            0,
+            params,
+            Plan("run", STEPS, 0, TOKENS, 10 * TOKENS),
         )
         header, array = work.train(job, index)
         limit = ABSOLUTE * max(1.0, float(np.linalg.norm(params)))

@@ -27,7 +27,7 @@ class Client:
     """Ann, whose jobs all have the same model."""
 
     def __init__(self, work: ClientWork, states: Path):
-        self.work, self.states, self.name = work, states, work.shards[0].client
+        self.work, self.states, self.name = work, states, work.texts.shards[0].client
         self.params = flatten(GPT(work.options.model, 257))[1].numpy()
 
     def train(self, number: int, state_job: int) -> tuple[np.ndarray, float]:

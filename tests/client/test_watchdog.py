@@ -60,5 +60,7 @@ def test_a_job_has_the_time_limit_of_its_run_and_the_time_of_its_modelled_device
     options = compose.load([*tiny_run(tmp_path), "runtime.watchdog=7"])
     work = ClientWork(options, str(tmp_path / "clients"))
     params = flatten(GPT(options.model, 257))[1].numpy()
-    work.train(Job(work.shards[0].client, 0, 0, params, Plan("run", 1, 0, 32, 32, seconds=0.25)), 0)
+    work.train(
+        Job(work.texts.shards[0].client, 0, 0, params, Plan("run", 1, 0, 32, 32, seconds=0.25)), 0
+    )
     assert limits == [(7.25, True)]

@@ -41,7 +41,9 @@ UNUSED_REMEDIES = {
         ]
     },
     "tokenizer.vocab_size=300": {"add tokenizer=bpe": ["tokenizer=bpe"]},
-    "corpus.text_field=body": {"add corpus=files": ["corpus=files", "corpus.path=."]},
+    "corpus.text_field=body": {
+        "add corpus=files or corpus=site": ["corpus=files", "corpus.path=."]
+    },
     "corpus.label_field=topic": {
         "add partition=dirichlet if corpus.path has records": [
             *("partition=dirichlet", "corpus=files", "corpus.path=."),

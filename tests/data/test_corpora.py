@@ -294,6 +294,7 @@ EVERY = {
     "sotu": CorpusOptions(),
     "stdlib": CorpusOptions(name="stdlib", client="package"),
     "files": CorpusOptions(name="files", client="folder"),
+    "site": CorpusOptions(name="site"),  # in test_server_text.py
     "custom": CorpusOptions(name="custom", _target_="outsider.Poems", arguments={"stanzas": 1}),
 }
 

@@ -20,7 +20,7 @@ from fedgpt.core.options import CorpusOptions, TokenizerOptions
 from fedgpt.data import prepare as module
 from fedgpt.data.corpus import corpus_of, read_documents
 from fedgpt.data.prepare import CLIENTS, HELD_OUT, PUBLIC, open_prepared, prepare, split_documents
-from fedgpt.data.survey import key_of
+from fedgpt.data.survey import BY_HASH, key_of
 from fedgpt.data.tokenizer import make_tokenizer
 
 BPE = TokenizerOptions(name="bpe", vocab_size=300)
@@ -320,7 +320,9 @@ def test_the_standard_library_is_prepared(tmp_path):
 def split(texts: list[str], public: float, held_out: float) -> np.ndarray:
     keys = [key_of(hashlib.sha256(text.encode()).digest()) for text in texts]
     sizes = np.array([len(text.encode()) for text in texts])
-    return split_documents(np.array(keys, np.uint64), sizes, public, held_out)
+    shares = {PUBLIC: public, HELD_OUT: held_out}
+    named = np.full(len(texts), BY_HASH, np.int8)
+    return split_documents(np.array(keys, np.uint64), sizes, shares, named)
 
 
 @settings(deadline=None, max_examples=50)

@@ -594,7 +594,7 @@ def test_a_long_file_is_never_in_memory_as_a_whole(tmp_path, monkeypatch):
     def counted(path):
         return map(Counted, chunks(path))
 
-    monkeypatch.setattr("fedgpt.data.corpora.files.text_chunks", counted)
+    monkeypatch.setattr("fedgpt.data.folder_text.text_chunks", counted)
     monkeypatch.setattr(records, "text_chunks", counted)
     monkeypatch.setattr(reading, "CHUNK", 1000)
     write(tmp_path, "one line.txt", "words " * 20_000)

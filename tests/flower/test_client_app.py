@@ -13,16 +13,24 @@ from flwr.app import Context, Message, Metadata, RecordDict
 from flwr.app.message import make_message
 from support.advice import advises
 from support.here import tiny_model, tiny_run
+from support.sites import Texts
 
+from fedgpt.client.texts import CommonText
 from fedgpt.client.work import ClientWork
 from fedgpt.config import compose
-from fedgpt.core.errors import ConfigError, FedGPTError
+from fedgpt.core.errors import ConfigError, FedGPTError, ForServer
 from fedgpt.core.messages import Job, Plan
 from fedgpt.core.options import RunOptions
 from fedgpt.flower import client_app
 from fedgpt.flower.in_process_grid import InProcessGrid
 from fedgpt.flower.local_grid import FIRST_NODE
-from fedgpt.flower.messages import job_content, read_info, read_reply, vector_record
+from fedgpt.flower.messages import (
+    job_content,
+    question_content,
+    read_info,
+    read_reply,
+    vector_record,
+)
 from fedgpt.flower.run_config import run_config_of
 
 
@@ -42,9 +50,12 @@ def test_a_node_with_a_wrong_number_is_refused_with_its_option(tmp_path, config,
         read_info(answer)
 
 
-def asked(options: RunOptions, config: dict[str, Any]) -> Message:
+def asked(
+    options: RunOptions, config: dict[str, Any], question: RecordDict | None = None
+) -> Message:
     """What a SuperNode with this --node-config answers to the question which client it is."""
-    request = make_message(Metadata(1, "", 0, 1, "", "", 0.0, 60.0, "query"), RecordDict())
+    content = question or RecordDict()
+    request = make_message(Metadata(1, "", 0, 1, "", "", 0.0, 60.0, "query"), content)
     context = Context(1, 7, config, RecordDict(), run_config_of(options))
     return client_app.app(request, context)
 
@@ -92,8 +103,9 @@ def test_a_client_without_memory_says_what_to_lower(tmp_path, allocate):
     advises(error.value, "lower local.batch_size=32, and raise local.accumulate instead")
     compose.load([*words, "local.batch_size=16", "local.accumulate=2"])
     private = ClientWork(compose.load([*words, "privacy=local"]), str(tmp_path))
-    failed = pytest.raises(client_app.ClientFailed, match=r"^OutOfMemory \(the client's log has")
-    with failed, client_app._reported(private):
+    # the message says nothing of the text
+    told = pytest.raises(ForServer, match=r"^out of memory; lower local\.batch_size=2, and")
+    with told, client_app._reported(private):
         allocate(1 << 46)
     failed = pytest.raises(client_app.ClientFailed, match=r"^ZeroDivisionError \(the client's log")
     with failed, client_app._reported(work):
@@ -159,3 +171,67 @@ def test_no_error_of_a_private_client_tells_of_its_text_or_files(
     told = read_reply(reply, "ann", 0).error
     assert "ClientFailed: " in told and CANARY not in told and str(tmp_path) not in told
     assert ("the job has noise 0" if written is _fine else CANARY) in capfd.readouterr().err
+
+
+def test_a_node_takes_part_only_in_runs_of_its_kind(tmp_path):
+    texts = Texts.write(tmp_path)
+    site, common = compose.load(texts.at_sites()), compose.load(tiny_run(tmp_path / "common"))
+    numbered = {"partition-id": 0, "num-partitions": 2}
+    with pytest.raises(ConfigError) as refused:
+        read_info(asked(site, numbered))
+    advises(
+        refused.value,
+        "start the SuperNode with --node-config"
+        ' \'name="NAME" text="FOLDER" state-dir="FOLDER"\', or use fedgpt client',
+    )
+    tokenizer = CommonText(site).tokenizer
+    question = question_content(tokenizer.definition)
+    told = read_info(asked(site, texts.config("ann"), question))
+    assert told.info.id == "ann" and told.digest == tokenizer.digest
+    with pytest.raises(ConfigError, match="the server names the text of this run") as refused:
+        read_info(asked(common, texts.config("ann")))
+    advises(refused.value, "use corpus=site")
+    assert read_info(asked(common, numbered))
+
+
+def test_a_site_says_how_much_text_it_has_and_in_a_private_run_less_exactly(tmp_path):
+    texts = Texts.write(tmp_path)
+    tokens = {}
+    for unit in ("none", "example", "client", "local"):
+        options = compose.load(texts.at_sites(f"privacy={unit}", "pace.clients=0"))
+        question = question_content(CommonText(options).tokenizer.definition)
+        tokens[unit] = read_info(asked(options, texts.config("eve"), question)).info.tokens
+    exact = tokens.pop("none")
+    (rounded,) = set(tokens.values())
+    assert rounded <= exact < 2 * rounded and rounded.bit_count() == 1 and rounded != exact
+
+
+@pytest.mark.parametrize("change", [{"name": ""}, {"state-dir": ""}, {"device": "tpu"}])
+def test_a_wrong_configuration_of_a_site_is_named(tmp_path, change):
+    texts = Texts.write(tmp_path)
+    options = compose.load(texts.at_sites())
+    question = question_content(CommonText(options).tokenizer.definition)
+    with pytest.raises(ConfigError, match=f"--node-config {next(iter(change))}"):
+        read_info(asked(options, texts.config("ann") | change, question))
+
+
+@pytest.mark.parametrize("what", ["no folder", "too little", "a wrong tokenizer", "no tokenizer"])
+def test_what_a_site_cannot_do_is_told_without_its_words_and_paths(tmp_path, caplog, what):
+    texts = Texts.write(tmp_path)
+    options = compose.load(texts.at_sites())
+    definition = CommonText(options).tokenizer.definition
+    config, question = texts.config("ann"), question_content(definition)
+    if what == "no folder":
+        config["text"] = str(tmp_path / CANARY)
+    elif what == "too little":
+        config["text"] = str(tmp_path / "little" / f"{CANARY}.txt")
+        (tmp_path / "little").mkdir()
+        Path(config["text"]).write_text(CANARY)
+    elif what == "a wrong tokenizer":
+        question = question_content("{}")
+    else:
+        question = RecordDict()
+    with pytest.raises(Exception) as told:
+        asked(options, config, question)
+    assert "(the client's log has its message)" in str(told.value)
+    assert CANARY not in str(told.value) and str(tmp_path) not in str(told.value)

@@ -16,7 +16,7 @@ from fedgpt.core.errors import ConfigError, FedGPTError, StoppedEarly
 from fedgpt.core.messages import ClientInfo, Job, Plan, Reply
 from fedgpt.flower import grid_transport, nodes
 from fedgpt.flower.deploy.connection import FleetConnection
-from fedgpt.flower.grid_transport import GridTransport, RunText
+from fedgpt.flower.grid_transport import Admission, GridTransport
 from fedgpt.flower.messages import info_content, read_job, refusal_content, update_content
 
 PARAMS = np.arange(1000, dtype=np.float32)
@@ -27,7 +27,7 @@ def transport(link) -> Iterator[Callable[[int], GridTransport]]:
     made = []
 
     def make(expected: int) -> GridTransport:
-        made.append(GridTransport(link.grid(), expected, RunText("digest")))
+        made.append(GridTransport(link.grid(), Admission(expected, "digest")))
         return made[-1]
 
     yield make

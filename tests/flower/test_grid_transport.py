@@ -16,7 +16,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedgpt.core.errors import ConfigError, FedGPTError, StoppedEarly
 from fedgpt.core.messages import ClientInfo, Job, Plan
-from fedgpt.flower.grid_transport import STOP_FILE, GridTransport, RunText
+from fedgpt.flower.grid_transport import STOP_FILE, Admission, GridTransport
 from fedgpt.flower.messages import info_content, read_job, refusal_content, update_content
 
 DIED, RAISED = ErrorCode.CLIENT_APP_CRASHED, ErrorCode.CLIENT_APP_RAISED_EXCEPTION
@@ -60,7 +60,7 @@ def inside_a_run(monkeypatch):
 def transport(codes: dict[int, list[int]]) -> tuple[GridTransport, Grid]:
     grid = Grid(codes)
     known = {7: ClientInfo("a", 10), 8: ClientInfo("b", 10)}
-    made = GridTransport(grid, 2, RunText("digest"), known, now=100.0)
+    made = GridTransport(grid, Admission(2, "digest"), known, now=100.0)
     made.clients(timeout=1)
     return made, grid
 
@@ -140,7 +140,9 @@ def test_a_reply_that_flower_cannot_read_is_an_error_of_its_client_only(
     raised,
 ):
     made = GridTransport(
-        Broken({7}, raised), 2, RunText("digest"), {7: ClientInfo("a", 10), 8: ClientInfo("b", 10)}
+        Broken({7}, raised),
+        Admission(2, "digest"),
+        {7: ClientInfo("a", 10), 8: ClientInfo("b", 10)},
     )
     made.clients(timeout=1)
     made.send([job("a"), job("b")])
@@ -182,8 +184,7 @@ class Asked(Grid):
 def test_nodes_answer_which_client_they_are():
     made = GridTransport(
         Asked({n: info_content(ClientInfo(f"c{n}", n), "digest") for n in (7, 8)}),
-        2,
-        RunText("digest"),
+        Admission(2, "digest"),
     )
     assert made.clients(timeout=1) == [ClientInfo("c7", 7), ClientInfo("c8", 8)]
 
@@ -192,7 +193,7 @@ def test_a_client_with_other_data_is_refused_without_a_digest():
     """A digest in the server's output would confirm a guess of the client's text."""
     asked = Asked({7: info_content(ClientInfo("ann", 1), "0123456789abcdef")})
     with pytest.raises(FedGPTError, match="client 'ann' prepared other data than the server;") as e:
-        GridTransport(asked, 1, RunText("fedcba9876543210")).clients(timeout=1)
+        GridTransport(asked, Admission(1, "fedcba9876543210")).clients(timeout=1)
     assert "0123" not in str(e.value) and "fedc" not in str(e.value)
 
 
@@ -214,7 +215,7 @@ def test_a_client_with_other_data_is_refused_without_a_digest():
     ids=["empty", "without tokens", "half a token", "no problem"],
 )
 def test_the_error_for_an_unreadable_answer_names_the_node(answer):
-    made = GridTransport(Asked({8: answer}), 1, RunText("digest"))
+    made = GridTransport(Asked({8: answer}), Admission(1, "digest"))
     with pytest.raises(
         FedGPTError, match=r"node 8 did not report its client: its answer cannot be read"
     ):
@@ -223,7 +224,7 @@ def test_the_error_for_an_unreadable_answer_names_the_node(answer):
 
 def test_a_client_that_cannot_use_the_options_says_why():
     refusal = refusal_content(["corpus._target_=mine.Poems: cannot import mine", "x" * 1000])
-    made = GridTransport(Asked({8: refusal}), 1, RunText("digest"))
+    made = GridTransport(Asked({8: refusal}), Admission(1, "digest"))
     with pytest.raises(ConfigError) as caught:
         made.clients(timeout=1)
     first, second = caught.value.problems
@@ -233,7 +234,7 @@ def test_a_client_that_cannot_use_the_options_says_why():
 
 def test_the_error_for_missing_clients_says_how_many_connected():
     made = GridTransport(
-        Asked({7: info_content(ClientInfo("a", 1), "digest")}), 3, RunText("digest")
+        Asked({7: info_content(ClientInfo("a", 1), "digest")}), Admission(3, "digest")
     )
     with pytest.raises(StoppedEarly, match=r"1 of 3 clients connected within 0 s"):
         made.clients(timeout=0.2)
@@ -245,7 +246,7 @@ def test_waiting_for_the_answers_of_nodes_has_a_time_limit():
             self.poll()
             return []
 
-    made = GridTransport(Silent({7: RecordDict()}), 1, RunText("digest"))
+    made = GridTransport(Silent({7: RecordDict()}), Admission(1, "digest"))
     with pytest.raises(
         StoppedEarly, match=r"0 of 1 clients connected within 0 s; 1 node did not say"
     ):
@@ -257,8 +258,8 @@ def test_the_stop_file_ends_every_wait(tmp_path, monkeypatch):
     stop = tmp_path / "stop"
     monkeypatch.setenv(STOP_FILE, str(stop))
     known = {7: ClientInfo("a", 10)}
-    made = GridTransport(Asked({}), 1, RunText("digest"))
-    working = GridTransport(Grid({}), 1, RunText("digest"), known)
+    made = GridTransport(Asked({}), Admission(1, "digest"))
+    working = GridTransport(Grid({}), Admission(1, "digest"), known)
     assert working.receive(0.1) == []
     stop.touch()
     for wait in (lambda: made.clients(timeout=60), lambda: working.receive(60.0)):
@@ -277,4 +278,4 @@ def test_jumps_of_the_wall_clock_move_no_deadline(monkeypatch):
     took = time.monotonic() - began
     assert 0.6 <= took < 30 and made.now() - before == pytest.approx(took, abs=0.5)
     with pytest.raises(StoppedEarly, match="connected within"):
-        GridTransport(Asked({}), 1, RunText("digest")).clients(timeout=0.2)
+        GridTransport(Asked({}), Admission(1, "digest")).clients(timeout=0.2)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fedgpt.core.messages import ServerState
+from fedgpt.core.messages import ClientInfo, ServerState
 from fedgpt.core.options import (
     AttackOptions,
     CorpusOptions,
@@ -60,7 +60,8 @@ def opening_text(prepared, version=0, attack=None, **pace) -> tuple[str, int]:
     snapshot = Snapshot(
         ServerState(np.zeros(25_000, np.float32), version), RunIdentity("run"), VersionLine({})
     )
-    text = opening(options, prepared, shards, snapshot, COMPUTE, 4321)
+    clients = [ClientInfo(shard.client, shard.size) for shard in shards]
+    text = opening(options, prepared, clients, snapshot, COMPUTE, 4321)
     return text, sum(shard.size for shard in shards)
 
 

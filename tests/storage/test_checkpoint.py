@@ -389,6 +389,7 @@ def test_a_checkpoint_of_the_previous_format_is_converted(tmp_path):
         "charged": {"a": 7.0},
         "released": {"a": 0},
         "seconds": {"a": 0.5},
+        "joined": {},
     }
     assert found.clients.as_json() == {"columns": columns, "restorable": ({"a": 0},)}
     assert found.line.metrics["loss"] == 3.0 and found.line.score and not found.line.sample

@@ -184,6 +184,9 @@ class LatePool:
     def clients(self, timeout: float) -> list[ClientInfo]:
         return [ClientInfo(name, 10_000) for name in sorted(self.behaviours)]
 
+    def newcomers(self) -> list[ClientInfo]:
+        return []
+
     def available(self, client: str) -> bool:
         return True
 

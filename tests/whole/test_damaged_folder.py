@@ -70,6 +70,18 @@ def stopped(tmp_path_factory) -> Path:
     return folder / "run"
 
 
+def test_a_changed_option_is_named_before_the_text_is_read_with_it(stopped, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(stopped, copy)
+    config = copy / "config.yaml"
+    config.write_text(config.read_text().replace("client: folder", "client: writer"))
+    with pytest.raises(
+        FedGPTError, match=r"cannot be continued: its config\.yaml was changed"
+    ) as e:
+        fedgpt.run(f"resume={copy}")
+    assert "corpus.client: folder -> writer" in str(e.value)
+
+
 @pytest.fixture(scope="module")
 def finished(stopped, tmp_path_factory) -> Path:
     """The same run at its end, without a damage."""

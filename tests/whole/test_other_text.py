@@ -30,6 +30,7 @@ from support.world import LONG, files, wait_until
 
 import fedgpt
 from fedgpt.cli import dispatch
+from fedgpt.client.texts import CommonText
 from fedgpt.client.work import ClientWork
 from fedgpt.config import compose
 from fedgpt.core.errors import FedGPTError, TextChanged
@@ -203,9 +204,9 @@ def test_a_damaged_tokenizer_in_the_folder_is_reported_and_made_again(stopped, c
 
 def job_of(options: RunOptions, work: ClientWork) -> Job:
     """The first job of ann, with the digests of text and shards."""
-    digests = {"text": text_digest(work.prepared), "shards": shards_digest(work.shards)}
+    digests = {"text": text_digest(work.texts.prepared), "shards": shards_digest(work.texts.shards)}
     plan = Plan("r", 1, 0, 10, 100, digests=digests)
-    return Job("ann", 0, 0, initial_weights(options, work.prepared.tokenizer), plan)
+    return Job("ann", 0, 0, initial_weights(options, work.texts.prepared.tokenizer), plan)
 
 
 def test_a_client_that_prepares_other_text_refuses_its_job(tmp_path):
@@ -235,7 +236,7 @@ def test_a_client_that_prepares_other_text_refuses_its_job(tmp_path):
 def test_a_process_that_starts_over_a_damaged_cache_trains_the_same_bits(tmp_path):
     options = compose.load(tiny_run(tmp_path))
     work = ClientWork(options, str(tmp_path / "state"))
-    job, folder = job_of(options, work), work.prepared.folder
+    job, folder = job_of(options, work), work.texts.prepared.folder
     before = work.train(job, 0)[1].copy()
     tokens = (folder / "tokens.npy").read_bytes()
     (folder / "tokens.npy").unlink()  # not written over, as this process has mapped the file
@@ -344,7 +345,7 @@ def test_a_client_whose_codec_is_in_another_file_than_the_runs_says_so_once(
         work = ClientWork(options, str(tmp_path / "state"))
         job = job_of(options, work)
         digests = job.plan.digests | {
-            "code": content_of(options, work.prepared, work.shards)["code"]
+            "code": content_of(options, work.texts.prepared, work.texts.shards)["code"]
         }
         job = replace(job, plan=replace(job.plan, digests=digests))
         assert plan_of_json(plan_as_json(job.plan)) == job.plan
@@ -475,7 +476,7 @@ def test_text_that_changes_within_a_run_leaves_no_digest_of_it(
         if jobs and jobs[0].version == 2:
             write_other_text(tmp_path / "text")
             client_app._works.clear()  # as in a worker that is started again
-            digests.extend((jobs[0].plan.digests["text"], ClientWork(o, "").prepared.digest))
+            digests.extend((jobs[0].plan.digests["text"], CommonText(o).prepared.digest))
         send(self, jobs)
 
     o = compose.load(options)
@@ -494,22 +495,22 @@ def test_text_that_changes_within_a_run_leaves_no_digest_of_it(
 
 def test_a_client_that_alone_has_other_text_fails_and_the_run_goes_on(tmp_path, monkeypatch):
     """The server prepares its own text again, which is that of the start."""
-    check, refused = ClientWork._check_text, []
+    check, refused, shards = CommonText._check, [], []
 
-    def other_text_once(work, expected):
+    def other_text_once(texts, job):
+        shards.append(job.plan.digests["shards"])
         if not refused:
-            refused.append(expected)
-            raise work._text_changed()
-        check(work, expected)
+            refused.append(job.plan.digests["text"])
+            raise texts._changed()
+        check(texts, job)
 
-    monkeypatch.setattr(ClientWork, "_check_text", other_text_once)
-    shards = []
-    monkeypatch.setattr(ClientWork, "_check_shards", lambda work, of: shards.append(of))
+    monkeypatch.setattr(CommonText, "_check", other_text_once)
     options = tiny_run(tmp_path)
     summary = run_here(*options)
     assert summary["versions"] == 3 and summary["rejected"] == {"client_error": 1}
-    work = ClientWork(compose.load(options), "")
-    assert refused == [text_digest(work.prepared)] and set(shards) == {shards_digest(work.shards)}
+    texts = CommonText(compose.load(options))
+    assert refused == [text_digest(texts.prepared)]
+    assert set(shards) == {shards_digest(texts.shards)}
 
 
 def test_text_that_goes_while_the_run_starts_is_one_message(tmp_path, monkeypatch, capsys):

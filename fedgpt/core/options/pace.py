@@ -29,6 +29,13 @@ class PaceOptions(Group):
         " with fewer clients than the strategy needs leaves the model as it is.",
         allowed=above(0, most=1),
     )
+    begin: int | None = option(
+        None,
+        "Number of clients that must be connected before the run begins; others join later. Only"
+        " with corpus=site, which needs it: the clients of other runs are known from their text.",
+        unit="clients",
+        allowed=at_least(1, end=10**6),
+    )
     goal: int | None = option(
         None,
         "Number of updates after which the server makes a new version. null means all sampled"

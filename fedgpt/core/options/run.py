@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from fedgpt.core.options.attack import AttackOptions
@@ -138,6 +138,9 @@ class RunOptions(Group):
                 f"partition={self.partition.name}; add partition=dirichlet if corpus.path has"
                 " records",
             )
+        if self.corpus.at_sites:
+            for one in ("", *(f".{field.name}" for field in fields(self.partition))):
+                yield f"partition{one}", "corpus=site, where each client has its own text"
         if self.trusted_packages and not self.own_classes():
             yield (
                 "trusted_packages",
@@ -152,7 +155,14 @@ class RunOptions(Group):
 
     def rules(self) -> Iterator[str]:
         """Contradictions between groups that need no component to find them."""
-        if self.corpus.public == 0 and self.tokenizer.name == "bpe":
+        own = self.corpus.public_path is not None
+        if self.corpus.at_sites and self.tokenizer.name == "bpe" and not own:
+            yield (
+                "corpus.public_path is not set: tokenizer=bpe is trained on the public text, and"
+                " with corpus=site this is the server's own; name a folder or file, or take"
+                " tokenizer=bytes"
+            )
+        elif self.corpus.public == 0 and self.tokenizer.name == "bpe" and not own:
             yield (
                 "corpus.public=0: tokenizer=bpe is trained on the public part; raise it or take"
                 " tokenizer=bytes"
@@ -162,10 +172,44 @@ class RunOptions(Group):
                 "checkpoint.journal=true: clock=virtual repeats a run to the same bits without one;"
                 " leave it out"
             )
+        yield from self._rules_of_sites() if self.corpus.at_sites else self._rules_of_one_text()
         if self.resume is not None:
             yield (
                 f"resume={self.resume}: stands alone (fedgpt run resume=<folder>); the folder holds"
                 " its own options"
+            )
+
+    def _rules_of_one_text(self) -> Iterator[str]:
+        """All clients of a text are known, so the run can begin without waiting for some number."""
+        if self.pace.begin is not None:
+            yield (
+                f"pace.begin={self.pace.begin}: only corpus=site has clients that join while the"
+                " run goes on; leave it out"
+            )
+
+    def _rules_of_sites(self) -> Iterator[str]:
+        """Clients on their own machines, with their own text, cannot be simulated or numbered."""
+        if self.pace.begin is None:
+            yield (
+                "pace.begin is not set: with corpus=site nobody knows how many clients there are;"
+                " say how many must be connected before the run begins, such as pace.begin=3"
+            )
+        if self.clock == "virtual":
+            yield "clock=virtual: simulates clients, and those of corpus=site are real"
+        if self.fleet.name != "none":
+            yield f"fleet={self.fleet.name}: simulates clients, and those of corpus=site are real"
+        if self.attack.name != "none":
+            yield f"attack={self.attack.name}: only for simulated clients, not with corpus=site"
+        if self.checkpoint.journal is False:
+            yield (
+                "checkpoint.journal=false: corpus=site needs the journal, in which the clients that"
+                " join are recorded; leave it out"
+            )
+        if self.init_from is not None and self.model.trainable:
+            yield (
+                f"model.trainable={self.model.trainable}: with corpus=site the clients have no"
+                f" init_from={self.init_from}, which contains the frozen weights; leave one of both"
+                " out"
             )
 
 

@@ -20,6 +20,9 @@ from typing import ClassVar
 
 BLANK_LINES = re.compile(r"\n(?:[^\S\n]*\n)+")
 LINES = re.compile(r"[^\n]*\n|[^\n]+")
+# the parts of the text, numbered as in a prepared corpus
+PUBLIC, HELD_OUT, CLIENTS = 0, 1, 2
+PARTS = {"public": PUBLIC, "held_out": HELD_OUT, "clients": CLIENTS}
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Document:
     id: str
     text: str
     label: str = ""  # label for partition=dirichlet; may be empty
+    # public, held_out or clients; empty: by the hash of the text, so that each part has its share
+    part: str = ""
 
 
 class Corpus(ABC):
@@ -129,7 +134,7 @@ def cut_document(document: Document, size: int, chunks: Iterable[str] = ()) -> I
     blank is kept, so that no text is lost.
     """
     chunks = [document.text] if document.text else chunks
-    client, name, label = document.client, document.id, document.label
+    client, name, label, part = document.client, document.id, document.label, document.part
     blank: list[str] = []  # the pieces before the first one that is not blank
     number, held = 0, ""  # a piece is held until it is known whether it is the only one
     for piece in cut_chunks(chunks, size):
@@ -139,12 +144,12 @@ def cut_document(document: Document, size: int, chunks: Iterable[str] = ()) -> I
             continue
         for each in (*blank, piece):
             if held:
-                yield Document(client, f"{name}#{number}", held, label)
+                yield Document(client, f"{name}#{number}", held, label, part)
                 number += 1
             held = each
         blank = []
     if held:
-        yield Document(client, f"{name}#{number}" if number else name, held, label)
+        yield Document(client, f"{name}#{number}" if number else name, held, label, part)
 
 
 def _atoms(chunks: Iterable[str], size: int) -> Iterator[str]:

@@ -17,6 +17,7 @@ import argparse
 import asyncio
 import json
 import logging
+import os
 import secrets
 import shlex
 import signal
@@ -34,7 +35,7 @@ from filelock import FileLock, Timeout
 from flwr.server.superlink.linkstate import LinkState
 
 from fedgpt.core.errors import ConfigError, FedGPTError
-from fedgpt.core.files import read_json
+from fedgpt.core.files import PRIVATE, read_json, write_text
 from fedgpt.flower.deploy import inner
 from fedgpt.flower.deploy.folder import SITES
 from fedgpt.flower.deploy.guard import Guard
@@ -42,11 +43,13 @@ from fedgpt.flower.deploy.keys import sites as approved_sites
 from fedgpt.flower.deploy.limits import Record
 from fedgpt.flower.deploy.listener import Listener
 from fedgpt.flower.deploy.registration import register, stop_old_runs
+from fedgpt.flower.nodes import NODES_FILE
 
 POLL_SECONDS = 1.0  # between two looks at the list of sites, the certificate and the child
 REPLY_OBJECTS = 256  # of a reply; an update of 124 million float32 numbers has about 120
 AUDIT_BYTES, AUDIT_FILES = 16 << 20, 3  # size of audit.jsonl, and how many older ones are kept
 CERTIFICATE, KEY = "server.pem", "server.key"
+NODES = "nodes.json"  # node id -> its site
 _SECRET_BYTES = 32
 _LOG = logging.getLogger(__name__)
 
@@ -67,7 +70,7 @@ class Sites:
     def __init__(self, folder: Path, state: LinkState):
         self.folder, self._state = folder, state
         self.keys = approved_sites(folder)
-        register(state, self.keys)
+        self._register()
 
     def reload(self) -> None:
         """Take over a changed list; a damaged one changes nothing and is logged."""
@@ -76,7 +79,13 @@ class Sites:
         except FedGPTError as damage:
             _LOG.error("%s; the sites stay as they were", damage)
             return
-        register(self._state, self.keys)
+        self._register()
+
+    def _register(self) -> None:
+        """Register the sites, and write down which node is whose, for the ServerApp."""
+        nodes = register(self._state, self.keys)
+        named = {str(node): name for name, node in nodes.items()}
+        write_text(self.folder / NODES, json.dumps(named) + "\n", mode=PRIVATE)
 
 
 async def serve(settings: Settings) -> None:
@@ -85,6 +94,7 @@ async def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     folder, secret = settings.folder, secrets.token_bytes(_SECRET_BYTES)
+    os.environ[NODES_FILE] = str(folder / NODES)
     files = folder / CERTIFICATE, folder / KEY
     # before the files are read, so that no change is missed
     list_changed, files_changed = _watch(folder / SITES), _watch(*files)

@@ -22,22 +22,28 @@ _REGISTERED = (NodeStatus.REGISTERED, NodeStatus.ONLINE, NodeStatus.OFFLINE)
 _LOG = logging.getLogger(__name__)
 
 
-def register(state: LinkState, sites: Mapping[str, bytes]) -> None:
-    """Make the registered nodes those of `sites`; raises nothing for a key that was revoked."""
+def register(state: LinkState, sites: Mapping[str, bytes]) -> dict[str, int]:
+    """Make the registered nodes those of `sites`; the node of each, without a key that was revoked
+    before.
+    """
     nodes = {node.public_key: node for node in state.get_node_info(statuses=_REGISTERED)}
     approved = set(sites.values())
     for key, node in nodes.items():
         if key not in approved:
             state.delete_node(node.owner_aid, node.node_id)
+    found = {}
     for name, key in sites.items():
-        if key in nodes:
-            continue
         try:
-            state.create_node(
-                NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, HEARTBEAT_DEFAULT_INTERVAL, name=name
-            )
+            found[name] = nodes[key].node_id if key in nodes else _created(state, name, key)
         except ValueError:
             _LOG.error("the key of site %s was revoked before; the site must make a new one", name)
+    return found
+
+
+def _created(state: LinkState, name: str, key: bytes) -> int:
+    return state.create_node(
+        NOOP_FLWR_AID, NOOP_ACCOUNT_NAME, key, HEARTBEAT_DEFAULT_INTERVAL, name=name
+    )
 
 
 def stop_old_runs(state: LinkState) -> None:

@@ -1,0 +1,55 @@
+"""A client with its own text on its own machine, and what its owner decides."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from fedgpt.core.options import CorpusOptions, RunOptions
+from fedgpt.data.corpus import corpus_of
+from fedgpt.data.folder_text import FolderCorpus
+
+
+@dataclass(frozen=True)
+class Site:
+    """One site: its name, its text and its folders. No server can change any of it."""
+
+    name: str
+    corpus: CorpusOptions  # corpus=files, with the site's own path and fields
+    state_dir: str
+    cache_dir: str
+    device: str = "auto"  # auto, cpu or cuda
+
+    @property
+    def runs(self) -> str:
+        """The folder with the client state of each run."""
+        return f"{self.state_dir}/runs"
+
+    def options(self, run: RunOptions) -> RunOptions:
+        """The options of a run as they hold here: paths, device and code are the site's own.
+
+        The time limit of a job is the operator's of this machine: at the limit of `run` the process
+        would end.
+        """
+        return replace(
+            run,
+            corpus=self.corpus,
+            cache_dir=self.cache_dir,
+            run_dir="",
+            init_from=None,
+            trusted_packages=[],
+            runtime=replace(run.runtime, device=self.device, watchdog=0.0),
+        )
+
+    def files(self) -> dict[str, tuple[int, int]]:
+        """Name -> size and time of change of each file below the site's path.
+
+        Raises ConfigError if the path cannot be read.
+        """
+        corpus = corpus_of(self.corpus)
+        assert isinstance(corpus, FolderCorpus), "a site has its text in files"
+        found = {}
+        for folder in corpus.folders:
+            for name, path in folder.files().items():
+                about = path.stat()
+                found[name] = about.st_size, about.st_mtime_ns
+        return found
