@@ -87,9 +87,8 @@ def finished(world) -> Finished:
 def results(world, finished) -> dict[str, Any]:
     """Results of several runs through the Python API, one after the other in one process.
 
-    Those that are not about workers have none, which is faster and gives the same results.
+    The one that is not about workers has none, which is faster.
     """
-    stopped = [word for word in STOPPED if not word.startswith("runtime")]
     return world.python(f"""
 from fedgpt.core.errors import FedGPTError
 alone = fedgpt.run(*OPTIONS, "run_dir=alone", "runtime.workers=1")
@@ -97,7 +96,7 @@ results["alone"], results["folder"] = alone.summary, str(alone.folder)
 reset = ("run_dir=reset", "runtime=inprocess", "local.moments=reset")
 results["reset"] = fedgpt.run(*OPTIONS, *reset).summary
 results["repeated"] = fedgpt.run(*OPTIONS, "run_dir=finished", "runtime.workers=1").summary
-uninterrupted = ("run_dir=uninterrupted", "runtime=inprocess", *{stopped!r})
+uninterrupted = ("run_dir=uninterrupted", *{STOPPED!r})
 results["uninterrupted"] = fedgpt.run(*OPTIONS, *uninterrupted).summary
 try:
     fedgpt.run(*OPTIONS, "run_dir=finished", "runtime.workers=1", "seed=12", "local.lr=0.001")
