@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fedgpt.cli.words import split_words, value_of
+from fedgpt.cli.words import FLAGS_OF_RUN, split_words, value_of
 from fedgpt.core.errors import ConfigError, FedGPTError, Interrupted
 
 HELP = """
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
         options, more = found
         launch(options, more=more)
         return 0
-    words, config_dir = split_words(arguments)
+    words, config_dir = split_words(arguments, FLAGS_OF_RUN)
     sweep = "-m" in arguments or "--multirun" in arguments
     if sweep and value_of(arguments, "--cfg", "-c"):
         raise ConfigError(

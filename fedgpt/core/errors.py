@@ -5,13 +5,24 @@ from __future__ import annotations
 import difflib
 import errno
 import os
+import re
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
+# a number that no message shows as a whole; the name of a file has fewer characters
+LONG_NUMBER = re.compile(r"\d{256,}")
+
 
 class FedGPTError(Exception):
-    """A failure whose message is meant for the user; it is printed without a traceback."""
+    """A failure whose message is meant for the user; it is printed without a traceback.
+
+    >>> print(FedGPTError(f"rounds={'9' * 3000}: too many"))
+    rounds=99999999999999999999... (3000 digits): too many
+    """
+
+    def __init__(self, message: str):
+        super().__init__(without_long_numbers(message))
 
     exit_code = 1  # of the command that ends with it
 
@@ -29,7 +40,8 @@ class ConfigError(FedGPTError):
     exit_code = 2
 
     def __init__(self, problems: Iterable[str] | str):
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        listed = [problems] if isinstance(problems, str) else problems
+        self.problems = [without_long_numbers(problem) for problem in listed]
         noun = "problem" if len(self.problems) == 1 else "problems"
         listing = "\n".join(f"  - {problem}" for problem in self.problems)
         super().__init__(f"{len(self.problems)} {noun} in the configuration:\n{listing}")
@@ -108,6 +120,11 @@ class UpdateRejected(Exception):
     def __init__(self, code: str, detail: str = ""):
         self.code, self.detail = code, detail
         super().__init__(f"{code}: {detail}" if detail else code)
+
+
+def without_long_numbers(text: str) -> str:
+    """The text with the first digits and the length of each number of hundreds of digits."""
+    return LONG_NUMBER.sub(lambda found: f"{found[0][:20]}... ({len(found[0])} digits)", text)
 
 
 def amount(number: int, noun: str) -> str:

@@ -52,7 +52,11 @@ class Server:
     def warning(self) -> str:
         """What the operator has to do soon, because a certificate ends; empty if nothing."""
         end, what, remedy = min(
-            (self.ca_expires, "CA", "make another folder, in which the sites are approved again"),
+            (
+                self.ca_expires,
+                "CA",
+                "make another folder, and approve a new request of each site in it",
+            ),
             (
                 self.expires,
                 "certificate",

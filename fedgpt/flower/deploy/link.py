@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import secrets
+import shlex
 import signal
 import ssl
 import stat
@@ -165,7 +166,10 @@ def checked_settings(given: argparse.Namespace) -> Settings:
         raise ConfigError(f"--reply-objects={given.reply_objects}: must be at least 1")
     host = checked_host(given.host, given.insecure)
     if not folder.is_dir():
-        raise ConfigError(f"DIR={folder}: no such folder; make one: fedgpt keys init {folder}")
+        typed = shlex.quote(str(folder))
+        raise ConfigError(
+            f"DIR={folder}: no such folder; make one with: fedgpt keys init {typed} --host NAME"
+        )
     folder = folder.absolute()
     if stat.S_IMODE(folder.stat().st_mode) & 0o077:
         raise ConfigError(f"DIR={folder}: other users may open it; allow only yours: chmod 700")

@@ -26,6 +26,7 @@ from flwr.proto.message_pb2 import (
     PushObjectResponse,
 )
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from support.advice import advises
 from support.link import PROTOBUF, Fleet, Site, call
 
 from fedgpt.flower.deploy import exchange, guard, limits
@@ -368,6 +369,26 @@ def test_who_has_no_approved_key_and_a_fresh_signature_is_refused_unread(fleet, 
         assert answer.status == (412 if what == "activate-node" else 401)
         assert (answer.reason, answer.read) == (reason, 0)
     assert {(line["reason"], line["node"]) for line in fleet.lines} == {(reason, None)}
+
+
+def test_a_node_whose_clock_is_set_is_let_in(fleet):
+    north, _ = fleet.sites
+    request = PullMessagesRequest(node=fleet.of(north))
+    slow = north.headers(datetime.now(UTC) - timedelta(minutes=20))
+    refused = fleet.ask("pull-messages", request, None, headers=slow)
+    assert refused.reason == "clock"
+    advises(refused.detail, "the node's clock differs from the server's by -1200 s; set its time")
+    assert fleet.pull(north).status == 200
+
+
+def test_a_node_without_a_key_is_let_in_with_it(fleet):
+    north, _ = fleet.sites
+    key = [(b"flwr-public-key", b64encode(north.public))]
+    headers = [(b"content-type", PROTOBUF), (b"content-length", b"0")]
+    refused = fleet.send(guard.REGISTER, [*headers, *key], [b""])
+    assert refused.status == 412
+    advises(refused.detail, "path: give this node its key: only registered nodes may join")
+    assert fleet.pull(north).status == 200
 
 
 def test_signatures_within_the_time_of_flower_are_accepted(fleet):
