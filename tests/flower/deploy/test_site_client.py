@@ -65,6 +65,8 @@ class Process:
     def end(self) -> int:
         code = self.process.wait(LONG)
         self._reader.join()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
         return code
 
 
