@@ -98,6 +98,9 @@ def check_command(name: str, words: list[str], folder: Path, readme: str) -> Non
         assert words[0] in keys.ACTIONS, words
         assert not words[1:] or keys.parser().parse_args(words)
         return
+    if name in ("client", "doctor") and words:  # with the files of a site
+        assert COMMANDS[name].module.parser().parse_args(words)
+        return
     fixed, takes_options, _ = COMMANDS[name].arguments.partition("[OPTIONS]")
     if not takes_options:
         # a command without words, such as `fedgpt generate`, is only mentioned

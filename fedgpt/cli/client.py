@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def main(arguments: list[str]) -> int:
     """Run the client until a signal, or print what would be run."""
-    chosen = _parser().parse_args(arguments)
+    chosen = parser().parse_args(arguments)
     policy = policy_of(chosen)
     if chosen.print or chosen.stock:
         print("\n".join(_described(chosen, policy)))
@@ -98,21 +98,22 @@ def _described(chosen: argparse.Namespace, policy: Policy) -> Iterator[str]:
     yield f"policy  {chosen.policy or 'none'}"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The arguments of the command."""
+    one = argparse.ArgumentParser(
         "fedgpt client",
         description="Connect a site to its server, and train on the site's text when it asks.",
         epilog="Stops at SIGTERM (exit code 0) or SIGINT (130) after the job under way."
         " docs/site.md explains the policy.",
     )
-    add_site(parser)
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], help="where to train (auto)")
-    parser.add_argument("--threads", type=int, metavar="N", help="number of PyTorch threads")
-    parser.add_argument(
+    add_site(one)
+    one.add_argument("--device", choices=["auto", "cpu", "cuda"], help="where to train (auto)")
+    one.add_argument("--threads", type=int, metavar="N", help="number of PyTorch threads")
+    one.add_argument(
         "--stock", action="store_true", help="print the command of Flower's SuperNode instead"
     )
-    parser.add_argument("--print", action="store_true", help="print what would be started")
-    return parser
+    one.add_argument("--print", action="store_true", help="print what would be started")
+    return one
 
 
 def _log_to_stderr() -> None:

@@ -9,7 +9,7 @@ from fedgpt.cli.client import add_site, policy_of, site_of
 
 def main(arguments: list[str]) -> int:
     """Print a line for each check; returns 1 if one has failed."""
-    chosen = _parser().parse_args(arguments)
+    chosen = parser().parse_args(arguments)
     policy = policy_of(chosen)
 
     from fedgpt.flower.deploy.doctor import Doctor
@@ -22,11 +22,12 @@ def main(arguments: list[str]) -> int:
     return int(failed)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The arguments of the command."""
+    one = argparse.ArgumentParser(
         "fedgpt doctor",
         description="Check what a site's client needs: kit, network, server, key, text and disk.",
         epilog="The client connects for a moment, and no job is done. Exit code 1: a check failed.",
     )
-    add_site(parser)
-    return parser
+    add_site(one)
+    return one
