@@ -99,7 +99,7 @@ def _described(chosen: argparse.Namespace, policy: Policy) -> Iterator[str]:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The arguments."""
+    """The arguments of the command."""
     one = argparse.ArgumentParser(
         "fedgpt client",
         description="Connect a site to its server, and train on the site's text when it asks.",

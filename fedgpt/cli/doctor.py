@@ -23,7 +23,7 @@ def main(arguments: list[str]) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The arguments."""
+    """The arguments of the command."""
     one = argparse.ArgumentParser(
         "fedgpt doctor",
         description="Check what a site's client needs: kit, network, server, key, text and disk.",

@@ -52,6 +52,7 @@ events = st.builds(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=5)
 @given(jobs=st.lists(st.tuples(events, st.integers(0, 30), st.booleans()), max_size=4))
 def test_all_releases_together_stay_within_the_limit_and_none_is_refused_that_fits(jobs):

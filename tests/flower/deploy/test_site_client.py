@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from support.advice import advises
+from support.link import free_port
 from support.site_server import SiteServer
 
 from fedgpt import cli
@@ -65,6 +66,8 @@ class Process:
     def end(self) -> int:
         code = self.process.wait(LONG)
         self._reader.join()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
         return code
 
 
@@ -191,7 +194,7 @@ def test_the_command_for_a_stock_supernode_connects_one(server, run):
     with (
         server.listening() as nodes,
         subprocess.Popen(
-            [str(program), *shlex.split(command)[1:], "--port", "0"],
+            [str(program), *shlex.split(command)[1:], "--port", str(free_port())],
             env={**os.environ, "PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}"},
             stderr=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,

@@ -34,7 +34,7 @@ def test_the_policy_of_the_document_is_one_and_has_every_key(tmp_path):
 
 
 def test_the_table_of_options_names_those_of_the_command():
-    options = {option for action in client._parser()._actions for option in action.option_strings}
+    options = {option for action in client.parser()._actions for option in action.option_strings}
     assert {word.split()[0] for word in rows("option")} == options - {"-h", "--help"}
 
 
