@@ -86,6 +86,8 @@ class Network:
     # whether clients have their own machines: the server then keeps a journal of their replies, so
     # that no work is repeated
     real_clients: bool
+    # (the finished model's folder, id of the run) -> who has got it, in words
+    deliver: Callable[[Path, str], str] | None = None
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,7 @@ def _serve(setting: Setting, network: Network) -> dict[str, Any]:
     write_text(folder.path / "environment.json", environment + "\n")
     parts = _parts(setting, network, strategy, evaluation, snapshot)
     with display:
+        run = snapshot.identity.run
         server = Server(parts, snapshot, [display, *trackers])
         del snapshot  # so that the server can free the vectors in it
         summary = server.run()
@@ -160,6 +163,10 @@ def _serve(setting: Setting, network: Network) -> dict[str, Any]:
         write_results(folder, options, setting.prepared, model, summary, setting.statement)
         text = summary_text(summary, folder.metrics.read(), folder.path)
     display.say(text)
+    if network.deliver is not None:
+        with saying("handing the model to the clients"):
+            told = network.deliver(folder.path / "model", run)
+        display.say(told)
     return summary
 
 

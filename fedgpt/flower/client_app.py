@@ -21,6 +21,7 @@ from fedgpt.core.device import out_of_memory
 from fedgpt.core.errors import ConfigError, FedGPTError, ForServer, amount
 from fedgpt.core.messages import ClientInfo
 from fedgpt.core.options import RunOptions
+from fedgpt.flower.finished import ACTION, keep
 from fedgpt.flower.messages import (
     info_content,
     read_job,
@@ -71,6 +72,14 @@ def query(message: Message, context: Context) -> Message:
     except ConfigError as error:
         return Message(refusal_content(error.problems), reply_to=message)
     return Message(answer, reply_to=message)
+
+
+@app.query(ACTION)
+def finished(message: Message, context: Context) -> Message:
+    """Keep the model of a run that has ended."""
+    site = site_of(context.node_config)
+    assert site is not None, "only sites are sent a model"
+    return Message(keep(message, site, options_of(context.run_config).name), reply_to=message)
 
 
 @app.train()

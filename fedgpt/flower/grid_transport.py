@@ -189,6 +189,11 @@ class GridTransport:
         else:
             self._abandoned |= ids
 
+    @property
+    def connected(self) -> dict[str, int]:
+        """The node of each client that was connected when this was last looked at."""
+        return self._nodes.connected
+
     def bytes_down(self, job: Job) -> int:
         """Bytes of the vector and the plan."""
         return job_bytes(job)

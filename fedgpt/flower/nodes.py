@@ -116,6 +116,11 @@ class Nodes:
         """Number of nodes that have not answered yet."""
         return len(self._asked)
 
+    @property
+    def connected(self) -> dict[str, int]:
+        """The node of each client that is connected."""
+        return {client: node for client, node in self._node.items() if node in self._online}
+
     def of(self, client: str) -> int | None:
         """The node of a client if it is connected."""
         node = self._node.get(client)

@@ -70,6 +70,11 @@ def test_own_text_gives_the_weights_of_the_pool_on_the_same_shards(texts, tmp_pa
         summary = serve(options, link.grid())
     assert summary["weights_sha256"] == pool["weights_sha256"]
     assert summary["final"] == pool["final"] and summary["rejected"] == {}
+    for name in NAMES:  # who has trained it has it
+        (kept,) = (tmp_path / "state" / name / "models").iterdir()
+        assert {path.name: path.read_bytes() for path in kept.iterdir()} == {
+            path.name: path.read_bytes() for path in (tmp_path / "run" / "model").iterdir()
+        }
     folders = [tmp_path / "run", tmp_path / "cache"]
     files = [path for folder in folders for path in folder.rglob("*") if path.is_file()]
     assert len(objects) > 12 and len(files) > 12

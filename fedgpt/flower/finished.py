@@ -1,0 +1,97 @@
+"""The finished model: when a run of sites ends, each connected site gets its folder.
+
+server   run_dir/model/ -> one message with its files -> every client that is connected
+site     -> STATE/models/<name of the run>-<its id>/, complete or not there
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedgpt.client.site import Site
+from fedgpt.client.state import safe_name
+from fedgpt.core.errors import FedGPTError
+from fedgpt.core.files import sync
+from fedgpt.flower.mailbox import mailbox_of
+from fedgpt.flower.messages import MOST_REASON
+from fedgpt.flower.pool.shared_memory import array_record
+
+ACTION = "finished"  # of the query that brings the model
+# what a folder may contain; a site writes no file with another name
+FILES = frozenset(
+    {
+        *("config.json", "generation_config.json", "model.safetensors", "README.md"),
+        *("tokenizer.json", "tokenizer_config.json", "SHA256SUMS"),
+    }
+)
+DELIVER_SECONDS = 600.0  # for the slowest client
+MOST_ANSWER = 1 << 16  # bytes of a client's confirmation
+log = logging.getLogger(__name__)
+
+
+def deliver(grid: Grid, nodes: Mapping[str, int], folder: Path, run: str) -> list[str]:
+    """Send the model in a folder to clients (name -> node); the names of those that have it.
+
+    A client that is offline, or does not confirm within DELIVER_SECONDS, goes without it.
+    """
+    arrays = {
+        path.name: np.fromfile(path, np.uint8)
+        for path in sorted(folder.iterdir())
+        if path.name in FILES
+    }
+    content = RecordDict({"files": array_record(arrays), "run": ConfigRecord({"id": run})})
+    mailbox, have = mailbox_of(grid), []
+    try:
+        online = set(grid.get_node_ids())
+        there = {node: name for name, node in nodes.items() if node in online}
+        messages = [Message(content, node, f"query.{ACTION}") for node in there]
+        waiting = {
+            message_id: there[message.metadata.dst_node_id]
+            for message_id, message in zip(grid.push_messages(messages), messages, strict=True)
+            if message_id  # otherwise the client has just left
+        }
+        for message_id in waiting:
+            mailbox.watch(message_id, MOST_ANSWER)
+        deadline = time.monotonic() + DELIVER_SECONDS
+        while waiting and time.monotonic() < deadline:
+            for arrival in mailbox.take():
+                name = waiting.pop(arrival.message_id)
+                if isinstance(arrival.reply, Message) and not arrival.reply.has_error():
+                    have.append(name)
+            mailbox.wait(1.0)
+    finally:
+        mailbox.close()
+    return sorted(have)
+
+
+def keep(message: Message, site: Site, name: str) -> RecordDict:
+    """Write the model in a message below the site's folder; returns the confirmation.
+
+    `name`: of the run, as its options have it. Raises FedGPTError for files that no model has.
+    """
+    files, about = message.content["files"], message.content["run"]
+    if not isinstance(files, ArrayRecord) or not isinstance(about, ConfigRecord):
+        raise FedGPTError("the server's model has other records than this version of fedgpt reads")
+    if wrong := sorted(set(files) - FILES):
+        raise FedGPTError(f"the server's model has a file {wrong[0]!r:.60}, which no model has")
+    folder = Path(site.state_dir) / "models" / safe_name(f"{name}-{about['id']}"[:MOST_REASON])
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as temporary:
+        made = Path(temporary) / "model"
+        made.mkdir()
+        for file, array in files.items():
+            array.numpy().tofile(made / file)
+            sync(made / file)
+        shutil.rmtree(folder, ignore_errors=True)  # of a server that sent it before it was killed
+        made.rename(folder)
+    log.warning("the run %s has ended; its model is in %s", name, folder)
+    return RecordDict()

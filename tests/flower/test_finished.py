@@ -1,0 +1,100 @@
+"""The finished model on its way to the sites."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from flwr.app import ConfigRecord, Error, Message, RecordDict
+from support.superlink import in_thread, next_message, send
+
+from fedgpt.client.site import Site
+from fedgpt.core.errors import FedGPTError
+from fedgpt.core.options import CorpusOptions
+from fedgpt.flower import finished
+from fedgpt.flower.finished import deliver, keep
+from fedgpt.flower.pool.shared_memory import array_record
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(bytes(range(256)) * 100)
+    (folder / "config.json").write_text("{}\n")
+    (folder / "notes.txt").write_text("of the operator")
+    return folder
+
+
+def site(folder: Path) -> Site:
+    corpus = CorpusOptions(name="files", client="file", path=str(folder))
+    return Site("ann", corpus, str(folder / "state"), str(folder / "cache"))
+
+
+def message_with(arrays: dict[str, np.ndarray], run: str = "abc") -> Message:
+    content = RecordDict({"files": array_record(arrays), "run": ConfigRecord({"id": run})})
+    return Message(content, 1, "query.finished")
+
+
+def test_each_connected_client_gets_the_files_of_a_model(link, model, tmp_path):
+    nodes, connections = {}, {}
+    for name in ("ann", "bob"):
+        nodes[name], connections[name] = link.node()
+
+    def answer() -> None:
+        message = next_message(connections["ann"])
+        send(connections["ann"], Message(keep(message, site(tmp_path), "night"), reply_to=message))
+
+    def fail() -> None:
+        message = next_message(connections["bob"])
+        send(connections["bob"], Message(finished_error(), reply_to=message))
+
+    threads = [in_thread(answer), in_thread(fail)]
+    assert deliver(link.grid(), nodes | {"eve": 7}, model, "abc") == ["ann"]
+    for thread in threads:
+        thread.join(timeout=20)
+    kept = tmp_path / "state" / "models" / "night-abc"
+    assert sorted(path.name for path in kept.iterdir()) == ["config.json", "model.safetensors"]
+    for path in kept.iterdir():
+        assert path.read_bytes() == (model / path.name).read_bytes()
+
+
+def finished_error() -> Error:
+    return Error(1, "DiskFull()")
+
+
+def test_a_client_that_does_not_answer_is_not_waited_for_without_end(link, model, monkeypatch):
+    monkeypatch.setattr(finished, "DELIVER_SECONDS", 0.5)
+    node, _ = link.node()
+    assert deliver(link.grid(), {"ann": node}, model, "abc") == []
+
+
+@pytest.mark.parametrize("name", ["../evil.json", "/tmp/evil", "pytorch_model.bin", "", "a/b"])
+def test_a_site_writes_no_file_that_no_model_has(tmp_path, name):
+    message = message_with({name: np.zeros(3, np.uint8), "config.json": np.zeros(3, np.uint8)})
+    with pytest.raises(FedGPTError, match="which no model has"):
+        keep(message, site(tmp_path), "night")
+    assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize("run", ["../../up", "/etc", "x" * 5000])
+def test_the_folder_of_a_model_is_below_that_of_the_site(tmp_path, run):
+    keep(message_with({"config.json": np.zeros(3, np.uint8)}, run), site(tmp_path), "../night")
+    (folder,) = (tmp_path / "state" / "models").iterdir()
+    assert (folder / "config.json").read_bytes() == bytes(3)
+
+
+def test_a_model_that_comes_twice_is_there_once(tmp_path):
+    for byte in (1, 2):
+        keep(message_with({"config.json": np.full(2, byte, np.uint8)}), site(tmp_path), "night")
+    (folder,) = (tmp_path / "state" / "models").iterdir()
+    assert (folder / "config.json").read_bytes() == bytes([2, 2])
+
+
+@pytest.mark.parametrize("missing", ["files", "run"])
+def test_a_message_with_other_records_is_refused(tmp_path, missing):
+    message = message_with({"config.json": np.zeros(1, np.uint8)})
+    message.content[missing] = ConfigRecord({}) if missing == "files" else array_record({})
+    with pytest.raises(FedGPTError, match="has other records"):
+        keep(message, site(tmp_path), "night")
