@@ -28,6 +28,7 @@ from fedgpt.flower.deploy.folder import read_server
 from fedgpt.flower.deploy.link_process import LinkProcess
 from fedgpt.flower.deploy.queue import Wish
 from fedgpt.flower.deploy.supervise import ServerFailed, serving
+from fedgpt.flower.processes import _alive, _descendants
 from fedgpt.storage.run_folder import read_lines
 
 pytestmark = [
@@ -190,6 +191,27 @@ def test_runs_of_the_queue_follow_each_other_and_outlive_their_server(served, tm
             server.send_signal(signal.SIGTERM)
             assert ended(server) == 0
     assert summary(third)["versions"] == ROUNDS and summary(third)["rejected"] == {}
+
+
+@pytest.mark.long
+def test_nothing_outlives_a_server_that_was_killed_and_the_next_one_continues(served):
+    queued = served.fedgpt("submit", str(served.folder), *SMALL)
+    assert queued.returncode == 0
+    with served.sites():
+        with served.server() as server:
+            wait_until(lambda: served.status()["running"] is not None, LONG)
+            folder = Path(served.status()["running"]["run_dir"])
+            reached(folder, 1)
+            below = _descendants(server.pid)
+            assert len(below) >= 4
+            server.kill()
+            wait_until(lambda: not any(map(_alive, below)), 60)
+        assert not served.status()["serves"]
+        with served.server() as server:
+            wait_until(lambda: len(served.status()["ended"]) == 1, LONG)
+    (one,) = served.status()["ended"]
+    assert (one["exit_code"], one["starts"]) == (0, 2)
+    assert one["progress"]["accepted"] == 6 and one["progress"]["rejected"] == {}
 
 
 @pytest.mark.long
