@@ -111,6 +111,9 @@ async def serve(settings: Settings) -> None:
         record = Record(stack.enter_context(_audit(folder)))
         guard = Guard(app, lambda: sites.keys, record, settings.reply_objects)
         state = dict(await stack.enter_async_context(app.router.lifespan_context(app)) or {})
+        listener = _new_listener(guard, settings.files, state)
+        # first: whoever is answered on the control socket may rely on the port
+        await stack.enter_async_context(_listening(listener, settings))
         runtime = inner.runtime_socket()
         control = inner.control_socket(folder / inner.CONTROL_SOCKET)
         stack.callback((folder / inner.CONTROL_SOCKET).unlink, missing_ok=True)
@@ -118,8 +121,6 @@ async def serve(settings: Settings) -> None:
             await stack.enter_async_context(inner.served(inner.Only(app, paths), one, state))
         port = runtime.getsockname()[1]
         starter = await stack.enter_async_context(inner.superexec(folder, port, secret))
-        listener = _new_listener(guard, settings.files, state)
-        await stack.enter_async_context(_listening(listener, settings))
         where = f"port {listener.port}{' without TLS' if settings.insecure else ''}"
         print(f"link: {where}, {len(sites.keys)} approved sites", flush=True)
         while not stop.is_set():

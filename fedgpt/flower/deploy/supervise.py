@@ -22,7 +22,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from fedgpt.config.compose import from_yaml, of_run, refuse_another_run
+from fedgpt.config.compose import LENGTH, from_yaml, of_run, refuse_another_run
 from fedgpt.core.errors import (
     ConfigError,
     FedGPTError,
@@ -54,8 +54,8 @@ class _Crash(FedGPTError):
     """A start of a run ended, and another may come further."""
 
 
-class LinkFailed(FedGPTError):
-    """The link cannot be kept up."""
+class ServerFailed(FedGPTError):
+    """The server cannot go on: its link does not start, or its folder cannot be written."""
 
 
 class Supervisor:
@@ -69,7 +69,7 @@ class Supervisor:
     def serve(self) -> None:
         """Take the runs of the queue one after the other, until `stopped` is set.
 
-        A run that is interrupted so is continued by the next server. Raises LinkFailed.
+        A run that is interrupted so is continued by the next server. Raises ServerFailed.
         """
         while not self.stopped:
             self._keep_link()
@@ -77,7 +77,7 @@ class Supervisor:
             if run is not None:
                 try:
                     self.carry_out(run)
-                except LinkFailed:
+                except ServerFailed:
                     raise
                 except Interrupted:
                     what = f"run {run.number} is interrupted; the next server here continues it"
@@ -92,7 +92,7 @@ class Supervisor:
         audit.note(self.folder, "start", run=run.number, name=run.name)
         try:
             self._to_the_end(run)
-        except (LinkFailed, Interrupted) as error:
+        except (ServerFailed, Interrupted) as error:
             if run.once:  # otherwise the next server continues it
                 self._ended(run, str(error), error.exit_code)
             raise
@@ -109,8 +109,8 @@ class Supervisor:
         with made_folder(options.run_dir, run.dated) as folder:
             options.run_dir = run.run_dir = str(folder)
             run.dated = False  # it is this folder from now on
-            queue.write(self.folder, run)
-            if run.resumed and of_run(folder).rounds != options.rounds:
+            self._record(run)
+            if run.resumed and _length(of_run(folder)) != _length(options):
                 extend(options)
             self._repeat(run, options)
 
@@ -119,7 +119,7 @@ class Supervisor:
         seen, fruitless = newest_version(run.run_dir), 0
         while True:
             run.starts += 1
-            queue.write(self.folder, run)
+            self._record(run)
             try:
                 self._once(options)
                 return
@@ -143,13 +143,13 @@ class Supervisor:
             (self.folder / name).unlink(missing_ok=True)
         self._keep_link()
         if self.stopped:
-            raise Interrupted(options.run_dir)
+            raise _interrupted(options)
         try:
             with Control(self.folder) as control:
                 run_id = control.submit(options)
                 with _printing(self.folder, run_id):
                     status = self._watch(control, run_id)
-        except LinkDown as error:
+        except FedGPTError as error:  # of the link
             raise _Crash(str(error)) from error
         try:
             raise_failure(self.folder / FAILURE)
@@ -157,12 +157,12 @@ class Supervisor:
             raise
         except FedGPTError as error:
             if self.stopped:
-                raise Interrupted(options.run_dir) from error
+                raise _interrupted(options) from error
             raise _Crash(str(error)) from error
         if status.completed and (Path(options.run_dir) / "summary.json").exists():
             return
         if self.stopped:
-            raise Interrupted(options.run_dir)
+            raise _interrupted(options)
         raise _Crash(f"the server of the run ended: {status.how} ({status.why or 'no reason'})")
 
     def _watch(self, control: Control, run_id: int) -> RunStatus:
@@ -191,7 +191,7 @@ class Supervisor:
             time.sleep(POLL_SECONDS)
 
     def _keep_link(self) -> None:
-        """Return when the link answers, or `stopped` is set; raises LinkFailed."""
+        """Return when the link answers, or `stopped` is set; raises ServerFailed."""
         reason = ""
         if self.link.ended is None and self.link.answers():
             return
@@ -205,7 +205,7 @@ class Supervisor:
             if not self.link.has_answered:  # a wrong folder, a port in use: it has said what
                 break
             self._pause(pause_before(start))
-        raise LinkFailed(f"the link cannot be started: {reason}")
+        raise ServerFailed(f"the link cannot be started: {reason}")
 
     def _pause(self, seconds: float) -> None:
         """Wait, unless `stopped` is set."""
@@ -215,8 +215,14 @@ class Supervisor:
 
     def _ended(self, run: QueuedRun, reason: str, exit_code: int) -> None:
         run.ended, run.reason, run.exit_code = queue.now(), reason, exit_code
-        queue.write(self.folder, run)
+        self._record(run)
         audit.note(self.folder, "end", run=run.number, exit_code=exit_code, reason=reason)
+
+    def _record(self, run: QueuedRun) -> None:
+        try:
+            queue.write(self.folder, run)
+        except FedGPTError as error:
+            raise ServerFailed(str(error)) from error
 
 
 @contextmanager
@@ -250,6 +256,21 @@ def newest_version(run_dir: str) -> int:
     """The newest version of a run in its folder; -1 if there is none."""
     lines = read_lines(Path(run_dir) / "metrics.jsonl", "version")
     return max((line["version"] for line in lines), default=-1)
+
+
+def _length(options: RunOptions) -> list[int]:
+    return [getattr(options, name) for name in LENGTH]
+
+
+def _interrupted(options: RunOptions) -> Interrupted:
+    error = Interrupted(options.run_dir)
+    if not _has_begun(options.run_dir):  # its folder is removed
+        error.args = ("interrupted before the run began",)
+    return error
+
+
+def _has_begun(run_dir: str) -> bool:
+    return (Path(run_dir) / "config.yaml").exists()
 
 
 @contextmanager
@@ -304,7 +325,9 @@ def _give_up_abandoned(folder: Path) -> None:
     for run in queue.runs(folder):
         if run.once and run.ended is None:
             run.ended, run.exit_code = queue.now(), 1
-            run.reason = f"its server was killed; continue with: {resume_command(run.run_dir)}"
+            run.reason = "its server was killed before it began"
+            if _has_begun(run.run_dir):
+                run.reason = f"its server was killed; continue with: {resume_command(run.run_dir)}"
             queue.write(folder, run)
             audit.note(folder, "end", run=run.number, exit_code=1, reason=run.reason)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 from support.advice import advises
 from support.deployment import deployment
+from support.disk import largest_file
 from support.here import SMALL
 from support.metrics_text import parsed
 from support.served import LINK, LONG, SERVER, Served, descendant, ended, reached, version_of
@@ -18,13 +20,15 @@ from support.sites import NAMES, Texts
 from support.world import summary, wait_until
 
 from fedgpt.api import run
-from fedgpt.config.compose import load
-from fedgpt.core.errors import FedGPTError
+from fedgpt.config.compose import load, to_yaml
+from fedgpt.core.errors import FedGPTError, Interrupted
 from fedgpt.flower.deploy import queue, supervise
 from fedgpt.flower.deploy.control import Control
+from fedgpt.flower.deploy.folder import read_server
 from fedgpt.flower.deploy.link_process import LinkProcess
 from fedgpt.flower.deploy.queue import Wish
-from fedgpt.flower.deploy.supervise import serving
+from fedgpt.flower.deploy.supervise import ServerFailed, serving
+from fedgpt.flower.processes import _alive, _descendants
 from fedgpt.storage.run_folder import read_lines
 
 pytestmark = [
@@ -190,6 +194,27 @@ def test_runs_of_the_queue_follow_each_other_and_outlive_their_server(served, tm
 
 
 @pytest.mark.long
+def test_nothing_outlives_a_server_that_was_killed_and_the_next_one_continues(served):
+    queued = served.fedgpt("submit", str(served.folder), *SMALL)
+    assert queued.returncode == 0
+    with served.sites():
+        with served.server() as server:
+            wait_until(lambda: served.status()["running"] is not None, LONG)
+            folder = Path(served.status()["running"]["run_dir"])
+            reached(folder, 1)
+            below = _descendants(server.pid)
+            assert len(below) >= 4
+            server.kill()
+            wait_until(lambda: not any(map(_alive, below)), 60)
+        assert not served.status()["serves"]
+        with served.server() as server:
+            wait_until(lambda: len(served.status()["ended"]) == 1, LONG)
+    (one,) = served.status()["ended"]
+    assert (one["exit_code"], one["starts"]) == (0, 2)
+    assert one["progress"]["accepted"] == 6 and one["progress"]["rejected"] == {}
+
+
+@pytest.mark.long
 def test_a_run_that_comes_no_further_is_given_up_with_the_reason(served, tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text(CRASHING)
     monkeypatch.syspath_prepend(tmp_path)
@@ -234,5 +259,45 @@ def test_a_run_whose_own_server_was_killed_is_recorded_so(tmp_path):
     with serving(folder, LinkProcess(folder)):
         own, queued = queue.runs(folder)
     assert own.exit_code == 1 and queued.waits
+    assert own.reason == "its server was killed before it began"
+    queue.add(folder, wish, once=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(wish.options))
+    with serving(folder, LinkProcess(folder)):
+        own = queue.read(folder, 3)
     again = f"fedgpt server {folder} resume={tmp_path / 'run'}"
     advises(own.reason, f"its server was killed; continue with: {again}")
+
+
+def test_a_server_that_cannot_start_its_link_or_write_its_folder_ends(tmp_path):
+    served = Served(tmp_path)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", read_server(served.folder).port))
+        taken.listen()
+        with served.server(*SMALL) as server:
+            assert ended(server) == 1
+    assert "cannot listen on 127.0.0.1" in served.log()
+    assert "the link cannot be started: it ended with exit code 1" in served.log()
+    (one,) = served.status()["ended"]
+    assert one["exit_code"] == 1 and not (served.folder / "runs").exists()
+    wish = Wish(load([*SMALL, f"run_dir={tmp_path / 'run'}"]), dated=False, resumed=False)
+    run = queue.add(served.folder, wish)
+    with (
+        serving(served.folder, LinkProcess(served.folder)) as supervisor,
+        largest_file(20),
+        pytest.raises(ServerFailed, match=r"queue/2\.json cannot be written"),
+    ):
+        supervisor.carry_out(run)
+
+
+def test_a_run_that_is_stopped_before_it_began_leaves_no_folder(tmp_path):
+    folder = deployment(tmp_path).folder
+    wish = Wish(load([*SMALL, f"run_dir={tmp_path / 'run'}"]), dated=False, resumed=False)
+    with serving(folder, LinkProcess(folder)) as supervisor:
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert supervisor.stopped
+        with pytest.raises(Interrupted, match="before the run began"):
+            supervisor.carry_out(queue.add(folder, wish, once=True))
+        supervisor.serve()  # ends at once
+    assert not (tmp_path / "run").exists()
+    assert queue.read(folder, 1).exit_code == 130
