@@ -103,7 +103,7 @@ class Control:
 
     def status(self, run_id: int) -> RunStatus:
         """The status of a run; raises FedGPTError if this link has no run of this id."""
-        with self._asking(f" about run {run_id}"):
+        with self._asking(f" (run {run_id})"):
             found = self.api.ListRuns(ListRunsRequest(run_id=run_id)).run_dict
         status = found[run_id].status
         return RunStatus(status.status, status.sub_status, status.details)
