@@ -103,7 +103,7 @@ class Control:
 
     def status(self, run_id: int) -> RunStatus:
         """The status of a run; raises FedGPTError if this link has no run of this id."""
-        with self._asking(f"run {run_id}: "):
+        with self._asking(f" (run {run_id})"):
             found = self.api.ListRuns(ListRunsRequest(run_id=run_id)).run_dict
         status = found[run_id].status
         return RunStatus(status.status, status.sub_status, status.details)
@@ -140,4 +140,4 @@ class Control:
         except (OSError, httpx.TransportError) as error:
             raise LinkDown(f"no link answers in {self._folder} ({error})") from error
         except httpx.HTTPStatusError as error:
-            raise FedGPTError(f"{about}{reason_of(error)}") from error
+            raise FedGPTError(f"{reason_of(error)}{about}") from error

@@ -80,7 +80,7 @@ class Supervisor:
                 except ServerFailed:
                     raise
                 except Interrupted:
-                    what = f"run {run.number} is interrupted; the next server here continues it"
+                    what = f"interrupted in run {run.number}, which the next server here continues"
                     print(f"fedgpt: {what}", file=sys.stderr, flush=True)
                 except FedGPTError as error:
                     print(f"fedgpt: run {run.number}: {error}", file=sys.stderr, flush=True)

@@ -169,7 +169,7 @@ def test_a_message_whose_reading_was_interrupted_is_not_lost(link, key, server):
         time.sleep(1.0)  # the client waits for the content
         link.restart(seconds=1.0)
         send()
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 30
         while not (found := link.state.get_message_res({message.object_id}, link.run_id)):
             assert time.monotonic() < deadline, "no answer"
             time.sleep(0.1)

@@ -182,7 +182,7 @@ def test_runs_of_the_queue_follow_each_other_and_outlive_their_server(served, tm
         stopped = served.status()
         assert [one["exit_code"] for one in stopped["ended"]] == [0, 2]
         assert "1 documents are too few" in stopped["ended"][1]["reason"]
-        assert "run 3 is interrupted; the next server" in served.log()
+        assert "interrupted in run 3, which the next server here continues" in served.log()
         assert stopped["running"]["number"] == 3 and stopped["running"]["starts"] == 1
         with served.server() as server:
             done = served.fedgpt("submit", str(served.folder), "--wait", *SMALL)
