@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -243,7 +244,9 @@ def pay_for_jobs(folder: Path, first: int, ready: Callable[[], object]) -> None:
 def test_two_processes_of_a_client_pay_for_each_of_their_jobs(tmp_path):
     """As if its SuperNode was started twice; they also agree on the key, which is made once."""
     command = [sys.executable, __file__, str(tmp_path)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, env=paths, **pipes) as other:
         assert other.stdin is not None and other.stdout is not None
         try:
             assert other.stdout.readline() == b"ready\n"
