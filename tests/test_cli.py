@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra._internal.utils import get_args_parser
 from support.advice import advises
 
 import fedgpt as fedgpt_package
@@ -14,7 +15,8 @@ from fedgpt import __version__, cli
 from fedgpt.__main__ import main
 from fedgpt.api import resumed
 from fedgpt.cli import COMMANDS, help
-from fedgpt.config import choices
+from fedgpt.cli.words import FLAGS_OF_RUN, split_words
+from fedgpt.config import choices, compose
 from fedgpt.config.choices import groups
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import OPTIONS
@@ -234,7 +236,14 @@ def test_dir_shows_lazily_imported_names():
         (["rnu"], "did you mean 'run'"),
         (["run", "ronds=3"], "did you mean 'rounds'"),
         (["run", "model"], "model: options are typed key=value"),
-        (["run", "--bogus"], "--bogus"),
+        (["run", "--bogus"], "--bogus: no such flag; this command has --config-dir, -cd, --cfg"),
+        (["run", "--bogus", "--mulitrun"], "--mulitrun: no such flag"),
+        (["data", "--bogus"], "--bogus: no such flag; this command has --config-dir, -cd, and"),
+        (["audit", "-m", "seed=0,1"], "-m: no such flag"),
+        (["privacy", "plan", "--info=all"], "--info=all: no such flag"),
+        (["run", "--cfg"], "--cfg: job, hydra or all must follow"),
+        (["run", "-c", "jobs"], "-c jobs: must be job, hydra or all"),
+        (["run", "seed=1", "--config-dir"], "--config-dir: a folder with groups of your own must"),
         (["run", "strategy=fedavgg"], "did you mean 'fedavg'"),
         (["run", "-m", "seed=0,x"], "seed=x"),
         (["run", "-m", "hydra/launcher=joblib", "seed=0,1"], "pip install hydra-joblib-launcher"),
@@ -274,6 +283,41 @@ def test_a_text_reaches_hydra_as_it_is_typed(tmp_path):
     done = fedgpt("run", "-m", "init_from=1_000,1e5", cwd=tmp_path)
     for name in ("1_000", "1e5"):
         assert f"init_from={tmp_path}/{name}: is not a folder" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "typed, advice",
+    [
+        (["--rounds", "3"], "type rounds=3"),
+        (["--rounds=3"], "type rounds=3"),
+        (["--model", "mini", "seed=1"], "type model=mini"),
+        (["-seed=1"], "type seed=1"),
+        (["--run-dir", "out"], "type run_dir=out"),
+        (["--local.lr", "--resolve"], "type local.lr=VALUE"),
+    ],
+)
+def test_an_option_that_is_typed_like_a_flag_is_shown_as_it_is_typed(typed, advice):
+    with pytest.raises(ConfigError) as refused:
+        split_words(typed, FLAGS_OF_RUN)
+    [problem] = refused.value.problems
+    advises(problem, f": options are typed without dashes; {advice}")
+    words = [advice.removeprefix("type ").replace("VALUE", "0.01")]
+    assert split_words(words, FLAGS_OF_RUN) == (words, None)
+    compose.load(words)
+
+
+@pytest.mark.parametrize("flag", ["-m=1", "--multirun=seed", "--resolve="])
+def test_a_value_of_a_flag_that_takes_none_is_refused(flag):
+    name = flag.partition("=")[0]
+    with pytest.raises(ConfigError) as refused:
+        split_words([flag], FLAGS_OF_RUN)
+    advises(refused.value, f"{flag}: takes no value; type {name}")
+    assert split_words([name, "seed=1"], FLAGS_OF_RUN) == (["seed=1"], None)
+
+
+def test_every_flag_of_run_is_one_of_hydra():
+    of_hydra = {name for action in get_args_parser()._actions for name in action.option_strings}
+    assert of_hydra >= set(FLAGS_OF_RUN)
 
 
 @pytest.mark.parametrize("flags", [["--cfg", "job"], ["--cfg=job"], ["-m"], ["--config-dir=."]])

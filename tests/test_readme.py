@@ -33,6 +33,8 @@ TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path 
 README = TEXTS["README.md"]
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```\s*$", re.M | re.S)
 PROGRAMS = ("fedgpt", "python", "make")
+DEPLOYED = ("server", "submit", "status")  # commands whose folder is that of an earlier one
+AT_SITES = ("client", "doctor")  # their kit and text are those of an earlier one
 FLOWER = ("flwr run", "--node-config")  # what is typed for Flower's own programs starts with it
 NUMBER = re.compile(r" *\d[\d.,:]*( ?[kMGT]?B\b|[kMGT]\b)?")
 
@@ -98,8 +100,13 @@ def check_command(name: str, words: list[str], folder: Path, readme: str) -> Non
         assert words[0] in keys.ACTIONS, words
         assert not words[1:] or keys.parser().parse_args(words)
         return
-    if name in ("client", "doctor") and words:  # with the files of a site
-        assert COMMANDS[name].module.parser().parse_args(words)
+    if name in AT_SITES:
+        assert not words or COMMANDS[name].module.parser().parse_args(words)
+        return
+    if name in DEPLOYED:
+        if words:  # otherwise it is only mentioned
+            chosen = COMMANDS[name].module.parser().parse_intermixed_args(words)
+            check_options("run", getattr(chosen, "options", []), folder, readme)
         return
     fixed, takes_options, _ = COMMANDS[name].arguments.partition("[OPTIONS]")
     if not takes_options:

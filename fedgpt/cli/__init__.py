@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from fedgpt.core.errors import ConfigError, FedGPTError, Interrupted, StoppedEarly, nearest
+from fedgpt.core.errors import FedGPTError, nearest
 from fedgpt.core.notices import Warnings
 
 
@@ -56,6 +56,14 @@ COMMANDS = {
             "make, approve and revoke the keys of a server and its sites",
             True,
         ),
+        Command(
+            "server",
+            "DIR [OPTIONS]",
+            "serve real clients: one run, or a queue of runs",
+            True,
+        ),
+        Command("submit", "DIR [OPTIONS]", "queue a run at a server", True),
+        Command("status", "DIR [--json]", "show a server, its run and its queue", True),
         Command("client", "KIT --text FOLDER", "connect a site to its server", True),
         Command("doctor", "KIT", "find out what keeps a site from its server", True),
         Command("help", "[TOPIC]", "explain a command, a group or an option"),
@@ -89,15 +97,7 @@ def dispatch(command: str, arguments: list[str]) -> int:
         return COMMANDS[command].module.main(arguments)
     except FedGPTError as error:
         print(f"fedgpt: {error}", file=sys.stderr)
-        return exit_code(error)
+        return error.exit_code
     except KeyboardInterrupt:
         print("fedgpt: interrupted", file=sys.stderr)
         return 130
-
-
-def exit_code(error: FedGPTError) -> int:
-    """Exit code: 2 wrong usage, 3 stopped early, 130 interrupted and resumable, 1 any other
-    failure.
-    """
-    kinds = ((ConfigError, 2), (StoppedEarly, 3), (Interrupted, 130))
-    return next((code for kind, code in kinds if isinstance(error, kind)), 1)

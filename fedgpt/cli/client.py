@@ -34,17 +34,17 @@ def main(arguments: list[str]) -> int:
     return run(preflight(chosen.kit, site, policy), site, policy)
 
 
-def add_site(parser: argparse.ArgumentParser) -> None:
+def add_site(one: argparse.ArgumentParser) -> None:
     """The arguments that describe a site."""
-    parser.add_argument("kit", metavar="KIT", help="the site's kit (fedgpt keys request)")
-    parser.add_argument("--text", metavar="FOLDER", help="the site's text: a folder or a file")
-    parser.add_argument("--policy", metavar="FILE", help="what the site allows (docs/site.md)")
-    parser.add_argument(
+    one.add_argument("kit", metavar="KIT", help="the site's kit (fedgpt keys request)")
+    one.add_argument("--text", metavar="FOLDER", help="the site's text: a folder or a file")
+    one.add_argument("--policy", metavar="FILE", help="what the site allows (docs/site.md)")
+    one.add_argument(
         "--state",
         metavar="DIR",
         help="folder of what must stay: ~/.local/state/fedgpt, for all servers of this site",
     )
-    parser.add_argument(
+    one.add_argument(
         "--cache", metavar="DIR", help="folder of prepared text: FEDGPT_CACHE or ~/.cache/fedgpt"
     )
 

@@ -27,14 +27,16 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    def command(name: str, help: str, *words: str) -> argparse.ArgumentParser:
+    def command(name: str, *words: str, help: str) -> argparse.ArgumentParser:
         text = f"{help[0].upper()}{help[1:]}."
         one = commands.add_parser(name, help=help, description=" ".join([text, *words]))
         if name != "request":
             one.add_argument("folder", metavar="DIR", help="the server's folder")
         return one
 
-    init = command("init", "make the folder of a server", "It has the CA, which must be kept safe.")
+    init = command(
+        "init", "It has the CA, which must be kept safe.", help="make the folder of a server"
+    )
     init.add_argument(
         "--host",
         metavar="NAME",
@@ -45,8 +47,8 @@ def parser() -> argparse.ArgumentParser:
     init.add_argument("--port", type=int, default=9443, help="port of the server (%(default)s)")
     request = command(
         "request",
-        "make a site's key, at the site",
         "Writes NAME.kit, which stays at the site, and NAME.request, for the server's operator.",
+        help="make a site's key, at the site",
     )
     request.add_argument("name", metavar="NAME", help="name of the site")
     request.add_argument(
@@ -54,17 +56,17 @@ def parser() -> argparse.ArgumentParser:
     )
     approve = command(
         "approve",
-        "approve the request of a new site",
         "Writes NAME.approval, for the site.",
+        help="approve the request of a new site",
     )
     approve.add_argument("request", metavar="FILE.request", help="what the site has sent")
-    revoke = command("revoke", "shut a site out")
+    revoke = command("revoke", help="shut a site out")
     revoke.add_argument("name", metavar="NAME", help="name of the site")
     renew = command(
         "renew",
-        "renew the server's certificate, or a site's key",
         "Without FILE.request the server gets a new certificate, and sites need nothing new. With"
         " it the site's new key takes the place of the one that it had.",
+        help="renew the server's certificate, or a site's key",
     )
     renew.add_argument(
         "request", metavar="FILE.request", nargs="?", help="a request with the site's new key"
@@ -73,7 +75,7 @@ def parser() -> argparse.ArgumentParser:
         one.add_argument(
             "--out", metavar="FOLDER", default=".", help="where NAME.approval is written (here)"
         )
-    command("list", "show the sites and the certificate")
+    command("list", help="show the sites and the certificate")
     return top
 
 

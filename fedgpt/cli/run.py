@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fedgpt.cli.words import split_words, value_of
+from fedgpt.cli.words import FLAGS_OF_RUN, split_words, value_of
 from fedgpt.core.errors import ConfigError, FedGPTError, Interrupted
 
 HELP = """
@@ -43,7 +43,7 @@ def main(arguments: list[str]) -> int:
         options, more = found
         launch(options, more=more)
         return 0
-    words, config_dir = split_words(arguments)
+    words, config_dir = split_words(arguments, FLAGS_OF_RUN)
     sweep = "-m" in arguments or "--multirun" in arguments
     if sweep and value_of(arguments, "--cfg", "-c"):
         raise ConfigError(
@@ -65,7 +65,6 @@ def _hydra(arguments: list[str], of_hydra: list[str]) -> int:
     from hydra.types import RunMode
     from omegaconf import DictConfig
 
-    from fedgpt.cli import exit_code
     from fedgpt.config import compose
     from fedgpt.config.choices import CONF
 
@@ -91,7 +90,7 @@ def _hydra(arguments: list[str], of_hydra: list[str]) -> int:
 
     sys.argv = ["fedgpt run", *of_hydra]
     hydra.main(version_base="1.3", config_path=str(CONF), config_name="run")(job)()
-    return exit_code(failures[-1]) if failures else 0
+    return failures[-1].exit_code if failures else 0
 
 
 def _start(options: Any, dated: bool) -> float:

@@ -34,7 +34,7 @@ def read_policy(path: str | Path) -> Policy:
             text = stream.read(MOST_BYTES + 1)
         if len(text) > MOST_BYTES:
             raise ConfigError(f"{path}: has more than {MOST_BYTES:,} bytes, which no policy has")
-        values = yaml.load(text.decode("utf-8"), _Loader)  # a SafeLoader
+        values = _loaded(text.decode("utf-8"))
     except (OSError, RuntimeError) as error:  # RuntimeError: no such home folder
         reason = getattr(error, "strerror", None) or "there is no such home folder"
         raise ConfigError(f"{path}: cannot be read: {reason}") from None
@@ -107,6 +107,14 @@ class _Reader:
 
     def _wrong(self, problem: str) -> None:
         self.problems.append(f"{self.file}: {problem}")
+
+
+def _loaded(text: str) -> Any:
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 class _Loader(yaml.SafeLoader):

@@ -23,6 +23,8 @@ from fedgpt.core.options import RunOptions
 from fedgpt.data.partitions.base import Shard
 from fedgpt.data.prepare import PUBLIC, Prepared, open_prepared, prepare_own
 from fedgpt.data.shards import (
+    classes_of_clients,
+    code_digest,
     load_shards,
     partition_source,
     shards_digest,
@@ -55,6 +57,7 @@ class CommonText:
 
     def __init__(self, options: RunOptions):
         self.options = options
+        self._code, self._warned = code_digest(options), False  # the files that are imported now
 
     @cached_property
     def _data(self) -> tuple[Prepared, list[Shard]]:
@@ -97,12 +100,25 @@ class CommonText:
                 f"{partition_source(self.options)} makes other clients or shards here than in the"
                 " run, of the same text; use the same code for both"
             )
+        self._compare_code(job.plan.digests.get("code", ""))
         return shard_text(self.prepared, shard)
 
     def public(self, job: Job) -> Text:
         """The public text, for a job of the server itself; raises TextChanged."""
         self._check(job)
         return part_text(self.prepared, PUBLIC)
+
+    def _compare_code(self, expected: str) -> None:
+        """Warn, once, if the user's own task or codec is in another file than the run's: as on a
+        resume it may be a correction.
+        """
+        if expected and self._code != expected and not self._warned:
+            self._warned = True
+            log.warning(
+                "%s: its file is not that with which the run began; this client uses it all the"
+                " same, and the result of the run may differ",
+                " and ".join(classes_of_clients(self.options)),
+            )
 
     def _check(self, job: Job) -> None:
         """Raise TextChanged if this process has prepared other text than the run's."""

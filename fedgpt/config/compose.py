@@ -24,7 +24,7 @@ from fedgpt.config.clients import number_problems, pacing_problems
 from fedgpt.config.texts import escaped, quoted
 from fedgpt.core import members, targets
 from fedgpt.core.errors import ConfigError, resume_command
-from fedgpt.core.options import RunOptions, StrategyOptions, TaskOptions
+from fedgpt.core.options import RunOptions, StrategyOptions, TaskOptions, option
 from fedgpt.core.options.option import dotted
 from fedgpt.core.runtimes import runtime_problems
 from fedgpt.model.shape import trainable_problems
@@ -33,6 +33,7 @@ from fedgpt.report.trackers import tracker_problems
 from fedgpt.simulate.replay import replay_problems
 
 TRUSTED = ("fedgpt.aggregate", "flwr.serverapp.strategy")
+MOST_DIGITS = len(str(option.LARGEST))  # of a whole number
 LENGTH = ("rounds", "tokens")  # options that may be raised when a run is resumed
 # options that may change when a run is resumed, because they do not change its result
 FREE = ("cache_dir", "run_dir", "runtime.workers", "track")
@@ -71,12 +72,21 @@ def load(
     ]
     if problems or options is None:
         numbers = {
-            f"{one.key_or_group}={value}{'.0' * isinstance(value, int)}": as_typed[text]
+            f"{one.key_or_group}={shown}": as_typed[text]
             for one, text in zip(parsed, good, strict=True)
-            if isinstance(value := one.value(), int | float)
+            for shown in _readings(one.value())
         }
         raise ConfigError(_as_typed(problem, as_typed | numbers) for problem in problems)
     return options
+
+
+def _readings(value: Any) -> set[str]:
+    """How messages show a number, or a list of numbers, of an option that may have fractions."""
+    numbers = value if isinstance(value, list) else [value]
+    if not all(isinstance(one, int | float) and not isinstance(one, bool) for one in numbers):
+        return set()
+    read = [float(one) if abs(one) < 10**300 else one for one in numbers]
+    return {str(read), option.typed(read)} if isinstance(value, list) else {str(read[0])}
 
 
 def _as_typed(problem: str, words: Mapping[str, str]) -> str:
@@ -290,7 +300,7 @@ def raised(options: RunOptions, typed: Mapping[str, str]) -> dict[str, int]:
                 f"{name}={text}: the length of this run is given by"
                 f" {other}={getattr(options, other)}; raise that option"
             )
-        elif not text.isascii() or not text.isdigit() or int(text) < now:
+        elif not text.isascii() or not text.isdigit() or len(text) > MOST_DIGITS or int(text) < now:
             problems.append(
                 f"{name}={text}: must be a whole number of at least {now}, the length of this run,"
                 " which can only be made longer"

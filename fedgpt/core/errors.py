@@ -4,13 +4,27 @@ from __future__ import annotations
 
 import difflib
 import errno
+import os
+import re
 import shlex
 from collections.abc import Iterable
 from pathlib import Path
 
+# a number that no message shows as a whole; the name of a file has fewer characters
+LONG_NUMBER = re.compile(r"\d{256,}")
+
 
 class FedGPTError(Exception):
-    """A failure whose message is meant for the user; it is printed without a traceback."""
+    """A failure whose message is meant for the user; it is printed without a traceback.
+
+    >>> print(FedGPTError(f"rounds={'9' * 3000}: too many"))
+    rounds=99999999999999999999... (3000 digits): too many
+    """
+
+    def __init__(self, message: str):
+        super().__init__(without_long_numbers(message))
+
+    exit_code = 1  # of the command that ends with it
 
 
 class ConfigError(FedGPTError):
@@ -23,13 +37,17 @@ class ConfigError(FedGPTError):
       - rounds=0: must be at least 1
     """
 
+    exit_code = 2
+
     def __init__(self, problems: Iterable[str] | str):
-        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        listed = [problems] if isinstance(problems, str) else problems
+        self.problems = [without_long_numbers(problem) for problem in listed]
         noun = "problem" if len(self.problems) == 1 else "problems"
         listing = "\n".join(f"  - {problem}" for problem in self.problems)
         super().__init__(f"{len(self.problems)} {noun} in the configuration:\n{listing}")
 
 
+CONTINUES_WITH = "FEDGPT_CONTINUES_WITH"
 # error numbers of a full disk
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
@@ -37,10 +55,14 @@ FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 def resume_command(folder: str | Path) -> str:
     """The command that continues the run in a folder, as it is typed in a shell.
 
+    It begins as the environment variable CONTINUES_WITH says, because the run of a server's folder
+    is continued there.
+
     >>> resume_command("runs/my run")
     "fedgpt run resume='runs/my run'"
     """
-    return f"fedgpt run resume={shlex.quote(str(folder))}"
+    command = os.environ.get(CONTINUES_WITH, "fedgpt run")
+    return f"{command} resume={shlex.quote(str(folder))}"
 
 
 class Unwritten(FedGPTError):
@@ -70,7 +92,9 @@ class DiskFull(FedGPTError):
 
 
 class StoppedEarly(FedGPTError):
-    """The run ended before its last version, for the reason in the message (exit code 3)."""
+    """The run ended before its last version, for the reason in the message."""
+
+    exit_code = 3
 
 
 class TextChanged(FedGPTError):
@@ -78,7 +102,9 @@ class TextChanged(FedGPTError):
 
 
 class Interrupted(FedGPTError):
-    """The run got SIGINT or SIGTERM, is saved, and can be continued (exit code 130)."""
+    """The run got SIGINT or SIGTERM, is saved, and can be continued."""
+
+    exit_code = 130
 
     def __init__(self, folder: str):
         super().__init__(f"interrupted; continue with: {resume_command(folder)}")
@@ -94,6 +120,11 @@ class UpdateRejected(Exception):
     def __init__(self, code: str, detail: str = ""):
         self.code, self.detail = code, detail
         super().__init__(f"{code}: {detail}" if detail else code)
+
+
+def without_long_numbers(text: str) -> str:
+    """The text with the first digits and the length of each number of hundreds of digits."""
+    return LONG_NUMBER.sub(lambda found: f"{found[0][:20]}... ({len(found[0])} digits)", text)
 
 
 def amount(number: int, noun: str) -> str:

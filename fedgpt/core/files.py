@@ -11,7 +11,7 @@ import os
 import re
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -135,12 +135,30 @@ def read_file(path: Path) -> bytes:
 def read_json(path: Path) -> dict[str, Any]:
     """The mapping in a JSON file; raises FedGPTError, naming the file and the reason."""
     try:
-        content = json.loads(read_file(path).decode("utf-8"), parse_int=_integer)
+        text = read_file(path).decode("utf-8")
+        content = json.loads(text, parse_int=_integer, object_pairs_hook=once)
     except (ValueError, RecursionError) as damage:
         raise FedGPTError(f"{path} is damaged: {damage}") from None
     if not isinstance(content, dict):
         raise FedGPTError(f"{path} is damaged: it has {type_word(content)}, not an object")
     return content
+
+
+def once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, for the decoder's `object_pairs_hook`; raises ValueError if a name stands
+    twice in it, as the decoder would take the last value without a word.
+
+    >>> json.loads('{"n_layer": 2, "n_layer": 3}', object_pairs_hook=once)
+    Traceback (most recent call last):
+    ...
+    ValueError: the name 'n_layer' stands twice in it
+    """
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the name {name!r:.60} stands twice in it")
+        found[name] = value
+    return found
 
 
 def _integer(digits: str) -> int:

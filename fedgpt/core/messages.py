@@ -36,13 +36,14 @@ class Plan:
     # int8, int4: version that the client has cached, so that only deltas are sent; -1: none
     cached_version: int = -1
     # what the client must have, as far as the run has it: `base`, the digest of the frozen weights
-    # (core/flat.py); `text` and `shards`, the digests of the text and of what each
-    # client has of it (data/shards.py); `tokenizer`, where each client has its own text
+    # (core/flat.py); `text` and `shards`, the digests of the text and of what each client has of it
+    # (data/shards.py); `tokenizer`, where each client has its own text; `code`, the digests of the
+    # files with the user's own classes that clients use
     digests: dict[str, str] = field(default_factory=dict)
 
 
 # names in Plan.digests: of clients that share a text, and of those that have their own
-DIGESTS, OWN_TEXT = ("base", "text", "shards"), ("base", "tokenizer")
+DIGESTS, OWN_TEXT = ("base", "code", "text", "shards"), ("base", "tokenizer")
 # Plan's fields with other names in messages and checkpoints: the names of earlier versions of
 # fedgpt, so that their runs, journals and clients remain compatible.
 WIRE = {"local_steps": "steps", "state_job": "state", "cached_version": "held"}

@@ -18,7 +18,7 @@ class Resources:
     """Device, dtype, processes and threads of a run, from the options or chosen automatically."""
 
     compute: Compute
-    workers: int  # number of client processes
+    workers: int  # number of client processes on this machine
     threads: int  # torch threads of each process; the bits of the weights depend on it
     reason: str  # reason for the numbers of workers and threads
     gpus: tuple[str, ...] = ()  # GPUs that the workers share, named as in CUDA_VISIBLE_DEVICES
@@ -26,6 +26,8 @@ class Resources:
     @property
     def workers_text(self) -> str:
         """Workers and threads with their reason, printed at the start of a run."""
+        if not self.workers:
+            return f"{self.threads} thread{_s(self.threads)} for the evaluation; {self.reason}"
         return (
             f"{self.workers} worker{_s(self.workers)} x {self.threads} thread{_s(self.threads)}"
             f" ({self.reason})"
@@ -42,8 +44,8 @@ def resources_for(options: RunOptions, clients: int) -> Resources:
     # with coins, any number of clients may train at a time
     together = min((options.pace.rate is None and options.pace.clients) or clients, clients)
     if options.corpus.at_sites:
-        reason = "on the machines of the clients"
-        workers, threads = clients, runtime.threads or os.cpu_count() or 1
+        reason = "clients train on their own machines"
+        workers, threads = 0, runtime.threads or os.cpu_count() or 1
     elif options.clock == "real" and options.fleet.name != "none" and not runtime.workers:
         reason = "one process per client in flight, as a simulated fleet mostly waits"
         workers, threads = min(together, MOST_WAITING), runtime.threads or 1

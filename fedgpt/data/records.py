@@ -35,6 +35,7 @@ PATH = re.compile(r"[^.\[\]]+(\[-?\d+\]|\.[^.\[\]]+)*")
 STEP = re.compile(r"(?P<name>[^.\[\]]+)|\[(?P<index>-?\d+)\]")
 SEPARATORS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
 NAME = re.compile(r"[\w.-]+( [\w.-]+)*")  # of a field, in the first row of most tables
+FOR_EXCEL = re.compile(r'\s*"?sep=.?"?\s*', re.IGNORECASE)
 SPACE = re.compile(r"[ \t\n\r]*")
 MOST_NAMES = 5  # number of fields that a message names
 OWNERS = ("file", "folder")  # values of corpus.client that need no field
@@ -268,6 +269,11 @@ def _check_separator(path: Path, fields: Sequence[Field], separator: str) -> Non
     """
     rows = lines(text_chunks(path), LARGEST)
     first = next((line for line in rows if line and not line.isspace()), "")
+    if FOR_EXCEL.fullmatch(first):
+        raise Unreadable(
+            f"begins with {brief(first)!r}, which tells Excel the separator of the table; save it"
+            " without this line, with commas as .csv, or with tabs as .tsv"
+        )
     asked = {name for field in fields for name in (field.typed, field.column)}
     for other in SEPARATORS if separator not in first else ():
         names = [name.strip('"') for name in first.split(other)]

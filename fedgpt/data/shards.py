@@ -13,6 +13,7 @@ import numpy as np
 
 from fedgpt.core.errors import FedGPTError, TextChanged, resume_command
 from fedgpt.core.options import RunOptions, TokenizerOptions
+from fedgpt.core.targets import source_digest
 from fedgpt.data.partition import partition
 from fedgpt.data.partitions.base import Shard
 from fedgpt.data.prepare import Prepared, prepare
@@ -59,6 +60,17 @@ def _smaller_tokenizer(options: TokenizerOptions, prepared: Prepared) -> str | N
 def text_digest(prepared: Prepared) -> str:
     """Hexadecimal sha256 of owner, id, label and text of all documents."""
     return str(prepared.manifest["sha256"])
+
+
+def classes_of_clients(options: RunOptions) -> list[str]:
+    """The user's own task and codec, if they are classes of trusted packages: clients use them."""
+    used = options.task._target_, options.update._target_
+    return [target for target in options.own_classes() if target in used]
+
+
+def code_digest(options: RunOptions) -> str:
+    """The digests of the files with the own classes that clients use; empty if there are none."""
+    return " ".join(map(source_digest, classes_of_clients(options)))
 
 
 def shards_digest(shards: Sequence[Shard]) -> str:

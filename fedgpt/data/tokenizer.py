@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedgpt.core.errors import ConfigError, FedGPTError
-from fedgpt.core.files import check_file, is_there, read_file, write_text
+from fedgpt.core.files import check_file, is_there, once, read_file, write_text
 from fedgpt.core.options import TokenizerOptions
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Tokenizer:
         from tokenizers import Tokenizer as Library
 
         self.definition = definition  # the content of its tokenizer.json
-        parsed = json.loads(definition)
+        parsed = json.loads(definition, object_pairs_hook=once)
         try:
             self._library = Library.from_str(definition)
         except Exception as error:  # the library raises no narrower class
@@ -190,13 +190,15 @@ def _of_pair(vocabulary: Path, merges: Path) -> str:
     if more.exists():
         raise ValueError(f"{more.name} adds to its vocabulary")
     settings = vocabulary.parent / "tokenizer_config.json"
-    config = json.loads(settings.read_text(encoding="utf-8")) if settings.exists() else {}
+    text = settings.read_text(encoding="utf-8") if settings.exists() else "{}"
+    config = json.loads(text, object_pairs_hook=once)
     if not isinstance(config, dict) or config.get("add_prefix_space"):
         raise ValueError(f"{settings.name} has no mapping, or add_prefix_space is true in it")
     try:
         model = models.BPE.from_file(str(vocabulary), str(merges))
     except Exception as error:  # the library raises no narrower class
         raise ValueError(f"with {merges.name}: {error}") from error
+    json.loads(vocabulary.read_text(encoding="utf-8"), object_pairs_hook=once)
     return _with_end(_byte_level(model))
 
 

@@ -83,13 +83,13 @@ def _launch(options: RunOptions, more: Mapping[str, int]) -> None:
         with saying("computing the noise"):
             make_plan(options, [shard.size for shard in shards])
     if more:
-        _extend(options)
+        extend(options)
     with saying("loading PyTorch"):
         resources = resources_for(options, clients)
     runtime.start(options, clients, resources, client_environment(options, resources))
 
 
-def _extend(options: RunOptions) -> None:
+def extend(options: RunOptions) -> None:
     """Write a raised length of the run in `run_dir` into its config.yaml.
 
     A kill at any moment leaves the old length or the new one. Raises FedGPTError while another

@@ -24,27 +24,10 @@ from fedgpt.core.options import RunOptions
 from fedgpt.flower.failure import FAILURE_FILE, raise_failure
 from fedgpt.flower.grid_transport import STOP_FILE
 from fedgpt.flower.processes import child
+from fedgpt.flower.run_config import APP
 
 START_SECONDS = 60.0  # seconds to wait for a SuperLink's first response
 STOP_SECONDS = 60.0  # seconds to wait for a server's checkpoint after a request to stop
-APP = """[project]
-name = "fedgpt-run"
-version = "0.1.0"
-description = "One fedgpt run"
-license = "Apache-2.0"
-dependencies = []
-
-[tool.flwr.app]
-publisher = "fedgpt"
-
-[tool.flwr.app.components]
-serverapp = "fedgpt.flower.server_app:app"
-clientapp = "fedgpt.flower.client_app:app"
-
-[tool.flwr.app.config]
-config = ""
-overrides = ""
-"""
 
 
 class LocalSuperLink:

@@ -1,4 +1,4 @@
-"""A run's options in Flower's flat run config."""
+"""A run as Flower's app: its options in Flower's flat run config, and an app without code."""
 
 from __future__ import annotations
 
@@ -8,6 +8,26 @@ from typing import Any
 
 from fedgpt.config import compose
 from fedgpt.core.options import RunOptions
+
+# the pyproject.toml of an app without code: Flower imports the components, which are installed
+APP = """[project]
+name = "fedgpt-run"
+version = "0.1.0"
+description = "One fedgpt run"
+license = "Apache-2.0"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "fedgpt"
+
+[tool.flwr.app.components]
+serverapp = "fedgpt.flower.server_app:app"
+clientapp = "fedgpt.flower.client_app:app"
+
+[tool.flwr.app.config]
+config = ""
+overrides = ""
+"""
 
 
 def run_config_of(options: RunOptions) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from fedgpt.core.options import RunOptions
 from fedgpt.core.targets import source_digest
 from fedgpt.data.partitions.base import Shard
 from fedgpt.data.prepare import Prepared, prepare
-from fedgpt.data.shards import partition_source, shards_digest, source_of, text_digest
+from fedgpt.data.shards import code_digest, partition_source, shards_digest, source_of, text_digest
 from fedgpt.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
 TOKENIZER = "tokenizer"  # folder of a run's tokenizer inside the run's folder
@@ -32,6 +32,7 @@ def content_of(options: RunOptions, prepared: Prepared, shards: Sequence[Shard])
         "tokenizer": prepared.tokenizer.digest,
         **({} if options.corpus.at_sites else {"shards": shards_digest(shards)}),
         **{f"code of {target}": source_digest(target) for target in options.own_classes()},
+        **({"code": code} if (code := code_digest(options)) else {}),
     }
 
 

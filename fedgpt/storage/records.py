@@ -6,6 +6,7 @@ figures from all of them. So they are checked before it continues.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -48,6 +49,7 @@ EVENT_FIELDS: Kinds = {
     **dict.fromkeys(("seconds", "train_seconds"), _is_number),
     **dict.fromkeys(("client", "pacing"), _is_text),
 }
+EVENT_ONLY = ("event", "seconds")  # fields of an event that a line of metrics does not have
 # the fields that may not be missing: of every line, and of every event of a kind
 LINE = ("version", "tokens", "bytes_up", "bytes_down")
 SAMPLE = ("prompt", "sample")  # a line has both or neither
@@ -87,6 +89,46 @@ def check_records(
                     f"{path}: line {number} is damaged ({problem}); delete that line, and continue"
                     f" with: {resume_command(folder.path)}"
                 )
+
+
+def refuse_other_records(
+    folder: RunFolder, version: Record, metrics: Sequence[Record], events: Sequence[Record]
+) -> None:
+    """Raise FedGPTError if metrics.jsonl or events.jsonl is that of another run.
+
+    The metrics of each version are in both files, and those of the newest also in its checkpoint:
+    `version`. Two runs differ at least in their seconds.
+    """
+    number = version["version"]
+    steps = {e["version"]: e for e in events if e["event"] == "version"}
+    path = folder.events.path
+    if number in steps and (name := _other(version, steps[number])):
+        where = f"{name!r} of version {number} differs from that in its newest checkpoint"
+    else:
+        path, lines = folder.metrics.path, {line["version"]: line for line in metrics}
+        known = {**steps, number: version}
+        where = next(
+            (
+                f"{name!r} of version {at} differs from that in {folder.events.path.name}"
+                for at in sorted(known.keys() & lines.keys())
+                if at <= number and (name := _other(known[at], lines[at]))
+            ),
+            "",
+        )
+    if where:
+        raise FedGPTError(
+            f"{path} is not that of this run: {where}; put the file of this run back, and continue"
+            f" with: {resume_command(folder.path)}"
+        )
+
+
+def _other(one: Record, other: Record) -> str:
+    """The first field that both records have, with different values; empty if there is none.
+
+    Compared as text, in which a value that is not a number equals itself.
+    """
+    shared = (name for name in one if name in other and name not in EVENT_ONLY)
+    return next((name for name in shared if json.dumps(one[name]) != json.dumps(other[name])), "")
 
 
 def _problem(record: Record, needed: Sequence[str], fields: Kinds) -> str:

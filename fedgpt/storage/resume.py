@@ -20,7 +20,7 @@ from fedgpt.data.prepare import Prepared
 from fedgpt.storage.checkpoint import Checkpoints, Snapshot
 from fedgpt.storage.content import CONTENT, content_of, refuse_other_content
 from fedgpt.storage.journal import Journal
-from fedgpt.storage.records import check_records
+from fedgpt.storage.records import check_records, refuse_other_records
 from fedgpt.storage.run_folder import RunFolder
 from fedgpt.storage.tables import RunIdentity
 
@@ -80,6 +80,8 @@ def open_or_resume(
         refuse_other_content(options, snapshot.identity.environment, now)
         _refuse_unsaved(folder, snapshot)
         check_records(folder, metrics, events, scores)
+        if snapshot.state.version > 0:  # all records are written again after version 0
+            refuse_other_records(folder, snapshot.line.metrics, metrics, events)
 
     checkpoints = Checkpoints(folder.checkpoints, options.checkpoint.keep)
     snapshot = checkpoints.recover(check)
@@ -144,7 +146,7 @@ def _warn_of_other_conditions(before: Mapping[str, Any], now: Mapping[str, Any])
     differing = [
         f"{name} {before[name]} -> {now[name]}"
         for name in now
-        if name in before and name not in CONTENT and before[name] != now[name]
+        if name in before and name not in (*CONTENT, "code") and before[name] != now[name]
     ]
     if differing:
         log.warning(

@@ -82,7 +82,11 @@ def test_any_number_of_any_option_is_valid_or_a_named_problem(text):
         ("model.n_layer=1000000000000", "model.n_layer=1000000000000: must be at most 10000"),
         ("pace.deadline=1e12", "pace.deadline=1e12: must be at most 1000000000.0"),
         ("local.lr=1e-320", "local.lr=1e-320: must be 0, or at least 1e-12"),
-        ("fleet.window=[inf,1]", "fleet.window=[inf, 1.0]: must be [seconds available"),
+        ("fleet.window=[inf,1]", "fleet.window=[inf,1]: must be [seconds available"),
+        ("fleet.window=[1e400,1_0]", "fleet.window=[1e400,1_0]: must be [seconds available"),
+        ("fleet.window=[1_0,2]", "fleet.window=[1_0,2]: is modelled by clock=virtual only"),
+        ("fleet.window=[2, -1.50]", "fleet.window=[2, -1.50]: must be [seconds available"),
+        ("fleet.window=[1," + "9" * 300 + "]", "fleet.window=[1,99999999999999999999... (300 digi"),
         ("seed=" + "9" * 5000, "a number of 5,005 characters; type fewer"),
         ("model.trainable=[" + "9" * 5000 + "]", "selects no parameter of this model"),
         (f"local.lr={10**400}", "is too large for a number with a fraction"),
@@ -91,6 +95,13 @@ def test_any_number_of_any_option_is_valid_or_a_named_problem(text):
 )
 def test_a_number_that_cannot_work_is_named(typed, part):
     assert any(part in problem for problem in problems(typed)), problems(typed)
+
+
+@pytest.mark.parametrize("digits", [256, 3000, 4500])
+@pytest.mark.parametrize("before", ["rounds=", "rounds=-", "rounds=1.", "local.lr=7.", "seed=1,"])
+def test_a_number_of_thousands_of_digits_is_not_shown_as_a_whole(before, digits):
+    for problem in problems(before + "7" * digits):
+        assert len(problem) < 400, problem
 
 
 @pytest.mark.parametrize("key", [key for key in NUMBERS if int in OPTIONS[key].kinds])

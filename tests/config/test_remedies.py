@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-from functools import cache
 
 import pytest
 from support.measures import PACKAGE
 from support.third_party import MODULE, TRUSTED
 
 from fedgpt.audit.problems import audit_problems
-from fedgpt.config import compose, overrides
+from fedgpt.config import compose
 from fedgpt.core.errors import ConfigError
 
 BUFFER = ("strategy=fedbuff", "pace=buffer")
@@ -321,7 +320,7 @@ AUDIT_REMEDIES: dict[tuple[str, ...], dict[str, list[str]]] = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _here(tmp_path_factory):
-    """A folder with the files that the words name; Hydra composes each set of choices once."""
+    """A folder with the files that the words name."""
     folder = tmp_path_factory.mktemp("remedies")
     (folder / "events.jsonl").write_text('{"event": "dispatch"}\n')
     (folder / "table.csv").write_text("client,step_seconds,up\na,1,2\n")
@@ -330,12 +329,8 @@ def _here(tmp_path_factory):
     (folder / "wide.csv").write_text("client,step_seconds\na,1\n", encoding="utf-16")
     (folder / "file").touch()
     (folder / "folder").mkdir()
-    composed = cache(overrides.compose_config)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(
-            overrides, "compose_config", lambda words, folder: composed((*words,), folder)
-        )
         yield
 
 

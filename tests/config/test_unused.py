@@ -45,7 +45,9 @@ UNUSED_REMEDIES = {
         "add corpus=files or corpus=site": ["corpus=files", "corpus.path=."]
     },
     "corpus.label_field=topic": {
-        "add partition=dirichlet": ["partition=dirichlet", "corpus=files", "corpus.path=."]
+        "add partition=dirichlet if corpus.path has records": [
+            *("partition=dirichlet", "corpus=files", "corpus.path=."),
+        ]
     },
     "fleet.median=2": {"add fleet=lognormal": ["fleet=lognormal", "clock=virtual"]},
     "pace.minimum=2": {"choose pace=cohort": ["pace=cohort"]},

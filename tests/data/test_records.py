@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.advice import advises
 from support.records import MAKERS, POSTS, jsonl
 from support.text import files, load, notes, write
 
@@ -129,6 +130,29 @@ def test_a_table_with_another_separator_is_refused(tmp_path, separator, suffix, 
         with pytest.raises(ConfigError, match=rf"a{suffix} has \w+ .*between the names") as caught:
             load(files(path, text_field=field))
         assert "did you mean" not in str(caught.value)
+
+
+@pytest.mark.parametrize("first", ["sep=;", "sep=,", "SEP=\t", '"sep=;"', "sep=", "\ufeffsep=|"])
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_a_line_for_excel_is_refused_and_a_table_without_it_is_read(tmp_path, first, suffix):
+    """Its own separator would be one of the fields."""
+    separator = "\t" if suffix == ".tsv" else ","
+    table = f"text{separator}who\nIt rained{separator}ann\n"
+    path = write(tmp_path, f"a{suffix}", f"{first}\n{table}")
+    with pytest.raises(ConfigError) as refused:
+        load(files(path, client="who"))
+    advises(
+        refused.value,
+        "which tells Excel the separator of the table; save it without this line, with commas as"
+        " .csv, or with tabs as .tsv",
+    )
+    write(tmp_path, f"a{suffix}", table)
+    assert [(d.client, d.text) for d in load(files(path, client="who"))] == [("ann", "It rained")]
+
+
+def test_a_field_whose_name_begins_like_a_line_for_excel_is_read(tmp_path):
+    path = write(tmp_path, "a.csv", "sep=;,text\n1,It rained\n")
+    assert [d.text for d in load(files(path))] == ["It rained"]
 
 
 @pytest.mark.parametrize(

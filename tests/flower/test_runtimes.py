@@ -61,7 +61,7 @@ def run(runtime: str, folder: Path, env: dict[str, str], *more: str) -> dict:
 
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory, env) -> dict:
-    return run("pool", tmp_path_factory.mktemp("pool") / "run", env)
+    return run("pool", tmp_path_factory.mktemp("pool") / "run", env, "runtime.workers=1")
 
 
 def assert_same_run(summary: dict, pool: dict) -> None:

@@ -11,14 +11,16 @@ import pytest
 from support.here import run_here, tiny_run
 
 from fedgpt import assemble
+from fedgpt.assemble import RunText
 from fedgpt.client import work
 from fedgpt.config import compose
 from fedgpt.core.errors import ConfigError, FedGPTError, StoppedEarly
 from fedgpt.core.faults import Injected, injected
+from fedgpt.core.messages import ClientInfo
 from fedgpt.data.shards import load_shards
 from fedgpt.flower.client_app import app
 from fedgpt.flower.in_process_grid import InProcessGrid
-from fedgpt.flower.serve import _connect
+from fedgpt.flower.serve import _Connection
 from fedgpt.storage import checkpoint
 from fedgpt.storage.journal import Journal
 from fedgpt.storage.run_folder import JsonLines, read_lines
@@ -73,7 +75,8 @@ def test_the_worker_of_a_client_that_hangs_is_ended_soon_after_the_deadline(opti
     o = compose.load([*options, *more])
     prepared, shards = load_shards(o)
     grid = InProcessGrid(app, len(shards), {}, "")
-    assert _connect(o, grid, shards, prepared, 0.0).ttl == ttl
+    text = RunText(prepared, [ClientInfo(shard.client, shard.size) for shard in shards])
+    assert _Connection(o, grid).connect(text, 0.0).ttl == ttl
 
 
 PLACES = {

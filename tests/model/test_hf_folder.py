@@ -426,6 +426,17 @@ def test_a_config_with_wrong_values_is_refused(folder, values, message):
     refused(folder, message)
 
 
+def test_a_name_that_stands_twice_in_a_config_is_refused(folder):
+    path = folder / "config.json"
+    good = path.read_text()
+    layers = json.loads(good)["n_layer"]
+    for more in (layers, layers + 1):
+        path.write_text(good.replace('"n_layer":', f'"n_layer": {more}, "n_layer":', 1))
+        refused(folder, r"config\.json is damaged: the name 'n_layer' stands twice in it")
+    path.write_text(good)
+    import_model(folder)
+
+
 @pytest.mark.parametrize("positions, norm", [("rotary", "layernorm"), ("rotary", "rmsnorm")])
 def test_a_config_with_wrong_types_is_refused_in_every_family(tmp_path, positions, norm):
     export_model(tmp_path, small(positions=positions, norm=norm))

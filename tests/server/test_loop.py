@@ -311,6 +311,22 @@ def test_a_resumed_run_equals_the_uninterrupted_run_bit_for_bit(tmp_path, crash_
     assert first.number == again.number and first.plan == again.plan
 
 
+def test_a_run_that_was_stopped_several_times_in_one_version_has_not_crashed(tmp_path):
+    """After three crashes the checkpoint before would be used."""
+
+    def stops(job):
+        if job.version == 2:
+            raise KeyboardInterrupt
+        return honest(job)
+
+    for _ in range(4):
+        with pytest.raises(Interrupted):
+            serve(tmp_path, {**CLIENTS, "e": stops}, FedAdam())
+    resumed = serve(tmp_path, CLIENTS, FedAdam())
+    assert min(job.version for job in resumed.jobs) == 2
+    assert not list((tmp_path / "checkpoints").glob("*.damaged"))
+
+
 def test_jobs_name_every_client_state_that_a_restart_could_need(tmp_path):
     done = serve(tmp_path, {"a": honest}, rounds=6)
     keep = [j.plan.keep for j in done.jobs]

@@ -268,6 +268,20 @@ def test_a_damaged_tokenizer_is_refused_by_name(tmp_path, file, damage):
     assert "\n" not in found
 
 
+@pytest.mark.parametrize("file", ["tokenizer.json", "vocab.json", "tokenizer_config.json"])
+def test_a_token_or_setting_that_stands_twice_is_refused(tmp_path, file):
+    """Each reader would take one of the two without a word."""
+    o = exported(tmp_path, OURS)
+    if file != "tokenizer.json":
+        two_files(tmp_path, OURS, model_max_length=8)
+    assert not list(init_from_problems(o))
+    path = tmp_path / file
+    name = '"model_max_length"' if file == "tokenizer_config.json" else '"a"'
+    path.write_text(path.read_text().replace(f"{name}:", f"{name}: 1, {name}:", 1))
+    (found,) = init_from_problems(o)
+    assert f"the name {name.replace(chr(34), chr(39))} stands twice in it" in found
+
+
 def test_a_run_that_has_not_finished_is_reported(tmp_path):
     (tmp_path / "config.yaml").touch()
     with pytest.raises(ConfigError, match="has not finished, so it has no model/ yet; name"):

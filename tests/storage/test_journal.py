@@ -19,7 +19,6 @@ from fedgpt.aggregate.delta_sgd import DeltaSGD
 from fedgpt.aggregate.fedasync import FedAsync
 from fedgpt.aggregate.fedavg import FedAvg
 from fedgpt.aggregate.median import Median
-from fedgpt.cli import exit_code
 from fedgpt.core.errors import Interrupted, StoppedEarly
 from fedgpt.core.faults import Injected, injected
 from fedgpt.core.messages import ClientInfo, Job, JobTime, Plan, Reply
@@ -492,7 +491,7 @@ def test_the_log_is_kept_if_clients_do_not_reconnect_in_time(tmp_path, monkeypat
     ):
         patched.setattr(ScriptTransport, "clients", nobody)
         run(o, dict.fromkeys("abc", honest), journal=True)
-    assert exit_code(stopped.value) == 3
+    assert stopped.value.exit_code == 3
     again = run(o, dict.fromkeys("abc", honest), journal=True)
     assert again.version == 2 and (again.jobs[0].client, again.jobs[0].version) == ("c", 0)
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 
 import pytest
+from support.advice import advises
 from support.fake_transport import honest
 from support.harness import options, run
 
-from fedgpt.core.errors import FedGPTError
+from fedgpt.core.errors import FedGPTError, resume_command
 from fedgpt.core.faults import Injected, injected
 from fedgpt.core.options import CheckpointOptions, RunOptions
 
@@ -63,6 +65,44 @@ def test_a_damaged_record_is_refused_by_name(stopped, file, line, old, new, prob
         run(stopped, CLIENTS)
     assert f"{path}: line {line} is damaged ({problem}); delete that line" in str(refused.value)
     assert {p: p.read_bytes() for p in path.parent.rglob("*") if p.is_file()} == before
+
+
+def refusal(o: RunOptions) -> str:
+    """Why a run is refused; afterwards nothing holds the lock of its folder."""
+    with pytest.raises(FedGPTError) as refused:
+        run(o, CLIENTS)
+    message = str(refused.value)
+    del refused
+    gc.collect()
+    return message
+
+
+@pytest.mark.parametrize(
+    "file, part",
+    [
+        *[("metrics.jsonl", part) for part in ("all", "before version 3", "from version 3 on")],
+        *[("events.jsonl", part) for part in ("all", "from version 3 on")],
+    ],
+)
+def test_records_of_another_run_are_refused_before_anything_is_written(
+    stopped, tmp_path, file, part
+):
+    """The summary and the figures would be made from them."""
+    path = Path(stopped.run_dir) / file
+    other = four_rounds(tmp_path / "other")
+    run(other, dict.fromkeys("abc", honest))
+    own, lines = path.read_text(), (tmp_path / "other" / file).read_text().splitlines(True)
+    third = next(i for i, line in enumerate(lines) if json.loads(line).get("version") == 3)
+    parts = {"all": lines, "before version 3": lines[:third], "from version 3 on": lines[third:]}
+    path.write_text("".join(parts[part]))
+    before = {p: p.read_bytes() for p in path.parent.rglob("*") if p.is_file()}
+    message = refusal(stopped)
+    assert f"{path} is not that of this run: '" in message
+    assert {p: p.read_bytes() for p in path.parent.rglob("*") if p.is_file()} == before
+    command = resume_command(path.parent)
+    advises(message, f"; put the file of this run back, and continue with: {command}")
+    path.write_text(own)
+    assert run(stopped, CLIENTS).summary["versions"] == 4
 
 
 def untimed(path: Path) -> list[dict]:

@@ -29,10 +29,10 @@ def advice_in(text: str) -> str:
 
 
 def texts(tree: ast.AST) -> Iterator[str]:
-    """Each text of the code, with {} for its values; without docstrings."""
+    """Each text of the code, with {} for its values; without docstrings and texts of help."""
     skipped: set[ast.AST | None] = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.Expr):
+        if isinstance(node, ast.Expr) or (isinstance(node, ast.keyword) and node.arg == "help"):
             skipped.add(node.value)
         elif isinstance(node, ast.JoinedStr):
             skipped.update(node.values)

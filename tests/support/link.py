@@ -170,8 +170,12 @@ class Answer:
     read: int  # bytes of the request that were taken
 
     @property
+    def detail(self) -> str:
+        return json.loads(self.body)["detail"]
+
+    @property
     def reason(self) -> str:
-        return json.loads(self.body)["detail"].partition(":")[0]
+        return self.detail.partition(":")[0]
 
 
 class Fleet:

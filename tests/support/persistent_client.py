@@ -34,7 +34,8 @@ def main() -> None:
     key = load_pem_private_key(about["key"].encode(), None)
     module, _, name = about["app"].partition(":")
     app = echo if module == "echo" else getattr(importlib.import_module(module), name)
-    node = PersistentNode(FleetConnection(about["address"], key, None), app, about["config"])
+    ca = about["ca"].encode() if about.get("ca") else None
+    node = PersistentNode(FleetConnection(about["address"], key, ca), app, about["config"])
     signal.signal(signal.SIGTERM, lambda *_: node.stop())
     node.run()
 

@@ -65,7 +65,7 @@ class SiteServer:
         def work(coroutine) -> None:
             asyncio.run_coroutine_threadsafe(coroutine, loop).result(30)
 
-        listener = Listener(guard, *self.files, {})
+        listener = Listener(guard, self.files, {})
         work(listener.start(host, self.port))
         try:
             yield lambda: len(state.get_node_info(statuses=["online"]))

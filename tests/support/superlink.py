@@ -124,6 +124,13 @@ def persistent_node(
     link.registered(key)
     about = {"address": link.address, "app": app, "config": dict(config)}
     about["key"] = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption()).decode()
+    with node_process(about) as process:
+        yield process
+
+
+@contextmanager
+def node_process(about: Mapping[str, Any]) -> Iterator[subprocess.Popen[str]]:
+    """A process with a PersistentNode: `address`, `key`, `app`, `config`, and `ca` if with TLS."""
     command = [sys.executable, "-m", "support.persistent_client"]
     paths = os.pathsep.join([str(Path(__file__).parents[1]), *sys.path])
     with subprocess.Popen(

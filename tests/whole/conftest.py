@@ -85,12 +85,15 @@ def finished(world) -> Finished:
 
 @pytest.fixture(scope="session")
 def results(world, finished) -> dict[str, Any]:
-    """Results of several runs through the Python API, one after the other in one process."""
+    """Results of several runs through the Python API, one after the other in one process.
+
+    The one that is not about workers has none, which is faster.
+    """
     return world.python(f"""
 from fedgpt.core.errors import FedGPTError
 alone = fedgpt.run(*OPTIONS, "run_dir=alone", "runtime.workers=1")
 results["alone"], results["folder"] = alone.summary, str(alone.folder)
-reset = ("run_dir=reset", "runtime.workers=1", "local.moments=reset")
+reset = ("run_dir=reset", "runtime=inprocess", "local.moments=reset")
 results["reset"] = fedgpt.run(*OPTIONS, *reset).summary
 results["repeated"] = fedgpt.run(*OPTIONS, "run_dir=finished", "runtime.workers=1").summary
 uninterrupted = ("run_dir=uninterrupted", *{STOPPED!r})

@@ -104,6 +104,7 @@ def test_a_run_that_stops_while_it_writes_its_model_has_none_until_it_is_resumed
     ("more", "message"),
     [
         (["rounds=1"], "rounds=1: must be a whole number of at least 2"),
+        (["rounds=" + "9" * 5000], r"rounds=9{20}\.\.\. \(5000 digits\): must be a whole number"),
         (["rounds=many"], "rounds=many: must be a whole number of at least 2"),
         (["tokens=5000"], "tokens=5000: the length of this run is given by rounds=2"),
         (["rounds=3", "seed=1"], "stands alone"),

@@ -36,7 +36,7 @@ from fedgpt.config import compose
 from fedgpt.core.errors import FedGPTError, TextChanged
 from fedgpt.core.faults import Injected, injected
 from fedgpt.core.files import sha256_of
-from fedgpt.core.messages import Job, Plan
+from fedgpt.core.messages import Job, Plan, plan_as_json, plan_of_json
 from fedgpt.core.options import RunOptions, TokenizerOptions
 from fedgpt.core.resources import resources_for
 from fedgpt.data.partitions.base import Shard
@@ -47,6 +47,7 @@ from fedgpt.flower.grid_transport import GridTransport
 from fedgpt.flower.launch import client_environment
 from fedgpt.flower.local_superlink import local_superlink
 from fedgpt.storage.checkpoint import Checkpoints
+from fedgpt.storage.content import content_of
 from fedgpt.storage.initial_weights import initial_weights
 from fedgpt.storage.run_folder import read_lines
 
@@ -329,6 +330,35 @@ def test_the_file_of_a_class_of_any_kind_that_changed_is_a_warning_that_names_it
         fedgpt.run(f"resume={tmp_path / 'run'}")
     for kind in ("labels_task.DocumentLabel", "labels_task.TopTokens", "outsider.Sign"):
         assert re.search(rf"code of \S*{kind} 0123 -> \w{{16}}", caplog.text), caplog.text
+
+
+def test_a_client_whose_codec_is_in_another_file_than_the_runs_says_so_once(
+    tmp_path, monkeypatch, caplog
+):
+    """As on a resume, it may be a correction: only its comment may have changed."""
+    monkeypatch.syspath_prepend(tmp_path)
+    module = tmp_path / "own_codec.py"
+    third_party.write(tmp_path).rename(module)
+    own = ["update=custom", "update._target_=own_codec.Sign", "update.arguments={step: 0.002}"]
+    options = compose.load([*tiny_run(tmp_path), *own, "trusted_packages=[own_codec]"])
+    try:
+        work = ClientWork(options, str(tmp_path / "state"))
+        job = job_of(options, work)
+        digests = job.plan.digests | {
+            "code": content_of(options, work.texts.prepared, work.texts.shards)["code"]
+        }
+        job = replace(job, plan=replace(job.plan, digests=digests))
+        assert plan_of_json(plan_as_json(job.plan)) == job.plan
+        before = work.train(job, 0)[1].copy()
+        assert not caplog.text
+        module.write_text(module.read_text() + "# a comment\n")
+        anew = ClientWork(options, str(tmp_path / "state"))
+        for _ in range(2):
+            assert (anew.train(job, 0)[1] == before).all()
+        [told] = caplog.messages
+        assert told.startswith("own_codec.Sign: its file is not that with which the run began")
+    finally:
+        sys.modules.pop("own_codec", None)
 
 
 @pytest.mark.parametrize("change", ["swapped", "one document moved"])

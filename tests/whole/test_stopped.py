@@ -23,6 +23,7 @@ from support.world import (
     without_notices,
 )
 
+from fedgpt import cli
 from fedgpt.storage.checkpoint import Checkpoints
 from fedgpt.storage.run_folder import read_lines
 
@@ -125,6 +126,52 @@ def test_a_run_stopped_once_and_resumed_equals_the_uninterrupted_run(
     wait_until(lambda: not world.processes(), 30)
     world.fedgpt("run", f"resume={folder}")
     assert_equals_uninterrupted(world, folder, results)
+
+
+@pytest.mark.slow
+def test_a_sweep_that_is_stopped_starts_no_other_run(world):
+    """Its exit code is that of a stopped run, whose folder the message names."""
+    code, errors = stop(
+        world,
+        ["-m", *world.options, *STOPPED, "seed=1,2", "run_dir=swept-${seed}"],
+        world.root / "swept-1",
+        0,
+        lambda pid: os.kill(pid, signal.SIGTERM),
+    )
+    assert code == 130 and "Traceback" not in errors
+    assert errors.endswith(f"continue with: fedgpt run resume={world.root / 'swept-1'}\n")
+    assert not (world.root / "swept-2").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("command", ["run", "data"])
+def test_a_command_that_is_stopped_before_its_work_ends_with_130(
+    tmp_path, monkeypatch, capsys, command, number
+):
+    """While the text is read there is no run yet that could be continued."""
+    source = f"""
+import os, signal
+from dataclasses import dataclass
+from fedgpt.data.corpora.base import Corpus
+
+@dataclass(frozen=True)
+class Stops(Corpus):
+    def documents(self):
+        os.kill(os.getpid(), {int(number)})
+        yield from ()
+"""
+    (tmp_path / "stops.py").write_text(source)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path)])
+    handler = signal.getsignal(signal.SIGTERM)
+    corpus = ["corpus=custom", "corpus._target_=stops.Stops", "trusted_packages=[stops]"]
+    try:
+        assert cli.dispatch(command, [*corpus, f"cache_dir={tmp_path / 'cache'}"]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        sys.modules.pop("stops", None)
+    assert capsys.readouterr().err.endswith("fedgpt: interrupted\n")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_too_few_updates_end_the_run_with_exit_code_3_and_the_reason(world):

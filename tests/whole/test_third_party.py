@@ -72,7 +72,7 @@ def test_every_command_works_with_third_party_classes_from_an_empty_folder(tmp_p
     words = [*tiny_model(), *CUSTOM, f"run_dir={tmp_path / 'run'}", f"cache_dir={tmp_path}"]
     shown = command("data", *words)
     assert f"{third_party.MODULE}.Poems" in shown and "client-002" in shown
-    assert "weights" in command("run", *words)
+    assert "weights" in command("run", *words, "runtime.workers=1")
     digest = json.loads((tmp_path / "run" / "summary.json").read_text())["weights_sha256"]
     for file in (tmp_path / "run" / "model").iterdir():  # `resume` must write them again
         file.unlink()

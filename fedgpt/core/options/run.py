@@ -133,7 +133,11 @@ class RunOptions(Group):
         if self.privacy.unit == "client":  # a rejected update would tell of the others' norms
             yield "validate.norm", "privacy=client; choose privacy=example or local"
         if self.partition.name not in ("dirichlet", "custom") and self.task.name == "lm":
-            yield "corpus.label_field", f"partition={self.partition.name}; add partition=dirichlet"
+            yield (
+                "corpus.label_field",
+                f"partition={self.partition.name}; add partition=dirichlet if corpus.path has"
+                " records",
+            )
         if self.corpus.at_sites:
             for one in ("", *(f".{field.name}" for field in fields(self.partition))):
                 yield f"partition{one}", "corpus=site, where each client has its own text"

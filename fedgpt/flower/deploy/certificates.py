@@ -99,8 +99,8 @@ def new_certificate(
     end = min(now + timedelta(days=SERVER_DAYS - EARLIER), ca.not_valid_after_utc)
     if end <= now:
         raise FedGPTError(
-            f"the CA ended on {end:%Y-%m-%d}: make another folder with `fedgpt keys init`, in which"
-            " the sites are approved again"
+            f"the CA ended on {end:%Y-%m-%d}: make another folder with `fedgpt keys init`, and"
+            " approve a new request of each site in it"
         )
     names = [_general_name(host) for host in dict.fromkeys([*hosts, *LOCAL])]
     authority = x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key())

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Message
 from flwr.app.message import remove_content_from_message
@@ -21,7 +22,12 @@ from flwr.proto.fleet_pb2 import (
     PushMessagesRequest,
 )
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PushObjectRequest
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    Metadata,
+    ObjectTree,
+    PushObjectRequest,
+)
 from flwr.proto.node_pb2 import Node
 from flwr.proto.run_pb2 import GetRunRequest
 from flwr.supercore.inflatable.inflatable_object import (
@@ -41,6 +47,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+PASSING = (502, 503, 504)  # statuses of a server that is overloaded or restarts
 PULL_SECONDS = 600.0  # longest wait for the objects of a message that the server still sends
 
 
@@ -57,6 +64,13 @@ class Upload:
     objects: dict[str, InflatableObject]  # id -> object that has not been sent
 
 
+def passes(error: Exception) -> bool:
+    """Whether an error is of the network or of a server that is away, so that waiting may help."""
+    if isinstance(error, httpx.HTTPStatusError):
+        return error.response.status_code in PASSING
+    return isinstance(error, httpx.TransportError)
+
+
 class FleetConnection:
     """The connection of the node with the private `key` to the SuperLink at `address`.
 
@@ -69,6 +83,8 @@ class FleetConnection:
         """`address`: host and port; without `root_certificates` (PEM) there is no encryption."""
         self._public_key = public_key_to_bytes(key.public_key())
         self._node = Node()
+        # the message that is being read: about it, and its objects
+        self._handed: tuple[Metadata, ObjectTree] | None = None
         self._client = FleetHttpClient.from_server_address(
             address,
             insecure=root_certificates is None,
@@ -97,12 +113,24 @@ class FleetConnection:
     def receive(self) -> Message | None:
         """The next message with all its content; None if there is none.
 
-        Raises whatever the reading of a malformed message raises.
+        After an interruption the next call goes on with the same message, because a SuperLink hands
+        out each message once. Raises whatever the reading of a malformed message raises.
         """
-        found = self._client.PullMessages(PullMessagesRequest(node=self._node))
-        if not found.messages_list:
-            return None
-        metadata, tree = found.messages_list[0].metadata, found.message_object_trees[0]
+        if self._handed is None:
+            found = self._client.PullMessages(PullMessagesRequest(node=self._node))
+            if not found.messages_list:
+                return None
+            self._handed = found.messages_list[0].metadata, found.message_object_trees[0]
+        try:
+            message = self._read(*self._handed)
+        except Exception as error:
+            if not passes(error):
+                self._handed = None
+            raise
+        self._handed = None
+        return message
+
+    def _read(self, metadata: Metadata, tree: ObjectTree) -> Message:
         # the server may still be sending them
         contents = pull_objects(
             [one.object_id for one in iterate_object_tree(tree)],

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from fedgpt.core.errors import ConfigError, FedGPTError
-from fedgpt.core.files import sync, typed_path
+from fedgpt.core.files import once, sync, typed_path
 
 FORMAT = 1
 LARGEST = 1 << 24  # bytes of a file; a list of 20,000 sites has fewer
@@ -63,7 +63,7 @@ def read(path: Path, private: bool = True) -> bytes:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         if error.errno == errno.ELOOP:
-            raise FedGPTError(f"{path} is a symbolic link; name the file itself") from None
+            raise FedGPTError(f"{path} is a symbolic link; put the file itself there") from None
         raise FedGPTError(f"{path} cannot be read: {error.strerror}") from None
     try:
         found = os.fstat(handle)
@@ -117,7 +117,7 @@ def document(path: Path, kind: str, private: bool = True) -> dict[str, Any]:
     Raises FedGPTError as `read` does, and for a file that is damaged or of another kind or format.
     """
     try:
-        content = json.loads(read(path, private).decode("utf-8"), object_pairs_hook=_once)
+        content = json.loads(read(path, private).decode("utf-8"), object_pairs_hook=once)
     except (ValueError, RecursionError) as damage:
         raise FedGPTError(f"{path} is damaged: {damage}") from None
     return checked(content, kind, str(path))
@@ -244,11 +244,3 @@ def _bytes(content: Mapping[str, Any]) -> bytes:
     """What a signature is over: kind and format are in it, so that it holds for nothing else."""
     unsigned = {name: value for name, value in content.items() if name != "signature"}
     return json.dumps(unsigned, sort_keys=True, separators=(",", ":")).encode("ascii")
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object in which no name stands twice: of two, the reader would choose one."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a name stands twice in it")
-    return found

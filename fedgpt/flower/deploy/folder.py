@@ -29,6 +29,7 @@ from fedgpt.flower.deploy.documents import as_text, document, fingerprint, path_
 
 PORT = 9443
 SOON = 30  # days before its end from which a certificate should be renewed
+LOOPBACK = ("127.0.0.1", "::1", "localhost")  # where no other machine can listen
 PATIENCE = 10  # seconds to wait for another command that changes the folder
 FILES = CA_KEY, CA, KEY, CERTIFICATE, SITES, SETTINGS = (
     *("ca.key", "ca.pem", "server.key", "server.pem", "sites.json", "server.json"),
@@ -51,7 +52,11 @@ class Server:
     def warning(self) -> str:
         """What the operator has to do soon, because a certificate ends; empty if nothing."""
         end, what, remedy = min(
-            (self.ca_expires, "CA", "make another folder, in which the sites are approved again"),
+            (
+                self.ca_expires,
+                "CA",
+                "make another folder, and approve a new request of each site in it",
+            ),
             (
                 self.expires,
                 "certificate",
@@ -178,6 +183,21 @@ def checked_folder(folder: str | Path) -> Path:
         raise FedGPTError(f"{path} is {kind}; name the folder of a server")
     documents.check_private(path, found)
     return path
+
+
+def checked_host(host: str | None, insecure: bool) -> str | None:
+    """The address to listen on, None for all of this machine.
+
+    Raises ConfigError if it is `insecure`, without TLS, and not a loopback address.
+    """
+    if not insecure:
+        return host
+    if host not in (None, *LOOPBACK):
+        raise ConfigError(
+            f"--insecure --host={host}: without TLS a server listens on this machine alone; leave"
+            f" out --insecure, or take --host={LOOPBACK[0]}"
+        )
+    return host or LOOPBACK[0]
 
 
 @contextmanager

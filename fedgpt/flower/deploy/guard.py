@@ -45,7 +45,14 @@ PATHS = {
     "pull-object": SMALL,
     "confirm-message-received": SMALL,
 }
-RESPONSES = {"pull-messages": PullMessagesResponse, "push-messages": PushMessagesResponse}
+# requests whose success changes what a node may do next -> the class of the response, if it is read
+NOTED = {
+    "activate-node": None,
+    "deactivate-node": None,
+    "confirm-message-received": None,
+    "pull-messages": PullMessagesResponse,
+    "push-messages": PushMessagesResponse,
+}
 # a body ends after so many seconds at the latest, as an upload of Flower's, or after a pause
 BODY_SECONDS, PAUSE_SECONDS = 180.0, 20.0
 LOOK_SECONDS = 60.0  # between two looks which nodes are away
@@ -200,19 +207,24 @@ def _replayed(body: bytes, receive: Receive) -> Receive:
 
 
 def _noting(node: Exchange, what: str, request: Message, send: Send) -> Send:
-    """A send that first notes at `node` what a successful response changes."""
-    status, content = 0, bytearray()
+    """A send that first notes at `node` what a successful response changes.
+
+    The content is held back until it is whole: a node that has read it asks for more at once.
+    """
+    if what not in NOTED:
+        return send
+    kind, status, content = NOTED[what], 0, bytearray()
 
     async def noting(event: Event) -> None:
         nonlocal status
         if event["type"] == "http.response.start":
             status = event["status"]
         elif status == 200:
-            if what in RESPONSES:
-                content.extend(event.get("body", b""))
-            if not event.get("more_body", False):
-                response = RESPONSES[what].FromString(bytes(content)) if what in RESPONSES else None
-                node.note(what, request, response)
+            content.extend(event.get("body", b""))
+            if event.get("more_body", False):
+                return
+            node.note(what, request, kind.FromString(bytes(content)) if kind else None)
+            event = {**event, "body": bytes(content)}
         await send(event)
 
     return noting

@@ -19,10 +19,8 @@ from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
-import httpx
 from fastapi import FastAPI
 from flwr.common.constant import ISOLATION_MODE_PROCESS, TRANSPORT_TYPE_GRPC_RERE
-from flwr.supercore.control.control_http_client import ControlHttpClient
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
@@ -41,7 +39,6 @@ from fedgpt.flower.launch import FLOWER_ENV
 CONTROL, RUNTIME = ("/v1/control/", "/health"), ("/v1/runtime/",)
 LONGEST_SOCKET = 100  # bytes of the path of a unix socket
 CONTROL_SOCKET = "control.sock"
-CALL_SECONDS = 30.0  # for an answer of the control API
 CLOSE_SECONDS = 1.0  # for answers that are under way when the link stops
 _LOOPBACK = "127.0.0.1"
 _TCP = Path("/proc/self/net/tcp")
@@ -157,15 +154,6 @@ def runtime_socket() -> socket.socket:
     one = socket.socket()
     one.bind((_LOOPBACK, 0))
     return one
-
-
-def control_client(folder: Path) -> ControlHttpClient:
-    """A client of Flower's control API at the link that runs in the folder."""
-    client = ControlHttpClient("http://link")
-    client.close()
-    transport = httpx.HTTPTransport(uds=str(folder / CONTROL_SOCKET))
-    client._client = httpx.Client(transport=transport, timeout=CALL_SECONDS)
-    return client
 
 
 def control_socket(path: Path) -> socket.socket:

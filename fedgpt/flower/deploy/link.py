@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import secrets
+import shlex
 import signal
 import ssl
 import stat
@@ -36,7 +37,7 @@ from flwr.server.superlink.linkstate import LinkState
 from fedgpt.core.errors import ConfigError, FedGPTError
 from fedgpt.core.files import PRIVATE, read_json, write_text
 from fedgpt.flower.deploy import inner
-from fedgpt.flower.deploy.folder import SITES
+from fedgpt.flower.deploy.folder import SITES, checked_host
 from fedgpt.flower.deploy.guard import Guard
 from fedgpt.flower.deploy.keys import sites as approved_sites
 from fedgpt.flower.deploy.limits import Record
@@ -61,6 +62,12 @@ class Settings:
     host: str | None  # None: all addresses of this machine
     port: int
     reply_objects: int = REPLY_OBJECTS
+    insecure: bool = False  # without TLS
+
+    @property
+    def files(self) -> tuple[Path, Path] | None:
+        """The certificate and its key, if there is TLS."""
+        return None if self.insecure else (self.folder / CERTIFICATE, self.folder / KEY)
 
 
 class Sites:
@@ -94,9 +101,8 @@ async def serve(settings: Settings) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     folder, secret = settings.folder, secrets.token_bytes(_SECRET_BYTES)
     os.environ[NODES_FILE] = str(folder / NODES)
-    files = folder / CERTIFICATE, folder / KEY
     # before the files are read, so that no change is missed
-    list_changed, files_changed = _watch(folder / SITES), _watch(*files)
+    list_changed, files_changed = _watch(folder / SITES), _watch(*settings.files or ())
     app = inner.flower_app(folder, secret)
     link_state = app.state.linkstate_factory.state()
     stop_old_runs(link_state)
@@ -105,6 +111,9 @@ async def serve(settings: Settings) -> None:
         record = Record(stack.enter_context(_audit(folder)))
         guard = Guard(app, lambda: sites.keys, record, settings.reply_objects)
         state = dict(await stack.enter_async_context(app.router.lifespan_context(app)) or {})
+        listener = _new_listener(guard, settings.files, state)
+        # first: whoever is answered on the control socket may rely on the port
+        await stack.enter_async_context(_listening(listener, settings))
         runtime = inner.runtime_socket()
         control = inner.control_socket(folder / inner.CONTROL_SOCKET)
         stack.callback((folder / inner.CONTROL_SOCKET).unlink, missing_ok=True)
@@ -112,9 +121,8 @@ async def serve(settings: Settings) -> None:
             await stack.enter_async_context(inner.served(inner.Only(app, paths), one, state))
         port = runtime.getsockname()[1]
         starter = await stack.enter_async_context(inner.superexec(folder, port, secret))
-        listener = _new_listener(guard, files, state)
-        await stack.enter_async_context(_listening(listener, settings))
-        print(f"link: port {listener.port}, {len(sites.keys)} approved sites", flush=True)
+        where = f"port {listener.port}{' without TLS' if settings.insecure else ''}"
+        print(f"link: {where}, {len(sites.keys)} approved sites", flush=True)
         while not stop.is_set():
             await _wait(stop)
             listener.check()
@@ -137,9 +145,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=REPLY_OBJECTS,
         help=f"most objects (5 MiB) of a client's reply (default {REPLY_OBJECTS})",
     )
+    parser.add_argument("--insecure", action="store_true", help="without TLS, on loopback only")
     given = parser.parse_args(arguments)
     try:
-        settings = checked_settings(Path(given.folder), given.host, given.reply_objects)
+        settings = checked_settings(given)
         with FileLock(settings.folder / "link.lock", timeout=0):
             asyncio.run(serve(settings))
     except Timeout:
@@ -151,19 +160,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def checked_settings(folder: Path, host: str | None, reply_objects: int) -> Settings:
+def checked_settings(given: argparse.Namespace) -> Settings:
     """The settings of a server's folder; raises ConfigError, FedGPTError."""
-    if reply_objects < 1:
-        raise ConfigError(f"--reply-objects={reply_objects}: must be at least 1")
+    folder = Path(given.folder)
+    if given.reply_objects < 1:
+        raise ConfigError(f"--reply-objects={given.reply_objects}: must be at least 1")
+    host = checked_host(given.host, given.insecure)
     if not folder.is_dir():
-        raise ConfigError(f"DIR={folder}: no such folder; make one: fedgpt keys init {folder}")
+        typed = shlex.quote(str(folder))
+        raise ConfigError(
+            f"DIR={folder}: no such folder; make one with: fedgpt keys init {typed} --host NAME"
+        )
     folder = folder.absolute()
     if stat.S_IMODE(folder.stat().st_mode) & 0o077:
         raise ConfigError(f"DIR={folder}: other users may open it; allow only yours: chmod 700")
     port = read_json(folder / "server.json").get("port")
     if not isinstance(port, int) or not 0 <= port < 1 << 16:
         raise FedGPTError(f"{folder / 'server.json'}: port={port!r}, must be from 1 to 65535")
-    return Settings(folder, host, port, reply_objects)
+    return Settings(folder, host, port, given.reply_objects, given.insecure)
 
 
 @asynccontextmanager
@@ -210,9 +224,11 @@ def _watch(*files: Path) -> Callable[[], bool]:
     return changed
 
 
-def _new_listener(guard: Guard, files: tuple[Path, Path], state: dict[str, Any]) -> Listener:
+def _new_listener(guard: Guard, files: tuple[Path, Path] | None, state: dict[str, Any]) -> Listener:
+    if files is None:
+        return Listener(guard, None, state)
     try:
-        return Listener(guard, str(files[0]), str(files[1]), state)
+        return Listener(guard, (str(files[0]), str(files[1])), state)
     except OSError as error:
         raise FedGPTError(f"{files[0]} and {files[1].name} cannot be used: {error}") from None
 

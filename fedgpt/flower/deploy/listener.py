@@ -106,10 +106,14 @@ class Http(H11Protocol):
 
 
 class Listener:
-    """Accepts connections for a guard; `state` is the lifespan state of Flower's application."""
+    """Accepts connections for a guard.
 
-    def __init__(self, guard: Guard, certificate: str, key: str, state: dict[str, Any]):
-        self._files, self._state = (certificate, key), state
+    `files` are a certificate and its key; without them there is no encryption. `state` is the
+    lifespan state of Flower's application.
+    """
+
+    def __init__(self, guard: Guard, files: tuple[str, str] | None, state: dict[str, Any]):
+        self._files, self._state = files, state
         self._context = self._new_context()
         self._config, self._server = http_config(guard), ServerState()
         self._places = Connections(guard.addresses, guard.record)
@@ -153,7 +157,9 @@ class Listener:
         """The port, also where the system was asked to choose one."""
         return self._sockets[0].getsockname()[1]
 
-    def _new_context(self) -> ssl.SSLContext:
+    def _new_context(self) -> ssl.SSLContext | None:
+        if self._files is None:
+            return None
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.options |= ssl.OP_NO_RENEGOTIATION
@@ -205,7 +211,7 @@ class Listener:
         first = connection.socket.recv(1, socket.MSG_PEEK)
         if not first:
             return
-        if first != _TLS_HANDSHAKE:
+        if self._context is not None and first != _TLS_HANDSHAKE:
             connection.socket.send(_PLAIN_ANSWER)
             connection.socket.recv(HEADERS)  # else the system resets before the answer is read
             raise Refused(400, "plaintext", "a request without TLS")
@@ -213,8 +219,8 @@ class Listener:
             partial(Http, connection, self._config, self._server, self._state),
             connection.socket,
             ssl=self._context,
-            ssl_handshake_timeout=TLS_SECONDS,
-            ssl_shutdown_timeout=SHUTDOWN_SECONDS,
+            ssl_handshake_timeout=TLS_SECONDS if self._context else None,
+            ssl_shutdown_timeout=SHUTDOWN_SECONDS if self._context else None,
         )
 
 

@@ -27,7 +27,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedgpt.client.policy import PolicyRefused
 from fedgpt.core.errors import FedGPTError
-from fedgpt.flower.deploy.connection import FleetConnection, UploadEnded
+from fedgpt.flower.deploy.connection import FleetConnection, UploadEnded, passes
 
 App = Callable[[Message, Context], Message]  # such as a ClientApp
 Found = TypeVar("Found")
@@ -38,7 +38,6 @@ MOST_PAUSE = 20.0  # longest pause between two attempts to connect
 RESTART_SECONDS = 90.0
 # reasons of the guard for which it is no use to wait: a key that is not approved, a wrong clock
 HOPELESS = (" unknown_key: ", " clock: ")
-PASSING = (502, 503, 504)  # statuses of a server that is overloaded or restarts
 log = logging.getLogger(__name__)
 
 
@@ -99,8 +98,11 @@ class PersistentNode:
         while not self._stopped.is_set():
             try:
                 message = self._persist(self._connection.receive)
-            except httpx.HTTPStatusError as error:  # such as a key that was revoked
-                raise NotAccepted(reason_of(error)) from error
+            except httpx.HTTPStatusError as error:
+                if error.response.status_code != httpx.codes.FORBIDDEN:  # a key that was revoked
+                    raise NotAccepted(reason_of(error)) from error
+                log.warning("a job was not read: %s", reason_of(error))  # its run is over
+                continue
             except NotAccepted:
                 raise
             except Exception as error:  # any, for a message that cannot be read: it is gone
@@ -158,7 +160,7 @@ class PersistentNode:
             try:
                 answer = request()
             except httpx.HTTPStatusError as error:
-                if error.response.status_code not in PASSING:
+                if not passes(error):
                     raise
                 why = reason_of(error)
             except httpx.TransportError as error:

@@ -17,6 +17,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID
+from support.advice import advises
 from support.deployment import HOSTS, deployment
 
 from fedgpt.core.errors import FedGPTError
@@ -24,6 +25,7 @@ from fedgpt.core.files import write_text
 from fedgpt.flower.deploy.certificates import host_of, new_ca, new_certificate, pem, read_ca
 from fedgpt.flower.deploy.documents import private_key, private_text
 from fedgpt.flower.deploy.folder import ca_of, init, read_server, renew
+from fedgpt.flower.deploy.kit import read_kit
 
 NOW = datetime.now(UTC)
 # why OpenSSL refuses a certificate
@@ -158,8 +160,13 @@ def test_sites_accept_a_renewed_certificate_with_the_ca_that_they_have(folder, t
 def test_renewal_takes_up_the_hosts_of_server_json(folder):
     settings = folder / "server.json"
     settings.write_text(settings.read_text().replace(HOSTS[0], "moved.example.org"))
-    with pytest.raises(FedGPTError, match=r"is not for the host moved\.example\.org .* keys renew"):
+    with pytest.raises(FedGPTError) as refused:
         read_server(folder)
+    advises(
+        refused.value,
+        "is not for the host moved.example.org of server.json; make one that is with: fedgpt keys"
+        f" renew {folder}",
+    )
     assert "moved.example.org" in renew(folder).certified
     connect(*files(folder), "moved.example.org")
     assert refusal(*files(folder), HOSTS[0]) == OTHER_HOST
@@ -183,13 +190,21 @@ def test_renewal_repairs_any_certificate(folder, damage):
     connect(*files(folder), HOSTS[0])
 
 
-def test_a_certificate_ends_with_its_ca_and_none_is_made_after_it(folder):
+def test_a_certificate_ends_with_its_ca_and_none_is_made_after_it(folder, tmp_path):
     ca_key, ca = new_ca(NOW - timedelta(days=3600))
     last = new_certificate(ca, ca_key, ca_key.public_key(), HOSTS, NOW)
     assert last.not_valid_after_utc == ca.not_valid_after_utc
     ca_key, ca = new_ca(NOW - timedelta(days=3651))
-    with pytest.raises(FedGPTError, match=r"the CA ended on .*`fedgpt keys init`"):
+    with pytest.raises(FedGPTError, match="the CA ended on ") as refused:
         new_certificate(ca, ca_key, ca_key.public_key(), HOSTS, NOW)
+    advises(
+        refused.value,
+        ": make another folder with `fedgpt keys init`, and approve a new request of each site in"
+        " it",
+    )
+    another = deployment(tmp_path / "another", "a").folder
+    write_text(tmp_path / "ca", read_kit(tmp_path / "another/a.kit").approval.ca)
+    connect(another / "server.pem", another / "server.key", tmp_path / "ca", HOSTS[0])
 
 
 @pytest.mark.parametrize(

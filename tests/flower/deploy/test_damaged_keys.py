@@ -286,7 +286,7 @@ def test_a_name_that_stands_twice(place, name, field):
     read = {KIT: read_kit, REQUEST: read_request}.get(name, lambda path: sites(path.parent))
     with (
         damaged(place / name, lambda good: good.replace(field, field + b": {}, " + field, 1)),
-        pytest.raises(FedGPTError, match="a name stands twice in it"),
+        pytest.raises(FedGPTError, match=r"the name .* stands twice in it"),
     ):
         read(place / name)
 

@@ -1,4 +1,4 @@
-"""The commands of docs/deploy.md, typed one after the other, print what it shows."""
+"""The commands of docs/deploy.md about keys, typed one after the other, print what it shows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from test_tutorial import alike, shown
 from fedgpt import cli
 from fedgpt.flower.deploy.keys import all_sites, read_kit, sites
 
-DOCUMENT = TEXTS["docs/deploy.md"]
+DOCUMENT = TEXTS["docs/deploy.md"].partition("\n## The server\n")[0]
 
 
 def without_keys(text: str) -> str:

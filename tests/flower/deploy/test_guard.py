@@ -26,7 +26,8 @@ from flwr.proto.message_pb2 import (
     PushObjectResponse,
 )
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
-from support.link import PROTOBUF, Fleet, Site
+from support.advice import advises
+from support.link import PROTOBUF, Fleet, Site, call
 
 from fedgpt.flower.deploy import exchange, guard, limits
 
@@ -370,6 +371,26 @@ def test_who_has_no_approved_key_and_a_fresh_signature_is_refused_unread(fleet, 
     assert {(line["reason"], line["node"]) for line in fleet.lines} == {(reason, None)}
 
 
+def test_a_node_whose_clock_is_set_is_let_in(fleet):
+    north, _ = fleet.sites
+    request = PullMessagesRequest(node=fleet.of(north))
+    slow = north.headers(datetime.now(UTC) - timedelta(minutes=20))
+    refused = fleet.ask("pull-messages", request, None, headers=slow)
+    assert refused.reason == "clock"
+    advises(refused.detail, "the node's clock differs from the server's by -1200 s; set its time")
+    assert fleet.pull(north).status == 200
+
+
+def test_a_node_without_a_key_is_let_in_with_it(fleet):
+    north, _ = fleet.sites
+    key = [(b"flwr-public-key", b64encode(north.public))]
+    headers = [(b"content-type", PROTOBUF), (b"content-length", b"0")]
+    refused = fleet.send(guard.REGISTER, [*headers, *key], [b""])
+    assert refused.status == 412
+    advises(refused.detail, "path: give this node its key: only registered nodes may join")
+    assert fleet.pull(north).status == 200
+
+
 def test_signatures_within_the_time_of_flower_are_accepted(fleet):
     north, _ = fleet.sites
     request = PullMessagesRequest(node=fleet.of(north))
@@ -500,6 +521,31 @@ def test_a_confirmed_message_cannot_be_read_again(fleet):
     job = handed(fleet, north)
     assert confirm(fleet, north, job.metadata.message_id).status == 200
     assert pull_object(fleet, north, job.object_id).reason == "foreign_id"
+
+
+def test_a_node_may_fetch_a_job_as_soon_as_it_has_read_that_there_is_one(fleet, monkeypatch):
+    """Flower sends a response in two pieces, of which the second is empty."""
+    north, _ = fleet.sites
+    job = fleet.job(north, ARRAY)
+    wanted = PullObjectRequest(
+        node=fleet.of(north), run_id=fleet.run_id, object_id=job.object_id
+    ).SerializeToString()
+    length = ("content-length", str(len(wanted)))
+    headers = {"content-type": PROTOBUF.decode(), **north.headers()}
+    raw = [(name.encode(), value.encode()) for name, value in (*headers.items(), length)]
+    answers, real = [], fleet.guard
+
+    async def eager(scope, receive, send) -> None:
+        async def at_once(event) -> None:
+            if event.get("body"):
+                answers.append(await call(real, "/v1/fleet/pull-object", raw, [wanted]))
+            await send(event)
+
+        await real(scope, receive, at_once)
+
+    monkeypatch.setattr(fleet, "guard", eager)
+    assert len(PullMessagesResponse.FromString(fleet.pull(north).body).messages_list) == 1
+    assert [answer.status for answer in answers] == [200]
 
 
 def test_a_node_that_starts_again_has_been_handed_nothing(fleet):

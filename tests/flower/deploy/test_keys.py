@@ -24,6 +24,7 @@ from flwr.supercore.object_store import ObjectStoreFactory
 from flwr.supercore.primitives import asymmetric
 from flwr.superlink.federation import NoOpFederationManager
 from flwr.supernode.cli.flower_supernode import _try_setup_client_authentication
+from support.advice import advises
 from support.deployment import HOSTS, deployment
 from support.disk import largest_file
 from support.users import become_nobody, folder_of_root
@@ -199,6 +200,10 @@ def test_init_never_replaces_what_exists(here, typed, what):
     code, printed = typed("init", "server", "--host", "a.org")
     assert code == 2 and "server: exists and is never replaced" in printed
     assert sorted(map(str, here.rglob("*"))) == before
+    advises(printed, "; name a folder that is new or empty")
+    (here / "empty").mkdir()
+    for name in ("new", "empty"):
+        assert typed("init", name, "--host", "a.org")[0] == 0
 
 
 def test_init_fills_an_empty_folder(here, typed):
@@ -225,6 +230,34 @@ def test_init_names_each_wrong_host_and_port_as_typed(here, typed, words, proble
     code, printed = typed("init", "server", *words)
     assert code == 2 and all(problem in printed for problem in problems), printed
     assert not list(here.iterdir())
+
+
+# words that are refused, the advice, and the words that it leads to
+INIT_REMEDIES = [
+    (
+        [],
+        "--host: name at least one host name or IP address by which clients reach the server",
+        ["--host", "fed.example.org"],
+    ),
+    (
+        ["--host", "0.0.0.0"],
+        "is not an address that clients can connect to; type the machine's own",
+        ["--host", "10.0.0.5"],
+    ),
+    (
+        ["--host", "m\N{LATIN SMALL LETTER U WITH DIAERESIS}nchen.example"],
+        "has other letters than a to z; type it in the form that begins with xn--",
+        ["--host", "m\N{LATIN SMALL LETTER U WITH DIAERESIS}nchen.example".encode("idna").decode()],
+    ),
+]
+
+
+@pytest.mark.parametrize("words, advice, better", INIT_REMEDIES)
+def test_the_advice_on_a_host_helps(here, typed, words, advice, better):
+    code, printed = typed("init", "server", *words)
+    assert code == 2 and advice in printed
+    assert typed("init", "server", *better)[0] == 0
+    assert better[1] in read_server("server").certified
 
 
 def test_an_address_is_in_the_form_that_flower_takes(here):
@@ -287,8 +320,15 @@ def test_an_existing_kit_is_never_overwritten(here, typed):
     code, printed = typed("request", "a")
     assert code == 2 and "a.kit: exists and is never replaced" in printed
     assert before == [(here / name).read_bytes() for name in ("a.kit", "a.request")]
+    advises(
+        printed,
+        "; name another folder with --dir, or move the kit away if its key is no longer in use",
+    )
     assert typed("request", "a", "--dir", "other/one")[0] == 0
     assert (here / "other/one/a.kit").exists()
+    (here / "a.kit").rename(here / "old.kit")
+    assert typed("request", "a")[0] == 0
+    assert (here / "old.kit").read_bytes() == before[0] != (here / "a.kit").read_bytes()
 
 
 @pytest.mark.parametrize("kind", ["link", "broken link", "folder"])
@@ -417,12 +457,15 @@ def test_a_failure_to_write_the_approval_approves_nobody(here, typed):
     server = init(here / "server", HOSTS).folder
     make_request("a", here)
     code, printed = typed("approve", "server", "a.request", "--out", "nowhere")
-    assert code == 2 and "--out nowhere: is not a folder" in printed
+    assert code == 2
+    advises(printed, "--out nowhere: is not a folder; name one that exists")
     (here / "full" / "a.approval").mkdir(parents=True)
     code, printed = typed("approve", "server", "a.request", "--out", "full")
     assert code == 1 and "full/a.approval cannot be written: Is a directory" in printed
     assert all_sites(server) == {}
-    assert typed("approve", "server", "a.request")[0] == 0
+    (here / "there").mkdir()
+    assert typed("approve", "server", "a.request", "--out", "there")[0] == 0
+    assert (here / "there" / "a.approval").is_file()
 
 
 def test_an_approval_after_a_full_disk_is_repeated(here, typed):
@@ -534,12 +577,22 @@ def test_the_list_warns_before_the_certificate_ends(here, typed, days, line):
 
 
 def test_the_list_says_when_renewal_cannot_help(here, typed, monkeypatch):
+    """In another folder a new request of each site is approved, as kits stay with their CA."""
     real = folder.certificates.new_ca
     early = timedelta(days=3640)
     monkeypatch.setattr(folder.certificates, "new_ca", lambda now: real(now - early))
-    init(here / "server", HOSTS)
+    deployment(here, "a")
     _, table = typed("list", "server")
-    assert "warning      the CA ends in 9 days" in table and "make another folder" in table
+    assert "warning      the CA ends in 9 days" in table
+    advises(table.strip(), "make another folder, and approve a new request of each site in it")
+    read_kit("a.kit")
+    monkeypatch.undo()
+    monkeypatch.chdir(here)
+    assert typed("init", "another", "--host", HOSTS[0])[0] == 0
+    assert typed("request", "a", "--dir", "new")[0] == 0
+    assert typed("approve", "another", "new/a.request", "--out", "new")[0] == 0
+    assert read_kit("new/a.kit").approval.ca == (here / "another/ca.pem").read_text()
+    assert "warning" not in typed("list", "another")[1]
 
 
 # ---- a kit and its approval
@@ -561,9 +614,20 @@ def test_an_approval_is_joined_into_the_kit_and_said_so(here, caplog):
 def test_a_kit_without_an_approval_says_what_to_do(here):
     make_request("a", here)
     before = (here / "a.kit").read_bytes()
-    with pytest.raises(FedGPTError, match=r"give a\.request to the operator .* put a\.approval"):
+    with pytest.raises(FedGPTError) as refused:
         read_kit("a.kit")
+    advises(
+        refused.value,
+        "a.kit is not approved: give a.request to the operator of the server, and put a.approval,"
+        " which comes back, into the folder of the kit",
+    )
     assert (here / "a.kit").read_bytes() == before
+    operator = here / "operator"
+    operator.mkdir()
+    shutil.move(here / "a.request", operator)
+    approve(init(operator / "server", HOSTS).folder, operator / "a.request", operator)
+    shutil.move(operator / "a.approval", here)
+    assert read_kit("a.kit").approval.hosts == HOSTS
 
 
 def test_an_approved_kit_stays_with_its_ca(here):
@@ -677,12 +741,34 @@ def test_a_file_of_another_user_is_refused(here, name):
         read_all(here)
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_the_owner_of_a_file_may_read_it(monkeypatch):
+    with folder_of_root() as place:
+        monkeypatch.chdir(place)
+        place.chmod(0o777)
+        become_nobody()
+        deployment(Path(), "a")
+        os.seteuid(0)
+        with pytest.raises(FedGPTError) as refused:
+            read_kit("a.kit")
+        advises(refused.value, "and this command runs as user 0; run it as the owner")
+        become_nobody()
+        read_all(Path())
+
+
 @pytest.mark.parametrize("name", PRIVATE_FILES)
 def test_a_symbolic_link_is_refused(here, name):
     deployment(here, "a")
     (here / name).rename(here / "moved")
     (here / name).symlink_to(here / "moved")
-    with pytest.raises(FedGPTError, match=f"{name} is a symbolic link"):
+    with pytest.raises(FedGPTError, match=f"{name} is a symbolic link") as refused:
+        read_all(here)
+    if name == "server":
+        advises(refused.value, "is a symbolic link; name the folder of a server")
+        read_server(here / "moved")
+    else:
+        advises(refused.value, f"{name} is a symbolic link; put the file itself there")
+        (here / "moved").replace(here / name)
         read_all(here)
 
 
@@ -857,11 +943,26 @@ def test_messages_of_other_formats_name_both(here):
         good = path.read_bytes()
         for number in (2, 0, -1):
             changed(path, format=number)
-            with pytest.raises(FedGPTError, match=rf"{path.name} has format {number}, .* format 1"):
+            with pytest.raises(FedGPTError) as refused:
                 read()
+            advises(
+                refused.value,
+                f"{path.name} has format {number}, and this version of fedgpt reads format 1; use"
+                " the version that wrote it, or update fedgpt",
+            )
         for other in (True, 1.0, "1", None):
             changed(path, format=other)
             with pytest.raises(FedGPTError, match="has no format number"):
                 read()
         path.write_bytes(good)
         read()
+
+
+def test_a_version_of_another_format_reads_it(here, monkeypatch):
+    """As the refusal of another format advises: a version that writes format 2 reads format 2."""
+    with monkeypatch.context() as later:
+        later.setattr(documents, "FORMAT", 2)
+        deployment(here, "a")
+        read_all(here)
+    with pytest.raises(FedGPTError, match="has format 2, and this version"):
+        read_all(here)

@@ -29,7 +29,7 @@ from support.users import NOBODY
 from support.world import wait_until
 
 from fedgpt.flower.deploy import link
-from fedgpt.flower.deploy.inner import control_client
+from fedgpt.flower.deploy.control import Control
 from fedgpt.flower.processes import _descendants, child
 
 pytestmark = [
@@ -118,8 +118,8 @@ class Server:
 
     def nodes(self) -> dict[bytes, tuple[int, str]]:
         """Public key -> node id and status."""
-        with control_client(self.folder) as client:
-            found = client.ListNodes(ListNodesRequest()).nodes_info
+        with Control(self.folder) as client:
+            found = client.api.ListNodes(ListNodesRequest()).nodes_info
         return {node.public_key: (node.node_id, node.status) for node in found}
 
     def submit(self, out: Path, rounds: int) -> int:
@@ -134,12 +134,12 @@ class Server:
         request = StartRunRequest(
             fab=fab_to_proto(fab), override_config=config, federation=NOOP_FEDERATION_ID
         )
-        with control_client(self.folder) as client:
-            return client.StartRun(request).run_id
+        with Control(self.folder) as client:
+            return client.api.StartRun(request).run_id
 
     def status(self, run: int) -> tuple[str, str]:
-        with control_client(self.folder) as client:
-            found = client.ListRuns(ListRunsRequest(run_id=run)).run_dict[run].status
+        with Control(self.folder) as client:
+            found = client.api.ListRuns(ListRunsRequest(run_id=run)).run_dict[run].status
         return found.status, found.sub_status
 
     def client(self) -> httpx.Client:

@@ -39,7 +39,7 @@ class Port:
         self._thread = threading.Thread(target=self._loop.run_forever)
         self._thread.start()
         files = str(folder / "server.pem"), str(folder / "server.key")
-        self.listener = listener.Listener(self.guard, *files, {})
+        self.listener = listener.Listener(self.guard, files, {})
         self._run(self.listener.start("127.0.0.1", 0))
         self.port = self.listener.port
 
@@ -351,13 +351,13 @@ def test_a_new_certificate_is_used_at_once_and_a_wrong_pair_is_not(port, tmp_pat
 def test_a_port_in_use_is_an_error_and_all_addresses_are_served(fleet, tmp_path):
     server_folder(tmp_path, fleet.sites)
     files = str(tmp_path / "server.pem"), str(tmp_path / "server.key")
-    one = listener.Listener(Guard(fleet.app, dict, Record(print), 64), *files, {})
+    one = listener.Listener(Guard(fleet.app, dict, Record(print), 64), files, {})
     number = free_port()
 
     async def work() -> None:
         await one.start(None, number)
         with pytest.raises(OSError, match="in use"):
-            await listener.Listener(one._config.app, *files, {}).start("127.0.0.1", number)
+            await listener.Listener(one._config.app, files, {}).start("127.0.0.1", number)
         for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
             if family == socket.AF_INET6 and not socket.has_ipv6:
                 continue

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.task_identity import TaskIdentity
 from support.superlink import LiveSuperLink, in_thread, persistent_node
 
 from fedgpt.flower.deploy import node as node_module
@@ -52,6 +55,21 @@ class Server:
             self.fetcher.wait(0.1)
         assert isinstance(found[1], Message)
         return found[1]
+
+
+def announced(link: LiveSuperLink, server: Server) -> tuple[Message, Callable[[], None]]:
+    """A message of which the node is told, and a function that sends its content."""
+    TaskIdentity.run_id, TaskIdentity.node_id = link.run_id, SUPERLINK_NODE_ID
+    message = Message(RecordDict({"about": ConfigRecord({"number": 1})}), server.node, "train")
+    message.metadata.__dict__["_message_id"] = message.object_id
+    session = link.state.start_session(link.run_id)
+    link.state.store_message_and_object_tree(message, get_object_tree(message), session)
+
+    def send() -> None:
+        for key, one in get_all_nested_objects(message).items():
+            link.state.store_object(link.run_id, session, key, one.deflate())
+
+    return message, send
 
 
 @pytest.fixture
@@ -142,6 +160,35 @@ def test_a_client_that_was_killed_is_accepted_again(link, key, server, monkeypat
         server.wait_until(online=True)
         server.ask(number=1)
         assert server.answer().content["about"]["index"] == 2
+
+
+def test_a_message_whose_reading_was_interrupted_is_not_lost(link, key, server):
+    with persistent_node(link, key, "echo", {"index": 3}):
+        server.wait_until(online=True)
+        message, send = announced(link, server)
+        time.sleep(1.0)  # the client waits for the content
+        link.restart(seconds=1.0)
+        send()
+        deadline = time.monotonic() + 30
+        while not (found := link.state.get_message_res({message.object_id}, link.run_id)):
+            assert time.monotonic() < deadline, "no answer"
+            time.sleep(0.1)
+        assert found[0].has_content()
+
+
+def test_a_run_that_ends_before_its_job_was_sent_does_not_end_the_client(link, key, server):
+    """As where the server of the run is killed between announcing a job and sending it."""
+    with persistent_node(link, key, "echo", {"index": 0}) as process:
+        server.wait_until(online=True)
+        announced(link, server)
+        time.sleep(2.0)  # the client waits for the content
+        server.fetcher.close()
+        link.state.stop_run(link.run_id)
+        time.sleep(2.0)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+        assert "a job was not read: the server refuses with status 403" in process.stderr.read()
 
 
 def test_the_end_of_a_run_does_not_end_the_client(link, key, server):

@@ -1,0 +1,163 @@
+"""`fedgpt server`, `submit` and `status`: what they refuse, and what they say without a server."""
+
+from __future__ import annotations
+
+import json
+import socket
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+from support.advice import advises
+from support.deployment import deployment
+from support.here import SMALL, tiny_run
+from support.link import free_port
+from support.metrics_text import parsed
+
+from fedgpt import cli
+from fedgpt.config.compose import load, to_yaml
+from fedgpt.flower.deploy import folder as server_folder
+from fedgpt.flower.deploy import queue
+from fedgpt.flower.deploy.monitor import CONTENT_TYPE, monitored
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return deployment(tmp_path, "north", "south").folder
+
+
+@pytest.fixture
+def typed(capsys):
+    """Type a command: the exit code, stdout and stderr."""
+
+    def type_it(*words: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        command, *arguments = map(str, words)
+        try:
+            code = cli.dispatch(command, arguments)
+        except SystemExit as ended:  # argparse
+            code = int(ended.code or 0)
+        found = capsys.readouterr()
+        return code, found.out, found.err
+
+    return type_it
+
+
+REMEDIES = {
+    "rounds=0": "rounds=0: must be at least 1",
+    "rounds": "rounds: options are typed key=value",
+    "runtime=ray": "runtime=ray: the clients of a server are its sites; leave it out",
+    "runtime.workers=3": "runtime.workers=3: the clients of a server are its sites; leave it out",
+    "resume=nowhere": "nowhere",
+}
+
+
+@pytest.mark.parametrize("word", REMEDIES)
+@pytest.mark.parametrize("command", ["server", "submit"])
+def test_wrong_options_are_refused_before_anything_is_started(folder, typed, command, word):
+    before = sorted(folder.rglob("*"))
+    code, out, err = typed(command, folder, word)
+    assert (code, out) == (2, "") and REMEDIES[word] in err
+    assert sorted(folder.rglob("*")) == before, "no lock, no queue, no folder of a run"
+
+
+FLAGS = {
+    "--status-port=70000": "--status-port=70000: must be from 0 (none) to 65535",
+    "--insecure --host=0.0.0.0": "--insecure --host=0.0.0.0: without TLS a server listens on this",
+    "--secure": "unrecognized arguments: --secure",
+}
+
+
+@pytest.mark.parametrize("words", FLAGS)
+def test_wrong_flags_are_refused(folder, typed, words):
+    code, _, err = typed("server", folder, *words.split(), "rounds=3")
+    assert code == 2 and FLAGS[words] in err and not (folder / "queue").exists()
+
+
+def test_without_tls_the_advice_leads_to_a_loopback_address(folder, typed):
+    _, _, err = typed("server", folder, "--insecure", "--host=192.0.2.7", "--print")
+    advises(err, "leave out --insecure, or take --host=127.0.0.1")
+    assert typed("server", folder, "--insecure", "--host=127.0.0.1", "--print")[0] == 0
+    assert typed("server", folder, "--host=192.0.2.7", "--print")[0] == 0
+    assert server_folder.checked_host(None, insecure=True) == "127.0.0.1"
+
+
+@pytest.mark.parametrize("command", ["server", "submit", "status"])
+def test_a_folder_that_is_no_servers_is_refused(tmp_path, typed, command):
+    code, out, err = typed(command, tmp_path / "none")
+    assert (code, out) == (1, "") and "fedgpt keys init" in err
+
+
+def test_a_run_dir_of_another_run_is_refused(folder, tmp_path, typed):
+    options = tiny_run(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(load(options)))
+    code, _, err = typed("server", folder, *options, "seed=5", "--status-port=0")
+    assert code == 2 and "contains another run, which differs in seed" in err
+    assert f"continue that run with: fedgpt server {folder} resume={tmp_path / 'run'}" in err
+
+
+def test_print_shows_what_would_be_started_and_starts_nothing(folder, typed):
+    before = sorted(folder.rglob("*"))
+    code, out, _ = typed("server", folder, "rounds=3", "--insecure", "--print")
+    assert code == 0 and sorted(folder.rglob("*")) == before
+    assert f"-m fedgpt.flower.deploy.link {folder} --host=127.0.0.1 --insecure" in out
+    assert "http://127.0.0.1:9444/health" in out and f"3 versions in {folder}/runs/" in out
+
+
+def test_a_run_may_be_queued_without_a_server_which_is_said(folder, typed):
+    for number in (1, 2):
+        code, out, err = typed("submit", folder, *SMALL)
+        assert (code, out) == (0, f"run {number}\n")
+        assert f"no server runs in {folder}; the run waits until one does" in err
+    runs = queue.runs(folder)
+    assert [run.dated for run in runs] == [True, True]
+    assert Path(runs[0].run_dir).parent == folder / "runs" and not (folder / "runs").exists()
+
+
+def test_status_as_text_and_as_json(folder, typed):
+    typed("submit", folder, "rounds=7", "name=later")
+    code, out, _ = typed("status", folder)
+    assert code == 0
+    assert [line.split()[0] for line in out.splitlines()] == [
+        *("server", "link", "online", "offline", "queue"),
+    ]
+    assert "not running" in out and "north, south" in out and "1 (later)" in out
+    code, out, _ = typed("status", folder, "--json")
+    about = json.loads(out)
+    assert code == 0 and not about["serves"] and about["queue"][0]["name"] == "later"
+    assert about["queue"][0]["versions"] == 7 and about["ended"] == []
+
+
+def test_health_and_metrics_are_served_on_loopback(folder):
+    port = free_port()
+    with monitored(folder, port):
+        with pytest.raises(urllib.error.HTTPError) as down:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health")
+        with down.value as answer:
+            assert answer.code == 503 and b"the link does not answer" in answer.read()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+            assert answer.headers["content-type"] == CONTENT_TYPE
+            metrics = parsed(answer.read().decode())
+        assert metrics["fedgpt_link_up"] == {(): 0}
+        assert metrics["fedgpt_clients_approved"] == {(): 2}
+        with pytest.raises(urllib.error.HTTPError) as unknown:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/other")
+        with unknown.value as answer:
+            assert answer.code == 404
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
+def test_a_status_port_in_use_is_told_and_another_or_none_works(folder, typed):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        code, _, err = typed("server", folder, f"--status-port={port}")
+        assert code == 1
+        advises(err.strip(), "name another port, or 0 for none")
+        with monitored(folder, 0), monitored(folder, free_port()):
+            pass
+    assert not (folder / "link.lock").exists()

@@ -1,0 +1,44 @@
+"""The folder with which a link is started: what is refused before anything is started."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.advice import advises
+from support.deployment import HOSTS, deployment
+
+from fedgpt import cli
+from fedgpt.core.errors import ConfigError
+from fedgpt.flower.deploy.link import checked_settings
+
+
+@pytest.mark.parametrize("name", ["none", "my server"])
+def test_a_missing_folder_is_made_as_the_refusal_advises(tmp_path, capsys, name):
+    folder = tmp_path / name
+    with pytest.raises(ConfigError) as refused:
+        checked_settings(folder, None, 1)
+    shown = f"'{folder}'" if " " in name else folder
+    advises(
+        refused.value,
+        f"DIR={folder}: no such folder; make one with: fedgpt keys init {shown} --host NAME",
+    )
+    assert cli.dispatch("keys", ["init", str(folder), "--host", HOSTS[0]]) == 0
+    assert checked_settings(folder, None, 1).folder == folder
+
+
+def test_a_folder_that_others_may_open_is_closed_as_the_refusal_says(tmp_path):
+    folder: Path = deployment(tmp_path).folder
+    folder.chmod(0o755)
+    with pytest.raises(ConfigError, match="other users may open it; allow only yours: chmod 700"):
+        checked_settings(folder, None, 1)
+    folder.chmod(0o700)
+    assert checked_settings(folder, None, 1).port == 9443
+
+
+@pytest.mark.parametrize("objects", [0, -1])
+def test_a_reply_of_no_objects_is_refused(tmp_path, objects):
+    folder = deployment(tmp_path).folder
+    with pytest.raises(ConfigError, match=f"--reply-objects={objects}: must be at least 1"):
+        checked_settings(folder, None, objects)
+    checked_settings(folder, None, 1)
