@@ -140,6 +140,7 @@ class Doctor:
 
     def _port(self) -> str:
         assert self.kit is not None, "it was read first"
+        probe.check_proxies()
         probe.connect(self.host, self.kit.approval.port).close()
         return f"{self.host}, port {self.kit.approval.port}, accepts connections"
 

@@ -56,6 +56,16 @@ def proxy_for(host: str) -> str | None:
     return None if proxy_bypass(host) else proxies.get("https") or proxies.get("all")
 
 
+def check_proxies() -> None:
+    """Raise Wrong for a proxy of the environment that the client cannot use.
+
+    Flower's HTTP client refuses to start beside a SOCKS proxy, also for hosts in NO_PROXY.
+    """
+    for kind, proxy in getproxies().items():
+        if kind in ("http", "https", "all"):
+            _proxy_address(proxy)
+
+
 def addresses_of(host: str, port: int) -> list[str]:
     """The addresses of a host; raises Wrong for a name that is not known."""
     try:
@@ -186,8 +196,8 @@ def _proxy_address(proxy: str) -> tuple[str, int]:
     parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     if parts.scheme != "http" or not parts.hostname:
         raise Wrong(
-            f"the proxy {proxy} is not of the form http://HOST:PORT; correct HTTPS_PROXY, or put"
-            " the server's host into NO_PROXY"
+            f"the environment has the proxy {proxy}, which is not of the form http://HOST:PORT;"
+            " start the client without that variable, such as with: env -u HTTPS_PROXY fedgpt ..."
         )
     return parts.hostname, parts.port or 80
 

@@ -172,7 +172,7 @@ CLOCK_REMEDIES = {
 
 @pytest.mark.parametrize(
     "days, told",
-    [(-400, "the server's certificate ended on "), (10, "the server's certificate is ")],
+    [(-400, "ended on "), (10, "is valid from ")],
 )
 def test_a_certificate_of_another_time_is_told(server, days, told):
     server.certify(days=days)
@@ -273,11 +273,17 @@ def test_a_proxy_that_refuses_is_told(server, through, monkeypatch):
         assert not any(one.problem for one in found(server))
 
 
-def test_a_proxy_that_is_none_is_told(server, monkeypatch):
+def test_a_proxy_that_the_client_cannot_use_is_told(server, monkeypatch):
     monkeypatch.setenv("HTTPS_PROXY", "socks5://127.0.0.1:1080")
-    problem = wrong(server, "port").problem
-    advises(problem, "correct HTTPS_PROXY, or put the server's host into NO_PROXY")
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    for excepted in ("", "127.0.0.1"):
+        monkeypatch.setenv("NO_PROXY", excepted)
+        with server.listening():
+            problem = wrong(server, "port").problem
+    advises(
+        problem,
+        "start the client without that variable, such as with: env -u HTTPS_PROXY fedgpt ...",
+    )
+    monkeypatch.delenv("HTTPS_PROXY")
     with server.listening():
         assert not any(one.problem for one in found(server))
 
