@@ -1,0 +1,78 @@
+"""The files for Docker and systemd start commands that exist, with folders that fit together."""
+
+from __future__ import annotations
+
+import configparser
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fedgpt.cli import COMMANDS, keys
+
+DEPLOY = Path(__file__).parents[3] / "simulations" / "deploy"
+UNITS = sorted((DEPLOY / "systemd").glob("*.service"))
+COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
+
+
+def check(words: list[str]) -> None:
+    """Raise if fedgpt would refuse these words."""
+    parser = COMMANDS[words[0]].module.parser()
+    parser.parse_intermixed_args(words[1:])
+
+
+@pytest.mark.parametrize("service", COMPOSE["services"])
+def test_a_container_runs_a_command_and_sees_what_it_names(service):
+    about = COMPOSE["services"][service]
+    words = shlex.split(about["command"])
+    check(words)
+    inside = {volume.split(":")[1] for volume in about["volumes"]}
+    named = [word for word in words if word.startswith("/")]
+    assert named and all(any(f"{word}/".startswith(f"{at}/") for at in inside) for word in named)
+    assert not about.get("depends_on") or set(about["depends_on"]) <= set(COMPOSE["services"])
+
+
+def test_each_site_has_folders_of_its_own():
+    sites = {name: one for name, one in COMPOSE["services"].items() if name != "server"}
+    folders = [volume.split(":")[0] for one in sites.values() for volume in one["volumes"]]
+    assert len(set(folders)) == len(folders) == 9
+    for name, one in sites.items():
+        assert f"/{name}.kit " in one["command"]
+        assert all(name in volume for volume in one["volumes"])
+
+
+@pytest.mark.parametrize("path", UNITS, ids=lambda path: path.name)
+def test_a_unit_starts_a_command_of_fedgpt(path):
+    unit = configparser.ConfigParser(interpolation=None)
+    unit.optionxform = str
+    unit.read(path)
+    program, *words = shlex.split(unit["Service"]["ExecStart"].replace("%i", "clinic-a"))
+    assert program == "/srv/fedgpt/venv/bin/fedgpt"
+    check(words)
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd here")
+@pytest.mark.parametrize("path", UNITS, ids=lambda path: path.name)
+def test_systemd_finds_nothing_wrong_with_a_unit_but_the_missing_program(path):
+    done = subprocess.run(
+        ["systemd-analyze", "verify", str(path)], capture_output=True, text=True, check=False
+    )
+    told = done.stderr.strip().splitlines()
+    assert [line for line in told if "is not executable" not in line] == []
+
+
+def test_the_commands_of_the_page_are_commands():
+    page = (DEPLOY / "README.md").read_text()
+    typed = "".join(re.findall(r"```sh\n(.*?)```", page, re.DOTALL)).replace("\\\n", " ")
+    found = re.findall(r"fedgpt (keys .+|submit .+|status .+)", typed)
+    assert len(found) >= 5
+    for line in found:
+        words = shlex.split(line, comments=True)
+        if words[0] == "keys" and len(words) > 2:
+            keys.parser().parse_args(words[1:])
+        elif words[0] != "keys":
+            check(words)
