@@ -178,7 +178,7 @@ def test_a_certificate_of_another_time_is_told(server, days, told):
     server.certify(days=days)
     with server.listening():
         finding = wrong(server, "TLS")
-    assert finding.problem.startswith(told)
+    assert finding.problem.startswith(f"the server's certificate {told}")
     assert finding.problem.endswith(CLOCK_REMEDIES[days])
     server.certify()
     with server.listening():
