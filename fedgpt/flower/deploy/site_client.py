@@ -88,12 +88,15 @@ class JobLog:
     def __call__(self, message: Message, context: Context) -> Message:
         """Pass a message on, and log what it was."""
         began = time.monotonic()
-        if message.metadata.message_type == MessageType.QUERY:
+        asked = message.metadata.message_type == MessageType.QUERY
+        if asked:
             log.info("a run asks who this is: %s", _run_name(context))
         reply = self._app(message, context)
+        if asked and reply.has_content():
+            log.info("%s: answered in %.2f s", _run_name(context), time.monotonic() - began)
         if message.metadata.message_type == MessageType.TRAIN and reply.has_content():
             log.info(
-                "%s: %s in %.1f s", _run_name(context), _job(message), time.monotonic() - began
+                "%s: %s in %.2f s", _run_name(context), _job(message), time.monotonic() - began
             )
         return reply
 
