@@ -49,6 +49,8 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 PASSING = (502, 503, 504)  # statuses of a server that is overloaded or restarts
 PULL_SECONDS = 600.0  # longest wait for the objects of a message that the server still sends
+# between two requests for such an object; Flower's first pause, 1 s, was most of a short job's trip
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.02, 1.0
 
 
 class UploadEnded(Exception):
@@ -136,6 +138,9 @@ class FleetConnection:
             [one.object_id for one in iterate_object_tree(tree)],
             make_pull_object_fn_protobuf(self._client.PullObject, self._node, metadata.run_id),
             max_time=PULL_SECONDS,
+            max_tries_per_object=None,
+            initial_backoff=SHORTEST_PAUSE,
+            backoff_cap=LONGEST_PAUSE,
         )
         message_id = metadata.message_id
         self._client.ConfirmMessageReceived(
