@@ -37,6 +37,10 @@ PARTICIPATION = (
     "a client's name, how much text it has, when and how often it takes part, how long its jobs"
     " take, the kinds of its errors, and a digest of all prepared text"
 )
+OF_SITE = (
+    "a client's name, how much text it has down to a power of two, when and how often it takes"
+    " part, how long its jobs take, and the kinds of its errors"
+)
 NOT_COVERED = {
     "example": (
         "a document or an author that fills many blocks (the blocks' guarantees add up)",
@@ -122,7 +126,11 @@ def _open(o: RunOptions, plan: PrivacyPlan) -> list[str]:
     start = (
         [] if o.init_from is None else [f"the weights that it starts from, init_from={o.init_from}"]
     )
-    return [*NOT_COVERED[plan.unit], *known, *ALWAYS_OPEN, *start]
+    exceptions = [
+        OF_SITE if text == PARTICIPATION and o.corpus.at_sites else text
+        for text in NOT_COVERED[plan.unit]
+    ]
+    return [*exceptions, *known, *ALWAYS_OPEN, *start]
 
 
 def _sampling(o: RunOptions, plan: PrivacyPlan, clients: int) -> str:

@@ -502,3 +502,30 @@ def test_a_delta_that_promises_next_to_nothing_is_reported_with_a_remedy():
 
 def test_privacy_none_is_accepted():
     assert isinstance(compose.load(["privacy=none"]), RunOptions)
+
+
+SITE = ["corpus=site", "corpus.public_path=.", "corpus.held_out_path=.", "pace.begin=2"]
+
+
+def test_a_site_may_have_almost_twice_the_text_that_it_reports():
+    """The noise is for the smallest text that it may have, and delta for the largest."""
+    sizes = [1 << 14, 1 << 16]
+    options = [*QUICK, "privacy=example", "pace.clients=2"]
+    reported, exact = plan(sizes, *options, *SITE), plan(sizes, *options)
+    assert reported.planned == exact.planned
+    assert reported.protected == 2 * (1 << 16) // 65 > exact.protected
+    assert reported.delta == reported.protected**-1.1
+    # so that the client itself, which knows its blocks, finds delta small enough
+    assert reported.delta < 1 / ((2 * (1 << 16) - 1) // 65)
+
+
+@pytest.mark.parametrize("unit", ["example", "local"])
+def test_the_statement_of_sites_says_how_exactly_their_amount_is_known(unit):
+    chosen = [f"privacy={unit}", *QUICK, "rounds=2", "local.steps=1"]
+    told = {}
+    for more in ([], SITE):
+        o = compose.load([*chosen, *more])
+        promise = statement(o, make_plan(o, [1 << 14] * 4), 4)
+        told[bool(more)] = " ".join(promise["not_covered"])
+    assert "a digest of all prepared text" in told[False] and "power of two" not in told[False]
+    assert "a digest of all prepared text" not in told[True] and "power of two" in told[True]
