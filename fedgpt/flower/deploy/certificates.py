@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import secrets
+import warnings
 from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
@@ -27,6 +28,7 @@ LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 UNREADABLE = (
     *(ValueError, TypeError, UnsupportedAlgorithm, InvalidSignature),
     *(x509.ExtensionNotFound, x509.DuplicateExtension, x509.UnsupportedGeneralNameType),
+    UserWarning,  # of the library, see _parsed
 )
 
 
@@ -119,7 +121,7 @@ def new_certificate(
 def read_ca(content: bytes, where: str) -> tuple[x509.Certificate, ec.EllipticCurvePublicKey]:
     """A CA and its public key, from PEM; raises FedGPTError unless it is one, and undamaged."""
     try:
-        ca = x509.load_pem_x509_certificate(content)
+        ca = _parsed(content)
         # before anything of it is used: the signature covers every byte
         ca.verify_directly_issued_by(ca)
         is_ca = ca.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
@@ -131,6 +133,13 @@ def read_ca(content: bytes, where: str) -> tuple[x509.Certificate, ec.EllipticCu
     return ca, key
 
 
+def _parsed(content: bytes) -> x509.Certificate:
+    with warnings.catch_warnings():
+        # such as of a serial number below 1, which no CA gives: the library would only warn
+        warnings.simplefilter("error")
+        return x509.load_pem_x509_certificate(content)
+
+
 def read_certificate(
     content: bytes, ca: x509.Certificate, where: str
 ) -> tuple[x509.Certificate, ec.EllipticCurvePublicKey, tuple[str, ...]]:
@@ -138,7 +147,7 @@ def read_certificate(
     undamaged one that `ca` has issued. It may have ended.
     """
     try:
-        found = x509.load_pem_x509_certificate(content)
+        found = _parsed(content)
         found.verify_directly_issued_by(ca)
         names = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         key = found.public_key()

@@ -7,6 +7,7 @@ import socket
 import ssl
 import subprocess
 import threading
+from base64 import b64encode
 from collections.abc import Mapping
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -16,6 +17,7 @@ import pytest
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from support.advice import advises
 from support.deployment import HOSTS, deployment
@@ -236,3 +238,15 @@ def test_a_host_has_one_form(typed, host):
 def test_what_is_no_host_is_refused(typed):
     with pytest.raises(ValueError, match=r"^(is|has|must be) "):
         host_of(typed)
+
+
+def test_a_serial_number_below_one_is_damage_and_no_warning():
+    """The library warns of it, which would be a line of its own beside our message."""
+    _, ca = new_ca(NOW)
+    content = bytearray(ca.public_bytes(Encoding.DER))
+    serial = ca.serial_number.to_bytes((ca.serial_number.bit_length() + 7) // 8, "big")
+    content[content.index(serial)] |= 0x80  # negative, as DER has it
+    damaged = b64encode(bytes(content)).decode()
+    text = f"-----BEGIN CERTIFICATE-----\n{damaged}\n-----END CERTIFICATE-----\n"
+    with pytest.raises(FedGPTError, match=r"ca\.pem is damaged"):
+        read_ca(text.encode(), "ca.pem")

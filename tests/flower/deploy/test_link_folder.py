@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -10,35 +11,40 @@ from support.deployment import HOSTS, deployment
 
 from fedgpt import cli
 from fedgpt.core.errors import ConfigError
-from fedgpt.flower.deploy.link import checked_settings
+from fedgpt.flower.deploy.link import Settings, checked_settings
+
+
+def settings(folder: Path, objects: int = 1) -> Settings:
+    typed = {"folder": str(folder), "host": None, "insecure": False, "reply_objects": objects}
+    return checked_settings(Namespace(**typed))
 
 
 @pytest.mark.parametrize("name", ["none", "my server"])
 def test_a_missing_folder_is_made_as_the_refusal_advises(tmp_path, capsys, name):
     folder = tmp_path / name
     with pytest.raises(ConfigError) as refused:
-        checked_settings(folder, None, 1)
+        settings(folder)
     shown = f"'{folder}'" if " " in name else folder
     advises(
         refused.value,
         f"DIR={folder}: no such folder; make one with: fedgpt keys init {shown} --host NAME",
     )
     assert cli.dispatch("keys", ["init", str(folder), "--host", HOSTS[0]]) == 0
-    assert checked_settings(folder, None, 1).folder == folder
+    assert settings(folder).folder == folder
 
 
 def test_a_folder_that_others_may_open_is_closed_as_the_refusal_says(tmp_path):
     folder: Path = deployment(tmp_path).folder
     folder.chmod(0o755)
     with pytest.raises(ConfigError, match="other users may open it; allow only yours: chmod 700"):
-        checked_settings(folder, None, 1)
+        settings(folder)
     folder.chmod(0o700)
-    assert checked_settings(folder, None, 1).port == 9443
+    assert settings(folder).port == 9443
 
 
 @pytest.mark.parametrize("objects", [0, -1])
 def test_a_reply_of_no_objects_is_refused(tmp_path, objects):
     folder = deployment(tmp_path).folder
     with pytest.raises(ConfigError, match=f"--reply-objects={objects}: must be at least 1"):
-        checked_settings(folder, None, objects)
-    checked_settings(folder, None, 1)
+        settings(folder, objects)
+    settings(folder)
