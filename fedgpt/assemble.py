@@ -32,7 +32,7 @@ from fedgpt.config.compose import (
     to_yaml,
     with_length,
 )
-from fedgpt.core.errors import FULL, ConfigError, Unwritten
+from fedgpt.core.errors import FULL, ConfigError, Unwritten, amount
 from fedgpt.core.files import write_text
 from fedgpt.core.flat import base_digest, flatten
 from fedgpt.core.messages import ClientInfo, ServerState
@@ -50,7 +50,7 @@ from fedgpt.report.progress import ProgressDisplay
 from fedgpt.report.results import write_results
 from fedgpt.report.run_report import longer_text, opening, privacy_text, summary_text
 from fedgpt.report.trackers import make_trackers
-from fedgpt.server.loop import MEETING_SECONDS, Server
+from fedgpt.server.loop import Server, meeting_seconds
 from fedgpt.server.metrics_line import first_line
 from fedgpt.server.parts import Parts
 from fedgpt.server.privacy import make_privacy
@@ -181,7 +181,7 @@ def _setting(
     content: dict[str, Any] = {**checked_content(options, prepared, shards, changed)}
     text, transport = RunText(prepared, [ClientInfo(s.client, s.size) for s in shards]), None
     if options.corpus.at_sites:
-        text, transport = _sites(text, before, network)
+        text, transport = _sites(options, text, before, network)
         content |= {"clients": {client.id: client.tokens for client in text.clients}}
     if transport is not None:
         closing.callback(transport.close)
@@ -203,14 +203,16 @@ def _setting(
 
 
 def _sites(
-    text: RunText, before: RunIdentity | None, network: Network
+    options: RunOptions, text: RunText, before: RunIdentity | None, network: Network
 ) -> tuple[RunText, Transport | None]:
     """The clients with which the run began, or now begins: then also how they are connected."""
     if before is not None:
         started = before.environment["clients"].items()
         return replace(text, clients=[ClientInfo(*client) for client in started]), None
     transport = network.connect(text, 0.0)
-    return replace(text, clients=transport.clients(MEETING_SECONDS)), transport
+    with saying(f"waiting for {amount(options.pace.begin or 1, 'client')}"):
+        clients = transport.clients(meeting_seconds(at_sites=True))
+    return replace(text, clients=clients), transport
 
 
 def environment_of(resources: Resources, versions: Mapping[str, str]) -> dict[str, Any]:

@@ -51,7 +51,9 @@ from fedgpt.server.version import OpenVersion
 from fedgpt.storage.checkpoint import Snapshot
 from fedgpt.storage.tables import VersionLine
 
-MEETING_SECONDS = 300  # seconds that the server waits for clients to connect
+# seconds that the server waits for clients to connect: those that are started with it, and sites,
+# which their owners start when they can
+MEETING_SECONDS, SITES_SECONDS = 300.0, 24 * 3600.0
 # consecutive failed jobs after which the run stops, for each update that a server step needs
 MOST_FAILURES = 10
 # codes of failed jobs for which their client gets no strike
@@ -59,6 +61,11 @@ BLAMELESS = ("stale", "offline")
 # code of a job that is beyond the policy of a site: no failure, and the site is asked again later
 POLICY = "policy"
 log = logging.getLogger(__name__)
+
+
+def meeting_seconds(at_sites: bool) -> float:
+    """Seconds that the server waits for its clients to connect."""
+    return SITES_SECONDS if at_sites else MEETING_SECONDS
 
 
 class Server:
@@ -116,9 +123,10 @@ class Server:
         if self.parts.options.checkpoint.every != 0:
             self.saver.save()
         self.evaluation.complete(self.metrics.line, state.params)
-        infos = self.transport.clients(timeout=MEETING_SECONDS)
+        patience = meeting_seconds(self.parts.options.corpus.at_sites)
+        infos = self.transport.clients(timeout=patience)
         if not infos:
-            raise StoppedEarly(f"no client connected within {MEETING_SECONDS} s")
+            raise StoppedEarly(f"no client connected within {patience:.0f} s")
         self.clients.meet(info.id for info in infos)
         pacing = self.pacing.numbers  # pace.clients=0 becomes a number now
         if problems := list(self.parts.strategy.problems(pacing)):

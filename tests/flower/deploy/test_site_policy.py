@@ -77,7 +77,7 @@ def test_what_a_site_has_spent_limits_a_private_run_and_the_server_reads_the_rea
 
 
 def test_a_run_that_a_site_refuses_is_told_who_has_refused_it_and_why(texts, tmp_path, monkeypatch):
-    monkeypatch.setattr("fedgpt.server.loop.MEETING_SECONDS", 30)
+    monkeypatch.setattr("fedgpt.server.loop.SITES_SECONDS", 30)
     options = load(texts.at_sites(f"run_dir={tmp_path / 'run'}"))
     with live_superlink(run_config_of(options)) as link, ExitStack() as nodes:
         for name in NAMES[:2]:

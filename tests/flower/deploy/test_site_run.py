@@ -197,7 +197,7 @@ def test_with_privacy_at_the_client_the_text_of_a_run_stays_as_it_was(texts, tmp
 
 def test_two_sites_cannot_have_one_name(texts, tmp_path, caplog, monkeypatch):
     options = load(texts.at_sites("pace.begin=2", f"run_dir={tmp_path / 'run'}"))
-    monkeypatch.setattr("fedgpt.assemble.MEETING_SECONDS", 20)
+    monkeypatch.setattr("fedgpt.server.loop.SITES_SECONDS", 20)
     with live_superlink(run_config_of(options)) as link, ExitStack() as nodes:
         for _ in range(2):
             start_site(nodes, link, texts, "ann")
