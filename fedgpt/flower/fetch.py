@@ -232,10 +232,6 @@ class Fetcher:
 
     def _done(self, key: str, message_id: str, found: _Download | Message | Exception) -> None:
         """Hand a reply over, and let the SuperLink delete what it has of it."""
-        confirmed = ConfirmMessageReceivedRequest(
-            node=self._node, run_id=self._run_id, message_object_id=message_id
-        )
-        self._client.ConfirmMessageReceived(confirmed)
         download = self._downloads.pop(key, None)
         if download is not None and download is not found:
             download.close()
@@ -243,6 +239,11 @@ class Fetcher:
             self._cancelled.discard(key)
             self._complete.append((key, found))
             self._changed.notify_all()
+        # last, as the server need not wait for it
+        confirmed = ConfirmMessageReceivedRequest(
+            node=self._node, run_id=self._run_id, message_object_id=message_id
+        )
+        self._client.ConfirmMessageReceived(confirmed)
 
 
 def object_ids(tree: ObjectTree, most: int) -> list[str] | None:
