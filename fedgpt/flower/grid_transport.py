@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from flwr.app import ArrayRecord, Message, MessageType
@@ -24,6 +24,7 @@ from fedgpt.flower.messages import (
     job_content,
     params_record,
     read_reply,
+    reason_of,
     refused_for,
     unreadable,
 )
@@ -33,8 +34,8 @@ from fedgpt.flower.nodes import Admission, Nodes, one_line
 LARGEST = 2
 # number of attempts at a job whose client process dies; each attempt gives the same bits
 ATTEMPTS = 3
-# seconds for which a job waits for a client that has gone away: longer than Flower needs to notice
-# that (60) and a client to come back
+# seconds for which a job waits in all for a client that goes away: longer than Flower needs to
+# notice that (60) and a client to come back
 PARKED_SECONDS = 180.0
 ALONE_SECONDS = 24 * 3600.0  # without any client, after which the run stops
 # environment variable with the path of a file: when the file appears, the server stops
@@ -43,11 +44,21 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class _Sent:
+    """A job on its way."""
+
+    job: Job
+    attempt: int = 1
+    # seconds for which it may still wait for its client: one that goes and comes back again and
+    # again is not waited for without a bound
+    patience: float = field(default_factory=lambda: PARKED_SECONDS)
+
+
+@dataclass(frozen=True)
 class _Parked:
     """A job whose client has gone away; it is sent again when the client is back."""
 
-    job: Job
-    attempt: int
+    sent: _Sent
     until: float  # on the run's clock
 
 
@@ -77,12 +88,12 @@ class GridTransport:
         self._stop = Path(os.environ[STOP_FILE]) if STOP_FILE in os.environ else None
         self.at_once = grid.workers if isinstance(grid, LocalGrid) else None
         self.grid, self.ttl = grid, ttl
-        self._expected, self._check_text = admission.expected, check_text
+        self._expected, self._own_text = admission.expected, admission.own_text
+        self._check_text = check_text
         self._mailbox = mailbox_of(grid)
         self._nodes = Nodes(grid, self._mailbox, admission, known)
         self._began = time.monotonic() - now
-        # message id -> its job, and the number of the attempt
-        self._pending: dict[str, tuple[Job, int]] = {}
+        self._pending: dict[str, _Sent] = {}  # by the id of the message
         self._parked: dict[tuple[str, int], _Parked] = {}
         self._abandoned: set[str] = set()  # ids of messages whose jobs were given up
         # client whose policy refuses jobs -> when it is asked again, on the run's clock
@@ -123,25 +134,32 @@ class GridTransport:
 
     def send(self, jobs: Sequence[Job]) -> None:
         """Push one message per job; the params of a version are sent once."""
-        self._send(jobs, attempt=1)
+        self._send([_Sent(job) for job in jobs])
 
-    def _send(self, jobs: Sequence[Job], attempt: int, until: float | None = None) -> None:
-        """Send jobs; one whose client is away is parked, at the latest `until` then."""
-        there = [(job, node) for job in jobs if (node := self._nodes.of(job.client)) is not None]
-        self._park((job for job in jobs if self._nodes.of(job.client) is None), attempt, until)
+    def _send(self, sent: Sequence[_Sent]) -> None:
+        """Send jobs; one whose client is away is parked."""
+        there = []
+        for one in sent:
+            if (node := self._nodes.of(one.job.client)) is None:
+                self._park(one)
+            else:
+                there.append((one, node))
         messages = [
-            Message(job_content(job, self._params(job)), node, MessageType.TRAIN, ttl=self.ttl)
-            for job, node in there
+            Message(
+                job_content(one.job, self._params(one.job)), node, MessageType.TRAIN, ttl=self.ttl
+            )
+            for one, node in there
         ]
         if not messages:
             return
-        for (job, _), message_id in zip(there, self.grid.push_messages(messages), strict=True):
+        for (one, _), message_id in zip(there, self.grid.push_messages(messages), strict=True):
+            job = one.job
             if message_id:
-                self._pending[message_id] = (job, attempt)
+                self._pending[message_id] = one
                 self._mailbox.watch(message_id, LARGEST * job.params.nbytes)
             elif self._nodes.come_and_go:  # a SuperLink refuses a message to one that has just left
                 self._nodes.lost(job.client)
-                self._park([job], attempt, until)
+                self._park(one)
             else:
                 why = "the SuperLink refused the message"
                 self._refused.append(Reply(job.client, job.number, error=why))
@@ -185,7 +203,7 @@ class GridTransport:
         wanted = set(keys)
         for key in wanted & self._parked.keys():
             del self._parked[key]
-        ids = {i for i, (job, _) in self._pending.items() if (job.client, job.number) in wanted}
+        ids = {i for i, one in self._pending.items() if _key(one.job) in wanted}
         if self._mailbox.cancel(ids):
             for message_id in ids:
                 del self._pending[message_id]
@@ -213,29 +231,28 @@ class GridTransport:
 
     def _answered(self, arrival: Arrival) -> list[Reply]:
         """The reply to a job, unless it leads to another attempt."""
-        job, attempt = self._pending.pop(arrival.message_id)
+        sent = self._pending.pop(arrival.message_id)
+        job = sent.job
         wanted = arrival.message_id not in self._abandoned
         self._abandoned.discard(arrival.message_id)
         message = arrival.reply
         if isinstance(message, Exception):
             return [unreadable(job.client, job.number, message)]
-        if has_other_text(message):
+        if has_other_text(message) and not self._own_text:
             # only what the server finds itself ends the run: a client may report anything
             self._check_text()
         if wanted and self._nodes.come_and_go and away(message):
             self._nodes.lost(job.client)
-            self._park([job], attempt)
+            self._park(sent)
             return []
         if (seconds := refused_for(message)) is not None:
-            log.warning(
-                "client %s refuses job %d: %s", job.client, job.number, message.error.reason
-            )
+            log.warning("client %s refuses job %d: %s", job.client, job.number, reason_of(message))
             self._resting[job.client] = self.now() + seconds
-        if wanted and attempt < ATTEMPTS and died(message):
+        if wanted and sent.attempt < ATTEMPTS and died(message):
             log.warning(
-                "client %s job %d is retried: %s", job.client, job.number, message.error.reason
+                "client %s job %d is retried: %s", job.client, job.number, reason_of(message)
             )
-            self._send([job], attempt + 1)
+            self._send([replace(sent, attempt=sent.attempt + 1)])
             return []
         return [replace(read_reply(message, job.client, job.number), job_time=arrival.job_time)]
 
@@ -253,13 +270,11 @@ class GridTransport:
             del self._resting[client]
         return bool(over)
 
-    def _park(self, jobs: Iterable[Job], attempt: int, until: float | None = None) -> None:
-        """Keep jobs until their clients are back, at the latest `until`."""
-        latest = self.now() + PARKED_SECONDS if until is None else until
-        for job in jobs:
-            if until is None:
-                log.warning("client %s is offline; its job %d waits for it", job.client, job.number)
-            self._parked[job.client, job.number] = _Parked(job, attempt, latest)
+    def _park(self, sent: _Sent) -> None:
+        """Keep a job until its client is back, as long as its patience lasts."""
+        job = sent.job
+        log.warning("client %s is offline; its job %d waits for it", job.client, job.number)
+        self._parked[_key(job)] = _Parked(sent, self.now() + sent.patience)
 
     def _resumed(self) -> list[Reply]:
         """Send parked jobs whose clients are back; failures of those that have waited too long."""
@@ -269,12 +284,16 @@ class GridTransport:
                 del self._parked[key]
                 why = f"the client was offline for {PARKED_SECONDS:.0f} s"
                 replies.append(Reply(*key, error=why, code="offline"))
-            elif self._nodes.of(parked.job.client) is not None:
+            elif self._nodes.of(parked.sent.job.client) is not None:
                 del self._parked[key]
-                self._send([parked.job], parked.attempt, parked.until)
+                self._send([replace(parked.sent, patience=parked.until - self.now())])
         return replies
 
     def _wait(self, seconds: float | None) -> None:
         if self._stop is not None and self._stop.exists():
             raise KeyboardInterrupt
         self._mailbox.wait(seconds)
+
+
+def _key(job: Job) -> tuple[str, int]:
+    return job.client, job.number

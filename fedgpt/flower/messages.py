@@ -25,7 +25,8 @@ from fedgpt.update.npy import read_npy
 
 ARRAY = "flat"  # the one array of an ArrayRecord
 MOST_REASON = 500  # largest length of a client's exception in logs and messages, in characters
-MOST_REFUSED = 12 * 3600.0  # seconds after which a site that refuses is asked again, at the latest
+# seconds after which a site that refuses is asked again, at the earliest and at the latest
+LEAST_REFUSED, MOST_REFUSED = 60.0, 12 * 3600.0
 PROTOCOL = 1  # version of the messages in this file: raise it when their meaning changes
 # packages whose other version at a client may give an update other bits
 COMPARED = ("fedgpt", "torch")
@@ -81,7 +82,7 @@ def update_content(header: str, delta: np.ndarray) -> RecordDict:
 def read_reply(message: Message, client: str, number: int) -> Reply:
     """A client's reply, before validation; raises for no content of a message."""
     if message.has_error():
-        error = f"code {message.error.code}: {message.error.reason}"[:MOST_REASON]
+        error = f"code {message.error.code}: {reason_of(message)}"[:MOST_REASON]
         refused = refused_for(message) is not None
         return Reply(client, number, error=error, code="policy" if refused else "client_error")
     try:
@@ -121,7 +122,13 @@ def refused_for(message: Message) -> float | None:
     if PolicyRefused.__name__ not in reason:
         return None
     told = re.search(r"asked again in (\d{1,9}) s", reason)
-    return min(MOST_REFUSED, float(told[1])) if told else MOST_REFUSED
+    return min(MOST_REFUSED, max(LEAST_REFUSED, float(told[1]))) if told else MOST_REFUSED
+
+
+def reason_of(message: Message) -> str:
+    """The reason of an error for a log: the client chooses it, so it is cut to one line."""
+    reason = str(message.error.reason)[:MOST_REASON]
+    return "".join(letter if letter.isprintable() else " " for letter in reason)
 
 
 @dataclass(frozen=True)
@@ -167,7 +174,7 @@ def read_info(message: Message) -> Introduction:
     """A node's answer to a query.
 
     Raises ConfigError where the client refuses the run's options, and any exception for a malformed
-    answer.
+    answer, such as a client without text.
     """
     content = message.content
     if "refused" in content:
@@ -176,9 +183,12 @@ def read_info(message: Message) -> Introduction:
             raise TypeError("a refusal without problems")
         raise ConfigError(str(problem)[:MOST_REASON] for problem in problems)
     who, size = content.config_records["who"], content.metric_records["size"]
+    tokens = int(str(size["tokens"]))
+    if tokens < 1:
+        raise ValueError("a client without text")
     told = content.config_records["versions"] if "versions" in content else {}
     return Introduction(
-        ClientInfo(_short(who["id"]), int(str(size["tokens"]))),
+        ClientInfo(_short(who["id"]), tokens),
         _short(who["digest"]),
         int(str(who.get("protocol", 0))),
         {name: _short(told[name]) for name in COMPARED if name in told},

@@ -25,10 +25,10 @@ from fedgpt.core.files import read_json
 from fedgpt.core.messages import ClientInfo
 from fedgpt.flower.mailbox import Arrival, Mailbox
 from fedgpt.flower.messages import (
-    MOST_REASON,
     PROTOCOL,
     Introduction,
     read_info,
+    reason_of,
     refused_for,
     versions,
 )
@@ -36,12 +36,18 @@ from fedgpt.flower.messages import (
 MOST_INFO = 1 << 20  # bytes of the longest answer to a question
 # environment variable with the path of a file: the approved site of each registered node
 NODES_FILE = "FEDGPT_NODES_FILE"
-ASK_AGAIN_SECONDS = 60.0  # until a node that was left out is asked again
+# until a node that was left out is asked again, unless it says when
+ASK_AGAIN_SECONDS = 60.0
 log = logging.getLogger(__name__)
 
 
 class SiteRefused(FedGPTError):
     """The policy of a site refuses the run, perhaps for some hours only."""
+
+    def __init__(self, why: str, again: float):
+        """`again`: seconds until the site may be asked again."""
+        super().__init__(why)
+        self.again = again
 
 
 @dataclass(frozen=True)
@@ -56,8 +62,8 @@ class Admission:
     question: RecordDict = field(default_factory=RecordDict)
     members: tuple[ClientInfo, ...] = ()  # the clients of a run that goes on
     late: bool = False  # whether other clients may join while the run goes on
-    # whether a client that joins later needs as much text as the smallest one of the start, for
-    # which the noise was computed
+    # whether a client that joins later needs an amount of text between those of the smallest and
+    # the largest one of the start, for which noise and delta were computed
     planned: bool = False
 
     @property
@@ -118,11 +124,13 @@ class Nodes:
 
     @property
     def refused(self) -> bool:
-        """Whether all connected nodes have answered, and none can take part now or later."""
+        """Whether all connected nodes have answered, and none can take part.
+
+        Sites are waited for in any case: others may connect, and an owner may mend what is wrong.
+        """
         connected = self._online - self.left_out.keys()
-        later = any(isinstance(error, SiteRefused) for error in self.left_out.values())
         enough = len(self.left_out) >= self._admission.expected
-        return enough and not (connected or later or self._asked)
+        return enough and not (connected or self._asked or self._admission.own_text)
 
     @property
     def silent(self) -> int:
@@ -172,7 +180,8 @@ class Nodes:
         try:
             self._enter(node, arrival.reply)
         except FedGPTError as error:
-            self._again[node] = time.monotonic() + ASK_AGAIN_SECONDS
+            seconds = error.again if isinstance(error, SiteRefused) else ASK_AGAIN_SECONDS
+            self._again[node] = time.monotonic() + seconds
             if str(self.left_out.get(node)) != str(error):
                 log.warning("a node is left out: %s", one_line(error))
             self.left_out[node] = error
@@ -209,8 +218,13 @@ class Nodes:
         self._check_key(node, client)
         if before is not None and before in self._online and before != node:
             raise FedGPTError(
-                f"node {node} says that it is client {client!r}, as node {before} does; give every"
-                " node its own --node-config partition-id"
+                f"node {node} says that it is client {client!r}, as node {before} does; "
+                + (
+                    "use a site's kit for one client at a time, and give every site a name of its"
+                    " own"
+                    if self._admission.own_text
+                    else "give every node its own --node-config partition-id"
+                )
             )
         if before is None:
             self._check_new(node, answer.info)
@@ -239,11 +253,18 @@ class Nodes:
             raise FedGPTError(
                 f"node {node} says that it is client {info.id!r}; the run has its {taken} clients"
             )
-        least = min((member.tokens for member in self._members.values()), default=0)
-        if admission.planned and info.tokens < least:
+        sizes = [member.tokens for member in self._members.values()]
+        if not (admission.planned and sizes):
+            return
+        if info.tokens < min(sizes):
             raise FedGPTError(
                 f"client {info.id!r} has less text than any client at the start of the run, for"
                 " which the noise was computed; it can take part in another run"
+            )
+        if info.tokens > max(sizes):
+            raise FedGPTError(
+                f"client {info.id!r} has more text than any client at the start of the run, for"
+                " which delta was computed; it can take part in another run"
             )
 
     def _check_key(self, node: int, client: str) -> None:
@@ -277,9 +298,9 @@ def _answer(node: int, reply: Message | Exception) -> Introduction:
             raise reply
         if not reply.has_error():
             return read_info(reply)
-        reason = reply.error.reason
-        if refused_for(reply) is not None:
-            raise SiteRefused(f"node {node}: {reason}"[:MOST_REASON])
+        reason = reason_of(reply)
+        if (seconds := refused_for(reply)) is not None:
+            raise SiteRefused(f"node {node}: {reason}", seconds)
     except SiteRefused:
         raise
     except ConfigError as error:

@@ -67,8 +67,9 @@ def make_plan(o: RunOptions, shards: Sequence[int]) -> PrivacyPlan:
         raise ConfigError(problems)
     probability, count, scale = 1.0, participations, 1.0
     if unit == "example":
-        # the smallest shard costs most, because all clients add the same noise
-        probability = sampling_probability(o, min(blocks))
+        # the smallest shard costs most, because all clients add the same noise; a site of one block
+        # may report fewer tokens than a block has
+        probability = sampling_probability(o, max(1, min(blocks)))
         count = participations * o.local.steps
     elif sampling == "poisson":
         probability, count = float(o.pace.rate or 1.0), o.rounds

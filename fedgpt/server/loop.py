@@ -56,10 +56,10 @@ from fedgpt.storage.tables import VersionLine
 MEETING_SECONDS, SITES_SECONDS = 300.0, 24 * 3600.0
 # consecutive failed jobs after which the run stops, for each update that a server step needs
 MOST_FAILURES = 10
-# codes of failed jobs for which their client gets no strike
-BLAMELESS = ("stale", "offline")
-# code of a job that is beyond the policy of a site: no failure, and the site is asked again later
-POLICY = "policy"
+POLICY = "policy"  # code of a job that is beyond the policy of a site
+# codes of jobs that are no failure: their clients get other jobs when they can take them
+EXCUSED = (POLICY, "offline")
+BLAMELESS = ("stale",)  # codes of failed jobs for which their client gets no strike
 log = logging.getLogger(__name__)
 
 
@@ -253,8 +253,8 @@ class Server:
         """Validate one reply and collect its update; a rejected one changes only counters."""
         self.totals = self.totals.plus(bytes_up=reply.bytes)
         job = self.jobs.pop(reply.client, reply.number)
-        refused = reply.code == POLICY
-        if job is not None and reply.error and not refused and job.plan.cached_version >= 0:
+        excused = reply.code in EXCUSED
+        if job is not None and reply.error and not excused and job.plan.cached_version >= 0:
             self._send_complete(job)
             return
         try:
@@ -267,16 +267,18 @@ class Server:
             self._advise()
         except UpdateRejected as rejection:
             self._reject(rejection.code, reply.client, reply.number, rejection.detail)
-            if job is not None and rejection.code == POLICY:
-                self._excuse()
+            if job is not None and rejection.code in EXCUSED:
+                self._excuse(job, rejection.code)
             elif job is not None:
                 self._fail(None if rejection.code in BLAMELESS else reply.client)
 
-    def _excuse(self) -> None:
-        """Count a job that a site's policy refuses; a cohort that consists of such jobs only is
-        chosen again when a site may be asked.
+    def _excuse(self, job: Job, code: str) -> None:
+        """Count a job that a site's policy refuses, or whose client is offline; a cohort that
+        consists of such jobs only is chosen again when a client may be asked.
         """
         self.current.failed += 1
+        if code == POLICY:  # one that is offline may have done the job
+            self.parts.privacy.refused(job, self.clients)
         answered = len(self.jobs) + len(self.current.collector)
         if not answered and not self.pacing.pace.keeps_jobs:
             self.current.asked = False

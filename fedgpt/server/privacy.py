@@ -22,7 +22,7 @@ import torch
 from fedgpt.aggregate.base import Strategy
 from fedgpt.core.errors import StoppedEarly
 from fedgpt.core.files import PRIVATE, write_text
-from fedgpt.core.messages import ClientInfo, Pacing, ServerState, Update
+from fedgpt.core.messages import ClientInfo, Job, Pacing, ServerState, Update
 from fedgpt.core.options import RunOptions
 from fedgpt.privacy.accounting import Event, epsilon_of
 from fedgpt.privacy.clipping import AdaptiveClip, clipped
@@ -59,6 +59,9 @@ class Privacy:
 
     def asked(self, client: str, steps: int, clients: Clients) -> None:
         """Count a job of `steps` local steps that was made for a client."""
+
+    def refused(self, job: Job, clients: Clients) -> None:
+        """Take back what was counted for a job that a site's policy has refused."""
 
     def answered(self, update: Update, clients: Clients) -> None:
         """Count an accepted update."""
@@ -119,7 +122,14 @@ class PaidByClients(Privacy):
 
     def asked(self, client: str, steps: int, clients: Clients) -> None:
         """Count the job as charged: the client's ledger is charged when the job begins."""
-        clients.charge(client, steps if self.plan.unit == "example" else 1)
+        clients.charge(client, self._releases(steps))
+
+    def refused(self, job: Job, clients: Clients) -> None:
+        """Uncharge the job: a site's policy refuses it before the site's ledger is charged."""
+        clients.charge(job.client, -self._releases(job.plan.local_steps))
+
+    def _releases(self, steps: int) -> int:
+        return steps if self.plan.unit == "example" else 1
 
     def noise_length(self, size: int) -> float:
         """privacy=local: twice the expected length, 2 C z sqrt(size), as some draws are longer."""

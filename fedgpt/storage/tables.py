@@ -234,7 +234,7 @@ class Clients:
         return MappingProxyType(self._charged)
 
     def charge(self, client: str, amount: float) -> None:
-        """Add private steps or jobs that were sent to the client."""
+        """Add private steps or jobs that were sent to the client; negative: it refused them."""
         self._charged[client] = self._charged.get(client, 0.0) + amount
 
     def charged_at_least(self, client: str, amount: float) -> None:

@@ -13,17 +13,27 @@ from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.app.message import make_message
 from flwr.common.constant import ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
+from support.advice import advises
 
 from fedgpt.core.errors import ConfigError, FedGPTError, StoppedEarly
 from fedgpt.core.messages import ClientInfo, Job, Plan
+from fedgpt.flower import nodes
 from fedgpt.flower.grid_transport import STOP_FILE, Admission, GridTransport
-from fedgpt.flower.messages import info_content, read_job, refusal_content, update_content
+from fedgpt.flower.messages import (
+    info_content,
+    question_content,
+    read_job,
+    refusal_content,
+    update_content,
+)
 
 DIED, RAISED = ErrorCode.CLIENT_APP_CRASHED, ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
 
 class Grid:
     """Answers messages to a node with its error codes, one by one, then with a client's reply."""
+
+    reason = "worker process 7 ended with signal SIGKILL"
 
     def __init__(self, codes: dict[int, list[int]]):
         self.codes, self.numbers = codes, itertools.count()
@@ -38,7 +48,7 @@ class Grid:
             self.pushed.append(message)
             left = self.codes.get(message.metadata.dst_node_id, [])
             if left:
-                error = Error(left.pop(0), "worker process 7 ended with signal SIGKILL")
+                error = Error(left.pop(0), self.reason)
                 self.answers[name] = Message(
                     error, reply_to=make_message(message.metadata, RecordDict())
                 )
@@ -210,9 +220,11 @@ def test_a_client_with_other_data_is_refused_without_a_digest():
                 "size": MetricRecord({"tokens": 0.5}),
             }
         ),
+        info_content(ClientInfo("a", 0), "digest"),
+        info_content(ClientInfo("a", -5), "digest"),
         refusal_content([]),
     ],
-    ids=["empty", "without tokens", "half a token", "no problem"],
+    ids=["empty", "no size", "half a token", "no token", "negative", "no problem"],
 )
 def test_the_error_for_an_unreadable_answer_names_the_node(answer):
     made = GridTransport(Asked({8: answer}), Admission(1, "digest"))
@@ -230,6 +242,75 @@ def test_a_client_that_cannot_use_the_options_says_why():
     first, second = caught.value.problems
     assert first == "node 8: corpus._target_=mine.Poems: cannot import mine"
     assert len(second) < 600, "a client chooses the text"
+
+
+def of_sites(expected: int, planned: bool = False) -> Admission:
+    question = question_content("{}")
+    return Admission(expected, "digest", question, late=True, planned=planned)
+
+
+@pytest.mark.parametrize(
+    "wrong, why",
+    [
+        (refusal_content(["model.n_layer=9: no"]), "model.n_layer=9: no"),
+        (info_content(ClientInfo("a", 5), "other"), "uses another tokenizer than the server sent"),
+        (RecordDict(), "its answer cannot be read"),
+    ],
+    ids=["refused options", "another tokenizer", "no answer"],
+)
+def test_a_wrong_site_does_not_end_the_wait_for_others(wrong, why):
+    grid = Asked({7: wrong})
+    made = GridTransport(grid, of_sites(1))
+    with pytest.raises(StoppedEarly, match=f"0 of 1 clients connected .* left out: .*{why}"):
+        made.clients(timeout=0.2)
+    grid.contents[8] = info_content(ClientInfo("b", 5), "digest")
+    assert made.clients(timeout=1) == [ClientInfo("b", 5)]
+
+
+def test_two_sites_of_one_name_are_told_apart_by_their_kits(monkeypatch):
+    monkeypatch.setattr(nodes, "ASK_AGAIN_SECONDS", 0.1)
+    grid = Asked({n: info_content(ClientInfo("north", n), "digest") for n in (7, 8)})
+    made = GridTransport(grid, of_sites(2))
+    with pytest.raises(StoppedEarly) as caught:
+        made.clients(timeout=0.2)
+    assert "node 8 says that it is client 'north', as node 7 does" in str(caught.value)
+    assert "partition-id" not in str(caught.value)
+    advises(
+        caught.value,
+        "use a site's kit for one client at a time, and give every site a name of its own",
+    )
+    grid.contents[8] = info_content(ClientInfo("south", 8), "digest")
+    assert [info.id for info in made.clients(timeout=1)] == ["north", "south"]
+
+
+def test_a_late_site_has_an_amount_of_text_for_which_the_run_was_planned(caplog):
+    sizes = {"small": 256, "large": 1024, "less": 128, "more": 2048, "between": 512}
+    answers = {
+        node: info_content(ClientInfo(name, size), "digest")
+        for node, (name, size) in enumerate(sizes.items())
+    }
+    grid = Asked({node: answers[node] for node in (0, 1)})
+    made = GridTransport(grid, of_sites(2, planned=True))
+    assert len(made.clients(timeout=1)) == 2
+    grid.contents.update(answers)
+    made.receive(0.5)
+    assert [info.id for info in made.newcomers()] == ["between"]
+    assert "client 'less' has less text than any client at the start" in caplog.text
+    assert "client 'more' has more text than any client at the start" in caplog.text
+
+
+def test_the_server_does_not_read_its_text_again_for_what_a_site_reports(monkeypatch):
+    def check_text():
+        pytest.fail("its text is read")
+
+    grid = Asked({7: info_content(ClientInfo("a", 5), "digest")})
+    made = GridTransport(grid, of_sites(1), check_text=check_text)
+    made.clients(timeout=1)
+    monkeypatch.setattr(grid, "push_messages", lambda messages: Grid.push_messages(grid, messages))
+    grid.codes[7] = [RAISED]
+    monkeypatch.setattr(grid, "reason", "TextChanged('it did not')")
+    made.send([job("a")])
+    assert [reply.code for reply in made.receive(1.0)] == ["client_error"]
 
 
 def test_the_error_for_missing_clients_says_how_many_connected():

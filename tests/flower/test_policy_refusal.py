@@ -16,9 +16,18 @@ from fedgpt.client.policy import Policy, PolicyRefused
 from fedgpt.core.errors import StoppedEarly
 from fedgpt.core.messages import ClientInfo, Job, Plan, Reply
 from fedgpt.core.options import RunOptions
-from fedgpt.flower import nodes
+from fedgpt.flower import messages, nodes
 from fedgpt.flower.grid_transport import Admission, GridTransport
-from fedgpt.flower.messages import MOST_REFUSED, info_content, read_job, refused_for, update_content
+from fedgpt.flower.messages import (
+    LEAST_REFUSED,
+    MOST_REASON,
+    MOST_REFUSED,
+    info_content,
+    question_content,
+    read_job,
+    refused_for,
+    update_content,
+)
 
 JOB = Job("north", 0, 3, np.arange(1000, dtype=np.float32), Plan("run", 1, 0, 1, 1))
 
@@ -28,6 +37,7 @@ class Site:
 
     def __init__(self, link, policy: Policy):
         self.policy, self.now = policy, datetime(2026, 11, 27, 12, 30)
+        self.asked, self.says = 0, ""  # the number of questions; the error of its next jobs
         _, self._connection = link.node()
         self._stopped = threading.Event()
         self._thread = in_thread(self._answer_messages)
@@ -40,11 +50,14 @@ class Site:
                 content = self._answer(message)
             except PolicyRefused as error:  # as the persistent node tells it
                 content = Error(2, repr(error))
+            if self.says and message.metadata.message_type == MessageType.TRAIN:
+                content = Error(2, self.says)
             send(self._connection, Message(content, reply_to=message))
         self._connection.deactivate()
 
     def _answer(self, message: Message) -> RecordDict:
         if message.metadata.message_type == MessageType.QUERY:
+            self.asked += 1
             self.policy.refuse_run(RunOptions(), self.now)
             return info_content(ClientInfo("north", 10), "digest")
         job = read_job(message)
@@ -72,7 +85,7 @@ def site(link):
 
 @pytest.fixture
 def transport(link):
-    made = GridTransport(link.grid(), Admission(1, "digest"))
+    made = GridTransport(link.grid(), Admission(1, "digest", question_content("{}")))
     yield made
     made.close()
 
@@ -84,7 +97,8 @@ def reply(made: GridTransport) -> Reply:
     return found[0]
 
 
-def test_a_site_is_asked_again_when_its_hours_begin(transport, site, caplog):
+def test_a_site_is_asked_again_when_its_hours_begin(transport, site, caplog, monkeypatch):
+    monkeypatch.setattr(messages, "LEAST_REFUSED", 2.0)
     one = site(Policy(hours="12:00-13:00"))
     assert [info.id for info in transport.clients(timeout=60)] == ["north"]
     one.now = datetime(2026, 11, 27, 11, 59, 58)
@@ -115,7 +129,7 @@ def test_a_site_that_was_away_is_asked_at_once(transport, site):
 
 
 def test_a_run_waits_for_sites_that_refuse_it_and_says_who(transport, site, monkeypatch):
-    monkeypatch.setattr(nodes, "ASK_AGAIN_SECONDS", 0.5)
+    monkeypatch.setattr(messages, "MOST_REFUSED", 0.5)
     one = site(Policy(runs=["another"]))
     with pytest.raises(StoppedEarly, match=r"runs=\[another\], and the server asks for name=run"):
         transport.clients(timeout=3.0)
@@ -123,17 +137,38 @@ def test_a_run_waits_for_sites_that_refuse_it_and_says_who(transport, site, monk
     assert [info.id for info in transport.clients(timeout=60)] == ["north"]
 
 
+def test_a_site_that_refuses_the_run_is_asked_again_when_it_says(transport, site, monkeypatch):
+    """Not a minute later: each question brings the tokenizer."""
+    monkeypatch.setattr(nodes, "ASK_AGAIN_SECONDS", 0.2)
+    one = site(Policy(runs=["another"]))
+    with pytest.raises(StoppedEarly, match="it may be asked again in 3600 s"):
+        transport.clients(timeout=3.0)
+    assert one.asked == 1
+
+
+def test_a_refusal_of_many_lines_is_one_line_of_the_log(transport, site, caplog):
+    one = site(Policy())
+    transport.clients(timeout=60)
+    one.says = "PolicyRefused\n2026-11-27 WARNING: all is lost\x1b[2J" + "x" * 10_000
+    transport.send([JOB])
+    assert reply(transport).code == "policy"
+    (line,) = [r.getMessage() for r in caplog.records if "refuses job" in r.getMessage()]
+    assert "PolicyRefused 2026-11-27 WARNING: all is lost [2Jxxx" in line
+    assert line.isprintable() and len(line) < MOST_REASON + 100
+
+
 @pytest.mark.parametrize(
     "told, seconds",
     [
         (repr(PolicyRefused("hours=1:00-2:00", "and it is 0:50 there", 600)), 600),
         (repr(PolicyRefused("a", "b", 10**9)), MOST_REFUSED),
+        (repr(PolicyRefused("a", "b", 0)), LEAST_REFUSED),
         ("PolicyRefused: of another version", MOST_REFUSED),
         ("PolicyRefused asked again in -1 s", MOST_REFUSED),
         ("ValueError('no')", None),
     ],
 )
-def test_a_client_cannot_stay_away_for_ever_by_what_it_says(told, seconds):
+def test_a_client_is_not_away_for_ever_or_asked_all_the_time_by_what_it_says(told, seconds):
     question = Message(RecordDict(), 1, MessageType.TRAIN)
     question.metadata.__dict__["_message_id"] = "1"
     assert refused_for(Message(Error(2, told), reply_to=question)) == seconds

@@ -519,6 +519,12 @@ def test_a_site_may_have_almost_twice_the_text_that_it_reports():
     assert reported.delta < 1 / ((2 * (1 << 16) - 1) // 65)
 
 
+def test_a_site_of_one_block_may_report_fewer_tokens_than_a_block_has():
+    """65 to 127 tokens are reported as 64, where a block of 64 inputs has 65."""
+    chosen = [*QUICK, "privacy=example", "pace.clients=2", *SITE]
+    assert plan([64, 1 << 16], *chosen).planned == plan([65, 1 << 16], *chosen).planned
+
+
 @pytest.mark.parametrize("unit", ["example", "local"])
 def test_the_statement_of_sites_says_how_exactly_their_amount_is_known(unit):
     chosen = [f"privacy={unit}", *QUICK, "rounds=2", "local.steps=1"]

@@ -217,12 +217,15 @@ def test_a_client_that_was_offline_gets_no_strike(tmp_path):
     assert outcome.server.totals.rejected == {"offline": 4}
 
 
+@pytest.mark.parametrize("code", ["policy", "offline"])
 @pytest.mark.parametrize("pace", [{}, {"name": "buffer", "clients": 2, "goal": 2}])
-def test_refusals_by_policy_are_no_strike_and_never_end_a_run(tmp_path, pace):
-    """Also if every site refuses for a long time, as outside its hours."""
+def test_refusals_and_absences_are_no_strike_and_never_end_a_run(tmp_path, pace, code):
+    """Also if every site refuses for a long time, as outside its hours, or all are offline, as
+    while the server has no network.
+    """
 
     def outside(job):
-        why = Reply(job.client, job.number, error="the site's policy has hours", code="policy")
+        why = Reply(job.client, job.number, error="not now", code=code)
         return [(60.0, why)] if job.number < 40 else honest(job)
 
     o = options(tmp_path, rounds=3, **pace)
@@ -230,9 +233,9 @@ def test_refusals_by_policy_are_no_strike_and_never_end_a_run(tmp_path, pace):
     behaviours: dict[str, Behaviour] = dict.fromkeys(HONEST, outside)
     outcome = run(o, behaviours)
     assert outcome.version == 3 and outcome.events_of("quarantine") == []
-    assert outcome.server.totals.rejected["policy"] > 30 * len(HONEST)
-    assert set(outcome.server.totals.rejected) == {"policy"}
-    # a cohort of refusals makes no version without an update
+    assert outcome.server.totals.rejected[code] > 30 * len(HONEST)
+    assert set(outcome.server.totals.rejected) == {code}
+    # a cohort of these makes no version without an update
     assert outcome.accepted_until(1) >= 2
 
 

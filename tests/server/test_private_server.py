@@ -15,6 +15,7 @@ from support.fake_transport import honest
 from fedgpt.aggregate.fedbuff import FedBuff
 from fedgpt.core.errors import FedGPTError, StoppedEarly
 from fedgpt.core.faults import Injected, injected
+from fedgpt.core.messages import Reply
 from fedgpt.core.options import PrivacyOptions, RunOptions
 from fedgpt.privacy.accounting import Event, epsilon_of, gaussian_epsilon
 from fedgpt.privacy.plan import PrivacyPlan, make_plan
@@ -174,6 +175,20 @@ def test_participations_of_a_client_are_separation_versions_apart(tmp_path, band
     gaps = [b - a for times in versions.values() for a, b in pairwise(times)]
     assert gaps and min(gaps) >= 3
     assert max(len(times) for times in versions.values()) <= 3
+
+
+@pytest.mark.parametrize("code, most", [("policy", 0), ("offline", 3)])
+@pytest.mark.parametrize("unit", ["example", "local"])
+def test_a_job_that_a_policy_refuses_is_not_charged(tmp_path, unit, code, most):
+    """One whose client is offline may have been done there, and is."""
+
+    def never(job):
+        return [(1.0, Reply(job.client, job.number, error="not now", code=code))]
+
+    o, plan = private(tmp_path, 3, {"clients": 0}, unit=unit, rng="secure")
+    done = scripted.run(o, {**CLIENTS, "h": never}, plan=plan)
+    charges, per_job = done.server.clients.charges, o.local.steps if unit == "example" else 1
+    assert (charges["a"], charges["h"]) == (3 * per_job, most * per_job)
 
 
 def test_norms_of_updates_do_not_affect_later_versions(tmp_path):

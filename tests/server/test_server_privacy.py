@@ -572,6 +572,10 @@ def test_the_epsilon_of_privacy_example_is_that_of_the_client_that_paid_most(tmp
             assert privacy.may_ask(client, 0, clients)
             privacy.asked(client, 5, clients)
     assert not privacy.may_ask("small", 0, clients)
+    refused = m.Job("small", 10, 9, np.zeros(1, np.float32), m.Plan("run", 5, 0, 1, 1))
+    privacy.refused(refused, clients)  # by the site's policy: it may be asked for another
+    assert privacy.may_ask("small", 0, clients) and not privacy.may_ask("large", 0, clients)
+    privacy.asked("small", 5, clients)
     assert 3.9 < privacy.metrics(clients)["epsilon"] <= 4.0
     ledger = tmp_path / "ledger.json"
     assert json.loads(ledger.read_text())["events"][0]["count"] == 50
