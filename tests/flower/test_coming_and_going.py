@@ -203,30 +203,6 @@ def test_a_client_that_stays_away_is_a_failure_without_blame(link, transport, mo
     assert replies(made, 1)[0].code == "offline"
 
 
-def test_a_client_that_goes_and_comes_back_all_the_time_is_not_waited_for_without_a_bound(
-    link, transport, monkeypatch
-):
-    monkeypatch.setattr(grid_transport, "PARKED_SECONDS", 2.0)
-    made, connections = joined(link, transport, "ann")
-    node = connections["ann"]._node.node_id
-    made.send([job("ann")])
-    found: list[Reply] = []
-    for _ in range(8):  # it is away for half a second each time
-        while not found and connections["ann"].receive() is None:
-            found += made.receive(0.1)
-        if found:
-            break
-        link.lose(node)
-        deadline = time.monotonic() + 0.5
-        while made.available("ann"):
-            found += made.receive(0.1)
-            deadline = time.monotonic() + 0.5
-        while time.monotonic() < deadline:
-            found += made.receive(0.1)
-        connections["ann"].heartbeat()
-    assert [reply.code for reply in found] == ["offline"]
-
-
 def test_a_job_that_was_given_up_is_not_sent_again(link, transport):
     made, connections = joined(link, transport, "ann")
     made.send([job("ann")])

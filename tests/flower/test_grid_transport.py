@@ -313,6 +313,27 @@ def test_the_server_does_not_read_its_text_again_for_what_a_site_reports(monkeyp
     assert [reply.code for reply in made.receive(1.0)] == ["client_error"]
 
 
+def test_a_client_that_comes_and_goes_is_not_waited_for_without_a_bound(monkeypatch):
+    here = {7: info_content(ClientInfo("a", 5), "digest")}
+    grid, seconds = Asked(here), itertools.count(step=60)
+    made = GridTransport(grid, Admission(1, "digest"))
+    made.clients(timeout=1)
+    clock = next(seconds)
+    monkeypatch.setattr(made, "now", lambda: clock)
+    monkeypatch.setattr(grid, "push_messages", lambda messages: Grid.push_messages(grid, messages))
+    grid.codes[7] = [ErrorCode.NODE_UNAVAILABLE] * 9
+    made.send([job("a")])
+    found = []
+    while not found and clock < 600:
+        grid.contents = {}
+        found += made.receive(0.0)
+        clock = next(seconds)
+        grid.contents = here
+        found += made.receive(0.0)
+    assert [reply.code for reply in found] == ["offline"]
+    assert clock == 240 and len(grid.pushed) == 4, "three times it came back in 180 seconds"
+
+
 def test_the_error_for_missing_clients_says_how_many_connected():
     made = GridTransport(
         Asked({7: info_content(ClientInfo("a", 1), "digest")}), Admission(3, "digest")
