@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from fedgpt.core.errors import FedGPTError
 from fedgpt.core.options import CorpusOptions
 from fedgpt.flower import finished
 from fedgpt.flower.finished import deliver, keep
+from fedgpt.flower.grid_transport import STOP_FILE
 from fedgpt.flower.pool.shared_memory import array_record
 
 
@@ -70,6 +72,25 @@ def test_a_client_that_does_not_answer_is_not_waited_for_without_end(link, model
     assert deliver(link.grid(), {"ann": node}, model, "abc") == []
 
 
+def test_a_server_that_is_stopped_waits_for_no_client_any_more(link, model, tmp_path, monkeypatch):
+    """The run is complete by then."""
+    stop = tmp_path / "stop"
+    monkeypatch.setenv(STOP_FILE, str(stop))
+    node, connection = link.node()
+    have: list[str] = ["unknown"]
+    grid = link.grid()
+
+    def work() -> None:
+        have[:] = deliver(grid, {"ann": node}, model, "abc")
+
+    delivering = in_thread(work)
+    next_message(connection)  # there is no answer to it
+    assert delivering.is_alive()
+    stop.touch()
+    delivering.join(timeout=30)
+    assert not delivering.is_alive() and have == []
+
+
 @pytest.mark.parametrize("name", ["../evil.json", "/tmp/evil", "pytorch_model.bin", "", "a/b"])
 def test_a_site_writes_no_file_that_no_model_has(tmp_path, name):
     message = message_with({name: np.zeros(3, np.uint8), "config.json": np.zeros(3, np.uint8)})
@@ -90,6 +111,26 @@ def test_a_model_that_comes_twice_is_there_once(tmp_path):
         keep(message_with({"config.json": np.full(2, byte, np.uint8)}), site(tmp_path), "night")
     (folder,) = (tmp_path / "state" / "models").iterdir()
     assert (folder / "config.json").read_bytes() == bytes([2, 2])
+
+
+def test_a_model_that_is_replaced_is_complete_at_every_moment_or_not_there(tmp_path, monkeypatch):
+    """Also where the client is killed while it deletes the one from before."""
+
+    def files(byte: int) -> Message:
+        names = ("config.json", "tokenizer.json")
+        return message_with({name: np.full(2, byte, np.uint8) for name in names})
+
+    def killed(path, *rest, **options) -> None:
+        next(file for file in sorted(Path(path).rglob("*")) if file.is_file()).unlink()
+        raise SystemExit
+
+    keep(files(1), site(tmp_path), "night")
+    (folder,) = (tmp_path / "state" / "models").iterdir()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(shutil, "rmtree", killed)
+        keep(files(2), site(tmp_path), "night")
+    found = [path.read_bytes() for path in folder.iterdir()]
+    assert found == [bytes([2, 2])] * 2
 
 
 @pytest.mark.parametrize("missing", ["files", "run"])
