@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +16,6 @@ from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.task_identity import TaskIdentity
-from support.persistent_client import echo
 from support.superlink import LiveSuperLink, in_thread, persistent_node
 
 from fedgpt.flower.deploy import node as node_module
@@ -24,6 +24,8 @@ from fedgpt.flower.deploy.guard import FLEET, App, Guard
 from fedgpt.flower.deploy.limits import Record
 from fedgpt.flower.deploy.node import NotAccepted, PersistentNode
 from fedgpt.flower.fetch import Fetcher
+
+REPEATED = ("pull-messages", "pull-object", "push-messages", "push-object")  # kinds of requests
 
 
 @pytest.fixture
@@ -76,15 +78,16 @@ def announced(link: LiveSuperLink, server: Server) -> tuple[Message, Callable[[]
     return message, send
 
 
-def failing_once(app: App, what: str, status: int) -> App:
-    """The application, but the second request of this kind is answered with a status."""
-    asked = 0
+def failing_once(app: App, status: int, failed: list[str]) -> App:
+    """The application, but the second request of each kind is answered with a status."""
+    asked: Counter[str] = Counter()
 
     async def front(scope, receive, send) -> None:
-        nonlocal asked
-        asked += scope["path"] == FLEET + what
-        if asked != 2 or scope["path"] != FLEET + what:
+        what = scope["path"].removeprefix(FLEET)
+        asked[what] += 1
+        if what not in REPEATED or asked[what] != 2:
             return await app(scope, receive, send)
+        failed.append(what)
         await send({"type": "http.response.start", "status": status, "headers": []})
         await send({"type": "http.response.body", "body": b""})
 
@@ -134,19 +137,18 @@ def test_a_server_that_was_away_gets_the_answers_afterwards(link, key, server):
 
 
 @pytest.mark.parametrize("status", [408, 429, 500, 503])
-@pytest.mark.parametrize("what", ["pull-messages", "pull-object", "push-messages", "push-object"])
-def test_a_request_that_fails_once_is_sent_again(link, key, server, status, what):
+def test_a_request_that_fails_once_is_sent_again(link, key, server, status):
     """The guard's 408 for an upload over a slow line, a limit of requests, a fault of Flower."""
-    link.put_in_front(lambda app: failing_once(app, what, status))
-    node = PersistentNode(FleetConnection(link.address, key, None), echo, {"index": 4})
-    running = in_thread(node.run)
-    server.wait_until(online=True)
-    for number in range(3):
-        server.ask(number=number)
-        assert server.answer().content["about"]["number"] == number
-    assert running.is_alive()
-    node.stop()
-    running.join(timeout=20)
+    failed: list[str] = []
+    link.put_in_front(lambda app: failing_once(app, status, failed))
+    with persistent_node(link, key, "echo", {"index": 4}) as process:
+        server.wait_until(online=True)
+        for number in range(3):
+            server.ask(number=number)
+            assert server.answer().content["about"]["number"] == number
+        assert sorted(failed) == sorted(REPEATED)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
 
 
 def test_a_reply_that_is_too_large_is_an_error_of_its_job_and_the_client_goes_on(link, key, server):
