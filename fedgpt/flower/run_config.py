@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 from fedgpt.config import compose
+from fedgpt.config.of_server import options_of_server
+from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import RunOptions
 
 # the pyproject.toml of an app without code: Flower imports the components, which are installed
@@ -45,3 +48,26 @@ def options_of(run_config: Mapping[str, Any]) -> RunOptions:
     if text.strip():
         return compose.from_yaml(text)
     return compose.load(shlex.split(str(run_config.get("overrides", ""))))
+
+
+_of_server = lru_cache(maxsize=2)(options_of_server)  # each message of a run comes with its options
+
+
+def options_of_server_run(run_config: Mapping[str, Any]) -> RunOptions:
+    """The options in a run config as a site reads them; raises ConfigError.
+
+    Nothing that the server has sent is imported, resolved or opened.
+    """
+    text = str(run_config.get("config", ""))
+    if not text.strip():
+        raise ConfigError(
+            "the run has its options as overrides, which a site does not read; start it with fedgpt"
+            " server or fedgpt submit"
+        )
+    options = _of_server(text)
+    if not options.corpus.at_sites:
+        raise ConfigError(
+            f"corpus={options.corpus.name}: the server names the text of this run, and this site"
+            " trains on its own text only; use corpus=site"
+        )
+    return options

@@ -31,7 +31,8 @@ from fedgpt.flower.messages import (
     read_reply,
     vector_record,
 )
-from fedgpt.flower.run_config import run_config_of
+from fedgpt.flower.reported import ClientFailed, reported
+from fedgpt.flower.run_config import options_of_server_run, run_config_of
 
 
 @pytest.mark.parametrize(
@@ -98,17 +99,17 @@ def test_a_client_without_memory_says_what_to_lower(tmp_path, allocate):
     words = tiny_run(tmp_path)
     work = ClientWork(compose.load([*words, "local.batch_size=32"]), str(tmp_path))
     told = pytest.raises(FedGPTError, match=r"^out of memory; lower local\.batch_size=32, and")
-    with told as error, client_app._reported(work):
+    with told as error, reported(work):
         allocate(1 << 46)
     advises(error.value, "lower local.batch_size=32, and raise local.accumulate instead")
     compose.load([*words, "local.batch_size=16", "local.accumulate=2"])
     private = ClientWork(compose.load([*words, "privacy=local"]), str(tmp_path))
     # the message says nothing of the text
     told = pytest.raises(ForServer, match=r"^out of memory; lower local\.batch_size=2, and")
-    with told, client_app._reported(private):
+    with told, reported(private):
         allocate(1 << 46)
-    failed = pytest.raises(client_app.ClientFailed, match=r"^ZeroDivisionError \(the client's log")
-    with failed, client_app._reported(work):
+    failed = pytest.raises(ClientFailed, match=r"^ZeroDivisionError \(the client's log")
+    with failed, reported(work):
         raise ZeroDivisionError
 
 
@@ -192,6 +193,16 @@ def test_a_node_takes_part_only_in_runs_of_its_kind(tmp_path):
         read_info(asked(common, texts.config("ann")))
     advises(refused.value, "use corpus=site")
     assert read_info(asked(common, numbered))
+
+
+def test_a_site_reads_no_overrides_of_a_server(tmp_path):
+    texts = Texts.write(tmp_path)
+    overrides = {"config": "", "overrides": " ".join(texts.at_sites())}
+    with pytest.raises(ConfigError) as refused:
+        options_of_server_run(overrides)
+    advises(refused.value, "start it with fedgpt server or fedgpt submit")
+    sent = run_config_of(compose.load(texts.at_sites()))
+    assert options_of_server_run(sent).corpus.at_sites
 
 
 def test_a_site_says_how_much_text_it_has_and_in_a_private_run_less_exactly(tmp_path):

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-from flwr.app import Context, Message, MessageType
+from flwr.app import ConfigRecord, Context, Message, MessageType
 
 from fedgpt.client.limits import limit_process
 from fedgpt.client.policy import Policy
@@ -25,7 +25,7 @@ from fedgpt.flower.deploy.doctor import Doctor, Finding, connection_of
 from fedgpt.flower.deploy.kit import Kit
 from fedgpt.flower.deploy.node import App, PersistentNode
 from fedgpt.flower.deploy.site_app import site_app
-from fedgpt.flower.run_config import options_of
+from fedgpt.flower.run_config import options_of_server_run
 
 INTERRUPTED = 130
 log = logging.getLogger(__name__)
@@ -103,13 +103,15 @@ class JobLog:
 
 def _run_name(context: Context) -> str:
     try:
-        return f"run {options_of(context.run_config).name}"
+        return f"run {options_of_server_run(context.run_config).name}"
     except FedGPTError:  # which the app reports
         return "a run whose options cannot be read"
 
 
 def _job(message: Message) -> str:
-    about = json.loads(str(message.content.config_records["job"]["json"]))
+    record = message.content["job"]  # by name: `config_records` would keep the model in memory
+    assert isinstance(record, ConfigRecord), "the app has read it"
+    about = json.loads(str(record["json"]))
     return f"job {about['task']}, version {about['version']}, {about['plan']['steps']} steps"
 
 
