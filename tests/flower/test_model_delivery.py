@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.supercore.task_identity import TaskIdentity
 from support.superlink import in_thread, next_message, send
 
 from fedgpt.client.site import Site
@@ -35,6 +37,7 @@ def site(folder: Path) -> Site:
 
 
 def message_with(arrays: dict[str, np.ndarray], run: str = "abc") -> Message:
+    TaskIdentity.run_id, TaskIdentity.node_id = 1, SUPERLINK_NODE_ID  # without which there is none
     content = RecordDict({"files": array_record(arrays), "run": ConfigRecord({"id": run})})
     return Message(content, 1, "query.finished")
 
