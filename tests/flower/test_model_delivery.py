@@ -37,7 +37,8 @@ def site(folder: Path) -> Site:
 
 
 def message_with(arrays: dict[str, np.ndarray], run: str = "abc") -> Message:
-    TaskIdentity.run_id, TaskIdentity.node_id = 1, SUPERLINK_NODE_ID  # without which there is none
+    # without these there is no message
+    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, SUPERLINK_NODE_ID
     content = RecordDict({"files": array_record(arrays), "run": ConfigRecord({"id": run})})
     return Message(content, 1, "query.finished")
 
