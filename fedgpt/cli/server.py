@@ -19,7 +19,7 @@ def main(arguments: list[str]) -> int:
 
     from fedgpt.cli.words import server_run
     from fedgpt.flower.deploy import audit, queue
-    from fedgpt.flower.deploy.folder import checked_host, read_server
+    from fedgpt.flower.deploy.folder import checked_host, checked_reply_objects, read_server
     from fedgpt.flower.deploy.link_process import LinkProcess
     from fedgpt.flower.deploy.monitor import checked_port, monitored
     from fedgpt.flower.deploy.supervise import serving
@@ -27,9 +27,10 @@ def main(arguments: list[str]) -> int:
     server = read_server(chosen.folder)
     folder, port = server.folder.absolute(), checked_port(chosen.status_port)
     host = checked_host(chosen.host, chosen.insecure)
-    link = LinkProcess(
-        folder, [*([f"--host={host}"] if host else []), *["--insecure"] * chosen.insecure]
-    )
+    arguments = [f"--host={host}"] if host else []
+    if chosen.reply_objects is not None:
+        arguments.append(f"--reply-objects={checked_reply_objects(chosen.reply_objects)}")
+    link = LinkProcess(folder, [*arguments, *["--insecure"] * chosen.insecure])
     wish = server_run(chosen.options, chosen.config_dir, folder) if chosen.options else None
     if chosen.print:
         print("\n".join(_would_start(link, wish, port)))
@@ -65,6 +66,12 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--host", help="listen on this address only, such as behind a proxy")
     one.add_argument(
         "--insecure", action="store_true", help="without TLS, for clients on this machine only"
+    )
+    one.add_argument(
+        "--reply-objects",
+        metavar="N",
+        type=int,
+        help="most objects (of 5 MiB) of a client's reply (256)",
     )
     one.add_argument(
         "--status-port",

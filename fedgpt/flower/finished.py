@@ -7,7 +7,7 @@ site     -> STATE/models/<name of the run>-<its id>/, complete or not there
 from __future__ import annotations
 
 import logging
-import shutil
+import os
 import tempfile
 import time
 from collections.abc import Mapping
@@ -21,6 +21,7 @@ from fedgpt.client.site import Site
 from fedgpt.client.state import safe_name
 from fedgpt.core.errors import FedGPTError
 from fedgpt.core.files import sync
+from fedgpt.flower.grid_transport import STOP_FILE
 from fedgpt.flower.mailbox import mailbox_of
 from fedgpt.flower.messages import MOST_REASON
 from fedgpt.flower.pool.shared_memory import array_record
@@ -41,7 +42,8 @@ log = logging.getLogger(__name__)
 def deliver(grid: Grid, nodes: Mapping[str, int], folder: Path, run: str) -> list[str]:
     """Send the model in a folder to clients (name -> node); the names of those that have it.
 
-    A client that is offline, or does not confirm within DELIVER_SECONDS, goes without it.
+    A client that is offline, or does not confirm within DELIVER_SECONDS, goes without it. When a
+    launcher asks the server to stop, no client is waited for any more: the run is complete.
     """
     arrays = {
         path.name: np.fromfile(path, np.uint8)
@@ -62,7 +64,7 @@ def deliver(grid: Grid, nodes: Mapping[str, int], folder: Path, run: str) -> lis
         for message_id in waiting:
             mailbox.watch(message_id, MOST_ANSWER)
         deadline = time.monotonic() + DELIVER_SECONDS
-        while waiting and time.monotonic() < deadline:
+        while waiting and time.monotonic() < deadline and not _stopped():
             for arrival in mailbox.take():
                 name = waiting.pop(arrival.message_id)
                 if isinstance(arrival.reply, Message) and not arrival.reply.has_error():
@@ -71,6 +73,10 @@ def deliver(grid: Grid, nodes: Mapping[str, int], folder: Path, run: str) -> lis
     finally:
         mailbox.close()
     return sorted(have)
+
+
+def _stopped() -> bool:
+    return STOP_FILE in os.environ and Path(os.environ[STOP_FILE]).exists()
 
 
 def keep(message: Message, site: Site, name: str) -> RecordDict:
@@ -91,7 +97,8 @@ def keep(message: Message, site: Site, name: str) -> RecordDict:
         for file, array in files.items():
             array.numpy().tofile(made / file)
             sync(made / file)
-        shutil.rmtree(folder, ignore_errors=True)  # of a server that sent it before it was killed
+        if folder.exists():  # of a server that sent it before it was killed
+            folder.rename(Path(temporary) / "old")
         made.rename(folder)
     log.warning("the run %s has ended; its model is in %s", name, folder)
     return RecordDict()

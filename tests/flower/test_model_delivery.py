@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from flwr.app import ConfigRecord, Error, Message, RecordDict
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.supercore.task_identity import TaskIdentity
 from support.superlink import in_thread, next_message, send
 
 from fedgpt.client.site import Site
@@ -14,6 +17,7 @@ from fedgpt.core.errors import FedGPTError
 from fedgpt.core.options import CorpusOptions
 from fedgpt.flower import finished
 from fedgpt.flower.finished import deliver, keep
+from fedgpt.flower.grid_transport import STOP_FILE
 from fedgpt.flower.pool.shared_memory import array_record
 
 
@@ -33,6 +37,8 @@ def site(folder: Path) -> Site:
 
 
 def message_with(arrays: dict[str, np.ndarray], run: str = "abc") -> Message:
+    # without these there is no message
+    TaskIdentity.run_id, TaskIdentity.task_id, TaskIdentity.node_id = 1, 1, SUPERLINK_NODE_ID
     content = RecordDict({"files": array_record(arrays), "run": ConfigRecord({"id": run})})
     return Message(content, 1, "query.finished")
 
@@ -70,6 +76,25 @@ def test_a_client_that_does_not_answer_is_not_waited_for_without_end(link, model
     assert deliver(link.grid(), {"ann": node}, model, "abc") == []
 
 
+def test_a_server_that_is_stopped_waits_for_no_client_any_more(link, model, tmp_path, monkeypatch):
+    """The run is complete by then."""
+    stop = tmp_path / "stop"
+    monkeypatch.setenv(STOP_FILE, str(stop))
+    node, connection = link.node()
+    have: list[str] = ["unknown"]
+    grid = link.grid()
+
+    def work() -> None:
+        have[:] = deliver(grid, {"ann": node}, model, "abc")
+
+    delivering = in_thread(work)
+    next_message(connection)  # there is no answer to it
+    assert delivering.is_alive()
+    stop.touch()
+    delivering.join(timeout=30)
+    assert not delivering.is_alive() and have == []
+
+
 @pytest.mark.parametrize("name", ["../evil.json", "/tmp/evil", "pytorch_model.bin", "", "a/b"])
 def test_a_site_writes_no_file_that_no_model_has(tmp_path, name):
     message = message_with({name: np.zeros(3, np.uint8), "config.json": np.zeros(3, np.uint8)})
@@ -90,6 +115,26 @@ def test_a_model_that_comes_twice_is_there_once(tmp_path):
         keep(message_with({"config.json": np.full(2, byte, np.uint8)}), site(tmp_path), "night")
     (folder,) = (tmp_path / "state" / "models").iterdir()
     assert (folder / "config.json").read_bytes() == bytes([2, 2])
+
+
+def test_a_model_that_is_replaced_is_complete_at_every_moment_or_not_there(tmp_path, monkeypatch):
+    """Also where the client is killed while it deletes the one from before."""
+
+    def files(byte: int) -> Message:
+        names = ("config.json", "tokenizer.json")
+        return message_with({name: np.full(2, byte, np.uint8) for name in names})
+
+    def killed(path, *rest, **options) -> None:
+        next(file for file in sorted(Path(path).rglob("*")) if file.is_file()).unlink()
+        raise SystemExit
+
+    keep(files(1), site(tmp_path), "night")
+    (folder,) = (tmp_path / "state" / "models").iterdir()
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(shutil, "rmtree", killed)
+        keep(files(2), site(tmp_path), "night")
+    found = [path.read_bytes() for path in folder.iterdir()]
+    assert found == [bytes([2, 2])] * 2
 
 
 @pytest.mark.parametrize("missing", ["files", "run"])

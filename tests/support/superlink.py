@@ -27,6 +27,7 @@ from flwr.superlink.grid.http_grid import HttpGrid
 from flwr.superlink.main import create_app
 
 from fedgpt.flower.deploy.connection import FleetConnection
+from fedgpt.flower.deploy.guard import FLEET, App, Event, Receive, Send
 
 
 class LiveSuperLink:
@@ -34,6 +35,7 @@ class LiveSuperLink:
 
     def __init__(self, closing: ExitStack, run_config: Mapping[str, Any]):
         self._app, self._closing, self._port = create_app(), closing, 0
+        self._front = self._app  # what the port has
         self._start()
         self.address = f"127.0.0.1:{self._port}"
         self.state = self._app.state.linkstate_factory.state()
@@ -86,13 +88,25 @@ class LiveSuperLink:
         time.sleep(seconds)
         self._start()
 
+    def put_in_front(self, front: Callable[[App], App]) -> None:
+        """Let `front` of the SuperLink's application answer the nodes' requests."""
+        guard = front(self._app)
+
+        async def app(scope: Event, receive: Receive, send: Send) -> None:
+            fleet = scope["type"] == "http" and scope["path"].startswith(FLEET)
+            await (guard if fleet else self._app)(scope, receive, send)
+
+        self.stop()
+        self._front = app
+        self._start()
+
     def stop(self) -> None:
         """End the server; the port is free then."""
         self._server.should_exit = self._server.force_exit = True
         self._thread.join(timeout=10)
 
     def _start(self) -> None:
-        config = uvicorn.Config(self._app, port=self._port, log_level="error", ws="none")
+        config = uvicorn.Config(self._front, port=self._port, log_level="error", ws="none")
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()

@@ -47,7 +47,8 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
-PASSING = (502, 503, 504)  # statuses of a server that is overloaded or restarts
+# statuses of a server that is overloaded, restarts or fails once, or got a body too slowly
+PASSING = (408, 429, 500, 502, 503, 504)
 PULL_SECONDS = 600.0  # longest wait for the objects of a message that the server still sends
 # between two requests for such an object; Flower's first pause, 1 s, was most of a short job's trip
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.02, 1.0

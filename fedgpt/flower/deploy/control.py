@@ -105,6 +105,8 @@ class Control:
         """The status of a run; raises FedGPTError if this link has no run of this id."""
         with self._asking(f" (run {run_id})"):
             found = self.api.ListRuns(ListRunsRequest(run_id=run_id)).run_dict
+        if run_id not in found:
+            raise FedGPTError(f"the link has no run {run_id}")
         status = found[run_id].status
         return RunStatus(status.status, status.sub_status, status.details)
 

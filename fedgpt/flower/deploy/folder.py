@@ -29,6 +29,7 @@ from fedgpt.flower.deploy.documents import as_text, document, fingerprint, path_
 
 PORT = 9443
 SOON = 30  # days before its end from which a certificate should be renewed
+REPLY_OBJECTS = 256  # of a reply; an update of 124 million float32 numbers has about 120
 LOOPBACK = ("127.0.0.1", "::1", "localhost")  # where no other machine can listen
 PATIENCE = 10  # seconds to wait for another command that changes the folder
 FILES = CA_KEY, CA, KEY, CERTIFICATE, SITES, SETTINGS = (
@@ -198,6 +199,13 @@ def checked_host(host: str | None, insecure: bool) -> str | None:
             f" out --insecure, or take --host={LOOPBACK[0]}"
         )
     return host or LOOPBACK[0]
+
+
+def checked_reply_objects(number: int) -> int:
+    """The most objects of a reply; raises ConfigError if there are none."""
+    if number < 1:
+        raise ConfigError(f"--reply-objects={number}: must be at least 1")
+    return number
 
 
 @contextmanager

@@ -37,7 +37,7 @@ from flwr.server.superlink.linkstate import LinkState
 from fedgpt.core.errors import ConfigError, FedGPTError
 from fedgpt.core.files import PRIVATE, read_json, write_text
 from fedgpt.flower.deploy import inner
-from fedgpt.flower.deploy.folder import SITES, checked_host
+from fedgpt.flower.deploy.folder import REPLY_OBJECTS, SITES, checked_host, checked_reply_objects
 from fedgpt.flower.deploy.guard import Guard
 from fedgpt.flower.deploy.keys import sites as approved_sites
 from fedgpt.flower.deploy.limits import Record
@@ -46,7 +46,6 @@ from fedgpt.flower.deploy.registration import register, stop_old_runs
 from fedgpt.flower.nodes import NODES_FILE
 
 POLL_SECONDS = 1.0  # between two looks at the list of sites, the certificate and the child
-REPLY_OBJECTS = 256  # of a reply; an update of 124 million float32 numbers has about 120
 AUDIT_BYTES, AUDIT_FILES = 16 << 20, 3  # size of audit.jsonl, and how many older ones are kept
 CERTIFICATE, KEY = "server.pem", "server.key"
 NODES = "nodes.json"  # node id -> its site
@@ -61,7 +60,7 @@ class Settings:
     folder: Path
     host: str | None  # None: all addresses of this machine
     port: int
-    reply_objects: int = REPLY_OBJECTS
+    reply_objects: int
     insecure: bool = False  # without TLS
 
     @property
@@ -163,8 +162,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def checked_settings(given: argparse.Namespace) -> Settings:
     """The settings of a server's folder; raises ConfigError, FedGPTError."""
     folder = Path(given.folder)
-    if given.reply_objects < 1:
-        raise ConfigError(f"--reply-objects={given.reply_objects}: must be at least 1")
     host = checked_host(given.host, given.insecure)
     if not folder.is_dir():
         typed = shlex.quote(str(folder))
@@ -177,7 +174,8 @@ def checked_settings(given: argparse.Namespace) -> Settings:
     port = read_json(folder / "server.json").get("port")
     if not isinstance(port, int) or not 0 <= port < 1 << 16:
         raise FedGPTError(f"{folder / 'server.json'}: port={port!r}, must be from 1 to 65535")
-    return Settings(folder, host, port, given.reply_objects, given.insecure)
+    objects = checked_reply_objects(given.reply_objects)
+    return Settings(folder, host, port, objects, given.insecure)
 
 
 @asynccontextmanager

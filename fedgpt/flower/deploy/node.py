@@ -27,7 +27,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedgpt.client.policy import PolicyRefused
 from fedgpt.core.errors import FedGPTError
-from fedgpt.flower.deploy.connection import FleetConnection, UploadEnded, passes
+from fedgpt.flower.deploy.connection import FleetConnection, Upload, UploadEnded, passes
 
 App = Callable[[Message, Context], Message]  # such as a ClientApp
 Found = TypeVar("Found")
@@ -38,6 +38,7 @@ MOST_PAUSE = 20.0  # longest pause between two attempts to connect
 RESTART_SECONDS = 90.0
 # reasons of the guard for which it is no use to wait: a key that is not approved, a wrong clock
 HOPELESS = (" unknown_key: ", " clock: ")
+TOO_LARGE = httpx.codes.REQUEST_ENTITY_TOO_LARGE
 log = logging.getLogger(__name__)
 
 
@@ -132,15 +133,32 @@ class PersistentNode:
                 failure = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, repr(error))
                 reply = Message(failure, reply_to=message)
             seconds = time.monotonic() - began
-            upload = self._persist(lambda: self._connection.announce(reply, seconds))
+            upload = self._announced(message, reply, seconds)
             while upload is not None and self._persist(lambda: self._connection.upload(upload)):
                 pass
         except UploadEnded:
             log.warning("the server does not want the last reply any more")
         except httpx.HTTPStatusError as error:
-            if error.response.status_code != httpx.codes.FORBIDDEN:
+            # its run is over, or it turned out to be too large
+            if error.response.status_code not in (httpx.codes.FORBIDDEN, TOO_LARGE):
                 raise NotAccepted(reason_of(error)) from error
-            log.warning("the last reply was not taken: %s", reason_of(error))  # its run is over
+            log.warning("the last reply was not taken: %s", reason_of(error))
+
+    def _announced(self, message: Message, reply: Message, seconds: float) -> Upload | None:
+        """A reply that was announced; an error instead of one that the server finds too large."""
+        try:
+            return self._persist(lambda: self._connection.announce(reply, seconds))
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code != TOO_LARGE:
+                raise
+            why = (
+                f"the reply is too large ({reason_of(error)}); the server's operator can allow a"
+                " larger one with: fedgpt server DIR --reply-objects N"
+            )
+        log.warning(why)
+        # without an answer the server would wait for the job
+        failure = Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, why), reply_to=message)
+        return self._persist(lambda: self._connection.announce(failure, seconds))
 
     def _context(self, run_id: int, node: int) -> Context:
         if run_id not in self._contexts:

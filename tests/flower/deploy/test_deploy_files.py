@@ -7,14 +7,19 @@ import re
 import shlex
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 
 from fedgpt.cli import COMMANDS, keys
+from fedgpt.flower.deploy.link_process import END_SECONDS
+from fedgpt.flower.deploy.supervise import OUTPUT_SECONDS, STOP_SECONDS
 
-DEPLOY = Path(__file__).parents[3] / "simulations" / "deploy"
+ROOT = Path(__file__).parents[3]
+DEPLOY = ROOT / "simulations" / "deploy"
+DOCKERFILE = (DEPLOY / "Dockerfile").read_text()
 UNITS = sorted((DEPLOY / "systemd").glob("*.service"))
 COMPOSE = yaml.safe_load((DEPLOY / "compose.yaml").read_text())
 
@@ -53,6 +58,39 @@ def test_a_unit_starts_a_command_of_fedgpt(path):
     program, *words = shlex.split(unit["Service"]["ExecStart"].replace("%i", "clinic-a"))
     assert program == "/srv/fedgpt/venv/bin/fedgpt"
     check(words)
+
+
+def test_a_server_has_the_time_to_stop_that_it_may_take():
+    needed = STOP_SECONDS + OUTPUT_SECONDS + END_SECONDS
+    assert float(COMPOSE["services"]["server"]["stop_grace_period"].removesuffix("s")) > needed
+    unit = (DEPLOY / "systemd" / "fedgpt-server.service").read_text()
+    (seconds,) = re.findall(r"^TimeoutStopSec=(\d+)$", unit, re.MULTILINE)
+    assert float(seconds) > needed
+
+
+def test_an_image_is_built_from_what_the_package_needs_and_nothing_else():
+    """No key, kit or text that lies beside it, and no history."""
+    rules = (ROOT / ".dockerignore").read_text().splitlines()
+    rules = [rule for rule in rules if not rule.startswith("#")]
+    assert rules[0] == "*" and rules[-1] == "**/__pycache__"
+    allowed = rules[1:-1]
+    assert all(rule.startswith("!") and (ROOT / rule[1:]).exists() for rule in allowed)
+    build = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wheel = build["tool"]["hatch"]["build"]["targets"]["wheel"]
+    needed = {"pyproject.toml", build["project"]["readme"], *build["project"]["license-files"]}
+    needed |= {*wheel["packages"], *wheel["force-include"]}
+    needed |= set(re.findall(r"/src/(\S+)", DOCKERFILE))
+    assert {rule[1:] for rule in allowed} == needed
+
+
+def test_the_user_of_an_image_owns_the_folders_of_its_volumes():
+    """Docker gives a new volume the owner of the folder that the image has in its place."""
+    before, user, _ = DOCKERFILE.partition("\nUSER fedgpt\n")
+    assert user and "chown -R fedgpt /data" in before
+    made = set(re.findall(r"mkdir -p (\S+)", before))
+    mounts = [volume for one in COMPOSE["services"].values() for volume in one["volumes"]]
+    inside = {at.split(":")[1] for at in mounts if at.split(":")[0] in COMPOSE["volumes"]}
+    assert inside and inside <= made
 
 
 @pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd here")

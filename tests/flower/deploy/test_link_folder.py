@@ -10,7 +10,9 @@ from support.advice import advises
 from support.deployment import HOSTS, deployment
 
 from fedgpt import cli
+from fedgpt.cli.server import parser
 from fedgpt.core.errors import ConfigError
+from fedgpt.flower.deploy.folder import REPLY_OBJECTS
 from fedgpt.flower.deploy.link import Settings, checked_settings
 
 
@@ -48,3 +50,20 @@ def test_a_reply_of_no_objects_is_refused(tmp_path, objects):
     with pytest.raises(ConfigError, match=f"--reply-objects={objects}: must be at least 1"):
         settings(folder, objects)
     settings(folder)
+
+
+@pytest.mark.parametrize("objects", [0, -1])
+def test_the_server_refuses_a_reply_of_no_objects_before_it_starts_its_link(
+    tmp_path, capsys, objects
+):
+    folder: Path = deployment(tmp_path).folder
+    assert cli.dispatch("server", [str(folder), f"--reply-objects={objects}", "--print"]) == 2
+    assert f"--reply-objects={objects}: must be at least 1" in capsys.readouterr().err
+
+
+def test_the_server_passes_the_most_objects_of_a_reply_to_its_link(tmp_path, capsys):
+    folder: Path = deployment(tmp_path).folder
+    assert cli.dispatch("server", [str(folder), "--reply-objects", "700", "--print"]) == 0
+    command = capsys.readouterr().out.splitlines()[-2]
+    assert command.endswith(f"fedgpt.flower.deploy.link {folder} --reply-objects=700")
+    assert f"({REPLY_OBJECTS})" in parser().format_help()

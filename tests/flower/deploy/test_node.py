@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import signal
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.app import ConfigRecord, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID
@@ -18,8 +20,12 @@ from support.superlink import LiveSuperLink, in_thread, persistent_node
 
 from fedgpt.flower.deploy import node as node_module
 from fedgpt.flower.deploy.connection import FleetConnection
+from fedgpt.flower.deploy.guard import FLEET, App, Guard
+from fedgpt.flower.deploy.limits import Record
 from fedgpt.flower.deploy.node import NotAccepted, PersistentNode
 from fedgpt.flower.fetch import Fetcher
+
+REPEATED = ("pull-messages", "pull-object", "push-messages", "push-object")  # kinds of requests
 
 
 @pytest.fixture
@@ -72,6 +78,22 @@ def announced(link: LiveSuperLink, server: Server) -> tuple[Message, Callable[[]
     return message, send
 
 
+def failing_once(app: App, status: int, failed: list[str]) -> App:
+    """The application, but the second request of each kind is answered with a status."""
+    asked: Counter[str] = Counter()
+
+    async def front(scope, receive, send) -> None:
+        what = scope["path"].removeprefix(FLEET)
+        asked[what] += 1
+        if what not in REPEATED or asked[what] != 2:
+            return await app(scope, receive, send)
+        failed.append(what)
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": b""})
+
+    return front
+
+
 @pytest.fixture
 def server(link, key) -> Iterator[Server]:
     one = Server(link, key)
@@ -112,6 +134,44 @@ def test_a_server_that_was_away_gets_the_answers_afterwards(link, key, server):
         log = process.stderr.read()
     assert log.count("the server does not respond") == 1, "each reason is logged once"
     assert log.count("the server responds again") == 1
+
+
+@pytest.mark.parametrize("status", [408, 429, 500, 503])
+def test_a_request_that_fails_once_is_sent_again(link, key, server, status):
+    """The guard's 408 for an upload over a slow line, a limit of requests, a fault of Flower."""
+    failed: list[str] = []
+    link.put_in_front(lambda app: failing_once(app, status, failed))
+    with persistent_node(link, key, "echo", {"index": 4}) as process:
+        server.wait_until(online=True)
+        for number in range(3):
+            server.ask(number=number)
+            assert server.answer().content["about"]["number"] == number
+        assert sorted(failed) == sorted(REPEATED)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+
+
+def test_a_reply_that_is_too_large_is_an_error_of_its_job_and_the_client_goes_on(link, key, server):
+    def guarded(app: App) -> App:
+        public = key.public_key().public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+        return Guard(app, lambda: {"ann": public}, Record(lambda line: None), most)
+
+    most = 1  # object; a reply with content has more
+    link.put_in_front(guarded)
+    with persistent_node(link, key, "echo", {"index": 5}) as process:
+        server.wait_until(online=True)
+        for number in range(2):
+            server.ask(number=number)
+            failed = server.answer()
+            assert failed.has_error() and "a reply has at most 1 objects" in failed.error.reason
+        most = 3  # as the reason advises
+        assert "with: fedgpt server DIR --reply-objects N" in failed.error.reason
+        link.put_in_front(guarded)
+        server.ask(number=7)
+        assert server.answer().content["about"]["number"] == 7
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+        assert process.stderr.read().count("the reply is too large") == 2
 
 
 def test_a_client_waits_for_its_server_and_can_be_stopped_while_it_waits(link, key, caplog):
