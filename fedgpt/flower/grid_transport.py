@@ -88,7 +88,7 @@ class GridTransport:
         self._stop = Path(os.environ[STOP_FILE]) if STOP_FILE in os.environ else None
         self.at_once = grid.workers if isinstance(grid, LocalGrid) else None
         self.grid, self.ttl = grid, ttl
-        self._expected, self._own_text = admission.expected, admission.own_text
+        self._own_text = admission.own_text
         self._check_text = check_text
         self._mailbox = mailbox_of(grid)
         self._nodes = Nodes(grid, self._mailbox, admission, known)
@@ -123,7 +123,7 @@ class GridTransport:
                 why = f"; {amount(silent, 'node')} did not say which client it is" if silent else ""
                 why += "".join(f"; left out: {one_line(error)}" for error in left_out)
                 raise StoppedEarly(
-                    f"{self._nodes.count} of {self._expected} clients connected within"
+                    f"{self._nodes.count} of {self._nodes.expected} clients connected within"
                     f" {timeout:.0f} s{why}"
                 )
             self._wait(POLL_SECONDS)

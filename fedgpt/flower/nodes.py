@@ -95,6 +95,11 @@ class Nodes:
         self._online = frozenset(self._clients)
 
     @property
+    def expected(self) -> int:
+        """Number of clients that the run begins with."""
+        return self._admission.expected
+
+    @property
     def count(self) -> int:
         """Number of clients that have joined, of those that the run waits for."""
         return len(self._clients)
