@@ -123,10 +123,7 @@ class Policy:
             raise PolicyRefused(_said("servers", self.servers), f"and the CA is {fingerprint}")
 
     def refuse_options(self, options: RunOptions) -> None:
-        """Raise PolicyRefused if the site takes no part in this run at any hour.
-
-        Options that name code are refused under every policy.
-        """
+        """Raise PolicyRefused if the site takes no part in this run at any hour."""
         for limit, asked in self._run_problems(options):
             raise PolicyRefused(limit, f"and the server asks for {asked}")
 
@@ -158,11 +155,6 @@ class Policy:
 
     def _run_problems(self, options: RunOptions) -> Iterator[tuple[str, str]]:
         """(the limit, what the server asks) of all that is beyond the policy."""
-        if options.trusted_packages:
-            yield (
-                "no code of other packages, as that of every site",
-                f"trusted_packages={typed(options.trusted_packages)}",
-            )
         for key, allowed, asked in (
             ("runs", self.runs, ("name", options.name)),
             ("tasks", self.tasks, ("task", options.task.name)),
