@@ -4,13 +4,15 @@
     python simulations/deploy/soak.py --minutes 3 --quick
 
 A server takes one short run after the other for the given time. Meanwhile something happens every
-few seconds, drawn with a seed: a client is stopped, killed or halted for some seconds (as if its
-link was cut), the link or the ServerApp is killed, or the server itself, which is then started
-again. At the end nothing happens any more, and the last run must end, too.
+few seconds, drawn with a seed: the line between a client and the server is cut for a while, a
+client is stopped or killed, or a process of the server is killed: the server itself, its link, the
+keeper of the link, or the ServerApp. Whatever has ended is started again. One client is never
+stopped, and in the last third of the time no process of the server is killed, so that there are
+processes that live long. At the end nothing happens any more, and the last run must end, too.
 
-Of each run it is checked that it ended, that no update was accepted twice, and that each version
-has its update. Memory and open files of the server's processes and of the clients are read every
-few seconds.
+At each kill of the server the run's journal is compared with the updates that were applied until
+then, and at the end of a run with those that were applied at last (`Applied`). Memory, open files
+and threads of all processes are read all the time (growth.py). soak.json names what was `wrong`.
 """
 
 from __future__ import annotations
@@ -18,202 +20,226 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import random
 import signal
-import statistics
+import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from deployment import SITES, Deployment, deployment, wait_until
+from applied import Applied
+from deployment import SITES, Deployment, deployment, free_port, wait_until
+from growth import Growth, processes_in
+from line import Line
 
-from fedgpt.storage.run_folder import read_lines
+from fedgpt.core.files import read_json, write_text
+from fedgpt.flower.deploy import queue
+from fedgpt.flower.deploy.queue import QueuedRun
 
-VERSIONS = 60  # of each run
+VERSIONS = 120  # of each run
 SMALL = (
     *("pace=buffer", "pace.clients=3", "pace.begin=1", f"rounds={VERSIONS}"),
     *("model.n_layer=1", "model.n_embd=16", "model.n_head=2", "model.block_size=16"),
     *("local.steps=2", "local.batch_size=2", "evaluate.tokens=1024", "evaluate.samples=0"),
     *("evaluate=ends", "tokenizer.vocab_size=300", "runtime.threads=1", "checkpoint.every=20"),
 )
-PAUSE = (4.0, 12.0)  # seconds between two disturbances, at least and at most
-HALT = (2.0, 8.0)  # seconds for which a client is halted
+QUIET = 30.0  # seconds at the start
+PAUSE = (10.0, 25.0)  # seconds between two disturbances, at least and at most
+CUTS = (3.0, 8.0, 20.0, 60.0)  # seconds; after 60 the server has given the client up
+STAYS = "west"  # the client that is never stopped
+DEAD_SECONDS = 30.0  # for the ServerApp to end after a kill of the server, the link or its keeper
 END_SECONDS = 600.0  # for the last run, after the last disturbance
-PROGRAMS = {"link": "fedgpt.flower.deploy.link", "serverapp": "flwr-serverapp"}
-
-
-@dataclass
-class Samples:
-    """Memory and open files of processes, by the kind of process and the time."""
-
-    rows: dict[str, list[tuple[float, int, int]]] = field(default_factory=lambda: defaultdict(list))
-
-    def take(self, kind: str, pid: int) -> None:
-        """Read a process, unless it has just ended."""
-        try:
-            status = Path(f"/proc/{pid}/status").read_text()
-            files = len(list(Path(f"/proc/{pid}/fd").iterdir()))
-        except OSError:
-            return
-        kilobytes = next(line for line in status.splitlines() if line.startswith("VmRSS:"))
-        self.rows[kind].append((time.monotonic(), int(kilobytes.split()[1]), files))
-
-    def ends(self) -> dict[str, dict[str, float]]:
-        """Median megabytes and files of each kind in the first and the last third of the time."""
-        found = {}
-        for kind, rows in sorted(self.rows.items()):
-            third = max(1, len(rows) // 3)
-            found[kind] = {
-                "mb_first": statistics.median(row[1] for row in rows[:third]) / 1024,
-                "mb_last": statistics.median(row[1] for row in rows[-third:]) / 1024,
-                "files_first": statistics.median(row[2] for row in rows[:third]),
-                "files_last": statistics.median(row[2] for row in rows[-third:]),
-            }
-        return found
+# how many of each disturbance are in the deck from which the next one is drawn; the first deck
+# has one of each
+CLIENTS = {"cut": 9, "stop_client": 3, "kill_client": 3}
+SERVER = {"kill_server": 1, "kill_link": 1, "kill_keeper": 1, "kill_serverapp": 1}
 
 
 class Soak:
     """A deployment that is disturbed."""
 
-    def __init__(self, one: Deployment, seed: int):
+    def __init__(self, one: Deployment, seed: int, minutes: float):
         self.one, self.random = one, random.Random(seed)
-        self.counts: dict[str, int] = defaultdict(int)
-        self.samples = Samples()
+        self.began = time.monotonic()
+        self.seconds = 60 * minutes
+        self.counts: Counter[str] = Counter()
+        self.wrong: list[str] = []
+        self.growth = Growth(one.folder)
+        self.applied = Applied()
+        self.submitted = 0
+        self._lines: dict[str, Line] = {}
+        self._mend_at: dict[str, float] = {}
+        self._deck = [*CLIENTS, *SERVER]
+        self.random.shuffle(self._deck)
+
+    @property
+    def age(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self.began
+
+    def make_sites(self, ends: ExitStack) -> None:
+        """Make the keys; each site reaches the server by a line of its own."""
+        one = self.one
+        one.write_texts()
+        one.command("keys", "init", "server", "--host", "localhost", "--port", str(one.port))
+        settings = one.server / "server.json"
+        content = read_json(settings)
+        for site in SITES:
+            port = free_port()
+            # a site keeps the address that the server had when it was approved
+            write_text(settings, json.dumps(content | {"port": port}))
+            one.command("keys", "request", site)
+            one.command("keys", "approve", "server", f"{site}.request")
+            self._lines[site] = Line(port, one.port)
+            ends.callback(self._lines[site].close)
+        write_text(settings, json.dumps(content))
+
+    def soak(self) -> None:
+        """Disturb the deployment while it takes runs, and let the last one end."""
+        next_act = QUIET
+        while self.age < self.seconds:
+            self.keep_up()
+            if sum(run.waits for run in self.runs()) == 0:
+                self.submitted += 1
+                options = self.one.run_options(f"name=soak{self.submitted}", *SMALL)
+                self.one.command("submit", "server", *options)
+            if self.age > next_act:
+                self.disturb()
+                next_act = self.age + self.random.uniform(*PAUSE)
+            time.sleep(1)
+
+        def all_ended() -> bool:
+            self.keep_up()
+            return all(run.ended is not None for run in self.runs())
+
+        for line in self._lines.values():
+            line.mend()
+        wait_until(all_ended, END_SECONDS, "the end of the last run")
+
+    def runs(self) -> list[QueuedRun]:
+        """The server's runs."""
+        return queue.runs(self.one.server)
+
+    def keep_up(self) -> None:
+        """Mend and start what is due, and take samples."""
+        for site, line in self._lines.items():
+            if not line.whole and self.age > self._mend_at[site]:
+                line.mend()
+        for name in ("server", *SITES):
+            process = self.one.processes.get(name)
+            if process is not None and process.poll() is not None:
+                self.wrong.append(f"{name} ended by itself, with exit code {process.returncode}")
+                del self.one.processes[name]
+            if name not in self.one.processes:
+                self.one.start_server() if name == "server" else self.one.start_client(name)
+        self.growth.look()
+        for run in self.runs():
+            self.applied.look(Path(run.run_dir))
 
     def disturb(self) -> None:
         """Let one thing happen."""
-        acts: list[Callable[[], None]] = [
-            *(self._stop_client, self._kill_client, self._halt_client) * 3,
-            *(self._kill_link, self._kill_serverapp, self._kill_server),
-        ]
-        act = self.random.choice(acts)
-        self.counts[act.__name__.removeprefix("_")] += 1
-        act()
+        last_third = self.age > self.seconds * 2 / 3
+        kinds = CLIENTS if last_third else {**CLIENTS, **SERVER}
+        self._deck = [act for act in self._deck if act in kinds]
+        if not self._deck:
+            self._deck = [act for act, times in kinds.items() for _ in range(times)]
+            self.random.shuffle(self._deck)
+        act = self._deck.pop()
+        self.counts[act] += 1
+        acts: dict[str, Callable[[], None]] = {
+            "cut": self._cut,
+            "stop_client": lambda: self._end_client(signal.SIGTERM),
+            "kill_client": lambda: self._end_client(signal.SIGKILL),
+        }
+        acts.get(act, lambda: self._kill_server(act.removeprefix("kill_")))()
 
-    def start_missing(self) -> None:
-        """Start what has ended: the server, and every client."""
-        if "server" not in self.one.processes or self.one.processes["server"].poll() is not None:
-            self.one.start_server()
-        for site in SITES:
-            if site not in self.one.processes or self.one.processes[site].poll() is not None:
-                self.one.start_client(site)
+    def _cut(self) -> None:
+        site = self.random.choice(list(SITES))
+        self._lines[site].cut()
+        self._mend_at[site] = self.age + self.random.choice(CUTS)
 
-    def look(self) -> None:
-        """Read memory and open files."""
-        for site in SITES:
-            if site in self.one.processes:
-                self.samples.take("client", self.one.processes[site].pid)
-        for kind, program in PROGRAMS.items():
-            for pid in self._pids(program):
-                self.samples.take(kind, pid)
+    def _end_client(self, by: int) -> None:
+        self.one.stop(self.random.choice([site for site in SITES if site != STAYS]), by)
 
-    def _some_client(self) -> str | None:
-        running = [s for s in SITES if s in self.one.processes]
-        return self.random.choice(running) if running else None
-
-    def _stop_client(self) -> None:
-        if (site := self._some_client()) is not None:
-            self.one.stop(site)
-
-    def _kill_client(self) -> None:
-        if (site := self._some_client()) is not None:
-            self.one.stop(site, signal.SIGKILL)
-
-    def _halt_client(self) -> None:
-        if (site := self._some_client()) is None:
-            return
-        process = self.one.processes[site]
-        process.send_signal(signal.SIGSTOP)
-        time.sleep(self.random.uniform(*HALT))
-        process.send_signal(signal.SIGCONT)
-
-    def _kill_link(self) -> None:
-        self._kill("link")
-
-    def _kill_serverapp(self) -> None:
-        self._kill("serverapp")
-
-    def _kill_server(self) -> None:
-        if "server" in self.one.processes:
+    def _kill_server(self, which: str) -> None:
+        """Kill a process of the server, and compare the journal when its ServerApp has ended."""
+        kind = {"serverapp": "flwr-serverapp"}.get(which, which)
+        below = list(processes_in(self.one.folder))
+        killed = {process.pid for process in below if process.kind == kind}
+        if kind == "keeper":  # that of the link; the link has one as well
+            killed = {pid for pid in killed if _parent(pid) == self.one.processes["server"].pid}
+        if kind == "server":
             self.one.stop("server", signal.SIGKILL)
-
-    def _kill(self, kind: str) -> None:
-        for pid in self._pids(PROGRAMS[kind]):
-            with suppress(ProcessLookupError):  # it has just ended
+        for pid in killed:
+            with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        apps = {process for process in below if process.kind == "flwr-serverapp"}
+        wait_until(
+            lambda: not apps & set(processes_in(self.one.folder)),
+            DEAD_SECONDS,
+            f"the end of the ServerApp after a kill of the {which}",
+        )
+        for run in self.runs():
+            if run.running:
+                self.applied.compare_journal(Path(run.run_dir))
 
-    def _pids(self, program: str) -> Iterator[int]:
-        """The processes of this deployment that run a program."""
-        mine = str(self.one.server)
-        for path in Path("/proc").glob("[0-9]*/cmdline"):
-            try:
-                words = path.read_bytes().split(b"\0")
-                around = (path.parent / "environ").read_bytes()
-            except OSError:
-                continue
-            if any(word.decode(errors="replace").endswith(program) for word in words[:4]) and (
-                mine.encode() in around
-            ):
-                yield int(path.parent.name)
+    def figures(self) -> dict[str, Any]:
+        """What happened, after the end of all processes."""
+        runs = self.runs()
+        for run in runs:
+            if run.exit_code != 0:
+                self.wrong.append(f"run {run.number} ended with {run.exit_code}: {run.reason}")
+            self.wrong += self.applied.problems(Path(run.run_dir), VERSIONS)
+        for path in (self.one.folder / "logs").iterdir():
+            if times := path.read_text().count("Traceback (most recent call last)"):
+                self.wrong.append(f"{path.name} has {times} tracebacks")
+        self.wrong += [f"{one.kind} outlives the end" for one in processes_in(self.one.folder)]
+        self.wrong += self.growth.wrong()
+        server = self.one.server
+        return {
+            "runs": len(runs),
+            "versions": VERSIONS * len(runs),
+            "starts": sum(run.starts for run in runs),
+            "disturbances": dict(sorted(self.counts.items())),
+            **self.applied.figures(),
+            "wrong": self.wrong,
+            "processes": self.growth.figures(),
+            "server_kb": {
+                "runs": _kilobytes(server / "runs"),
+                "link.db": _kilobytes(server, "link.db*"),
+                "other": _kilobytes(server) - _kilobytes(server / "runs"),
+            },
+        }
 
 
-def checked(folder: Path) -> dict[str, Any]:
-    """What a run that has ended has counted; `wrong` is what is not as it must be."""
-    events = [e for e in read_lines(folder / "events.jsonl") if e["event"] == "accept"]
-    updates = [(event["client"], event["number"]) for event in events]
-    wrong = []
-    if not (folder / "summary.json").exists():
-        wrong.append("it has not ended")
-    if len(set(updates)) != len(updates):
-        wrong.append("an update was accepted twice")
-    if len(updates) != VERSIONS:
-        wrong.append(f"{len(updates)} updates in {VERSIONS} versions")
-    return {"run": folder.name, "updates": len(updates), "wrong": wrong}
+def _kilobytes(folder: Path, files: str = "*") -> int:
+    return sum(path.stat().st_size for path in folder.rglob(files) if path.is_file()) >> 10
 
 
-def soak(one: Deployment, minutes: float, seed: int) -> dict[str, Any]:
-    """Disturb a deployment for some minutes; the figures."""
-    one.write_texts()
-    one.make_keys()
-    soak = Soak(one, seed)
-    soak.start_missing()
-    began, submitted = time.monotonic(), 0
-    next_act = began + 30
-    while time.monotonic() < began + 60 * minutes:
-        status = json.loads(one.command("status", "server", "--json"))
-        if len(status["queue"]) < 1:
-            submitted += 1
-            one.command("submit", "server", *one.run_options(f"name=soak{submitted}", *SMALL))
-        soak.look()
-        if time.monotonic() > next_act:
-            soak.disturb()
-            next_act = time.monotonic() + soak.random.uniform(*PAUSE)
-        soak.start_missing()
-        time.sleep(1)
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
 
-    def all_ended() -> bool:
-        soak.start_missing()
-        return len(json.loads(one.command("status", "server", "--json"))["ended"]) == submitted
 
-    wait_until(all_ended, END_SECONDS, "the end of the last run")
-    status = json.loads(one.command("status", "server", "--json"))
-    runs = [checked(Path(run["run_dir"])) for run in status["ended"]]
-    failed = [run for run in status["ended"] if run["exit_code"] != 0]
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    here = Path(__file__).parent
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=False
+    ).stdout.strip()
     return {
-        "minutes": minutes,
-        "seed": seed,
-        "runs": len(runs),
-        "updates": sum(run["updates"] for run in runs),
-        "starts": sum(run["starts"] for run in status["ended"]),
-        "disturbances": dict(soak.counts),
-        "wrong": [run for run in runs if run["wrong"]] + failed,
-        "processes": soak.samples.ends(),
+        "commit": commit,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python"
+        f" {platform.python_version()}",
+        "load_average": [round(load, 1) for load in os.getloadavg()],
     }
 
 
@@ -224,14 +250,24 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="soak.json is not written")
     chosen = parser.parse_args()
-    with (
-        tempfile.TemporaryDirectory(prefix="fedgpt-soak-") as folder,
-        deployment(Path(folder) / "deployment", say=False) as one,
-    ):
-        figures = soak(one, chosen.minutes, chosen.seed)
-    print(json.dumps(figures, indent=1))
+    about = {
+        "command": f"soak.py --minutes {chosen.minutes:g} --seed {chosen.seed}",
+        "seed": chosen.seed,
+        "minutes": chosen.minutes,
+        **machine(),
+    }
+    with ExitStack() as ends:
+        folder = ends.enter_context(tempfile.TemporaryDirectory(prefix="fedgpt-soak-"))
+        with ExitStack() as lines:
+            one = lines.enter_context(deployment(Path(folder) / "deployment", say=False))
+            soak = Soak(one, chosen.seed, chosen.minutes)
+            soak.make_sites(lines)
+            soak.soak()
+        about["load_average_at_the_end"] = [round(load, 1) for load in os.getloadavg()]
+        figures = {**about, **soak.figures()}
+    text = json.dumps(figures, indent=1) + "\n"
+    print(text, end="")
     if not chosen.quick:
-        text = json.dumps(figures, indent=1) + "\n"
         Path(__file__).with_name("soak.json").write_text(text)
     return 1 if figures["wrong"] else 0
 

@@ -1,0 +1,72 @@
+"""A TCP line to a port of this machine that can be cut, and mended again."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from contextlib import suppress
+
+_LOOPBACK = "127.0.0.1"
+_BYTES = 1 << 16  # passed on at a time
+
+
+class Line:
+    """Listens on `port` and passes every connection on to the port `to`.
+
+    While it is cut, nothing passes in either direction and no connection ends: both sides see
+    what they see of a network that loses every packet.
+    """
+
+    def __init__(self, port: int, to: int):
+        self._port, self._to = port, to
+        self._loop = asyncio.new_event_loop()
+        self._whole = asyncio.Event()
+        self._whole.set()
+        self._thread = threading.Thread(target=self._run, name="line", daemon=True)
+        self._thread.start()
+
+    @property
+    def whole(self) -> bool:
+        """Whether it is not cut."""
+        return self._whole.is_set()
+
+    def cut(self) -> None:
+        """Let nothing pass."""
+        self._loop.call_soon_threadsafe(self._whole.clear)
+
+    def mend(self) -> None:
+        """Let everything pass that waits, and what comes."""
+        self._loop.call_soon_threadsafe(self._whole.set)
+
+    def close(self) -> None:
+        """End all connections and stop listening."""
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+
+    def _run(self) -> None:
+        server = self._loop.run_until_complete(
+            asyncio.start_server(self._connected, _LOOPBACK, self._port)
+        )
+        self._loop.run_forever()
+        server.close()
+        for task in asyncio.all_tasks(self._loop):
+            task.cancel()
+        self._loop.run_until_complete(asyncio.sleep(0))
+        self._loop.close()
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            there, back = await asyncio.open_connection(_LOOPBACK, self._to)
+        except OSError:  # the server is down: so is this connection
+            writer.close()
+            return
+        await asyncio.gather(self._pass(reader, back), self._pass(there, writer))
+
+    async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with suppress(OSError):
+            while data := await reader.read(_BYTES):
+                await self._whole.wait()
+                writer.write(data)
+                await writer.drain()
+        await self._whole.wait()  # the end of a connection does not pass either
+        writer.close()
