@@ -63,6 +63,7 @@ COMMANDS = {
             True,
         ),
         Command("submit", "DIR [OPTIONS]", "queue a run at a server", True),
+        Command("cancel", "DIR [RUN]", "end a run of a server, or take it from the queue", True),
         Command("status", "DIR [--json]", "show a server, its run and its queue", True),
         Command("client", "KIT --text FOLDER", "connect a site to its server", True),
         Command("doctor", "KIT", "find out what keeps a site from its server", True),

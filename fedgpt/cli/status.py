@@ -45,11 +45,13 @@ def _lines(status: Status) -> Iterator[str]:
     yield _row("online", ", ".join(status.online) or "none")
     yield _row("offline", ", ".join(offline) or "none")
     if run := status.running:
-        state = "" if status.serves else " (waits for a server)"
+        state = " (is cancelled)" if run.number in status.cancelled else ""
+        state += "" if status.serves else " (waits for a server)"
         yield _row("run", f"{_named(run)}: {_progress(run)}{state}")
         yield _row("", run.run_dir)
     for run in status.waiting:
-        yield _row("queue", f"{_named(run)}, submitted {run.submitted}")
+        state = " (is cancelled)" if run.number in status.cancelled else ""
+        yield _row("queue", f"{_named(run)}, submitted {run.submitted}{state}")
     for run in status.ended:
         how = "complete" if run.exit_code == 0 else f"exit code {run.exit_code}: {run.reason}"
         yield _row("ended", f"{_named(run)}: {_progress(run)}, {how}")

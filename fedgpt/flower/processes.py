@@ -4,26 +4,32 @@ started.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 END_SECONDS = 5.0  # seconds between SIGTERM and SIGKILL
+_PR_SET_PDEATHSIG = 1  # of Linux, see prctl(2)
 
 
 @contextmanager
 def child(
-    command: Sequence[str], environment: Mapping[str, str], log: Path | None
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    log: Path | None,
+    first: Callable[[], None] | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Start a program that is installed beside this interpreter; end its process group on leaving.
 
-    Its output goes to the file `log`, or to this process's output if `log` is None.
+    Its output goes to the file `log`, or to this process's output if `log` is None. The new process
+    calls `first` before the program.
     """
     stream: IO[bytes] | None = None if log is None else log.open("wb")
     process = subprocess.Popen(
@@ -33,6 +39,7 @@ def child(
         stdout=stream,
         stderr=stream,
         start_new_session=True,
+        preexec_fn=first,  # noqa: PLW1509 (see `ends_with`)
     )
     try:
         yield process
@@ -40,6 +47,39 @@ def child(
         _end_group(process)
         if stream is not None:
             stream.close()
+
+
+def ends_with(parent: int) -> Callable[[], None]:
+    """A function for `child` by which the kernel kills the program when the process `parent`, which
+    starts it, ends in any way; does nothing on other systems than Linux.
+
+    `parent` must have one thread only: the kernel takes the end of the one that starts the program.
+    """
+    system = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def ask() -> None:
+        if system is not None:
+            system.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+            if os.getppid() != parent:  # it ended before the kernel knew
+                os._exit(1)
+
+    return ask
+
+
+def running_below(pid: int, program: str) -> set[int]:
+    """Process ids of those descendants of `pid` that run this program of Python's; none on systems
+    without /proc.
+    """
+    return {one for one in _descendants(pid) if _alive(one) and _script(one) == program}
+
+
+def _script(pid: int) -> str:
+    """The name of the program that a Python process runs; empty if it has ended."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return ""
+    return Path(os.fsdecode(words[1])).name if len(words) > 1 else ""
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:

@@ -26,8 +26,8 @@ class Saver:
     def take(self, snapshot: Snapshot) -> None:
         """Store the snapshot after a new version."""
         self.snapshot = snapshot
-        if self.journal is not None:
-            self.journal.step(snapshot.state.version)
+        if self.journal is not None and self.journal.step(snapshot.state.version):
+            self.checkpoints.ended()  # this start has led further: the next one repeats its version
 
     def save(self) -> None:
         """Write the newest snapshot in the background, unless it is already being written."""

@@ -4,7 +4,8 @@
     checkpoints/version-00000012.sha256       its digest, written last: it commits the checkpoint
     checkpoints/best.safetensors              the best weights, with their score and digest
     checkpoints/starts.json                   how many starts in a row were from the newest
-                                              checkpoint and made no new version
+                                              checkpoint and made no new version: without a journal
+                                              none that a checkpoint has
 
 Each file is written under a temporary name, synced and renamed, so a crash leaves the old file or
 the new one.
@@ -171,7 +172,7 @@ class Checkpoints:
         reach("open")
 
     def ended(self) -> None:
-        """Reset the count of starts, because the server did not crash."""
+        """Reset the count of starts, because the server did not crash, or made a new version."""
         (self.folder / "starts.json").unlink(missing_ok=True)
 
     def save_best(self, params: np.ndarray, version: int, value: float, run: str) -> None:

@@ -160,6 +160,12 @@ class Journal:
             if _version_of(path) >= version:
                 path.unlink(missing_ok=True)
 
+    def set_aside(self, version: int) -> None:
+        """Rename the files of `version` and of all later ones, so that they are not read again."""
+        for path in self._paths():
+            if _version_of(path) >= version:
+                path.rename(path.with_suffix(".damaged"))
+
     def clear(self) -> None:
         """Delete the log, because the run is over or its jobs must be sent again."""
         self.close()
@@ -262,14 +268,18 @@ class RecordedTransport:
         self._write("receive", replies=tuple(replies))
         return replies
 
-    def step(self, version: int) -> None:
-        """Begin the file of `version`; its snapshot contains the effects of all earlier entries."""
+    def step(self, version: int) -> bool:
+        """Begin the file of `version`; its snapshot contains the effects of all earlier entries.
+
+        Returns whether the version is a new one, which is not in the log.
+        """
         if self._replays("step"):
             self.journal.begin(version)
             self._advance()
-        else:
-            self._write("step")
-            self.journal.begin(version)
+            return False
+        self._write("step")
+        self.journal.begin(version)
+        return True
 
     def abandon(self, keys: Iterable[Key]) -> None:
         """Tell the inner transport that replies to these jobs are not needed."""

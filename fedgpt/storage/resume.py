@@ -87,7 +87,7 @@ def open_or_resume(
     snapshot = checkpoints.recover(check)
     checkpoints.close()
     if checkpoints.retired is not None:  # replaying the journal would fail again
-        Journal(folder.wal).forget(checkpoints.retired)
+        Journal(folder.wal).set_aside(checkpoints.retired)
     if snapshot is None:
         snapshot = start()
         folder.metrics.keep([])

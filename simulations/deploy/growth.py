@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-import statistics
+import os
 import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 WARM_SECONDS = 45.0  # of a process's life, in which it imports and does its first work
 WINDOW_SECONDS = 30.0  # at either end of what is compared
-LARGEST_GROWTH = 1.15  # of memory, in a process's life: an allocator's share
-FREE_GROWTH = {"mb": 12.0, "files": 4, "threads": 4}  # below which nothing is said
+# Growth that says nothing: by a factor, which is the share of an allocator, and by so many
+# megabytes, connections or threads. A leak of one message for each update would be more in an hour.
+LARGEST_GROWTH = 1.15
+FREE = {"mb": 12.0, "files": 4.0, "threads": 4.0}
+Ends = tuple[float, float]  # a figure after the start, and at the end
 
 
 @dataclass(frozen=True)
@@ -80,44 +84,52 @@ class Growth:
         self._most |= now
 
     def figures(self) -> dict[str, dict[str, Any]]:
-        """Of each kind of process how many lived long enough to be compared, the longest life, and
-        the most growth of one: from after its start to its end.
+        """Of each kind of process: how many there were, how large, and from what to what they grew:
+        the one that grew most in its life, and the last one against the first, both when warm.
         """
         found = {}
         for kind in sorted(self._most):
-            all_of = [rows for process, rows in self._samples.items() if process.kind == kind]
-            compared = [ends for rows in all_of if (ends := ends_of(rows)) is not None]
+            all_of = self._rows(kind)
+            rows = [row for one in all_of for row in one]
             found[kind] = {
                 "processes": len(all_of),
                 "most_at_once": self._most[kind],
-                "longest_seconds": round(max(rows[-1].seconds for rows in all_of)),
-                "largest_mb": round(max(row.mb for rows in all_of for row in rows), 1),
-                "most_files": max(row.files for rows in all_of for row in rows),
-                "most_threads": max(row.threads for rows in all_of for row in rows),
-                "compared": len(compared),
-                "growth": {
-                    name: max(compared, key=lambda ends, name=name: grown(ends, name))[name]
-                    for name in FREE_GROWTH
-                }
-                if compared
-                else {},
+                "longest_seconds": round(max(row.seconds for row in rows)),
+                "most": {name: round(max(getattr(row, name) for row in rows), 1) for name in FREE},
             }
+            for about, pairs in self._compared(kind).items():
+                worst = {
+                    name: max((one[name] for one in pairs), key=lambda ends: ends[1] - ends[0])
+                    for name in FREE
+                }
+                found[kind] |= {about: {"compared": len(pairs), **worst}}
         return found
 
     def wrong(self) -> list[str]:
-        """What grew."""
-        problems = []
-        for process, rows in self._samples.items():
-            if (ends := ends_of(rows)) is None:
-                continue
-            problems += [
-                f"{process.kind} {process.pid}: {name} grew from {ends[name][0]:g} to"
-                f" {ends[name][1]:g} in {rows[-1].seconds:.0f} s"
-                for name, most in FREE_GROWTH.items()
-                if grown(ends, name) > most
-                and (name != "mb" or ends[name][1] > LARGEST_GROWTH * ends[name][0])
-            ]
-        return problems
+        """What grew more than an allocator's share and some open connections."""
+        return [
+            f"{kind}, {about}: {name} grew from {first:g} to {last:g}"
+            for kind in sorted(self._most)
+            for about, pairs in self._compared(kind).items()
+            for pair in pairs
+            for name, (first, last) in pair.items()
+            if last - first > FREE[name] and last > LARGEST_GROWTH * first
+        ]
+
+    def _rows(self, kind: str) -> list[list[Sample]]:
+        """The samples of each process of a kind, in the order of their starts."""
+        return [rows for process, rows in self._samples.items() if process.kind == kind]
+
+    def _compared(self, kind: str) -> dict[str, list[dict[str, Ends]]]:
+        warm = [part for rows in self._rows(kind) if (part := warm_part(rows))]
+        lives = [
+            ends_of(warm_part(rows), rows[-len(warm_part(rows)) :])
+            for rows in self._rows(kind)
+            if rows[-1].seconds >= WARM_SECONDS + 2 * WINDOW_SECONDS and warm_part(rows)
+        ]
+        others = [ends_of(warm[0], warm[-1])] if len(warm) > 1 else []
+        found = {"in_its_life": lives, "last_against_first": others}
+        return {about: pairs for about, pairs in found.items() if pairs}
 
 
 def sample_of(pid: int) -> Sample | None:
@@ -127,27 +139,26 @@ def sample_of(pid: int) -> Sample | None:
             line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
         )
         files = sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
-        began = time.time() - Path(f"/proc/{pid}").stat().st_ctime
-        return Sample(began, int(lines["VmRSS"].split()[0]) / 1024, files, int(lines["Threads"]))
+        words = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        began = int(words[19]) / os.sysconf("SC_CLK_TCK")
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - began
+        return Sample(age, int(lines["VmRSS"].split()[0]) / 1024, files, int(lines["Threads"]))
     except (OSError, KeyError):  # a process that has ended has no memory
         return None
 
 
-def ends_of(rows: list[Sample]) -> dict[str, tuple[float, float]] | None:
-    """Medians of a process (after its start, before its end); None if it did not live for long."""
-    first = [row for row in rows if WARM_SECONDS <= row.seconds < WARM_SECONDS + WINDOW_SECONDS]
-    last = [row for row in rows if row.seconds >= rows[-1].seconds - WINDOW_SECONDS]
-    if not first or rows[-1].seconds < WARM_SECONDS + 2 * WINDOW_SECONDS:
-        return None
+def warm_part(rows: list[Sample]) -> list[Sample]:
+    """The samples after a process's start."""
+    end = WARM_SECONDS + WINDOW_SECONDS
+    return [row for row in rows if WARM_SECONDS <= row.seconds < end]
+
+
+def ends_of(first: list[Sample], last: list[Sample]) -> dict[str, Ends]:
+    """The medians of each figure in two lists of samples."""
     return {
-        name: tuple(
-            round(statistics.median(getattr(row, name) for row in part), 1)
-            for part in (first, last)
+        name: (
+            round(median(getattr(row, name) for row in first), 1),
+            round(median(getattr(row, name) for row in last), 1),
         )
-        for name in FREE_GROWTH
-    }  # pyright: ignore[reportReturnType]
-
-
-def grown(ends: dict[str, tuple[float, float]], name: str) -> float:
-    """The growth of a figure."""
-    return ends[name][1] - ends[name][0]
+        for name in FREE
+    }

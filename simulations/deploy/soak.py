@@ -38,7 +38,7 @@ from deployment import SITES, Deployment, deployment, free_port, wait_until
 from growth import Growth, processes_in
 from line import Line
 
-from fedgpt.core.files import read_json, write_text
+from fedgpt.core.files import PRIVATE, read_json, write_text
 from fedgpt.flower.deploy import queue
 from fedgpt.flower.deploy.queue import QueuedRun
 
@@ -53,8 +53,8 @@ QUIET = 30.0  # seconds at the start
 PAUSE = (10.0, 25.0)  # seconds between two disturbances, at least and at most
 CUTS = (3.0, 8.0, 20.0, 60.0)  # seconds; after 60 the server has given the client up
 STAYS = "west"  # the client that is never stopped
-DEAD_SECONDS = 30.0  # for the ServerApp to end after a kill of the server, the link or its keeper
-END_SECONDS = 600.0  # for the last run, after the last disturbance
+DEAD_SECONDS = 60.0  # for the ServerApp to end after a kill of the server, the link or its keeper
+END_SECONDS = 900.0  # for the last run, after the last disturbance
 # how many of each disturbance are in the deck from which the next one is drawn; the first deck
 # has one of each
 CLIENTS = {"cut": 9, "stop_client": 3, "kill_client": 3}
@@ -93,12 +93,12 @@ class Soak:
         for site in SITES:
             port = free_port()
             # a site keeps the address that the server had when it was approved
-            write_text(settings, json.dumps(content | {"port": port}))
+            write_text(settings, json.dumps(content | {"port": port}), mode=PRIVATE)
             one.command("keys", "request", site)
             one.command("keys", "approve", "server", f"{site}.request")
             self._lines[site] = Line(port, one.port)
             ends.callback(self._lines[site].close)
-        write_text(settings, json.dumps(content))
+        write_text(settings, json.dumps(content), mode=PRIVATE)
 
     def soak(self) -> None:
         """Disturb the deployment while it takes runs, and let the last one end."""
@@ -120,7 +120,24 @@ class Soak:
 
         for line in self._lines.values():
             line.mend()
-        wait_until(all_ended, END_SECONDS, "the end of the last run")
+        self._within(END_SECONDS, all_ended, "the end of the last run")
+
+    def stop(self) -> None:
+        """Stop all processes."""
+        for name in list(self.one.processes):
+            self._stop(name, signal.SIGTERM)
+
+    def _within(self, seconds: float, condition: Callable[[], bool], what: str) -> None:
+        try:
+            wait_until(condition, seconds, what)
+        except TimeoutError as late:
+            self.wrong.append(str(late))
+
+    def _stop(self, name: str, by: int) -> None:
+        try:
+            self.one.stop(name, by)
+        except subprocess.TimeoutExpired:
+            self.wrong.append(f"{name} did not end after signal {by}")
 
     def runs(self) -> list[QueuedRun]:
         """The server's runs."""
@@ -165,7 +182,7 @@ class Soak:
         self._mend_at[site] = self.age + self.random.choice(CUTS)
 
     def _end_client(self, by: int) -> None:
-        self.one.stop(self.random.choice([site for site in SITES if site != STAYS]), by)
+        self._stop(self.random.choice([site for site in SITES if site != STAYS]), by)
 
     def _kill_server(self, which: str) -> None:
         """Kill a process of the server, and compare the journal when its ServerApp has ended."""
@@ -175,14 +192,14 @@ class Soak:
         if kind == "keeper":  # that of the link; the link has one as well
             killed = {pid for pid in killed if _parent(pid) == self.one.processes["server"].pid}
         if kind == "server":
-            self.one.stop("server", signal.SIGKILL)
+            self._stop("server", signal.SIGKILL)
         for pid in killed:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         apps = {process for process in below if process.kind == "flwr-serverapp"}
-        wait_until(
-            lambda: not apps & set(processes_in(self.one.folder)),
+        self._within(
             DEAD_SECONDS,
+            lambda: not apps & set(processes_in(self.one.folder)),
             f"the end of the ServerApp after a kill of the {which}",
         )
         for run in self.runs():
@@ -263,6 +280,7 @@ def main() -> int:
             soak = Soak(one, chosen.seed, chosen.minutes)
             soak.make_sites(lines)
             soak.soak()
+            soak.stop()
         about["load_average_at_the_end"] = [round(load, 1) for load in os.getloadavg()]
         figures = {**about, **soak.figures()}
     text = json.dumps(figures, indent=1) + "\n"

@@ -1,4 +1,6 @@
-"""`fedgpt server`, `submit` and `status`: what they refuse, and what they say without a server."""
+"""`fedgpt server`, `submit`, `cancel` and `status`: what they refuse, and what they say without a
+server.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from fedgpt import cli
 from fedgpt.config.compose import load, to_yaml
 from fedgpt.flower.deploy import folder as server_folder
 from fedgpt.flower.deploy import queue
+from fedgpt.flower.deploy.link_process import LinkProcess
 from fedgpt.flower.deploy.monitor import CONTENT_TYPE, monitored
+from fedgpt.flower.deploy.supervise import serving
 
 
 @pytest.fixture
@@ -83,7 +87,7 @@ def test_without_tls_the_advice_leads_to_a_loopback_address(folder, typed):
     assert server_folder.checked_host(None, insecure=True) == "127.0.0.1"
 
 
-@pytest.mark.parametrize("command", ["server", "submit", "status"])
+@pytest.mark.parametrize("command", ["server", "submit", "cancel", "status"])
 def test_a_folder_that_is_no_servers_is_refused(tmp_path, typed, command):
     code, out, err = typed(command, tmp_path / "none")
     assert (code, out) == (1, "") and "fedgpt keys init" in err
@@ -128,6 +132,38 @@ def test_status_as_text_and_as_json(folder, typed):
     about = json.loads(out)
     assert code == 0 and not about["serves"] and about["queue"][0]["name"] == "later"
     assert about["queue"][0]["versions"] == 7 and about["ended"] == []
+
+
+def test_a_run_of_the_queue_is_cancelled_without_a_server(folder, typed):
+    """The next server does not begin it."""
+    for name in ("first", "second"):
+        typed("submit", folder, *SMALL, f"name={name}")
+    assert typed("cancel", folder, 2) == (0, "run 2 (second) is not begun\n", "")
+    first, second = (line for line in typed("status", folder)[1].splitlines() if "queue" in line)
+    assert "(is cancelled)" in second and "cancelled" not in first
+    assert json.loads(typed("status", folder, "--json")[1])["cancelled"] == [2]
+    with serving(folder, LinkProcess(folder)) as supervisor:
+        supervisor.end_cancelled()
+    first, second = queue.runs(folder)
+    assert first.waits and (second.exit_code, second.reason) == (130, "cancelled before it began")
+    assert json.loads(typed("status", folder, "--json")[1])["cancelled"] == []
+    code, _, err = typed("cancel", folder, 2)
+    assert code == 1 and "run 2 has ended already" in err
+    assert sorted(one.name for one in (folder / "queue").iterdir()) == ["1.json", "2.json"]
+
+
+def test_what_cannot_be_cancelled_is_refused(folder, typed):
+    code, _, err = typed("cancel", folder)
+    assert code == 2 and err == f"fedgpt: no run is under way in {folder}, and none waits\n"
+    typed("submit", folder, *SMALL)
+    code, _, err = typed("cancel", folder)
+    assert code == 2 and f"no run is under way in {folder}" in err
+    advises(err, "name one of the queue: 1")
+    assert typed("cancel", folder, 1)[0] == 0
+    code, _, err = typed("cancel", folder, 7)
+    assert (code, err) == (2, f"fedgpt: RUN=7: {folder} has no such run; there are 1\n")
+    code, _, err = typed("cancel", folder, "first")
+    assert code == 2 and "argument RUN: invalid int value: 'first'" in err
 
 
 def test_health_and_metrics_are_served_on_loopback(folder):

@@ -370,7 +370,24 @@ def test_with_a_damaged_checkpoint_the_log_leads_to_the_same_state(tmp_path):
     assert again.accepted[: len(first) - begun] == first[begun:] and again.version == 20
 
 
-def test_the_log_after_a_checkpoint_from_which_three_starts_failed_is_deleted(tmp_path):
+def test_crashes_of_starts_that_led_further_cost_no_checkpoint_and_no_update(tmp_path):
+    """However many there are before the next checkpoint: each start made a version of its own."""
+    o = options(tmp_path, rounds=20, **BUFFER)
+    o.checkpoint = CheckpointOptions(every=9, keep=2)
+    outcomes = []
+    for accepted in (12, 5, 7, 9, 10):  # those of a start, with the replayed ones
+        with injected(f"accepted:{accepted}:raise"), pytest.raises(Injected):
+            run(o, uneven(1.0), DeltaSGD(), journal=True, outcomes=outcomes)
+    again = run(o, uneven(1.0), DeltaSGD(), journal=True)
+    assert not list(tmp_path.rglob("*.damaged")) and again.version == 20
+    last = outcomes[-1]
+    assert again.accepted[: len(last.accepted)] == last.accepted
+    assert not {(job.client, job.number) for job in again.jobs} & {
+        (client, number) for client, number, _ in last.accepted
+    }
+
+
+def test_the_log_after_a_checkpoint_from_which_three_starts_failed_is_set_aside(tmp_path):
     """Its replay could fail again. That of the log before the checkpoint loses no update."""
     o = options(tmp_path, rounds=20, **BUFFER)
     o.checkpoint = CheckpointOptions(every=6, keep=2)
@@ -380,6 +397,7 @@ def test_the_log_after_a_checkpoint_from_which_three_starts_failed_is_deleted(tm
             run(o, uneven(1.0), DeltaSGD(), journal=True, outcomes=outcomes)
     again = run(o, uneven(-1.0), DeltaSGD(), journal=True)
     assert (tmp_path / "checkpoints" / "version-00000012.damaged").exists()
+    assert (tmp_path / "wal" / "version-00000012.damaged").exists()
     first = outcomes[0].accepted
     begun, kept = (outcomes[0].accepted_until(version) for version in (6, 12))
     assert again.accepted[: kept - begun] == first[begun:kept] and again.version == 20

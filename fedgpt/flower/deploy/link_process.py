@@ -17,10 +17,12 @@ from fedgpt.flower.deploy.control import Control
 from fedgpt.flower.failure import FAILURE_FILE
 from fedgpt.flower.grid_transport import STOP_FILE
 from fedgpt.flower.launch import FLOWER_ENV, import_path
+from fedgpt.flower.processes import running_below
 
 START_SECONDS = 180.0  # to the first answer
 END_SECONDS = 60.0  # to the end of all of its processes
 POLL_SECONDS = 0.2
+SERVER_APP = "flwr-serverapp"  # Flower's program in which the server of a run lives
 FAILURE, STOP = "failure.json", "stop"  # in the server's folder, for the server of a run
 
 
@@ -75,6 +77,10 @@ class LinkProcess:
             return "not started"
         code = self._process.poll()
         return None if code is None else f"exit code {code}"
+
+    def servers_of_runs(self) -> set[int]:
+        """The process ids of the ServerApps at this link; none on systems without /proc."""
+        return set() if self._process is None else running_below(self._process.pid, SERVER_APP)
 
     def answers(self) -> bool:
         """Whether it can take a run."""

@@ -1,7 +1,8 @@
 """The runs of a server: a file for each in DIR/queue, from its submission to its result.
 
 `fedgpt submit` makes a file, and only the server changes it afterwards. Files are written beside
-and renamed, so that a reader sees a whole one at any moment.
+and renamed, so that a reader sees a whole one at any moment. `fedgpt cancel` makes a second file,
+which is there until the server has ended the run.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from fedgpt.core.options import RunOptions
 from fedgpt.flower.deploy.documents import create, now
 
 QUEUE = "queue"
+CANCELLED = "cancelled"  # suffix of the file of a run that is to end
 log = logging.getLogger(__name__)
 
 
@@ -133,6 +135,29 @@ def read(folder: Path, number: int) -> QueuedRun:
     return QueuedRun(**{field.name: content[field.name] for field in fields(QueuedRun)})
 
 
+def cancel(folder: Path, run: QueuedRun) -> None:
+    """Ask the server to end a run, or not to begin it; raises FedGPTError if that is no use."""
+    if run.ended is not None:
+        raise FedGPTError(f"run {run.number} has ended already, at {run.ended}")
+    path = folder / QUEUE / f"{run.number}.{CANCELLED}"
+    try:
+        path.touch(PRIVATE)
+    except OSError as error:
+        raise FedGPTError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def cancelled(folder: Path) -> set[int]:
+    """The numbers of the runs that are to end and have not ended."""
+    return {int(path.stem) for path in _files(folder / QUEUE, CANCELLED)}
+
+
+def end(folder: Path, run: QueuedRun, reason: str, exit_code: int) -> None:
+    """Record the end of a run; raises FedGPTError if it cannot be written."""
+    run.ended, run.reason, run.exit_code = now(), reason, exit_code
+    write(folder, run)
+    (folder / QUEUE / f"{run.number}.{CANCELLED}").unlink(missing_ok=True)
+
+
 def runs(folder: Path) -> list[QueuedRun]:
     """All runs of a server in their order; a damaged file is left out, with a warning."""
     return list(_read_all(folder))
@@ -146,8 +171,8 @@ def _read_all(folder: Path) -> Iterator[QueuedRun]:
             log.warning("%s; this run is left out", damage)
 
 
-def _files(path: Path) -> list[Path]:
-    return [one for one in path.glob("*.json") if one.stem.isascii() and one.stem.isdigit()]
+def _files(path: Path, suffix: str = "json") -> list[Path]:
+    return [one for one in path.glob(f"*.{suffix}") if one.stem.isascii() and one.stem.isdigit()]
 
 
 def _text(run: QueuedRun) -> str:

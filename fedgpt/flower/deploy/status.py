@@ -34,13 +34,16 @@ class Progress:
 
 @dataclass(frozen=True)
 class Status:
-    """A server at one moment; `approved` and `online` are names of sites."""
+    """A server at one moment; `approved` and `online` are names of sites, `cancelled` numbers of
+    runs that are to end and have not ended.
+    """
 
     serves: bool
     link: bool
     approved: tuple[str, ...]
     online: tuple[str, ...]
     runs: tuple[QueuedRun, ...]
+    cancelled: frozenset[int] = frozenset()
 
     @property
     def running(self) -> QueuedRun | None:
@@ -66,6 +69,7 @@ class Status:
     def as_json(self) -> dict[str, Any]:
         """All of it, with the progress of each run that has begun."""
         about = {name: value for name, value in asdict(self).items() if name != "runs"}
+        about["cancelled"] = sorted(self.cancelled)
         offline = [name for name in self.approved if name not in self.online]
         return {**about, "offline": offline, "running": _about(self.running)} | {
             "queue": [_about(run) for run in self.waiting],
@@ -82,8 +86,9 @@ def status_of(folder: Path) -> Status:
             keys = control.online() if link else set()
     except FedGPTError:  # it ends at this moment
         link, keys = False, set()
+    runs, cancelled = tuple(queue.runs(folder)), frozenset(queue.cancelled(folder))
     online = tuple(name for name, key in approved.items() if key in keys)
-    return Status(is_served(folder), link, tuple(approved), online, tuple(queue.runs(folder)))
+    return Status(is_served(folder), link, tuple(approved), online, runs, cancelled)
 
 
 def progress_of(run: QueuedRun) -> Progress:

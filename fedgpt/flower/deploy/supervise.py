@@ -6,7 +6,8 @@
 
 A crash is an end of the link or of the ServerApp without a reason that a repetition could not
 change. The run is then submitted again as it was, and continues from its folder. Its server
-writes a reason to DIR/failure.json, and saves itself and ends when DIR/stop appears.
+writes a reason to DIR/failure.json, and saves itself and ends when DIR/stop appears: when this
+server is stopped, or `fedgpt cancel` was typed for the run.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class Supervisor:
         self.folder, self.link = folder, link
         # not an Event, whose lock the handler may find taken by the code that it interrupts
         self.stopped = False
+        self._number: int | None = None  # of the run under way
 
     def serve(self) -> None:
         """Take the runs of the queue one after the other, until `stopped` is set.
@@ -73,32 +75,49 @@ class Supervisor:
         """
         while not self.stopped:
             self._keep_link()
+            self.end_cancelled()
             run = next((one for one in queue.runs(self.folder) if one.ended is None), None)
             if run is not None:
                 try:
                     self.carry_out(run)
                 except ServerFailed:
                     raise
-                except Interrupted:
+                except Interrupted as error:
                     what = f"interrupted in run {run.number}, which the next server here continues"
+                    if run.ended is not None:
+                        what = f"run {run.number}: {error}"
                     print(f"fedgpt: {what}", file=sys.stderr, flush=True)
                 except FedGPTError as error:
                     print(f"fedgpt: run {run.number}: {error}", file=sys.stderr, flush=True)
             self._pause(POLL_SECONDS)
 
+    @property
+    def _cancelled(self) -> bool:
+        """Whether the run under way is to end."""
+        return self._number in queue.cancelled(self.folder)
+
+    @property
+    def _stops(self) -> bool:
+        """Whether the run under way is to end, or this server."""
+        return self.stopped or self._cancelled
+
     def carry_out(self, run: QueuedRun) -> None:
         """Bring a run to its end, and record how it ended; raises the error with which it ends."""
         run.started = run.started or queue.now()
         audit.note(self.folder, "start", run=run.number, name=run.name)
+        self._number = run.number
         try:
             self._to_the_end(run)
         except (ServerFailed, Interrupted) as error:
-            if run.once:  # otherwise the next server continues it
+            # otherwise the next server continues it
+            if run.once or (isinstance(error, Interrupted) and self._cancelled):
                 self._ended(run, str(error), error.exit_code)
             raise
         except FedGPTError as error:
             self._ended(run, str(error), error.exit_code)
             raise
+        finally:
+            self._number = None
         self._ended(run, "", 0)
 
     def _to_the_end(self, run: QueuedRun) -> None:
@@ -142,8 +161,8 @@ class Supervisor:
         for name in (FAILURE, STOP):
             (self.folder / name).unlink(missing_ok=True)
         self._keep_link()
-        if self.stopped:
-            raise _interrupted(options)
+        if self._stops:
+            raise self._interrupted(options)
         try:
             with Control(self.folder) as control:
                 run_id = control.submit(options)
@@ -156,33 +175,40 @@ class Supervisor:
         except (ConfigError, StoppedEarly):
             raise
         except FedGPTError as error:
-            if self.stopped:
-                raise _interrupted(options) from error
+            if self._stops:
+                raise self._interrupted(options) from error
             raise _Crash(str(error)) from error
         if status.completed and (Path(options.run_dir) / "summary.json").exists():
             return
-        if self.stopped:
-            raise _interrupted(options)
+        if self._stops:
+            raise self._interrupted(options)
         raise _Crash(f"the server of the run ended: {status.how} ({status.why or 'no reason'})")
 
     def _watch(self, control: Control, run_id: int) -> RunStatus:
-        """The status of a run at its end; asks it to stop when `stopped` is set."""
+        """The status of a run at its end; asks it to stop when this server or the run is to end."""
         heard, stop_by = time.monotonic(), None
         status = RunStatus("pending")
+        alive: set[int] = set()  # the process of the run's server
         while True:
             if self.link.ended is not None:
                 raise _Crash(f"the link ended ({self.link.ended})")
             now = time.monotonic()
+            # looked at before the status, which a server that ends in order has told by then
+            before, alive = alive, self.link.servers_of_runs()
             try:
                 status = control.status(run_id)
                 heard = now
                 if status.finished:
                     return status
+                if before and not alive:  # Flower would notice it after a minute
+                    control.stop(run_id)
+                    raise _Crash("the server of the run was killed")
             except LinkDown:
                 if now - heard > SILENT_SECONDS:
                     self.link.end()
                     raise
-            if self.stopped:
+            self.end_cancelled()
+            if self._stops:
                 if stop_by is None:
                     (self.folder / STOP).touch()
                     stop_by = now + STOP_SECONDS
@@ -191,15 +217,17 @@ class Supervisor:
             time.sleep(POLL_SECONDS)
 
     def _keep_link(self) -> None:
-        """Return when the link answers, or `stopped` is set; raises ServerFailed."""
+        """Return when the link answers, or the run or this server is to end; raises
+        ServerFailed.
+        """
         reason = ""
         if self.link.ended is None and self.link.answers():
             return
         for start in range(MOST_STARTS):
-            if self.stopped:
+            if self._stops:
                 return
-            reason = self.link.start(lambda: self.stopped)
-            if not reason or self.stopped:
+            reason = self.link.start(lambda: self._stops)
+            if not reason or self._stops:
                 return
             audit.note(self.folder, "link failed", reason=reason)
             if not self.link.has_answered:  # a wrong folder, a port in use: it has said what
@@ -208,14 +236,37 @@ class Supervisor:
         raise ServerFailed(f"the link cannot be started: {reason}")
 
     def _pause(self, seconds: float) -> None:
-        """Wait, unless `stopped` is set."""
+        """Wait, unless the run or this server is to end."""
         end = time.monotonic() + seconds
-        while not self.stopped and (left := end - time.monotonic()) > 0:
+        while not self._stops and (left := end - time.monotonic()) > 0:
             time.sleep(min(left, POLL_SECONDS))
 
+    def _interrupted(self, options: RunOptions) -> Interrupted:
+        error = Interrupted(options.run_dir)
+        if self._cancelled:
+            error.args = (self._why_cancelled(options.run_dir),)
+        elif not _has_begun(options.run_dir):  # its folder is removed
+            error.args = ("interrupted before the run began",)
+        return error
+
+    def end_cancelled(self) -> None:
+        """Record the end of the runs that were cancelled, but for the one under way."""
+        for number in queue.cancelled(self.folder) - {self._number}:
+            with suppress(FedGPTError):  # its file is gone or damaged, which `queue.runs` tells
+                run = queue.read(self.folder, number)
+                self._ended(run, self._why_cancelled(run.run_dir), Interrupted.exit_code)
+
+    def _why_cancelled(self, run_dir: str) -> str:
+        if not _has_begun(run_dir):
+            return "cancelled before it began"
+        words = shlex.join(["fedgpt", "submit", str(self.folder), f"resume={run_dir}"])
+        return f"cancelled; continue with: {words}"
+
     def _ended(self, run: QueuedRun, reason: str, exit_code: int) -> None:
-        run.ended, run.reason, run.exit_code = queue.now(), reason, exit_code
-        self._record(run)
+        try:
+            queue.end(self.folder, run, reason, exit_code)
+        except FedGPTError as error:
+            raise ServerFailed(str(error)) from error
         audit.note(self.folder, "end", run=run.number, exit_code=exit_code, reason=reason)
 
     def _record(self, run: QueuedRun) -> None:
@@ -260,13 +311,6 @@ def newest_version(run_dir: str) -> int:
 
 def _length(options: RunOptions) -> list[int]:
     return [getattr(options, name) for name in LENGTH]
-
-
-def _interrupted(options: RunOptions) -> Interrupted:
-    error = Interrupted(options.run_dir)
-    if not _has_begun(options.run_dir):  # its folder is removed
-        error.args = ("interrupted before the run began",)
-    return error
 
 
 def _has_begun(run_dir: str) -> bool:
@@ -324,12 +368,11 @@ def _give_up_abandoned(folder: Path) -> None:
     """Record the end of runs whose server, which was theirs alone, was killed."""
     for run in queue.runs(folder):
         if run.once and run.ended is None:
-            run.ended, run.exit_code = queue.now(), 1
-            run.reason = "its server was killed before it began"
+            reason = "its server was killed before it began"
             if _has_begun(run.run_dir):
-                run.reason = f"its server was killed; continue with: {resume_command(run.run_dir)}"
-            queue.write(folder, run)
-            audit.note(folder, "end", run=run.number, exit_code=1, reason=run.reason)
+                reason = f"its server was killed; continue with: {resume_command(run.run_dir)}"
+            queue.end(folder, run, reason, exit_code=1)
+            audit.note(folder, "end", run=run.number, exit_code=1, reason=reason)
 
 
 def is_served(folder: Path) -> bool:

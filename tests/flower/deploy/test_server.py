@@ -135,7 +135,8 @@ def test_a_run_goes_on_after_its_link_and_then_its_server_was_killed(served, und
     (one,) = served.status()["ended"]
     assert one["starts"] == 3 and one["progress"]["accepted"] == 2 * ROUNDS
     crashes = [act["reason"] for act in served.acts() if act["act"] == "crash"]
-    assert crashes[0].startswith("the link ended") and crashes[1].startswith("the server of the")
+    assert crashes[0].startswith("the link ended")
+    assert crashes[1] == "the server of the run was killed", "before Flower has noticed it"
 
 
 @pytest.mark.long
@@ -191,6 +192,35 @@ def test_runs_of_the_queue_follow_each_other_and_outlive_their_server(served, tm
             server.send_signal(signal.SIGTERM)
             assert ended(server) == 0
     assert summary(third)["versions"] == ROUNDS and summary(third)["rejected"] == {}
+
+
+@pytest.mark.long
+def test_a_run_that_is_cancelled_makes_place_for_the_next_and_can_be_continued(served, undisturbed):
+    for name, words in (("one", LONGER), ("two", SMALL), ("three", SMALL)):
+        queued = served.fedgpt("submit", str(served.folder), *words, f"name={name}")
+        assert queued.returncode == 0, queued.stderr
+    with served.sites(), served.server() as server:
+        wait_until(lambda: served.status()["running"] is not None, LONG)
+        folder = Path(served.status()["running"]["run_dir"])
+        reached(folder, 2)
+        later = served.fedgpt("cancel", str(served.folder), "3")
+        assert later.stdout == "run 3 (three) is not begun\n", later.stderr
+        wait_until(lambda: len(served.status()["ended"]) == 1, LONG)  # before the first run ends
+        done = served.fedgpt("cancel", str(served.folder))
+        assert done.stdout == "run 1 (one) stops with a checkpoint\n", done.stderr
+        wait_until(lambda: len(served.status()["ended"]) == 3, LONG)
+        first, second, third = served.status()["ended"]
+        assert [one["exit_code"] for one in (first, second, third)] == [130, 0, 130]
+        assert third["reason"] == "cancelled before it began" and third["starts"] == 0
+        again = ["submit", str(served.folder), f"resume={folder}"]
+        advises(first["reason"], f"continue with: fedgpt {' '.join(again)}")
+        assert version_of(folder) < ROUNDS and not (folder / "summary.json").exists()
+        assert served.fedgpt(*again).returncode == 0
+        wait_until(lambda: len(served.status()["ended"]) == 4, LONG)
+        server.send_signal(signal.SIGTERM)
+        assert ended(server) == 0
+    same(folder, undisturbed)
+    assert "the next server here continues" not in served.log()
 
 
 @pytest.mark.long
