@@ -230,7 +230,7 @@ class SiteText:
         cache = Path(self.site.cache_dir).expanduser()
         try:
             return open_prepared(cache / path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # the first job, or an entry that was deleted
+        except (OSError, ValueError, FedGPTError):  # the first job, or an entry that is damaged
             now = self._newest()
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, now.folder.name, mode=PRIVATE)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 
 _LOOPBACK = "127.0.0.1"
 _BYTES = 1 << 16  # passed on at a time
@@ -22,8 +23,26 @@ class Line:
         self._loop = asyncio.new_event_loop()
         self._whole = asyncio.Event()
         self._whole.set()
-        self._thread = threading.Thread(target=self._run, name="line", daemon=True)
-        self._thread.start()
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """Listen while the block runs; all connections end with it."""
+        server = self._loop.run_until_complete(
+            asyncio.start_server(self._connected, _LOOPBACK, self._port)
+        )
+        thread = threading.Thread(target=self._loop.run_forever, name="line", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            thread.join()
+            server.close()
+            tasks = asyncio.all_tasks(self._loop)
+            for task in tasks:
+                task.cancel()
+            self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+            self._loop.close()
 
     @property
     def whole(self) -> bool:
@@ -32,27 +51,18 @@ class Line:
 
     def cut(self) -> None:
         """Let nothing pass."""
-        self._loop.call_soon_threadsafe(self._whole.clear)
+        self._do(self._whole.clear)
 
     def mend(self) -> None:
         """Let everything pass that waits, and what comes."""
-        self._loop.call_soon_threadsafe(self._whole.set)
+        self._do(self._whole.set)
 
-    def close(self) -> None:
-        """End all connections and stop listening."""
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
-
-    def _run(self) -> None:
-        server = self._loop.run_until_complete(
-            asyncio.start_server(self._connected, _LOOPBACK, self._port)
-        )
-        self._loop.run_forever()
-        server.close()
-        for task in asyncio.all_tasks(self._loop):
-            task.cancel()
-        self._loop.run_until_complete(asyncio.sleep(0))
-        self._loop.close()
+    def _do(self, act: Callable[[], None]) -> None:
+        """Act in the thread of the line, and return when it is done."""
+        done = threading.Event()
+        self._loop.call_soon_threadsafe(act)
+        self._loop.call_soon_threadsafe(done.set)
+        done.wait()
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

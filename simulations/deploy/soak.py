@@ -97,7 +97,7 @@ class Soak:
             one.command("keys", "request", site)
             one.command("keys", "approve", "server", f"{site}.request")
             self._lines[site] = Line(port, one.port)
-            ends.callback(self._lines[site].close)
+            ends.enter_context(self._lines[site].opened())
         write_text(settings, json.dumps(content), mode=PRIVATE)
 
     def soak(self) -> None:

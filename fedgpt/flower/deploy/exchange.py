@@ -6,6 +6,10 @@ only. After a restart of the link they are gone, and a node's next request for a
 refused with 403, with which Flower says that a run has stopped: a node then drops the message and
 asks for the next one. Nothing is lost by it, because the ServerApp that sent the message ended with
 the link, and the continued run sends the job again.
+
+Flower hands out a message once. If the network loses that answer, the node asks for the next
+message, and gets the same answer again: otherwise its job would wait for a reply until its
+deadline, or for half a day.
 """
 
 from __future__ import annotations
@@ -78,6 +82,7 @@ class Exchange:
         self._most, self._repeats = reply_objects, repeats
         self._bucket = Bucket(REQUESTS_PER_SECOND, REQUESTS + 2 * reply_objects)
         self._handed: OrderedDict[str, frozenset[str]] = OrderedDict()
+        self._unread: Any = None  # the last answer with a message, until the node acts on it
         self._uploads: OrderedDict[str, _Upload] = OrderedDict()
 
     @asynccontextmanager
@@ -103,19 +108,30 @@ class Exchange:
         finally:
             self._slots.release()
 
+    def lost(self, what: str) -> Any:
+        """The answer that the network has lost, if this request shows it; otherwise None.
+
+        A node asks for the objects of a message, confirms it or replies to it, before it asks for
+        another one.
+        """
+        return self._unread if what == "pull-messages" else None
+
     def check(self, what: str, request: Any) -> None:
         """Raise Refused where the node must not send this request of Flower's fleet protocol."""
         match what:
             case "push-messages":
                 self._check_reply(request)
+                self._unread = None
             case "push-object":
                 self._check_object(request)
             case "pull-object":
                 if not any(request.object_id in ids for ids in self._handed.values()):
                     raise Refused(403, "foreign_id", "not an object of a message to this node")
+                self._unread = None
             case "confirm-message-received":
                 if request.message_object_id not in self._handed:
                     raise Refused(403, "foreign_id", "not a message to this node")
+                self._unread = None
 
     def note(self, what: str, request: Any, response: Any) -> None:
         """Remember, or forget, what a request changed that Flower has accepted."""
@@ -123,6 +139,7 @@ class Exchange:
             case "pull-messages":
                 for tree in response.message_object_trees:
                     _keep(self._handed, tree.object_id, frozenset(_ids(tree)))
+                self._unread = response if response.message_object_trees else None
             case "push-messages" if response.session_id:
                 size = self._repeats.size(request.message_object_trees[0], self._most)
                 ids = frozenset(response.objects_to_push)
@@ -133,6 +150,7 @@ class Exchange:
             case "activate-node" | "deactivate-node":
                 self._handed.clear()
                 self._uploads.clear()
+                self._unread = None
 
     def _check_reply(self, request: Any) -> None:
         if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:

@@ -90,6 +90,9 @@ class Guard:
                 body = await read_body(receive, PATHS[what])
                 request = parsed(what, body)
                 node.check(what, request)
+                if (lost := node.lost(what)) is not None:
+                    await _answer_again(send, lost)
+                    return
                 inner = _inner_scope(scope, headers, len(body))
                 await self._app(inner, _replayed(body, receive), _noting(node, what, request, send))
         except Refused as refused:
@@ -228,6 +231,15 @@ def _noting(node: Exchange, what: str, request: Message, send: Send) -> Send:
         await send(event)
 
     return noting
+
+
+async def _answer_again(send: Send, response: Message) -> None:
+    """Give an answer of Flower's once more."""
+    body = response.SerializeToString()
+    headers = [(b"content-type", PROTOBUF_MEDIA_TYPE.encode())]
+    headers += [(b"content-length", b"%d" % len(body))]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
 async def _answer(send: Send, refused: Refused, what: str, close: bool) -> None:

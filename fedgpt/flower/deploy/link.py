@@ -49,6 +49,7 @@ POLL_SECONDS = 1.0  # between two looks at the list of sites, the certificate an
 AUDIT_BYTES, AUDIT_FILES = 16 << 20, 3  # size of audit.jsonl, and how many older ones are kept
 CERTIFICATE, KEY = "server.pem", "server.key"
 NODES = "nodes.json"  # node id -> its site
+LOCK_SECONDS = 30.0  # for the link of a server that was just killed to end
 _SECRET_BYTES = 32
 _LOG = logging.getLogger(__name__)
 
@@ -148,7 +149,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         settings = checked_settings(given)
-        with FileLock(settings.folder / "link.lock", timeout=0):
+        with FileLock(settings.folder / "link.lock", timeout=LOCK_SECONDS):
             asyncio.run(serve(settings))
     except Timeout:
         print(f"fedgpt: another link runs in {given.folder}", file=sys.stderr)

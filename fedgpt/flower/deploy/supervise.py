@@ -244,7 +244,7 @@ class Supervisor:
     def _interrupted(self, options: RunOptions) -> Interrupted:
         error = Interrupted(options.run_dir)
         if self._cancelled:
-            error.args = (self._why_cancelled(options.run_dir),)
+            error.args = (self._why_cancelled(options.run_dir, _has_begun(options.run_dir)),)
         elif not _has_begun(options.run_dir):  # its folder is removed
             error.args = ("interrupted before the run began",)
         return error
@@ -254,10 +254,11 @@ class Supervisor:
         for number in queue.cancelled(self.folder) - {self._number}:
             with suppress(FedGPTError):  # its file is gone or damaged, which `queue.runs` tells
                 run = queue.read(self.folder, number)
-                self._ended(run, self._why_cancelled(run.run_dir), Interrupted.exit_code)
+                begun = not run.dated and _has_begun(run.run_dir)
+                self._ended(run, self._why_cancelled(run.run_dir, begun), Interrupted.exit_code)
 
-    def _why_cancelled(self, run_dir: str) -> str:
-        if not _has_begun(run_dir):
+    def _why_cancelled(self, run_dir: str, begun: bool) -> str:
+        if not begun:
             return "cancelled before it began"
         words = shlex.join(["fedgpt", "submit", str(self.folder), f"resume={run_dir}"])
         return f"cancelled; continue with: {words}"

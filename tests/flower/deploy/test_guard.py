@@ -140,6 +140,23 @@ def test_a_node_may_repeat_what_had_no_answer(fleet, small_chunks):
         assert [fleet.ask("push-object", request, north).status for _ in range(3)] == [200] * 3
 
 
+def test_a_message_whose_answer_was_lost_is_handed_out_again(fleet):
+    """Flower hands it out once; the node, which never saw it, asks for the next message."""
+    north, south = fleet.sites
+    job = handed(fleet, north)
+    later = fleet.job(north, ARRAY)
+    again = PullMessagesResponse.FromString(fleet.pull(north).body)
+    assert [m.metadata.message_id for m in again.messages_list] == [job.metadata.message_id]
+    assert [tree.object_id for tree in again.message_object_trees] == [job.metadata.message_id]
+    assert not PullMessagesResponse.FromString(fleet.pull(south).body).messages_list
+    assert pull_object(fleet, north, job.object_id).status == 200
+    following = PullMessagesResponse.FromString(fleet.pull(north).body)
+    assert [m.metadata.message_id for m in following.messages_list] == [later.metadata.message_id]
+    # one that starts again has lost it for another reason, and the server knows
+    assert fleet.activate(north).status == 200
+    assert not PullMessagesResponse.FromString(fleet.pull(north).body).messages_list
+
+
 def test_an_error_reply_is_accepted(fleet):
     north, _ = fleet.sites
     reply = fleet.reply(north, handed(fleet, north), Error(2, "it failed"))

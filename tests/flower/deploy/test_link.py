@@ -426,7 +426,11 @@ def test_control_and_runtime_are_closed_from_outside_and_to_other_users(server):
             assert other.stdout.decode().strip() == said
 
 
-def test_one_link_runs_in_a_folder_and_a_wrong_folder_is_refused(server, tmp_path, capfd):
+def test_one_link_runs_in_a_folder_and_a_wrong_folder_is_refused(
+    server, tmp_path, capfd, monkeypatch
+):
+    monkeypatch.setattr(link, "LOCK_SECONDS", 0.1)
+
     def run(*arguments: str) -> tuple[int, str]:
         code = link.main(arguments)
         return code, capfd.readouterr().err

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from argparse import Namespace
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from support.advice import advises
 from support.deployment import HOSTS, deployment
 
 from fedgpt import cli
 from fedgpt.cli.server import parser
 from fedgpt.core.errors import ConfigError
+from fedgpt.flower.deploy import link
 from fedgpt.flower.deploy.folder import REPLY_OBJECTS
 from fedgpt.flower.deploy.link import Settings, checked_settings
 
@@ -67,3 +70,19 @@ def test_the_server_passes_the_most_objects_of_a_reply_to_its_link(tmp_path, cap
     command = capsys.readouterr().out.splitlines()[-2]
     assert command.endswith(f"fedgpt.flower.deploy.link {folder} --reply-objects=700")
     assert f"({REPLY_OBJECTS})" in parser().format_help()
+
+
+def test_a_link_waits_for_the_end_of_that_of_a_server_that_was_killed(tmp_path, monkeypatch):
+    folder = deployment(tmp_path).folder
+    served = []
+
+    async def serve(given: Settings) -> None:
+        served.append(given.folder)
+
+    monkeypatch.setattr(link, "serve", serve)
+    before = FileLock(folder / "link.lock", thread_local=False)
+    before.acquire()
+    timer = threading.Timer(0.3, before.release)
+    timer.start()
+    assert link.main([str(folder)]) == 0 and served == [folder]
+    timer.join()
