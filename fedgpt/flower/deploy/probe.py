@@ -113,7 +113,9 @@ def ask(host: str, port: int, approval: Approval) -> Answer:
     except ssl.SSLCertVerificationError as error:
         raise Wrong(_why_refused(host, port, approval, error)) from None
     except ssl.SSLError as error:
-        raise Wrong(_no_tls(host, port, error.reason or str(error))) from None
+        # without a word: as a proxy whose server is down
+        ended = isinstance(error, ssl.SSLEOFError)
+        raise Wrong(_no_tls(host, port, error.reason or str(error)), passing=ended) from None
     except TimeoutError:
         why = f"{host}, port {port}: accepts connections, but does not answer in {SECONDS:.0f} s"
         raise Wrong(why, passing=True) from None

@@ -138,6 +138,14 @@ def test_a_server_without_tls_is_told(server):
     advises(finding.problem, "ask the operator for the port of fedgpt's server, or whether it runs")
 
 
+def test_a_connection_that_ends_without_a_word_is_tried_again(server):
+    """A proxy whose server is down ends it so."""
+    with raw_server(server.port, lambda one: one.recv(9999)):
+        finding = wrong(server, "TLS")
+    assert f"port {server.port}: no TLS server answers there" in finding.problem
+    assert finding.passing
+
+
 def test_a_server_that_speaks_something_else_is_told(server):
     with raw_server(server.port, lambda one: one.sendall(b"SSH-2.0-OpenSSH_9.6\r\n")):
         finding = wrong(server, "TLS")
