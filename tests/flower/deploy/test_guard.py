@@ -153,6 +153,7 @@ def test_a_message_whose_answer_was_lost_is_handed_out_again(fleet):
     following = PullMessagesResponse.FromString(fleet.pull(north).body)
     assert [m.metadata.message_id for m in following.messages_list] == [later.metadata.message_id]
     # one that starts again has lost it for another reason, and the server knows
+    fleet.ask("deactivate-node", DeactivateNodeRequest(node_id=fleet.node(north)), north)
     assert fleet.activate(north).status == 200
     assert not PullMessagesResponse.FromString(fleet.pull(north).body).messages_list
 
