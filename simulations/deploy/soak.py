@@ -41,6 +41,7 @@ from line import Line
 from fedgpt.core.files import PRIVATE, read_json, write_text
 from fedgpt.flower.deploy import queue
 from fedgpt.flower.deploy.queue import QueuedRun
+from fedgpt.flower.deploy.supervise import newest_version
 
 VERSIONS = 120  # of each run
 SMALL = (
@@ -50,7 +51,7 @@ SMALL = (
     *("evaluate=ends", "tokenizer.vocab_size=300", "runtime.threads=1", "checkpoint.every=20"),
 )
 QUIET = 30.0  # seconds at the start
-PAUSE = (10.0, 25.0)  # seconds between two disturbances, at least and at most
+PAUSE = (12.0, 36.0)  # seconds between two disturbances, at least and at most
 CUTS = (3.0, 8.0, 20.0, 60.0)  # seconds; after 60 the server has given the client up
 STAYS = "west"  # the client that is never stopped
 DEAD_SECONDS = 60.0  # for the ServerApp to end after a kill of the server, the link or its keeper
@@ -59,6 +60,7 @@ END_SECONDS = 900.0  # for the last run, after the last disturbance
 # has one of each
 CLIENTS = {"cut": 9, "stop_client": 3, "kill_client": 3}
 SERVER = {"kill_server": 1, "kill_link": 1, "kill_keeper": 1, "kill_serverapp": 1}
+MOST_KILLS = 2  # of the server before a run has a new version: after 5 starts it is given up
 
 
 class Soak:
@@ -73,6 +75,8 @@ class Soak:
         self.growth = Growth(one.folder)
         self.applied = Applied()
         self.submitted = 0
+        self._kills = 0  # of the server since there was a new version
+        self._newest: tuple[int, int] = (0, -1)  # run and version
         self._lines: dict[str, Line] = {}
         self._mend_at: dict[str, float] = {}
         self._deck = [*CLIENTS, *SERVER]
@@ -158,16 +162,20 @@ class Soak:
         self.growth.look()
         for run in self.runs():
             self.applied.look(Path(run.run_dir))
+            newest = run.number, newest_version(run.run_dir)
+            if newest[1] >= 0 and newest > self._newest:
+                self._newest, self._kills = newest, 0
 
     def disturb(self) -> None:
         """Let one thing happen."""
-        last_third = self.age > self.seconds * 2 / 3
-        kinds = CLIENTS if last_third else {**CLIENTS, **SERVER}
-        self._deck = [act for act in self._deck if act in kinds]
-        if not self._deck:
-            self._deck = [act for act, times in kinds.items() for _ in range(times)]
-            self.random.shuffle(self._deck)
-        act = self._deck.pop()
+        spared = self.age > self.seconds * 2 / 3 or self._kills == MOST_KILLS
+        kinds = CLIENTS if spared else {**CLIENTS, **SERVER}
+        if not any(act in kinds for act in self._deck):
+            more = [act for act, times in {**CLIENTS, **SERVER}.items() for _ in range(times)]
+            self.random.shuffle(more)
+            self._deck += more
+        act = next(act for act in self._deck if act in kinds)
+        self._deck.remove(act)
         self.counts[act] += 1
         acts: dict[str, Callable[[], None]] = {
             "cut": self._cut,
@@ -186,6 +194,7 @@ class Soak:
 
     def _kill_server(self, which: str) -> None:
         """Kill a process of the server, and compare the journal when its ServerApp has ended."""
+        self._kills += 1
         kind = {"serverapp": "flwr-serverapp"}.get(which, which)
         below = list(processes_in(self.one.folder))
         killed = {process.pid for process in below if process.kind == kind}

@@ -51,7 +51,8 @@ class LinkProcess:
 
     def __init__(self, folder: Path, arguments: Sequence[str] = ()):
         self.command = [sys.executable, "-m", "fedgpt.flower.deploy.link", str(folder), *arguments]
-        self.has_answered = False  # once at least
+        self.has_refused = False  # it ended by itself, and had never answered before
+        self._has_answered = False
         self._folder = folder
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -102,9 +103,11 @@ class LinkProcess:
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and not stopped():
             if self.ended is not None:
+                refused = self._process.poll() in (1, 2)  # not killed
+                self.has_refused = refused and not self._has_answered
                 return f"it ended with {self.ended}, for the reason above"
             if self.answers():
-                self.has_answered = True
+                self._has_answered = True
                 return ""
             time.sleep(POLL_SECONDS)
         return f"it has not answered for {START_SECONDS:.0f} s"

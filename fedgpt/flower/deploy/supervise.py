@@ -230,7 +230,7 @@ class Supervisor:
             if not reason or self._stops:
                 return
             audit.note(self.folder, "link failed", reason=reason)
-            if not self.link.has_answered:  # a wrong folder, a port in use: it has said what
+            if self.link.has_refused:  # a wrong folder, a port in use: it has said what
                 break
             self._pause(pause_before(start))
         raise ServerFailed(f"the link cannot be started: {reason}")
