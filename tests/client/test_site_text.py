@@ -18,7 +18,7 @@ from fedgpt.data.tokenizer import make_tokenizer
 def test_an_entry_of_the_cache_with_a_tokenizer_that_cannot_be_read_is_made_again(tmp_path):
     """Such as by another version of the library: its digests are right."""
     write_text(tmp_path / "text", "ann", pages=8)
-    corpus = CorpusOptions(name="files", path=str(tmp_path / "text"))
+    corpus = CorpusOptions(name="files", path=str(tmp_path / "text"), client="file")
     site = Site("ann", corpus, str(tmp_path / "state"), str(tmp_path / "cache"))
     options = RunOptions()
     options.privacy = replace(options.privacy, unit="example")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import sqlite3
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -32,6 +33,7 @@ from uvicorn.server import ServerState
 from fedgpt.core.errors import FedGPTError
 from fedgpt.core.files import PRIVATE
 from fedgpt.flower.deploy import keeper
+from fedgpt.flower.deploy.database import bring_up_to_date
 from fedgpt.flower.deploy.guard import App, Event, Receive, Send
 from fedgpt.flower.deploy.listener import http_config
 from fedgpt.flower.launch import FLOWER_ENV
@@ -79,8 +81,9 @@ def flower_app(folder: Path, secret: bytes) -> FastAPI:
         runtime_dependency_install=False,
     )
     try:
+        bring_up_to_date(Path(config.database))
         return create_app(config, SuperLinkLifespan)
-    except SQLAlchemyError as damage:
+    except (SQLAlchemyError, sqlite3.Error) as damage:
         raise FedGPTError(
             f"{config.database} cannot be used: {damage.__class__.__name__}; move it away, with"
             " the files beside it of the same name, to begin with a new one"
