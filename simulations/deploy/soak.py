@@ -50,11 +50,12 @@ SMALL = (
     *("local.steps=2", "local.batch_size=2", "evaluate.tokens=1024", "evaluate.samples=0"),
     *("evaluate=ends", "tokenizer.vocab_size=300", "runtime.threads=1", "checkpoint.every=20"),
 )
-QUIET = 30.0  # seconds at the start
+QUIET = 20.0  # seconds from the first version to the first disturbance
 PAUSE = (12.0, 36.0)  # seconds between two disturbances, at least and at most
 CUTS = (3.0, 8.0, 20.0, 60.0)  # seconds; after 60 the server has given the client up
 STAYS = "west"  # the client that is never stopped
 DEAD_SECONDS = 60.0  # for the ServerApp to end after a kill of the server, the link or its keeper
+START_SECONDS = 900.0  # for the first version of the first run
 END_SECONDS = 900.0  # for the last run, after the last disturbance
 # how many of each disturbance are in the deck from which the next one is drawn; the first deck
 # has one of each
@@ -106,13 +107,10 @@ class Soak:
 
     def soak(self) -> None:
         """Disturb the deployment while it takes runs, and let the last one end."""
-        next_act = QUIET
+        self._within(START_SECONDS, self._has_begun, "the first version")
+        self.began, next_act = time.monotonic(), QUIET
         while self.age < self.seconds:
             self.keep_up()
-            if sum(run.waits for run in self.runs()) == 0:
-                self.submitted += 1
-                options = self.one.run_options(f"name=soak{self.submitted}", *SMALL)
-                self.one.command("submit", "server", *options)
             if self.age > next_act:
                 self.disturb()
                 next_act = self.age + self.random.uniform(*PAUSE)
@@ -147,8 +145,12 @@ class Soak:
         """The server's runs."""
         return queue.runs(self.one.server)
 
+    def _has_begun(self) -> bool:
+        self.keep_up()
+        return self._newest > (0, -1)
+
     def keep_up(self) -> None:
-        """Mend and start what is due, and take samples."""
+        """Mend, start and submit what is due, and take samples."""
         for site, line in self._lines.items():
             if not line.whole and self.age > self._mend_at[site]:
                 line.mend()
@@ -159,6 +161,10 @@ class Soak:
                 del self.one.processes[name]
             if name not in self.one.processes:
                 self.one.start_server() if name == "server" else self.one.start_client(name)
+        if self.age < self.seconds and not any(run.waits for run in self.runs()):
+            self.submitted += 1
+            options = self.one.run_options(f"name=soak{self.submitted}", *SMALL)
+            self.one.command("submit", "server", *options)
         self.growth.look()
         for run in self.runs():
             self.applied.look(Path(run.run_dir))
