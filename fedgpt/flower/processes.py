@@ -66,11 +66,20 @@ def ends_with(parent: int) -> Callable[[], None]:
     return ask
 
 
-def running_below(pid: int, program: str) -> set[int]:
-    """Process ids of those descendants of `pid` that run this program of Python's; none on systems
-    without /proc.
-    """
-    return {one for one in _descendants(pid) if _alive(one) and _script(one) == program}
+class Watched:
+    """The process below `pid` that runs a program of Python's, from when it is first seen."""
+
+    def __init__(self, pid: int, program: str):
+        self._below, self._program = pid, program
+        self._pid: int | None = None
+
+    def has_ended(self) -> bool:
+        """Whether it was seen and is gone; never on systems without /proc."""
+        if self._pid is None:
+            below = (one for one in _descendants(self._below) if _alive(one))
+            self._pid = next((one for one in below if _script(one) == self._program), None)
+            return False
+        return not _alive(self._pid)
 
 
 def _script(pid: int) -> str:

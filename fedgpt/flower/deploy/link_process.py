@@ -17,7 +17,7 @@ from fedgpt.flower.deploy.control import Control
 from fedgpt.flower.failure import FAILURE_FILE
 from fedgpt.flower.grid_transport import STOP_FILE
 from fedgpt.flower.launch import FLOWER_ENV, import_path
-from fedgpt.flower.processes import running_below
+from fedgpt.flower.processes import Watched
 
 START_SECONDS = 180.0  # to the first answer
 END_SECONDS = 60.0  # to the end of all of its processes
@@ -79,9 +79,10 @@ class LinkProcess:
         code = self._process.poll()
         return None if code is None else f"exit code {code}"
 
-    def servers_of_runs(self) -> set[int]:
-        """The process ids of the ServerApps at this link; none on systems without /proc."""
-        return set() if self._process is None else running_below(self._process.pid, SERVER_APP)
+    def server_of_run(self) -> Watched:
+        """The process of the ServerApp at this link, which may be about to start."""
+        assert self._process is not None, "a run needs a link"
+        return Watched(self._process.pid, SERVER_APP)
 
     def answers(self) -> bool:
         """Whether it can take a run."""

@@ -185,22 +185,25 @@ class Supervisor:
         raise _Crash(f"the server of the run ended: {status.how} ({status.why or 'no reason'})")
 
     def _watch(self, control: Control, run_id: int) -> RunStatus:
-        """The status of a run at its end; asks it to stop when this server or the run is to end."""
+        """The status of a run at its end; asks it to stop when this server or the run is to end.
+
+        Raises _Crash as soon as the link or the process of the run's server has ended.
+        """
         heard, stop_by = time.monotonic(), None
         status = RunStatus("pending")
-        alive: set[int] = set()  # the process of the run's server
+        server = self.link.server_of_run()
         while True:
             if self.link.ended is not None:
                 raise _Crash(f"the link ended ({self.link.ended})")
             now = time.monotonic()
             # looked at before the status, which a server that ends in order has told by then
-            before, alive = alive, self.link.servers_of_runs()
+            killed = server.has_ended()
             try:
                 status = control.status(run_id)
                 heard = now
                 if status.finished:
                     return status
-                if before and not alive:  # Flower would notice it after a minute
+                if killed:  # Flower would notice it after a minute
                     control.stop(run_id)
                     raise _Crash("the server of the run was killed")
             except LinkDown:

@@ -12,7 +12,7 @@ import pytest
 from support.world import wait_until
 
 from fedgpt.flower.deploy import keeper
-from fedgpt.flower.processes import _alive, _descendants
+from fedgpt.flower.processes import Watched, _alive, _descendants
 
 # a program that has a child in a session of its own, as Flower's have
 PROGRAM = """
@@ -50,3 +50,14 @@ def test_the_program_ends_when_the_keeper_is_killed(kept):
     kept.kill()
     kept.wait(SECONDS)
     wait_until(lambda: not _alive(program), SECONDS)
+
+
+def test_a_process_below_another_is_watched_from_when_it_is_seen(tmp_path):
+    script = tmp_path / "the-server"
+    script.write_text("import time; time.sleep(600)")
+    watched = Watched(os.getpid(), script.name)
+    assert not watched.has_ended(), "it has not begun"
+    with subprocess.Popen([sys.executable, str(script)]) as process:
+        wait_until(lambda: not watched.has_ended() and watched._pid == process.pid, SECONDS)
+        process.kill()
+        wait_until(watched.has_ended, SECONDS)
