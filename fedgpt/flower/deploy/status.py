@@ -101,8 +101,6 @@ def progress_of(run: QueuedRun) -> Progress:
         rejected.update(line["rejected"])
     newest = lines[-1]
     scored = next((found for line in reversed(lines) if (found := _scores(line))), {})
-    # like a score, it is not in the line of every version
-    spent = next((line["epsilon"] for line in reversed(lines) if "epsilon" in line), None)
     return Progress(
         version=newest["version"],
         tokens=newest["tokens"],
@@ -110,7 +108,7 @@ def progress_of(run: QueuedRun) -> Progress:
         rejected=dict(rejected),
         bytes_up=newest["bytes_up"],
         bytes_down=newest["bytes_down"],
-        epsilon=spent,
+        epsilon=next((line["epsilon"] for line in reversed(lines) if "epsilon" in line), None),
         scores=scored,
     )
 

@@ -40,7 +40,7 @@ def tables(path: Path) -> set[str]:
 
 
 def killed(path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED, str(path), "3"], check=False)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(path), "1"], check=False)
     assert done.returncode == -signal.SIGKILL
 
 
