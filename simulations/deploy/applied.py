@@ -54,7 +54,9 @@ class Applied:
     def problems(self, run: Path, versions: int) -> list[str]:
         """What is wrong with a run that has ended and makes a version of every update."""
         self.look(run)
-        updates, problems = self._seen[run], self._problems[run]
+        updates, problems = accepted(run), self._problems[run]
+        if lost := self._seen[run][len(updates) :]:
+            problems.append(f"{run.name}: applied once, and not at the end: {lost}")
         rejected = {(e["client"], e["number"]) for e in events(run) if e["event"] == "reject"}
         self._updates += len(updates)
         self._rejected += len(rejected)

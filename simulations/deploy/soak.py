@@ -3,6 +3,8 @@
     python simulations/deploy/soak.py --minutes 60     # writes soak.json
     python simulations/deploy/soak.py --minutes 3 --quick
 
+Ctrl-C ends it earlier.
+
 A server takes one short run after the other for the given time. Meanwhile something happens every
 few seconds, drawn with a seed: the line between a client and the server is cut for a while, a
 client is stopped or killed, or a process of the server is killed: the server itself, its link, the
@@ -109,12 +111,15 @@ class Soak:
         """Disturb the deployment while it takes runs, and let the last one end."""
         self._within(START_SECONDS, self._has_begun, "the first version")
         self.began, next_act = time.monotonic(), QUIET
-        while self.age < self.seconds:
-            self.keep_up()
-            if self.age > next_act:
-                self.disturb()
-                next_act = self.age + self.random.uniform(*PAUSE)
-            time.sleep(1)
+        try:
+            while self.age < self.seconds:
+                self.keep_up()
+                if self.age > next_act:
+                    self.disturb()
+                    next_act = self.age + self.random.uniform(*PAUSE)
+                time.sleep(1)
+        except KeyboardInterrupt:
+            self.seconds = self.age
 
         def all_ended() -> bool:
             self.keep_up()
@@ -285,7 +290,6 @@ def main() -> int:
     about = {
         "command": f"soak.py --minutes {chosen.minutes:g} --seed {chosen.seed}",
         "seed": chosen.seed,
-        "minutes": chosen.minutes,
         **machine(),
     }
     with ExitStack() as ends:
@@ -297,7 +301,7 @@ def main() -> int:
             soak.soak()
             soak.stop()
         about["load_average_at_the_end"] = [round(load, 1) for load in os.getloadavg()]
-        figures = {**about, **soak.figures()}
+        figures = {**about, "minutes": round(soak.seconds / 60, 1), **soak.figures()}
     text = json.dumps(figures, indent=1) + "\n"
     print(text, end="")
     if not chosen.quick:

@@ -75,6 +75,7 @@ def test_a_run_without_a_fault_has_no_problem(tmp_path):
     [
         ([*GOOD[:2], GOOD[0]], "applied twice"),
         (GOOD[:2], "2 updates, 2 of them in 3 versions"),
+        (GOOD[:2], "applied once, and not at the end: [('a', 1)]"),
         ([GOOD[0], GOOD[2], GOOD[1]], "the updates changed"),
     ],
 )
