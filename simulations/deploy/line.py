@@ -68,15 +68,26 @@ class Line:
         try:
             there, back = await asyncio.open_connection(_LOOPBACK, self._to)
         except OSError:  # the server is down: so is this connection
-            writer.close()
+            await _closed(writer)
             return
         await asyncio.gather(self._pass(reader, back), self._pass(there, writer))
 
     async def _pass(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError):
-            while data := await reader.read(_BYTES):
-                await self._whole.wait()
-                writer.write(data)
-                await writer.drain()
-        await self._whole.wait()  # the end of a connection does not pass either
-        writer.close()
+        try:
+            with suppress(OSError):
+                while data := await reader.read(_BYTES):
+                    await self._whole.wait()
+                    writer.write(data)
+                    await writer.drain()
+            await self._whole.wait()  # the end of a connection does not pass either
+        except asyncio.CancelledError:
+            writer.transport.abort()
+            raise
+        finally:
+            await _closed(writer)
+
+
+async def _closed(writer: asyncio.StreamWriter) -> None:
+    writer.close()
+    with suppress(OSError):
+        await writer.wait_closed()
