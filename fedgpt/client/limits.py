@@ -1,13 +1,38 @@
-"""What a site's process may use of its machine: memory and threads."""
+"""What a site's process may use of its machine: memory, threads and disk."""
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
-from fedgpt.client.policy import Policy
+from fedgpt.client.policy import Policy, PolicyRefused
+from fedgpt.client.site import Site
 from fedgpt.core.device import choose_compute, memory
 from fedgpt.core.errors import ConfigError, FedGPTError
+
+# bytes of a disk that a site leaves free; the state of a model of 124 million parameters has as
+# many
+LEAST_FREE = 1 << 30
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that are free on the disk of a folder, which may not exist yet."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
+def refuse_without_room(site: Site) -> None:
+    """Raise PolicyRefused if what a message leaves behind may fill a disk of the site.
+
+    A server chooses how many runs, models and tokenizers it sends.
+    """
+    for folder in (site.state_dir, site.cache_dir):
+        if free_bytes(Path(folder).expanduser()) < LEAST_FREE:
+            raise PolicyRefused(
+                f"the last {LEAST_FREE >> 20} MiB of its disk for other uses",
+                "and they are all that is left",
+            )
 
 
 def limit_process(policy: Policy) -> str:

@@ -13,9 +13,9 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from fedgpt.client.account import SiteAccount
+from fedgpt.client.account import Promise, SiteAccount
 from fedgpt.client.attack import attacked
-from fedgpt.client.privacy import ClientPrivacy
+from fedgpt.client.privacy import ClientPrivacy, job_digest, settings_digest
 from fedgpt.client.state import ClientState, ClientStore
 from fedgpt.client.texts import CommonText, Texts
 from fedgpt.core.device import choose_compute
@@ -182,9 +182,12 @@ class ClientWork:
 
     def _promised(self, job: Job) -> None:
         """Charge the site's account for what a run promises in which the server adds the noise."""
-        epsilon, delta = self.options.privacy.target_epsilon, self.options.privacy.delta
-        if self.account is not None and epsilon is not None and delta is not None:
-            self.account.charge_run(job.plan.run, epsilon, delta)
+        o = self.options.privacy
+        if self.account is None or o.target_epsilon is None or o.delta is None:
+            return
+        jobs = o.participations or self.options.rounds
+        promise = Promise(o.target_epsilon, o.delta, jobs, settings_digest(self.options))
+        self.account.charge_job(job.plan.run, promise, job_digest(job))
 
     def _trained(
         self,
