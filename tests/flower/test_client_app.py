@@ -223,7 +223,17 @@ def test_a_site_says_how_much_text_it_has_and_in_a_private_run_less_exactly(tmp_
     assert rounded <= exact < 2 * rounded and rounded.bit_count() == 1 and rounded != exact
 
 
-@pytest.mark.parametrize("change", [{"name": ""}, {"state-dir": ""}, {"device": "tpu"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": ""},
+        {"state-dir": ""},
+        {"device": "tpu"},
+        {"bad-records": "drop"},
+        {"document-bytes": 3},
+        {"text-field": 3},
+    ],
+)
 def test_a_wrong_configuration_of_a_site_is_named(tmp_path, change):
     texts = Texts.write(tmp_path)
     options = compose.load(texts.at_sites())
