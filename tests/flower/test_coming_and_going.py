@@ -240,7 +240,7 @@ def test_a_job_that_was_given_up_keeps_no_model_and_is_forgotten_with_its_messag
     gc.collect()
     assert [one() is None for one in freed] == [True, True, False]
     late = replies(made, 2)
-    assert [(one.client, one.number) for one in late] == [("ann", 0), ("ann", 1)]
+    assert sorted((one.client, one.number) for one in late) == [("ann", 0), ("ann", 1)]
     assert all(one.error for one in late)
     assert len(made._pending) == 1 and not made._abandoned, "bob's job"
     assert len(made._mailbox._fetcher._watched) == 1 and not made._mailbox._fetcher._cancelled

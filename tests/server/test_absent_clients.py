@@ -68,7 +68,7 @@ def test_a_version_whose_clients_are_all_offline_at_its_deadline_waits_for_them(
     assert outcome.version == 3 and outcome.events_of("quarantine") == []
     assert outcome.server.totals.rejected == {"no_reply": 2}
     assert outcome.accepted_until(1) == 2 and outcome.transport.time > BACK
-    assert "version 1 got 0 valid updates of 2 jobs, pace.minimum=1: 2 no_reply" in caplog.text
+    assert "version 1 got 0 valid updates of 2 jobs, pace.minimum=1: no_reply x2" in caplog.text
     assert "it waits for clients that are away" in caplog.text
 
 
