@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +105,7 @@ def memory() -> int:
 NO_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
     "std::bad_alloc",
-    "could not create a primitive",  # oneDNN, the matrix products in bf16 on a CPU
+    "could not create a primitive",  # oneDNN, matrix products on a CPU
     "CUDA error: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
@@ -133,10 +133,14 @@ def free_memory(device: str) -> None:
 
         torch.cuda.empty_cache()
         return
+    if not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
     # glibc keeps freed memory for later, which a limit of the process counts; and oneDNN asks the
     # system for the memory of its kernels, and fails with none left
     glibc = ctypes.CDLL(None)
-    if hasattr(glibc, "malloc_trim"):
+    if hasattr(glibc, "malloc_trim"):  # other C libraries do not have it
         glibc.mallopt(M_MMAP_THRESHOLD, 1 << 20)  # tensors from 1 MiB on are returned at once
         glibc.malloc_trim(0)
 
