@@ -50,7 +50,7 @@ def test_a_job_is_repeated_from_its_beginning_in_halves_that_later_jobs_begin_wi
     def job() -> int:
         tried.append(fitting.trainer.micro_batch)
         if tried[-1] > beyond:
-            np.empty(1 << 60)
+            np.empty(1 << 46)
         return tried[-1]
 
     with caplog.at_level(logging.WARNING):
@@ -64,7 +64,7 @@ def test_a_job_is_repeated_from_its_beginning_in_halves_that_later_jobs_begin_wi
 def test_a_model_too_large_for_one_sequence_is_told_with_what_to_change(tmp_path):
     work = work_in(tmp_path, "none", "local.batch_size=3")
     with pytest.raises(OutOfMemory) as told:
-        work._fitting.run(lambda: np.empty(1 << 60), private=False)
+        work._fitting.run(lambda: np.empty(1 << 46), private=False)
     assert "out of memory (cpu), also in micro-batches of 1 sequence instead of" in str(told.value)
     advises(
         told.value,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.labels_task import DocumentLabel
 
@@ -48,6 +48,7 @@ def wide_gradient(batch: tuple[torch.Tensor, ...], task: Task, at_once: int | No
     return float(loss), gradient.grad
 
 
+@settings(max_examples=30, deadline=None)
 @given(st.integers(1, BATCH), st.integers(0, 10**6))
 def test_parts_give_the_gradient_of_the_whole_batch_whatever_targets_count(at_once, seed):
     generator = torch.Generator().manual_seed(seed)
