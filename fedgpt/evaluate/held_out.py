@@ -115,8 +115,9 @@ class HeldOut:
         batch = on_device(self.examples.take(rows), self._working.device)
         with calling("task", self.task, "forward"):
             outputs = self.task.forward(self.model, batch)
+        found: dict[str, Mapping[str, Tensor]] = {}
         with calling("task", self.task, "tally"):
-            found = {"": self.task.tally(outputs, batch, self._token_bytes)}
+            found[""] = self.task.tally(outputs, batch, self._token_bytes)
         for metric in self.metrics:
             with calling("metrics", metric, "tally"):
                 found[metric.name] = metric.tally(outputs, batch)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -211,8 +212,8 @@ def test_a_very_bad_model_has_infinite_perplexity_and_finite_loss(tokenizer, tok
 class Hungry(BatchMetric):
     """Counts examples, and asks for more memory than there is if a batch has more than `most`."""
 
+    name: ClassVar[str] = "hungry"
     most: int = 5
-    name = "hungry"
 
     def tally(self, outputs: torch.Tensor, batch: tuple[torch.Tensor, ...]):
         if len(outputs) > self.most:
