@@ -30,7 +30,7 @@ MODEL = [
     *("runtime.device=cpu", "runtime.threads=1"),
 ]
 SEEDED = [
-    *(f"privacy.noise_multiplier={NOISE}", "privacy.target_epsilon=null", "privacy.delta=1e-3"),
+    *(f"privacy.noise_multiplier={NOISE}", "privacy.target_epsilon=null", "privacy.delta=1e-4"),
     *("privacy.rng=seeded",),
 ]
 
@@ -57,7 +57,7 @@ def do_job(work: ClientWork) -> tuple[dict[str, Any], np.ndarray]:
     """The header and the array of the client's first update."""
     size = work.trainer.layout.size
     start = np.random.default_rng(1).normal(0, 0.02, size).astype(np.float32)
-    private = {"noise_multiplier": NOISE, "participations": 9, "delta": 1e-3}
+    private = {"noise_multiplier": NOISE, "participations": 9, "delta": 1e-4}
     more = private if work.options.privacy.unit == "example" else {}
     plan = Plan("run", STEPS, 0, BATCH * 128, 10**6, **more)
     header, delta = work.train(Job("ann", 0, 0, start, plan), 0)
