@@ -40,9 +40,8 @@ def limit_process(policy: Policy) -> str:
 
     On a GPU the limit is of torch's allocations there. On a CPU it is of the memory that the
     process asks the system for (RLIMIT_DATA of Linux), not of its address space, in which torch and
-    memory-mapped files take far more than they use. A job beyond the limit fails like one beyond
-    the memory of the machine, and the process goes on. Raises ConfigError where the limit cannot be
-    enforced.
+    memory-mapped files take far more than they use. A job beyond the limit is split (fitting.py),
+    or fails and the process goes on. Raises ConfigError where the limit cannot be enforced.
     """
     import torch
 

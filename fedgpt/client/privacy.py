@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from filelock import FileLock
 from fedgpt.client.account import SiteAccount
 from fedgpt.core.messages import Job, plan_as_json
 from fedgpt.core.options import RunOptions
+from fedgpt.data.examples import ExampleSet
 from fedgpt.data.text import Text
 from fedgpt.local.private import PrivateSteps
 from fedgpt.privacy.accounting import Event, epsilon_of
@@ -59,13 +61,18 @@ class ClientPrivacy:
         # releases that the ledger was charged for, including those of the present job
         self.charged = 0.0
 
+    @cached_property
+    def units(self) -> ExampleSet:
+        """The units of privacy of privacy=example."""
+        return self.task.units(self.text, self.options.model.block_size)
+
     def steps(self, job: Job, state: str) -> PrivateSteps:
         """privacy=example: the settings of the private steps of `job`.
 
         `state` identifies the optimiser moments from which the job starts.
         """
         o = self.options
-        units = self.task.units(self.text, o.model.block_size)
+        units = self.units
         probability = sampling_probability(o, len(units))
         event = Event(job.plan.noise_multiplier, probability, job.plan.local_steps)
         stream = self._paid(job, state, event, o.local.steps, len(units))

@@ -103,15 +103,19 @@ def test_a_node_that_is_started_as_its_refusal_advises_is_a_client(
 @pytest.mark.parametrize("allocate", [torch.empty, np.ones], ids=["torch", "numpy"])
 def test_a_client_without_memory_says_what_to_lower(tmp_path, allocate):
     words = tiny_run(tmp_path)
-    work = ClientWork(compose.load([*words, "local.batch_size=32"]), str(tmp_path))
-    told = pytest.raises(FedGPTError, match=r"^out of memory; lower local\.batch_size=32, and")
+    work = ClientWork(compose.load(words), str(tmp_path))
+    told = pytest.raises(FedGPTError, match=r"^out of memory \(cpu\); lower model\.block_size=16, ")
     with told as error, reported(work):
         allocate(1 << 46)
-    advises(error.value, "lower local.batch_size=32, and raise local.accumulate instead")
-    compose.load([*words, "local.batch_size=16", "local.accumulate=2"])
+    advises(
+        error.value,
+        "lower model.block_size=16, model.n_layer=1 or model.n_embd=16, or raise memory in the"
+        " site's policy",
+    )
+    compose.load([*words, "model.block_size=8", "model.n_embd=8"])
     private = ClientWork(compose.load([*words, "privacy=local"]), str(tmp_path))
     # the message says nothing of the text
-    told = pytest.raises(ForServer, match=r"^out of memory; lower local\.batch_size=2, and")
+    told = pytest.raises(ForServer, match=r"^out of memory \(cpu\); lower model")
     with told, reported(private):
         allocate(1 << 46)
     failed = pytest.raises(ClientFailed, match=r"^ZeroDivisionError \(the client's log")
