@@ -33,7 +33,12 @@ TEXTS = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path 
 README = TEXTS["README.md"]
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```\s*$", re.M | re.S)
 PROGRAMS = ("fedgpt", "python", "make")
-DEPLOYED = ("server", "submit", "status")  # commands whose folder is that of an earlier one
+DEPLOYED = (
+    "server",
+    "submit",
+    "cancel",
+    "status",
+)  # commands whose folder is that of an earlier one
 AT_SITES = ("client", "doctor")  # their kit and text are those of an earlier one
 FLOWER = ("flwr run", "--node-config")  # what is typed for Flower's own programs starts with it
 NUMBER = re.compile(r" *\d[\d.,:]*( ?[kMGT]?B\b|[kMGT]\b)?")

@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
     queue.cancel(folder, run)
     audit.note(folder, "cancel", run=number, name=run.name)
     ends = "stops with a checkpoint" if is_served(folder) else "is not continued"
-    print(f"run {number} ({run.name}) {'is not begun' if run.waits else ends}")
+    print(f"{run.name} (run {number}) {'is not begun' if run.waits else ends}")
     return 0
 
 

@@ -138,7 +138,7 @@ def test_a_run_of_the_queue_is_cancelled_without_a_server(folder, typed):
     """The next server does not begin it."""
     for name in ("first", "second"):
         typed("submit", folder, *SMALL, f"name={name}")
-    assert typed("cancel", folder, 2) == (0, "run 2 (second) is not begun\n", "")
+    assert typed("cancel", folder, 2) == (0, "second (run 2) is not begun\n", "")
     first, second = (line for line in typed("status", folder)[1].splitlines() if "queue" in line)
     assert "(is cancelled)" in second and "cancelled" not in first
     assert json.loads(typed("status", folder, "--json")[1])["cancelled"] == [2]
@@ -148,7 +148,7 @@ def test_a_run_of_the_queue_is_cancelled_without_a_server(folder, typed):
     assert first.waits and (second.exit_code, second.reason) == (130, "cancelled before it began")
     assert json.loads(typed("status", folder, "--json")[1])["cancelled"] == []
     code, _, err = typed("cancel", folder, 2)
-    assert code == 1 and "run 2 has ended already" in err
+    assert code == 1 and "RUN=2: it has ended already" in err
     assert sorted(one.name for one in (folder / "queue").iterdir()) == ["1.json", "2.json"]
 
 

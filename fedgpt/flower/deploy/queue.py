@@ -138,7 +138,7 @@ def read(folder: Path, number: int) -> QueuedRun:
 def cancel(folder: Path, run: QueuedRun) -> None:
     """Ask the server to end a run, or not to begin it; raises FedGPTError if that is no use."""
     if run.ended is not None:
-        raise FedGPTError(f"run {run.number} has ended already, at {run.ended}")
+        raise FedGPTError(f"RUN={run.number}: it has ended already, at {run.ended}")
     path = folder / QUEUE / f"{run.number}.{CANCELLED}"
     try:
         path.touch(PRIVATE)

@@ -204,10 +204,10 @@ def test_a_run_that_is_cancelled_makes_place_for_the_next_and_can_be_continued(s
         folder = Path(served.status()["running"]["run_dir"])
         reached(folder, 2)
         later = served.fedgpt("cancel", str(served.folder), "3")
-        assert later.stdout == "run 3 (three) is not begun\n", later.stderr
+        assert later.stdout == "three (run 3) is not begun\n", later.stderr
         wait_until(lambda: len(served.status()["ended"]) == 1, LONG)  # before the first run ends
         done = served.fedgpt("cancel", str(served.folder))
-        assert done.stdout == "run 1 (one) stops with a checkpoint\n", done.stderr
+        assert done.stdout == "one (run 1) stops with a checkpoint\n", done.stderr
         wait_until(lambda: len(served.status()["ended"]) == 3, LONG)
         first, second, third = served.status()["ended"]
         assert [one["exit_code"] for one in (first, second, third)] == [130, 0, 130]
