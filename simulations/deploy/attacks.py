@@ -40,6 +40,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from google.protobuf.message import Message
 
 from fedgpt.flower.deploy.connection import FleetConnection
+from fedgpt.flower.deploy.doctor import KitConnection
 from fedgpt.flower.deploy.kit import read_kit
 
 MEGABYTE = bytes(1 << 20)
@@ -206,6 +207,17 @@ def refused(request: object) -> str:
     return "accepted"
 
 
+def _connected(
+    site: FleetConnection, attacks: Iterator[tuple[str, str]]
+) -> Iterator[tuple[str, str]]:
+    """The attacks of a site that is connected meanwhile, so that its client may be afterwards."""
+    site.activate()
+    try:
+        yield from attacks
+    finally:
+        site.deactivate()
+
+
 def main() -> int:
     """Attack, and print what came of it."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -221,14 +233,12 @@ def main() -> int:
         found = (by_a_stranger if chosen.what == "stranger" else of_bodies)(target)
     else:
         kit = read_kit(chosen.kit)
-        site = FleetConnection(
-            f"{chosen.host}:{chosen.port}", kit.private_key, kit.approval.ca.encode()
-        )
-        site.activate()
-        found = (
+        site = KitConnection(kit, chosen.host)
+        found = _connected(
+            site,
             of_silence(target, site)
             if chosen.what == "silence"
-            else by_a_site(site, chosen.ids["node"], chosen.ids["message"])
+            else by_a_site(site, chosen.ids["node"], chosen.ids["message"]),
         )
     for attack, answer in found:
         print(json.dumps([attack, answer]), flush=True)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from subprocess import Popen
 
@@ -159,8 +159,9 @@ def deployment(folder: Path, say: bool = True) -> Iterator[Deployment]:
     try:
         yield one
     finally:
-        for name in list(one.processes):
-            one.stop(name)
+        with ExitStack() as ends:  # one that does not end keeps no other from its end
+            for name in list(one.processes):
+                ends.callback(one.stop, name)
 
 
 def environment() -> Mapping[str, str]:

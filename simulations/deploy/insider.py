@@ -1,6 +1,8 @@
 """The client of a site that misbehaves: it does its jobs, and sends something else.
 
-    python simulations/deploy/insider.py KIT DEED --text FOLDER --state DIR --cache DIR
+    python simulations/deploy/insider.py KIT DEED,DEED --text FOLDER --state DIR --cache DIR
+
+It answers its first job honestly, and does one deed in each of the next ones, in turn.
 
 | deed | what it does |
 |---|---|
@@ -14,6 +16,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import logging
 import signal
@@ -25,8 +28,8 @@ import numpy as np
 from flwr.app import Context, Message, MessageType, RecordDict
 
 from fedgpt.cli.client import add_site, policy_of, site_of
-from fedgpt.flower.deploy.connection import FleetConnection, Upload, UploadEnded
-from fedgpt.flower.deploy.doctor import Doctor
+from fedgpt.flower.deploy.connection import Upload, UploadEnded
+from fedgpt.flower.deploy.doctor import Doctor, KitConnection
 from fedgpt.flower.deploy.kit import read_kit
 from fedgpt.flower.deploy.node import App, PersistentNode
 from fedgpt.flower.deploy.site_app import site_app
@@ -40,46 +43,47 @@ REPEATED = 50_000_000  # float32 zeros: 200 MB
 class Insider:
     """An app that changes the replies to jobs of `app`."""
 
-    def __init__(self, app: App, deed: str):
-        self._app, self._deed = app, deed
+    def __init__(self, app: App, deeds: list[str]):
+        self._app, self._deeds = app, itertools.cycle(deeds)
         self._first: RecordDict | None = None  # the content of the first reply
-        self.in_job = False
+        self.broken = False  # whether nothing of the reply is to be uploaded
 
     def __call__(self, message: Message, context: Context) -> Message:
         """Answer honestly, or not if it is a job."""
         reply = self._app(message, context)
-        self.in_job = message.metadata.message_type == MessageType.TRAIN and reply.has_content()
-        if self.in_job:
-            content = self._changed(reply.content)
-            self._first = self._first or content
-            reply.content = content
+        if message.metadata.message_type == MessageType.TRAIN and reply.has_content():
+            if self._first is None:
+                self._first = reply.content
+            else:
+                reply.content = self._changed(reply.content, next(self._deeds), self._first)
         return reply
 
-    def _changed(self, content: RecordDict) -> RecordDict:
+    def _changed(self, content: RecordDict, deed: str, first: RecordDict) -> RecordDict:
         header: dict[str, Any] = json.loads(content["update"]["json"])
         delta = content["delta"]["flat"].numpy()
-        match self._deed:
+        self.broken = deed == "broken"
+        match deed:
             case "nan":
                 delta = np.full_like(delta, np.nan)
                 header["sha256"] = digest(delta)
             case "damaged":
                 delta = delta + 1
             case "old":
-                return self._first or content
+                return first
             case "repeats":
                 delta = np.zeros(REPEATED, np.float32)
         return update_content(json.dumps(header), delta)
 
 
-class Breaking(FleetConnection):
-    """A connection that uploads no reply to a job."""
+class Breaking(KitConnection):
+    """A connection that uploads nothing of a reply that is to be broken off."""
 
     insider: Insider
     stopped = False
 
     def upload(self, upload: Upload) -> bool:
-        """Send nothing of a reply to a job until `stopped`, and nothing of it then."""
-        while self.insider.in_job:
+        """Send the next object, or nothing until `stopped`."""
+        while self.insider.broken:
             if self.stopped:
                 raise UploadEnded
             time.sleep(0.2)
@@ -90,24 +94,23 @@ def main() -> int:
     """Take part as the site of a kit until a signal."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add_site(parser)
-    parser.add_argument("deed", choices=DEEDS)
+    parser.add_argument("deeds", metavar="DEED,DEED", help=", ".join(DEEDS))
     chosen = parser.parse_args()
+    deeds = chosen.deeds.split(",")
+    if unknown := sorted(set(deeds) - set(DEEDS)):
+        parser.error(f"{', '.join(unknown)}: must be of {', '.join(DEEDS)}")
     logging.basicConfig(level=logging.INFO)
     kit, policy = read_kit(chosen.kit), policy_of(chosen)
     doctor = Doctor(chosen.kit)
     for finding in doctor.findings(key=False):
         print(finding, flush=True)
-    insider = Insider(site_app(site_of(chosen, policy, kit.name), policy), chosen.deed)
-    kind = Breaking if chosen.deed == "broken" else FleetConnection
-    address = f"{doctor.host}:{kit.approval.port}"
-    connection = kind(address, kit.private_key, kit.approval.ca.encode())
-    if isinstance(connection, Breaking):
-        connection.insider = insider
+    insider = Insider(site_app(site_of(chosen, policy, kit.name), policy), deeds)
+    connection = Breaking(kit, doctor.host)
+    connection.insider = insider
     node = PersistentNode(connection, insider, {})
 
     def stop(number: int, frame: object) -> None:
-        if isinstance(connection, Breaking):
-            connection.stopped = True
+        connection.stopped = True
         node.stop()
 
     signal.signal(signal.SIGTERM, stop)
