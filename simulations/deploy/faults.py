@@ -1,6 +1,6 @@
 """What do faults and attacks cost a deployment? The client that they hit some time, others nothing.
 
-    python simulations/deploy/faults.py            # about 20 minutes; writes results.json
+    python simulations/deploy/faults.py            # half an hour; writes results.json
     python simulations/deploy/faults.py --quick    # a smoke run
 
 A server and three sites have one asynchronous run over TLS. One thing after another happens to it:
@@ -353,6 +353,7 @@ def broken_off(study: Study) -> None:
         time.sleep(30)
         row["updates_of_others"] = len(study.accepted()) - before
         study.down()
+        row["back"] = study.start()  # once the server has noticed
 
 
 # ---- attacks
@@ -413,9 +414,9 @@ def afterwards(study: Study) -> None:
 
 
 CASES: tuple[Callable[[Study], None], ...] = (
-    *(undisturbed, client_killed_in_a_job, slow_uplink, link_down, serverapp_killed, link_killed),
-    *(bad_updates, broken_off, of_a_site, of_a_stranger, of_bodies, open_key, full_disk),
-    *(afterwards, client_stopped, empty_state, link_down_longer, two_with_one_kit),
+    *(undisturbed, of_bodies, of_a_stranger, slow_uplink, bad_updates, of_a_site, open_key),
+    *(full_disk, afterwards, client_killed_in_a_job, link_down, serverapp_killed, link_killed),
+    *(client_stopped, empty_state, broken_off, link_down_longer, two_with_one_kit),
 )
 QUICK = (undisturbed, client_stopped, bad_updates, of_a_stranger, of_a_site)
 
