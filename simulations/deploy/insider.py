@@ -33,7 +33,7 @@ from fedgpt.flower.deploy.doctor import Doctor, KitConnection
 from fedgpt.flower.deploy.kit import read_kit
 from fedgpt.flower.deploy.node import App, PersistentNode
 from fedgpt.flower.deploy.site_app import site_app
-from fedgpt.flower.messages import update_content
+from fedgpt.flower.messages import read_reply, update_content
 from fedgpt.update.wire import digest
 
 DEEDS = ("broken", "nan", "damaged", "old", "repeats")
@@ -55,12 +55,13 @@ class Insider:
             if self._first is None:
                 self._first = reply.content
             else:
-                reply.content = self._changed(reply.content, next(self._deeds), self._first)
+                reply.content = self._changed(reply, next(self._deeds), self._first)
         return reply
 
-    def _changed(self, content: RecordDict, deed: str, first: RecordDict) -> RecordDict:
-        header: dict[str, Any] = json.loads(content["update"]["json"])
-        delta = content["delta"]["flat"].numpy()
+    def _changed(self, reply: Message, deed: str, first: RecordDict) -> RecordDict:
+        honest = read_reply(reply, "", 0)
+        header: dict[str, Any] = json.loads(honest.header)
+        delta: np.ndarray = honest.payload
         self.broken = deed == "broken"
         match deed:
             case "nan":
