@@ -22,6 +22,7 @@ import logging
 import signal
 import sys
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -105,7 +106,9 @@ def main() -> int:
     doctor = Doctor(chosen.kit)
     for finding in doctor.findings(key=False):
         print(finding, flush=True)
-    insider = Insider(site_app(site_of(chosen, policy, kit.name), policy), deeds)
+    site = site_of(chosen, policy, kit.name)
+    site = replace(site, server=kit.approval.ca_fingerprint)
+    insider = Insider(site_app(site, policy), deeds)
     connection = Breaking(kit, doctor.host)
     connection.insider = insider
     node = PersistentNode(connection, insider, {})
