@@ -154,7 +154,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {line} |" for line in lines)
 
 
-def write_results(study: Path, seeds: Sequence[int], figures: Mapping[str, Any]) -> None:
+def write_results(
+    study: Path, seeds: Sequence[int], figures: Mapping[str, Any], script: str = "run.py"
+) -> None:
     """Write results.json: the figures, with command, seeds, machine, commit and date."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"],
@@ -164,7 +166,7 @@ def write_results(study: Path, seeds: Sequence[int], figures: Mapping[str, Any])
         check=False,
     ).stdout.strip()
     circumstances = {
-        "command": f"python simulations/{study.name}/run.py",
+        "command": f"python simulations/{study.name}/{script}",
         "seeds": list(seeds),
         "machine": (
             f"{cores()} cores, {torch.backends.cpu.get_cpu_capability()}, torch"

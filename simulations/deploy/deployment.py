@@ -13,8 +13,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from subprocess import Popen
 
@@ -34,6 +34,8 @@ class Deployment:
         self.folder, self._say = folder.absolute(), say
         self.server, self.port = self.folder / "server", free_port()
         self.processes: dict[str, Popen[bytes]] = {}
+        # name of a process -> how a command is started in its network, if that is not this one
+        self.inside: dict[str, Callable[..., list[str]]] = {}
         (self.folder / "logs").mkdir(parents=True)
 
     def write_texts(self) -> None:
@@ -50,18 +52,26 @@ class Deployment:
         """The folder with the text of a site, or of the server's part."""
         return self.folder / ("texts" if party in SITES else "server-texts") / party
 
-    def make_keys(self) -> None:
-        """Keys of the server and the sites: each site makes its own, and the server approves it."""
-        self.command("keys", "init", "server", "--host", "localhost", "--port", str(self.port))
+    def make_keys(self, *hosts: str) -> None:
+        """Keys of the server and the sites: each site makes its own, and the server approves it.
+
+        Sites reach the server as localhost, or else by one of the other `hosts`.
+        """
+        named = [word for host in ("localhost", *hosts) for word in ("--host", host)]
+        self.command("keys", "init", "server", *named, "--port", str(self.port))
         for site in SITES:
             self.command("keys", "request", site)
             self.command("keys", "approve", "server", f"{site}.request")
 
     def start_client(self, site: str) -> Popen[bytes]:
         """Start the client of a site, or start it again."""
+        return self.start(site, "client", *self.site_words(site))
+
+    def site_words(self, site: str) -> list[str]:
+        """The kit, the text and the folders of a site, as they are typed."""
         folders = ["--state", f"state/{site}", "--cache", f"cache/{site}"]
         text = str(self.text(site).relative_to(self.folder))
-        return self.start(site, "client", f"{site}.kit", "--text", text, *folders)
+        return [f"{site}.kit", "--text", text, *folders]
 
     def start_server(self, *options: str) -> Popen[bytes]:
         """Start the server with a run, or with none."""
@@ -90,9 +100,14 @@ class Deployment:
     def start(self, name: str, *words: str) -> Popen[bytes]:
         """Start a command of fedgpt, which writes to logs/NAME.log."""
         self._tell((*words, "&"))
+        return self.start_program(name, "-m", "fedgpt", *words)
+
+    def start_program(self, name: str, *words: str) -> Popen[bytes]:
+        """Start Python with some arguments, in the network of `name` if it has one of its own."""
+        inside = self.inside.get(name, lambda *command: list(command))
         with (self.folder / "logs" / f"{name}.log").open("ab") as log:
             process = Popen(
-                [sys.executable, "-m", "fedgpt", *words],
+                inside(sys.executable, *words),
                 cwd=self.folder,
                 env=environment(),
                 stdout=log,
@@ -104,6 +119,18 @@ class Deployment:
     def log(self, name: str) -> str:
         """What a process has written."""
         return (self.folder / "logs" / f"{name}.log").read_text(encoding="utf-8")
+
+    def pids(self, program: str) -> list[int]:
+        """The processes of the server that run a program or a module."""
+        mine, found = str(self.server).encode(), []
+        for path in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):  # it has ended
+                words = (path / "cmdline").read_bytes().split(b"\0")[:4]
+                if any(word.endswith(program.encode()) for word in words) and (
+                    mine in (path / "environ").read_bytes()
+                ):
+                    found.append(int(path.name))
+        return found
 
     def run_folder(self) -> Path:
         """The folder of the newest run."""
@@ -132,8 +159,9 @@ def deployment(folder: Path, say: bool = True) -> Iterator[Deployment]:
     try:
         yield one
     finally:
-        for name in list(one.processes):
-            one.stop(name)
+        with ExitStack() as ends:  # one that does not end keeps no other from its end
+            for name in list(one.processes):
+                ends.callback(one.stop, name)
 
 
 def environment() -> Mapping[str, str]:

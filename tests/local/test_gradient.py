@@ -94,8 +94,11 @@ def job(micro_batch: int, task: Task | None = None, mu: float = 0.0, **model) ->
 )
 def test_a_split_job_has_the_update_of_a_whole_one(micro_batch, about):
     split, whole = job(micro_batch, **about), job(8, **about)
-    # Adam turns a tiny gradient with a rounding error into a full step
-    distance = np.linalg.norm(split.delta - whole.delta)
+    # a bias without an effect on the loss has a gradient of rounding errors alone, which Adam makes
+    # as large as the others where the proximal term keeps it away from zero
+    felt = np.abs(job(8, **{**about, "mu": 0.0}).delta) > 1e-4
+    assert felt.mean() > 0.9
+    distance = np.linalg.norm((split.delta - whole.delta)[felt])
     assert distance < 1e-3 * np.linalg.norm(whole.delta)
     assert split.tokens == whole.tokens
     assert split.metrics["train_loss"] == pytest.approx(whole.metrics["train_loss"], rel=1e-4)

@@ -84,19 +84,28 @@ class FleetConnection:
         self, address: str, key: ec.EllipticCurvePrivateKey, root_certificates: bytes | None
     ):
         """`address`: host and port; without `root_certificates` (PEM) there is no encryption."""
+        self._key, self._root_certificates = key, root_certificates
         self._public_key = public_key_to_bytes(key.public_key())
         self._node = Node()
         # the message that is being read: about it, and its objects
         self._handed: tuple[Metadata, ObjectTree] | None = None
-        self._client = FleetHttpClient.from_server_address(
+        self._client = self._new_client(address)
+
+    def _new_client(self, address: str) -> FleetHttpClient:
+        return FleetHttpClient.from_server_address(
             address,
-            insecure=root_certificates is None,
-            root_certificates=root_certificates,
+            insecure=self._root_certificates is None,
+            root_certificates=self._root_certificates,
             interceptors=[
                 RuntimeVersionHttpInterceptor(component_name="SuperNode"),
-                NodeAuthHttpInterceptor(key, key.public_key()),
+                NodeAuthHttpInterceptor(self._key, self._key.public_key()),
             ],
         )
+
+    def move(self, address: str) -> None:
+        """Send requests to another address of the same SuperLink from now on."""
+        self._client.close()
+        self._client = self._new_client(address)
 
     def activate(self) -> int:
         """Connect; returns the node's id, which belongs to its key."""

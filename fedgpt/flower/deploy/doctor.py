@@ -8,7 +8,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -33,6 +35,7 @@ from fedgpt.flower.deploy.probe import Wrong
 
 # seconds by which the clocks may differ: Flower refuses a signature that is older, or newer
 SLOW, FAST = TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE, SYSTEM_TIME_TOLERANCE
+log = logging.getLogger(__name__)
 REVOKED = "not approved there, or it was revoked"
 
 
@@ -145,7 +148,7 @@ class Doctor:
 
     def _key(self) -> str:
         assert self.kit is not None, "it was read first"
-        connection = connection_of(self.kit, self.host)
+        connection = KitConnection(self.kit, self.host)
         try:
             connection.activate()
             connection.deactivate()
@@ -180,11 +183,30 @@ class Doctor:
         return f"{found}: {self._site.corpus.path}"
 
 
-def connection_of(kit: Kit, host: str) -> FleetConnection:
-    """The connection of a kit's client to a host of its server."""
-    port = kit.approval.port
-    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    return FleetConnection(address, kit.private_key, kit.approval.ca.encode())
+class KitConnection(FleetConnection):
+    """The connection of a kit's client to its server: to `host`, or to another of its hosts where
+    that one is not reached.
+    """
+
+    def __init__(self, kit: Kit, host: str):
+        port = kit.approval.port
+        hosts = [host, *(one for one in kit.approval.hosts if one != host)]
+        addresses = [f"[{one}]:{port}" if ":" in one else f"{one}:{port}" for one in hosts]
+        self._addresses, self._first = itertools.cycle(addresses), addresses[0]
+        self._address = next(self._addresses)
+        super().__init__(self._address, kit.private_key, kit.approval.ca.encode())
+
+    def activate(self) -> int:
+        """Connect; where nobody answers, the next attempt is at the next host."""
+        try:
+            node = super().activate()
+        except (httpx.ConnectError, httpx.ConnectTimeout):
+            self._address = next(self._addresses)
+            self.move(self._address)
+            raise
+        if self._address != self._first:
+            log.info("the server is reached at %s", self._address)
+        return node
 
 
 def as_typed(problem: str) -> str:

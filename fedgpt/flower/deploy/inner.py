@@ -16,16 +16,21 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
+from datetime import timedelta
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
 from fastapi import FastAPI
 from flwr.common.constant import ISOLATION_MODE_PROCESS, TRANSPORT_TYPE_GRPC_RERE
+from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
+from flwr.supercore.date import now
+from flwr.supercore.state.schema.corestate_models import Task
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
+from sqlalchemy import update
 from sqlalchemy.exc import SQLAlchemyError
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
@@ -41,6 +46,7 @@ from fedgpt.flower.launch import FLOWER_ENV
 CONTROL, RUNTIME = ("/v1/control/", "/health"), ("/v1/runtime/",)
 LONGEST_SOCKET = 100  # bytes of the path of a unix socket
 CONTROL_SOCKET = "control.sock"
+START_SECONDS = 300.0  # for a ServerApp to start
 CLOSE_SECONDS = 1.0  # for answers that are under way when the link stops
 _LOOPBACK = "127.0.0.1"
 _TCP = Path("/proc/self/net/tcp")
@@ -82,12 +88,34 @@ def flower_app(folder: Path, secret: bytes) -> FastAPI:
     )
     try:
         bring_up_to_date(Path(config.database))
-        return create_app(config, SuperLinkLifespan)
+        app = create_app(config, SuperLinkLifespan)
+        _give_time_to_start(app.state.linkstate_factory.state())
+        return app
     except (SQLAlchemyError, sqlite3.Error) as damage:
         raise FedGPTError(
             f"{config.database} cannot be used: {damage.__class__.__name__}; move it away, with"
             " the files beside it of the same name, to begin with a new one"
         ) from None
+
+
+def _give_time_to_start(state: SqlLinkState) -> None:
+    """Let a ServerApp have START_SECONDS from its claim of a task to its first word.
+
+    Flower gives it 30, and then starts another one beside it. On a slow or busy machine no
+    ServerApp would ever begin, and each would make the machine slower.
+    """
+    claim = state.claim_task
+
+    def patient_claim(task_id: int) -> str | None:
+        token = claim(task_id)
+        if token is not None:
+            until = now() + timedelta(seconds=START_SECONDS)
+            with state.session() as session:
+                claimed = update(Task).where(Task.token == token)
+                session.execute(claimed.values(active_until=until))
+        return token
+
+    state.claim_task = patient_claim
 
 
 class Only:

@@ -54,7 +54,7 @@ class PersistentNode:
         self._connection, self._app, self._config = connection, app, dict(config)
         self._stopped = threading.Event()
         self._contexts: dict[int, Context] = {}  # of the newest run
-        self._told = ""  # why the server does not respond, as the log has it
+        self._told: set[str] = set()  # why the server does not respond, as the log has it
 
     def run(self) -> None:
         """Connect and answer messages until `stop`; raises NotAccepted."""
@@ -188,7 +188,7 @@ class PersistentNode:
             else:
                 if self._told:
                     log.warning("the server responds again")
-                    self._told = ""
+                    self._told.clear()
                 return answer
             self._tell(why)
             self._stopped.wait(pause)
@@ -197,9 +197,9 @@ class PersistentNode:
 
     def _tell(self, why: str) -> None:
         """Log why the server is not reached, once for each reason."""
-        if why != self._told:
+        if why not in self._told:
             log.warning("%s; trying again", why)
-            self._told = why
+            self._told.add(why)
 
     def _heartbeats(self) -> _Heartbeats:
         return _Heartbeats(self._connection)

@@ -21,7 +21,7 @@ from fedgpt.client.limits import limit_process
 from fedgpt.client.policy import Policy
 from fedgpt.client.site import Site
 from fedgpt.core.errors import ConfigError, FedGPTError
-from fedgpt.flower.deploy.doctor import Doctor, Finding, connection_of
+from fedgpt.flower.deploy.doctor import Doctor, Finding, KitConnection
 from fedgpt.flower.deploy.kit import Kit
 from fedgpt.flower.deploy.node import App, PersistentNode
 from fedgpt.flower.deploy.site_app import site_app
@@ -73,7 +73,7 @@ def run(ready: Ready, site: Site, policy: Policy) -> int:
         *(ready.host, ready.kit.approval.port, site.name, ready.kit.approval.ca_fingerprint),
     )
     app = site_app(replace(site, server=ready.kit.approval.ca_fingerprint), policy)
-    node = PersistentNode(connection_of(ready.kit, ready.host), JobLog(app), {})
+    node = PersistentNode(KitConnection(ready.kit, ready.host), JobLog(app), {})
     with _stopped_by_signals(node) as received:
         node.run()
     log.info("stopped")

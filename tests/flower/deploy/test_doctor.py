@@ -15,7 +15,7 @@ from fedgpt.client.policy import Policy
 from fedgpt.client.site import Site
 from fedgpt.core.options import CorpusOptions
 from fedgpt.flower.deploy import doctor, keys, probe
-from fedgpt.flower.deploy.doctor import Doctor, Finding, connection_of
+from fedgpt.flower.deploy.doctor import Doctor, Finding, KitConnection
 from fedgpt.flower.deploy.kit import read_kit
 
 
@@ -241,7 +241,7 @@ def test_a_key_that_was_revoked_is_told(server):
 
 def test_a_client_that_is_connected_already_is_told(server):
     with server.listening():
-        first = connection_of(read_kit(server.kit), "127.0.0.1")
+        first = KitConnection(read_kit(server.kit), "127.0.0.1")
         first.activate()
         finding = wrong(server, "key")
         assert "a client with this kit is connected already" in finding.problem

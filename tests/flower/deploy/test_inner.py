@@ -6,10 +6,13 @@ import asyncio
 import json
 import os
 import socket
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pytest
+from flwr.supercore.corestate import sql_corestate
+from flwr.supercore.date import now
 from support.link import Fleet, Site, call, server_folder, write_sites
 
 from fedgpt.core.errors import FedGPTError
@@ -110,6 +113,25 @@ def test_runs_of_a_link_that_has_ended_are_stopped_and_those_that_wait_are_not(f
     assert (status[running].status, status[running].sub_status) == ("finished", "stopped")
     assert status[waiting].status == "pending"
     assert job.metadata.message_id not in fleet.state.get_message_ids_from_run_id(running)
+
+
+def test_a_server_app_has_minutes_to_start_but_not_to_be_silent_afterwards(fleet, monkeypatch):
+    """Flower takes its task away after 30 s, in which a busy machine has started no Python."""
+
+    def later(seconds: float) -> None:
+        moment = now() + timedelta(seconds=seconds)
+        monkeypatch.setattr(sql_corestate, "now", lambda: moment)
+
+    _, slow = fleet._run(claim=False)
+    _, lost = fleet._run(claim=False)
+    assert fleet.state.claim_task(slow) and fleet.state.claim_task(lost)
+    later(inner.START_SECONDS - 10)
+    assert fleet.state.claim_task(slow) is None and fleet.state.activate_task(slow)
+    later(inner.START_SECONDS + 10)
+    assert not fleet.state.activate_task(lost) and fleet.state.claim_task(lost)
+    later(inner.START_SECONDS + 60)
+    fleet.state.acknowledge_task_heartbeat(slow)
+    assert fleet.state.get_tasks(task_ids=[slow])[0].status.status == "finished"
 
 
 def test_a_damaged_database_is_named(tmp_path):

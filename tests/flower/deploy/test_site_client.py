@@ -115,6 +115,25 @@ def test_a_client_waits_for_a_server_that_is_not_there_yet(server, start):
 
 
 @pytest.mark.slow
+def test_a_client_that_was_first_finds_its_server_at_any_of_the_hosts_in_its_kit(tmp_path, start):
+    """As after a power cut at both: the host that it would take first is not its way to the
+    server.
+    """
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("The river rose again.\n" * 20)
+    server = SiteServer(tmp_path, ("127.0.0.2", "127.0.0.3"))
+    client = start(words(server))
+    client.wait_for("the server does not respond")
+    with server.listening("127.0.0.3"):
+        client.wait_for("connected; waiting for jobs")
+        client.process.terminate()
+        assert client.end() == 0
+    log = "".join(client.lines)
+    assert f"the server is reached at 127.0.0.3:{server.port}" in log
+    assert log.count("the server does not respond") == 1, "each reason is logged once"
+
+
+@pytest.mark.slow
 def test_a_client_whose_key_was_revoked_ends_with_one_message(server, start):
     with server.listening():
         keys.revoke(server.folder, "clinic")
