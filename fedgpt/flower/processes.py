@@ -74,12 +74,13 @@ class Watched:
         self._pid: int | None = None
 
     def has_ended(self) -> bool:
-        """Whether it was seen and is gone; never on systems without /proc."""
-        if self._pid is None:
-            below = (one for one in _descendants(self._below) if _alive(one))
-            self._pid = next((one for one in below if _script(one) == self._program), None)
+        """Whether it was seen and is gone, without another one; never on systems without /proc."""
+        if self._pid is not None and _alive(self._pid):
             return False
-        return not _alive(self._pid)
+        below = (one for one in _descendants(self._below) if _alive(one))
+        found = next((one for one in below if _script(one) == self._program), None)
+        seen, self._pid = self._pid, found or self._pid
+        return seen is not None and found is None
 
 
 def _script(pid: int) -> str:
