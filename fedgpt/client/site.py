@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import hashlib
+import json
+from dataclasses import asdict, dataclass, replace
 
 from fedgpt.core.options import CorpusOptions, RunOptions
 from fedgpt.data.corpus import corpus_of
@@ -23,6 +25,12 @@ class Site:
     def runs(self) -> str:
         """The folder with the client state of each run."""
         return f"{self.state_dir}/runs"
+
+    @property
+    def cache_name(self) -> str:
+        """Name of the folder in `cache_dir` with what is prepared of this text for this state."""
+        about = [str(self.state_dir), asdict(self.corpus)]
+        return f"site-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}"
 
     def options(self, run: RunOptions) -> RunOptions:
         """The options of a run as they hold here: paths, device and code are the site's own.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import faulthandler
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -15,11 +15,12 @@ import torch
 
 from fedgpt.client.account import SiteAccount
 from fedgpt.client.attack import attacked
+from fedgpt.client.bases import SiteBases
 from fedgpt.client.privacy import ClientPrivacy
 from fedgpt.client.state import ClientState, ClientStore
 from fedgpt.client.texts import CommonText, Texts
 from fedgpt.core.device import choose_compute
-from fedgpt.core.errors import FedGPTError, UpdateRejected
+from fedgpt.core.errors import FedGPTError, PartMissing, UpdateRejected
 from fedgpt.core.faults import reach
 from fedgpt.core.messages import Job, Update
 from fedgpt.core.options import RunOptions
@@ -48,13 +49,17 @@ class ClientWork:
         state_root: str,
         texts: Texts | None = None,
         account: SiteAccount | None = None,
+        bases: SiteBases | None = None,
     ):
         """`texts`: where the clients' text comes from, if it is not the text of the run; `account`
-        counts the private releases of a site over all its runs.
+        counts the private releases of a site over all its runs; `bases` has the base weights that
+        servers have sent to a site.
         """
         self.options, self.state_root, self.account = options, state_root, account
         self.texts = texts or CommonText(options)
         self.codec = codec_of(options.update, options.trusted_packages)
+        self._bases = bases
+        self._sent: Mapping[str, torch.Tensor] = {}  # the base of the run, for `trainer`
 
     @cached_property
     def trainer(self) -> Trainer:
@@ -63,7 +68,7 @@ class ClientWork:
         private = options.privacy.unit == "example"
         compute = choose_compute(options.runtime.device, options.local.precision, private)
         engine, task = options.privacy.engine, make_task(options)
-        base = base_weights(options, tokenizer)
+        base = self._sent or base_weights(options, tokenizer)
         return Trainer(
             options.model, tokenizer.vocab_size, options.local, compute, engine, task, base
         )
@@ -73,11 +78,15 @@ class ClientWork:
 
         The next job reuses the array's memory, so the caller must copy or send the array first. The
         same job gives the same bits in every process. Raises ValueError if the job is for another
-        client, TextChanged if this process has prepared other text than the run's, and FedGPTError
-        if this client's shards or frozen weights are not the run's.
+        client, TextChanged if this process has prepared other text than the run's, PartMissing if
+        a site lacks what the server sends once, and FedGPTError if this client's shards or frozen
+        weights are not the run's.
         """
         text = self.texts.of(job, index)
-        self._check_base(job.plan.digests.get("base", ""))
+        digest = job.plan.digests.get("base", "")
+        if self._bases is not None:
+            self._find_base(self._bases, digest)
+        self._check_base(digest)
         job = self._received(job)
         began = time.monotonic()
         lies = index < self.options.attack.clients
@@ -96,6 +105,22 @@ class ClientWork:
         update, state = self._trained(job, ROOT, text, self._state(job, ROOT))
         self._keep(job, ROOT, state)
         return update
+
+    def _find_base(self, bases: SiteBases, digest: str) -> None:
+        """Use the frozen weights with this digest: those that a server has sent, or of the seed.
+
+        Raises PartMissing if neither has it.
+        """
+        made = vars(self).get("trainer")  # of an earlier job
+        if made is not None and made.base_digest == digest:
+            return
+        vars(self).pop("trainer", None)
+        self._sent = bases.of(digest, self.texts.tokenizer.vocab_size)
+        if self.trainer.base_digest == digest:
+            return
+        del self.trainer
+        bases.remove(digest)
+        raise PartMissing("this site has the run's base weights no more, or they are damaged")
 
     def _check_base(self, expected: str) -> None:
         """Raise FedGPTError if the frozen weights differ from the run's: the update would harm all
