@@ -1,4 +1,4 @@
-"""A site in a thread of this process: its real app, at a real SuperLink, without a start of Python."""
+"""A site in a thread of this process: its real app at a real SuperLink."""
 
 from __future__ import annotations
 

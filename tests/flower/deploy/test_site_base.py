@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import RecordDict
+from support.here import run_here
 from support.site_thread import site_in_thread
 from support.sites import NAMES, Texts, start_site
 from support.superlink import live_superlink, persistent_node
@@ -40,10 +41,16 @@ def texts(tmp_path, monkeypatch) -> Texts:
     return Texts.write(tmp_path)
 
 
+def in_one_place(texts: Texts, *more: str) -> dict[str, Any]:
+    """The summary of a run with simulated clients on the same shards, in this process."""
+    corpus = ["corpus=files", "corpus.client=folder", f"corpus.path={texts.folder / 'sites'}"]
+    return run_here(*corpus, *texts.own, *more)
+
+
 @pytest.fixture
 def start(texts, tmp_path) -> Path:
     """The folder of a finished run, from whose weights the others start."""
-    texts.in_one_place(f"run_dir={tmp_path / 'start'}", "rounds=1")
+    in_one_place(texts, f"run_dir={tmp_path / 'start'}", "rounds=1")
     return tmp_path / "start"
 
 
@@ -81,7 +88,7 @@ def test_a_frozen_model_gives_the_weights_of_the_pool_and_is_sent_once(
 ):
     """Not again in a second run with new starts of the sites; a damaged file is."""
     init = f"init_from={start}"
-    pool = texts.in_one_place(TRAINED, init, f"run_dir={tmp_path / 'pool'}")
+    pool = in_one_place(texts, TRAINED, init, f"run_dir={tmp_path / 'pool'}")
     first = at_sites(texts, "first", init)
     assert first["weights_sha256"] == pool["weights_sha256"] != "" and first["rejected"] == {}
     assert first["final"] == pool["final"]
@@ -105,7 +112,7 @@ def test_a_frozen_model_gives_the_weights_of_the_pool_and_is_sent_once(
 
 
 def test_without_init_from_nothing_is_sent(texts, tmp_path, sent):
-    pool = texts.in_one_place(TRAINED, f"run_dir={tmp_path / 'pool'}")
+    pool = in_one_place(texts, TRAINED, f"run_dir={tmp_path / 'pool'}")
     assert at_sites(texts, "run")["weights_sha256"] == pool["weights_sha256"]
     assert sent == [] and bases(texts) == []
 
