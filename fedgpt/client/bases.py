@@ -9,6 +9,7 @@ describe, so that a server can choose only values, and the size is known before 
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import shutil
@@ -33,6 +34,7 @@ from fedgpt.model.shape import frozen_shapes
 DIGEST = re.compile(r"[0-9a-f]{64}")  # of a base; it becomes the name of a file
 PART = ".part"
 SPARE = 1 << 30  # bytes of the disk that a base leaves free
+log = logging.getLogger(__name__)
 
 
 class BaseRefused(ForServer):
@@ -136,6 +138,7 @@ class SiteBases:
         sync(part)
         part.replace(whole)
         sync(self.folder)
+        log.info("base weights of %d bytes have come; they are in %s", whole.stat().st_size, whole)
 
     def _check_room(self, needed: int) -> None:
         existing = next(one for one in (self.folder, *self.folder.parents) if one.exists())

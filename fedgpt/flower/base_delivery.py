@@ -30,9 +30,13 @@ class BaseDelivery:
         self.info = base_info(base)
         self._base, self._tokenizer = base, tokenizer
 
+    def next(self, offset: int) -> int:
+        """The byte after the piece that begins at a byte."""
+        return min(offset + PIECE, self.info.bytes)
+
     def piece(self, offset: int) -> RecordDict:
         """The message content with the values from a byte on."""
-        values = base_values(self._base, offset, offset + PIECE)
+        values = base_values(self._base, offset, self.next(offset))
         about = base_record(self.info, offset=offset, tokenizer=self._tokenizer)
         return RecordDict({"base": about, "values": vector_record(values)})
 

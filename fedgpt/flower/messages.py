@@ -219,16 +219,16 @@ def read_info(message: Message) -> Introduction:
             raise TypeError("a refusal without problems")
         raise ConfigError(str(problem)[:MOST_REASON] for problem in problems)
     who, size = content.config_records["who"], content.metric_records["size"]
-    tokens = int(str(size["tokens"]))
-    if tokens < 1:
-        raise ValueError("a client without text")
+    tokens, base = int(str(size["tokens"])), int(str(who.get("base", 0)))
+    if tokens < 1 or base < 0:
+        raise ValueError("a client without text, or with less than nothing of the base weights")
     told = content.config_records["versions"] if "versions" in content else {}
     return Introduction(
         ClientInfo(_short(who["id"]), tokens),
         _short(who["digest"]),
         int(str(who.get("protocol", 0))),
         {name: _short(told[name]) for name in COMPARED if name in told},
-        int(str(who.get("base", 0))),
+        base,
     )
 
 

@@ -181,7 +181,8 @@ class Nodes:
 
     def ask_again(self, client: str) -> None:
         """Ask a client again before its next job: it lacks what the run sends once."""
-        self._unsure.add(self._node[client])
+        if (node := self._node.get(client)) is not None:
+            self._unsure.add(node)
 
     def look(self) -> None:
         """Note which nodes are connected, and ask those that are new or have come back."""
@@ -230,7 +231,9 @@ class Nodes:
         if before is None:
             return _read(node, reply, read_info)
         kept = _read(node, reply, read_kept)
-        if kept <= before.base:  # it would be sent the same without end
+        base = self._admission.base
+        assert base is not None, "otherwise nothing was sent"
+        if kept < base.next(before.base):  # it would be sent the same without end
             raise FedGPTError(f"client {before.info.id!r} does not keep the base weights")
         return replace(before, base=kept)
 
@@ -260,7 +263,9 @@ class Nodes:
         if before is not None:
             self._returned |= before not in self._online or before in self._unsure
             del self._clients[before]
-            self._unsure.discard(before)
+        if (other := self._clients.get(node)) is not None:  # it was started as another client
+            del self._node[other.id]
+        self._unsure -= {before, node}
         self._clients[node], self._node[answer.info.id] = answer.info, node
         self.left_out.pop(node, None)
         for name, version in versions().items():

@@ -297,3 +297,22 @@ def test_a_client_that_comes_back_with_another_program_waits_for_the_right_one(
         assert made.receive(0.1) == [] and not made.available("ann")
     while not made.available("ann"):
         made.receive(0.1)
+
+
+def test_a_node_that_comes_back_as_another_client_is_not_sent_the_jobs_of_the_first(
+    link, transport
+):
+    """As a SuperNode that is started again with another partition-id and the same key."""
+    made, connections = joined(link, transport, "ann", "bob")
+    for name in ("ann", "bob"):
+        link.lose(connections[name]._node.node_id)
+        while made.available(name):
+            made.receive(0.1)
+    connections["ann"].heartbeat()
+    in_thread(lambda: answer(connections["ann"], client("bob")))
+    while not made.available("bob"):
+        assert made.receive(0.2) == []
+    assert not made.available("ann")
+    made.send([job("bob")])
+    in_thread(lambda: work(connections["ann"]))
+    assert [reply.client for reply in replies(made, 1)] == ["bob"]
