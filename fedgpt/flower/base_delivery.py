@@ -10,13 +10,16 @@ run without `init_from` needs none of this: each client makes the frozen weights
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
-from torch import Tensor
 
 from fedgpt.core.flat import base_info, base_values
 from fedgpt.core.messages import BasePiece
 from fedgpt.flower.messages import base_record, read_base, vector_record
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ACTION = "base"  # of the query that brings a piece
 PIECE = 16 << 20  # bytes
