@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
+import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.app import Context, Error, Message, RecordDict
 from support.sites import Texts
@@ -13,6 +14,7 @@ from support.superlink import LiveSuperLink, in_thread, send
 
 from fedgpt.client.policy import Policy
 from fedgpt.flower.deploy.connection import UploadEnded
+from fedgpt.flower.deploy.node import _Heartbeats
 from fedgpt.flower.deploy.site_app import site_app
 from fedgpt.flower.site_config import site_of
 
@@ -36,7 +38,10 @@ def site_in_thread(
 
     def answer() -> None:
         while not over.is_set():
-            if (message := connection.receive()) is None:
+            message = None
+            with suppress(httpx.TransportError):  # the machine may be very busy
+                message = connection.receive()
+            if message is None:
                 over.wait(0.02)
                 continue
             try:
@@ -46,10 +51,11 @@ def site_in_thread(
             with suppress(UploadEnded):
                 send(connection, reply)
 
-    thread = in_thread(answer)
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join(60)
-        connection.deactivate()
+    with _Heartbeats(connection):
+        thread = in_thread(answer)
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join(60)
+    connection.deactivate()
