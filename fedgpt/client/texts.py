@@ -244,7 +244,7 @@ class SiteText:
         """Names of the cache entries to which private runs of this site refer."""
         return {
             Path(path.read_text(encoding="utf-8")).name
-            for path in Path(self.site.runs).glob(f"*/*/{OF_RUN}")
+            for path in Path(self.site.state_dir, "runs").rglob(OF_RUN)  # of all servers
         }
 
     def _of_run(self, job: Job) -> Prepared:

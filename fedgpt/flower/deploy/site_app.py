@@ -11,6 +11,7 @@ from flwr.clientapp import ClientApp
 
 from fedgpt.client.account import SiteAccount
 from fedgpt.client.bases import SiteBases
+from fedgpt.client.limits import refuse_without_room
 from fedgpt.client.policy import Policy, PolicyRefused
 from fedgpt.client.site import Site
 from fedgpt.client.texts import SiteText
@@ -50,7 +51,7 @@ class _Work:
 def site_app(site: Site, policy: Policy) -> ClientApp:
     """An app that answers for a site what its policy allows."""
     app = ClientApp()
-    account = SiteAccount(site.state_dir, policy.privacy)
+    account = SiteAccount(site.state_dir, policy.privacy, site.server)
     # run config -> what there is of the latest run, for its next message
     works: dict[str, _Work] = {}
 
@@ -74,6 +75,7 @@ def site_app(site: Site, policy: Policy) -> ClientApp:
         except ConfigError as error:  # it has only what the server has sent
             return Message(refusal_content(error.problems), reply_to=message)
         policy.refuse_run(run.options, datetime.now())
+        refuse_without_room(site)
         with reported(run.work):
             question = read_question(message)
             size = run.text.introduce(question.tokenizer)
@@ -99,6 +101,7 @@ def site_app(site: Site, policy: Policy) -> ClientApp:
         """Keep the model of a run that has ended, at any hour."""
         options = options_of_server_run(context.run_config)
         policy.refuse_options(options)
+        refuse_without_room(site)
         return Message(finished.keep(message, site, options.name), reply_to=message)
 
     @app.train()
@@ -107,6 +110,7 @@ def site_app(site: Site, policy: Policy) -> ClientApp:
         run = work_of(context)
         job = read_job(message)
         policy.refuse_job(run.options, job, datetime.now())
+        refuse_without_room(site)
         if job.plan.seconds:  # in which a client of a simulated fleet waits
             raise PolicyRefused("no waiting, as that of every site", "and the job has a duration")
         with reported(run.work):
