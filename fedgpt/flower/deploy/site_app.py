@@ -17,7 +17,7 @@ from fedgpt.client.site import Site
 from fedgpt.client.texts import SiteText
 from fedgpt.client.work import ClientWork
 from fedgpt.core.errors import ConfigError
-from fedgpt.core.messages import BaseInfo, ClientInfo
+from fedgpt.core.messages import BaseInfo, BasePiece, ClientInfo
 from fedgpt.core.options import RunOptions
 from fedgpt.flower import base_delivery, finished
 from fedgpt.flower.messages import (
@@ -46,6 +46,11 @@ class _Work:
             return 0
         self.bases.tidy(info.digest)
         return self.bases.begin(info, self.text.tokenizer.vocab_size)
+
+    def keep(self, piece: BasePiece) -> int:
+        """Keep a piece of base weights; the bytes that are here then."""
+        self.text.use(piece.tokenizer)
+        return self.bases.add(piece, self.text.tokenizer.vocab_size)
 
 
 def site_app(site: Site, policy: Policy) -> ClientApp:
@@ -91,9 +96,7 @@ def site_app(site: Site, policy: Policy) -> ClientApp:
         run = work_of(context)
         policy.refuse_run(run.options, datetime.now())
         with reported(run.work):
-            piece = base_delivery.read_piece(message)
-            run.text.use(piece.tokenizer)
-            have = run.bases.add(piece, run.text.tokenizer.vocab_size)
+            have = run.keep(base_delivery.read_piece(message))
         return Message(base_delivery.kept_content(have), reply_to=message)
 
     @app.query(finished.ACTION)
