@@ -32,6 +32,7 @@ from fedgpt.flower.messages import (
     refused_for,
     versions,
 )
+from fedgpt.flower.push import push
 
 MOST_INFO = 1 << 20  # bytes of the longest answer to a question
 # environment variable with the path of a file: the approved site of each registered node
@@ -171,7 +172,7 @@ class Nodes:
         if new:
             content = self._admission.question
             questions = [Message(content, node, MessageType.QUERY) for node in new]
-            for message_id, node in zip(self._grid.push_messages(questions), new, strict=True):
+            for message_id, node in zip(push(self._grid, questions), new, strict=True):
                 if message_id:  # a SuperLink refuses a message to a node that has just left
                     self._asked[message_id] = node
                     self._mailbox.watch(message_id, MOST_INFO)
