@@ -74,6 +74,8 @@ def put_together(tree: ObjectTree, read: Read) -> Message:
         raise ValueError("an array has other chunks than the message")
     others = [object_id for object_id in leaves if object_id not in chunks]
     contents.update(zip(others, read(others), strict=True))
+    if any(is_array(contents[object_id]) for object_id in others):
+        raise ValueError("an array whose chunks the message does not name")
     arrays = {key: _array(content, read) for key, content in described.items()}
     records = {
         key: _record(content, arrays)

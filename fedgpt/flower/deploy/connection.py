@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -193,8 +193,10 @@ class FleetConnection:
                 raise UploadEnded
             del upload.objects[object_id]
 
-        for _ in in_order(self._executor, send, some):
-            pass
+        under_way = [self._executor.submit(send, object_id) for object_id in some]
+        wait(under_way)  # also after an error: an object that is sent twice counts as not wanted
+        for one in under_way:
+            one.result()
         return bool(some)
 
     def run_config(self, run_id: int) -> dict[str, Any]:

@@ -66,21 +66,16 @@ async def let_wait(
 ) -> list[Event]:
     """The response to a request with `body`, whose connection `receive` watches.
 
-    While it is nothing, it is asked for again after each ring of the bell, for WAIT_SECONDS at most
-    and not once the client has gone away: a message is handed out once.
+    If it is nothing, it is asked for again when the bell rings within WAIT_SECONDS, but not once
+    the client has gone away: a message is handed out once.
     """
-    loop = asyncio.get_running_loop()
-    deadline = loop.time() + WAIT_SECONDS
-    with bell.listening(wish.key) as rings:
-        while True:
-            rings.clear()
+    with bell.listening(wish.key) as rings:  # before it asks, so that no ring is missed
+        events = await _asked(app, scope, replayed(body, receive))
+        content = b"".join(event.get("body", b"") for event in events)
+        successful = bool(events) and events[0]["status"] == 200
+        if successful and content == wish.nothing and await _rung(rings, receive):
             events = await _asked(app, scope, replayed(body, receive))
-            content = b"".join(event.get("body", b"") for event in events)
-            successful = bool(events) and events[0]["status"] == 200
-            if not successful or content != wish.nothing:
-                return events
-            if not await _rung(rings, receive, deadline - loop.time()):
-                return events
+    return events
 
 
 def replayed(body: bytes, receive: Receive) -> Receive:
@@ -104,11 +99,11 @@ async def _asked(app: App, scope: Event, receive: Receive) -> list[Event]:
     return events
 
 
-async def _rung(rings: asyncio.Event, receive: Receive, seconds: float) -> bool:
+async def _rung(rings: asyncio.Event, receive: Receive) -> bool:
     """Whether the bell has rung in time, and the client is still there."""
     rung, gone = asyncio.create_task(rings.wait()), asyncio.ensure_future(receive())
     done, left = await asyncio.wait(
-        {rung, gone}, timeout=max(0.0, seconds), return_when=asyncio.FIRST_COMPLETED
+        {rung, gone}, timeout=WAIT_SECONDS, return_when=asyncio.FIRST_COMPLETED
     )
     for one in left:
         one.cancel()
