@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MessageType, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from fedgpt.flower.mailbox import mailbox_of
-from fedgpt.flower.messages import read_reply, update_content, values_of, vector_record
+from fedgpt.flower.messages import ARRAY, read_reply, update_content, values_of, vector_record
 from fedgpt.flower.push import push
 
 server = ServerApp()
@@ -65,7 +65,9 @@ def main(grid: Grid, context: Context) -> None:
 def answer(message: Message, context: Context) -> Message:
     """A vector of the same size, with the seconds that it took to make."""
     began = time.monotonic()
-    delta = values_of(message.content["params"]["flat"]) + np.float32(1)
+    record = message.content["params"]
+    assert isinstance(record, ArrayRecord)
+    delta = values_of(record[ARRAY]) + np.float32(1)
     header = json.dumps({"work": time.monotonic() - began})
     return Message(update_content(header, delta), reply_to=message)
 
