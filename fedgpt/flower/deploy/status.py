@@ -103,7 +103,7 @@ def progress_of(run: QueuedRun) -> Progress:
         rejected=dict(rejected),
         bytes_up=newest["bytes_up"],
         bytes_down=newest["bytes_down"],
-        epsilon=newest["epsilon"],
+        epsilon=next((line["epsilon"] for line in reversed(lines) if "epsilon" in line), None),
         scores=scored,
     )
 

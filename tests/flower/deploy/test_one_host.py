@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,8 +40,12 @@ SMALL = [
 
 
 @pytest.fixture
-def three_sites(tmp_path) -> Iterator[Deployment]:
-    with deployment(tmp_path / "deployment", say=False) as one:
+def three_sites() -> Iterator[Deployment]:
+    # not in tmp_path, whose length leaves too little for the path of the server's socket
+    with (
+        tempfile.TemporaryDirectory(prefix="fedgpt-") as folder,
+        deployment(Path(folder) / "deployment", say=False) as one,
+    ):
         one.write_texts()
         one.make_keys()
         for site in SITES:

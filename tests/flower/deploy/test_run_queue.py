@@ -93,9 +93,17 @@ def test_an_audit_line_is_appended_and_a_full_disk_is_a_warning(folder, caplog):
     assert stat.S_IMODE((folder / "audit.jsonl").stat().st_mode) == 0o600
 
 
+# scores and epsilon are in the lines of scored versions only
 LINES = [
-    {"version": 0, "tokens": 0, "accepted": 0, "rejected": {}, "loss": 5.5},
-    {"version": 1, "tokens": 8, "accepted": 2, "rejected": {'a"b\\': 1}, "loss": 5.25},
+    {"version": 0, "tokens": 0, "accepted": 0, "rejected": {}, "loss": 5.5, "epsilon": 0.5},
+    {
+        "version": 1,
+        "tokens": 8,
+        "accepted": 2,
+        "rejected": {'a"b\\': 1},
+        "loss": 5.25,
+        "epsilon": 2,
+    },
     {"version": 2, "tokens": 16, "accepted": 1, "rejected": {'a"b\\': 1, "stale": 3}},
 ]
 
@@ -104,7 +112,7 @@ def begun(folder: Path, wish: Wish) -> QueuedRun:
     """A run that has begun, with three versions."""
     run = queue.add(folder, wish, once=True)
     Path(run.run_dir).mkdir(exist_ok=True)
-    sizes = {"bytes_up": 300, "bytes_down": 400, "epsilon": None, "quarantined": 0}
+    sizes = {"bytes_up": 300, "bytes_down": 400, "quarantined": 0}
     lines = "".join(json.dumps(line | sizes) + "\n" for line in LINES)
     (Path(run.run_dir) / "metrics.jsonl").write_text(lines)
     return run
@@ -115,6 +123,7 @@ def test_progress_is_that_of_the_runs_folder(folder, wish):
     assert (progress.version, progress.tokens, progress.accepted) == (2, 16, 3)
     assert progress.rejected == {'a"b\\': 2, "stale": 3}
     assert progress.scores == {"loss": 5.25}, "of the newest version that has a score"
+    assert progress.epsilon == 2
     assert progress_of(queue.add(folder, replace(wish, dated=True))).version is None
 
 
