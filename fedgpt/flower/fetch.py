@@ -153,7 +153,7 @@ class Fetcher:
             self._changed.wait_for(lambda: self._complete or self._failed, seconds)
 
     def nodes(self) -> Collection[int]:
-        """The nodes that were connected a second ago."""
+        """The nodes that were connected a few seconds ago."""
         return self._nodes
 
     def close(self) -> None:
