@@ -27,7 +27,8 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
 AT_ONCE = 4  # requests at a time for the objects of a message, as many as Flower's own node has
-Item, Found = TypeVar("Item"), TypeVar("Found")
+Item = TypeVar("Item")
+Found = TypeVar("Found")
 Read = Callable[[Iterable[str]], Iterator[bytes]]  # ids -> the content of each, in this order
 
 
