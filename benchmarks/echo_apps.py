@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -77,4 +78,6 @@ if __name__ == "__main__":
     from fedgpt.flower.deploy.kit import read_kit
     from fedgpt.flower.deploy.node import PersistentNode
 
-    PersistentNode(connection_of(read_kit(sys.argv[1]), "localhost"), answer, {}).run()
+    node = PersistentNode(connection_of(read_kit(sys.argv[1]), "localhost"), answer, {})
+    signal.signal(signal.SIGTERM, lambda *_: node.stop())
+    node.run()
