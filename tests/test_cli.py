@@ -240,6 +240,7 @@ def test_dir_shows_lazily_imported_names():
         (["run", "--bogus", "--mulitrun"], "--mulitrun: no such flag"),
         (["data", "--bogus"], "--bogus: no such flag; this command has --config-dir, -cd, and"),
         (["audit", "-m", "seed=0,1"], "-m: no such flag"),
+        (["audit", "privacy=local"], "so there is nothing to attack"),
         (["privacy", "plan", "--info=all"], "--info=all: no such flag"),
         (["run", "--cfg"], "--cfg: job, hydra or all must follow"),
         (["run", "-c", "jobs"], "-c jobs: must be job, hydra or all"),

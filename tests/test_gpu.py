@@ -11,6 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from support.limited_client import do_job, work_in
 from support.world import summary, wait_until
 
 import fedgpt
@@ -39,6 +40,7 @@ VOCAB = 257
 TOKENS = np.random.default_rng(0).integers(0, VOCAB, 20_000)
 LOCAL = LocalOptions(batch_size=4, lr=1e-3, min_lr=1e-4)
 PLAN = Plan("run", 10, 0, 128, 128 * 20)
+GPU_SHARE = 1 << 30  # bytes beside the model; a batch of 64 x 512 tokens needs more
 RUN = [
     "corpus=stdlib",
     "tokenizer=bytes",
@@ -124,6 +126,29 @@ def test_a_recorded_gradient_has_the_bits_of_one_that_is_launched_kernel_by_kern
         assert again == loss and all(map(torch.equal, recorded, grads))
     with pytest.raises(ValueError, match=r"recorded for batches of .*4, 32.*, this one is .*1, 32"):
         trainer.gradient(tuple(tensor[:1] for tensor in batch))
+
+
+@pytest.mark.parametrize("size", [64, 67], ids=["graph", "parts of two shapes"])
+def test_a_job_beyond_a_share_of_the_memory_is_split(tmp_path, size):
+    model = ["model.n_embd=256", "model.n_layer=4", "model.block_size=512"]
+    options = [*model, "runtime.device=cuda", f"local.batch_size={size}"]
+    whole_header, whole = do_job(work_in(tmp_path / "whole", "none", *options))
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    work = work_in(tmp_path, "none", *options)
+    assert work.trainer
+    share = (torch.cuda.memory_reserved() + GPU_SHARE) / total
+    torch.cuda.set_per_process_memory_fraction(share)
+    try:
+        header, delta = do_job(work)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert "micro_batch" not in whole_header["metrics"]
+    assert 1 <= header["metrics"]["micro_batch"] < size
+    assert relative_distance(delta, whole) < 1e-3
+    same = work_in(tmp_path / "same", "none", *options)
+    same._fitting.micro_batch = int(header["metrics"]["micro_batch"])
+    assert (do_job(same)[1] == delta).all(), "the same bits with the same micro-batches"
 
 
 def test_jobs_free_their_memory():

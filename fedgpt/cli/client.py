@@ -81,11 +81,12 @@ def site_of(chosen: argparse.Namespace, policy: Policy, name: str) -> Site:
 def _described(chosen: argparse.Namespace, policy: Policy) -> Iterator[str]:
     """What would be started; with --stock also the files of a SuperNode are written."""
     from fedgpt.flower.deploy.kit import read_kit
-    from fedgpt.flower.deploy.stock import WHAT_IT_IS, stock_command
+    from fedgpt.flower.deploy.stock import WHAT_IT_IS, refuse_limits, stock_command
 
     kit = read_kit(chosen.kit)
     site = site_of(chosen, policy, kit.name)
     if chosen.stock:
+        refuse_limits(policy)
         yield from (f"# {line}" for line in WHAT_IT_IS)
         yield stock_command(kit, site)
         return

@@ -4,7 +4,8 @@ A run's own ledger (privacy/ledger.py) goes with the folder of its state, and kn
 file counts every release of the site, is charged before each of them, and stays.
 
     releases to which this site adds the noise     composed exactly: the events of all runs
-    privacy=client, where the server adds it       epsilon and delta of each run are added up
+    privacy=client, where the server adds it       epsilon and delta of each run are added up, and
+                                                   counted again for more jobs than they are for
 
 The composition holds for a passage of the site's text that is inside one block in each run.
 """
@@ -33,25 +34,51 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Promise:
+    """What a run with privacy=client promises a site for its jobs."""
+
+    epsilon: float
+    delta: float
+    jobs: int  # largest number of jobs for which it holds
+    settings: str = ""  # digest of the options that have an effect on a job
+
+
+@dataclass(frozen=True)
+class Promised:
+    """What the jobs of one run with privacy=client have been charged."""
+
+    promise: Promise  # the newest one
+    epsilon: float  # all its charges together
+    delta: float
+    left: int = 0  # further jobs for which the newest promise holds
+    job: str = ""  # digest of the last job: it may be repeated
+
+    def allows(self, promise: Promise, job: str) -> bool:
+        """Whether a job of this promise is charged already."""
+        return promise == self.promise and (job == self.job or self.left > 0)
+
+
+@dataclass(frozen=True)
 class Spent:
     """The releases of a site, and what the runs with privacy=client have promised it."""
 
     events: tuple[Event, ...] = ()
-    # id of a run -> (epsilon, delta)
-    promised: dict[str, tuple[float, float]] = field(default_factory=dict)
+    promised: dict[str, Promised] = field(default_factory=dict)  # by server and id of the run
 
     def epsilon(self, delta: float) -> float:
         """Epsilon of everything together at `delta`; inf if the runs' deltas are more than that."""
-        left = delta - sum(each for _, each in self.promised.values())
+        left = delta - sum(each.delta for each in self.promised.values())
         if left < 0 or (left == 0 and self.events):
             return float("inf")
         own = epsilon_of(self.events, left) if self.events else 0.0
-        return own + sum(each for each, _ in self.promised.values())
+        return own + sum(each.epsilon for each in self.promised.values())
 
     def within(self, other: Spent) -> bool:
         """Whether nothing here is more than in `other`."""
         counts = {(e.noise_multiplier, e.sampling_probability): e.count for e in other.events}
-        return self.promised == other.promised and all(
+        charges = {run: (each.epsilon, each.delta) for run, each in self.promised.items()}
+        known = {run: (each.epsilon, each.delta) for run, each in other.promised.items()}
+        return charges == known and all(
             e.count <= counts.get((e.noise_multiplier, e.sampling_probability), 0)
             for e in self.events
         )
@@ -63,8 +90,9 @@ class SiteAccount:
     Every charge raises PolicyRefused, and charges nothing, if the site's limit does not allow it.
     """
 
-    def __init__(self, folder: str | Path, limits: PrivacyLimits):
-        self.path, self._limits = Path(folder) / FILE, limits
+    def __init__(self, folder: str | Path, limits: PrivacyLimits, server: str = ""):
+        """`server`: fingerprint of the server's CA, as servers choose the ids of their runs."""
+        self.path, self._limits, self._server = Path(folder) / FILE, limits, server
         self._allowed = Spent()  # known to be within the limit
 
     def begin(self) -> None:
@@ -81,14 +109,25 @@ class SiteAccount:
             self._check(before, after, whole)
             self._write(after)
 
-    def charge_run(self, run: str, epsilon: float, delta: float) -> None:
-        """Charge a run with privacy=client once, with all that it has promised."""
+    def charge_job(self, run: str, promise: Promise, job: str) -> None:
+        """Charge a run with privacy=client, with all that it promises, for as many jobs as that
+        holds for.
+
+        `job` identifies the job with all that it starts from. The site sees neither the noise nor
+        the other jobs of the run: what is beyond the promise, or has another one, is charged as
+        another run would be, even if it has the same id.
+        """
         with self._open() as before:
-            known = before.promised.get(run, (0.0, 0.0))
-            most = max(known[0], epsilon), max(known[1], delta)
-            if most == known:
-                return
-            after = replace(before, promised={**before.promised, run: most})
+            name = f"{self._server} {run}".strip()
+            known = before.promised.get(name)
+            if known is not None and known.allows(promise, job):
+                left = known.left - (job != known.job)
+                now = replace(known, left=left, job=job)
+            else:
+                spent = (known.epsilon, known.delta) if known else (0.0, 0.0)
+                charges = spent[0] + promise.epsilon, spent[1] + promise.delta
+                now = Promised(promise, *charges, promise.jobs - 1, job)
+            after = replace(before, promised={**before.promised, name: now})
             self._check(before, after, after)
             self._write(after)
 
@@ -98,7 +137,7 @@ class SiteAccount:
         A site with ledgers of runs has had this file.
         """
         if not is_there(self.path):
-            if ledgers := sorted(self.path.parent.glob("runs/*/*/ledger.json")):
+            if ledgers := sorted(self.path.parent.glob("runs/**/ledger.json")):
                 raise FedGPTError(
                     f"{self.path} is missing, and the site has made releases ({ledgers[0]}): put"
                     " the file back from a backup"
@@ -109,7 +148,10 @@ class SiteAccount:
             if about.pop("sha256") != digest_of(about) or about.pop("format") != FORMAT:
                 raise ValueError("its digest or its format is another")
             events = tuple(Event(**event) for event in about["events"])
-            promised = {run: (float(e), float(d)) for run, (e, d) in about["promised"].items()}
+            promised = {
+                run: Promised(Promise(**each.pop("promise")), **each)
+                for run, each in about["promised"].items()
+            }
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise FedGPTError(
                 f"{self.path} is damaged ({error}), and what the site has spent is unknown: put the"
@@ -151,7 +193,7 @@ class SiteAccount:
         about = {
             "format": FORMAT,
             "events": [asdict(event) for event in spent.events],
-            "promised": {run: list(each) for run, each in spent.promised.items()},
+            "promised": {run: asdict(each) for run, each in spent.promised.items()},
         }
         text = json.dumps({**about, "sha256": digest_of(about)}, indent=1) + "\n"
         write_text(self.path, text, mode=PRIVATE)

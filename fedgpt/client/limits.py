@@ -1,13 +1,38 @@
-"""What a site's process may use of its machine: memory and threads."""
+"""What a site's process may use of its machine: memory, threads and disk."""
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
-from fedgpt.client.policy import Policy
+from fedgpt.client.policy import Policy, PolicyRefused
+from fedgpt.client.site import Site
 from fedgpt.core.device import choose_compute, memory
 from fedgpt.core.errors import ConfigError, FedGPTError
+
+# bytes of a disk that a site leaves free; the state of a model of 124 million parameters has as
+# many
+LEAST_FREE = 1 << 30
+
+
+def free_bytes(folder: Path) -> int:
+    """Bytes that are free on the disk of a folder, which may not exist yet."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
+def refuse_without_room(site: Site) -> None:
+    """Raise PolicyRefused if what a message leaves behind may fill a disk of the site.
+
+    A server chooses how many runs, models and tokenizers it sends.
+    """
+    for folder in (site.state_dir, site.cache_dir):
+        if free_bytes(Path(folder).expanduser()) < LEAST_FREE:
+            raise PolicyRefused(
+                f"the last {LEAST_FREE >> 20} MiB of its disk for other uses",
+                "and they are all that is left",
+            )
 
 
 def limit_process(policy: Policy) -> str:
@@ -15,9 +40,8 @@ def limit_process(policy: Policy) -> str:
 
     On a GPU the limit is of torch's allocations there. On a CPU it is of the memory that the
     process asks the system for (RLIMIT_DATA of Linux), not of its address space, in which torch and
-    memory-mapped files take far more than they use. A job beyond the limit fails like one beyond
-    the memory of the machine, and the process goes on. Raises ConfigError where the limit cannot be
-    enforced.
+    memory-mapped files take far more than they use. A job beyond the limit is split (fitting.py),
+    or fails and the process goes on. Raises ConfigError where the limit cannot be enforced.
     """
     import torch
 

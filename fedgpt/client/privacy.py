@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from filelock import FileLock
 from fedgpt.client.account import SiteAccount
 from fedgpt.core.messages import Job, plan_as_json
 from fedgpt.core.options import RunOptions
+from fedgpt.data.examples import ExampleSet
 from fedgpt.data.text import Text
 from fedgpt.local.private import PrivateSteps
 from fedgpt.privacy.accounting import Event, epsilon_of
@@ -24,6 +26,10 @@ from fedgpt.privacy.plan import sampling_probability
 from fedgpt.privacy.randomness import SecureStream, derive, secret_key
 from fedgpt.tasks.base import Task
 from fedgpt.update.wire import digest
+
+# groups of options that have an effect on a job's result before it is compressed, which hides
+# nothing and shows nothing
+SETTINGS = ("model", "task", "local", "privacy")
 
 
 class ClientPrivacy:
@@ -55,13 +61,18 @@ class ClientPrivacy:
         # releases that the ledger was charged for, including those of the present job
         self.charged = 0.0
 
+    @cached_property
+    def units(self) -> ExampleSet:
+        """The units of privacy of privacy=example."""
+        return self.task.units(self.text, self.options.model.block_size)
+
     def steps(self, job: Job, state: str) -> PrivateSteps:
         """privacy=example: the settings of the private steps of `job`.
 
         `state` identifies the optimiser moments from which the job starts.
         """
         o = self.options
-        units = self.task.units(self.text, o.model.block_size)
+        units = self.units
         probability = sampling_probability(o, len(units))
         event = Event(job.plan.noise_multiplier, probability, job.plan.local_steps)
         stream = self._paid(job, state, event, o.local.steps, len(units))
@@ -106,7 +117,10 @@ class ClientPrivacy:
             key = secret_key(path, fresh)
             if o.rng == "seeded":
                 key = hashlib.sha256(f"{self.options.seed} {job.client}".encode()).digest()
-            inputs = json.dumps(_inputs(job, state, self.environment), sort_keys=True)
+            inputs = _inputs(job, state, self.environment)
+            if o.rng == "secure":  # seeded noise is no secret, and follows the seed alone
+                inputs.append(settings_of(self.options))
+            inputs = json.dumps(inputs, sort_keys=True)
             # identifies the noise in the ledger without revealing it
             tag = derive(key, "job", inputs).hex()
             planned = replace(event, count=plan.participations * per_job)
@@ -141,7 +155,7 @@ _within: dict[tuple[float, int, float, float], float] = {}
 
 
 def _inputs(job: Job, state: str, environment: dict[str, Any]) -> list[Any]:
-    """Everything that determines the bits of a job's result, except for the options.
+    """Everything that determines the bits of a job's result, besides the options.
 
     The transport of the job and the client states kept for a restart do not affect the result. The
     run's id is excluded, because each run has its own key and seeded noise must be the same in a
@@ -153,3 +167,30 @@ def _inputs(job: Job, state: str, environment: dict[str, Any]) -> list[Any]:
     for name in ("run", "keep", "seconds", "held"):
         del plan[name]
     return [job.client, job.number, job.version, digest(job.params), plan, state, environment]
+
+
+def settings_of(options: RunOptions) -> dict[str, Any]:
+    """The options that have an effect on the result of a job, as far as they are no defaults.
+
+    Under the id of a run a server may send other options: two results with the same noise would
+    show what the noise hides. An option that a later version of fedgpt adds changes nothing here
+    as long as it has its default, so that a run can go on.
+    """
+    standard = RunOptions()
+    found: dict[str, Any] = {"seed": options.seed}
+    for part in SETTINGS:
+        usual = asdict(getattr(standard, part))
+        own = asdict(getattr(options, part))
+        found[part] = {name: value for name, value in own.items() if value != usual[name]}
+    return found
+
+
+def settings_digest(options: RunOptions) -> str:
+    """Hexadecimal sha256 of `settings_of`."""
+    return hashlib.sha256(json.dumps(settings_of(options), sort_keys=True).encode()).hexdigest()
+
+
+def job_digest(job: Job) -> str:
+    """Hexadecimal sha256 of a job with everything that it starts from."""
+    inputs = json.dumps(_inputs(job, "", {}), sort_keys=True)
+    return hashlib.sha256(inputs.encode()).hexdigest()

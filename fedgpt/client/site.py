@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 
 from fedgpt.core.options import CorpusOptions, RunOptions
@@ -18,11 +19,18 @@ class Site:
     state_dir: str
     cache_dir: str
     device: str = "auto"  # auto, cpu or cuda
+    server: str = ""  # fingerprint of the CA of its server, where that is known
 
     @property
     def runs(self) -> str:
-        """The folder with the client state of each run."""
-        return f"{self.state_dir}/runs"
+        """The folder with the client state of each run of its server.
+
+        A server chooses the ids of its runs, and must not reach the state of another server's run
+        by taking its id.
+        """
+        if not self.server:
+            return f"{self.state_dir}/runs"
+        return f"{self.state_dir}/runs/{hashlib.sha256(self.server.encode()).hexdigest()[:16]}"
 
     def options(self, run: RunOptions) -> RunOptions:
         """The options of a run as they hold here: paths, device and code are the site's own.

@@ -8,17 +8,16 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property
 
 import numpy as np
 import torch
 
-from fedgpt.client.account import SiteAccount
+from fedgpt.client.account import Promise, SiteAccount
 from fedgpt.client.attack import attacked
-from fedgpt.client.privacy import ClientPrivacy
+from fedgpt.client.fitting import FittingTrainer
+from fedgpt.client.privacy import ClientPrivacy, job_digest, settings_digest
 from fedgpt.client.state import ClientState, ClientStore
 from fedgpt.client.texts import CommonText, Texts
-from fedgpt.core.device import choose_compute
 from fedgpt.core.errors import FedGPTError, UpdateRejected
 from fedgpt.core.faults import reach
 from fedgpt.core.messages import Job, Update
@@ -27,8 +26,6 @@ from fedgpt.core.seeds import derive_seed
 from fedgpt.data.text import Text
 from fedgpt.local.optimizer import Moments
 from fedgpt.local.trainer import Trainer
-from fedgpt.storage.initial_weights import base_weights
-from fedgpt.tasks.base import make_task
 from fedgpt.update.codecs.none import Plain
 from fedgpt.update.compress import codec_of
 from fedgpt.update.downlink import STEPS, rebuilt
@@ -54,27 +51,22 @@ class ClientWork:
         """
         self.options, self.state_root, self.account = options, state_root, account
         self.texts = texts or CommonText(options)
+        self._fitting = FittingTrainer(options, self.texts)
         self.codec = codec_of(options.update, options.trusted_packages)
 
-    @cached_property
+    @property
     def trainer(self) -> Trainer:
         """The model and the training buffers of this process."""
-        options, tokenizer = self.options, self.texts.tokenizer
-        private = options.privacy.unit == "example"
-        compute = choose_compute(options.runtime.device, options.local.precision, private)
-        engine, task = options.privacy.engine, make_task(options)
-        base = base_weights(options, tokenizer)
-        return Trainer(
-            options.model, tokenizer.vocab_size, options.local, compute, engine, task, base
-        )
+        return self._fitting.trainer
 
     def train(self, job: Job, index: int) -> tuple[str, np.ndarray]:
         """Do one job; returns the header and the array of its update.
 
         The next job reuses the array's memory, so the caller must copy or send the array first. The
-        same job gives the same bits in every process. Raises ValueError if the job is for another
-        client, TextChanged if this process has prepared other text than the run's, and FedGPTError
-        if this client's shards or frozen weights are not the run's.
+        same job gives the same bits in every process with micro-batches of the same size. Raises
+        ValueError if the job is for another client, TextChanged if this process has prepared other
+        text than the run's, and FedGPTError if this client's shards or frozen weights are not the
+        run's, or if its memory is too small.
         """
         text = self.texts.of(job, index)
         self._check_base(job.plan.digests.get("base", ""))
@@ -93,7 +85,10 @@ class ClientWork:
         """The server's own update: the same training on the public text."""
         assert isinstance(self.texts, CommonText), "the server has the text of the run"
         text = self.texts.public(job)
-        update, state = self._trained(job, ROOT, text, self._state(job, ROOT))
+        before = self._state(job, ROOT)
+        update, state = self._fitting.run(
+            lambda: self._trained(job, ROOT, text, before), private=False
+        )
         self._keep(job, ROOT, state)
         return update
 
@@ -132,7 +127,10 @@ class ClientWork:
         """Train, add the residual of earlier jobs, compress, keep the new residual, encode."""
         options = self.options.update
         before = self._state(job, name)
-        update, after = self._trained(job, name, text, before, self._privacy(job, text))
+        update, after = self._fitting.run(
+            lambda: self._trained(job, name, text, before, self._privacy(job, text)),
+            private=self.options.privacy.unit == "example",
+        )
         if lies:
             delta = attacked(
                 update.delta, self.options.attack, self.options.seed, job.client, job.number
@@ -166,12 +164,14 @@ class ClientWork:
             self._promised(job)
         if self.options.privacy.unit not in ("example", "local"):
             return None
-        compute = self.trainer.compute
+        compute, micro_batch = self.trainer.compute, self.trainer.micro_batch
         environment = {
             "device": compute.device,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         }
+        if micro_batch < self.options.local.batch_size:
+            environment["micro_batch"] = micro_batch
         # results on other devices depend on more than is recorded here, so that a repeated job
         # counts as a new one and gets new noise
         if compute.device != "cpu":
@@ -182,9 +182,12 @@ class ClientWork:
 
     def _promised(self, job: Job) -> None:
         """Charge the site's account for what a run promises in which the server adds the noise."""
-        epsilon, delta = self.options.privacy.target_epsilon, self.options.privacy.delta
-        if self.account is not None and epsilon is not None and delta is not None:
-            self.account.charge_run(job.plan.run, epsilon, delta)
+        o = self.options.privacy
+        if self.account is None or o.target_epsilon is None or o.delta is None:
+            return
+        jobs = o.participations or self.options.rounds
+        promise = Promise(o.target_epsilon, o.delta, jobs, settings_digest(self.options))
+        self.account.charge_job(job.plan.run, promise, job_digest(job))
 
     def _trained(
         self,
@@ -197,6 +200,7 @@ class ClientWork:
         options = self.options
         moments = None if before is None else before.moments
         if privacy is not None and options.privacy.unit == "example":
+            self.trainer.private.rehearse(self.trainer.grad, privacy.units)
             batches = privacy.steps(job, _named(moments))
         else:
             seed = derive_seed(options.seed, "batches", name, job.number)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,11 +101,48 @@ def memory() -> int:
     return min(known, default=0)
 
 
-def out_of_memory(error: BaseException) -> bool:
+# what a RuntimeError says if torch, or a library that it calls, could not allocate memory
+NO_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "std::bad_alloc",
+    "could not create a primitive",  # oneDNN, matrix products on a CPU
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+
+M_MMAP_THRESHOLD = -3  # the number of an option of glibc's malloc
+
+
+def out_of_memory(error: BaseException | None) -> bool:
     """Whether an exception of torch or numpy says that memory could not be allocated."""
-    # on a CPU, torch raises no class of its own
-    known = type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error)
-    return isinstance(error, MemoryError) or known
+    while isinstance(error, RuntimeError | MemoryError):
+        # torch has a class for GPUs only
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            return True
+        if any(words in str(error) for words in NO_MEMORY):
+            return True
+        error = error.__context__  # leaving the capture of a CUDA graph fails as well
+    return False
+
+
+def free_memory(device: str) -> None:
+    """Return to the system what no tensor uses, before a computation is tried again."""
+    gc.collect()
+    if device == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+        return
+    if not sys.platform.startswith("linux"):
+        return
+    import ctypes
+
+    # glibc keeps freed memory for later, which a limit of the process counts; and oneDNN asks the
+    # system for the memory of its kernels, and fails with none left
+    glibc = ctypes.CDLL(None)
+    if hasattr(glibc, "malloc_trim"):  # other C libraries do not have it
+        glibc.mallopt(M_MMAP_THRESHOLD, 1 << 20)  # tensors from 1 MiB on are returned at once
+        glibc.malloc_trim(0)
 
 
 def may_have_gpu() -> bool:

@@ -22,6 +22,7 @@ RESERVED = frozenset(
         *("accepted", "rejected", "clipped", "staleness", "train_loss", "lr", "update_norm"),
         *("compress_error", "residual_norm", "update_tokens", "mean_weight", "state_lost"),
         *("step_norm", "cosine", "step_correlation", "tokens_by_client", "idle_share"),
+        "micro_batch",
         # what privacy has cost (server/privacy.py)
         *("epsilon", "privacy_clip"),
         # the text that the model wrote (evaluate/central.py)

@@ -22,6 +22,7 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fedgpt.core.device import out_of_memory
 from fedgpt.core.errors import ConfigError, FedGPTError, nearest
 from fedgpt.core.files import sha256_of
 from fedgpt.core.options.option import field_problems
@@ -122,15 +123,15 @@ def calling(
 ) -> Iterator[None]:
     """Convert an exception of a third-party class in this block to a ConfigError.
 
-    The message names `method`. A FedGPTError is not converted, nor are the exceptions in `passes`
-    and those of built-in classes, which are errors of this package.
+    The message names `method`. A FedGPTError is not converted, nor are the exceptions in `passes`,
+    those of built-in classes, which are errors of this package, and those for lack of memory.
     """
     try:
         yield
     except (FedGPTError, *passes):
         raise
     except Exception as error:
-        if is_built_in(type(part)):
+        if is_built_in(type(part)) or out_of_memory(error):
             raise
         problem = f"{typed_class(group, part)}: {method} raised {error_text(error)}; {TRACEBACK}"
         log.debug("%s", problem, exc_info=error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedgpt.core.device import Compute
-from fedgpt.core.errors import ConfigError
+from fedgpt.core.device import Compute, free_memory, out_of_memory
+from fedgpt.core.errors import ConfigError, FedGPTError
 from fedgpt.core.flat import flatten
 from fedgpt.core.options import ModelOptions
 from fedgpt.core.score import number
@@ -24,12 +25,15 @@ MOST_LOGITS = 1 << 26  # largest number of logits in a GPU's memory: 256 MB in f
 CPU_TOKENS = 512  # tokens per batch on a CPU, so that their logits fit the cache
 GPU_TOKENS = 8192  # tokens per batch on a GPU, which clients use at the same time
 
+log = logging.getLogger(__name__)
+
 
 class HeldOut:
     """A separate model, and the examples on which it is scored.
 
     One pass over the examples gives the tallies of the task and of the metrics. Task and metrics
-    compute their scores from the sums over all batches.
+    compute their scores from the sums over all batches. A batch that does not fit into memory is
+    halved, and so are all later ones.
     """
 
     def __init__(  # noqa: PLR0913  # one for each part of an evaluation
@@ -69,24 +73,67 @@ class HeldOut:
     def __call__(self, params: np.ndarray) -> dict[str, float]:
         """The scores of `params`, (parameters,) float32, by name.
 
-        Raises ConfigError where a class from outside does not give numbers.
+        Raises ConfigError where a class from outside does not give numbers, and FedGPTError if one
+        example does not fit into memory.
         """
         self.load(params)
-        device = self._working.device
         # tallies stay on the device until the end, so that the host does not wait for every batch
         totals: dict[str, dict[str, Tensor]] = {"": {}}  # of the task, and of each metric by name
         totals |= {metric.name: {} for metric in self.metrics}
-        for start in range(0, len(self.examples), self._batch_size):
+        start = 0
+        while start < len(self.examples):
             rows = np.arange(start, min(start + self._batch_size, len(self.examples)))
-            batch = on_device(self.examples.take(rows), device)
-            with calling("task", self.task, "forward"):
-                outputs = self.task.forward(self.model, batch)
+            tallies = self._tallies_within_memory(rows)
+            if tallies is None:
+                self._halve()
+                continue
             with calling("task", self.task, "tally"):
-                _add(totals[""], self.task.tally(outputs, batch, self._token_bytes))
+                _add(totals[""], tallies[""])
             for metric in self.metrics:
                 with calling("metrics", metric, "tally"):
-                    _add(totals[metric.name], metric.tally(outputs, batch))
+                    _add(totals[metric.name], tallies[metric.name])
+            start += len(rows)
         return {**self._scores(totals[""]), **self._values(totals)}
+
+    def _tallies_within_memory(self, rows: np.ndarray) -> dict[str, Mapping[str, Tensor]] | None:
+        """The tallies of a batch of examples; None if the memory is too small for it."""
+        try:
+            return self._tallies(rows)
+        except Exception as error:
+            if not out_of_memory(error):
+                raise
+            if self._batch_size == 1:
+                raise FedGPTError(
+                    f"the evaluation is out of memory ({self._working.device.type}) with a single"
+                    f" example of model.block_size={self.model.options.block_size} tokens; lower"
+                    " it, or make the model smaller"
+                ) from error
+        return None
+
+    def _tallies(self, rows: np.ndarray) -> dict[str, Mapping[str, Tensor]]:
+        """The tallies of the task, "", and of each metric by name, of a batch of examples."""
+        batch = on_device(self.examples.take(rows), self._working.device)
+        with calling("task", self.task, "forward"):
+            outputs = self.task.forward(self.model, batch)
+        found: dict[str, Mapping[str, Tensor]] = {}
+        with calling("task", self.task, "tally"):
+            found[""] = self.task.tally(outputs, batch, self._token_bytes)
+        for metric in self.metrics:
+            with calling("metrics", metric, "tally"):
+                found[metric.name] = metric.tally(outputs, batch)
+        return found
+
+    def _halve(self) -> None:
+        device, before = self._working.device.type, self._batch_size
+        self._batch_size = -(-before // 2)
+        free_memory(device)
+        log.warning(
+            "%d held-out examples do not fit into the memory (%s): they are scored %d at a time"
+            " from now on, which gives the same scores, up to rounding",
+            before,
+            device,
+            self._batch_size,
+        )
 
     def _scores(self, totals: Mapping[str, Tensor]) -> dict[str, float]:
         """The scores that the task names, and no other."""

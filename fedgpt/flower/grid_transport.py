@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 from flwr.app import ArrayRecord, Message, MessageType
 from flwr.serverapp import Grid
 
@@ -190,7 +191,10 @@ class GridTransport:
             if replies or returned or (timeout is not None and waited >= timeout):
                 return replies
             if waited > ALONE_SECONDS and not self._pending:
-                raise StoppedEarly(f"no client was connected for {ALONE_SECONDS / 3600:.0f} hours")
+                raise StoppedEarly(
+                    f"no client that could get a job was connected for {ALONE_SECONDS / 3600:.0f}"
+                    " hours"
+                )
             self._wait(None if timeout is None else timeout - waited)
 
     def available(self, client: str) -> bool:
@@ -210,6 +214,10 @@ class GridTransport:
                 del self._pending[message_id]
         else:
             self._abandoned |= ids
+            # who has the job is enough to recognise its late reply. A client may never answer; then
+            # the SuperLink does when the message's time to live is over
+            for message_id in ids:
+                self._pending[message_id] = _without_vectors(self._pending[message_id])
 
     @property
     def connected(self) -> dict[str, int]:
@@ -298,3 +306,8 @@ class GridTransport:
 
 def _key(job: Job) -> tuple[str, int]:
     return job.client, job.number
+
+
+def _without_vectors(sent: _Sent) -> _Sent:
+    nothing = np.empty(0, np.float32)
+    return replace(sent, job=replace(sent.job, params=nothing, model_deltas=()))

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from fedgpt.client.fitting import OutOfMemory
 from fedgpt.client.texts import SiteText
 from fedgpt.client.work import ClientWork
 from fedgpt.core.device import out_of_memory
 from fedgpt.core.errors import FedGPTError, ForServer
-from fedgpt.core.options import RunOptions
 
 
 class ClientFailed(Exception):
@@ -21,14 +21,6 @@ class ClientFailed(Exception):
 
     def __init__(self, error: Exception):
         super().__init__(f"{type(error).__name__} (the client's log has its message)")
-
-
-class OutOfMemory(ForServer):
-    """The memory of this machine or of its GPU is too small for a job."""
-
-    def __init__(self, options: RunOptions):
-        batch = f"local.batch_size={options.local.batch_size}"
-        super().__init__(f"out of memory; lower {batch}, and raise local.accumulate instead")
 
 
 @contextmanager

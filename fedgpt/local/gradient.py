@@ -1,4 +1,6 @@
-"""The gradient of a step: the mean over micro-batches, written into one flat vector.
+"""The gradient of a step: the mean over batches, written into one flat vector.
+
+A batch that does not fit into memory is computed in several micro-batches.
 
 On a GPU the passes of a batch are captured once as a CUDA graph and replayed, because with a small
 model the GPU is idle between kernel launches.
@@ -6,11 +8,13 @@ model the GPU is idle between kernel launches.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
 from fedgpt.core.flat import FlatParams
-from fedgpt.data.examples import Batch, BatchSource, on_device
+from fedgpt.data.examples import Batch, BatchSource, counted, on_device
 from fedgpt.model.gpt import GPT
 from fedgpt.tasks.base import Task
 
@@ -20,9 +24,14 @@ WARM_UP = 3  # passes before the capture, in which libraries allocate memory
 class BatchGradient:
     """The mean loss of a batch and its gradient with respect to every trainable parameter."""
 
-    def __init__(self, model: GPT, task: Task, layout: FlatParams, grad: Tensor):
-        """`grad` is the flat gradient vector, of the layout `layout`."""
-        self.model, self.task, self.grad = model, task, grad
+    def __init__(
+        self, model: GPT, task: Task, layout: FlatParams, grad: Tensor, at_once: int | None = None
+    ):
+        """`grad` is the flat gradient vector, of the layout `layout`.
+
+        A batch of more than `at_once` examples is computed in parts; None: in one.
+        """
+        self.model, self.task, self.grad, self.at_once = model, task, grad, at_once
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         views = layout.views(grad)
         self._leaves, self._views = list(trained.values()), [views[name] for name in trained]
@@ -34,20 +43,39 @@ class BatchGradient:
         return loss.detach(), torch.autograd.grad(loss, self._leaves)
 
     def fill(self, source: BatchSource, count: int) -> Tensor:
-        """Write the mean gradient of `count` micro-batches into `grad`; returns their mean loss."""
+        """Write the mean gradient of `count` batches into `grad`; returns their mean loss."""
         copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]  # no public form
-        total = torch.zeros((), device=self.grad.device)
-        for micro in range(count):
-            loss, grads = self(source.next())
-            if micro == 0:
-                copy(self._views, grads)
-            else:
-                for view, grad in zip(self._views, grads, strict=True):
-                    view.add_(grad)
-            total += loss
+        total, first = torch.zeros((), device=self.grad.device), True
+        for _ in range(count):
+            for part, share in self._parts(source.next()):
+                loss, grads = self(part)
+                if first:
+                    copy(self._views, grads)
+                    if share != 1:
+                        self.grad.mul_(share)
+                else:
+                    for view, grad in zip(self._views, grads, strict=True):
+                        view.add_(grad, alpha=share)
+                total.add_(loss, alpha=share)
+                first = False
+                del grads  # before those of the next part
         if count > 1:
             self.grad.div_(count)
         return total / count
+
+    def _parts(self, batch: Batch) -> Iterator[tuple[Batch, float]]:
+        """The parts of a batch, each with its share of the targets that count.
+
+        The loss of the batch is the sum of share x loss. A part without such targets has no loss
+        and is left out.
+        """
+        if self.at_once is None or len(batch[0]) <= self.at_once:
+            yield batch, 1.0
+            return
+        targets = counted(batch).double()
+        for part in zip(*(tensor.split(self.at_once) for tensor in batch), strict=True):
+            if share := float(counted(part) / targets):
+                yield part, share
 
 
 class RecordedGradient(BatchGradient):
@@ -59,8 +87,10 @@ class RecordedGradient(BatchGradient):
     replay, from torch's generator.
     """
 
-    def __init__(self, model: GPT, task: Task, layout: FlatParams, grad: Tensor):
-        super().__init__(model, task, layout, grad)
+    def __init__(
+        self, model: GPT, task: Task, layout: FlatParams, grad: Tensor, at_once: int | None = None
+    ):
+        super().__init__(model, task, layout, grad, at_once)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._batch: Batch = ()
         self._recorded: tuple[Tensor, tuple[Tensor, ...]] | None = None

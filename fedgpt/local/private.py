@@ -50,13 +50,26 @@ class PrivateSteps:
 class PrivateGradient:
     """The gradient of a private step; its buffers are reused from step to step."""
 
-    def __init__(self, model: GPT, layout: FlatParams, task: Task, engine: str, batch_size: int):
+    def __init__(self, model: GPT, layout: FlatParams, task: Task, engine: str, at_once: int):
+        """`at_once`: largest number of examples whose gradients are computed at the same time."""
         self.model, self.task = model, task
         self.engine: Engine = {"bookkeeping": BookKeeping, "opacus": OpacusHooks}[engine](
             model, layout
         )
         # number of examples whose gradients are in memory at the same time
-        self.examples = max(1, min(batch_size, MOST_BYTES // (4 * layout.size)))
+        self.examples = max(1, min(at_once, MOST_BYTES // (4 * layout.size)))
+        self._rehearsed = False
+
+    def rehearse(self, grad: Tensor, units: ExampleSet) -> None:
+        """Compute one micro-batch of the full size into `grad`, once, for the memory that it takes.
+
+        So a job that does not fit fails before its noise is paid for.
+        """
+        if self._rehearsed:
+            return
+        batch = on_device(units.take(np.arange(self.examples) % len(units)), grad.device)
+        self.engine.add_clipped(self.losses_of(batch), 1.0, grad)
+        self._rehearsed = True
 
     def fill(self, grad: Tensor, steps: PrivateSteps) -> None:
         """Write one step's noisy gradient into the flat vector `grad`."""

@@ -46,7 +46,9 @@ class Trainer:
     """One model's buffers and the training loop; reused for every client of this process.
 
     In a step, `gradient` or `private` fills the gradient vector and `optimizer` changes the
-    parameter vector.
+    parameter vector. `micro_batch`, which may be lowered before the first job, is the number of
+    sequences whose gradients are computed at the same time. Within rounding, the update does not
+    depend on it. Dropout does: each micro-batch draws its own.
     """
 
     def __init__(  # noqa: PLR0913  # one buffer for each of its parts
@@ -64,6 +66,7 @@ class Trainer:
         The default of `task` is task=lm. `base` contains the frozen weights, if there are any.
         """
         self.options = local
+        self.micro_batch = local.batch_size
         self.compute = compute
         self.engine = engine
         self.task = task or LanguageModel()
@@ -86,14 +89,16 @@ class Trainer:
     @cached_property
     def gradient(self) -> BatchGradient:
         """The gradients of jobs that are not private; on a GPU a CUDA graph."""
-        kind = RecordedGradient if self.params.device.type == "cuda" else BatchGradient
-        return kind(self.model, self.task, self.layout, self.grad)
+        # a graph takes batches of one shape
+        equal = self.options.batch_size % self.micro_batch == 0
+        recorded = equal and self.params.device.type == "cuda"
+        kind = RecordedGradient if recorded else BatchGradient
+        return kind(self.model, self.task, self.layout, self.grad, self.micro_batch)
 
     @cached_property
     def private(self) -> PrivateGradient:
         """The gradients of private jobs."""
-        size = self.options.batch_size
-        return PrivateGradient(self.model, self.layout, self.task, self.engine, size)
+        return PrivateGradient(self.model, self.layout, self.task, self.engine, self.micro_batch)
 
     def train(
         self,
@@ -141,6 +146,8 @@ class Trainer:
         metrics = {"lr": lr, "grad_norm": float(norm)}
         if not isinstance(source, PrivateSteps):
             metrics["train_loss"] = float(losses) / max(plan.local_steps, 1)
+            if self.micro_batch < o.batch_size:
+                metrics["micro_batch"] = float(self.micro_batch)
         return Trained(self._send(), tokens, self.optimizer.moments(), metrics)
 
     def _clip(self) -> torch.Tensor:

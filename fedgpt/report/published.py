@@ -48,6 +48,7 @@ WITHHELD = frozenset(
         "in_flight",
         "bases",
         "state_lost",
+        "micro_batch",
         "tokens_by_client",
         "idle_share",
         "clipped",

@@ -36,6 +36,14 @@ class JobPlanner:
         options = parts.options
         self.published = Published(options.update.downlink, extra)
         self.step_tokens, self.job_tokens = tokens_per_step(options), tokens_per_job(options)
+        self.tokens_total: int  # at which the schedule ends; `begin` sets it
+
+    def begin(self, pacing: Pacing) -> None:
+        """Fix the end of the schedule from the pacing with the clients that the run began with.
+
+        Clients that join later would move it, and the learning rate would rise again.
+        """
+        self.tokens_total = tokens_total(self.parts.options, pacing, self.parts.strategy.switches)
 
     def job(
         self,
@@ -112,10 +120,6 @@ class JobPlanner:
             self.clients.learn_speed(job.client, job.plan.local_steps / took, SPEED_MEMORY)
         return took
 
-    def tokens_total(self, pacing: Pacing) -> int:
-        """Tokens at which the schedule ends."""
-        return tokens_total(self.parts.options, pacing, self.parts.strategy.switches)
-
     def _schedule(self, totals: RunTotals, pacing: Pacing) -> dict[str, Any]:
         """The place of a job in the learning-rate schedule, by the tokens of all clients that
         train.
@@ -125,7 +129,7 @@ class JobPlanner:
             "run": self.identity.run,
             "tokens_done": totals.tokens_done,
             "tokens_per_step": self.step_tokens * together,
-            "tokens_total": self.tokens_total(pacing),
+            "tokens_total": self.tokens_total,
         }
 
 

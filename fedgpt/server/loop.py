@@ -132,7 +132,10 @@ class Server:
         if problems := list(self.parts.strategy.problems(pacing)):
             raise ConfigError(problems)
         self.parts.privacy.meet(infos)
-        total, now = self.planner.tokens_total(pacing), self.transport.now()
+        begun_with = self.totals.begun_with or len(self.clients)
+        self.totals = replace(self.totals, begun_with=begun_with)
+        self.planner.begin(self.pacing.pace.pacing(begun_with))
+        total, now = self.planner.tokens_total, self.transport.now()
         self._tell(RunOpened(tuple(infos), state.version, total, now))
         if self.parts.fleet is not None:
             self.parts.fleet.meet(self.clients.ids)
@@ -187,9 +190,12 @@ class Server:
 
     def _choose(self) -> list[str] | None:
         """The clients that get a job now; None: nobody can be asked yet."""
+        busy = self.jobs.busy
+        if not self.current.asked:  # of a version that waited, some clients are done
+            busy = busy | {update.client for update in self.current.collector.accepted}
         roster = Roster(
             self.clients.ids,
-            self.jobs.busy,
+            busy,
             lambda client: self._may_ask(client) and self.transport.available(client),
         )
         chosen = self.pacing.pace.start(self._progress(), roster)
@@ -245,9 +251,15 @@ class Server:
             if missed and job is not None:  # the client is at least as slow as this
                 self.planner.measure(job, self.transport.now())
             self._reject("no_reply", client, number, why)
-            # a client that is offline is not to blame: it gets no job until it is back
-            self._fail(client if missed and self.transport.available(client) else None)
+            if missed and self._is_away(client):
+                self.current.failed += 1  # it is not to blame, and gets no job until it is back
+            else:
+                self._fail(client if missed and self.transport.available(client) else None)
         self.transport.abandon(keys)
+
+    def _is_away(self, client: str) -> bool:
+        """Whether a real client is offline, or its policy refuses jobs for some time."""
+        return not self.transport.virtual and not self.transport.available(client)
 
     def _handle(self, reply: Reply) -> None:
         """Validate one reply and collect its update; a rejected one changes only counters."""
@@ -337,9 +349,10 @@ class Server:
 
     def _step(self) -> None:
         """Make the next version from the collected updates, record it, and open the version after
-        it.
+        it. A version that must wait for clients stays open.
         """
-        self._close_version()
+        if not self._close_version():
+            return
         reach("aggregate")
         before, part = self.state, self._part_done()
         self.state = self._next(before)
@@ -353,9 +366,17 @@ class Server:
         self._open_version()
 
     def _next(self, state: ServerState) -> ServerState:
-        """The state after this step; with the same model if coins have chosen too few clients."""
+        """The state after this step; with the same model if coins have chosen too few clients, or
+        such that are away.
+        """
         collector, needed = self.current.collector, self.parts.strategy.needed
         asked = len(collector) + self.current.failed
+        if self.current.skipped:
+            log.warning(
+                "version %d leaves the model as it is: clients that coins chose are away",
+                state.version + 1,
+            )
+            return replace(state, version=state.version + 1)
         if self.parts.options.pace.rate is not None and 0 < asked < needed:
             about = state.version + 1, asked, self.parts.strategy.name, needed
             log.warning(
@@ -366,21 +387,32 @@ class Server:
             return replace(state, version=state.version + 1)
         return collector.step(state, self.pacing.numbers, self._root())
 
-    def _close_version(self) -> None:
-        """Give up a cohort's jobs when its version closes; stop if too few updates are valid."""
+    def _close_version(self) -> bool:
+        """Give up a cohort's jobs when its version closes; whether the version can be made.
+
+        If too few updates are valid the run stops, unless real clients are away, who come and go:
+        then the cohort is completed by other clients, or by these when they are back.
+        """
         if self.pacing.pace.keeps_jobs:
-            return
+            return True
         current, options = self.current, self.parts.options.pace
         enough = current.goal_reached is not None and options.goal is not None
         self._give_up(self.jobs.keys(), "the version closed first", missed=not enough)
         accepted = len(current.collector)
         # with privacy=client, the number of updates must not be revealed
         minimum = 0 if self.parts.privacy.central else options.minimum
-        if current.failed and accepted < minimum:
-            raise StoppedEarly(
-                f"version {self.state.version + 1} got {accepted} valid updates of"
-                f" {accepted + current.failed} jobs, pace.minimum={minimum}: {self._reasons()}"
-            )
+        if not current.failed or accepted >= minimum:
+            return True
+        got = f"version {self.state.version + 1} got {accepted} valid updates of"
+        got += f" {accepted + current.failed} jobs, pace.minimum={minimum}: {self._reasons()}"
+        if not any(map(self._is_away, self.clients.ids)):
+            raise StoppedEarly(got)
+        if options.rate is not None:  # the coins of a version are tossed once
+            current.skipped = True
+            return True
+        log.warning("%s; it waits for clients that are away", got)
+        current.asked = False
+        return False
 
     def _root(self) -> Callable[[], Update] | None:
         """A function that trains the server's own update of this version; None if the rule needs
@@ -503,8 +535,7 @@ class Server:
         """
         options, strategy = self.parts.options, self.parts.strategy
         if options.tokens or strategy.switches:
-            total = self.planner.tokens_total(self.pacing.numbers)
-            return min(1.0, self.totals.tokens_done / total)
+            return min(1.0, self.totals.tokens_done / self.planner.tokens_total)
         return self.state.version / options.rounds
 
     def _checkpoint_every(self) -> int:

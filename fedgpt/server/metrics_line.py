@@ -46,6 +46,7 @@ FIRST: Mapping[str, Any] = {
     "in_flight": 0,
     "bases": 0,
     "state_lost": 0,
+    "micro_batch": None,
     "tokens_by_client": {},
     "idle_share": {},
     "clipped": 0,
@@ -120,6 +121,7 @@ def _updates(collector: UpdateCollector, rejections: Counter[str]) -> dict[str, 
         "update_tokens": sum(u.tokens for u in accepted) / count if count else None,
         "mean_weight": math.fsum(collector.weights) / count if count else None,
         "state_lost": int(sum(update.metrics.get("state_lost", 0) for update in accepted)),
+        "micro_batch": min(_values(accepted, "micro_batch"), default=None),
     }
 
 
@@ -176,6 +178,10 @@ def weights_digest(params: np.ndarray) -> str:
     return hashlib.sha256(params.tobytes()).hexdigest()
 
 
+def _values(accepted: Sequence[Update], name: str) -> list[float]:
+    return [update.metrics[name] for update in accepted if name in update.metrics]
+
+
 def _mean(accepted: Sequence[Update], name: str) -> float | None:
-    values = [update.metrics[name] for update in accepted if name in update.metrics]
+    values = _values(accepted, name)
     return math.fsum(values) / len(values) if values else None

@@ -98,8 +98,9 @@ class Cohort:
     keeps_jobs = False
 
     def start(self, progress: Progress, roster: Roster) -> list[str] | None:
-        """The complete cohort, at the start of a version. It is a function of seed and version, so
-        a resumed run samples the same clients.
+        """The complete cohort, at the start of a version, or the rest of it if the version waits
+        for clients. It is a function of seed and version, so a resumed run samples the same
+        clients.
         """
         if progress.asked:
             return []
@@ -125,7 +126,8 @@ class Cohort:
                 for client, coin in zip(clients, coins, strict=True)
                 if coin < self.options.rate
             ]
-        count = max(0, (self.options.clients or len(roster.clients)) - progress.in_flight)
+        present = progress.in_flight + progress.accepted
+        count = max(0, (self.options.clients or len(roster.clients)) - present)
         chosen = draw.choice(len(clients), size=min(count, len(clients)), replace=False)
         return [clients[int(i)] for i in sorted(chosen)]
 

@@ -18,6 +18,7 @@ class OpenVersion:
         self.start, self.collector, self.began = start, collector, now
         self.asked = False  # whether its clients have been chosen
         self.failed = 0  # jobs without a valid update
+        self.skipped = False  # whether the version keeps the model, as those it chose are away
         self.goal_reached: float | None = None  # time at which the goal was reached
         self.rejections: Counter[str] = Counter()  # reason code -> count
 

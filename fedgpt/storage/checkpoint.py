@@ -303,7 +303,7 @@ def converted(old: dict[str, Any]) -> dict[str, Any]:
         "seconds": "busy",
     }
     codes = {"unknown_task": "unknown_job"}
-    totals = {field.name: old[field.name] for field in fields(RunTotals)}
+    totals = {field.name: old[field.name] for field in fields(RunTotals) if field.name in old}
     totals["rejected"] = {codes.get(code, code): n for code, n in old["rejected"].items()}
     return {
         "version": old["version"],

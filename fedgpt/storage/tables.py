@@ -43,6 +43,7 @@ class RunTotals:
     rejected: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
     norms: tuple[float, ...] = ()  # norms of the latest accepted updates
     pacing: str = ""  # the current pacing, if the strategy may change it
+    begun_with: int = 0  # number of clients when the run began; 0: it has not begun
 
     def plus(self, **more: int) -> RunTotals:
         """A copy with some counters increased.

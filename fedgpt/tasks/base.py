@@ -121,7 +121,11 @@ class Task(ABC):
         return model(batch[0])
 
     def loss(self, outputs: Tensor, batch: Batch) -> Tensor:
-        """The mean over all counted targets of the batch, a scalar with a gradient."""
+        """The mean over all counted targets of the batch, a scalar with a gradient.
+
+        A batch that does not fit into memory is computed in parts: its loss is the mean of theirs,
+        weighted by their numbers of counted targets.
+        """
         return cross_entropy(outputs, batch[1])
 
     def example_losses(self, outputs: Tensor, batch: Batch) -> Tensor:

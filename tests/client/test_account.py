@@ -17,9 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.private_client import client, job, options
 
-from fedgpt.client.account import FILE, SiteAccount
+from fedgpt.client.account import FILE, Promise, SiteAccount
 from fedgpt.client.policy import PolicyRefused, PrivacyLimits
+from fedgpt.client.site import Site
+from fedgpt.client.state import ClientStore
 from fedgpt.core.errors import FedGPTError
+from fedgpt.core.options import CorpusOptions
 from fedgpt.privacy.accounting import Event
 
 DELTA = 1e-5
@@ -111,19 +114,75 @@ def test_the_message_for_the_server_has_nothing_that_depends_on_the_text(tmp_pat
 
 def test_runs_in_which_the_server_adds_the_noise_are_added_up(tmp_path):
     one = account(tmp_path)
-    one.charge_run("a", 1.0, 4e-6)
-    one.charge_run("a", 1.0, 4e-6)  # once for all its jobs
-    one.charge_run("b", 1.5, 4e-6)
+    one.charge_job("a", Promise(1.0, 4e-6, 3), "job 0")
+    one.charge_job("a", Promise(1.0, 4e-6, 3), "job 1")  # once for all its jobs
+    one.charge_job("b", Promise(1.5, 4e-6, 3), "job 0")
     assert one.read().epsilon(DELTA) == pytest.approx(2.5)
     with pytest.raises(PolicyRefused):
-        one.charge_run("c", 0.6, 1e-7)
+        one.charge_job("c", Promise(0.6, 1e-7, 3), "job 0")
     with pytest.raises(PolicyRefused):  # epsilon would do, but the deltas are too large together
-        one.charge_run("c", 0.1, 3e-6)
+        one.charge_job("c", Promise(0.1, 3e-6, 3), "job 0")
     rest = epsilon([Event(20.0, 1.0, 1)], DELTA - 8e-6)
     assert 0 < rest < 0.5
     assert allowed(one, Event(20.0, 1.0, 1), 1)
     assert one.read().epsilon(DELTA) == pytest.approx(2.5 + rest, rel=1e-2)
     assert not allowed(one, Event(2.0, 1.0, 1), 1)
+
+
+def spent_on(folder: Path) -> float:
+    return account(folder, most=None).read().epsilon(DELTA)
+
+
+def test_a_promise_holds_for_as_many_jobs_as_the_run_has_and_more_are_charged_again(tmp_path):
+    """A server may take the id of an earlier run for another one."""
+    promise = Promise(1.0, 1e-6, jobs=2)
+    for number, spent in enumerate((1.0, 1.0, 2.0, 2.0, 3.0)):
+        account(tmp_path).charge_job("run", promise, f"job {number}")
+        assert spent_on(tmp_path) == spent
+        account(tmp_path).charge_job("run", promise, f"job {number}")  # repeated after a crash
+        assert spent_on(tmp_path) == spent
+    account(tmp_path).charge_job("run", promise, "job 5")
+    with pytest.raises(PolicyRefused, match="most_epsilon=3 for all runs"):
+        account(tmp_path).charge_job("run", promise, "job 6")
+    assert spent_on(tmp_path) == 3.0
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        Promise(0.5, 1e-6, 9),
+        Promise(0.5, 2e-6, 5),
+        Promise(0.1, 1e-6, 5),
+        Promise(0.5, 1e-6, 5, "x"),
+    ],
+)
+def test_another_promise_under_the_same_id_is_charged_as_another_run(tmp_path, other):
+    one = account(tmp_path)
+    one.charge_job("run", Promise(0.5, 1e-6, 5), "job 0")
+    one.charge_job("run", other, "job 0")
+    spent = one.read()
+    assert spent.epsilon(DELTA) == 0.5 + other.epsilon
+    assert spent.promised["run"].delta == 1e-6 + other.delta
+
+
+def test_the_same_id_of_another_server_is_another_run(tmp_path):
+    for server in ("SHA256:a", "SHA256:b", "SHA256:a"):
+        one = SiteAccount(tmp_path, PrivacyLimits(None, 3.0, DELTA), server)
+        one.charge_job("run", Promise(1.0, 1e-6, 5), "job 0")
+    assert spent_on(tmp_path) == 2.0
+
+
+def test_a_server_does_not_reach_the_state_of_another_servers_run_by_taking_its_id(tmp_path):
+    site = Site("ann", CorpusOptions(name="files"), str(tmp_path), str(tmp_path / "cache"))
+    one, other = (replace(site, server=f"SHA256:{name}") for name in "ab")
+    assert one.runs != other.runs and Path(one.runs).parent == Path(other.runs).parent
+    folder = ClientStore(one.runs, "run", "ann").folder
+    private = client(options(), folder)
+    private.account = SiteAccount(site.state_dir, PrivacyLimits(), one.server)
+    private.steps(job(options()), "fresh")
+    (tmp_path / FILE).unlink()
+    with pytest.raises(FedGPTError, match="is missing, and the site has made releases"):
+        account(tmp_path).read()
 
 
 def test_a_site_without_a_limit_counts_too_so_that_a_later_limit_holds(tmp_path):

@@ -16,7 +16,10 @@ import pytest
 from filelock import FileLock
 from support.private_client import TOKENS, client, events, job, options
 
+from fedgpt.client.privacy import SETTINGS
+from fedgpt.config.of_server import PARTS
 from fedgpt.core.errors import FedGPTError
+from fedgpt.core.options import RunOptions
 from fedgpt.privacy.accounting import Event, epsilon_of
 from fedgpt.privacy.ledger import BudgetExhausted
 from fedgpt.privacy.plan import make_plan
@@ -94,6 +97,39 @@ def test_a_job_that_differs_in_anything_is_paid_for_and_gets_other_noise(tmp_pat
     )
     assert abs(np.corrcoef(first, steps.stream.normal(1000))[0, 1]) < 0.13
     assert events(tmp_path)[0]["count"] == 6
+
+
+@pytest.mark.parametrize("unit", ["example", "local"])
+@pytest.mark.parametrize(
+    "changed", ["seed", "model.dropout", "local.lr", "privacy.clip", "task.name"]
+)
+def test_a_repeated_job_with_other_options_is_paid_for_and_gets_other_noise(
+    tmp_path, unit, changed
+):
+    """With the same noise, clipped to another length, two updates would show the noise."""
+
+    def noise(o: RunOptions) -> np.ndarray:
+        private, delta = client(o, tmp_path), np.zeros(1000, np.float32)
+        if unit == "local":
+            return private.hidden(job(o), delta, "fresh")
+        return private.steps(job(o), "fresh").stream.normal(1000)
+
+    o = options(unit, target_epsilon=100.0)
+    first = noise(o)
+    assert np.array_equal(first, noise(o)), "a repeat has the same noise"
+    part, _, name = changed.rpartition(".")
+    values = {"seed": 7, "name": "classify"}
+    setattr(getattr(o, part) if part else o, name, values.get(name, 0.25))
+    assert abs(np.corrcoef(first, noise(o))[0, 1]) < 0.13
+    assert events(tmp_path)[0]["count"] == 2 * (3 if unit == "example" else 1)
+
+
+def test_every_option_that_a_site_reads_and_that_has_an_effect_on_a_job_is_part_of_its_identity():
+    without_effect = {
+        *("name", "rounds", "tokens", "pace"),  # what a job has of them is in its plan
+        "update",  # compresses the result with its noise
+    }
+    assert set(PARTS) - without_effect == {"seed", *SETTINGS}
 
 
 def test_the_clients_own_budget_limits_a_server_that_asks_for_less_noise_or_more_steps(tmp_path):

@@ -66,6 +66,7 @@ def test_memory_can_be_limited_on_linux_only(monkeypatch):
     assert limit_process(Policy(device="cpu")) == ""
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_memory_of_a_gpu_beyond_the_share_is_refused():
     total = torch.cuda.get_device_properties(0).total_memory

@@ -10,6 +10,8 @@ import pytest
 import torch
 from support.here import tiny_run
 
+from fedgpt.client.account import SiteAccount
+from fedgpt.client.policy import PrivacyLimits
 from fedgpt.client.work import ClientWork
 from fedgpt.config import compose
 from fedgpt.core.messages import Job, Plan
@@ -58,3 +60,21 @@ def test_a_job_whose_result_may_differ_in_a_bit_is_charged_again(options, tmp_pa
     # not every condition is known on a GPU, so there even the same job counts as another
     work.trainer.compute = replace(work.trainer.compute, device="cuda")
     assert [charged(), charged()] == [4, 5]
+
+
+def test_a_site_is_charged_for_a_run_with_client_privacy_and_again_beyond_its_jobs(tmp_path):
+    budget = ["privacy=client", "privacy.target_epsilon=2", "privacy.delta=1e-3", "rounds=2"]
+    o = compose.load([*tiny_run(tmp_path), *budget])
+    account = SiteAccount(tmp_path / "state", PrivacyLimits())
+    work = ClientWork(o, str(tmp_path / "state" / "runs"), account=account)
+    params = np.zeros(work.trainer.layout.size, np.float32)
+
+    def spent(number: int, first: float = 0.0) -> float:
+        start = params.copy()
+        start[0] = first
+        work.train(Job("ann", number, number, start, Plan("run", 1, 0, 32, 640)), 0)
+        return account.read().epsilon(0.1)
+
+    # the last two jobs have the numbers of earlier ones, and are others
+    jobs = [(0, 0.0), (0, 0.0), (1, 0.0), (1, 0.5), (0, 0.5)]
+    assert [spent(*one) for one in jobs] == [2, 2, 2, 4, 4]

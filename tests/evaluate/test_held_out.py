@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.advice import advises
 from support.labels_task import TopTokens
 
 from fedgpt.core.device import Compute
+from fedgpt.core.errors import FedGPTError
 from fedgpt.core.flat import flatten
 from fedgpt.core.options import ModelOptions, TokenizerOptions
 from fedgpt.data.text import Text
 from fedgpt.data.tokenizer import Tokenizer, make_tokenizer
 from fedgpt.evaluate.held_out import HeldOut
 from fedgpt.evaluate.metrics.accuracy import Accuracy
+from fedgpt.evaluate.metrics.base import BatchMetric
 from fedgpt.model.gpt import GPT
 from fedgpt.tasks.lm import LanguageModel
 
@@ -200,3 +206,43 @@ def test_a_very_bad_model_has_infinite_perplexity_and_finite_loss(tokenizer, tok
     assert (
         scores["loss"] > 700 and math.isfinite(scores["loss"]) and scores["perplexity"] == math.inf
     )
+
+
+@dataclass(frozen=True)
+class Hungry(BatchMetric):
+    """Counts examples, and asks for more memory than there is if a batch has more than `most`."""
+
+    name: ClassVar[str] = "hungry"
+    most: int = 5
+
+    def tally(self, outputs: torch.Tensor, batch: tuple[torch.Tensor, ...]):
+        if len(outputs) > self.most:
+            torch.empty(1 << 46)
+        return {"examples": torch.tensor(len(outputs))}
+
+    def value(self, totals: Mapping[str, float]) -> float:
+        return totals["examples"]
+
+
+def test_a_batch_that_does_not_fit_into_memory_is_halved(caplog):
+    tokens = np.random.default_rng(0).integers(0, 257, 200 * BLOCK + 1)
+    vector = parameters(257)[1]
+    expected = scorer(tokens, np.ones(257, np.int64))(vector)
+    held_out = scorer(tokens, np.ones(257, np.int64), metrics=[Hungry()])
+    before = held_out._batch_size
+    found = held_out(vector)
+    assert found.pop("hungry") == 200, "every example is scored once"
+    assert found == pytest.approx(expected, rel=1e-6)
+    assert held_out._batch_size <= 5 < before
+    assert caplog.messages[0].startswith(f"{before} held-out examples do not fit into the memory")
+    caplog.clear()
+    held_out(vector)
+    assert not caplog.messages, "later evaluations begin with the smaller size"
+
+
+def test_an_example_that_does_not_fit_into_memory_is_told_with_what_to_change():
+    tokens = np.random.default_rng(0).integers(0, 257, 20 * BLOCK + 1)
+    held_out = scorer(tokens, np.ones(257, np.int64), metrics=[Hungry(most=0)])
+    with pytest.raises(FedGPTError, match="the evaluation is out of memory") as told:
+        held_out(parameters(257)[1])
+    advises(told.value, "lower it, or make the model smaller")

@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from flwr.app import Context, Message, Metadata, RecordDict
+from flwr.app import ConfigRecord, Context, Message, Metadata, RecordDict
 from flwr.app.message import make_message
 from support.advice import advises
 from support.here import tiny_model, tiny_run
 from support.sites import Texts
 
+from fedgpt.client import limits
+from fedgpt.client.policy import PolicyRefused
 from fedgpt.client.texts import CommonText
 from fedgpt.client.work import ClientWork
 from fedgpt.config import compose
@@ -22,6 +24,7 @@ from fedgpt.core.errors import ConfigError, FedGPTError, ForServer
 from fedgpt.core.messages import Job, Plan
 from fedgpt.core.options import RunOptions
 from fedgpt.flower import client_app
+from fedgpt.flower.finished import ACTION
 from fedgpt.flower.in_process_grid import InProcessGrid
 from fedgpt.flower.local_grid import FIRST_NODE
 from fedgpt.flower.messages import (
@@ -52,11 +55,14 @@ def test_a_node_with_a_wrong_number_is_refused_with_its_option(tmp_path, config,
 
 
 def asked(
-    options: RunOptions, config: dict[str, Any], question: RecordDict | None = None
+    options: RunOptions,
+    config: dict[str, Any],
+    question: RecordDict | None = None,
+    kind: str = "query",
 ) -> Message:
     """What a SuperNode with this --node-config answers to the question which client it is."""
     content = question or RecordDict()
-    request = make_message(Metadata(1, "", 0, 1, "", "", 0.0, 60.0, "query"), content)
+    request = make_message(Metadata(1, "", 0, 1, "", "", 0.0, 60.0, kind), content)
     context = Context(1, 7, config, RecordDict(), run_config_of(options))
     return client_app.app(request, context)
 
@@ -97,15 +103,19 @@ def test_a_node_that_is_started_as_its_refusal_advises_is_a_client(
 @pytest.mark.parametrize("allocate", [torch.empty, np.ones], ids=["torch", "numpy"])
 def test_a_client_without_memory_says_what_to_lower(tmp_path, allocate):
     words = tiny_run(tmp_path)
-    work = ClientWork(compose.load([*words, "local.batch_size=32"]), str(tmp_path))
-    told = pytest.raises(FedGPTError, match=r"^out of memory; lower local\.batch_size=32, and")
+    work = ClientWork(compose.load(words), str(tmp_path))
+    told = pytest.raises(FedGPTError, match=r"^out of memory \(cpu\); lower model\.block_size=16, ")
     with told as error, reported(work):
         allocate(1 << 46)
-    advises(error.value, "lower local.batch_size=32, and raise local.accumulate instead")
-    compose.load([*words, "local.batch_size=16", "local.accumulate=2"])
+    advises(
+        error.value,
+        "lower model.block_size=16, model.n_layer=1 or model.n_embd=16, or raise memory in the"
+        " site's policy",
+    )
+    compose.load([*words, "model.block_size=8", "model.n_embd=8"])
     private = ClientWork(compose.load([*words, "privacy=local"]), str(tmp_path))
     # the message says nothing of the text
-    told = pytest.raises(ForServer, match=r"^out of memory; lower local\.batch_size=2, and")
+    told = pytest.raises(ForServer, match=r"^out of memory \(cpu\); lower model")
     with told, reported(private):
         allocate(1 << 46)
     failed = pytest.raises(ClientFailed, match=r"^ZeroDivisionError \(the client's log")
@@ -217,13 +227,46 @@ def test_a_site_says_how_much_text_it_has_and_in_a_private_run_less_exactly(tmp_
     assert rounded <= exact < 2 * rounded and rounded.bit_count() == 1 and rounded != exact
 
 
-@pytest.mark.parametrize("change", [{"name": ""}, {"state-dir": ""}, {"device": "tpu"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": ""},
+        {"state-dir": ""},
+        {"device": "tpu"},
+        {"bad-records": "drop"},
+        {"document-bytes": 3},
+        {"text-field": 3},
+    ],
+)
 def test_a_wrong_configuration_of_a_site_is_named(tmp_path, change):
     texts = Texts.write(tmp_path)
     options = compose.load(texts.at_sites())
     question = question_content(CommonText(options).tokenizer.definition)
     with pytest.raises(ConfigError, match=f"--node-config {next(iter(change))}"):
         read_info(asked(options, texts.config("ann") | change, question))
+
+
+def test_a_site_whose_disk_is_almost_full_keeps_nothing_of_a_server_and_says_so(
+    tmp_path, monkeypatch
+):
+    """A server may send any number of runs, tokenizers and models."""
+    texts = Texts.write(tmp_path)
+    options = compose.load(texts.at_sites())
+    question = question_content(CommonText(options).tokenizer.definition)
+    monkeypatch.setattr(limits, "LEAST_FREE", 1 << 60)
+    job = Job("ann", 0, 0, np.zeros(10, np.float32), Plan("run", 1, 0, 32, 1000))
+    model = RecordDict({"files": vector_record(job.params), "run": ConfigRecord({"id": "run"})})
+    messages = {
+        "query": question,
+        "train": job_content(job, vector_record(job.params)),
+        f"query.{ACTION}": model,
+    }
+    for kind, content in messages.items():
+        with pytest.raises(PolicyRefused, match="its disk for other uses, and they are all that"):
+            asked(options, texts.config("ann"), content, kind)
+    assert not (tmp_path / "state").exists()
+    monkeypatch.undo()
+    assert read_info(asked(options, texts.config("ann"), question)).info.id == "ann"
 
 
 @pytest.mark.parametrize("what", ["no folder", "too little", "a wrong tokenizer", "no tokenizer"])

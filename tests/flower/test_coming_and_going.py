@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import time
+import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -218,6 +221,29 @@ def test_a_job_that_was_given_up_is_not_sent_again(link, transport):
     # the SuperLink may have reported the loss after the list of nodes did
     assert all(reply.error.startswith("code 5") for reply in found)
     assert connections["ann"].receive() is None and made.available("ann")
+
+
+def test_a_job_that_was_given_up_keeps_no_model_and_is_forgotten_with_its_message(link, transport):
+    """A client may hang for ever: a server that runs for a month must not keep a model for it."""
+    made, connections = joined(link, transport, "ann", "bob")
+    made.ttl = 3.0
+    models = [np.zeros(1000, np.float32) for _ in range(3)]
+    freed = [weakref.ref(model) for model in models]
+    jobs = [replace(job("ann", number), params=model) for number, model in enumerate(models)]
+    del models
+    for number in (0, 1):
+        made.send([jobs.pop(0)])
+        next_message(connections["ann"])
+        made.abandon([("ann", number)])
+    made.ttl = None
+    made.send([replace(jobs.pop(0), client="bob")])  # the newest model is kept
+    gc.collect()
+    assert [one() is None for one in freed] == [True, True, False]
+    late = replies(made, 2)
+    assert sorted((one.client, one.number) for one in late) == [("ann", 0), ("ann", 1)]
+    assert all(one.error for one in late)
+    assert len(made._pending) == 1 and not made._abandoned, "bob's job"
+    assert len(made._mailbox._fetcher._watched) == 1 and not made._mailbox._fetcher._cancelled
 
 
 def test_a_client_that_comes_back_ends_the_wait_for_replies(link, transport):

@@ -267,7 +267,7 @@ def test_a_step_is_the_clipped_sum_and_noise_over_a_constant(engine, kind):
     assert 2 < len(chosen) < 20 and len(chosen) != 10
     found = torch.zeros_like(vector)
     # a batch size of 3 makes several parts
-    gradient = PrivateGradient(model, layout, TASK, engine, batch_size=3)
+    gradient = PrivateGradient(model, layout, TASK, engine, at_once=3)
     assert type(gradient.engine) is kind
     gradient.fill(found, steps)
     # of a new model, because torch.func does not work with the hooks of Opacus

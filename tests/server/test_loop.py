@@ -145,6 +145,17 @@ def test_accepted_updates_of_clients_that_lost_their_state_are_counted(tmp_path)
     assert [m["state_lost"] for m in done.metrics] == [0, 0, 2, 0], "d's update is rejected"
 
 
+def test_a_version_says_in_how_small_micro_batches_its_updates_were_computed(tmp_path):
+    def split(job, size):
+        [(seconds, reply)] = honest(job)
+        more = {"micro_batch": size} if job.number == 1 else {}
+        return [(seconds, reply_with(job, reply.payload, **more))]
+
+    clients = {"a": honest, "b": partial(split, size=4.0), "c": partial(split, size=2.0)}
+    done = serve(tmp_path, {**clients, "d": honest}, rounds=3)
+    assert [m["micro_batch"] for m in done.metrics] == [None, None, 2, None]
+
+
 def test_replies_to_jobs_that_were_never_sent_are_refused(tmp_path):
     def liar(job):
         [(seconds, reply)] = honest(job)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -20,6 +19,7 @@ import httpx
 from cryptography import x509
 from flwr.common.constant import SYSTEM_TIME_TOLERANCE, TIMESTAMP_TOLERANCE
 
+from fedgpt.client.limits import LEAST_FREE, free_bytes
 from fedgpt.client.policy import Policy
 from fedgpt.client.site import Site
 from fedgpt.core.errors import ConfigError, FedGPTError, amount
@@ -31,7 +31,6 @@ from fedgpt.flower.deploy.kit import Kit, read_kit
 from fedgpt.flower.deploy.node import reason_of
 from fedgpt.flower.deploy.probe import Wrong
 
-LEAST_FREE = 1 << 30  # bytes; the state of a model of 124 million parameters has as many
 # seconds by which the clocks may differ: Flower refuses a signature that is older, or newer
 SLOW, FAST = TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE, SYSTEM_TIME_TOLERANCE
 REVOKED = "not approved there, or it was revoked"
@@ -235,7 +234,7 @@ def _room(folder: Path) -> str:
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise Wrong(f"{folder} cannot be written; choose another folder, or change its owner")
-    free = shutil.disk_usage(there).free
+    free = free_bytes(there)
     if free < LEAST_FREE:
         raise Wrong(
             f"{folder} has {free / 2**20:.0f} MiB left, and needs {LEAST_FREE >> 20}; make room"

@@ -8,6 +8,7 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
 from fedgpt.client.account import SiteAccount
+from fedgpt.client.limits import refuse_without_room
 from fedgpt.client.policy import Policy, PolicyRefused
 from fedgpt.client.site import Site
 from fedgpt.client.texts import SiteText
@@ -30,7 +31,7 @@ from fedgpt.flower.run_config import options_of_server_run
 def site_app(site: Site, policy: Policy) -> ClientApp:
     """An app that answers for a site what its policy allows."""
     app = ClientApp()
-    account = SiteAccount(site.state_dir, policy.privacy)
+    account = SiteAccount(site.state_dir, policy.privacy, site.server)
     # run config -> options, text and work of the latest run, for its next message
     works: dict[str, tuple[RunOptions, SiteText, ClientWork]] = {}
 
@@ -53,6 +54,7 @@ def site_app(site: Site, policy: Policy) -> ClientApp:
         except ConfigError as error:  # it has only what the server has sent
             return Message(refusal_content(error.problems), reply_to=message)
         policy.refuse_run(options, datetime.now())
+        refuse_without_room(site)
         with reported(work):
             size = text.introduce(read_question(message))
         if options.privacy.unit != "none":
@@ -65,6 +67,7 @@ def site_app(site: Site, policy: Policy) -> ClientApp:
         """Keep the model of a run that has ended, at any hour."""
         options = options_of_server_run(context.run_config)
         policy.refuse_options(options)
+        refuse_without_room(site)
         return Message(keep(message, site, options.name), reply_to=message)
 
     @app.train()
@@ -73,6 +76,7 @@ def site_app(site: Site, policy: Policy) -> ClientApp:
         options, _, work = work_of(context)
         job = read_job(message)
         policy.refuse_job(options, job, datetime.now())
+        refuse_without_room(site)
         if job.plan.seconds:  # in which a client of a simulated fleet waits
             raise PolicyRefused("no waiting, as that of every site", "and the job has a duration")
         with reported(work):

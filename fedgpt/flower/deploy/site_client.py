@@ -12,7 +12,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import FrameType
 
 from flwr.app import ConfigRecord, Context, Message, MessageType
@@ -72,7 +72,8 @@ def run(ready: Ready, site: Site, policy: Policy) -> int:
         "connecting to %s, port %d, as %s; the fingerprint of its CA is %s",
         *(ready.host, ready.kit.approval.port, site.name, ready.kit.approval.ca_fingerprint),
     )
-    node = PersistentNode(connection_of(ready.kit, ready.host), JobLog(site_app(site, policy)), {})
+    app = site_app(replace(site, server=ready.kit.approval.ca_fingerprint), policy)
+    node = PersistentNode(connection_of(ready.kit, ready.host), JobLog(app), {})
     with _stopped_by_signals(node) as received:
         node.run()
     log.info("stopped")

@@ -78,14 +78,16 @@ def announced(link: LiveSuperLink, server: Server) -> tuple[Message, Callable[[]
     return message, send
 
 
-def failing_once(app: App, status: int, failed: list[str]) -> App:
+def failing_once(
+    app: App, status: int, failed: list[str], kinds: tuple[str, ...] = REPEATED
+) -> App:
     """The application, but the second request of each kind is answered with a status."""
     asked: Counter[str] = Counter()
 
     async def front(scope, receive, send) -> None:
         what = scope["path"].removeprefix(FLEET)
         asked[what] += 1
-        if what not in REPEATED or asked[what] != 2:
+        if what not in kinds or asked[what] != 2:
             return await app(scope, receive, send)
         failed.append(what)
         await send({"type": "http.response.start", "status": status, "headers": []})
@@ -172,6 +174,26 @@ def test_a_reply_that_is_too_large_is_an_error_of_its_job_and_the_client_goes_on
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=20) == 0
         assert process.stderr.read().count("the reply is too large") == 2
+
+
+def test_a_reply_that_turns_out_to_be_too_large_is_lost_and_the_client_goes_on(link, key, server):
+    """The guard may find that only while the reply is uploaded."""
+    failed: list[str] = []
+    link.put_in_front(lambda app: failing_once(app, 413, failed, ("push-object",)))
+    with persistent_node(link, key, "echo", {"index": 6}) as process:
+        server.wait_until(online=True)
+        server.ask(number=0)
+        deadline = time.monotonic() + 90
+        while not failed:
+            assert time.monotonic() < deadline, "no upload"
+            time.sleep(0.05)
+        server.ask(number=1)
+        assert server.answer().content["about"]["number"] == 1
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+        assert "the last reply was not taken: the server refuses with status 413" in (
+            process.stderr.read()
+        )
 
 
 def test_a_client_waits_for_its_server_and_can_be_stopped_while_it_waits(link, key, caplog):

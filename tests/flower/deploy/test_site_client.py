@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
@@ -14,12 +15,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from flwr.common.config import parse_config_args
 from support.advice import advises
 from support.link import free_port
 from support.site_server import SiteServer
 
 from fedgpt import cli
+from fedgpt.client.site import Site
+from fedgpt.core.options import CorpusOptions
 from fedgpt.flower.deploy import keys
+from fedgpt.flower.site_config import site_of
 
 LONG = 120.0  # seconds; only a bound, the machine may be busy
 
@@ -178,6 +183,60 @@ def test_wrong_usage_is_told_with_exit_code_2(server, run):
     )
     code, printed = run("client", words(server, "--policy", "none.yaml"))
     assert code == 2 and "none.yaml: cannot be read" in printed
+
+
+NAMES = [
+    ("plain", {}),
+    ("with space", {"text_field": "the body", "label_field": "kind"}),
+    ('a "quoted" one', {"text_field": 'messages[0]["x"]', "document_bytes": 100}),
+    ("it's $HOME", {"bad_records": "skip", "label_field": "it's = a \\ path"}),
+    ("k=v ünïcode \U0001f600", {"text_field": "a\tb\x7f"}),
+]
+
+
+@pytest.mark.parametrize("folder, fields", NAMES, ids=[str(n) for n in range(len(NAMES))])
+def test_the_command_for_a_stock_supernode_gives_it_exactly_this_site(
+    tmp_path, server, run, folder, fields
+):
+    """As a shell and Flower's own parser read the command."""
+    home = tmp_path / folder
+    (home / "notes").mkdir(parents=True)
+    policy = tmp_path / "policy.yaml"
+    written = json.dumps({"text": fields, "device": "cpu"}, ensure_ascii=False)
+    policy.write_text(written.replace("\x7f", "\\u007f"))  # YAML has it as an escape only
+    own = ["--text", str(home / "notes"), "--state", str(home / "state"), "--cache", str(home)]
+    code, printed = run("client", [str(server.kit), *own, "--policy", str(policy), "--stock"])
+    assert code == 0
+    arguments = shlex.split(printed.splitlines()[-1])
+    (config,) = [arguments[n + 1] for n, word in enumerate(arguments) if word == "--node-config"]
+    corpus = CorpusOptions(name="files", client="file", path=str(home / "notes"), **fields)
+    wanted = Site("clinic", corpus, str(home / "state"), str(home), "cpu")
+    assert site_of(parse_config_args([config])) == wanted
+
+
+STOCK_REFUSES = {
+    "hours": "20:00-06:00",
+    "most_steps": 9,
+    "runs": ["night"],
+    "threads": 2,
+    "privacy": {"units": ["example"]},
+}
+
+
+@pytest.mark.parametrize("key", STOCK_REFUSES)
+def test_what_a_stock_supernode_cannot_do_is_refused_by_name(server, run, key):
+    policy = server.kit.parent / "policy.yaml"
+    policy.write_text(json.dumps({key: STOCK_REFUSES[key]}))
+    typed = words(server, "--policy", str(policy))
+    code, printed = run("client", [*typed, "--stock"])
+    assert code == 2 and f"  - {'privacy.units' if key == 'privacy' else key}=" in printed
+    assert not (server.kit.parent / "state").exists()
+    advises(printed, "leave it out, or leave out --stock")
+    assert run("client", [*typed, "--print"])[0] == 0
+    policy.write_text("")
+    assert run("client", [*typed, "--stock"])[0] == 0
+    if key == "threads":
+        assert run("client", words(server, "--threads", "2", "--stock"))[0] == 2
 
 
 @pytest.mark.slow
