@@ -31,6 +31,7 @@ from fedgpt.flower.messages import (
     unreadable,
 )
 from fedgpt.flower.nodes import Admission, Nodes, one_line
+from fedgpt.flower.push import push
 
 # bytes of the longest valid reply, as a multiple of the model's in fp32: no codec makes it larger
 LARGEST = 2
@@ -156,7 +157,7 @@ class GridTransport:
         ]
         if not messages:
             return
-        for (one, _), message_id in zip(there, self.grid.push_messages(messages), strict=True):
+        for (one, _), message_id in zip(there, push(self.grid, messages), strict=True):
             job = one.job
             if message_id:
                 self._pending[message_id] = one

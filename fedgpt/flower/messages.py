@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode, SType
 
 from fedgpt.client.policy import PolicyRefused
@@ -264,11 +264,19 @@ def _update(content: RecordDict) -> tuple[str, np.ndarray]:
     header, array = about["json"], arrays[ARRAY]
     if not isinstance(header, str):
         raise UpdateRejected("bad_encoding", f"a header of {type(header).__name__}")
+    return header, values_of(array)
+
+
+def values_of(array: Array) -> np.ndarray:
+    """The values of an array in a message, a read-only view; raises UpdateRejected.
+
+    Flower's `numpy` copies them twice, and trusts what the array says of itself.
+    """
     if isinstance(array, NdArray):  # from a process of this machine: an array in memory, no bytes
-        return header, array.numpy()
+        return array.numpy()
     if array.stype != SType.NUMPY:
         raise UpdateRejected("bad_encoding", f"an array of stype {array.stype!r:.40}")
-    return header, read_npy(array.data)
+    return read_npy(array.data)
 
 
 def _exactly(record: Mapping[str, object], *names: str) -> None:
@@ -282,7 +290,7 @@ def _vector(content: RecordDict, name: str) -> np.ndarray:
     record = content[name]
     if not isinstance(record, ArrayRecord):
         raise TypeError(f"{name} is a {type(record).__name__}")
-    return record[ARRAY].numpy()
+    return values_of(record[ARRAY])
 
 
 def _job_json(job: Job) -> str:

@@ -39,6 +39,7 @@ from fedgpt.flower.messages import (
     refused_for,
     versions,
 )
+from fedgpt.flower.push import push
 
 MOST_INFO = 1 << 20  # bytes of the longest answer to a question
 # environment variable with the path of a file: the approved site of each registered node
@@ -203,7 +204,7 @@ class Nodes:
             self._ask([Message(content, node, MessageType.QUERY) for node in new])
 
     def _ask(self, questions: list[Message]) -> None:
-        for message_id, message in zip(self._grid.push_messages(questions), questions, strict=True):
+        for message_id, message in zip(push(self._grid, questions), questions, strict=True):
             if message_id:  # a SuperLink refuses a message to a node that has just left
                 self._asked[message_id] = message.metadata.dst_node_id
                 self._mailbox.watch(message_id, MOST_INFO)
