@@ -12,7 +12,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -72,6 +72,8 @@ class RunText:
     prepared: Prepared  # the text of all clients, or the server's own
     # those of the partition; with corpus=site those of a run that goes on
     clients: Sequence[ClientInfo]
+    # the frozen weights, which sites may need; empty if all parameters are trained
+    base: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,6 @@ class Setting:
     folder: RunFolder
     text: RunText
     resources: Resources
-    base: Mapping[str, torch.Tensor]  # the frozen weights; empty if all parameters are trained
     environment: Mapping[str, Any]
     plan: PrivacyPlan | None
     statement: dict[str, Any]  # the statement of a private run
@@ -108,6 +109,11 @@ class Setting:
     def prepared(self) -> Prepared:
         """The prepared text."""
         return self.text.prepared
+
+    @property
+    def base(self) -> Mapping[str, torch.Tensor]:
+        """The frozen weights; empty if all parameters are trained."""
+        return self.text.base
 
 
 def serve(options: RunOptions, network: Network) -> dict[str, Any]:
@@ -179,7 +185,12 @@ def _setting(
     prepared, shards = load_shards(options, say)
     # before weights are read
     content: dict[str, Any] = {**checked_content(options, prepared, shards, changed)}
-    text, transport = RunText(prepared, [ClientInfo(s.client, s.size) for s in shards]), None
+    with saying("reading the initial weights"):
+        base = base_weights(options, prepared.tokenizer)
+    if base:
+        content["base"] = base_digest(base)
+    clients = [ClientInfo(s.client, s.size) for s in shards]
+    text, transport = RunText(prepared, clients, base), None
     if options.corpus.at_sites:
         text, transport = _sites(options, text, before, network)
         content |= {"clients": {client.id: client.tokens for client in text.clients}}
@@ -194,11 +205,7 @@ def _setting(
             plan = make_plan(options, [client.tokens for client in clients])
     promise = statement(options, plan, len(clients)) if plan else {}
     environment = {**environment_of(resources, network.versions), **content}
-    with saying("reading the initial weights"):
-        base = base_weights(options, prepared.tokenizer)
-    if base:
-        environment["base"] = base_digest(base)
-    about = (resources, base, environment, plan, promise, transport)
+    about = (resources, environment, plan, promise, transport)
     return Setting(options, folder, text, *about)
 
 

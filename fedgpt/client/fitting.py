@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import TypeVar
 
+from torch import Tensor
+
+from fedgpt.client.bases import SiteBases
 from fedgpt.client.texts import Texts
 from fedgpt.core.device import choose_compute, free_memory, out_of_memory
-from fedgpt.core.errors import ForServer
+from fedgpt.core.errors import ForServer, PartMissing
 from fedgpt.core.options import RunOptions
 from fedgpt.local.trainer import Trainer
 from fedgpt.storage.initial_weights import base_weights
@@ -43,6 +46,7 @@ class FittingTrainer:
         # largest number of sequences that are computed at the same time; it never rises again, so
         # that a repeated job has the same bits
         self.micro_batch = options.local.batch_size
+        self._sent: Mapping[str, Tensor] = {}  # frozen weights that a server has sent
 
     @cached_property
     def trainer(self) -> Trainer:
@@ -51,12 +55,28 @@ class FittingTrainer:
         private = options.privacy.unit == "example"
         compute = choose_compute(options.runtime.device, options.local.precision, private)
         engine, task = options.privacy.engine, make_task(options)
-        base = base_weights(options, tokenizer)
+        base = self._sent or base_weights(options, tokenizer)
         trainer = Trainer(
             options.model, tokenizer.vocab_size, options.local, compute, engine, task, base
         )
         trainer.micro_batch = self.micro_batch
         return trainer
+
+    def use_base(self, bases: SiteBases, digest: str) -> None:
+        """Use the frozen weights with this digest: those that a server has sent, or of the seed.
+
+        Raises PartMissing if neither has it.
+        """
+        made = vars(self).get("trainer")  # of an earlier job
+        if made is not None and made.base_digest == digest:
+            return
+        vars(self).pop("trainer", None)
+        self._sent = bases.of(digest, self.texts.tokenizer.vocab_size)
+        if self.trainer.base_digest == digest:
+            return
+        del self.trainer
+        bases.remove(digest)
+        raise PartMissing("this site has the run's base weights no more, or they are damaged")
 
     def run(self, job: Callable[[], Result], private: bool) -> Result:
         """The result of `job`, which is repeated in smaller micro-batches while it does not fit.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+import json
+from dataclasses import asdict, dataclass, replace
 
 from fedgpt.core.options import CorpusOptions, RunOptions
 from fedgpt.data.corpus import corpus_of
@@ -31,6 +32,12 @@ class Site:
         if not self.server:
             return f"{self.state_dir}/runs"
         return f"{self.state_dir}/runs/{hashlib.sha256(self.server.encode()).hexdigest()[:16]}"
+
+    @property
+    def cache_name(self) -> str:
+        """Name of the folder in `cache_dir` with what is prepared of this text for this state."""
+        about = [str(self.state_dir), asdict(self.corpus)]
+        return f"site-{hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]}"
 
     def options(self, run: RunOptions) -> RunOptions:
         """The options of a run as they hold here: paths, device and code are the site's own.

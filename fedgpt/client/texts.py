@@ -16,7 +16,8 @@ import numpy as np
 
 from fedgpt.client.site import Site
 from fedgpt.client.state import ClientStore
-from fedgpt.core.errors import FedGPTError, TextChanged
+from fedgpt.client.tidy import remove_earlier, remove_unused, touch
+from fedgpt.core.errors import FedGPTError, PartMissing, TextChanged
 from fedgpt.core.files import PRIVATE, write_text
 from fedgpt.core.messages import Job
 from fedgpt.core.options import RunOptions
@@ -36,6 +37,8 @@ from fedgpt.data.text import Text, part_text, shard_text
 from fedgpt.data.tokenizer import Tokenizer, load_tokenizer
 
 DIGEST = re.compile(r"[0-9a-f]{16}")  # of a tokenizer
+TOKENIZER = "tokenizer.json"
+OF_RUN = "text"  # file in the state of a private run: its entry of the cache
 log = logging.getLogger(__name__)
 
 
@@ -172,7 +175,9 @@ class SiteText:
         self._prepared = None
         folder = self._folder / self._tokenizer.digest
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "tokenizer.json", definition)
+        write_text(folder / TOKENIZER, definition)
+        others = self._folder.glob(f"*/{TOKENIZER}")
+        remove_unused(path for path in others if self._is_other(path.parent.name))
         size = int(self._newest().starts[-1])
         if size < self.window:
             raise FedGPTError(
@@ -185,24 +190,29 @@ class SiteText:
         """The text of the site; raises FedGPTError if it cannot be read or is too short."""
         if job.client != self.site.name:
             raise ValueError(f"the job is for client {job.client!r}, this is {self.site.name!r}")
-        self._use(job.plan.digests.get("tokenizer", ""))
+        self.use(job.plan.digests.get("tokenizer", ""))
         prepared = self._of_run(job) if self._fixed else self._newest()
         spans = np.array([[0, prepared.starts[-1]]], np.int64)
         return shard_text(prepared, Shard(self.site.name, spans))
 
-    def _use(self, digest: str) -> None:
-        """Make the tokenizer with this digest that of the text."""
+    def use(self, digest: str) -> None:
+        """Make the tokenizer with this digest that of the text; raises PartMissing without it."""
         if self._tokenizer is not None and self._tokenizer.digest == digest:
             return
         if not DIGEST.fullmatch(digest):  # it becomes the name of a folder
             raise FedGPTError(f"{digest!r:.60} is no digest of a tokenizer")
-        found = load_tokenizer(self._folder / digest)
-        if found.digest != digest:
-            raise FedGPTError(
-                f"{self._folder / digest}: is not the tokenizer of the run; the server sends it"
-                " again when the client is started again"
-            )
+        try:
+            found = load_tokenizer(self._folder / digest)
+        except FedGPTError:  # there is none, or it is damaged
+            found = None
+        if found is None or found.digest != digest:
+            raise PartMissing("this site has the run's tokenizer no more, or it is damaged")
+        touch(self._folder / digest / TOKENIZER)
         self._tokenizer, self._prepared = found, None
+
+    def _is_other(self, digest: str) -> bool:
+        """Whether a folder has a tokenizer that is not the one in use."""
+        return bool(DIGEST.fullmatch(digest)) and digest != self.tokenizer.digest
 
     def _newest(self) -> Prepared:
         """The text as it is now."""
@@ -210,7 +220,7 @@ class SiteText:
         if before is not None and files == self._files:
             return before
         try:
-            now = prepare_own(self.site.corpus, self.tokenizer, self.site.cache_dir, log.warning)
+            now = prepare_own(self.site.corpus, self.tokenizer, self._cache, log.warning)
         except Changed:
             if before is None:
                 raise
@@ -222,16 +232,29 @@ class SiteText:
                 *(len(before.part), before.starts[-1], len(now.part), now.starts[-1]),
             )
         self._prepared, self._files = now, files
+        remove_earlier(self._cache, now.manifest["sha256"], self._referred())
         return now
+
+    @property
+    def _cache(self) -> Path:
+        """The cache of this text, in which nothing is of another site."""
+        return Path(self.site.cache_dir).expanduser() / self.site.cache_name
+
+    def _referred(self) -> set[str]:
+        """Names of the cache entries to which private runs of this site refer."""
+        return {
+            Path(path.read_text(encoding="utf-8")).name
+            for path in Path(self.site.state_dir, "runs").rglob(OF_RUN)  # of all servers
+        }
 
     def _of_run(self, job: Job) -> Prepared:
         """The text as it was at the run's first job, from the cache."""
-        path = ClientStore(self.site.runs, job.plan.run, self.site.name).folder / "text"
+        path = ClientStore(self.site.runs, job.plan.run, self.site.name).folder / OF_RUN
         cache = Path(self.site.cache_dir).expanduser()
         try:
             return open_prepared(cache / path.read_text(encoding="utf-8"))
         except (OSError, ValueError, FedGPTError):  # the first job, or an entry that is damaged
             now = self._newest()
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, now.folder.name, mode=PRIVATE)
+        write_text(path, str(now.folder.relative_to(cache)), mode=PRIVATE)
         return now

@@ -14,6 +14,7 @@ import torch
 
 from fedgpt.client.account import Promise, SiteAccount
 from fedgpt.client.attack import attacked
+from fedgpt.client.bases import SiteBases
 from fedgpt.client.fitting import FittingTrainer
 from fedgpt.client.privacy import ClientPrivacy, job_digest, settings_digest
 from fedgpt.client.state import ClientState, ClientStore
@@ -45,14 +46,17 @@ class ClientWork:
         state_root: str,
         texts: Texts | None = None,
         account: SiteAccount | None = None,
+        bases: SiteBases | None = None,
     ):
         """`texts`: where the clients' text comes from, if it is not the text of the run; `account`
-        counts the private releases of a site over all its runs.
+        counts the private releases of a site over all its runs; `bases` has the base weights that
+        servers have sent to a site.
         """
         self.options, self.state_root, self.account = options, state_root, account
         self.texts = texts or CommonText(options)
         self._fitting = FittingTrainer(options, self.texts)
         self.codec = codec_of(options.update, options.trusted_packages)
+        self._bases = bases
 
     @property
     def trainer(self) -> Trainer:
@@ -65,11 +69,14 @@ class ClientWork:
         The next job reuses the array's memory, so the caller must copy or send the array first. The
         same job gives the same bits in every process with micro-batches of the same size. Raises
         ValueError if the job is for another client, TextChanged if this process has prepared other
-        text than the run's, and FedGPTError if this client's shards or frozen weights are not the
-        run's, or if its memory is too small.
+        text than the run's, PartMissing if a site lacks what the server sends once, and FedGPTError
+        if this client's shards or frozen weights are not the run's, or if its memory is too small.
         """
         text = self.texts.of(job, index)
-        self._check_base(job.plan.digests.get("base", ""))
+        digest = job.plan.digests.get("base", "")
+        if self._bases is not None:
+            self._fitting.use_base(self._bases, digest)
+        self._check_base(digest)
         job = self._received(job)
         began = time.monotonic()
         lies = index < self.options.attack.clients

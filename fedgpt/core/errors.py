@@ -87,6 +87,10 @@ class ForServer(FedGPTError):
     """
 
 
+class PartMissing(ForServer):
+    """A client lacks the run's tokenizer or its base weights, which the server can send again."""
+
+
 class DiskFull(FedGPTError):
     """A client's disk, or its share of one, is full. Servers see the name of this class."""
 

@@ -4,8 +4,8 @@ An update is then one subtraction, an optimiser step one fused kernel, a strateg
 vector arithmetic and a message one array. The model stays an ordinary nn.Module.
 
 Parameters with requires_grad=False are not in the vector. They are the base weights of the run:
-frozen, equal at the server and at every client (compared by digest), and never sent. Strategies,
-codecs, privacy and checkpoints use only the vector and ignore the base weights.
+frozen, equal at the server and at every client (compared by digest), and in no job and no update.
+Strategies, codecs, privacy and checkpoints use only the vector and ignore the base weights.
 """
 
 from __future__ import annotations
@@ -17,9 +17,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from fedgpt.core.messages import BaseInfo
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
+
+BYTES = 4  # of a float32 value
 
 
 @dataclass(frozen=True)
@@ -118,6 +124,38 @@ def base_digest(base: Mapping[str, torch.Tensor]) -> str:
         digest.update(json.dumps([name, list(weights.shape)]).encode())
         digest.update(weights.numpy().astype("<f4", copy=False).data)
     return digest.hexdigest()
+
+
+def base_info(base: Mapping[str, torch.Tensor]) -> BaseInfo:
+    """What identifies the frozen weights, before any of their values is sent."""
+    shapes = {name: tuple(base[name].shape) for name in sorted(base)}
+    return BaseInfo(base_digest(base), *layout_of(shapes))
+
+
+def layout_of(shapes: Mapping[str, tuple[int, ...]]) -> tuple[str, int]:
+    """(digest of names and shapes, bytes of all values in float32) of weights, sorted by name."""
+    layout = FlatParams(tuple(shapes), tuple(shapes.values()), 0)
+    return layout.digest, BYTES * layout.size
+
+
+def base_values(base: Mapping[str, torch.Tensor], begin: int, end: int) -> np.ndarray:
+    """Bytes `begin` to `end` of all frozen weights: float32, little-endian, in the order of names.
+
+    >>> import torch
+    >>> base_values({"b": torch.ones(1), "a": torch.zeros(2)}, 6, 99).tolist()
+    [0, 0, 0, 0, 128, 63]
+    """
+    parts, first = [], 0
+    for name in sorted(base):
+        size = BYTES * base[name].numel()
+        if first < end and begin < first + size:
+            values = (
+                base[name].detach().cpu().float().contiguous().numpy().astype("<f4", copy=False)
+            )
+            inside = slice(max(0, begin - first), min(size, end - first))
+            parts.append(values.reshape(-1).view(np.uint8)[inside])
+        first += size
+    return np.concatenate(parts) if parts else np.empty(0, np.uint8)
 
 
 def _trainable(module: nn.Module) -> dict[str, nn.Parameter]:

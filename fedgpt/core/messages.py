@@ -156,6 +156,25 @@ class ClientInfo:
 
 
 @dataclass(frozen=True)
+class BaseInfo:
+    """What a server says of a run's base weights before it sends them."""
+
+    digest: str  # of names, shapes and values (core/flat.py)
+    layout: str  # digest of names and shapes
+    bytes: int  # size of all values in float32
+
+
+@dataclass(frozen=True)
+class BasePiece:
+    """A part of the values of a run's base weights, in the order of their names."""
+
+    info: BaseInfo
+    tokenizer: str  # digest of the run's tokenizer, which decides some of the shapes
+    offset: int  # of the first byte
+    values: np.ndarray  # (bytes,) uint8
+
+
+@dataclass(frozen=True)
 class JobTime:
     """The time of a job, if the transport measures it.
 

@@ -18,7 +18,7 @@ from fedgpt.client.texts import CommonText
 from fedgpt.client.work import ClientWork
 from fedgpt.core.errors import ConfigError, amount
 from fedgpt.core.messages import ClientInfo
-from fedgpt.flower.finished import ACTION
+from fedgpt.flower import base_delivery, finished
 from fedgpt.flower.messages import info_content, read_job, refusal_content, update_content
 from fedgpt.flower.reported import reported
 from fedgpt.flower.run_config import options_of
@@ -51,11 +51,21 @@ def query(message: Message, context: Context) -> Message:
     return Message(content, reply_to=message)
 
 
-@app.query(ACTION)
-def finished(message: Message, context: Context) -> Message:
+@app.query(base_delivery.ACTION)
+def base(message: Message, context: Context) -> Message:
+    """Keep a piece of the run's base weights."""
+    return _at_site(message, context)
+
+
+@app.query(finished.ACTION)
+def model(message: Message, context: Context) -> Message:
     """Keep the model of a run that has ended."""
+    return _at_site(message, context)
+
+
+def _at_site(message: Message, context: Context) -> Message:
     site = site_of(context.node_config)
-    assert site is not None, "only sites are sent a model"
+    assert site is not None, "only sites are sent these"
     return _app_of(site)(message, context)
 
 

@@ -2,7 +2,7 @@
 
 A client announces its reply with the tree of its objects and then uploads them, which takes as long
 as its link needs. Flower's own `pull_messages` waits for the objects, so that one slow upload, or
-one that never ends, would hold up the replies of all clients. Here one thread asks for the objects
+one that never ends, would hold up the replies of all clients. Here a thread asks for the objects
 of all announced replies in turn, takes what has arrived, and hands over complete replies only.
 
     watch -> announced: too many objects? -> refused, nothing is fetched
@@ -18,30 +18,26 @@ million times: so its size is computed before it is put together.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator
 
-from flwr.app import Array, Message
+from flwr.app import Message
 from flwr.common.serde import message_from_proto
 from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree, PullObjectRequest
 from flwr.proto.runtime_pb2 import GetNodesRequest, PullAppMessagesRequest
-from flwr.supercore.constant import HEAD_BODY_DIVIDER
-from flwr.supercore.inflatable.inflatable_object import (
-    get_object_head_values_from_object_content,
-)
-from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from fedgpt.core.errors import UpdateRejected
+from fedgpt.flower.objects import order, put_together, sizes_of_arrays
 
 POLL_SECONDS = 0.05  # between two questions for new replies and objects
 NODES_SECONDS = 1.0  # between two questions for the connected nodes
-MOST_PAUSE = 0.5  # longest time between two questions for an object that has not arrived
+# between two questions for an object that has not arrived
+SHORTEST_PAUSE, MOST_PAUSE = 0.02, 0.5
 AT_ONCE = 8  # objects of one reply before it is the next reply's turn
 CHUNK = 5 << 20  # bytes of one object of an array
 # objects of a message besides those of its array: itself, its records, the array's head
@@ -52,20 +48,22 @@ IN_MEMORY = 32 << 20  # larger replies wait in a file until they are taken
 class _Download:
     """An announced reply, and those of its objects that have arrived."""
 
-    def __init__(self, message_id: str, object_ids: Iterable[str], largest: int):
-        self.message_id, self.missing, self._largest = message_id, deque(object_ids), largest
+    def __init__(self, tree: ObjectTree, largest: int):
+        self.tree, self._largest = tree, largest
+        inner, leaves = order(tree)
+        self.missing, self._inner = deque(inner + leaves), inner
         self._place: dict[str, tuple[int, int]] = {}  # id -> offset and size
         self._spool = tempfile.SpooledTemporaryFile(  # noqa: SIM115  # `close` or `message` ends it
             max_size=IN_MEMORY
         )
         self.due = 0.0  # when the next object is asked for
-        self.pause = POLL_SECONDS
+        self.pause = SHORTEST_PAUSE
 
     def add(self, content: bytes) -> None:
         """Keep the content of the next missing object."""
         self._place[self.missing.popleft()] = (self._spool.seek(0, os.SEEK_END), len(content))
         self._spool.write(content)
-        self.pause = POLL_SECONDS
+        self.pause = SHORTEST_PAUSE
 
     def put_off(self) -> None:
         """Ask for the next object later, and later each time that it is not there."""
@@ -78,26 +76,30 @@ class _Download:
         Raises UpdateRejected for one that is too large, and whatever the reading of a malformed one
         raises.
         """
-        contents = {}
         with self._spool:
-            for object_id, (offset, size) in self._place.items():
-                self._spool.seek(offset)
-                contents[object_id] = self._spool.read(size)
-        if (size := sum(array_sizes(contents))) > self._largest:
-            raise UpdateRejected("too_large", f"arrays of {size} bytes, at most {self._largest}")
-        inflated = inflate_object_from_contents(self.message_id, contents)
-        if not isinstance(inflated, Message):
-            raise TypeError(f"a {type(inflated).__name__} in place of a message")
-        inflated.metadata.__dict__["_message_id"] = self.message_id
-        return inflated
+            sizes = {object_id: size for object_id, (_, size) in self._place.items()}
+            size = sum(sizes_of_arrays(self._read(self._inner), sizes))
+            if size > self._largest:
+                detail = f"arrays of {size} bytes, at most {self._largest}"
+                raise UpdateRejected("too_large", detail)
+            return put_together(self.tree, self._read)
 
     def close(self) -> None:
         """Delete what has arrived."""
         self._spool.close()
 
+    def _read(self, object_ids: Iterable[str]) -> Iterator[bytes]:
+        for object_id in object_ids:
+            offset, size = self._place[object_id]
+            self._spool.seek(offset)
+            yield self._spool.read(size)
+
 
 class Fetcher:
-    """A thread that fetches replies from the SuperLink of `grid`."""
+    """Two threads that fetch replies from the SuperLink of `grid`.
+
+    One asks which there are, a question that may wait at the link, and one fetches their objects.
+    """
 
     def __init__(self, grid: HttpGrid):
         self._client, self._node, self._run_id = grid._runtime_client, grid.node, grid.run.run_id
@@ -109,8 +111,13 @@ class Fetcher:
         self._nodes: Collection[int] = ()
         self._failed: BaseException | None = None
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._work, name="replies", daemon=True)
-        self._thread.start()
+        self._look_again = 0.0
+        self._threads = [
+            threading.Thread(target=self._run, args=[step], name="replies", daemon=True)
+            for step in (self._look, self._fetch)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def watch(self, message_id: str, largest: int) -> None:
         """Fetch the reply to a message once it is announced; `largest`: bytes of a valid one."""
@@ -125,7 +132,7 @@ class Fetcher:
     def take(self) -> tuple[str, Message | Exception] | None:
         """(id of the message, its reply or why it cannot be read), once for each; None for none.
 
-        Raises what has ended the thread, such as Flower's error that the run was stopped.
+        Raises what has ended a thread, such as Flower's error that the run was stopped.
         """
         with self._changed:
             if self._failed is not None:
@@ -146,37 +153,52 @@ class Fetcher:
             self._changed.wait_for(lambda: self._complete or self._failed, seconds)
 
     def nodes(self) -> Collection[int]:
-        """The nodes that were connected a second ago."""
+        """The nodes that were connected a few seconds ago."""
         return self._nodes
 
     def close(self) -> None:
-        """End the thread; a request under way may last longer."""
+        """End the threads; a request under way may last longer."""
         self._closed.set()
-        self._thread.join(timeout=1)
+        for thread in self._threads:
+            thread.join(timeout=1)
         waiting = [*self._downloads.values(), *(found for _, found in self._complete)]
         for one in waiting:
             if isinstance(one, _Download):
                 one.close()
 
-    # ---- the thread
+    # ---- the two threads
 
-    def _work(self) -> None:
-        look_again = 0.0
+    def _run(self, step: Callable[[], bool]) -> None:
+        """Take one step after the other, with a pause after one that has moved nothing."""
         try:
             while not self._closed.is_set():
-                if time.monotonic() >= look_again:
-                    listed = self._client.GetNodes(GetNodesRequest())
-                    self._nodes = [node.node_id for node in listed.nodes]
-                    look_again = time.monotonic() + NODES_SECONDS
-                moved = self._announced()
-                for key, download in list(self._downloads.items()):
-                    moved |= self._fetched(key, download)
-                if not moved:
-                    self._closed.wait(POLL_SECONDS)
+                began = time.monotonic()
+                if not step():
+                    # a link of this package has let a question wait for its answer
+                    self._closed.wait(POLL_SECONDS - (time.monotonic() - began))
         except BaseException as error:  # Flower's RunNotRunningException is no Exception
             with self._changed:
                 self._failed = error
                 self._changed.notify_all()
+
+    def _look(self) -> bool:
+        """Ask for the connected nodes, if it is time, and for replies; whether there is any."""
+        if time.monotonic() >= self._look_again:
+            listed = self._client.GetNodes(GetNodesRequest())
+            self._nodes = [node.node_id for node in listed.nodes]
+            self._look_again = time.monotonic() + NODES_SECONDS
+        return self._announced()
+
+    def _fetch(self) -> bool:
+        """Ask for objects of each announced reply; whether one has arrived."""
+        with self._changed:
+            # until there is a download; its objects are asked for as they are due
+            self._changed.wait_for(lambda: self._downloads or self._failed, POLL_SECONDS)
+            downloads = list(self._downloads.items())
+        moved = False
+        for key, download in downloads:
+            moved |= self._fetched(key, download)
+        return moved
 
     def _announced(self) -> bool:
         """Ask which replies are there, and begin to fetch the new ones; whether any is new."""
@@ -198,23 +220,27 @@ class Fetcher:
                 self._done(key, message_id, message_from_proto(proto))
             elif cancelled:
                 self._done(key, message_id, UpdateRejected("late", "not fetched"))
-            elif (ids := object_ids(tree, most)) is None:
+            elif not is_within(tree, most):
                 detail = f"more than {most} objects"
                 self._done(key, message_id, UpdateRejected("too_large", detail))
             else:
-                self._downloads[key] = _Download(message_id, ids, largest)
+                with self._changed:
+                    self._downloads[key] = _Download(tree, largest)
+                    self._changed.notify_all()
         return bool(found.messages_list)
 
     def _fetched(self, key: str, download: _Download) -> bool:
         """Fetch the next objects of a reply that have arrived; whether there was any."""
         if key in self._cancelled:
-            self._done(key, download.message_id, UpdateRejected("late", "not fetched completely"))
+            self._done(
+                key, download.tree.object_id, UpdateRejected("late", "not fetched completely")
+            )
             return True
         if time.monotonic() < download.due:
             return False
         for number in range(AT_ONCE):
             if not download.missing:
-                self._done(key, download.message_id, download)
+                self._done(key, download.tree.object_id, download)
                 return True
             wanted = PullObjectRequest(
                 node=self._node, run_id=self._run_id, object_id=download.missing[0]
@@ -222,7 +248,7 @@ class Fetcher:
             found = self._client.PullObject(wanted)
             if not found.object_found:  # no object has arrived for some minutes
                 error = UpdateRejected("no_reply", "its upload was broken off")
-                self._done(key, download.message_id, error)
+                self._done(key, download.tree.object_id, error)
                 return True
             if not found.object_available:
                 download.put_off()
@@ -232,10 +258,10 @@ class Fetcher:
 
     def _done(self, key: str, message_id: str, found: _Download | Message | Exception) -> None:
         """Hand a reply over, and let the SuperLink delete what it has of it."""
-        download = self._downloads.pop(key, None)
-        if download is not None and download is not found:
-            download.close()
         with self._changed:
+            download = self._downloads.pop(key, None)
+            if download is not None and download is not found:
+                download.close()
             self._cancelled.discard(key)
             self._complete.append((key, found))
             self._changed.notify_all()
@@ -246,10 +272,9 @@ class Fetcher:
         self._client.ConfirmMessageReceived(confirmed)
 
 
-def object_ids(tree: ObjectTree, most: int) -> list[str] | None:
-    """The ids of a tree's objects, each once; None if it names more than `most`, with repeats."""
-    ids = list(itertools.islice(_named(tree), most + 1))
-    return list(dict.fromkeys(ids)) if len(ids) <= most else None
+def is_within(tree: ObjectTree, most: int) -> bool:
+    """Whether a tree names at most so many objects, each as often as it names it."""
+    return sum(1 for _ in itertools.islice(_named(tree), most + 1)) <= most
 
 
 def _named(tree: ObjectTree) -> Iterator[str]:
@@ -259,13 +284,3 @@ def _named(tree: ObjectTree) -> Iterator[str]:
         node = left.pop()
         yield node.object_id
         left.extend(node.children)
-
-
-def array_sizes(contents: Mapping[str, bytes]) -> Iterator[int]:
-    """Yield the bytes of each array among the objects, with every repeat of a chunk."""
-    for content in contents.values():
-        kind, chunks, _ = get_object_head_values_from_object_content(content)
-        if kind == Array.__qualname__:
-            body = json.loads(content[content.index(HEAD_BODY_DIVIDER) + 1 :])
-            sizes = [len(contents[chunk]) for chunk in chunks]
-            yield sum(sizes[number] for number in body["arraychunk_ids"])

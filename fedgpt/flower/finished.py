@@ -23,8 +23,9 @@ from fedgpt.core.errors import FedGPTError
 from fedgpt.core.files import sync
 from fedgpt.flower.grid_transport import STOP_FILE
 from fedgpt.flower.mailbox import mailbox_of
-from fedgpt.flower.messages import MOST_REASON
+from fedgpt.flower.messages import MOST_REASON, values_of
 from fedgpt.flower.pool.shared_memory import array_record
+from fedgpt.flower.push import push
 
 ACTION = "finished"  # of the query that brings the model
 # what a folder may contain; a site writes no file with another name
@@ -58,7 +59,7 @@ def deliver(grid: Grid, nodes: Mapping[str, int], folder: Path, run: str) -> lis
         messages = [Message(content, node, f"query.{ACTION}") for node in there]
         waiting = {
             message_id: there[message.metadata.dst_node_id]
-            for message_id, message in zip(grid.push_messages(messages), messages, strict=True)
+            for message_id, message in zip(push(grid, messages), messages, strict=True)
             if message_id  # otherwise the client has just left
         }
         for message_id in waiting:
@@ -95,7 +96,7 @@ def keep(message: Message, site: Site, name: str) -> RecordDict:
         made = Path(temporary) / "model"
         made.mkdir()
         for file, array in files.items():
-            array.numpy().tofile(made / file)
+            values_of(array).tofile(made / file)
             sync(made / file)
         if folder.exists():  # of a server that sent it before it was killed
             folder.rename(Path(temporary) / "old")

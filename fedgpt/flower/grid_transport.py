@@ -23,6 +23,7 @@ from fedgpt.flower.messages import (
     has_other_text,
     job_bytes,
     job_content,
+    lacks_part,
     params_record,
     read_reply,
     reason_of,
@@ -30,6 +31,7 @@ from fedgpt.flower.messages import (
     unreadable,
 )
 from fedgpt.flower.nodes import Admission, Nodes, one_line
+from fedgpt.flower.push import push
 
 # bytes of the longest valid reply, as a multiple of the model's in fp32: no codec makes it larger
 LARGEST = 2
@@ -122,6 +124,8 @@ class GridTransport:
             if self.now() > deadline:
                 silent = self._nodes.silent
                 why = f"; {amount(silent, 'node')} did not say which client it is" if silent else ""
+                if getting := self._nodes.getting:
+                    why += f"; {amount(getting, 'client')} did not have the base weights yet"
                 why += "".join(f"; left out: {one_line(error)}" for error in left_out)
                 raise StoppedEarly(
                     f"{self._nodes.count} of {self._nodes.expected} clients connected within"
@@ -153,7 +157,7 @@ class GridTransport:
         ]
         if not messages:
             return
-        for (one, _), message_id in zip(there, self.grid.push_messages(messages), strict=True):
+        for (one, _), message_id in zip(there, push(self.grid, messages), strict=True):
             job = one.job
             if message_id:
                 self._pending[message_id] = one
@@ -180,13 +184,14 @@ class GridTransport:
         """
         began = self.now()
         while True:
-            returned = self._nodes.look() or self._rested()
+            self._nodes.look()
+            returned = self._rested()
             replies = self._resumed()
             for arrival in self._mailbox.take():
                 if not self._nodes.takes(arrival):
                     replies += self._answered(arrival)
             waited = self.now() - began
-            returned = returned or self._nodes.has_newcomers
+            returned |= self._nodes.returned() or self._nodes.has_newcomers
             if replies or returned or (timeout is not None and waited >= timeout):
                 return replies
             if waited > ALONE_SECONDS and not self._pending:
@@ -253,6 +258,10 @@ class GridTransport:
             self._nodes.lost(job.client)
             self._park(sent)
             return []
+        if wanted and sent.attempt < ATTEMPTS and lacks_part(message) and self._own_text:
+            self._nodes.ask_again(job.client)
+            self._park(replace(sent, attempt=sent.attempt + 1), f"reports {reason_of(message)}")
+            return []
         if (seconds := refused_for(message)) is not None:
             log.warning("client %s refuses job %d: %s", job.client, job.number, reason_of(message))
             self._resting[job.client] = self.now() + seconds
@@ -278,11 +287,11 @@ class GridTransport:
             del self._resting[client]
         return bool(over)
 
-    def _park(self, sent: _Sent) -> None:
+    def _park(self, sent: _Sent, why: str = "is offline") -> None:
         """Keep a job until its client is back, as long as its patience lasts."""
         job = sent.job
-        log.warning("client %s is offline; its job %d waits for it", job.client, job.number)
-        self._parked[_key(job)] = _Parked(sent, self.now() + sent.patience)
+        log.warning("client %s %s; its job %d waits for it", job.client, why, job.number)
+        self._parked[_key(sent.job)] = _Parked(sent, self.now() + sent.patience)
 
     def _resumed(self) -> list[Reply]:
         """Send parked jobs whose clients are back; failures of those that have waited too long."""

@@ -9,15 +9,15 @@ import importlib.metadata
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.common.constant import ErrorCode, SType
 
 from fedgpt.client.policy import PolicyRefused
-from fedgpt.core.errors import ConfigError, FedGPTError, TextChanged, UpdateRejected
-from fedgpt.core.messages import ClientInfo, Job, Reply, plan_as_json, plan_of_json
+from fedgpt.core.errors import ConfigError, FedGPTError, PartMissing, TextChanged, UpdateRejected
+from fedgpt.core.messages import BaseInfo, ClientInfo, Job, Reply, plan_as_json, plan_of_json
 from fedgpt.flower.pool.shared_memory import NdArray, array_record
 from fedgpt.update.codecs.bf16 import BF16
 from fedgpt.update.downlink import joined
@@ -27,7 +27,7 @@ ARRAY = "flat"  # the one array of an ArrayRecord
 MOST_REASON = 500  # largest length of a client's exception in logs and messages, in characters
 # seconds after which a site that refuses is asked again, at the earliest and at the latest
 LEAST_REFUSED, MOST_REFUSED = 60.0, 12 * 3600.0
-PROTOCOL = 1  # version of the messages in this file: raise it when their meaning changes
+PROTOCOL = 2  # version of the messages in this file: raise it when their meaning changes
 # packages whose other version at a client may give an update other bits
 COMPARED = ("fedgpt", "torch")
 
@@ -116,6 +116,11 @@ def has_other_text(message: Message) -> bool:
     return message.has_error() and TextChanged.__name__ in str(message.error.reason)
 
 
+def lacks_part(message: Message) -> bool:
+    """Whether a reply reports that a site lacks the run's tokenizer or base weights."""
+    return message.has_error() and PartMissing.__name__ in str(message.error.reason)
+
+
 def refused_for(message: Message) -> float | None:
     """Seconds for which a site refuses jobs by its policy; None if it does not."""
     reason = str(message.error.reason) if message.has_error() else ""
@@ -139,6 +144,7 @@ class Introduction:
     digest: str  # of its prepared text
     protocol: int  # version of its messages; 0: from before they had one
     versions: Mapping[str, str]  # of the packages in COMPARED
+    base: int  # bytes that it has of the run's base weights
 
 
 def versions() -> dict[str, str]:
@@ -146,22 +152,52 @@ def versions() -> dict[str, str]:
     return {name: importlib.metadata.version(name) for name in COMPARED}
 
 
-def question_content(tokenizer: str) -> RecordDict:
-    """The server's first query of a client with its own text: the content of tokenizer.json."""
-    return RecordDict({"tokenizer": vector_record(np.frombuffer(tokenizer.encode(), np.uint8))})
+@dataclass(frozen=True)
+class Question:
+    """What the server's first query says to a client with its own text."""
+
+    tokenizer: str  # content of tokenizer.json
+    base: BaseInfo | None  # of base weights that the server sends to a site that lacks them
 
 
-def read_question(message: Message) -> str:
-    """The tokenizer in a query; raises FedGPTError if there is none."""
-    if "tokenizer" not in message.content:
+def question_content(tokenizer: str, base: BaseInfo | None = None) -> RecordDict:
+    """The server's first query of a client with its own text, as `Question` describes it."""
+    definition = np.frombuffer(tokenizer.encode(), np.uint8)
+    content = RecordDict({"tokenizer": vector_record(definition)})
+    if base is not None:
+        content["base"] = base_record(base)
+    return content
+
+
+def read_question(message: Message) -> Question:
+    """The question in a query; raises FedGPTError if there is none."""
+    content = message.content
+    if "tokenizer" not in content:
         raise FedGPTError("the server's question has no tokenizer; install its version of fedgpt")
-    return _vector(message.content, "tokenizer").tobytes().decode()
+    definition = _vector(content, "tokenizer").tobytes().decode()
+    return Question(definition, read_base(content) if "base" in content else None)
 
 
-def info_content(info: ClientInfo, digest: str) -> RecordDict:
-    """The answer to the server's first query: the client, its text's digest, and its versions."""
+def base_record(base: BaseInfo, **more: str | int) -> ConfigRecord:
+    """What a server says of base weights."""
+    return ConfigRecord({**asdict(base), **more})
+
+
+def read_base(content: RecordDict) -> BaseInfo:
+    """What `base_record` wrote; any exception for anything else."""
+    about = content["base"]
+    if not isinstance(about, ConfigRecord):
+        raise TypeError(f"base is a {type(about).__name__}")
+    return BaseInfo(_short(about["digest"]), _short(about["layout"]), int(str(about["bytes"])))
+
+
+def info_content(info: ClientInfo, digest: str, base: int = 0) -> RecordDict:
+    """The answer to the server's first query: the client, its text's digest, and its versions.
+
+    `base`: bytes that a site has of the run's base weights.
+    """
     size = MetricRecord({"tokens": info.tokens})
-    who = ConfigRecord({"id": info.id, "digest": digest, "protocol": PROTOCOL})
+    who = ConfigRecord({"id": info.id, "digest": digest, "protocol": PROTOCOL, "base": base})
     return RecordDict({"size": size, "who": who, "versions": ConfigRecord({**versions()})})
 
 
@@ -183,15 +219,16 @@ def read_info(message: Message) -> Introduction:
             raise TypeError("a refusal without problems")
         raise ConfigError(str(problem)[:MOST_REASON] for problem in problems)
     who, size = content.config_records["who"], content.metric_records["size"]
-    tokens = int(str(size["tokens"]))
-    if tokens < 1:
-        raise ValueError("a client without text")
+    tokens, base = int(str(size["tokens"])), int(str(who.get("base", 0)))
+    if tokens < 1 or base < 0:
+        raise ValueError("a client without text, or with less than nothing of the base weights")
     told = content.config_records["versions"] if "versions" in content else {}
     return Introduction(
         ClientInfo(_short(who["id"]), tokens),
         _short(who["digest"]),
         int(str(who.get("protocol", 0))),
         {name: _short(told[name]) for name in COMPARED if name in told},
+        base,
     )
 
 
@@ -227,11 +264,19 @@ def _update(content: RecordDict) -> tuple[str, np.ndarray]:
     header, array = about["json"], arrays[ARRAY]
     if not isinstance(header, str):
         raise UpdateRejected("bad_encoding", f"a header of {type(header).__name__}")
+    return header, values_of(array)
+
+
+def values_of(array: Array) -> np.ndarray:
+    """The values of an array in a message, a read-only view; raises UpdateRejected.
+
+    Flower's `numpy` copies them twice, and trusts what the array says of itself.
+    """
     if isinstance(array, NdArray):  # from a process of this machine: an array in memory, no bytes
-        return header, array.numpy()
+        return array.numpy()
     if array.stype != SType.NUMPY:
         raise UpdateRejected("bad_encoding", f"an array of stype {array.stype!r:.40}")
-    return header, read_npy(array.data)
+    return read_npy(array.data)
 
 
 def _exactly(record: Mapping[str, object], *names: str) -> None:
@@ -245,7 +290,7 @@ def _vector(content: RecordDict, name: str) -> np.ndarray:
     record = content[name]
     if not isinstance(record, ArrayRecord):
         raise TypeError(f"{name} is a {type(record).__name__}")
-    return record[ARRAY].numpy()
+    return values_of(record[ARRAY])
 
 
 def _job_json(job: Job) -> str:

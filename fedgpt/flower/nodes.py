@@ -1,8 +1,12 @@
 """Which client each connected node is.
 
-Every node is asked once when it connects. One that gives no usable answer, is another run's or
-another client's, or is not needed is left out: the log says why, and the run goes on with the
-others. It is asked again later, as its owner may have mended the cause.
+Every node is asked when it connects, and gets what the run sends once: the tokenizer with the
+question, base weights piece by piece after the answer. One that gives no usable answer, is another
+run's or another client's, or is not needed is left out: the log says why, and the run goes on with
+the others. It is asked again later, as its owner may have mended the cause.
+
+A client that was away is asked again before its next job: its files may be gone, and its program
+may be another one.
 
     one text for all clients   `expected` clients, all of which are needed
     corpus=site                begins with `expected` clients; with `late`, others join later
@@ -13,9 +17,10 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
@@ -23,29 +28,34 @@ from flwr.serverapp import Grid
 from fedgpt.core.errors import ConfigError, FedGPTError
 from fedgpt.core.files import read_json
 from fedgpt.core.messages import ClientInfo
+from fedgpt.flower.base_delivery import ACTION, BaseDelivery, read_kept
 from fedgpt.flower.mailbox import Arrival, Mailbox
 from fedgpt.flower.messages import (
     PROTOCOL,
     Introduction,
+    away,
     read_info,
     reason_of,
     refused_for,
     versions,
 )
+from fedgpt.flower.push import push
 
 MOST_INFO = 1 << 20  # bytes of the longest answer to a question
 # environment variable with the path of a file: the approved site of each registered node
 NODES_FILE = "FEDGPT_NODES_FILE"
 # until a node that was left out is asked again, unless it says when
 ASK_AGAIN_SECONDS = 60.0
+GONE_SECONDS = 1.0  # the same for a node that went away during the question
+Read = TypeVar("Read")
 log = logging.getLogger(__name__)
 
 
-class SiteRefused(FedGPTError):
-    """The policy of a site refuses the run, perhaps for some hours only."""
+class AskLater(FedGPTError):
+    """A node takes no part now: the policy of its site refuses the run, or it has gone away."""
 
     def __init__(self, why: str, again: float):
-        """`again`: seconds until the site may be asked again."""
+        """`again`: seconds until the node may be asked again."""
         super().__init__(why)
         self.again = again
 
@@ -65,6 +75,7 @@ class Admission:
     # whether a client that joins later needs an amount of text between those of the smallest and
     # the largest one of the start, for which noise and delta were computed
     planned: bool = False
+    base: BaseDelivery | None = None  # base weights that clients get from the server
 
     @property
     def own_text(self) -> bool:
@@ -93,6 +104,9 @@ class Nodes:
         self.left_out: dict[int, FedGPTError] = {}  # node -> why
         self._again: dict[int, float] = {}  # node that was left out -> when it is asked again
         self._online = frozenset(self._clients)
+        self._unsure: set[int] = set()  # nodes of clients that must be asked again
+        self._getting: dict[int, Introduction] = {}  # node that gets base weights -> its answer
+        self._returned = False  # whether a client has come back since `returned` was called
 
     @property
     def expected(self) -> int:
@@ -140,7 +154,17 @@ class Nodes:
     @property
     def silent(self) -> int:
         """Number of nodes that have not answered yet."""
-        return len(self._asked)
+        return len(self._asked) - len(self._getting)
+
+    @property
+    def getting(self) -> int:
+        """Number of nodes that get base weights, and take part when they have them."""
+        return len(self._getting)
+
+    def returned(self) -> bool:
+        """Whether a client has come back since this was called."""
+        returned, self._returned = self._returned, False
+        return returned
 
     @property
     def connected(self) -> dict[str, int]:
@@ -148,65 +172,113 @@ class Nodes:
         return {client: node for client, node in self._node.items() if node in self._online}
 
     def of(self, client: str) -> int | None:
-        """The node of a client if it is connected."""
+        """The node of a client if it is connected and has what the run needs."""
         node = self._node.get(client)
-        return node if node in self._online else None
+        return node if node in self._online - self._unsure else None
 
     def lost(self, client: str) -> None:
         """Note that the SuperLink has lost a client, which the list of nodes shows later."""
         self._online -= {self._node.get(client)}
 
-    def look(self) -> bool:
-        """Note which nodes are connected, and ask the new ones; whether a client has come back."""
+    def ask_again(self, client: str) -> None:
+        """Ask a client again before its next job: it lacks what the run sends once."""
+        if (node := self._node.get(client)) is not None:
+            self._unsure.add(node)
+
+    def look(self) -> None:
+        """Note which nodes are connected, and ask those that are new or have come back."""
         if not self.come_and_go:
-            return False
-        returned = self._note(frozenset(self._mailbox.nodes()))
+            return
+        self._note(frozenset(self._mailbox.nodes()))
         now = time.monotonic()
-        waiting = set(self._asked.values())
+        unknown = self._online - self._clients.keys() | self._online & self._unsure
         new = [
             node
-            for node in sorted(self._online - self._clients.keys() - waiting)
+            for node in sorted(unknown - set(self._asked.values()))
             if self._again.get(node, 0.0) <= now
         ]
+        for node in new:  # where the piece of a base was refused by the SuperLink
+            self._getting.pop(node, None)
         if new:
             content = self._admission.question
-            questions = [Message(content, node, MessageType.QUERY) for node in new]
-            for message_id, node in zip(self._grid.push_messages(questions), new, strict=True):
-                if message_id:  # a SuperLink refuses a message to a node that has just left
-                    self._asked[message_id] = node
-                    self._mailbox.watch(message_id, MOST_INFO)
-        return returned
+            self._ask([Message(content, node, MessageType.QUERY) for node in new])
+
+    def _ask(self, questions: list[Message]) -> None:
+        for message_id, message in zip(push(self._grid, questions), questions, strict=True):
+            if message_id:  # a SuperLink refuses a message to a node that has just left
+                self._asked[message_id] = message.metadata.dst_node_id
+                self._mailbox.watch(message_id, MOST_INFO)
 
     def takes(self, arrival: Arrival) -> bool:
         """Whether an arrival is the answer to a question; notes which client the node is."""
         node = self._asked.pop(arrival.message_id, None)
         if node is None:
             return False
+        before = self._getting.pop(node, None)
         try:
-            self._enter(node, arrival.reply)
+            self._enter(node, self._introduced(node, arrival.reply, before))
         except FedGPTError as error:
-            seconds = error.again if isinstance(error, SiteRefused) else ASK_AGAIN_SECONDS
+            seconds = error.again if isinstance(error, AskLater) else ASK_AGAIN_SECONDS
             self._again[node] = time.monotonic() + seconds
             if str(self.left_out.get(node)) != str(error):
                 log.warning("a node is left out: %s", one_line(error))
             self.left_out[node] = error
         return True
 
-    def _note(self, online: frozenset[int]) -> bool:
+    def _introduced(
+        self, node: int, reply: Message | Exception, before: Introduction | None
+    ) -> Introduction:
+        """What a node has said of itself: now, or `before`, when it has got more of the base."""
+        if before is None:
+            return _read(node, reply, read_info)
+        kept = _read(node, reply, read_kept)
+        base = self._admission.base
+        assert base is not None, "otherwise nothing was sent"
+        if kept < base.next(before.base):  # it would be sent the same without end
+            raise FedGPTError(f"client {before.info.id!r} does not keep the base weights")
+        return replace(before, base=kept)
+
+    def _note(self, online: frozenset[int]) -> None:
         for client, node in self._node.items():
             if (node in online) != (node in self._online):
                 log.info("client %s is %s", client, "online" if node in online else "offline")
-        returned = bool((online - self._online) & self._clients.keys())
+        self._unsure |= (online - self._online) & self._clients.keys()
         self._online = online
         for node in self.left_out.keys() - online:
             del self.left_out[node]
             self._again.pop(node, None)
-        return returned
 
-    def _enter(self, node: int, reply: Message | Exception) -> None:
-        """Let a node take part as the client that it says; raises FedGPTError if it cannot."""
-        answer = _answer(node, reply)
-        client, before = answer.info.id, self._node.get(answer.info.id)
+    def _enter(self, node: int, answer: Introduction) -> None:
+        """Let a node take part as the client that it says, when it has the base weights.
+
+        Raises FedGPTError if it cannot take part.
+        """
+        before = self._node.get(answer.info.id)
+        self._check(node, answer, before)
+        base = self._admission.base
+        if base is not None and answer.base < base.info.bytes:
+            log.info("client %s gets base weights from byte %d on", answer.info.id, answer.base)
+            self._getting[node] = answer
+            self._ask([Message(base.piece(answer.base), node, f"query.{ACTION}")])
+            return
+        if before is not None:
+            self._returned |= before not in self._online or before in self._unsure
+            del self._clients[before]
+        if (other := self._clients.get(node)) is not None:  # it was started as another client
+            del self._node[other.id]
+        self._unsure -= {before, node}
+        self._clients[node], self._node[answer.info.id] = answer.info, node
+        self.left_out.pop(node, None)
+        for name, version in versions().items():
+            if (theirs := answer.versions.get(name)) != version:
+                about = (answer.info.id, name, theirs, version)
+                log.warning(
+                    "client %s has %s %s, the server %s; the bits of its updates may differ", *about
+                )
+
+    def _check(self, node: int, answer: Introduction, before: int | None) -> None:
+        """Raise FedGPTError unless a node may take part; `before`: its client's node so far."""
+        client = answer.info.id
         if answer.protocol != PROTOCOL:
             raise FedGPTError(
                 f"client {client!r} speaks version {answer.protocol} of fedgpt's messages, this"
@@ -233,19 +305,6 @@ class Nodes:
             )
         if before is None:
             self._check_new(node, answer.info)
-        for name, version in versions().items():
-            if (theirs := answer.versions.get(name)) != version:
-                log.warning(
-                    "client %s has %s %s, the server %s; the bits of its updates may differ",
-                    client,
-                    name,
-                    theirs,
-                    version,
-                )
-        if before is not None:
-            del self._clients[before]
-        self._clients[node], self._node[client] = answer.info, node
-        self.left_out.pop(node, None)
 
     def _check_new(self, node: int, info: ClientInfo) -> None:
         """Raise FedGPTError unless a client that was not connected before may take part."""
@@ -297,16 +356,19 @@ def one_line(error: FedGPTError) -> str:
     return "; ".join(error.problems) if isinstance(error, ConfigError) else str(error)
 
 
-def _answer(node: int, reply: Message | Exception) -> Introduction:
+def _read(node: int, reply: Message | Exception, read: Callable[[Message], Read]) -> Read:
+    """What a node has answered; raises FedGPTError with the reason if it is no answer."""
     try:
         if isinstance(reply, Exception):
             raise reply
         if not reply.has_error():
-            return read_info(reply)
+            return read(reply)
         reason = reason_of(reply)
         if (seconds := refused_for(reply)) is not None:
-            raise SiteRefused(f"node {node}: {reason}", seconds)
-    except SiteRefused:
+            raise AskLater(f"node {node}: {reason}", seconds)
+        if away(reply):
+            raise AskLater(f"node {node} has gone away: {reason}", GONE_SECONDS)
+    except AskLater:
         raise
     except ConfigError as error:
         raise ConfigError(f"node {node}: {problem}" for problem in error.problems) from error

@@ -16,6 +16,7 @@ from fedgpt.core.messages import ClientInfo
 from fedgpt.core.options import RunOptions
 from fedgpt.core.transport import Transport
 from fedgpt.data.shards import check_text, text_changed, text_digest
+from fedgpt.flower.base_delivery import BaseDelivery
 from fedgpt.flower.finished import deliver
 from fedgpt.flower.grid_transport import GridTransport
 from fedgpt.flower.local_grid import LocalGrid
@@ -85,12 +86,16 @@ def _admission(options: RunOptions, text: assemble.RunText) -> Admission:
         return Admission(len(text.clients), text.prepared.digest)
     tokenizer, unit = text.prepared.tokenizer, options.privacy.unit
     assert options.pace.begin is not None, "checked with the options"
+    # without init_from each site makes the same base from the seed
+    sent = options.init_from is not None and text.base
+    base = BaseDelivery(text.base, tokenizer.digest) if sent else None
     return Admission(
         options.pace.begin,
         tokenizer.digest,
-        question_content(tokenizer.definition),
+        question_content(tokenizer.definition, base.info if base else None),
         tuple(text.clients),
         # the accounting of the server is for the clients of the start
         late=unit != "client",
         planned=unit == "example",
+        base=base,
     )

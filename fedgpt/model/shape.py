@@ -47,11 +47,23 @@ def count_parameters(options: ModelOptions, vocab_size: int) -> int:
 
 def count_trainable(options: ModelOptions, vocab_size: int) -> int:
     """Number of trainable parameters: elements of the flat vector, and of every update."""
+    frozen = frozen_shapes(options, vocab_size)
+    return count_parameters(options, vocab_size) - sum(map(math.prod, frozen.values()))
+
+
+def frozen_shapes(options: ModelOptions, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every parameter that is not trainable, sorted by name; a tied weight once.
+
+    >>> small = ModelOptions(n_layer=1, n_head=1, n_embd=2, trainable=["transformer.h.*"])
+    >>> list(frozen_shapes(small, vocab_size=5))[:2]
+    ['transformer.ln_f.bias', 'transformer.ln_f.weight']
+    """
     shapes = parameter_shapes(options, vocab_size)
-    names = {name for name in shapes if is_trainable([name], options.trainable)}
-    if options.tie and names & {"transformer.wte.weight", "lm_head.weight"}:
-        names = names - {"lm_head.weight"} | {"transformer.wte.weight"}
-    return sum(math.prod(shapes[name]) for name in names)
+    names = {name: [name] for name in shapes}
+    if options.tie:
+        names["transformer.wte.weight"] += names.pop("lm_head.weight")
+    frozen = [name for name in names if not is_trainable(names[name], options.trainable)]
+    return {name: shapes[name] for name in sorted(frozen)}
 
 
 def count_activations(options: ModelOptions, vocab_size: int) -> int:

@@ -17,16 +17,17 @@ from numpy.lib import format as npy
 
 from fedgpt.core.errors import UpdateRejected
 
+LONGEST_HEADER = 1 << 17  # bytes; numpy refuses headers that are longer than a tenth of that
 READERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
-def read_npy(data: bytes) -> np.ndarray:
+def read_npy(data: bytes | bytearray) -> np.ndarray:
     """Return the array in `data`, a read-only view; raises UpdateRejected and nothing else.
 
     >>> buffer = io.BytesIO(); np.save(buffer, np.arange(3)); read_npy(buffer.getvalue()).tolist()
     [0, 1, 2]
     """
-    stream = io.BytesIO(data)
+    stream = io.BytesIO(data[:LONGEST_HEADER])  # not all of it, which would be a copy
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # Python's parser warns about some malformed headers
@@ -45,9 +46,11 @@ def read_npy(data: bytes) -> np.ndarray:
             "size_mismatch", f"{left} bytes follow the header, which claims another number"
         )
     try:
-        return np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape)
+        found = np.frombuffer(data, dtype, offset=stream.tell()).reshape(shape)
     # a negative length, a bool, more axes than numpy allows, or elements of no bytes
     except (TypeError, ValueError) as error:
         raise UpdateRejected(
             "bad_encoding", f"no shape of an array ({type(error).__name__})"
         ) from error
+    found.flags.writeable = False
+    return found

@@ -1,34 +1,132 @@
-"""The text of a site in a private run: it stays as it was at the run's first job."""
+"""The text of a site: what it keeps in its folders, and what it removes again."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+import os
+import time
+from pathlib import Path
 
 import numpy as np
-from support.sites import write_text
+import pytest
+from support.sites import Texts, write_text
 
 from fedgpt.client.site import Site
-from fedgpt.client.texts import SiteText
-from fedgpt.core.files import SUMS, sums_of
+from fedgpt.client.texts import OF_RUN, SiteText
+from fedgpt.client.tidy import KEEP_SECONDS
+from fedgpt.config.compose import load
+from fedgpt.core.errors import PartMissing
 from fedgpt.core.messages import Job, Plan
-from fedgpt.core.options import CorpusOptions, RunOptions, TokenizerOptions
-from fedgpt.data.tokenizer import make_tokenizer
+from fedgpt.core.options import RunOptions, TokenizerOptions
+from fedgpt.data.tokenizer import Tokenizer, make_tokenizer
+from fedgpt.flower.site_config import site_of
+
+TOKENIZER = make_tokenizer(TokenizerOptions(name="bytes"), ())
+OTHER = make_tokenizer(TokenizerOptions(vocab_size=260), ["the herons by the river"] * 9)
 
 
-def test_an_entry_of_the_cache_with_a_tokenizer_that_cannot_be_read_is_made_again(tmp_path):
-    """Such as by another version of the library: its digests are right."""
-    write_text(tmp_path / "text", "ann", pages=8)
-    corpus = CorpusOptions(name="files", path=str(tmp_path / "text"), client="file")
-    site = Site("ann", corpus, str(tmp_path / "state"), str(tmp_path / "cache"))
-    options = RunOptions()
-    options.privacy = replace(options.privacy, unit="example")
-    text = SiteText(site, options)
-    text.introduce(make_tokenizer(TokenizerOptions(name="bytes"), []).definition)
-    plan = Plan("run", 2, 0, 32, 640, digests={"tokenizer": text.tokenizer.digest})
-    job = Job("ann", 0, 0, np.zeros(3, np.float32), plan)
-    first = text.of(job, 0)
-    (damaged,) = tmp_path.glob("cache/**/tokens.npy")
-    (damaged.parent / "tokenizer.json").write_text("{}")
-    (damaged.parent / SUMS).write_text(sums_of(damaged.parent))
-    again = SiteText(site, options).of(job, 0)
-    assert np.array_equal(first.tokens, again.tokens)
+@pytest.fixture
+def texts(tmp_path) -> Texts:
+    return Texts.write(tmp_path)
+
+
+def site(texts: Texts, name: str = "ann", **more: str) -> Site:
+    found = site_of({**texts.config(name), "cache-dir": str(texts.folder / "cache"), **more})
+    assert found is not None
+    return found
+
+
+def options(texts: Texts, *words: str) -> RunOptions:
+    return load(texts.at_sites(*words))
+
+
+def job(tokenizer: Tokenizer = TOKENIZER, run: str = "run") -> Job:
+    plan = Plan(run, 1, 0, 1, 1, digests={"tokenizer": tokenizer.digest})
+    return Job("ann", 0, 0, np.zeros(1, np.float32), plan)
+
+
+def entries(one: Site) -> set[str]:
+    return {path.name for path in (Path(one.cache_dir) / one.cache_name).glob("own-*")}
+
+
+def test_what_was_prepared_of_an_earlier_text_is_removed(texts):
+    one, others = site(texts), site(texts, "bob")
+    for each in (one, others):
+        SiteText(each, options(texts)).introduce(TOKENIZER.definition)
+    of_others, before = entries(others), entries(one)
+    mine = Path(one.cache_dir) / one.cache_name / "notes"
+    mine.mkdir()
+    text = SiteText(one, options(texts))
+    for page in (50, 60, 70):
+        write_text(texts.of("ann"), "ann", 1, first=page)
+        text.introduce(TOKENIZER.definition)
+        now = {name for name in entries(one) if not name.endswith(".lock")}
+        assert len(now) == 1 and not now & before and len(entries(one)) == 2
+        before = now
+    SiteText(one, options(texts)).introduce(OTHER.definition)
+    assert len([name for name in entries(one) if not name.endswith(".lock")]) == 2
+    assert entries(others) == of_others and mine.is_dir()
+
+
+@pytest.mark.parametrize("unit", ["example", "local"])
+def test_the_text_of_a_private_run_stays_as_long_as_its_state(texts, unit):
+    one = site(texts)
+    private = options(texts, f"privacy={unit}", "privacy.noise_multiplier=1")
+    text = SiteText(one, private)
+    text.introduce(TOKENIZER.definition)
+    first = text.of(job(), 0).tokens.copy()
+    write_text(texts.of("ann"), "ann", 1, first=50)
+    again = SiteText(one, private)  # as after a new start, for which the text is counted again
+    more = again.introduce(TOKENIZER.definition)
+    assert more > len(first) and np.array_equal(again.of(job(), 0).tokens, first)
+    (told,) = Path(one.runs).rglob(OF_RUN)
+    told.unlink()  # its owner deletes the state of the run
+    write_text(texts.of("ann"), "ann", 1, first=60)
+    again.introduce(TOKENIZER.definition)
+    assert len([name for name in entries(one) if not name.endswith(".lock")]) == 1
+
+
+def lose(path: Path) -> None:
+    path.unlink()
+
+
+def damage(path: Path) -> None:
+    path.write_text(path.read_text()[:-20])
+
+
+def exchange(path: Path) -> None:
+    path.write_text(OTHER.definition)
+
+
+@pytest.mark.parametrize("harm", [lose, damage, exchange])
+def test_a_tokenizer_that_is_gone_is_reported_and_comes_back_with_the_question(texts, harm):
+    one = site(texts)
+    SiteText(one, options(texts)).introduce(TOKENIZER.definition)
+    (path,) = Path(one.state_dir).glob("tokenizers/*/tokenizer.json")
+    harm(path)
+    text = SiteText(one, options(texts))
+    with pytest.raises(PartMissing, match="has the run's tokenizer no more, or it is damaged"):
+        text.of(job(), 0)
+    text.introduce(TOKENIZER.definition)
+    assert len(text.of(job(), 0).tokens)
+    assert SiteText(one, options(texts)).of(job(), 0)
+
+
+def test_tokenizers_that_no_run_has_used_for_a_month_go(texts):
+    one = site(texts)
+    for tokenizer in (TOKENIZER, OTHER):
+        SiteText(one, options(texts)).introduce(tokenizer.definition)
+    folder = Path(one.state_dir) / "tokenizers"
+    third, mine = folder / ("0" * 16), folder / "mine"
+    for each in (third, mine):
+        each.mkdir()
+        (each / "tokenizer.json").write_text("{}")
+    (third / "notes.txt").write_text("of the owner")
+    before = time.time() - KEEP_SECONDS - 60
+    for path in folder.glob("*/*"):
+        os.utime(path, (before, before))
+    text = SiteText(one, options(texts))
+    text.of(job(OTHER), 0)  # it is in use again
+    text.introduce(TOKENIZER.definition)
+    left = {str(path.relative_to(folder)) for path in folder.glob("*/*")}
+    wanted = {f"{one.digest}/tokenizer.json" for one in (TOKENIZER, OTHER)}
+    assert left == wanted | {f"{third.name}/notes.txt", "mine/tokenizer.json"}

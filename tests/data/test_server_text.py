@@ -145,13 +145,8 @@ SITE_REMEDIES = {
     "fleet=constant": ("simulates clients, and those of corpus=site are real", "", ["fleet=none"]),
     "attack=sign_flip": ("only for simulated clients", "", []),
     "checkpoint.journal=false": ("corpus=site needs the journal", "leave it out", []),
-    "model.trainable=[head]": (
-        "with corpus=site the clients have no init_from=",
-        "leave one of both out",
-        [],
-    ),
 }
-WITH = {"attack=sign_flip": ["attack.clients=1"], "model.trainable=[head]": ["init_from=x"]}
+WITH = {"attack=sign_flip": ["attack.clients=1"]}
 
 
 @pytest.mark.parametrize("typed", SITE_REMEDIES)

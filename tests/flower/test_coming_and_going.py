@@ -85,7 +85,7 @@ WRONG = {
     "options that it refuses": (refusal_content(["model.n_layer=9: no"]), "model.n_layer=9: no"),
     "an earlier version of the messages": (
         RecordDict({**client("eve"), "who": ConfigRecord({"id": "eve", "digest": "digest"})}),
-        "client 'eve' speaks version 0 of fedgpt's messages, this server version 1;",
+        "client 'eve' speaks version 0 of fedgpt's messages, this server version 2;",
     ),
     "another's name": (client("ann"), "says that it is client 'ann', as node"),
 }
@@ -185,7 +185,12 @@ def test_the_job_of_a_client_that_goes_away_is_sent_again_when_it_is_back(link, 
     assert made.receive(0.5) == []
     connections["ann"].heartbeat()
     again = []
-    in_thread(lambda: again.append(work(connections["ann"])))
+
+    def come_back() -> None:
+        answer(connections["ann"], client("ann"))
+        again.append(work(connections["ann"]))
+
+    in_thread(come_back)
     (reply,) = replies(made, 1)
     assert (reply.client, reply.number, reply.error) == ("ann", 0, "")
     assert made.available("ann") and (again[0].number, again[0].client) == (first.number, "ann")
@@ -215,6 +220,7 @@ def test_a_job_that_was_given_up_is_not_sent_again(link, transport):
         made.receive(0.1)
     made.abandon([("ann", 0)])
     connections["ann"].heartbeat()
+    in_thread(lambda: answer(connections["ann"], client("ann")))
     deadline, found = time.monotonic() + 2, []
     while time.monotonic() < deadline:
         found += made.receive(0.2)
@@ -253,7 +259,13 @@ def test_a_client_that_comes_back_ends_the_wait_for_replies(link, transport):
     while made.available("ann"):
         made.receive(0.1)
     made.send([job("bob")])
-    in_thread(lambda: (time.sleep(1), connections["ann"].heartbeat()))
+
+    def come_back() -> None:
+        time.sleep(1)
+        connections["ann"].heartbeat()
+        answer(connections["ann"], client("ann"))
+
+    in_thread(come_back)
     began = time.monotonic()
     assert made.receive(60.0) == [] and time.monotonic() - began < 30
     assert made.available("ann")
@@ -272,3 +284,61 @@ def test_a_client_may_come_back_as_another_node(link, transport, caplog):
     made.send([job("ann")])
     in_thread(lambda: work(restarted))
     assert [reply.client for reply in replies(made, 1)] == ["ann"]
+
+
+def test_a_client_that_was_away_is_asked_again_before_its_next_job(link, transport, caplog):
+    """Its program may be another one now; it keeps its place."""
+    made, connections = joined(link, transport, "ann", "bob")
+    ann = connections["ann"]
+    link.lose(ann._node.node_id)
+    while made.available("ann"):
+        made.receive(0.1)
+    made.send([job("ann")])  # it waits
+    ann.heartbeat()
+    while (question := ann.receive()) is None:
+        assert made.receive(0.1) == []
+    assert question.metadata.message_type == "query" and not made.available("ann")
+    upgraded = client("ann")
+    upgraded["versions"] = ConfigRecord({"fedgpt": "0.0.1", "torch": "1.0"})
+    send(ann, Message(upgraded, reply_to=question))
+    in_thread(lambda: work(ann))
+    (reply,) = replies(made, 1)
+    assert (reply.client, reply.number, reply.error) == ("ann", 0, "")
+    assert "client ann has fedgpt 0.0.1, the server " in caplog.text
+    assert made.newcomers() == []
+
+
+def test_a_client_that_comes_back_with_another_program_waits_for_the_right_one(
+    link, transport, caplog, monkeypatch
+):
+    monkeypatch.setattr(nodes, "ASK_AGAIN_SECONDS", 0.5)
+    made, connections = joined(link, transport, "ann")
+    ann = connections["ann"]
+    link.lose(ann._node.node_id)
+    while made.available("ann"):
+        made.receive(0.1)
+    ann.heartbeat()
+    in_thread(lambda: (answer(ann, client("ann", "other")), answer(ann, client("ann"))))
+    while "prepared other data" not in caplog.text:
+        assert made.receive(0.1) == [] and not made.available("ann")
+    while not made.available("ann"):
+        made.receive(0.1)
+
+
+def test_a_node_that_comes_back_as_another_client_is_not_sent_the_jobs_of_the_first(
+    link, transport
+):
+    """As a SuperNode that is started again with another partition-id and the same key."""
+    made, connections = joined(link, transport, "ann", "bob")
+    for name in ("ann", "bob"):
+        link.lose(connections[name]._node.node_id)
+        while made.available(name):
+            made.receive(0.1)
+    connections["ann"].heartbeat()
+    in_thread(lambda: answer(connections["ann"], client("bob")))
+    while not made.available("bob"):
+        assert made.receive(0.2) == []
+    assert not made.available("ann")
+    made.send([job("bob")])
+    in_thread(lambda: work(connections["ann"]))
+    assert [reply.client for reply in replies(made, 1)] == ["bob"]

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Error, Message, MessageType, MetricRecord, RecordDict
 from flwr.app.message import make_message
 from flwr.common.constant import ErrorCode
 from flwr.supercore.task_identity import TaskIdentity
@@ -320,7 +320,12 @@ def test_a_client_that_comes_and_goes_is_not_waited_for_without_a_bound(monkeypa
     made.clients(timeout=1)
     clock = next(seconds)
     monkeypatch.setattr(made, "now", lambda: clock)
-    monkeypatch.setattr(grid, "push_messages", lambda messages: Grid.push_messages(grid, messages))
+
+    def push(messages: list[Message]) -> list[str]:
+        asked = messages[0].metadata.message_type == MessageType.QUERY
+        return (Asked if asked else Grid).push_messages(grid, messages)
+
+    monkeypatch.setattr(grid, "push_messages", push)
     grid.codes[7] = [ErrorCode.NODE_UNAVAILABLE] * 9
     made.send([job("a")])
     found = []
@@ -329,6 +334,7 @@ def test_a_client_that_comes_and_goes_is_not_waited_for_without_a_bound(monkeypa
         found += made.receive(0.0)
         clock = next(seconds)
         grid.contents = here
+        found += made.receive(0.0)  # it is asked again who it is
         found += made.receive(0.0)
     assert [reply.code for reply in found] == ["offline"]
     assert clock == 240 and len(grid.pushed) == 4, "three times it came back in 180 seconds"

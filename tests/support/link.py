@@ -8,7 +8,7 @@ import asyncio
 import json
 import socket
 from base64 import b64encode
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from ipaddress import ip_address
@@ -37,6 +37,7 @@ from fedgpt.flower.deploy import inner
 from fedgpt.flower.deploy.guard import PATHS, Guard
 from fedgpt.flower.deploy.limits import Record
 from fedgpt.flower.deploy.registration import register
+from fedgpt.flower.deploy.waiting import Bell
 
 PROTOBUF = b"application/protobuf"
 
@@ -184,7 +185,8 @@ class Fleet:
     def __init__(self, folder: Path, reply_objects: int = 64):
         self.sites = [Site("north"), Site("south")]
         self.approved = {site.name: site.public for site in self.sites}
-        self.app = inner.flower_app(folder, b"secret")
+        self.bell = Bell()
+        self.app = inner.flower_app(folder, b"secret", self.bell)
         self.state = self.app.state.linkstate_factory.state()
         register(self.state, self.approved)
         self.lines: list[dict[str, Any]] = []
@@ -236,15 +238,24 @@ class Fleet:
 
     def job(self, site: Site, array: np.ndarray) -> Message:
         """Put a job for a site into the link state, as the ServerApp does."""
+        message, send = self.announced(site, array)
+        send()
+        return message
+
+    def announced(self, site: Site, array: np.ndarray) -> tuple[Message, Callable[[], None]]:
+        """A job that a site is told of, and a function that puts its objects there."""
         self.state.acknowledge_task_heartbeat(self.task)  # else the run ends after a minute
         content = RecordDict({"arrays": ArrayRecord([array])})
         message = Message(content, self.node(site), "train")
         message.metadata.__dict__["_message_id"] = message.object_id
         session = self.state.start_session(self.run_id)
         self.state.store_message_and_object_tree(message, get_object_tree(message), session)
-        for key, one in get_all_nested_objects(message).items():
-            self.state.store_object(self.run_id, session, key, one.deflate())
-        return message
+
+        def send() -> None:
+            for key, one in get_all_nested_objects(message).items():
+                self.state.store_object(self.run_id, session, key, one.deflate())
+
+        return message, send
 
     def activate(self, site: Site) -> Answer:
         request = ActivateNodeRequest(public_key=site.public, heartbeat_interval=30)
@@ -289,15 +300,21 @@ class Fleet:
 
 
 async def call(
-    app: Any, path: str, headers: list[tuple[bytes, bytes]], body: Iterable[bytes], **scope: Any
+    app: Any,
+    path: str,
+    headers: list[tuple[bytes, bytes]],
+    body: Iterable[bytes],
+    stays: bool = False,
+    **scope: Any,
 ) -> Answer:
-    """One request to an ASGI application."""
+    """One request to an ASGI application; the client goes away after it unless it `stays`."""
     pieces, taken, events = iter(body), 0, []
     upcoming = next(pieces, None)
 
     async def receive() -> dict[str, Any]:
         nonlocal taken, upcoming
         if upcoming is None:
+            await (asyncio.Event().wait() if stays else asyncio.sleep(0))
             return {"type": "http.disconnect"}
         piece, upcoming = upcoming, next(pieces, None)
         taken += len(piece)

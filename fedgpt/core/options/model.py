@@ -58,8 +58,8 @@ class ModelOptions(Group):
         [],
         "Names of the parameters that are trained, with * for any characters, such as"
         " [transformer.h.3.*,lm_head.*]. The other parameters keep their initial values from"
-        " init_from or the seed, and are never sent. An empty list means that all parameters are"
-        " trained.",
+        " init_from or the seed, and are in no job and no update. An empty list means that all"
+        " parameters are trained.",
     )
 
     def rules(self) -> Iterator[str]:

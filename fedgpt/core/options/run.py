@@ -205,12 +205,6 @@ class RunOptions(Group):
                 "checkpoint.journal=false: corpus=site needs the journal, in which the clients that"
                 " join are recorded; leave it out"
             )
-        if self.init_from is not None and self.model.trainable:
-            yield (
-                f"model.trainable={self.model.trainable}: with corpus=site the clients have no"
-                f" init_from={self.init_from}, which contains the frozen weights; leave one of both"
-                " out"
-            )
 
 
 def _values_of(name: str, node: Any) -> Iterator[Any]:

@@ -6,6 +6,9 @@ each of which is a request of its own.
 
 from __future__ import annotations
 
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,26 +29,19 @@ from flwr.proto.message_pb2 import (
     ConfirmMessageReceivedRequest,
     Metadata,
     ObjectTree,
+    PullObjectRequest,
     PushObjectRequest,
 )
 from flwr.proto.node_pb2 import Node
 from flwr.proto.run_pb2 import GetRunRequest
-from flwr.supercore.inflatable.inflatable_object import (
-    InflatableObject,
-    get_all_nested_objects,
-    get_object_tree,
-    iterate_object_tree,
-    no_object_id_recompute,
-)
-from flwr.supercore.inflatable.inflatable_protobuf_utils import make_pull_object_fn_protobuf
-from flwr.supercore.inflatable.inflatable_utils import (
-    inflate_object_from_contents,
-    pull_objects,
-)
+from flwr.supercore.inflatable.inflatable_object import InflatableObject
+from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from fedgpt.flower.objects import AT_ONCE, in_order, put_together, taken_apart
 
 # statuses of a server that is overloaded, restarts or fails once, or got a body too slowly
 PASSING = (408, 429, 500, 502, 503, 504)
@@ -87,6 +83,7 @@ class FleetConnection:
         self._key, self._root_certificates = key, root_certificates
         self._public_key = public_key_to_bytes(key.public_key())
         self._node = Node()
+        self._executor = ThreadPoolExecutor(AT_ONCE, "objects")
         # the message that is being read: about it, and its objects
         self._handed: tuple[Metadata, ObjectTree] | None = None
         self._client = self._new_client(address)
@@ -143,65 +140,73 @@ class FleetConnection:
         return message
 
     def _read(self, metadata: Metadata, tree: ObjectTree) -> Message:
-        # the server may still be sending them
-        contents = pull_objects(
-            [one.object_id for one in iterate_object_tree(tree)],
-            make_pull_object_fn_protobuf(self._client.PullObject, self._node, metadata.run_id),
-            max_time=PULL_SECONDS,
-            max_tries_per_object=None,
-            initial_backoff=SHORTEST_PAUSE,
-            backoff_cap=LONGEST_PAUSE,
-        )
-        message_id = metadata.message_id
+        ended = threading.Event()
+        deadline = time.monotonic() + PULL_SECONDS
+
+        def pulled(object_id: str) -> bytes:
+            """The content of an object, which the server may still be sending."""
+            wanted = PullObjectRequest(node=self._node, run_id=metadata.run_id, object_id=object_id)
+            pause = SHORTEST_PAUSE
+            while not (found := self._client.PullObject(wanted)).object_available:
+                if not found.object_found or time.monotonic() > deadline or ended.wait(pause):
+                    raise ObjectPullError(object_id, "the server does not send it")
+                pause = min(LONGEST_PAUSE, 2 * pause)
+            return found.object_content
+
+        try:
+            message = put_together(tree, lambda ids: in_order(self._executor, pulled, ids))
+        finally:
+            ended.set()
         self._client.ConfirmMessageReceived(
             ConfirmMessageReceivedRequest(
-                node=self._node, run_id=metadata.run_id, message_object_id=message_id
+                node=self._node, run_id=metadata.run_id, message_object_id=metadata.message_id
             )
         )
-        message = inflate_object_from_contents(message_id, contents)
-        if not isinstance(message, Message):
-            raise TypeError(f"a {type(message).__name__} in place of a message")
-        message.metadata.__dict__["_message_id"] = message_id
         return message
 
     def announce(self, reply: Message, seconds: float) -> Upload:
         """Tell the SuperLink of a reply that took `seconds`, and learn what to upload."""
-        with no_object_id_recompute():
-            reply.metadata.__dict__["_message_id"] = reply.object_id
-            objects, tree = get_all_nested_objects(reply), get_object_tree(reply)
-            about = remove_content_from_message(reply) if reply.has_content() else reply
-            answer = self._client.PushMessages(
-                PushMessagesRequest(
-                    node=self._node,
-                    messages_list=[message_to_proto(about)],
-                    message_object_trees=[tree],
-                    clientapp_runtime_list=[seconds],
-                )
+        tree, objects = taken_apart(reply)
+        about = remove_content_from_message(reply) if reply.has_content() else reply
+        answer = self._client.PushMessages(
+            PushMessagesRequest(
+                node=self._node,
+                messages_list=[message_to_proto(about)],
+                message_object_trees=[tree],
+                clientapp_runtime_list=[seconds],
             )
-        wanted = {object_id: objects[object_id] for object_id in answer.objects_to_push}
+        )
+        asked = set(answer.objects_to_push)
+        wanted = {object_id: one for object_id, one in objects.items() if object_id in asked}
         return Upload(reply.metadata.run_id, answer.session_id, wanted)
 
-    def upload(self, upload: Upload) -> bool:
-        """Send the next object of an announced reply; whether there was one.
+    def upload(self, upload: Upload, at_once: int = AT_ONCE) -> bool:
+        """Send the next objects of an announced reply; whether there were any.
 
-        Raises UploadEnded if the SuperLink does not want it any more. After any other error the
-        same object is sent again by the next call.
+        Raises UploadEnded if the SuperLink does not want them any more. After any other error the
+        objects that were not stored are sent again by the next call.
         """
-        for object_id, one in upload.objects.items():
+        some = list(upload.objects)[:at_once]
+
+        def send(object_id: str) -> None:
             answer = self._client.PushObject(
                 PushObjectRequest(
                     node=self._node,
                     run_id=upload.run_id,
                     session_id=upload.session_id,
                     object_id=object_id,
-                    object_content=one.deflate(),
+                    object_content=upload.objects[object_id].deflate(),
                 )
             )
             if not answer.stored:
                 raise UploadEnded
             del upload.objects[object_id]
-            return True
-        return False
+
+        under_way = [self._executor.submit(send, object_id) for object_id in some]
+        wait(under_way)  # also after an error: an object that is sent twice counts as not wanted
+        for one in under_way:
+            one.result()
+        return bool(some)
 
     def run_config(self, run_id: int) -> dict[str, Any]:
         """The options that a run was submitted with; its code is not asked for."""
@@ -214,4 +219,5 @@ class FleetConnection:
 
     def close(self) -> None:
         """Close the connection without a word to the SuperLink."""
+        self._executor.shutdown(cancel_futures=True)
         self._client.close()

@@ -39,7 +39,7 @@ LARGEST_ARRAY = 1 << 16  # bytes of the description of an array; its values are 
 AWAY_SECONDS = 600.0  # a node without a request for so long is forgotten
 IN_FLIGHT = 8  # requests of a node at the same time; Flower's own node has at most 4
 # Requests of a node: so many a second, and at once so many and a message each way. A node that
-# polls 20 times a second and moves 2 objects at a time stays below.
+# polls 20 times a second and moves 4 objects at a time stays below.
 REQUESTS_PER_SECOND, REQUESTS = 200.0, 1000
 WAIT_SECONDS = 1.0  # for which a request above these limits waits before it is refused
 

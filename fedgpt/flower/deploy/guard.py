@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping
 from email.utils import formatdate
 from typing import Any
 
 from flwr.proto.fleet_pb2 import PullMessagesResponse, PushMessagesResponse
+from flwr.proto.message_pb2 import PullObjectResponse
 from flwr.supercore.error import ApiErrorCode
 from flwr.supercore.protobuf.constants import PROTOBUF_MEDIA_TYPE
 from flwr.supercore.protobuf.translation import PROTOBUF_REQUEST_TYPES
@@ -23,11 +24,8 @@ from google.protobuf.message import DecodeError, Message
 from fedgpt.flower.deploy.credentials import authenticate
 from fedgpt.flower.deploy.exchange import AWAY_SECONDS, Exchange, Repeats
 from fedgpt.flower.deploy.limits import Addresses, Record, Refused, network_of
+from fedgpt.flower.deploy.waiting import App, Bell, Event, Receive, Send, Wish, let_wait, replayed
 
-Event = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Event]]
-Send = Callable[[Event], Awaitable[None]]
-App = Callable[[Event, Receive, Send], Awaitable[None]]
 Sites = Callable[[], Mapping[str, bytes]]
 
 FLEET = "/v1/fleet/"
@@ -53,6 +51,8 @@ NOTED = {
     "pull-messages": PullMessagesResponse,
     "push-messages": PushMessagesResponse,
 }
+# the answer for an object that the server is still sending
+NOT_YET = PullObjectResponse(object_found=True).SerializeToString()
 # a body ends after so many seconds at the latest, as an upload of Flower's, or after a pause
 BODY_SECONDS, PAUSE_SECONDS = 180.0, 20.0
 LOOK_SECONDS = 60.0  # between two looks which nodes are away
@@ -65,10 +65,13 @@ class Guard:
     most `reply_objects` objects (chunks of 5 MiB, and about 16), equal ones counted each.
     """
 
-    def __init__(self, app: App, sites: Sites, record: Record, reply_objects: int):
+    def __init__(
+        self, app: App, sites: Sites, record: Record, reply_objects: int, bell: Bell | None = None
+    ):
+        """`bell` rings for what the app stores; without it no request waits."""
         self.addresses, self.record = Addresses(), record
         self._app, self._sites, self._most = app, sites, reply_objects
-        self._repeats = Repeats()
+        self._repeats, self._bell = Repeats(), bell
         self._nodes: dict[bytes, Exchange] = {}
         self._looked = time.monotonic()
 
@@ -94,7 +97,13 @@ class Guard:
                     await _answer_again(send, lost)
                     return
                 inner = _inner_scope(scope, headers, len(body))
-                await self._app(inner, _replayed(body, receive), _noting(node, what, request, send))
+                noting = _noting(node, what, request, send)
+                wish = _wish(what, request)
+                if wish is None or self._bell is None:
+                    await self._app(inner, replayed(body, receive), noting)
+                    return
+                for event in await let_wait(self._app, inner, body, receive, self._bell, wish):
+                    await noting(event)
         except Refused as refused:
             self.record.add(refused, address, name, scope["path"])
             if name is None and not self.addresses.refused(address):
@@ -190,6 +199,16 @@ def parsed(what: str, body: bytes) -> Message:
     return request
 
 
+def _wish(what: str, request: Any) -> Wish | None:
+    """What a request waits for, if it may."""
+    match what:
+        case "pull-messages":
+            return Wish(request.node.node_id, b"")
+        case "pull-object":
+            return Wish(request.object_id, NOT_YET)
+    return None
+
+
 def _inner_scope(scope: Event, headers: Mapping[str, str], length: int) -> Event:
     """What Flower sees: only headers that it needs, so that none can mean something else to it."""
     kept = [(name, value) for name, value in headers.items() if name.startswith("flwr-")]
@@ -197,16 +216,6 @@ def _inner_scope(scope: Event, headers: Mapping[str, str], length: int) -> Event
     state = {key: value for key, value in scope.get("state", {}).items() if key != "connection"}
     raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in kept]
     return {**scope, "headers": [*raw, (b"host", b"superlink")], "state": state}
-
-
-def _replayed(body: bytes, receive: Receive) -> Receive:
-    """A receive that gives the whole body first, and then what follows it: the disconnect."""
-    events = [{"type": "http.request", "body": body, "more_body": False}]
-
-    async def replay() -> Event:
-        return events.pop() if events else await receive()
-
-    return replay
 
 
 def _noting(node: Exchange, what: str, request: Message, send: Send) -> Send:

@@ -16,21 +16,17 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
-from datetime import timedelta
 from pathlib import Path
 from subprocess import Popen
 from typing import Any
 
 from fastapi import FastAPI
 from flwr.common.constant import ISOLATION_MODE_PROCESS, TRANSPORT_TYPE_GRPC_RERE
-from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
-from flwr.supercore.date import now
-from flwr.supercore.state.schema.corestate_models import Task
+from flwr.supercore.constant import FLWR_IN_MEMORY_DB_NAME
 from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
-from sqlalchemy import update
 from sqlalchemy.exc import SQLAlchemyError
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
@@ -39,14 +35,20 @@ from fedgpt.core.errors import FedGPTError
 from fedgpt.core.files import PRIVATE
 from fedgpt.flower.deploy import keeper
 from fedgpt.flower.deploy.database import bring_up_to_date
-from fedgpt.flower.deploy.guard import App, Event, Receive, Send
+from fedgpt.flower.deploy.guard import read_body
+from fedgpt.flower.deploy.limits import Refused
+from fedgpt.flower.deploy.link_state import LinkState
 from fedgpt.flower.deploy.listener import http_config
+from fedgpt.flower.deploy.objects_in_files import ObjectsInFiles
+from fedgpt.flower.deploy.waiting import REPLY, App, Bell, Event, Receive, Send, Wish, let_wait
 from fedgpt.flower.launch import FLOWER_ENV
 
 CONTROL, RUNTIME = ("/v1/control/", "/health"), ("/v1/runtime/",)
+REPLIES = "/v1/runtime/pull-messages"
+LONGEST_QUESTION = 8 << 20  # bytes of the ids of the messages whose replies are asked for
 LONGEST_SOCKET = 100  # bytes of the path of a unix socket
 CONTROL_SOCKET = "control.sock"
-START_SECONDS = 300.0  # for a ServerApp to start
+DATABASE, OBJECTS = "link.db", "link.objects"  # in the server's folder
 CLOSE_SECONDS = 1.0  # for answers that are under way when the link stops
 _LOOPBACK = "127.0.0.1"
 _TCP = Path("/proc/self/net/tcp")
@@ -54,8 +56,10 @@ _TCP = Path("/proc/self/net/tcp")
 _OPENINGS = ("FLWR_INTERNAL_GRPC_CONTROL_API", "FLWR_INTERNAL_GRPC_FLEET_API")
 
 
-def flower_app(folder: Path, secret: bytes) -> FastAPI:
+def flower_app(folder: Path, secret: bytes, bell: Bell | None = None) -> FastAPI:
     """Flower's SuperLink with its state in the folder; its tasks are for who has the secret.
+
+    The bell rings for each message and object that it stores.
 
     In its other isolation mode Flower ignores the secret and gives a task to whoever asks. Raises
     FedGPTError for a damaged database.
@@ -82,57 +86,56 @@ def flower_app(folder: Path, secret: bytes) -> FastAPI:
         ssl_ca_certfile=None,
         ssl_certfile=None,
         ssl_keyfile=None,
-        database=str(folder / "link.db"),
+        database=FLWR_IN_MEMORY_DB_NAME,  # replaced below
         isolation=ISOLATION_MODE_PROCESS,
         runtime_dependency_install=False,
     )
+    app, bell = create_app(config, SuperLinkLifespan), bell or Bell()
+    factory, database = app.state.linkstate_factory, folder / DATABASE
+    objects = ObjectsInFiles(folder / OBJECTS, bell)
     try:
-        bring_up_to_date(Path(config.database))
-        app = create_app(config, SuperLinkLifespan)
-        _give_time_to_start(app.state.linkstate_factory.state())
-        return app
+        bring_up_to_date(database)
+        state = LinkState(database, factory.federation_manager, objects, bell)
     except (SQLAlchemyError, sqlite3.Error) as damage:
         raise FedGPTError(
-            f"{config.database} cannot be used: {damage.__class__.__name__}; move it away, with"
+            f"{database} cannot be used: {damage.__class__.__name__}; move it away, with"
             " the files beside it of the same name, to begin with a new one"
         ) from None
-
-
-def _give_time_to_start(state: SqlLinkState) -> None:
-    """Let a ServerApp have START_SECONDS from its claim of a task to its first word.
-
-    Flower gives it 30, and then starts another one beside it. On a slow or busy machine no
-    ServerApp would ever begin, and each would make the machine slower.
-    """
-    claim = state.claim_task
-
-    def patient_claim(task_id: int) -> str | None:
-        token = claim(task_id)
-        if token is not None:
-            until = now() + timedelta(seconds=START_SECONDS)
-            with state.session() as session:
-                claimed = update(Task).where(Task.token == token)
-                session.execute(claimed.values(active_until=until))
-        return token
-
-    state.claim_task = patient_claim
+    factory.objectstore_factory.store_instance, factory.state_instance = objects, state
+    return app
 
 
 class Only:
-    """An application of which the paths with one of the beginnings are served; others get 403."""
+    """An application of which the paths with one of the beginnings are served; others get 403.
 
-    def __init__(self, app: App, beginnings: tuple[str, ...]):
-        self._app, self._beginnings = app, beginnings
+    With a bell, a question for replies waits for the next one.
+    """
+
+    def __init__(self, app: App, beginnings: tuple[str, ...], bell: Bell | None = None):
+        self._app, self._beginnings, self._bell = app, beginnings, bell
 
     async def __call__(self, scope: Event, receive: Receive, send: Send) -> None:
         """Answer one request."""
         path = scope["path"]
-        if path.startswith(self._beginnings) and scope["raw_path"] == path.encode():
+        if not path.startswith(self._beginnings) or scope["raw_path"] != path.encode():
+            await _refuse(send, 403)
+        elif path != REPLIES or self._bell is None:
             await self._app(scope, receive, send)
-            return
-        headers = [(b"content-length", b"0"), (b"connection", b"close")]
-        await send({"type": "http.response.start", "status": 403, "headers": headers})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        else:
+            try:
+                body = await read_body(receive, LONGEST_QUESTION)
+            except Refused as refused:
+                await _refuse(send, refused.status)
+                return
+            wish = Wish(REPLY, b"")
+            for event in await let_wait(self._app, scope, body, receive, self._bell, wish):
+                await send(event)
+
+
+async def _refuse(send: Send, status: int) -> None:
+    headers = [(b"content-length", b"0"), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 class OwnUser(H11Protocol):

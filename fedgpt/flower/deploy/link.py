@@ -43,6 +43,7 @@ from fedgpt.flower.deploy.keys import sites as approved_sites
 from fedgpt.flower.deploy.limits import Record
 from fedgpt.flower.deploy.listener import Listener
 from fedgpt.flower.deploy.registration import register, stop_old_runs
+from fedgpt.flower.deploy.waiting import Bell
 from fedgpt.flower.nodes import NODES_FILE
 
 POLL_SECONDS = 1.0  # between two looks at the list of sites, the certificate and the child
@@ -103,13 +104,14 @@ async def serve(settings: Settings) -> None:
     os.environ[NODES_FILE] = str(folder / NODES)
     # before the files are read, so that no change is missed
     list_changed, files_changed = _watch(folder / SITES), _watch(*settings.files or ())
-    app = inner.flower_app(folder, secret)
+    bell = Bell()
+    app = inner.flower_app(folder, secret, bell)
     link_state = app.state.linkstate_factory.state()
     stop_old_runs(link_state)
     sites = Sites(folder, link_state)
     async with AsyncExitStack() as stack:
         record = Record(stack.enter_context(_audit(folder)))
-        guard = Guard(app, lambda: sites.keys, record, settings.reply_objects)
+        guard = Guard(app, lambda: sites.keys, record, settings.reply_objects, bell)
         state = dict(await stack.enter_async_context(app.router.lifespan_context(app)) or {})
         listener = _new_listener(guard, settings.files, state)
         # first: whoever is answered on the control socket may rely on the port
@@ -118,7 +120,7 @@ async def serve(settings: Settings) -> None:
         control = inner.control_socket(folder / inner.CONTROL_SOCKET)
         stack.callback((folder / inner.CONTROL_SOCKET).unlink, missing_ok=True)
         for paths, one in ((inner.RUNTIME, runtime), (inner.CONTROL, control)):
-            await stack.enter_async_context(inner.served(inner.Only(app, paths), one, state))
+            await stack.enter_async_context(inner.served(inner.Only(app, paths, bell), one, state))
         port = runtime.getsockname()[1]
         starter = await stack.enter_async_context(inner.superexec(folder, port, secret))
         where = f"port {listener.port}{' without TLS' if settings.insecure else ''}"

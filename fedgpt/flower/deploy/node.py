@@ -97,6 +97,7 @@ class PersistentNode:
     def _answer_messages(self, node: int) -> None:
         pause = SHORTEST
         while not self._stopped.is_set():
+            asked = time.monotonic()
             try:
                 message = self._persist(self._connection.receive)
             except httpx.HTTPStatusError as error:
@@ -109,8 +110,8 @@ class PersistentNode:
             except Exception as error:  # any, for a message that cannot be read: it is gone
                 log.warning("a message cannot be read (%s)", type(error).__name__)
                 continue
-            if message is None:
-                self._stopped.wait(pause)
+            if message is None:  # a guard of this package has let the question wait
+                self._stopped.wait(pause - (time.monotonic() - asked))
                 pause = min(LONGEST, 1.1 * pause)
                 continue
             pause = SHORTEST

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import io
 import mmap
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord
-from flwr.common.constant import SType
+from flwr.app.message.arraychunk import ArrayChunk
+from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE, SType
+from numpy.lib import format as npy
 
 ALIGN = 64  # alignment of offsets in bytes: a cache line, which suits every vector load
 
@@ -96,7 +99,7 @@ def _seal(descriptor: int) -> None:
 class NdArray(Array):
     """A Flower Array around an ndarray, which is never copied; treat it as read-only.
 
-    The bytes of np.save (`data`) are made when they are first asked for. Over a SuperLink it is
+    The bytes of np.save (`data`) are made only when they are asked for. Over a SuperLink it is
     sent as a plain Array, because the receiver looks up the class by its name; over Ray as an
     NdArray. Insert it with `record[key] = NdArray(a)` or use `array_record`: `ArrayRecord({...})`
     would build plain Arrays and serialise them at once.
@@ -116,13 +119,16 @@ class NdArray(Array):
     @property
     def data(self) -> bytes:  # type: ignore[override]  # a field in the base class, computed here
         """The bytes of np.save."""
-        return self._plain.data
+        return b"".join(_npy(self.numpy()))
 
     @property
     def _plain(self) -> Array:
-        """The same array as Flower's own class, made once."""
+        """The same array as Flower's own class, made once; its chunks are views of this array."""
         if "_plain" not in self.__dict__:
-            self.__dict__["_plain"] = Array.from_numpy_ndarray(self.numpy())
+            plain = Array(self.dtype, self.shape, self.stype, b"")
+            chunks = map(ArrayChunk, _chunks(self.numpy()))
+            plain.__dict__["_chunks"] = [(chunk.object_id, chunk) for chunk in chunks]
+            self.__dict__["_plain"] = plain
         return self.__dict__["_plain"]
 
     def deflate(self) -> bytes:
@@ -202,6 +208,23 @@ def attach(memory: Memory, specs: Sequence[Mapping[str, Any]]) -> list[Array]:
         else:
             arrays.append(NdArray(part.view(spec["dtype"]).reshape(shape)))
     return arrays
+
+
+def _npy(array: np.ndarray) -> tuple[memoryview, memoryview]:
+    """The header and the values of an array as np.save writes them; the values are a view."""
+    array = np.ascontiguousarray(array).reshape(array.shape)
+    header = io.BytesIO()
+    npy.write_array_header_1_0(header, npy.header_data_from_array_1_0(array))
+    return header.getbuffer(), array.reshape(-1).view(np.uint8).data
+
+
+def _chunks(array: np.ndarray) -> Iterator[memoryview]:
+    """What np.save writes in pieces of Flower's size: only the first one is a copy."""
+    header, values = _npy(array)
+    first = FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE - len(header)
+    yield memoryview(b"".join([header, values[:first]]))
+    for start in range(first, len(values), FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE):
+        yield values[start : start + FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE]
 
 
 def _decoded(array: Array) -> np.ndarray | None:

@@ -16,7 +16,7 @@ from flwr.supercore.date import now
 from support.link import Fleet, Site, call, server_folder, write_sites
 
 from fedgpt.core.errors import FedGPTError
-from fedgpt.flower.deploy import inner
+from fedgpt.flower.deploy import inner, link_state
 from fedgpt.flower.deploy.keys import sites as approved_sites
 from fedgpt.flower.deploy.link import Sites
 from fedgpt.flower.deploy.registration import register, stop_old_runs
@@ -125,11 +125,11 @@ def test_a_server_app_has_minutes_to_start_but_not_to_be_silent_afterwards(fleet
     _, slow = fleet._run(claim=False)
     _, lost = fleet._run(claim=False)
     assert fleet.state.claim_task(slow) and fleet.state.claim_task(lost)
-    later(inner.START_SECONDS - 10)
+    later(link_state.START_SECONDS - 10)
     assert fleet.state.claim_task(slow) is None and fleet.state.activate_task(slow)
-    later(inner.START_SECONDS + 10)
+    later(link_state.START_SECONDS + 10)
     assert not fleet.state.activate_task(lost) and fleet.state.claim_task(lost)
-    later(inner.START_SECONDS + 60)
+    later(link_state.START_SECONDS + 60)
     fleet.state.acknowledge_task_heartbeat(slow)
     assert fleet.state.get_tasks(task_ids=[slow])[0].status.status == "finished"
 

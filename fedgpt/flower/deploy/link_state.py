@@ -1,0 +1,100 @@
+"""The rows that Flower's SuperLink keeps in a database, with fewer transactions for each object.
+
+Flower 1.41 asks the database for every object of a message whether the run still goes on, which
+node has the key of the sender, and adds up the bytes: four transactions, three of which write.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from pathlib import Path
+
+from flwr.app import Message
+from flwr.proto.message_pb2 import ObjectTree
+from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
+from flwr.supercore.date import now
+from flwr.supercore.object_store import ObjectStore
+from flwr.supercore.run import RunStatus
+from flwr.supercore.state.schema.corestate_models import Task
+from flwr.superlink.federation import FederationManager
+from sqlalchemy import update
+
+from fedgpt.flower.deploy.waiting import REPLY, Bell
+
+# for which the status of a run may be old; what Flower does at the end of a run does not go by it
+STATUS_SECONDS = 0.5
+START_SECONDS = 300.0  # for a ServerApp to start
+
+
+class LinkState(SqlLinkState):
+    """Flower's link state, which remembers what seldom changes."""
+
+    def __init__(
+        self, database: Path, manager: FederationManager, objects: ObjectStore, bell: Bell
+    ):
+        """Open or make the database; raises SQLAlchemyError for a damaged one.
+
+        The bell rings for each message.
+        """
+        super().__init__(str(database), manager, objects)
+        self._bell = bell
+        self._status: dict[int, tuple[float, RunStatus]] = {}  # run -> until when, its status
+        self._node_of: dict[bytes, int] = {}  # public key -> node
+        self.initialize()
+
+    def store_message_and_object_tree(
+        self, message: Message, object_tree: ObjectTree, session_id: str
+    ) -> tuple[bool, list[str]]:
+        """Store a message; whether it was, and the ids of its objects that are missing."""
+        stored = super().store_message_and_object_tree(message, object_tree, session_id)
+        about = message.metadata
+        self._bell.ring(REPLY if about.reply_to_message_id else about.dst_node_id)
+        return stored
+
+    def get_run_status(self, run_ids: set[int]) -> dict[int, RunStatus]:
+        """The status of each run that exists, at most STATUS_SECONDS old."""
+        clock = time.monotonic()
+        recent = {run: status for run, (until, status) in self._status.items() if clock < until}
+        if not run_ids <= recent.keys():
+            recent = super().get_run_status(run_ids)
+            until = clock + STATUS_SECONDS
+            self._status |= {run: (until, status) for run, status in recent.items()}
+        return {run: recent[run] for run in run_ids if run in recent}
+
+    def claim_task(self, task_id: int) -> str | None:
+        """Give a task to whoever asks first, who has START_SECONDS for a first sign of life.
+
+        Flower gives a ServerApp 30, and then starts another one beside it. On a slow or busy
+        machine none would ever begin, and each would make the machine slower.
+        """
+        token = super().claim_task(task_id)
+        if token is not None:
+            until = now() + timedelta(seconds=START_SECONDS)
+            with self.session() as session:
+                session.execute(update(Task).where(Task.token == token).values(active_until=until))
+        return token
+
+    def finish_task(self, task_id: int, sub_status: str, details: str) -> bool:
+        """Note that a task, such as that of a run, has ended."""
+        try:
+            return super().finish_task(task_id, sub_status, details)
+        finally:
+            self._status = {}
+
+    def get_node_id_by_public_key(self, public_key: bytes) -> int | None:
+        """The node with a key, if it is registered."""
+        node = self._node_of.get(public_key)
+        if node is None and (node := super().get_node_id_by_public_key(public_key)) is not None:
+            self._node_of[public_key] = node
+        return node
+
+    def delete_node(self, owner_aid: str, node_id: int) -> None:
+        """Unregister a node for good."""
+        try:
+            super().delete_node(owner_aid, node_id)
+        finally:
+            self._node_of = {}
+
+    def store_traffic(self, run_id: int, *, bytes_sent: int, bytes_recv: int) -> None:
+        """Count nothing: the bytes of each job are in the run's events."""
