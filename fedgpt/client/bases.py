@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import math
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import accumulate
@@ -22,6 +21,7 @@ import numpy as np
 import torch
 from filelock import FileLock
 
+from fedgpt.client.limits import LEAST_FREE, free_bytes
 from fedgpt.client.tidy import remove_unused, touch
 from fedgpt.core.device import memory
 from fedgpt.core.errors import FULL, DiskFull, FedGPTError, ForServer
@@ -33,7 +33,6 @@ from fedgpt.model.shape import frozen_shapes
 
 DIGEST = re.compile(r"[0-9a-f]{64}")  # of a base; it becomes the name of a file
 PART = ".part"
-SPARE = 1 << 30  # bytes of the disk that a base leaves free
 log = logging.getLogger(__name__)
 
 
@@ -141,11 +140,10 @@ class SiteBases:
         log.info("base weights of %d bytes have come; they are in %s", whole.stat().st_size, whole)
 
     def _check_room(self, needed: int) -> None:
-        existing = next(one for one in (self.folder, *self.folder.parents) if one.exists())
-        if shutil.disk_usage(existing).free - SPARE < needed:
+        if free_bytes(self.folder) - LEAST_FREE < needed:
             raise BaseRefused(
                 f"the rest of the base weights has {needed:,} bytes, and this site's disk has no"
-                f" room for it and {SPARE >> 30} GiB more"
+                f" room for it and {LEAST_FREE >> 30} GiB more"
             )
 
     def _files(self, digest: str) -> tuple[Path, Path]:

@@ -143,7 +143,7 @@ def test_a_base_larger_than_memory_or_disk_is_refused(kept, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(BaseRefused, match="bytes of memory"):
         patch.setattr(module, "memory", lambda: info.bytes - 1)
         kept.begin(info, VOCAB)
-    monkeypatch.setattr(module, "SPARE", 1 << 60)
+    monkeypatch.setattr(module, "LEAST_FREE", 1 << 60)
     with pytest.raises(BaseRefused, match="disk has no room"):
         kept.begin(info, VOCAB)
 
