@@ -194,5 +194,5 @@ def test_a_journal_whose_replay_crashes_is_discarded_with_its_checkpoint(
 
     monkeypatch.setattr(Journal, "read", noted)
     assert run_here(*options)["versions"] == 6
-    assert found == [(3, ["version-00000003.log"])]
+    assert found == [(3, ["version-00000003.log", "version-00000004.damaged"])]
     assert "3 starts from version-00000004.safetensors made no new version" in caplog.text

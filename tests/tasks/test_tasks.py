@@ -186,7 +186,7 @@ def test_a_private_step_clips_each_units_own_gradient(task, engine):
     layout, vector = flatten(net)
     found = torch.zeros_like(vector)
     steps = PrivateSteps(units, SecureStream(bytes(32), "test"), 1.0, 1e-12, clip)
-    PrivateGradient(net, layout, task, engine, batch_size=4).fill(found, steps)
+    PrivateGradient(net, layout, task, engine, at_once=4).fill(found, steps)
     assert float((found - want).norm() / want.norm()) < 1e-4
 
 

@@ -263,8 +263,8 @@ class Supervisor:
     def _why_cancelled(self, run_dir: str, begun: bool) -> str:
         if not begun:
             return "cancelled before it began"
-        words = shlex.join(["fedgpt", "submit", str(self.folder), f"resume={run_dir}"])
-        return f"cancelled; continue with: {words}"
+        folder = shlex.quote(str(self.folder))
+        return f"cancelled; continue with: fedgpt submit {folder} resume={shlex.quote(run_dir)}"
 
     def _ended(self, run: QueuedRun, reason: str, exit_code: int) -> None:
         try:

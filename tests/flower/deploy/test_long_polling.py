@@ -19,9 +19,9 @@ WAIT = 30.0  # seconds; every request that waits so long has missed its ring
 LOOK = 0.5  # seconds in which a request that does not wait has its answer
 
 
-@pytest.fixture(scope="module")
-def fleet(tmp_path_factory) -> Fleet:
-    one = Fleet(tmp_path_factory.mktemp("server"))
+@pytest.fixture
+def fleet(tmp_path) -> Fleet:
+    one = Fleet(tmp_path)
     for site in one.sites:
         assert one.activate(site).status == 200
     return one
