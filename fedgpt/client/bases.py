@@ -48,6 +48,10 @@ class SiteBases:
 
     def begin(self, info: BaseInfo, vocab_size: int) -> int:
         """Bytes of a base that are here already; raises BaseRefused for one that cannot be used."""
+        with self._locked():
+            return self._begin(info, vocab_size)
+
+    def _begin(self, info: BaseInfo, vocab_size: int) -> int:
         if not DIGEST.fullmatch(info.digest):
             raise BaseRefused(f"{info.digest!r:.80} is no digest of base weights")
         if not self._model.trainable:
@@ -82,9 +86,8 @@ class SiteBases:
         site has got it. Raises BaseRefused for a base whose values are not those of its digest or
         not finite; nothing of it is kept.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.folder / "lock"), self._writing():
-            have = self.begin(piece.info, vocab_size)
+        with self._locked():
+            have = self._begin(piece.info, vocab_size)
             end = piece.offset + piece.values.nbytes
             if end > piece.info.bytes:
                 raise BaseRefused(f"the server sends more than the {piece.info.bytes:,} bytes")
@@ -150,9 +153,12 @@ class SiteBases:
         return self.folder / digest, self.folder / f"{digest}{PART}"
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def _locked(self) -> Iterator[None]:
+        """Alone among the clients of this site, which may have several servers."""
         try:
-            yield
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(self.folder / "lock"):
+                yield
         except OSError as error:
             raise (DiskFull if error.errno in FULL else FedGPTError)(
                 f"base weights cannot be written in {self.folder} ({error})"

@@ -76,7 +76,11 @@ class FittingTrainer:
             return
         del self.trainer
         bases.remove(digest)
-        raise PartMissing("this site has the run's base weights no more, or they are damaged")
+        raise PartMissing(
+            "this site does not have the run's base weights: those that a server has sent are gone"
+            f" or damaged, and seed={self.options.seed} gives others here, as another version of"
+            " torch may"
+        )
 
     def run(self, job: Callable[[], Result], private: bool) -> Result:
         """The result of `job`, which is repeated in smaller micro-batches while it does not fit.

@@ -190,7 +190,7 @@ def settings_digest(options: RunOptions) -> str:
     return hashlib.sha256(json.dumps(settings_of(options), sort_keys=True).encode()).hexdigest()
 
 
-def job_digest(job: Job) -> str:
-    """Hexadecimal sha256 of a job with everything that it starts from."""
-    inputs = json.dumps(_inputs(job, "", {}), sort_keys=True)
+def job_digest(job: Job, text: Text) -> str:
+    """Hexadecimal sha256 of a job with the text that it is done on."""
+    inputs = json.dumps([_inputs(job, "", {}), digest(text.tokens)], sort_keys=True)
     return hashlib.sha256(inputs.encode()).hexdigest()

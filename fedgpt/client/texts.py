@@ -245,6 +245,7 @@ class SiteText:
         return {
             Path(path.read_text(encoding="utf-8")).name
             for path in Path(self.site.state_dir, "runs").rglob(OF_RUN)  # of all servers
+            if path.is_file()  # a client may have this name, and so a folder
         }
 
     def _of_run(self, job: Job) -> Prepared:

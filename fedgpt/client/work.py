@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import math
 import secrets
 import time
 from collections.abc import Iterator
@@ -168,7 +169,7 @@ class ClientWork:
     def _privacy(self, job: Job, text: Text) -> ClientPrivacy | None:
         """The private part of a client's job; None for a run without privacy at the client."""
         if self.options.privacy.unit == "client":
-            self._promised(job)
+            self._promised(job, text)
         if self.options.privacy.unit not in ("example", "local"):
             return None
         compute, micro_batch = self.trainer.compute, self.trainer.micro_batch
@@ -187,14 +188,15 @@ class ClientWork:
         task, account = self.trainer.task, self.account
         return ClientPrivacy(self.options, folder, text, environment, task, account)
 
-    def _promised(self, job: Job) -> None:
+    def _promised(self, job: Job, text: Text) -> None:
         """Charge the site's account for what a run promises in which the server adds the noise."""
         o = self.options.privacy
         if self.account is None or o.target_epsilon is None or o.delta is None:
             return
-        jobs = o.participations or self.options.rounds
+        # as many as the server computes with (privacy/plan.py)
+        jobs = o.participations or math.ceil(self.options.rounds / o.separation)
         promise = Promise(o.target_epsilon, o.delta, jobs, settings_digest(self.options))
-        self.account.charge_job(job.plan.run, promise, job_digest(job))
+        self.account.charge_job(job.plan.run, promise, job_digest(job, text))
 
     def _trained(
         self,

@@ -34,6 +34,7 @@ from flwr.superlink.grid.http_grid import HttpGrid
 from fedgpt.core.errors import UpdateRejected
 from fedgpt.flower.objects import order, put_together, sizes_of_arrays
 
+CLOSE_SECONDS = 3.0  # a question may wait for 2 seconds at the link
 POLL_SECONDS = 0.05  # between two questions for new replies and objects
 NODES_SECONDS = 1.0  # between two questions for the connected nodes
 # between two questions for an object that has not arrived
@@ -160,8 +161,9 @@ class Fetcher:
         """End the threads; a request under way may last longer."""
         self._closed.set()
         for thread in self._threads:
-            thread.join(timeout=1)
-        waiting = [*self._downloads.values(), *(found for _, found in self._complete)]
+            thread.join(timeout=CLOSE_SECONDS)
+        with self._changed:
+            waiting = [*self._downloads.values(), *(found for _, found in self._complete)]
         for one in waiting:
             if isinstance(one, _Download):
                 one.close()

@@ -294,16 +294,23 @@ class GridTransport:
         self._parked[_key(sent.job)] = _Parked(sent, self.now() + sent.patience)
 
     def _resumed(self) -> list[Reply]:
-        """Send parked jobs whose clients are back; failures of those that have waited too long."""
+        """Send parked jobs whose clients are back; failures of those that have waited too long.
+
+        A client that is connected and cannot have its job yet, because it is asked who it is or
+        gets base weights, is waited for: it may be busy with an earlier job.
+        """
         replies, self._refused = self._refused, []
+        connected = self._nodes.connected
         for key, parked in list(self._parked.items()):
-            if self.now() > parked.until:
+            client = parked.sent.job.client
+            if self._nodes.of(client) is not None:
+                del self._parked[key]
+                patience = max(0.0, parked.until - self.now())
+                self._send([replace(parked.sent, patience=patience)])
+            elif self.now() > parked.until and client not in connected:
                 del self._parked[key]
                 why = f"the client was offline for {PARKED_SECONDS:.0f} s"
                 replies.append(Reply(*key, error=why, code="offline"))
-            elif self._nodes.of(parked.sent.job.client) is not None:
-                del self._parked[key]
-                self._send([replace(parked.sent, patience=parked.until - self.now())])
         return replies
 
     def _wait(self, seconds: float | None) -> None:

@@ -154,7 +154,7 @@ class Nodes:
     @property
     def silent(self) -> int:
         """Number of nodes that have not answered yet."""
-        return len(self._asked) - len(self._getting)
+        return len(set(self._asked.values()) - self._getting.keys())
 
     @property
     def getting(self) -> int:

@@ -199,6 +199,10 @@ class Server:
             lambda client: self._may_ask(client) and self.transport.available(client),
         )
         chosen = self.pacing.pace.start(self._progress(), roster)
+        if chosen and not self.pacing.pace.keeps_jobs:
+            # a version that waited has room for as many as it began with, though others have joined
+            collector = self.current.collector
+            chosen = chosen[: collector.limits.max_updates - len(collector)]
         if not chosen and not len(self.jobs) and not any(map(self._may_ask, self.clients.ids)):
             reasons = f"{self.quarantine.summary()}{self.parts.privacy.reason}"
             raise StoppedEarly(f"no client may be asked: {reasons}")
@@ -401,7 +405,7 @@ class Server:
         accepted = len(current.collector)
         # with privacy=client, the number of updates must not be revealed
         minimum = 0 if self.parts.privacy.central else options.minimum
-        if not current.failed or accepted >= minimum:
+        if not current.failed or accepted >= minimum or current.collector.full:
             return True
         got = f"version {self.state.version + 1} got {accepted} valid updates of"
         got += f" {accepted + current.failed} jobs, pace.minimum={minimum}: {self._reasons()}"

@@ -83,13 +83,13 @@ class Breaking(KitConnection):
     insider: Insider
     stopped = False
 
-    def upload(self, upload: Upload, at_once: int = 1) -> bool:
+    def upload(self, upload: Upload) -> bool:
         """Send the next objects, or nothing until `stopped`."""
         while self.insider.broken:
             if self.stopped:
                 raise UploadEnded
             time.sleep(0.2)
-        return super().upload(upload, at_once)
+        return super().upload(upload)
 
 
 def main() -> int:

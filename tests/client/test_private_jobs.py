@@ -62,8 +62,12 @@ def test_a_job_whose_result_may_differ_in_a_bit_is_charged_again(options, tmp_pa
     assert [charged(), charged()] == [4, 5]
 
 
-def test_a_site_is_charged_for_a_run_with_client_privacy_and_again_beyond_its_jobs(tmp_path):
-    budget = ["privacy=client", "privacy.target_epsilon=2", "privacy.delta=1e-3", "rounds=2"]
+@pytest.mark.parametrize("length", [["rounds=2"], ["rounds=8", "privacy.separation=4"]])
+def test_a_site_is_charged_for_a_run_with_client_privacy_and_again_beyond_its_jobs(
+    tmp_path, length
+):
+    """Both runs have noise for two participations."""
+    budget = ["privacy=client", "privacy.target_epsilon=2", "privacy.delta=1e-3", *length]
     o = compose.load([*tiny_run(tmp_path), *budget])
     account = SiteAccount(tmp_path / "state", PrivacyLimits())
     work = ClientWork(o, str(tmp_path / "state" / "runs"), account=account)

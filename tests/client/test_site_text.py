@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +66,16 @@ def test_what_was_prepared_of_an_earlier_text_is_removed(texts):
     SiteText(one, options(texts)).introduce(OTHER.definition)
     assert len([name for name in entries(one) if not name.endswith(".lock")]) == 2
     assert entries(others) == of_others and mine.is_dir()
+
+
+def test_a_site_may_have_the_name_of_a_file_in_its_state(texts):
+    one = replace(site(texts), name=OF_RUN)
+    private = options(texts, "privacy=example", "privacy.noise_multiplier=1")
+    for _ in range(2):  # the second start finds the folder of the first one's job
+        text = SiteText(one, private)
+        text.introduce(TOKENIZER.definition)
+        text.of(replace(job(), client=OF_RUN), 0)
+    assert Path(one.runs, "run", OF_RUN).is_dir()
 
 
 @pytest.mark.parametrize("unit", ["example", "local"])

@@ -333,11 +333,37 @@ def test_a_client_that_comes_and_goes_is_not_waited_for_without_a_bound(monkeypa
         grid.contents = {}
         found += made.receive(0.0)
         clock = next(seconds)
+        found += made.receive(0.0)
         grid.contents = here
         found += made.receive(0.0)  # it is asked again who it is
         found += made.receive(0.0)
     assert [reply.code for reply in found] == ["offline"]
     assert clock == 240 and len(grid.pushed) == 4, "three times it came back in 180 seconds"
+
+
+def test_the_job_of_a_client_that_is_back_and_busy_waits_for_its_answer(monkeypatch):
+    """It answers who it is after the job that it was doing when its link was cut."""
+    here = {7: info_content(ClientInfo("a", 5), "digest")}
+    grid = Asked(here)
+    made = GridTransport(grid, Admission(1, "digest"))
+    made.clients(timeout=1)
+    grid.codes[7] = [ErrorCode.NODE_UNAVAILABLE]
+
+    def push(messages: list[Message]) -> list[str]:
+        asked = messages[0].metadata.message_type == MessageType.QUERY
+        return ["unanswered"] if asked else Grid.push_messages(grid, messages)
+
+    monkeypatch.setattr(grid, "push_messages", push)
+    made.send([job("a")])
+    grid.contents = {}
+    assert made.receive(0.0) == [] and made._parked
+    grid.contents = here  # the link is back, and the answer takes long
+    clock = made.now()
+    for later in (10, 200, 2000):
+        monkeypatch.setattr(made, "now", lambda: clock + later)  # noqa: B023  # read at once
+        assert made.receive(0.0) == [] and made._parked
+    grid.contents = {}
+    assert [reply.code for reply in made.receive(0.0)] == ["offline"]
 
 
 def test_the_error_for_missing_clients_says_how_many_connected():

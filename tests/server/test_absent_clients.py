@@ -11,7 +11,7 @@ from support.harness import Outcome, options, run
 
 from fedgpt.core.errors import StoppedEarly
 from fedgpt.core.faults import Injected, injected
-from fedgpt.core.messages import Job, Reply
+from fedgpt.core.messages import ClientInfo, Job, Reply
 from fedgpt.core.options import CheckpointOptions, ValidateOptions
 from fedgpt.storage.run_folder import read_lines
 
@@ -37,6 +37,21 @@ class Sites(ScriptTransport):
 
 class WithoutB(Sites):
     away = "b"
+
+
+class WithNewcomers(WithoutB):
+    """Two more clients join while the first version waits for b."""
+
+    late = ("d", "e")
+
+    def clients(self, timeout: float) -> list[ClientInfo]:
+        return [info for info in super().clients(timeout) if info.id not in self.late]
+
+    def newcomers(self) -> list[ClientInfo]:
+        if self.time < 100.0:
+            return []
+        new, self.late = self.late, ()
+        return [ClientInfo(name, 10_000) for name in new]
 
 
 class Simulated(ScriptTransport):
@@ -96,6 +111,17 @@ def test_the_updates_that_a_waiting_version_has_are_kept_and_count_once(tmp_path
         (client, 1): 1 for client in "abc"
     }
     assert all(versions_of(outcome, client) == [0, 1] for client in "abc")
+
+
+def test_a_waiting_version_asks_no_more_clients_than_it_has_room_for(tmp_path):
+    """An honest client that has joined meanwhile would get a strike for a late update."""
+    behaviours: dict[str, Behaviour] = {**dict.fromkeys("acde", honest), "b": answers_later}
+    o = options(tmp_path, rounds=2, deadline=100.0, minimum=3)
+    o.validate = ValidateOptions(strikes=1)
+    outcome = run(o, behaviours, kind=WithNewcomers)
+    assert outcome.version == 2 and outcome.events_of("quarantine") == []
+    assert outcome.server.totals.rejected == {"no_reply": 1}
+    assert outcome.accepted_until(1) == 3
 
 
 def test_another_client_takes_the_place_of_one_that_is_away(tmp_path):

@@ -170,7 +170,8 @@ def send(connection: FleetConnection, reply: Message, pause: float = 0.0) -> Non
     upload = connection.announce(reply, 0.1)
     while upload.objects:
         time.sleep(pause)
-        connection.upload(upload, at_once=1)
+        connection._at_once = 1
+        connection.upload(upload)
 
 
 def next_message(connection: FleetConnection) -> Message:

@@ -60,7 +60,7 @@ class PaceOptions(Group):
     minimum: int = option(
         1,
         "cohort: smallest number of updates of a version in which a job failed. With fewer updates"
-        " the run stops with a message.",
+        " the run stops with a message; while real clients are away, the version waits for them.",
         unit="updates",
         allowed=at_least(0),
     )

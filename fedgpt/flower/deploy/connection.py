@@ -46,6 +46,7 @@ from fedgpt.flower.objects import AT_ONCE, in_order, put_together, taken_apart
 # statuses of a server that is overloaded, restarts or fails once, or got a body too slowly
 PASSING = (408, 429, 500, 502, 503, 504)
 PULL_SECONDS = 600.0  # longest wait for the objects of a message that the server still sends
+QUICK_SECONDS = 10.0  # for objects that were uploaded, after which several are sent at a time
 # between two requests for such an object; Flower's first pause, 1 s, was most of a short job's trip
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.02, 1.0
 
@@ -86,6 +87,8 @@ class FleetConnection:
         self._executor = ThreadPoolExecutor(AT_ONCE, "objects")
         # the message that is being read: about it, and its objects
         self._handed: tuple[Metadata, ObjectTree] | None = None
+        self._whole: Message | None = None  # it is read, and the SuperLink may not know that yet
+        self._at_once = 1  # objects that are uploaded at the same time
         self._client = self._new_client(address)
 
     def _new_client(self, address: str) -> FleetHttpClient:
@@ -130,13 +133,16 @@ class FleetConnection:
             if not found.messages_list:
                 return None
             self._handed = found.messages_list[0].metadata, found.message_object_trees[0]
+        metadata, tree = self._handed
         try:
-            message = self._read(*self._handed)
+            if self._whole is None:
+                self._whole = self._read(metadata, tree)
+            self._confirm(metadata)
         except Exception as error:
             if not passes(error):
-                self._handed = None
+                self._handed = self._whole = None
             raise
-        self._handed = None
+        message, self._handed, self._whole = self._whole, None, None
         return message
 
     def _read(self, metadata: Metadata, tree: ObjectTree) -> Message:
@@ -154,15 +160,17 @@ class FleetConnection:
             return found.object_content
 
         try:
-            message = put_together(tree, lambda ids: in_order(self._executor, pulled, ids))
+            return put_together(tree, lambda ids: in_order(self._executor, pulled, ids))
         finally:
             ended.set()
+
+    def _confirm(self, metadata: Metadata) -> None:
+        """Say that a message was read, after which the SuperLink has its objects no more."""
         self._client.ConfirmMessageReceived(
             ConfirmMessageReceivedRequest(
                 node=self._node, run_id=metadata.run_id, message_object_id=metadata.message_id
             )
         )
-        return message
 
     def announce(self, reply: Message, seconds: float) -> Upload:
         """Tell the SuperLink of a reply that took `seconds`, and learn what to upload."""
@@ -180,13 +188,15 @@ class FleetConnection:
         wanted = {object_id: one for object_id, one in objects.items() if object_id in asked}
         return Upload(reply.metadata.run_id, answer.session_id, wanted)
 
-    def upload(self, upload: Upload, at_once: int = AT_ONCE) -> bool:
+    def upload(self, upload: Upload) -> bool:
         """Send the next objects of an announced reply; whether there were any.
 
-        Raises UploadEnded if the SuperLink does not want them any more. After any other error the
-        objects that were not stored are sent again by the next call.
+        On a slow link it is one at a time, because an upload has a time limit. Raises UploadEnded
+        if the SuperLink does not want them any more. After any other error the objects that were
+        not stored are sent again by the next call.
         """
-        some = list(upload.objects)[:at_once]
+        some, began = list(upload.objects)[: self._at_once], time.monotonic()
+        self._at_once = 1
 
         def send(object_id: str) -> None:
             answer = self._client.PushObject(
@@ -206,6 +216,8 @@ class FleetConnection:
         wait(under_way)  # also after an error: an object that is sent twice counts as not wanted
         for one in under_way:
             one.result()
+        if time.monotonic() - began < QUICK_SECONDS:
+            self._at_once = AT_ONCE
         return bool(some)
 
     def run_config(self, run_id: int) -> dict[str, Any]:

@@ -111,8 +111,8 @@ class Exchange:
     def lost(self, what: str) -> Any:
         """The answer that the network has lost, if this request shows it; otherwise None.
 
-        A node asks for the objects of a message, confirms it or replies to it, before it asks for
-        another one.
+        A node asks for the run of a message or for its objects, confirms it or replies to it,
+        before it asks for another one.
         """
         return self._unread if what == "pull-messages" else None
 
@@ -121,6 +121,8 @@ class Exchange:
         match what:
             case "push-messages":
                 self._check_reply(request)
+                self._unread = None
+            case "get-run":
                 self._unread = None
             case "push-object":
                 self._check_object(request)
@@ -139,7 +141,8 @@ class Exchange:
             case "pull-messages":
                 for tree in response.message_object_trees:
                     _keep(self._handed, tree.object_id, frozenset(_ids(tree)))
-                self._unread = response if response.message_object_trees else None
+                if response.message_object_trees:  # another question may have got nothing
+                    self._unread = response
             case "push-messages" if response.session_id:
                 size = self._repeats.size(request.message_object_trees[0], self._most)
                 ids = frozenset(response.objects_to_push)

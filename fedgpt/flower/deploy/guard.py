@@ -24,7 +24,17 @@ from google.protobuf.message import DecodeError, Message
 from fedgpt.flower.deploy.credentials import authenticate
 from fedgpt.flower.deploy.exchange import AWAY_SECONDS, Exchange, Repeats
 from fedgpt.flower.deploy.limits import Addresses, Record, Refused, network_of
-from fedgpt.flower.deploy.waiting import App, Bell, Event, Receive, Send, Wish, let_wait, replayed
+from fedgpt.flower.deploy.waiting import (
+    App,
+    Bell,
+    Event,
+    Receive,
+    Send,
+    Wish,
+    let_wait,
+    replayed,
+    says,
+)
 
 Sites = Callable[[], Mapping[str, bytes]]
 
@@ -102,7 +112,11 @@ class Guard:
                 if wish is None or self._bell is None:
                     await self._app(inner, replayed(body, receive), noting)
                     return
-                for event in await let_wait(self._app, inner, body, receive, self._bell, wish):
+                events = await let_wait(self._app, inner, body, receive, self._bell, wish)
+                if says(events, wish.nothing) and (lost := node.lost(what)) is not None:
+                    await _answer_again(send, lost)  # an earlier question got it in the meantime
+                    return
+                for event in events:
                     await noting(event)
         except Refused as refused:
             self.record.add(refused, address, name, scope["path"])

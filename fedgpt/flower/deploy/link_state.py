@@ -49,17 +49,36 @@ class LinkState(SqlLinkState):
         """Store a message; whether it was, and the ids of its objects that are missing."""
         stored = super().store_message_and_object_tree(message, object_tree, session_id)
         about = message.metadata
-        self._bell.ring(REPLY if about.reply_to_message_id else about.dst_node_id)
+        if stored[0]:
+            self._bell.ring(REPLY if about.reply_to_message_id else about.dst_node_id)
         return stored
+
+    def store_object(
+        self, run_id: int, session_id: str, object_id: str, object_content: bytes
+    ) -> bool:
+        """Store an object of a message; whether it is stored, perhaps since an earlier request
+        whose answer was lost.
+        """
+        stored = super().store_object(run_id, session_id, object_id, object_content)
+        return stored or bool(self.object_store.get(object_id))
+
+    def delete_messages(self, message_ins_ids: set[str]) -> None:
+        """Delete messages of the server with their replies.
+
+        Flower leaves the objects of a message that its node has never confirmed until the run ends.
+        """
+        super().delete_messages(message_ins_ids)
+        for message_id in message_ins_ids:
+            self.object_store.delete(message_id)
 
     def get_run_status(self, run_ids: set[int]) -> dict[int, RunStatus]:
         """The status of each run that exists, at most STATUS_SECONDS old."""
-        clock = time.monotonic()
-        recent = {run: status for run, (until, status) in self._status.items() if clock < until}
+        clock, known = time.monotonic(), self._status  # which other threads replace as a whole
+        recent = {run: status for run, (until, status) in known.items() if clock < until}
         if not run_ids <= recent.keys():
             recent = super().get_run_status(run_ids)
             until = clock + STATUS_SECONDS
-            self._status |= {run: (until, status) for run, status in recent.items()}
+            self._status = known | {run: (until, status) for run, status in recent.items()}
         return {run: recent[run] for run in run_ids if run in recent}
 
     def claim_task(self, task_id: int) -> str | None:

@@ -6,16 +6,18 @@ given back, and memory, of which the replies of many clients would take one mode
 
 from __future__ import annotations
 
-import shutil
+import logging
 from pathlib import Path
 
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from flwr.supercore.object_store.in_memory_object_store import InMemoryObjectStore
 
+from fedgpt.core.errors import FedGPTError
 from fedgpt.flower.deploy.waiting import Bell
 
 SMALL = 1 << 16  # bytes of an object that stays in memory
+log = logging.getLogger(__name__)
 
 
 class ObjectsInFiles(InMemoryObjectStore):
@@ -26,11 +28,19 @@ class ObjectsInFiles(InMemoryObjectStore):
     """
 
     def __init__(self, folder: Path, bell: Bell):
-        """Empty the folder; the bell rings for each object that has come."""
+        """Empty the folder; the bell rings for each object that has come.
+
+        Raises FedGPTError if that is not possible.
+        """
         super().__init__()
         self._folder, self._bell = folder, bell
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(mode=0o700)
+        self._told = False  # whether the log says that the disk takes no more
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)  # it may be a link to another disk
+            for path in folder.iterdir():
+                path.unlink()
+        except OSError as error:
+            raise FedGPTError(f"{folder} cannot be emptied: {error.strerror}") from error
 
     def preregister(self, run_id: int, object_tree: ObjectTree) -> list[str]:
         """Note the objects of a message; the ids of those that have no content yet.
@@ -55,9 +65,21 @@ class ObjectsInFiles(InMemoryObjectStore):
             with self.lock_store:
                 entry = self.store.get(object_id)
                 if entry is not None and entry.content:
-                    self._file(object_id).write_bytes(object_content)
-                    entry.content = b""  # of an object that is available: it is in the file
+                    entry.content = self._written(object_id, object_content)
         self._bell.ring(object_id)
+
+    def _written(self, object_id: str, content: bytes) -> bytes:
+        """What stays in memory of an object: nothing if it is in its file."""
+        path = self._file(object_id)
+        try:
+            path.write_bytes(content)
+        except OSError as error:
+            path.unlink(missing_ok=True)
+            if not self._told:
+                log.error("%s: %s; messages stay in memory", self._folder, error.strerror)
+            self._told = True
+            return content
+        return b""
 
     def get(self, object_id: str) -> bytes | None:
         """The content of an object: empty if it has not come yet, None for an unknown object."""

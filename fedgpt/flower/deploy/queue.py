@@ -155,7 +155,12 @@ def end(folder: Path, run: QueuedRun, reason: str, exit_code: int) -> None:
     """Record the end of a run; raises FedGPTError if it cannot be written."""
     run.ended, run.reason, run.exit_code = now(), reason, exit_code
     write(folder, run)
-    (folder / QUEUE / f"{run.number}.{CANCELLED}").unlink(missing_ok=True)
+    forget_cancel(folder, run.number)
+
+
+def forget_cancel(folder: Path, number: int) -> None:
+    """Note that what was asked for has been done, or is no use any more."""
+    (folder / QUEUE / f"{number}.{CANCELLED}").unlink(missing_ok=True)
 
 
 def runs(folder: Path) -> list[QueuedRun]:

@@ -257,6 +257,9 @@ class Supervisor:
         for number in queue.cancelled(self.folder) - {self._number}:
             with suppress(FedGPTError):  # its file is gone or damaged, which `queue.runs` tells
                 run = queue.read(self.folder, number)
+                if run.ended is not None:  # at the moment at which it was cancelled
+                    queue.forget_cancel(self.folder, number)
+                    continue
                 begun = not run.dated and _has_begun(run.run_dir)
                 self._ended(run, self._why_cancelled(run.run_dir, begun), Interrupted.exit_code)
 

@@ -71,11 +71,15 @@ async def let_wait(
     """
     with bell.listening(wish.key) as rings:  # before it asks, so that no ring is missed
         events = await _asked(app, scope, replayed(body, receive))
-        content = b"".join(event.get("body", b"") for event in events)
-        successful = bool(events) and events[0]["status"] == 200
-        if successful and content == wish.nothing and await _rung(rings, receive):
+        if says(events, wish.nothing) and await _rung(rings, receive):
             events = await _asked(app, scope, replayed(body, receive))
     return events
+
+
+def says(events: list[Event], content: bytes) -> bool:
+    """Whether a response is successful and has this content."""
+    found = b"".join(event.get("body", b"") for event in events)
+    return bool(events) and events[0]["status"] == 200 and found == content
 
 
 def replayed(body: bytes, receive: Receive) -> Receive:

@@ -10,6 +10,7 @@ from flwr.app import Array, ArrayRecord
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 
+from fedgpt.core.errors import FedGPTError
 from fedgpt.flower.deploy.objects_in_files import SMALL, ObjectsInFiles
 from fedgpt.flower.deploy.waiting import Bell
 
@@ -93,3 +94,27 @@ def test_a_tree_cannot_change_the_children_of_an_object(store):
     with pytest.raises(ValueError, match="duplicate children"):
         store.preregister(RUN, twice)
     assert "a" * 64 not in store and array.object_id not in store
+
+
+def test_on_a_full_disk_contents_stay_in_memory_and_the_log_says_so(folder, store, caplog):
+    one = record(4 * SMALL)
+    store.preregister(RUN, get_object_tree(one))
+    folder.rmdir()  # nothing can be written there
+    for object_id, content in get_all_nested_objects(one).items():
+        store.put(object_id, content.deflate())
+        assert store.get(object_id) == content.deflate()
+    assert caplog.text.count("messages stay in memory") == 1
+
+
+def test_the_folder_may_be_a_link_to_another_disk(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk" / ("a" * 64)).write_bytes(b"of an earlier start")
+    (tmp_path / "link").symlink_to(tmp_path / "disk")
+    ObjectsInFiles(tmp_path / "link", Bell())
+    assert not list((tmp_path / "disk").iterdir())
+
+
+def test_a_folder_that_cannot_be_emptied_is_named(tmp_path):
+    (tmp_path / "objects" / "of somebody").mkdir(parents=True)
+    with pytest.raises(FedGPTError, match="objects cannot be emptied: Is a directory"):
+        ObjectsInFiles(tmp_path / "objects", Bell())

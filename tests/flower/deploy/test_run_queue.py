@@ -20,6 +20,7 @@ from fedgpt.flower.deploy import audit, queue
 from fedgpt.flower.deploy.monitor import text_of
 from fedgpt.flower.deploy.queue import QueuedRun, Wish
 from fedgpt.flower.deploy.status import Status, progress_of, status_of
+from fedgpt.flower.deploy.supervise import Supervisor
 
 
 @pytest.fixture
@@ -161,3 +162,12 @@ def test_a_folder_without_a_server_has_a_status(folder, wish):
     told = status.as_json()
     assert told["offline"] == ["north", "south"] and told["running"]["progress"]["version"] == 2
     assert "config" not in told["running"]
+
+
+def test_a_run_that_ends_at_the_moment_at_which_it_is_cancelled_has_ended_as_it_did(folder, wish):
+    run = begun(folder, wish)
+    read_by_cancel = queue.read(folder, run.number)
+    queue.end(folder, run, "", 0)
+    queue.cancel(folder, read_by_cancel)
+    Supervisor(folder, None).end_cancelled()  # type: ignore[arg-type]  # it needs no link
+    assert queue.read(folder, run.number).exit_code == 0 and not queue.cancelled(folder)

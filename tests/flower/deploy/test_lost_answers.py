@@ -1,0 +1,156 @@
+"""Answers that the network loses on their way to a node: what it has asked for is done once."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+import numpy as np
+import pytest
+from flwr.app import ArrayRecord, RecordDict
+from flwr.proto.fleet_pb2 import (
+    PullMessagesRequest,
+    PullMessagesResponse,
+    PushMessagesResponse,
+)
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedResponse,
+    PullObjectResponse,
+    PushObjectResponse,
+)
+from flwr.proto.node_pb2 import Node
+from flwr.proto.run_pb2 import GetRunRequest
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from support.link import PROTOBUF, Fleet, Site, call
+
+from fedgpt.flower.deploy.connection import FleetConnection
+from fedgpt.flower.deploy.guard import Guard
+from fedgpt.flower.deploy.limits import Record
+
+
+@pytest.fixture
+def fleet(tmp_path) -> Fleet:
+    one = Fleet(tmp_path)
+    for site in one.sites:
+        assert one.activate(site).status == 200
+    return one
+
+
+def handed(fleet: Fleet, site: Site) -> list[int]:
+    """The run of each message in the answer to a question of a node."""
+    found = PullMessagesResponse.FromString(fleet.pull(site).body)
+    return [message.metadata.run_id for message in found.messages_list]
+
+
+class LosesOneConfirmation:
+    """Flower's client, through the guard; the first answer to a confirmation is lost."""
+
+    def __init__(self, fleet: Fleet, site: Site):
+        self.fleet, self.site, self.confirmed, self.pulled = fleet, site, 0, 0
+
+    def _ask(self, what: str, request, kind):
+        answer = self.fleet.ask(what, request, self.site)
+        response = httpx.Response(answer.status, request=httpx.Request("POST", "http://link"))
+        response.raise_for_status()
+        return kind.FromString(answer.body)
+
+    def PullMessages(self, request):  # Flower's name
+        return self._ask("pull-messages", request, PullMessagesResponse)
+
+    def PullObject(self, request):
+        self.pulled += 1
+        return self._ask("pull-object", request, PullObjectResponse)
+
+    def ConfirmMessageReceived(self, request):
+        answer = self._ask("confirm-message-received", request, ConfirmMessageReceivedResponse)
+        self.confirmed += 1
+        if self.confirmed == 1:
+            raise httpx.ReadError("the network lost the answer")
+        return answer
+
+
+def test_a_message_is_read_once_though_the_answer_to_its_confirmation_is_lost(fleet):
+    site = fleet.sites[0]
+    client = LosesOneConfirmation(fleet, site)
+    connection = FleetConnection("127.0.0.1:1", site.private, None)
+    connection._client, connection._node = client, Node(node_id=fleet.node(site))  # type: ignore
+    job = fleet.job(site, np.arange(10))
+    with pytest.raises(httpx.ReadError):
+        connection.receive()
+    pulled = client.pulled
+    message = connection.receive()
+    assert message is not None and message.metadata.message_id == job.metadata.message_id
+    assert (client.pulled, client.confirmed) == (pulled, 2)
+    assert connection.receive() is None
+
+
+def test_a_message_that_was_handed_out_while_another_question_waited_is_not_lost(fleet):
+    """The node has given up its first question, whose answer comes late."""
+    site, app, asked = fleet.sites[0], fleet.guard._app, []
+
+    async def slow(scope, receive, send) -> None:
+        first = not asked
+        asked.append(scope["path"])
+
+        async def later(event) -> None:
+            if first and event["type"] == "http.response.start":
+                await asyncio.sleep(0.5)
+            await send(event)
+
+        await app(scope, receive, later)
+
+    def question() -> asyncio.Task:
+        body = PullMessagesRequest(node=fleet.of(site)).SerializeToString()
+        own = {"content-type": PROTOBUF.decode(), "content-length": str(len(body))}
+        raw = [(name.encode(), value.encode()) for name, value in (own | site.headers()).items()]
+        return asyncio.create_task(call(guard, "/v1/fleet/pull-messages", raw, [body], stays=True))
+
+    async def scenario() -> None:
+        await asyncio.to_thread(fleet.job, site, np.arange(7))
+        lost = question()
+        await asyncio.sleep(0.2)
+        again = question()
+        await lost
+        assert PullMessagesResponse.FromString((await again).body).messages_list
+
+    guard = Guard(slow, lambda: fleet.approved, Record(lambda line: None), 64, fleet.bell)
+    guard._nodes = fleet.guard._nodes  # both know what a node has got
+    asyncio.run(scenario())
+    assert handed(fleet, site) == [fleet.run_id], "until the node shows that it has it"
+
+
+def test_an_object_whose_answer_was_lost_is_stored_when_it_is_sent_again(fleet):
+    site = fleet.sites[0]
+    job = fleet.job(site, np.arange(5))
+    fleet.pull(site)
+    values = np.random.default_rng(0).normal(size=5000).astype(np.float32)
+    reply = fleet.reply(site, job, RecordDict({"arrays": ArrayRecord([values])}))
+    answer = fleet.ask("push-messages", fleet.announce(site, reply), site)
+    session = PushMessagesResponse.FromString(answer.body)
+    objects = get_all_nested_objects(reply)
+    for object_id in [*session.objects_to_push, session.objects_to_push[0]]:
+        sent = fleet.upload(site, session.session_id, object_id, objects[object_id].deflate())
+        assert PushObjectResponse.FromString(fleet.ask("push-object", sent, site).body).stored
+
+
+def test_a_node_that_drops_a_message_of_a_run_that_has_ended_gets_the_next_one(fleet):
+    """A stock node asks for the run, before it asks for an object."""
+    site, old = fleet.sites[0], fleet.run_id
+    fleet.job(site, np.arange(3))
+    assert handed(fleet, site) == [old]
+    fleet.state.stop_run(old)
+    fleet.run_id, fleet.task = fleet._run()
+    fleet.job(site, np.arange(4))
+    assert fleet.ask("get-run", GetRunRequest(node=fleet.of(site), run_id=old), site).status == 403
+    assert handed(fleet, site) == [fleet.run_id]
+
+
+def test_a_job_that_its_node_never_confirmed_leaves_no_objects(fleet, tmp_path):
+    site = fleet.sites[0]
+    fleet.pull(site)
+    before = len(fleet.state.object_store)
+    job = fleet.job(site, np.random.default_rng(0).normal(size=50_000))
+    assert len(fleet.state.object_store) > before
+    fleet.state.delete_messages({job.metadata.message_id})  # as when its node has gone away
+    assert len(fleet.state.object_store) == before
+    assert not list(tmp_path.glob("link.objects/*"))
