@@ -321,7 +321,8 @@ def full_disk(study: Study) -> None:
         study.until(lambda: len(study._of("reject")) > count, "a rejection")
         row["said"] = study._of("reject")[count]["detail"]
         log = study.one.log(VICTIM).splitlines()
-        row["client"] = next((line for line in log if "make room there" in line), "")
+        told = next((line for line in log if "make room there" in line), "")
+        row["client"] = told.replace(str(study.one.folder), "FOLDER")
         study.down()
 
 

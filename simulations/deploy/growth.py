@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-WARM_SECONDS = 45.0  # of a process's life, in which it imports and does its first work
+WARM_SECONDS = 120.0  # of a process's life, in which it imports and does its first work
 WINDOW_SECONDS = 30.0  # at either end of what is compared
 # Growth that says nothing: by a factor, which is the share of an allocator, and by so many
 # megabytes, connections or threads. A leak of one message for each update would be more in an hour.

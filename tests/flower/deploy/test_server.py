@@ -199,13 +199,12 @@ def test_a_run_that_is_cancelled_makes_place_for_the_next_and_can_be_continued(s
     for name, words in (("one", LONGER), ("two", SMALL), ("three", SMALL)):
         queued = served.fedgpt("submit", str(served.folder), *words, f"name={name}")
         assert queued.returncode == 0, queued.stderr
+    later = served.fedgpt("cancel", str(served.folder), "3")
+    assert later.stdout == "three (run 3) is not begun\n", later.stderr
     with served.sites(), served.server() as server:
         wait_until(lambda: served.status()["running"] is not None, LONG)
         folder = Path(served.status()["running"]["run_dir"])
         reached(folder, 2)
-        later = served.fedgpt("cancel", str(served.folder), "3")
-        assert later.stdout == "three (run 3) is not begun\n", later.stderr
-        wait_until(lambda: len(served.status()["ended"]) == 1, LONG)  # before the first run ends
         done = served.fedgpt("cancel", str(served.folder))
         assert done.stdout == "one (run 1) stops with a checkpoint\n", done.stderr
         wait_until(lambda: len(served.status()["ended"]) == 3, LONG)
