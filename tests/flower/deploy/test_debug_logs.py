@@ -72,9 +72,9 @@ def test_no_log_has_a_key_a_token_or_a_text(monkeypatch):
                 PrivateFormat.TraditionalOpenSSL,
             ):
                 secrets |= lines(private.private_bytes(Encoding.PEM, kind, NoEncryption()))
+        logs = {path.name: path.read_bytes() for path in (one.folder / "logs").iterdir()}
+        logs["audit.jsonl"] = (one.server / "audit.jsonl").read_bytes()
     assert b"" not in secrets and len(secrets) > 20
-    logs = {path.name: path.read_bytes() for path in (one.folder / "logs").iterdir()}
-    logs["audit.jsonl"] = (one.server / "audit.jsonl").read_bytes()
     assert b"DEBUG" in logs["server.log"]
     for name, log in logs.items():
         assert not [secret for secret in secrets if secret in log], name

@@ -107,7 +107,7 @@ def test_a_frozen_model_gives_the_weights_of_the_pool_and_is_sent_once(
     third = at_sites(texts, "third", init)
     assert third["weights_sha256"] == pool["weights_sha256"] and sorted(sent) == once
     assert third["rejected"] == {}
-    assert "base weights no more, or they are damaged" in caplog.text
+    assert "those that a server has sent are gone or damaged" in caplog.text
     assert len({path.read_bytes() for path in files}) == 1
 
 
