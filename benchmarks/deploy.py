@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import shlex
 import statistics
@@ -75,8 +76,10 @@ def stock_trips(one: Deployment, rounds: int) -> Sequence[float]:
     told = one.command(
         "client", f"{SITE}.kit", "--text", str(one.text(SITE)), "--state", "stock", "--stock"
     )
-    words = shlex.split(next(line for line in told.splitlines() if not line.startswith("#")))
-    with child(words, one.folder / "logs" / "stock.log"):
+    name, *words = shlex.split(next(line for line in told.splitlines() if line[:1] != "#"))
+    programs = Path(sys.executable).parent  # Flower starts its other programs by name
+    os.environ["PATH"] = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    with child([programs / name, *words], one.folder / "logs" / "stock.log"):
         return trips(one, f"rounds={rounds}")
 
 
