@@ -212,7 +212,7 @@ def test_a_run_that_is_cancelled_makes_place_for_the_next_and_can_be_continued(s
         assert [one["exit_code"] for one in (first, second, third)] == [130, 0, 130]
         assert third["reason"] == "cancelled before it began" and third["starts"] == 0
         again = ["submit", str(served.folder), f"resume={folder}"]
-        advises(first["reason"], f"continue with: fedgpt {' '.join(again)}")
+        advises(first["reason"], f"continue with: fedgpt submit {served.folder} resume={folder}")
         assert version_of(folder) < ROUNDS and not (folder / "summary.json").exists()
         assert served.fedgpt(*again).returncode == 0
         wait_until(lambda: len(served.status()["ended"]) == 4, LONG)
