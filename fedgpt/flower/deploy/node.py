@@ -170,12 +170,13 @@ class PersistentNode:
         return self._contexts[run_id]
 
     def _persist(self, request: Callable[[], Found]) -> Found | None:
-        """The request's answer, however long the server is away; None once `stop` was called.
+        """The request's answer, however long the server is away; None if it is away once `stop` was
+        called. One attempt is made in any case, so that the reply to the job under way arrives.
 
         Raises NotAccepted where it is no use to wait, and HTTPStatusError for a refusal.
         """
         pause = SHORTEST
-        while not self._stopped.is_set():
+        while True:
             try:
                 answer = request()
             except httpx.HTTPStatusError as error:
@@ -192,9 +193,9 @@ class PersistentNode:
                     self._told.clear()
                 return answer
             self._tell(why)
-            self._stopped.wait(pause)
+            if self._stopped.wait(pause):
+                return None
             pause = min(MOST_PAUSE, 2 * pause)
-        return None
 
     def _tell(self, why: str) -> None:
         """Log why the server is not reached, once for each reason."""

@@ -49,10 +49,12 @@ class Server:
             assert time.monotonic() < deadline
             time.sleep(0.05)
 
-    def ask(self, **about: Any) -> None:
+    def ask(self, **about: Any) -> str:
+        """Ask; the id of the message."""
         content = RecordDict({"about": ConfigRecord(about)})
         (number,) = self.grid.push_messages([Message(content, self.node, MessageType.TRAIN)])
         self.fetcher.watch(number, 1000)
+        return number
 
     def answer(self, seconds: float = 90.0) -> Message:
         deadline = time.monotonic() + seconds
@@ -120,6 +122,18 @@ def test_one_process_answers_message_after_message(link, key, server):
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=20) == 0
         server.wait_until(online=False)
+
+
+def test_the_answer_to_the_job_under_way_arrives_when_a_client_is_stopped(link, key, server):
+    with persistent_node(link, key, "echo", {"index": 7}) as process:
+        server.wait_until(online=True)
+        number, deadline = server.ask(number=1, seconds=2.0), time.monotonic() + 60
+        while link.state.object_store.get(number) is not None:  # until the client has read it
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        assert server.answer().content["about"]["number"] == 1
+        assert process.wait(timeout=20) == 0
 
 
 def test_a_server_that_was_away_gets_the_answers_afterwards(link, key, server):
