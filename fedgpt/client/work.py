@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import math
 import secrets
 import time
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from fedgpt.core.seeds import derive_seed
 from fedgpt.data.text import Text
 from fedgpt.local.optimizer import Moments
 from fedgpt.local.trainer import Trainer
+from fedgpt.privacy.plan import client_participations
 from fedgpt.update.codecs.none import Plain
 from fedgpt.update.compress import codec_of
 from fedgpt.update.downlink import STEPS, rebuilt
@@ -193,8 +193,7 @@ class ClientWork:
         o = self.options.privacy
         if self.account is None or o.target_epsilon is None or o.delta is None:
             return
-        # as many as the server computes with (privacy/plan.py)
-        jobs = o.participations or math.ceil(self.options.rounds / o.separation)
+        jobs = client_participations(self.options)
         promise = Promise(o.target_epsilon, o.delta, jobs, settings_digest(self.options))
         self.account.charge_job(job.plan.run, promise, job_digest(job, text))
 

@@ -154,15 +154,21 @@ def _cohort_option(o: RunOptions) -> str:
     return "pace.clients" if o.pace.rate is None else "pace.rate"
 
 
+def client_participations(o: RunOptions) -> int:
+    """The participations of one client that a run with privacy=client is planned for: unless the
+    options set them, in every version that privacy.separation allows.
+    """
+    return o.privacy.participations or math.ceil(o.rounds / o.privacy.separation)
+
+
 def _participations(o: RunOptions, clients: int, cohort: float) -> int:
     """The participations of one client, if the options do not set them.
 
-    privacy=client: in every version that privacy.separation allows. Otherwise: in every round if
-    all clients are in every round, else its expected share of the jobs plus three standard
-    deviations.
+    With privacy at the clients: in every round if all clients are in every round, else its expected
+    share of the jobs plus three standard deviations.
     """
     if o.privacy.unit == "client":
-        return -(-o.rounds // o.privacy.separation)
+        return client_participations(o)
     share = o.rounds * cohort / clients
     if o.pace.name == "cohort" and cohort == clients and o.pace.rate is None:
         return o.rounds
