@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from functools import cached_property
 from typing import TypeVar
 
 from torch import Tensor
@@ -47,10 +46,16 @@ class FittingTrainer:
         # that a repeated job has the same bits
         self.micro_batch = options.local.batch_size
         self._sent: Mapping[str, Tensor] = {}  # frozen weights that a server has sent
+        self._trainer: Trainer | None = None
 
-    @cached_property
+    @property
     def trainer(self) -> Trainer:
-        """The model and the training buffers."""
+        """The model and the training buffers, which are made when they are needed."""
+        if self._trainer is None:
+            self._trainer = self._made()
+        return self._trainer
+
+    def _made(self) -> Trainer:
         options, tokenizer = self.options, self.texts.tokenizer
         private = options.privacy.unit == "example"
         compute = choose_compute(options.runtime.device, options.local.precision, private)
@@ -67,14 +72,13 @@ class FittingTrainer:
 
         Raises PartMissing if neither has it.
         """
-        made = vars(self).get("trainer")  # of an earlier job
-        if made is not None and made.base_digest == digest:
+        if self._trainer is not None and self._trainer.base_digest == digest:
             return
-        vars(self).pop("trainer", None)
+        self._trainer = None
         self._sent = bases.of(digest, self.texts.tokenizer.vocab_size)
         if self.trainer.base_digest == digest:
             return
-        del self.trainer
+        self._trainer = None
         bases.remove(digest)
         raise PartMissing(
             "this site does not have the run's base weights: those that a server has sent are gone"
@@ -98,7 +102,7 @@ class FittingTrainer:
                 if not out_of_memory(error):
                     raise
                 if size <= 1:
-                    split = size < self.options.local.batch_size and size == 1
+                    split = size == 1 < self.options.local.batch_size
                     raise OutOfMemory(self.options, split) from error
             # here the exception is gone, which kept the tensors of the job
             self._halve(size)
@@ -106,7 +110,7 @@ class FittingTrainer:
     def _halve(self, size: int) -> None:
         self.micro_batch = -(-size // 2)
         device = self.trainer.compute.device
-        del self.trainer  # with all that it may keep of the failed job
+        self._trainer = None  # with all that it may keep of the failed job
         free_memory(device)
         log.warning(
             "a micro-batch of %d sequences does not fit into the memory (%s): jobs of local."
