@@ -39,7 +39,7 @@ class Namespace:
         return ["ip", "netns", "exec", self.name, *words]
 
     def cut(self) -> None:
-        """Let nothing pass until `join`; no end of a connection is told of it."""
+        """Let nothing pass until `join`; neither end of a connection notices."""
         _run("ip", "link", "set", self._here, "down")
 
     def join(self) -> None:

@@ -243,7 +243,7 @@ class Fleet:
         return message
 
     def announced(self, site: Site, array: np.ndarray) -> tuple[Message, Callable[[], None]]:
-        """A job that a site is told of, and a function that puts its objects there."""
+        """A job that is announced to a site, and a function that puts its objects there."""
         self.state.acknowledge_task_heartbeat(self.task)  # else the run ends after a minute
         content = RecordDict({"arrays": ArrayRecord([array])})
         message = Message(content, self.node(site), "train")

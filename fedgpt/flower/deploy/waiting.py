@@ -19,7 +19,7 @@ Send = Callable[[Event], Awaitable[None]]
 App = Callable[[Event, Receive, Send], Awaitable[None]]
 
 
-# a node that is told to stop may be in such a request, and ends after it
+# a node that stops while it waits for such a request ends only after it
 WAIT_SECONDS = 2.0
 REPLY = "reply"  # the key of all replies
 
