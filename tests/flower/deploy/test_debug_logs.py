@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import sys
-import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -36,14 +35,10 @@ def lines(pem: bytes) -> set[bytes]:
     return set(pem.splitlines()[1:-1])
 
 
-def test_no_log_has_a_key_a_token_or_a_text(monkeypatch):
+def test_no_log_has_a_key_a_token_or_a_text(short_folder, monkeypatch):
     monkeypatch.setenv("FLWR_LOG_LEVEL", "DEBUG")
     secrets: set[bytes] = set()
-    with (
-        # not in tmp_path, whose length leaves too little for the path of the server's socket
-        tempfile.TemporaryDirectory(prefix="fedgpt-") as folder,
-        deployment(Path(folder) / "deployment", say=False) as one,
-    ):
+    with deployment(short_folder / "deployment", say=False) as one:
         one.write_texts()
         one.make_keys()
         for site in SITES:

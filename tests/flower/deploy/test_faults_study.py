@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,13 +13,11 @@ SIMULATION = Path(__file__).parents[3] / "simulations" / "deploy"
 
 @pytest.mark.slow
 @pytest.mark.long
-def test_a_smoke_run_prints_tables_and_does_not_change_the_results():
+def test_a_smoke_run_prints_tables_and_does_not_change_the_results(short_folder):
     before = {path.name: path.read_bytes() for path in SIMULATION.glob("*.json")}
     command = [sys.executable, str(SIMULATION / "faults.py"), "--quick"]
-    # not in tmp_path, whose length leaves too little for the path of the server's socket
-    with tempfile.TemporaryDirectory(prefix="fedgpt-") as folder:
-        command += ["--folder", f"{folder}/deployment"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
+    command += ["--folder", str(short_folder / "deployment")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "| client stopped and started" in done.stdout
     assert "digest_mismatch" in done.stdout and "403 forged_sender" in done.stdout

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flwr.proto.fleet_pb2 import PullMessagesRequest, PullMessagesResponse
 from flwr.proto.message_pb2 import PullObjectRequest, PullObjectResponse
-from support.link import PROTOBUF, Fleet, Site, call
+from support.link import PROTOBUF, Site, call
 
 from fedgpt.flower.deploy import inner, waiting
 from fedgpt.flower.deploy.guard import NOT_YET, Guard
@@ -17,14 +17,6 @@ from fedgpt.flower.deploy.waiting import REPLY, Bell
 
 WAIT = 30.0  # seconds; every request that waits so long has missed its ring
 LOOK = 0.5  # seconds in which a request that does not wait has its answer
-
-
-@pytest.fixture
-def fleet(tmp_path) -> Fleet:
-    one = Fleet(tmp_path)
-    for site in one.sites:
-        assert one.activate(site).status == 200
-    return one
 
 
 @pytest.fixture

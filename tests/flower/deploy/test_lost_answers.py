@@ -28,14 +28,6 @@ from fedgpt.flower.deploy.guard import Guard
 from fedgpt.flower.deploy.limits import Record
 
 
-@pytest.fixture
-def fleet(tmp_path) -> Fleet:
-    one = Fleet(tmp_path)
-    for site in one.sites:
-        assert one.activate(site).status == 200
-    return one
-
-
 def handed(fleet: Fleet, site: Site) -> list[int]:
     """The run of each message in the answer to a question of a node."""
     found = PullMessagesResponse.FromString(fleet.pull(site).body)

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,12 +38,8 @@ SMALL = [
 
 
 @pytest.fixture
-def three_sites() -> Iterator[Deployment]:
-    # not in tmp_path, whose length leaves too little for the path of the server's socket
-    with (
-        tempfile.TemporaryDirectory(prefix="fedgpt-") as folder,
-        deployment(Path(folder) / "deployment", say=False) as one,
-    ):
+def three_sites(short_folder) -> Iterator[Deployment]:
+    with deployment(short_folder / "deployment", say=False) as one:
         one.write_texts()
         one.make_keys()
         for site in SITES:
@@ -52,15 +47,15 @@ def three_sites() -> Iterator[Deployment]:
         yield one
 
 
-def test_the_script_ends_with_a_model_at_every_site(tmp_path):
+def test_the_script_ends_with_a_model_at_every_site(short_folder):
     command = [sys.executable, str(SIMULATION / "one_host.py"), "--rounds", "4"]
-    command += ["--folder", str(tmp_path / "here")]
+    command += ["--folder", str(short_folder / "here")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "the model is at 3 clients" in done.stdout
     for site in SITES:
         assert f"{site}: " in done.stdout
-        (model,) = (tmp_path / "here" / "state" / site / "models").iterdir()
+        (model,) = (short_folder / "here" / "state" / site / "models").iterdir()
         assert (model / "config.json").is_file()
 
 
