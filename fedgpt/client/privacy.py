@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from filelock import FileLock
 
-from fedgpt.client.account import SiteAccount
+from fedgpt.client.account import Promise, SiteAccount
 from fedgpt.core.messages import Job, plan_as_json
 from fedgpt.core.options import RunOptions
 from fedgpt.data.examples import ExampleSet
@@ -22,7 +22,7 @@ from fedgpt.local.private import PrivateSteps
 from fedgpt.privacy.accounting import Event, epsilon_of
 from fedgpt.privacy.clipping import clipped
 from fedgpt.privacy.ledger import BudgetExhausted, Ledger
-from fedgpt.privacy.plan import sampling_probability
+from fedgpt.privacy.plan import client_participations, sampling_probability
 from fedgpt.privacy.randomness import SecureStream, derive, secret_key
 from fedgpt.tasks.base import Task
 from fedgpt.update.wire import digest
@@ -188,6 +188,15 @@ def settings_of(options: RunOptions) -> dict[str, Any]:
 def settings_digest(options: RunOptions) -> str:
     """Hexadecimal sha256 of `settings_of`."""
     return hashlib.sha256(json.dumps(settings_of(options), sort_keys=True).encode()).hexdigest()
+
+
+def promise_of(options: RunOptions) -> Promise | None:
+    """What a run with privacy=client promises for its jobs; None if its noise is fixed instead."""
+    o = options.privacy
+    if o.target_epsilon is None or o.delta is None:
+        return None
+    jobs = client_participations(options)
+    return Promise(o.target_epsilon, o.delta, jobs, settings_digest(options))
 
 
 def job_digest(job: Job, text: Text) -> str:

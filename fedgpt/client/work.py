@@ -12,11 +12,11 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from fedgpt.client.account import Promise, SiteAccount
+from fedgpt.client.account import SiteAccount
 from fedgpt.client.attack import attacked
 from fedgpt.client.bases import SiteBases
 from fedgpt.client.fitting import FittingTrainer
-from fedgpt.client.privacy import ClientPrivacy, job_digest, settings_digest
+from fedgpt.client.privacy import ClientPrivacy, job_digest, promise_of
 from fedgpt.client.state import ClientState, ClientStore
 from fedgpt.client.texts import CommonText, Texts
 from fedgpt.core.errors import FedGPTError, UpdateRejected
@@ -27,7 +27,6 @@ from fedgpt.core.seeds import derive_seed
 from fedgpt.data.text import Text
 from fedgpt.local.optimizer import Moments
 from fedgpt.local.trainer import Trainer
-from fedgpt.privacy.plan import client_participations
 from fedgpt.update.codecs.none import Plain
 from fedgpt.update.compress import codec_of
 from fedgpt.update.downlink import STEPS, rebuilt
@@ -190,12 +189,9 @@ class ClientWork:
 
     def _promised(self, job: Job, text: Text) -> None:
         """Charge the site's account for what a run promises in which the server adds the noise."""
-        o = self.options.privacy
-        if self.account is None or o.target_epsilon is None or o.delta is None:
-            return
-        jobs = client_participations(self.options)
-        promise = Promise(o.target_epsilon, o.delta, jobs, settings_digest(self.options))
-        self.account.charge_job(job.plan.run, promise, job_digest(job, text))
+        promise = promise_of(self.options)
+        if self.account is not None and promise is not None:
+            self.account.charge_job(job.plan.run, promise, job_digest(job, text))
 
     def _trained(
         self,

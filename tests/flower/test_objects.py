@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 import time
 import tracemalloc
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -130,10 +133,31 @@ class Peak:
         self.models = (tracemalloc.get_traced_memory()[1] - self._before) / (4 * SIZE)
 
 
+@pytest.fixture
+def no_garbage() -> Iterator[None]:
+    """A thread that collects garbage all the time: the web server's requests are in reference
+    cycles, and the memory in use must not depend on when Python collects them.
+    """
+    ended = threading.Event()
+
+    def collect() -> None:
+        while not ended.wait(0.002):
+            gc.collect()
+
+    gc.collect()
+    gc.freeze()  # what is older need not be looked at, so that a collection is quick
+    thread = threading.Thread(target=collect)
+    thread.start()
+    yield
+    ended.set()
+    thread.join()
+    gc.unfreeze()
+
+
 @pytest.mark.slow
 @pytest.mark.long
 def test_a_model_is_in_memory_once_where_it_is_received_and_never_again_where_it_is_sent(
-    link: LiveSuperLink, tmp_path: Path, monkeypatch
+    link: LiveSuperLink, tmp_path: Path, monkeypatch, no_garbage
 ):
     """Server, link and client are in this process, so that each bound is for all three of them.
 
@@ -143,7 +167,7 @@ def test_a_model_is_in_memory_once_where_it_is_received_and_never_again_where_it
     monkeypatch.setattr(fetch, "IN_MEMORY", 1000)
     monkeypatch.setattr(link.state, "_object_store", ObjectsInFiles(tmp_path / "o", Bell()))
     # the copies of chunks that are under way, each 5 % of the model: less than one more model
-    slack = 0.98
+    slack = 0.6
     node, connection = link.node()
     grid = link.grid()
     fetcher = Fetcher(grid)
