@@ -22,6 +22,7 @@ from flwr.proto.fleet_pb2 import (
 from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
 from flwr.proto.message_pb2 import (
     ConfirmMessageReceivedRequest,
+    ObjectTree,
     PullObjectRequest,
     PushObjectResponse,
 )
@@ -608,6 +609,24 @@ def test_a_node_uploads_only_what_it_announced(fleet):
 
 
 # amplification
+
+
+def test_a_node_cannot_make_a_message_to_another_unreadable(fleet):
+    """It announces an object that it expects in the message, as one of other parts."""
+    north, south = fleet.sites
+    expected = ArrayRecord([ARRAY])
+    lie = ObjectTree(object_id=expected.object_id, children=[ObjectTree(object_id="f" * 64)])
+    fleet.pull(north)
+    reply = fleet.reply(north, fleet.job(north, ARRAY + 1), RecordDict())
+    request = fleet.announce(north, reply)
+    request.message_object_trees[0].children.append(lie)
+    answer = PushMessagesResponse.FromString(fleet.ask("push-messages", request, north).body)
+    assert expected.object_id in answer.objects_to_push
+    job = fleet.job(south, ARRAY)
+    (tree,) = PullMessagesResponse.FromString(fleet.pull(south).body).message_object_trees
+    assert tree == get_object_tree(job)
+    for key in get_all_nested_objects(job):
+        assert pull_object(fleet, south, key).status == 200
 
 
 def test_an_array_of_equal_chunks_counts_each_of_them(fleet, small_chunks):

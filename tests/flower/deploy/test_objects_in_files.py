@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord
+from flwr.app import ArrayRecord
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.object_store import NoObjectInStoreError
 
 from fedgpt.core.errors import FedGPTError
 from fedgpt.flower.deploy.objects_in_files import SMALL, ObjectsInFiles
@@ -46,7 +47,7 @@ def test_large_objects_are_files_and_all_are_found(store, folder):
     assert {key: store.get(key) for key in contents} == contents
     (file,) = folder.iterdir()
     assert file.stat().st_size > 3 * SMALL
-    assert max(len(entry.content) for entry in store.store.values()) <= SMALL
+    assert max(len(entry.content or b"") for entry in store._objects.values()) <= SMALL
     assert store.get("f" * 64) is None
 
 
@@ -82,18 +83,45 @@ def test_content_that_is_not_the_object_is_refused(store, folder):
     assert store.get(chunk) == b"" and not list(folder.iterdir())
 
 
-def test_a_tree_cannot_change_the_children_of_an_object(store):
-    one = record(100)
-    kept(store, one)
-    array = Array(np.arange(3))
-    changed = ObjectTree(object_id=one.object_id, children=[get_object_tree(array)])
-    with pytest.raises(ValueError, match="had different children"):
+def test_what_one_message_says_of_an_object_changes_no_other_message(store):
+    """A site may announce the objects of another's message with other children, before or after."""
+    one, foreign = record(100), get_object_tree(record(100, seed=1))
+    own = get_object_tree(one)
+    for number, before in enumerate((True, False)):
+        lie = ObjectTree(
+            object_id=str(number) * 64,
+            children=[ObjectTree(object_id=own.children[0].object_id, children=[foreign])],
+        )
+        if before:
+            store.preregister(RUN, lie)
+        contents = kept(store, one)
+        if not before:
+            store.preregister(RUN, lie)
+        assert store.get_object_tree(one.object_id) == own
+        store.delete(lie.object_id)
+        assert {key: store.get(key) for key in contents} == contents
+        assert foreign.object_id not in store
+        store.delete(one.object_id)
+        assert len(store) == 0
+
+
+def test_a_message_keeps_the_objects_that_it_was_announced_with(store):
+    own, other = get_object_tree(record(100)), get_object_tree(record(100, seed=1))
+    missing = store.preregister(RUN, own)
+    assert store.preregister(RUN, own) == missing, "the answer was lost, and it is asked again"
+    changed = ObjectTree(object_id=own.object_id, children=[other])
+    with pytest.raises(ValueError, match="had other objects"):
         store.preregister(RUN, changed)
-    child = get_object_tree(array)
-    twice = ObjectTree(object_id="a" * 64, children=[child, child])
-    with pytest.raises(ValueError, match="duplicate children"):
-        store.preregister(RUN, twice)
-    assert "a" * 64 not in store and array.object_id not in store
+    with pytest.raises(ValueError, match="is not the id of an object"):
+        store.preregister(
+            RUN, ObjectTree(object_id="a" * 64, children=[ObjectTree(object_id="../x")])
+        )
+    assert other.object_id not in store and "a" * 64 not in store
+    nobodys = record(100, seed=1)
+    with pytest.raises(NoObjectInStoreError, match="no message has the object"):
+        store.put(nobodys.object_id, nobodys.deflate())
+    with pytest.raises(NoObjectInStoreError, match="was announced"):
+        store.get_object_tree(own.children[0].object_id)
 
 
 def test_on_a_full_disk_contents_stay_in_memory_and_the_log_says_so(folder, store, caplog):
