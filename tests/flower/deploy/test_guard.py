@@ -614,19 +614,21 @@ def test_a_node_uploads_only_what_it_announced(fleet):
 def test_a_node_cannot_make_a_message_to_another_unreadable(fleet):
     """It announces an object that it expects in the message, as one of other parts."""
     north, south = fleet.sites
-    expected = ArrayRecord([ARRAY])
+    values = np.arange(23.0)  # of no other test
+    expected = ArrayRecord([values])
     lie = ObjectTree(object_id=expected.object_id, children=[ObjectTree(object_id="f" * 64)])
-    fleet.pull(north)
-    reply = fleet.reply(north, fleet.job(north, ARRAY + 1), RecordDict())
-    request = fleet.announce(north, reply)
+    request = fleet.announce(north, fleet.reply(north, handed(fleet, north), RecordDict()))
     request.message_object_trees[0].children.append(lie)
     answer = PushMessagesResponse.FromString(fleet.ask("push-messages", request, north).body)
     assert expected.object_id in answer.objects_to_push
-    job = fleet.job(south, ARRAY)
+    job = fleet.job(south, values)
     (tree,) = PullMessagesResponse.FromString(fleet.pull(south).body).message_object_trees
     assert tree == get_object_tree(job)
     for key in get_all_nested_objects(job):
         assert pull_object(fleet, south, key).status == 200
+
+
+# amplification
 
 
 def test_an_array_of_equal_chunks_counts_each_of_them(fleet, small_chunks):
