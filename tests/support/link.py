@@ -191,7 +191,10 @@ class Fleet:
         register(self.state, self.approved)
         self.lines: list[dict[str, Any]] = []
         self.guard = Guard(
-            self.app, lambda: self.approved, Record(self.lines.append), reply_objects
+            inner.without_control(self.app),
+            lambda: self.approved,
+            Record(self.lines.append),
+            reply_objects,
         )
         self.run_id, self.task = self._run()
 

@@ -9,6 +9,7 @@ task, which Flower then accepts, is in the arguments of a process, where every u
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
 import socket
 import sqlite3
@@ -27,6 +28,13 @@ from flwr.superlink.auth_plugin import NoOpControlAuthnPlugin
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
+from flwr.superlink.routers.control.middlewares import (
+    ControlAuthenticationMiddleware,
+    ControlEventLogMiddleware,
+    ControlLicenseMiddleware,
+    ControlSensitiveResponseMiddleware,
+)
+from flwr.superlink.routers.fleet.middlewares import FleetEventLogMiddleware
 from sqlalchemy.exc import SQLAlchemyError
 from uvicorn.protocols.http.h11_impl import H11Protocol
 from uvicorn.server import ServerState
@@ -52,6 +60,14 @@ DATABASE, OBJECTS = "link.db", "link.objects"  # in the server's folder
 CLOSE_SECONDS = 1.0  # for answers that are under way when the link stops
 _LOOPBACK = "127.0.0.1"
 _TCP = Path("/proc/self/net/tcp")
+# layers that do nothing for a fleet or runtime path
+_IDLE = {
+    ControlAuthenticationMiddleware,
+    ControlEventLogMiddleware,
+    ControlLicenseMiddleware,
+    ControlSensitiveResponseMiddleware,
+    FleetEventLogMiddleware,
+}
 # Flower's switches for its former gRPC servers, which would listen beside the guard
 _OPENINGS = ("FLWR_INTERNAL_GRPC_CONTROL_API", "FLWR_INTERNAL_GRPC_FLEET_API")
 
@@ -103,6 +119,18 @@ def flower_app(folder: Path, secret: bytes, bell: Bell | None = None) -> FastAPI
         ) from None
     factory.objectstore_factory.store_instance, factory.state_instance = objects, state
     return app
+
+
+def without_control(app: FastAPI) -> FastAPI:
+    """Flower's application for requests that are not of its control API.
+
+    It leaves out what Flower has around each request for that API and for a log of events that is
+    switched off: five layers, each of which costs a request a task and two queues.
+    """
+    one = copy.copy(app)
+    one.user_middleware = [layer for layer in app.user_middleware if layer.cls not in _IDLE]
+    one.middleware_stack = None  # made at the first request
+    return one
 
 
 class Only:

@@ -33,6 +33,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 from flwr.server.superlink.linkstate import LinkState
+from uvicorn.loops.auto import auto_loop_factory
 
 from fedgpt.core.errors import ConfigError, FedGPTError
 from fedgpt.core.files import PRIVATE, read_json, write_text
@@ -111,7 +112,8 @@ async def serve(settings: Settings) -> None:
     sites = Sites(folder, link_state)
     async with AsyncExitStack() as stack:
         record = Record(stack.enter_context(_audit(folder)))
-        guard = Guard(app, lambda: sites.keys, record, settings.reply_objects, bell)
+        messages = inner.without_control(app)
+        guard = Guard(messages, lambda: sites.keys, record, settings.reply_objects, bell)
         state = dict(await stack.enter_async_context(app.router.lifespan_context(app)) or {})
         listener = _new_listener(guard, settings.files, state)
         # first: whoever is answered on the control socket may rely on the port
@@ -119,8 +121,11 @@ async def serve(settings: Settings) -> None:
         runtime = inner.runtime_socket()
         control = inner.control_socket(folder / inner.CONTROL_SOCKET)
         stack.callback((folder / inner.CONTROL_SOCKET).unlink, missing_ok=True)
-        for paths, one in ((inner.RUNTIME, runtime), (inner.CONTROL, control)):
-            await stack.enter_async_context(inner.served(inner.Only(app, paths, bell), one, state))
+        for served, one in (
+            (inner.Only(messages, inner.RUNTIME, bell), runtime),
+            (inner.Only(app, inner.CONTROL), control),
+        ):
+            await stack.enter_async_context(inner.served(served, one, state))
         port = runtime.getsockname()[1]
         starter = await stack.enter_async_context(inner.superexec(folder, port, secret))
         where = f"port {listener.port}{' without TLS' if settings.insecure else ''}"
@@ -151,8 +156,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         settings = checked_settings(given)
-        with FileLock(settings.folder / "link.lock", timeout=LOCK_SECONDS):
-            asyncio.run(serve(settings))
+        with (
+            FileLock(settings.folder / "link.lock", timeout=LOCK_SECONDS),
+            # uvloop's loop where there is one: a message's way then takes far less time here
+            asyncio.Runner(loop_factory=auto_loop_factory()) as runner,
+        ):
+            runner.run(serve(settings))
     except Timeout:
         print(f"fedgpt: another link runs in {given.folder}", file=sys.stderr)
         return 1

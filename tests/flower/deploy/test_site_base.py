@@ -175,7 +175,7 @@ def test_a_site_that_has_lost_its_state_gets_it_again_in_the_same_run(texts, sta
     caplog.set_level(logging.INFO)
     folder = texts.folder / "run"
     # a round has both clients, so the run waits for the one that is away
-    words = [TRAINED, f"init_from={start}", "pace.clients=2", "pace.minimum=2", "rounds=8"]
+    words = [TRAINED, f"init_from={start}", "pace.clients=2", "pace.minimum=2", "rounds=25"]
     options = load([*texts.at_sites(*words, f"run_dir={folder}"), "pace.begin=2"])
     key = ec.generate_private_key(ec.SECP384R1())
     app, about = "fedgpt.flower.client_app:app", texts.config("ann")
@@ -193,7 +193,7 @@ def test_a_site_that_has_lost_its_state_gets_it_again_in_the_same_run(texts, sta
         back = when(lambda: len(events(folder, "accept")) > 3, come_back)
         summary = serve(options, link.grid())
         back.join(60)
-    assert summary["versions"] == 8 and summary["rejected"] == {}
+    assert summary["versions"] == 25 and summary["rejected"] == {}
     assert sorted(sent) == sorted(sorted(set(sent)) * 3), "twice to ann, once to bob"
     assert "client ann is offline" in caplog.text and events(folder, "join") == []
     last = [one["client"] for one in events(folder, "accept")][-2:]
