@@ -16,9 +16,15 @@ from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
 from flwr.supercore.date import now
 from flwr.supercore.object_store import ObjectStore
 from flwr.supercore.run import RunStatus
-from flwr.supercore.state.schema.corestate_models import Task
+from flwr.supercore.state.schema.corestate_models import (
+    ObjectPushSession,
+    ObjectPushSessionRoot,
+    Task,
+)
+from flwr.supercore.state.schema.linkstate_models import MessageRes
+from flwr.supercore.utils import uint64_to_int64
 from flwr.superlink.federation import FederationManager
-from sqlalchemy import update
+from sqlalchemy import select, update
 
 from fedgpt.flower.deploy.waiting import REPLY, Bell
 
@@ -100,6 +106,38 @@ class LinkState(SqlLinkState):
             return super().finish_task(task_id, sub_status, details)
         finally:
             self._status = {}
+
+    def activate_node(self, node_id: int, heartbeat_interval: float) -> bool:
+        """Let a node take part that has started; whether it may."""
+        activated = super().activate_node(node_id, heartbeat_interval)
+        if activated:
+            self._give_up_uploads(node_id)
+        return activated
+
+    def deactivate_node(self, node_id: int) -> bool:
+        """Note that a node has stopped; whether it was there."""
+        deactivated = super().deactivate_node(node_id)
+        if deactivated:
+            self._give_up_uploads(node_id)
+        return deactivated
+
+    def _give_up_uploads(self, node_id: int) -> None:
+        """Delete what a node has announced and not uploaded: its next start knows nothing of it.
+
+        Flower, and the server of the run with it, would wait three minutes for the rest.
+        """
+        with self.session() as session:
+            left = session.scalars(
+                select(ObjectPushSession.session_id)
+                .join(ObjectPushSessionRoot)
+                .join(MessageRes, MessageRes.message_id == ObjectPushSessionRoot.root_object_id)
+                .where(
+                    MessageRes.src_node_id == uint64_to_int64(node_id),
+                    ObjectPushSession.pending_count > 0,
+                )
+            ).all()
+            for session_id in left:
+                self._cleanup_push_session(session_id, cleanup_messages=True)
 
     def get_node_id_by_public_key(self, public_key: bytes) -> int | None:
         """The node with a key, if it is registered."""

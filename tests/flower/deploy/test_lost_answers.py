@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flwr.app import ArrayRecord, RecordDict
 from flwr.proto.fleet_pb2 import (
+    DeactivateNodeRequest,
     PullMessagesRequest,
     PullMessagesResponse,
     PushMessagesResponse,
@@ -21,6 +22,9 @@ from flwr.proto.message_pb2 import (
 from flwr.proto.node_pb2 import Node
 from flwr.proto.run_pb2 import GetRunRequest
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
+from flwr.supercore.state.schema.linkstate_models import MessageRes
+from flwr.supercore.state.schema.linkstate_models import Node as NodeRow
+from sqlalchemy import select, update
 from support.link import PROTOBUF, Fleet, Site, call
 
 from fedgpt.flower.deploy.connection import FleetConnection
@@ -146,3 +150,32 @@ def test_a_job_that_its_node_never_confirmed_leaves_no_objects(fleet, tmp_path):
     fleet.state.delete_messages({job.metadata.message_id})  # as when its node has gone away
     assert len(fleet.state.object_store) == before
     assert not list(tmp_path.glob("link.objects/*"))
+
+
+@pytest.mark.parametrize("killed", [True, False])
+def test_an_upload_ends_with_its_client_and_a_complete_reply_stays(fleet, killed):
+    """The server of the run need not wait until Flower's time for an upload is over."""
+    state, replies = fleet.state, []
+    for site, parts in zip(fleet.sites, (1, None), strict=True):
+        job = fleet.job(site, np.arange(5))
+        fleet.pull(site)
+        values = np.random.default_rng(len(replies)).normal(size=50)
+        reply = fleet.reply(site, job, RecordDict({"arrays": ArrayRecord([values])}))
+        answer = fleet.ask("push-messages", fleet.announce(site, reply), site)
+        session = PushMessagesResponse.FromString(answer.body)
+        for key in session.objects_to_push[:parts]:
+            content = get_all_nested_objects(reply)[key].deflate()
+            fleet.ask("push-object", fleet.upload(site, session.session_id, key, content), site)
+        replies.append(reply)
+    with state.session() as rows:
+        if killed:  # it was not heard of for a minute, and starts again
+            rows.execute(update(NodeRow).values(online_until=0.0))
+    for site in fleet.sites:
+        stopped = DeactivateNodeRequest(node_id=fleet.node(site))
+        answer = fleet.activate(site) if killed else fleet.ask("deactivate-node", stopped, site)
+        assert answer.status == 200
+    cut, whole = replies
+    assert state.get_object(fleet.run_id, cut.object_id) is None
+    assert all(state.get_object(fleet.run_id, key) for key in get_all_nested_objects(whole))
+    with state.session() as rows:
+        assert list(rows.scalars(select(MessageRes.message_id))) == [whole.object_id]
