@@ -11,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from flwr.app import Message
+from flwr.common.constant import Status, SubStatus
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
 from flwr.supercore.date import now
@@ -31,6 +32,7 @@ from fedgpt.flower.deploy.waiting import REPLY, Bell
 # for which the status of a run may be old; what Flower does at the end of a run does not go by it
 STATUS_SECONDS = 0.5
 START_SECONDS = 300.0  # for a ServerApp to start
+_NO_RUN = RunStatus(Status.FINISHED, SubStatus.STOPPED, "there is no such run")
 
 
 class LinkState(SqlLinkState):
@@ -78,14 +80,17 @@ class LinkState(SqlLinkState):
             self.object_store.delete(message_id)
 
     def get_run_status(self, run_ids: set[int]) -> dict[int, RunStatus]:
-        """The status of each run that exists, at most STATUS_SECONDS old."""
+        """The status of runs, at most STATUS_SECONDS old; one that does not exist is finished.
+
+        Flower answers the request of a node that names such a run with an internal error.
+        """
         clock, known = time.monotonic(), self._status  # which other threads replace as a whole
         recent = {run: status for run, (until, status) in known.items() if clock < until}
         if not run_ids <= recent.keys():
             recent = super().get_run_status(run_ids)
             until = clock + STATUS_SECONDS
             self._status = known | {run: (until, status) for run, status in recent.items()}
-        return {run: recent[run] for run in run_ids if run in recent}
+        return {run: recent.get(run, _NO_RUN) for run in run_ids}
 
     def claim_task(self, task_id: int) -> str | None:
         """Give a task to whoever asks first, who has START_SECONDS for a first sign of life.

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from cryptography.hazmat.primitives import serialization
 from flwr.app import Array, ArrayRecord, Error, RecordDict
+from flwr.proto.fab_pb2 import GetFabRequest
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     DeactivateNodeRequest,
@@ -26,6 +27,7 @@ from flwr.proto.message_pb2 import (
     PullObjectRequest,
     PushObjectResponse,
 )
+from flwr.proto.run_pb2 import GetRunRequest
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from support.advice import advises
 from support.link import PROTOBUF, Fleet, Site, call
@@ -609,6 +611,31 @@ def test_a_node_uploads_only_what_it_announced(fleet):
 
 
 # amplification
+
+
+@pytest.mark.parametrize("run", [0, 5, 2**64 - 1])
+def test_a_node_that_names_a_run_that_does_not_exist_is_refused(fleet, run):
+    north, _ = fleet.sites
+    job = handed(fleet, north)
+    of, key = fleet.of(north), job.metadata.message_id
+    reply = fleet.reply(north, job, content(ARRAY * 7))
+    session = PushMessagesResponse.FromString(
+        fleet.ask("push-messages", fleet.announce(north, reply), north).body
+    )
+    data = get_all_nested_objects(reply)[session.objects_to_push[0]].deflate()
+    upload = fleet.upload(north, session.session_id, session.objects_to_push[0], data)
+    upload.run_id = run
+    for what, request in {
+        "get-run": GetRunRequest(node=of, run_id=run),
+        "get-fab": GetFabRequest(node=of, run_id=run, hash_str="a"),
+        "pull-object": PullObjectRequest(node=of, run_id=run, object_id=key),
+        "push-object": upload,
+        "push-messages": fleet.announce(north, reply, run_id=run),
+        "confirm-message-received": ConfirmMessageReceivedRequest(
+            node=of, run_id=run, message_object_id=key
+        ),
+    }.items():
+        assert fleet.ask(what, request, north).status == 403, what
 
 
 def test_a_node_cannot_make_a_message_to_another_unreadable(fleet):
