@@ -29,6 +29,7 @@ REQUEST_SECONDS = 10.0  # from there to the end of the first request's headers
 KEEP_ALIVE_SECONDS = 20
 RESPONSE_SECONDS = 1200.0  # in which a client must have read a response: 5 MiB at 40 kbit/s
 SHUTDOWN_SECONDS = 2.0  # for the end of TLS
+ANSWER_SECONDS = 0.2  # for the answer to leave, before the connection of a refused body ends
 HEADERS = 16384  # most bytes of the headers of a request
 BACKLOG = 512
 _TLS_HANDSHAKE = b"\x16"  # the first byte of every TLS connection
@@ -84,9 +85,12 @@ class Http(H11Protocol):
             self.transport.abort()
 
     def on_response_complete(self) -> None:
-        """Give the next request its time."""
+        """Give the next request its time; of one that was refused the body is not read."""
         self._responded = time.monotonic()
         super().on_response_complete()
+        if self.transport.is_closing() and self.conn.their_state is h11.SEND_BODY:
+            # uvloop would decrypt what comes until TLS has ended
+            self.loop.call_later(ANSWER_SECONDS, self.transport.abort)
 
     def timeout_keep_alive_handler(self) -> None:
         """End the connection, unless its client still reads a response."""
