@@ -8,10 +8,14 @@ import shlex
 import shutil
 import subprocess
 import tomllib
+from collections.abc import Iterable
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from fedgpt.cli import COMMANDS, keys
 from fedgpt.flower.deploy.link_process import END_SECONDS
@@ -81,6 +85,35 @@ def test_an_image_is_built_from_what_the_package_needs_and_nothing_else():
     needed |= {*wheel["packages"], *wheel["force-include"]}
     needed |= set(re.findall(r"/src/(\S+)", DOCKERFILE))
     assert {rule[1:] for rule in allowed} == needed
+
+
+def needed(name: str, extras: Iterable[str] = ("",), known: set | None = None) -> set[Requirement]:
+    """What a package needs here, with what that needs, but not PyTorch and what it needs."""
+    known = set() if known is None else known
+    for line in metadata.requires(name) or ():
+        one = Requirement(line)
+        applies = one.marker is None or any(one.marker.evaluate({"extra": x}) for x in extras)
+        if applies and one.name != "torch" and one not in known:
+            known.add(one)
+            needed(one.name, one.extras or ("",), known)
+    return known
+
+
+def test_the_list_with_hashes_has_all_that_is_needed():
+    entries = (DEPLOY / "requirements.txt").read_text().replace("\\\n", " ").splitlines()
+    listed: dict[str, list[Requirement]] = {}
+    for line in entries:
+        if not line.startswith("#"):
+            about, *hashes = line.split(" --hash=sha256:")
+            assert hashes and all(re.fullmatch(r"[0-9a-f]{64}\s*", one) for one in hashes), line
+            entry = Requirement(about)
+            if entry.marker is None or entry.marker.evaluate():
+                listed.setdefault(canonicalize_name(entry.name), []).append(entry)
+    assert "torch" not in listed
+    for one in needed("fedgpt"):
+        (entry,) = listed[canonicalize_name(one.name)]
+        (pin,) = entry.specifier
+        assert pin.operator == "==" and one.specifier.contains(pin.version), (one, pin)
 
 
 def test_the_user_of_an_image_owns_the_folders_of_its_volumes():
