@@ -12,7 +12,8 @@ of all announced replies in turn, takes what has arrived, and hands over complet
 
 A tree names its objects but not their sizes. Flower cuts an array into chunks of at most 5 MiB, so
 the number of objects bounds what is fetched. Equal chunks are one object, which an array may name a
-million times: so its size is computed before it is put together.
+million times: so its size is computed before it is put together. All other objects together must be
+small, because Python makes numbers and names of them one by one, while the server's loop waits.
 """
 
 from __future__ import annotations
@@ -27,12 +28,17 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 
 from flwr.app import Message
 from flwr.common.serde import message_from_proto
-from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, ObjectTree, PullObjectRequest
+from flwr.proto.message_pb2 import (
+    ConfirmMessageReceivedRequest,
+    ObjectTree,
+    PullObjectRequest,
+    PullObjectResponse,
+)
 from flwr.proto.runtime_pb2 import GetNodesRequest, PullAppMessagesRequest
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from fedgpt.core.errors import UpdateRejected
-from fedgpt.flower.objects import order, put_together, sizes_of_arrays
+from fedgpt.flower.objects import is_chunk, order, put_together, sizes_of_arrays
 
 CLOSE_SECONDS = 3.0  # a question may wait for 2 seconds at the link
 POLL_SECONDS = 0.05  # between two questions for new replies and objects
@@ -43,6 +49,7 @@ AT_ONCE = 8  # objects of one reply before it is the next reply's turn
 CHUNK = 5 << 20  # bytes of one object of an array
 # objects of a message besides those of its array: itself, its records, the array's head
 OTHER_OBJECTS = 16
+OTHER_BYTES = 1 << 18  # bytes of all those, and of what Flower puts around each chunk
 IN_MEMORY = 32 << 20  # larger replies wait in a file until they are taken
 
 
@@ -51,6 +58,7 @@ class _Download:
 
     def __init__(self, tree: ObjectTree, largest: int):
         self.tree, self._largest = tree, largest
+        self._left, self._others_left = largest + OTHER_BYTES, OTHER_BYTES  # bytes
         inner, leaves = order(tree)
         self.missing, self._inner = deque(inner + leaves), inner
         self._place: dict[str, tuple[int, int]] = {}  # id -> offset and size
@@ -61,7 +69,17 @@ class _Download:
         self.pause = SHORTEST_PAUSE
 
     def add(self, content: bytes) -> None:
-        """Keep the content of the next missing object."""
+        """Keep the content of the next missing object.
+
+        Raises UpdateRejected for a reply with more bytes than it may have, and ValueError for what
+        is no object.
+        """
+        self._left -= len(content)
+        if not is_chunk(content):
+            self._others_left -= len(content)
+        if min(self._left, self._others_left) < 0:
+            detail = f"at most {self._largest} bytes of arrays, and {OTHER_BYTES} of other objects"
+            raise UpdateRejected("too_large", detail)
         self._place[self.missing.popleft()] = (self._spool.seek(0, os.SEEK_END), len(content))
         self._spool.write(content)
         self.pause = SHORTEST_PAUSE
@@ -248,14 +266,12 @@ class Fetcher:
                 node=self._node, run_id=self._run_id, object_id=download.missing[0]
             )
             found = self._client.PullObject(wanted)
-            if not found.object_found:  # no object has arrived for some minutes
-                error = UpdateRejected("no_reply", "its upload was broken off")
-                self._done(key, download.tree.object_id, error)
-                return True
-            if not found.object_available:
+            if found.object_found and not found.object_available:
                 download.put_off()
                 return number > 0
-            download.add(found.object_content)
+            if (problem := _added(download, found)) is not None:
+                self._done(key, download.tree.object_id, problem)
+                return True
         return True
 
     def _done(self, key: str, message_id: str, found: _Download | Message | Exception) -> None:
@@ -272,6 +288,17 @@ class Fetcher:
             node=self._node, run_id=self._run_id, message_object_id=message_id
         )
         self._client.ConfirmMessageReceived(confirmed)
+
+
+def _added(download: _Download, found: PullObjectResponse) -> Exception | None:
+    """Keep the object that was asked for; why the reply cannot be taken, if so."""
+    if not found.object_found:  # its client is back, or no object has arrived for some minutes
+        return UpdateRejected("no_reply", "its upload was broken off")
+    try:
+        download.add(found.object_content)
+    except Exception as error:  # a malicious reply may raise any exception
+        return error
+    return None
 
 
 def is_within(tree: ObjectTree, most: int) -> bool:

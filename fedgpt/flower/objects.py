@@ -95,6 +95,11 @@ def is_array(content: bytes) -> bool:
     return _kind(content) == Array.__qualname__
 
 
+def is_chunk(content: bytes) -> bool:
+    """Whether an object is a chunk of an array; raises ValueError for what is no object."""
+    return _kind(content) == ArrayChunk.__qualname__
+
+
 def chunks_of(content: bytes) -> list[str]:
     """The ids of the chunks of the array that an object describes, with repeats."""
     _, children, _ = get_object_head_values_from_object_content(content)

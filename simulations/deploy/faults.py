@@ -334,7 +334,7 @@ def _misbehave(study: Study, deeds: list[str]) -> None:
 
 
 def bad_updates(study: Study) -> None:
-    deeds = ["damaged"] if study.quick else ["nan", "damaged", "old", "repeats"]
+    deeds = ["damaged"] if study.quick else ["nan", "damaged", "old", "repeats", "records"]
     with study.measured(f"a site sends: {', '.join(deeds)}", memory=True) as row:
         count = len(study._of("reject"))
         _misbehave(study, deeds)

@@ -11,6 +11,7 @@ It answers its first job honestly, and does one deed in each of the next ones, i
 | damaged | sends other bytes than those of the digest |
 | old | sends its reply to an earlier job once more |
 | repeats | sends 200 MB of zeros, of which Flower uploads 5 MB |
+| records | sends a million numbers beside its update, of which Python makes as many objects |
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from flwr.app import Context, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
 
 from fedgpt.cli.client import add_site, policy_of, site_of
 from fedgpt.flower.deploy.connection import Upload, UploadEnded
@@ -37,8 +38,9 @@ from fedgpt.flower.deploy.site_app import site_app
 from fedgpt.flower.messages import read_reply, update_content
 from fedgpt.update.wire import digest
 
-DEEDS = ("broken", "nan", "damaged", "old", "repeats")
+DEEDS = ("broken", "nan", "damaged", "old", "repeats", "records")
 REPEATED = 50_000_000  # float32 zeros: 200 MB
+NUMBERS = 1_000_000
 
 
 class Insider:
@@ -74,7 +76,10 @@ class Insider:
                 return first
             case "repeats":
                 delta = np.zeros(REPEATED, np.float32)
-        return update_content(json.dumps(header), delta)
+        content = update_content(json.dumps(header), delta)
+        if deed == "records":
+            content["numbers"] = ConfigRecord({"numbers": [7] * NUMBERS})
+        return content
 
 
 class Breaking(KitConnection):

@@ -6,10 +6,11 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Iterator
+from contextlib import suppress
 
 import numpy as np
 import pytest
-from flwr.app import Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.supercore.corestate import in_memory_corestate
 from flwr.supercore.run import RunNotRunningException
@@ -17,6 +18,7 @@ from support.superlink import LiveSuperLink, in_thread, next_message, send
 
 from fedgpt.core.errors import UpdateRejected
 from fedgpt.flower import fetch
+from fedgpt.flower.deploy.connection import UploadEnded
 from fedgpt.flower.fetch import CHUNK, Fetcher, is_within
 from fedgpt.flower.messages import read_reply, update_content
 from fedgpt.flower.objects import order
@@ -141,6 +143,40 @@ def test_a_small_upload_that_would_fill_the_memory_is_refused_before_it_does(lin
     tracemalloc.stop()
     assert isinstance(error, UpdateRejected) and error.code == "too_large"
     assert error.detail.startswith("arrays of 200") and peak < 100_000_000
+
+
+@pytest.mark.parametrize(
+    "many",
+    [
+        ConfigRecord({"json": "{}", "numbers": [7] * 300_000}),
+        MetricRecord({f"name {number}": number for number in range(20_000)}),
+    ],
+    ids=["numbers", "names"],
+)
+def test_records_that_python_would_make_many_objects_of_are_refused_unread(
+    link, server, monkeypatch, many
+):
+    monkeypatch.setattr(fetch, "put_together", None)
+    site = Site(link, server.grid, server.fetcher)
+    content = RecordDict({**update_content("{}", vector()), "more": many})
+    with suppress(UploadEnded):  # the server wants no more of it
+        send(site.connection, Message(content, reply_to=site.job))
+    message_id, error = server.take()
+    assert message_id == site.id and isinstance(error, UpdateRejected)
+    assert error.code == "too_large" and error.detail.endswith("262144 of other objects")
+
+
+def test_what_is_no_object_costs_its_reply_alone(link, server, monkeypatch):
+    """A link of another kind may hand it out."""
+    bad, good = (Site(link, server.grid, server.fetcher) for _ in range(2))
+    get = link.state.get_object
+    bad.announce(vector(1))
+    monkeypatch.setattr(link.state, "get_object", lambda *of: get(*of) or b"not an object")
+    message_id, error = server.take()
+    assert message_id == bad.id and isinstance(error, ValueError)
+    monkeypatch.undo()
+    good.reply(vector(2))
+    assert server.take()[0] == good.id
 
 
 def test_the_reply_to_a_job_that_was_given_up_is_not_fetched(link, server, monkeypatch):

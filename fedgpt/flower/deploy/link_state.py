@@ -7,6 +7,7 @@ node has the key of the sender, and adds up the bytes: four transactions, three 
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
 
@@ -15,7 +16,6 @@ from flwr.common.constant import Status, SubStatus
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
 from flwr.supercore.date import now
-from flwr.supercore.object_store import ObjectStore
 from flwr.supercore.run import RunStatus
 from flwr.supercore.state.schema.corestate_models import (
     ObjectPushSession,
@@ -27,6 +27,7 @@ from flwr.supercore.utils import uint64_to_int64
 from flwr.superlink.federation import FederationManager
 from sqlalchemy import select, update
 
+from fedgpt.flower.deploy.objects_in_files import ObjectsInFiles
 from fedgpt.flower.deploy.waiting import REPLY, Bell
 
 # for which the status of a run may be old; what Flower does at the end of a run does not go by it
@@ -39,7 +40,7 @@ class LinkState(SqlLinkState):
     """Flower's link state, which remembers what seldom changes."""
 
     def __init__(
-        self, database: Path, manager: FederationManager, objects: ObjectStore, bell: Bell
+        self, database: Path, manager: FederationManager, objects: ObjectsInFiles, bell: Bell
     ):
         """Open or make the database; raises SQLAlchemyError for a damaged one.
 
@@ -54,11 +55,17 @@ class LinkState(SqlLinkState):
     def store_message_and_object_tree(
         self, message: Message, object_tree: ObjectTree, session_id: str
     ) -> tuple[bool, list[str]]:
-        """Store a message; whether it was, and the ids of its objects that are missing."""
-        stored = super().store_message_and_object_tree(message, object_tree, session_id)
-        about = message.metadata
+        """Store a message; whether it was, and the ids of its objects that are asked for.
+
+        The server of a run is asked once for what it sends to many, a client for all of its reply.
+        """
+        about, objects = message.metadata, self.object_store
+        of_client = bool(about.reply_to_message_id)
+        assert isinstance(objects, ObjectsInFiles), "as it was made"
+        with objects.asking_for_all() if of_client else nullcontext():
+            stored = super().store_message_and_object_tree(message, object_tree, session_id)
         if stored[0]:
-            self._bell.ring(REPLY if about.reply_to_message_id else about.dst_node_id)
+            self._bell.ring(REPLY if of_client else about.dst_node_id)
         return stored
 
     def store_object(

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -34,6 +36,10 @@ class _Object:
     content: bytes | None = None  # None until it comes; empty if it is in a file
 
 
+class _Thread(threading.local):
+    asks_for_all = False
+
+
 class ObjectsInFiles(ObjectStore):
     """Which objects there are is in memory; the large ones are files of a folder.
 
@@ -46,7 +52,8 @@ class ObjectsInFiles(ObjectStore):
 
         Raises FedGPTError if that is not possible.
         """
-        self._folder, self._bell, self._lock = folder, bell, threading.RLock()
+        self._folder, self._bell = folder, bell
+        self._lock, self._thread = threading.RLock(), _Thread()
         self._objects: dict[str, _Object] = {}
         self._messages: dict[str, tuple[int, ObjectTree]] = {}  # id -> its run and objects
         self._told = False  # whether the log says that the disk takes no more
@@ -57,8 +64,20 @@ class ObjectsInFiles(ObjectStore):
         except OSError as error:
             raise FedGPTError(f"{folder} cannot be emptied: {error.strerror}") from error
 
+    @contextmanager
+    def asking_for_all(self) -> Iterator[None]:
+        """Let this thread's announcements be asked for every object, also for those that are here.
+
+        Otherwise a site would learn from the answer which objects others have sent.
+        """
+        self._thread.asks_for_all = True
+        try:
+            yield
+        finally:
+            self._thread.asks_for_all = False
+
     def preregister(self, run_id: int, object_tree: ObjectTree) -> list[str]:
-        """Note the objects of a message; the ids of those that have no content yet, each once.
+        """Note the objects of a message; the ids of those that are asked for, each once.
 
         Raises ValueError for what is not an id, and for a message that had other objects before.
         """
@@ -72,6 +91,8 @@ class ObjectsInFiles(ObjectStore):
                 raise ValueError(f"message {message} had other objects")
             for object_id in ids:
                 self._objects.setdefault(object_id, _Object()).messages.add(message)
+            if self._thread.asks_for_all:
+                return ids
             return [one for one in ids if self._objects[one].content is None]
 
     def get_object_tree(self, object_id: str) -> ObjectTree:

@@ -638,6 +638,26 @@ def test_a_node_that_names_a_run_that_does_not_exist_is_refused(fleet, run):
         assert fleet.ask(what, request, north).status == 403, what
 
 
+def test_a_node_does_not_learn_which_objects_others_have_sent(fleet):
+    """It guesses a record of another's reply, and looks whether the link wants it."""
+    north, south = fleet.sites
+    values = np.arange(31.0)  # of no other test
+    reply = fleet.reply(north, handed(fleet, north, values), content(values + 1))
+    request = fleet.announce(north, reply)
+    answer = PushMessagesResponse.FromString(fleet.ask("push-messages", request, north).body)
+    for key, one in get_all_nested_objects(reply).items():
+        upload = fleet.upload(north, answer.session_id, key, one.deflate())
+        assert PushObjectResponse.FromString(fleet.ask("push-object", upload, north).body).stored
+    guess = fleet.reply(south, handed(fleet, south, values), content(values + 1))
+    request = fleet.announce(south, guess)
+    answer = PushMessagesResponse.FromString(fleet.ask("push-messages", request, south).body)
+    assert set(answer.objects_to_push) == set(get_all_nested_objects(guess))
+    for key in answer.objects_to_push:
+        data = get_all_nested_objects(guess)[key].deflate()
+        upload = fleet.upload(south, answer.session_id, key, data)
+        assert PushObjectResponse.FromString(fleet.ask("push-object", upload, south).body).stored
+
+
 def test_a_node_cannot_make_a_message_to_another_unreadable(fleet):
     """It announces an object that it expects in the message, as one of other parts."""
     north, south = fleet.sites
