@@ -1,7 +1,7 @@
 """The finished model: when a run of sites ends, each connected site gets its folder.
 
 server   run_dir/model/ -> one message with its files -> every client that is connected
-site     -> STATE/models/<name of the run>-<its id>/, complete or not there
+site     -> STATE/models/<name of the run>-<its id>-<server>/, complete or not there
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock
 from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedgpt.client.site import Site
 from fedgpt.client.state import safe_name
 from fedgpt.core.errors import FedGPTError
-from fedgpt.core.files import sync
+from fedgpt.core.files import PRIVATE, sync
 from fedgpt.flower.grid_transport import STOP_FILE
 from fedgpt.flower.mailbox import mailbox_of
 from fedgpt.flower.messages import MOST_REASON, values_of
@@ -28,6 +29,7 @@ from fedgpt.flower.pool.shared_memory import array_record
 from fedgpt.flower.push import push
 
 ACTION = "finished"  # of the query that brings the model
+LOCK = ".models.lock"  # in the folder of a site's state
 # what a folder may contain; a site writes no file with another name
 FILES = frozenset(
     {
@@ -90,7 +92,10 @@ def keep(message: Message, site: Site, name: str) -> RecordDict:
         raise FedGPTError("the server's model has other records than this version of fedgpt reads")
     if wrong := sorted(set(files) - FILES):
         raise FedGPTError(f"the server's model has a file {wrong[0]!r:.60}, which no model has")
-    folder = Path(site.state_dir) / "models" / safe_name(f"{name}-{about['id']}"[:MOST_REASON])
+    called = safe_name(f"{name}-{about['id']}"[:MOST_REASON])
+    # a server chooses the ids of its runs, and must not replace the model of another server
+    of_server = f"-{site.of_server}" if site.server else ""
+    folder = Path(site.state_dir) / "models" / (called + of_server)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-") as temporary:
         made = Path(temporary) / "model"
@@ -98,8 +103,10 @@ def keep(message: Message, site: Site, name: str) -> RecordDict:
         for file, array in files.items():
             values_of(array).tofile(made / file)
             sync(made / file)
-        if folder.exists():  # of a server that sent it before it was killed
-            folder.rename(Path(temporary) / "old")
-        made.rename(folder)
+        # clients of one machine share a state, and each of them gets the model
+        with FileLock(Path(site.state_dir) / LOCK, mode=PRIVATE):
+            if folder.exists():  # of another client, or of a server that sent it and was killed
+                folder.rename(Path(temporary) / "old")
+            made.rename(folder)
     log.warning("the run %s has ended; its model is in %s", name, folder)
     return RecordDict()
