@@ -20,7 +20,7 @@ from flwr.serverapp import Grid
 
 from fedgpt.client.site import Site
 from fedgpt.client.state import safe_name
-from fedgpt.core.errors import FedGPTError
+from fedgpt.core.errors import FedGPTError, amount
 from fedgpt.core.files import PRIVATE, sync
 from fedgpt.flower.grid_transport import STOP_FILE
 from fedgpt.flower.mailbox import mailbox_of
@@ -37,7 +37,10 @@ FILES = frozenset(
         *("tokenizer.json", "tokenizer_config.json", "SHA256SUMS"),
     }
 )
-DELIVER_SECONDS = 600.0  # for the slowest client
+# the server does not see how far a client has come: it waits as long as the model takes at this
+# many bytes in a second, and at least and at most so many seconds
+SLOWEST, LEAST_SECONDS, MOST_SECONDS = 100e3, 60.0, 600.0
+SILENT_SECONDS = 1.0  # of waiting, before it is told
 MOST_ANSWER = 1 << 16  # bytes of a client's confirmation
 log = logging.getLogger(__name__)
 
@@ -45,8 +48,8 @@ log = logging.getLogger(__name__)
 def deliver(grid: Grid, nodes: Mapping[str, int], folder: Path, run: str) -> list[str]:
     """Send the model in a folder to clients (name -> node); the names of those that have it.
 
-    A client that is offline, or does not confirm within DELIVER_SECONDS, goes without it. When a
-    launcher asks the server to stop, no client is waited for any more: the run is complete.
+    A client that is offline, or does not confirm in time, goes without it: the next run waits.
+    When a launcher asks the server to stop, no client is waited for any more: the run is complete.
     """
     arrays = {
         path.name: np.fromfile(path, np.uint8)
@@ -66,8 +69,12 @@ def deliver(grid: Grid, nodes: Mapping[str, int], folder: Path, run: str) -> lis
         }
         for message_id in waiting:
             mailbox.watch(message_id, MOST_ANSWER)
-        deadline = time.monotonic() + DELIVER_SECONDS
-        while waiting and time.monotonic() < deadline and not _stopped():
+        began, told = time.monotonic(), False
+        most = patience(sum(array.nbytes for array in arrays.values()))
+        while waiting and (waited := time.monotonic() - began) < most and not _stopped():
+            if waited > SILENT_SECONDS and not told:
+                told, them = True, amount(len(waiting), "client")
+                log.warning("waiting for %s to take the finished model, %.0f s at most", them, most)
             for arrival in mailbox.take():
                 name = waiting.pop(arrival.message_id)
                 if isinstance(arrival.reply, Message) and not arrival.reply.has_error():
@@ -76,6 +83,15 @@ def deliver(grid: Grid, nodes: Mapping[str, int], folder: Path, run: str) -> lis
     finally:
         mailbox.close()
     return sorted(have)
+
+
+def patience(size: int) -> float:
+    """Seconds after which no client is waited for any more that takes a model of `size` bytes.
+
+    >>> patience(5_000_000), patience(20_000_000), patience(500_000_000)
+    (60.0, 200.0, 600.0)
+    """
+    return min(max(LEAST_SECONDS, size / SLOWEST), MOST_SECONDS)
 
 
 def _stopped() -> bool:

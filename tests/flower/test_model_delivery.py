@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -77,10 +78,31 @@ def finished_error() -> Error:
     return Error(1, "DiskFull()")
 
 
-def test_a_client_that_does_not_answer_is_not_waited_for_without_end(link, model, monkeypatch):
-    monkeypatch.setattr(finished, "DELIVER_SECONDS", 0.5)
-    node, _ = link.node()
-    assert deliver(link.grid(), {"ann": node}, model, "abc") == []
+def test_a_client_that_hangs_does_not_hold_up_the_next_run_for_long(
+    link, model, tmp_path, monkeypatch, caplog
+):
+    """It is connected, and the others have the model at once."""
+    monkeypatch.setattr(finished, "LEAST_SECONDS", 1.5)
+    nodes, connections = {}, {}
+    for name in ("ann", "bob"):
+        nodes[name], connections[name] = link.node()
+
+    def answer() -> None:
+        message = next_message(connections["ann"])
+        send(connections["ann"], Message(keep(message, site(tmp_path), "night"), reply_to=message))
+
+    thread = in_thread(answer)
+    began = time.monotonic()
+    assert deliver(link.grid(), nodes, model, "abc") == ["ann"]
+    assert 1.5 <= time.monotonic() - began < 20
+    thread.join(timeout=20)
+    assert "waiting for 1 client to take the finished model, 2 s at most" in caplog.text
+
+
+def test_a_large_model_is_waited_for_longer(model):
+    assert finished.patience(0) == finished.patience(6_000_000) == 60
+    assert finished.patience(30_000_000) == 300, "at 100 kB in a second"
+    assert finished.patience(10**12) == 600
 
 
 def test_a_server_that_is_stopped_waits_for_no_client_any_more(link, model, tmp_path, monkeypatch):
