@@ -28,7 +28,9 @@ def main(arguments: list[str]) -> int:
     run = runs[number]
     queue.cancel(folder, run)
     audit.note(folder, "cancel", run=number, name=run.name)
-    ends = "stops with a checkpoint" if is_served(folder) else "is not continued"
+    # a complete one may still be handing its model to the sites
+    stops = "stops with a checkpoint, unless it is complete already"
+    ends = stops if is_served(folder) else "is not continued"
     print(f"{run.name} (run {number}) {'is not begun' if run.waits else ends}")
     return 0
 

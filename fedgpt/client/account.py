@@ -29,6 +29,8 @@ from fedgpt.privacy.accounting import Event, epsilon_of
 from fedgpt.privacy.ledger import ROUNDING, added, digest_of
 
 FILE = "privacy.json"
+MARKER = "privacy.begun"  # tells that FILE has existed
+BEGUN = f"This site has made private releases. {FILE} counts them, and none is made without it.\n"
 FORMAT = 1
 log = logging.getLogger(__name__)
 
@@ -134,12 +136,15 @@ class SiteAccount:
     def read(self) -> Spent:
         """What was spent; raises FedGPTError for a file that is damaged, or lost.
 
-        A site with ledgers of runs has had this file.
+        A site with the marker, or with ledgers of runs, has had this file. Runs with
+        privacy=client have no ledger, and an account of an earlier version of fedgpt no marker.
         """
         if not is_there(self.path):
-            if ledgers := sorted(self.path.parent.glob("runs/**/ledger.json")):
+            marker = self.path.with_name(MARKER)
+            ledgers = sorted(self.path.parent.glob("runs/**/ledger.json"))
+            if proof := [marker] if is_there(marker) else ledgers:
                 raise FedGPTError(
-                    f"{self.path} is missing, and the site has made releases ({ledgers[0]}): put"
+                    f"{self.path} is missing, and the site has made releases ({proof[0]}): put"
                     " the file back from a backup"
                 )
             return Spent()
@@ -197,3 +202,7 @@ class SiteAccount:
         }
         text = json.dumps({**about, "sha256": digest_of(about)}, indent=1) + "\n"
         write_text(self.path, text, mode=PRIVATE)
+        # before the release that was charged; not before the file, which a crash in between would
+        # make a lost one
+        if not is_there(marker := self.path.with_name(MARKER)):
+            write_text(marker, BEGUN, mode=PRIVATE)

@@ -29,9 +29,12 @@ class Site:
         A server chooses the ids of its runs, and must not reach the state of another server's run
         by taking its id.
         """
-        if not self.server:
-            return f"{self.state_dir}/runs"
-        return f"{self.state_dir}/runs/{hashlib.sha256(self.server.encode()).hexdigest()[:16]}"
+        return f"{self.state_dir}/runs" + (f"/{self.of_server}" if self.server else "")
+
+    @property
+    def of_server(self) -> str:
+        """What tells the files of its server from those of others; empty if it is not known."""
+        return hashlib.sha256(self.server.encode()).hexdigest()[:16] if self.server else ""
 
     @property
     def cache_name(self) -> str:

@@ -152,6 +152,16 @@ def test_a_run_of_the_queue_is_cancelled_without_a_server(folder, typed):
     assert sorted(one.name for one in (folder / "queue").iterdir()) == ["1.json", "2.json"]
 
 
+def test_what_is_said_of_a_run_under_way_holds_for_one_that_hands_over_its_model(folder, typed):
+    typed("submit", folder, *SMALL, "name=first")
+    (run,) = queue.runs(folder)
+    run.started = run.submitted
+    queue.write(folder, run)
+    with serving(folder, LinkProcess(folder)):
+        told = "first (run 1) stops with a checkpoint, unless it is complete already\n"
+        assert typed("cancel", folder) == (0, told, "")
+
+
 def test_what_cannot_be_cancelled_is_refused(folder, typed):
     code, _, err = typed("cancel", folder)
     assert code == 2 and f"no run is under way in {folder}, and none waits" in err

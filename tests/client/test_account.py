@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.private_client import client, job, options
 
-from fedgpt.client.account import FILE, Promise, SiteAccount
+from fedgpt.client.account import FILE, MARKER, Promise, SiteAccount
 from fedgpt.client.policy import PolicyRefused, PrivacyLimits
 from fedgpt.client.site import Site
 from fedgpt.client.state import ClientStore
@@ -183,6 +183,33 @@ def test_a_server_does_not_reach_the_state_of_another_servers_run_by_taking_its_
     (tmp_path / FILE).unlink()
     with pytest.raises(FedGPTError, match="is missing, and the site has made releases"):
         account(tmp_path).read()
+
+
+def test_the_loss_of_the_file_is_told_where_the_server_adds_the_noise_in_every_run(tmp_path):
+    """Such a run has no ledger, which would prove that there was a file."""
+    account(tmp_path).charge_job("a", Promise(2.0, 1e-6, 1), "job 0")
+    kept = (tmp_path / FILE).read_text()
+    (tmp_path / FILE).unlink()
+    for _ in range(2):
+        with pytest.raises(FedGPTError, match="is missing, and the site has made releases"):
+            account(tmp_path).charge_job("b", Promise(2.0, 1e-6, 1), "job 0")
+    (tmp_path / FILE).write_text(kept)
+    with pytest.raises(PolicyRefused):
+        account(tmp_path).charge_job("b", Promise(2.0, 1e-6, 1), "job 0")
+
+
+def test_an_account_of_before_there_was_a_marker_gets_one_with_its_next_charge(tmp_path):
+    account(tmp_path).charge_job("a", Promise(1.0, 1e-6, 2), "job 0")
+    (tmp_path / MARKER).unlink()
+    account(tmp_path).charge_job("a", Promise(1.0, 1e-6, 2), "job 0")  # for which nothing is added
+    assert (tmp_path / MARKER).exists()
+
+
+def test_a_refused_first_job_does_not_make_a_file_that_would_be_missed(tmp_path):
+    with pytest.raises(PolicyRefused):
+        account(tmp_path).charge_job("a", Promise(9.0, 1e-6, 1), "job 0")
+    account(tmp_path).charge_job("b", Promise(1.0, 1e-6, 1), "job 0")
+    assert spent_on(tmp_path) == 1.0
 
 
 def test_a_site_without_a_limit_counts_too_so_that_a_later_limit_holds(tmp_path):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +33,10 @@ def model(tmp_path) -> Path:
     (folder / "config.json").write_text("{}\n")
     (folder / "notes.txt").write_text("of the operator")
     return folder
+
+
+# of the folders of models: of two servers, and of one that is not known
+ENDS = [f"-{hashlib.sha256(f'SHA256:{name}'.encode()).hexdigest()[:16]}" for name in "ab"] + [""]
 
 
 def site(folder: Path) -> Site:
@@ -70,10 +78,31 @@ def finished_error() -> Error:
     return Error(1, "DiskFull()")
 
 
-def test_a_client_that_does_not_answer_is_not_waited_for_without_end(link, model, monkeypatch):
-    monkeypatch.setattr(finished, "DELIVER_SECONDS", 0.5)
-    node, _ = link.node()
-    assert deliver(link.grid(), {"ann": node}, model, "abc") == []
+def test_a_client_that_hangs_does_not_hold_up_the_next_run_for_long(
+    link, model, tmp_path, monkeypatch, caplog
+):
+    """It is connected, and the others have the model at once."""
+    monkeypatch.setattr(finished, "LEAST_SECONDS", 1.5)
+    nodes, connections = {}, {}
+    for name in ("ann", "bob"):
+        nodes[name], connections[name] = link.node()
+
+    def answer() -> None:
+        message = next_message(connections["ann"])
+        send(connections["ann"], Message(keep(message, site(tmp_path), "night"), reply_to=message))
+
+    thread = in_thread(answer)
+    began = time.monotonic()
+    assert deliver(link.grid(), nodes, model, "abc") == ["ann"]
+    assert 1.5 <= time.monotonic() - began < 20
+    thread.join(timeout=20)
+    assert "waiting for 1 client to take the finished model, 2 s at most" in caplog.text
+
+
+def test_a_large_model_is_waited_for_longer(model):
+    assert finished.patience(0) == finished.patience(6_000_000) == 60
+    assert finished.patience(30_000_000) == 300, "at 100 kB in a second"
+    assert finished.patience(10**12) == 600
 
 
 def test_a_server_that_is_stopped_waits_for_no_client_any_more(link, model, tmp_path, monkeypatch):
@@ -115,6 +144,25 @@ def test_a_model_that_comes_twice_is_there_once(tmp_path):
         keep(message_with({"config.json": np.full(2, byte, np.uint8)}), site(tmp_path), "night")
     (folder,) = (tmp_path / "state" / "models").iterdir()
     assert (folder / "config.json").read_bytes() == bytes([2, 2])
+
+
+def test_a_server_does_not_replace_the_model_of_another_server_by_taking_its_runs_id(tmp_path):
+    for byte, server in ((1, "SHA256:a"), (2, "SHA256:b"), (3, "SHA256:b"), (4, "")):
+        message = message_with({"config.json": np.full(2, byte, np.uint8)})
+        keep(message, replace(site(tmp_path), server=server), "night")
+    kept = [(tmp_path / "state" / "models" / f"night-abc{end}") for end in ENDS]
+    assert [(folder / "config.json").read_bytes()[0] for folder in kept] == [1, 3, 4]
+    assert len(list((tmp_path / "state" / "models").iterdir())) == 3
+
+
+def test_clients_of_several_sites_with_one_state_keep_a_model_at_the_same_time(tmp_path):
+    sites = [replace(site(tmp_path), name=name, server="SHA256:a") for name in ("ann", "bob", "c")]
+    message = message_with({"config.json": np.full(2, 7, np.uint8)})
+    with ThreadPoolExecutor(len(sites)) as executor:
+        for _ in range(40):
+            list(executor.map(lambda one: keep(message, one, "night"), sites))
+    (folder,) = (tmp_path / "state" / "models").iterdir()
+    assert (folder / "config.json").read_bytes() == bytes([7, 7])
 
 
 def test_a_model_that_is_replaced_is_complete_at_every_moment_or_not_there(tmp_path, monkeypatch):

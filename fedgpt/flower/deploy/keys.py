@@ -86,11 +86,13 @@ def approve(folder: str | Path, request: str | Path, out: str | Path = ".") -> I
             # names are compared as files are on some systems: A.kit and a.kit may be one
             same_name = name.casefold() == wish.name.casefold()
             if same_name or _had(site, wish):
+                if _had(site, wish) and (site.revoked or site.fingerprint != wish.fingerprint):
+                    raise _gone(request, name, site, wish)
                 again = shlex.join(["fedgpt", "keys", "renew", str(folder), str(request)])
                 raise ConfigError(
-                    f"{request}: the site {name}, approved at {site.approved}, has this"
-                    f" {'name' if same_name else 'key'}; a site that is known gets a new key, or"
-                    f" its approval once more, with: {again}"
+                    f"{request}: the site {name}, approved at {site.approved}{_until(site)}, has"
+                    f" this {'name' if same_name else 'key'}; a site that is known gets a new key,"
+                    f" or its approval once more, with: {again}"
                 )
         return _issue(known, wish, _new(wish), (folder, out))
 
@@ -107,10 +109,7 @@ def renew_site(folder: str | Path, request: str | Path, out: str | Path = ".") -
         if site.fingerprint == wish.fingerprint and not site.revoked:
             return _issue(known, wish, site, (folder, out))
         if had := [name for name, other in known.items() if _had(other, wish)]:
-            raise ConfigError(
-                f"{request}: this key is or was that of the site {had[0]}, and cannot come back;"
-                f" the site makes a new one with: fedgpt keys request {wish.name}"
-            )
+            raise _gone(request, had[0], known[had[0]], wish)
         new = replace(_new(wish), replaced=(*site.replaced, site.fingerprint))
         return _issue(known, wish, new, (folder, out))
 
@@ -164,6 +163,18 @@ def _site(name: str, record: Any, where: str) -> Site:
 
 def _new(wish: Request) -> Site:
     return Site(wish.public_key, wish.fingerprint, documents.now())
+
+
+def _gone(request: str | Path, name: str, site: Site, wish: Request) -> ConfigError:
+    return ConfigError(
+        f"{request}: this key is or was that of the site {name}, approved at"
+        f" {site.approved}{_until(site)}, and cannot come back; the site makes a new one with:"
+        f" fedgpt keys request {wish.name}"
+    )
+
+
+def _until(site: Site) -> str:
+    return f" and revoked at {site.revoked}" if site.revoked else ""
 
 
 def _had(site: Site, wish: Request) -> bool:

@@ -502,6 +502,25 @@ def test_a_revoked_site_is_shut_out_and_its_key_does_not_come_back(here, typed):
     assert code == 2 and "clinic: there is no site 'clinic'" in printed
 
 
+def test_who_approves_a_revoked_site_again_is_told_how_it_comes_back(here, typed):
+    """Each step that is named is accepted."""
+    server = deployment(here, "a").folder
+    revoke(server, "a")
+    code, printed = typed("approve", "server", "a.request")
+    assert code == 2 and " and revoked at 20" in printed and "cannot come back" in printed
+    assert "keys renew" not in printed  # with this request it would be refused
+    advises(printed, "the site makes a new one with: fedgpt keys request a")
+    make_request("a", here / "new")
+    code, printed = typed("approve", "server", "new/a.request")
+    assert code == 2 and " and revoked at 20" in printed
+    advises(printed, "with: fedgpt keys renew server new/a.request")
+    assert typed("renew", "server", "new/a.request", "--out", "new")[0] == 0
+    # a key that was replaced is not revoked, and does not come back either
+    code, printed = typed("approve", "server", "a.request")
+    assert code == 2 and "keys renew" not in printed and "revoked" not in printed
+    advises(printed, "fedgpt keys request a")
+
+
 @pytest.mark.parametrize("revoked", [False, True])
 def test_a_new_key_takes_the_place_of_the_old_one(here, typed, revoked):
     server = deployment(here, "a", "b").folder
