@@ -151,7 +151,7 @@ class FleetConnection:
             # the SuperLink forgot the objects; they go when the server has got the reply
             if not self._whole.has_error():
                 self._confirm(metadata)
-        except Exception as error:
+        except httpx.HTTPStatusError as error:
             if not passes(error):
                 self._handed = self._whole = None
             raise
@@ -168,9 +168,9 @@ class FleetConnection:
             return _unread(metadata, NO_ROOM)
         try:
             return self._pulled(metadata, tree)
-        except httpx.HTTPError:
-            raise
         except Exception as error:
+            if passes(error) or isinstance(error, httpx.HTTPStatusError):
+                raise
             # the server must not read the exception's message, which may quote what was read
             why = f"the message cannot be read ({type(error).__name__})"
             if out_of_memory(error):

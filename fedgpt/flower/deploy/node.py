@@ -115,7 +115,7 @@ class PersistentNode:
                 continue
             except NotAccepted:
                 raise
-            except Exception as error:  # of an answer that names no message
+            except Exception as error:  # of an answer that is not Flower's
                 log.warning("the server's answer cannot be read (%s)", type(error).__name__)
                 self._pause(LONGEST)
                 continue

@@ -24,6 +24,7 @@ from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.proto.message_pb2 import PullObjectResponse
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.task_identity import TaskIdentity
+from support.advice import advises
 from support.superlink import LiveSuperLink, in_thread, next_message, persistent_node
 
 from fedgpt.flower.deploy import connection as connection_module
@@ -382,6 +383,10 @@ def test_a_message_beyond_the_memory_of_a_site_is_an_error_and_the_client_goes_o
         failed = server.answer()
         assert failed.has_error() and failed.error.code == 2
         assert failed.error.reason == connection_module.NO_ROOM
+        advises(
+            failed.error.reason,
+            "lower model.n_layer or model.n_embd, or raise memory in the site's policy",
+        )
         server.ask(number=2)
         assert server.answer().content["about"]["number"] == 2
         process.send_signal(signal.SIGTERM)
