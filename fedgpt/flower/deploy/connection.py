@@ -6,6 +6,8 @@ each of which is a request of its own.
 
 from __future__ import annotations
 
+import logging
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
@@ -14,10 +16,11 @@ from typing import Any
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.app import Message
-from flwr.app.message import remove_content_from_message
-from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL
+from flwr.app import Error, Message
+from flwr.app.message import make_message, remove_content_from_message
+from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, ErrorCode
 from flwr.common.serde import message_to_proto, run_from_proto
+from flwr.common.serde_utils import metadata_from_proto
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
     DeactivateNodeRequest,
@@ -41,6 +44,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
+from fedgpt.core.device import free_memory, memory, out_of_memory
 from fedgpt.flower.objects import AT_ONCE, in_order, put_together, taken_apart
 
 # statuses of a server that is overloaded, restarts or fails once, or got a body too slowly
@@ -49,6 +53,11 @@ PULL_SECONDS = 600.0  # longest wait for the objects of a message that the serve
 QUICK_SECONDS = 10.0  # for objects that were uploaded, after which several are sent at a time
 # between two requests for such an object; Flower's first pause, 1 s, was most of a short job's trip
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.02, 1.0
+NO_ROOM = (
+    "out of memory: a message does not fit into what this client may use; lower model.n_layer or"
+    " model.n_embd, or raise memory in the site's policy"
+)
+log = logging.getLogger(__name__)
 
 
 class UploadEnded(Exception):
@@ -125,8 +134,9 @@ class FleetConnection:
     def receive(self) -> Message | None:
         """The next message with all its content; None if there is none.
 
+        One that cannot be read has an error in place of its content, with the reason to reply.
         After an interruption the next call goes on with the same message, because a SuperLink hands
-        out each message once. Raises whatever the reading of a malformed message raises.
+        out each message once.
         """
         if self._handed is None:
             found = self._client.PullMessages(PullMessagesRequest(node=self._node))
@@ -137,8 +147,11 @@ class FleetConnection:
         try:
             if self._whole is None:
                 self._whole = self._read(metadata, tree)
-            self._confirm(metadata)
-        except Exception as error:
+            # the server may still send one that was not read to its end, and its run would fail if
+            # the SuperLink forgot the objects; they go when the server has got the reply
+            if not self._whole.has_error():
+                self._confirm(metadata)
+        except httpx.HTTPStatusError as error:
             if not passes(error):
                 self._handed = self._whole = None
             raise
@@ -146,6 +159,27 @@ class FleetConnection:
         return message
 
     def _read(self, metadata: Metadata, tree: ObjectTree) -> Message:
+        """The message, or one with an error that says why it cannot be read."""
+        # a client has it by now, and `fedgpt doctor` need not wait for it
+        from fedgpt.flower.fetch import CHUNK, OTHER_OBJECTS, is_within
+
+        most = _most_memory()
+        if most and not is_within(tree, OTHER_OBJECTS + most // CHUNK):
+            return _unread(metadata, NO_ROOM)
+        try:
+            return self._pulled(metadata, tree)
+        except Exception as error:
+            if passes(error) or isinstance(error, httpx.HTTPStatusError):
+                raise
+            # the server must not read the exception's message, which may quote what was read
+            why = f"the message cannot be read ({type(error).__name__})"
+            if out_of_memory(error):
+                why = NO_ROOM
+        # here the exception is gone, which kept what was read
+        free_memory("cpu")
+        return _unread(metadata, why)
+
+    def _pulled(self, metadata: Metadata, tree: ObjectTree) -> Message:
         ended = threading.Event()
         deadline = time.monotonic() + PULL_SECONDS
 
@@ -233,3 +267,19 @@ class FleetConnection:
         """Close the connection without a word to the SuperLink."""
         self._executor.shutdown(cancel_futures=True)
         self._client.close()
+
+
+def _most_memory() -> int:
+    """Bytes of main memory that this process may use, or 0 if the system does not say."""
+    known = [memory()]
+    if sys.platform.startswith("linux"):
+        import resource
+
+        known.append(resource.getrlimit(resource.RLIMIT_DATA)[0])  # the site's share, or -1
+    return min((one for one in known if one > 0), default=0)
+
+
+def _unread(metadata: Metadata, why: str) -> Message:
+    log.warning("a message was not read: %s", why)
+    error = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, why)
+    return make_message(metadata_from_proto(metadata), error=error)

@@ -52,7 +52,8 @@ class PersistentNode:
     def __init__(self, connection: FleetConnection, app: App, config: Mapping[str, Any]):
         """`config`: what a SuperNode gets as --node-config."""
         self._connection, self._app, self._config = connection, app, dict(config)
-        self._stopped = threading.Event()
+        # not an Event, whose lock a signal handler may find taken by the code that it interrupts
+        self._stopped = False
         self._contexts: dict[int, Context] = {}  # of the newest run
         self._told: set[str] = set()  # why the server does not respond, as the log has it
 
@@ -72,12 +73,19 @@ class PersistentNode:
             self._connection.close()
 
     def stop(self) -> None:
-        """Let `run` return after the message under way; may be called by another thread."""
-        self._stopped.set()
+        """Let `run` return after the message under way; for other threads and signal handlers."""
+        self._stopped = True
+
+    def _pause(self, seconds: float) -> bool:
+        """Wait, unless `stop` is called; whether it was."""
+        end = time.monotonic() + seconds
+        while not self._stopped and (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, SHORTEST))
+        return self._stopped
 
     def _activate(self) -> int | None:
         deadline = time.monotonic() + RESTART_SECONDS
-        while not self._stopped.is_set():
+        while not self._stopped:
             try:
                 return self._persist(self._connection.activate)
             except httpx.HTTPStatusError as error:
@@ -91,12 +99,12 @@ class PersistentNode:
                         " a client with the same key is connected already"
                     ) from error
                 self._tell("the server may still count an earlier start of this client")
-                self._stopped.wait(5.0)
+                self._pause(5.0)
         return None
 
     def _answer_messages(self, node: int) -> None:
         pause = SHORTEST
-        while not self._stopped.is_set():
+        while not self._stopped:
             asked = time.monotonic()
             try:
                 message = self._persist(self._connection.receive)
@@ -107,11 +115,12 @@ class PersistentNode:
                 continue
             except NotAccepted:
                 raise
-            except Exception as error:  # any, for a message that cannot be read: it is gone
-                log.warning("a message cannot be read (%s)", type(error).__name__)
+            except Exception as error:  # of an answer that is not Flower's
+                log.warning("the server's answer cannot be read (%s)", type(error).__name__)
+                self._pause(LONGEST)
                 continue
             if message is None:  # a guard of this package has let the question wait
-                self._stopped.wait(pause - (time.monotonic() - asked))
+                self._pause(pause - (time.monotonic() - asked))
                 pause = min(LONGEST, 1.1 * pause)
                 continue
             pause = SHORTEST
@@ -121,18 +130,7 @@ class PersistentNode:
         began = time.monotonic()
         TaskIdentity.run_id = message.metadata.run_id
         try:
-            context = self._context(message.metadata.run_id, node)
-            try:
-                reply = self._app(message, context)
-            except Exception as error:  # the app has made its message safe to tell
-                if isinstance(error, PolicyRefused):
-                    log.warning("refused: %s", error)
-                elif isinstance(error, FedGPTError):
-                    log.warning("a job failed: %s", error)
-                else:
-                    log.exception("a job failed")
-                failure = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, repr(error))
-                reply = Message(failure, reply_to=message)
+            reply = self._reply(message, node)
             seconds = time.monotonic() - began
             upload = self._announced(message, reply, seconds)
             while upload is not None and self._persist(lambda: self._connection.upload(upload)):
@@ -144,6 +142,23 @@ class PersistentNode:
             if error.response.status_code not in (httpx.codes.FORBIDDEN, TOO_LARGE):
                 raise NotAccepted(reason_of(error)) from error
             log.warning("the last reply was not taken: %s", reason_of(error))
+
+    def _reply(self, message: Message, node: int) -> Message:
+        """The app's reply, or an error without which the server would wait for the job."""
+        if message.has_error():  # it could not be read
+            return Message(message.error, reply_to=message)
+        context = self._context(message.metadata.run_id, node)
+        try:
+            return self._app(message, context)
+        except Exception as error:  # the app has made its message safe to tell
+            if isinstance(error, PolicyRefused):
+                log.warning("refused: %s", error)
+            elif isinstance(error, FedGPTError):
+                log.warning("a job failed: %s", error)
+            else:
+                log.exception("a job failed")
+            failure = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, repr(error))
+            return Message(failure, reply_to=message)
 
     def _announced(self, message: Message, reply: Message, seconds: float) -> Upload | None:
         """A reply that was announced; an error instead of one that the server finds too large."""
@@ -193,7 +208,7 @@ class PersistentNode:
                     self._told.clear()
                 return answer
             self._tell(why)
-            if self._stopped.wait(pause):
+            if self._pause(pause):
                 return None
             pause = min(MOST_PAUSE, 2 * pause)
 
@@ -222,9 +237,17 @@ class _Heartbeats:
         self._thread.join(timeout=5.0)
 
     def _beat(self) -> None:
+        told = False  # why the server hears nothing, once until it hears again
         while not self._ended.wait(HEARTBEAT_SECONDS):
-            with suppress(httpx.HTTPError):  # the other thread says what is wrong
+            try:
                 self._connection.heartbeat()
+                told = False
+            except httpx.HTTPError:
+                pass  # the other thread says what is wrong
+            except Exception as error:  # without heartbeats the server gives this client up
+                if not told:
+                    log.warning("a heartbeat failed (%s); trying again", type(error).__name__)
+                told = True
 
 
 def hopeless(error: httpx.TransportError) -> bool:

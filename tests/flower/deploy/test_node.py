@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+import logging
+import re
+import resource
 import signal
+import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
-from flwr.app import ConfigRecord, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.proto.message_pb2 import PullObjectResponse
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.task_identity import TaskIdentity
-from support.superlink import LiveSuperLink, in_thread, persistent_node
+from support.advice import advises
+from support.superlink import LiveSuperLink, in_thread, next_message, persistent_node
 
+from fedgpt.flower.deploy import connection as connection_module
 from fedgpt.flower.deploy import node as node_module
 from fedgpt.flower.deploy.connection import FleetConnection
 from fedgpt.flower.deploy.guard import FLEET, App, Guard
 from fedgpt.flower.deploy.limits import Record
-from fedgpt.flower.deploy.node import NotAccepted, PersistentNode
-from fedgpt.flower.fetch import Fetcher
+from fedgpt.flower.deploy.node import NotAccepted, PersistentNode, _Heartbeats
+from fedgpt.flower.fetch import CHUNK, OTHER_OBJECTS, Fetcher
 
 REPEATED = ("pull-messages", "pull-object", "push-messages", "push-object")  # kinds of requests
 
@@ -49,9 +59,11 @@ class Server:
             assert time.monotonic() < deadline
             time.sleep(0.05)
 
-    def ask(self, **about: Any) -> str:
+    def ask(self, *values: np.ndarray, **about: Any) -> str:
         """Ask; the id of the message."""
         content = RecordDict({"about": ConfigRecord(about)})
+        if values:
+            content["values"] = ArrayRecord({"all": Array(np.concatenate(values))})
         (number,) = self.grid.push_messages([Message(content, self.node, MessageType.TRAIN)])
         self.fetcher.watch(number, 1000)
         return number
@@ -65,17 +77,23 @@ class Server:
         return found[1]
 
 
-def announced(link: LiveSuperLink, server: Server) -> tuple[Message, Callable[[], None]]:
+def announced(
+    link: LiveSuperLink, server: Server, chunks: int = 0
+) -> tuple[Message, Callable[[], None]]:
     """A message of which the node is told, and a function that sends its content."""
     TaskIdentity.run_id, TaskIdentity.node_id = link.run_id, SUPERLINK_NODE_ID
-    message = Message(RecordDict({"about": ConfigRecord({"number": 1})}), server.node, "train")
+    content = RecordDict({"about": ConfigRecord({"number": 1})})
+    if chunks:
+        values = np.arange(chunks, dtype=np.int64).repeat(CHUNK // 8)
+        content["values"] = ArrayRecord({"all": Array(values)})
+    message = Message(content, server.node, "train")
     message.metadata.__dict__["_message_id"] = message.object_id
     session = link.state.start_session(link.run_id)
     link.state.store_message_and_object_tree(message, get_object_tree(message), session)
 
     def send() -> None:
         for key, one in get_all_nested_objects(message).items():
-            link.state.store_object(link.run_id, session, key, one.deflate())
+            assert link.state.store_object(link.run_id, session, key, one.deflate())
 
     return message, send
 
@@ -94,6 +112,22 @@ def failing_once(
         failed.append(what)
         await send({"type": "http.response.start", "status": status, "headers": []})
         await send({"type": "http.response.body", "body": b""})
+
+    return front
+
+
+def damaging(app: App, what: str, answer: bytes) -> App:
+    """The application, but the first request of a kind has that answer."""
+    asked: Counter[str] = Counter()
+    headers = [(b"content-type", b"application/protobuf")]
+
+    async def front(scope, receive, send) -> None:
+        kind = scope["path"].removeprefix(FLEET)
+        asked[kind] += 1
+        if kind != what or asked[kind] != 1:
+            return await app(scope, receive, send)
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": answer})
 
     return front
 
@@ -299,3 +333,125 @@ def test_the_end_of_a_run_does_not_end_the_client(link, key, server):
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=20) == 0
         assert "the last reply was not taken" in process.stderr.read()
+
+
+def test_a_message_that_cannot_be_read_is_an_error_of_its_job_and_the_client_goes_on(
+    link, key, server
+):
+    """The server hears at once that, and not what, could not be read."""
+    rubbish = PullObjectResponse(object_found=True, object_available=True, object_content=b"secret")
+    link.put_in_front(lambda app: damaging(app, "pull-object", rubbish.SerializeToString()))
+    with persistent_node(link, key, "echo", {"index": 5}) as process:
+        server.wait_until(online=True)
+        server.ask(number=1)
+        failed = server.answer(seconds=20)
+        assert failed.has_error() and failed.error.code == 2
+        assert re.fullmatch(r"the message cannot be read \(\w+\)", failed.error.reason)
+        server.ask(number=2)
+        assert server.answer().content["about"]["number"] == 2
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+        log = process.stderr.read()
+        assert "a message was not read: the message cannot be read (" in log
+        assert "secret" not in log
+
+
+def test_an_answer_that_names_no_message_does_not_end_the_client(link, key, server):
+    link.put_in_front(lambda app: damaging(app, "pull-messages", b"\xff rubbish"))
+    with persistent_node(link, key, "echo", {"index": 5}) as process:
+        server.wait_until(online=True)
+        server.ask(number=2)
+        assert server.answer().content["about"]["number"] == 2
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+        assert "the server's answer cannot be read (ValueError)" in process.stderr.read()
+
+
+def test_a_message_beyond_the_memory_of_a_site_is_an_error_and_the_client_goes_on(
+    link, key, server
+):
+    """The limit is as that of `memory` in a policy; the message has less than all of it."""
+    with persistent_node(link, key, "echo", {"index": 6}) as process:
+        server.wait_until(online=True)
+        server.ask(number=0)
+        assert server.answer().content["about"]["number"] == 0
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        used = int(status.partition("VmData:")[2].split()[0]) * 1024
+        limit = used + 40 * 2**20
+        resource.prlimit(process.pid, resource.RLIMIT_DATA, (limit, limit))
+        server.ask(np.arange(16 * CHUNK // 8), number=1)
+        failed = server.answer()
+        assert failed.has_error() and failed.error.code == 2
+        assert failed.error.reason == connection_module.NO_ROOM
+        advises(
+            failed.error.reason,
+            "lower model.n_layer or model.n_embd, or raise memory in the site's policy",
+        )
+        server.ask(number=2)
+        assert server.answer().content["about"]["number"] == 2
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+        assert "a message was not read: out of memory" in process.stderr.read()
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_a_message_that_is_too_large_by_its_tree_is_refused_before_any_of_it_is_read(
+    link, key, server, monkeypatch, more
+):
+    """The server that still sends it is not disturbed."""
+    most = 3
+    monkeypatch.setattr(connection_module, "_most_memory", lambda: most * CHUNK)
+    _, connection = link.node(key)
+    # 5 objects are no chunks, and one more chunk has the rest after the head of the array
+    _, send = announced(link, server, most + OTHER_OBJECTS - 6 + more)
+    if not more:
+        send()
+        assert next_message(connection).has_content()
+        return
+    refused = next_message(connection)
+    assert refused.has_error() and refused.error.reason == connection_module.NO_ROOM
+    send()
+    assert connection.receive() is None
+
+
+def test_the_memory_for_messages_is_the_machines_or_the_share_of_the_site(monkeypatch):
+    monkeypatch.setattr(connection_module, "memory", lambda: 1000)
+    limits = {"RLIMIT_DATA": -1}
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limits["RLIMIT_DATA"], -1))
+    assert connection_module._most_memory() == 1000
+    limits["RLIMIT_DATA"] = 600
+    assert connection_module._most_memory() == 600
+    monkeypatch.setattr(connection_module, "memory", lambda: 0)
+    assert connection_module._most_memory() == 600
+    limits["RLIMIT_DATA"] = -1
+    assert connection_module._most_memory() == 0
+
+
+def test_stopping_takes_no_lock_which_the_interrupted_code_may_hold(link, key):
+    """A signal's handler runs in the middle of whatever the node does."""
+    node, called = PersistentNode(FleetConnection(link.address, key, None), ClientApp(), {}), []
+    sys.setprofile(lambda frame, event, what: called.append(repr(what)))
+    node.stop()
+    sys.setprofile(None)
+    assert called and not [one for one in called if "lock" in one]
+    node.run()  # it returns at once
+
+
+def test_heartbeats_go_on_after_any_error_which_the_log_has_once_each_time(monkeypatch, caplog):
+    monkeypatch.setattr(node_module, "HEARTBEAT_SECONDS", 0.01)
+    over = threading.Event()
+
+    class Fails:
+        beats = 0
+
+        def heartbeat(self) -> bool:
+            self.beats += 1
+            if self.beats == 10:
+                over.set()
+            if self.beats in (4, 5):
+                return True
+            raise RuntimeError("no more threads")
+
+    with caplog.at_level(logging.WARNING), _Heartbeats(Fails()):  # type: ignore[arg-type]
+        assert over.wait(10)
+    assert caplog.text.count("a heartbeat failed (RuntimeError); trying again") == 2
