@@ -22,7 +22,7 @@ from flwr.supercore.state.schema.corestate_models import (
     ObjectPushSessionRoot,
     Task,
 )
-from flwr.supercore.state.schema.linkstate_models import MessageRes
+from flwr.supercore.state.schema.linkstate_models import MessageRes, Node
 from flwr.supercore.utils import uint64_to_int64
 from flwr.superlink.federation import FederationManager
 from sqlalchemy import select, update
@@ -33,6 +33,7 @@ from fedgpt.flower.deploy.waiting import REPLY, Bell
 # for which the status of a run may be old; what Flower does at the end of a run does not go by it
 STATUS_SECONDS = 0.5
 START_SECONDS = 300.0  # for a ServerApp to start
+REPLY_SECONDS = 10.0  # for the server of a run to ask for a reply that is there
 _NO_RUN = RunStatus(Status.FINISHED, SubStatus.STOPPED, "there is no such run")
 
 
@@ -127,10 +128,22 @@ class LinkState(SqlLinkState):
         return activated
 
     def deactivate_node(self, node_id: int) -> bool:
-        """Note that a node has stopped; whether it was there."""
+        """Note that a node has stopped; whether it was there.
+
+        For a node that has gone Flower answers that it has gone, even if its reply is there: so
+        while one waits for the server of the run, the node is taken as gone REPLY_SECONDS later.
+        """
         deactivated = super().deactivate_node(node_id)
         if deactivated:
             self._give_up_uploads(node_id)
+            number = uint64_to_int64(node_id)
+            waits = select(MessageRes.message_id).where(
+                MessageRes.src_node_id == number, MessageRes.delivered_at == ""
+            )
+            until = now().timestamp() + REPLY_SECONDS
+            with self.session() as session:
+                there = update(Node).where(Node.node_id == number, waits.exists())
+                session.execute(there.values(online_until=until))
         return deactivated
 
     def _give_up_uploads(self, node_id: int) -> None:

@@ -179,3 +179,8 @@ def test_an_upload_ends_with_its_client_and_a_complete_reply_stays(fleet, killed
     assert all(state.get_object(fleet.run_id, key) for key in get_all_nested_objects(whole))
     with state.session() as rows:
         assert list(rows.scalars(select(MessageRes.message_id))) == [whole.object_id]
+    jobs = {reply.metadata.reply_to_message_id for reply in replies}
+    found = state.get_message_res(jobs, fleet.run_id)
+    # of the other one Flower says that its node has gone, or nothing if it has come again
+    assert [one.metadata.message_id for one in found if not one.has_error()] == [whole.object_id]
+    assert fleet.activate(fleet.sites[1]).status == (412 if killed else 200)
