@@ -78,8 +78,8 @@ class Growth:
         """Take a sample of every process."""
         now: Counter[str] = Counter()
         for process in processes_in(self._folder):
-            now[process.kind] += 1
-            if (sample := sample_of(process.pid)) is not None:
+            if (sample := sample_of(process.pid)) is not None:  # otherwise it has just ended
+                now[process.kind] += 1
                 self._samples[process].append(sample)
         self._most |= now
 

@@ -110,6 +110,18 @@ def test_a_process_that_grows_is_found_and_this_one_is_not(tmp_path, monkeypatch
             stays.kill()
 
 
+def test_a_process_that_ends_while_it_is_looked_at_does_not_count(tmp_path, monkeypatch):
+    monkeypatch.setattr(growth, "sample_of", lambda pid: None)
+    with subprocess.Popen(
+        [sys.executable, "-c", "import time; time.sleep(600)"], cwd=tmp_path
+    ) as one:
+        looks = Growth(tmp_path)
+        wait_until(lambda: list(processes_in(tmp_path)), SECONDS)
+        looks.look()
+        one.kill()
+    assert looks.figures() == {} and looks.wrong() == []
+
+
 def test_a_line_that_is_cut_keeps_what_comes_until_it_is_mended():
     with socket.create_server(("127.0.0.1", 0)) as server:
         line = Line(port := free_port(), server.getsockname()[1])
