@@ -34,9 +34,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "simulations" / "deploy"))
 from deployment import Deployment, deployment
 
 SITE = "north"
-STOCK_SITE = (
-    "south"  # another one: the server takes a key that has just left for a minute as in use
-)
+# another one, as the server may still count the persistent client with the first one's key
+STOCK_SITE = "south"
 SHORT = (
     *("pace.begin=1", "pace=buffer", "pace.clients=1", "local.steps=1", "local.batch_size=1"),
     *("evaluate=ends", "evaluate.tokens=1024", "evaluate.samples=0", "tokenizer.vocab_size=1024"),

@@ -18,7 +18,6 @@ small, because Python makes numbers and names of them one by one, while the serv
 
 from __future__ import annotations
 
-import itertools
 import os
 import tempfile
 import threading
@@ -38,7 +37,15 @@ from flwr.proto.runtime_pb2 import GetNodesRequest, PullAppMessagesRequest
 from flwr.superlink.grid.http_grid import HttpGrid
 
 from fedgpt.core.errors import UpdateRejected
-from fedgpt.flower.objects import is_chunk, order, put_together, sizes_of_arrays
+from fedgpt.flower.objects import (
+    CHUNK,
+    OTHER_OBJECTS,
+    is_chunk,
+    is_within,
+    order,
+    put_together,
+    sizes_of_arrays,
+)
 
 CLOSE_SECONDS = 3.0  # a question may wait for 2 seconds at the link
 POLL_SECONDS = 0.05  # between two questions for new replies and objects
@@ -46,10 +53,8 @@ NODES_SECONDS = 1.0  # between two questions for the connected nodes
 # between two questions for an object that has not arrived
 SHORTEST_PAUSE, MOST_PAUSE = 0.02, 0.5
 AT_ONCE = 8  # objects of one reply before it is the next reply's turn
-CHUNK = 5 << 20  # bytes of one object of an array
-# objects of a message besides those of its array: itself, its records, the array's head
-OTHER_OBJECTS = 16
-OTHER_BYTES = 1 << 18  # bytes of all those, and of what Flower puts around each chunk
+# bytes of all objects besides the chunks, and of what Flower puts around each chunk
+OTHER_BYTES = 1 << 18
 IN_MEMORY = 32 << 20  # larger replies wait in a file until they are taken
 
 
@@ -299,17 +304,3 @@ def _added(download: _Download, found: PullObjectResponse) -> Exception | None:
     except Exception as error:  # a malicious reply may raise any exception
         return error
     return None
-
-
-def is_within(tree: ObjectTree, most: int) -> bool:
-    """Whether a tree names at most so many objects, each as often as it names it."""
-    return sum(1 for _ in itertools.islice(_named(tree), most + 1)) <= most
-
-
-def _named(tree: ObjectTree) -> Iterator[str]:
-    """Yield the id of every object; protobuf bounds the depth of a tree."""
-    left = [tree]
-    while left:
-        node = left.pop()
-        yield node.object_id
-        left.extend(node.children)

@@ -40,7 +40,7 @@ FILES = frozenset(
 # the server does not see how far a client has come: it waits as long as the model takes at this
 # many bytes in a second, and at least and at most so many seconds
 SLOWEST, LEAST_SECONDS, MOST_SECONDS = 100e3, 60.0, 600.0
-SILENT_SECONDS = 1.0  # of waiting, before it is told
+LOG_SECONDS = 1.0  # of waiting, before the log says so
 MOST_ANSWER = 1 << 16  # bytes of a client's confirmation
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def deliver(grid: Grid, nodes: Mapping[str, int], folder: Path, run: str) -> lis
         began, told = time.monotonic(), False
         most = patience(sum(array.nbytes for array in arrays.values()))
         while waiting and (waited := time.monotonic() - began) < most and not _stopped():
-            if waited > SILENT_SECONDS and not told:
+            if waited > LOG_SECONDS and not told:
                 told, them = True, amount(len(waiting), "client")
                 log.warning("waiting for %s to take the finished model, %.0f s at most", them, most)
             for arrival in mailbox.take():

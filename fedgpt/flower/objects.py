@@ -10,6 +10,7 @@ made of are sent first, so that its reader knows where each chunk belongs.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,6 +27,9 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents
 
+CHUNK = 5 << 20  # bytes of one object of an array
+# objects of a message besides those of its array: itself, its records, the array's head
+OTHER_OBJECTS = 16
 AT_ONCE = 4  # requests at a time for the objects of a message, as many as Flower's own node has
 Item = TypeVar("Item")
 Found = TypeVar("Found")
@@ -60,6 +64,20 @@ def order(tree: ObjectTree) -> tuple[list[str], list[str]]:
         (inner if node.children else leaves)[node.object_id] = None
         found.extend(node.children)
     return list(inner), [object_id for object_id in leaves if object_id not in inner]
+
+
+def is_within(tree: ObjectTree, most: int) -> bool:
+    """Whether a tree names at most so many objects, each as often as it names it."""
+    return sum(1 for _ in itertools.islice(_named(tree), most + 1)) <= most
+
+
+def _named(tree: ObjectTree) -> Iterator[str]:
+    """Yield the id of every object; protobuf bounds the depth of a tree."""
+    left = [tree]
+    while left:
+        node = left.pop()
+        yield node.object_id
+        left.extend(node.children)
 
 
 def put_together(tree: ObjectTree, read: Read) -> Message:

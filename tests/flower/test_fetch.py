@@ -19,9 +19,9 @@ from support.superlink import LiveSuperLink, in_thread, next_message, send
 from fedgpt.core.errors import UpdateRejected
 from fedgpt.flower import fetch
 from fedgpt.flower.deploy.connection import UploadEnded
-from fedgpt.flower.fetch import CHUNK, Fetcher, is_within
+from fedgpt.flower.fetch import Fetcher
 from fedgpt.flower.messages import read_reply, update_content
-from fedgpt.flower.objects import order
+from fedgpt.flower.objects import CHUNK, is_within, order
 
 MODEL = 12_000_000  # bytes of the vectors in these tests: three chunks
 

@@ -20,6 +20,7 @@ from fedgpt.client.site import Site
 from fedgpt.core.errors import FedGPTError
 from fedgpt.core.options import CorpusOptions
 from fedgpt.flower import finished
+from fedgpt.flower.deploy.connection import FleetConnection
 from fedgpt.flower.finished import deliver, keep
 from fedgpt.flower.grid_transport import STOP_FILE
 from fedgpt.flower.pool.shared_memory import array_record
@@ -51,20 +52,22 @@ def message_with(arrays: dict[str, np.ndarray], run: str = "abc") -> Message:
     return Message(content, 1, "query.finished")
 
 
+def takes(connection: FleetConnection, folder: Path) -> None:
+    """Take the model as the client of a site does."""
+    message = next_message(connection)
+    send(connection, Message(keep(message, site(folder), "night"), reply_to=message))
+
+
 def test_each_connected_client_gets_the_files_of_a_model(link, model, tmp_path):
     nodes, connections = {}, {}
     for name in ("ann", "bob"):
         nodes[name], connections[name] = link.node()
 
-    def answer() -> None:
-        message = next_message(connections["ann"])
-        send(connections["ann"], Message(keep(message, site(tmp_path), "night"), reply_to=message))
-
     def fail() -> None:
         message = next_message(connections["bob"])
         send(connections["bob"], Message(finished_error(), reply_to=message))
 
-    threads = [in_thread(answer), in_thread(fail)]
+    threads = [in_thread(lambda: takes(connections["ann"], tmp_path)), in_thread(fail)]
     assert deliver(link.grid(), nodes | {"eve": 7}, model, "abc") == ["ann"]
     for thread in threads:
         thread.join(timeout=20)
@@ -87,11 +90,7 @@ def test_a_client_that_hangs_does_not_hold_up_the_next_run_for_long(
     for name in ("ann", "bob"):
         nodes[name], connections[name] = link.node()
 
-    def answer() -> None:
-        message = next_message(connections["ann"])
-        send(connections["ann"], Message(keep(message, site(tmp_path), "night"), reply_to=message))
-
-    thread = in_thread(answer)
+    thread = in_thread(lambda: takes(connections["ann"], tmp_path))
     began = time.monotonic()
     assert deliver(link.grid(), nodes, model, "abc") == ["ann"]
     assert 1.5 <= time.monotonic() - began < 20

@@ -45,7 +45,15 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedgpt.core.device import free_memory, memory, out_of_memory
-from fedgpt.flower.objects import AT_ONCE, in_order, put_together, taken_apart
+from fedgpt.flower.objects import (
+    AT_ONCE,
+    CHUNK,
+    OTHER_OBJECTS,
+    in_order,
+    is_within,
+    put_together,
+    taken_apart,
+)
 
 # statuses of a server that is overloaded, restarts or fails once, or got a body too slowly
 PASSING = (408, 429, 500, 502, 503, 504)
@@ -160,9 +168,6 @@ class FleetConnection:
 
     def _read(self, metadata: Metadata, tree: ObjectTree) -> Message:
         """The message, or one with an error that says why it cannot be read."""
-        # a client has it by now, and `fedgpt doctor` need not wait for it
-        from fedgpt.flower.fetch import CHUNK, OTHER_OBJECTS, is_within
-
         most = _most_memory()
         if most and not is_within(tree, OTHER_OBJECTS + most // CHUNK):
             return _unread(metadata, NO_ROOM)

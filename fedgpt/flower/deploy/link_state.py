@@ -90,7 +90,7 @@ class LinkState(SqlLinkState):
     def get_run_status(self, run_ids: set[int]) -> dict[int, RunStatus]:
         """The status of runs, at most STATUS_SECONDS old; one that does not exist is finished.
 
-        Flower answers the request of a node that names such a run with an internal error.
+        Otherwise Flower would answer a node that names such a run with an internal error.
         """
         clock, known = time.monotonic(), self._status  # which other threads replace as a whole
         recent = {run: status for run, (until, status) in known.items() if clock < until}

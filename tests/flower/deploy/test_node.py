@@ -33,7 +33,8 @@ from fedgpt.flower.deploy.connection import FleetConnection
 from fedgpt.flower.deploy.guard import FLEET, App, Guard
 from fedgpt.flower.deploy.limits import Record
 from fedgpt.flower.deploy.node import NotAccepted, PersistentNode, _Heartbeats
-from fedgpt.flower.fetch import CHUNK, OTHER_OBJECTS, Fetcher
+from fedgpt.flower.fetch import Fetcher
+from fedgpt.flower.objects import CHUNK, OTHER_OBJECTS
 
 REPEATED = ("pull-messages", "pull-object", "push-messages", "push-object")  # kinds of requests
 
