@@ -578,7 +578,7 @@ def sessions(fleet: Fleet) -> int:
         {"ttl": -5.0},  # a reply to a job whose time is over
         {"ttl": 0.0},
         {"ttl": 86400.0},  # it would outlive its job
-        {"created_at": 1750000000.0, "ttl": 3600.0},
+        {"ttl": 1e-9},
     ],
     ids=str,
 )
