@@ -18,6 +18,7 @@ small, because Python makes numbers and names of them one by one, while the serv
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import threading
@@ -25,6 +26,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 
+import httpx
 from flwr.app import Message
 from flwr.common.serde import message_from_proto
 from flwr.proto.message_pb2 import (
@@ -36,7 +38,7 @@ from flwr.proto.message_pb2 import (
 from flwr.proto.runtime_pb2 import GetNodesRequest, PullAppMessagesRequest
 from flwr.superlink.grid.http_grid import HttpGrid
 
-from fedgpt.core.errors import UpdateRejected
+from fedgpt.core.errors import FedGPTError, UpdateRejected
 from fedgpt.flower.objects import (
     CHUNK,
     OTHER_OBJECTS,
@@ -56,6 +58,9 @@ AT_ONCE = 8  # objects of one reply before it is the next reply's turn
 # bytes of all objects besides the chunks, and of what Flower puts around each chunk
 OTHER_BYTES = 1 << 18
 IN_MEMORY = 32 << 20  # larger replies wait in a file until they are taken
+# after a question that the SuperLink could not answer, and for so long at most
+SHORTEST_RETRY, LONGEST_RETRY, FAILING_SECONDS = 0.5, 20.0, 300.0
+log = logging.getLogger(__name__)
 
 
 class _Download:
@@ -119,6 +124,36 @@ class _Download:
             yield self._spool.read(size)
 
 
+class _Failing:
+    """Since when the SuperLink has not been able to answer, and when it is asked again."""
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+        self._pause = SHORTEST_RETRY
+
+    def pause(self, error: httpx.HTTPStatusError) -> float:
+        """Seconds before the next question; raises FedGPTError after FAILING_SECONDS of failures.
+
+        It doubles with each failure.
+        """
+        now = time.monotonic()
+        self._since = self._since or now
+        why = f"{error.request.url.path} with status {error.response.status_code}"
+        if now - self._since > FAILING_SECONDS:
+            raise FedGPTError(
+                f"the SuperLink has answered {why} for {FAILING_SECONDS:.0f} s; its log says why"
+            ) from error
+        pause, self._pause = self._pause, min(LONGEST_RETRY, 2 * self._pause)
+        log.warning("the SuperLink answers %s; asking again in %.1f s", why, pause)
+        return pause
+
+    def over(self) -> None:
+        """The SuperLink has answered."""
+        if self._since is not None:
+            log.warning("the SuperLink answers again")
+        self._since, self._pause = None, SHORTEST_RETRY
+
+
 class Fetcher:
     """Two threads that fetch replies from the SuperLink of `grid`.
 
@@ -156,7 +191,8 @@ class Fetcher:
     def take(self) -> tuple[str, Message | Exception] | None:
         """(id of the message, its reply or why it cannot be read), once for each; None for none.
 
-        Raises what has ended a thread, such as Flower's error that the run was stopped.
+        Raises what has ended a thread, such as Flower's error that the run was stopped, and
+        FedGPTError where the SuperLink has not answered a question for FAILING_SECONDS.
         """
         with self._changed:
             if self._failed is not None:
@@ -194,11 +230,22 @@ class Fetcher:
     # ---- the two threads
 
     def _run(self, step: Callable[[], bool]) -> None:
-        """Take one step after the other, with a pause after one that has moved nothing."""
+        """Take one step after the other, with a pause after one that has moved nothing.
+
+        A step that failed at the SuperLink is taken again: Flower's client asks again only where
+        there was no answer.
+        """
+        failing = _Failing()
         try:
             while not self._closed.is_set():
                 began = time.monotonic()
-                if not step():
+                try:
+                    moved = step()
+                    failing.over()
+                except httpx.HTTPStatusError as error:
+                    self._closed.wait(failing.pause(error))
+                    continue
+                if not moved:
                     # a link of this package has let a question wait for its answer
                     self._closed.wait(POLL_SECONDS - (time.monotonic() - began))
         except BaseException as error:  # Flower's RunNotRunningException is no Exception

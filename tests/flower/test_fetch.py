@@ -7,6 +7,7 @@ import time
 import tracemalloc
 from collections.abc import Iterator
 from contextlib import suppress
+from itertools import repeat
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from flwr.supercore.corestate import in_memory_corestate
 from flwr.supercore.run import RunNotRunningException
 from support.superlink import LiveSuperLink, in_thread, next_message, send
 
-from fedgpt.core.errors import UpdateRejected
+from fedgpt.core.errors import FedGPTError, UpdateRejected
 from fedgpt.flower import fetch
 from fedgpt.flower.deploy.connection import UploadEnded
 from fedgpt.flower.fetch import Fetcher
@@ -226,6 +227,41 @@ def test_what_ends_the_thread_reaches_the_server(link, server, monkeypatch):
 
     monkeypatch.setattr(server.fetcher._client, "GetNodes", stopped)
     with pytest.raises(RunNotRunningException):
+        server.take()
+
+
+def failing_link(link: LiveSuperLink, monkeypatch, times: int | None) -> None:
+    """Let the SuperLink answer so many questions for replies, or all, with status 500."""
+    get, left = link.state.get_message_res, iter(repeat(0) if times is None else range(times))
+
+    def fails(**about):
+        if next(left, None) is not None:
+            raise TypeError("as for a row without a time")
+        return get(**about)
+
+    monkeypatch.setattr(link.state, "get_message_res", fails)
+
+
+def test_a_question_that_the_superlink_fails_to_answer_is_asked_again(
+    link, server, monkeypatch, caplog
+):
+    failing_link(link, monkeypatch, 2)
+    site = Site(link, server.grid, server.fetcher)
+    site.reply(vector())
+    assert np.array_equal(payload(server.take()[1]), vector())
+    lines = [record.message for record in caplog.records if record.name == fetch.__name__]
+    asked = "the SuperLink answers /v1/runtime/pull-messages with status 500; asking again in"
+    assert lines[:2] == [f"{asked} 0.5 s", f"{asked} 1.0 s"]
+    assert lines[2:] == ["the SuperLink answers again"]
+
+
+def test_a_superlink_that_answers_no_question_for_long_ends_the_run_with_its_reason(
+    link, server, monkeypatch
+):
+    monkeypatch.setattr(fetch, "FAILING_SECONDS", 0.4)
+    failing_link(link, monkeypatch, None)
+    Site(link, server.grid, server.fetcher)
+    with pytest.raises(FedGPTError, match="answered /v1/runtime/pull-messages with status 500 for"):
         server.take()
 
 

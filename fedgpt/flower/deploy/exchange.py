@@ -16,19 +16,22 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from flwr.app import Array
 from flwr.common.constant import SUPERLINK_NODE_ID
-from flwr.proto.message_pb2 import ObjectTree
+from flwr.common.serde_utils import metadata_from_proto
+from flwr.proto.message_pb2 import Metadata, ObjectTree
 from flwr.supercore.inflatable.inflatable_object import (
     get_object_body,
     get_object_head_values_from_object_content,
+    is_valid_sha256_hash,
 )
 
 from fedgpt.flower.deploy.limits import Bucket, Refused
@@ -36,6 +39,7 @@ from fedgpt.flower.deploy.limits import Bucket, Refused
 MESSAGES = 32  # messages and uploads of a node that are remembered
 REPEATS = 4096  # arrays with repeated chunks that are remembered, of all nodes
 LARGEST_ARRAY = 1 << 16  # bytes of the description of an array; its values are in other objects
+LONGEST_SECONDS = 366 * 86400.0  # of a message's times, from now or in all
 AWAY_SECONDS = 600.0  # a node without a request for so long is forgotten
 IN_FLIGHT = 8  # requests of a node at the same time; Flower's own node has at most 4
 # Requests of a node: so many a second, and at once so many and a message each way. A node that
@@ -67,11 +71,14 @@ class Repeats:
     def size(self, tree: ObjectTree, most: int) -> int:
         """Objects of a message, each as often as it is in it; `most` + 1 if there are more."""
         count, waiting = 0, [tree]
-        while waiting and count <= most:
+        while waiting:
             node = waiting.pop()
             count += 1 + self._of.get(node.object_id, 0)
+            # before Python makes an object of each child, of which a byte or two is enough
+            if count + len(waiting) + len(node.children) > most:
+                return most + 1
             waiting.extend(node.children)
-        return min(count, most + 1)
+        return count
 
 
 class Exchange:
@@ -158,7 +165,8 @@ class Exchange:
     def _check_reply(self, request: Any) -> None:
         if len(request.messages_list) != 1 or len(request.message_object_trees) != 1:
             raise Refused(413, "too_many_messages", "a request must have one message and its tree")
-        metadata, (tree,) = request.messages_list[0].metadata, request.message_object_trees
+        (message,), (tree,) = request.messages_list, request.message_object_trees
+        metadata = message.metadata
         if metadata.src_node_id != request.node.node_id:
             detail = f"the message names node {metadata.src_node_id} as its sender"
             raise Refused(403, "forged_sender", detail)
@@ -168,6 +176,13 @@ class Exchange:
             raise Refused(403, "foreign_id", "the objects are not those of the message")
         if self._repeats.size(tree, self._most) > self._most:
             raise Refused(413, "too_many_objects", f"a reply has at most {self._most} objects")
+        if message.content.ByteSize():  # which Flower would make Python's objects of
+            raise Refused(400, "content", "the content of a reply must come as objects")
+        if message.HasField("content") == message.HasField("error"):
+            raise Refused(400, "malformed", "a reply has either content or an error")
+        if not all(map(is_valid_sha256_hash, [metadata.reply_to_message_id, *_ids(tree)])):
+            raise Refused(400, "malformed", "what a reply names is not the id of an object")
+        _check_numbers(metadata, request.clientapp_runtime_list)
 
     def _check_object(self, request: Any) -> None:
         upload = self._uploads.get(request.session_id)
@@ -181,6 +196,22 @@ class Exchange:
         upload.left -= more
         upload.counted.add(request.object_id)
         self._repeats.add(request.object_id, more)
+
+
+def _check_numbers(metadata: Metadata, runtimes: Iterable[float]) -> None:
+    """Raise Refused (400) for a type that Flower does not know, and for times that are no times.
+
+    Flower compares them, which is False for each NaN, and its database keeps NaN as NULL: then it
+    could hand no reply to the server of the run any more. It finds out itself whether a reply came
+    too late or would outlive its job, and an honest one may come late.
+    """
+    try:
+        metadata_from_proto(metadata)
+    except ValueError:
+        raise Refused(400, "malformed", "the type of the message is unknown") from None
+    times = [metadata.created_at - time.time(), metadata.ttl, *runtimes]
+    if not all(math.isfinite(one) and abs(one) <= LONGEST_SECONDS for one in times):
+        raise Refused(400, "malformed", "a time of the message is not a time near to now")
 
 
 def repeated_chunks(content: bytes) -> int:

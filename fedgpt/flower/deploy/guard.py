@@ -40,13 +40,14 @@ Sites = Callable[[], Mapping[str, bytes]]
 
 FLEET = "/v1/fleet/"
 REGISTER = f"{FLEET}register-node"
-SMALL, REPLY, OBJECT = 1 << 16, 1 << 20, 8 << 20  # most bytes of a body; Flower's chunks: 5 MiB
+SMALL, OBJECT = 1 << 16, 8 << 20  # most bytes of a body; Flower's chunks: 5 MiB
+ENTRY = 96  # further bytes of an announced reply for each object that it may have; Flower's: 68
 PATHS = {
     "activate-node": SMALL,
     "deactivate-node": SMALL,
     "send-node-heartbeat": SMALL,
     "pull-messages": SMALL,
-    "push-messages": REPLY,
+    "push-messages": SMALL,  # and an ENTRY for each object
     "get-run": SMALL,
     "get-fab": SMALL,
     "push-object": OBJECT,
@@ -81,6 +82,7 @@ class Guard:
         """`bell` rings for what the app stores; without it no request waits."""
         self.addresses, self.record = Addresses(), record
         self._app, self._sites, self._most = app, sites, reply_objects
+        self._longest = PATHS | {"push-messages": SMALL + ENTRY * reply_objects}
         self._repeats, self._bell = Repeats(), bell
         self._nodes: dict[bytes, Exchange] = {}
         self._looked = time.monotonic()
@@ -93,14 +95,14 @@ class Guard:
         what, name = "", None
         try:
             what = checked_path(scope)
-            headers = checked_headers(scope["headers"], PATHS[what])
+            headers = checked_headers(scope["headers"], self._longest[what])
             name, key = authenticate(headers, self._sites())
             self.addresses.known(address)
             if (connection := scope.get("state", {}).get("connection")) is not None:
                 connection.authenticated(key)
             node = self._node(key)
             async with node.request():
-                body = await read_body(receive, PATHS[what])
+                body = await read_body(receive, self._longest[what])
                 request = parsed(what, body)
                 node.check(what, request)
                 if (lost := node.lost(what)) is not None:

@@ -16,6 +16,7 @@ from flwr.common.constant import Status, SubStatus
 from flwr.proto.message_pb2 import ObjectTree
 from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
 from flwr.supercore.date import now
+from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.run import RunStatus
 from flwr.supercore.state.schema.corestate_models import (
     ObjectPushSession,
@@ -34,6 +35,7 @@ from fedgpt.flower.deploy.waiting import REPLY, Bell
 STATUS_SECONDS = 0.5
 START_SECONDS = 300.0  # for a ServerApp to start
 REPLY_SECONDS = 10.0  # for the server of a run to ask for a reply that is there
+INVALID = ApiErrorCode.INVALID_PROTOBUF_PAYLOAD  # of which Flower makes the status 400
 _NO_RUN = RunStatus(Status.FINISHED, SubStatus.STOPPED, "there is no such run")
 
 
@@ -59,12 +61,20 @@ class LinkState(SqlLinkState):
         """Store a message; whether it was, and the ids of its objects that are asked for.
 
         The server of a run is asked once for what it sends to many, a client for all of its reply.
+        Raises FlowerError (400) for a reply that had other objects before.
         """
         about, objects = message.metadata, self.object_store
         of_client = bool(about.reply_to_message_id)
         assert isinstance(objects, ObjectsInFiles), "as it was made"
-        with objects.asking_for_all() if of_client else nullcontext():
-            stored = super().store_message_and_object_tree(message, object_tree, session_id)
+        stored: tuple[bool, list[str]] = (False, [])
+        try:
+            with objects.asking_for_all() if of_client else nullcontext():
+                stored = super().store_message_and_object_tree(message, object_tree, session_id)
+        except ValueError as damage:
+            raise FlowerError(INVALID, str(damage), str(damage)) from damage
+        finally:
+            if of_client and not stored[0]:  # otherwise a session for each stays until the run ends
+                self._cleanup_push_session(session_id, cleanup_messages=False)
         if stored[0]:
             self._bell.ring(REPLY if of_client else about.dst_node_id)
         return stored

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
+import tracemalloc
 from base64 import b64encode
 from datetime import UTC, datetime, timedelta
 from itertools import repeat
@@ -11,7 +13,8 @@ from itertools import repeat
 import numpy as np
 import pytest
 from cryptography.hazmat.primitives import serialization
-from flwr.app import Array, ArrayRecord, Error, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, RecordDict
+from flwr.common.serde import recorddict_to_proto
 from flwr.proto.fab_pb2 import GetFabRequest
 from flwr.proto.fleet_pb2 import (
     ActivateNodeRequest,
@@ -29,6 +32,8 @@ from flwr.proto.message_pb2 import (
 )
 from flwr.proto.run_pb2 import GetRunRequest
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
+from flwr.supercore.state.schema.corestate_models import ObjectPushSession
+from sqlalchemy import select
 from support.advice import advises
 from support.link import PROTOBUF, Fleet, Site, call
 
@@ -294,7 +299,8 @@ def test_a_chunked_body_is_cut_at_the_most_of_its_path(fleet, what):
     piece = b"\x00" * (1 << 16)
     answer = fleet.send(guard.FLEET + what, raw, repeat(piece, 1 << 14))
     assert (answer.status, answer.reason) == (413, "too_large")
-    assert answer.read <= guard.PATHS[what] + len(piece)
+    most = guard.PATHS[what] + (guard.ENTRY * 64 if what == "push-messages" else 0)
+    assert answer.read <= most + len(piece)
     assert answer.headers["connection"] == "close" and answer.headers["content-type"].endswith(
         "json"
     )
@@ -515,6 +521,102 @@ def test_a_request_has_one_message_and_one_tree(fleet):
             assert (answer.status, answer.reason) == (413, "too_many_messages")
 
 
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({name: value} for name in ("created_at", "ttl") for value in (NAN, INF, -INF, 1e300)),
+        *({"message_type": text} for text in ("", "guess", "train.\n")),
+        {"reply_to_message_id": "nope"},
+    ],
+    ids=str,
+)
+def test_a_reply_that_flower_cannot_read_is_refused(fleet, changes):
+    """Flower's database would keep NaN as NULL, and then hand no reply to the server any more."""
+    north, _ = fleet.sites
+    job = handed(fleet, north)
+    for found in (content(ARRAY), Error(1, "why")):
+        request = fleet.announce(north, fleet.reply(north, job, found), **changes)
+        answer = fleet.ask("push-messages", request, north)
+        assert (answer.status, answer.reason) == (400, "malformed")
+    assert [(line["node"], line["reason"]) for line in fleet.lines] == [("north", "malformed")] * 2
+    assert fleet.state.get_message_res({job.metadata.message_id}, fleet.run_id) == []
+    assert send_reply(fleet, north, fleet.reply(north, job, Error(1, "why"))) == [200, 200]
+
+
+@pytest.mark.parametrize("seconds", [NAN, INF, 1e308])
+def test_the_seconds_that_a_reply_took_are_a_number(fleet, seconds):
+    north, _ = fleet.sites
+    request = fleet.announce(north, fleet.reply(north, handed(fleet, north), content(ARRAY)))
+    request.clientapp_runtime_list.append(seconds)
+    answer = fleet.ask("push-messages", request, north)
+    assert (answer.status, answer.reason) == (400, "malformed")
+
+
+def test_the_content_of_a_reply_comes_as_objects_only(fleet):
+    north, _ = fleet.sites
+    request = fleet.announce(north, fleet.reply(north, handed(fleet, north), content(ARRAY)))
+    assert request.messages_list[0].HasField("content"), "as Flower's own node says it"
+    many = RecordDict({str(number): ConfigRecord({}) for number in range(1000)})
+    request.messages_list[0].content.CopyFrom(recorddict_to_proto(many))
+    answer = fleet.ask("push-messages", request, north)
+    assert (answer.status, answer.reason) == (400, "content")
+
+
+def sessions(fleet: Fleet) -> int:
+    """The number of uploads that the database has begun."""
+    with fleet.state.session() as session:
+        return len(session.scalars(select(ObjectPushSession.session_id)).all())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reply_to_message_id": "0" * 64},
+        {"ttl": -5.0},  # a reply to a job whose time is over
+        {"ttl": 0.0},
+        {"ttl": 86400.0},  # it would outlive its job
+        {"ttl": 1e-9},
+    ],
+    ids=str,
+)
+def test_a_reply_that_is_too_late_or_nobody_s_leaves_nothing(fleet, changes):
+    """An honest node may be late: it is told that nothing is wanted, and goes on."""
+    north, _ = fleet.sites
+    job, before = handed(fleet, north), sessions(fleet)
+    request = fleet.announce(north, fleet.reply(north, job, content(ARRAY)), **changes)
+    answer = fleet.ask("push-messages", request, north)
+    assert answer.status == 200 and fleet.lines == []
+    assert PushMessagesResponse.FromString(answer.body).objects_to_push == []
+    assert sessions(fleet) == before
+    assert fleet.state.get_message_res({job.metadata.message_id}, fleet.run_id) == []
+
+
+def test_a_reply_has_either_content_or_an_error(fleet):
+    north, _ = fleet.sites
+    job = handed(fleet, north)
+    for found in (content(ARRAY), Error(1, "why")):
+        request = fleet.announce(north, fleet.reply(north, job, found))
+        proto = request.messages_list[0]
+        if proto.HasField("content"):
+            proto.ClearField("content")
+        else:
+            proto.content.SetInParent()
+        answer = fleet.ask("push-messages", request, north)
+        assert (answer.status, answer.reason) == (400, "malformed")
+
+
+@pytest.mark.parametrize("code", [-(2**63), 0, 2**63 - 1])
+def test_a_reply_may_have_any_error_and_a_long_reason(fleet, code):
+    north, _ = fleet.sites
+    job, error = handed(fleet, north), Error(code, "\x00\u2028" * 10_000)
+    assert send_reply(fleet, north, fleet.reply(north, job, error)) == [200, 200]
+    (reply,) = fleet.state.get_message_res({job.metadata.message_id}, fleet.run_id)
+    assert reply.error.code == code and reply.error.reason == error.reason
+
+
 # objects
 
 
@@ -728,6 +830,42 @@ def test_a_tree_counts_its_repeats_and_may_be_deep(fleet):
     for _ in range(200):
         deep = deep.children.add(object_id=leaf.object_id)
     assert fleet.ask("push-messages", request, north).reason in ("malformed", "too_many_objects")
+
+
+def test_a_wide_tree_is_refused_before_it_is_made_python_s_objects():
+    wide = ObjectTree(children=[ObjectTree()] * 100_000)  # two bytes each
+    tracemalloc.start()
+    assert exchange.Repeats().size(wide, 256) == 257
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+
+
+def test_the_most_objects_of_a_reply_can_be_announced(fleet, monkeypatch, small_chunks):
+    north, _ = fleet.sites
+    many = guard.Guard(fleet.app, lambda: fleet.approved, limits.Record(fleet.lines.append), 4000)
+    monkeypatch.setattr(fleet, "guard", many)
+    array = np.random.default_rng(0).random(3990 * CHUNK // 4, dtype=np.float32)
+    job = handed(fleet, north)
+    request = fleet.announce(north, fleet.reply(north, job, content(array)))
+    assert request.ByteSize() > guard.SMALL
+    assert fleet.ask("push-messages", request, north).status == 200 and fleet.lines == []
+
+
+def test_a_message_has_one_tree_of_true_ids(fleet):
+    north, _ = fleet.sites
+    job, before = handed(fleet, north), sessions(fleet)
+    reply = fleet.reply(north, job, content(ARRAY))
+    request = fleet.announce(north, reply)
+    request.message_object_trees[0].children.add(object_id="zz")
+    answer = fleet.ask("push-messages", request, north)
+    assert (answer.status, answer.reason) == (400, "malformed") and sessions(fleet) == before
+    assert fleet.ask("push-messages", fleet.announce(north, reply), north).status == 200
+    request.message_object_trees[0].children[-1].object_id = "0" * 64
+    answer = fleet.ask("push-messages", request, north)
+    assert answer.status == 400 and "had other objects" in json.loads(answer.body)["extra"]
+    assert sessions(fleet) == before + 1
+    assert set(send_reply(fleet, north, reply)) == {200}, "its upload goes on"
 
 
 @pytest.mark.parametrize(
