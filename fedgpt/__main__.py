@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from fedgpt import __version__
@@ -16,7 +17,12 @@ def main() -> int:
         return 0
     if command in ("-h", "--help"):
         command, arguments = "help", []
-    return dispatch(command, arguments)
+    try:
+        return dispatch(command, arguments)
+    except BrokenPipeError:  # the reader has what it wants, such as `head`
+        # so that Python does not try to write the rest when it ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 if __name__ == "__main__":

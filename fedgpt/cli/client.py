@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedgpt.core.errors import ConfigError
+from fedgpt.core.files import OWNER_ONLY
 
 if TYPE_CHECKING:
     from fedgpt.client.policy import Policy
@@ -26,11 +27,13 @@ def main(arguments: list[str]) -> int:
         print("\n".join(_described(chosen, policy)))
         return 0
     _log_to_stderr()
-
+    os.umask(OWNER_ONLY)  # the prepared text can be read back, and so may the model be private
     from fedgpt.flower.deploy.kit import read_kit
-    from fedgpt.flower.deploy.site_client import preflight, run
 
     site = site_of(chosen, policy, read_kit(chosen.kit).name)
+    # after the kit, as this takes seconds
+    from fedgpt.flower.deploy.site_client import preflight, run
+
     return run(preflight(chosen.kit, site, policy), site, policy)
 
 

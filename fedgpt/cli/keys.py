@@ -118,7 +118,7 @@ def _renew(chosen: argparse.Namespace) -> Iterator[str]:
         yield from _issued(renew_site(chosen.folder, chosen.request, chosen.out))
         return
     yield from _certificates(renew(chosen.folder))
-    yield "a server that runs takes it when it is started again; sites need nothing new"
+    yield "a server that runs takes it at once; sites need nothing new"
 
 
 def _issued(issued: Issued) -> Iterator[str]:

@@ -40,6 +40,9 @@ ATTEMPTS = 3
 # seconds for which a job waits in all for a client that goes away: longer than Flower needs to
 # notice that (60) and a client to come back
 PARKED_SECONDS = 180.0
+# after which a run that goes on does so without the clients that have not come back
+FEWER_SECONDS = 600.0
+PATIENCE = 5.0  # seconds of waiting after which the log says for whom
 ALONE_SECONDS = 24 * 3600.0  # without any client, after which the run stops
 # environment variable with the path of a file: when the file appears, the server stops
 STOP_FILE = "FEDGPT_STOP_FILE"
@@ -108,16 +111,23 @@ class GridTransport:
     def clients(self, timeout: float) -> list[ClientInfo]:
         """Clients sorted by id, once as many as expected have connected.
 
-        Raises StoppedEarly if they do not in time, and FedGPTError or ConfigError as soon as there
-        are enough nodes and none of them can take part.
+        A run of sites that goes on does so with fewer after FEWER_SECONDS, as one of them may have
+        left for good. Raises StoppedEarly if they do not connect in time, and FedGPTError or
+        ConfigError as soon as there are enough nodes and none of them can take part.
         """
-        deadline = self.now() + timeout
+        began, told = self.now(), ""
+        deadline = began + timeout
         while True:
             self._nodes.look()
             for arrival in self._mailbox.take():
                 self._nodes.takes(arrival)
-            if (clients := self._nodes.begin()) is not None:
+            waited = self.now() - began
+            fewer = self._own_text and waited > FEWER_SECONDS
+            if (clients := self._nodes.begin(fewer)) is not None:
                 return clients
+            if waited > PATIENCE and (waits := self._nodes.waits) != told:
+                told = waits
+                log.warning("waiting for %s", waits)
             left_out = list(self._nodes.left_out.values())
             if self._nodes.refused:
                 raise left_out[0]

@@ -25,7 +25,7 @@ from typing import TypeVar
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
-from fedgpt.core.errors import ConfigError, FedGPTError
+from fedgpt.core.errors import ConfigError, FedGPTError, amount
 from fedgpt.core.files import read_json
 from fedgpt.core.messages import ClientInfo
 from fedgpt.flower.base_delivery import ACTION, BaseDelivery, read_kept
@@ -118,11 +118,27 @@ class Nodes:
         """Number of clients that have joined, of those that the run waits for."""
         return len(self._clients)
 
-    def begin(self) -> list[ClientInfo] | None:
-        """The clients that the run begins or goes on with, sorted by id; None: not enough yet."""
+    @property
+    def waits(self) -> str:
+        """What the run needs before it begins or goes on, and who is there."""
+        names = ", ".join(sorted(info.id for info in self._clients.values()))
+        return f"{amount(self._needed, 'client')}: {names or 'none'} connected"
+
+    @property
+    def _needed(self) -> int:
         wanted = self._admission.expected
-        if len(self._clients) < min(wanted, len(self._members) or wanted):
+        return min(wanted, len(self._members) or wanted)
+
+    def begin(self, fewer: bool = False) -> list[ClientInfo] | None:
+        """The clients that the run begins or goes on with, sorted by id; None: not enough yet.
+
+        With `fewer` a run that goes on needs one client only.
+        """
+        needed = 1 if fewer and self._members else self._needed
+        if len(self._clients) < needed:
             return None
+        if needed < self._needed:
+            log.warning("the run goes on without the others: it waited for %s", self.waits)
         if not self._members:
             self._members = {info.id: info for info in self._clients.values()}
         self._begun = True

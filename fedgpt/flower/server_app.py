@@ -9,7 +9,7 @@ from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.serverapp import Grid, ServerApp
 from flwr.superlink.grid.http_grid import HttpGrid
 
-from fedgpt.core.errors import FedGPTError
+from fedgpt.core.errors import FedGPTError, Interrupted
 from fedgpt.core.options import RunOptions
 from fedgpt.flower.failure import keep_failure, write_failure
 from fedgpt.flower.run_config import options_of, run_config_of
@@ -29,7 +29,13 @@ def main(grid: Grid, context: Context) -> None:
     options = None
     try:
         options = options_of(context.run_config)
-        serve(options, grid)
+        try:
+            serve(options, grid)
+        except KeyboardInterrupt:
+            if not isinstance(grid, HttpGrid):
+                raise
+            # asked to stop while it waited for its clients, before the loop
+            raise Interrupted(options.run_dir) from None
     except FedGPTError as error:
         if write_failure(error):
             return

@@ -12,7 +12,10 @@ from statistics import median
 from typing import Any
 
 WARM_SECONDS = 120.0  # of a process's life, in which it imports and does its first work
-WINDOW_SECONDS = 30.0  # at either end of what is compared
+# At either end of what is compared: so long that at some time in it all clients are connected. The
+# link answers each request of a moment in a thread of its own, with a connection to its database,
+# so their number follows the number of clients, and what the machine does beside.
+WINDOW_SECONDS = 120.0
 # Growth that says nothing: by a factor, which is the share of an allocator, and by so many
 # megabytes, connections or threads. A leak of one message for each update would be more in an hour.
 LARGEST_GROWTH = 1.15
@@ -123,7 +126,7 @@ class Growth:
     def _compared(self, kind: str) -> dict[str, list[dict[str, Ends]]]:
         warm = [part for rows in self._rows(kind) if (part := warm_part(rows))]
         lives = [
-            ends_of(warm_part(rows), rows[-len(warm_part(rows)) :])
+            ends_of(warm_part(rows), last_part(rows))
             for rows in self._rows(kind)
             if rows[-1].seconds >= WARM_SECONDS + 2 * WINDOW_SECONDS and warm_part(rows)
         ]
@@ -153,12 +156,17 @@ def warm_part(rows: list[Sample]) -> list[Sample]:
     return [row for row in rows if WARM_SECONDS <= row.seconds < end]
 
 
+def last_part(rows: list[Sample]) -> list[Sample]:
+    """The samples at the end of what is known of a process."""
+    return [row for row in rows if row.seconds > rows[-1].seconds - WINDOW_SECONDS]
+
+
 def ends_of(first: list[Sample], last: list[Sample]) -> dict[str, Ends]:
-    """The medians of each figure in two lists of samples."""
+    """The median of the memory and the most files and threads in two lists of samples."""
     return {
         name: (
-            round(median(getattr(row, name) for row in first), 1),
-            round(median(getattr(row, name) for row in last), 1),
+            round(typical(getattr(row, name) for row in first), 1),
+            round(typical(getattr(row, name) for row in last), 1),
         )
-        for name in FREE
+        for name, typical in (("mb", median), ("files", max), ("threads", max))
     }

@@ -24,7 +24,7 @@ def main() -> int:
     chosen = parser.parse_args()
     folder = chosen.folder or Path(tempfile.mkdtemp(prefix="fedgpt-deploy-")) / "deployment"
     with deployment(folder) as one:
-        print(f"$ cd {one.folder}", flush=True)
+        print(f"$ cd {one.folder}  # the output of each process is in logs/", flush=True)
         one.write_texts()
         one.make_keys()
         for site in SITES:

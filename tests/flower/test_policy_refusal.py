@@ -17,7 +17,7 @@ from fedgpt.client.policy import Policy, PolicyRefused
 from fedgpt.core.errors import StoppedEarly
 from fedgpt.core.messages import ClientInfo, Job, Plan, Reply
 from fedgpt.core.options import RunOptions
-from fedgpt.flower import messages, nodes
+from fedgpt.flower import grid_transport, messages, nodes
 from fedgpt.flower.deploy.connection import UploadEnded
 from fedgpt.flower.grid_transport import Admission, GridTransport
 from fedgpt.flower.messages import (
@@ -175,3 +175,24 @@ def test_a_client_is_not_away_for_ever_or_asked_all_the_time_by_what_it_says(tol
     question = Message(RecordDict(), 1, MessageType.TRAIN)
     question.metadata.__dict__["_message_id"] = "1"
     assert refused_for(Message(Error(2, told), reply_to=question)) == seconds
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_a_run_that_goes_on_does_so_without_a_site_that_has_left_for_good(
+    link, site, caplog, monkeypatch, goes_on
+):
+    monkeypatch.setattr(grid_transport, "FEWER_SECONDS", 7.0)
+    members = (ClientInfo("gone", 10), ClientInfo("north", 10)) if goes_on else ()
+    admission = Admission(2, "digest", question_content("{}"), members)
+    site(Policy())
+    made = GridTransport(link.grid(), admission)
+    try:
+        if goes_on:
+            assert [info.id for info in made.clients(timeout=60)] == ["gone", "north"]
+        else:
+            with pytest.raises(StoppedEarly, match="1 of 2 clients connected"):
+                made.clients(timeout=10.0)
+    finally:
+        made.close()
+    assert "waiting for 2 clients: north connected" in caplog.text
+    assert ("goes on without the others: it waited for 2 clients: north" in caplog.text) == goes_on

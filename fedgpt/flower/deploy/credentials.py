@@ -31,14 +31,14 @@ def authenticate(headers: Mapping[str, str], sites: Mapping[str, bytes]) -> tupl
         raise Refused(401, "no_credentials", "the request has no signature of a node")
     try:
         key, signature = (b64decode(headers[name], validate=True) for name in _NAMES[:2])
-        signed_at = datetime.fromisoformat(headers[TIMESTAMP_HEADER])
-        age = (now() - signed_at).total_seconds()
+        signed = headers[TIMESTAMP_HEADER].encode("ascii")
+        age = (now() - datetime.fromisoformat(headers[TIMESTAMP_HEADER])).total_seconds()
     except (ValueError, TypeError) as damage:
         raise Refused(401, "no_credentials", "the signature of the node is damaged") from damage
     name = next((name for name, known in sites.items() if known == key), None)
     if name is None:
         raise Refused(401, "unknown_key", "the node's key is not approved, or revoked")
-    if not verify_signature(_parsed(key), headers[TIMESTAMP_HEADER].encode("ascii"), signature):
+    if not verify_signature(_parsed(key), signed, signature):
         raise Refused(401, "bad_signature", f"not signed with the key of {name}")
     if not -SYSTEM_TIME_TOLERANCE < age < TIMESTAMP_TOLERANCE + SYSTEM_TIME_TOLERANCE:
         detail = f"the node's clock differs from the server's by {-age:.0f} s; set its time"

@@ -144,6 +144,8 @@ class Supervisor:
                 return
             except _Crash as crash:
                 reason = str(crash)
+            if self._stops:  # it is the next server that continues it, or nobody
+                raise self._interrupted(options)
             newest = newest_version(run.run_dir)
             fruitless = 0 if newest > seen else fruitless + 1
             seen = max(seen, newest)

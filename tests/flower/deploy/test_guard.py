@@ -363,6 +363,10 @@ def bad_credentials(north: Site, south: Site):
         "no timestamp": ({**mine, "flwr-timestamp": ""}, "no_credentials"),
         "not base64": ({**mine, "flwr-signature": "!!!"}, "no_credentials"),
         "no time": ({**mine, "flwr-timestamp": "today"}, "no_credentials"),
+        "a time with a letter": (
+            {**mine, "flwr-timestamp": now.isoformat().replace("T", "\xe9")},
+            "no_credentials",
+        ),
         "without time zone": (
             {**mine, "flwr-timestamp": now.replace(tzinfo=None).isoformat()},
             "no_credentials",

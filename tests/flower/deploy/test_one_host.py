@@ -50,13 +50,35 @@ def three_sites(short_folder) -> Iterator[Deployment]:
 def test_the_script_ends_with_a_model_at_every_site(short_folder):
     command = [sys.executable, str(SIMULATION / "one_host.py"), "--rounds", "4"]
     command += ["--folder", str(short_folder / "here")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, check=False, umask=0o022
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "the model is at 3 clients" in done.stdout
     for site in SITES:
         assert f"{site}: " in done.stdout
         (model,) = (short_folder / "here" / "state" / site / "models").iterdir()
         assert (model / "config.json").is_file()
+    # a client's prepared text can be read back, and DIR may be copied: nobody else may read a file
+    for part in ("server", "state", "cache"):
+        files = [
+            path for path in (short_folder / "here" / part).rglob("*") if not path.is_symlink()
+        ]
+        assert len(files) > 9
+        assert not [path for path in files if path.stat().st_mode & 0o077], part
+
+
+def test_a_server_that_is_stopped_while_its_run_waits_for_sites_says_so_alone(short_folder):
+    with deployment(short_folder / "deployment", say=False) as one:
+        one.write_texts()
+        one.make_keys()
+        server = one.start_server(*one.run_options(*SMALL))
+        wait_until(lambda: "waiting for 3 clients: none connected" in one.log("server"), 300, "it")
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(timeout=120) == 130
+        assert "fedgpt: interrupted before the run began" in one.log("server")
+        for wrong in ("Traceback", "killed", "is continued"):
+            assert wrong not in one.log("server")
 
 
 def test_no_process_of_the_server_opens_a_clients_text(three_sites, tmp_path, monkeypatch):
