@@ -17,8 +17,9 @@ from fedgpt.core.options.option import typed
 from fedgpt.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 from fedgpt.model.hf_folder import ModelFolder, read_folder
 
-# options that may differ from the model of `init_from`, because they do not change its parameters
-MAY_DIFFER = {"dropout", "trainable"}
+# options that may differ from the model of `init_from`, because they do not change its parameters;
+# vocab_size is compared below, with the tokenizer
+MAY_DIFFER = {"dropout", "trainable", "from_init", "vocab_size"}
 # files of tokenizers of all kinds; a folder with one of them has a tokenizer
 TOKENIZER_FILES = (
     *("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model", "spiece.model"),
@@ -65,12 +66,18 @@ def differences(o: RunOptions, found: ModelFolder, tokenizer: Tokenizer | None) 
     """
     where = f"init_from={o.init_from}"
     theirs, ours = asdict(found.options), asdict(o.model)
+    # two models are equal where one says null and the other what null means
+    meant = asdict(found.options.explicit()), asdict(o.model.explicit())
     problems = [
         f"{where}: its model.{name} is {typed(theirs[name])}, this run's is {typed(ours[name])};"
         f" set model.{name}={typed(theirs[name])}"
         for name in ours
-        if name not in MAY_DIFFER and theirs[name] != ours[name]
+        if name not in MAY_DIFFER
+        and theirs[name] != ours[name]
+        and meant[0][name] != meant[1][name]
     ]
+    if len(problems) > 1:
+        problems[-1] += ", or take model=hf, which has the shape of that model"
     try:
         if problem := _tokenizer_problem(found, o, tokenizer):
             problems.append(f"{where}: {problem}")
@@ -92,10 +99,20 @@ def _tokenizer_problem(found: ModelFolder, o: RunOptions, tokenizer: Tokenizer |
             "has no tokenizer, so its token ids may have other meanings than this run's; copy the"
             " tokenizer.json that it was trained with into the folder"
         )
-    if tokenizer is not None and found.vocab_size != tokenizer.vocab_size:
+    return _size_problem(found, o, tokenizer) if tokenizer is not None else ""
+
+
+def _size_problem(found: ModelFolder, o: RunOptions, tokenizer: Tokenizer) -> str:
+    tokens, rows = tokenizer.vocab_size, o.model.rows(tokenizer.vocab_size)
+    if found.vocab_size < tokens:
         return (
-            f"its vocab_size is {found.vocab_size}, this run's tokenizer has"
-            f" {tokenizer.vocab_size} tokens; take a model of this size"
+            f"its vocab_size is {found.vocab_size}, this run's tokenizer has {tokens} tokens; take"
+            " a model of at least this size"
+        )
+    if found.vocab_size != rows:
+        return (
+            f"its vocab_size is {found.vocab_size}, this run's is {rows}; set"
+            f" model.vocab_size={found.vocab_size}"
         )
     return ""
 

@@ -108,14 +108,23 @@ def test_a_folder_without_a_tokenizer_is_taken_for_bytes_only(tmp_path):
     check_tokenizer(replace(byte_run, tokenizer=TokenizerOptions("bytes")), BYTES)
     other = exported(tmp_path / "other", None, vocab_size=301)
     (found,) = init_from_problems(replace(other, tokenizer=TokenizerOptions("bytes")))
-    assert "its vocab_size is 301, this run's tokenizer has 257 tokens" in found
+    assert "its vocab_size is 301, this run's is 257; set model.vocab_size=301" in found
 
 
 def test_a_vocabulary_that_is_larger_than_the_tokenizer_is_reported(tmp_path):
     o = exported(tmp_path, OURS, vocab_size=320)
     advises(
         problem(o),
-        "its vocab_size is 320, this run's tokenizer has 301 tokens; take a model of this size",
+        "its vocab_size is 320, this run's is 301; set model.vocab_size=320",
+    )
+    o.model.vocab_size = 320
+    check_tokenizer(o, OURS)
+    o.model.vocab_size = None
+    small = exported(tmp_path / "small", OURS, vocab_size=300)
+    advises(
+        problem(small),
+        "its vocab_size is 300, this run's tokenizer has 301 tokens; take a model of at least this"
+        " size",
     )
     check_tokenizer(exported(tmp_path / "other", OURS), OURS)
 
@@ -306,6 +315,7 @@ def test_each_option_that_differs_is_reported_as_it_is_typed(tmp_path):
     exported(tmp_path, BYTES)
     words = ["model.n_layer=2", "model.tie=false", "model.bias=false", "model.norm=rmsnorm"]
     found = refused(*SHAPE, *words, "tokenizer=bytes", f"init_from={tmp_path}")
+    found[-1] = found[-1].removesuffix(", or take model=hf, which has the shape of that model")
     assert found == [
         f"init_from={tmp_path}: its model.{name} is {theirs}, this run's is {ours}; set"
         f" model.{name}={theirs}"
@@ -358,3 +368,55 @@ def test_a_copy_of_a_folder_is_the_same_start(tmp_path):
     o = exported(tmp_path / "one", OURS)
     shutil.copytree(tmp_path / "one", tmp_path / "two")
     check_tokenizer(replace(o, init_from=str(tmp_path / "two")), OURS)
+
+
+LLAMA = ModelOptions(
+    **{"n_layer": 1, "n_head": 4, "n_embd": 16, "block_size": 8, "n_kv_head": 2, "n_inner": 24},
+    **{"norm": "rmsnorm", "mlp": "swiglu", "bias": False, "rope_theta": 100_000.0},
+)
+
+
+def test_a_model_of_hugging_face_needs_no_typed_shape(tmp_path):
+    export_model(tmp_path, GPT(LLAMA, BYTES.vocab_size))
+    BYTES.save(tmp_path)
+    words = ("tokenizer=bytes", f"init_from={tmp_path}", "model.dropout=0.1")
+    o = compose.load(["model=hf", *words])
+    assert o.model == replace(LLAMA, vocab_size=257, dropout=0.1)
+    check_tokenizer(o, BYTES)
+    # what is written to config.yaml needs the folder no more
+    shutil.rmtree(tmp_path)
+    again = compose.from_yaml(compose.to_yaml(replace(o, init_from=None)))
+    assert again.model == o.model
+
+
+def test_an_option_with_an_equal_meaning_does_not_differ(tmp_path):
+    export_model(tmp_path, GPT(LLAMA, BYTES.vocab_size))
+    BYTES.save(tmp_path)
+    same = replace(LLAMA, head_dim=4, mlp_bias=False, gelu="tanh", qkv_bias=False)
+    o = RunOptions(init_from=str(tmp_path), model=same, tokenizer=TokenizerOptions("bytes"))
+    check_tokenizer(o, BYTES)
+    o.model.n_kv_head = None
+    found = problem(o, BYTES)
+    assert "its model.n_kv_head is 2, this run's is null; set model.n_kv_head=2" in found
+
+
+def test_the_command_says_what_model_hf_needs_and_what_it_replaces(tmp_path):
+    (found,) = refused("model=hf", "tokenizer=bytes")
+    assert found.startswith("model=hf: the model has the shape of the one in init_from, which is")
+    advises(found, "name a Hugging Face folder with init_from=FOLDER")
+    (found,) = refused("model=hf", "tokenizer=bytes", f"init_from={tmp_path}/none")
+    assert "is not a folder" in found
+    export_model(tmp_path, GPT(LLAMA, BYTES.vocab_size))
+    BYTES.save(tmp_path)
+    words = ("tokenizer=bytes", f"init_from={tmp_path}")
+    (found,) = refused("model=hf", "model.n_layer=1", *words)
+    advises(
+        found,
+        "model.n_layer=1: has no effect with model=hf, whose shape is that of the model in"
+        " init_from; leave it out",
+    )
+    with pytest.raises(ConfigError, match=r"model\.n_layer=1: has no effect with model=hf"):
+        compose.check_sweep(["seed=0,1", "model=hf", "model.n_layer=1", *words])
+    found = refused("model.n_layer=2", "model.n_embd=64", *words)
+    advises(found[-1], "or take model=hf, which has the shape of that model")
+    assert compose.load(["model=hf", *words]).model.n_embd == 16

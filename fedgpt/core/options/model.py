@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fedgpt.core.options.option import Group, above, at_least, between, one_of, option, share
 
@@ -67,6 +67,10 @@ class NanoOptions(Group):
 class ModelOptions(NanoOptions):
     """The GPT that is trained: as in nanoGPT, and what other families of GPTs do differently."""
 
+    from_init: bool = option(
+        False,
+        "Whether the model has the shape of the one in init_from; model=hf sets it.",
+    )
     vocab_size: int | None = option(
         None,
         "Number of rows of the token embedding, which may be larger than the tokenizer's"
@@ -135,7 +139,8 @@ class ModelOptions(NanoOptions):
     @property
     def width(self) -> int:
         """Channels of an attention head."""
-        return self.n_embd // self.n_head if self.head_dim is None else self.head_dim
+        # at least 1, so that a wrong number of heads is reported instead of divided by
+        return self.n_embd // max(1, self.n_head) if self.head_dim is None else self.head_dim
 
     @property
     def inner(self) -> int:
@@ -158,6 +163,20 @@ class ModelOptions(NanoOptions):
         """
         own = {"qkv": self.qkv_bias, "mlp": self.mlp_bias}.get(part)
         return self.bias if own is None else own
+
+    def explicit(self) -> ModelOptions:
+        """A copy for comparisons: nothing is null, and what has no effect has its default."""
+        usual = ModelOptions()
+        unused = {name: getattr(usual, name) for name, _ in self.without_effect()}
+        return replace(
+            self,
+            n_kv_head=self.kv_heads,
+            head_dim=self.width,
+            n_inner=self.inner,
+            qkv_bias=self.has_bias("qkv"),
+            mlp_bias=self.has_bias("mlp"),
+            **unused,
+        )
 
     def without_effect(self) -> Iterator[tuple[str, str]]:
         """Learned positions are not rotated, and swiglu has another activation."""
@@ -204,7 +223,7 @@ class ModelOptions(NanoOptions):
         else:
             yield (
                 f"model.n_embd={self.n_embd}: must be a multiple of"
-                f" model.n_head={self.n_head}; {proposal}, or set model.head_dim"
+                f" model.n_head={self.n_head}; {proposal}"
             )
 
     def _share_problems(self) -> Iterator[str]:
