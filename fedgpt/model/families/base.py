@@ -134,7 +134,7 @@ def rope(config: dict[str, Any], **names: str) -> dict[str, Any]:
     model does not compute.
     """
     place = "rope_parameters" if config.get("rope_parameters") else "rope_scaling"
-    inside = value(config, place, dict) if config.get(place) else {}
+    inside: dict[str, Any] = value(config, place, dict) if config.get(place) else {}
     kind = inside.get("rope_type", inside.get("type", "default"))
     if kind != "default":
         raise ValueError(
