@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 from fedgpt.data.byte_level import (
     BYTE_OF,
     Pipeline,
-    byte_characters,
     check_ids,
     merges_of,
     read_pipeline,
@@ -52,8 +51,7 @@ class Vocabulary:
     @cached_property
     def is_bytes(self) -> bool:
         """Whether each byte is its own id, and nothing is merged."""
-        single = [bytes([byte]) for byte in range(256)]
-        return self.is_own and self.table == [*single, b""]
+        return self.is_own and self.table == [*(bytes([byte]) for byte in range(256)), b""]
 
 
 def read_vocabulary(
@@ -66,14 +64,11 @@ def read_vocabulary(
     library = _library(content)
     pipeline = read_pipeline(parsed)
     vocabulary: dict[str, int] = parsed["model"]["vocab"]
-    check_ids([*vocabulary.values()])
-    lost = bytes(byte for byte in sorted(IN_UTF8) if byte_characters()[byte] not in vocabulary)
-    if absent := NEEDED & set(lost):
-        raise ValueError(f"not byte-level: no token for the byte 0x{min(absent):02x}")
+    lost = _lost(vocabulary)
     if lost and parsed["model"].get("unk_token") is not None:
-        # a token in place of the byte would be a special one, which no text may contain
-        model = {**parsed["model"], "unk_token": None}
-        library = _library(json.dumps({**parsed, "model": model}))
+        # it would stand in place of the byte, and is a special token, which no text may have
+        content = json.dumps({**parsed, "model": {**parsed["model"], "unk_token": None}})
+        library = _library(content)
     _check_added(library, parsed["added_tokens"])
     _add(library, settings)
     end = _end(library, settings)
@@ -84,19 +79,6 @@ def read_vocabulary(
     added = library.get_added_tokens_decoder()
     specials = {token.content: number for number, token in added.items() if token.special}
     _check_specials(library, specials)
-    numbers = {**vocabulary, **{token.content: number for number, token in added.items()}}
-    check_ids([*numbers.values()])
-    table = [b""] * (max(numbers.values()) + 1)
-    for name, number in vocabulary.items():
-        if number not in added:
-            table[number] = _bytes_of(name)
-    sizes = [len(entry) for entry in table]
-    for number, token in added.items():
-        if not token.special:
-            text = token.content.encode()
-            # the library decodes a text of byte characters as these bytes
-            plain = BYTE_OF.keys() >= set(token.content)
-            table[number], sizes[number] = _bytes_of(token.content) if plain else text, len(text)
     merges = merges_of(parsed["model"])
     names = sorted(vocabulary.keys() - specials.keys(), key=vocabulary.__getitem__)
     is_own = (
@@ -112,9 +94,42 @@ def read_vocabulary(
         flags = [[number, *_flags(token)] for number, token in sorted(added.items())]
         identity = [by_id, merges, astuple(pipeline), flags, end]
     return Vocabulary(
-        *(library, table, sizes, specials, end, lost, json.dumps(identity), is_own),
+        library,
+        *_tables(vocabulary, added),
+        *(specials, end, lost, json.dumps(identity), is_own),
         _divides_before_spaces(pipeline, added),
     )
+
+
+def _lost(vocabulary: Mapping[str, int]) -> bytes:
+    """The bytes of UTF-8 that no token has; raises ValueError if these are common ones."""
+    gone = {byte for character, byte in BYTE_OF.items() if character not in vocabulary}
+    if absent := NEEDED & gone:
+        raise ValueError(f"not byte-level: no token for the byte 0x{min(absent):02x}")
+    return bytes(sorted(gone & IN_UTF8))
+
+
+def _tables(
+    vocabulary: Mapping[str, int], added: Mapping[int, AddedToken]
+) -> tuple[list[bytes], list[int]]:
+    """What each id adds to a text that is decoded, and the bytes of the text that it was made of.
+
+    They differ for an added token whose text is of characters that stand for bytes, such as "é":
+    the library decodes it as these bytes.
+    """
+    numbers = {**vocabulary, **{token.content: number for number, token in added.items()}}
+    check_ids([*numbers.values()])
+    table = [b""] * (max(numbers.values()) + 1)
+    for name, number in vocabulary.items():
+        if number not in added:
+            table[number] = _bytes_of(name)
+    sizes = [len(entry) for entry in table]
+    for number, token in added.items():
+        if not token.special:
+            text = token.content.encode()
+            plain = BYTE_OF.keys() >= set(token.content)
+            table[number], sizes[number] = _bytes_of(token.content) if plain else text, len(text)
+    return table, sizes
 
 
 def _library(content: str) -> Library:
@@ -191,7 +206,11 @@ def _end(library: Library, settings: Mapping[str, Any]) -> int:
 def _check_specials(library: Library, specials: Mapping[str, int]) -> None:
     """Raise ValueError if a text can have the id of a special token."""
     for name, number in specials.items():
-        if number in library.encode(name, add_special_tokens=False).ids:
+        texts = [name]
+        if BYTE_OF.keys() >= set(name):  # as the vocabulary may write other bytes
+            texts.append(_bytes_of(name).decode(errors="ignore"))
+        ids = (library.encode(text, add_special_tokens=False).ids for text in texts)
+        if name in BYTE_OF or any(number in each for each in ids):
             raise ValueError(f"its special token {name!r:.40} is a word of ordinary text too")
 
 

@@ -14,7 +14,7 @@ from support.tokenizer_families import CHAT, FAMILIES, GPT2, SMOL, Family, split
 
 from fedgpt.core.errors import ConfigError, FedGPTError
 from fedgpt.core.options import TokenizerOptions
-from fedgpt.data import tokenizer_files
+from fedgpt.data import tokenizer, tokenizer_files
 from fedgpt.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
 TALK = [{"role": "user", "content": "Is <|im_end|> here?"}, {"role": "assistant", "content": "No"}]
@@ -244,9 +244,20 @@ def test_what_is_no_byte_level_bpe_is_refused_by_name(name, tmp_path):
     assert why in reason(folder)
 
 
-def test_a_special_token_that_is_a_word_of_ordinary_text_is_refused(tmp_path):
-    folder = replace(FAMILIES["smollm"], settings={"pad_token": "!"}).write(tmp_path)
-    assert "its special token '!' is a word of ordinary text too" in reason(folder)
+@pytest.mark.parametrize("name", ["!", "Ġthe", "é"])
+def test_a_special_token_that_is_a_word_of_ordinary_text_is_refused(tmp_path, name):
+    """A text would have the id of a special token: `é` stands for a byte of many characters."""
+    folder = replace(FAMILIES["smollm"], settings={"pad_token": name}).write(tmp_path)
+    assert f"its special token '{name}' is a word of ordinary text too" in reason(folder)
+
+
+def test_a_role_of_a_token_that_the_vocabulary_lacks_changes_no_id(tmp_path):
+    """transformers gives it a new id, which no text and no row of the model has."""
+    smol = FAMILIES["smollm"]
+    more = replace(smol, settings={**smol.settings, "mask_token": "<mask>"})
+    one = load_tokenizer(smol.write(tmp_path / "one"))
+    two = load_tokenizer(more.write(tmp_path / "two"))
+    assert one.digest == two.digest and two.settings["mask_token"] == "<mask>"
 
 
 # content of tokenizer_config.json -> a part of the reason
@@ -289,6 +300,14 @@ def test_files_that_no_tokenizer_has_are_refused_before_they_are_read(tmp_path, 
     folder = FAMILIES["smollm"].write(tmp_path)
     with pytest.raises(FedGPTError, match=r"tokenizer\.json has [\d,]+ bytes, and no tokenizer"):
         load_tokenizer(folder)
+
+
+def test_a_definition_of_any_size_is_refused_before_it_is_parsed(tmp_path, monkeypatch):
+    definition = load_tokenizer(FAMILIES["qwen"].write(tmp_path)).definition
+    Tokenizer(definition)
+    monkeypatch.setattr(tokenizer, "MOST_BYTES", len(definition) - 1)
+    with pytest.raises(ValueError, match=r"has [\d,]+ characters, and none has so many"):
+        Tokenizer(definition)
 
 
 @pytest.mark.parametrize(
