@@ -40,7 +40,7 @@ from fedgpt.data.tokenizer_files import (
     unreadable,
     with_end,
 )
-from fedgpt.data.vocabulary import read_vocabulary
+from fedgpt.data.vocabulary import read_vocabulary, without_panic
 
 # characters in one string for the library, whose time per character grows with the string's length
 PIECE = 4096
@@ -143,7 +143,8 @@ class Tokenizer:
     def encode_many(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of each text, (tokens,) int64.
 
-        The library uses all cores; RAYON_NUM_THREADS limits them.
+        The library uses all cores; RAYON_NUM_THREADS limits them. Raises FedGPTError for a pattern
+        of a tokenizer that takes too many steps on a text.
         """
         if self._vocabulary.is_bytes:
             return [np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64) for text in texts]
@@ -151,9 +152,10 @@ class Tokenizer:
         cut = _pieces if self._vocabulary.divides_before_spaces else _whole
         pieces = ((number, piece) for number, text in enumerate(texts) for piece in cut(text))
         while batch := list(islice(pieces, BATCH)):
-            encoded = self._vocabulary.library.encode_batch_fast(
-                [piece for _, piece in batch], add_special_tokens=False
-            )
+            with without_panic():
+                encoded = self._vocabulary.library.encode_batch_fast(
+                    [piece for _, piece in batch], add_special_tokens=False
+                )
             for (number, _), encoding in zip(batch, encoded, strict=True):
                 ids[number].extend(encoding.ids)
         return [np.array(each, dtype=np.int64) for each in ids]
@@ -194,7 +196,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     path, files = read_files(Path(folder))
     try:
         return _made(files[TOKENIZER] if len(files) == 1 else json.dumps(files))
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError, FedGPTError) as error:
         raise unreadable(path, error) from error
 
 

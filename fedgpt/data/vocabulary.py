@@ -11,11 +11,13 @@ The library decides the ids of the added tokens, as it does for transformers.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from fedgpt.core.errors import FedGPTError
 from fedgpt.data.byte_level import (
     BYTE_OF,
     Pipeline,
@@ -78,7 +80,8 @@ def read_vocabulary(
     library.encode_special_tokens = True  # as characters
     added = library.get_added_tokens_decoder()
     specials = {token.content: number for number, token in added.items() if token.special}
-    _check_specials(library, specials)
+    with without_panic():
+        _check_specials(library, specials)
     merges = merges_of(parsed["model"])
     names = sorted(vocabulary.keys() - specials.keys(), key=vocabulary.__getitem__)
     is_own = (
@@ -136,9 +139,24 @@ def _library(content: str) -> Library:
     from tokenizers import Tokenizer as Library
 
     try:
-        return Library.from_str(content)
+        with without_panic():
+            return Library.from_str(content)
     except Exception as error:  # the library raises no narrower class
         raise ValueError(str(error)) from error
+
+
+@contextmanager
+def without_panic() -> Iterator[None]:
+    """Turn a panic of the library into a FedGPTError: it is no Exception, and would end the process
+    of a site whose server sends a pattern that takes too many steps on a text.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # which has no name to import
+            raise
+        reason = " ".join(str(error).split())
+        raise FedGPTError(f"the tokenizer fails on a text ({reason:.200})") from error
 
 
 def _bytes_of(name: str) -> bytes:

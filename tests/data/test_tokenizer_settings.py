@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from support.advice import advises
-from support.tokenizer_families import CHAT, FAMILIES, GPT2, SMOL, Family, split
+from support.tokenizer_families import BYTES, CHAT, FAMILIES, GPT2, SMOL, Family, split
 
 from fedgpt.core.errors import ConfigError, FedGPTError
 from fedgpt.core.options import TokenizerOptions
@@ -359,3 +359,15 @@ def test_a_folder_that_is_wrong_or_missing_names_the_option(tmp_path):
     assert problem.startswith(f"tokenizer.path={tmp_path}: tokenizer.json: no tokenizer that")
     FAMILIES["llama"].write(tmp_path)
     make_tokenizer(options, ())
+
+
+def test_a_pattern_that_takes_too_many_steps_is_an_error_and_no_panic(tmp_path, capfd):
+    """A server may send one to a site, whose process goes on."""
+    slow = Family(steps=(split("(a+)+b"), BYTES), behind=["<|endoftext|>"])
+    tokenizer = load_tokenizer(slow.write(tmp_path))
+    assert tokenizer.decode(tokenizer.encode("aaab")) == "aaab"
+    with pytest.raises(FedGPTError, match=r"the tokenizer fails on a text \(.*retry-limit"):
+        tokenizer.encode_many(["a" * 60])
+    long = Family(steps=slow.steps, behind=["<|endoftext|>", "a" * 60])
+    assert "the tokenizer fails on a text" in reason(long.write(tmp_path / "special"))
+    capfd.readouterr()  # the library prints a trace
