@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,23 +67,30 @@ def read_files(folder: Path) -> tuple[Path, dict[str, str]]:
                     " model's source into the folder"
                 )
             _check_size(part)
-    _check_size(path)
     others = [folder / name for name in (CONFIG, ROLES, TEMPLATE) if is_there(folder / name)]
     others += sorted((folder / MORE_TEMPLATES).glob("*.jinja"))
-    for other in others:
-        _check_size(other)
     try:
-        content = _of_pair(*pair) if path == pair[0] else read_file(path).decode("utf-8")
-        more = {str(one.relative_to(folder)): read_file(one).decode("utf-8") for one in others}
+        content = _of_pair(*pair) if path == pair[0] else _text(path)
     except (ValueError, RecursionError) as error:
         raise unreadable(path, error) from error
-    return path, {TOKENIZER: content, **more}
+    return path, {
+        TOKENIZER: content,
+        **{str(one.relative_to(folder)): _text(one) for one in others},
+    }
 
 
 def unreadable(path: Path, error: Exception) -> FedGPTError:
     """The error for a file with a wrong content."""
     reason = " ".join(str(error).split())
     return FedGPTError(f"{path}: no tokenizer that fedgpt can read ({reason})")
+
+
+def _text(path: Path) -> str:
+    _check_size(path)
+    try:
+        return read_file(path).decode("utf-8")
+    except ValueError as error:
+        raise unreadable(path, error) from error
 
 
 def _check_size(path: Path) -> None:
@@ -145,8 +153,10 @@ def read_settings(files: Mapping[str, str]) -> dict[str, Any]:
             settings[name] = content_of(name, value)
     _check_template(settings.get("chat_template"))
     length = settings.get("model_max_length", 1)
-    if not isinstance(length, int | float):
-        raise ValueError(f"{CONFIG}: model_max_length is {type_word(length)}")
+    if type(length) not in (int, float) or not 0 < length < inf:
+        raise ValueError(f"{CONFIG}: model_max_length is {length!r:.40}, and must be above 0")
+    if not isinstance(settings.get("added_tokens_decoder", {}), dict):
+        raise ValueError(f"{CONFIG}: added_tokens_decoder is no object")
     return settings
 
 
@@ -164,6 +174,10 @@ def content_of(name: str, token: Any) -> str:
     content = token.get("content") if isinstance(token, dict) else token
     if not isinstance(content, str) or not content:
         raise ValueError(f"{CONFIG}: {name} is {type_word(token)} without a token's text")
+    try:
+        content.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{CONFIG}: {name} is no text of Unicode ({error})") from error
     return content
 
 

@@ -81,7 +81,7 @@ def read_vocabulary(
     added = library.get_added_tokens_decoder()
     specials = {token.content: number for number, token in added.items() if token.special}
     with without_panic():
-        _check_specials(library, specials)
+        _check_specials(library, specials, {*special_tokens(settings)})
     merges = merges_of(parsed["model"])
     names = sorted(vocabulary.keys() - specials.keys(), key=vocabulary.__getitem__)
     is_own = (
@@ -184,14 +184,17 @@ def _add(library: Library, settings: Mapping[str, Any]) -> None:
     from tokenizers import AddedToken
 
     for number, about in settings.get("added_tokens_decoder", {}).items():
-        name = content_of("added_tokens_decoder", about)
+        name = content_of("added_tokens_decoder", about if isinstance(about, dict) else None)
         if (found := library.token_to_id(name)) is not None and str(found) != number:
             raise ValueError(
                 f"{CONFIG}: added_tokens_decoder gives {name!r:.40} the id {number!r:.20}, and"
                 f" tokenizer.json {found}"
             )
         if found is not None:
-            library.add_tokens([AddedToken(**about)])
+            try:
+                library.add_tokens([AddedToken(**about)])
+            except TypeError as error:
+                raise ValueError(f"{CONFIG}: added_tokens_decoder: {error}") from error
     added = {token.content for token in library.get_added_tokens_decoder().values()}
     for name in special_tokens(settings):
         if name not in added and library.token_to_id(name) is not None:
@@ -216,20 +219,21 @@ def _end(library: Library, settings: Mapping[str, Any]) -> int:
             f" is {END}"
         )
     if (number := library.token_to_id(name)) is None:
-        raise ValueError(f"its eos_token {name!r:.40} is not in its vocabulary")
+        raise ValueError(f"{CONFIG}: eos_token {name!r:.40} is not in the vocabulary")
     library.add_special_tokens([AddedToken(name, special=True, normalized=False)])
     return number
 
 
-def _check_specials(library: Library, specials: Mapping[str, int]) -> None:
-    """Raise ValueError if a text can have the id of a special token."""
+def _check_specials(library: Library, specials: Mapping[str, int], told: set[str]) -> None:
+    """Raise ValueError if a text can have the id of a special token; `told`: by the settings."""
     for name, number in specials.items():
         texts = [name]
         if BYTE_OF.keys() >= set(name):  # as the vocabulary may write other bytes
             texts.append(_bytes_of(name).decode(errors="ignore"))
         ids = (library.encode(text, add_special_tokens=False).ids for text in texts)
         if name in BYTE_OF or any(number in each for each in ids):
-            raise ValueError(f"its special token {name!r:.40} is a word of ordinary text too")
+            where = f"{CONFIG}: the" if name in told else "its"
+            raise ValueError(f"{where} special token {name!r:.40} is a word of ordinary text too")
 
 
 def _flags(token: AddedToken) -> tuple[Any, ...]:

@@ -150,7 +150,7 @@ def test_wrong_options_and_files_say_what_to_change(tmp_path):
     foreign = json.loads(path.read_text())
     foreign["added_tokens"] = []
     path.write_text(json.dumps(foreign))
-    with pytest.raises(FedGPTError, match=r"its eos_token '<\|endoftext\|>' is not in its"):
+    with pytest.raises(FedGPTError, match=r"eos_token '<\|endoftext\|>' is not in the"):
         load_tokenizer(tmp_path)
 
 

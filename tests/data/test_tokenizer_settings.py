@@ -115,7 +115,7 @@ def test_the_end_is_told_by_the_settings_or_by_the_tokens(tmp_path):
         two.write(tmp_path / "d")
     )
     absent = replace(two, settings={"eos_token": "<end>"})
-    assert "its eos_token '<end>' is not in its vocabulary" in reason(absent.write(tmp_path / "e"))
+    assert "eos_token '<end>' is not in the vocabulary" in reason(absent.write(tmp_path / "e"))
 
 
 def test_an_end_token_that_is_not_marked_as_special_is_no_text(tmp_path):
@@ -248,7 +248,19 @@ def test_what_is_no_byte_level_bpe_is_refused_by_name(name, tmp_path):
 def test_a_special_token_that_is_a_word_of_ordinary_text_is_refused(tmp_path, name):
     """A text would have the id of a special token: `é` stands for a byte of many characters."""
     folder = replace(FAMILIES["smollm"], settings={"pad_token": name}).write(tmp_path)
-    assert f"its special token '{name}' is a word of ordinary text too" in reason(folder)
+    told = f"tokenizer_config.json: the special token '{name}' is a word of ordinary text too"
+    assert told in reason(folder)
+
+
+def test_a_word_that_is_marked_as_special_is_refused(tmp_path):
+    def mark(content: dict[str, Any]) -> None:
+        number = content["model"]["vocab"]["the"]
+        content["added_tokens"].append(
+            {**content["added_tokens"][0], "content": "the", "id": number}
+        )
+
+    folder = edited(FAMILIES["smollm"].write(tmp_path), "tokenizer.json", mark)
+    assert "its special token 'the' is a word of ordinary text too" in reason(folder)
 
 
 def test_a_role_of_a_token_that_the_vocabulary_lacks_changes_no_id(tmp_path):
@@ -271,11 +283,17 @@ WRONG_SETTINGS = {
     '{"chat_template": 3}': "chat_template is no text, and no list of named templates",
     '{"chat_template": [{"name": "a"}]}': "chat_template is no text, and no list of named",
     '{"chat_template": [3]}': "chat_template is no text, and no list of named",
-    '{"model_max_length": "long"}': "model_max_length is text",
+    '{"model_max_length": "long"}': "model_max_length is 'long', and must be above 0",
+    '{"model_max_length": NaN}': "model_max_length is nan, and must be above 0",
+    '{"pad_token": "\\ud800"}': "pad_token is no text of Unicode",
     '{"auto_map": {"AutoTokenizer": ["a.B", null]}}': "auto_map names Python code",
     '{"add_prefix_space": true}': "add_prefix_space is true",
     '{"added_tokens_decoder": {"7": {"content": "<|im_end|>"}}}': "'<|im_end|>' the id '7', and",
-    '{"added_tokens_decoder": [1]}': "another structure",
+    '{"added_tokens_decoder": [1]}': "added_tokens_decoder is no object",
+    '{"added_tokens_decoder": {"2": 3}}': "added_tokens_decoder is null without a token's text",
+    '{"added_tokens_decoder": {"2": {"content": "<|im_end|>", "lstrip": 3}}}': (
+        "tokenizer_config.json: added_tokens_decoder: "
+    ),
 }
 
 
