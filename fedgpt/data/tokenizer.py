@@ -30,7 +30,7 @@ from fedgpt.core.options import TokenizerOptions
 from fedgpt.data.byte_level import byte_characters
 from fedgpt.data.tokenizer_files import (
     CONFIG,
-    MOST_BYTES,
+    MOST_CHARACTERS,
     OWN,
     TOKENIZER,
     VOCABULARIES,
@@ -64,7 +64,7 @@ class Tokenizer:
 
         Raises ValueError unless it is byte-level BPE that keeps the text, and has an end token.
         """
-        if len(definition) > MOST_BYTES:
+        if len(definition) > MOST_CHARACTERS:
             raise ValueError(f"it has {len(definition):,} characters, and none has so many")
         parsed = json.loads(definition, object_pairs_hook=once)
         files = {TOKENIZER: definition}
@@ -87,7 +87,8 @@ class Tokenizer:
         """What makes the same tokenizer elsewhere, with its settings; see `__init__`."""
         if not self.settings:
             return self._content
-        return json.dumps({TOKENIZER: self._content, CONFIG: json.dumps(self.settings)})
+        files = {TOKENIZER: self._content, CONFIG: json.dumps(self.settings)}
+        return json.dumps(files, ensure_ascii=False)
 
     @property
     def vocab_size(self) -> int:
@@ -195,7 +196,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     """
     path, files = read_files(Path(folder))
     try:
-        return _made(files[TOKENIZER] if len(files) == 1 else json.dumps(files))
+        definition = json.dumps(files, ensure_ascii=False) if len(files) > 1 else files[TOKENIZER]
+        return _made(definition)
     except (ValueError, RecursionError, FedGPTError) as error:
         raise unreadable(path, error) from error
 

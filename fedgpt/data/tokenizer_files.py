@@ -30,7 +30,8 @@ TOKENIZER, CONFIG = "tokenizer.json", "tokenizer_config.json"
 ROLES, TEMPLATE = "special_tokens_map.json", "chat_template.jinja"
 MORE_TEMPLATES = "additional_chat_templates"
 VOCABULARIES = TOKENIZER, "vocab.json", "merges.txt"
-MOST_BYTES = 32 << 20  # of all files; a vocabulary of 200,000 tokens has about 28 MB
+MOST_BYTES = 32 << 20  # of a file; a vocabulary of 200,000 tokens has about 28 MB
+MOST_CHARACTERS = 2 * MOST_BYTES  # of a definition, in which the texts of files are quoted
 NAMED = (
     *("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"),
 )

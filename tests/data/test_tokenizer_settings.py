@@ -313,6 +313,17 @@ def test_settings_of_a_machine_and_a_class_are_left_out(tmp_path):
     assert "/home/ann" not in tokenizer.definition
 
 
+def test_a_template_of_any_text_is_sent_and_saved(tmp_path):
+    """Also one that is no Unicode, as JSON may write it."""
+    folder = replace(FAMILIES["smollm"], template="").write(tmp_path)
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "\\ud800 山"}')
+    tokenizer = load_tokenizer(folder)
+    sent = tokenizer.definition.encode().decode()
+    assert Tokenizer(sent).chat_template == tokenizer.chat_template == "\ud800 山"
+    tokenizer.save(tmp_path / "saved")
+    assert load_tokenizer(tmp_path / "saved").chat_template == "\ud800 山"
+
+
 def test_files_that_no_tokenizer_has_are_refused_before_they_are_read(tmp_path, monkeypatch):
     monkeypatch.setattr(tokenizer_files, "MOST_BYTES", 1000)
     folder = FAMILIES["smollm"].write(tmp_path)
@@ -323,7 +334,7 @@ def test_files_that_no_tokenizer_has_are_refused_before_they_are_read(tmp_path, 
 def test_a_definition_of_any_size_is_refused_before_it_is_parsed(tmp_path, monkeypatch):
     definition = load_tokenizer(FAMILIES["qwen"].write(tmp_path)).definition
     Tokenizer(definition)
-    monkeypatch.setattr(tokenizer, "MOST_BYTES", len(definition) - 1)
+    monkeypatch.setattr(tokenizer, "MOST_CHARACTERS", len(definition) - 1)
     with pytest.raises(ValueError, match=r"has [\d,]+ characters, and none has so many"):
         Tokenizer(definition)
 

@@ -14,6 +14,7 @@ from support.refused import problems
 from support.tokenizer_families import FAMILIES
 
 from fedgpt import api
+from fedgpt.config import compose
 from fedgpt.core.errors import FedGPTError
 from fedgpt.core.options import CorpusOptions, TokenizerOptions
 from fedgpt.data.prepare import prepare
@@ -88,6 +89,14 @@ def test_a_wrong_folder_is_one_problem_among_the_others(tmp_path):
     assert "is an address, and fedgpt fetches nothing" in problem
     [problem] = problems("tokenizer=bytes", f"tokenizer.path={tmp_path}")
     assert problem.endswith("has no effect with tokenizer=bytes; add tokenizer=hf, or leave it out")
+
+
+def test_a_run_of_sites_needs_no_public_text_for_it(tmp_path):
+    folder = SMOL.write(tmp_path / "smol")
+    (tmp_path / "held.txt").write_text("The river rose.")
+    words = ["corpus=site", f"corpus.held_out_path={tmp_path / 'held.txt'}", "pace.begin=2"]
+    assert any("corpus.public_path is not set" in one for one in problems(*words))
+    compose.load([*words, "tokenizer=hf", f"tokenizer.path={folder}", f"run_dir={tmp_path}/run"])
 
 
 def test_the_vocabulary_counts_for_the_memory_of_the_model(tmp_path):
