@@ -31,12 +31,21 @@ def init_from_problems(o: RunOptions) -> Iterator[str]:
     """What is wrong with `init_from` as far as it is known before any text is read."""
     if o.init_from is None:
         return
-    bytewise = o.tokenizer.name == "bytes" and not list(o.tokenizer.problems())
     try:
         found = read_start(o.init_from)
-        yield from differences(o, found, make_tokenizer(o.tokenizer, ()) if bytewise else None)
+        yield from differences(o, found, known_tokenizer(o))
     except ConfigError as error:
         yield from error.problems
+
+
+def known_tokenizer(o: RunOptions) -> Tokenizer | None:
+    """The run's tokenizer if it is known before any text is read; None also for wrong options."""
+    if o.tokenizer.name == "bpe":
+        return None
+    try:
+        return make_tokenizer(o.tokenizer, ())
+    except ConfigError:  # which is told with the options of the tokenizer
+        return None
 
 
 def read_start(init_from: str) -> ModelFolder:
@@ -90,10 +99,10 @@ def _tokenizer_problem(found: ModelFolder, o: RunOptions, tokenizer: Tokenizer |
     files = [name for name in TOKENIZER_FILES if is_there(found.path / name)]
     if files:
         theirs = load_tokenizer(found.path)
-        if theirs.name == "bytes" and o.tokenizer.name != "bytes":
-            return f"its tokenizer is bytes, this run's is {o.tokenizer.name}; set tokenizer=bytes"
+        if theirs.name == "bytes" and o.tokenizer.name == "bpe":
+            return "its tokenizer is bytes, this run's is bpe; set tokenizer=bytes"
         if tokenizer is not None and theirs.digest != tokenizer.digest:
-            return "has another tokenizer; train both with tokenizer=bytes, which all runs share"
+            return f"has another tokenizer; set tokenizer=hf tokenizer.path={found.path}"
     elif o.tokenizer.name != "bytes":
         return (
             "has no tokenizer, so its token ids may have other meanings than this run's; copy the"

@@ -73,6 +73,9 @@ def test_every_conf_file_composes_and_is_valid(group, choice, tmp_path, monkeypa
         '{"event": "open"}\n' if choice == "replay" else "client,step_seconds\na,1.0\n"
     )
     needs = [f"corpus.path={tmp_path}"] if choice == "files" else []
+    if (group, choice) == ("tokenizer", "hf"):
+        make_tokenizer(TokenizerOptions("bytes"), ()).save(tmp_path)
+        needs = [f"tokenizer.path={tmp_path}"]
     if choice == "site":
         own = [f"corpus.{part}_path={tmp_path}" for part in ("public", "held_out")]
         needs = ["pace.begin=2", *own]

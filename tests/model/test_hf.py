@@ -15,7 +15,8 @@ from test_gpt import VARIANTS, VOCAB, small, tokens
 from fedgpt.core.errors import FedGPTError
 from fedgpt.core.flat import flatten
 from fedgpt.core.options import TokenizerOptions
-from fedgpt.data.tokenizer import END, make_tokenizer
+from fedgpt.data.tokenizer import make_tokenizer
+from fedgpt.data.tokenizer_files import END
 from fedgpt.model.generate import generate
 from fedgpt.model.gpt import GPT
 from fedgpt.model.hf import export_model, import_model
