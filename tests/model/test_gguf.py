@@ -129,12 +129,6 @@ def test_rows_of_queries_and_keys_are_put_back_into_hugging_faces_order(path):
         assert values[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
 
 
-def test_an_odd_width_of_heads_is_refused(path):
-    config = LLAMA | {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 5}
-    with pytest.raises(FedGPTError, match="key_length=5: must be even for rotary positions"):
-        read_gguf(miniature(path, theirs("llama", config)))
-
-
 def test_numbers_of_the_config_are_as_short_as_they_were(path):
     """1e-05 is stored as a float32, 9.999999747378752e-06."""
     found = read_gguf(miniature(path, theirs("llama", LLAMA | {"rms_norm_eps": 1e-5})))
@@ -230,6 +224,17 @@ def test_metadata_that_does_not_fit_is_refused_by_name(llama, path, changes, mes
     with pytest.raises(FedGPTError, match=message) as caught:
         read_gguf(altered(path, llama, changes))
     assert str(path) in str(caught.value)
+
+
+def test_an_odd_width_of_heads_is_refused(path):
+    """transformers makes no such model, so it is one head of width 10, called two of width 5."""
+    config = LLAMA | {"num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 10}
+    source = miniature(path.with_name("source.gguf"), theirs("llama", config))
+    keys = dict.fromkeys(("attention.head_count", "attention.head_count_kv"), 2)
+    keys |= dict.fromkeys(("attention.key_length", "attention.value_length"), 5)
+    changes = {f"llama.{key}": n32(number) for key, number in keys.items()}
+    with pytest.raises(FedGPTError, match="key_length=5: must be even for rotary positions"):
+        read_gguf(altered(path, source, changes | {"llama.rope.dimension_count": n32(5)}))
 
 
 def test_metadata_that_changes_nothing_is_accepted(llama, path):

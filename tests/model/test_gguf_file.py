@@ -159,7 +159,7 @@ REFUSED = {
     "misplaced": (with_row(offset=4), "begins at byte 4 of the data.*general.alignment=32"),
     "type Q6_K": (with_row(kind=14), "a is Q6_K; allowed are F32, F16, BF16, Q8_0, Q4_0 and Q4_1"),
     "type F64": (with_row(kind=28), "a is F64; allowed are"),
-    "type 999": (with_row(kind=999), "a is type 999, which is unknown; allowed are"),
+    "type 999": (with_row(kind=999), "a is of type 999, which is unknown; allowed are"),
     "name twice": (hand_written(PAIRS, [ROWS[0], ROWS[0]], DATA), "the tensor a stands twice"),
     "overlap": (hand_written(PAIRS, [("b", [4], 1, 0), ROWS[0]], DATA), "b and a overlap"),
 }
