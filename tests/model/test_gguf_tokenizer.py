@@ -4,6 +4,7 @@ import json
 from itertools import pairwise
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.gguf_files import miniature
@@ -13,9 +14,7 @@ from fedgpt.core.errors import FedGPTError
 from fedgpt.data.tokenizer import byte_characters
 from fedgpt.model.gguf import read_gguf
 
-pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
-tokenizers = pytest.importorskip("tokenizers")
 regex = pytest.importorskip("regex")
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
