@@ -72,7 +72,7 @@ def problems(o: RunOptions) -> Iterator[str]:
 
 def memory_problems(o: RunOptions) -> Iterator[str]:
     """Problems of a model or a micro-batch that does not fit into the memory of this machine."""
-    if (vocabulary := _vocabulary(o)) is None:
+    if (vocabulary := o.model.vocab_size or _vocabulary(o)) is None:
         return
     parameters = count_parameters(o.model, vocabulary)
     # float32 weights, and for each trained parameter a sum of updates in 64 bits

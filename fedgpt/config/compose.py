@@ -155,6 +155,8 @@ def to_options(cfg: DictConfig, on_this_machine: bool = False, trains: bool = Tr
         try:
             pretrained.take_shape(options)
         except ConfigError as error:
+            if options.init_from is None:  # without which other problems say nothing
+                raise
             problems += error.problems
     problems += [p for p in _problems(options, on_this_machine, trains) if p not in problems]
     if problems:

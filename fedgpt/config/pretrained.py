@@ -1,4 +1,4 @@
-"""model=hf: the model has the shape of the one in `init_from`, so that nothing of it is typed."""
+"""model=hf: the model has the shape and the tokenizer of the one in `init_from`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,12 @@ def take_shape(options: RunOptions) -> None:
             "model=hf: the model has the shape of the one in init_from, which is not set; name a"
             " Hugging Face folder with init_from=FOLDER"
         )
+    own = options.tokenizer.name == "hf" and options.tokenizer.path is None
+    if own:  # also if the folder is refused below, so that this is no other problem
+        options.tokenizer.path = options.init_from
     found = read_start(options.init_from)
+    if own:
+        options.tokenizer.path = str(found.path)
     kept = {name: getattr(options.model, name) for name in FREE}
     options.model = replace(found.options, vocab_size=found.vocab_size, **kept)
 

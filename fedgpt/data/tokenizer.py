@@ -26,8 +26,10 @@ import numpy as np
 
 from fedgpt.core.errors import ConfigError, FedGPTError
 from fedgpt.core.files import is_there, once, type_word, write_text
+from fedgpt.core.gguf_file import is_gguf
 from fedgpt.core.options import TokenizerOptions
 from fedgpt.data.byte_level import byte_characters
+from fedgpt.data.gguf_tokenizer import read_gguf_tokenizer
 from fedgpt.data.tokenizer_files import (
     CONFIG,
     MOST_CHARACTERS,
@@ -188,13 +190,17 @@ class Tokenizer:
         write_text(Path(folder) / CONFIG, json.dumps(settings, indent=2) + "\n")
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Return the tokenizer in `folder`: tokenizer.json, or GPT-2's vocab.json and merges.txt, with
-    the settings beside it.
+def load_tokenizer(source: str | Path) -> Tokenizer:
+    """Return the tokenizer in a folder: tokenizer.json, or GPT-2's vocab.json and merges.txt, with
+    the settings beside it; or the one in a GGUF file.
 
     Raises FedGPTError, naming the file, if there is none that fedgpt can read.
     """
-    path, files = read_files(Path(folder))
+    path = Path(source)
+    if is_gguf(path):
+        files = read_gguf_tokenizer(path)
+    else:
+        path, files = read_files(path)
     try:
         definition = json.dumps(files, ensure_ascii=False) if len(files) > 1 else files[TOKENIZER]
         return _made(definition)
@@ -246,9 +252,9 @@ def make_tokenizer(options: TokenizerOptions, public_texts: Iterable[str]) -> To
 
 
 def _of_folder(path: str) -> Tokenizer:
-    """The tokenizer in a folder that the user names: of a model, or of a finished run."""
+    """The tokenizer that the user names: of a model's folder or GGUF file, or of a finished run."""
     folder = Path(path)
-    if not any(is_there(folder / name) for name in VOCABULARIES):
+    if not is_gguf(folder) and not any(is_there(folder / name) for name in VOCABULARIES):
         if not is_there(folder / "model" / TOKENIZER):
             raise ConfigError(
                 f"tokenizer.path={path}: has no {TOKENIZER}; name the folder of a Hugging Face"

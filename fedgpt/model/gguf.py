@@ -1,13 +1,12 @@
-"""A model in a GGUF file, in the words of Hugging Face: config.json, tensors and tokenizer.
+"""A model in a GGUF file, in the words of Hugging Face: config.json and tensors.
 
     model = read_gguf("SmolLM2-135M-Instruct.Q4_1.gguf")
     model.config["hidden_size"]                                  # 576
     model.tensors["model.norm.weight"]                           # shape (576,), dtype F32
     model.read("model.norm.weight")                              # its values in float32
-    model.tokenizer_files()                                      # tokenizer.json, ...
 
-The container is in gguf_file.py, number formats in gguf_blocks.py, families in gguf_families.py and
-tokenizers in gguf_tokenizer.py. This file is free of torch, as the headers of a folder are.
+The container is in core/gguf_file.py, number formats in core/gguf_blocks.py, families in
+gguf_families.py and the tokenizer in data/gguf_tokenizer.py. Free of torch.
 """
 
 from __future__ import annotations
@@ -19,9 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from fedgpt.core.gguf_file import GGUFFile, read_gguf_file
 from fedgpt.model.gguf_families import Family, Sizes, config_of, family_of
-from fedgpt.model.gguf_file import GGUFFile, read_gguf_file
-from fedgpt.model.gguf_tokenizer import tokenizer_files
 
 
 @dataclass(frozen=True)
@@ -56,14 +54,6 @@ class GGUFModel:
         """
         stored = self.tensors[name].name
         return self.family.to_theirs(stored, self.file.read(stored), self.sizes)
-
-    def tokenizer_files(self) -> dict[str, str]:
-        """The content of tokenizer.json and tokenizer_config.json, by these names.
-
-        Raises FedGPTError if the file has no byte-level BPE, or one that splits text in an unknown
-        way.
-        """
-        return tokenizer_files(self.file.metadata, self.sizes.vocab, self.sizes.context)
 
 
 def read_gguf(path: str | Path) -> GGUFModel:

@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 
 from fedgpt.core.errors import FedGPTError
-from fedgpt.model.gguf_file import GGUFFile, Metadata
-from fedgpt.model.gguf_tokenizer import special_ids
+from fedgpt.core.gguf_file import EMBEDDING, GGUFFile, Metadata
 
 Shape = tuple[int, ...]
-EMBEDDING, HEAD, LAYER = "token_embd.weight", "output.weight", "blk"
+HEAD, LAYER = "output.weight", "blk"
 ROPE_FACTORS = "rope_freqs.weight"
 # keys behind the name of the architecture that are read, or that only describe
 READ = {
@@ -164,7 +163,7 @@ def family_of(file: GGUFFile) -> tuple[Family, Sizes]:
 
 def config_of(file: GGUFFile, family: Family, sizes: Sizes) -> dict[str, Any]:
     """The content of config.json, as transformers writes it for this family."""
-    special = special_ids(file.metadata, sizes.vocab)
+    special = file.metadata.special_ids(sizes.vocab)
     return family.settings(file, sizes) | {
         "vocab_size": sizes.vocab,
         "tie_word_embeddings": HEAD not in file.tensors,

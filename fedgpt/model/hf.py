@@ -16,8 +16,9 @@ from torch import Tensor
 
 from fedgpt.core.errors import FedGPTError
 from fedgpt.core.files import SUMS, remove_temporary, replacing, sha256_of, write_text
+from fedgpt.model.gguf import read_gguf
 from fedgpt.model.gpt import GPT
-from fedgpt.model.hf_folder import CONFIG, HEAD, WEIGHTS, ModelFolder, Stored, read_folder
+from fedgpt.model.hf_folder import CONFIG, GGUF, HEAD, WEIGHTS, ModelFolder, Stored, read_folder
 from fedgpt.model.hf_formats import family_for
 
 
@@ -117,6 +118,10 @@ class _Files:
 
     def finite(self, stored: Stored) -> Tensor:
         """A tensor in float32; raises FedGPTError if it cannot be read, or has NaN or infinity."""
+        if stored.dtype == GGUF:
+            if stored.path not in self._opened:
+                self._opened[stored.path] = read_gguf(stored.path)
+            return torch.from_numpy(self._opened[stored.path].read(stored.name))
         try:
             if stored.path not in self._opened:
                 opened = self._stack.enter_context(safe_open(stored.path, framework="pt"))

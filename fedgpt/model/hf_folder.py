@@ -9,18 +9,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from fedgpt.core.errors import FedGPTError
 from fedgpt.core.files import SUMS, check_file, is_there, read_file, read_json, sha256_of
+from fedgpt.core.gguf_file import is_gguf
 from fedgpt.core.options import ModelOptions
 from fedgpt.model.families.base import Family, whole
+from fedgpt.model.gguf import read_gguf
 from fedgpt.model.hf_formats import FAMILIES
 from fedgpt.model.shape import parameter_shapes
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F64", "F32", "F16", "BF16")  # the names that safetensors gives them
+GGUF = "GGUF"  # the dtype of a tensor in a GGUF file, whose formats gguf.py checks and reads
 HEAD = "lm_head.weight"
 # parts of names that torch.compile, DistributedDataParallel and FSDP add
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.")
@@ -54,7 +58,7 @@ class ModelFolder:
         A folder that transformers wrote has no SHA256SUMS, and nothing to compare with.
         """
         sums = self.path / SUMS
-        if not is_there(sums):
+        if is_gguf(self.path) or not is_there(sums):
             return
         text = read_file(sums).decode("utf-8", errors="replace")
         lines = [line.split(maxsplit=1) for line in text.splitlines()]
@@ -67,13 +71,36 @@ class ModelFolder:
 
 
 def read_folder(folder: str | Path) -> ModelFolder:
-    """Read config.json, the index if there is one, and the headers of the weight files.
+    """Read config.json, the index if there is one, and the headers of the weight files; or the
+    header of a GGUF file, which has all of it.
 
     Raises FedGPTError, naming file and reason, for what is missing, damaged or unsupported.
     """
     folder = Path(folder)
-    family, options, vocab_size = _read_config(folder / CONFIG)
+    if is_gguf(folder):
+        model = read_gguf(folder)
+        tensors = {
+            name: Stored(folder, name, tensor.shape, GGUF) for name, tensor in model.tensors.items()
+        }
+        return _fitting(folder, folder, _understood(folder, model.config), tensors)
+    config = folder / CONFIG
+    if not is_there(config):
+        raise FedGPTError(
+            f"{folder}: no {CONFIG}; expected a Hugging Face folder with {CONFIG} and {WEIGHTS}"
+        )
+    about = _understood(config, read_json(config))
     tensors, source = _read_headers(folder)
+    return _fitting(folder, source, about, tensors)
+
+
+Understood = tuple[Family, ModelOptions, int]  # with the rows of the embedding
+
+
+def _fitting(
+    folder: Path, source: Path, about: Understood, tensors: Mapping[str, Stored]
+) -> ModelFolder:
+    """The model whose tensors are those that its config.json needs; `source` has the tensors."""
+    family, options, vocab_size = about
     if options.n_layer > len(tensors):  # before the names of that many layers are listed
         raise FedGPTError(
             f"{source} does not fit config.json: it has {len(tensors)} tensors for"
@@ -118,13 +145,8 @@ def read_folder(folder: str | Path) -> ModelFolder:
     return ModelFolder(folder, family, options, vocab_size, parameters, extra)
 
 
-def _read_config(path: Path) -> tuple[Family, ModelOptions, int]:
-    if not is_there(path):
-        raise FedGPTError(
-            f"{path.parent}: no {CONFIG}; expected a Hugging Face folder with {CONFIG} and"
-            f" {WEIGHTS}"
-        )
-    config = read_json(path)
+def _understood(path: Path, config: Mapping[str, Any]) -> Understood:
+    """What config.json says, or another file at `path` in its words."""
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         *others, last = FAMILIES
@@ -133,7 +155,7 @@ def _read_config(path: Path) -> tuple[Family, ModelOptions, int]:
     try:
         if config.get("quantization_config") is not None:
             raise ValueError("quantization_config: save the model in float32, float16 or bfloat16")
-        options, vocab_size = FAMILIES[kind].options(config), whole(config, "vocab_size")
+        options, vocab_size = FAMILIES[kind].options(dict(config)), whole(config, "vocab_size")
     except ValueError as problem:
         raise FedGPTError(f"{path} is not supported: {problem}") from None
     if problems := list(options.problems()):
@@ -205,7 +227,7 @@ def _check_tensor(stored: Stored, shape: tuple[int, ...]) -> None:
         raise FedGPTError(
             f"{stored.path}: {stored.name} has shape {stored.shape}, config.json says {shape}"
         )
-    if stored.dtype not in DTYPES:
+    if stored.dtype not in (*DTYPES, GGUF):
         raise FedGPTError(
             f"{stored.path}: {stored.name} has dtype {stored.dtype}; allowed are"
             f" {', '.join(DTYPES)}"

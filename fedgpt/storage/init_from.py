@@ -12,6 +12,7 @@ from pathlib import Path
 
 from fedgpt.core.errors import ConfigError, FedGPTError
 from fedgpt.core.files import is_there
+from fedgpt.core.gguf_file import is_gguf
 from fedgpt.core.options import RunOptions
 from fedgpt.core.options.option import typed
 from fedgpt.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
@@ -49,12 +50,14 @@ def known_tokenizer(o: RunOptions) -> Tokenizer | None:
 
 
 def read_start(init_from: str) -> ModelFolder:
-    """The folder of the model that `init_from` names: a run's, or a Hugging Face folder.
+    """The model that `init_from` names: a run's folder, a Hugging Face folder or a GGUF file.
 
     Raises ConfigError, naming `init_from`, file and reason, if it is damaged or not supported.
     """
     folder = Path(init_from)
     with naming(init_from):
+        if is_gguf(folder):
+            return read_folder(folder)
         inside = is_there(folder / "model" / "config.json")
         if not inside and not is_there(folder / "config.json"):
             what = "is not a folder"
@@ -63,7 +66,8 @@ def read_start(init_from: str) -> ModelFolder:
             elif folder.is_dir():
                 what = "has no config.json, nor model/config.json"
             raise FedGPTError(
-                f"{what}; name the folder of a finished run, or of a Hugging Face model"
+                f"{what}; name the folder of a finished run, or of a Hugging Face model, or a GGUF"
+                " file"
             )
         return read_folder(folder / "model" if inside else folder)
 
@@ -96,8 +100,8 @@ def differences(o: RunOptions, found: ModelFolder, tokenizer: Tokenizer | None) 
 
 
 def _tokenizer_problem(found: ModelFolder, o: RunOptions, tokenizer: Tokenizer | None) -> str:
-    files = [name for name in TOKENIZER_FILES if is_there(found.path / name)]
-    if files:
+    inside = is_gguf(found.path) or any(is_there(found.path / name) for name in TOKENIZER_FILES)
+    if inside:
         theirs = load_tokenizer(found.path)
         if theirs.name == "bytes" and o.tokenizer.name == "bpe":
             return "its tokenizer is bytes, this run's is bpe; set tokenizer=bytes"
@@ -148,4 +152,5 @@ def naming(init_from: str) -> Iterator[None]:
 
 def _inside(error: FedGPTError, where: str) -> str:
     folder = where.removeprefix("init_from=").rstrip("/")
-    return str(error).replace(f"{folder}/", "").removeprefix(f"{folder}: ")
+    text = str(error).replace(f"{folder}/", "")
+    return text.removeprefix(f"{folder}: ").removeprefix(f"{folder} ")

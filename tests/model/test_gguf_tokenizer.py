@@ -1,6 +1,7 @@
 """Tokenizers in GGUF files: ids equal to those of transformers, and of llama.cpp's own patterns."""
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -10,9 +11,15 @@ from hypothesis import strategies as st
 from support.gguf_files import miniature
 from test_gguf import LLAMA, theirs
 
-from fedgpt.core.errors import FedGPTError
-from fedgpt.data.tokenizer import byte_characters
+from fedgpt.config import compose
+from fedgpt.core.errors import ConfigError, FedGPTError
+from fedgpt.core.options import TokenizerOptions
+from fedgpt.data.gguf_tokenizer import read_gguf_tokenizer
+from fedgpt.data.tokenizer import byte_characters, make_tokenizer
 from fedgpt.model.gguf import read_gguf
+from fedgpt.model.shape import count_parameters
+from fedgpt.storage.init_from import check_tokenizer
+from fedgpt.storage.initial_weights import initial_weights
 
 transformers = pytest.importorskip("transformers")
 regex = pytest.importorskip("regex")
@@ -96,7 +103,7 @@ def folders(tmp_path_factory):
         found[name] = folder = tmp_path_factory.mktemp(name)
         (folder / "from").mkdir()
         model = read_gguf(written(folder / "from" / "model.gguf", tokenizer_pre=name))
-        for file, content in model.tokenizer_files().items():
+        for file, content in read_gguf_tokenizer(model.path).items():
             (folder / file).write_text(content, encoding="utf-8")
         (folder / "config.json").write_text(json.dumps(model.config))
     return found
@@ -234,7 +241,7 @@ def test_special_ids_of_normal_tokens_are_special(tmp_path):
     """As in llama.cpp and transformers: the id that ends a text is never ordinary text."""
     eos = TOKENS.index("Ġriver")
     path = written(tmp_path / "model.gguf", eos_token_id=eos)
-    parsed = json.loads(read_gguf(path).tokenizer_files()["tokenizer.json"])
+    parsed = json.loads(read_gguf_tokenizer(path)["tokenizer.json"])
     assert {"id": eos, "content": "Ġriver", "special": True}.items() <= max(
         parsed["added_tokens"], key=lambda token: token["id"] == eos
     ).items()
@@ -243,7 +250,7 @@ def test_special_ids_of_normal_tokens_are_special(tmp_path):
 def test_a_beginning_token_is_added_where_the_file_or_the_kind_says_so(tmp_path):
     def settings_of(**changes):
         path = written(tmp_path / "model.gguf", **changes)
-        return json.loads(read_gguf(path).tokenizer_files()["tokenizer_config.json"])
+        return json.loads(read_gguf_tokenizer(path)["tokenizer_config.json"])
 
     assert settings_of()["add_bos_token"] is False
     assert settings_of(add_bos_token=None)["add_bos_token"] is False
@@ -278,7 +285,7 @@ REFUSED = {
 def test_a_tokenizer_that_cannot_be_read_is_refused_by_name(tmp_path, changes, message):
     model = read_gguf(written(tmp_path / "model.gguf", **changes))
     with pytest.raises(FedGPTError, match=message) as caught:
-        model.tokenizer_files()
+        read_gguf_tokenizer(model.path)
     assert str(tmp_path / "model.gguf") in str(caught.value)
 
 
@@ -293,7 +300,30 @@ def test_a_damaged_tokenizer_gives_its_files_or_a_message(folders, tmp_path_fact
     path = tmp_path_factory.getbasetemp() / "damaged.gguf"
     path.write_bytes(content)
     try:
-        for written in read_gguf(path).tokenizer_files().values():
+        for written in read_gguf_tokenizer(path).values():
             json.loads(written)
     except FedGPTError as error:
         assert str(path) in str(error)
+
+
+def test_a_run_takes_its_model_and_its_tokenizer_from_a_file(tmp_path):
+    path = written(tmp_path / "model.gguf", token_list=[*TOKENS[:-1], "<pad>"])
+    o = compose.load(["model=hf", f"init_from={path}", "corpus.public=0"])
+    assert (o.tokenizer.name, o.tokenizer.path) == ("hf", str(path))
+    assert (o.model.mlp, o.model.n_kv_head, o.model.vocab_size) == ("swiglu", 1, len(TOKENS))
+    tokenizer = make_tokenizer(o.tokenizer, ())
+    assert tokenizer.decode(tokenizer.encode("the river <|im_end|>")) == "the river <|im_end|>"
+    # the last row pads the embedding
+    assert tokenizer.vocab_size == len(TOKENS) - 1
+    check_tokenizer(o, tokenizer)
+    vector = initial_weights(o, tokenizer)
+    assert vector.size == count_parameters(o.model, tokenizer.vocab_size)
+    stored = read_gguf(path).read("model.embed_tokens.weight")
+    assert vector[: stored.size].reshape(stored.shape).tolist() == stored.tolist()
+
+    other = make_tokenizer(TokenizerOptions("bytes"), ())
+    with pytest.raises(ConfigError, match="has another tokenizer"):
+        check_tokenizer(replace(o, tokenizer=TokenizerOptions("bytes")), other)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(ConfigError, match=f"init_from={path}: is damaged: output"):
+        compose.load(["model=hf", f"init_from={path}"])

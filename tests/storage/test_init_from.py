@@ -313,7 +313,10 @@ def test_a_file_a_path_below_one_and_a_folder_of_other_files_are_refused(tmp_pat
             read_start(start)
     with pytest.raises(ConfigError, match=r"has no config.json, nor model/config.json") as caught:
         read_start(str(tmp_path))
-    advises(caught.value, "name the folder of a finished run, or of a Hugging Face model")
+    advises(
+        caught.value,
+        "name the folder of a finished run, or of a Hugging Face model, or a GGUF file",
+    )
     exported(tmp_path / "model", BYTES)
     assert read_start(str(tmp_path)) and read_start(str(tmp_path / "model"))
 
@@ -394,6 +397,18 @@ def test_a_model_of_hugging_face_needs_no_typed_shape(tmp_path):
     shutil.rmtree(tmp_path)
     again = compose.from_yaml(compose.to_yaml(replace(o, init_from=None)))
     assert again.model == o.model
+
+
+def test_the_tokenizer_comes_with_the_weights(tmp_path):
+    """Of a folder, and of a run's folder; none is trained, so the public part may be empty."""
+    export_model(tmp_path / "model", GPT(LLAMA, OURS.vocab_size))
+    OURS.save(tmp_path / "model")
+    for start in (tmp_path / "model", tmp_path):
+        o = compose.load(["model=hf", f"init_from={start}", "corpus.public=0"])
+        assert (o.tokenizer.name, o.tokenizer.path) == ("hf", str(tmp_path / "model"))
+        tokenizer = make_tokenizer(o.tokenizer, ())
+        assert tokenizer.digest == OURS.digest
+        check_tokenizer(o, tokenizer)
 
 
 def test_an_option_with_an_equal_meaning_does_not_differ(tmp_path):

@@ -25,8 +25,8 @@ class TokenizerOptions(Group):
     )
     path: str | None = option(
         None,
-        "Folder of a Hugging Face tokenizer, a byte-level BPE, or of a finished run. It is taken as"
-        " it is, and the public part trains none.",
+        "Folder of a Hugging Face tokenizer, a byte-level BPE, or of a finished run; or a GGUF"
+        " file. It is taken as it is, and the public part trains none. model=hf sets it.",
         only_with=("hf",),
     )
 

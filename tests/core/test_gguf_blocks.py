@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedgpt.model.gguf_blocks import FORMATS, TYPES, dequantise
+from fedgpt.core.gguf_blocks import FORMATS, TYPES, dequantise
 
 every_format = pytest.mark.parametrize("name", FORMATS)
 

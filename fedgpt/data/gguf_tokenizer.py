@@ -12,16 +12,16 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fedgpt.core.errors import FedGPTError
-from fedgpt.model.gguf_file import Metadata
+from fedgpt.core.gguf_file import EMBEDDING, Metadata, read_gguf_file
 
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # types of tokens
 # Hugging Face's names of special tokens -> GGUF's
-NAMED = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
 GPT2_WORDS = BYTES | {"use_regex": True}
 # words, then numbers, of at most one or three digits, then punctuation and white space
@@ -54,16 +54,22 @@ PIPELINES = {
 }
 
 
-def tokenizer_files(said: Metadata, vocab: int, context: int) -> dict[str, str]:
-    """The content of tokenizer.json and tokenizer_config.json of a model with `vocab` rows.
+def read_gguf_tokenizer(path: str | Path) -> dict[str, str]:
+    """The content of tokenizer.json and tokenizer_config.json, by these names.
 
     Control tokens become special added tokens, user-defined ones added tokens; unused ones (rows
     that pad the embedding) are in no Hugging Face file. Raises FedGPTError for another kind of
     tokenizer, and for an unknown name in tokenizer.ggml.pre.
     """
+    file = read_gguf_file(path)
+    said = file.metadata
+    if EMBEDDING not in file.tensors:
+        raise FedGPTError(f"{path}: the tensor {EMBEDDING} is missing")
+    vocab = file.tensors[EMBEDDING].shape[0]
+    context = said.value(f"{said.value('general.architecture', str)}.context_length", int)
     pipeline = _pipeline(said)
     tokens, types = _tokens(said, vocab)
-    named = special_ids(said, vocab)
+    named = said.special_ids(vocab)
     special = {*named.values(), *(n for n, kind in enumerate(types) if kind == CONTROL)}
     added = sorted(special.union(n for n, kind in enumerate(types) if kind == USER_DEFINED))
     vocabulary = {
@@ -110,18 +116,6 @@ def tokenizer_files(said: Metadata, vocab: int, context: int) -> dict[str, str]:
         "tokenizer.json": json.dumps(tokenizer, ensure_ascii=False),
         "tokenizer_config.json": json.dumps(settings, ensure_ascii=False, indent=2) + "\n",
     }
-
-
-def special_ids(said: Metadata, vocab: int) -> dict[str, int]:
-    """The ids of the special tokens that a file names, by Hugging Face's names: bos, eos, ..."""
-    found = {}
-    for name, theirs in NAMED.items():
-        key = f"tokenizer.ggml.{theirs}_token_id"
-        if key in said.entries:
-            found[name] = number = said.value(key, int)
-            if not 0 <= number < vocab:
-                raise FedGPTError(f"{said.path}: {key}={number}: must be one of {vocab:,} tokens")
-    return found
 
 
 def _pipeline(said: Metadata) -> Pipeline:

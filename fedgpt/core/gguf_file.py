@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from fedgpt.core.errors import FedGPTError, amount
-from fedgpt.core.files import check_file
-from fedgpt.model.gguf_blocks import FORMATS, TYPES, BlockFormat, dequantise
+from fedgpt.core.files import check_file, is_there
+from fedgpt.core.gguf_blocks import FORMATS, TYPES, BlockFormat, dequantise
 
 MAGIC, VERSIONS = b"GGUF", (2, 3)
 ALIGNMENT = 32  # of the data, in bytes, unless general.alignment says otherwise
@@ -42,6 +42,8 @@ WORDS = {
     **{list: "a list of texts", np.ndarray: "a list of numbers"},
 }
 PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")  # end of the name of a part of a split model
+NAMED = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+EMBEDDING = "token_embd.weight"  # the tensor whose rows are those of the tokens
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,22 @@ class Metadata:
             raise FedGPTError(f"{self.path}: {key} is {found}; must be {WORDS[kind]}")
         return value
 
+    def special_ids(self, vocab: int) -> dict[str, int]:
+        """The ids of the special tokens that a file names, by Hugging Face's names (bos, eos, ...).
+
+        Raises FedGPTError for one that is not among `vocab` tokens.
+        """
+        found = {}
+        for name, theirs in NAMED.items():
+            key = f"tokenizer.ggml.{theirs}_token_id"
+            if key in self.entries:
+                found[name] = number = self.value(key, int)
+                if not 0 <= number < vocab:
+                    raise FedGPTError(
+                        f"{self.path}: {key}={number}: must be one of {vocab:,} tokens"
+                    )
+        return found
+
 
 @dataclass(frozen=True)
 class GGUFFile:
@@ -112,6 +130,11 @@ class GGUFFile:
                 " is damaged, or its training diverged"
             )
         return values.reshape(tensor.shape)
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a path is that of a GGUF file, by its name."""
+    return path.suffix == ".gguf" and is_there(path) and not path.is_dir()
 
 
 def read_gguf_file(path: str | Path) -> GGUFFile:

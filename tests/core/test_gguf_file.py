@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from support.advice import advises
 from support.gguf_files import BOOL, F32, LIST, TEXT, U32, hand_written, text, texts, u32
 
+from fedgpt.core import gguf_file
 from fedgpt.core.errors import FedGPTError
-from fedgpt.model import gguf_file
-from fedgpt.model.gguf_file import read_gguf_file
+from fedgpt.core.gguf_file import read_gguf_file
 
 PAIRS = [
     ("general.architecture", TEXT, text("llama")),
