@@ -164,7 +164,7 @@ class SiteText:
         return self._tokenizer
 
     def introduce(self, definition: str) -> int:
-        """Keep a run's tokenizer, the content of a tokenizer.json; the site's number of tokens.
+        """Keep a run's tokenizer, the `definition` of one; returns the site's number of tokens.
 
         Raises FedGPTError if it is no tokenizer that fedgpt can read, and for too little text.
         """
@@ -175,7 +175,7 @@ class SiteText:
         self._prepared = None
         folder = self._folder / self._tokenizer.digest
         folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / TOKENIZER, definition)
+        write_text(folder / TOKENIZER, self._tokenizer.definition)
         others = self._folder.glob(f"*/{TOKENIZER}")
         remove_unused(path for path in others if self._is_other(path.parent.name))
         size = int(self._newest().starts[-1])

@@ -12,11 +12,13 @@ from operator import attrgetter
 from pathlib import Path
 
 from fedgpt.core.device import may_have_gpu, memory
+from fedgpt.core.errors import ConfigError
 from fedgpt.core.files import typed_path
 from fedgpt.core.options import OPTIONS, RunOptions
 from fedgpt.core.options.option import Group, is_a, no_effect
 from fedgpt.data.corpus import CORPORA
 from fedgpt.data.partition import PARTITIONS
+from fedgpt.data.tokenizer import make_tokenizer
 from fedgpt.model.shape import (
     count_activations,
     count_parameters,
@@ -24,7 +26,7 @@ from fedgpt.model.shape import (
     trainable_problems,
 )
 from fedgpt.simulate.fleet import fleet_problems
-from fedgpt.storage.init_from import init_from_problems
+from fedgpt.storage.init_from import init_from_problems, known_tokenizer
 from fedgpt.update.compress import CODECS
 
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -34,6 +36,7 @@ PATHS = (
     ("", "cache_dir"),
     ("", "init_from"),
     ("fleet", "path"),
+    ("tokenizer", "path"),
     ("corpus", "path"),
     ("corpus", "public_path"),
     ("corpus", "held_out_path"),
@@ -69,7 +72,8 @@ def problems(o: RunOptions) -> Iterator[str]:
 
 def memory_problems(o: RunOptions) -> Iterator[str]:
     """Problems of a model or a micro-batch that does not fit into the memory of this machine."""
-    vocabulary = 257 if o.tokenizer.name == "bytes" else o.tokenizer.vocab_size + 1
+    if (vocabulary := o.model.vocab_size or _vocabulary(o)) is None:
+        return
     parameters = count_parameters(o.model, vocabulary)
     # float32 weights, and for each trained parameter a sum of updates in 64 bits
     needed = 4 * parameters + 8 * count_trainable(o.model, vocabulary)
@@ -95,6 +99,14 @@ def memory_problems(o: RunOptions) -> Iterator[str]:
             f" and this machine has {memory() / 1e9:,.1f} GB;"
             f" {remedy if fits else 'lower model.block_size'}"
         )
+
+
+def _vocabulary(o: RunOptions) -> int | None:
+    """Tokens of the run's tokenizer, at most; None if its folder has none that can be read."""
+    if o.tokenizer.name == "bpe":
+        return o.tokenizer.vocab_size + 1
+    known = known_tokenizer(o)
+    return known.vocab_size if known else None
 
 
 def make_absolute(options: RunOptions) -> Iterator[str]:
@@ -143,4 +155,9 @@ def folder_problems(o: RunOptions, trains: bool) -> Iterator[str]:
             yield f"{option}={path}: {existing} is a file; name a folder"
         elif not os.access(existing, os.W_OK):
             yield f"{option}={path}: {existing} is not writable; name another folder"
+    if o.tokenizer.name == "hf" and not list(o.tokenizer.problems()):
+        try:
+            make_tokenizer(o.tokenizer, ())
+        except ConfigError as error:
+            yield from error.problems
     yield from init_from_problems(o)

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from fedgpt.aggregate.base import Strategy
-from fedgpt.config import checks, overrides
+from fedgpt.config import checks, overrides, pretrained
 from fedgpt.config.clients import number_problems, pacing_problems
 from fedgpt.config.texts import escaped, quoted
 from fedgpt.core import members, targets
@@ -62,7 +62,7 @@ def load(
     options = None
     try:
         options = to_options(cfg, True, trains)
-        found = list(checks.unused_options(typed, options))
+        found = [*checks.unused_options(typed, options), *pretrained.replaced(typed, cfg)]
     except ConfigError as error:
         found = error.problems
     problems += [
@@ -113,12 +113,16 @@ def check_sweep(words: Sequence[str], config_dir: str | None = None) -> None:
     jobs = list(overrides.jobs_of_sweep(good, config_dir))
     for job, compose_job in jobs:
         try:
-            options = to_options(compose_job(), on_this_machine=True)
+            cfg = compose_job()
+            options = to_options(cfg, on_this_machine=True)
         except ConfigError as error:
             for problem in error.problems:
                 found.setdefault(problem, []).append(job)
         else:
-            for problem in checks.unused_options(typed, options):
+            for problem in (
+                *checks.unused_options(typed, options),
+                *pretrained.replaced(typed, cfg),
+            ):
                 word = next(word for word in typed.values() if problem.startswith(f"{word}: "))
                 unused.setdefault(word, []).append(problem)
     for problem, where in found.items():
@@ -146,7 +150,16 @@ def to_options(cfg: DictConfig, on_this_machine: bool = False, trains: bool = Tr
     on a machine without Ray. Without `trains` no run folder is written.
     """
     options = _typed(cfg)
-    if problems := list(_problems(options, on_this_machine, trains)):
+    problems: list[str] = []
+    if options.model.from_init:
+        try:
+            pretrained.take_shape(options)
+        except ConfigError as error:
+            if options.init_from is None:  # without which other problems say nothing
+                raise
+            problems += error.problems
+    problems += [p for p in _problems(options, on_this_machine, trains) if p not in problems]
+    if problems:
         raise ConfigError(problems)
     return options
 

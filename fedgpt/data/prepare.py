@@ -24,7 +24,7 @@ import tempfile
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,7 @@ def prepare(
     if problems:
         raise ConfigError(problems)
     reader = corpus_of(corpus, trusted)
+    given = make_tokenizer(tokenizer, ()) if tokenizer.name == "hf" else None
 
     def split(survey: Survey) -> np.ndarray:
         shares = {PUBLIC: corpus.public, HELD_OUT: corpus.held_out}
@@ -104,12 +105,18 @@ def prepare(
     recipe = _Recipe(
         reader,
         corpus.name,
-        partial(_cache_key, corpus, tokenizer, reader.source),
-        {**_identity(corpus, reader), "source": reader.source},
+        partial(_cache_key, corpus, _kind(tokenizer, given), reader.source),
+        {
+            **_identity(corpus, reader),
+            "source": reader.source,
+            "trained_tokenizer": tokenizer.name == "bpe",
+        },
         split,
-        partial(make_tokenizer, tokenizer),
+        partial(make_tokenizer, tokenizer) if given is None else lambda texts: given,
     )
-    return _prepared(recipe, cache_dir, tell)
+    prepared = _prepared(recipe, cache_dir, tell)
+    # settings of a tokenizer, such as its chat template, are no part of the entry's key
+    return prepared if given is None else replace(prepared, tokenizer=given)
 
 
 def prepare_own(
@@ -256,15 +263,24 @@ def _key_after(share: float, keys: np.ndarray, sizes: np.ndarray, first: int) ->
     return bisect_left(range(KEYS), share, lo=first, key=size)
 
 
+def _kind(options: TokenizerOptions, given: Tokenizer | None) -> dict[str, Any]:
+    """Return what a tokenizer depends on besides the public text, but for the path of its folder:
+    the options, or the digest of the one that is given.
+    """
+    if given is not None:
+        return {"name": options.name, "digest": given.digest}
+    used = {"name": options.name, "vocab_size": options.vocab_size}
+    return used if options.name == "bpe" else {"name": options.name}
+
+
 def _cache_key(
-    corpus: CorpusOptions, tokenizer: TokenizerOptions, source: str, text_digest: str
+    corpus: CorpusOptions, kind: Mapping[str, Any], source: str, text_digest: str
 ) -> str:
     """Return a short hash of everything that determines the content of a cache entry.
 
     It does not include the seed, the partition, and the path of corpus=files.
     """
-    kind = asdict(tokenizer) if tokenizer.name == "bpe" else {"name": tokenizer.name}
-    library = importlib.metadata.version("tokenizers") if tokenizer.name == "bpe" else ""
+    library = importlib.metadata.version("tokenizers") if kind["name"] == "bpe" else ""
     shares = [corpus.public, corpus.held_out]
     parts = [FORMAT, corpus.name, corpus.client, source, text_digest, shares, kind, library]
     if corpus._target_ or corpus.arguments:  # absent otherwise, so that older entries stay valid

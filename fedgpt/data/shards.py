@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any
 
@@ -17,6 +17,7 @@ from fedgpt.core.targets import source_digest
 from fedgpt.data.partition import partition
 from fedgpt.data.partitions.base import Shard
 from fedgpt.data.prepare import Prepared, prepare
+from fedgpt.data.tokenizer import Tokenizer
 
 
 @cache
@@ -32,13 +33,13 @@ def load_shards(
     each client has its own text.
 
     `tell` gets lines about what was left out of the text, and about a tokenizer that is smaller
-    than asked for; of the processes of a run only the first one prints them, with `say`. Every
-    process that has the same options, corpus and packages gets the same result. Raises ConfigError
-    if no clients can be made from the text and options.
+    than asked for, or lacks bytes; of the processes of a run only the first one prints them, with
+    `say`. Every process that has the same options, corpus and packages gets the same result. Raises
+    ConfigError if no clients can be made from the text and options.
     """
     trusted = options.trusted_packages
     prepared = prepare(options.corpus, options.tokenizer, options.cache_dir, trusted, tell)
-    if (note := _smaller_tokenizer(options.tokenizer, prepared)) is not None:
+    for note in _tokenizer_notes(options.tokenizer, prepared.tokenizer):
         tell(note)
     if options.corpus.at_sites:  # each client makes its own shard
         return prepared, []
@@ -47,14 +48,18 @@ def load_shards(
     return prepared, partition(prepared, options.partition, options.seed, window, trusted)
 
 
-def _smaller_tokenizer(options: TokenizerOptions, prepared: Prepared) -> str | None:
-    entries = prepared.tokenizer.vocab_size - 1  # the end token is not counted
-    if options.name != "bpe" or entries == options.vocab_size:
-        return None
-    return (
-        f"tokenizer.vocab_size={options.vocab_size}: the tokenizer has {entries} entries, as no"
-        " other pair of tokens occurs twice in the public text"
-    )
+def _tokenizer_notes(options: TokenizerOptions, tokenizer: Tokenizer) -> Iterator[str]:
+    entries = tokenizer.vocab_size - 1  # the end token is not counted
+    if options.name == "bpe" and entries != options.vocab_size:
+        yield (
+            f"tokenizer.vocab_size={options.vocab_size}: the tokenizer has {entries} entries, as no"
+            " other pair of tokens occurs twice in the public text"
+        )
+    if lost := tokenizer.lost:
+        yield (
+            f"tokenizer.path={options.path}: the tokenizer has no token for the bytes"
+            f" {lost.hex(' ')} of UTF-8 (rare control characters and letters); a text loses them"
+        )
 
 
 def text_digest(prepared: Prepared) -> str:

@@ -156,7 +156,7 @@ def versions() -> dict[str, str]:
 class Question:
     """What the server's first query says to a client with its own text."""
 
-    tokenizer: str  # content of tokenizer.json
+    tokenizer: str  # its `definition`
     base: BaseInfo | None  # of base weights that the server sends to a site that lacks them
 
 

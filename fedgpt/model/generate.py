@@ -141,7 +141,7 @@ def _check_tokens(
 
 def _check_memory(model: GPT, samples: int, longest: int) -> None:
     o = model.options
-    cached = 2 * o.n_layer * o.n_embd * min(longest, o.block_size)  # keys and values
+    cached = 2 * o.n_layer * o.kv_heads * o.width * min(longest, o.block_size)  # keys, values
     needed = samples * (4 * (cached + model.vocab_size) + 8 * longest)  # in float32; ids in int64
     if model.lm_head.weight.device.type == "cpu" and 0 < memory() < needed:
         raise ValueError(

@@ -1,5 +1,8 @@
 """A GPT as in nanoGPT: pre-norm blocks of causal attention and MLP, learned or rotary positions.
 
+Its options also describe GPT-NeoX, Llama and Qwen2: a few heads of keys and values for all heads of
+queries, a gated MLP, and what else ModelOptions names.
+
 GPT.hidden has the complete model in a dozen lines. Tokens become vectors (one row of an embedding
 each), the vectors pass through the blocks, which add to them, and the head turns the last ones into
 a score for every token that could come next.
@@ -9,7 +12,8 @@ per-example gradients (differential privacy; Opacus' hooks and local/bookkeeping
 properties: no buffers and no parameters on the root module, norms that are torch's own modules, and
 position indices with a batch dimension.
 
-Shapes in comments: batch, time (tokens), channels (n_embd), heads, width (channels / heads), vocab.
+Shapes in comments: batch, time (tokens), channels (n_embd), heads (of queries), kv_heads (of keys
+and values), width (of a head), vocab.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ from torch.nn import functional as F
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import ModelOptions
 from fedgpt.model.kernels import IGNORE, RowwiseCrossEntropy, attend_explicitly
-from fedgpt.model.shape import NORM_EPS, ROTARY_BASE, trainable_problems
+from fedgpt.model.shape import qkv_sizes, trainable_problems
 
 # longest context (tokens) of the explicit attention, which stores time x time scores
 EXPLICIT_UP_TO = 512
@@ -39,14 +43,13 @@ class KVCache:
 
     def __init__(self, model: GPT, batch: int, capacity: int):
         options, weight = model.options, model.lm_head.weight
-        width = options.n_embd // options.n_head
-        # keys and values: (2, layers, batch, heads, capacity, width)
-        shape = (2, options.n_layer, batch, options.n_head, capacity, width)
+        # keys and values: (2, layers, batch, kv_heads, capacity, width)
+        shape = (2, options.n_layer, batch, options.kv_heads, capacity, options.width)
         self.keys, self.values = torch.empty(shape, dtype=weight.dtype, device=weight.device)
         self.length = 0  # tokens stored; the model increases it after all layers have written
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write one layer's new keys and values; returns all: (batch, heads, seen, width)."""
+        """Write one layer's new keys and values; returns all: (batch, kv_heads, seen, width)."""
         end = self.length + k.size(2)
         self.keys[layer, :, :, self.length : end] = k
         self.values[layer, :, :, self.length : end] = v
@@ -58,10 +61,13 @@ class Attention(nn.Module):
 
     def __init__(self, options: ModelOptions):
         super().__init__()
-        self.heads, self.dropout = options.n_head, options.dropout
+        self.width, self.dropout = options.width, options.dropout
+        self.heads = [size // options.width for size in qkv_sizes(options)]
         # queries, keys and values of all heads from one matrix: one large product is faster
-        self.c_attn = nn.Linear(options.n_embd, 3 * options.n_embd, bias=options.bias)
-        self.c_proj = nn.Linear(options.n_embd, options.n_embd, bias=options.bias)
+        self.c_attn = nn.Linear(
+            options.n_embd, sum(qkv_sizes(options)), bias=options.has_bias("qkv")
+        )
+        self.c_proj = nn.Linear(options.n_head * options.width, options.n_embd, bias=options.bias)
 
     def forward(
         self, x: Tensor, layer: int, turn: Rotation | None, cache: KVCache | None
@@ -70,11 +76,12 @@ class Attention(nn.Module):
 
         `turn` contains the angles of rotary positions, `cache` the tokens before `x`.
         """
-        batch, time, channels = x.shape
-        # Unbind before transposing: the backward pass then writes the three gradients into place
+        batch, time, _ = x.shape
+        # Split before transposing: the backward pass then writes the three gradients into place
         # with one copy.
-        qkv = self.c_attn(x).view(batch, time, 3, self.heads, channels // self.heads).unbind(2)
-        q, k, v = (part.transpose(1, 2) for part in qkv)  # (batch, heads, time, width)
+        qkv = self.c_attn(x).view(batch, time, -1, self.width).split(self.heads, 2)
+        # (batch, heads, time, width), for keys and values kv_heads
+        q, k, v = (part.transpose(1, 2) for part in qkv)
         if turn is not None:
             # values are not rotated, because positions only affect the attention weights
             q, k = rotate(q, turn), rotate(k, turn)
@@ -82,20 +89,28 @@ class Attention(nn.Module):
             k, v = cache.append(layer, k, v)
         y = attend(q, k, v, self.dropout if self.training else 0.0)
         # concatenate the heads and apply the output projection
-        return self.c_proj(y.transpose(1, 2).reshape(batch, time, channels))
+        return self.c_proj(y.transpose(1, 2).reshape(batch, time, -1))
 
 
 class MLP(nn.Module):
-    """Two linear layers around a GELU, with four times the width inside; applied to each token."""
+    """Two linear layers around an activation, applied to each token.
+
+    The activation is a GELU, or with `swiglu` the product with a third layer, the gate, after its
+    SiLU (Shazeer 2020, arXiv 2002.05202).
+    """
 
     def __init__(self, options: ModelOptions):
         super().__init__()
-        self.c_fc = nn.Linear(options.n_embd, 4 * options.n_embd, bias=options.bias)
-        self.c_proj = nn.Linear(4 * options.n_embd, options.n_embd, bias=options.bias)
+        channels, inner, bias = options.n_embd, options.inner, options.has_bias("mlp")
+        self.c_fc = nn.Linear(channels, inner, bias=bias)
+        self.c_proj = nn.Linear(inner, channels, bias=bias)
+        self.c_gate = nn.Linear(channels, inner, bias=bias) if options.mlp == "swiglu" else None
         self.approximate = "tanh" if options.gelu == "tanh" else "none"
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, time, channels) -> the same."""
+        if self.c_gate is not None:
+            return self.c_proj(F.silu(self.c_gate(x)) * self.c_fc(x))
         return self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate))
 
 
@@ -109,6 +124,7 @@ class Block(nn.Module):
         self.ln_2 = make_norm(options)
         self.mlp = MLP(options)
         self.dropout = nn.Dropout(options.dropout)
+        self.parallel = options.parallel_residual
 
     def forward(
         self, x: Tensor, layer: int, turn: Rotation | None, cache: KVCache | None
@@ -116,8 +132,9 @@ class Block(nn.Module):
         """(batch, time, channels) -> the same."""
         # Both halves add to x. The sum over all layers is the residual stream, through which the
         # gradient reaches the first layer undiminished.
-        x = x + self.dropout(self.attn(self.ln_1(x), layer, turn, cache))
-        return x + self.dropout(self.mlp(self.ln_2(x)))
+        read = x + self.dropout(self.attn(self.ln_1(x), layer, turn, cache))
+        written = self.dropout(self.mlp(self.ln_2(x if self.parallel else read)))
+        return read + written
 
 
 class GPT(nn.Module):
@@ -128,8 +145,15 @@ class GPT(nn.Module):
 
     def __init__(self, options: ModelOptions, vocab_size: int):
         super().__init__()
-        if problems := [*options.problems(), *trainable_problems(options)]:
+        problems = [*options.problems(), *trainable_problems(options)]
+        if vocab_size > options.rows(vocab_size):
+            problems.append(
+                f"model.vocab_size={options.vocab_size}: the tokenizer has {vocab_size} tokens; set"
+                f" model.vocab_size={vocab_size} or larger, or leave it out"
+            )
+        if problems:
             raise ConfigError(problems)
+        vocab_size = options.rows(vocab_size)
         self.options, self.vocab_size = replace(options), vocab_size
         channels = options.n_embd
         # Without memory ("meta") and without global random numbers: init_weights below fills in
@@ -183,7 +207,7 @@ class GPT(nn.Module):
             # Opacus would add up their gradients without an error.
             x = x + self.transformer["wpe"](positions.repeat(batch, 1))
         else:
-            turn = rotation(positions, self.options.n_embd // self.options.n_head, x.dtype)
+            turn = rotation(positions, self.options, x.dtype)
         x = self.dropout(x)
         for layer, block in enumerate(self.blocks):
             x = block(x, layer, turn, cache)
@@ -221,49 +245,60 @@ class GPT(nn.Module):
 
 def make_norm(options: ModelOptions) -> nn.Module:
     """The norm that `model.norm` names, as torch's own module, for which Opacus has a rule."""
-    if options.norm == "rmsnorm":
-        return nn.RMSNorm(options.n_embd, eps=NORM_EPS)
-    return nn.LayerNorm(options.n_embd, eps=NORM_EPS)
+    # always named: torch's own default for RMSNorm depends on the dtype and is 8e-3 in bf16
+    kind = nn.RMSNorm if options.norm == "rmsnorm" else nn.LayerNorm
+    return kind(options.n_embd, eps=options.norm_eps)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
-    """Causal attention: q (batch, heads, new, width), k and v (batch, heads, seen, width) -> as q.
+    """Causal attention: q (batch, heads, new, width), k and v (batch, kv_heads, seen, width) -> as
+    q.
 
-    The `new` queries belong to the last of the `seen` tokens.
+    The `new` queries belong to the last of the `seen` tokens. Consecutive heads share one head of
+    keys and values (Ainslie et al. 2023, arXiv 2305.13245).
     """
     new, seen = q.size(2), k.size(2)
     if q.dtype == torch.bfloat16 and q.device.type == "cpu" and seen <= EXPLICIT_UP_TO:
         return attend_explicitly(q, k, v, dropout)
+    shared = q.size(1) != k.size(1)
     if new == seen:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
+        return F.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, is_causal=True, enable_gqa=shared
+        )
     # is_causal aligns its triangle with the first key, which is wrong if there are tokens before
     # the first query. A single query sees every key and needs no mask.
     mask = None
     if new > 1:
         mask = torch.ones(new, seen, dtype=torch.bool, device=q.device).tril_(seen - new)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, enable_gqa=shared
+    )
 
 
-Rotation = tuple[Tensor, Tensor]  # cosines and sines, each (time, width / 2)
+Rotation = tuple[Tensor, Tensor]  # cosines and sines, each (time, rotated channels / 2)
 
 
-def rotation(positions: Tensor, width: int, dtype: torch.dtype) -> Rotation:
+def rotation(positions: Tensor, options: ModelOptions, dtype: torch.dtype) -> Rotation:
     """Angles of rotary positions (Su et al. 2021, arXiv 2104.09864).
 
-    Channel pair i turns by position * ROTARY_BASE ** (-2 i / width). The product of a query and a
-    key then depends on the distance of their positions only.
+    Channel pair i turns by position * rope_theta ** (-2 i / rotated channels). The product of a
+    query and a key then depends on the distance of their positions only.
     """
-    exponents = torch.arange(0, width, 2, device=positions.device) / width
-    # (time, width / 2), float32 whatever the model's dtype
-    angles = positions[:, None] * ROTARY_BASE**-exponents
+    exponents = torch.arange(0, options.rotated, 2, device=positions.device) / options.rotated
+    # (time, rotated channels / 2), float32 whatever the model's dtype
+    angles = positions[:, None] * options.rope_theta**-exponents
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, turn: Rotation) -> Tensor:
-    """Turn channel pairs (i, i + width / 2) of x (batch, heads, time, width) by the angles."""
+    """Turn channel pairs (i, i + half) of x (batch, heads, time, width) by the angles, where half
+    is the number of angles; the channels after the pairs stay as they are.
+    """
     cos, sin = turn
-    a, b = x.chunk(2, -1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+    half = cos.size(-1)
+    a, b, rest = x.tensor_split((half, 2 * half), -1)
+    turned = (a * cos - b * sin, b * cos + a * sin)
+    return torch.cat((*turned, rest) if rest.size(-1) else turned, -1)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

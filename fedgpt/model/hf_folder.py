@@ -9,17 +9,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
 from fedgpt.core.errors import FedGPTError
 from fedgpt.core.files import SUMS, check_file, is_there, read_file, read_json, sha256_of
+from fedgpt.core.gguf_file import is_gguf
 from fedgpt.core.options import ModelOptions
-from fedgpt.model.hf_formats import FORMATS, Format, whole
+from fedgpt.model.families.base import Family, whole
+from fedgpt.model.gguf import read_gguf
+from fedgpt.model.hf_formats import FAMILIES
 from fedgpt.model.shape import parameter_shapes
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F64", "F32", "F16", "BF16")  # the names that safetensors gives them
+GGUF = "GGUF"  # the dtype of a tensor in a GGUF file, whose formats gguf.py checks and reads
 HEAD = "lm_head.weight"
 # parts of names that torch.compile, DistributedDataParallel and FSDP add
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "module.")
@@ -40,10 +45,11 @@ class ModelFolder:
     """A model in a Hugging Face folder whose names and shapes fit its config.json."""
 
     path: Path
-    form: Format
+    family: Family
     options: ModelOptions
     vocab_size: int
-    parameters: Mapping[str, Stored]  # by our name; of a tied head only if the file has it too
+    # by our name, in the order of Family.theirs; a tied head only if the file has it too
+    parameters: Mapping[str, tuple[Stored, ...]]
     zeros: tuple[Stored, ...]  # biases that must be 0, because our model does not have them
 
     def check_sum(self) -> None:
@@ -52,11 +58,11 @@ class ModelFolder:
         A folder that transformers wrote has no SHA256SUMS, and nothing to compare with.
         """
         sums = self.path / SUMS
-        if not is_there(sums):
+        if is_gguf(self.path) or not is_there(sums):
             return
         text = read_file(sums).decode("utf-8", errors="replace")
         lines = [line.split(maxsplit=1) for line in text.splitlines()]
-        for path in sorted({stored.path for stored in self.parameters.values()}):
+        for path in sorted({part.path for parts in self.parameters.values() for part in parts}):
             if [sha256_of(path), path.relative_to(self.path).as_posix()] not in lines:
                 raise FedGPTError(
                     f"{path} is damaged: its sha256 is not in {SUMS}; copy the folder again, or"
@@ -65,67 +71,96 @@ class ModelFolder:
 
 
 def read_folder(folder: str | Path) -> ModelFolder:
-    """Read config.json, the index if there is one, and the headers of the weight files.
+    """Read config.json, the index if there is one, and the headers of the weight files; or the
+    header of a GGUF file, which has all of it.
 
     Raises FedGPTError, naming file and reason, for what is missing, damaged or unsupported.
     """
     folder = Path(folder)
-    form, options, vocab_size = _read_config(folder / CONFIG)
+    if is_gguf(folder):
+        model = read_gguf(folder)
+        tensors = {
+            name: Stored(folder, name, tensor.shape, GGUF) for name, tensor in model.tensors.items()
+        }
+        return _fitting(folder, folder, _understood(folder, model.config), tensors)
+    config = folder / CONFIG
+    if not is_there(config):
+        raise FedGPTError(
+            f"{folder}: no {CONFIG}; expected a Hugging Face folder with {CONFIG} and {WEIGHTS}"
+        )
+    about = _understood(config, read_json(config))
     tensors, source = _read_headers(folder)
+    return _fitting(folder, source, about, tensors)
+
+
+Understood = tuple[Family, ModelOptions, int]  # with the rows of the embedding
+
+
+def _fitting(
+    folder: Path, source: Path, about: Understood, tensors: Mapping[str, Stored]
+) -> ModelFolder:
+    """The model whose tensors are those that its config.json needs; `source` has the tensors."""
+    family, options, vocab_size = about
     if options.n_layer > len(tensors):  # before the names of that many layers are listed
         raise FedGPTError(
             f"{source} does not fit config.json: it has {len(tensors)} tensors for"
             f" {options.n_layer} layers"
         )
     shapes = parameter_shapes(options, vocab_size)
-    zeros = form.zeros(options)
-    expected = {form.theirs(name): name for name in (*shapes, *zeros)} | {HEAD: HEAD}
-    found: dict[str, Stored] = {}
+    zeros = family.zeros(options)
+    # our name -> names in the files; NeoX's head has another name in files than in the module
+    theirs = {name: family.theirs(name) for name in (*shapes, *zeros)}
+    expected = {part: part for parts in theirs.values() for part in parts}
+    expected |= {HEAD: theirs[HEAD][0]}
+    found: dict[str, Stored] = {}  # by the name that `theirs` has
     unexpected: list[str] = []
     for name, stored in tensors.items():
-        if name.endswith(form.skipped):
+        if name.endswith(family.skipped):
             continue
-        ours = expected.get(form.full(name))
-        if ours is None:
+        known = expected.get(family.full(name))
+        if known is None:
             unexpected.append(name)
-        elif ours in found:
-            raise FedGPTError(f"{source}: {found[ours].name} and {name} are the same parameter")
+        elif known in found:
+            raise FedGPTError(f"{source}: {found[known].name} and {name} are the same parameter")
         else:
-            found[ours] = stored
-    needed = shapes.keys() - ({HEAD} if options.tie else set())
-    missing = sorted(form.theirs(name) for name in needed - found.keys())
+            found[known] = stored
+    optional = {HEAD} if options.tie else set()
+    missing = sorted(
+        part for name in shapes.keys() - optional for part in theirs[name] if part not in found
+    )
     if missing or unexpected:
         raise FedGPTError(
             f"{source} does not fit config.json: missing {missing[:5]}, unexpected"
-            f" {sorted(unexpected)[:5]}{_wrapped(unexpected, set(expected), form)}"
+            f" {sorted(unexpected)[:5]}{_wrapped(unexpected, set(expected), family)}"
         )
-    for name, stored in found.items():
-        _check_tensor(stored, form.stored_shape(name, {**zeros, **shapes}[name]))
-    extra = tuple(found.pop(name) for name in zeros if name in found)
-    return ModelFolder(folder, form, options, vocab_size, found, extra)
+    parameters: dict[str, tuple[Stored, ...]] = {}
+    for name, shape in {**zeros, **shapes}.items():
+        parts = tuple(found[part] for part in theirs[name] if part in found)
+        needed = family.stored_shapes(name, shape, options)
+        for stored, one in zip(parts, needed, strict=False):
+            _check_tensor(stored, one)
+        if parts:
+            parameters[name] = parts
+    extra = tuple(parameters.pop(name)[0] for name in zeros if name in parameters)
+    return ModelFolder(folder, family, options, vocab_size, parameters, extra)
 
 
-def _read_config(path: Path) -> tuple[Format, ModelOptions, int]:
-    if not is_there(path):
-        raise FedGPTError(
-            f"{path.parent}: no {CONFIG}; expected a Hugging Face folder with {CONFIG} and"
-            f" {WEIGHTS}"
-        )
-    config = read_json(path)
+def _understood(path: Path, config: Mapping[str, Any]) -> Understood:
+    """What config.json says, or another file at `path` in its words."""
     kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in FORMATS:
-        *others, last = FORMATS
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        *others, last = FAMILIES
         allowed = f"{', '.join(others)} and {last}"
         raise FedGPTError(f"{path}: model_type={kind!r} is not supported; allowed are {allowed}")
     try:
         if config.get("quantization_config") is not None:
             raise ValueError("quantization_config: save the model in float32, float16 or bfloat16")
-        options, vocab_size = FORMATS[kind].options(config), whole(config, "vocab_size")
+        options, vocab_size = FAMILIES[kind].options(dict(config)), whole(config, "vocab_size")
     except ValueError as problem:
         raise FedGPTError(f"{path} is not supported: {problem}") from None
     if problems := list(options.problems()):
         raise FedGPTError(f"{path} is not supported: {'; '.join(problems)}")
-    return FORMATS[kind], options, vocab_size
+    return FAMILIES[kind], options, vocab_size
 
 
 def _read_headers(folder: Path) -> tuple[dict[str, Stored], Path]:
@@ -192,19 +227,19 @@ def _check_tensor(stored: Stored, shape: tuple[int, ...]) -> None:
         raise FedGPTError(
             f"{stored.path}: {stored.name} has shape {stored.shape}, config.json says {shape}"
         )
-    if stored.dtype not in DTYPES:
+    if stored.dtype not in (*DTYPES, GGUF):
         raise FedGPTError(
             f"{stored.path}: {stored.name} has dtype {stored.dtype}; allowed are"
             f" {', '.join(DTYPES)}"
         )
 
 
-def _wrapped(names: Sequence[str], expected: set[str], form: Format) -> str:
+def _wrapped(names: Sequence[str], expected: set[str], family: Family) -> str:
     """What to do about unexpected names that would fit without a part that a wrapper added."""
     parts = names[0].split(".") if names else []
     starts = [".".join(parts[:end]) + "." for end in range(1, len(parts))]
     for extra in (*WRAPPERS, *starts):
-        if names and all(form.full(name.replace(extra, "")) in expected for name in names):
+        if names and all(family.full(name.replace(extra, "")) in expected for name in names):
             return (
                 f"; the names fit without {extra!r}, which a wrapper of the model added: save the"
                 " model that is inside, or rename the tensors (with safetensors.torch:"

@@ -26,6 +26,8 @@ def attend_explicitly(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> 
     """
     batch, heads, new, width = q.shape
     seen = k.size(2)
+    if k.size(1) != heads:  # copies of the keys and values for the heads that share them
+        k, v = (part.repeat_interleave(heads // part.size(1), 1) for part in (k, v))
     q, k, v = (part.reshape(batch * heads, -1, width) for part in (q, k, v))
     # -inf for every key that lies in the future of a query, 0 for the others
     mask = torch.full((new, seen), -math.inf, dtype=q.dtype, device=q.device).triu_(1 + seen - new)

@@ -12,29 +12,36 @@ from fnmatch import fnmatchcase
 from fedgpt.core.errors import nearest
 from fedgpt.core.options import ModelOptions
 
-NORM_EPS = 1e-5  # GPT-2's; torch's default for RMSNorm depends on the dtype and is 8e-3 in bf16
-ROTARY_BASE = 10_000.0  # base of the rotation angles; larger values rotate more slowly
-
 
 def parameter_shapes(options: ModelOptions, vocab_size: int) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every parameter of `GPT(options, vocab_size)`, in the module's order.
 
-    A tied head is also listed under its own name, so a count must exclude `lm_head.weight`.
+    `vocab_size` is that of the tokenizer, as in the other functions here. A tied head is also
+    listed under its own name, so a count must exclude `lm_head.weight`.
     """
-    width = options.n_embd
-    shapes: dict[str, tuple[int, ...]] = {"transformer.wte.weight": (vocab_size, width)}
+    channels, inner, rows = options.n_embd, options.inner, options.rows(vocab_size)
+    heads, qkv = options.n_head * options.width, sum(qkv_sizes(options))
+    shapes: dict[str, tuple[int, ...]] = {"transformer.wte.weight": (rows, channels)}
     if options.positions == "learned":
-        shapes["transformer.wpe.weight"] = (options.block_size, width)
+        shapes["transformer.wpe.weight"] = (options.block_size, channels)
     for layer in range(options.n_layer):
         block = f"transformer.h.{layer}"
         shapes |= _norm(f"{block}.ln_1", options)
-        shapes |= _linear(f"{block}.attn.c_attn", (3 * width, width), options)
-        shapes |= _linear(f"{block}.attn.c_proj", (width, width), options)
+        shapes |= _linear(f"{block}.attn.c_attn", (qkv, channels), options.has_bias("qkv"))
+        shapes |= _linear(f"{block}.attn.c_proj", (channels, heads), options.bias)
         shapes |= _norm(f"{block}.ln_2", options)
-        shapes |= _linear(f"{block}.mlp.c_fc", (4 * width, width), options)
-        shapes |= _linear(f"{block}.mlp.c_proj", (width, 4 * width), options)
+        shapes |= _linear(f"{block}.mlp.c_fc", (inner, channels), options.has_bias("mlp"))
+        shapes |= _linear(f"{block}.mlp.c_proj", (channels, inner), options.has_bias("mlp"))
+        if options.mlp == "swiglu":
+            shapes |= _linear(f"{block}.mlp.c_gate", (inner, channels), options.has_bias("mlp"))
     shapes |= _norm("transformer.ln_f", options)
-    return shapes | {"lm_head.weight": (vocab_size, width)}
+    return shapes | {"lm_head.weight": (rows, channels)}
+
+
+def qkv_sizes(options: ModelOptions) -> tuple[int, int, int]:
+    """Rows of queries, keys and values in the one matrix that computes them, in this order."""
+    keys = options.kv_heads * options.width
+    return options.n_head * options.width, keys, keys
 
 
 def count_parameters(options: ModelOptions, vocab_size: int) -> int:
@@ -69,12 +76,14 @@ def frozen_shapes(options: ModelOptions, vocab_size: int) -> dict[str, tuple[int
 def count_activations(options: ModelOptions, vocab_size: int) -> int:
     """Numbers that a training step keeps for each token until its backward pass, at least.
 
-    These are its logits, and with all parameters trained what each block keeps: two residuals (C
-    channels each), the normalised inputs of attention and MLP (2 C), queries, keys and values
-    (3 C), the output of attention (C), and the MLP's values before and after the GELU (8 C).
+    These are its logits, and with all parameters trained what each block keeps: two residuals and
+    the normalised inputs of attention and MLP (n_embd channels each), queries, keys and values, the
+    output of attention, and the MLP's values before and after its activation, with swiglu also the
+    gate's and their product.
     """
-    block = 0 if options.trainable else 16 * options.n_embd
-    return options.n_layer * block + vocab_size
+    block = 4 * options.n_embd + sum(qkv_sizes(options)) + options.n_head * options.width
+    block += (4 if options.mlp == "swiglu" else 2) * options.inner
+    return options.n_layer * (0 if options.trainable else block) + options.rows(vocab_size)
 
 
 def is_trainable(names: Iterable[str], patterns: Sequence[str]) -> bool:
@@ -112,6 +121,6 @@ def _norm(name: str, options: ModelOptions) -> dict[str, tuple[int, ...]]:
     return shapes | ({f"{name}.bias": (options.n_embd,)} if options.norm == "layernorm" else {})
 
 
-def _linear(name: str, shape: tuple[int, int], options: ModelOptions) -> dict[str, tuple[int, ...]]:
+def _linear(name: str, shape: tuple[int, int], bias: bool) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": shape}
-    return shapes | ({f"{name}.bias": shape[:1]} if options.bias else {})
+    return shapes | ({f"{name}.bias": shape[:1]} if bias else {})

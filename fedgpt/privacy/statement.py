@@ -54,11 +54,9 @@ NOT_COVERED = {
     "local": (PARTICIPATION,),
 }
 BOUNDED = "when and how often a client takes part"
-ALWAYS_OPEN = (
-    "the public part, which trained the tokenizer, and the held-out part, on which the model is"
-    " scored",
-    "other runs on the same text: their epsilons add to this one",
-)
+OTHER_PARTS = "the public part{trained} and the held-out part, on which the model is scored"
+TRAINED = ", which trained the tokenizer,"
+OTHER_RUNS = "other runs on the same text: their epsilons add to this one"
 
 
 def statement(o: RunOptions, plan: PrivacyPlan, clients: int) -> dict[str, Any]:
@@ -130,7 +128,8 @@ def _open(o: RunOptions, plan: PrivacyPlan) -> list[str]:
         OF_SITE if text == PARTICIPATION and o.corpus.at_sites else text
         for text in NOT_COVERED[plan.unit]
     ]
-    return [*exceptions, *known, *ALWAYS_OPEN, *start]
+    parts = OTHER_PARTS.format(trained=TRAINED if o.tokenizer.name == "bpe" else "")
+    return [*exceptions, *known, parts, OTHER_RUNS, *start]
 
 
 def _sampling(o: RunOptions, plan: PrivacyPlan, clients: int) -> str:

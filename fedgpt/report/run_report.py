@@ -33,6 +33,7 @@ def opening(
     """
     o = options
     parameters, version = snapshot.state.params.size, snapshot.state.version
+    origin = {"bpe": ", trained on the public part only", "hf": f", of {o.tokenizer.path}"}
     tokenizer = f"{o.tokenizer.name}, {prepared.tokenizer.vocab_size} entries"
     choices = [
         ("run", o.run_dir),
@@ -45,7 +46,7 @@ def opening(
         ),
         (
             "tokenizer",
-            tokenizer + (", trained on the public part only" if o.tokenizer.name == "bpe" else ""),
+            tokenizer + origin.get(o.tokenizer.name, ""),
         ),
         (
             "model",

@@ -17,11 +17,7 @@ if TYPE_CHECKING:
 
 BAR = 40  # length of the longest bar, in characters
 NAMED = 5  # number of largest clients, and of smallest clients, that are listed by name
-PART_NAMES = {
-    "public": "public (trains the tokenizer)",
-    "held_out": "held-out (evaluation)",
-    "clients": "clients",
-}
+PART_NAMES = {"public": "public", "held_out": "held-out (evaluation)", "clients": "clients"}
 
 
 def data_report(prepared: Prepared, shards: Sequence[Shard], console: Console) -> None:
@@ -52,7 +48,10 @@ def data_report(prepared: Prepared, shards: Sequence[Shard], console: Console) -
         split.add_column(name, justify="right")
     for part, row in manifest["split"].items():
         counts = [f"{row[name]:,}" for name in ("documents", "tokens", "bytes")]
-        split.add_row(PART_NAMES[part], *counts, f"{row['bytes'] / manifest['bytes']:.1%}")
+        # the first versions of the manifest do not say it
+        trains = manifest.get("trained_tokenizer", kind["name"] == "bpe") and part == "public"
+        name = PART_NAMES[part] + " (trains the tokenizer)" * trains
+        split.add_row(name, *counts, f"{row['bytes'] / manifest['bytes']:.1%}")
     console.print(split, highlight=False)
     console.print()
     _print_clients(prepared, shards, console)

@@ -66,14 +66,16 @@ def run_tokenizer(options: RunOptions, environment: Mapping[str, Any]) -> Tokeni
     kept = kept_tokenizer(Path(options.run_dir))
     if kept is None and (Path(options.run_dir) / "model" / "tokenizer.json").is_file():
         kept = load_tokenizer(Path(options.run_dir) / "model")
+    if kept is None and options.tokenizer.name == "hf":
+        kept = make_tokenizer(options.tokenizer, ())
     if kept is None:
         trusted = options.trusted_packages
         kept = prepare(options.corpus, options.tokenizer, options.cache_dir, trusted).tokenizer
     if expected not in (None, kept.digest):
         raise FedGPTError(
             f"{options.run_dir}: its tokenizer ({TOKENIZER}/tokenizer.json, or else that of"
-            f" {source_of(options)}) is not the one that the run began with; restore that file, or"
-            " the text"
+            f" {_tokenizer_source(options)}) is not the one that the run began with; restore that"
+            " file, or the text"
         )
     return kept
 
@@ -85,8 +87,13 @@ def kept_tokenizer(folder: Path) -> Tokenizer | None:
     try:
         return load_tokenizer(folder / TOKENIZER)
     except FedGPTError as error:
-        log.warning("%s; the tokenizer is made again from the text", error)
+        log.warning("%s; the tokenizer is made again", error)
         return None
+
+
+def _tokenizer_source(options: RunOptions) -> str:
+    path = options.tokenizer.path
+    return source_of(options) if path is None else f"tokenizer.path={path}"
 
 
 def _difference(name: str, options: RunOptions) -> tuple[str, str]:
@@ -94,6 +101,11 @@ def _difference(name: str, options: RunOptions) -> tuple[str, str]:
     source = source_of(options)
     if name == "text":
         return f"the text of {source} has changed since the run began", "put the earlier text back"
+    if name == "tokenizer" and options.tokenizer.name == "hf":
+        return (
+            f"tokenizer.path={options.tokenizer.path} has another tokenizer than at the start",
+            "restore that folder",
+        )
     if name == "tokenizer":
         return (
             f"tokenizer={options.tokenizer.name} makes another tokenizer of {source} than at the"

@@ -10,15 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.sites import Texts, write_text
+from support.tokenizer_families import FAMILIES
 
 from fedgpt.client.site import Site
 from fedgpt.client.texts import OF_RUN, SiteText
 from fedgpt.client.tidy import KEEP_SECONDS
 from fedgpt.config.compose import load
-from fedgpt.core.errors import PartMissing
+from fedgpt.core.errors import FedGPTError, PartMissing
 from fedgpt.core.messages import Job, Plan
 from fedgpt.core.options import RunOptions, TokenizerOptions
-from fedgpt.data.tokenizer import Tokenizer, make_tokenizer
+from fedgpt.data.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 from fedgpt.flower.site_config import site_of
 
 TOKENIZER = make_tokenizer(TokenizerOptions(name="bytes"), ())
@@ -120,6 +121,23 @@ def test_a_tokenizer_that_is_gone_is_reported_and_comes_back_with_the_question(t
     text.introduce(TOKENIZER.definition)
     assert len(text.of(job(), 0).tokens)
     assert SiteText(one, options(texts)).of(job(), 0)
+
+
+def test_the_tokenizer_of_a_pretrained_model_is_kept_with_its_settings(texts, tmp_path):
+    """In one file, so that a restarted site has all of it, and nothing of it is executed."""
+    one, name = site(texts), "smollm"
+    tokenizer = load_tokenizer(FAMILIES[name].write(tmp_path / name))
+    SiteText(one, options(texts)).introduce(tokenizer.definition)
+    text = SiteText(one, options(texts))
+    tokens = text.of(job(tokenizer), 0).tokens
+    assert len(tokens) and (tokens == tokenizer.end).sum() == len(
+        list(texts.of("ann").rglob("*.*"))
+    )
+    assert text.tokenizer.definition == tokenizer.definition
+    assert text.tokenizer.chat_template == tokenizer.chat_template
+    for wrong in ('{"tokenizer.json": 3}', '{"tokenizer.json": "{}", "../x": "a"}'):
+        with pytest.raises(FedGPTError, match="the server's tokenizer cannot be read"):
+            text.introduce(wrong)
 
 
 def test_tokenizers_that_no_run_has_used_for_a_month_go(texts):

@@ -20,11 +20,14 @@ from support.refused import problems
 
 from fedgpt.config import choices, compose, overrides
 from fedgpt.core.errors import ConfigError
-from fedgpt.core.options import OPTIONS, RunOptions
+from fedgpt.core.options import OPTIONS, RunOptions, TokenizerOptions
 from fedgpt.core.options.option import dotted
 from fedgpt.core.runtimes import RUNTIMES
 from fedgpt.data.corpus import CORPORA
 from fedgpt.data.partition import PARTITIONS
+from fedgpt.data.tokenizer import make_tokenizer
+from fedgpt.model.gpt import GPT
+from fedgpt.model.hf import export_model
 from fedgpt.tasks.base import TASKS
 from fedgpt.update.compress import CODECS
 
@@ -70,9 +73,17 @@ def test_every_conf_file_composes_and_is_valid(group, choice, tmp_path, monkeypa
         '{"event": "open"}\n' if choice == "replay" else "client,step_seconds\na,1.0\n"
     )
     needs = [f"corpus.path={tmp_path}"] if choice == "files" else []
+    if (group, choice) == ("tokenizer", "hf"):
+        make_tokenizer(TokenizerOptions("bytes"), ()).save(tmp_path)
+        needs = [f"tokenizer.path={tmp_path}"]
     if choice == "site":
         own = [f"corpus.{part}_path={tmp_path}" for part in ("public", "held_out")]
         needs = ["pace.begin=2", *own]
+    if (group, choice) == ("model", "hf"):
+        tokenizer = make_tokenizer(TokenizerOptions("bytes"), [])
+        export_model(tmp_path, GPT(RunOptions().model, tokenizer.vocab_size))
+        tokenizer.save(tmp_path)
+        needs = [f"init_from={tmp_path}", "tokenizer=bytes"]
     if choice == "custom":
         own = CUSTOM[group].startswith("fedgpt.")
         needs = [f"{group}._target_={CUSTOM[group]}", *([] if own else [third_party.TRUSTED])]

@@ -14,6 +14,9 @@ CHOOSE = "choose privacy=example, client or local"
 CLIENT = {"choose privacy=client": PRIVATE}
 # what is typed -> what the message advises, and the words that do so
 UNUSED_REMEDIES = {
+    "model.rope_theta=500": {"add model.positions=rotary": ["model.positions=rotary"]},
+    "model.partial_rotary_factor=0.5": {"add model.positions=rotary": ["model.positions=rotary"]},
+    "model.gelu=tanh": {"add model.mlp=gelu": ["model.mlp=gelu"]},
     "update.decay=0.5": {
         "add update.error_feedback=true and a codec, such as update=int8": [
             "update=int8",
@@ -75,6 +78,9 @@ WITHOUT = {
     "pace.minimum=3": PRIVATE,
     "rounds": ["tokens=100000"],
     "pace.clients": ["pace.rate=0.5"],
+    "model.rope": ["model.positions=learned"],
+    "model.partial": ["model.positions=learned"],
+    "model.gelu": ["model.mlp=swiglu"],
 }
 
 

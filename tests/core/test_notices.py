@@ -121,4 +121,4 @@ def test_a_warning_of_a_command_says_whose_it_is(tmp_path, capsys):
     assert dispatch("generate", [str(tmp_path / "run"), "--prompt", "ann", "--tokens", "3"]) == 0
     printed = capsys.readouterr().err
     assert printed.count(f"fedgpt: {damaged}: no tokenizer that fedgpt can read (") == 1
-    assert "; the tokenizer is made again from the text\n" in printed
+    assert "; the tokenizer is made again\n" in printed

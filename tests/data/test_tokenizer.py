@@ -11,12 +11,9 @@ from tokenizers import Tokenizer as Library
 from fedgpt.core.errors import ConfigError, FedGPTError
 from fedgpt.core.options import TokenizerOptions
 from fedgpt.data import tokenizer as module
-from fedgpt.data.tokenizer import (
-    END,
-    byte_characters,
-    load_tokenizer,
-    make_tokenizer,
-)
+from fedgpt.data.byte_level import byte_characters
+from fedgpt.data.tokenizer import load_tokenizer, make_tokenizer
+from fedgpt.data.tokenizer_files import END
 
 CHINESE = (
     "山下有一条小河。河边住着一位做灯笼的人,他做的灯笼又轻又亮。"
@@ -153,7 +150,7 @@ def test_wrong_options_and_files_say_what_to_change(tmp_path):
     foreign = json.loads(path.read_text())
     foreign["added_tokens"] = []
     path.write_text(json.dumps(foreign))
-    with pytest.raises(FedGPTError, match="not a byte-level vocabulary"):
+    with pytest.raises(FedGPTError, match=r"eos_token '<\|endoftext\|>' is not in the"):
         load_tokenizer(tmp_path)
 
 
@@ -172,18 +169,21 @@ def renumbered(vocabulary, first):
 
 
 CHANGED = {
-    "a gap in the ids": (lambda v: renumbered(v, 300), 401),
-    "an end token in the middle": (lambda v: {**renumbered(v, 300), END: 300}, 300),
-    "an end token with two ids": (lambda v: {**v, END: 7}, 400),
-    "two tokens with one id": (lambda v: {**v, max(v, key=v.get): 260}, 400),
-    "a byte without a token": (lambda v: without(v, "A"), 399),
-    "a token that is no bytes": (lambda v: {**without(v, max(v, key=v.get)), "你": 399}, 400),
+    "a negative id": (lambda v: {**v, "A": -1}, 400, "invalid value"),
+    "an id that no vocabulary has": (lambda v: {**v, "A": 10**9}, 400, "is not a number from 0"),
+    "an end token with two ids": (lambda v: {**v, END: 7}, 400, "has the id 400, and must be 7"),
+    "two tokens with one id": (lambda v: {**v, max(v, key=v.get): 260}, 400, "have one id"),
+    "a byte without a token": (lambda v: without(v, "A"), 399, "no token for the byte 0x41"),
+    "a token that is no bytes": (
+        lambda v: {**without(v, max(v, key=v.get)), "你": 399},
+        400,
+        "'你' in its token '你' is no byte",
+    ),
 }
 
 
-@pytest.mark.parametrize(("change", "end"), CHANGED.values(), ids=CHANGED.keys())
-def test_ids_that_mean_something_else_than_bytes_are_refused(tmp_path, change, end):
-    """The library itself reads each of them."""
+@pytest.mark.parametrize(("change", "end", "why"), CHANGED.values(), ids=CHANGED.keys())
+def test_ids_that_mean_something_else_than_bytes_are_refused(tmp_path, change, end, why):
     KINDS["bpe"].save(tmp_path)
     path = tmp_path / "tokenizer.json"
     definition = json.loads(path.read_text())
@@ -197,9 +197,25 @@ def test_ids_that_mean_something_else_than_bytes_are_refused(tmp_path, change, e
     ]
     definition["added_tokens"][0]["id"] = end
     path.write_text(json.dumps(definition))
-    Library.from_file(str(path))
-    with pytest.raises(FedGPTError, match="not a byte-level vocabulary that ends with"):
+    with pytest.raises(FedGPTError, match=why) as refused:
         load_tokenizer(tmp_path)
+    assert str(path) in str(refused.value)
+
+
+def test_an_id_that_no_token_has_and_an_end_token_in_the_middle_are_read(tmp_path):
+    """The ids are those of the model's rows, whatever their order."""
+    KINDS["bpe"].save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    definition = json.loads(path.read_text())
+    moved = renumbered(definition["model"]["vocab"], 300)
+    definition["model"]["vocab"] = renumbered({**moved, END: 300}, 310)
+    definition["added_tokens"][0]["id"] = 300
+    path.write_text(json.dumps(definition))
+    loaded = load_tokenizer(tmp_path)
+    assert (loaded.end, loaded.vocab_size, loaded.token_bytes[310]) == (300, 402, 0)
+    assert loaded.decode([310, 300]) == ""
+    assert loaded.decode(loaded.encode(CHINESE)) == CHINESE
+    assert loaded.digest != KINDS["bpe"].digest
 
 
 def test_settings_that_a_library_saved_with_a_tokenizer_change_no_id(tmp_path):
@@ -211,22 +227,6 @@ def test_settings_that_a_library_saved_with_a_tokenizer_change_no_id(tmp_path):
     library.save(str(tmp_path / "tokenizer.json"))
     loaded = load_tokenizer(tmp_path)
     assert loaded.encode(ENGLISH).tolist() == tokenizer.encode(ENGLISH).tolist()
-
-
-@pytest.mark.parametrize(
-    "name", ["dropout", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges"]
-)
-def test_a_setting_of_the_merges_that_changes_tokens_is_refused(tmp_path, name):
-    KINDS["bpe"].save(tmp_path)
-    path = tmp_path / "tokenizer.json"
-    definition = json.loads(path.read_text())
-    values = {"dropout": 0.5, "ignore_merges": True}
-    definition["model"][name] = values.get(name, "</w>")
-    if name.startswith("continuing"):
-        definition["model"]["merges"] = []
-    path.write_text(json.dumps(definition))
-    with pytest.raises(FedGPTError, match=f"its model.{name} changes how text is encoded"):
-        load_tokenizer(tmp_path)
 
 
 def test_without_public_text_a_tokenizer_is_made_as_the_refusal_advises():

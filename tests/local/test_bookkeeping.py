@@ -29,6 +29,11 @@ VARIANTS = {
     "no bias": {"bias": False},
     "rotary": {"positions": "rotary"},
     "rmsnorm untied rotary": {"norm": "rmsnorm", "tie": False, "positions": "rotary"},
+    "pythia": {"positions": "rotary", "parallel_residual": True, "partial_rotary_factor": 0.25},
+    "llama": {
+        **{"positions": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "bias": False},
+        **{"n_kv_head": 1, "n_inner": 24, "qkv_bias": True},
+    },
 }
 # torch.func warns about speed, the hooks warn about embeddings
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

@@ -22,7 +22,20 @@ VARIANTS = {
     "rmsnorm": {"norm": "rmsnorm"},
     "untied, no bias, tanh": {"tie": False, "bias": False, "gelu": "tanh"},
     "rotary, rmsnorm, no bias": {"positions": "rotary", "norm": "rmsnorm", "bias": False},
+    "pythia": {
+        **{"positions": "rotary", "parallel_residual": True, "partial_rotary_factor": 0.25},
+        **{"tie": False, "n_inner": 40},
+    },
+    "llama": {
+        **{"positions": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "bias": False},
+        **{"n_kv_head": 2, "n_inner": 40, "rope_theta": 100_000.0, "norm_eps": 1e-6},
+    },
+    "qwen2": {
+        **{"positions": "rotary", "norm": "rmsnorm", "mlp": "swiglu", "bias": False},
+        **{"n_kv_head": 1, "qkv_bias": True, "head_dim": 6},
+    },
 }
+ROTARY = ModelOptions(n_head=1, n_embd=8)  # whose heads rotate 8 channels
 
 
 def small(seed: int = 1, **change) -> GPT:
@@ -93,7 +106,7 @@ def test_bf16_on_a_cpu_takes_the_explicit_path_for_short_contexts(monkeypatch):
 
 def test_rotation_against_complex_numbers():
     x = torch.randn(2, 3, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    turned = rotate(x, rotation(torch.arange(5), 8, torch.float64))
+    turned = rotate(x, rotation(torch.arange(5), ROTARY, torch.float64))
     for t in range(5):
         for i in range(4):
             angle = t * 10_000 ** (-2 * i / 8)
@@ -106,7 +119,7 @@ def test_rotation_against_complex_numbers():
 
 def test_rotary_attention_depends_on_distance_only():
     q, k, v = torch.randn(3, 2, 2, 6, 8, generator=torch.Generator().manual_seed(0))
-    near, far = (rotation(torch.arange(6) + shift, 8, torch.float32) for shift in (0, 9))
+    near, far = (rotation(torch.arange(6) + shift, ROTARY, torch.float32) for shift in (0, 9))
     assert not torch.allclose(rotate(q, near), rotate(q, far))
     torch.testing.assert_close(
         attend(rotate(q, near), rotate(k, near), v),

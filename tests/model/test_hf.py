@@ -15,7 +15,8 @@ from test_gpt import VARIANTS, VOCAB, small, tokens
 from fedgpt.core.errors import FedGPTError
 from fedgpt.core.flat import flatten
 from fedgpt.core.options import TokenizerOptions
-from fedgpt.data.tokenizer import END, make_tokenizer
+from fedgpt.data.tokenizer import make_tokenizer
+from fedgpt.data.tokenizer_files import END
 from fedgpt.model.generate import generate
 from fedgpt.model.gpt import GPT
 from fedgpt.model.hf import export_model, import_model
@@ -158,6 +159,16 @@ def test_rotary_config_says_what_gpt_neox_needs(tmp_path):
         ({"bias": False}, "fedgpt"),
         ({"norm": "rmsnorm"}, "fedgpt"),
         ({"positions": "rotary", "norm": "rmsnorm"}, "fedgpt"),
+        ({"n_kv_head": 2}, "fedgpt"),
+        ({"positions": "rotary", "mlp_bias": False}, "fedgpt"),
+        (VARIANTS["pythia"], "gpt_neox"),
+        (VARIANTS["llama"], "llama"),
+        (VARIANTS["llama"] | {"bias": True, "mlp_bias": False}, "llama"),
+        (VARIANTS["llama"] | {"partial_rotary_factor": 0.5}, "fedgpt"),
+        (VARIANTS["llama"] | {"bias": True, "qkv_bias": False}, "fedgpt"),
+        (VARIANTS["qwen2"], "qwen2"),
+        (VARIANTS["qwen2"] | {"mlp_bias": True}, "fedgpt"),
+        (VARIANTS["qwen2"] | {"parallel_residual": True}, "fedgpt"),
     ],
 )
 def test_model_type_follows_the_architecture(tmp_path, change, kind):
@@ -456,12 +467,12 @@ def test_our_tokenizer_reads_the_same_in_transformers(tmp_path, change):
     ("change", "message"),
     [
         (
-            {"model_type": "llama"},
-            "model_type='llama' is not supported; allowed are gpt2, gpt_neox and fedgpt",
+            {"model_type": "mamba"},
+            "'mamba' is not supported; allowed are gpt2, gpt_neox, llama, qwen2 and fedgpt",
         ),
         ({"activation_function": "relu"}, "activation_function='relu': must be one of"),
-        ({"n_inner": 100}, "n_inner=100: must be 4"),
-        ({"layer_norm_epsilon": 1e-6}, "layer_norm_epsilon=1e-06: must be 1e-05"),
+        ({"n_inner": 100}, r"c_fc\.weight has shape \(32, 128\), config\.json says \(32, 100\)"),
+        ({"layer_norm_epsilon": 2}, "model.norm_eps=2.0: must be above 0 and at most 1"),
         (
             {"scale_attn_by_inverse_layer_idx": True},
             "scale_attn_by_inverse_layer_idx=True: must be False",
@@ -484,12 +495,15 @@ def test_unsupported_folders_are_refused_with_the_reason(tmp_path, change, messa
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"use_parallel_residual": True}, "use_parallel_residual=True: must be False"),
-        ({"rotary_pct": 0.25}, r"rotary_pct=0\.25: must be 1\.0"),
-        ({"rotary_emb_base": 500}, "rotary_emb_base=500: must be 10000"),
-        ({"rope_parameters": {"rope_theta": 500.0}}, r"rotary_emb_base=500\.0: must be 10000"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type='linear': must be 'def"),
-        ({"intermediate_size": 64}, "intermediate_size=64: must be 128"),
+        ({"use_parallel_residual": 1}, "use_parallel_residual=1: must be true or false"),
+        ({"rotary_pct": 0.1}, r"factor=0\.1: rotates 0 of the 8 channels of a head"),
+        ({"rotary_pct": 0.4}, r"factor=0\.4: rotates 3 of the 8 channels of a head, .* try 0\.5$"),
+        ({"rope_parameters": {"rope_theta": "big"}}, "rotary_emb_base='big': must be a number"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0}},
+            "rope_scaling has rope_type='linear'",
+        ),
+        ({"intermediate_size": 64}, r"has shape \(128, 32\), config\.json says \(64, 32\)"),
         ({"hidden_act": "relu"}, "hidden_act='relu': must be one of"),
         ({"hidden_dropout": 0.3}, "hidden_dropout and attention_dropout are .*: must be one rate"),
         ({"num_hidden_layers": 3}, r"missing \['gpt_neox\.layers\.2.*unexpected \[\]$"),

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.advice import advises
 
+from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import ModelOptions
 from fedgpt.model.build import freeze
 from fedgpt.model.gpt import GPT
@@ -74,6 +76,14 @@ def test_counted_parameters_of_variants_are_those_of_the_module(change):
             "model.n_embd=132: model.positions=rotary needs a multiple of 2 * model.n_head=8;"
             " try 128 or 136",
         ),
+        ({"n_kv_head": 3}, "model.n_kv_head=3: must be a divisor of model.n_head=4, so that each"),
+        ({"n_kv_head": 8}, "model.n_kv_head=8: must be a divisor of model.n_head=4, so that each"),
+        ({"n_kv_head": 0}, "model.n_kv_head=0: must be at least 1"),
+        ({"head_dim": 0}, "model.head_dim=0: must be at least 1"),
+        ({"n_inner": 0}, "model.n_inner=0: must be at least 1"),
+        ({"norm_eps": 0.0}, "model.norm_eps=0.0: must be above 0 and at most 1"),
+        ({"rope_theta": 0.5}, "model.rope_theta=0.5: must be at least 1"),
+        ({"mlp": "silu"}, "model.mlp=silu: must be gelu or swiglu"),
         ({"n_layer": 0}, "model.n_layer=0: must be at least 1"),
         ({"dropout": 1.0}, "model.dropout=1.0: must be from 0 to below 1"),
         (
@@ -88,6 +98,47 @@ def test_problems_name_the_option_as_typed(change, message):
     assert problems[0].startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("change", "message", "remedy"),
+    [
+        (
+            {"partial_rotary_factor": 0.1},
+            "model.partial_rotary_factor=0.1: rotates 3 of the 32 channels of a head, but they",
+            {"partial_rotary_factor": 0.125},
+        ),
+        (
+            {"partial_rotary_factor": 0.0},
+            "model.partial_rotary_factor=0.0: rotates 0 of the 32 channels of a head, but they",
+            {"partial_rotary_factor": 0.0625},
+        ),
+        (
+            {"head_dim": 7},
+            "model.head_dim=7: model.positions=rotary needs an even number; try 8",
+            {"head_dim": 8},
+        ),
+    ],
+)
+def test_heads_of_rotary_positions_need_pairs_of_channels(change, message, remedy):
+    options = replace(ModelOptions(positions="rotary"), **change)
+    (problem,) = options.problems()
+    assert problem.startswith(message)
+    advises(problem, f"try {next(iter(remedy.values()))}")
+    assert not list(replace(options, **remedy).problems())
+    assert not list(replace(options, positions="learned").problems())
+
+
+def test_a_vocabulary_smaller_than_the_tokenizer_is_refused():
+    with pytest.raises(ConfigError) as caught:
+        GPT(ModelOptions(n_layer=1, vocab_size=10), 11)
+    advises(
+        caught.value,
+        "model.vocab_size=10: the tokenizer has 11 tokens; set model.vocab_size=11 or larger, or"
+        " leave it out",
+    )
+    for rows, found in ((11, 11), (64, 64), (None, 11)):
+        assert GPT(ModelOptions(n_layer=1, vocab_size=rows), 11).vocab_size == found
+
+
 def test_all_problems_are_reported_at_once():
     wrong = ModelOptions(n_layer=0, n_embd=130, gelu="x", positions="y", block_size=-1)
     assert len(list(wrong.problems())) == 5
@@ -100,13 +151,25 @@ def test_importing_shape_does_not_import_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+FAMILIES = [
+    {"norm": "rmsnorm", "mlp": "swiglu", "n_kv_head": 1, "n_inner": 24, "bias": False},
+    {"mlp": "swiglu", "head_dim": 6, "mlp_bias": False, "vocab_size": 13},
+    {"parallel_residual": True, "partial_rotary_factor": 0.5, "qkv_bias": False},
+]
+
+
 @pytest.mark.parametrize(
-    "change", [{}, {"tie": False}, {"bias": False}, {"norm": "rmsnorm"}, {"positions": "rotary"}]
+    "change",
+    [
+        *({}, {"tie": False}, {"bias": False}, {"norm": "rmsnorm"}, {"positions": "rotary"}),
+        *FAMILIES,
+    ],
 )
 def test_names_and_shapes_are_those_of_the_module(change):
     options = replace(ModelOptions(n_layer=2, n_head=2, n_embd=16, block_size=8), **change)
     module = GPT(options, 11).named_parameters(remove_duplicate=False)
-    assert parameter_shapes(options, 11) == {name: tuple(p.shape) for name, p in module}
+    shapes = {name: tuple(p.shape) for name, p in module}
+    assert list(parameter_shapes(options, 11).items()) == list(shapes.items())
 
 
 @pytest.mark.parametrize(
@@ -159,6 +222,8 @@ def test_counted_trainable_parameters_are_those_of_the_module(patterns, tie):
         {"dropout": 0.1},
         {"positions": "learned"},
         {"trainable": ["*head*"]},
+        {"mlp": "swiglu", "norm": "rmsnorm", "n_kv_head": 2, "n_inner": 88, "bias": False},
+        {"head_dim": 16, "vocab_size": 300},
     ],
     ids=str,
 )

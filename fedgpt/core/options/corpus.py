@@ -85,8 +85,8 @@ class CorpusOptions(Group):
     )
     public: float = option(
         0.08,
-        "Share of the text, counted in bytes, that is not private. It trains the tokenizer, and"
-        " no client trains on it.",
+        "Share of the text, counted in bytes, that is not private. It trains"
+        " tokenizer=bpe, and no client trains on it.",
         allowed=share("a share of the bytes"),
     )
     held_out: float = option(

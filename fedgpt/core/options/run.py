@@ -71,8 +71,8 @@ class RunOptions(Group):
     )
     init_from: str | None = option(
         None,
-        "Folder of a finished run, or of a Hugging Face model (GPT-2, GPT-NeoX), whose weights the"
-        " run starts from. null means random weights.",
+        "Folder of a finished run, or of a Hugging Face model (GPT-2, GPT-NeoX, Llama or Qwen2),"
+        " whose weights the run starts from. null means random weights.",
         allowed=FOLDER,
     )
     resume: str | None = option(

@@ -14,7 +14,7 @@ class TokenizerOptions(Group):
 
     group = "tokenizer"
 
-    name: str = choice("bpe", "bytes")
+    name: str = choice("bpe", "bytes", "hf")
     vocab_size: int = option(
         4096,
         "Size of the vocabulary, without the end-of-text token: the 256 bytes and the merges"
@@ -23,11 +23,22 @@ class TokenizerOptions(Group):
         allowed=at_most(1_000_000),
         only_with=("bpe",),
     )
+    path: str | None = option(
+        None,
+        "Folder of a Hugging Face tokenizer, a byte-level BPE, or of a finished run; or a GGUF"
+        " file. It is taken as it is, and the public part trains none. model=hf sets it.",
+        only_with=("hf",),
+    )
 
     def rules(self) -> Iterator[str]:
-        """Every byte needs an entry of the vocabulary."""
+        """Every byte needs an entry of the vocabulary, and a folder must be named."""
         if self.name == "bpe" and self.vocab_size < 256:
             yield (
                 f"tokenizer.vocab_size={self.vocab_size}: bpe needs 256 entries for the bytes; use"
                 " 256 or more"
+            )
+        if self.name == "hf" and self.path is None:
+            yield (
+                "tokenizer.path is not set: tokenizer=hf needs the folder of a Hugging Face"
+                " tokenizer; set tokenizer.path=FOLDER"
             )
