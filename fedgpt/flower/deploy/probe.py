@@ -132,7 +132,8 @@ def _request(tls: ssl.SSLSocket, to: tuple[str, int], certificate: x509.Certific
     connection.sock = tls
     connection.request("POST", PATH, b"", CONTENT)
     # what http.client reads itself has no limit: a chunk of the length -1, headers without an end
-    with http.client.HTTPResponse(_Limited(tls), method="POST") as response:  # type: ignore[arg-type]
+    limited = _Limited(tls)
+    with http.client.HTTPResponse(limited, method="POST") as response:  # type: ignore[arg-type]
         response.begin()
         body = response.read(MOST_HEAD).decode("utf-8", "replace")
         date = time_of(response.headers.get("date"))
