@@ -234,7 +234,7 @@ def from_yaml(text: str, reading: bool = False) -> RunOptions:
     if not reading:
         return to_options(cfg)
     options = _typed(cfg)
-    if problems := list(options.problems()) or trainable_problems(options.model):
+    if problems := list(options.problems()) or list(trainable_problems(options.model)):
         raise ConfigError(problems)
     return options
 

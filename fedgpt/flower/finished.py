@@ -22,6 +22,7 @@ from fedgpt.client.site import Site
 from fedgpt.client.state import safe_name
 from fedgpt.core.errors import FedGPTError, amount
 from fedgpt.core.files import PRIVATE, sync
+from fedgpt.core.lines import one_line
 from fedgpt.flower.grid_transport import STOP_FILE
 from fedgpt.flower.mailbox import mailbox_of
 from fedgpt.flower.messages import MOST_REASON, values_of
@@ -124,5 +125,5 @@ def keep(message: Message, site: Site, name: str) -> RecordDict:
             if folder.exists():  # of another client, or of a server that sent it and was killed
                 folder.rename(Path(temporary) / "old")
             made.rename(folder)
-    log.warning("the run %s has ended; its model is in %s", name, folder)
+    log.warning("the run %s has ended; its model is in %s", one_line(name, MOST_REASON), folder)
     return RecordDict()

@@ -30,7 +30,7 @@ from fedgpt.flower.messages import (
     refused_for,
     unreadable,
 )
-from fedgpt.flower.nodes import Admission, Nodes, one_line
+from fedgpt.flower.nodes import Admission, Nodes, told
 from fedgpt.flower.push import push
 
 # bytes of the longest valid reply, as a multiple of the model's in fp32: no codec makes it larger
@@ -136,7 +136,7 @@ class GridTransport:
                 why = f"; {amount(silent, 'node')} did not say which client it is" if silent else ""
                 if getting := self._nodes.getting:
                     why += f"; {amount(getting, 'client')} did not have the base weights yet"
-                why += "".join(f"; left out: {one_line(error)}" for error in left_out)
+                why += "".join(f"; left out: {told(error)}" for error in left_out)
                 raise StoppedEarly(
                     f"{self._nodes.count} of {self._nodes.expected} clients connected within"
                     f" {timeout:.0f} s{why}"

@@ -17,6 +17,7 @@ from flwr.common.constant import ErrorCode, SType
 
 from fedgpt.client.policy import PolicyRefused
 from fedgpt.core.errors import ConfigError, FedGPTError, PartMissing, TextChanged, UpdateRejected
+from fedgpt.core.lines import one_line
 from fedgpt.core.messages import BaseInfo, ClientInfo, Job, Reply, plan_as_json, plan_of_json
 from fedgpt.flower.pool.shared_memory import NdArray, array_record
 from fedgpt.update.codecs.bf16 import BF16
@@ -25,6 +26,7 @@ from fedgpt.update.npy import read_npy
 
 ARRAY = "flat"  # the one array of an ArrayRecord
 MOST_REASON = 500  # largest length of a client's exception in logs and messages, in characters
+MOST_PROBLEMS, MOST_VERSION = 20, 60  # of a client's refusal; characters of a version
 # seconds after which a site that refuses is asked again, at the earliest and at the latest
 LEAST_REFUSED, MOST_REFUSED = 60.0, 12 * 3600.0
 PROTOCOL = 2  # version of the messages in this file: raise it when their meaning changes
@@ -95,7 +97,9 @@ def read_reply(message: Message, client: str, number: int) -> Reply:
 def unreadable(client: str, number: int, error: Exception) -> Reply:
     """The failure for a reply whose reading raised `error`."""
     if isinstance(error, UpdateRejected):
-        return Reply(client, number, error=error.detail or error.code, code=error.code)
+        return Reply(
+            client, number, error=one_line(error.detail or error.code, MOST_REASON), code=error.code
+        )
     return Reply(
         client, number, error=f"unreadable reply ({type(error).__name__})", code="bad_encoding"
     )
@@ -132,8 +136,7 @@ def refused_for(message: Message) -> float | None:
 
 def reason_of(message: Message) -> str:
     """The reason of an error for a log: the client chooses it, so it is cut to one line."""
-    reason = str(message.error.reason)[:MOST_REASON]
-    return "".join(letter if letter.isprintable() else " " for letter in reason)
+    return one_line(str(message.error.reason), MOST_REASON)
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,7 @@ def read_info(message: Message) -> Introduction:
         problems = content.config_records["refused"]["problems"]
         if not isinstance(problems, list) or not problems:
             raise TypeError("a refusal without problems")
-        raise ConfigError(str(problem)[:MOST_REASON] for problem in problems)
+        raise ConfigError(one_line(str(one), MOST_REASON) for one in problems[:MOST_PROBLEMS])
     who, size = content.config_records["who"], content.metric_records["size"]
     tokens, base = int(str(size["tokens"])), int(str(who.get("base", 0)))
     if tokens < 1 or base < 0:
@@ -227,16 +230,18 @@ def read_info(message: Message) -> Introduction:
         ClientInfo(_short(who["id"]), tokens),
         _short(who["digest"]),
         int(str(who.get("protocol", 0))),
-        {name: _short(told[name]) for name in COMPARED if name in told},
+        {name: one_line(str(told[name]), MOST_VERSION) for name in COMPARED if name in told},
         base,
     )
 
 
 def _short(value: object) -> str:
-    """A text of a client, which may send any; raises ValueError for a very long one."""
+    """A name of a client, which may send any; raises ValueError for a very long one, and for one
+    with line breaks or control codes.
+    """
     text = str(value)
-    if len(text) > MOST_REASON:
-        raise ValueError("a very long text")
+    if len(text) > MOST_REASON or not text.isprintable():
+        raise ValueError("a text that is no name")
     return text
 
 

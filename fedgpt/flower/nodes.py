@@ -27,6 +27,7 @@ from flwr.serverapp import Grid
 
 from fedgpt.core.errors import ConfigError, FedGPTError, amount
 from fedgpt.core.files import read_json
+from fedgpt.core.lines import one_line
 from fedgpt.core.messages import ClientInfo
 from fedgpt.flower.base_delivery import ACTION, BaseDelivery, read_kept
 from fedgpt.flower.mailbox import Arrival, Mailbox
@@ -237,7 +238,7 @@ class Nodes:
             seconds = error.again if isinstance(error, AskLater) else ASK_AGAIN_SECONDS
             self._again[node] = time.monotonic() + seconds
             if str(self.left_out.get(node)) != str(error):
-                log.warning("a node is left out: %s", one_line(error))
+                log.warning("a node is left out: %s", told(error))
             self.left_out[node] = error
         return True
 
@@ -367,9 +368,9 @@ def approved_names() -> dict[int, str]:
     return {int(node): str(name) for node, name in read_json(Path(path)).items()}
 
 
-def one_line(error: FedGPTError) -> str:
+def told(error: FedGPTError) -> str:
     """The error's message, or its problems, for a log."""
-    return "; ".join(error.problems) if isinstance(error, ConfigError) else str(error)
+    return one_line("; ".join(error.problems) if isinstance(error, ConfigError) else str(error))
 
 
 def _read(node: int, reply: Message | Exception, read: Callable[[Message], Read]) -> Read:

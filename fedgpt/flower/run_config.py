@@ -50,7 +50,13 @@ def options_of(run_config: Mapping[str, Any]) -> RunOptions:
     return compose.load(shlex.split(str(run_config.get("overrides", ""))))
 
 
-_of_server = lru_cache(maxsize=2)(options_of_server)  # each message of a run comes with its options
+@lru_cache(maxsize=2)
+def _of_server(text: str) -> RunOptions | tuple[str, ...]:
+    """The options, or what is wrong with them: each message of a run comes with its options."""
+    try:
+        return options_of_server(text)
+    except ConfigError as error:
+        return tuple(error.problems)
 
 
 def options_of_server_run(run_config: Mapping[str, Any]) -> RunOptions:
@@ -65,6 +71,8 @@ def options_of_server_run(run_config: Mapping[str, Any]) -> RunOptions:
             " server or fedgpt submit"
         )
     options = _of_server(text)
+    if isinstance(options, tuple):
+        raise ConfigError(options)
     if not options.corpus.at_sites:
         raise ConfigError(
             f"corpus={options.corpus.name}: the server names the text of this run, and this site"

@@ -6,7 +6,7 @@ Free of torch, so that `fedgpt --help` and the check of a configuration stay fas
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from fnmatch import fnmatchcase
 
 from fedgpt.core.errors import nearest
@@ -98,22 +98,22 @@ def is_trainable(names: Iterable[str], patterns: Sequence[str]) -> bool:
     return not patterns or any(fnmatchcase(name, p) for name in names for p in patterns)
 
 
-def trainable_problems(options: ModelOptions) -> list[str]:
+def trainable_problems(options: ModelOptions) -> Iterator[str]:
     """Yield a message for each pattern that selects no parameter."""
     if not options.trainable:
-        return []
+        return
     names = list(parameter_shapes(options, vocab_size=1))
     # usual patterns: the name of one parameter, or a module's name and `.*`
     known = dict.fromkeys(names)
     for name in names:
         parts = name.split(".")
         known |= dict.fromkeys(f"{'.'.join(parts[:end])}.*" for end in range(1, len(parts)))
-    return [
-        f"model.trainable=[{pattern or repr('')}]: selects no parameter of this model; take"
-        f" names such as {names[0]}, with * for any characters{nearest(pattern, known)}"
-        for pattern in options.trainable
-        if not any(fnmatchcase(name, pattern) for name in names)
-    ]
+    for pattern in options.trainable:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            yield (
+                f"model.trainable=[{pattern or repr('')}]: selects no parameter of this model; take"
+                f" names such as {names[0]}, with * for any characters{nearest(pattern, known)}"
+            )
 
 
 def _norm(name: str, options: ModelOptions) -> dict[str, tuple[int, ...]]:

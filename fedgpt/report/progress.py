@@ -23,6 +23,7 @@ from fedgpt.core.events import (
     UpdateAccepted,
     VersionMade,
 )
+from fedgpt.core.lines import one_line
 from fedgpt.core.options import RunOptions
 from fedgpt.report.scores import in_progress
 
@@ -192,17 +193,6 @@ class ProgressDisplay:
         else:
             first, now, end = self._first_version, version, self.options.rounds
         return max(0, end - now) / max(1, now - first)
-
-
-def one_line(text: str) -> str:
-    """Return `text` without line breaks and control codes.
-
-    A client's error message must not be able to control the server's terminal.
-
-    >>> one_line("no memory\\n  at\\x1b[2J step 3")
-    'no memory at [2J step 3'
-    """
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def rule(options: RunOptions) -> str:

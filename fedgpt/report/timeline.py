@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fedgpt.core.lines import one_line
 from fedgpt.report.figures import BLUE, FAINT, GREY, ORANGE, PALE, save
-from fedgpt.report.progress import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

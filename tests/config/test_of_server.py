@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.advice import advises
 
-from fedgpt.config import compose
+from fedgpt.config import compose, of_server
 from fedgpt.config.of_server import PARTS, options_of_server
 from fedgpt.core.errors import ConfigError
 from fedgpt.core.options import OPTIONS
@@ -162,8 +162,18 @@ BOMB = "a: &a [x, x]\n" + "".join(
         ("a: [", "is not YAML"),
         ("!!python/object/apply:os.getcwd []", "is not YAML"),
         (BOMB, "has an alias of YAML"),
-        ("[" * 3000, "is not YAML"),
-        ("x" * (1 << 21), "characters"),
+        ("[" * 3000, "has more than 16 levels"),
+        ("a: " + "[" * 60_000, "has more than 16 levels"),
+        ("\n".join(" " * n + "a:" for n in range(300)), "has more than 16 levels"),
+        ("a: [" + "a," * 30_000 + "]", "has more values than a site reads"),
+        ("".join(f"k{n}: 1\n" for n in range(6000)), "has more values than a site reads"),
+        ("".join(f"- &a{n} x\n" for n in range(5000)), "has more values than a site reads"),
+        ("x" * ((1 << 16) + 1), "has 65,537 characters, and a site reads 65,536"),
+        ("rounds: 1" + ":1" * 30_000 + ".5", "is not YAML"),
+        (
+            "corpus: {name: site}\npace: {begin: 2}\nmodel: {trainable: [[a]]}",
+            "must be patterns of names",
+        ),
         ("corpus: {name: site}\nrounds: 0", "rounds=0: must be at least 1"),
         ("corpus: {name: site}\nmodel: 7", "ModelOptions"),
         ("corpus: {name: [site]}", "corpus"),
@@ -174,6 +184,34 @@ def test_what_cannot_be_read_is_one_message(text, problem):
     with pytest.raises(ConfigError) as refused:
         options_of_server(text)
     assert problem in str(refused.value) and len(str(refused.value)) < 2000
+
+
+def model_of(sent: dict[str, Any], layers: int, patterns: list[str]) -> str:
+    model = {**sent["model"], "n_layer": layers, "trainable": patterns}
+    return yaml.safe_dump({**sent, "model": model})
+
+
+def test_the_name_of_every_parameter_of_a_deep_model_is_read(sent):
+    parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", "ln_1", "ln_2")
+    names = [f"transformer.h.{layer}.{part}.weight" for layer in range(96) for part in parts]
+    assert options_of_server(model_of(sent, 96, names)).model.trainable == names
+
+
+def test_more_patterns_than_can_be_compared_are_refused_before_they_are(sent):
+    many = [f"*ln_f.weight{'*' * n}" for n in range(7)]
+    with pytest.raises(ConfigError, match="7 patterns for 10,000 layers") as refused:
+        options_of_server(model_of(sent, 10_000, many))
+    advises(refused.value, "write fewer, with * for any characters")
+    assert options_of_server(model_of(sent, 10_000, many[:1])).model.trainable == many[:1]
+
+
+def test_a_model_of_any_depth_is_refused_before_its_parameters_are_listed(sent, monkeypatch):
+    """Their list would take as much memory as the server likes."""
+    monkeypatch.setattr(of_server, "trainable_problems", lambda model: pytest.fail("listed"))
+    options = yaml.safe_load(changed(sent, "model.n_layer", 10**8))
+    options["model"]["trainable"] = ["x"]
+    with pytest.raises(ConfigError, match="n_layer=100000000: must be at most"):
+        options_of_server(yaml.safe_dump(options))
 
 
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)

@@ -20,10 +20,11 @@ from fedgpt.client.policy import PolicyRefused
 from fedgpt.client.texts import CommonText
 from fedgpt.client.work import ClientWork
 from fedgpt.config import compose
+from fedgpt.config.of_server import options_of_server
 from fedgpt.core.errors import ConfigError, FedGPTError, ForServer
 from fedgpt.core.messages import Job, Plan
 from fedgpt.core.options import RunOptions
-from fedgpt.flower import client_app
+from fedgpt.flower import client_app, run_config
 from fedgpt.flower.finished import ACTION
 from fedgpt.flower.in_process_grid import InProcessGrid
 from fedgpt.flower.local_grid import FIRST_NODE
@@ -213,6 +214,21 @@ def test_a_site_reads_no_overrides_of_a_server(tmp_path):
     advises(refused.value, "start it with fedgpt server or fedgpt submit")
     sent = run_config_of(compose.load(texts.at_sites()))
     assert options_of_server_run(sent).corpus.at_sites
+
+
+def test_options_are_read_once_for_all_messages_of_a_run_also_wrong_ones(monkeypatch):
+    read: list[str] = []
+
+    def reads(text: str) -> RunOptions:
+        read.append(text)
+        return options_of_server(text)
+
+    monkeypatch.setattr(run_config, "options_of_server", reads)
+    wrong = {"config": "corpus: {name: site}\nrounds: -7"}
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="rounds=-7"):
+            options_of_server_run(wrong)
+    assert len(read) == 1
 
 
 def test_a_site_says_how_much_text_it_has_and_in_a_private_run_less_exactly(tmp_path):

@@ -13,12 +13,16 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MessageTy
 from flwr.common.constant import ErrorCode, SType
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedgpt.core.messages import Job, Plan
+from fedgpt.core.errors import ConfigError
+from fedgpt.core.messages import ClientInfo, Job, Plan
 from fedgpt.flower.messages import (
     MOST_REASON,
+    info_content,
     job_content,
+    read_info,
     read_job,
     read_reply,
+    refusal_content,
     update_content,
     vector_record,
 )
@@ -147,6 +151,24 @@ def test_malformed_replies_are_errors_with_a_documented_code(name):
     reply = read_reply(Message(message, 5, MessageType.TRAIN), "a", 0)
     assert reply.code == code and code in REASONS and reply.payload is None
     assert 0 < len(reply.error) < 200, "the error must fit a line of a log"
+
+
+def test_what_a_client_says_of_itself_cannot_add_lines_to_a_log():
+    hostile = "1.0\n2026-11-28 INFO all is well \x1b[2J" + "x" * 999
+    content = info_content(ClientInfo("ann", 9), "d")
+    content["versions"] = ConfigRecord({"torch": hostile, "fedgpt": "1.0"})
+    told = read_info(Message(content, 5, MessageType.QUERY)).versions
+    assert (
+        told["torch"].startswith("1.0 2026-11-28 INFO all is well [2J") and told["fedgpt"] == "1.0"
+    )
+    assert told["torch"].isprintable() and len(told["torch"]) <= 60
+    with pytest.raises(ConfigError) as refused:
+        read_info(Message(refusal_content([hostile] * 99), 5, MessageType.QUERY))
+    assert len(refused.value.problems) == 20
+    assert all(one.isprintable() and len(one) <= MOST_REASON for one in refused.value.problems)
+    content = info_content(ClientInfo("ann\x1b[2J", 9), "d")
+    with pytest.raises(ValueError, match="no name"):
+        read_info(Message(content, 5, MessageType.QUERY))
 
 
 def test_the_error_of_a_client_is_cut_to_a_maximum_length():

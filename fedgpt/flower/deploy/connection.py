@@ -39,12 +39,10 @@ from flwr.proto.node_pb2 import Node
 from flwr.proto.run_pb2 import GetRunRequest
 from flwr.supercore.inflatable.inflatable_object import InflatableObject
 from flwr.supercore.inflatable.inflatable_utils import ObjectPullError
-from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
-from flwr.supernode.fleet_http_client import FleetHttpClient
-from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedgpt.core.device import free_memory, memory, out_of_memory
+from fedgpt.flower.deploy.answers import fleet_client
 from fedgpt.flower.objects import (
     AT_ONCE,
     CHUNK,
@@ -106,23 +104,12 @@ class FleetConnection:
         self._handed: tuple[Metadata, ObjectTree] | None = None
         self._whole: Message | None = None  # it is read, and the SuperLink may not know that yet
         self._at_once = 1  # objects that are uploaded at the same time
-        self._client = self._new_client(address)
-
-    def _new_client(self, address: str) -> FleetHttpClient:
-        return FleetHttpClient.from_server_address(
-            address,
-            insecure=self._root_certificates is None,
-            root_certificates=self._root_certificates,
-            interceptors=[
-                RuntimeVersionHttpInterceptor(component_name="SuperNode"),
-                NodeAuthHttpInterceptor(self._key, self._key.public_key()),
-            ],
-        )
+        self._client = fleet_client(address, self._key, self._root_certificates)
 
     def move(self, address: str) -> None:
         """Send requests to another address of the same SuperLink from now on."""
         self._client.close()
-        self._client = self._new_client(address)
+        self._client = fleet_client(address, self._key, self._root_certificates)
 
     def activate(self) -> int:
         """Connect; returns the node's id, which belongs to its key."""
@@ -160,7 +147,8 @@ class FleetConnection:
             if not self._whole.has_error():
                 self._confirm(metadata)
         except httpx.HTTPStatusError as error:
-            if not passes(error):
+            # a 401 is for the client or its clock, and not for the message
+            if not passes(error) and error.response.status_code != httpx.codes.UNAUTHORIZED:
                 self._handed = self._whole = None
             raise
         message, self._handed, self._whole = self._whole, None, None

@@ -25,6 +25,7 @@ from fedgpt.client.limits import LEAST_FREE, free_bytes
 from fedgpt.client.policy import Policy
 from fedgpt.client.site import Site
 from fedgpt.core.errors import ConfigError, FedGPTError, amount
+from fedgpt.core.lines import one_line
 from fedgpt.data.corpus import corpus_of
 from fedgpt.flower.deploy import probe
 from fedgpt.flower.deploy.connection import FleetConnection
@@ -221,7 +222,7 @@ def _link(answer: probe.Answer) -> str:
     except (ValueError, KeyError, TypeError):
         detail = ""
     if answer.status in (401, 503) and detail:
-        return f"fedgpt's server answers ({detail.partition(':')[0]})"
+        return f"fedgpt's server answers ({one_line(detail.partition(':')[0], 40)})"
     raise Wrong(
         f"the server answers with status {answer.status}, and not as fedgpt's: another program has"
         " this port, such as a web server; ask the operator for the port"
@@ -231,13 +232,9 @@ def _link(answer: probe.Answer) -> str:
 def _clock(date: datetime | None) -> str:
     if date is None:
         return "the server does not tell its time"
-    behind = (date - datetime.now(UTC)).total_seconds()
+    behind = probe.seconds_behind(date)
     if behind > SLOW or behind < -FAST - 1:  # the header has whole seconds
-        which = "behind" if behind > 0 else "ahead of"
-        raise Wrong(
-            f"this machine's clock is {abs(behind):.0f} s {which} the server's; set it (by NTP), as"
-            " signatures have a time"
-        )
+        raise Wrong(f"{probe.clocks(date)}; set it (by NTP), as signatures have a time")
     return f"differs from the server's by {abs(behind):.0f} s"
 
 

@@ -7,6 +7,10 @@ that is installed here.
     connect -> wait for a message -> answer it -> upload the answer
        ^______________________________________________________|
     server away: the connection is tried again, with a growing pause; each reason is logged once
+
+What ends a client that the server has accepted before is only what no waiting mends: a key that is
+not approved any more, a certificate of another server, or a refusal that this version does not
+know. Clocks that differ and a certificate whose time is over are waited for, as a lost connection.
 """
 
 from __future__ import annotations
@@ -27,7 +31,10 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from fedgpt.client.policy import PolicyRefused
 from fedgpt.core.errors import FedGPTError
+from fedgpt.core.lines import one_line
+from fedgpt.flower.deploy import probe
 from fedgpt.flower.deploy.connection import FleetConnection, Upload, UploadEnded, passes
+from fedgpt.flower.messages import MOST_REASON
 
 App = Callable[[Message, Context], Message]  # such as a ClientApp
 Found = TypeVar("Found")
@@ -36,9 +43,9 @@ SHORTEST, LONGEST = 0.05, 0.5  # pause between two questions for messages: after
 MOST_PAUSE = 20.0  # longest pause between two attempts to connect
 # the server counts a client that was killed as connected for a minute, and refuses its restart
 RESTART_SECONDS = 90.0
-# reasons of the guard for which it is no use to wait: a key that is not approved, a wrong clock
-HOPELESS = (" unknown_key: ", " clock: ")
-TOO_LARGE = httpx.codes.REQUEST_ENTITY_TOO_LARGE
+# reasons of the guard for which it is no use to wait at the start
+UNKNOWN_KEY, CLOCK = " unknown_key: ", " clock: "
+TOO_LARGE, UNAUTHORIZED = httpx.codes.REQUEST_ENTITY_TOO_LARGE, httpx.codes.UNAUTHORIZED
 log = logging.getLogger(__name__)
 
 
@@ -54,6 +61,7 @@ class PersistentNode:
         self._connection, self._app, self._config = connection, app, dict(config)
         # not an Event, whose lock a signal handler may find taken by the code that it interrupts
         self._stopped = False
+        self._accepted = False  # whether the server has accepted this client once
         self._contexts: dict[int, Context] = {}  # of the newest run
         self._told: set[str] = set()  # why the server does not respond, as the log has it
 
@@ -63,6 +71,7 @@ class PersistentNode:
             node = self._activate()
             if node is None:
                 return
+            self._accepted = True
             log.info("connected; waiting for jobs")
             TaskIdentity.node_id, TaskIdentity.task_id = node, 1
             with self._heartbeats():
@@ -91,7 +100,7 @@ class PersistentNode:
             except httpx.HTTPStatusError as error:
                 why = reason_of(error)
                 waits = error.response.status_code == httpx.codes.PRECONDITION_FAILED
-                if not waits or any(reason in why for reason in HOPELESS):
+                if not waits or any(reason in why for reason in (UNKNOWN_KEY, CLOCK)):
                     raise NotAccepted(why) from error
                 if time.monotonic() > deadline:
                     raise NotAccepted(
@@ -112,6 +121,7 @@ class PersistentNode:
                 if error.response.status_code != httpx.codes.FORBIDDEN:  # a key that was revoked
                     raise NotAccepted(reason_of(error)) from error
                 log.warning("a job was not read: %s", reason_of(error))  # its run is over
+                self._pause(LONGEST)
                 continue
             except NotAccepted:
                 raise
@@ -152,9 +162,9 @@ class PersistentNode:
             return self._app(message, context)
         except Exception as error:  # the app has made its message safe to tell
             if isinstance(error, PolicyRefused):
-                log.warning("refused: %s", error)
+                log.warning("refused: %s", one_line(str(error), MOST_REASON))
             elif isinstance(error, FedGPTError):
-                log.warning("a job failed: %s", error)
+                log.warning("a job failed: %s", one_line(str(error), MOST_REASON))
             else:
                 log.exception("a job failed")
             failure = Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, repr(error))
@@ -190,33 +200,41 @@ class PersistentNode:
 
         Raises NotAccepted where it is no use to wait, and HTTPStatusError for a refusal.
         """
-        pause = SHORTEST
+        pause, doubted = SHORTEST, False
         while True:
             try:
                 answer = request()
             except httpx.HTTPStatusError as error:
-                if not passes(error):
+                why = reason_of(error)
+                unknown = self._accepted and error.response.status_code == UNAUTHORIZED
+                if unknown and CLOCK in why:
+                    self._tell(why, CLOCK)  # once, whatever the seconds are
+                elif unknown and UNKNOWN_KEY not in why and not doubted:
+                    # of Flower, to a question that waited there while a clock was set: the next
+                    # answer is the guard's, and has the reason
+                    doubted = True
+                elif passes(error):
+                    self._tell(why)
+                else:
                     raise
-                why = reason_of(error)
             except httpx.TransportError as error:
-                if hopeless(error):
+                if hopeless(error, self._accepted):
                     raise NotAccepted(reason_of(error)) from error
-                why = reason_of(error)
+                self._tell(reason_of(error))
             else:
                 if self._told:
                     log.warning("the server responds again")
                     self._told.clear()
                 return answer
-            self._tell(why)
             if self._pause(pause):
                 return None
             pause = min(MOST_PAUSE, 2 * pause)
 
-    def _tell(self, why: str) -> None:
-        """Log why the server is not reached, once for each reason."""
-        if why not in self._told:
+    def _tell(self, why: str, reason: str = "") -> None:
+        """Log why the server is not reached, once for each reason, or else for each text."""
+        if (reason or why) not in self._told:
             log.warning("%s; trying again", why)
-            self._told.add(why)
+            self._told.add(reason or why)
 
     def _heartbeats(self) -> _Heartbeats:
         return _Heartbeats(self._connection)
@@ -250,12 +268,16 @@ class _Heartbeats:
                 told = True
 
 
-def hopeless(error: httpx.TransportError) -> bool:
-    """Whether waiting cannot mend an error: the server's certificate is not the expected one."""
+def hopeless(error: httpx.TransportError, accepted: bool) -> bool:
+    """Whether waiting cannot mend an error: the server's certificate is not the expected one.
+
+    Where the server has `accepted` the client before, it can be that of a time: it is renewed, or a
+    clock is set.
+    """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ssl.SSLCertVerificationError):
-            return True
+            return not (accepted and cause.verify_code in (probe.NOT_YET, probe.EXPIRED))
         cause = cause.__cause__ or cause.__context__
     return False
 
@@ -263,7 +285,10 @@ def hopeless(error: httpx.TransportError) -> bool:
 def reason_of(error: httpx.HTTPError) -> str:
     """Why a request failed, in one line."""
     if isinstance(error, httpx.HTTPStatusError):
-        told = FlowerError.from_json(error.response.text)
+        # not by its `text`, for which the server names the coding, which may unpack it
+        told = FlowerError.from_json(error.response.content.decode(errors="replace"))
         about = f": {told.message}" if told else ""
-        return f"the server refuses with status {error.response.status_code}{about}"
-    return f"the server does not respond ({error or type(error).__name__})"
+        why = f"the server refuses with status {error.response.status_code}{about}"
+    else:
+        why = f"the server does not respond ({error or type(error).__name__})"
+    return one_line(why, MOST_REASON)

@@ -9,9 +9,11 @@ waiting may mend it.
 from __future__ import annotations
 
 import http.client
+import io
 import os
 import socket
 import ssl
+import time
 from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -22,6 +24,7 @@ from urllib.request import getproxies, proxy_bypass
 from cryptography import x509
 
 from fedgpt.core.errors import FedGPTError
+from fedgpt.core.lines import one_line
 from fedgpt.flower.deploy.kit import Approval
 
 SECONDS = 10.0  # longest wait for each step
@@ -30,13 +33,14 @@ CONTENT = {"content-type": "application/protobuf"}
 # OpenSSL's numbers for why a certificate is refused
 NOT_YET, EXPIRED, NAME, ADDRESS = 9, 10, 62, 64
 MOST_HEAD = 1 << 14  # bytes of a proxy's answer
+MOST_ANSWER = 1 << 16  # bytes of a server's answer
 
 
 class Wrong(FedGPTError):
     """A step that fails."""
 
     def __init__(self, problem: str, passing: bool = False):
-        super().__init__(problem)
+        super().__init__(one_line(problem))  # it may have words of a server that is not trusted
         self.passing = passing
 
 
@@ -119,7 +123,7 @@ def ask(host: str, port: int, approval: Approval) -> Answer:
     except TimeoutError:
         why = f"{host}, port {port}: accepts connections, but does not answer in {SECONDS:.0f} s"
         raise Wrong(why, passing=True) from None
-    except (OSError, http.client.HTTPException) as error:
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise Wrong(_no_tls(host, port, str(error)), passing=True) from None
 
 
@@ -127,13 +131,55 @@ def _request(tls: ssl.SSLSocket, to: tuple[str, int], certificate: x509.Certific
     connection = http.client.HTTPConnection(*to, timeout=SECONDS)
     connection.sock = tls
     connection.request("POST", PATH, b"", CONTENT)
-    response = connection.getresponse()
-    body = response.read(MOST_HEAD).decode("utf-8", "replace")
-    try:
-        date = parsedate_to_datetime(response.headers.get("date", ""))
-    except ValueError:
-        date = None
+    # what http.client reads itself has no limit: a chunk of the length -1, headers without an end
+    limited = _Limited(tls)
+    with http.client.HTTPResponse(limited, method="POST") as response:  # type: ignore[arg-type]
+        response.begin()
+        body = response.read(MOST_HEAD).decode("utf-8", "replace")
+        date = time_of(response.headers.get("date"))
     return Answer(response.status, body, date, certificate)
+
+
+class _Limited(io.RawIOBase):
+    """What a socket receives, up to MOST_ANSWER bytes and for some seconds; raises Wrong then."""
+
+    def __init__(self, tls: ssl.SSLSocket):
+        self._tls, self._left, self._end = tls, MOST_ANSWER, time.monotonic() + 3 * SECONDS
+
+    def makefile(self, mode: str) -> io.BufferedReader:
+        """As the one method of a socket that HTTPResponse calls."""
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
+        if not self._left or time.monotonic() > self._end:
+            raise Wrong("the server's answer has no end; ask the operator for the port")
+        count = self._tls.recv_into(buffer, min(len(buffer), self._left))
+        self._left -= count
+        return count
+
+
+def time_of(header: str | None) -> datetime | None:
+    """The time in a Date header; None if there is none."""
+    try:
+        found = parsedate_to_datetime(header or "")
+    except (ValueError, TypeError, OverflowError):
+        return None
+    return found if found.tzinfo is not None else None
+
+
+def seconds_behind(date: datetime) -> float:
+    """Seconds by which this machine's clock is behind that of a server."""
+    return (date - datetime.now(UTC)).total_seconds()
+
+
+def clocks(date: datetime) -> str:
+    """How far this machine's clock and that of a server are apart."""
+    behind = seconds_behind(date)
+    which = "behind" if behind > 0 else "ahead of"
+    return f"this machine's clock is {abs(behind):.0f} s {which} the server's"
 
 
 def _why_refused(

@@ -21,6 +21,7 @@ from fedgpt.client.limits import limit_process
 from fedgpt.client.policy import Policy
 from fedgpt.client.site import Site
 from fedgpt.core.errors import ConfigError, FedGPTError
+from fedgpt.core.lines import one_line
 from fedgpt.flower.deploy.doctor import Doctor, Finding, KitConnection
 from fedgpt.flower.deploy.kit import Kit
 from fedgpt.flower.deploy.node import App, PersistentNode
@@ -28,6 +29,7 @@ from fedgpt.flower.deploy.site_app import site_app
 from fedgpt.flower.run_config import options_of_server_run
 
 INTERRUPTED = 130
+LONGEST = 200  # characters of a server's text in a line of the log
 log = logging.getLogger(__name__)
 
 
@@ -104,7 +106,7 @@ class JobLog:
 
 def _run_name(context: Context) -> str:
     try:
-        return f"run {options_of_server_run(context.run_config).name}"
+        return f"run {one_line(options_of_server_run(context.run_config).name, LONGEST)}"
     except FedGPTError:  # which the app reports
         return "a run whose options cannot be read"
 
@@ -113,7 +115,8 @@ def _job(message: Message) -> str:
     record = message.content["job"]  # by name: `config_records` would keep the model in memory
     assert isinstance(record, ConfigRecord), "the app has read it"
     about = json.loads(str(record["json"]))
-    return f"job {about['task']}, version {about['version']}, {about['plan']['steps']} steps"
+    job = f"job {about['task']}, version {about['version']}, {about['plan']['steps']} steps"
+    return one_line(job, LONGEST)
 
 
 def _log(finding: Finding) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import ssl
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -170,6 +171,28 @@ def test_a_certificate_for_another_name_is_told_with_the_names_that_it_has(tmp_p
         finding = wrong(server, "TLS")
     assert "is for fed.example.org, localhost, 127.0.0.1, and not for 127.0.0.2" in finding.problem
     advises(finding.problem, "ask the operator to add 127.0.0.2 to server.json and to renew")
+
+
+def test_an_answer_of_a_server_without_an_end_is_told_and_not_read(server):
+    """A chunk of the length -1 is read to its end by http.client."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*server.files)
+
+    def serve(one: socket.socket) -> None:
+        with context.wrap_socket(one, server_side=True) as tls:
+            tls.recv(1 << 16)
+            tls.sendall(b"HTTP/1.1 401 No\r\ntransfer-encoding: chunked\r\n\r\n-1\r\n")
+            while True:
+                tls.sendall(b"x" * 9999)
+
+    with raw_server(server.port, serve):
+        finding = wrong(server, "TLS")
+    advises(finding.problem, "the server's answer has no end; ask the operator for the port")
+
+
+@pytest.mark.parametrize("date", ["Mon, 01 Jan 2024 00:00:00 -0000", "soon", "", None])
+def test_a_date_that_is_none_is_not_compared(date):
+    assert probe.time_of(date) is None
 
 
 CLOCK_REMEDIES = {

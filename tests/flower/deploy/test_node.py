@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import resource
@@ -19,18 +20,22 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
+from flwr.app.message import remove_content_from_message
 from flwr.clientapp import ClientApp
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.proto.message_pb2 import PullObjectResponse
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects, get_object_tree
 from flwr.supercore.task_identity import TaskIdentity
 from support.advice import advises
+from support.site_server import SiteServer
 from support.superlink import LiveSuperLink, in_thread, next_message, persistent_node
 
 from fedgpt.flower.deploy import connection as connection_module
 from fedgpt.flower.deploy import node as node_module
 from fedgpt.flower.deploy.connection import FleetConnection
+from fedgpt.flower.deploy.doctor import KitConnection
 from fedgpt.flower.deploy.guard import FLEET, App, Guard
+from fedgpt.flower.deploy.kit import read_kit
 from fedgpt.flower.deploy.limits import Record
 from fedgpt.flower.deploy.node import NotAccepted, PersistentNode, _Heartbeats
 from fedgpt.flower.fetch import Fetcher
@@ -90,7 +95,8 @@ def announced(
     message = Message(content, server.node, "train")
     message.metadata.__dict__["_message_id"] = message.object_id
     session = link.state.start_session(link.run_id)
-    link.state.store_message_and_object_tree(message, get_object_tree(message), session)
+    about = remove_content_from_message(message)  # as a grid sends it
+    link.state.store_message_and_object_tree(about, get_object_tree(message), session)
 
     def send() -> None:
         for key, one in get_all_nested_objects(message).items():
@@ -282,6 +288,103 @@ def test_a_client_whose_key_is_revoked_while_it_waits_says_so(link, key):
         assert process.wait(timeout=60) == 1
         log = process.stderr.read()
     assert "NotAccepted: the server refuses with status 401" in log
+
+
+def refusing(app: App, while_true: Callable[[], bool], status: int, detail: str) -> App:
+    """The application, but it refuses as long as a condition holds."""
+    body = json.dumps({"code": status, "detail": detail}).encode()
+
+    async def front(scope, receive, send) -> None:
+        if not while_true():
+            return await app(scope, receive, send)
+        await send({"type": "http.response.start", "status": status, "headers": []})
+        await send({"type": "http.response.body", "body": body})
+
+    return front
+
+
+CLOCK = "clock: the node's clock differs from the server's by -3600 s; set its time"
+
+
+def test_a_clock_that_is_set_does_not_end_a_client(link, key, server):
+    """It says once how far the clocks are apart, as the server has it."""
+    wrong = threading.Event()
+    link.put_in_front(lambda app: refusing(app, wrong.is_set, 401, CLOCK))
+    with persistent_node(link, key, "echo", {"index": 3}) as process:
+        server.wait_until(online=True)
+        wrong.set()
+        time.sleep(2.0)
+        assert process.poll() is None
+        wrong.clear()
+        server.ask(number=3)
+        assert server.answer().content["about"]["number"] == 3
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+        log = process.stderr.read()
+    (told,) = [one for one in log.splitlines() if one.endswith("; trying again")]
+    assert f"the server refuses with status 401: {CLOCK}" in told
+    assert log.count("the server responds again") == 1
+
+
+def test_a_clock_that_is_wrong_at_the_start_is_an_error_at_once(link, key):
+    link.registered(key)
+    link.put_in_front(lambda app: refusing(app, lambda: True, 412, CLOCK))
+    node = PersistentNode(FleetConnection(link.address, key, None), ClientApp(), {})
+    with pytest.raises(NotAccepted, match="clock differs from the server's by -3600 s"):
+        node.run()
+
+
+@pytest.mark.parametrize("what", REPEATED)
+def test_a_refusal_without_a_reason_is_doubted_once(link, key, server, what):
+    """As Flower's for a question that waited there while the clock of the server was set."""
+    failed: list[str] = []
+    link.put_in_front(lambda app: failing_once(app, 401, failed, (what,)))
+    with persistent_node(link, key, "echo", {"index": 4}) as process:
+        server.wait_until(online=True)
+        for number in range(2):
+            server.ask(number=number)
+            assert server.answer().content["about"]["number"] == number
+        assert failed == [what]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=20) == 0
+
+
+def test_a_certificate_that_has_ended_is_waited_for_and_one_of_another_server_is_not(
+    tmp_path, monkeypatch, caplog
+):
+    monkeypatch.setattr(node_module, "MOST_PAUSE", 0.2)
+    server = SiteServer(tmp_path)
+    node = PersistentNode(KitConnection(read_kit(server.kit), "127.0.0.1"), ClientApp(), {})
+    ended: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            node.run()
+        except NotAccepted as error:
+            ended.append(error)
+
+    caplog.set_level(logging.INFO)
+    with server.listening():
+        running, deadline = in_thread(run), time.monotonic() + 60
+        while "connected; waiting for jobs" not in caplog.text:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    server.certify(days=-400)
+    with server.listening():
+        while "certificate has expired" not in caplog.text:
+            assert running.is_alive() and time.monotonic() < deadline, ended
+            time.sleep(0.05)
+    server.certify()
+    with server.listening():
+        while "the server responds again" not in caplog.text:
+            assert running.is_alive() and time.monotonic() < deadline, ended
+            time.sleep(0.05)
+    other = SiteServer(tmp_path / "other")
+    for name in ("server.pem", "server.key"):
+        (server.folder / name).write_bytes((other.folder / name).read_bytes())
+    with server.listening():
+        running.join(timeout=60)
+    assert len(ended) == 1 and "certificate verify failed" in str(ended[0])
 
 
 def test_a_client_that_was_killed_is_accepted_again(link, key, server, monkeypatch):
