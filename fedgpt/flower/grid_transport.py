@@ -115,7 +115,7 @@ class GridTransport:
         left for good. Raises StoppedEarly if they do not connect in time, and FedGPTError or
         ConfigError as soon as there are enough nodes and none of them can take part.
         """
-        began, told = self.now(), ""
+        began, said = self.now(), ""
         deadline = began + timeout
         while True:
             self._nodes.look()
@@ -125,8 +125,8 @@ class GridTransport:
             fewer = self._own_text and waited > FEWER_SECONDS
             if (clients := self._nodes.begin(fewer)) is not None:
                 return clients
-            if waited > PATIENCE and (waits := self._nodes.waits) != told:
-                told = waits
+            if waited > PATIENCE and (waits := self._nodes.waits) != said:
+                said = waits
                 log.warning("waiting for %s", waits)
             left_out = list(self._nodes.left_out.values())
             if self._nodes.refused:

@@ -238,7 +238,8 @@ class Nodes:
             seconds = error.again if isinstance(error, AskLater) else ASK_AGAIN_SECONDS
             self._again[node] = time.monotonic() + seconds
             if str(self.left_out.get(node)) != str(error):
-                log.warning("a node is left out: %s", told(error))
+                site = approved_names().get(node)
+                log.warning("%s is left out: %s", f"site {site}" if site else "a node", told(error))
             self.left_out[node] = error
         return True
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -17,6 +18,7 @@ from fedgpt.client.site import Site
 from fedgpt.client.texts import SiteText
 from fedgpt.client.work import ClientWork
 from fedgpt.core.errors import ConfigError
+from fedgpt.core.lines import one_line
 from fedgpt.core.messages import BaseInfo, BasePiece, ClientInfo
 from fedgpt.core.options import RunOptions
 from fedgpt.flower import base_delivery, finished
@@ -29,6 +31,8 @@ from fedgpt.flower.messages import (
 )
 from fedgpt.flower.reported import reported
 from fedgpt.flower.run_config import options_of_server_run
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,7 @@ def site_app(site: Site, policy: Policy) -> ClientApp:
         try:
             run = work_of(context)
         except ConfigError as error:  # it has only what the server has sent
+            log.warning("refused: %s", one_line("; ".join(error.problems)))
             return Message(refusal_content(error.problems), reply_to=message)
         policy.refuse_run(run.options, datetime.now())
         refuse_without_room(site)
