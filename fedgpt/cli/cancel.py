@@ -29,9 +29,9 @@ def main(arguments: list[str]) -> int:
     queue.cancel(folder, run)
     audit.note(folder, "cancel", run=number, name=run.name)
     # a complete one may still be handing its model to the sites
-    stops = "stops with a checkpoint, unless it is complete already"
+    stops = "stops, with a checkpoint if it has begun, unless it is complete already"
     ends = stops if is_served(folder) else "is not continued"
-    print(f"{run.name} (run {number}) {'is not begun' if run.waits else ends}")
+    print(f"{run.name} (run {number}) {'will not begin' if run.waits else ends}")
     return 0
 
 

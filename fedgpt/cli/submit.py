@@ -15,12 +15,17 @@ def main(arguments: list[str]) -> int:
     chosen = parser().parse_intermixed_args(arguments)
 
     from fedgpt.cli.words import server_run
+    from fedgpt.config.compose import to_yaml
     from fedgpt.flower.deploy import audit, queue
     from fedgpt.flower.deploy.folder import checked_folder
     from fedgpt.flower.deploy.supervise import is_served
 
     folder = checked_folder(chosen.folder).absolute()
-    run = queue.add(folder, server_run(chosen.options, chosen.config_dir, folder))
+    wish = server_run(chosen.options, chosen.config_dir, folder)
+    if chosen.print:
+        print(to_yaml(wish.options), end="")
+        return 0
+    run = queue.add(folder, wish)
     audit.note(folder, "submit", run=run.number, name=run.name)
     print(f"run {run.number}", flush=True)
     if not is_served(folder):
@@ -44,6 +49,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument(
         "--wait", action="store_true", help="print its progress, and return its exit code"
     )
+    one.add_argument("--print", action="store_true", help="print its options, and queue nothing")
     one.add_argument("--config-dir", metavar="FOLDER", help="choices of your own, as in fedgpt run")
     return one
 

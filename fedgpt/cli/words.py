@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from fedgpt.core.errors import ConfigError, nearest
 
 if TYPE_CHECKING:
+    from fedgpt.core.options import RunOptions
     from fedgpt.flower.deploy.queue import Wish
 
 OF_RUNTIMES = ("runtime", "runtime.name", "runtime._target_", "runtime.workers")
@@ -121,11 +123,31 @@ def server_run(words: Sequence[str], config_dir: str | None, folder: Path) -> Wi
     for word in words:
         if word.lstrip("+~").partition("=")[0] in OF_RUNTIMES:
             raise ConfigError(f"{word}: the clients of a server are its sites; leave it out")
-    if any(word.startswith("run_dir=") for word in words):
-        options = compose.load(words, config_dir)
+    named = any(word.startswith("run_dir=") for word in words)
+    if not named:
+        begin = f"run_dir={folder}/runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"
+        words = [*words, f"{begin}-${{name}}"]
+    options = compose.load(words, config_dir)
+    if named:
         with continued_at(folder):
             compose.refuse_another_run(options)
-        return Wish(options, dated=False, resumed=False)
-    begin = f"run_dir={folder}/runs/{datetime.now():%Y-%m-%d_%H-%M-%S}"
-    options = compose.load([*words, f"{begin}-${{name}}"], config_dir)
-    return Wish(options, dated=True, resumed=False)
+    _check_text(options)
+    return Wish(options, dated=not named, resumed=False)
+
+
+def _check_text(options: RunOptions) -> None:
+    """Raise ConfigError if the server's own text is not there; says for whom another corpus is."""
+    from fedgpt.data.corpora.site import Site
+    from fedgpt.data.corpus import corpus_of
+
+    if not options.corpus.at_sites:
+        print(
+            f"fedgpt: corpus={options.corpus.name}: a site of fedgpt client has its own text and"
+            " takes corpus=site alone; this run is for Flower's own clients",
+            file=sys.stderr,
+        )
+        return
+    corpus = corpus_of(options.corpus)
+    assert isinstance(corpus, Site), "the class of corpus=site"
+    for folder in corpus.folders:
+        folder.files()

@@ -18,7 +18,7 @@ from support.link import free_port
 from support.metrics_text import parsed
 
 from fedgpt import cli
-from fedgpt.config.compose import load, to_yaml
+from fedgpt.config.compose import from_yaml, load, to_yaml
 from fedgpt.flower.deploy import folder as server_folder
 from fedgpt.flower.deploy import queue
 from fedgpt.flower.deploy.link_process import LinkProcess
@@ -110,6 +110,34 @@ def test_print_shows_what_would_be_started_and_starts_nothing(folder, typed):
     assert "http://127.0.0.1:9444/health" in out and f"3 versions in {folder}/runs/" in out
 
 
+def test_submit_prints_the_options_of_a_run_and_queues_nothing(folder, typed):
+    before = sorted(folder.rglob("*"))
+    code, out, _ = typed("submit", folder, "rounds=3", "--print")
+    assert code == 0 and from_yaml(out).rounds == 3 and sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("command", ["server", "submit"])
+def test_text_of_the_server_that_is_missing_is_told_at_once(folder, typed, tmp_path, command):
+    (tmp_path / "public").mkdir()
+    (tmp_path / "public" / "one.txt").write_text("The public text.\n")
+    words = ["corpus=site", f"corpus.public_path={tmp_path}/public", "pace.begin=1"]
+    words.append(f"corpus.held_out_path={tmp_path}/nowhere")
+    code, out, err = typed(command, folder, *words)
+    assert (code, out) == (2, "") and f"corpus.held_out_path={tmp_path}/nowhere: " in err
+    assert not (folder / "queue").exists()
+
+
+def test_a_run_that_no_site_would_take_is_told(folder, typed, tmp_path):
+    said = (
+        "fedgpt: corpus=sotu: a site of fedgpt client has its own text and takes corpus=site alone"
+    )
+    assert said in typed("server", folder, "rounds=3", "--print")[2]
+    own = [f"corpus.{part}_path={tmp_path}" for part in ("public", "held_out")]
+    (tmp_path / "one.txt").write_text("Some text.\n")
+    found = typed("server", folder, "corpus=site", *own, "pace.begin=1", "--print")
+    assert found[0] == 0 and "takes corpus=site alone" not in found[2]
+
+
 def test_a_run_may_be_queued_without_a_server_which_is_said(folder, typed):
     for number in (1, 2):
         code, out, err = typed("submit", folder, *SMALL)
@@ -138,7 +166,7 @@ def test_a_run_of_the_queue_is_cancelled_without_a_server(folder, typed):
     """The next server does not begin it."""
     for name in ("first", "second"):
         typed("submit", folder, *SMALL, f"name={name}")
-    assert typed("cancel", folder, 2) == (0, "second (run 2) is not begun\n", "")
+    assert typed("cancel", folder, 2) == (0, "second (run 2) will not begin\n", "")
     first, second = (line for line in typed("status", folder)[1].splitlines() if "queue" in line)
     assert "(is cancelled)" in second and "cancelled" not in first
     assert json.loads(typed("status", folder, "--json")[1])["cancelled"] == [2]
@@ -158,8 +186,11 @@ def test_what_is_said_of_a_run_under_way_holds_for_one_that_hands_over_its_model
     run.started = run.submitted
     queue.write(folder, run)
     with serving(folder, LinkProcess(folder)):
-        told = "first (run 1) stops with a checkpoint, unless it is complete already\n"
-        assert typed("cancel", folder) == (0, told, "")
+        code, out, err = typed("cancel", folder)
+        assert (code, err) == (0, "")
+        assert out.startswith(
+            "first (run 1) stops, with a checkpoint if it has begun, unless it is"
+        )
 
 
 def test_what_cannot_be_cancelled_is_refused(folder, typed):

@@ -200,13 +200,15 @@ def test_a_run_that_is_cancelled_makes_place_for_the_next_and_can_be_continued(s
         queued = served.fedgpt("submit", str(served.folder), *words, f"name={name}")
         assert queued.returncode == 0, queued.stderr
     later = served.fedgpt("cancel", str(served.folder), "3")
-    assert later.stdout == "three (run 3) is not begun\n", later.stderr
+    assert later.stdout == "three (run 3) will not begin\n", later.stderr
     with served.sites(), served.server() as server:
         wait_until(lambda: served.status()["running"] is not None, LONG)
         folder = Path(served.status()["running"]["run_dir"])
         reached(folder, 2)
         done = served.fedgpt("cancel", str(served.folder))
-        told = "one (run 1) stops with a checkpoint, unless it is complete already\n"
+        told = (
+            "one (run 1) stops, with a checkpoint if it has begun, unless it is complete already\n"
+        )
         assert done.stdout == told, done.stderr
         wait_until(lambda: len(served.status()["ended"]) == 3, LONG)
         first, second, third = served.status()["ended"]
