@@ -38,6 +38,7 @@ from typing import Any
 from deployment import SITES, Deployment, deployment
 from network import Line, Namespace, namespace, why_not
 
+from fedgpt.client.limits import LEAST_FREE
 from fedgpt.storage.run_folder import read_lines
 
 STUDY = Path(__file__).parent
@@ -52,6 +53,7 @@ OPTIONS = (
 )
 VICTIM, HONEST = "west", ("north", "south")
 LINK, SERVER = "fedgpt.flower.deploy.link", "flwr-serverapp"
+DISK = 64 << 20  # bytes that the site writes before its disk is down to what it leaves free
 MOST = 400.0  # seconds for which anything is waited for
 MOST_WAITED = 2.0  # seconds that a fault of another may add to the longest undisturbed wait
 MOST_MEMORY = 50.0  # MB by which requests without credentials may let a process grow
@@ -306,23 +308,26 @@ def two_with_one_kit(study: Study) -> None:
 
 
 def full_disk(study: Study) -> None:
-    name = "disk of a site full (tmpfs of 64 kB)"
+    name = "disk of a site filled while it works (tmpfs)"
     if os.geteuid() != 0:
         study.rows.append({"fault": name, "skipped": "mounting a file system needs root"})
         return
     folder = study.one.folder / "state" / VICTIM
     with study.measured(name) as row, ExitStack() as stack:
         study.down()
-        mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "none", str(folder)]
+        mount = ["mount", "-t", "tmpfs", "-o", f"size={LEAST_FREE + DISK}", "none", str(folder)]
         subprocess.run(mount, check=True)
         stack.callback(subprocess.run, ["umount", "--lazy", str(folder)], check=True)
+        study.start()
         count = len(study._of("reject"))
-        study.start(wait=False)
+        (folder / "filled").write_bytes(bytes(DISK))
         study.until(lambda: len(study._of("reject")) > count, "a rejection")
         row["said"] = study._of("reject")[count]["detail"]
-        log = study.one.log(VICTIM).splitlines()
-        told = next((line for line in log if "make room there" in line), "")
-        row["client"] = told.replace(str(study.one.folder), "FOLDER")
+        study.down()
+        study.start(wait=False)  # it says at the start what is wrong
+        study.until(lambda: study.one.processes[VICTIM].poll() is not None, "the client's end")
+        told = [line for line in study.one.log(VICTIM).splitlines() if "make room there" in line]
+        row["client"] = told[-1].replace(str(study.one.folder), "FOLDER")
         study.down()
 
 
