@@ -7,6 +7,7 @@ node has the key of the sender, and adds up the bytes: four transactions, three 
 from __future__ import annotations
 
 import time
+from collections import deque
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -18,11 +19,7 @@ from flwr.server.superlink.linkstate.sql_linkstate import SqlLinkState
 from flwr.supercore.date import now
 from flwr.supercore.error import ApiErrorCode, FlowerError
 from flwr.supercore.run import RunStatus
-from flwr.supercore.state.schema.corestate_models import (
-    ObjectPushSession,
-    ObjectPushSessionRoot,
-    Task,
-)
+from flwr.supercore.state.schema.corestate_models import ObjectPushSession, Task
 from flwr.supercore.state.schema.linkstate_models import MessageRes, Node
 from flwr.supercore.utils import uint64_to_int64
 from flwr.superlink.federation import FederationManager
@@ -34,6 +31,7 @@ from fedgpt.flower.deploy.waiting import REPLY, Bell
 # for which the status of a run may be old; what Flower does at the end of a run does not go by it
 STATUS_SECONDS = 0.5
 START_SECONDS = 300.0  # for a ServerApp to start
+MOST_UPLOADS = 32  # of a node that are remembered
 REPLY_SECONDS = 10.0  # for the server of a run to ask for a reply that is there
 INVALID = ApiErrorCode.INVALID_PROTOBUF_PAYLOAD  # of which Flower makes the status 400
 _NO_RUN = RunStatus(Status.FINISHED, SubStatus.STOPPED, "there is no such run")
@@ -53,6 +51,9 @@ class LinkState(SqlLinkState):
         self._bell = bell
         self._status: dict[int, tuple[float, RunStatus]] = {}  # run -> until when, its status
         self._node_of: dict[bytes, int] = {}  # public key -> node
+        # node -> its latest uploads: Flower forgets whose they are when the server of the run has
+        # heard of the reply, which is before its objects are there
+        self._uploads: dict[int, deque[str]] = {}
         self.initialize()
 
     def store_message_and_object_tree(
@@ -75,6 +76,9 @@ class LinkState(SqlLinkState):
         finally:
             if of_client and not stored[0]:  # otherwise a session for each stays until the run ends
                 self._cleanup_push_session(session_id, cleanup_messages=False)
+        if stored[0] and of_client:
+            latest = deque[str](maxlen=MOST_UPLOADS)
+            self._uploads.setdefault(about.src_node_id, latest).append(session_id)
         if stored[0]:
             self._bell.ring(REPLY if of_client else about.dst_node_id)
         return stored
@@ -161,14 +165,11 @@ class LinkState(SqlLinkState):
 
         Flower, and the server of the run with it, would wait three minutes for the rest.
         """
+        latest = self._uploads.pop(node_id, ())
         with self.session() as session:
             left = session.scalars(
-                select(ObjectPushSession.session_id)
-                .join(ObjectPushSessionRoot)
-                .join(MessageRes, MessageRes.message_id == ObjectPushSessionRoot.root_object_id)
-                .where(
-                    MessageRes.src_node_id == uint64_to_int64(node_id),
-                    ObjectPushSession.pending_count > 0,
+                select(ObjectPushSession.session_id).where(
+                    ObjectPushSession.session_id.in_(latest), ObjectPushSession.pending_count > 0
                 )
             ).all()
             for session_id in left:

@@ -153,6 +153,28 @@ def test_a_job_that_its_node_never_confirmed_leaves_no_objects(fleet, tmp_path):
 
 
 @pytest.mark.parametrize("killed", [True, False])
+def test_an_upload_ends_with_its_client_also_after_the_server_has_heard_of_it(fleet, killed):
+    state, site = fleet.state, fleet.sites[0]
+    job = fleet.job(site, np.arange(5))
+    fleet.pull(site)
+    reply = fleet.reply(site, job, RecordDict({"arrays": ArrayRecord([np.arange(50.0)])}))
+    assert fleet.ask("push-messages", fleet.announce(site, reply), site).status == 200
+    asked = {job.metadata.message_id}
+    assert [one.has_error() for one in state.get_message_res(asked, fleet.run_id)] == [False]
+    state.delete_messages(asked)  # as Flower does with what it has handed out
+    kept = get_all_nested_objects(reply)
+    assert all(state.get_object(fleet.run_id, key) is not None for key in kept)
+    if killed:
+        with state.session() as rows:
+            rows.execute(update(NodeRow).values(online_until=0.0))
+        assert fleet.activate(site).status == 200
+    else:
+        stopped = DeactivateNodeRequest(node_id=fleet.node(site))
+        assert fleet.ask("deactivate-node", stopped, site).status == 200
+    assert [state.get_object(fleet.run_id, key) for key in kept] == [None] * len(kept)
+
+
+@pytest.mark.parametrize("killed", [True, False])
 def test_an_upload_ends_with_its_client_and_a_complete_reply_stays(fleet, killed):
     """The server of the run need not wait until Flower's time for an upload is over."""
     state, replies = fleet.state, []
