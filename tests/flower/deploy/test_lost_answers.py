@@ -159,9 +159,10 @@ def test_an_upload_ends_with_its_client_also_after_the_server_has_heard_of_it(fl
     fleet.pull(site)
     reply = fleet.reply(site, job, RecordDict({"arrays": ArrayRecord([np.arange(50.0)])}))
     assert fleet.ask("push-messages", fleet.announce(site, reply), site).status == 200
-    asked = {job.metadata.message_id}
-    assert [one.has_error() for one in state.get_message_res(asked, fleet.run_id)] == [False]
-    state.delete_messages(asked)  # as Flower does with what it has handed out
+    found = state.get_message_res({job.metadata.message_id}, fleet.run_id)
+    assert [one.has_error() for one in found] == [False]
+    # as Flower does with what it has handed out
+    state.delete_messages({job.metadata.message_id})
     kept = get_all_nested_objects(reply)
     assert all(state.get_object(fleet.run_id, key) is not None for key in kept)
     if killed:
