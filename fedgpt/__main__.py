@@ -8,6 +8,10 @@ import sys
 from fedgpt import __version__
 from fedgpt.cli import dispatch
 
+# commands whose files only their owner may read: what is in a client's cache can be turned back
+# into its text, and the folder of a server may be copied to where its own mode protects it no more
+PRIVATE = ("client", "server")
+
 
 def main() -> int:
     """Entry point of the command line; returns the exit code."""
@@ -17,6 +21,8 @@ def main() -> int:
         return 0
     if command in ("-h", "--help"):
         command, arguments = "help", []
+    if command in PRIVATE:
+        os.umask(0o077)
     try:
         return dispatch(command, arguments)
     except BrokenPipeError:  # the reader has what it wants, such as `head`

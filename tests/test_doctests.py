@@ -16,7 +16,8 @@ EXAMPLES = {
     "fedgpt.core.seeds": 1,
     "fedgpt.core.transport": 12,
     "fedgpt.client.state": 1,
-    "fedgpt.report.progress": 4,
+    "fedgpt.report.progress": 3,
+    "fedgpt.core.lines": 1,
 }
 
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedgpt.core.errors import ConfigError
-from fedgpt.core.files import OWNER_ONLY
 
 if TYPE_CHECKING:
     from fedgpt.client.policy import Policy
@@ -27,7 +26,6 @@ def main(arguments: list[str]) -> int:
         print("\n".join(_described(chosen, policy)))
         return 0
     _log_to_stderr()
-    os.umask(OWNER_ONLY)  # the prepared text can be read back, and so may the model be private
     from fedgpt.flower.deploy.kit import read_kit
 
     site = site_of(chosen, policy, read_kit(chosen.kit).name)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
-
-from fedgpt.core.files import OWNER_ONLY
 
 if TYPE_CHECKING:
     from fedgpt.flower.deploy.link_process import LinkProcess
@@ -38,7 +35,6 @@ def main(arguments: list[str]) -> int:
     if chosen.print:
         print("\n".join(_would_start(link, wish, port)))
         return 0
-    os.umask(OWNER_ONLY)  # also for a copy of DIR, whose own mode keeps others out
     if server.warning:
         print(f"fedgpt: warning: {server.warning}", file=sys.stderr)
     if chosen.insecure:

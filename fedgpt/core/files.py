@@ -20,7 +20,6 @@ from fedgpt.core.errors import FedGPTError
 
 # mode of a file that tells of single clients: only its owner may read it
 PRIVATE = 0o600
-OWNER_ONLY = 0o077  # umask of a process whose files only their owner may read
 SUMS = "SHA256SUMS"  # a folder's list of digests, which `sha256sum -c` checks
 RANDOM_BYTES = 8  # of the name of a temporary file
 FETCH = "the file itself is elsewhere; fetch it with"

@@ -197,7 +197,8 @@ def test_a_pattern_that_selects_nothing_is_refused(patterns, message):
 
 def test_positions_that_the_model_does_not_have_cannot_be_trained():
     options = ModelOptions(positions="rotary", trainable=["transformer.wpe.*"])
-    assert "selects no parameter of this model" in trainable_problems(options)[0]
+    (problem,) = trainable_problems(options)
+    assert "selects no parameter of this model" in problem
 
 
 @pytest.mark.parametrize(

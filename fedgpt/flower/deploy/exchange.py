@@ -28,6 +28,7 @@ from flwr.app import Array
 from flwr.common.constant import SUPERLINK_NODE_ID
 from flwr.common.serde_utils import metadata_from_proto
 from flwr.proto.message_pb2 import Metadata, ObjectTree
+from flwr.supercore.date import now
 from flwr.supercore.inflatable.inflatable_object import (
     get_object_body,
     get_object_head_values_from_object_content,
@@ -209,7 +210,7 @@ def _check_numbers(metadata: Metadata, runtimes: Iterable[float]) -> None:
         metadata_from_proto(metadata)
     except ValueError:
         raise Refused(400, "malformed", "the type of the message is unknown") from None
-    times = [metadata.created_at - time.time(), metadata.ttl, *runtimes]
+    times = [metadata.created_at - now().timestamp(), metadata.ttl, *runtimes]
     if not all(math.isfinite(one) and abs(one) <= LONGEST_SECONDS for one in times):
         raise Refused(400, "malformed", "a time of the message is not a time near to now")
 
