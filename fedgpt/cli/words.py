@@ -136,14 +136,14 @@ def server_run(words: Sequence[str], config_dir: str | None, folder: Path) -> Wi
 
 
 def _check_text(options: RunOptions) -> None:
-    """Raise ConfigError if the server's own text is not there; says for whom another corpus is."""
+    """Raise ConfigError if the server's own text is missing; warn if no site would take part."""
     from fedgpt.data.corpora.site import Site
     from fedgpt.data.corpus import corpus_of
 
     if not options.corpus.at_sites:
         print(
-            f"fedgpt: corpus={options.corpus.name}: a site of fedgpt client has its own text and"
-            " takes corpus=site alone; this run is for Flower's own clients",
+            f"fedgpt: corpus={options.corpus.name}: clients started with fedgpt client take part"
+            " only with corpus=site; this run is for Flower's SuperNodes",
             file=sys.stderr,
         )
         return

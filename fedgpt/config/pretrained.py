@@ -16,7 +16,8 @@ FREE = ("dropout", "trainable")
 
 
 def take_shape(options: RunOptions) -> None:
-    """Replace `options.model` by what the folder of `init_from` says, in words that need no folder.
+    """Set the options of the model, and the tokenizer unless another is typed, to those of
+    `init_from`. So the run's config.yaml has them, and a resumed run needs no model=hf.
 
     Raises ConfigError if there is none, or if it has no model that fedgpt can read.
     """

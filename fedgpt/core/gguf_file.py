@@ -42,6 +42,7 @@ WORDS = {
     **{list: "a list of texts", np.ndarray: "a list of numbers"},
 }
 PART = re.compile(r"-(\d{5})-of-(\d{5})\.gguf$")  # end of the name of a part of a split model
+# Hugging Face's names of special tokens -> GGUF's
 NAMED = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 EMBEDDING = "token_embd.weight"  # the tensor whose rows are those of the tokens
 

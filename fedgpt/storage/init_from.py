@@ -45,7 +45,7 @@ def known_tokenizer(o: RunOptions) -> Tokenizer | None:
         return None
     try:
         return make_tokenizer(o.tokenizer, ())
-    except ConfigError:  # which is told with the options of the tokenizer
+    except ConfigError:  # reported with the options of the tokenizer
         return None
 
 

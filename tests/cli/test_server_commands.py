@@ -128,14 +128,12 @@ def test_text_of_the_server_that_is_missing_is_told_at_once(folder, typed, tmp_p
 
 
 def test_a_run_that_no_site_would_take_is_told(folder, typed, tmp_path):
-    said = (
-        "fedgpt: corpus=sotu: a site of fedgpt client has its own text and takes corpus=site alone"
-    )
+    said = "fedgpt: corpus=sotu: clients started with fedgpt client take part only with corpus=site"
     assert said in typed("server", folder, "rounds=3", "--print")[2]
     own = [f"corpus.{part}_path={tmp_path}" for part in ("public", "held_out")]
     (tmp_path / "one.txt").write_text("Some text.\n")
     found = typed("server", folder, "corpus=site", *own, "pace.begin=1", "--print")
-    assert found[0] == 0 and "takes corpus=site alone" not in found[2]
+    assert found[0] == 0 and "take part only with corpus=site" not in found[2]
 
 
 def test_a_run_may_be_queued_without_a_server_which_is_said(folder, typed):

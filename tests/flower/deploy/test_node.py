@@ -313,7 +313,7 @@ def test_a_clock_that_is_set_does_not_end_a_client(link, key, server):
     with persistent_node(link, key, "echo", {"index": 3}) as process:
         server.wait_until(online=True)
         wrong.set()
-        time.sleep(2.0)
+        time.sleep(2.0)  # in which it is refused several times
         assert process.poll() is None
         wrong.clear()
         server.ask(number=3)
